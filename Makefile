@@ -1,0 +1,40 @@
+# Every command a person types. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN ?= examples/embedded.toml
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup environment run test check format docs clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: ## create .venv and the starting model, if they are missing
+	@$(PYTHON) tools/setup.py
+
+environment:
+	@$(PYTHON) tools/setup.py --no-model
+
+run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
+	@$(BIN)/python -m services $(RUN) $(ARGS)
+
+test: setup ## every test, real engine and servers included
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## format, lint, types, import contracts and the fast tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -m "not servers and not vllm" -n 2 -q $(ARGS)
+
+format: environment ## write the code in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+docs: environment ## make the configuration and metric references from the code
+	@$(BIN)/python -m tools.references
+
+clean: ## remove everything that setup and runs created
+	rm -rf .venv .setup models runs

@@ -1,0 +1,1 @@
+"""Programs for setting up: run by make, never by a service."""

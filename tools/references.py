@@ -1,0 +1,161 @@
+"""The references that follow from the code: docs/configuration.md, docs/metrics.md, docs/messages.md.
+
+python -m tools.references           # write them
+python -m tools.references --check   # exit 1 if one is not what the code says
+"""
+
+import argparse
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prometheus_client.metrics import MetricWrapperBase
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from common import messages
+from common.config.schema import RunConfig, ScriptedEngineConfig, VllmEngineConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVICES = ("learner", "rollout", "env_gateway", "snapshot_store")
+
+
+def main() -> int:
+    """Write or check."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true")
+    check = arguments.parse_args().check
+    stale = []
+    for name, text in references().items():
+        path = ROOT / "docs" / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text)
+    if stale:
+        print(f"{'not what the code says: ' if check else 'written: '}{', '.join(stale)}")
+    return 1 if check and stale else 0
+
+
+def references() -> dict[str, str]:
+    """File name -> text."""
+    return {"configuration.md": configuration(), "metrics.md": metrics(), "messages.md": wire()}
+
+
+def configuration() -> str:
+    """Every key of a run."""
+    parts = [
+        "# Configuration",
+        (
+            "One TOML describes a run, and every service reads the same file. Defaults < TOML < environment "
+            "(`PALIMPSEST_LEARNER__OPTIMIZER__LR=3e-6`) < flags (`--learner.optimizer.lr=3e-6`). `--check` prints the "
+            "resolved run. A misspelt key is refused and its nearest neighbor named. Secrets come from the environment "
+            "only: `PALIMPSEST_GATEWAY_TOKEN`."
+        ),
+        "This page is made from common/config/schema.py by `make docs`.",
+    ]
+    parts += _section(RunConfig, ())
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
+    own = {n: f for n, f in section.model_fields.items() if not _below(f.annotation)}
+    if path:
+        yield f"## [{'.'.join(path)}]"
+        if section.__doc__:
+            yield " ".join(section.__doc__.split())
+    if own:
+        rows = [f"| `{name}` | {_default(field)} | {_cell(field.description or '')} |" for name, field in own.items()]
+        yield "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])
+    for name, field in section.model_fields.items():
+        for below in _below(field.annotation):
+            yield from _section(below, (*path, name))
+
+
+def _below(annotation: Any) -> list[type[BaseModel]]:
+    if annotation == VllmEngineConfig | ScriptedEngineConfig:
+        return [VllmEngineConfig, ScriptedEngineConfig]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "*required*"
+    return "" if field.default is None else f"`{field.default!r}`".replace("PosixPath('runs')", "'runs'")
+
+
+def metrics() -> str:
+    """Every Prometheus series."""
+    parts = [
+        "# Metrics",
+        (
+            "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
+            "`_bucket`, `_sum` and `_count`. This page is made from each service's metrics.py by `make docs`."
+        ),
+    ]
+    for service in SERVICES:
+        module = importlib.import_module(f"services.{service}.metrics")
+        rows = [
+            f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
+            for metric in vars(module).values()
+            if isinstance(metric, MetricWrapperBase)
+        ]
+        parts += [f"## {service}", "\n".join(["| metric | type | labels | what it says |", "|---|---|---|---|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def wire() -> str:
+    """Every record on the log."""
+    parts = [
+        "# Messages",
+        " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
+        (
+            "Token and log-prob arrays are packed little-endian (int32, float32). This page is made from "
+            "common/messages.py and common/trajectory.py by `make docs`."
+        ),
+    ]
+    for module, names in ((messages, None), (importlib.import_module("common.trajectory"), {"Segment"})):
+        for node in _classes(module, names):
+            parts += _record(node, module)
+    return "\n\n".join(parts) + "\n"
+
+
+def _classes(module: ModuleType, names: set[str] | None) -> Iterator[ast.ClassDef]:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and (names is None or node.name in names) and node.name != "Undecodable":
+            yield node
+
+
+def _record(node: ast.ClassDef, module: ModuleType) -> Iterator[str]:
+    yield f"## {node.name}"
+    tag = getattr(getattr(module, node.name), "__struct_config__", None)
+    yield " ".join((ast.get_docstring(node) or "").split()) + (f" Tag `{tag.tag}`." if tag and tag.tag else "")
+    rows = []
+    for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+        said = ast.get_docstring(_wrapped(after)) if after is not None else None
+        said = " ".join((said or "").split())
+        if isinstance(item, ast.AnnAssign):
+            rows.append(
+                f"| `{ast.unparse(item.target)}` | `{ast.unparse(item.annotation)}` | {said} |".replace("||", "|")
+            )
+        elif isinstance(item, ast.Assign):
+            rows.append(f"| `{ast.literal_eval(item.value)}` | | {said} |")
+    yield "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """Text for a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _wrapped(statement: ast.stmt) -> ast.Module:
+    return ast.Module(body=[statement], type_ignores=[])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Check a recorded run's old log-probs with plain transformers, and nothing of Palimpsest's own code.
+
+    python -m tools.rescore runs/ID [--model FOLDER] [--every 10]
+
+The run must have been recorded (learner.record = true), and its store must still hold the versions: keep them with
+learner.checkpoint.keep = learner.versions. For every trained token: load the version that sampled it, as stored, into a
+plain `AutoModelForCausalLM`, and score the token
+
+    alone         its trajectory as one row without padding: how far do layouts differ?
+    same layout   the rows the learner put together: must be equal bit for bit
+
+Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_unequal (tokens, must be
+0), and by staleness the mean |exact - behavior| beside what the current weights would give in the old ones' place.
+"""
+
+import argparse
+import json
+import tempfile
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+UNTRAINABLE = -1
+
+
+def main() -> None:
+    """See the module's text."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("run", type=Path)
+    arguments.add_argument("--model", help="default: model.path of the run")
+    arguments.add_argument("--every", type=int, default=1, help="look at every n-th recorded version only")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    config = tomllib.loads((options.run / "run.toml").read_text())
+    models = Models(options.run / "snapshots", options.model or config["model"]["path"], config["model"]["attention"])
+    print(json.dumps(rescore(options.run / "records", models, options.every)))
+
+
+class Models:
+    """Stored versions as plain models, one at a time in memory."""
+
+    def __init__(self, store: Path, path: str, attention: str) -> None:
+        self._store, self._path, self._attention = store, path, attention
+        self._loaded: tuple[int, Any] | None = None
+
+    def __call__(self, version: int) -> Any:
+        """The model with this version's weights."""
+        if self._loaded is None or self._loaded[0] != version:
+            self._loaded = (version, self._load(version))
+        return self._loaded[1]
+
+    def _load(self, version: int) -> Any:
+        manifest = json.loads((self._store / "versions" / f"{version:08d}.json").read_text())["manifest"]
+        blob = (self._store / "objects" / manifest["object"]).read_bytes()
+        tensors = {entry["name"]: decode(entry, blob) for entry in manifest["tensors"]}
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.from_pretrained(self._path).save_pretrained(folder)
+            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, attn_implementation=self._attention
+            ).eval()
+
+
+def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
+    """A stored tensor: one zstd frame with the bytes of equal significance together."""
+    dtype = getattr(torch, entry["dtype"])
+    frame = blob[entry["start"] : entry["start"] + entry["length"]]
+    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
+    raw = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T)
+    return torch.from_numpy(raw.reshape(-1).copy()).view(dtype).reshape(entry["shape"])
+
+
+@torch.no_grad()
+def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """log pi of every token given those before it; [rows, length], 0 for the first."""
+    rows = torch.from_numpy(tokens)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    logprobs = (logits / torch.from_numpy(temperatures)[:, :, None]).log_softmax(-1)
+    chosen = logprobs.gather(-1, rows[:, 1:, None])[..., 0].numpy()
+    return np.concatenate([np.zeros((len(tokens), 1), dtype=np.float32), chosen], axis=1)
+
+
+def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
+    """Compare every recorded token."""
+    alone: list[np.ndarray] = []
+    unequal, versions = 0, set()
+    exact, recomputed = defaultdict(list), defaultdict(list)
+    for batch in batches(records, every):
+        present = sorted(set(np.unique(batch["versions"]).tolist()) - {UNTRAINABLE})
+        versions.update(present)
+        for version in present:
+            own = batch["versions"] == version
+            rows = np.flatnonzero(own.any(axis=1))
+            lengths = batch["lengths"][rows]
+            together = score(models(version), batch["tokens"][rows, : lengths.max()], batch["temperatures"][rows])
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                chosen = own[row, :length]
+                recorded = batch["proximal"][row, :length][chosen]
+                single = score(models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]])
+                alone.append(np.abs(single[0][chosen] - recorded))
+                unequal += int((together[i, :length][chosen] != recorded).sum())
+                staleness = int(batch["now"]) - version
+                behavior = batch["behavior"][row, :length][chosen]
+                exact[staleness].append(np.abs(together[i, :length][chosen] - behavior))
+                if batch["first"]:
+                    recomputed[staleness].append(np.abs(batch["current"][row, :length][chosen] - behavior))
+    differences = np.concatenate(alone)
+    return {
+        "tokens": len(differences),
+        "versions": len(versions),
+        "alone_mean_abs": float(differences.mean()),
+        "alone_max_abs": float(differences.max()),
+        "same_layout_unequal": unequal,
+        "exact_discrepancy": means(exact),
+        "current_recompute_discrepancy": means(recomputed),
+    }
+
+
+def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
+    """Micro-batches of the recorded versions, in order."""
+    for path in sorted(records.glob("*.npz"))[::every]:
+        with np.load(path) as file:
+            for i in range(sum(name.startswith("tokens_") for name in file.files)):
+                yield {
+                    "now": file["now"],
+                    **{
+                        name: file[f"{name}_{i}"]
+                        for name in (
+                            "tokens", "versions", "behavior", "proximal", "current", "temperatures", "lengths", "first",
+                        )
+                    },
+                }  # fmt: skip
+
+
+def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:
+    return {str(s): float(np.concatenate(parts).mean()) for s, parts in sorted(by_staleness.items())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What dialogues with the built-in environments look like, in the words of a model that knows only their form."""
+
+import random
+from collections.abc import Iterator
+
+from common.sessions.wire import Message
+from services.env_gateway.environments.port import Environment, Family, Reply
+from services.env_gateway.environments.registry import CLASSES, FAMILIES
+from services.env_gateway.tool_calls import read
+
+Transcript = list[Message]
+
+
+def transcripts(count: int, seed: int) -> Iterator[tuple[Transcript, list[dict[str, object]]]]:
+    """Dialogues and the tools offered in them, each family in turn; the model's arguments are random."""
+    rng = random.Random(seed)  # noqa: S311
+    names = sorted(FAMILIES)
+    for i in range(count):
+        name = names[i % len(names)]
+        yield _transcript(CLASSES[name](), FAMILIES[name], rng.randrange(2**31), rng)
+
+
+def _transcript(
+    environment: Environment, family: Family, seed: int, rng: random.Random
+) -> tuple[Transcript, list[dict[str, object]]]:
+    opening = environment.reset(seed)
+    dialogue = list(opening.messages)
+    for text in family.format_only(seed, rng):
+        dialogue.append(Message(role="assistant", content=text))
+        outcome = environment.step(read(text))
+        if not isinstance(outcome, Reply):
+            break
+        dialogue += outcome.messages
+    return dialogue, list(opening.tools)
+
+
+def words() -> tuple[str, ...]:
+    """Every word that varies between tasks."""
+    return tuple(sorted({word for family in FAMILIES.values() for word in family.WORDS}))
