@@ -1,0 +1,282 @@
+"""The log in one SQLite file (WAL): durable, for several processes of one machine.
+
+A commit is synced to disk before `publish` returns. Group membership is a lease in the same file: a member that
+stops polling loses its partitions after `lease_s`. Readers look for new commits by SQLite's data_version counter,
+which costs microseconds; nothing is notified.
+"""
+
+import errno
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from common.bus.port import OffsetGone, Outgoing, Position, Record, partition_of
+
+LEASE_S = 10.0
+"""A group member not heard of for so long is gone."""
+LOOK_S = 0.01
+"""Pause between two looks for new records."""
+BUSY_S = 30.0
+"""How long to wait for another process's write."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, partitions INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS records (
+    topic TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
+    key TEXT NOT NULL, headers TEXT NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (topic, partition, offset)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ends (
+    topic TEXT NOT NULL, partition INTEGER NOT NULL, first INTEGER NOT NULL, next INTEGER NOT NULL,
+    PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS commits (
+    topic TEXT NOT NULL, grp TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
+    PRIMARY KEY (topic, grp, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS members (
+    topic TEXT NOT NULL, grp TEXT NOT NULL, member TEXT NOT NULL, heard REAL NOT NULL,
+    PRIMARY KEY (topic, grp, member)) WITHOUT ROWID;
+"""
+
+
+class SqliteBus:
+    """See common/bus/port.py. Safe to share between the threads of a process."""
+
+    def __init__(self, path: Path, *, lease_s: float = LEASE_S) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lease_s = lease_s
+        self._lock = threading.RLock()
+        self._db = _open(path)
+        with self._lock, _writing(self._db):
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+
+    def create_topics(self, partitions: Mapping[str, int]) -> None:
+        with self._lock, _writing(self._db):
+            for topic, count in partitions.items():
+                self._db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (topic, count))
+                (standing,) = self._db.execute("SELECT partitions FROM topics WHERE topic = ?", (topic,)).fetchone()
+                if standing != count:
+                    raise ValueError(f"topic {topic} in {self.path} has {standing} partitions, {count} are asked for")
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO ends VALUES (?, ?, 0, 0)", [(topic, p) for p in range(count)]
+                )
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        if not records:
+            return []
+        with self._lock, _writing(self._db):
+            ends = _ends(self._db, topic)
+            positions = []
+            for record in records:
+                partition = partition_of(record.key, len(ends))
+                positions.append(Position(partition, ends[partition]))
+                ends[partition] += 1
+            self._db.executemany(
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (topic, at.partition, at.offset, r.key, json.dumps(dict(r.headers)), r.body)
+                    for at, r in zip(positions, records, strict=True)
+                ],
+            )
+            self._db.executemany(
+                "UPDATE ends SET next = ? WHERE topic = ? AND partition = ?",
+                [(ends[p], topic, p) for p in {at.partition for at in positions}],
+            )
+        return positions
+
+    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> "SqliteConsumer":
+        return SqliteConsumer(self.path, topic, group, member, lease_s=self._lease_s)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+class SqliteConsumer:
+    """See common/bus/port.py. Belongs to one thread at a time."""
+
+    def __init__(self, path: Path, topic: str, group: str | None, member: str, *, lease_s: float) -> None:
+        if group is not None and not member:
+            raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
+        self._db = _open(path)
+        self._topic, self._group, self._member, self._lease_s = topic, group, member, lease_s
+        self._next: dict[int, int] = {}
+        self._heard = float("-inf")
+        self._seen = -1
+        self._turn = 0
+        if group is None:
+            self._next = {p: first for p, (first, _) in _bounds(self._db, topic).items()}
+
+    def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._stay_a_member()
+            if records := self._read(limit):
+                return records
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return []
+            self._wait(min(left, self._lease_s / 3))
+
+    def assignment(self) -> frozenset[int]:
+        return frozenset(self._next)
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        bounds = _bounds(self._db, self._topic)
+        for partition, offset in offsets.items():
+            if partition not in bounds:
+                raise OffsetGone(f"{self._topic} has no partition {partition}: the log belongs to another run")
+            first, end = bounds[partition]
+            if not first <= offset <= end:
+                raise OffsetGone(
+                    f"{self._topic}[{partition}] holds offsets {first} to {end}, not {offset}: the log was cut or "
+                    f"belongs to another run"
+                )
+        self._next.update(offsets)
+        self._seen = -1
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        if self._group is None:
+            raise ValueError(f"a consumer of {self._topic} without a group has nothing to commit to")
+        with _writing(self._db):
+            mine = self._share()
+            self._db.executemany(
+                "INSERT INTO commits VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET offset = excluded.offset",
+                [(self._topic, self._group, p, o) for p, o in offsets.items() if p in mine],
+            )
+
+    def ends(self) -> dict[int, int]:
+        return _ends(self._db, self._topic)
+
+    def close(self) -> None:
+        if self._group is not None:
+            with _writing(self._db):
+                self._db.execute(
+                    "DELETE FROM members WHERE topic = ? AND grp = ? AND member = ?",
+                    (self._topic, self._group, self._member),
+                )
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, limit: int) -> list[Record]:
+        seen = self._data_version()
+        records: list[Record] = []
+        partitions = sorted(self._next)
+        self._turn += 1  # each poll begins with another partition, so that none starves
+        for i in range(len(partitions)):
+            partition = partitions[(self._turn + i) % len(partitions)]
+            rows = self._db.execute(
+                "SELECT offset, key, headers, body FROM records "
+                "WHERE topic = ? AND partition = ? AND offset >= ? ORDER BY offset LIMIT ?",
+                (self._topic, partition, self._next[partition], limit - len(records)),
+            ).fetchall()
+            if rows and rows[0][0] != self._next[partition]:
+                raise OffsetGone(
+                    f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, "
+                    f"the log starts at {rows[0][0]}"
+                )
+            for offset, key, headers, body in rows:
+                records.append(Record(self._topic, partition, offset, key, body, json.loads(headers)))
+                self._next[partition] = offset + 1
+            if len(records) == limit:
+                break
+        if not records:
+            self._seen = seen
+        return records
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._data_version() == self._seen and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+
+    def _data_version(self) -> int:
+        (number,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(number)
+
+    def _stay_a_member(self) -> None:
+        if self._group is None:
+            return
+        now = time.time()
+        if now - self._heard < self._lease_s / 3 and self._data_version() == self._seen:
+            return
+        if now - self._heard >= self._lease_s / 3:
+            with _writing(self._db):
+                self._db.execute(
+                    "INSERT INTO members VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET heard = excluded.heard",
+                    (self._topic, self._group, self._member, now),
+                )
+                self._db.execute(
+                    "DELETE FROM members WHERE topic = ? AND grp = ? AND heard < ?",
+                    (self._topic, self._group, now - self._lease_s),
+                )
+            self._heard = now
+        share = self._share()
+        if share != set(self._next):
+            committed = dict(
+                self._db.execute(
+                    "SELECT partition, offset FROM commits WHERE topic = ? AND grp = ?", (self._topic, self._group)
+                ).fetchall()
+            )
+            bounds = _bounds(self._db, self._topic)
+            self._next = {p: self._next[p] if p in self._next else int(committed.get(p, bounds[p][0])) for p in share}
+
+    def _share(self) -> set[int]:
+        members = [
+            member
+            for (member,) in self._db.execute(
+                "SELECT member FROM members WHERE topic = ? AND grp = ? AND heard >= ? ORDER BY member",
+                (self._topic, self._group, time.time() - self._lease_s),
+            )
+        ]
+        if self._member not in members:
+            return set()
+        place = members.index(self._member)
+        return {p for p in _ends(self._db, self._topic) if p % len(members) == place}
+
+
+@contextmanager
+def _writing(db: sqlite3.Connection) -> Iterator[None]:
+    """A write transaction: begins at once (no upgrade deadlocks), commits or rolls back."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException as error:
+        if db.in_transaction:  # a full disk has ended it already
+            db.execute("ROLLBACK")
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            (_, _, path) = db.execute("PRAGMA database_list").fetchone()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
+        raise
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _bounds(db: sqlite3.Connection, topic: str) -> dict[int, tuple[int, int]]:
+    rows = db.execute("SELECT partition, first, next FROM ends WHERE topic = ? ORDER BY partition", (topic,)).fetchall()
+    if not rows:
+        raise LookupError(f"topic {topic} does not exist; the run's supervisor or its learner creates it at start")
+    return {partition: (first, end) for partition, first, end in rows}
+
+
+def _ends(db: sqlite3.Connection, topic: str) -> dict[int, int]:
+    return {partition: end for partition, (_, end) in _bounds(db, topic).items()}

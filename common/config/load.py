@@ -1,0 +1,243 @@
+"""From files, environment and flags to one checked configuration.
+
+Defaults < TOML < environment (PALIMPSEST_LEARNER__VERSIONS) < flags (--learner.versions=3). Every value remembers the
+layer it came from, so that an error names it. A misspelt key names its nearest neighbour.
+"""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from common.config.schema import RunConfig
+from common.refusal import Refusal
+
+ENV_PREFIX = "PALIMPSEST_"
+NOT_KEYS = ("PALIMPSEST_FAULT", "PALIMPSEST_GATEWAY_TOKEN")
+"""Beginnings of environment variables that are no keys: common/faults.py, common/sessions/token.py."""
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a program was asked to do."""
+
+    config: RunConfig
+    source: Path
+    check: bool = False
+    """Print the resolved run and stop."""
+    resume: Path | None = None
+    """Folder of a run to go on with."""
+    overrides: tuple[str, ...] = field(default_factory=tuple)
+    """The flags that set keys, as given: to pass on to other processes."""
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> Invocation:
+    """Read the run that the arguments name. Raises Refusal with every problem found, or with the usage."""
+    path: Path | None = None
+    check, resume = False, None
+    overrides: list[tuple[Key, str, str]] = []
+    passed_on: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if argument == "--check":
+            check = True
+        elif argument in ("--help", "-h"):
+            raise Refusal(usage(program))
+        elif argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if not equals:
+                if not waiting:
+                    raise Refusal(f"{argument} needs a value: {argument}=VALUE")
+                value = waiting.pop(0)
+            if name == "resume":
+                resume = Path(value)
+            else:
+                overrides.append((tuple(name.split(".")), value, f"--{name}"))
+                passed_on.append(f"--{name}={value}")
+        elif path is None:
+            path = Path(argument)
+        else:
+            raise Refusal(f"one run file is wanted, but {path} and {argument} were given")
+    if path is None and resume is not None:
+        path = resume / "run.toml"  # where a run keeps its own
+    if path is None:
+        raise Refusal(usage(program))
+    values, origins = _toml(path)
+    problems = [
+        problem
+        for key, value, origin in [*_variables(environment), *overrides]
+        if (problem := _set(values, origins, key, value, origin))
+    ]
+    config = _validate(values, origins, path, problems)
+    return Invocation(config, path, check, resume, tuple(passed_on))
+
+
+def usage(program: str) -> str:
+    """How to call a program that reads a run."""
+    return (
+        f"usage: {program} RUN.toml [--check] [--SECTION.KEY=VALUE ...]\n"
+        f"  --check        print the resolved run and stop\n"
+        f"  --learner.optimizer.lr=3e-6   any key of the run (docs/configuration.md lists them)"
+    )
+
+
+def _variables(environment: Mapping[str, str]) -> list[tuple[Key, str, str]]:
+    """Keys that the environment sets, a section before the keys in it."""
+    return [
+        (tuple(part.lower() for part in name.removeprefix(ENV_PREFIX).split("__")), environment[name], name)
+        for name in sorted(environment)
+        if name.startswith(ENV_PREFIX) and not name.startswith(NOT_KEYS)
+    ]
+
+
+def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file. examples/embedded.toml is one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refusal(f"{path}: not TOML: {error}") from None
+    return values, {}
+
+
+def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, origin: str) -> str | None:
+    """Put a flag's or variable's text where the schema has its key; a sentence if it has none."""
+    expected = _expected(key)
+    if expected is None:
+        return f"{origin}: {_unknown(key)}"
+    at = values
+    for depth, part in enumerate(key[:-1], start=1):
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            return f"{origin}: {'.'.join(key[:depth])} is set to {at!r} already, which has no keys"
+    at[key[-1]] = text if _is_text(expected) else _literal(text)
+    origins[key] = origin
+    return None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, problems: list[str]) -> RunConfig:
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors():
+            key = tuple(str(part) for part in detail["loc"])
+            key = tuple(part for i, part in enumerate(key) if not _is_tag(key, i))
+            where = _origin(origins, key, detail) or str(path)
+            match detail["type"]:
+                case "extra_forbidden":
+                    problems.append(f"{where}: {_unknown(key)}")
+                case "missing":
+                    problems.append(f"{where}: {'.'.join(key)} is missing")
+                case "union_tag_invalid":
+                    kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
+                    problems.append(f"{where}: {'.'.join(key)}.kind: there is no {kind!r}; it can be {known}")
+                case "union_tag_not_found":
+                    problems.append(f"{where}: {'.'.join(key)}.kind is missing: the other keys depend on it")
+                case _:
+                    message = detail["msg"].removeprefix("Value error, ")
+                    message = message[0].lower() + message[1:]
+                    given = "" if detail["type"] == "value_error" else f", got {detail['input']!r}"
+                    problems.append(f"{where}: {'.'.join(key) + ': ' if key else ''}{message}{given}")
+    if problems:
+        raise Refusal("\n".join(problems))
+    return config
+
+
+def _origin(origins: dict[Key, str], key: Key, detail: Any) -> str | None:
+    """The flag or variable that set the key, or a section it is in."""
+    if detail["type"] == "union_tag_invalid":
+        key = (*key, "kind")
+    return next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), None)
+
+
+def _is_tag(key: Key, i: int) -> bool:
+    """Whether key[i] is the name of a union's member that pydantic put into the path."""
+    return i > 0 and _fields(key[:i]) is not None and key[i] not in (_fields(key[:i]) or {}) and i < len(key) - 1
+
+
+def _unknown(key: Key) -> str:
+    for depth in range(len(key)):
+        fields = _fields(key[:depth])
+        if fields is None or key[depth] in fields:
+            continue
+        section = ".".join(key[:depth])
+        near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
+        name = ".".join(key[: depth + 1])
+        where = f"[{section}]" if section else "a run"
+        if near:
+            return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
+        return f"{name} is not a key of {where}; it has {', '.join(sorted(fields))}"
+    above = ".".join(key[:-1])
+    if _fields(key[:-1]) is None:
+        return f"{'.'.join(key)} is not a key: {above} has none"
+    return f"{'.'.join(key)} is not a key of this kind of {above}"
+
+
+def _fields(key: Key) -> dict[str, Any] | None:
+    """Names and types below a key that is a section, else None."""
+    expected: Any = RunConfig
+    for part in key:
+        fields = _section_fields(expected)
+        if fields is None or part not in fields:
+            return None
+        expected = fields[part]
+    return _section_fields(expected)
+
+
+def _expected(key: Key) -> Any:
+    """Type the schema wants at this key; None if it has no such key."""
+    expected: Any = RunConfig
+    for part in key:
+        fields = _section_fields(expected)
+        if fields is None:
+            origin = get_origin(_bare(expected))
+            if origin is dict:
+                expected = get_args(_bare(expected))[1]
+                continue
+            return None
+        if part not in fields:
+            return None
+        expected = fields[part]
+    return expected
+
+
+def _section_fields(annotation: Any) -> dict[str, Any] | None:
+    members = _members(annotation)
+    sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+    if not sections:
+        return None
+    return {name: info.annotation for section in sections for name, info in section.model_fields.items()}
+
+
+def _members(annotation: Any) -> list[Any]:
+    annotation = _bare(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for arg in get_args(annotation) for member in _members(arg)]
+    return [annotation]
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a flag's text stands as it is, not as a TOML literal."""
+    members = _members(annotation)
+    return all(m in (str, Path, types.NoneType) or get_origin(m) is Literal for m in members)

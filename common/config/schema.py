@@ -1,0 +1,350 @@
+"""Every key of a run's configuration, with its default and what it does.
+
+The text under a key is its documentation: docs/configuration.md is made from it (`make docs`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FilePath = Annotated[Path, Field(strict=False)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    """Part of a run's configuration: frozen, and it takes no key it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """What this run is called and where it keeps its files."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$|^$")] = ""
+    """Name of the run. Empty: made from the time it starts (`python -m services` only; by hand, give one)."""
+    folder: FilePath = Path("runs")
+    """Each run keeps its log, snapshots, checkpoints and report in `folder/id`."""
+    seed: int = 0
+    """Fixes tasks, minibatch order and initial random state."""
+
+    @property
+    def home(self) -> Path:
+        """The run's own folder."""
+        return self.folder / self.id
+
+
+class Model(Section):
+    """The policy."""
+
+    path: str
+    """Folder (or hub id) of a Hugging Face causal LM with tokenizer and chat template."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How the learner computes attention; `eager` is fastest for short sequences on a CPU."""
+    chat_template_options: dict[str, str | int | float | bool] = {}
+    """Passed to the chat template, for example `enable_thinking = false` for Qwen3."""
+
+
+class Tasks(Section):
+    """What the policy is trained on."""
+
+    environments: dict[str, PositiveFloat]
+    """Environment name -> its share of the groups, for example `{ lookup = 1.0 }`."""
+    samples_per_group: Annotated[int, Field(ge=2)] = 8
+    """Trajectories sampled for each task; they share a baseline."""
+    time_limit_s: PositiveFloat = 600.0
+    """A group's trajectories that are not back after this many seconds are dropped."""
+
+
+class SamplingConfig(Section):
+    """How tokens are sampled for training."""
+
+    temperature: PositiveFloat = 1.0
+    """Both engines report log-probabilities at this temperature."""
+    top_p: float = 1.0
+    """Must be 1: below it the engine renormalises on a set of tokens that the learner does not know."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    max_turn_tokens: Positive = 512
+    """Longest model message, in tokens."""
+    max_trajectory_tokens: Positive = 4096
+    """Longest trajectory, prompt and tool output included, in tokens."""
+    max_turns: Positive = 16
+    """Most model messages in one trajectory."""
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value != 1.0:
+            raise ValueError(
+                f"{value} cannot be used for training: the engine would renormalise its log-probs on a set of tokens "
+                "that the learner does not know, so every ratio would be wrong. Set it to 1.0"
+            )
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _off(cls, value: int) -> int:
+        if value != 0:
+            raise ValueError(f"{value} cannot be used for training, for the same reason as top_p: set it to 0 (off)")
+        return value
+
+
+class BusConfig(Section):
+    """The log between the services."""
+
+    kind: Literal["sqlite"] = "sqlite"
+    """`sqlite`: one file, several processes of one machine."""
+    path: FilePath | None = None
+    """The SQLite file. Default: `bus.sqlite` in the run's folder."""
+    task_partitions: Positive = 8
+    """Partitions of `tasks`: at most so many rollout workers share the work."""
+    trajectory_partitions: Positive = 4
+    """Partitions of `trajectories`."""
+
+
+class Service(Section):
+    """Where a service listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 0
+    """Port to listen on; 0 = any free one (`python -m services` only; by hand, give one)."""
+
+
+class SnapshotStoreConfig(Service):
+    """The store of versions."""
+
+    url: str = ""
+    """Where the others reach it. Default: http://host:port."""
+    folder: FilePath | None = None
+    """Where versions are kept. Default: `snapshots` in the run's folder."""
+    compression: Annotated[int, Field(ge=1, le=19)] = 3
+    """zstd level for stored weights."""
+    sweep_s: PositiveFloat = 2.0
+    """Seconds between two looks for versions that no lease holds any more."""
+
+
+class EnvGatewayConfig(Service):
+    """The gateway to the environments."""
+
+    url: str = ""
+    """Where rollout workers reach it. Default: http://host:port."""
+    lease_s: PositiveFloat = 600.0
+    """A session not heard of for so long is expired."""
+    step_limit_s: PositiveFloat = 60.0
+    """A step that takes longer ends its session as an error."""
+    max_sessions: Positive = 4096
+    """More are refused with 429."""
+    remember_s: PositiveFloat = 600.0
+    """An ended session is remembered for so long: a late retry gets the stored answer."""
+    request_limit_bytes: Positive = 1048576
+    """Longer requests are refused with 413."""
+    result_limit_bytes: Positive = 65536
+    """Longer tool results are cut, with a note in the text."""
+    plugins: dict[str, str] = {}
+    """Your own environments: name -> `package.module:Class`. Each session of one runs in a process of its own."""
+    max_processes: Positive = 64
+    """Sessions with a process of their own at once; more wait."""
+
+
+class VllmEngineConfig(Section):
+    """vLLM in the worker's own process."""
+
+    kind: Literal["vllm"] = "vllm"
+    max_concurrent_tokens: Positive = 8192
+    """Most tokens in one engine step."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory for keys and values (CPU engine)."""
+    gpu_memory_utilization: Share = 0.85
+    """Share of the GPU's memory vLLM may take (GPU engine)."""
+    tensor_parallel: Positive = 1
+    """GPUs that share one model (GPU engine)."""
+    compile: bool = False
+    """Compile the model's graph; slower to start, faster to run for large models."""
+    threads: Positive = 1
+    """CPU threads of the engine's forward pass (CPU engine)."""
+
+
+class ScriptedEngineConfig(Section):
+    """No model: answers come from a list of texts. For tests of everything around the engine."""
+
+    kind: Literal["scripted"]
+    texts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    """One is chosen for each model message by the trajectory's id and turn."""
+    tokens_per_s: PositiveFloat = 2000.0
+    """How fast each request gets its tokens."""
+
+
+class RolloutConfig(Service):
+    """Rollout workers."""
+
+    engine: Annotated[VllmEngineConfig | ScriptedEngineConfig, Field(discriminator="kind")] = VllmEngineConfig()
+    """`vllm` or `scripted`."""
+    worker: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "worker-0"
+    """Name of this worker, stable over its restarts."""
+    max_live: Positive = 256
+    """Trajectories in flight at once."""
+    attempts: Positive = 3
+    """Sessions tried for a trajectory before it is dropped as environment_failed."""
+    canary_tolerance: PositiveFloat = 0.03
+    """Largest mean |engine - learner| over the canaries' tokens, in nats, at which a version is served."""
+
+
+class SnapshotSource(Section):
+    """Exact: a second copy of the model takes on each version's weights and scores its tokens."""
+
+    kind: Literal["snapshot"] = "snapshot"
+
+
+class LossConfig(Section):
+    """Decoupled clipped objective (docs/paper.md, "objective")."""
+
+    clip_low: Share = 0.2
+    """The staleness ratio is clipped at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The staleness ratio is clipped at 1 + clip_high."""
+    discrepancy_band: Annotated[float, Field(gt=1)] = 2.0
+    """c: a token whose discrepancy is outside [1/c, c] is masked."""
+    discrepancy_mask: bool = True
+    """Whether the band masks tokens."""
+    discrepancy_weight: bool = True
+    """Whether the loss is weighted by the discrepancy."""
+    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Group-relative advantage: divided by the group's deviation, not divided, or leave-one-out."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus, per trained token."""
+
+
+class OptimizerConfig(Section):
+    """AdamW on float32 masters."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate."""
+    beta1: Share = 0.9
+    """Decay of the first moment."""
+    beta2: Share = 0.95
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which lr rises from 0."""
+
+
+class CheckpointConfig(Section):
+    """Restartable state of the learner."""
+
+    folder: FilePath | None = None
+    """Default: `checkpoints` in the run's folder."""
+    every: Positive = 1
+    """Versions between two checkpoints."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Complete checkpoints kept."""
+
+
+class LearnerConfig(Service):
+    """The learner."""
+
+    versions: Positive
+    """The run ends when this version is published."""
+    groups_per_batch: Positive = 32
+    """Groups trained on for each version."""
+    minibatches: Positive = 1
+    """Optimizer steps for each version; its groups are dealt out among them."""
+    max_staleness: Annotated[int, Field(ge=0)] = 4
+    """Oldest tokens trained on, in versions; admission keeps to it before sampling."""
+    micro_batch_tokens: Positive = 16384
+    """Most tokens (padding included) in one forward pass."""
+    old: SnapshotSource = SnapshotSource()
+    """Where old log-probs come from."""
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    canary_trajectories: Positive = 32
+    """Trajectories of the newest batch by which workers check a loaded version."""
+    threads: Positive = 1
+    """CPU threads of each rank."""
+    record: bool = False
+    """Keep every trained batch with all its log-probs in `records` in the run's folder."""
+
+
+class LocalConfig(Section):
+    """Everything on one machine (`python -m services`)."""
+
+    rollout_workers: Positive = 1
+    """Rollout worker processes."""
+    learner_ranks: Positive = 1
+    """Learner processes under torchrun."""
+    restarts: Annotated[int, Field(ge=0)] = 5
+    """How often in a row a crashed process is started again before the run gives up."""
+
+
+class LogsConfig(Section):
+    """What the services write to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level written."""
+    format: Literal["text", "json"] = "text"
+    """`json`: one object a line, for collectors."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    model: Model
+    tasks: Tasks
+    sampling: SamplingConfig = SamplingConfig()
+    bus: BusConfig = BusConfig()
+    snapshot_store: SnapshotStoreConfig = SnapshotStoreConfig()
+    env_gateway: EnvGatewayConfig = EnvGatewayConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig
+    local: LocalConfig = LocalConfig()
+    logs: LogsConfig = LogsConfig()
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> "RunConfig":
+        if self.sampling.max_turn_tokens >= self.sampling.max_trajectory_tokens:
+            raise ValueError(
+                f"sampling.max_turn_tokens ({self.sampling.max_turn_tokens}) leaves no room for a prompt in "
+                f"sampling.max_trajectory_tokens ({self.sampling.max_trajectory_tokens})"
+            )
+        if self.learner.minibatches > self.learner.groups_per_batch:
+            raise ValueError(
+                f"learner.minibatches ({self.learner.minibatches}) is more than "
+                f"learner.groups_per_batch ({self.learner.groups_per_batch}): some would be empty"
+            )
+        return self
+
+    @property
+    def store_url(self) -> str:
+        """Where the snapshot store answers."""
+        return self.snapshot_store.url or f"http://{self.snapshot_store.host}:{self.snapshot_store.port}"
+
+    @property
+    def gateway_url(self) -> str:
+        """Where the environment gateway answers."""
+        return self.env_gateway.url or f"http://{self.env_gateway.host}:{self.env_gateway.port}"
+
+    @property
+    def bus_path(self) -> Path:
+        """The SQLite log."""
+        return self.bus.path or self.run.home / "bus.sqlite"
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """Where the store keeps versions."""
+        return self.snapshot_store.folder or self.run.home / "snapshots"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the learner keeps its restartable state."""
+        return self.learner.checkpoint.folder or self.run.home / "checkpoints"

@@ -1,0 +1,96 @@
+"""A trajectory's tokens, and which of them were sampled by which version.
+
+One token array, and segments over it. A token is trainable because a segment covers it: there is no separate
+mask that could disagree. Index t always speaks of token t itself: its version and its log-probabilities
+describe the prediction *of* token t (docs/paper.md, "alignment").
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from msgspec import Struct
+
+from common.arrays import Float32Array, Int32Array, unpack_float32
+from common.versions import UNTRAINABLE, Version
+
+
+class Segment(Struct, frozen=True, forbid_unknown_fields=True):
+    """Longest run of tokens in one turn that one version sampled: tokens [start, stop)."""
+
+    start: int
+    stop: int
+    version: Version
+    behavior_logprobs: bytes
+    """float32, one per token, nats: log mu_version of the sampled token, as the engine measured it."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Malformed(ValueError):
+    """A trajectory that contradicts itself; the message says where."""
+
+
+def check(segments: Sequence[Segment], tokens: int) -> None:
+    """Raise Malformed unless the segments are ordered, disjoint, inside the tokens and carry finite log-probs."""
+    end = 0
+    for i, segment in enumerate(segments):
+        where = f"segment {i} [{segment.start}, {segment.stop}) of version {segment.version}"
+        if segment.version < 0:
+            raise Malformed(f"{where}: versions start at 0")
+        if segment.start < end:
+            raise Malformed(f"{where}: starts before token {end}, where the one before it ends")
+        if segment.stop <= segment.start:
+            raise Malformed(f"{where}: holds no token")
+        if segment.stop > tokens:
+            raise Malformed(f"{where}: ends after the last of {tokens} tokens")
+        if len(segment.behavior_logprobs) != 4 * len(segment):
+            raise Malformed(
+                f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs "
+                f"(4 a token are due)"
+            )
+        logprobs = unpack_float32(segment.behavior_logprobs)
+        if not np.isfinite(logprobs).all():
+            raise Malformed(f"{where}: a behavior log-prob is not finite")
+        if (logprobs > 1e-3).any():  # a little above 0 is rounding in the engine's log-softmax
+            raise Malformed(f"{where}: a behavior log-prob is above 0")
+        end = segment.stop
+
+
+def token_versions(segments: Sequence[Segment], tokens: int) -> Int32Array:
+    """Version that sampled each token, UNTRAINABLE where none did. [tokens] int32
+
+    >>> token_versions([Segment(1, 3, Version(4), bytes(8))], 4).tolist()
+    [-1, 4, 4, -1]
+    """
+    versions = np.full(tokens, UNTRAINABLE, dtype=np.int32)
+    for segment in segments:
+        versions[segment.start : segment.stop] = segment.version
+    return versions
+
+
+def behavior_logprobs(segments: Sequence[Segment], tokens: int) -> Float32Array:
+    """Behavior log-prob of each token, 0 where no segment covers it. [tokens] float32, nats"""
+    logprobs = np.zeros(tokens, dtype=np.float32)
+    for segment in segments:
+        logprobs[segment.start : segment.stop] = unpack_float32(segment.behavior_logprobs)
+    return logprobs
+
+
+def cuts(segments: Sequence[Segment]) -> list[int]:
+    """Token indexes at which the version changes inside a turn (adjacent segments).
+
+    >>> cuts([Segment(1, 3, Version(4), b""), Segment(3, 5, Version(5), b""), Segment(9, 10, Version(6), b"")])
+    [3]
+    """
+    return [
+        after.start
+        for before, after in pairwise(segments)
+        if before.stop == after.start and before.version != after.version
+    ]
+
+
+def trainable(segments: Sequence[Segment]) -> int:
+    """Number of tokens that some version sampled."""
+    return sum(map(len, segments))
