@@ -1,0 +1,193 @@
+"""The store over HTTP.
+
+PUT  /v1/objects/{blake3}       weights; refused when the bytes are not those of the name
+GET  /v1/objects/{blake3}
+PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 the same again, 409 other weights, 424 no object
+GET  /v1/versions/{number}
+GET  /v1/versions
+PUT  /v1/leases/{holder}        {"lowest": version}
+
+Any of the writes answers 507 when the disk is full.
+"""
+
+import asyncio
+import errno
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated
+
+import msgspec
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from common.logs import logger
+from common.metrics import REGISTRY
+from common.refusal import ExitCode, Refusal
+from common.service import HttpError, Status, application
+from common.snapshots.manifest import Damaged, unseal
+from common.versions import Version
+from services.snapshot_store import metrics
+from services.snapshot_store.catalogue import Catalogue, Conflict
+from services.snapshot_store.storage import DigestMismatch, Storage
+
+Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Path(ge=0)]
+_HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Lease(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of PUT /v1/leases/{holder}."""
+
+    lowest: int
+
+
+async def open_catalogue(storage: Storage) -> Catalogue:
+    """The catalogue over this storage. Raises Refusal when what stands there is damaged."""
+    catalogue = Catalogue(storage)
+    try:
+        await catalogue.open()
+    except Damaged as damage:
+        raise Refusal(
+            f"the snapshot store's folder is damaged: {damage}. Restore that file from a copy, or remove it: a version "
+            f"is given up with its manifest, every holder's claims with the leases",
+            ExitCode.DAMAGED,
+        ) from None
+    return catalogue
+
+
+def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
+    """The store's application; it reads the catalogue when it starts and sweeps while it runs."""
+    catalogue = Catalogue(storage)
+    state = {"open": False}
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await catalogue.open()
+        state["open"] = True
+        _observe(catalogue)
+        sweeping = asyncio.create_task(_sweep(catalogue, sweep_s))
+        yield
+        sweeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await sweeping
+
+    def status() -> Status:
+        versions = list(catalogue.versions)
+        return {
+            "versions": len(versions),
+            "oldest": versions[0] if versions else None,
+            "newest": versions[-1] if versions else None,
+            "bytes": sum(m.object_size for m in catalogue.versions.values()),
+            "leases": catalogue.leases,
+        }
+
+    app = application(
+        "snapshot_store",
+        registry=REGISTRY,
+        ready=lambda: None if state["open"] else "the catalogue",
+        status=status,
+        lifespan=lifespan,
+    )
+    _objects(app, catalogue)
+    _versions(app, catalogue)
+    _leases(app, catalogue)
+
+    @app.exception_handler(OSError)
+    async def full(_request: Request, error: OSError) -> JSONResponse:
+        if error.errno != errno.ENOSPC:
+            raise error
+        body = {"code": "disk_full", "message": "the disk of the snapshot store is full: free some", "retryable": True}
+        return JSONResponse(body, 507)
+
+    return app
+
+
+def _objects(app: FastAPI, catalogue: Catalogue) -> None:
+    @app.put("/v1/objects/{digest}", status_code=201)
+    async def put_object(digest: Digest, request: Request) -> dict[str, int]:
+        try:
+            size = await catalogue.put_object(digest, request.stream())
+        except DigestMismatch as mismatch:
+            metrics.REFUSED.labels("digest_mismatch").inc()
+            raise HttpError(422, "digest_mismatch", str(mismatch), retryable=True) from None
+        metrics.RECEIVED_BYTES.inc(size)
+        return {"size": size}
+
+    @app.get("/v1/objects/{digest}")
+    async def get_object(digest: Digest) -> StreamingResponse:
+        size = await catalogue.object_size(digest)
+        if size is None:
+            raise HttpError(404, "object_missing", f"no object {digest}")
+        return StreamingResponse(_counted(catalogue.object(digest)), media_type="application/octet-stream")
+
+
+def _versions(app: FastAPI, catalogue: Catalogue) -> None:
+    @app.put("/v1/versions/{number}")
+    async def put_version(number: Number, request: Request) -> Response:
+        body = await request.body()
+        try:
+            manifest = unseal(body)
+        except Damaged as damage:
+            metrics.REFUSED.labels("damaged_manifest").inc()
+            raise HttpError(422, "damaged_manifest", str(damage)) from None
+        if manifest.version != number:
+            raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
+        try:
+            new = await catalogue.put_version(manifest, body)
+        except Conflict as conflict:
+            metrics.REFUSED.labels("version_conflict").inc()
+            raise HttpError(409, "version_conflict", str(conflict)) from None
+        except KeyError:
+            metrics.REFUSED.labels("object_missing").inc()
+            raise HttpError(
+                424, "object_missing", f"object {manifest.object} is not here whole: send it first", retryable=True
+            ) from None
+        _observe(catalogue)
+        return Response(status_code=201 if new else 200)
+
+    @app.get("/v1/versions/{number}")
+    async def get_version(number: Number) -> Response:
+        body = await catalogue.body(Version(number))
+        if body is None:
+            raise HttpError(404, "version_missing", f"no version {number}")
+        return Response(body, media_type="application/json")
+
+    @app.get("/v1/versions")
+    async def list_versions() -> dict[str, list[dict[str, int | str]]]:
+        return {"versions": [{"version": v, "digest": m.digest} for v, m in catalogue.versions.items()]}
+
+
+def _leases(app: FastAPI, catalogue: Catalogue) -> None:
+    @app.put("/v1/leases/{holder}")
+    async def put_lease(holder: str, request: Request) -> dict[str, int]:
+        if not _HOLDER.fullmatch(holder):
+            raise HttpError(422, "bad_holder", f"{holder!r} is not a holder's name")
+        try:
+            lease = msgspec.json.decode(await request.body(), type=Lease)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HttpError(422, "bad_lease", str(error)) from None
+        await catalogue.lease(holder, Version(lease.lowest))
+        metrics.OLDEST_NEEDED.set(min(catalogue.leases.values()))
+        return {"lowest": lease.lowest}
+
+
+async def _counted(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        metrics.SENT_BYTES.inc(len(chunk))
+        yield chunk
+
+
+async def _sweep(catalogue: Catalogue, every_s: float) -> None:
+    while True:
+        await asyncio.sleep(every_s)
+        if gone := await catalogue.sweep():
+            metrics.SWEPT_VERSIONS.inc(len(gone))
+            logger().debug("swept", versions=gone)
+            _observe(catalogue)
+
+
+def _observe(catalogue: Catalogue) -> None:
+    manifests = catalogue.versions.values()
+    metrics.VERSIONS.set(len(manifests))
+    metrics.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))

@@ -1,0 +1,130 @@
+"""The store's truth: which versions there are and who still needs them.
+
+    objects/<blake3>             weights, named by their content
+    versions/<number>.json       a sealed manifest, created once, after its object stands
+    leases.json                  holder -> lowest version it may still need
+
+A version exists from the moment its manifest does. Removing takes the manifest first, so that a crash leaves at worst
+an object without a manifest, which the next sweep removes.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from common.snapshots.manifest import Damaged, Manifest, unseal
+from common.versions import Version
+from services.snapshot_store.retention import removable
+from services.snapshot_store.storage import Storage
+
+_NUMBER = re.compile(r"versions/(\d+)\.json")
+
+
+class Conflict(Exception):
+    """The number belongs to other weights."""
+
+
+class Catalogue:
+    """Versions and leases over a Storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._manifests: dict[Version, Manifest] = {}
+        self._leases: dict[str, Version] = {}
+        self._uploading: set[str] = set()
+        self._changing = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Read what stands. Raises Damaged, naming the file, if a manifest or the leases do not hold."""
+        for key in await self._storage.keys("versions/"):
+            if match := _NUMBER.fullmatch(key):
+                body = await self._storage.read(key)
+                assert body is not None
+                self._manifests[Version(int(match[1]))] = _standing(key, Version(int(match[1])), body)
+        if (body := await self._storage.read("leases.json")) is not None:
+            try:
+                leases = msgspec.json.decode(body, type=dict[str, int])
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise Damaged(f"leases.json: {error}") from None
+            self._leases = {holder: Version(lowest) for holder, lowest in leases.items()}
+
+    @property
+    def versions(self) -> dict[Version, Manifest]:
+        """Every version, ascending."""
+        return dict(sorted(self._manifests.items()))
+
+    @property
+    def leases(self) -> dict[str, Version]:
+        """Holder -> lowest version it may still need."""
+        return dict(self._leases)
+
+    async def put_object(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
+        """Store weights under their digest; bytes. Raises DigestMismatch."""
+        self._uploading.add(digest)  # a sweep must not take it for garbage before its manifest comes
+        return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
+
+    async def put_version(self, manifest: Manifest, body: bytes) -> bool:
+        """Make a version exist; False if it already does, equal. Raises Conflict, KeyError (no such object)."""
+        async with self._changing:  # no sweep between looking for the object and standing by it
+            if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
+                raise KeyError(manifest.object)
+            self._uploading.discard(manifest.object)
+            if not await self._storage.create(f"versions/{manifest.version:08d}.json", body):
+                standing = self._manifests[manifest.version]
+                if standing.digest != manifest.digest:
+                    raise Conflict(
+                        f"version {manifest.version} already stands with digest {standing.digest[:16]}, not "
+                        f"{manifest.digest[:16]}: versions never change; take the next number"
+                    )
+                return False
+            self._manifests[manifest.version] = manifest
+            return True
+
+    async def body(self, version: Version) -> bytes | None:
+        """The sealed manifest as stored, or None."""
+        return await self._storage.read(f"versions/{version:08d}.json")
+
+    def object(self, digest: str) -> AsyncIterator[bytes]:
+        """The weights' bytes; raises KeyError."""
+        return self._storage.stream(f"objects/{digest}")
+
+    async def object_size(self, digest: str) -> int | None:
+        """Bytes of an object, or None."""
+        return await self._storage.size(f"objects/{digest}")
+
+    async def lease(self, holder: str, lowest: Version) -> None:
+        """Note what the holder may still need, durably."""
+        async with self._changing:
+            self._leases[holder] = lowest
+            text = msgspec.json.encode(self._leases)
+
+            async def whole() -> AsyncIterator[bytes]:
+                yield text
+
+            await self._storage.put("leases.json", whole())
+
+    async def sweep(self) -> list[Version]:
+        """Remove what no lease needs; the versions removed."""
+        async with self._changing:
+            gone = sorted(removable(self._manifests.keys(), self._leases))
+            for version in gone:
+                await self._storage.delete(f"versions/{version:08d}.json")
+                del self._manifests[version]
+            needed = {f"objects/{m.object}" for m in self._manifests.values()}
+            needed |= {f"objects/{digest}" for digest in self._uploading}
+            for key in await self._storage.keys("objects/"):
+                if key not in needed:
+                    await self._storage.delete(key)
+            return gone
+
+
+def _standing(key: str, version: Version, body: bytes) -> Manifest:
+    try:
+        manifest = unseal(body)
+    except Damaged as damage:
+        raise Damaged(f"version {version} ({key}): {damage}") from None
+    if manifest.version != version:
+        raise Damaged(f"version {version} ({key}): the manifest in it is of version {manifest.version}")
+    return manifest

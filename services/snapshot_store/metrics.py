@@ -1,0 +1,17 @@
+"""What the store reports to Prometheus."""
+
+from prometheus_client import Counter, Gauge
+
+from common.metrics import REGISTRY
+
+VERSIONS = Gauge("palimpsest_store_versions", "Versions in the store", registry=REGISTRY)
+STORED_BYTES = Gauge("palimpsest_store_bytes", "Bytes of weights in the store", registry=REGISTRY)
+OLDEST_NEEDED = Gauge("palimpsest_store_oldest_needed_version", "Lowest version under a lease", registry=REGISTRY)
+RECEIVED_BYTES = Counter("palimpsest_store_received_bytes", "Bytes of weights taken in", registry=REGISTRY)
+SENT_BYTES = Counter("palimpsest_store_sent_bytes", "Bytes of weights given out", registry=REGISTRY)
+SWEPT_VERSIONS = Counter(
+    "palimpsest_store_swept_versions", "Versions removed because no lease needed them", registry=REGISTRY
+)
+REFUSED = Counter(
+    "palimpsest_store_refused", "Writes refused", ["reason"], registry=REGISTRY
+)  # reason: digest_mismatch, version_conflict, damaged_manifest, object_missing

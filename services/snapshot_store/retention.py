@@ -1,0 +1,20 @@
+"""Which versions may go. Pure."""
+
+from collections.abc import Collection, Mapping
+
+from common.versions import Version
+
+
+def removable(versions: Collection[Version], leases: Mapping[str, Version]) -> set[Version]:
+    """Versions below every lease, except the newest. Without any lease nobody has said what is needed: none.
+
+    >>> sorted(removable([Version(v) for v in range(6)], {"learner": Version(4), "replica": Version(3)}))
+    [0, 1, 2]
+    >>> removable([Version(0), Version(1)], {})
+    set()
+    """
+    if not versions or not leases:
+        return set()
+    lowest = min(leases.values())
+    newest = max(versions)
+    return {version for version in versions if version < lowest and version != newest}

@@ -1,0 +1,109 @@
+"""Storage in a folder: keys are relative paths."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from common.files import sync_folder
+from services.snapshot_store.storage import DigestMismatch
+
+CHUNK = 1 << 20
+
+
+class DiskStorage:
+    """See storage.py. Leftovers of an earlier process's unfinished writes are removed at the start."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._written = 0
+        for partial in folder.rglob(".*.partial"):
+            partial.unlink()
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._partial(path)
+        hasher, size = blake3(), 0
+        try:
+            with partial.open("wb") as file:
+                async for chunk in chunks:
+                    hasher.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+                file.flush()
+                await asyncio.to_thread(os.fsync, file.fileno())
+            if digest is not None and hasher.hexdigest() != digest:
+                raise DigestMismatch(f"{size} bytes arrived with digest {hasher.hexdigest()}, announced was {digest}")
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        return size
+
+    async def create(self, key: str, body: bytes) -> bool:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._partial(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(partial, path)  # fails if it exists: unlike rename, a compare-and-set
+            except FileExistsError:
+                return False
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    async def read(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        try:
+            file = self._path(key).open("rb")
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        with file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    async def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    async def keys(self, prefix: str) -> list[str]:
+        return sorted(
+            key
+            for path in self._folder.rglob("*")
+            if path.is_file()
+            and not path.name.endswith(".partial")
+            and (key := str(path.relative_to(self._folder))).startswith(prefix)
+        )
+
+    async def delete(self, key: str) -> None:
+        path = self._path(key)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not all(part and part[0] != "." for part in parts):
+            raise ValueError(f"{key!r} is not a key")
+        return self._folder.joinpath(*parts)
+
+    def _partial(self, path: Path) -> Path:
+        self._written += 1  # two writers of one key must not share a partial file
+        return path.with_name(f".{path.name}.{os.getpid()}.{self._written}.partial")
