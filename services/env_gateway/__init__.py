@@ -1,0 +1,1 @@
+"""The environment gateway: tool environments behind numbered, retry-safe sessions."""

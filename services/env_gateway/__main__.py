@@ -1,0 +1,66 @@
+"""python -m services.env_gateway RUN.toml"""
+
+import os
+from collections.abc import Iterable
+
+from common.config import Invocation
+from common.config.schema import EnvGatewayConfig, RunConfig
+from common.program import service
+from common.service import Stop, serve
+from common.sessions.token import VARIABLE, token
+from services.env_gateway import plugins
+from services.env_gateway.access import refuse_open_door
+from services.env_gateway.app import create_app
+from services.env_gateway.environments import registry
+from services.env_gateway.processes.frames import Blueprint
+from services.env_gateway.processes.pool import Pool
+from services.env_gateway.sessions import Limits, Sessions
+
+WAIT_FOR_PROCESS_S = 2.0
+"""A session waits so long for a free process before it is refused with 429."""
+
+
+def body(invocation: Invocation, stop: Stop) -> None:
+    """Serve until stopped."""
+    config, secret = invocation.config.env_gateway, token(os.environ)
+    refuse_open_door(config.host, secret)
+    os.environ.pop(VARIABLE, None)  # environments are other people's code
+    wanted = plugins.blueprints(config.plugins, taken=registry.built_in())
+    pool = Pool(
+        limit=config.max_processes,
+        wait_s=WAIT_FOR_PROCESS_S,
+        call_limit_s=config.step_limit_s,
+        modules=_modules(invocation.config, wanted.values()),
+    )
+    try:
+        offered = {**registry.built_in(), **registry.reasoning_gym(pool), **plugins.entries(pool, wanted)}
+        plugins.check_tasks(invocation.config.tasks.environments, offered)
+        if any(offered[name].isolated for name in invocation.config.tasks.environments):
+            pool.warm()
+        sessions = Sessions(offered, _limits(config))
+        stop.on_request(sessions.refuse_new)
+        app = create_app(
+            sessions, offered, token=secret, request_limit_bytes=config.request_limit_bytes, on_exit=pool.close
+        )
+        serve(app, config.host, config.port, key="env_gateway", stop=stop)
+    finally:
+        pool.stop()
+
+
+def _limits(config: EnvGatewayConfig) -> Limits:
+    return Limits(
+        max_sessions=config.max_sessions,
+        lease_s=config.lease_s,
+        remember_s=config.remember_s,
+        result_bytes=config.result_limit_bytes,
+    )
+
+
+def _modules(config: RunConfig, plugged_in: Iterable[Blueprint]) -> tuple[str, ...]:
+    """What children find loaded: every plugin, and reasoning-gym (seconds, 100 MB) if the run trains on it."""
+    wanted = any(name.startswith(registry.REASONING_GYM) for name in config.tasks.environments)
+    return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if wanted else []))
+
+
+if __name__ == "__main__":
+    service("env_gateway", body)

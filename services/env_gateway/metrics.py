@@ -1,0 +1,55 @@
+"""What the gateway reports to Prometheus."""
+
+from functools import cache
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from common.metrics import REGISTRY, SECONDS
+
+CREATED = Counter("palimpsest_gateway_sessions_created", "Sessions begun", ["environment"], registry=REGISTRY)
+ENDED = Counter(
+    "palimpsest_gateway_sessions_ended", "Sessions over, by how", ["environment", "status"], registry=REGISTRY
+)
+LIVE = Gauge("palimpsest_gateway_live_sessions", "Sessions running now", ["environment"], registry=REGISTRY)
+STEPS = Counter("palimpsest_gateway_steps", "Steps applied, each once", ["environment"], registry=REGISTRY)
+STEP_SECONDS = Histogram(
+    "palimpsest_gateway_step_seconds", "Time in the environment's step", ["environment"], buckets=SECONDS,
+    registry=REGISTRY,
+)  # fmt: skip
+RESET_SECONDS = Histogram(
+    "palimpsest_gateway_reset_seconds", "Time to begin a session", ["environment"], buckets=SECONDS, registry=REGISTRY
+)
+REPLAYS = Counter(
+    "palimpsest_gateway_replays", "Repeated requests that got the stored reply", ["request"], registry=REGISTRY
+)  # request: create, step
+REFUSED = Counter(
+    "palimpsest_gateway_refused", "Requests refused", ["code"], registry=REGISTRY
+)  # code: capacity, draining, step_conflict, step_gap, gone, unauthorized, ...
+FAILURES = Counter(
+    "palimpsest_gateway_environment_failures", "Sessions an environment failed", ["environment", "code"],
+    registry=REGISTRY,
+)  # fmt: skip
+TOOL_ERRORS = Counter(
+    "palimpsest_gateway_tool_errors", "Tool calls not carried out", ["environment", "cause"], registry=REGISTRY
+)  # cause: malformed, environment
+REWARD = Histogram(
+    "palimpsest_gateway_reward", "Rewards given", ["environment"],
+    buckets=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0), registry=REGISTRY,
+)  # fmt: skip
+
+
+class Of:
+    """One environment's metrics, looked up once."""
+
+    def __init__(self, environment: str) -> None:
+        self.created = CREATED.labels(environment)
+        self.live = LIVE.labels(environment)
+        self.steps = STEPS.labels(environment)
+        self.step_seconds = STEP_SECONDS.labels(environment)
+        self.reset_seconds = RESET_SECONDS.labels(environment)
+        self.malformed = TOOL_ERRORS.labels(environment, "malformed")
+        self.tool_errors = TOOL_ERRORS.labels(environment, "environment")
+        self.reward = REWARD.labels(environment)
+
+
+of = cache(Of)

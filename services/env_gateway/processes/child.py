@@ -1,0 +1,74 @@
+"""What runs in a child: one environment, asked over a socket until the socket closes."""
+
+import inspect
+import random
+import socket
+import sys
+from typing import Any
+
+from services.env_gateway.checks import checked_opening, checked_outcome, checked_score
+from services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
+from services.env_gateway.processes.frames import RUNNING, Answered, Asked, Blueprint, Described, Failed
+from services.env_gateway.worlds import raised
+
+CALLS = ("reset", "step", "finalize", "state_hash")
+
+
+def serve(blueprint: Blueprint, channel: socket.socket) -> None:
+    """Be one session's environment."""
+    asked_lines, answers = channel.makefile("rb"), channel.makefile("wb")
+    channel.sendall(RUNNING)
+    environment: Environment | None = None
+    for line in asked_lines:
+        asked = Asked.model_validate_json(line)
+        try:
+            environment = environment or blueprint.build()
+            answer = _answer(environment, asked)
+        except EnvironmentFailed as failed:
+            answer = Answered(failed=Failed(code="environment_invalid", message=str(failed)))
+        except BaseException as error:
+            answer = Answered(failed=Failed(code="environment_raised", message=str(raised(error))))
+        answers.write(answer.model_dump_json().encode() + b"\n")
+        answers.flush()
+
+
+def describe(blueprint: Blueprint, channel: socket.socket) -> None:
+    """Look at the environment's class and say whether it can be used."""
+    try:
+        described = _described(blueprint.load())
+    except BaseException as error:
+        described = Described(problem=f"{type(error).__name__}: {error}")
+    channel.sendall(described.model_dump_json().encode() + b"\n")
+
+
+def _described(loaded: Any) -> Described:
+    if not inspect.isclass(loaded):
+        return Described(problem="it is not a class")
+    missing = [f"{name}()" for name in CALLS if not callable(getattr(loaded, name, None))]
+    if missing:
+        return Described(problem=f"it has no {', '.join(missing)}")
+    version = getattr(loaded, "version", None)
+    if not isinstance(version, str) or not version:
+        return Described(problem="its `version` is not a text")
+    return Described(version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0])
+
+
+def _answer(environment: Environment, asked: Asked) -> Answered:
+    match asked.call:
+        case "reset":
+            _seed(asked.seed)
+            opening = checked_opening(environment.reset(asked.seed))
+            return Answered(opening=opening, state_hash=str(environment.state_hash()))
+        case "step":
+            assert asked.turn is not None
+            outcome = checked_outcome(environment.step(asked.turn))
+            return Answered(reply=outcome) if isinstance(outcome, Reply) else Answered(score=outcome)
+        case "finalize":
+            return Answered(score=checked_score(environment.finalize()))
+
+
+def _seed(seed: int) -> None:
+    """For environments that use global generators: this process has no other session."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)

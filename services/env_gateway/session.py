@@ -1,0 +1,100 @@
+"""One session's numbers: which step comes next, what was replied to the earlier ones, and how it ended.
+
+Invariant: replies have been given to steps 0 to next_step - 1; while the session runs all are kept, afterwards the last
+one. The status leaves `running` once.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from common.service import HttpError
+from common.sessions.wire import CreateSession, SessionState, Status, Step
+from services.env_gateway.worlds import World
+
+
+@dataclass(slots=True)
+class Session:
+    """A live session, or what is remembered of an ended one."""
+
+    id: str
+    wanted: CreateSession
+    key: str | None
+    """The Idempotency-Key it was created with."""
+    lease_until: float
+    on_end: Callable[["Session"], None]
+    """Called once, when it ends."""
+    world: World | None = None
+    """Where the environment runs, while it does."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    opened: bytes | None = None
+    """The reply to its creation, once there is one; forgotten at the end."""
+    next_step: int = 0
+    status: Status = Status.RUNNING
+    ending: Step | None = None
+    """How it ended; its number is that of the step that ended it, else the next step's."""
+    _replies: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+
+    def stored(self, number: int, action: bytes) -> bytes | None:
+        """The reply to a step taken before; None if this one comes next. Raises HttpError (409, 410).
+
+        A step is known by its number and its action: the same again gets the same reply, another one is a conflict.
+        """
+        if number < self.next_step:
+            if number not in self._replies:
+                raise self.gone()
+            known, reply = self._replies[number]
+            if known != action:
+                raise HttpError(
+                    409, "step_conflict", f"step {number} was taken with another action", next_step=self.next_step
+                )
+            return reply
+        if self.status.is_terminal:
+            raise self.gone()
+        if number > self.next_step:
+            raise HttpError(
+                409, "step_gap", f"step {number} leaves out step {self.next_step}", next_step=self.next_step
+            )
+        return None
+
+    def replied(self, action: bytes, step: Step) -> bytes:
+        """Note the reply to the next step, and the session's end if it is one. Gives the reply's bytes."""
+        reply = step.model_dump_json().encode()
+        self._replies[self.next_step] = action, reply
+        self.next_step += 1
+        if step.status.is_terminal:
+            self.end(step)
+        return reply
+
+    def end(self, ending: Step) -> None:
+        """Leave `running` for good: let go of the environment, keep the last reply and the ending."""
+        assert self.ending is None, "a session ends once"
+        self.status, self.ending, self.opened = ending.status, ending, None
+        self._replies = {number: reply for number, reply in self._replies.items() if number == self.next_step - 1}
+        if self.world is not None:
+            self.world.close()
+            self.world = None
+        self.on_end(self)
+
+    def end_without_reward(self, status: Status) -> None:
+        """End where it stands, as expired or cancelled."""
+        self.end(Step(step=self.next_step, status=status))
+
+    def gone(self) -> HttpError:
+        """What is answered to a step that can be neither taken nor replayed."""
+        return HttpError(410, "gone", f"the session is over: {self.status}")
+
+    def state(self, now: float) -> SessionState:
+        """What is known of it."""
+        ending = self.ending
+        return SessionState(
+            session_id=self.id,
+            environment=self.wanted.environment,
+            status=self.status,
+            next_step=self.next_step,
+            lease_expires_in_s=None if ending else max(0.0, self.lease_until - now),
+            reward=ending.reward if ending else None,
+            reward_parts=ending.reward_parts if ending else {},
+            success=ending.success if ending else None,
+            error=ending.error if ending else None,
+        )

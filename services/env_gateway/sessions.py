@@ -1,0 +1,239 @@
+"""The life of a session: begin, step, finalize, expire, drain.
+
+A reward is only ever what an environment returned and `checks` let through; whatever goes wrong leaves it null.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from common.service import HttpError
+from common.sessions import wire
+from common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
+from services.env_gateway import metrics, replies
+from services.env_gateway.environments.port import EnvironmentFailed, Reply
+from services.env_gateway.environments.registry import Entry, Registry
+from services.env_gateway.ledger import Ledger
+from services.env_gateway.session import Session
+from services.env_gateway.tool_calls import turn
+from services.env_gateway.worlds import NoRoom
+
+REMEMBERED_PER_SESSION = 8
+"""So many ended sessions are remembered for each that may be live."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The numbers of the run that sessions keep to."""
+
+    max_sessions: int
+    lease_s: float
+    remember_s: float
+    result_bytes: int
+
+
+class Sessions:
+    """Begins, advances and ends sessions."""
+
+    def __init__(self, registry: Registry, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._registry, self._limits, self._clock = registry, limits, clock
+        self._ledger = Ledger(remember=REMEMBERED_PER_SESSION * limits.max_sessions, remember_s=limits.remember_s)
+        self._draining = False
+
+    async def create(self, wanted: CreateSession, key: str | None) -> bytes:
+        """Begin a session, or give the one that this key began. Raises HttpError (404, 409, 410, 429, 502, 503)."""
+        if earlier := self._ledger.of_key(key):
+            return await self._again(earlier, wanted)
+        entry = self._registry.get(wanted.environment)
+        if entry is None:
+            raise HttpError(404, "unknown_environment", f"no environment {wanted.environment!r}; GET /v1/envs has all")
+        if self._draining:
+            raise _draining()
+        if len(self._ledger) >= self._limits.max_sessions:
+            raise HttpError(429, "capacity", f"{len(self._ledger)} sessions are live already", retryable=True)
+        session = Session(
+            id=secrets.token_hex(16), wanted=wanted, key=key, lease_until=self._renewed(), on_end=self._has_ended
+        )
+        self._ledger.add(session)
+        async with session.lock:
+            try:
+                return await self._begin(session, entry)
+            finally:
+                if session.opened is None:
+                    if session.world is not None:
+                        session.world.close()
+                    self._ledger.never_began(session)
+
+    async def step(self, session_id: str, taken: TakeStep) -> bytes:
+        """Take a step once, however often it is asked for. Raises HttpError (404, 409, 410)."""
+        session = self._find(session_id)
+        action = taken.action.model_dump_json().encode()
+        async with session.lock:
+            self._expire_if_due(session)
+            stored = session.stored(taken.step, action)
+            if stored is not None:
+                metrics.REPLAYS.labels("step").inc()
+                return stored
+            return session.replied(action, await self._step(session, taken))
+
+    async def finalize(self, session_id: str) -> bytes:
+        """End the session and have what there is scored; the same answer every time. Raises HttpError (404, 410)."""
+        session = self._find(session_id)
+        async with session.lock:
+            self._expire_if_due(session)
+            if session.ending is None:
+                session.end(await self._score(session))
+            assert session.ending is not None
+            return session.ending.model_dump_json().encode()
+
+    def heartbeat(self, session_id: str) -> Lease:
+        """Renew the lease. Raises HttpError (404, 410)."""
+        session = self._find(session_id)
+        self._expire_if_idle(session)
+        if session.ending is not None:
+            raise session.gone()
+        session.lease_until = self._renewed()
+        return Lease(lease_expires_in_s=self._limits.lease_s)
+
+    def state(self, session_id: str) -> SessionState:
+        """What is known of a session. Raises HttpError (404)."""
+        session = self._find(session_id)
+        self._expire_if_idle(session)
+        return session.state(self._clock())
+
+    def close(self, session_id: str) -> None:
+        """End the session at once if it runs, even during a step."""
+        session = self._ledger.find(session_id)
+        if session is not None and session.ending is None:
+            session.end_without_reward(Status.CANCELLED)
+
+    def sweep(self) -> None:
+        """Expire what was not heard of for a lease, forget what ended long ago."""
+        for session in self._ledger.live:
+            self._expire_if_idle(session)
+        self._ledger.forget(self._clock())
+
+    def refuse_new(self) -> None:
+        """From here on no session begins. May be called from a signal handler."""
+        self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether new sessions are refused."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Refuse new sessions and expire those that are left; their reward stays null."""
+        self.refuse_new()
+        for session in self._ledger.live:
+            if session.opened is not None:
+                session.end_without_reward(Status.EXPIRED)
+            elif session.world is not None:
+                session.world.close()
+
+    def status(self) -> dict[str, Any]:
+        """What /v1/status says of sessions."""
+        return {"draining": self._draining, **self._ledger.status()}
+
+    async def _again(self, session: Session, wanted: CreateSession) -> bytes:
+        """A creation that was asked for before, and may still be under way."""
+        if session.wanted != wanted:
+            raise HttpError(409, "key_conflict", "this Idempotency-Key began another session")
+        async with session.lock:
+            pass
+        if session.opened is not None:
+            metrics.REPLAYS.labels("create").inc()
+            return session.opened
+        if session.ending is not None:
+            raise session.gone()
+        return await self.create(wanted, session.key)  # that one never began
+
+    async def _begin(self, session: Session, entry: Entry) -> bytes:
+        began = self._clock()
+        try:
+            session.world = await entry.open()
+            opening, state_hash = await session.world.reset(session.wanted.seed)
+        except NoRoom as full:
+            raise HttpError(429, "capacity", str(full), retryable=True) from None
+        except EnvironmentFailed as failure:
+            if self._draining:
+                raise _draining() from None
+            metrics.FAILURES.labels(entry.name, failure.code).inc()
+            raise HttpError(502, failure.code, str(failure)) from None
+        if self._draining:
+            raise _draining()
+        metrics.of(entry.name).reset_seconds.observe(self._clock() - began)
+        self._ledger.begun(session)
+        session.lease_until = self._renewed()
+        reply = wire.Session(
+            session_id=session.id,
+            lease_expires_in_s=self._limits.lease_s,
+            messages=opening.messages,
+            tools=opening.tools,
+            next_step=session.next_step,
+            initial_state_hash=state_hash,
+            environment_version=entry.version,
+        )
+        session.opened = reply.model_dump_json().encode()
+        return session.opened
+
+    async def _step(self, session: Session, taken: TakeStep) -> Step:
+        """Hand the step to the environment; whatever comes of it is a reply."""
+        assert session.world is not None, "a live session has a world"
+        counted, began, read = metrics.of(session.wanted.environment), self._clock(), turn(taken.action)
+        try:
+            outcome = await session.world.step(read)
+            if isinstance(outcome, Reply):
+                step = replies.continued(taken.step, read, outcome, limit_bytes=self._limits.result_bytes)
+                counted.malformed.inc(len(read.attempts) - len(read.calls))
+                counted.tool_errors.inc(outcome.tool_errors)
+            else:
+                step = replies.scored(taken.step, Status.TERMINATED, outcome)
+        except EnvironmentFailed as failure:
+            step = replies.failed(taken.step, failure)
+        if session.ending is not None:  # closed during the step
+            raise session.gone()
+        now = self._clock()
+        counted.step_seconds.observe(now - began)
+        counted.steps.inc()
+        session.lease_until = now + self._limits.lease_s
+        return step
+
+    async def _score(self, session: Session) -> Step:
+        assert session.world is not None, "a live session has a world"
+        try:
+            score = await session.world.finalize()
+            ending = replies.scored(session.next_step, Status.TRUNCATED, score)
+        except EnvironmentFailed as failure:
+            ending = replies.failed(session.next_step, failure)
+        if session.ending is not None:  # closed during the call
+            raise session.gone()
+        return ending
+
+    def _find(self, session_id: str) -> Session:
+        session = self._ledger.find(session_id)
+        if session is None:
+            raise HttpError(404, "unknown_session", "no such session, or it ended long ago")
+        return session
+
+    def _has_ended(self, session: Session) -> None:
+        self._ledger.ended(session, self._clock())
+
+    def _renewed(self) -> float:
+        return self._clock() + self._limits.lease_s
+
+    def _expire_if_due(self, session: Session) -> None:
+        """Call it with the session's lock."""
+        if session.ending is None and session.lease_until <= self._clock():
+            session.end_without_reward(Status.EXPIRED)
+
+    def _expire_if_idle(self, session: Session) -> None:
+        """A session that is busy with a step is alive, however long ago it was heard of."""
+        if not session.lock.locked():
+            self._expire_if_due(session)
+
+
+def _draining() -> HttpError:
+    return HttpError(503, "draining", "this gateway is stopping; it begins no more sessions", retryable=True)
