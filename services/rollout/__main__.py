@@ -1,0 +1,89 @@
+"""python -m services.rollout RUN.toml"""
+
+import asyncio
+
+from common.bus.open import open_bus
+from common.config import Invocation
+from common.config.schema import RunConfig, ScriptedEngineConfig
+from common.metrics import REGISTRY
+from common.program import service
+from common.service import Server, Stop, application
+from common.sessions.client import SessionClient
+from common.snapshots.client import SnapshotClient
+from services.rollout.dialogue import Dialogue
+from services.rollout.engine import Engine
+from services.rollout.trajectories import Sampler, Tally
+from services.rollout.weights import Weights
+from services.rollout.worker import Worker
+
+FIRST_CANARY_TOKENS = 64
+"""The learner's first version comes with a random sequence of this length."""
+ENVIRONMENT_MARGIN_S = 30.0
+"""The client waits so much longer than the gateway lets a step take."""
+
+
+def body(invocation: Invocation, stop: Stop) -> None:
+    """Work until the run ends or the process is asked to stop."""
+    asyncio.run(_work(invocation.config, stop))
+
+
+async def _work(config: RunConfig, stop: Stop) -> None:
+    rollout = config.rollout
+    dialogue = Dialogue.load(config.model.path, dict(config.model.chat_template_options))
+    engine = _engine(config, dialogue)
+    bus = open_bus(config)
+    sessions = SessionClient(
+        config.gateway_url,
+        timeout_s=config.env_gateway.step_limit_s + ENVIRONMENT_MARGIN_S,
+        connections=rollout.max_live,
+    )
+    async with sessions:
+        with SnapshotClient(config.store_url) as store:
+            weights = Weights(
+                engine,
+                store,
+                config.run.home / "cache" / rollout.worker,
+                tolerance=rollout.canary_tolerance,
+                report=lambda applied: worker.applied(applied),
+            )
+            sampler = Sampler(rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.trusted)
+            worker = Worker(
+                run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
+                max_live=rollout.max_live,
+            )  # fmt: skip
+            loop = asyncio.get_running_loop()
+
+            def leave() -> None:
+                loop.call_soon_threadsafe(worker.stop)
+
+            stop.on_request(leave)
+            app = application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status)
+            with Server(app, rollout.host, rollout.port, key="rollout"):
+                try:
+                    await engine.start()
+                    if not stop.requested:
+                        await worker.work()
+                finally:
+                    await engine.close()
+                    bus.close()
+
+
+def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:
+    chosen = config.rollout.engine
+    if isinstance(chosen, ScriptedEngineConfig):
+        from services.rollout.engine_scripted import ScriptedEngine
+
+        return ScriptedEngine(chosen, encode=dialogue.encode)
+    from services.rollout.engine_vllm import VllmEngine
+
+    return VllmEngine(
+        chosen,
+        model=config.model.path,
+        max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # and one to end scoring with
+        max_live=config.rollout.max_live,
+        seed=config.run.seed,
+    )
+
+
+if __name__ == "__main__":
+    service("rollout", body)

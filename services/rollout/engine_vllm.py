@@ -1,0 +1,192 @@
+"""vLLM in the worker's process (AsyncLLM): pause, spans per version and weight transfer together.
+
+The one file, with vllm_plugin.py, that imports vLLM.
+"""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.config.schema import VllmEngineConfig
+from common.logs import logger
+from common.refusal import ExitCode, Refusal
+from common.versions import Version
+from services.rollout.engine import EngineFailed, Sampled, Span, StoredWeights
+from services.rollout.vllm_plugin import NAME
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+TIME_LIMIT_S = 120.0
+"""Pause, load and resume each end within this, or the engine counts as gone."""
+_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Named by its class, because by its short name the CPU build would put a second process in its place, which only
+spins for the first one: half the tokens a second and 20 s more to start (docs/decisions/0003)."""
+
+
+class VllmEngine:
+    """See engine.py."""
+
+    def __init__(self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int) -> None:
+        self._config, self._model = config, model
+        self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
+        self._llm: AsyncLLM | None = None
+        self._scored = 0
+
+    async def start(self) -> None:
+        on_cpu = _set_environment(self._config)
+        try:
+            from vllm.config import WeightTransferConfig
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise Refusal(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
+        machine: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(self._config.kv_cache_gib * 2**30), "distributed_executor_backend": _EXECUTOR}
+            if on_cpu
+            else {"gpu_memory_utilization": self._config.gpu_memory_utilization}
+        )
+        arguments = AsyncEngineArgs(
+            model=self._model,
+            dtype="bfloat16",
+            skip_tokenizer_init=True,  # tokens in, tokens out
+            max_model_len=self._max_tokens,
+            max_num_seqs=self._max_live,
+            max_num_batched_tokens=max(self._config.max_concurrent_tokens, self._max_tokens),
+            tensor_parallel_size=self._config.tensor_parallel,
+            enforce_eager=not self._config.compile,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=NAME),
+            disable_log_stats=True,
+            seed=self._seed,
+            generation_config="vllm",  # the model folder's own sampling defaults (top_p, top_k) must not creep in
+            **machine,
+        )
+        try:
+            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            await self._started.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        except Exception as error:
+            raise Refusal(f"vLLM cannot serve the model {self._model}: {_first_line(error)}") from error
+        # the first request compiles what vLLM leaves to then: better here than while others wait
+        await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
+
+    async def generate(
+        self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
+    ) -> Sampled:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            logprobs=0,  # of the sampled token only
+            max_tokens=max_tokens,
+            stop_token_ids=list(stop),
+            ignore_eos=True,  # stop tokens say where a message ends
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = (await self._final(prompt, sampling, request)).outputs[0]
+        tokens = tuple(output.token_ids)
+        return Sampled(
+            tokens,
+            tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
+            tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
+            stopped=output.finish_reason == "stop",
+        )
+
+    async def pause(self) -> None:
+        await self._within("pause", self._started.pause_generation(mode="keep", clear_cache=False))
+
+    async def load(self, weights: StoredWeights) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._started
+        entries = [
+            {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "size": e.size} for e in weights.manifest.tensors
+        ]
+        update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
+        await self._within("start of the weight update", llm.start_weight_update())
+        await self._within("weight update", llm.update_weights(update))
+        await self._within("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        # keys and values of the old weights are worth nothing under the new ones: running requests start over
+        await self._within("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
+
+    async def resume(self) -> None:
+        await self._within("resume", self._started.resume_generation())
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._scored += 1
+        sampling = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._within("scoring", self._final(tokens, sampling, f"score-{self._scored}"))
+        return [by_token[token].logprob for token, by_token in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+    async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
+        last = None
+        try:
+            async for output in self._started.generate({"prompt_token_ids": list(prompt)}, sampling, request):
+                last = output
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise EngineFailed(f"request {request}: {_first_line(error)}") from error
+        if last is None or not last.finished:
+            raise EngineFailed(f"request {request}: the engine ended it without a result")
+        return last
+
+    async def _within(self, what: str, step: Any) -> Any:
+        try:
+            async with asyncio.timeout(TIME_LIMIT_S):
+                return await step
+        except TimeoutError:
+            raise EngineFailed(f"{what}: the engine did not answer in {TIME_LIMIT_S:.0f} s") from None
+        except EngineFailed:
+            raise
+        except Exception as error:
+            raise EngineFailed(f"{what}: {_first_line(error)}") from error
+
+    @property
+    def _started(self) -> "AsyncLLM":
+        if self._llm is None:
+            raise EngineFailed("the engine is not running")
+        return self._llm
+
+
+def _version(label: str) -> Version:
+    """The version of a span; tokens from before the first update belong to no published version."""
+    return Version(int(label)) if label.isdigit() else Version(-1)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def _set_environment(config: VllmEngineConfig) -> bool:
+    """vLLM reads its settings from the environment; must happen before its import. Whether this is the CPU build."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    logger().debug("no GPU: vLLM's CPU engine", threads=config.threads)
+    return True

@@ -1,0 +1,34 @@
+"""What a worker reports to Prometheus."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from common.metrics import REGISTRY, SECONDS
+
+TOKENS = Counter("palimpsest_rollout_sampled_tokens", "Tokens sampled", registry=REGISTRY)
+TRAJECTORIES = Counter(
+    "palimpsest_rollout_trajectories", "Trajectories that ended, by how", ["end"], registry=REGISTRY
+)  # end: terminated, truncated, or a drop reason
+LIVE = Gauge("palimpsest_rollout_live_trajectories", "Trajectories in flight", registry=REGISTRY)
+VERSION = Gauge("palimpsest_rollout_version", "Version the engine holds", registry=REGISTRY)
+UPDATES = Counter(
+    "palimpsest_rollout_updates", "Versions taken on or refused", ["outcome"], registry=REGISTRY
+)  # outcome: accepted, refused
+PAUSE_SECONDS = Histogram(
+    "palimpsest_rollout_update_pause_seconds",
+    "Generation stood still for an update",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+FETCH_SECONDS = Histogram(
+    "palimpsest_rollout_fetch_seconds", "Getting a version from the store", buckets=SECONDS, registry=REGISTRY
+)
+CANARY_ERROR = Gauge(
+    "palimpsest_rollout_canary_error_nats", "Mean |engine - learner| over the last canary", registry=REGISTRY
+)
+ENVIRONMENT_SECONDS = Histogram(
+    "palimpsest_rollout_environment_seconds", "Waiting for the gateway, per call", buckets=SECONDS, registry=REGISTRY
+)
+ATTEMPTS_FAILED = Counter(
+    "palimpsest_rollout_failed_attempts", "Sessions that failed, by code", ["code"], registry=REGISTRY
+)
+IDLE_SECONDS = Counter("palimpsest_rollout_idle_seconds", "Seconds without any trajectory in flight", registry=REGISTRY)

@@ -1,0 +1,147 @@
+"""One trajectory from its session's start to its record: sample, act, read the answer, again."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from common import faults
+from common.logs import logger
+from common.messages import DropReason, Ending, GroupOffered, TrajectoryDropped, TrajectoryFinished, trajectory_id
+from common.sessions.client import SessionClient, SessionFailed
+from common.sessions.wire import CreateSession, Session, Status, Step
+from common.versions import Version
+from services.rollout import metrics
+from services.rollout.assembly import Assembly
+from services.rollout.dialogue import Dialogue
+from services.rollout.engine import Engine, EngineFailed, Sampled
+
+Ended = TrajectoryFinished | TrajectoryDropped
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker's trajectories add up to."""
+
+    sampled_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What every trajectory of a worker uses."""
+
+    worker: str
+    engine: Engine
+    sessions: SessionClient
+    dialogue: Dialogue
+    attempts: int
+    tally: Tally
+    trusted: Callable[[Version], Awaitable[None]]
+    """Returns once the engine is known to compute this version rightly."""
+
+    async def sample(self, group: GroupOffered, sample: int) -> Ended:
+        """One trajectory of the group, whatever it takes; a failed session is tried again afresh."""
+        name = trajectory_id(group.group, sample)
+        failure = ""
+        for attempt in range(self.attempts):
+            try:
+                return await self._attempt(group, name, attempt)
+            except SessionFailed as error:
+                metrics.ATTEMPTS_FAILED.labels(error.code).inc()
+                logger().warning("session failed", trajectory=name, attempt=attempt, error=str(error))
+                failure = str(error)
+            except _Unusable as error:
+                return self._dropped(group, name, error.reason, str(error))
+            except EngineFailed as error:
+                return self._dropped(group, name, DropReason.ENGINE_FAILED, str(error))
+        return self._dropped(group, name, DropReason.ENVIRONMENT_FAILED, failure)
+
+    async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
+        wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
+        key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
+        session = await _timed(self.sessions.create(wanted, idempotency_key=key))
+        assembly = Assembly(self.dialogue.begin(session.messages, session.tools))
+        step = await self._dialogue(group, f"{name}#{attempt}", session, assembly)
+        faults.reach("rollout.before_publish")
+        return self._finished(group, name, attempt, session, assembly, step)
+
+    async def _dialogue(self, group: GroupOffered, request: str, session: Session, assembly: Assembly) -> Step:
+        """Turn after turn until the environment, or a limit, ends it."""
+        sampling, number = group.sampling, session.next_step
+        while True:
+            room = min(sampling.max_turn_tokens, sampling.max_trajectory_tokens - len(assembly.tokens))
+            if room < 1 and not assembly.turns:
+                raise _Unusable(
+                    DropReason.PROMPT_TOO_LONG,
+                    f"the first observation is {len(assembly.tokens)} tokens long, "
+                    f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
+                )
+            if room < 1 or assembly.turns == sampling.max_turns:
+                return await _timed(self.sessions.finalize(session.session_id))
+            sampled = await self._message(f"{request}.{assembly.turns}", group, assembly, room)
+            step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
+            if step.status.is_terminal:
+                return step
+            assembly.add_environment(self.dialogue.between(step.messages, after_stop=sampled.stopped))
+            number = step.step + 1
+
+    async def _message(self, request: str, group: GroupOffered, assembly: Assembly, room: int) -> Sampled:
+        sampled = await self.engine.generate(
+            assembly.tokens,
+            request=request,
+            temperature=group.sampling.temperature,
+            max_tokens=room,
+            stop=self.dialogue.stop_tokens,
+        )
+        assembly.add_sampled(sampled)
+        metrics.TOKENS.inc(len(sampled.tokens))
+        self.tally.sampled_tokens += len(sampled.tokens)
+        await self.trusted(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
+        return sampled
+
+    def _finished(
+        self, group: GroupOffered, name: str, attempt: int, session: Session, assembly: Assembly, step: Step
+    ) -> Ended:
+        if step.reward is None or step.success is None:
+            what = step.error.message if step.error else f"the session ended as {step.status} without a reward"
+            raise SessionFailed(step.error.code if step.error else step.status.value, what)
+        ending = Ending.TERMINATED if step.status is Status.TERMINATED else Ending.TRUNCATED
+        metrics.TRAJECTORIES.labels(ending.value).inc()
+        return TrajectoryFinished(
+            run=group.run,
+            trajectory=name,
+            group=group.group,
+            attempt=attempt,
+            worker=self.worker,
+            environment=group.environment,
+            environment_version=session.environment_version,
+            tokens=assembly.packed(),
+            segments=assembly.segments,
+            temperature=group.sampling.temperature,
+            reward=step.reward,
+            reward_parts=step.reward_parts,
+            success=step.success,
+            ending=ending,
+            turns=assembly.turns,
+        )
+
+    def _dropped(self, group: GroupOffered, name: str, reason: DropReason, detail: str) -> TrajectoryDropped:
+        metrics.TRAJECTORIES.labels(reason.value).inc()
+        logger().warning("dropped", trajectory=name, reason=reason.value, detail=detail)
+        return TrajectoryDropped(
+            run=group.run, trajectory=name, group=group.group, worker=self.worker, reason=reason, detail=detail
+        )
+
+
+class _Unusable(Exception):
+    """The trajectory cannot be sampled, however often it is tried."""
+
+    def __init__(self, reason: DropReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+async def _timed(call: Awaitable[T]) -> T:
+    with metrics.ENVIRONMENT_SECONDS.time():
+        return await call

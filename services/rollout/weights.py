@@ -1,0 +1,141 @@
+"""Taking on new versions while trajectories live: fetch, pause, load, resume, verify.
+
+The learner never waits for this. A version is fetched and checked against its digests while sampling goes on; only
+loading stands in the way of it. What the engine samples afterwards stays in the worker until the canaries have shown
+that the engine computes what the learner published (canary.py). A version that fails is refused, and nothing it sampled
+is ever published.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common.files import whole
+from common.logs import logger
+from common.refusal import ExitCode, Refusal
+from common.snapshots.client import SnapshotClient, VersionMissing
+from common.snapshots.manifest import Damaged, Manifest
+from common.versions import Version
+from services.rollout import metrics
+from services.rollout.canary import judge
+from services.rollout.engine import Engine, StoredWeights
+
+
+class Applied:
+    """What came of an update."""
+
+    def __init__(self, manifest: Manifest, *, accepted: bool, canary_error: float, pause_s: float) -> None:
+        self.manifest, self.accepted = manifest, accepted
+        self.canary_error, self.pause_s = canary_error, pause_s
+
+
+class Weights:
+    """Keeps an engine at the newest version announced."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: SnapshotClient,
+        folder: Path,
+        *,
+        tolerance: float,
+        report: Callable[[Applied], None],
+    ) -> None:
+        self._engine, self._store, self._folder = engine, store, folder
+        self._tolerance, self._report = tolerance, report
+        self._announced = asyncio.Event()
+        self._newest = Version(-1)
+        self._change = asyncio.Condition()
+        self.verified = Version(-1)
+        """Newest version the engine is known to compute rightly; -1 before the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():
+            left.unlink()
+
+    def announce(self, version: Version) -> None:
+        """A version stands in the store."""
+        if version > self._newest:
+            self._newest = version
+            self._announced.set()
+
+    async def trusted(self, version: Version) -> None:
+        """Wait until the version is verified."""
+        async with self._change:
+            await self._change.wait_for(lambda: self.verified >= version)
+
+    async def first(self) -> None:
+        """Wait until there is any version to sample with."""
+        await self.trusted(Version(0))
+
+    async def keep_up(self) -> None:
+        """Apply what is announced, newest first, for ever. Raises Refusal when a version is refused."""
+        while True:
+            await self._announced.wait()
+            self._announced.clear()
+            wanted = self._newest
+            if wanted <= self.verified:
+                continue
+            weights = await self._fetch(wanted)
+            if weights is not None:
+                await self._apply(weights)
+                weights.path.unlink()
+
+    async def _fetch(self, version: Version) -> StoredWeights | None:
+        path = self._folder / f"{version}.raw"
+        try:
+            with metrics.FETCH_SECONDS.time():
+                manifest = await asyncio.to_thread(self._download, version, path)
+        except VersionMissing as missing:
+            # swept because a newer one stands: its announcement is on the way
+            logger().info("version skipped", version=version, reason=str(missing))
+            return None
+        except Damaged as damage:
+            raise Refusal(
+                f"the snapshot store gave damaged weights: {damage}. The store's disk or its contents need looking "
+                f"at; this worker serves nothing it cannot verify",
+                ExitCode.DAMAGED,
+            ) from None
+        return StoredWeights(manifest, path)
+
+    def _download(self, version: Version, path: Path) -> Manifest:
+        manifest = self._store.manifest(version)
+        with whole(path) as file:
+            for part in _bytes(self._store, manifest):
+                file.write(part)
+        return manifest
+
+    async def _apply(self, weights: StoredWeights) -> None:
+        manifest = weights.manifest
+        started = time.monotonic()
+        await self._engine.pause()
+        await self._engine.load(weights)
+        await self._engine.resume()
+        pause_s = time.monotonic() - started
+        metrics.PAUSE_SECONDS.observe(pause_s)
+        scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))
+        verdict = judge(scores, manifest.canaries, tolerance=self._tolerance)
+        metrics.CANARY_ERROR.set(verdict.error)
+        metrics.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()
+        self._report(Applied(manifest, accepted=verdict.accepted, canary_error=verdict.error, pause_s=pause_s))
+        if not verdict.accepted:
+            raise Refusal(f"version {manifest.version} is refused: {verdict.reason()}", ExitCode.CANARY)
+        metrics.VERSION.set(manifest.version)
+        async with self._change:
+            self.verified = manifest.version
+            self._change.notify_all()
+        logger().info(
+            "version",
+            version=manifest.version,
+            pause_ms=round(1e3 * pause_s, 1),
+            canary=round(verdict.error, 5),
+            leaning=round(verdict.leaning, 1),
+        )
+
+
+def _bytes(store: SnapshotClient, manifest: Manifest) -> Iterator[bytes]:
+    names = [entry.name for entry in manifest.tensors]
+    for name, tensor in zip(names, store.tensors(manifest), strict=True):
+        if tensor.name != name:
+            raise Damaged(f"version {manifest.version}: tensor {tensor.name} stands where {name} should")
+        yield tensor.raw.tobytes()
