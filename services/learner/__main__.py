@@ -1,0 +1,50 @@
+"""torchrun --standalone -m services.learner RUN.toml"""
+
+from common.config import Invocation
+from common.program import service
+from common.service import Stop
+from common.snapshots.client import SnapshotClient
+
+
+def body(invocation: Invocation, stop: Stop) -> None:
+    """Train until the run's versions are done or the process is asked to stop."""
+    # torch arrives here: `--check` and a mistake in the run file need not wait for it
+    import torch
+
+    from services.learner import metrics
+    from services.learner.lead import lead
+    from services.learner.loop import Order, follow
+    from services.learner.model import Trainee, load_model
+    from services.learner.old.snapshot import SnapshotSource
+    from services.learner.ranks import Ranks
+    from services.learner.step import Trained, train
+
+    config = invocation.config
+    torch.set_num_threads(config.learner.threads)
+    torch.manual_seed(config.run.seed)
+    ranks = Ranks()
+    model = load_model(config.model.path, ranks.device, config.model.attention)
+    trainee = Trainee(model, config.learner.optimizer)
+    with SnapshotClient(config.store_url, compression=config.snapshot_store.compression) as store:
+        source = SnapshotSource(model, store, ranks.device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc())
+
+        def compute(order: Order) -> Trained:
+            return train(
+                trainee,
+                source,
+                ranks,
+                order.minibatches,
+                order.version,
+                config=config.learner.loss,
+                micro_batch_tokens=config.learner.micro_batch_tokens,
+            )
+
+        if ranks.leads:
+            lead(config, stop, store, trainee, compute, ranks)
+        else:
+            follow(trainee, compute, ranks)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    service("learner", body)

@@ -1,0 +1,108 @@
+"""From trajectories to the arrays a forward pass takes. Pure.
+
+The layout (which rows together, padded to what length) follows from the trajectories alone, so that a pass can be
+repeated bit for bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.arrays import Float32Array, Int32Array
+from common.versions import UNTRAINABLE, Version
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """A trajectory ready for training. Arrays are [tokens]; index t speaks of token t."""
+
+    trajectory: str
+    tokens: Int32Array
+    versions: Int32Array
+    """UNTRAINABLE where no segment covers the token."""
+    behavior: Float32Array
+    """nats; 0 where untrainable."""
+    temperature: float
+    advantage: float
+    reward: float
+    success: bool
+
+    @property
+    def trainable(self) -> int:
+        """Tokens that count in the loss."""
+        return int((self.versions != UNTRAINABLE).sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Padded:
+    """Rows of one forward pass, padded on the right. Arrays are [rows, longest]."""
+
+    rows: tuple[Row, ...]
+    tokens: NDArray[np.int64]
+    versions: Int32Array
+    behavior: Float32Array
+    advantages: Float32Array
+    temperatures: Float32Array
+    """[rows, 1]"""
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Trainable tokens."""
+        covered: NDArray[np.bool_] = self.versions != UNTRAINABLE
+        return covered
+
+
+def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
+    """Rows of similar length together, each list within max_tokens once padded (a longer row stands alone).
+
+    Sorted by length, then id: the same rows give the same lists in whatever order they come.
+    """
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (len(row.tokens), row.trajectory)):
+        # ascending lengths: the newest row is the longest, so it sets the padded length
+        if batches and (len(batches[-1]) + 1) * len(row.tokens) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def pad(rows: Sequence[Row]) -> Padded:
+    """The rows as rectangular arrays. Padding is token 0 and untrainable."""
+    longest = max(len(row.tokens) for row in rows)
+    shape = (len(rows), longest)
+    tokens = np.zeros(shape, dtype=np.int64)
+    versions = np.full(shape, UNTRAINABLE, dtype=np.int32)
+    behavior = np.zeros(shape, dtype=np.float32)
+    for i, row in enumerate(rows):
+        length = len(row.tokens)
+        tokens[i, :length] = row.tokens
+        versions[i, :length] = row.versions
+        behavior[i, :length] = row.behavior
+    return Padded(
+        rows=tuple(rows),
+        tokens=tokens,
+        versions=versions,
+        behavior=behavior,
+        advantages=np.repeat(np.array([[row.advantage] for row in rows], dtype=np.float32), longest, axis=1),
+        temperatures=np.array([[row.temperature] for row in rows], dtype=np.float32),
+    )
+
+
+def places_of_version(rows: Sequence[Row], version: Version) -> list[int]:
+    """Indexes of the rows holding any token that this version sampled."""
+    return [i for i, row in enumerate(rows) if (row.versions == version).any()]
+
+
+def versions_present(rows: Sequence[Row]) -> list[Version]:
+    """Versions that sampled any token of the rows, ascending."""
+    present = np.unique(np.concatenate([row.versions for row in rows])) if rows else np.array([], dtype=np.int32)
+    return [Version(int(v)) for v in present if v != UNTRAINABLE]
+
+
+def deal(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
+    """Shares of about equal length for each rank: longest first, dealt in turn."""
+    ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.trajectory))
+    return [ordered[rank::ranks] for rank in range(ranks)]

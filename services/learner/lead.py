@@ -1,0 +1,77 @@
+"""Rank 0's composition: everything that speaks to others is put together here."""
+
+from common.bus.open import open_bus
+from common.config.schema import RunConfig
+from common.logs import logger
+from common.messages import Sampling
+from common.metrics import REGISTRY
+from common.service import Server, Stop, application
+from common.snapshots.client import SnapshotClient
+from services.learner.canaries import Canaries
+from services.learner.checkpoint import Checkpoints
+from services.learner.history import History
+from services.learner.intake import Arrived, Intake
+from services.learner.loop import Compute, Loop
+from services.learner.model import Trainee
+from services.learner.planner import Planner
+from services.learner.publisher import Publisher
+from services.learner.ranks import Ranks
+from services.learner.records import Recorder
+
+
+def lead(
+    config: RunConfig, stop: Stop, store: SnapshotClient, trainee: Trainee, compute: Compute, ranks: Ranks
+) -> None:
+    """Run the loop until it is done or stopped."""
+    learner, tasks, home = config.learner, config.tasks, config.run.home
+    bus = open_bus(config)
+    planner: Planner[Arrived] = Planner(
+        samples=tasks.samples_per_group,
+        groups_per_batch=learner.groups_per_batch,
+        max_staleness=learner.max_staleness,
+        time_limit_s=tasks.time_limit_s,
+    )
+    intake = Intake(
+        bus,
+        planner,
+        run=config.run.id,
+        seed=config.run.seed,
+        environments=tasks.environments,
+        samples=tasks.samples_per_group,
+        sampling=_sampling(config),
+        time_limit_s=tasks.time_limit_s,
+    )
+    canaries = Canaries(trainee.model, ranks.device, trajectories=learner.canary_trajectories)
+    loop = Loop(
+        run=config.run.id,
+        seed=config.run.seed,
+        samples=tasks.samples_per_group,
+        config=learner,
+        compute=compute,
+        trainee=trainee,
+        planner=planner,
+        intake=intake,
+        publisher=Publisher(bus, store, trainee.model, canaries, run=config.run.id),
+        checkpoints=Checkpoints(config.checkpoint_folder, keep=learner.checkpoint.keep),
+        open_history=lambda length: History(home / "history.jsonl", length=length),
+        recorder=Recorder(home / "records") if learner.record else None,
+        ranks=ranks,
+        stop=stop,
+    )  # fmt: skip
+    app = application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status)
+    with Server(app, learner.host, learner.port, key="learner"):
+        loop.start()
+        done = loop.run()
+    intake.close()
+    bus.close()
+    logger().info("done" if done else "stopped", **loop.status()["trajectories"])
+
+
+def _sampling(config: RunConfig) -> Sampling:
+    sampling = config.sampling
+    return Sampling(
+        temperature=sampling.temperature,
+        max_turn_tokens=sampling.max_turn_tokens,
+        max_trajectory_tokens=sampling.max_trajectory_tokens,
+        max_turns=sampling.max_turns,
+    )

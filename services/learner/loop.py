@@ -1,0 +1,340 @@
+"""The learner's loop: wait for a batch, train on it, checkpoint, publish; again.
+
+The order at the end of a version makes crashes harmless. Checkpoint first: from then on this version's trajectories
+count as trained. Then store and announce: after a crash in between, the restart announces what the checkpoint holds.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from common import faults
+from common.arrays import unpack_int32
+from common.config.schema import LearnerConfig
+from common.logs import logger
+from common.refusal import ExitCode, Refusal
+from common.service import Status, Stop
+from common.trajectory import behavior_logprobs, token_versions
+from common.versions import Version
+from services.learner import metrics
+from services.learner.advantages import group_advantages
+from services.learner.batching import Row
+from services.learner.checkpoint import SCHEMA, Checkpoints, NoCheckpoint, Progress
+from services.learner.describe import Batch, describe, observe
+from services.learner.history import History
+from services.learner.intake import Arrived, Intake
+from services.learner.model import Trainee
+from services.learner.planner import Batched, Planner
+from services.learner.publisher import Publisher
+from services.learner.ranks import Ranks
+from services.learner.records import Recorder
+from services.learner.step import Trained
+
+POLL_S = 0.1
+HOPELESS_BUDGETS = 2
+"""So many times the admitted trajectories dropped, without one that arrived, end the run."""
+NOTHING: tuple[None] = (None,)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What rank 0 tells the others to do next; None in its place ends the run."""
+
+    version: Version
+    minibatches: list[list[Row]]
+
+
+@dataclass
+class Phases:
+    """Seconds of the present version, by what they were spent on."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Count the block under this phase."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - started
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; the next version begins."""
+        spent, self.spent = self.spent, {}
+        for phase, seconds in spent.items():
+            metrics.PHASE_SECONDS.labels(phase).observe(seconds)
+        return spent
+
+
+Compute = Callable[[Order], Trained]
+
+
+def follow(trainee: Trainee, compute: Compute, ranks: Ranks) -> None:
+    """Ranks other than 0: take rank 0's state over, then compute what it orders until it says that it is over."""
+    take_over(trainee, ranks)
+    while (order := ranks.share(NOTHING)[0]) is not None:
+        ranks.gather(compute(order))
+
+
+def take_over(trainee: Trainee, ranks: Ranks) -> None:
+    """Make every rank's masters and moments those of rank 0."""
+    steps = ranks.share(trainee.steps)
+    state = trainee.state()
+    ranks.broadcast(list(state.values()))
+    if not ranks.leads:
+        trainee.restore(state, steps)
+
+
+class Loop:
+    """Rank 0: the one coordinator."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        seed: int,
+        samples: int,
+        config: LearnerConfig,
+        compute: Compute,
+        trainee: Trainee,
+        planner: Planner[Arrived],
+        intake: Intake,
+        publisher: Publisher,
+        checkpoints: Checkpoints,
+        open_history: Callable[[int], History],
+        recorder: Recorder | None,
+        ranks: Ranks,
+        stop: Stop,
+    ) -> None:
+        self._run, self._seed, self._samples, self._config = run, seed, samples, config
+        self._compute, self._trainee, self._ranks, self._stop = compute, trainee, ranks, stop
+        self._planner, self._intake, self._publisher = planner, intake, publisher
+        self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
+        self._version, self._digest, self._trained_versions = Version(0), "", 0
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._phases = Phases()
+        self._history: History  # opened by start
+        self._last_line: dict[str, Any] = {}
+        self._waiting_for: str | None = "the start"
+
+    def start(self) -> None:
+        """From the newest checkpoint, or from the beginning; ends with a version that workers can take on."""
+        try:
+            progress, tensors = self._checkpoints.newest()
+        except NoCheckpoint:
+            self._intake.start({}, {}, now=time.monotonic())
+            self._history = self._open_history(0)
+        else:
+            self._trainee.restore(tensors, progress.optimizer_steps)
+            self._planner.restore(progress.ledger, now=time.monotonic())
+            self._intake.start(progress.offsets, progress.task_offsets, now=time.monotonic())
+            self._history = self._open_history(progress.history_bytes)
+            self._version, self._trained_versions = progress.version, progress.trained_versions
+            self._seconds_before = progress.seconds
+            logger().info("resumed", version=self._version, trained_versions=self._trained_versions)
+        take_over(self._trainee, self._ranks)
+        manifest = self._publisher.republish(self._version, now=time.time())
+        self._version, self._digest = manifest.version, manifest.digest
+        metrics.VERSION.set(self._version)
+
+    def run(self) -> bool:
+        """Train until the run's versions are done or a stop is asked for; whether they are done."""
+        self._intake.offer(self._version, now=time.monotonic())
+        while self._trained_versions < self._config.versions:
+            batch = self._next_batch()
+            if batch is None:
+                self._checkpoint()
+                self._ranks.share(NOTHING)
+                return False
+            self._train(batch)
+        self._checkpoint()
+        self._ranks.share(NOTHING)
+        self._publisher.finish(self._version)
+        return True
+
+    def waiting_for(self) -> str | None:
+        """What it waits for; None while it trains."""
+        return self._waiting_for
+
+    def status(self) -> Status:
+        """For /v1/status."""
+        return {
+            "run": self._run,
+            "version": self._version,
+            "trained_versions": self._trained_versions,
+            "versions": self._config.versions,
+            "trajectories": self._planner.counts(),
+            "waiting_trajectories": self._planner.waiting(),
+            "complete_groups": self._planner.complete(),
+            "oldest_group": self._planner.oldest_open(),
+            "last": self._last_line,
+        }
+
+    def _next_batch(self) -> list[Batched[Arrived]] | None:
+        """The next groups to train on; None when a stop is asked for."""
+        wanted = self._config.groups_per_batch
+        with self._phases.of("wait"):
+            timeout_s = 0.0
+            dropped_before = self._dropped()
+            while not self._stop.requested:
+                # everything there is, before choosing: the oldest groups must not wait behind what was read first
+                self._intake.read_all(self._version, timeout_s=timeout_s)
+                self._drop_unusable()
+                self._intake.offer(self._version, now=time.monotonic())
+                if batch := self._planner.batch():
+                    self._waiting_for = None
+                    return batch
+                timeout_s = POLL_S
+                self._give_up_on_nothing(self._dropped() - dropped_before)
+                self._waiting_for = f"trajectories: {self._planner.complete()} of {wanted} groups are complete"
+                metrics.PENDING.set(self._pending())
+                metrics.WAITING.set(self._planner.waiting())
+        return None
+
+    def _give_up_on_nothing(self, dropped: int) -> None:
+        """Stop when whole budgets of trajectories were dropped and not one arrived: no waiting will mend that."""
+        budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * self._samples
+        if dropped >= HOPELESS_BUDGETS * budget and not self._planner.waiting():
+            reasons = self._planner.counts()["dropped"]
+            raise Refusal(
+                f"{dropped} trajectories in a row were dropped and none came back: {reasons}. The workers' logs tell "
+                f"why each was (usually the environment or its gateway); mend that and go on with --resume",
+                ExitCode.UNAVAILABLE,
+            )
+
+    def _drop_unusable(self) -> None:
+        """What is too late, too stale, or in too small a group."""
+        for trajectory in self._planner.expire(now=time.monotonic()):
+            logger().warning("dropped", trajectory=trajectory, reason="deadline")
+            metrics.DROPPED.labels("deadline").inc()
+        oldest = {
+            name: self._version if arrived.oldest is None else arrived.oldest
+            for name, arrived in self._intake.arrived.items()
+        }
+        for reason, dropped in (
+            ("over_staleness", self._planner.drop_stale(self._version, oldest)),
+            ("group_too_small", self._planner.drop_small()),
+        ):
+            for arrived in dropped:
+                metrics.DROPPED.labels(reason).inc()
+                logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
+                self._intake.resolve(arrived)
+
+    def _train(self, batch: list[Batched[Arrived]]) -> None:
+        """One version: train, account for it, make it durable, publish it."""
+        now, rows = self._version, [to_rows(group, self._config.loss.advantages) for group in batch]
+        order = Order(now, deal_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
+        with self._phases.of("train"):
+            self._publisher.canaries.choose([row for group in rows for row in group])
+            self._ranks.share((order,))
+            trained = merge(self._ranks.gather(self._compute(order)))
+        faults.reach("learner.after_step")
+        for group in batch:
+            for arrived in group.items:
+                self._intake.resolve(arrived)
+        self._version, self._trained_versions = Version(now + 1), self._trained_versions + 1
+        records = [arrived.record for group in batch for arrived in group.items]
+        self._account(Batch(now, self._version, records, rows), trained)
+        if self._trained_versions % self._config.checkpoint.every == 0:
+            with self._phases.of("checkpoint"):
+                self._checkpoint()
+        with self._phases.of("publish"):
+            self._publish()
+
+    def _account(self, batch: Batch, trained: Trained) -> None:
+        if self._recorder is not None:
+            self._recorder.record(batch, trained)
+        self._last_line = describe(
+            batch,
+            trained,
+            seconds=self._seconds(),
+            phases=self._phases.take(),
+            learning_rate=self._trainee.learning_rate,
+            counts=self._planner.counts(),
+            sampled_tokens=self._intake.sampled_tokens,
+        )
+        self._history.add(self._last_line)
+        observe(self._last_line)
+
+    def _publish(self) -> None:
+        faults.reach("learner.before_publishing")
+        self._digest = self._publisher.publish(self._version, now=time.time()).digest
+        faults.reach("learner.after_publishing")
+        metrics.VERSION.set(self._version)
+        kept = self._checkpoints.oldest_version()
+        needed = min(self._version, kept if kept is not None else Version(0))
+        self._publisher.keep_from(Version(needed - self._config.max_staleness))
+
+    def _checkpoint(self) -> None:
+        self._checkpoints.save(
+            Progress(
+                schema=SCHEMA,
+                run=self._run,
+                version=self._version,
+                digest=self._digest,
+                trained_versions=self._trained_versions,
+                optimizer_steps=self._trainee.steps,
+                ledger=self._planner.state(),
+                offsets=self._intake.offsets(),
+                task_offsets=self._intake.task_ends,
+                history_bytes=self._history.length,
+                seconds=self._seconds(),
+            ),
+            self._trainee.state(),
+        )
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _dropped(self) -> int:
+        dropped = self._planner.counts()["dropped"]
+        assert isinstance(dropped, dict)
+        return sum(dropped.values())
+
+    def _pending(self) -> int:
+        pending = self._planner.counts()["pending"]
+        assert isinstance(pending, int)
+        return pending
+
+
+def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:
+    """A group's trajectories with their advantages."""
+    records = [arrived.record for arrived in group.items]
+    rows = []
+    for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
+        tokens = unpack_int32(record.tokens)
+        rows.append(
+            Row(
+                trajectory=record.trajectory,
+                tokens=tokens,
+                versions=token_versions(record.segments, len(tokens)),
+                behavior=behavior_logprobs(record.segments, len(tokens)),
+                temperature=record.temperature,
+                advantage=advantage,
+                reward=record.reward,
+                success=record.success,
+            )
+        )
+    return rows
+
+
+def deal_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
+    """The groups' rows, dealt among the minibatches in an order that follows from seed and version."""
+    order = list(range(len(groups)))
+    random.Random(f"{seed}/{version}").shuffle(order)  # noqa: S311
+    return [[row for place in order[i::minibatches] for row in groups[place]] for i in range(minibatches)]
+
+
+def merge(parts: Sequence[Trained]) -> Trained:
+    """What all ranks did."""
+    return Trained(
+        scored=[scored for part in parts for scored in part.scored],
+        exact=all(part.exact for part in parts),
+        loss=sum(part.loss for part in parts),
+        grad_norm=parts[0].grad_norm,  # of the summed gradients: the same on every rank
+        skipped=parts[0].skipped,
+    )

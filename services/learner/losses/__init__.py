@@ -1,0 +1,1 @@
+"""Objectives, one file each. Pure: they return values, the loop acts on them."""

@@ -1,0 +1,190 @@
+"""The policy in training: a bf16 model that computes, float32 masters that learn.
+
+What computes is what is published: after each optimizer step the masters are cast to bf16 into the model, and exactly
+those bytes go to the engines. So the policy that sampled a token, and the old policy that scores it, are one.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config.schema import OptimizerConfig
+from common.refusal import Refusal
+from common.snapshots.client import RawTensor
+
+Weights = dict[str, Tensor]
+
+
+def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:
+    """The causal LM of a folder or hub id, in bf16 and evaluation mode. Raises Refusal."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise Refusal(f"model.path: {path} does not exist; `make setup` builds the starting model of the examples")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(f"model.path: {path} is not a causal language model that can be loaded: {reason}") from None
+    # Dropout stays off in training too: the current policy must be the one that sampled
+    module: torch.nn.Module = model.to(device).eval()
+    return module
+
+
+def token_logprobs(model: torch.nn.Module, tokens: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token given those before it, and the entropy it was drawn with.
+
+    tokens [rows, length] int64, padded on the right (attention is causal: padding changes nothing before it);
+    temperatures [rows, 1] float32. Both results [rows, length] float32, nats, index t speaking of token t; 0 at t = 0.
+    The shift between logits and tokens happens here and nowhere else.
+    """
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperatures[:, :, None]
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens[:, 1:, None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return _from_second(chosen), _from_second(entropy)
+
+
+def _from_second(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (1, 0))
+
+
+def named_weights(model: torch.nn.Module) -> Weights:
+    """The model's tensors under their checkpoint names; of tied ones the first only."""
+    seen: set[int] = set()
+    weights: Weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        weights[name] = tensor.detach()
+    return weights
+
+
+def raw_tensors(weights: Weights) -> Iterator[RawTensor]:
+    """Weights as bytes for the store."""
+    for name, tensor in weights.items():
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        yield RawTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
+
+
+def take_on(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
+    """Overwrite the model's weights in place. Raises ValueError when names or shapes do not fit, naming them."""
+    weights = named_weights(model)
+    missing = set(weights)
+    with torch.no_grad():
+        for tensor in tensors:
+            own = weights.get(tensor.name)
+            if own is None or tuple(own.shape) != tensor.shape or str(own.dtype) != f"torch.{tensor.dtype}":
+                raise ValueError(f"{tensor.name} {tensor.dtype} {tensor.shape} is no tensor of this model")
+            own.copy_(torch.from_numpy(tensor.raw.copy()).view(own.dtype).reshape(own.shape))
+            missing.discard(tensor.name)
+    if missing:
+        raise ValueError(f"tensors left out: {', '.join(sorted(missing)[:5])}")
+
+
+def vocabulary(model: torch.nn.Module) -> int:
+    """Number of token ids the model knows."""
+    embedding: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.num_embeddings
+
+
+class Trainee:
+    """The model and its optimizer.
+
+    Gradients leave the bf16 model as soon as they are there and add up in float32.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
+        self.model, self._config = model, config
+        self._computing = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self._computing]
+        for computing, master in zip(self._computing, self.masters, strict=True):
+            master.grad = torch.zeros_like(master)
+            computing.register_post_accumulate_grad_hook(_collector(master))  # type: ignore[no-untyped-call]
+        decayed = [m for m in self.masters if m.ndim >= 2]
+        plain = [m for m in self.masters if m.ndim < 2]  # norms and biases are not decayed
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            foreach=True,
+        )
+        self.steps = 0
+        """Optimizer steps taken, skipped ones left out."""
+
+    def gradients(self) -> list[Tensor]:
+        """Accumulated float32 gradients, to be summed over ranks."""
+        return [m.grad for m in self.masters if m.grad is not None]
+
+    def step(self) -> float:
+        """Clip, step, publish into the computing model, forget the gradients; the norm before clipping.
+
+        When the norm is not finite nothing is changed and the step is not counted.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
+        if norm == norm and norm != float("inf"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.step()
+            self.steps += 1
+            self._publish()
+        for gradient in self.gradients():
+            gradient.zero_()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step: rises linearly over the warm-up."""
+        return self._config.lr * min(1.0, (self.steps + 1) / max(1, self._config.warmup))
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments by name, for a checkpoint."""
+        tensors = {}
+        for i, master in enumerate(self.masters):
+            moments: dict[str, Any] = self.optimizer.state.get(master, {})
+            tensors[f"{i}.master"] = master
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{i}.{key}"] = moments.get(key, torch.zeros_like(master))
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Go on from a checkpoint. Raises ValueError when it is another model's."""
+        if len(tensors) != 3 * len(self.masters):
+            raise ValueError(f"{len(tensors) // 3} parameters stand in it, the model has {len(self.masters)}")
+        with torch.no_grad():
+            for i, master in enumerate(self.masters):
+                if tensors[f"{i}.master"].shape != master.shape:
+                    raise ValueError(
+                        f"parameter {i} has shape {tuple(tensors[f'{i}.master'].shape)}, here {tuple(master.shape)}"
+                    )
+                master.copy_(tensors[f"{i}.master"])
+                if steps:
+                    self.optimizer.state[master] = {
+                        "step": torch.tensor(float(steps)),
+                        "exp_avg": tensors[f"{i}.exp_avg"].to(master.device).clone(),
+                        "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device).clone(),
+                    }
+        self.steps = steps
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for computing, master in zip(self._computing, self.masters, strict=True):
+            computing.copy_(master)
+
+
+def _collector(master: Tensor) -> Any:
+    def collect(computing: Tensor) -> None:
+        assert computing.grad is not None
+        assert master.grad is not None
+        master.grad += computing.grad.float()
+        computing.grad = None
+
+    return collect

@@ -1,0 +1,1 @@
+"""Where old log-probs come from, one source a file."""

@@ -1,0 +1,74 @@
+"""The learner's processes under torchrun. The one file that imports torch.distributed.
+
+Every rank holds the whole model and a share of each batch; gradients are summed. Rank 0 alone speaks to the log.
+"""
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+TIME_LIMIT = datetime.timedelta(days=1)
+"""Other ranks wait for rank 0 while it waits for data; torchrun ends them all when one dies."""
+
+
+class Ranks:
+    """This process among its peers."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIME_LIMIT)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def share(self, value: T | None) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size > 1:
+            box: list[T | None] = [value]
+            dist.broadcast_object_list(box, src=0)
+            value = box[0]
+        assert value is not None
+        return value
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor with rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks."""
+        if self.size > 1:
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            dist.all_reduce(flat)
+            start = 0
+            for tensor in tensors:
+                tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+                start += tensor.numel()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        boxes: list[T | None] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return [box for box in boxes if box is not None]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.size > 1:
+            dist.destroy_process_group()
