@@ -1,0 +1,105 @@
+"""python -m services RUN.toml: everything on one machine."""
+
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from common.bus.open import open_bus
+from common.config import Invocation, load
+from common.config.schema import RunConfig
+from common.config.show import show
+from common.program import main
+from common.refusal import ExitCode, Refusal
+from common.service import Stop
+from common.sessions.token import token
+from services import words
+from services.folder import SECONDS, contents
+from services.local import Local, addressed
+from services.runs import settle
+from services.screen import Screen
+from services.state import Plan, State, ready_at, state
+from services.stopwatch import Stopwatch
+from services.watch import Watch
+
+
+def program() -> None:
+    """What the command line asks for."""
+    match sys.argv[1:]:
+        case []:
+            raise Refusal(words.USAGE)
+        case ["report", folder] if not folder.startswith("-"):
+            print(words.made(conclude(Path(folder)), Path(folder)))
+        case ["report", *_]:
+            raise Refusal(words.USAGE)
+        case arguments if {"--help", "-h"} & set(arguments):
+            print(words.USAGE)
+        case arguments:
+            launch(load(arguments, os.environ, program="python -m services"))
+
+
+def launch(invocation: Invocation) -> None:
+    """Start the run, or go on with it, and stay until it is done or stopped."""
+    if invocation.check:
+        print(show(invocation.config), end="")
+        return
+    stop = Stop().install()
+    config, saved = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
+    config, flags = addressed(config)
+    local = Local(config, saved, flags)
+    home = config.run.home
+    again = words.resume(home, invocation.source, invocation.overrides)
+    print(words.begun(config, local.urls, resumed=invocation.resume is not None), flush=True)
+    try:
+        done = supervise(config, local, stop)
+    except Refusal as refusal:
+        conclude(home)
+        raise Refusal(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
+    summary = conclude(home)
+    if not done:
+        print(f"{words.stopped(summary)}\n{again}\n{words.made(summary, home)}")
+        sys.exit(int(ExitCode.INTERRUPTED))
+    print(words.made(summary, home))
+
+
+def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
+    """Run the processes and show how they fare; whether the run is done. Raises Refusal when it cannot go on."""
+    started = time.monotonic()
+    plan = Plan(config.run.id, config.learner.versions, config.rollout.canary_tolerance)
+    stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
+    bus = open_bus(config)
+    watch = Watch(local.urls, config.run.home, bus, token=token(os.environ))
+
+    def see() -> State:
+        return state(
+            plan, watch.sight(), now=time.monotonic(), started=started, crashes=local.crashes, stopping=stop.requested
+        )
+
+    def look() -> None:
+        stopwatch.look(now=time.monotonic(), ready=ready_at(watch.sight()))
+        stopwatch.keep()
+
+    try:
+        with watch, Screen(Console(), see, stopping=lambda: stop.requested):
+            return local.run(stop, look)
+    finally:
+        stopwatch.save()
+        bus.close()
+
+
+def conclude(folder: Path) -> dict[str, object]:
+    """Make summary and report of what the folder holds; the summary."""
+    from services.report import write_report  # plotly arrives here
+    from services.summary import write_summary
+
+    held = contents(folder)
+    summary = write_summary(held)
+    write_report(held, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    main(program)

@@ -1,0 +1,191 @@
+"""What a run's folder holds, parsed, for the summary and the report. Good while the run goes on, too.
+
+The newest checkpoint decides what counts: history lines after it, and what the ledger says after it, a restart would
+undo. Before the first checkpoint the history stands alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from common.bus.open import open_bus
+from common.bus.port import Bus
+from common.config import load
+from common.config.schema import RunConfig
+from common.messages import (
+    TASKS,
+    TRAJECTORIES,
+    WORKERS,
+    Undecodable,
+    VersionApplied,
+    WorkerAlive,
+    decode,
+)
+from common.refusal import ExitCode, Refusal
+from common.trajectory import trainable
+from services.learner.planner import LedgerState
+from services.runs import SAVED
+
+HISTORY, SECONDS = "history.jsonl", "seconds.json"
+Line = dict[str, Any]
+"""One version trained, as services/learner/describe.py writes it."""
+
+
+class Seconds(Struct, frozen=True):
+    """Wall-clock seconds of a run on one machine, over all its starts."""
+
+    setup: float = 0.0
+    """From each start until a worker could sample."""
+    run: float = 0.0
+    """The rest."""
+
+
+class Checkpoint(Struct, frozen=True):
+    """Of the newest checkpoint, what is told to people."""
+
+    ledger: LedgerState
+    history_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What the log says of workers and trajectories."""
+
+    alive: tuple[WorkerAlive, ...] = ()
+    applied: tuple[VersionApplied, ...] = ()
+    offered: int = 0
+    """Trajectories."""
+    records: int = 0
+    """Ended trajectories, as often as they were published."""
+    duplicates: int = 0
+    """Records of a trajectory that had been published before."""
+    tokens: int = 0
+    """In the finished ones: prompts, tool output and sampled."""
+    trainable_tokens: int = 0
+    bytes: int = 0
+    """Of all records' bodies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A run's folder."""
+
+    folder: Path
+    config: RunConfig
+    lines: tuple[Line, ...] = ()
+    checkpoint: Checkpoint | None = None
+    seconds: Seconds | None = None
+    log: Log = field(default_factory=Log)
+
+
+def contents(folder: Path) -> Contents:
+    """Read the folder. Raises Refusal when it is no run's folder or its history is damaged."""
+    config = settled_in(folder)
+    checkpoint = newest_checkpoint(config.checkpoint_folder)  # before the history, which only grows
+    return Contents(
+        folder=folder,
+        config=config,
+        lines=tuple(history(folder / HISTORY, length=checkpoint.history_bytes if checkpoint else None)),
+        checkpoint=checkpoint,
+        seconds=read_seconds(folder / SECONDS),
+        log=_read_log(config),
+    )
+
+
+def settled_in(folder: Path) -> RunConfig:
+    """The run's configuration, its files looked for in this folder wherever it lies now."""
+    if not (folder / SAVED).is_file():
+        raise Refusal(f"{folder}: that is no run's folder (it has no {SAVED})")
+    config = load([str(folder / SAVED)], {}, program="").config
+    checkpoint = config.learner.checkpoint
+    checkpoint = checkpoint.model_copy(update={"folder": checkpoint.folder or folder / "checkpoints"})
+    return config.model_copy(
+        update={
+            "bus": config.bus.model_copy(update={"path": config.bus.path or folder / "bus.sqlite"}),
+            "learner": config.learner.model_copy(update={"checkpoint": checkpoint}),
+        }
+    )
+
+
+def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
+    """The lines of the first `length` bytes (default: all). A last line that is not whole is left out.
+
+    Raises Refusal for a line before it that cannot be read.
+    """
+    try:
+        body = path.read_bytes()[:length]
+    except FileNotFoundError:
+        return
+    whole = body.split(b"\n")[:-1]
+    for number, line in enumerate(whole, start=1):
+        try:
+            yield msgspec.json.decode(line)
+        except msgspec.DecodeError as error:
+            raise Refusal(f"{path}, line {number}: {error}", ExitCode.DAMAGED) from None
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whose manifest can be read; None if there is none."""
+    for manifest in sorted(folder.glob("*/manifest.json"), reverse=True):
+        try:
+            return msgspec.json.decode(manifest.read_bytes(), type=Checkpoint)
+        except (OSError, msgspec.DecodeError):
+            continue  # swept just now, or damaged: the learner passes it over as well, and says so
+    return None
+
+
+def read_seconds(path: Path) -> Seconds | None:
+    """None where nobody kept them: services started by hand, or a run from before."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Seconds)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _read_log(config: RunConfig) -> Log:
+    if not config.bus_path.is_file():
+        return Log()
+    bus = open_bus(config)
+    try:
+        alive, applied = [], []
+        for _, message in _messages(bus, WORKERS, config.run.id):
+            match message:
+                case WorkerAlive():
+                    alive.append(message)
+                case VersionApplied():
+                    applied.append(message)
+        offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
+        return _count_trajectories(bus, config.run.id, Log(tuple(alive), tuple(applied), offered))
+    finally:
+        bus.close()
+
+
+def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
+    records = tokens = sampled = size = 0
+    known: set[str] = set()
+    for length, message in _messages(bus, TRAJECTORIES, run):
+        records += 1
+        size += length
+        known.add(message.trajectory)
+        if hasattr(message, "tokens"):
+            tokens += len(message.tokens) // 4
+            sampled += trainable(message.segments)
+    return Log(log.alive, log.applied, log.offered, records, records - len(known), tokens, sampled, size)
+
+
+def _messages(bus: Bus, topic: str, run: str) -> Iterator[tuple[int, Any]]:
+    """Length and message of each of the run's records; those that cannot be read are the dead letters' matter."""
+    with bus.consumer(topic) as consumer:
+        while records := consumer.poll(limit=1024, timeout_s=0.0):
+            for record in records:
+                try:
+                    message = decode(topic, record.body)
+                except Undecodable:
+                    continue
+                if message.run == run:
+                    yield len(record.body), message

@@ -1,0 +1,21 @@
+"""The report's figures, in the order of the page. Pure."""
+
+from services.folder import Contents
+from services.report import learning, policies, progress
+from services.report.drawing import Figure
+
+
+def figures(contents: Contents) -> list[Figure]:
+    """All of them; a run without versions has the same ones, empty."""
+    lines, log = contents.lines, contents.log
+    return [
+        learning.over_versions(lines),
+        learning.over_time(lines),
+        policies.factors_by_staleness(lines),
+        policies.discrepancy_over_versions(lines),
+        policies.staleness_ratio_over_versions(lines),
+        policies.removed_by_staleness(lines),
+        policies.staleness_over_versions(lines),
+        progress.timeline(lines, log.applied, contents.config.rollout.canary_tolerance),
+        progress.where_the_time_went(lines),
+    ]

@@ -1,0 +1,52 @@
+"""Figures: what the policy learnt."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import plotly.graph_objects as go
+
+from services.folder import Line
+from services.report.drawing import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
+from services.summary import begins
+
+
+def over_versions(lines: Sequence[Line]) -> Figure:
+    """Reward and success of each batch."""
+    x = [line["published"] for line in lines]
+    figure = go.Figure()
+    for name, values, paint in (("success", success(lines), GREEN), ("reward", [e["reward"] for e in lines], BLUE)):
+        figure.add_trace(dots(x, values, f"{name}, each batch", paint, size=4, opacity=0.35, showlegend=False))
+        figure.add_trace(line(x, moving_mean(values), f"{name}, mean of {WINDOW} versions", paint))
+    return Figure(
+        "Success and reward over versions",
+        "Points: the mean over each batch's trajectories; lines: the moving mean. A curve that falls and stays down, "
+        "or reward that rises while success does not, would be alarming.",
+        labelled(figure, "version published", "mean over trajectories (0 to 1)", rangemode="tozero"),
+    )
+
+
+def over_time(lines: Sequence[Line]) -> Figure:
+    """Success by the clock."""
+    minutes = [line["seconds"] / 60 for line in lines]
+    figure = go.Figure()
+    figure.add_trace(dots(minutes, success(lines), "each batch", GREEN, size=4, opacity=0.35))
+    figure.add_trace(line(minutes, moving_mean(success(lines)), f"mean of {WINDOW} versions", GREEN))
+    mark_starts(figure, lines)
+    return Figure(
+        "Success against wall-clock",
+        "The same success by the learner's running time, the start of the engines included, breaks between runs left "
+        "out; a dashed line marks each resumption. Long gaps between points mean that something stood still.",
+        labelled(figure, "running time (minutes)", "success (share of trajectories)", rangemode="tozero"),
+    )
+
+
+def success(lines: Sequence[Line]) -> list[float]:
+    """Share of each batch's trajectories that solved their task."""
+    return [line["successes"].count("1") / line["batch"] for line in lines]
+
+
+def mark_starts(figure: go.Figure, lines: Sequence[Line]) -> None:
+    """A line where the run was resumed."""
+    for before, after in pairwise(lines):
+        if begins(after):
+            figure.add_vline(x=before["seconds"] / 60, line={"dash": "dash", "width": 1, "color": GRAY})

@@ -1,0 +1,158 @@
+"""Figures: discrepancy and staleness ratio, apart by staleness, and what mask and clip made of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from services.folder import Line
+from services.report.drawing import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
+from services.summary import mean_by_staleness, tokens_by_staleness
+
+DISCREPANCY, RATIO = "|log π<sub>v</sub> / μ<sub>v</sub>|", "|log π<sub>θ</sub> / π<sub>v</sub>|"
+STAND_IN = "if current weights stood in for old ones"
+
+
+def factors_by_staleness(lines: Sequence[Line]) -> Figure:
+    """The key figure: the two factors of the total ratio against staleness."""
+    figure = make_subplots(
+        rows=2, cols=2, row_heights=[0.74, 0.26], vertical_spacing=0.06, horizontal_spacing=0.1, shared_xaxes=True,
+        specs=[[{}, {}], [{}, {}]],
+    )  # fmt: skip
+    discrepancy, entropy = mean_by_staleness(lines, "log_discrepancy_abs"), mean_by_staleness(lines, "entropy")
+    instead = mean_by_staleness(lines, "log_total_ratio_abs", of="first_minibatch")
+    first_entropy = mean_by_staleness(lines, "entropy", of="first_minibatch")
+    look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7}}
+    for name, values, paint, dash, width in (
+        (f"discrepancy {DISCREPANCY}", discrepancy, BLUE, "solid", 2),
+        (f"staleness ratio {RATIO}", mean_by_staleness(lines, "log_staleness_ratio_abs"), ORANGE, "solid", 6),
+        (f"discrepancy {STAND_IN}", instead, PURPLE, "dash", 2),
+    ):
+        trace = line(ages(values), values.values(), name, paint, dash=dash, width=width, **look)
+        trace.opacity = 0.6 if width > 2 else 1.0  # the dashed line runs on top of it
+        figure.add_trace(trace, row=1, col=1)
+    every: list[float] = []
+    for name, values, per, paint, dash in (
+        ("discrepancy per nat", discrepancy, entropy, BLUE, "solid"),
+        ("stand-in per nat", instead, first_entropy, PURPLE, "dash"),
+    ):
+        relative = {s: v / per[s] for s, v in values.items() if per.get(s)}
+        every += relative.values()
+        trace = line(ages(relative), relative.values(), name, paint, dash=dash, showlegend=False, **look)
+        figure.add_trace(trace, row=1, col=2)
+    tokens = tokens_by_staleness(lines)
+    for column in (1, 2):
+        bars = go.Bar(
+            x=ages(tokens), y=list(tokens.values()), name="tokens", marker={"color": [color(a) for a in ages(tokens)]}
+        )
+        bars.showlegend = False
+        figure.add_trace(bars, row=2, col=column)
+        figure.update_xaxes(title="staleness (versions)", dtick=1 if len(tokens) < 16 else None, row=2, col=column)
+        figure.update_yaxes(title="tokens", row=2, col=column)
+    figure.update_yaxes(title="mean |log ratio| (nats)", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="per nat of entropy (log scale)", row=1, col=2, **log_axis(every))
+    figure.update_layout(height=480)
+    return Figure(
+        "Discrepancy and staleness ratio against staleness",
+        "With exact old log-probabilities the discrepancy compares two engines at the same weights, so it must not "
+        "grow with staleness; the staleness ratio holds what the weights have learnt since, and may. Left: means over "
+        "the run's tokens. Right: divided by the entropy of the same tokens, because rounding weighs more where the "
+        "policy is undecided, and tokens of different staleness stem from different parts of the run. A blue line that "
+        "climbs towards the dashed one on the right would be alarming: old log-probabilities not of their version.",
+        figure,
+        wide=True,
+    )
+
+
+def discrepancy_over_versions(lines: Sequence[Line]) -> Figure:
+    """Curves of |log discrepancy|, one for each staleness."""
+    figure = _curves(lines, "log_discrepancy_abs")
+    x = [e["published"] for e in lines]
+    instead = [_joined(e["first_minibatch"], "log_total_ratio_abs") for e in lines]
+    trace = line(x, map(_positive, instead), STAND_IN, PURPLE, dash="dash", width=1.5, showlegend=False)
+    figure.add_trace(trace)
+    return Figure(
+        "|log discrepancy| over versions, per staleness",
+        "Mean over each batch's tokens of one staleness; dashed, what current_recompute would have called discrepancy "
+        "on the same data. Alarming: curves of different staleness that drift apart for good, or any that rise over "
+        "the run.",
+        _over_versions(figure, f"mean {DISCREPANCY} (nats)"),
+    )
+
+
+def staleness_ratio_over_versions(lines: Sequence[Line]) -> Figure:
+    """Curves of |log staleness ratio|, one for each staleness."""
+    return Figure(
+        "|log staleness ratio| over versions, per staleness",
+        "How far the current policy has moved from the one that sampled the token. It is 0 at staleness 0 in the first "
+        "minibatch. Alarming: a steady rise, which says that the learning rate or the staleness bound is too high.",
+        _over_versions(_curves(lines, "log_staleness_ratio_abs"), f"mean {RATIO} (nats)"),
+    )
+
+
+def removed_by_staleness(lines: Sequence[Line]) -> Figure:
+    """Shares of tokens that mask and clip took out of the gradient."""
+    figure = go.Figure()
+    for name, key, paint in (("masked (discrepancy band)", "masked", BLUE), ("clipped (PPO)", "clipped", ORANGE)):
+        shares = mean_by_staleness(lines, key)
+        bars = go.Bar(x=ages(shares), y=short(100 * share for share in shares.values()), name=name)
+        bars.marker = {"color": paint}
+        figure.add_trace(bars)
+    figure.update_layout(barmode="group")
+    figure.update_xaxes(dtick=1 if len(tokens_by_staleness(lines)) < 16 else None)
+    return Figure(
+        "Masked and clipped tokens by staleness",
+        "The mask answers to the discrepancy and must not depend on staleness; the clip answers to the staleness ratio "
+        "and should grow with it. Alarming: a masked share that grows with staleness, or a clipped share of 0 at high "
+        "staleness: both are signs of a stand-in for the old policy.",
+        labelled(figure, "staleness (versions)", "share of tokens (%)", rangemode="tozero"),
+    )
+
+
+def staleness_over_versions(lines: Sequence[Line]) -> Figure:
+    """How old the data was."""
+    figure, x = go.Figure(), [e["published"] for e in lines]
+    for age in map(int, tokens_by_staleness(lines)):
+        shares = [100 * e["by_staleness"].get(str(age), {}).get("tokens", 0.0) / max(1, e["tokens"]) for e in lines]
+        bars = go.Bar(x=x, y=short(shares), name=str(age), marker={"color": color(age), "line": {"width": 0}})
+        figure.add_trace(bars)
+    figure.update_layout(barmode="stack", bargap=0, legend={"title": {"text": "staleness"}, "traceorder": "normal"})
+    return Figure(
+        "Staleness of the trained tokens over versions",
+        "Shares of each batch's tokens by how many versions had been published since they were sampled. Alarming: "
+        "everything at the bound (learner.max_staleness) together with drops, which means that rollout outruns the "
+        "learner.",
+        labelled(figure, "version published", "share of tokens (%)", range=[0, 100]),
+    )
+
+
+def ages(values: dict[str, Any]) -> list[int]:
+    """The stalenesses as numbers."""
+    return [int(age) for age in values]
+
+
+def _curves(lines: Sequence[Line], key: str) -> go.Figure:
+    figure = go.Figure()
+    for age in ages(tokens_by_staleness(lines)):
+        batches = [e for e in lines if str(age) in e["by_staleness"]]
+        values = [_positive(e["by_staleness"][str(age)][key]) for e in batches]
+        if any(values):
+            figure.add_trace(dots([e["published"] for e in batches], values, str(age), color(age), opacity=0.8))
+    figure.update_layout(legend={"title": {"text": "staleness"}})
+    return figure
+
+
+def _over_versions(figure: go.Figure, y: str) -> go.Figure:
+    heights = [value for trace in figure.data for value in trace.y]
+    return labelled(figure, "version published", y, **log_axis(heights))
+
+
+def _joined(by_staleness: dict[str, dict[str, float]], key: str) -> float:
+    tokens = sum(values["tokens"] for values in by_staleness.values())
+    return sum(values["tokens"] * values[key] for values in by_staleness.values()) / max(1.0, tokens)
+
+
+def _positive(value: float) -> float | None:
+    """A logarithmic axis has no 0."""
+    return value if value > 0 else None

@@ -1,0 +1,90 @@
+"""Figures: versions as they came, and where the time went."""
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from common.messages import VersionApplied
+from services.folder import Line
+from services.report.drawing import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
+from services.report.learning import mark_starts
+from services.summary import begins
+
+PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
+          ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip
+
+
+def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance: float) -> Figure:
+    """Versions published, taken on by the workers, and cut into trajectories."""
+    figure = make_subplots(
+        rows=4, cols=1, shared_xaxes=True, row_heights=[0.3, 0.26, 0.22, 0.22], vertical_spacing=0.04
+    )
+    minutes = [e["seconds"] / 60 for e in lines]
+    published = {e["published"]: e["seconds"] / 60 for e in lines}
+    versions = line(minutes, [e["published"] for e in lines], "published", BLUE, showlegend=False)
+    versions.line.shape = "hv"
+    figure.add_trace(versions, row=1, col=1)
+    workers = list(dict.fromkeys(update.worker for update in applied))
+    for i, worker in enumerate(workers):
+        own = [update for update in applied if update.worker == worker and update.version in published]
+        x = [published[update.version] for update in own]
+        names = [f"version {update.version}" for update in own]
+        for row, values in ((2, [1e3 * update.pause_s for update in own]), (3, [u.canary_error for u in own])):
+            trace = dots(x, values, worker, color(i), text=names, showlegend=len(workers) > 1 and row == 2)
+            trace.legendgroup = worker
+            figure.add_trace(trace, row=row, col=1)
+    figure.add_hline(y=tolerance, line={"dash": "dash", "width": 1, "color": RED}, row=3, col=1)
+    figure.add_trace(
+        go.Bar(x=minutes, y=[e["cuts"] for e in lines], name="cuts", marker={"color": ORANGE}, showlegend=False),
+        row=4, col=1,
+    )  # fmt: skip
+    mark_starts(figure, lines)
+    titles = ("version", "pause (ms)", "canary (nats)", "cuts")
+    for row, title in enumerate(titles, start=1):
+        figure.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(title="running time of the learner (minutes)", row=4, col=1)
+    figure.update_layout(height=680)
+    return Figure(
+        "Timeline of versions, updates and cuts",
+        "From the top: versions as they were published; how long each update stood in the way of a worker's sampling; "
+        "how far the updated engine was from the learner on the canary (dashed: what is allowed); and, in the batches, "
+        "how often a version changed inside a turn. Alarming: a flat stretch at the top, pauses that grow, a canary "
+        "error that creeps up to the line.",
+        figure,
+        wide=True,
+    )
+
+
+def where_the_time_went(lines: Sequence[Line]) -> Figure:
+    """The learner's seconds by phase."""
+    figure = make_subplots(rows=2, cols=1, row_heights=[0.22, 0.78], vertical_spacing=0.2)
+    starts = sum(e["phases"].get("wait", 0.0) for e in lines if begins(e))
+    steady = [e["phases"] | {"wait": 0.0} if begins(e) else e["phases"] for e in lines]
+    totals = [("until the first batch (engines start)", starts, RED)]
+    totals += [(name, sum(e.get(phase, 0.0) for e in steady), paint) for phase, name, paint in PHASES]
+    for name, seconds, paint in totals:
+        total = go.Bar(
+            y=[""], x=short([seconds]), name=name, orientation="h", marker={"color": paint}, legendgroup=name
+        )
+        figure.add_trace(total, row=1, col=1)
+    x = [e["published"] for e in lines]
+    for phase, name, paint in PHASES:
+        # what is written with a version's line of checkpoint and publish was spent on the version before
+        spent = steady if phase in ("wait", "train") else [*steady[1:], {}][: len(steady)]
+        bars = go.Bar(x=x, y=short(e.get(phase, 0.0) for e in spent), name=name, legendgroup=name, showlegend=False)
+        bars.marker = {"color": paint, "line": {"width": 0}}
+        figure.add_trace(bars, row=2, col=1)
+    figure.update_layout(barmode="stack", bargap=0, height=480, legend={"traceorder": "normal"})
+    figure.update_xaxes(title="seconds, whole run", row=1, col=1)
+    figure.update_yaxes(showticklabels=False, row=1, col=1)
+    figure.update_xaxes(title="version published", row=2, col=1)
+    figure.update_yaxes(title="seconds for the version", row=2, col=1)
+    return Figure(
+        "Where the learner's time went",
+        "Above: the whole run; below: each version, the wait for the first batch after a start left out. A learner "
+        "that mostly waits could be fed by more rollout workers; one that never waits is the bottleneck. Alarming: "
+        "publishing or checkpointing that outgrows training.",
+        figure,
+        wide=True,
+    )

@@ -1,0 +1,77 @@
+"""Shows a run while it goes on: a live view on a terminal, a line now and then elsewhere."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+
+from services.state import State
+from services.view import line, view
+
+REFRESH_S = 0.5
+LINE_S = 10.0
+LOOK_S = 0.1
+
+
+class Screen:
+    """A thread of its own draws, so that nothing the services do can freeze the view.
+
+    When a stop is asked for, the terminal is given back at once: what follows is plain text.
+    """
+
+    def __init__(self, console: Console, look: Callable[[], State], *, stopping: Callable[[], bool]) -> None:
+        self._console, self._look, self._stopping = console, look, stopping
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="screen", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        (self._draw if self._console.is_terminal else self._tell)()
+        if self._stopping():
+            self._say("stopping ... (the services finish what they have begun; Ctrl-C again ends them now)")
+
+    def _draw(self) -> None:
+        size = self._console.size
+        with Live(console=self._console, auto_refresh=False) as live:
+            while self._going():
+                if self._console.size != size:
+                    self._console.clear()  # a narrower terminal has wrapped the lines that were there
+                    size = self._console.size
+                live.update(view(self._look(), width=size.width, height=size.height - 1), refresh=True)
+                self._wait(REFRESH_S)
+            live.update(view(self._look(), width=size.width, height=size.height - 1), refresh=True)
+
+    def _tell(self) -> None:
+        told: set[str] = set()
+        while self._going():
+            state = self._look()
+            for warning in state.warnings:
+                if warning not in told:
+                    self._say(f"! {warning}")
+                    told.add(warning)
+            self._say(line(state))
+            self._wait(LINE_S)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _going(self) -> bool:
+        return not (self._closed.is_set() or self._stopping())
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._going() and time.monotonic() < deadline:
+            self._closed.wait(LOOK_S)

@@ -1,0 +1,216 @@
+"""summary.json: a run in numbers (docs/report.md says what each means). Pure but for `write_summary`."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from common.config.schema import RunConfig
+from common.files import write
+from common.messages import WorkerAlive
+from services.folder import Contents, Line
+
+SUMMARY = "summary.json"
+PHASES = ("wait", "train", "publish", "checkpoint")
+
+
+def write_summary(contents: Contents) -> dict[str, Any]:
+    """Make the folder's summary.json; what it says."""
+    summary = summarize(contents)
+    write(contents.folder / SUMMARY, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    return summary
+
+
+def summarize(contents: Contents) -> dict[str, Any]:
+    """The summary. A number that nothing is known of is None, never 0."""
+    lines, config = contents.lines, contents.config
+    seconds = run_seconds(contents)
+    tokens_trained = sum(line["tokens"] for line in lines)
+    return (
+        _identity(config)
+        | {
+            "versions": len(lines),
+            "finished": len(lines) >= config.learner.versions,
+            "tokens_trained": tokens_trained,
+            "trajectories": ledger(contents),
+            "dropped_share": _dropped_share(ledger(contents)),
+            "duplicates": contents.log.duplicates if contents.log.records else None,
+        }
+        | _learning(lines)
+        | _policies(lines)
+        | {
+            "seconds": seconds,
+            "phases": phases(lines),
+            "learner_wait_share": learner_wait_share(lines),
+            "tokens_per_second": {
+                "rollout": _rollout_rate(contents.log.alive),
+                "learner": _share(tokens_trained, seconds["run"]) if tokens_trained else None,
+            },
+        }
+        | _workers(contents)
+    )
+
+
+def ledger(contents: Contents) -> dict[str, Any]:
+    """offered = trained + dropped + dead_lettered + pending, in trajectories."""
+    known: dict[str, Any]
+    if contents.checkpoint is not None:
+        state = contents.checkpoint.ledger
+        known = {
+            "offered": state.offered,
+            "trained": state.trained,
+            "dropped": dict(state.dropped),
+            "dead_lettered": state.dead_lettered,
+        }
+    elif contents.lines:
+        known = dict(contents.lines[-1]["trajectories"])
+    else:
+        known = {"offered": contents.log.offered, "trained": 0, "dropped": {}, "dead_lettered": 0}
+    resolved = known["trained"] + sum(known["dropped"].values()) + known["dead_lettered"]
+    return known | {"pending": known["offered"] - resolved}
+
+
+def tenth(successes: str) -> tuple[str, str]:
+    """The first and the last tenth, at least one of each.
+
+    >>> tenth("00000000000000000111")
+    ('00', '11')
+    """
+    n = max(1, len(successes) // 10)
+    return successes[:n], successes[-n:]
+
+
+def mean_by_staleness(lines: Sequence[Line], key: str, *, of: str = "by_staleness") -> dict[str, float]:
+    """Staleness -> mean of `key` over all its tokens in the run, those that are not finite left out of log-ratios."""
+    sums: dict[int, tuple[float, float]] = {}
+    for line in lines:
+        for staleness, values in line[of].items():
+            tokens = values["tokens"] - (values["nonfinite"] if "log_" in key else 0.0)
+            total, count = sums.get(int(staleness), (0.0, 0.0))
+            sums[int(staleness)] = (total + tokens * values[key], count + tokens)
+    return {str(staleness): sums[staleness][0] / sums[staleness][1] for staleness in sorted(sums) if sums[staleness][1]}
+
+
+def tokens_by_staleness(lines: Sequence[Line]) -> dict[str, int]:
+    """Staleness -> tokens trained."""
+    counts: dict[int, int] = {}
+    for line in lines:
+        for staleness, values in line["by_staleness"].items():
+            counts[int(staleness)] = counts.get(int(staleness), 0) + int(values["tokens"])
+    return {str(staleness): counts[staleness] for staleness in sorted(counts)}
+
+
+def phases(lines: Sequence[Line]) -> dict[str, float]:
+    """Seconds of the learner by what they were spent on; `wait` holds the wait for the engines at each start."""
+    return {phase: sum(line["phases"].get(phase, 0.0) for line in lines) for phase in PHASES}
+
+
+def begins(line: Line) -> bool:
+    """Whether the line is the first after a start: only then did no publication come before it."""
+    return "publish" not in line["phases"]
+
+
+def learner_wait_share(lines: Sequence[Line]) -> float | None:
+    """Share of its time that the learner waited for trajectories, the first batch after each start left out."""
+    steady = phases([line for line in lines if not begins(line)])
+    return _share(steady["wait"], sum(steady.values()))
+
+
+def lifetimes(alive: Sequence[WorkerAlive]) -> list[WorkerAlive]:
+    """The last word of each worker process: a worker that was started again counts anew from 0."""
+    last = []
+    for worker in dict.fromkeys(message.worker for message in alive):
+        own = [message for message in alive if message.worker == worker]
+        last += [a for a, b in pairwise(own) if b.seconds < a.seconds or b.sampled_tokens < a.sampled_tokens]
+        last.append(own[-1])
+    return last
+
+
+def run_seconds(contents: Contents) -> dict[str, float | None]:
+    """Setup and run; where nobody kept them apart, the learner's own seconds are the run's."""
+    if contents.seconds is not None:
+        return {"setup": contents.seconds.setup, "run": contents.seconds.run}
+    if contents.checkpoint is not None:
+        return {"setup": None, "run": contents.checkpoint.seconds}
+    return {"setup": None, "run": contents.lines[-1]["seconds"] if contents.lines else None}
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    return {
+        "run": config.run.id,
+        "model": config.model.path,
+        "engine": config.rollout.engine.kind,
+        "environments": dict(config.tasks.environments),
+    }
+
+
+def _learning(lines: Sequence[Line]) -> dict[str, float | None]:
+    successes = "".join(line["successes"] for line in lines)
+    if not successes:
+        return dict.fromkeys(("success_first", "success_last", "reward_first", "reward_last"))
+    first, last = tenth(successes)
+    return {
+        "success_first": first.count("1") / len(first),
+        "success_last": last.count("1") / len(last),
+        "reward_first": _mean_reward(lines, len(first)),
+        "reward_last": _mean_reward(lines[::-1], len(last)),
+    }
+
+
+def _mean_reward(lines: Sequence[Line], trajectories: int) -> float:
+    """Over so many trajectories from the front; of a batch that is only partly among them, the batch's mean."""
+    total, left = 0.0, trajectories
+    for line in lines:
+        taken = min(left, line["batch"])
+        total, left = total + taken * line["reward"], left - taken
+    return total / trajectories
+
+
+def _policies(lines: Sequence[Line]) -> dict[str, Any]:
+    discrepancy = mean_by_staleness(lines, "log_discrepancy_abs")
+    entropy = mean_by_staleness(lines, "entropy")
+    per_entropy = {s: discrepancy[s] / entropy[s] for s in discrepancy if entropy.get(s)}
+    return {
+        "exact": all(line["exact"] for line in lines) if lines else None,
+        "log_discrepancy": {"mean_abs": discrepancy, "mean_abs_per_nat_of_entropy": per_entropy},
+        "log_staleness_ratio": {"mean_abs": mean_by_staleness(lines, "log_staleness_ratio_abs")},
+        "masked_share": mean_by_staleness(lines, "masked"),
+        "clipped_share": mean_by_staleness(lines, "clipped"),
+        "tokens_by_staleness": tokens_by_staleness(lines),
+        "max_staleness_seen": max((line["staleness_max"] for line in lines), default=None),
+        "multi_version_trajectories": sum(line["multi_version"] for line in lines),
+        "cuts": sum(line["cuts"] for line in lines),
+    }
+
+
+def _workers(contents: Contents) -> dict[str, Any]:
+    log = contents.log
+    lives = lifetimes(log.alive)
+    pauses = [1e3 * applied.pause_s for applied in log.applied]
+    return {
+        "rollout_wait_share": _share(sum(a.idle_s for a in lives), sum(a.seconds for a in lives)),
+        "update_pause_ms_p50": statistics.median(pauses) if pauses else None,
+        "canary_error_max": max((applied.canary_error for applied in log.applied), default=None),
+        "refused_versions": sum(not applied.accepted for applied in log.applied),
+        "log_bytes_per_token": _share(log.bytes, log.tokens),
+    }
+
+
+def _rollout_rate(alive: Sequence[WorkerAlive]) -> float | None:
+    """Tokens sampled for each second a worker could sample; the workers' rates added up."""
+    rates = []
+    for worker in {message.worker for message in alive}:
+        lives = lifetimes([message for message in alive if message.worker == worker])
+        rates.append(_share(sum(a.sampled_tokens for a in lives), sum(a.seconds for a in lives)))
+    return sum(rate for rate in rates if rate is not None) if any(rates) else None
+
+
+def _dropped_share(trajectories: dict[str, Any]) -> float | None:
+    """Of the trajectories whose end is known."""
+    return _share(sum(trajectories["dropped"].values()), trajectories["offered"] - trajectories["pending"])
+
+
+def _share(part: float, whole: float | None) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,243 @@
+"""A run's state in a terminal. Pure: state and size -> something rich can draw."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from services.state import RECENT, Service, State, duration, recent
+
+BARS = " ▁▂▃▄▅▆▇█"
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+ROOMY = (100, 34)
+"""Columns and rows from which sections get frames."""
+DIM, GOOD, BAD = "dim", "green", "yellow"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the view."""
+
+    title: str
+    body: RenderableType
+    rows: int
+    rank: int
+    """Where there is no room for all, those of the lowest rank stay."""
+
+
+def view(state: State, *, width: int, height: int) -> RenderableType:
+    """The whole view, never higher than `height` nor wider than `width`."""
+    framed = width >= ROOMY[0] and height >= ROOMY[1]
+    inner = width - 4 if framed else width
+    chosen = _fitting(_sections(state, inner, height), height, extra=2 if framed else 0)
+    if framed:
+        frame = [
+            Panel(s.body, title=s.title, title_align="left", box=box.ROUNDED, border_style=DIM, width=width)
+            if s.title
+            else s.body
+            for s in chosen
+        ]
+        return Group(*frame)
+    spare = height - sum(s.rows for s in chosen)
+    parts: list[RenderableType] = []
+    for i, section in enumerate(chosen):
+        if i and spare >= len(chosen) - 1 and section.title:
+            parts.append(Text(""))
+        parts.append(section.body)
+    return Group(*parts)
+
+
+def line(state: State) -> str:
+    """The state in one line, for logs and pipes."""
+    if state.setup:
+        waits = "; ".join(f"{s.name}: {s.doing}" for s in state.services if s.waits)
+        return f"{duration(state.elapsed_s)}: starting; {waits or 'all services are up'}"
+    parts = [f"version {state.trained_versions}/{state.plan.versions}"]
+    if state.success:
+        parts.append(f"success {recent(state.success):.3f}, reward {recent(state.reward):.3f}")
+    if state.last is not None:
+        parts.append(f"staleness {state.last['staleness_mean']:.1f} mean, {state.last['staleness_max']} max")
+    parts.append(f"tokens/s {_rate(state.rollout_tokens_per_s)} rollout, {_rate(state.learner_tokens_per_s)} learner")
+    parts.append(f"{state.in_flight} in flight, {state.waiting} waiting")
+    if state.left_s is not None:
+        parts.append(f"about {duration(state.left_s)} left")
+    parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits]
+    return f"{duration(state.elapsed_s)}: " + "; ".join(parts)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """At most `width` characters over all values, from 0 to the largest.
+
+    >>> sparkline([0.0, 0.5, 1.0, 1.0], 4), sparkline([0.0, 0.0, 1.0, 1.0], 2)
+    ('▁▅██', '▁█')
+    """
+    columns = min(width, len(values))
+    if columns < 1:
+        return ""
+    means = []
+    for i in range(columns):
+        part = values[i * len(values) // columns : (i + 1) * len(values) // columns]
+        means.append(sum(part) / len(part))
+    top = max([*means, 1e-9])
+    return "".join(BARS[1 + min(7, int(8 * max(0.0, mean) / top))] for mean in means)
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of eighths.
+
+    >>> bar(0.5, 3), bar(1.0, 2)
+    ('█▌', '██')
+    """
+    eighths = round(8 * width * min(1.0, max(0.0, share)))
+    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def _fitting(sections: list[Section], height: int, *, extra: int) -> list[Section]:
+    """As many as there is room for, in their own order."""
+    left, chosen = height, []
+    for section in sorted(sections, key=lambda s: s.rank):
+        rows = section.rows + (extra if section.title else 0)
+        if rows <= left:
+            left -= rows
+            chosen.append(section)
+    return [section for section in sections if section in chosen]
+
+
+def _sections(state: State, width: int, height: int) -> list[Section]:
+    sections = [_head(state)]
+    if state.setup and not state.success:
+        sections.append(_services(state.services, most=height - 5))
+    else:
+        sections += [_progress(state), _learning(state, width), _flow(state)]
+        if state.last is not None:
+            sections.append(_staleness(state, width, most=max(3, height - 17)))
+        sections.append(_services(state.services, most=max(4, height - 23)))
+    if state.warnings:
+        sections.append(_warnings(state.warnings, width, most=max(2, min(6, height // 8))))
+    return sections
+
+
+def _head(state: State) -> Section:
+    doing = "stopping ..." if state.stopping else "starting" if state.setup else "running"
+    grid = _grid("left", "right")
+    grid.add_row(
+        Text.assemble(("Palimpsest ", "bold"), state.plan.run, "  ", (doing, BAD if state.stopping else "cyan")),
+        Text(duration(state.elapsed_s), style=DIM),
+    )
+    return Section("", grid, 1, 0)
+
+
+def _progress(state: State) -> Section:
+    share = min(1.0, state.trained_versions / state.plan.versions)
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True)
+    left = f"about {duration(state.left_s)} left" if state.left_s is not None else "estimating the time"
+    grid.add_row(
+        Text.assemble("version ", (str(state.trained_versions), "bold"), f" of {state.plan.versions}"),
+        ProgressBar(total=state.plan.versions, completed=min(state.trained_versions, state.plan.versions)),
+        Text(f"{100 * share:.0f} %, {left if share < 1 else 'done'}"),
+    )
+    return Section("", grid, 1, 1)
+
+
+def _learning(state: State, width: int) -> Section:
+    grid = Table.grid(padding=(0, 2))
+    for name, values in (("success", state.success), ("reward", state.reward)):
+        now = recent(values)
+        if now is None:
+            grid.add_row(name, Text("after the first batch", style=DIM))
+            continue
+        curve = sparkline(values, max(8, width - 29))
+        first = Text(f"from {values[0]:.3f}", style=DIM)
+        grid.add_row(name, Text(f"{now:.3f}", style="bold"), Text(curve, style=GOOD), first)
+    return Section(f"learning (numbers: the newest {RECENT} versions)", grid, 2, 2)
+
+
+def _flow(state: State) -> Section:
+    ledger = state.ledger
+    grid = _grid("left", "left")
+    grid.add_row(
+        "tokens/s", f"{_rate(state.rollout_tokens_per_s)} rollout, {_rate(state.learner_tokens_per_s)} learner"
+    )
+    dropped = ledger.get("dropped", {})
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+    known = [
+        f"{ledger.get('trained', 0):,} trained",
+        f"{sum(dropped.values()):,} dropped" + (f" ({reasons})" if reasons else ""),
+        f"{ledger.get('dead_lettered', 0):,} dead-lettered",
+    ]
+    grid.add_row("trajectories", f"{state.in_flight:,} in flight, {state.waiting:,} waiting for training")
+    grid.add_row("", Text(", ".join(known), no_wrap=True, overflow="ellipsis"))
+    return Section("flow", grid, 3, 3)
+
+
+def _staleness(state: State, width: int, *, most: int) -> Section:
+    assert state.last is not None
+    by_staleness = sorted(state.last["by_staleness"].items(), key=lambda item: int(item[0]))
+    shown, total = by_staleness[: most - 1], max(1.0, state.last["tokens"])
+    ratios = ("|log discrepancy|", "|log staleness ratio|") if width >= 92 else ("|log discr.|", "|log stal.|")
+    space = min(40, width - 40 - sum(map(len, ratios)))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=DIM)
+    table.add_column("staleness", justify="right", no_wrap=True)
+    for name in ("tokens", *ratios, "masked", "clipped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if space >= 6:
+        table.add_column("share", no_wrap=True, width=space)
+    for staleness, values in shown:
+        cells: list[RenderableType] = [
+            staleness,
+            f"{values['tokens']:,.0f}",
+            f"{values['log_discrepancy_abs']:.5f}",
+            f"{values['log_staleness_ratio_abs']:.5f}",
+            f"{100 * values['masked']:.1f} %",
+            f"{100 * values['clipped']:.1f} %",
+        ]
+        table.add_row(*cells, *([Text(bar(values["tokens"] / total, space), style="cyan")] if space >= 6 else []))
+    if len(by_staleness) > len(shown):
+        table.add_row("...", f"{len(by_staleness) - len(shown)} more")
+    rows = 1 + len(shown) + (len(by_staleness) > len(shown))
+    return Section(f"batch trained at version {state.last['version']} (means in nats)", table, rows, 4)
+
+
+def _services(services: Sequence[Service], *, most: int) -> Section:
+    shown = services[: max(1, most)]
+    grid = _grid("left", "left")
+    for service in shown:
+        doing = Text(service.doing, style=BAD if service.waits else "", no_wrap=True, overflow="ellipsis")
+        grid.add_row(Text(service.name, no_wrap=True), doing)
+    if len(services) > len(shown):
+        grid.add_row("...", Text(f"{len(services) - len(shown)} more", style=DIM))
+    return Section("services", grid, len(shown) + (len(services) > len(shown)), 5)
+
+
+def _warnings(warnings: Sequence[str], width: int, *, most: int) -> Section:
+    """The first ones, two rows each at most."""
+    rows: list[str] = []
+    for i, warning in enumerate(warnings):
+        wrapped = textwrap.wrap(f"! {warning}", width, subsequent_indent="  ", max_lines=2, placeholder=" ...")
+        if len(rows) + len(wrapped) > most:
+            rows.append(f"! ... {len(warnings) - i} more")
+            break
+        rows += wrapped
+    return Section("warnings", Text("\n".join(rows), style=BAD, no_wrap=True, overflow="ellipsis"), len(rows), 2)
+
+
+def _grid(*alignments: Literal["left", "right"]) -> Table:
+    """Columns side by side; the last takes what is left of the width."""
+    grid = Table.grid(padding=(0, 2), expand=True)
+    for i, alignment in enumerate(alignments):
+        grid.add_column(justify=alignment, ratio=1 if i == len(alignments) - 1 else None, no_wrap=True)
+    return grid
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s is not None else "-"

@@ -1,0 +1,67 @@
+"""What `python -m services` says to a person, in plain words. Pure."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config.schema import RunConfig
+from services.state import count, duration
+
+USAGE = """\
+usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
+       python -m services --resume FOLDER [--SECTION.KEY=VALUE ...]
+       python -m services report FOLDER
+
+Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
+of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
+
+  RUN.toml             describes the run; examples/embedded.toml is one to start from
+  --check              print the resolved run, every default filled in, and stop
+  --resume FOLDER      go on with the run in this folder (runs/ID); without RUN.toml, as it was configured
+  --learner.versions=50
+                       any key of the run (docs/configuration.md lists them); environment variables work as well:
+                       PALIMPSEST_LEARNER__VERSIONS=50
+  report FOLDER        make summary.json and report.html of a run again, also while it goes on
+
+Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
+5 the engine does not compute what the learner published, 130 stopped by Ctrl-C or SIGTERM."""
+EMBEDDED = Path("examples/embedded.toml")
+"""What `make run` runs unless it is told otherwise."""
+
+
+def begun(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
+    """Where the run is kept and what answers where."""
+    home, widest = config.run.home, max(map(len, urls))
+    said = [f"{'Going on with run' if resumed else 'Run'} {config.run.id}, kept in {home}"]
+    said += [f"  {name:{widest}}  {url}" for name, url in urls.items()]
+    said.append(f"Each answers /v1/status and /metrics; what they log is in {home / 'logs'}.")
+    if config.rollout.engine.kind == "vllm":
+        said.append("The engine takes half a minute to a minute to start; versions follow after that.")
+    return "\n".join([*said, "Ctrl-C stops cleanly, and the run can go on later.", ""])
+
+
+def resume(home: Path, source: Path, overrides: Sequence[str]) -> str:
+    """The commands to go on with. A run that differs from what `make run` reads goes on by its own file alone."""
+    own = "" if source == EMBEDDED and not overrides else "RUN= "
+    folder = shlex.quote(str(home))
+    return f'  make run {own}ARGS="--resume {folder}"\n  python -m services --resume {folder}'
+
+
+def stopped(summary: Mapping[str, Any]) -> str:
+    """How far it came."""
+    return f"Stopped cleanly after {count(summary['versions'], 'version')}. Go on with:"
+
+
+def made(summary: Mapping[str, Any], home: Path) -> str:
+    """The result in short, and where to read more."""
+    said = []
+    if summary["versions"]:
+        seconds = summary["seconds"]
+        setup = f" (and {duration(seconds['setup'])} to start)" if seconds["setup"] is not None else ""
+        trained, first, last = summary["trajectories"]["trained"], summary["success_first"], summary["success_last"]
+        said += [
+            f"{count(summary['versions'], 'version')} in {duration(seconds['run'])}{setup}",
+            f"success {first:.3f} -> {last:.3f} (first and last tenth of {trained:,} trajectories)",
+        ]
+    return "\n".join([*said, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])
