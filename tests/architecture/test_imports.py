@@ -1,0 +1,94 @@
+"""Who imports whom, and what must not be loaded where nobody needs it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = str(ROOT / "examples" / "embedded.toml")
+HEAVY = ("torch", "vllm", "transformers")
+LOADED = "import json, sys; print(json.dumps([name for name in sys.modules if '.' not in name]), file=sys.stderr)"
+
+
+def loaded_after(code: str, *arguments: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded when it has run this."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{LOADED}", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_the_import_contracts_hold() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = re.search(r"Contracts: (\d+) kept, 0 broken", done.stdout)
+    assert kept
+    assert int(kept[1]) >= 2
+
+
+LIGHT = (
+    "common.config",
+    "common.messages",
+    "common.bus.open",
+    "common.snapshots.client",
+    "common.sessions.client",
+    "services.snapshot_store.__main__",
+    "services.env_gateway.__main__",
+    "services.learner.__main__",
+    "services.rollout.__main__",
+    "services.__main__",
+)
+IMPORTS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    heavy = {"torch", "vllm", "transformers"} & set(sys.modules)
+    assert not heavy, f"{name} loads {heavy}"
+"""
+
+
+def test_programs_are_imported_without_heavy_libraries() -> None:
+    assert loaded_after(IMPORTS, *LIGHT) >= {"common", "services"}
+
+
+def test_a_heavy_library_would_be_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"wave loads \{'torch'\}"):
+        loaded_after("import sys; sys.modules['torch'] = sys\n" + IMPORTS, "wave")
+
+
+@pytest.mark.parametrize("service", ["learner", "rollout"])
+def test_checking_a_run_takes_a_few_seconds_and_loads_no_heavy_library(service: str) -> None:
+    began = time.monotonic()
+    code = f"import runpy\nrunpy.run_module('services.{service}', run_name='__main__')"
+    assert loaded_after(code, RUN, "--check").isdisjoint(HEAVY)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("sqlite3", {"common/bus/sqlite.py"}),
+        ("vllm", {"services/rollout/engine_vllm.py", "services/rollout/vllm_plugin.py"}),
+        ("torch.distributed", {"services/learner/ranks.py"}),
+        ("uvicorn", {"common/service.py"}),
+        ("zstandard", {"common/snapshots/codec.py"}),
+    ],
+)
+def test_a_third_party_system_is_imported_in_one_place(library: str, homes: set[str]) -> None:
+    lines = (f"import {library}", f"from {library}")
+    found = {
+        str(path.relative_to(ROOT))
+        for top in ("common", "services")
+        for path in (ROOT / top).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if line.strip().startswith(tuple(f"{start}{end}" for start in lines for end in (" ", ".")))
+        or line.strip() in lines
+    }
+    assert found <= homes

@@ -1,0 +1,110 @@
+"""One word for each concept: the words that other code bases use for ours stay out of common/ and services/.
+
+The words are those of the vocabulary: behavior, old, proximal, current; version; staleness; trajectory; discrepancy.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BANNED = {
+    r"log_probs?": "logprobs",
+    r"logps?": "logprobs",
+    r"(new|ref|reference|rollout|infer|inference|engine|generator|sampler|trainer|theta|mu|proximal_old)_logprobs": (
+        "behavior_logprobs, old_logprobs or current_logprobs"
+    ),
+    r"(ppo|approx|negative_approx)_kl": "log_staleness_ratio",
+    r"(tis|is)_(ratio|weight)s?|importance_(ratio|weight)s?": "discrepancy or staleness ratio",
+    r"episodes?": "trajectory",
+    r"(policy|weight|max|target|token|data)_age": "staleness",
+    r"off_policy(_steps)?|offpolicyness": "staleness",
+    r"(weight|param|parameter|model|policy|train)_version": "version",
+    r"(global|train|trainer)_steps?": "version (publications) or steps (optimizer)",
+    r"\w*behaviou?ral_\w*|behaviours?": "behavior",
+}
+"""Pattern that a whole identifier, or a part of it between underscores, must not match -> our word."""
+LAG_IS_FINE_IN = "common/bus/"
+"""Lag counts unread records of a consumer, nothing else."""
+NAMES_WITHOUT_MEANING = re.compile(r"(Manager|Helper|Utils?|Handler|V\d)$|^Base[A-Z]")
+
+
+def identifiers(tree: ast.AST) -> Iterator[str]:
+    """Names that this code gives: definitions, arguments, assignments, fields, imports under another name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.alias(asname=str(name)):
+                yield name
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+
+
+def banned(identifier: str) -> str | None:
+    """Our word for it, if this is a word of others."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", identifier).lower()
+    return next((ours for pattern, ours in BANNED.items() if re.search(rf"(?:^|_)(?:{pattern})(?:$|_)", name)), None)
+
+
+def parsed() -> Iterator[tuple[str, ast.Module]]:
+    for top in ("common", "services"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def test_names_use_our_words() -> None:
+    found = [
+        f"{where}: {name}, our word is {ours}"
+        for where, tree in parsed()
+        for name in sorted(set(identifiers(tree)))
+        if (ours := banned(name))
+    ]
+    assert found == []
+
+
+def test_lag_is_said_of_unread_records_only() -> None:
+    found = [
+        f"{where}: {name}, our word is staleness"
+        for where, tree in parsed()
+        if not where.startswith(LAG_IS_FINE_IN)
+        for name in sorted(set(identifiers(tree)))
+        if re.search(r"(^|_)lag($|_)", name.lower())
+    ]
+    assert found == []
+
+
+def test_no_class_or_file_is_named_for_nothing_in_particular() -> None:
+    found = [
+        f"{where}: {name}"
+        for where, tree in parsed()
+        for name in [Path(where).stem, *(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+        if NAMES_WITHOUT_MEANING.search(name) or name in ("utils", "util", "helpers", "misc")
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "old_log_probs", "rollout_logprobs", "ref_logprobs", "ref_log_prob", "ppo_kl", "approx_kl", "episode",
+        "max_episodes", "EpisodeBuffer", "policy_age", "weight_version", "global_step", "prox_logp", "log_probs",
+        "trainer_logprobs", "infer_log_probs", "off_policy_steps", "is_ratio", "behaviour", "Episode",
+    ],
+)  # fmt: skip
+def test_a_word_of_others_is_noticed(name: str) -> None:
+    assert banned(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "old_logprobs", "behavior_logprobs", "current_logprobs", "token_logprobs", "logprobs", "staleness", "version",
+        "environment_version", "step", "steps", "max_staleness", "log_discrepancy", "stage", "message", "flag", "usage",
+    ],
+)  # fmt: skip
+def test_our_words_are_let_pass(name: str) -> None:
+    assert banned(name) is None

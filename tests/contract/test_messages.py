@@ -1,0 +1,276 @@
+"""Every record on the log: its bytes decode for ever, and nothing else does.
+
+A file in golden/ is what a release wrote. It is never changed: a change of meaning takes a new schema number, a new
+file, and a decoder that still reads the old one.
+"""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import messages
+from common.bus.port import Record
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    TASKS,
+    TOPICS,
+    TRAJECTORIES,
+    WORKERS,
+    DeadLetter,
+    DropReason,
+    Ending,
+    GroupOffered,
+    RunFinished,
+    Sampling,
+    TrajectoryDropped,
+    TrajectoryFinished,
+    Undecodable,
+    VersionApplied,
+    VersionPublished,
+    WorkerAlive,
+    dead_letter,
+    decode,
+    encode,
+)
+from common.trajectory import Segment
+from common.versions import Version
+
+GOLDEN = Path(__file__).parent / "golden"
+DIGEST = "c3" * 32
+TOKENS = bytes.fromhex("01000000 02000000 ff7f0000 04000000")  # 1, 2, 32767, 4
+HALVES = bytes.fromhex("000000bf 000080bf")  # float32 -0.5, -1.0
+OFFERED = GroupOffered(
+    run="first",
+    group="g000007",
+    index=7,
+    version=Version(3),
+    environment="lookup",
+    task_seed=1234567890123,
+    samples=8,
+    sampling=Sampling(temperature=0.75, max_turn_tokens=8, max_trajectory_tokens=96, max_turns=4),
+    time_limit_s=600.0,
+)
+FINISHED = TrajectoryFinished(
+    run="first",
+    trajectory="g000007/3",
+    group="g000007",
+    attempt=1,
+    worker="worker-0",
+    environment="lookup",
+    environment_version="1",
+    tokens=TOKENS,
+    segments=(Segment(1, 3, Version(2), HALVES), Segment(3, 4, Version(3), HALVES[:4])),
+    temperature=0.75,
+    reward=0.25,
+    reward_parts={"call": 0.25, "answer": 0.0},
+    success=False,
+    ending=Ending.TRUNCATED,
+    turns=2,
+)
+DROPPED = TrajectoryDropped(
+    run="first",
+    trajectory="g000007/4",
+    group="g000007",
+    worker="worker-0",
+    reason=DropReason.ENVIRONMENT_FAILED,
+    detail="busy: 429 too many sessions – später",
+)
+PUBLISHED = VersionPublished(run="first", version=Version(300), digest=DIGEST, published_at=1700000000.5)
+ENDED = RunFinished(run="first", version=Version(200))
+ALIVE = WorkerAlive(run="first", worker="worker-0", version=-1, live=3, sampled_tokens=123456, seconds=12.5, idle_s=0.0)
+APPLIED = VersionApplied(
+    run="first", worker="worker-0", version=Version(4), digest=DIGEST, accepted=True, canary_error=0.0013,
+    pause_s=0.05, live=12,
+)  # fmt: skip
+LETTER = DeadLetter(
+    run="first", topic="trajectories", partition=2, offset=99, key="g000007", body=b"\x00\xff", reason="not msgpack"
+)
+WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
+    "group_offered-1": (TASKS, OFFERED),
+    "trajectory_finished-1": (TRAJECTORIES, FINISHED),
+    "trajectory_dropped-1": (TRAJECTORIES, DROPPED),
+    "version_published-1": (CONTROL, PUBLISHED),
+    "run_finished-1": (CONTROL, ENDED),
+    "worker_alive-1": (WORKERS, ALIVE),
+    "version_applied-1": (WORKERS, APPLIED),
+    "dead_letter-1": (DEAD_LETTERS, LETTER),
+}
+"""What each golden file holds."""
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / f"{name}.bin").read_bytes()
+
+
+def fields(record: msgspec.Struct) -> dict[str, Any]:
+    """The map on the wire, read without knowing the type."""
+    decoded: dict[str, Any] = msgspec.msgpack.decode(encode(record))
+    return decoded
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_bytes_written_once_decode_for_ever(name: str) -> None:
+    topic, record = WRITTEN[name]
+    assert decode(topic, golden(name)) == record
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_this_release_writes_the_same_bytes(name: str) -> None:
+    """Other bytes under the same schema number mean that readers of both releases must be thought through."""
+    _, record = WRITTEN[name]
+    assert encode(record) == golden(name)
+
+
+def test_every_golden_file_is_checked() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.bin")} == set(WRITTEN)
+
+
+def test_every_kind_of_record_has_a_golden_file() -> None:
+    kinds = {
+        kind.__struct_config__.tag
+        for kind in vars(messages).values()
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__struct_config__.tag
+    }
+    assert kinds == {name.replace("-", "/") for name in WRITTEN}
+
+
+def test_every_topic_has_a_golden_file() -> None:
+    assert {topic for topic, _ in WRITTEN.values()} == set(TOPICS)
+
+
+def test_the_smallest_record_byte_by_byte() -> None:
+    """msgpack by hand: a map of 3, texts with their lengths, 200 as uint8."""
+    pieces = [b"\x83", b"\xa4type", b"\xaerun_finished/1", b"\xa3run", b"\xa5first", b"\xa7version", b"\xcc\xc8"]
+    assert encode(ENDED) == b"".join(pieces)
+
+
+def test_a_record_is_a_map_by_field_name_with_its_tag() -> None:
+    assert fields(PUBLISHED) == {
+        "type": "version_published/1", "run": "first", "version": 300, "digest": DIGEST, "published_at": 1700000000.5,
+    }  # fmt: skip
+
+
+def test_a_trajectory_carries_packed_tokens_and_its_segments_by_name() -> None:
+    found = fields(FINISHED)
+    assert found["tokens"] == TOKENS
+    assert found["segments"] == [
+        {"start": 1, "stop": 3, "version": 2, "behavior_logprobs": HALVES},
+        {"start": 3, "stop": 4, "version": 3, "behavior_logprobs": HALVES[:4]},
+    ]
+    assert (found["type"], found["ending"], found["reward_parts"]) == (
+        "trajectory_finished/1", "truncated", {"call": 0.25, "answer": 0.0},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_unknown_field_is_refused_by_name(name: str) -> None:
+    topic, record = WRITTEN[name]
+    with pytest.raises(Undecodable, match=f"^{topic}: .*surprise"):
+        decode(topic, msgspec.msgpack.encode({**fields(record), "surprise": 1}))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_missing_field_is_refused_by_name(name: str) -> None:
+    topic, record = WRITTEN[name]
+    for missing in fields(record).keys() - {"type"}:
+        with pytest.raises(Undecodable, match=f"^{topic}: .*{missing}"):
+            decode(topic, msgspec.msgpack.encode({k: v for k, v in fields(record).items() if k != missing}))
+
+
+@pytest.mark.parametrize("tag", ["version_published/2", "version_published", "VersionPublished", "", 1, None])
+def test_an_unknown_tag_is_refused(tag: object) -> None:
+    for topic, record in WRITTEN.values():
+        with pytest.raises(Undecodable, match=topic):
+            decode(topic, msgspec.msgpack.encode({**fields(record), "type": tag}))
+
+
+@pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS])
+def test_a_record_without_a_tag_is_refused_where_there_are_several_kinds(topic: str) -> None:
+    for other, record in WRITTEN.values():
+        if other == topic:
+            with pytest.raises(Undecodable):
+                decode(topic, msgspec.msgpack.encode({k: v for k, v in fields(record).items() if k != "type"}))
+
+
+def test_a_record_of_another_topic_is_refused() -> None:
+    for topic, record in WRITTEN.values():
+        for other in set(TOPICS) - {topic}:
+            with pytest.raises(Undecodable):
+                decode(other, encode(record))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", "3"),
+        ("version", 3.5),
+        ("version", True),
+        ("version", None),
+        ("samples", 8.5),
+        ("group", 7),
+        ("group", b"g"),
+        ("time_limit_s", "600"),
+        ("sampling", {"temperature": 1.0}),
+        ("sampling", [0.75, 8, 96, 4]),
+        ("sampling", {"temperature": 0.75, "max_turn_tokens": 8, "max_trajectory_tokens": 96, "max_turns": 4, "x": 1}),
+    ],
+)
+def test_a_field_of_another_type_is_refused(field: str, value: object) -> None:
+    with pytest.raises(Undecodable, match=f"^{TASKS}: "):
+        decode(TASKS, msgspec.msgpack.encode({**fields(OFFERED), field: value}))
+
+
+def test_an_ending_that_is_none_is_refused() -> None:
+    with pytest.raises(Undecodable, match="ending"):
+        decode(TRAJECTORIES, msgspec.msgpack.encode({**fields(FINISHED), "ending": "exhausted"}))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_bytes_cut_short_anywhere_are_refused(name: str) -> None:
+    topic, _ = WRITTEN[name]
+    body = golden(name)
+    for length in range(len(body)):
+        with pytest.raises(Undecodable):
+            decode(topic, body[:length])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_bytes_with_more_behind_them_are_refused(name: str) -> None:
+    topic, _ = WRITTEN[name]
+    with pytest.raises(Undecodable):
+        decode(topic, golden(name) + b"\0")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(TOPICS), st.binary(max_size=60))
+def test_garbage_is_refused_and_nothing_else_happens(topic: str, body: bytes) -> None:
+    with pytest.raises(Undecodable):
+        decode(topic, body)
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(Undecodable):
+        decode(CONTROL, encode(ENDED).replace(b"first", b"\xff\xfe\xfd\xfc\xfb"))
+
+
+def test_very_deep_garbage_is_refused() -> None:
+    with pytest.raises(Undecodable):
+        decode(TRAJECTORIES, msgspec.msgpack.encode(fields(FINISHED))[:-1] + b"\x91" * 100_000)
+
+
+def test_a_dead_letter_keeps_the_record_whole() -> None:
+    record = Record("tasks", 3, 17, "g000007", b"\x00\xff", {"trajectory": "x"})
+    assert dead_letter("first", record, "why") == DeadLetter(
+        run="first", topic="tasks", partition=3, offset=17, key="g000007", body=b"\x00\xff", reason="why"
+    )
+
+
+def test_every_member_of_a_topics_union_is_a_kind_of_its_own() -> None:
+    for union in (messages.Trajectory, messages.Control, messages.FromWorker):
+        tags = [kind.__struct_config__.tag for kind in get_args(union)]
+        assert len(set(tags)) == len(tags) > 1

@@ -1,0 +1,68 @@
+"""Whatever is killed and whenever: the run goes on, the ledger balances, no trajectory is trained twice."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import RunProcess, chaos, check_ledger, history, newest_manifest, scripted, wait_for
+
+pytestmark = pytest.mark.servers
+SEED = 20261121
+
+
+def test_ten_kills_at_random_points(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=400), tmp_path / "scripted"
+    run = RunProcess(toml, "--local.restarts=20")
+    try:
+        schedule = chaos(run, home, seed=SEED, kills=10)
+        trained = len(history(home))
+        wait_for(lambda: len(history(home)) > trained + 3, run, within_s=120, name="three versions after the last kill")
+        run.process.terminate()
+        code, output = run.finish(within_s=90)
+    finally:
+        run.kill_everything()
+    print("\n".join(schedule))
+    assert code == 130, output[-3000:]
+    ledger = check_ledger(home)
+    assert ledger["trained"] >= 13 * 16
+
+
+def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=12), tmp_path / "scripted"
+    for versions in (2, 5):
+        arguments = (toml,) if versions == 2 else (toml, "--resume", home)
+        run = RunProcess(*arguments)
+        try:
+            wait_for(lambda n=versions: len(history(home)) >= n, run, within_s=120, name=f"version {versions}")
+        finally:
+            run.kill_everything()
+            run.process.wait()
+        check_ledger(home)
+    run = RunProcess("--resume", home)
+    code, output = run.finish(within_s=180)
+    assert code == 0, output[-3000:]
+    check_ledger(home)
+    assert len(history(home)) == 12
+    assert newest_manifest(home)["trained_versions"] == 12
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "learner.after_step:2",
+        "learner.inside_checkpoint:2",
+        "learner.before_publishing:2",
+        "learner.before_announcing:3",
+        "learner.after_publishing:2",
+        "rollout.before_publish:20",
+    ],
+)
+def test_a_process_that_dies_at_its_worst_moment(tmp_path: Path, starting_model: Path, fault: str) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
+    marker = tmp_path / "it happened"
+    run = RunProcess(toml, environment={"PALIMPSEST_FAULT": fault, "PALIMPSEST_FAULT_ONCE": str(marker)})
+    code, output = run.finish(within_s=240)
+    assert code == 0, output[-3000:]
+    check_ledger(home)
+    assert len(history(home)) == 4
+    assert marker.exists(), "the fault was never reached"

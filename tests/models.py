@@ -1,0 +1,80 @@
+"""Models to test with, built once for all test processes; and their weights as the store would hand them out."""
+
+import fcntl
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from transformers import AutoModelForCausalLM
+
+from common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
+from common.versions import Version
+from services.learner.canaries import Canaries
+from services.learner.model import named_weights, raw_tensors
+from services.rollout.engine import StoredWeights
+
+CPU = torch.device("cpu")
+
+
+def build(shared: Path, *, tied: bool) -> Path:
+    """Folder of the starting model; the first process to ask builds it, the others wait."""
+    from tools.starting_model.__main__ import write
+
+    folder = shared / ("tied" if tied else "untied")
+    with (shared / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            write(folder, tied=tied)
+    return folder
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The model as plain transformers loads it, in bf16."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def perturb(model: torch.nn.Module, *, by: float, seed: int) -> None:
+    """Another version: every weight moved by noise of this deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_((parameter.float() + by * noise).to(parameter.dtype))
+
+
+def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
+    """The model's weights as a worker has them before an update."""
+    entries, path = [], folder / f"{version}.raw"
+    with path.open("wb") as file:
+        for tensor in raw_tensors(named_weights(model)):
+            raw = tensor.raw.tobytes()
+            entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, blake3(raw).hexdigest(), 0, 0))
+            file.write(raw)
+    manifest = Manifest(
+        schema=SCHEMA,
+        run="test",
+        version=Version(version),
+        digest=version_digest(entries),
+        encoding="base",
+        object="",
+        object_size=0,
+        tensors=tuple(entries),
+        canaries=canaries(model),
+    )
+    return StoredWeights(manifest, path)
+
+
+def canaries(model: torch.nn.Module) -> tuple[Canary, ...]:
+    """The learner's canaries for these weights, without any batch yet."""
+    return Canaries(model, CPU, trajectories=1).made()
+
+
+@torch.no_grad()
+def logprobs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0) -> list[float]:
+    """log pi of each token after the first, by plain transformers, one row at a time."""
+    logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float() / temperature
+    chosen = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[1:, None])
+    return [float(value) for value in chosen[:, 0]]

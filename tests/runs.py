@@ -1,0 +1,209 @@
+"""Real runs as processes: started, watched, killed, and judged by what they left on disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common.bus.sqlite import SqliteBus
+from common.messages import TASKS, GroupOffered, decode, trajectory_id
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPTED = """
+[run]
+id = "scripted"
+folder = "{folder}"
+
+[model]
+path = "{model}"
+attention = "eager"
+
+[tasks]
+environments = {{ lookup = 1.0 }}
+samples_per_group = 4
+time_limit_s = {time_limit_s}
+
+[sampling]
+max_turn_tokens = 8
+max_trajectory_tokens = 96
+max_turns = 4
+
+[rollout]
+max_live = 32
+
+[rollout.engine]
+kind = "scripted"
+tokens_per_s = {tokens_per_s}
+texts = [
+    '<tool_call>\\n{{"name": "lookup", "arguments": {{"key": "amber"}}}}\\n</tool_call>',
+    '<tool_call>\\n{{"name": "lookup", "arguments": {{"key": "basil"}}}}\\n</tool_call>',
+    '3',
+    '5',
+    'what?',
+]
+
+[learner]
+versions = {versions}
+groups_per_batch = 4
+max_staleness = 3
+canary_trajectories = 4
+
+[learner.optimizer]
+lr = 1e-4
+"""
+
+
+def scripted(folder: Path, model: Path, *, versions: int, tokens_per_s: float = 500.0, time_limit_s: int = 120) -> Path:
+    """A run file for a run without a real engine; everything else is real."""
+    path = folder / "scripted.toml"
+    path.write_text(
+        SCRIPTED.format(
+            folder=folder, model=model, versions=versions, tokens_per_s=tokens_per_s, time_limit_s=time_limit_s
+        )
+    )
+    return path
+
+
+class RunProcess:
+    """`python -m services ...` in a process group of its own."""
+
+    def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *, within_s: float) -> tuple[int, str]:
+        """Exit code and output; the whole group is killed if it takes longer."""
+        try:
+            output, _ = self.process.communicate(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            self.kill_everything()
+            output, _ = self.process.communicate()
+            raise AssertionError(f"the run did not end within {within_s:.0f} s; it said:\n{output[-4000:]}") from None
+        return self.process.returncode, output
+
+    def services(self) -> dict[str, list[psutil.Process]]:
+        """Service name -> its living processes."""
+        found: dict[str, list[psutil.Process]] = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                line = child.cmdline()
+            except psutil.Error:
+                continue
+            for name in ("rollout", "env_gateway", "snapshot_store", "learner"):
+                if f"services.{name}" in line:
+                    launcher = "torch.distributed.run" in line
+                    found.setdefault("torchrun" if launcher else name, []).append(child)
+        return found
+
+    def kill(self, service: str) -> bool:
+        """SIGKILL a service's process; False if it has none at the moment."""
+        processes = self.services().get(service, [])
+        for process in processes:
+            process.kill()
+        return bool(processes)
+
+    def kill_everything(self) -> None:
+        """SIGKILL the supervisor and all its descendants, at once."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            family = []
+        for process in (*family, psutil.Process(self.process.pid) if self.process.poll() is None else None):
+            if process is not None and process.is_running():
+                process.send_signal(signal.SIGKILL)
+
+
+def wait_for(what: Callable[[], bool], run: RunProcess, *, within_s: float, name: str) -> None:
+    """Look until it holds; the run must not end before."""
+    deadline = time.monotonic() + within_s
+    while not what():
+        assert run.process.poll() is None, f"the run ended with {run.process.returncode} while waiting for {name}"
+        assert time.monotonic() < deadline, f"{name} did not come within {within_s:.0f} s"
+        time.sleep(0.02)
+
+
+def history(home: Path, length: int | None = None) -> list[dict[str, Any]]:
+    """The whole lines of history.jsonl, or of its first `length` bytes."""
+    path = home / "history.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_bytes()[:length].decode()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def newest_manifest(home: Path) -> dict[str, Any]:
+    """Of the newest complete checkpoint."""
+    newest = max(home.glob("checkpoints/*/manifest.json"))
+    return json.loads(newest.read_text())
+
+
+def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dict[str, Any]:
+    """Recount the run from its log and its history; the checkpoint's ledger must agree.
+
+    offered = trained + dropped + dead-lettered + pending; every id offered once and trained at most once; nothing
+    trained that was not offered.
+    """
+    bus = SqliteBus(home / "bus.sqlite")
+    offered: Counter[str] = Counter()
+    with bus.consumer(TASKS) as consumer:
+        while records := consumer.poll(limit=1000, timeout_s=0):
+            for record in records:
+                offer: GroupOffered = decode(TASKS, record.body)
+                offered.update(trajectory_id(offer.group, sample) for sample in range(offer.samples))
+    bus.close()
+    manifest = newest_manifest(home)
+    lines = history(home, manifest["history_bytes"])  # a line beyond is cut off by the restart
+    trained = Counter(
+        trajectory_id(group, sample)
+        for line in lines
+        for group, samples in line["groups"].items()
+        for sample in samples
+    )
+    ledger = manifest["ledger"]
+    pending = ledger["offered"] - ledger["trained"] - sum(ledger["dropped"].values()) - ledger["dead_lettered"]
+    assert set(offered.values()) <= {1}, f"offered twice: {[i for i, n in offered.items() if n > 1][:5]}"
+    assert set(trained.values()) <= {1}, f"trained twice: {[i for i, n in trained.items() if n > 1][:5]}"
+    assert set(trained) <= set(offered), "trained without being offered"
+    assert len(trained) == ledger["trained"]
+    assert len(offered) >= ledger["offered"]
+    assert pending >= 0
+    still_open = sum(samples - len(ended) for ended in ledger["open_groups"].values())
+    assert pending == still_open, f"{pending} by the sums, {still_open} by the open groups"
+    versions = [line["version"] for line in lines]
+    assert versions == sorted(set(versions)), "a version stands twice in the history"
+    assert all(line["staleness_max"] <= max_staleness for line in lines)
+    return {**ledger, "pending": pending}
+
+
+def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
+    """Kill services at random moments, each time after some further version was trained; the schedule."""
+    rng = random.Random(seed)
+    services = ["learner", "rollout", "env_gateway", "snapshot_store", "torchrun"]
+    order = [services[i % len(services)] for i in range(kills)]
+    rng.shuffle(order)
+    done: list[str] = []
+    for service in order:
+        trained = len(history(home))
+        wait_for(lambda n=trained: len(history(home)) > n, run, within_s=120, name=f"version after {done[-1:]}")
+        time.sleep(rng.random())  # anywhere inside a version, that is the point
+        wait_for(lambda s=service: run.kill(s), run, within_s=60, name=f"a {service} to kill")
+        done.append(f"{service} at {trained + 1}")
+    return done

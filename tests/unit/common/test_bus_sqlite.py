@@ -1,0 +1,120 @@
+"""What the SQLite log promises beyond the port, and what its safety rests on."""
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bus import sqlite
+from common.bus.open import open_bus
+from common.bus.port import Outgoing, partition_of
+from common.bus.sqlite import SqliteBus
+from common.config import RunConfig
+from common.messages import CONTROL, DEAD_LETTERS, TASKS, TOPICS, TRAJECTORIES, WORKERS
+from common.refusal import ExitCode, Refusal
+
+UNSTORABLE: Any = object()
+HALF_BAD = [Outgoing("k", b"first"), Outgoing("k", b"second"), Outgoing("k", UNSTORABLE)]
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[SqliteBus]:
+    """A log with one topic of one partition."""
+    opened = SqliteBus(tmp_path / "bus.sqlite")
+    opened.create_topics({"t": 1})
+    yield opened
+    opened.close()
+
+
+def bodies(bus: SqliteBus) -> list[bytes]:
+    with bus.consumer("t") as consumer:
+        return [record.body for record in consumer.poll(limit=100, timeout_s=0)]
+
+
+def test_every_commit_is_synced_to_the_disk(bus: SqliteBus) -> None:
+    """SQLite's documentation: in WAL mode only synchronous = FULL (2) makes a commit survive a power cut."""
+    with bus.consumer("t", group="g", member="m") as consumer:
+        for db in (bus._db, consumer._db):
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            assert db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_a_publish_that_fails_in_the_middle_leaves_nothing(bus: SqliteBus) -> None:
+    with pytest.raises(sqlite3.ProgrammingError):
+        bus.publish("t", HALF_BAD)
+    assert bodies(bus) == []
+    assert [at.offset for at in bus.publish("t", [Outgoing("k", b"next")])] == [0]
+
+
+def test_without_the_transaction_half_a_batch_would_stand(bus: SqliteBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def nothing(_db: sqlite3.Connection) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(sqlite, "_writing", nothing)
+    with pytest.raises(sqlite3.ProgrammingError):
+        bus.publish("t", HALF_BAD)
+    assert bodies(bus) == [b"first", b"second"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(bus: SqliteBus) -> None:
+    bus._db.execute("PRAGMA max_page_count = 20")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        bus.publish("t", [Outgoing("k", bytes(1 << 20))])
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(bus.path))
+
+
+def test_after_a_full_disk_the_log_goes_on_where_it_was(bus: SqliteBus) -> None:
+    bus.publish("t", [Outgoing("k", b"before")])
+    bus._db.execute("PRAGMA max_page_count = 20")
+    with pytest.raises(OSError, match="No space"):
+        bus.publish("t", [Outgoing("k", b"small"), Outgoing("k", bytes(1 << 20))])
+    bus._db.execute("PRAGMA max_page_count = 10000")
+    assert [at.offset for at in bus.publish("t", [Outgoing("k", b"after")])] == [1]
+    assert bodies(bus) == [b"before", b"after"]
+
+
+def test_a_member_of_a_group_needs_a_name(bus: SqliteBus) -> None:
+    with pytest.raises(ValueError, match="a consumer of group g needs a member name"):
+        bus.consumer("t", group="g")
+
+
+@pytest.mark.parametrize(("key", "partition"), [("", 0), ("g000007", 3), ("g000000", 0), ("worker-0", 2), ("ä", 3)])
+def test_the_partition_of_a_key_never_changes(key: str, partition: int) -> None:
+    """crc32 modulo 4, as computed once; another value would tear keys apart on logs that exist."""
+    assert partition_of(key, 4) == partition
+
+
+def a_run(folder: Path, **bus: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"id": "r", "folder": str(folder)},
+            "model": {"path": "none"},
+            "tasks": {"environments": {"lookup": 1.0}},
+            "learner": {"versions": 1},
+            "bus": bus,
+        }
+    )
+
+
+def test_a_runs_log_has_every_topic(tmp_path: Path) -> None:
+    opened = open_bus(a_run(tmp_path, task_partitions=3, trajectory_partitions=2))
+    partitions = {}
+    for topic in TOPICS:
+        with opened.consumer(topic) as consumer:
+            partitions[topic] = len(consumer.ends())
+    opened.close()
+    assert partitions == {TASKS: 3, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, DEAD_LETTERS: 1}
+
+
+def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_path: Path) -> None:
+    open_bus(a_run(tmp_path, task_partitions=3)).close()
+    with pytest.raises(Refusal) as refused:
+        open_bus(a_run(tmp_path, task_partitions=4))
+    assert refused.value.code is ExitCode.CONFIGURATION
+    assert "topic tasks" in str(refused.value)
+    assert "has 3 partitions, 4 are asked for: set bus.task_partitions" in str(refused.value)

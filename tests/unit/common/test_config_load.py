@@ -1,0 +1,313 @@
+"""From files, environment and flags to one configuration; and what every wrong thing is told."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from common.config import Invocation, RunConfig, load
+from common.refusal import ExitCode, Refusal
+
+RUN = """
+[run]
+id = "first"
+[model]
+path = "models/starting"
+[tasks]
+environments = { lookup = 1.0 }
+[learner]
+versions = 3
+"""
+NOTHING: Mapping[str, str] = {}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run file that sets only what has no default."""
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+def loaded(path: Path, *flags: str, **variables: str) -> RunConfig:
+    return load([str(path), *flags], variables, program="prog").config
+
+
+def refused(path: Path, *flags: str, more: str = "", **variables: str) -> str:
+    """What is said to a run file with these lines added, these flags and these variables."""
+    path.write_text(path.read_text() + more)
+    with pytest.raises(Refusal) as refusal:
+        load([str(path), *flags], variables, program="prog")
+    assert refusal.value.code is ExitCode.CONFIGURATION
+    return str(refusal.value)
+
+
+def test_what_no_layer_sets_has_its_default(run: Path) -> None:
+    assert loaded(run).learner.optimizer.lr == 1e-6
+
+
+def test_toml_goes_before_defaults(run: Path) -> None:
+    run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
+    assert loaded(run).learner.optimizer.lr == 1e-5
+
+
+def test_the_environment_goes_before_toml(run: Path) -> None:
+    run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
+    assert loaded(run, PALIMPSEST_LEARNER__OPTIMIZER__LR="2e-5").learner.optimizer.lr == 2e-5
+
+
+def test_flags_go_before_the_environment(run: Path) -> None:
+    run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
+    config = loaded(run, "--learner.optimizer.lr=3e-5", PALIMPSEST_LEARNER__OPTIMIZER__LR="2e-5")
+    assert config.learner.optimizer.lr == 3e-5
+
+
+def test_of_two_equal_flags_the_last_one_counts(run: Path) -> None:
+    assert loaded(run, "--run.seed=1", "--run.seed=2").run.seed == 2
+
+
+def test_a_variable_for_a_key_goes_before_one_for_its_section(run: Path) -> None:
+    config = loaded(run, PALIMPSEST_TASKS__ENVIRONMENTS="{ hop = 1.0 }", PALIMPSEST_TASKS__ENVIRONMENTS__ADD="2.0")
+    assert config.tasks.environments == {"hop": 1.0, "add": 2.0}
+
+
+def test_variables_without_the_prefix_are_left_alone(run: Path) -> None:
+    config = loaded(run, RUN__SEED="7", PALIMPSEST_FAULT="learner.after_publish:3", PALIMPSEST_GATEWAY_TOKEN="secret")
+    assert config.run.seed == 0
+
+
+def test_a_flag_takes_its_value_after_a_space_too(run: Path) -> None:
+    assert loaded(run, "--run.seed", "5").run.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--model.path=17", "17"),
+        ("--model.path=true", "true"),
+        ("--model.path=a b", "a b"),
+        ('--model.path="quoted"', '"quoted"'),
+    ],
+)
+def test_a_flag_for_a_text_is_taken_as_it_stands(run: Path, flag: str, value: str) -> None:
+    assert loaded(run, flag).model.path == value
+
+
+def test_a_flag_for_a_path_is_taken_as_it_stands(run: Path) -> None:
+    assert loaded(run, "--bus.path=3").bus.path == Path("3")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("false", False), ("3", 3), ("0.5", 0.5), ("plain words", "plain words"), ('"3"', "3")]
+)
+def test_a_flag_for_a_chat_template_option_keeps_its_type(run: Path, value: str, expected: object) -> None:
+    found = loaded(run, f"--model.chat_template_options.enable_thinking={value}").model.chat_template_options
+    assert found == {"enable_thinking": expected}
+    assert type(found["enable_thinking"]) is type(expected)
+
+
+def test_a_flag_may_set_a_whole_table(run: Path) -> None:
+    assert loaded(run, "--tasks.environments={ hop = 2, add = 1.5 }").tasks.environments == {"hop": 2.0, "add": 1.5}
+
+
+def test_a_flag_may_choose_a_member_of_a_union(run: Path) -> None:
+    engine = loaded(run, "--rollout.engine.kind=scripted", '--rollout.engine.texts=["a", "b"]').rollout.engine
+    assert engine.model_dump() == {"kind": "scripted", "texts": ("a", "b"), "tokens_per_s": 2000.0}
+
+
+def test_a_whole_number_is_a_number(run: Path) -> None:
+    assert loaded(run, "--sampling.temperature=2").sampling.temperature == 2.0
+
+
+def test_flags_that_set_keys_are_remembered_to_be_passed_on(run: Path) -> None:
+    found = load([str(run), "--run.seed", "5", "--check", "--run.id=x"], NOTHING, program="prog")
+    assert found == Invocation(found.config, run, check=True, overrides=("--run.seed=5", "--run.id=x"))
+
+
+def test_resume_alone_reads_the_runs_own_file(run: Path) -> None:
+    found = load(["--resume", str(run.parent)], NOTHING, program="prog")
+    assert (found.source, found.resume, found.config.run.id) == (run.parent / "run.toml", run.parent, "first")
+
+
+def test_a_configuration_cannot_be_changed(run: Path) -> None:
+    config = loaded(run)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("learner.versions=3.5", "input should be a valid integer, got 3.5"),
+        ("learner.versions=true", "input should be a valid integer, got True"),
+        ("learner.versions=three", "input should be a valid integer, got 'three'"),
+        ("learner.versions=0", "input should be greater than 0, got 0"),
+        ("learner.record=yes", "input should be a valid boolean, got 'yes'"),
+        ("learner.record=1", "input should be a valid boolean, got 1"),
+        ("learner.optimizer.lr=nan", "input should be greater than 0, got nan"),
+        ("learner.optimizer.lr=true", "input should be a valid number, got True"),
+        ("learner.loss.clip_low=1.5", "input should be less than or equal to 1, got 1.5"),
+        ("snapshot_store.port=70000", "input should be less than or equal to 65535, got 70000"),
+        ("model.attention=flash", "input should be 'sdpa', 'eager' or 'flash_attention_2', got 'flash'"),
+        ("tasks.environments.add=0", "input should be greater than 0, got 0"),
+        ("rollout.worker=Worker 1", "string should match pattern '^[a-z0-9][a-z0-9_-]{0,31}$', got 'Worker 1'"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_its_layer_its_key_and_what_is_right(run: Path, flag: str, said: str) -> None:
+    key, _, value = flag.partition("=")
+    assert refused(run, f"--{flag}") == f"--{key}: {key}: {said}"
+    variable = "PALIMPSEST_" + key.upper().replace(".", "__")
+    assert refused(run, **{variable: value}) == f"{variable}: {key}: {said}"
+
+
+def test_a_wrong_value_in_the_file_names_the_file(run: Path) -> None:
+    said = refused(run, more="[learner.optimizer]\nlr = 'fast'\n")
+    assert said == f"{run}: learner.optimizer.lr: input should be a valid number, got 'fast'"
+
+
+def test_a_wrong_value_inside_a_table_names_the_flag_that_set_the_table(run: Path) -> None:
+    said = refused(run, "--tasks.environments={ hop = 1.0, add = 'x' }")
+    assert said == "--tasks.environments: tasks.environments.add: input should be a valid number, got 'x'"
+
+
+def test_a_wrong_item_of_a_list_names_the_flag_that_set_the_list(run: Path) -> None:
+    said = refused(run, "--rollout.engine.kind=scripted", '--rollout.engine.texts=["a", 3]')
+    assert said == "--rollout.engine.texts: rollout.engine.texts.1: input should be a valid string, got 3"
+
+
+def test_every_problem_is_told_at_once(run: Path) -> None:
+    said = refused(run, "--learner.versions=-1", "--learnr.lr=3", more="[sampling]\nmax_turns = 0\n")
+    assert sorted(line.split(":")[0] for line in said.splitlines()) == ["--learner.versions", "--learnr.lr", str(run)]
+
+
+def test_top_p_below_1_is_refused_with_the_reason(run: Path) -> None:
+    said = refused(run, "--sampling.top_p=0.9")
+    assert said.startswith("--sampling.top_p: sampling.top_p: 0.9 cannot be used for training: ")
+    assert "log-probs" in said
+    assert said.endswith("Set it to 1.0")
+
+
+def test_top_k_on_is_refused_with_the_reason(run: Path) -> None:
+    said = refused(run, PALIMPSEST_SAMPLING__TOP_K="50")
+    assert said.startswith("PALIMPSEST_SAMPLING__TOP_K: sampling.top_k: 50 cannot be used for training")
+    assert said.endswith("set it to 0 (off)")
+
+
+def test_a_turn_that_leaves_no_room_for_a_prompt_is_refused(run: Path) -> None:
+    said = refused(run, "--sampling.max_turn_tokens=4096")
+    assert "sampling.max_turn_tokens (4096) leaves no room" in said
+    assert "sampling.max_trajectory_tokens (4096)" in said
+
+
+def test_more_minibatches_than_groups_are_refused(run: Path) -> None:
+    assert "learner.minibatches (33) is more than learner.groups_per_batch (32)" in refused(
+        run, "--learner.minibatches=33"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("sampling.temprature", "sampling.temperature"),
+        ("learner.optimiser.lr", "learner.optimizer"),
+        ("learnr.versions", "learner"),
+        ("learner.max_stalenes", "learner.max_staleness"),
+        ("snapshotstore.port", "snapshot_store"),
+        ("rollout.engine.kv_cache_gb", "rollout.engine.kv_cache_gib"),
+    ],
+)
+def test_a_misspelt_key_is_answered_with_the_nearest_one(run: Path, key: str, near: str) -> None:
+    assert refused(run, f"--{key}=1").splitlines()[0].endswith(f"; did you mean {near}?")
+    variable = "PALIMPSEST_" + key.upper().replace(".", "__")
+    assert refused(run, **{variable: "1"}).startswith(f"{variable}: ")
+
+
+def test_a_misspelt_key_in_the_file_is_answered_with_the_file_and_the_nearest_key(run: Path) -> None:
+    said = refused(run, more="[sampling]\ntemprature = 1.0\n")
+    assert said == f"{run}: sampling.temprature is not a key of [sampling]; did you mean sampling.temperature?"
+
+
+def test_a_misspelt_section_in_the_file_is_answered_with_the_nearest_one(run: Path) -> None:
+    assert refused(run, more="[sampler]\n") == f"{run}: sampler is not a key of a run; did you mean sampling?"
+
+
+def test_a_key_like_no_other_is_answered_with_all_there_are(run: Path) -> None:
+    assert refused(run, "--logs.xyzzy=1") == "--logs.xyzzy: logs.xyzzy is not a key of [logs]; it has format, level"
+
+
+def test_a_key_below_a_plain_value_is_refused(run: Path) -> None:
+    assert refused(run, "--model.path.x=1") == "--model.path.x: model.path.x is not a key: model.path has none"
+
+
+def test_a_key_of_another_member_of_the_union_is_refused(run: Path) -> None:
+    said = refused(run, "--rollout.engine.kind=vllm", '--rollout.engine.texts=["a"]')
+    assert said == "--rollout.engine.texts: rollout.engine.texts is not a key of this kind of rollout.engine"
+
+
+def test_an_unknown_member_of_a_union_is_answered_with_those_there_are(run: Path) -> None:
+    said = refused(run, "--rollout.engine.kind=sglang")
+    assert said == "--rollout.engine.kind: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
+
+
+def test_an_unknown_member_of_a_union_in_the_file_names_the_file(run: Path) -> None:
+    said = refused(run, more="[rollout.engine]\nkind = 'sglang'\n")
+    assert said == f"{run}: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
+
+
+def test_keys_of_a_union_whose_kind_is_left_out_are_answered_with_that(run: Path) -> None:
+    said = refused(run, more="[rollout.engine]\nkv_cache_gib = 1.0\n")
+    assert said == f"{run}: rollout.engine.kind is missing: the other keys depend on it"
+
+
+def test_a_key_missing_from_the_file_is_named(run: Path) -> None:
+    run.write_text(RUN.replace("versions = 3", ""))
+    assert refused(run) == f"{run}: learner.versions is missing"
+
+
+def test_a_section_missing_from_the_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    assert refused(path).splitlines() == [f"{path}: {name} is missing" for name in ("model", "tasks", "learner")]
+
+
+def test_a_plain_value_where_a_section_is_due_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.replace("[learner]\nversions = 3", "").replace("[run]", "learner = 3\n[run]"))
+    assert "learner is set to 3 already, which has no keys" in refused(path, "--learner.versions=3")
+
+
+def test_a_missing_file_is_named_with_one_to_start_from(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"none\.toml: no such file\. examples/embedded\.toml is one to start from"):
+        load([str(tmp_path / "none.toml")], NOTHING, program="prog")
+
+
+def test_what_is_not_toml_is_named_with_the_place(run: Path) -> None:
+    run.write_text("[run]\nid = = 3")
+    assert refused(run).startswith(f"{run}: not TOML: ")
+    assert "line 2" in refused(run)
+
+
+def test_what_is_not_text_is_refused(run: Path) -> None:
+    run.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refusal, match="cannot be read"):
+        load([str(run)], NOTHING, program="prog")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="cannot be read"):
+        load([str(tmp_path)], NOTHING, program="prog")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["run.toml", "--help"]])
+def test_no_file_and_a_wish_for_help_are_answered_with_the_usage(arguments: list[str]) -> None:
+    with pytest.raises(Refusal, match=r"^usage: prog RUN\.toml \[--check\]"):
+        load(arguments, NOTHING, program="prog")
+
+
+def test_two_files_are_refused(run: Path) -> None:
+    with pytest.raises(Refusal, match="one run file is wanted"):
+        load([str(run), "other.toml"], NOTHING, program="prog")
+
+
+def test_a_flag_without_a_value_is_refused(run: Path) -> None:
+    assert refused(run, "--run.seed") == "--run.seed needs a value: --run.seed=VALUE"

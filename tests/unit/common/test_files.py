@@ -1,0 +1,112 @@
+"""Files that are whole or not there."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.files import whole, write
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file of this process grow beyond this many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    write(path, b"body")
+    assert path.read_bytes() == b"body"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_nothing_stands_under_the_name_until_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with whole(path) as file:
+        file.write(b"body")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"body"
+
+
+def test_until_it_is_replaced_the_old_file_stands(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, b"old")
+    with path.open("rb") as reader:
+        with whole(path) as file:
+            file.write(b"new, and longer")
+            file.flush()
+            assert path.read_bytes() == b"old"
+        assert path.read_bytes() == b"new, and longer"
+        assert reader.read() == b"old"  # a reader that had opened it keeps what it opened
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    write(path, b"old")
+
+    def fail() -> None:
+        with whole(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_write_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, b"old")
+    with files_limited_to(4096), pytest.raises(OSError, match="File too large"):
+        write(path, bytes(1 << 20))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_name_that_cannot_be_taken_leaves_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "folder", b"body")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, b"old")
+    dies = (
+        "import os, pathlib, signal, sys; from common.files import whole\n"
+        "with whole(pathlib.Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", dies, str(path)], check=False, cwd=Path.cwd()).returncode == -9
+    assert path.read_bytes() == b"old"
+
+
+def test_the_bytes_are_synced_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a name must never stand over bytes that were not written."""
+    seen: list[tuple[str, bool]] = []
+    real, path = os.fsync, tmp_path / "file"
+
+    def watched(handle: int) -> None:
+        target = Path(f"/proc/self/fd/{handle}").readlink()
+        seen.append(("folder" if target == tmp_path else "file", path.exists()))
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", watched)
+    write(path, b"body")
+    assert seen == [("file", False), ("folder", True)]

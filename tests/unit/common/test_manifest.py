@@ -1,0 +1,146 @@
+"""What stands for a version: identity and damage."""
+
+import msgspec
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.snapshots.manifest import (
+    ITEMSIZE,
+    SCHEMA,
+    Canary,
+    Damaged,
+    Manifest,
+    TensorEntry,
+    seal,
+    unseal,
+    version_digest,
+)
+from common.versions import Version
+
+HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
+ENTRIES = st.builds(
+    TensorEntry,
+    name=st.text(min_size=1, max_size=12),
+    dtype=st.sampled_from(sorted(ITEMSIZE)),
+    shape=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    digest=HEX,
+    start=st.integers(0, 1 << 40),
+    length=st.integers(1, 1 << 40),
+)
+LISTS = st.lists(ENTRIES, max_size=5, unique_by=lambda entry: entry.name)
+A = TensorEntry("a", "bfloat16", (2, 3), blake3(b"a").hexdigest(), 0, 20)
+B = TensorEntry("b", "float32", (), blake3(b"b").hexdigest(), 20, 13)
+
+
+def a_manifest(*entries: TensorEntry, version: int = 3, **fields: object) -> Manifest:
+    whole: dict[str, object] = {
+        "schema": SCHEMA,
+        "run": "first",
+        "version": Version(version),
+        "digest": version_digest(entries),
+        "encoding": "base",
+        "object": blake3(b"object").hexdigest(),
+        "object_size": 33,
+        "tensors": entries,
+        "canaries": (Canary((1, 2, 3), (1, 2), (-0.5, -1.25), (-0.5, -1.5)), Canary((4, 5), (1,), (-2.0,), ())),
+    }
+    return Manifest(**{**whole, **fields})  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(LISTS, st.integers(0, 1 << 31), st.text(max_size=8))
+def test_a_sealed_manifest_comes_back_equal(entries: list[TensorEntry], version: int, run: str) -> None:
+    manifest = a_manifest(*entries, version=version, run=run)
+    assert unseal(seal(manifest)) == manifest
+
+
+def test_any_flipped_byte_of_a_sealed_manifest_is_noticed() -> None:
+    body = seal(a_manifest(A))
+    for place in range(len(body)):
+        for mask in (0x01, 0x20, 0x80, 0xFF):
+            damaged = body[:place] + bytes([body[place] ^ mask]) + body[place + 1 :]
+            with pytest.raises(Damaged):
+                unseal(damaged)
+
+
+def test_a_manifest_cut_short_anywhere_is_noticed() -> None:
+    body = seal(a_manifest(A))
+    for length in range(len(body)):
+        with pytest.raises(Damaged):
+            unseal(body[:length])
+
+
+def test_without_the_seal_a_changed_size_would_pass() -> None:
+    """What the seal is for: nothing else in a manifest contradicts another object_size."""
+    text = msgspec.json.encode(a_manifest(A)).replace(b'"object_size":33', b'"object_size":34')
+    resealed = b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}"
+    assert unseal(resealed).object_size == 34
+    kept = seal(a_manifest(A)).replace(b'"object_size":33', b'"object_size":34')
+    with pytest.raises(Damaged, match="contradicts its seal"):
+        unseal(kept)
+
+
+def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused_by_version() -> None:
+    with pytest.raises(Damaged, match="version 3: its digest is not that of its tensors"):
+        unseal(seal(a_manifest(A, digest=version_digest([B]))))
+
+
+def test_a_later_schema_is_refused_as_one_to_upgrade_for() -> None:
+    with pytest.raises(Damaged, match=r"manifest schema 2 is not known here \(this is 1\): use a newer release"):
+        unseal(seal(a_manifest(A, schema=2)))
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"null", b'{"seal":"","manifest":{},"more":1}', b"\xff\xfe"])
+def test_what_is_no_manifest_is_refused(body: bytes) -> None:
+    with pytest.raises(Damaged):
+        unseal(body)
+
+
+def test_a_field_that_no_manifest_has_is_refused() -> None:
+    text = msgspec.json.encode({**msgspec.to_builtins(a_manifest(A)), "surprise": 1})
+    with pytest.raises(Damaged, match="surprise"):
+        unseal(b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}")
+
+
+@settings(deadline=None)
+@given(LISTS, st.randoms(use_true_random=False))
+def test_a_version_digest_does_not_depend_on_the_order_of_tensors(entries: list[TensorEntry], random: object) -> None:
+    shuffled = list(entries)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert version_digest(shuffled) == version_digest(entries)
+
+
+def test_a_version_digest_is_blake3_over_name_type_shape_and_digest_of_each_tensor() -> None:
+    text = f'["a","bfloat16",[2,3],"{A.digest}"]["b","float32",[],"{B.digest}"]'
+    assert version_digest([B, A]) == blake3(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        TensorEntry("a2", A.dtype, A.shape, A.digest, A.start, A.length),
+        TensorEntry(A.name, "float16", A.shape, A.digest, A.start, A.length),
+        TensorEntry(A.name, A.dtype, (3, 2), A.digest, A.start, A.length),
+        TensorEntry(A.name, A.dtype, A.shape, blake3(b"other").hexdigest(), A.start, A.length),
+    ],
+)
+def test_a_version_digest_changes_with_what_a_tensor_is(changed: TensorEntry) -> None:
+    assert version_digest([changed, B]) != version_digest([A, B])
+
+
+def test_a_version_digest_changes_when_a_tensor_is_missing() -> None:
+    assert len({version_digest(entries) for entries in ([A, B], [A], [B], [])}) == 4
+
+
+def test_a_version_digest_stays_when_only_the_encoding_differs() -> None:
+    elsewhere = TensorEntry(A.name, A.dtype, A.shape, A.digest, start=500, length=7)
+    assert version_digest([elsewhere, B]) == version_digest([A, B])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"), [("bfloat16", (2, 3), 12), ("float32", (), 4), ("int64", (0, 5), 0), ("bool", (7,), 7)]
+)
+def test_a_tensors_size_follows_from_its_type_and_shape(dtype: str, shape: tuple[int, ...], size: int) -> None:
+    assert TensorEntry("t", dtype, shape, "", 0, 0).size == size

@@ -1,0 +1,187 @@
+"""How a service's process begins and ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import structlog
+
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.config import Invocation
+from common.program import service
+from common.refusal import ExitCode, Refusal
+from common.service import Stop
+
+RUN = """
+run.id = "first"
+run.folder = "{folder}"
+model.path = "none"
+tasks.environments = {{ lookup = 1.0 }}
+learner.versions = 1
+"""
+
+Body = Callable[[Invocation, Stop], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended and what it said."""
+
+    code: int
+    output: str
+    errors: str
+
+
+End = Callable[..., Ended]
+
+
+@pytest.fixture
+def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[End]:
+    """Run a service with this body to its end, in this process."""
+    run = tmp_path / "run.toml"
+    run.write_text(RUN.format(folder=tmp_path / "runs"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def end(body: Body, *flags: str, name: str = "snapshot_store") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["service", str(run), *flags])
+        try:
+            service(name, body)
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        said = capsys.readouterr()
+        return Ended(code, said.out, said.err)
+
+    yield end
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+def refusing(code: ExitCode) -> Body:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        raise Refusal("the model is gone: put it back", code)
+
+    return body
+
+
+def never(_invocation: Invocation, _stop: Stop) -> None:
+    raise AssertionError("the body ran")
+
+
+def test_a_service_that_is_done_exits_0_with_nothing_said(end: End) -> None:
+    given: list[str] = []
+    assert end(lambda invocation, _: given.append(invocation.config.run.id)) == Ended(0, "", "")
+    assert given == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("code", "number"), [("CONFIGURATION", 2), ("UNAVAILABLE", 3), ("DAMAGED", 4), ("CANARY", 5), ("CRASHED", 1)]
+)
+def test_a_refusal_is_one_sentence_and_its_exit_code(end: End, code: str, number: int) -> None:
+    assert end(refusing(ExitCode[code])) == Ended(number, "", "the model is gone: put it back\n")
+
+
+def test_a_refusal_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
+    end(refusing(ExitCode.DAMAGED))
+    left = tmp_path / "runs" / "first" / "refusals" / "snapshot_store.json"
+    assert json.loads(left.read_text()) == {"message": "the model is gone: put it back", "code": 4}
+
+
+def test_a_workers_refusal_is_left_under_its_own_name(end: End, tmp_path: Path) -> None:
+    end(refusing(ExitCode.CANARY), "--rollout.worker=worker-3", name="rollout")
+    assert [path.name for path in (tmp_path / "runs" / "first" / "refusals").iterdir()] == ["worker-3.json"]
+
+
+def test_a_refusal_is_told_even_where_the_runs_folder_cannot_be_written(end: End, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert end(refusing(ExitCode.CANARY)) == Ended(5, "", "the model is gone: put it back\n")
+
+
+def test_a_full_disk_is_one_sentence_and_exit_code_3(end: End) -> None:
+    ended = end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None)
+    sentence = (
+        "the disk is full: free some space and start again with --resume; the run goes on from its last checkpoint\n"
+    )
+    assert ended == Ended(3, "", sentence)
+
+
+def test_a_full_disk_is_told_with_the_file_that_met_it(end: End) -> None:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        raise OSError(28, "No space left on device", "/runs/x")
+
+    assert end(body).errors.startswith("the disk is full (writing /runs/x): ")
+
+
+def test_a_log_that_meets_a_full_disk_is_told_like_any_file(end: End, tmp_path: Path) -> None:
+    def body(invocation: Invocation, _stop: Stop) -> None:
+        bus = SqliteBus(invocation.config.bus_path)
+        bus.create_topics({"t": 1})
+        bus._db.execute("PRAGMA max_page_count = 20")
+        bus.publish("t", [Outgoing("k", bytes(1 << 20))])
+
+    ended = end(body)
+    assert ended.code == 3
+    assert ended.errors.startswith(f"the disk is full (writing {tmp_path}/runs/first/bus.sqlite): ")
+
+
+def test_another_error_is_not_explained_away(end: End) -> None:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        raise PermissionError(13, "no", "x")
+
+    with pytest.raises(PermissionError):
+        end(body)
+
+
+def test_ctrl_c_is_exit_code_130(end: End) -> None:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        raise KeyboardInterrupt
+
+    assert end(body) == Ended(130, "", "")
+
+
+def test_a_service_hears_sigterm_and_exits_0(end: End) -> None:
+    stopped: list[bool] = []
+
+    def body(_invocation: Invocation, stop: Stop) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(stop.wait(10))
+
+    assert end(body) == Ended(0, "", "")
+    assert stopped == [True]
+
+
+def test_a_wrong_key_is_exit_code_2_and_the_body_never_runs(end: End) -> None:
+    ended = end(never, "--run.sed=3")
+    assert (ended.code, ended.output) == (2, "")
+    assert "did you mean run.seed?" in ended.errors
+
+
+def test_a_service_by_hand_needs_the_runs_id(end: End) -> None:
+    ended = end(never, "--run.id=")
+    assert (ended.code, ended.output) == (2, "")
+    assert ended.errors.startswith("run.id is empty")
+
+
+def test_check_shows_the_run_and_the_body_never_runs(end: End) -> None:
+    ended = end(never, "--check", "--run.seed=7")
+    assert (ended.code, ended.errors) == (0, "")
+    assert tomllib.loads(ended.output)["run"]["seed"] == 7
+
+
+def test_the_exit_code_is_that_of_the_process(tmp_path: Path) -> None:
+    absent = tmp_path / "none.toml"
+    done = subprocess.run(
+        [sys.executable, "-m", "services.snapshot_store", str(absent)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{absent}: no such file. examples/embedded.toml is one to start from\n"

@@ -1,0 +1,216 @@
+"""The skeleton that services share: listening, health, stopping."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter
+
+from common.refusal import ExitCode, Refusal
+from common.service import HttpError, Server, Status, Stop, application, listen
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that another program listens on."""
+    with socket.socket() as holder:
+        holder.bind((HOST, 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+class Work:
+    """A service's state."""
+
+    def __init__(self) -> None:
+        self.waits_for: str | None = "the first version"
+
+    def status(self) -> Status:
+        return {"live": 3}
+
+
+def an_app(work: Work) -> FastAPI:
+    registry = CollectorRegistry()
+    Counter("things", "Things", registry=registry).inc(4)
+    app = application("thing", registry=registry, ready=lambda: work.waits_for, status=work.status)
+
+    @app.get("/refuses")
+    async def refuses() -> None:
+        raise HttpError(429, "too_many", "come later", retryable=True, limit=2)
+
+    @app.get("/conflict")
+    async def conflict() -> None:
+        raise HttpError(409, "conflict", "taken")
+
+    return app
+
+
+def asking(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://thing")
+
+
+async def test_a_service_is_healthy_before_it_is_ready() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/healthz")
+    assert (reply.status_code, reply.json()) == (200, {"service": "thing"})
+
+
+async def test_a_service_that_waits_answers_503_with_the_reason() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/readyz")
+    assert (reply.status_code, reply.json()) == (503, {"ready": False, "waiting_for": "the first version"})
+
+
+async def test_a_service_that_works_answers_200() -> None:
+    work = Work()
+    work.waits_for = None
+    async with asking(an_app(work)) as client:
+        reply = await client.get("/readyz")
+    assert (reply.status_code, reply.json()) == (200, {"ready": True, "waiting_for": None})
+
+
+async def test_the_status_names_the_service_what_it_waits_for_and_what_it_does() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/v1/status")
+    assert reply.json() == {"service": "thing", "waiting_for": "the first version", "live": 3}
+
+
+async def test_the_metrics_are_those_of_the_registry() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/metrics")
+    assert "things_total 4.0" in reply.text.splitlines()
+    assert reply.headers["content-type"].startswith("text/plain")
+
+
+async def test_an_error_is_answered_with_its_code_its_sentence_and_when_to_come_again() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/refuses")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert reply.json() == {"code": "too_many", "message": "come later", "retryable": True, "limit": 2}
+
+
+async def test_an_error_that_stays_says_nothing_of_coming_again() -> None:
+    async with asking(an_app(Work())) as client:
+        reply = await client.get("/conflict")
+    assert "retry-after" not in reply.headers
+    assert reply.json()["retryable"] is False
+
+
+def test_a_taken_port_is_refused_with_the_key_to_change(taken: int) -> None:
+    with pytest.raises(Refusal) as refused:
+        Server(an_app(Work()), HOST, taken, key="env_gateway")
+    assert refused.value.code is ExitCode.UNAVAILABLE
+    assert int(refused.value.code) == 3
+    assert f"port {taken} on {HOST} is in use" in str(refused.value)
+    assert "--env_gateway.port=PORT" in str(refused.value)
+
+
+def test_an_address_that_is_not_ours_is_refused_with_its_keys() -> None:
+    with pytest.raises(Refusal, match=r"cannot listen on 203\.0\.113\.7:0 \(thing\.host, thing\.port\)"):
+        listen("203.0.113.7", 0, key="thing")
+
+
+def test_port_0_is_any_free_port() -> None:
+    with listen(HOST, 0, key="thing") as one, listen(HOST, 0, key="thing") as other:
+        assert 0 < one.getsockname()[1] != other.getsockname()[1] > 0
+
+
+def test_a_server_answers_inside_its_block_and_is_gone_afterwards() -> None:
+    with Server(an_app(Work()), HOST, 0, key="thing") as server:
+        url = f"http://{HOST}:{server.port}/healthz"
+        assert httpx.get(url).json() == {"service": "thing"}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_a_port_that_a_server_has_left_can_be_taken_again() -> None:
+    with Server(an_app(Work()), HOST, 0, key="thing") as first:
+        httpx.get(f"http://{HOST}:{first.port}/healthz")
+    with Server(an_app(Work()), HOST, first.port, key="thing") as second:
+        assert httpx.get(f"http://{HOST}:{second.port}/healthz").status_code == 200
+
+
+def test_a_stop_is_seen_by_who_waits_for_it() -> None:
+    stop, woken = Stop(), threading.Event()
+    waiter = threading.Thread(target=lambda: stop.wait(30) and woken.set())
+    waiter.start()
+    assert (stop.requested, stop.wait(0)) == (False, False)
+    stop.request()
+    waiter.join(10)
+    assert woken.is_set()
+    assert (stop.requested, stop.wait(0)) == (True, True)
+
+
+def test_a_stop_calls_everyone_who_asked_to_be_told() -> None:
+    stop, told = Stop(), list[str]()
+    stop.on_request(lambda: told.append("first"))
+    stop.on_request(lambda: told.append("second"))
+    assert told == []
+    stop.request()
+    assert told == ["first", "second"]
+
+
+def test_who_asks_to_be_told_after_the_stop_is_told_at_once() -> None:
+    """A SIGTERM while a service is still starting must not be lost."""
+    stop, told = Stop(), list[str]()
+    stop.request()
+    stop.on_request(lambda: told.append("late"))
+    assert told == ["late"]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts the handlers back that this process had."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("signals")
+def test_a_signal_asks_for_a_clean_stop(number: signal.Signals) -> None:
+    stop, told = Stop().install(), list[str]()
+    stop.on_request(lambda: told.append("told"))
+    os.kill(os.getpid(), number)
+    assert stop.wait(10)
+    assert told == ["told"]
+
+
+@pytest.mark.usefixtures("signals")
+def test_after_a_stop_from_inside_the_first_signal_is_still_a_clean_one() -> None:
+    stop, told = Stop().install(), list[str]()
+    stop.request()
+    stop.on_request(lambda: told.append("told"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert told == ["told", "told"]
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    never_done = (
+        "from common.service import Stop\n"
+        "stop = Stop().install()\n"
+        "print('listening', flush=True)\n"
+        "stop.wait(60)\n"
+        "print('stopping', flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", never_done], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM

@@ -1,0 +1,166 @@
+"""Environments that misbehave, each in its own way; and one that does not."""
+
+import ctypes
+import math
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn, digest
+
+
+class Counts:
+    """Counts its turns, and ends when told so."""
+
+    version = "3"
+
+    def reset(self, seed: int) -> Opening:
+        self.turns = 0
+        self.seed = seed
+        return Opening((Message(role="user", content=f"task {seed}"),))
+
+    def step(self, turn: Turn) -> Outcome:
+        self.turns += 1
+        if turn.text == "end":
+            return Score(0.5, True, {"turns": float(self.turns)})
+        return Reply((Message(role="tool", content=f"turn {self.turns}"),))
+
+    def finalize(self) -> Score:
+        return Score(0.25, False)
+
+    def state_hash(self) -> str:
+        return digest(self.seed, self.turns)
+
+
+class Raises(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        raise LookupError("no such turn")
+
+
+class RaisesAtReset(Counts):
+    def reset(self, seed: int) -> Opening:
+        raise LookupError("no such task")
+
+
+class LeavesPython(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        raise SystemExit(0)
+
+
+def entered(turn: Turn) -> None:
+    """Tell a test that the step has begun, by a file whose name starts with the model's words."""
+    if turn.text.startswith("/"):
+        Path(f"{turn.text}.entered").touch()
+
+
+class Hangs(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        entered(turn)
+        while True:
+            time.sleep(3600)
+
+
+class HangsInC(Counts):
+    """Holds the interpreter's lock, so that no thread of the process runs any more."""
+
+    def step(self, turn: Turn) -> Outcome:
+        entered(turn)
+        ctypes.PyDLL(None).sleep(3600)
+        raise AssertionError
+
+
+class Exits(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        os._exit(3)
+
+
+class Segfaults(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        ctypes.string_at(0)
+        raise AssertionError
+
+
+class NotANumber(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        return Score(math.nan, True)
+
+
+class TooMuch(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        return Score(1.5, True)
+
+
+class Nothing(Counts):
+    def step(self, turn: Turn) -> Any:
+        return None
+
+
+class Forges(Counts):
+    """Writes a reward of its own on whatever socket it finds."""
+
+    def step(self, turn: Turn) -> Outcome:
+        for descriptor in range(3, 64):
+            try:
+                os.write(descriptor, b'{"score": {"reward": 7, "success": true, "parts": {}}}\n')
+            except OSError:
+                continue
+        return Score(0.0, False)
+
+
+class Floods(Counts):
+    def step(self, turn: Turn) -> Outcome:
+        return Reply((Message(role="tool", content="x" * (17 * 2**20)),))
+
+
+class StartsOthers(Counts):
+    """Starts a process and says its id."""
+
+    def step(self, turn: Turn) -> Outcome:
+        other = subprocess.Popen(["sleep", "3600"])
+        return Reply((Message(role="tool", content=str(other.pid)),))
+
+
+class UsesGlobalChance(Counts):
+    """Draws from the global generator and from the order of a set, as libraries do."""
+
+    def step(self, turn: Turn) -> Outcome:
+        words = {f"word{number}" for number in range(50)}
+        return Reply((Message(role="tool", content=f"{random.random()} {next(iter(words))}"),))
+
+
+class Waits(Counts):
+    """Ends the session when the file exists that the model names."""
+
+    def step(self, turn: Turn) -> Outcome:
+        entered(turn)
+        while not Path(turn.text).exists():
+            time.sleep(0.01)
+        return Score(0.75, True)
+
+
+class Looks(Counts):
+    """Says what it sees of the gateway's surroundings."""
+
+    def step(self, turn: Turn) -> Outcome:
+        seen = {name for name in os.environ if "TOKEN" in name}
+        return Reply((Message(role="tool", content=f"{sorted(seen)} {os.getpgrp() == os.getpid()} {Path.cwd()}"),))
+
+
+class NoFinalize:
+    version = "1"
+
+    def reset(self, seed: int) -> Opening:
+        raise NotImplementedError
+
+    def step(self, turn: Turn) -> Outcome:
+        raise NotImplementedError
+
+
+class NoVersion:
+    reset = step = finalize = state_hash = Counts.reset
+
+
+not_a_class = Counts()

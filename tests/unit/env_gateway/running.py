@@ -1,0 +1,155 @@
+"""A gateway as a process of its own, and what a test does to it."""
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[3]
+AWKWARD = ROOT / "tests" / "unit" / "env_gateway" / "plugins"
+START_LIMIT_S = 60.0
+RUN = """
+run.id = "t"
+model.path = "none"
+tasks.environments = { lookup = 1.0 }
+learner.versions = 1
+"""
+
+
+@dataclass
+class Gateway:
+    """A running gateway."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def metric(self, line: str) -> float:
+        """The value of the sample that begins like this; 0 if there is none."""
+        found = re.search(rf"^{re.escape(line)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def launching(folder: Path) -> Iterator[Launch]:
+    """Start `python -m services.env_gateway` with these flags; ended with the context."""
+    started: list[subprocess.Popen[str]] = []
+    run = folder / "run.toml"
+    run.write_text(RUN)
+
+    def launch(*flags: str, **environment: str) -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(ROOT), str(AWKWARD), str(folder)])
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PALIMPSEST_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.env_gateway", str(run), *flags],
+            env={**inherited, "PYTHONPATH": path, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def answering(launch: Launch, *flags: str, **environment: str) -> Gateway:
+    """A gateway that has begun to answer."""
+    port = free_port()
+    process = launch(f"--env_gateway.port={port}", *flags, **environment)
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                return Gateway(process, port)
+        except httpx.TransportError:
+            time.sleep(0.02)
+    raise AssertionError("the gateway does not answer")
+
+
+def plugged_in(*names: str) -> str:
+    """The flag that plugs in awkward environments."""
+    paths = ", ".join(f'{name.lower()} = "awkward:{name}"' for name in names)
+    return f"--env_gateway.plugins={{ {paths} }}"
+
+
+def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = process.communicate(timeout=START_LIMIT_S)
+    assert "Traceback" not in said
+    return process.returncode, said
+
+
+class LosesAnswers:
+    """A proxy that passes every request on, and loses the first answer to every third of them."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._seen: Counter[bytes] = Counter()
+        self.lost: Counter[str] = Counter()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            while request := await self._message(reader):
+                upstream.write(request)
+                answer = await self._message(upstream_reader)
+                self._seen[request] += 1
+                if self._seen[request] == 1 and zlib.crc32(request) % 3 == 0:
+                    self.lost["step" if b"/step " in request.partition(b"\r\n")[0] else "create"] += 1
+                    return
+                writer.write(answer)
+        finally:
+            upstream.close()
+            writer.close()
+
+    async def _message(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return b""
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        return head + await reader.readexactly(int(length[1]) if length else 0)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Look again and again until it holds."""
+    async with asyncio.timeout(START_LIMIT_S):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

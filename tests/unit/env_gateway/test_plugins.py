@@ -1,0 +1,45 @@
+"""What is refused before the gateway listens, without loading anything."""
+
+import pytest
+
+from common.refusal import ExitCode, Refusal
+from services.env_gateway.environments.registry import built_in
+from services.env_gateway.plugins import blueprints, check_tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("Upper", "package.module:Class"),
+        ("a b", "package.module:Class"),
+        ("../up", "package.module:Class"),
+        ("x" * 65, "package.module:Class"),
+        ("lookup", "package.module:Class"),
+        ("reasoning_gym.chain_sum", "package.module:Class"),
+        ("mine", "package.module"),
+        ("mine", "package/module.py:Class"),
+        ("mine", "package.module:"),
+        ("mine", "package.module:Class()"),
+    ],
+)
+def test_a_plugin_that_cannot_be_meant_is_refused_by_its_key(name: str, path: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        blueprints({name: path}, taken=built_in())
+    assert str(refused.value).startswith(f"env_gateway.plugins.{name}: ")
+    assert refused.value.code is ExitCode.CONFIGURATION
+
+
+def test_a_plugin_is_a_path_to_a_class() -> None:
+    found = blueprints({"mine": "package.module:Class", "other.one-2": "m:C"}, taken=built_in())
+    assert {name: (plan.path, plan.module) for name, plan in found.items()} == {
+        "mine": ("package.module:Class", "package.module"),
+        "other.one-2": ("m:C", "m"),
+    }
+
+
+def test_a_run_that_names_an_environment_nobody_has_is_refused_with_the_nearest() -> None:
+    check_tasks(["lookup", "add"], built_in())
+    with pytest.raises(
+        Refusal, match=r"tasks.environments: the gateway has no environment 'lokup'; did you mean lookup\?"
+    ):
+        check_tasks(["add", "lokup"], built_in())

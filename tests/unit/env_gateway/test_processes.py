@@ -1,0 +1,245 @@
+"""Environments in children: what they may do without anyone else noticing."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.refusal import Refusal
+from common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
+from services.env_gateway import plugins
+from services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
+from services.env_gateway.environments.registry import isolated
+from services.env_gateway.processes.frames import Blueprint
+from services.env_gateway.processes.pool import Pool
+from services.env_gateway.processes.world import InChild
+from services.env_gateway.sessions import Limits, Sessions
+from services.env_gateway.worlds import NoRoom
+
+pytestmark = pytest.mark.servers
+FOLDER = Path(__file__).parent / "plugins"
+LIMIT_S = 2.0
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pool = Pool(limit=3, wait_s=0.2, call_limit_s=LIMIT_S, modules=("awkward",))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+async def opened(pool: Pool) -> AsyncIterator["Opened"]:
+    opened = Opened(pool)
+    yield opened
+    await pool.close()
+
+
+class Opened:
+    """Worlds of the awkward environments, reset and ready."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.worlds: list[InChild] = []
+
+    async def __call__(self, name: str, seed: int = 0) -> InChild:
+        world = await InChild.open(self.pool, Blueprint(path=f"awkward:{name}"))
+        self.worlds.append(world)
+        await world.reset(seed)
+        return world
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Wait until they are."""
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+async def test_a_child_plays_a_session(opened: Opened) -> None:
+    world = await InChild.open(opened.pool, Blueprint(path="awkward:Counts"))
+    opened.worlds.append(world)
+    opening, state_hash = await world.reset(5)
+    assert opening.messages[0].content == "task 5"
+    assert len(state_hash) == 32
+    for number in (1, 2):
+        reply = await world.step(Turn("go on"))
+        assert isinstance(reply, Reply)
+        assert reply.messages[0].content == f"turn {number}"
+    assert await world.step(Turn("end")) == Score(0.5, True, {"turns": 3.0})
+    assert await world.finalize() == Score(0.25, False, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("Raises", "environment_raised", "LookupError: no such turn"),
+        ("LeavesPython", "environment_raised", "SystemExit: 0"),
+        ("Hangs", "environment_timeout", "no answer to step in 2 s"),
+        ("HangsInC", "environment_timeout", "no answer to step in 2 s"),
+        ("Exits", "environment_crashed", "its process ended with exit code 3"),
+        ("Segfaults", "environment_crashed", "its process was killed by SIGSEGV"),
+        ("NotANumber", "environment_invalid", "reward is nan, not a number in [0, 1]"),
+        ("TooMuch", "environment_invalid", "reward is 1.5, not a number in [0, 1]"),
+        ("Nothing", "environment_invalid", "None is neither a Reply nor a Score"),
+        ("Forges", "environment_invalid", "reward is 7.0, not a number in [0, 1]"),
+        ("Floods", "environment_invalid", "it sent more than 16777216 bytes"),
+    ],
+)
+async def test_whatever_a_child_does_is_a_failure_with_a_name(
+    opened: Opened, name: str, code: str, message: str
+) -> None:
+    world = await opened(name)
+    with pytest.raises(EnvironmentFailed) as failed:
+        await world.step(Turn("go on"))
+    assert (failed.value.code, str(failed.value)) == (code, message)
+
+
+async def test_a_class_that_cannot_be_loaded_fails_its_session(pool: Pool) -> None:
+    world = await InChild.open(pool, Blueprint(path="awkward:Absent"))
+    with pytest.raises(EnvironmentFailed, match=r"AttributeError: .*Absent"):
+        await world.reset(0)
+    world.close()
+
+
+async def test_no_more_children_than_allowed_run_and_a_closed_one_makes_room(opened: Opened) -> None:
+    first, *_ = [await opened("Counts") for _ in range(3)]
+    with pytest.raises(NoRoom, match="3 sessions have a process of their own already"):
+        await opened("Counts")
+    first.close()
+    await opened("Counts")
+
+
+async def test_closing_kills_a_hanging_child_and_what_it_started(opened: Opened) -> None:
+    starter, hanging = await opened("StartsOthers"), await opened("HangsInC")
+    said = await starter.step(Turn("go on"))
+    assert isinstance(said, Reply)
+    grandchild = psutil.Process(int(said.messages[0].content))
+    step = asyncio.create_task(hanging.step(Turn("go on")))
+    running = [process for process in children() if process.ppid() != os.getpid()]
+    assert grandchild in running
+    starter.close()
+    hanging.close()
+    with pytest.raises(EnvironmentFailed):
+        await step
+    assert len(running) == 3
+    assert_gone(running)
+
+
+async def test_closing_the_pool_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(children())
+    pool = Pool(limit=3, wait_s=0.2, call_limit_s=LIMIT_S, modules=("awkward",))
+    world = await InChild.open(pool, Blueprint(path="awkward:StartsOthers"))
+    await world.reset(0)
+    await world.step(Turn("go on"))
+    started = [process for process in children() if process not in before]
+    assert len(started) == 3
+    await pool.close()
+    assert_gone(started)
+
+
+async def test_a_killed_nursery_fails_its_sessions_and_is_replaced(opened: Opened) -> None:
+    world = await opened("Counts")
+    (nursery,) = psutil.Process().children()
+    (child,) = nursery.children()
+    nursery.kill()
+    child.wait(10)
+    with pytest.raises(EnvironmentFailed) as failed:
+        await world.step(Turn("go on"))
+    assert failed.value.code == "environment_crashed"
+    assert isinstance(await (await opened("Counts")).step(Turn("go on")), Reply)
+
+
+async def test_global_chance_depends_on_the_seed_alone_in_every_gateway(pool: Pool) -> None:
+    async def drawn(pool: Pool, *seeds: int) -> list[list[str]]:
+        """What each of these sessions, open at once, draws from the global generator and from a set."""
+        worlds = [await InChild.open(pool, Blueprint(path="awkward:UsesGlobalChance")) for _ in seeds]
+        for world, seed in zip(worlds, seeds, strict=True):
+            await world.reset(seed)
+        said = [await world.step(Turn("go on")) for world in reversed(worlds)][::-1]
+        for world in worlds:
+            world.close()
+        return [reply.messages[0].content.split() for reply in said if isinstance(reply, Reply)]
+
+    other = Pool(limit=3, wait_s=10.0, call_limit_s=LIMIT_S)
+    one, two = await drawn(pool, 1, 2)
+    assert await drawn(other, 2) == [two]
+    assert await drawn(other, 1) == [one]
+    assert one[0] != two[0]
+    await pool.close()
+    await other.close()
+
+
+async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool) -> None:
+    entry = isolated(pool, "hangs", Blueprint(path="awkward:Hangs"), version="1", description="")
+    sessions = Sessions({"hangs": entry}, Limits(max_sessions=9, lease_s=60, remember_s=60, result_bytes=1000))
+    opened = await sessions.create(CreateSession(environment="hangs", seed=0), None)
+    session = Session.model_validate_json(opened).session_id
+    child = next(p for p in children() if p.ppid() != os.getpid())
+    ended = Step.model_validate_json(await sessions.step(session, TakeStep(step=0, action=TextAction(text=""))))
+    assert (ended.status, ended.reward) == (Status.ERROR, None)
+    assert ended.error is not None
+    assert ended.error.code == "environment_timeout"
+    assert_gone([child])
+
+
+async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_taken(opened: Opened) -> None:
+    await opened("Counts")
+    (nursery,) = psutil.Process().children()
+    (first,) = nursery.children()
+    for turns_of_the_loop in range(12):
+        opening = asyncio.create_task(InChild.open(opened.pool, Blueprint(path="awkward:Counts")))
+        for _ in range(turns_of_the_loop):
+            await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    assert_gone([child for child in nursery.children() if child.pid != first.pid])
+    await opened("Counts")
+    await opened("Counts")
+    assert len(nursery.children()) == 3
+    with pytest.raises(NoRoom):
+        await opened("Counts")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("absent_module:Class", "ModuleNotFoundError: No module named 'absent_module'"),
+        ("awkward:Absent", "AttributeError: module 'awkward' has no attribute 'Absent'"),
+        ("awkward:not_a_class", "it is not a class"),
+        ("awkward:NoFinalize", r"it has no finalize\(\), state_hash\(\)"),
+        ("awkward:NoVersion", "its `version` is not a text"),
+        ("broken:Class", "RuntimeError: the data is missing"),
+        ("leaves:Class", "its import ended the process"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_refused_with_the_reason(pool: Pool, path: str, problem: str) -> None:
+    with pytest.raises(Refusal, match=f"env_gateway.plugins.mine: {path} cannot be used: {problem}"):
+        plugins.entries(pool, plugins.blueprints({"mine": path}, taken=()))
+
+
+def test_a_plugin_that_can_be_used_is_on_offer(pool: Pool) -> None:
+    found = plugins.entries(pool, plugins.blueprints({"mine": "awkward:Counts"}, taken=()))
+    entry = found["mine"]
+    assert (entry.version, entry.description, entry.isolated) == (
+        "3", "Counts its turns, and ends when told so.", True,
+    )  # fmt: skip
+
+
+def test_a_module_that_breaks_when_loaded_beforehand_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pool = Pool(limit=1, wait_s=0.2, call_limit_s=LIMIT_S, modules=("broken", "absent_module"))
+    try:
+        assert pool.describe(Blueprint(path="awkward:Counts")).version == "3"
+    finally:
+        pool.stop()

@@ -1,0 +1,232 @@
+"""Who may begin a session, how long it lives unheard of, how long it is remembered."""
+
+import asyncio
+
+import pytest
+
+from common.service import HttpError
+from common.sessions.wire import CreateSession, Status, Step
+from services.env_gateway.environments.port import EnvironmentFailed, Opening
+from services.env_gateway.sessions import REMEMBERED_PER_SESSION
+from services.env_gateway.worlds import NoRoom
+from tests.unit.env_gateway.fakes import (
+    HALF,
+    WANTED,
+    ManualClock,
+    ScriptedWorld,
+    a_step,
+    begun,
+    said,
+    some_sessions,
+    taken,
+)
+
+
+async def test_the_same_key_gives_the_same_session_and_no_key_never_does(clock: ManualClock) -> None:
+    sessions = some_sessions(ScriptedWorld, clock)
+    first = await sessions.create(WANTED, "k")
+    assert await sessions.create(WANTED, "k") == first
+    assert len({await begun(sessions), await begun(sessions), await begun(sessions, "other")}) == 3
+    assert sessions.status()["live_sessions"] == 4
+
+
+async def test_a_key_that_began_another_session_is_a_conflict(clock: ManualClock) -> None:
+    sessions = some_sessions(ScriptedWorld, clock)
+    await begun(sessions, "k")
+    with pytest.raises(HttpError) as refused:
+        await sessions.create(CreateSession(environment="fake", seed=4), "k")
+    assert (refused.value.status, refused.value.body["code"]) == (409, "key_conflict")
+
+
+async def test_creations_with_one_key_at_once_begin_one_session(clock: ManualClock) -> None:
+    spare = [ScriptedWorld() for _ in range(8)]
+    held = spare[-1]
+    held.hold()
+    sessions = some_sessions(spare.pop, clock, max_sessions=8)
+    asked = [asyncio.create_task(sessions.create(WANTED, "k")) for _ in range(8)]
+    await held.entered.wait()
+    held.gate.set()
+    assert len(set(await asyncio.gather(*asked))) == 1
+    assert len(spare) == 7
+
+
+async def test_a_failed_creation_is_refused_and_leaves_its_key_free(clock: ManualClock) -> None:
+    class Unlucky(ScriptedWorld):
+        async def reset(self, seed: int) -> tuple[Opening, str]:
+            raise EnvironmentFailed("environment_raised", "ValueError: no such task")
+
+    worlds: list[ScriptedWorld] = [Unlucky(), ScriptedWorld()]
+    opened = list(worlds)
+    sessions = some_sessions(lambda: worlds.pop(0), clock)
+    with pytest.raises(HttpError) as refused:
+        await sessions.create(WANTED, "k")
+    assert (refused.value.status, refused.value.body["code"]) == (502, "environment_raised")
+    assert opened[0].closed == 1
+    assert sessions.status()["live_sessions"] == 0
+    await begun(sessions, "k")
+
+
+async def test_a_session_not_heard_of_for_a_lease_expires_without_a_reward(clock: ManualClock) -> None:
+    world = ScriptedWorld(said("4"))
+    sessions = some_sessions(lambda: world, clock, lease_s=10.0)
+    session = await begun(sessions)
+    clock.now += 9.9
+    sessions.sweep()
+    await taken(sessions, session, 0)  # renews it
+    clock.now += 9.9
+    sessions.sweep()
+    assert sessions.state(session).lease_expires_in_s == pytest.approx(0.1)
+    clock.now += 0.2
+    sessions.sweep()
+    assert world.closed == 1
+    state = sessions.state(session)
+    assert (state.status, state.reward, state.next_step, state.lease_expires_in_s) == (Status.EXPIRED, None, 1, None)
+    with pytest.raises(HttpError) as refused:
+        await taken(sessions, session, 1)
+    assert refused.value.status == 410
+    ended = Step.model_validate_json(await sessions.finalize(session))
+    assert (ended.status, ended.reward, world.finalized) == (Status.EXPIRED, None, 0)
+
+
+async def test_a_late_step_does_not_revive_a_session_that_was_not_swept_yet(clock: ManualClock) -> None:
+    world = ScriptedWorld(said("4"))
+    sessions = some_sessions(lambda: world, clock, lease_s=10.0)
+    session = await begun(sessions)
+    clock.now += 10.0
+    with pytest.raises(HttpError) as refused:
+        await taken(sessions, session, 0)
+    assert (refused.value.status, world.turns) == (410, [])
+
+
+async def test_a_heartbeat_renews_the_lease(clock: ManualClock) -> None:
+    sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, lease_s=10.0)
+    session = await begun(sessions)
+    for _ in range(3):
+        clock.now += 9.0
+        assert sessions.heartbeat(session).lease_expires_in_s == 10.0
+        sessions.sweep()
+    assert (await taken(sessions, session, 0)).reward == 0.5
+    with pytest.raises(HttpError) as refused:
+        sessions.heartbeat(session)
+    assert refused.value.status == 410
+
+
+async def test_a_session_busy_with_a_step_does_not_expire(clock: ManualClock) -> None:
+    world = ScriptedWorld(HALF)
+    sessions = some_sessions(lambda: world, clock, lease_s=10.0)
+    session = await begun(sessions)
+    world.hold()
+    step = asyncio.create_task(taken(sessions, session, 0))
+    await world.entered.wait()
+    clock.now += 100.0
+    sessions.sweep()
+    world.gate.set()
+    assert (await step).reward == 0.5
+
+
+async def test_an_ended_session_is_remembered_for_a_while(clock: ManualClock) -> None:
+    sessions = some_sessions(lambda: ScriptedWorld(said("4"), HALF), clock, remember_s=60.0)
+    session = await begun(sessions, "k")
+    await taken(sessions, session, 0)
+    last = await sessions.step(session, a_step(1))
+    clock.now += 59.9
+    sessions.sweep()
+    assert await sessions.step(session, a_step(1)) == last
+    with pytest.raises(HttpError) as refused:
+        await sessions.create(WANTED, "k")
+    assert refused.value.status == 410
+    clock.now += 0.1
+    sessions.sweep()
+    with pytest.raises(HttpError) as unknown:
+        await sessions.step(session, a_step(1))
+    assert (unknown.value.status, unknown.value.body["code"]) == (404, "unknown_session")
+    assert await begun(sessions, "k") != session
+
+
+async def test_the_number_of_remembered_sessions_is_bounded(clock: ManualClock) -> None:
+    sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, max_sessions=1)
+    ids = []
+    for number in range(REMEMBERED_PER_SESSION + 2):
+        ids.append(await begun(sessions, f"k{number}"))
+        await taken(sessions, ids[-1], 0)
+    assert sessions.status()["remembered_sessions"] == REMEMBERED_PER_SESSION
+    assert sessions.status()["sessions"] == {"terminated": REMEMBERED_PER_SESSION + 2}
+    with pytest.raises(HttpError):
+        sessions.state(ids[1])
+    assert sessions.state(ids[2]).reward == 0.5
+
+
+async def test_more_sessions_than_there_may_be_are_refused_until_one_ends(clock: ManualClock) -> None:
+    sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, max_sessions=2)
+    first, _ = await begun(sessions), await begun(sessions)
+    with pytest.raises(HttpError) as refused:
+        await begun(sessions)
+    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+        429,
+        "capacity",
+        True,
+    )
+    assert refused.value.headers == {"Retry-After": "1"}
+    await taken(sessions, first, 0)
+    await begun(sessions)
+
+
+async def test_a_world_without_room_is_refused_like_capacity(clock: ManualClock) -> None:
+    def full() -> ScriptedWorld:
+        raise NoRoom("64 sessions have a process of their own already")
+
+    sessions = some_sessions(full, clock)
+    with pytest.raises(HttpError) as refused:
+        await begun(sessions)
+    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+        429,
+        "capacity",
+        True,
+    )
+    assert sessions.status()["live_sessions"] == 0
+
+
+async def test_an_unknown_environment_is_a_404(clock: ManualClock) -> None:
+    with pytest.raises(HttpError) as refused:
+        await some_sessions(ScriptedWorld, clock).create(CreateSession(environment="nothing", seed=0), None)
+    assert (refused.value.status, refused.value.body["code"]) == (404, "unknown_environment")
+
+
+async def test_a_stopping_gateway_begins_nothing_but_finishes_steps(clock: ManualClock) -> None:
+    spare = [ScriptedWorld(HALF) for _ in range(3)]
+    sessions = some_sessions(spare.pop, clock)
+    running, begun_with_key = await begun(sessions), await sessions.create(WANTED, "k")
+    sessions.refuse_new()
+    with pytest.raises(HttpError) as refused:
+        await begun(sessions)
+    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+        503,
+        "draining",
+        True,
+    )
+    assert len(spare) == 1
+    assert await sessions.create(WANTED, "k") == begun_with_key
+    assert (await taken(sessions, running, 0)).reward == 0.5
+
+
+async def test_draining_expires_what_is_left_without_a_reward(clock: ManualClock) -> None:
+    world = ScriptedWorld()
+    sessions = some_sessions(lambda: world, clock)
+    session = await begun(sessions)
+    sessions.drain()
+    assert (sessions.state(session).status, sessions.state(session).reward, world.closed) == (Status.EXPIRED, None, 1)
+    assert sessions.status()["sessions"] == {"expired": 1}
+
+
+async def test_a_creation_under_way_when_the_gateway_drains_is_refused_and_closed(clock: ManualClock) -> None:
+    world = ScriptedWorld()
+    world.hold()
+    sessions = some_sessions(lambda: world, clock)
+    creation = asyncio.create_task(begun(sessions))
+    await world.entered.wait()
+    sessions.drain()
+    with pytest.raises(HttpError) as refused:
+        await creation
+    assert refused.value.status == 503
+    assert world.closed >= 1
+    assert sessions.status()["live_sessions"] == 0

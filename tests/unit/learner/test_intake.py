@@ -1,0 +1,217 @@
+"""The learner's reading of the log: every record accounted for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.arrays import pack_float32, pack_int32
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.messages import (
+    DEAD_LETTERS,
+    TASKS,
+    TOPICS,
+    TRAJECTORIES,
+    DropReason,
+    GroupOffered,
+    TrajectoryDropped,
+    TrajectoryFinished,
+    decode,
+    encode,
+)
+from common.refusal import Refusal
+from common.trajectory import Malformed, Segment
+from common.versions import Version
+from services.learner.intake import Arrived, Intake, check_finished
+from services.learner.planner import Planner
+from tests.builders import SAMPLING, a_finished, a_segment
+
+NEWEST = Version(5)
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[SqliteBus]:
+    bus = SqliteBus(tmp_path / "bus.sqlite")
+    bus.create_topics(dict.fromkeys(TOPICS, 2))
+    yield bus
+    bus.close()
+
+
+def an_intake(bus: SqliteBus, samples: int = 2) -> tuple[Intake, Planner[Arrived]]:
+    planner: Planner[Arrived] = Planner(samples=samples, groups_per_batch=2, max_staleness=1, time_limit_s=60)
+    intake = Intake(
+        bus,
+        planner,
+        run="test",
+        seed=0,
+        environments={"lookup": 1.0},
+        samples=samples,
+        sampling=SAMPLING,
+        time_limit_s=60,
+    )
+    return intake, planner
+
+
+def started(bus: SqliteBus) -> tuple[Intake, Planner[Arrived]]:
+    intake, planner = an_intake(bus)
+    intake.start({}, {}, now=0.0)
+    assert intake.offer(Version(0), now=0.0) == 4
+    return intake, planner
+
+
+def publish(bus: SqliteBus, *records: TrajectoryFinished | TrajectoryDropped) -> None:
+    bus.publish(TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records])
+
+
+def letters(bus: SqliteBus) -> list[str]:
+    with bus.consumer(DEAD_LETTERS) as consumer:
+        return [decode(DEAD_LETTERS, r.body).reason for r in consumer.poll(limit=99, timeout_s=0)]
+
+
+def test_offers_stand_on_the_log_with_task_and_version(bus: SqliteBus) -> None:
+    started(bus)
+    with bus.consumer(TASKS) as consumer:
+        offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
+    assert sorted(offer.index for offer in offers) == [0, 1, 2, 3]
+    assert len({offer.task_seed for offer in offers}) == 4
+    assert {(o.run, o.environment, o.samples, o.version) for o in offers} == {("test", "lookup", 2, 0)}
+
+
+def test_finished_and_dropped_trajectories_reach_the_ledger(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    publish(
+        bus,
+        a_finished(0, 0),
+        a_finished(0, 1),
+        TrajectoryDropped("test", "g000001/0", "g000001", "worker-0", DropReason.ENVIRONMENT_FAILED, "?"),
+    )
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.complete() == 1
+    assert planner.counts()["dropped"] == {"environment_failed": 1}
+    assert sorted(intake.arrived) == ["g000000/0", "g000000/1"]
+    assert intake.sampled_tokens == 8
+
+
+def test_a_trajectory_that_comes_again_counts_once(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    publish(bus, a_finished(0, 0, reward=0.25), a_finished(0, 0, reward=0.75), a_finished(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.waiting() == 1
+    assert intake.arrived["g000000/0"].record.reward == 0.25
+    assert letters(bus) == []
+
+
+def test_offsets_wait_for_what_is_not_trained_yet(bus: SqliteBus) -> None:
+    intake, _ = started(bus)
+    publish(bus, a_finished(0, 0), a_finished(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    partition = intake.arrived["g000000/0"].partition
+    assert intake.offsets()[partition] == 0
+    intake.resolve(intake.arrived["g000000/1"])
+    assert intake.offsets()[partition] == 0
+    intake.resolve(intake.arrived["g000000/0"])
+    assert intake.offsets()[partition] == 2
+
+
+def test_a_restart_reads_the_unresolved_again_and_adopts_later_offers(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    publish(bus, a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.batch() is None
+    state, offsets, task_offsets = planner.state(), intake.offsets(), dict(intake.task_ends)
+    planner.expire(now=1e9)  # as if the old process went on and offered more before it died
+    assert intake.offer(Version(1), now=0.0) > 0
+    offered = planner.counts()["offered"]
+    intake.close()
+
+    again, fresh = an_intake(bus)
+    fresh.restore(state, now=0.0)
+    again.start(offsets, task_offsets, now=0.0)
+    again.read_all(NEWEST, timeout_s=0)
+    assert sorted(again.arrived) == ["g000000/0", "g000000/1", "g000001/0"]
+    assert fresh.counts()["offered"] == offered
+    assert fresh.next_index == planner.next_index
+
+
+def test_a_restart_without_any_checkpoint_adopts_everything_offered(bus: SqliteBus) -> None:
+    started(bus)
+    again, fresh = an_intake(bus)
+    again.start({}, {}, now=0.0)
+    assert fresh.counts()["offered"] == 8
+    assert again.offer(Version(0), now=0.0) == 0
+
+
+def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
+    intake, _ = an_intake(bus)
+    with pytest.raises(Refusal, match="Trajectories would be lost silently"):
+        intake.start({0: 17}, {}, now=0.0)
+
+
+finished = a_finished(0, 0)
+segment = finished.segments[0]
+BROKEN = {
+    "a token count that is no whole number": {"tokens": finished.tokens[:-1]},
+    "no tokens": {"tokens": b""},
+    "a negative token": {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])},
+    "a segment beyond the tokens": {"segments": (a_segment(2, 9, 0),)},
+    "overlapping segments": {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))},
+    "too few log-probs": {"segments": (Segment(2, 6, Version(0), pack_float32([-1.0] * 3)),)},
+    "a log-prob that is not a number": {"segments": (a_segment(2, 6, 0, float("nan")),)},
+    "an infinite log-prob": {"segments": (a_segment(2, 6, 0, float("-inf")),)},
+    "a log-prob above 0": {"segments": (a_segment(2, 6, 0, 0.5),)},
+    "a negative version": {"segments": (a_segment(2, 6, -3),)},
+    "a version of the future": {"segments": (a_segment(2, 6, 6),)},
+    "a sampled first token": {"segments": (a_segment(0, 6, 0),)},
+    "a reward above 1": {"reward": 1.5},
+    "a reward below 0": {"reward": -0.1},
+    "a reward that is not a number": {"reward": float("nan")},
+    "a temperature of 0": {"temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_poison_is_dead_lettered_and_the_run_goes_on(bus: SqliteBus, what: str) -> None:
+    intake, planner = started(bus)
+    broken = msgspec.structs.replace(finished, **BROKEN[what])
+    with pytest.raises((Malformed, ValueError)):
+        check_finished(broken, NEWEST)
+    publish(bus, broken, a_finished(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert len(letters(bus)) == 1
+    assert planner.counts()["dead_lettered"] == 1
+    assert planner.counts()["pending"] == 7
+    assert list(intake.arrived) == ["g000000/1"]
+
+
+def test_undecodable_bytes_are_kept_whole_and_attributed_by_their_header(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing("g000002", b"\x00garbage", {"trajectory": "g000002/1"})])
+    bus.publish(TRAJECTORIES, [Outgoing("?", b"\xff\xfe")])
+    intake.read_all(NEWEST, timeout_s=0)
+    assert len(letters(bus)) == 2
+    assert planner.counts()["dead_lettered"] == 1
+    with bus.consumer(DEAD_LETTERS) as consumer:
+        bodies = {decode(DEAD_LETTERS, r.body).body for r in consumer.poll(limit=9, timeout_s=0)}
+    assert bodies == {b"\x00garbage", b"\xff\xfe"}
+
+
+def test_sound_records_that_belong_elsewhere_take_nothing_from_this_run(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    publish(bus, a_finished(0, 0, run="another"), a_finished(77, 0), a_finished(0, 9))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert len(letters(bus)) == 3
+    assert planner.counts() == {"offered": 8, "trained": 0, "dropped": {}, "dead_lettered": 0, "pending": 8}
+    assert intake.backlog() == 0
+
+
+def test_every_record_moves_the_frontier(bus: SqliteBus) -> None:
+    """Nothing unusable may be read again for ever."""
+    intake, _ = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing(f"k{i}", b"junk") for i in range(20)])
+    publish(bus, a_finished(77, 0), a_finished(0, 0), a_finished(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    intake.resolve(intake.arrived["g000000/0"])
+    with bus.consumer(TRAJECTORIES) as consumer:
+        assert intake.offsets() == consumer.ends()

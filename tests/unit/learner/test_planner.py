@@ -1,0 +1,188 @@
+"""The ledger: whatever happens in whatever order, it balances, and nothing is counted twice."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.messages import DropReason, group_id, trajectory_id
+from common.versions import Version
+from services.learner.planner import Arrival, Planner
+
+SAMPLES = 3
+
+
+def a_planner(**changes: Any) -> Planner[str]:
+    return Planner(**{"samples": SAMPLES, "groups_per_batch": 2, "max_staleness": 1, "time_limit_s": 10.0, **changes})
+
+
+def fill(planner: Planner[str], index: int, samples: range = range(SAMPLES)) -> None:
+    for sample in samples:
+        name = trajectory_id(group_id(index), sample)
+        assert planner.arrive(group_id(index), name, name) is Arrival.NEW
+
+
+def test_offers_at_most_what_the_staleness_bound_allows() -> None:
+    planner = a_planner(max_staleness=2)
+    assert planner.slots() == 6
+    for _ in range(6):
+        planner.offer(now=0.0)
+    assert planner.slots() == 0
+    fill(planner, 0)
+    fill(planner, 1)
+    assert planner.slots() == 0  # arrived is not resolved
+    assert planner.batch() is not None
+    assert planner.slots() == 2
+
+
+def test_takes_the_oldest_complete_groups_first() -> None:
+    planner = a_planner()
+    for _ in range(4):
+        planner.offer(now=0.0)
+    for index in (3, 1, 2):
+        fill(planner, index)
+    batch = planner.batch()
+    assert batch is not None
+    assert [group.group for group in batch] == ["g000001", "g000002"]
+
+
+def test_waits_for_the_last_sibling() -> None:
+    planner = a_planner(groups_per_batch=1)
+    planner.offer(now=0.0)
+    fill(planner, 0, range(2))
+    assert planner.batch() is None
+    fill(planner, 0, range(2, 3))
+    assert planner.batch() is not None
+
+
+def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_trained() -> None:
+    planner = a_planner(groups_per_batch=1)
+    planner.offer(now=100.0)
+    fill(planner, 0, range(2))
+    assert planner.expire(now=110.0) == []
+    assert planner.expire(now=110.1) == ["g000000/2"]
+    batch = planner.batch()
+    assert batch is not None
+    assert batch[0].items == ["g000000/0", "g000000/1"]
+    assert planner.arrive("g000000", "g000000/2", "late") is Arrival.DUPLICATE
+    assert planner.counts() == {
+        "offered": 3, "trained": 2, "dropped": {"deadline": 1}, "dead_lettered": 0, "pending": 0,
+    }  # fmt: skip
+
+
+def test_a_group_with_one_survivor_has_no_baseline_and_is_dropped() -> None:
+    planner = a_planner(groups_per_batch=1)
+    planner.offer(now=0.0)
+    fill(planner, 0, range(1))
+    planner.drop("g000000", "g000000/1", DropReason.ENVIRONMENT_FAILED)
+    planner.dead_letter("g000000", "g000000/2")
+    assert planner.drop_small() == ["g000000/0"]
+    assert planner.counts() == {
+        "offered": 3,
+        "trained": 0,
+        "dropped": {"environment_failed": 1, "group_too_small": 1},
+        "dead_lettered": 1,
+        "pending": 0,
+    }
+
+
+def test_what_is_over_the_bound_is_dropped_and_only_that() -> None:
+    planner = a_planner(max_staleness=2)
+    planner.offer(now=0.0)
+    fill(planner, 0)
+    oldest = {"g000000/0": Version(3), "g000000/1": Version(4), "g000000/2": Version(5)}
+    assert planner.drop_stale(Version(6), oldest) == ["g000000/0"]
+    assert planner.counts()["dropped"] == {"over_staleness": 1}
+
+
+@pytest.mark.parametrize(
+    ("group", "trajectory"),
+    [
+        ("g000009", "g000009/0"),
+        ("g000000", "g000000/3"),
+        ("g000000", "g000001/0"),
+        ("g000000", ""),
+        ("", ""),
+        ("other", "other/0"),
+        ("g000000", "g000000/x"),
+    ],
+)
+def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
+    planner = a_planner()
+    planner.offer(now=0.0)
+    before = planner.counts()
+    assert planner.arrive(group, trajectory, "?") is Arrival.UNKNOWN
+    assert planner.drop(group, trajectory, DropReason.DEADLINE) is Arrival.UNKNOWN
+    assert planner.counts() == before
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["offer", "arrive", "drop", "dead", "batch", "expire", "stale", "small", "restart"]),
+        st.integers(0, 7),
+        st.integers(0, SAMPLES),
+    ),
+    max_size=120,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(events)
+def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, int]]) -> None:
+    """A naive model beside it: one end for each id, ever."""
+    planner, ends, clock = a_planner(), dict[str, str](), 0.0
+    offered: set[str] = set()
+    arrived: dict[str, str] = {}
+    for what, index, sample in schedule:
+        clock += 1.0
+        group, name = group_id(index), trajectory_id(group_id(index), sample)
+        fresh = name in offered and name not in ends and name not in arrived
+        match what:
+            case "offer" if planner.slots():
+                opened = planner.offer(now=clock)
+                offered |= {trajectory_id(opened, s) for s in range(SAMPLES)}
+            case "arrive":
+                assert (planner.arrive(group, name, name) is Arrival.NEW) is fresh
+                if fresh:
+                    arrived[name] = name
+            case "drop" | "dead":
+                did = (
+                    planner.drop(group, name, DropReason.ENGINE_FAILED)
+                    if what == "drop"
+                    else planner.dead_letter(group, name)
+                )
+                assert (did is Arrival.NEW) is fresh
+                if fresh:
+                    ends[name] = what
+            case "expire":
+                for late in planner.expire(now=clock):
+                    assert late not in ends
+                    ends[late] = "deadline"
+            case "stale":
+                for item in planner.drop_stale(Version(index), {n: Version(sample) for n in arrived}):
+                    ends[arrived.pop(item)] = "stale"
+            case "small":
+                for item in planner.drop_small():
+                    ends[arrived.pop(item)] = "small"
+            case "batch":
+                planner.expire(now=0.0)
+                for item in planner.drop_small():
+                    ends[arrived.pop(item)] = "small"
+                for batched in planner.batch() or []:
+                    assert len(batched.items) >= 2
+                    for item in batched.items:
+                        ends[arrived.pop(item)] = "trained"
+            case "restart":
+                state = planner.state()
+                planner = a_planner()
+                planner.restore(state, now=clock)
+                for name_, item in arrived.items():  # the log is read again
+                    assert planner.arrive(name_.rpartition("/")[0], name_, item) is Arrival.NEW
+        counts = planner.counts()
+        assert counts["offered"] == len(offered)
+        assert counts["trained"] == sum(end == "trained" for end in ends.values())
+        assert counts["dead_lettered"] == sum(end == "dead" for end in ends.values())
+        assert sum(counts["dropped"].values()) == sum(end not in ("trained", "dead") for end in ends.values())
+        assert counts["pending"] == len(offered) - len(ends)
+        assert planner.waiting() == len(arrived)

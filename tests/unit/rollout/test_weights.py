@@ -1,0 +1,181 @@
+"""Updates in flight: the order of things, and what an unverified version may not do."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.refusal import ExitCode, Refusal
+from common.service import Server
+from common.snapshots.client import RawTensor, SnapshotClient
+from common.snapshots.manifest import Canary
+from common.versions import Version
+from services.rollout.engine import StoredWeights
+from services.rollout.weights import Applied, Weights
+from services.snapshot_store.app import create_app
+from services.snapshot_store.storage_disk import DiskStorage
+
+CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+
+
+class Engine:
+    """Records what is asked of it; scores the canary `off` nats too low."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.off = 0.0
+        self.scoring = asyncio.Event()
+        self.scoring.set()
+
+    async def pause(self) -> None:
+        self.events.append("pause")
+
+    async def load(self, weights: StoredWeights) -> None:
+        self.events.append(f"load {weights.manifest.version}: {weights.path.stat().st_size} bytes")
+
+    async def resume(self) -> None:
+        self.events.append("resume")
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        await self.scoring.wait()
+        self.events.append("score")
+        return [logprob - self.off for logprob in CANARY.logprobs]
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    app = create_app(DiskStorage(tmp_path / "store"), sweep_s=3600)
+    with (
+        Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
+        SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
+    ):
+        yield client
+
+
+def put(store: SnapshotClient, *versions: int) -> None:
+    for version in versions:
+        raw = np.full(64, version, dtype=np.uint8)
+        store.put("test", Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY])
+
+
+def the_weights(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[Weights, list[Applied]]:
+    reports: list[Applied] = []
+    return Weights(engine, store, folder, tolerance=0.05, report=reports.append), reports  # type: ignore[arg-type]
+
+
+async def test_a_version_is_fetched_loaded_and_verified_in_this_order(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 3)
+    engine = Engine()
+    weights, reports = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(3))
+    await weights.trusted(Version(3))
+    assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
+    assert [(r.manifest.version, r.accepted, r.canary_error) for r in reports] == [(3, True, 0.0)]
+    keeping.cancel()
+
+
+async def test_nothing_is_trusted_before_the_canary_has_spoken(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 1)
+    engine = Engine()
+    engine.scoring.clear()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    waiting = asyncio.create_task(weights.trusted(Version(1)))
+    while engine.events[-1:] != ["resume"]:
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    assert weights.verified == -1
+    engine.scoring.set()
+    await waiting
+    assert weights.verified == 1
+    keeping.cancel()
+
+
+async def test_a_version_the_engine_does_not_compute_is_refused(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 1, 2)
+    engine = Engine()
+    weights, reports = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    await weights.trusted(Version(1))
+    engine.off = 0.15  # what a head left at the old weights was measured to do
+    weights.announce(Version(2))
+    with pytest.raises(
+        Refusal, match=r"version 2 is refused: on the canaries the engine is 0\.1500 nats off"
+    ) as refusal:
+        await keeping
+    assert refusal.value.code is ExitCode.CANARY
+    assert [r.accepted for r in reports] == [True, False]
+    assert weights.verified == 1
+
+
+@pytest.mark.parametrize("off", [float("nan"), float("inf")])
+async def test_a_canary_that_is_not_a_number_is_refused(store: SnapshotClient, tmp_path: Path, off: float) -> None:
+    put(store, 1)
+    engine = Engine()
+    engine.off = off
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights.announce(Version(1))
+    with pytest.raises(Refusal, match="version 1 is refused"):
+        await weights.keep_up()
+
+
+async def test_only_the_newest_of_several_is_applied(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 1, 2, 3)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    for version in (1, 2, 3, 2):
+        weights.announce(Version(version))
+    keeping = asyncio.create_task(weights.keep_up())
+    await weights.trusted(Version(3))
+    assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
+    keeping.cancel()
+
+
+async def test_a_version_swept_in_the_meantime_is_skipped(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 2)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    while weights._announced.is_set():
+        await asyncio.sleep(0)
+    weights.announce(Version(2))
+    await weights.trusted(Version(2))
+    assert engine.events == ["pause", "load 2: 64 bytes", "resume", "score"]
+    keeping.cancel()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+async def test_damaged_weights_never_reach_the_engine(store: SnapshotClient, tmp_path: Path, damage: str) -> None:
+    put(store, 1)
+    held = tmp_path / "store" / "objects" / store.manifest(Version(1)).object
+    body = bytearray(held.read_bytes())
+    if damage == "flip":
+        body[-1] ^= 0xFF
+    held.write_bytes(body[:-3] if damage == "truncate" else body)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights.announce(Version(1))
+    with pytest.raises(Refusal, match="gave damaged weights: version 1") as refusal:
+        await weights.keep_up()
+    assert refusal.value.code is ExitCode.DAMAGED
+    assert engine.events == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+async def test_files_of_an_earlier_process_are_removed_and_none_are_left(store: SnapshotClient, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "7.raw").write_bytes(b"left")
+    put(store, 1)
+    weights, _ = the_weights(Engine(), store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    await weights.trusted(Version(1))
+    await asyncio.sleep(0)
+    assert list((tmp_path / "cache").iterdir()) == []
+    keeping.cancel()

@@ -1,0 +1,120 @@
+"""What the services say, made into what a person wants to know."""
+
+import pytest
+
+from common.messages import VersionApplied
+from common.versions import Version
+from services.local import Crash
+from services.state import Plan, State, ready_at, state
+from services.watch import Seen, Sight
+from tests.unit.services.lines import a_line, learner, servers, worker
+
+PLAN = Plan("t", versions=10, canary_tolerance=0.03)
+
+
+def seen(sight: Sight, **more: object) -> State:
+    return state(PLAN, sight, now=101.0, started=1.0, **more)  # type: ignore[arg-type]
+
+
+def doing(shown: State) -> dict[str, str]:
+    return {service.name: service.doing for service in shown.services}
+
+
+def test_time_left_follows_from_the_pace_since_the_last_start():
+    lines = [a_line(0, seconds=30.0), a_line(1, seconds=90.0, phases={"wait": 50.0, "train": 1.0})]
+    lines += [a_line(2, seconds=92.0), a_line(3, seconds=94.0)]
+    shown = seen(Sight(servers() | {"learner": learner()}, tuple(lines)))
+    assert shown.left_s == pytest.approx(6 * 2.0)
+    assert shown.learner_tokens_per_s == pytest.approx(20 / 4.0)
+    assert shown.trained_versions == 4
+
+
+def test_there_is_no_estimate_before_there_is_a_pace():
+    first = a_line(0, phases={"wait": 30.0, "train": 1.0})
+    assert seen(Sight({"learner": learner()}, (first,))).left_s is None
+    assert seen(Sight({"learner": learner()})).learner_tokens_per_s is None
+
+
+def test_the_sampling_rate_is_the_workers_rates_added_up():
+    one = worker(at=100.0, sampled_tokens=1500, earlier=worker(at=90.0, sampled_tokens=1000))
+    two = worker(at=100.0, sampled_tokens=900, earlier=worker(at=95.0, sampled_tokens=800))
+    shown = seen(Sight({"learner": learner(), "worker-0": one, "worker-1": two}))
+    assert shown.rollout_tokens_per_s == pytest.approx(50.0 + 20.0)
+    assert shown.in_flight == 24
+
+
+def test_a_worker_that_began_anew_has_no_negative_rate():
+    anew = worker(at=100.0, sampled_tokens=10, earlier=worker(at=90.0, sampled_tokens=1000))
+    assert seen(Sight({"worker-0": anew})).rollout_tokens_per_s is None
+
+
+def test_a_worker_that_is_gone_has_nothing_in_flight():
+    gone = worker(trouble="ConnectError")
+    shown = seen(Sight({"learner": learner(), "worker-0": gone}))
+    assert shown.in_flight == 0
+    assert doing(shown)["worker-0"] == "starting again"
+
+
+def test_a_service_that_does_not_answer_keeps_its_last_value_and_is_reported_after_a_while():
+    shown = seen(Sight({"learner": learner(at=100.0, trouble="ReadTimeout")}))
+    assert (doing(shown)["learner"], shown.warnings) == ("trains on the batch at version 5", ())
+    shown = seen(Sight({"learner": learner(at=80.0, trouble="ReadTimeout")}))
+    assert doing(shown)["learner"] == "trains on the batch at version 5 (21 s ago)"
+    assert shown.warnings == ("learner has not answered for 21 s",)
+    assert shown.waiting == 7
+
+
+def test_who_waits_for_what():
+    services = servers() | {
+        "learner": learner(waiting_for="trajectories: 3 of 32 groups are complete"),
+        "worker-0": worker(waiting_for="the engine", seconds=0.0),
+        "worker-1": Seen(),
+    }
+    shown = seen(Sight(services))
+    assert doing(shown) == {
+        "snapshot_store": "holds 6 versions, 1.0 MiB",
+        "env_gateway": "plays the environments",
+        "learner": "waits for trajectories: 3 of 32 groups are complete",
+        "worker-0": "waits for the engine",
+        "worker-1": "starting",
+    }
+    assert shown.setup
+    assert not seen(Sight({"worker-0": worker()})).setup
+
+
+def test_the_first_worker_that_could_sample_ends_the_setup():
+    services = {"worker-0": worker(at=100.0, seconds=4.0), "worker-1": worker(at=100.0, seconds=7.5), "x": Seen()}
+    assert ready_at(Sight(services)) == pytest.approx(92.5)
+    assert ready_at(Sight({"worker-0": worker(seconds=0.0)})) is None
+
+
+def test_warnings_say_what_happened_in_plain_words():
+    ledger = {"offered": 9, "trained": 2, "dropped": {"deadline": 2, "engine_failed": 1}, "dead_lettered": 1}
+    refused = VersionApplied(
+        run="t", worker="worker-0", version=Version(3), digest="", accepted=False, canary_error=0.15, pause_s=0.1,
+        live=0,
+    )  # fmt: skip
+    shown = seen(
+        Sight(
+            {"learner": learner(trajectories=ledger)}, (a_line(0, skipped=1), a_line(1, exact=False)), (refused,)
+        ),
+        crashes=[Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
+    )  # fmt: skip
+    assert shown.warnings == (
+        "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
+        "worker-0 crashed after 1 min 0 s (signal 9) and was started again; its last words: RuntimeError: gone",
+        "dropped 3 trajectories: 2 deadline, 1 engine_failed",
+        "1 dead-lettered: whole in topic dead_letters, why in logs/learner.log",
+        "left out 1 optimizer step: the gradient was not finite",
+        "the proximal is a surrogate: what is shown as discrepancy holds staleness, too",
+    )
+
+
+def test_at_the_end_nobody_is_expected_to_answer():
+    services = {
+        "learner": learner(at=50.0, trouble="ConnectError"),
+        "worker-0": worker(at=50.0, trouble="ConnectError"),
+    }
+    shown = seen(Sight(services, tuple(a_line(i) for i in range(10))))
+    assert shown.warnings == ()
+    assert doing(shown)["learner"] == "ended"

@@ -1,0 +1,38 @@
+"""Which versions may go."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.versions import Version
+from services.snapshot_store.retention import removable
+
+VERSIONS = st.sets(st.integers(0, 30).map(Version), max_size=12)
+LEASES = st.dictionaries(st.sampled_from(["learner", "replica", "worker"]), st.integers(0, 32).map(Version), max_size=3)
+
+
+@settings(deadline=None)
+@given(VERSIONS, LEASES)
+def test_a_version_goes_when_every_lease_is_above_it_and_a_newer_one_stands(
+    versions: set[Version], leases: dict[str, Version]
+) -> None:
+    gone = removable(versions, leases)
+    assert gone <= versions
+    for version in versions:
+        needed = any(version >= lowest for lowest in leases.values())
+        newest = not any(other > version for other in versions)
+        assert (version in gone) == (bool(leases) and not needed and not newest)
+
+
+@settings(deadline=None)
+@given(VERSIONS, LEASES, st.integers(0, 32))
+def test_one_more_lease_never_lets_more_go(versions: set[Version], leases: dict[str, Version], lowest: int) -> None:
+    if leases:
+        assert removable(versions, {**leases, "another": Version(lowest)}) <= removable(versions, leases)
+
+
+def test_without_any_lease_nothing_goes() -> None:
+    assert removable({Version(0), Version(1), Version(2)}, {}) == set()
+
+
+def test_a_lease_above_all_versions_still_leaves_the_newest() -> None:
+    assert removable({Version(0), Version(1), Version(2)}, {"learner": Version(99)}) == {0, 1}
