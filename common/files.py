@@ -1,10 +1,18 @@
 """Files that are whole or not there: written under another name, synced, then renamed."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+FULL = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EFBIG: ("a file has grown to the size limit (ulimit -f)", "raise it"),
+}
+"""No room for a file: errno -> what that is, what to do."""
 
 
 @contextmanager
@@ -13,7 +21,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with named(path), partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +36,17 @@ def write(path: Path, body: bytes) -> None:
     """Write a whole file."""
     with whole(path) as file:
         file.write(body)
+
+
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """An OSError in this block that names no file, as those of writes do, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

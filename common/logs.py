@@ -1,5 +1,6 @@
 """Structured logs on standard error: one event, its fields; text for people, JSON for collectors."""
 
+import contextlib
 import logging
 import sys
 from typing import Any, Literal
@@ -25,10 +26,21 @@ def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+
+
+class _Lines(structlog.PrintLogger):
+    """A line that cannot be written (the disk is full, nobody reads) is left out: logging never ends a service."""
+
+    def msg(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
 
 
 def logger() -> structlog.stdlib.BoundLogger:

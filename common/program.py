@@ -1,16 +1,15 @@
 """How every service's `__main__` begins and ends: read the run, set up logs and signals, turn errors into exits."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from common import logs
 from common.config import Invocation, load
 from common.config.show import show
-from common.files import write
+from common.files import FULL, write
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
 
@@ -31,7 +30,8 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         config = invocation.config
         logs.configure(name, config.logs.level, config.logs.format)
         try:
-            body(invocation, Stop().install())
+            with full_disk_refused():
+                body(invocation, Stop().install())
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code
             process = config.rollout.worker if name == "rollout" else name
@@ -46,19 +46,27 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
 def main(program: Callable[[], None]) -> None:
     """Run a program: a Refusal or a full disk becomes a sentence and an exit code, anything else a traceback."""
     try:
-        program()
+        with full_disk_refused():
+            program()
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        with contextlib.suppress(OSError):  # where the sentence goes may be on the full disk, too
+            print(refusal, file=sys.stderr)
         sys.exit(int(refusal.code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
+
+
+@contextlib.contextmanager
+def full_disk_refused() -> Iterator[None]:
+    """A Refusal in place of the error that a full disk raises in this block."""
+    try:
+        yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
+        what, mend = FULL[error.errno]
         where = f" (writing {error.filename})" if error.filename else ""
-        print(
-            f"the disk is full{where}: free some space and start again with --resume; the run goes on from its "
-            f"last checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(int(ExitCode.UNAVAILABLE))
+        raise Refusal(
+            f"{what}{where}: {mend} and start again; a run goes on from its last checkpoint",
+            ExitCode.UNAVAILABLE,
+        ) from None

@@ -25,6 +25,8 @@ LOOK_S = 0.01
 """Pause between two looks for new records."""
 BUSY_S = 30.0
 """How long to wait for another process's write."""
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""What SQLite says on a full disk: of its files, of the memory they share."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, partitions INTEGER NOT NULL);
@@ -251,23 +253,34 @@ class SqliteConsumer:
 @contextmanager
 def _writing(db: sqlite3.Connection) -> Iterator[None]:
     """A write transaction: begins at once (no upgrade deadlocks), commits or rolls back."""
-    db.execute("BEGIN IMMEDIATE")
+    with _on_disk(db):
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # a full disk has ended it already
+                db.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def _on_disk(db: sqlite3.Connection) -> Iterator[None]:
+    """What SQLite says of a full disk, as the system says it."""
     try:
         yield
-        db.execute("COMMIT")
-    except BaseException as error:
-        if db.in_transaction:  # a full disk has ended it already
-            db.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-            (_, _, path) = db.execute("PRAGMA database_list").fetchone()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
-        raise
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode not in _FULL:
+            raise
+        (_, _, path) = db.execute("PRAGMA database_list").fetchone()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
 
 
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
+    with _on_disk(db):
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
     return db
 
 

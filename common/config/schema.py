@@ -236,6 +236,16 @@ class OptimizerConfig(Section):
     """Gradients with a larger norm are scaled down to it."""
     warmup: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which lr rises from 0."""
+    decay: Annotated[int, Field(ge=0)] = 0
+    """Optimizer step at which lr has fallen, on a straight line from the end of the warm-up, to `end_share`; 0: never."""
+    end_share: Share = 0.1
+    """Share of lr that is left from step `decay` on."""
+
+    @model_validator(mode="after")
+    def _decay_follows_the_warm_up(self) -> "OptimizerConfig":
+        if self.decay and self.decay <= self.warmup:
+            raise ValueError(f"decay ({self.decay}) ends before the warm-up ({self.warmup}) does: give it a later step")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -267,7 +277,7 @@ class LearnerConfig(Service):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    canary_trajectories: Positive = 32
+    canary_trajectories: Positive = 16
     """Trajectories of the newest batch by which workers check a loaded version."""
     threads: Positive = 1
     """CPU threads of each rank."""

@@ -4,6 +4,7 @@ Tensors pass one at a time in both directions, so that memory holds one tensor, 
 checked against its digest before it is handed on.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import httpx
 import msgspec
 from blake3 import blake3
 
+from common.files import named
 from common.snapshots.codec import Bytes, decode_base, encode_base
 from common.snapshots.manifest import (
     ITEMSIZE,
@@ -86,7 +88,8 @@ class SnapshotClient:
         """
         with tempfile.TemporaryFile(prefix="palimpsest-put-") as temporary:
             file = cast("IO[bytes]", temporary)
-            entries, digest, size = self._encode(tensors, file)
+            with named(tempfile.gettempdir()):
+                entries, digest, size = self._encode(tensors, file)
             manifest = Manifest(
                 schema=SCHEMA,
                 run=run,
@@ -187,6 +190,7 @@ class SnapshotClient:
         raise StoreUnavailable(f"GET /v1/objects/{manifest.object}: no answer {TRIES} times: {problem}")
 
     def _call(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+        error: Exception | None = None
         for attempt in range(TRIES):
             if attempt:
                 self._sleep(_pause_s(attempt))
@@ -194,10 +198,12 @@ class SnapshotClient:
                 reply = send()
                 if reply.status_code < 500:
                     return reply
-                problem = f"{reply.status_code} {reply.text[:200]}"
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-        raise StoreUnavailable(f"the snapshot store at {self._http.base_url} did not answer {TRIES} times: {problem}")
+                error = _failure(reply)
+            except httpx.TransportError as broken:
+                error = StoreUnavailable(f"{type(broken).__name__}: {broken}")
+        if isinstance(error, OSError):
+            raise error
+        raise StoreUnavailable(f"the snapshot store at {self._http.base_url} did not answer {TRIES} times: {error}")
 
 
 class _Frames:
@@ -233,6 +239,14 @@ def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
     if blake3(raw.data).hexdigest() != entry.digest:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: its bytes contradict its digest")
     return RawTensor(entry.name, entry.dtype, entry.shape, raw)
+
+
+def _failure(reply: httpx.Response) -> OSError | StoreUnavailable:
+    """What a 5xx says: a full disk of the store is a full disk here, too."""
+    if reply.status_code == 507:
+        said = reply.json()
+        return OSError(said["errno"], os.strerror(said["errno"]), said["path"])
+    return StoreUnavailable(f"{reply.status_code} {reply.text[:200]}")
 
 
 def _expect(reply: httpx.Response, *codes: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from common.files import named
+
 
 class History:
     """Appends to one file."""
@@ -22,9 +24,10 @@ class History:
 
     def add(self, line: dict[str, Any]) -> None:
         """One version's line."""
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named(self._file.name):
+            self._file.write(msgspec.json.encode(line) + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @property
     def length(self) -> int:

@@ -141,8 +141,14 @@ class Trainee:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: rises linearly over the warm-up."""
-        return self._config.lr * min(1.0, (self.steps + 1) / max(1, self._config.warmup))
+        """Of the next step: rises on a straight line over the warm-up, then falls on one until `decay`."""
+        config, step = self._config, self.steps + 1
+        if step <= config.warmup:
+            return config.lr * step / config.warmup
+        if not config.decay:
+            return config.lr
+        fallen = min(1.0, (step - config.warmup) / (config.decay - config.warmup))
+        return config.lr * (1.0 - (1.0 - config.end_share) * fallen)
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, for a checkpoint."""

@@ -56,14 +56,13 @@ def test_every_trajectory_is_accounted_for(home: Path) -> None:
         counts["offered"]
         == counts["trained"] + sum(counts["dropped"].values()) + counts["dead_lettered"] + counts["pending"]
     )
-    assert counts["trained"] == ledger["trained"] == 200 * 32 * 8
+    assert counts["trained"] == ledger["trained"] == 400 * 16 * 8
 
 
 def test_old_log_probs_are_those_of_plain_transformers(home: Path, starting_model: Path) -> None:
-    """Every tenth version: each token under the stored weights that sampled it, by code that shares nothing."""
-    seen = rescore(home / "records", Models(home / "snapshots", str(starting_model), "eager"), every=10)
-    print(seen)
-    assert seen["tokens"] > 20_000
+    """Every twentieth version: each token under the stored weights that sampled it, by code that shares nothing."""
+    seen = rescore(home / "records", Models(home / "snapshots", str(starting_model), "eager"), every=20)
+    assert seen["tokens"] > 10_000
     assert seen["versions"] > 20
     assert seen["same_layout_unequal"] == 0
     assert seen["alone_max_abs"] <= 2e-3
@@ -82,11 +81,10 @@ def test_the_summary_and_the_report_are_there(home: Path) -> None:
         "tokens_per_second",
     ):  # fmt: skip
         assert seen[key] is not None, key
-    assert seen["versions"] == 200
+    assert seen["versions"] == 400
     assert seen["exact"] is True
     assert seen["refused_versions"] == 0
     assert (home / "report.html").stat().st_size > 100_000
-    print(json.dumps(seen, indent=1))
 
 
 def test_an_engine_whose_update_is_broken_serves_nothing(tmp_path: Path, starting_model: Path) -> None:

@@ -1,11 +1,14 @@
 """The real engine: log-probs, spans and weight updates against plain transformers."""
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import pytest_asyncio
+from torch.nn import Module as Model
 
 from common.config.schema import VllmEngineConfig
 from services.rollout.canary import judge
@@ -38,7 +41,7 @@ async def sample(engine: VllmEngine, name: str, *, length: int, temperature: flo
     return prompt, await engine.generate(prompt, request=name, temperature=temperature, max_tokens=length, stop=())
 
 
-def errors(model, prompt: list[int], sampled: Sampled, *, temperature: float = 1.0) -> list[float]:
+def errors(model: Model, prompt: list[int], sampled: Sampled, *, temperature: float = 1.0) -> list[float]:
     """|engine - transformers| for each sampled token."""
     exact = logprobs(model, prompt + list(sampled.tokens), temperature)[len(prompt) - 1 :]
     return [abs(a - b) for a, b in zip(sampled.logprobs, exact, strict=True)]
@@ -65,31 +68,48 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     # temperature is part of the log-prob: the same tokens at another temperature are far off
     prompt, sampled = await sample(engine, "cold", length=48, temperature=0.6)
     assert sum(errors(model, prompt, sampled)) / 48 > 5 * MEAN
-    await _update_in_flight(engine, model, folder, tmp_path)
+    await updates_in_flight(engine, model, tmp_path)
 
 
-async def _update_in_flight(engine: VllmEngine, model, folder: Path, tmp_path: Path) -> None:
-    before = load(folder)
-    for version in (1, 2):
-        perturb(before, by=STEP, seed=version)
-    perturb(model, by=STEP, seed=3)
-    live = [asyncio.create_task(sample(engine, f"live{i}", length=200)) for i in range(32)]
-    await asyncio.sleep(0.3)
+async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) -> None:
+    """From version 2 to 3 as it should be; to 4 with the prefix's old keys and values kept, which must show."""
+    before, after, mixed_up = await cut(engine, model, 3, tmp_path)
+    assert before < MEAN
+    assert after < MEAN
+    assert mixed_up > 5 * MEAN
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._started, "reset_prefix_cache", kept)
+        before, after, _ = await cut(engine, model, 4, tmp_path)
+    assert before < MEAN
+    assert after > 2 * MEAN, "keys of the old weights under the new ones went unnoticed"
+
+
+async def kept(**_: object) -> bool:
+    """In place of the cache's reset."""
+    return True
+
+
+async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> tuple[float, float, float]:
+    """Update 32 live requests to `version`; mean error before the cut, after it, and with the versions mixed up.
+
+    `model` holds the version before, and afterwards this one.
+    """
+    previous = copy.deepcopy(model)
+    perturb(model, by=STEP, seed=version)
+    live = [asyncio.create_task(sample(engine, f"v{version}live{i}", length=200)) for i in range(32)]
+    await asyncio.sleep(0.3)  # somewhere in the middle; that it was is asserted below
     await engine.pause()
-    await engine.load(stored(model, 3, tmp_path))
+    await engine.load(stored(model, version, folder))
     await engine.resume()
-    results = await asyncio.gather(*live)
-    cut = [(prompt, sampled) for prompt, sampled in results if len(sampled.spans) == 2]
-    assert len(cut) >= 16, "the update missed the live requests"
-    under_old, under_new, mixed_up = [], [], []
-    for prompt, sampled in cut:
+    results = [(prompt, sampled) for prompt, sampled in await asyncio.gather(*live) if len(sampled.spans) == 2]
+    assert len(results) >= 16, "the update missed the live requests"
+    before, after, mixed_up = [], [], []
+    for prompt, sampled in results:
         first, second = sampled.spans
-        assert (first.version, second.version) == (2, 3)
+        assert (first.version, second.version) == (version - 1, version)
         assert (first.start, first.stop, second.stop) == (0, second.start, 200)
-        old, new = errors(before, prompt, sampled), errors(model, prompt, sampled)
-        under_old += old[: first.stop]
-        under_new += new[first.stop :]
+        old, new = errors(previous, prompt, sampled), errors(model, prompt, sampled)
+        before += old[: first.stop]
+        after += new[first.stop :]
         mixed_up += new[: first.stop] + old[first.stop :]
-    assert sum(under_old) / len(under_old) < MEAN
-    assert sum(under_new) / len(under_new) < MEAN  # prefix recomputed: no old key is left in it
-    assert sum(mixed_up) / len(mixed_up) > 5 * MEAN
+    return mean(before), mean(after), mean(mixed_up)

@@ -38,7 +38,7 @@ def test_the_temperature_divides_the_logits(starting_model: Path) -> None:
     logits = model(input_ids=row[:1]).logits[0, :2].float()
     for i, temperature in enumerate((1.0, 0.5)):
         explicit = (logits / temperature).softmax(-1)
-        assert scored[i, 1:].tolist() == pytest.approx([float(explicit[0, 40].log()), float(explicit[1, 120].log())])
+        assert scored[i, 1:].tolist() == pytest.approx([explicit[0, 40].log().item(), explicit[1, 120].log().item()])
         assert float(entropy[i, 1]) == pytest.approx(float(-(explicit[0] * explicit[0].log()).sum()), rel=1e-5)
 
 
@@ -125,13 +125,27 @@ def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad
     assert trainee.steps == 1
 
 
-def test_the_learning_rate_rises_over_the_warm_up(starting_model: Path) -> None:
-    trainee = Trainee(load(starting_model), OptimizerConfig(lr=1.0, warmup=4))
-    rates = []
-    for _ in range(6):
-        rates.append(trainee.learning_rate)
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ({}, [1.0] * 8),
+        ({"warmup": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"warmup": 2, "decay": 6, "end_share": 0.2}, [0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2]),
+        ({"decay": 4, "end_share": 0.0}, [0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(starting_model: Path, schedule: dict, rates: list[float]) -> None:
+    trainee = Trainee(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
+    seen = []
+    for _ in rates:
+        seen.append(trainee.learning_rate)
         trainee.steps += 1
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert seen == pytest.approx(rates)
+
+
+def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"decay \(3\) ends before the warm-up \(4\) does"):
+        OptimizerConfig(warmup=4, decay=3)
 
 
 def test_a_restored_trainee_goes_on_bit_for_bit(starting_model: Path) -> None:
