@@ -1,5 +1,6 @@
 """python -m services RUN.toml: everything on one machine."""
 
+import contextlib
 import datetime
 import os
 import sys
@@ -12,7 +13,8 @@ from common.bus.open import open_bus
 from common.config import Invocation, load
 from common.config.schema import RunConfig
 from common.config.show import show
-from common.program import main
+from common.model_path import refuse_no_model
+from common.program import full_disk_refused, main
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
 from common.sessions.token import token
@@ -46,6 +48,7 @@ def launch(invocation: Invocation) -> None:
     if invocation.check:
         print(show(invocation.config), end="")
         return
+    refuse_no_model(invocation.config.model.path)
     stop = Stop().install()
     config, saved = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
     config, flags = addressed(config)
@@ -54,9 +57,11 @@ def launch(invocation: Invocation) -> None:
     again = words.resume(home, invocation.source, invocation.overrides)
     print(words.begun(config, local.urls, resumed=invocation.resume is not None), flush=True)
     try:
-        done = supervise(config, local, stop)
+        with full_disk_refused():
+            done = supervise(config, local, stop)
     except Refusal as refusal:
-        conclude(home)
+        with contextlib.suppress(OSError, Refusal):  # what ended the run must be told, whatever else fails
+            conclude(home)
         raise Refusal(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
     summary = conclude(home)
     if not done:
@@ -71,7 +76,7 @@ def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
     plan = Plan(config.run.id, config.learner.versions, config.rollout.canary_tolerance)
     stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
     bus = open_bus(config)
-    watch = Watch(local.urls, config.run.home, bus, token=token(os.environ))
+    watch = Watch(local.urls, config.run.home, bus, run=config.run.id, token=token(os.environ))
 
     def see() -> State:
         return state(

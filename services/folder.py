@@ -4,8 +4,9 @@ The newest checkpoint decides what counts: history lines after it, and what the 
 undo. Before the first checkpoint the history stands alone.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from common.bus.port import Bus
 from common.config import load
 from common.config.schema import RunConfig
 from common.messages import (
+    DEAD_LETTERS,
     TASKS,
     TRAJECTORIES,
     WORKERS,
@@ -69,6 +71,8 @@ class Log:
     trainable_tokens: int = 0
     bytes: int = 0
     """Of all records' bodies."""
+    dead_letters: Mapping[str, int] | None = None
+    """Topic -> records on it that could not be used; None when there is no log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,17 @@ def _read_log(config: RunConfig) -> Log:
                 case VersionApplied():
                     applied.append(message)
         offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
-        return _count_trajectories(bus, config.run.id, Log(tuple(alive), tuple(applied), offered))
+        log = Log(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
+        return _count_trajectories(bus, config.run.id, log)
     finally:
         bus.close()
+
+
+def _count_dead_letters(bus: Bus, run: str) -> dict[str, int]:
+    """Topic -> records. Every reader of a topic writes its own letter, and a reader that starts again one more."""
+    letters = (message for _, message in _messages(bus, DEAD_LETTERS, run))
+    found = {(letter.topic, letter.partition, letter.offset) for letter in letters}
+    return dict(sorted(Counter(topic for topic, _, _ in found).items()))
 
 
 def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
@@ -175,7 +187,14 @@ def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
         if hasattr(message, "tokens"):
             tokens += len(message.tokens) // 4
             sampled += trainable(message.segments)
-    return Log(log.alive, log.applied, log.offered, records, records - len(known), tokens, sampled, size)
+    return replace(
+        log,
+        records=records,
+        duplicates=records - len(known),
+        tokens=tokens,
+        trainable_tokens=sampled,
+        bytes=size,
+    )
 
 
 def _messages(bus: Bus, topic: str, run: str) -> Iterator[tuple[int, Any]]:

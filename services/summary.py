@@ -37,6 +37,7 @@ def summarize(contents: Contents) -> dict[str, Any]:
             "trajectories": ledger(contents),
             "dropped_share": _dropped_share(ledger(contents)),
             "duplicates": contents.log.duplicates if contents.log.records else None,
+            "dead_letters": contents.log.dead_letters,
         }
         | _learning(lines)
         | _policies(lines)

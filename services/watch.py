@@ -12,8 +12,8 @@ from typing import Any, Self
 import httpx
 import msgspec
 
-from common.bus.port import Bus
-from common.messages import WORKERS, Undecodable, VersionApplied, decode
+from common.bus.port import Bus, Consumer, Outgoing
+from common.messages import DEAD_LETTERS, WORKERS, Undecodable, VersionApplied, dead_letter, decode, encode
 from services.folder import HISTORY, Line
 
 EVERY_S = 1.0
@@ -57,8 +57,8 @@ class Sight:
 class Watch:
     """Threads that ask; `with Watch(...)` starts and ends them."""
 
-    def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, token: str | None = None) -> None:
-        self._urls, self._bus = dict(urls), bus
+    def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, run: str, token: str | None = None) -> None:
+        self._urls, self._bus, self._run = dict(urls), bus, run
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._seen = {name: Seen() for name in urls}
         self._tail = Tail(home / HISTORY)
@@ -107,22 +107,25 @@ class Watch:
                 self._closed.wait(EVERY_S)
 
     def _read(self) -> None:
-        consumer = self._bus.consumer(WORKERS)
-        try:
-            while not self._closed.is_set():
-                heard = []
-                for record in consumer.poll(limit=1024, timeout_s=0.0):
-                    try:
-                        message = decode(WORKERS, record.body)
-                    except Undecodable:
-                        continue
-                    if isinstance(message, VersionApplied):
-                        heard.append(message)
-                with self._lock:
-                    self._applied += heard
-                self._closed.wait(EVERY_S)
-        finally:
-            consumer.close()
+        with self._bus.consumer(WORKERS) as consumer:
+            self._hear(consumer)
+            while not self._closed.wait(EVERY_S):
+                self._hear(consumer)
+            self._hear(consumer)  # what came last
+
+    def _hear(self, consumer: Consumer) -> None:
+        heard = []
+        for record in consumer.poll(limit=1024, timeout_s=0.0):
+            try:
+                message = decode(WORKERS, record.body)
+            except Undecodable as error:
+                letter = encode(dead_letter(self._run, record, str(error)))
+                self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
+                continue
+            if isinstance(message, VersionApplied):
+                heard.append(message)
+        with self._lock:
+            self._applied += heard
 
 
 class Tail:

@@ -1,6 +1,7 @@
 """Models to test with, built once for all test processes; and their weights as the store would hand them out."""
 
 import fcntl
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
 from common.versions import Version
+from services.learner.batching import Padded
 from services.learner.canaries import Canaries
-from services.learner.model import named_weights, raw_tensors
+from services.learner.model import named_weights, raw_tensors, token_logprobs
+from services.learner.old.proximal import Exact
 from services.rollout.engine import StoredWeights
 
 CPU = torch.device("cpu")
@@ -70,6 +73,23 @@ def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
 def canaries(model: torch.nn.Module) -> tuple[Canary, ...]:
     """The learner's canaries for these weights, without any batch yet."""
     return Canaries(model, CPU, trajectories=1).made()
+
+
+class Resident:
+    """Proximal = the model as it stands when asked: exact at staleness 0."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.asked = model, 0
+
+    @torch.no_grad()
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:
+        self.asked += 1
+        return Exact(
+            [
+                token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures))[0]
+                for b in batches
+            ]
+        )
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from common.bus.sqlite import SqliteBus
-from common.messages import TASKS, GroupOffered, decode, trajectory_id
+from common.messages import TASKS, GroupOffered, Undecodable, decode, trajectory_id
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,8 +46,12 @@ max_live = 32
 kind = "scripted"
 tokens_per_s = {tokens_per_s}
 texts = [
-    '<tool_call>\\n{{"name": "lookup", "arguments": {{"key": "amber"}}}}\\n</tool_call>',
-    '<tool_call>\\n{{"name": "lookup", "arguments": {{"key": "basil"}}}}\\n</tool_call>',
+    '''<tool_call>
+{{"name": "lookup", "arguments": {{"key": "amber"}}}}
+</tool_call>''',
+    '''<tool_call>
+{{"name": "lookup", "arguments": {{"key": "basil"}}}}
+</tool_call>''',
     '3',
     '5',
     'what?',
@@ -166,8 +171,9 @@ def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dic
     with bus.consumer(TASKS) as consumer:
         while records := consumer.poll(limit=1000, timeout_s=0):
             for record in records:
-                offer: GroupOffered = decode(TASKS, record.body)
-                offered.update(trajectory_id(offer.group, sample) for sample in range(offer.samples))
+                with suppress(Undecodable):  # garbage offers nothing
+                    offer: GroupOffered = decode(TASKS, record.body)
+                    offered.update(trajectory_id(offer.group, sample) for sample in range(offer.samples))
     bus.close()
     manifest = newest_manifest(home)
     lines = history(home, manifest["history_bytes"])  # a line beyond is cut off by the restart

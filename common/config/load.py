@@ -68,6 +68,8 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
             raise Refusal(f"one run file is wanted, but {path} and {argument} were given")
     if path is None and resume is not None:
         path = resume / "run.toml"  # where a run keeps its own
+        if not path.is_file():
+            raise Refusal(f"--resume {resume}: that is no run's folder (it has no {path.name})")
     if path is None:
         raise Refusal(usage(program))
     values, origins = _toml(path)

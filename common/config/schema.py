@@ -6,19 +6,10 @@ The text under a key is its documentation: docs/configuration.md is made from it
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-FilePath = Annotated[Path, Field(strict=False)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-class Section(BaseModel):
-    """Part of a run's configuration: frozen, and it takes no key it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+from common.config.learner import LearnerConfig
+from common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
 
 class Run(Section):
@@ -75,21 +66,14 @@ class SamplingConfig(Section):
     max_turns: Positive = 16
     """Most model messages in one trajectory."""
 
-    @field_validator("top_p")
+    @field_validator("top_p", "top_k")
     @classmethod
-    def _whole(cls, value: float) -> float:
-        if value != 1.0:
+    def _whole(cls, value: float, info: ValidationInfo) -> float:
+        if value != (whole := {"top_p": 1.0, "top_k": 0}[info.field_name or ""]):
             raise ValueError(
                 f"{value} cannot be used for training: the engine would renormalise its log-probs on a set of tokens "
-                "that the learner does not know, so every ratio would be wrong. Set it to 1.0"
+                f"that the learner does not know, so every ratio would be wrong. Set it to {whole}"
             )
-        return value
-
-    @field_validator("top_k")
-    @classmethod
-    def _off(cls, value: int) -> int:
-        if value != 0:
-            raise ValueError(f"{value} cannot be used for training, for the same reason as top_p: set it to 0 (off)")
         return value
 
 
@@ -104,15 +88,6 @@ class BusConfig(Section):
     """Partitions of `tasks`: at most so many rollout workers share the work."""
     trajectory_partitions: Positive = 4
     """Partitions of `trajectories`."""
-
-
-class Service(Section):
-    """Where a service listens."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: Port = 0
-    """Port to listen on; 0 = any free one (`python -m services` only; by hand, give one)."""
 
 
 class SnapshotStoreConfig(Service):
@@ -192,97 +167,6 @@ class RolloutConfig(Service):
     """Sessions tried for a trajectory before it is dropped as environment_failed."""
     canary_tolerance: PositiveFloat = 0.03
     """Largest mean |engine - learner| over the canaries' tokens, in nats, at which a version is served."""
-
-
-class SnapshotSource(Section):
-    """Exact: a second copy of the model takes on each version's weights and scores its tokens."""
-
-    kind: Literal["snapshot"] = "snapshot"
-
-
-class LossConfig(Section):
-    """Decoupled clipped objective (docs/paper.md, "objective")."""
-
-    clip_low: Share = 0.2
-    """The staleness ratio is clipped at 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The staleness ratio is clipped at 1 + clip_high."""
-    discrepancy_band: Annotated[float, Field(gt=1)] = 2.0
-    """c: a token whose discrepancy is outside [1/c, c] is masked."""
-    discrepancy_mask: bool = True
-    """Whether the band masks tokens."""
-    discrepancy_weight: bool = True
-    """Whether the loss is weighted by the discrepancy."""
-    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Group-relative advantage: divided by the group's deviation, not divided, or leave-one-out."""
-    entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy bonus, per trained token."""
-
-
-class OptimizerConfig(Section):
-    """AdamW on float32 masters."""
-
-    lr: PositiveFloat = 1e-6
-    """Learning rate."""
-    beta1: Share = 0.9
-    """Decay of the first moment."""
-    beta2: Share = 0.95
-    """Decay of the second moment."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients with a larger norm are scaled down to it."""
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps over which lr rises from 0."""
-    decay: Annotated[int, Field(ge=0)] = 0
-    """Optimizer step at which lr has fallen, on a straight line from the end of the warm-up, to `end_share`; 0: never."""
-    end_share: Share = 0.1
-    """Share of lr that is left from step `decay` on."""
-
-    @model_validator(mode="after")
-    def _decay_follows_the_warm_up(self) -> "OptimizerConfig":
-        if self.decay and self.decay <= self.warmup:
-            raise ValueError(f"decay ({self.decay}) ends before the warm-up ({self.warmup}) does: give it a later step")
-        return self
-
-
-class CheckpointConfig(Section):
-    """Restartable state of the learner."""
-
-    folder: FilePath | None = None
-    """Default: `checkpoints` in the run's folder."""
-    every: Positive = 1
-    """Versions between two checkpoints."""
-    keep: Annotated[int, Field(ge=1)] = 2
-    """Complete checkpoints kept."""
-
-
-class LearnerConfig(Service):
-    """The learner."""
-
-    versions: Positive
-    """The run ends when this version is published."""
-    groups_per_batch: Positive = 32
-    """Groups trained on for each version."""
-    minibatches: Positive = 1
-    """Optimizer steps for each version; its groups are dealt out among them."""
-    max_staleness: Annotated[int, Field(ge=0)] = 4
-    """Oldest tokens trained on, in versions; admission keeps to it before sampling."""
-    micro_batch_tokens: Positive = 16384
-    """Most tokens (padding included) in one forward pass."""
-    old: SnapshotSource = SnapshotSource()
-    """Where old log-probs come from."""
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    canary_trajectories: Positive = 16
-    """Trajectories of the newest batch by which workers check a loaded version."""
-    threads: Positive = 1
-    """CPU threads of each rank."""
-    record: bool = False
-    """Keep every trained batch with all its log-probs in `records` in the run's folder."""
 
 
 class LocalConfig(Section):

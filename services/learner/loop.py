@@ -13,7 +13,7 @@ from typing import Any
 
 from common import faults
 from common.arrays import unpack_int32
-from common.config.schema import LearnerConfig
+from common.config.learner import LearnerConfig
 from common.logs import logger
 from common.refusal import ExitCode, Refusal
 from common.service import Status, Stop

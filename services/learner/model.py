@@ -5,13 +5,13 @@ those bytes go to the engines. So the policy that sampled a token, and the old p
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.config.schema import OptimizerConfig
+from common.config.learner import OptimizerConfig
+from common.model_path import WHOLE, refuse_no_model, sentence
 from common.refusal import Refusal
 from common.snapshots.client import RawTensor
 
@@ -24,13 +24,13 @@ def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Modu
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise Refusal(f"model.path: {path} does not exist; `make setup` builds the starting model of the examples")
+    refuse_no_model(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refusal(f"model.path: {path} is not a causal language model that can be loaded: {reason}") from None
+        raise Refusal(
+            f"model.path: {path} is not a causal language model that can be loaded ({sentence(error)}): {WHOLE}"
+        ) from None
     # Dropout stays off in training too: the current policy must be the one that sampled
     module: torch.nn.Module = model.to(device).eval()
     return module

@@ -215,7 +215,7 @@ class Planner(Generic[T]):
         standing = self._open.get(group)
         sample = _sample(trajectory)
         if standing is None:
-            offered = group[:1] == "g" and group[1:].isdigit() and int(group[1:]) < self._next_index
+            offered = group[:1] == "g" and group[1:].isdecimal() and int(group[1:]) < self._next_index
             return Arrival.DUPLICATE if offered and 0 <= sample < self._samples else Arrival.UNKNOWN
         if not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
             return Arrival.UNKNOWN
@@ -248,4 +248,4 @@ class Batched(Generic[T]):
 
 def _sample(trajectory: str) -> int:
     _, _, sample = trajectory.rpartition("/")
-    return int(sample) if sample.isdigit() else -1
+    return int(sample) if sample.isdecimal() else -1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config.schema import LossConfig
+from common.config.learner import LossConfig
 from common.versions import Version
 from services.learner.batching import Padded, Row, deal, micro_batches, pad
 from services.learner.corrections import Correction, discrepancy_band

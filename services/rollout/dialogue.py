@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from common.model_path import WHOLE, refuse_absent, sentence
 from common.refusal import Refusal
 from common.sessions.wire import Message
 
@@ -30,12 +31,11 @@ class Dialogue:
         """The dialogue of a model folder. Raises Refusal when its tokenizer cannot be used."""
         from transformers import AutoTokenizer
 
+        refuse_absent(model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
         except Exception as error:
-            raise Refusal(
-                f"model.path: {model} has no usable tokenizer: {str(error).strip().splitlines()[0]}"
-            ) from None
+            raise Refusal(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
         if not tokenizer.chat_template:
             raise Refusal(
                 f"model.path: the tokenizer of {model} has no chat template, so a dialogue has no form: use an "

@@ -69,21 +69,25 @@ class Sampler:
     async def _dialogue(self, group: GroupOffered, request: str, session: Session, assembly: Assembly) -> Step:
         """Turn after turn until the environment, or a limit, ends it."""
         sampling, number = group.sampling, session.next_step
+        room = sampling.max_trajectory_tokens - len(assembly.tokens)
+        if room < 1:
+            raise _Unusable(
+                DropReason.PROMPT_TOO_LONG,
+                f"the first observation is {len(assembly.tokens)} tokens long, "
+                f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
+            )
         while True:
-            room = min(sampling.max_turn_tokens, sampling.max_trajectory_tokens - len(assembly.tokens))
-            if room < 1 and not assembly.turns:
-                raise _Unusable(
-                    DropReason.PROMPT_TOO_LONG,
-                    f"the first observation is {len(assembly.tokens)} tokens long, "
-                    f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
-                )
-            if room < 1 or assembly.turns == sampling.max_turns:
-                return await _timed(self.sessions.finalize(session.session_id))
-            sampled = await self._message(f"{request}.{assembly.turns}", group, assembly, room)
+            longest = min(sampling.max_turn_tokens, room)
+            sampled = await self._message(f"{request}.{assembly.turns}", group, assembly, longest)
             step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
             if step.status.is_terminal:
                 return step
-            assembly.add_environment(self.dialogue.between(step.messages, after_stop=sampled.stopped))
+            said = self.dialogue.between(step.messages, after_stop=sampled.stopped)
+            room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(said)
+            if room < 1 or assembly.turns == sampling.max_turns:
+                # what no one will answer stays out: no trajectory is longer than the limit
+                return await _timed(self.sessions.finalize(session.session_id))
+            assembly.add_environment(said)
             number = step.step + 1
 
     async def _message(self, request: str, group: GroupOffered, assembly: Assembly, room: int) -> Sampled:

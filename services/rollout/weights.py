@@ -92,8 +92,8 @@ class Weights:
             return None
         except Damaged as damage:
             raise Refusal(
-                f"the snapshot store gave damaged weights: {damage}. The store's disk or its contents need looking "
-                f"at; this worker serves nothing it cannot verify",
+                f"the snapshot store gave damaged weights: {damage}. This worker serves nothing it cannot verify: "
+                f"restore the store's folder from a copy, then start again",
                 ExitCode.DAMAGED,
             ) from None
         return StoredWeights(manifest, path)

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from common.bus.port import Bus, Consumer, Record
+from common.bus.port import Bus, Record
 from common.frontier import Frontier
 from common.logs import logger
 from common.messages import (
@@ -26,11 +26,14 @@ from common.messages import (
 from common.service import Status
 from services.rollout import metrics
 from services.rollout.outbox import Outbox
+from services.rollout.reader import Reader
 from services.rollout.trajectories import Sampler
 from services.rollout.weights import Applied, Weights
 
 GROUP = "rollout"
 POLL_S = 0.25
+KEEP_S = 0.25
+"""Between two commits; a group's membership lasts much longer."""
 ALIVE_S = 2.0
 DRAIN_S = 10.0
 """Live trajectories get so long to finish when the worker is asked to stop."""
@@ -54,6 +57,7 @@ class Worker:
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
         self._frontier = Frontier()
+        self._committed: dict[int, int] = {}
         self._stopping = asyncio.Event()
         self._counts = _Counts()
         self._waiting_for: str | None = "the engine"
@@ -103,25 +107,27 @@ class Worker:
 
     async def work(self) -> None:
         """Until the run ends. Raises Refusal when a version is refused."""
-        publishing = asyncio.create_task(self._outbox.run())
-        following = asyncio.create_task(self._follow())
-        updating = asyncio.create_task(self._weights.keep_up())
-        taking = asyncio.create_task(self._take())
-        failing = asyncio.create_task(self._fail())
-        telling = asyncio.create_task(self._tell())
-        stopping = asyncio.create_task(self._stopping.wait())
-        workers = {publishing, following, updating, taking, failing, telling, stopping}
-        try:
-            await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
-            for task in workers:
-                if task.done() and (error := task.exception()):
-                    await self._say_last(publishing)
-                    raise error
-            await self._drain(publishing)
-        finally:
-            for task in workers | self._live:
-                task.cancel()
-            await asyncio.gather(*workers, *self._live, return_exceptions=True)
+        async with (
+            Reader(self._bus.consumer(CONTROL)) as control,
+            Reader(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
+        ):
+            publishing = asyncio.create_task(self._outbox.run())
+            jobs = (self._follow(control), self._weights.keep_up(), self._keep(tasks), self._fail(), self._tell())
+            running = {publishing, *map(asyncio.create_task, jobs)}
+            taking = asyncio.create_task(self._take(tasks))
+            stopping = asyncio.create_task(self._stopping.wait())
+            try:
+                await _first({*running, taking, stopping})
+                await _cancelled({taking})
+                running.add(asyncio.create_task(self._drain(publishing)))
+                await _first(running)
+                await self._commit(tasks)
+            except Exception:
+                taking.cancel()
+                await self._say_last(publishing)
+                raise
+            finally:
+                await _cancelled({*running, taking, stopping, *self._live})
 
     async def _tell(self) -> None:
         """Say how the worker fares, now and then."""
@@ -148,39 +154,38 @@ class Worker:
             await asyncio.wait(self._live, timeout=DRAIN_S)
         await self._say_last(publishing)
 
-    async def _follow(self) -> None:
+    async def _follow(self, control: Reader) -> None:
         """Hear of versions and of the end."""
-        with self._bus.consumer(CONTROL) as consumer:
-            known = sum(consumer.ends().values())  # what is older than this worker is history, not news
-            heard = 0
-            while True:
-                for record in await asyncio.to_thread(consumer.poll, limit=256, timeout_s=POLL_S):
-                    heard += 1
-                    match self._read(record):
-                        case VersionPublished() as published:
-                            self._weights.announce(published.version)
-                        case RunFinished() as finished if heard > known:
-                            logger().info("run finished", version=finished.version)
-                            self.stop()
+        known = await control.ends()  # what is older than this worker is history, not news
+        while True:
+            for record in await control.poll(limit=256, timeout_s=POLL_S):
+                match self._read(record):
+                    case VersionPublished() as published:
+                        self._weights.announce(published.version)
+                    case RunFinished() as finished if record.offset >= known[record.partition]:
+                        logger().info("run finished", version=finished.version)
+                        self.stop()
 
-    async def _take(self) -> None:
-        """Take tasks as slots get free, and commit what is done."""
+    async def _take(self, tasks: Reader) -> None:
+        """Take tasks as slots get free."""
         self._waiting_for = "the first version"
         await self._weights.first()
         self._counts.ready = self._counts.idle_since = time.monotonic()
-        committed: dict[int, int] = {}
-        consumer = self._bus.consumer(TASKS, group=GROUP, member=self._name)
-        try:
-            while True:
-                if not self._counts.live:
-                    self._waiting_for = "tasks"
-                await self._slots.acquire()
-                self._slots.release()
-                for record in await asyncio.to_thread(consumer.poll, limit=1, timeout_s=POLL_S):
-                    await self._begin(record)
-                committed = await self._commit(consumer, committed)
-        finally:
-            consumer.close()
+        while True:
+            if not self._counts.live:
+                self._waiting_for = "tasks"
+            await self._slots.acquire()
+            self._slots.release()
+            for record in await tasks.poll(limit=1, timeout_s=POLL_S):
+                await self._begin(record)
+
+    async def _keep(self, tasks: Reader) -> None:
+        """Commit what is done and stay a member of the group, also while no task can be taken."""
+        await self._weights.first()
+        while True:
+            await asyncio.sleep(KEEP_S)
+            await tasks.poll(limit=0, timeout_s=0)
+            await self._commit(tasks)
 
     def _read(self, record: Record, done: Callable[[], None] = lambda: None) -> Any:
         """The record's message; None when it is not for this run or cannot be read (then it is dead-lettered)."""
@@ -235,13 +240,13 @@ class Worker:
             self._count_live(-1)
             self._slots.release()
 
-    async def _commit(self, consumer: Consumer, committed: dict[int, int]) -> dict[int, int]:
-        for partition in set(committed) - consumer.assignment():
+    async def _commit(self, tasks: Reader) -> None:
+        for partition in set(self._committed) - tasks.assignment():
             self._frontier.forget(partition)
         offsets = self._frontier.offsets()
-        if offsets != committed:
-            await asyncio.to_thread(consumer.commit, offsets)
-        return offsets
+        if offsets != self._committed:
+            await tasks.commit(offsets)
+            self._committed = offsets
 
     def _count_live(self, change: int) -> None:
         now = time.monotonic()
@@ -253,3 +258,17 @@ class Worker:
             self._counts.idle_since = None
         elif not self._counts.live and self._counts.ready:
             self._counts.idle_since = now
+
+
+async def _first(tasks: "Collection[asyncio.Task[Any]]") -> None:
+    """Until one of them has ended. Raises what it raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+async def _cancelled(tasks: "Collection[asyncio.Task[Any]]") -> None:
+    """Cancel them and wait until they have gone."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,7 +11,6 @@ Any of the writes answers 507 when the disk is full.
 """
 
 import asyncio
-import errno
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +20,7 @@ import msgspec
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from common.files import FULL
 from common.logs import logger
 from common.metrics import REGISTRY
 from common.refusal import ExitCode, Refusal
@@ -95,10 +95,11 @@ def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
 
     @app.exception_handler(OSError)
     async def full(_request: Request, error: OSError) -> JSONResponse:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise error
-        body = {"code": "disk_full", "message": "the disk of the snapshot store is full: free some", "retryable": True}
-        return JSONResponse(body, 507)
+        message = f"the disk of the snapshot store is full (writing {error.filename}): free some"
+        where = {"errno": error.errno, "path": error.filename}
+        return JSONResponse({"code": "disk_full", "message": message, "retryable": True, **where}, 507)
 
     return app
 

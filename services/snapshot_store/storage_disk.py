@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from common.files import sync_folder
+from common.files import named, sync_folder
 from services.snapshot_store.storage import DigestMismatch
 
 CHUNK = 1 << 20
@@ -29,7 +29,7 @@ class DiskStorage:
         partial = self._partial(path)
         hasher, size = blake3(), 0
         try:
-            with partial.open("wb") as file:
+            with named(path), partial.open("wb") as file:
                 async for chunk in chunks:
                     hasher.update(chunk)
                     size += len(chunk)
@@ -49,7 +49,7 @@ class DiskStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._partial(path)
         try:
-            with partial.open("wb") as file:
+            with named(path), partial.open("wb") as file:
                 file.write(body)
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The snapshot store as a process of its own, used by the client that learner and workers use."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -471,3 +472,18 @@ def test_a_store_gone_for_good_in_the_middle_of_a_download_is_given_up(store: St
             list(client.tensors(manifest))
     between.close()
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("tensors", [some_tensors(seed=1), large(seed=1)], ids=["small", "large"])
+def test_a_full_disk_of_the_store_is_a_full_disk_for_its_clients(store: Store, tensors: list[RawTensor]) -> None:
+    assert store.process is not None
+    resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    pauses: list[float] = []
+    with SnapshotClient(store.url, sleep=pauses.append) as client:
+        with pytest.raises(OSError, match="File too large") as full:
+            put(client, 0, tensors)
+        assert Path(full.value.filename).parent == store.folder / "objects"
+        assert len(pauses) == 7, "room may be made meanwhile"
+        resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        put(client, 0, tensors)
+        assert plain(fetched(client, 0)) == plain(tensors)

@@ -16,6 +16,7 @@ import structlog
 from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
 from common.config import Invocation
+from common.files import whole
 from common.program import service
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
@@ -109,9 +110,7 @@ def test_a_refusal_is_told_even_where_the_runs_folder_cannot_be_written(end: End
 
 def test_a_full_disk_is_one_sentence_and_exit_code_3(end: End) -> None:
     ended = end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None)
-    sentence = (
-        "the disk is full: free some space and start again with --resume; the run goes on from its last checkpoint\n"
-    )
+    sentence = "the disk is full: free some space and start again; a run goes on from its last checkpoint\n"
     assert ended == Ended(3, "", sentence)
 
 
@@ -120,6 +119,18 @@ def test_a_full_disk_is_told_with_the_file_that_met_it(end: End) -> None:
         raise OSError(28, "No space left on device", "/runs/x")
 
     assert end(body).errors.startswith("the disk is full (writing /runs/x): ")
+
+
+def test_a_full_disk_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
+    end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None, name="learner")
+    left = json.loads((tmp_path / "runs" / "first" / "refusals" / "learner.json").read_text())
+    assert (left["code"], left["message"][:16]) == (3, "the disk is full")
+
+
+def test_a_whole_file_that_meets_a_full_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as full, whole(tmp_path / "state"):
+        Path("/dev/full").write_bytes(b"x")
+    assert full.value.filename == str(tmp_path / "state")
 
 
 def test_a_log_that_meets_a_full_disk_is_told_like_any_file(end: End, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """The model in training: what computes is what is published."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.config.schema import OptimizerConfig
+from common.config.learner import OptimizerConfig
 from common.refusal import Refusal
 from services.learner.model import (
     Trainee,
@@ -187,4 +188,24 @@ def test_a_model_that_is_not_there_is_refused(path: str, says: str) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
     with pytest.raises(Refusal, match="is not a causal language model that can be loaded"):
+        load_model(str(tmp_path), CPU, "eager")
+
+
+def test_weights_that_end_too_early_are_refused(tmp_path: Path, starting_model: Path) -> None:
+    shutil.copytree(starting_model, tmp_path / "model")
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1000)
+    with pytest.raises(
+        Refusal, match=r"is not a causal language model that can be loaded \(.*\): it takes a whole model"
+    ):
+        load_model(str(tmp_path / "model"), CPU, "eager")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), [(None, "holds no model"), ("{", "cannot be read"), ("[1, 2", "cannot be read")]
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, config: str | None, says: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(Refusal, match=rf"model\.path: .*{says}"):
         load_model(str(tmp_path), CPU, "eager")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.schema import OptimizerConfig
+from common.config.learner import OptimizerConfig
 from common.refusal import ExitCode, Refusal
 from common.snapshots.client import SnapshotClient
 from common.versions import Version

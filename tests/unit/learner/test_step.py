@@ -1,37 +1,18 @@
 """A version's training as a whole: splitting must not matter, the anchor must not move."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.config.schema import LossConfig, OptimizerConfig
+from common.config.learner import LossConfig, OptimizerConfig
 from common.versions import Version
-from services.learner.batching import Padded, Row
+from services.learner.batching import Row
 from services.learner.model import Trainee, token_logprobs
-from services.learner.old.proximal import Exact
 from services.learner.ranks import Ranks
 from services.learner.step import train
 from tests.builders import a_row
-from tests.models import load
-
-
-class Resident:
-    """Proximal = the model as it stands when asked: exact at staleness 0."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.asked = model, 0
-
-    @torch.no_grad()
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:
-        self.asked += 1
-        return Exact(
-            [
-                token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures))[0]
-                for b in batches
-            ]
-        )
+from tests.models import Resident, load
 
 
 def rows(count: int = 12) -> list[Row]:

@@ -25,11 +25,6 @@ REWRITING = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-@pytest.fixture(scope="module")
-def dialogue(starting_model: Path) -> Dialogue:
-    return Dialogue.load(str(starting_model), {})
-
-
 def a_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))

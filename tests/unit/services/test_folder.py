@@ -11,6 +11,7 @@ from common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    DeadLetter,
     DropReason,
     GroupOffered,
     TrajectoryDropped,
@@ -100,9 +101,12 @@ def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     bus.publish(WORKERS, [Outgoing("worker-0", encode(alive))])
     offer = GroupOffered("test", "g000000", 0, Version(0), "lookup", 1, samples=8, sampling=SAMPLING, time_limit_s=9.0)
     bus.publish(TASKS, [Outgoing("g000000", encode(offer))])
+    letters = [DeadLetter("test", topic, 0, 4, "", b"?", "why") for topic in (TRAJECTORIES, "control", "control")]
+    bus.publish("dead_letters", [Outgoing("", encode(letter)) for letter in letters])
     bus.close()
     log = contents(folder).log
     assert (log.records, log.duplicates, log.offered) == (3, 1, 8)
+    assert log.dead_letters == {"control": 1, TRAJECTORIES: 1}, "two workers' letters of one record"
     assert (log.tokens, log.trainable_tokens) == (16, 8)
     assert log.bytes == 2 * len(encode(finished)) + len(encode(dropped))
     assert log.alive == (alive,)

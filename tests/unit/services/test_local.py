@@ -37,7 +37,7 @@ def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(tmp_
 @pytest.mark.servers
 def test_a_worker_that_ends_well_in_the_middle_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(local, "FOLLOW_S", 0.5)
-    run = supervised(tmp_path, worker="pass", learner="import time; time.sleep(2)")
+    run = supervised(tmp_path, worker="pass", learner="import time; time.sleep(60)")
     with pytest.raises(Refusal, match="worker-0 crashed 2 times"):
         run.run(Stop(), look)
     assert run.workers[0].restarts == 1

@@ -161,7 +161,7 @@ def test_a_run_that_trained_nothing_has_no_numbers_rather_than_zeros(empty: Cont
     assert (summary["versions"], summary["finished"]) == (0, False)
     for name in (
         "success_first", "success_last", "reward_first", "exact", "max_staleness_seen", "learner_wait_share",
-        "rollout_wait_share", "update_pause_ms_p50", "canary_error_max", "duplicates", "dropped_share",
+        "rollout_wait_share", "update_pause_ms_p50", "canary_error_max", "duplicates", "dead_letters", "dropped_share",
     ):  # fmt: skip
         assert summary[name] is None, name
     assert summary["tokens_per_second"] == {"rollout": None, "learner": None}

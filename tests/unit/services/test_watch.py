@@ -11,7 +11,7 @@ import pytest
 
 from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
-from common.messages import WORKERS, VersionApplied, encode
+from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
 from common.versions import Version
 from services import watch
 from services.watch import Seen, Tail, Watch
@@ -61,7 +61,7 @@ def service() -> Iterator[Answering]:
 @pytest.fixture
 def bus(tmp_path: Path) -> Iterator[SqliteBus]:
     bus = SqliteBus(tmp_path / "bus.sqlite")
-    bus.create_topics({WORKERS: 1})
+    bus.create_topics({WORKERS: 1, DEAD_LETTERS: 1})
     yield bus
     bus.close()
 
@@ -82,7 +82,8 @@ def until(holds: Callable[[], bool]) -> None:
 def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
     service: Answering, bus: SqliteBus, tmp_path: Path
 ):
-    with Watch({"learner": service.url, "worker-0": service.url}, tmp_path, bus, token="secret") as watching:
+    urls = {"learner": service.url, "worker-0": service.url}
+    with Watch(urls, tmp_path, bus, run="test", token="secret") as watching:
         until(lambda: watching.sight().services["learner"].earlier is not None)
         assert service.token == "Bearer secret"
         service.hangs.set()
@@ -95,18 +96,22 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
 
 
 def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
-    with Watch({"learner": "http://127.0.0.1:9"}, tmp_path, bus) as watching:
+    with Watch({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
         until(lambda: watching.sight().services["learner"] == Seen(trouble="ConnectError"))
 
 
 def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
     update = VersionApplied("t", "worker-0", Version(1), "", True, 0.01, 0.2, 3)
-    with Watch({}, tmp_path, bus) as watching:
+    with Watch({}, tmp_path, bus, run="test") as watching:
         assert watching.sight().lines == ()
         bus.publish(WORKERS, [Outgoing("worker-0", encode(update)), Outgoing("worker-0", b"not a record")])
         (tmp_path / "history.jsonl").write_bytes(msgspec.json.encode(a_line(0)) + b"\n")
         until(lambda: watching.sight().applied == (update,))
         assert [line["version"] for line in watching.sight().lines] == [0]
+    with bus.consumer(DEAD_LETTERS) as letters:
+        (record,) = letters.poll(limit=9, timeout_s=0)
+    letter = decode(DEAD_LETTERS, record.body)
+    assert (letter.run, letter.topic, letter.offset, letter.body) == ("test", WORKERS, 1, b"not a record")
 
 
 def test_a_tail_takes_whole_lines_only(tmp_path: Path):

@@ -1,0 +1,33 @@
+"""Mistakes in model.path that can be told without loading anything."""
+
+import json
+from pathlib import Path
+
+from common.refusal import Refusal
+
+WHOLE = "it takes a whole model folder, with config, weights and tokenizer, as `save_pretrained` writes it"
+
+
+def refuse_absent(path: str) -> None:
+    """Raises Refusal when the path is neither there nor the hub id of a model."""
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise Refusal(f"model.path: {path} does not exist; `make setup` builds the starting model of the examples")
+
+
+def refuse_no_model(path: str) -> None:
+    """Raises Refusal when the path is there and holds no model, too."""
+    refuse_absent(path)
+    if not Path(path).exists():
+        return
+    config = Path(path) / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise Refusal(f"model.path: {path} holds no model (there is no {config}): {WHOLE}") from None
+    except (OSError, ValueError) as error:
+        raise Refusal(f"model.path: {config} cannot be read ({error}): {WHOLE}") from None
+
+
+def sentence(error: Exception) -> str:
+    """What a library says of a model, in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:400]

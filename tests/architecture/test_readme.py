@@ -1,0 +1,231 @@
+"""What the README and docs/ say can be typed, followed and found."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
+
+from common.config.schema import RunConfig
+from tools import references
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOPS = "common|services|tests|tools|docs|examples|bench|requirements"
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Page and text of each fenced block of this language."""
+    for page in PAGES:
+        for found in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            yield page.name, found
+
+
+def inline(page: Path) -> list[str]:
+    """What stands in backticks, outside fenced blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+COMMANDS = [line for _, text in blocks("sh") for line in text.splitlines() if line.partition("#")[0].strip()]
+MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(("make ", "python -m "))]
+
+
+def answered(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m module ...` says."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def assert_make_knows(words: list[str]) -> None:
+    """Targets have a rule and variables a default."""
+    for word in words:
+        name, variable, _ = word.partition("=")
+        assert re.search(rf"^{name} \?=" if variable else rf"^{name}:", MAKEFILE, re.MULTILINE), word
+
+
+def assert_there_is_a_program(module: str) -> None:
+    """It can be started with -m."""
+    found = importlib.util.find_spec(module)
+    assert found is not None, module
+    if found.submodule_search_locations:
+        assert importlib.util.find_spec(f"{module}.__main__"), module
+
+
+def test_there_are_commands_to_try() -> None:
+    assert "make run" in COMMANDS
+    assert len(COMMANDS) >= 10
+    assert len(MENTIONED) >= 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_typed(command: str) -> None:
+    """make's targets and variables exist; programs take the arguments: they are run with --check or --help added."""
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["make", *rest]:
+            assert_make_knows(rest)
+            flags = [flag for word in rest if word.startswith("ARGS=") for flag in shlex.split(word[5:])]
+            if flags and "run" in rest:
+                module, arguments = "services", [*([] if "--resume" in flags else ["examples/embedded.toml"]), *flags]
+            else:
+                return
+        case [".venv/bin/python", "-m", module, *arguments]:
+            assert_there_is_a_program(module)
+        case [".venv/bin/torchrun", "--standalone", "-m", module, *arguments]:
+            assert_there_is_a_program(module)
+        case _:
+            raise AssertionError("this test does not know such commands")
+    done = answered(module, *arguments, "--help" if module == "bench" else "--check")
+    if "--resume" in arguments:
+        assert "that is no run's folder" in done.stderr  # the flag is known; the folder is the reader's
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout or tomllib.loads(done.stdout)["learner"]["versions"] > 0
+
+
+@pytest.mark.parametrize("command", MENTIONED)
+def test_a_command_in_passing_names_what_there_is(command: str) -> None:
+    match shlex.split(command):
+        case ["make", *rest]:
+            assert_make_knows(rest)
+        case ["python", "-m", module, *_]:
+            assert_there_is_a_program(module)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_an_example_is_a_run(example: Path) -> None:
+    done = answered("services", str(example), "--check")
+    assert done.returncode == 0, done.stderr
+    written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.stdout)
+    assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
+
+
+def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value, tables of free names whole."""
+    for name, value in table.items():
+        if isinstance(value, dict) and name not in ("environments", "plugins", "chat_template_options"):
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def keys(section: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Every dotted key of a run."""
+    for name, field in section.model_fields.items():
+        union = get_origin(field.annotation) in (Union, UnionType)
+        below = [t for t in (get_args(field.annotation) if union else (field.annotation,)) if isinstance(t, type)]
+        sections = [t for t in below if issubclass(t, BaseModel)]
+        for deeper in sections:
+            yield from keys(deeper, f"{path}{name}.")
+        if not sections:
+            yield f"{path}{name}"
+
+
+@pytest.mark.parametrize(("page", "text"), list(blocks("toml")))
+def test_a_key_that_is_shown_is_a_key(page: str, text: str) -> None:
+    assert {key for key, _ in leaves(tomllib.loads(text))} <= set(keys(RunConfig))
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as the pages are shown."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        led = (page.parent / path).resolve() if path else page
+        assert led.exists(), target
+        if anchor:
+            assert anchor in {slug(line.lstrip("#")) for line in led.read_text().splitlines() if line[:1] == "#"}, (
+                target
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_tests_that_are_named_exist(page: Path) -> None:
+    for span in inline(page):
+        if not re.match(rf"(?:{TOPS})/[\w./-]*(?:::\w+)?$", span):
+            continue
+        path, _, function = span.partition("::")
+        assert (ROOT / path).exists(), span
+        if function:
+            assert function in defined(ROOT / path), span
+
+
+def defined(path: Path) -> set[str]:
+    """Every name that the file gives: its own, and `Class.name` for methods, fields and attributes."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST, owner: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = ""
+            match child:
+                case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    found.add(name)
+                    found.add(f"{owner}.{name}")
+                case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                    found.add(name)
+                    found.add(f"{owner}.{name}")
+            visit(child, child.name if isinstance(child, ast.ClassDef) else owner)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+FILE = rf"`((?:{TOPS})/[\w./-]+\.py)`"
+SAID = re.compile(rf"`([^`]+)`(?: of `[^`]+`)? \({FILE}\)|{FILE} `([^`]+)`")
+PAPER = ROOT / "docs" / "paper.md"
+
+
+def said_to_be_in() -> list[tuple[str, str]]:
+    """File and name: docs/paper.md puts a name before its file in brackets, or after it."""
+    pairs = [(m[2] or m[3], m[1] or m[4]) for m in SAID.finditer(PAPER.read_text())]
+    return [(file, name) for file, names in pairs for name in re.findall(r"[A-Za-z_][\w.]*", names)]
+
+
+def test_most_functions_of_the_paper_are_said_to_be_somewhere() -> None:
+    assert len(said_to_be_in()) >= 15
+
+
+@pytest.mark.parametrize(("file", "name"), said_to_be_in())
+def test_a_function_is_where_the_paper_says(file: str, name: str) -> None:
+    assert name in defined(ROOT / file)
+
+
+def test_a_function_elsewhere_would_be_noticed() -> None:
+    names = defined(ROOT / "services" / "rollout" / "canary.py")
+    assert {"judge", "Verdict", "Verdict.accepted"} <= names
+    assert "Canaries" not in names
+
+
+def test_the_references_say_what_the_code_says() -> None:
+    done = answered("tools.references", "--check")
+    assert (done.returncode, done.stdout) == (0, ""), f"{done.stdout}{done.stderr}: `make docs` writes them"
+
+
+def test_a_stale_reference_is_noticed_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name, text in references.references().items():
+        (tmp_path / "docs" / name).write_text(text.replace("clip_low", "clip_lower"))
+    monkeypatch.setattr(references, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["references", "--check"])
+    assert references.main() == 1
+    assert capsys.readouterr().out == "not what the code says: configuration.md\n"
+    assert "clip_lower" in (tmp_path / "docs" / "configuration.md").read_text()

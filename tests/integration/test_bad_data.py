@@ -1,0 +1,249 @@
+"""What can go wrong under a run that goes on: its disk, its store, its log, its environments, its engine.
+
+Either the run goes on and every trajectory is accounted for, or it ends with a sentence and can be gone on with.
+"""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    TASKS,
+    TRAJECTORIES,
+    WORKERS,
+    DropReason,
+    TrajectoryDropped,
+    TrajectoryFinished,
+    decode,
+)
+from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
+
+pytestmark = pytest.mark.servers
+WITHIN_S = 240.0
+PLUGINS = "tests.unit.env_gateway.plugins.awkward"
+AWKWARD = {
+    "raises": "Raises",
+    "raises_at_reset": "RaisesAtReset",
+    "hangs": "Hangs",
+    "exits": "Exits",
+    "not_a_number": "NotANumber",
+    "nothing": "Nothing",
+}
+"""Environments that cannot be trained on -> their classes."""
+GARBAGE = (b"\x00 garbage", b"\xff garbage", b"")
+
+
+class Disk:
+    """A folder whose disk can be filled under a run: a small one of its own, if this process may mount one.
+
+    Elsewhere a limit on the size of the learner's files takes its place: a write fails just as for want of space.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        mount = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+        self.own = subprocess.run(mount, capture_output=True).returncode == 0
+        self.says = "the disk is full" if self.own else "a file has grown to the size limit (ulimit -f)"
+
+    def fill(self, run: RunProcess) -> None:
+        """Leave no room for the next checkpoint at least."""
+        if self.own:
+            with (self.folder / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+                while ballast.write(bytes(1 << 16)):
+                    pass
+        else:
+            (state, *_) = self.folder.glob("*/checkpoints/*/state.safetensors")
+            for process in run.services()["learner"]:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (state.stat().st_size - 1, resource.RLIM_INFINITY))
+
+    def free(self) -> None:
+        """Make room again."""
+        (self.folder / "ballast").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self.own:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+Start = Callable[..., RunProcess]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts runs; what still lives of them when the test is over is killed."""
+    started: list[RunProcess] = []
+
+    def start(*arguments: str | Path, environment: dict[str, str] | None = None) -> RunProcess:
+        started.append(RunProcess(*arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            run.kill_everything()
+
+
+def trained(home: Path, versions: int, run: RunProcess) -> None:
+    """Wait until so many versions are trained."""
+    wait_for(lambda: len(history(home)) >= versions, run, within_s=WITHIN_S, name=f"version {versions}")
+
+
+def records(home: Path, topic: str) -> Iterator[Any]:
+    """Every record of the topic, as it stands on the log."""
+    bus = SqliteBus(home / "bus.sqlite")
+    with bus.consumer(topic) as consumer:
+        while found := consumer.poll(limit=1000, timeout_s=0):
+            yield from found
+    bus.close()
+
+
+def letters(home: Path) -> list[Any]:
+    """The dead letters."""
+    return [decode(DEAD_LETTERS, record.body) for record in records(home, DEAD_LETTERS)]
+
+
+def refused(run: RunProcess, code: int, *says: str) -> str:
+    """The run ends with this exit code, these words, and no traceback; all it said."""
+    ended, output = run.finish(within_s=WITHIN_S)
+    assert ended == code, output
+    for words in says:
+        assert words in output, output
+    assert "Traceback" not in output
+    return output
+
+
+def done(run: RunProcess, home: Path, versions: int) -> dict[str, Any]:
+    """The run comes to its end, and its ledger balances; its summary."""
+    code, output = run.finish(within_s=WITHIN_S)
+    assert code == 0, output
+    ledger = check_ledger(home)
+    assert len(history(home)) == versions
+    summary: dict[str, Any] = json.loads((home / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["trajectories"]["trained"] == ledger["trained"]
+    return summary
+
+
+@contextmanager
+def truncated(paths: Iterable[Path]) -> Iterator[None]:
+    """These files have lost their second half."""
+    whole = {path: path.read_bytes() for path in set(paths)}
+    for path, body in whole.items():
+        path.write_bytes(body[: len(body) // 2])
+    yield
+    for path, body in whole.items():
+        path.write_bytes(body)
+
+
+def test_a_run_goes_on_after_a_full_disk_and_a_damaged_store(
+    start: Start, disk: Disk, tmp_path: Path, starting_model: Path
+) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=30), disk.folder / "scripted"
+    # the decay makes the weights of each version others than those before: the store keeps equal ones once
+    run = start(toml, f"--run.folder={disk.folder}", "--learner.optimizer.weight_decay=50.0")
+    trained(home, 3, run)
+    disk.fill(run)
+    go_on = f"python -m services --resume {home}"
+    refused(run, 3, disk.says, f"(writing {disk.folder}/", "and start again", go_on)
+    disk.free()
+    assert 2 <= len(history(home, newest_manifest(home)["history_bytes"])) < 30
+    check_ledger(home)
+
+    older = sorted(home.glob("snapshots/versions/*.json"))[:-1]
+    objects = [json.loads(manifest.read_bytes())["manifest"]["object"] for manifest in older]
+    with truncated(home / "snapshots" / "objects" / name for name in objects):
+        output = refused(start("--resume", home), 4, "estore the store's folder from a copy", go_on)
+        assert re.search(r": version \d+: the object [0-9a-f]{12} ends inside tensor \S+: it is truncated", output)
+    summary = done(start("--resume", home), home, 30)
+    assert summary["exact"]
+
+
+def test_garbage_on_the_log_and_from_environments_is_accounted_for(
+    start: Start, tmp_path: Path, starting_model: Path
+) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=24), tmp_path / "scripted"
+    plugins = ", ".join(f'{name} = "{PLUGINS}:{class_}"' for name, class_ in AWKWARD.items())
+    shares = ", ".join(f"{name} = {1 / len(AWKWARD)}" for name in AWKWARD)
+    run = start(
+        toml,
+        f"--env_gateway.plugins={{ {plugins} }}",
+        f"--tasks.environments={{ lookup = 1.0, {shares} }}",
+        "--env_gateway.step_limit_s=0.5",
+        "--rollout.attempts=2",
+    )
+    wait_for(lambda: len(list(home.glob("logs/*.log"))) == 4, run, within_s=WITHIN_S, name="the services")
+    bus = SqliteBus(home / "bus.sqlite")
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", b"\x00 garbage", {"trajectory": "g000000/1"})])
+    trained(home, 1, run)
+    for topic in (TRAJECTORIES, CONTROL, TASKS, WORKERS):
+        bus.publish(topic, [Outgoing("g²", b"\xff garbage", {"trajectory": "g²/²"}), Outgoing("", b"")])
+    bus.close()
+    wait_for(lambda: len(letters(home)) == 9, run, within_s=WITHIN_S, name="the dead letters")
+    summary = done(run, home, 24)
+
+    assert Counter(letter.topic for letter in letters(home)) == {TRAJECTORIES: 3, CONTROL: 2, TASKS: 2, WORKERS: 2}
+    assert {letter.body for letter in letters(home)} == set(GARBAGE)
+    assert all(letter.reason.startswith(f"{letter.topic}: ") for letter in letters(home))
+    assert summary["dead_letters"] == {CONTROL: 2, TASKS: 2, TRAJECTORIES: 3, WORKERS: 2}
+    assert summary["trajectories"]["dead_lettered"] == 1, "the one that the garbage names"
+
+    sound = (record.body for record in records(home, TRAJECTORIES) if record.body not in GARBAGE)
+    ended = [decode(TRAJECTORIES, body) for body in sound]
+    assert {end.environment for end in ended if isinstance(end, TrajectoryFinished)} == {"lookup"}
+    dropped = [end for end in ended if isinstance(end, TrajectoryDropped)]
+    assert {end.reason for end in dropped} == {DropReason.ENVIRONMENT_FAILED}
+    assert {end.detail.partition(":")[0] for end in dropped} == {
+        "environment_raised", "environment_timeout", "environment_crashed", "environment_invalid",
+    }  # fmt: skip
+    assert summary["trajectories"]["dropped"]["environment_failed"] > 0
+
+
+def test_an_environment_that_always_fails_ends_the_run(start: Start, tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
+    run = start(
+        toml, f'--env_gateway.plugins={{ raises = "{PLUGINS}:Raises" }}', "--tasks.environments={ raises = 1.0 }"
+    )
+    refused(
+        run, 3, "learner: ", "trajectories in a row were dropped and none came back: {'environment_failed': ",
+        "mend that and go on with --resume",
+    )  # fmt: skip
+    assert history(home) == []
+    summary = json.loads((home / "summary.json").read_text())
+    assert (summary["versions"], summary["trajectories"]["trained"]) == (0, 0)
+    assert "environment_raised: LookupError: no such turn" in (home / "logs" / "worker-0.log").read_text()
+
+
+def test_an_engine_that_computes_something_else_ends_the_run(
+    start: Start, tmp_path: Path, starting_model: Path
+) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
+    run = start(toml, environment={"PALIMPSEST_FAULT": "rollout.scripted_canary"})
+    refused(
+        run, 5, "worker-0: version 0 is refused: on the canaries the engine is 0.5000 nats off what the learner",
+        "(rollout.canary_tolerance)", f"python -m services --resume {home}",
+    )  # fmt: skip
+    summary = json.loads((home / "summary.json").read_text())
+    assert (summary["refused_versions"], summary["canary_error_max"]) == (1, pytest.approx(0.5))
+    assert list(records(home, TRAJECTORIES)) == [], "nothing that it sampled has left the worker"

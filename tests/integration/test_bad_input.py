@@ -1,0 +1,168 @@
+"""What a person can get wrong: one clear sentence on it, the exit code for it, and never a traceback."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, RunProcess, scripted
+
+WITHIN_S = 120.0
+
+
+def ended(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code of the program, run to its end, and all it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=WITHIN_S,
+    )
+    assert "Traceback" not in done.stdout
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def toml(tmp_path: Path, starting_model: Path) -> Path:
+    return scripted(tmp_path, starting_model, versions=4)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that another program holds."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        (
+            "--learner.max_stalenes=2",
+            "learner.max_stalenes is not a key of [learner]; did you mean learner.max_staleness?",
+        ),
+        ("--learner.versions=four", "learner.versions: input should be a valid integer, got 'four'"),
+        ("--rollout.max_live=0", "rollout.max_live: input should be greater than 0, got 0"),
+        ("--sampling.top_p=0.9", "sampling.top_p: 0.9 cannot be used for training: the engine would renormalise"),
+        ("--sampling.top_k=20", "sampling.top_k: 20 cannot be used for training: the engine would renormalise"),
+        ("--rollout.top_p=0.9", "rollout.top_p is not a key of [rollout]; it has "),
+    ],
+)
+def test_a_flag_that_cannot_be_used(toml: Path, flag: str, says: str) -> None:
+    code, output = ended("services", toml, flag)
+    assert code == 2
+    assert output.startswith(f"{flag.partition('=')[0]}: {says}")
+    assert list(toml.parent.iterdir()) == [toml], "no run was begun"
+
+
+def test_every_mistake_is_told_at_once_with_the_layer_it_came_from(toml: Path) -> None:
+    written = toml.read_text().replace("samples_per_group = 4", 'samples_per_group = "four"')
+    toml.write_text(written.replace("max_turns", "max_turn"))
+    code, output = ended(
+        "services.learner", toml, "--learner.optimizer.lr=", environment={"PALIMPSEST_SAMPLING__TOP_P": "0.5"}
+    )
+    assert code == 2
+    renormalised = next(line for line in output.splitlines() if "the engine would renormalise" in line)
+    assert sorted(output.splitlines()) == [
+        "--learner.optimizer.lr: learner.optimizer.lr: input should be a valid number, got ''",
+        f"{toml}: sampling.max_turn is not a key of [sampling]; did you mean sampling.max_turns?",
+        f"{toml}: tasks.samples_per_group: input should be a valid integer, got 'four'",
+        renormalised,
+    ]
+    assert renormalised.startswith("PALIMPSEST_SAMPLING__TOP_P: sampling.top_p: 0.5 cannot be used for training: ")
+
+
+def absent(folder: Path, _starting: Path) -> None:
+    assert not folder.exists()
+
+
+def empty(folder: Path, _starting: Path) -> None:
+    folder.mkdir()
+
+
+def garbage(folder: Path, starting: Path) -> None:
+    shutil.copytree(starting, folder)
+    (folder / "config.json").write_bytes(b"\x00\xff not JSON")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (absent, "model.path: {model} does not exist; `make setup` builds"),
+        (empty, "model.path: {model} holds no model (there is no {model}/config.json): it takes a whole model folder"),
+        (garbage, "model.path: {model}/config.json cannot be read ("),
+    ],
+)
+def test_a_model_folder_that_cannot_be_read(
+    toml: Path, tmp_path: Path, starting_model: Path, make: Callable[[Path, Path], None], says: str
+) -> None:
+    model = tmp_path / "model"
+    make(model, starting_model)
+    code, output = ended("services", toml, f"--model.path={model}")
+    assert code == 2
+    assert output.startswith(says.format(model=model))
+    assert not (tmp_path / "scripted").exists(), "no run was begun"
+
+
+@pytest.mark.servers
+def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_model: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(starting_model, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    code, output = ended("services.rollout", toml, f"--model.path={model}")
+    assert code == 2
+    assert output.startswith(f"model.path: the tokenizer of {model} has no chat template")
+    assert output.endswith("put a chat_template.jinja into the folder\n")
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("service", ["snapshot_store", "env_gateway"])
+def test_a_port_that_is_taken(toml: Path, taken: int, service: str) -> None:
+    code, output = ended(f"services.{service}", toml, f"--{service}.port={taken}")
+    assert code == 3
+    assert output.startswith(f"port {taken} on 127.0.0.1 is in use: stop the program that holds it")
+    assert f"--{service}.port=PORT" in output
+
+
+@pytest.mark.servers
+def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
+    code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
+    assert code == 3, output
+    assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that holds it" in output
+    assert f"python -m services --resume {toml.parent / 'scripted'}" in output
+    assert "Traceback" not in output
+
+
+def test_a_folder_without_a_run_cannot_be_gone_on_with(toml: Path, tmp_path: Path) -> None:
+    for arguments in (("--resume", tmp_path), (toml, "--resume", tmp_path)):
+        code, output = ended("services", *arguments)
+        assert (code, output) == (2, f"--resume {tmp_path}: that is no run's folder (it has no run.toml)\n")
+
+
+def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Path) -> None:
+    home = tmp_path / "scripted"
+    home.mkdir()
+    code, resolved = ended("services", toml, "--check")
+    assert code == 0
+    (home / "run.toml").write_text(resolved)
+    code, output = ended("services", toml, "--resume", home, "--learner.optimizer.lr=0.5", "--tasks.time_limit_s=9")
+    assert code == 2
+    assert output.splitlines() == [
+        f"--resume {home}: that run has another configuration:",
+        "  tasks.time_limit_s: 120.0 there, 9.0 here",
+        "  learner.optimizer.lr: 0.0001 there, 0.5 here",
+        "Give those values, or leave RUN.toml out to go on with the run's own, or start a new run",
+    ]
+    assert list(home.iterdir()) == [home / "run.toml"]
+    code, output = ended("services", toml)
+    assert code == 2
+    assert output.startswith(f"{home} is another run already: go on with it by --resume {home}, or choose another")

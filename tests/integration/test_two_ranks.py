@@ -1,0 +1,92 @@
+"""The learner as two processes: together they compute what one computes, and a run with them goes well."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranked import CASES
+from tests.runs import ROOT, RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
+
+pytestmark = pytest.mark.servers
+LIMIT_S = 300
+
+
+def launched(model: Path, folder: Path, *, ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank had after tests/ranked.py."""
+    folder.mkdir()
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.ranked")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(model), str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(ranks)] for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone(starting_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launched(starting_model, tmp_path_factory.mktemp("ranks") / "one", ranks=1)
+
+
+@pytest.fixture(scope="module")
+def together(starting_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return launched(starting_model, tmp_path_factory.mktemp("ranks") / "two", ranks=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_compute_what_one_computes(alone: Any, together: Any, case: str) -> None:
+    (whole,), parts = alone[case], together[case]
+    assert whole["steps"] == 3  # one before, one for each minibatch
+    assert whole["masked"] > 0
+    for part in parts:
+        for own, expected in zip(part["gradients"], whole["gradients"], strict=True):
+            assert float(expected.abs().max()) > 1e-3
+            assert torch.allclose(own, expected, rtol=1e-4, atol=1e-7)
+        for own, expected in zip(part["masters"], whole["masters"], strict=True):
+            assert torch.allclose(own, expected, rtol=1e-5, atol=1e-6)
+        assert part["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-7)
+        assert part["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+        assert part["scored"] == whole["scored"]
+        assert (part["steps"], part["masked"]) == (whole["steps"], whole["masked"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ranks_end_with_the_same_bits(together: Any, case: str) -> None:
+    first, second = together[case]
+    assert first["state"].keys() == second["state"].keys()
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, second["state"][name]), name
+    assert first["steps"] == second["steps"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_row_is_computed_by_one_rank(together: Any, case: str) -> None:
+    first, second = (part["mine"] for part in together[case])
+    rows = [row.trajectory for minibatch in CASES[case] for row in minibatch]
+    assert sorted(first + second) == sorted(rows)
+    assert len(first) - len(second) in (1, 2)  # dealt in turn, in each minibatch
+    assert (second == []) == (case == "a rank without any rows")
+
+
+def test_a_run_with_two_ranks_goes_on_after_one_of_them_died(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=6), tmp_path / "scripted"
+    run = RunProcess(toml, "--local.learner_ranks=2", "--learner.minibatches=2")
+    try:
+        wait_for(lambda: len(history(home)) >= 2, run, within_s=LIMIT_S, name="version 2")
+        learners = run.services()["learner"]
+        assert len(learners) == 2
+        learners[-1].kill()
+        code, output = run.finish(within_s=LIMIT_S)
+    finally:
+        run.kill_everything()
+    assert code == 0, output[-3000:]
+    ledger = check_ledger(home)
+    assert (ledger["trained"], ledger["dropped"], ledger["dead_lettered"]) == (6 * 16, {}, 0)
+    assert newest_manifest(home)["optimizer_steps"] == 12
+    lines = history(home)
+    assert [len(line["successes"]) for line in lines] == [16] * 6
+    assert all(line["exact"] and line["skipped"] == 0 for line in lines)

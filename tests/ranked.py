@@ -1,0 +1,95 @@
+"""One version's training on fixed rows, for torchrun to launch with any number of ranks; saves what came of it.
+
+torchrun --standalone --nproc-per-node=2 -m tests.ranked MODEL FOLDER
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.learner import LossConfig, OptimizerConfig
+from common.versions import Version
+from services.learner.batching import Row
+from services.learner.loop import merge, take_over
+from services.learner.model import Trainee
+from services.learner.ranks import Ranks
+from services.learner.step import train
+from tests.builders import a_row
+from tests.models import Resident, load, perturb
+
+NOW = Version(3)
+LOSS = LossConfig(entropy=0.01)
+OPTIMIZER = OptimizerConfig(lr=1e-2, epsilon=1e-3, weight_decay=0.1, max_grad_norm=0.05)
+"""With an epsilon above the gradients' rounding, so that the step is a smooth function of them."""
+
+
+def some_rows(name: str, lengths: list[int]) -> list[Row]:
+    """Rows of these lengths; their second and third token, and the fifth, are not trained on."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    rows = []
+    for i, length in enumerate(lengths):
+        tokens = torch.randint(3, 250, (length,), generator=generator).tolist()
+        behavior = (-5.5 + torch.randn(length, generator=generator)).tolist()
+        versions = [-1, -1, NOW, NOW, -1] + [NOW] * (length - 5)
+        rows.append(
+            a_row(
+                f"{name}{i}", tokens, versions, behavior=behavior, advantage=(-1.0) ** i * (1 + i / 3), temperature=0.8
+            )
+        )
+    return rows
+
+
+CASES = {
+    "uneven": [some_rows("a", [31, 6, 9, 17, 23, 8, 8]), some_rows("b", [12, 40, 7])],
+    "a rank without rows in one minibatch": [some_rows("c", [9, 30, 12]), some_rows("d", [21])],
+    "a rank without any rows": [some_rows("e", [14]), some_rows("f", [33])],
+}
+"""Minibatches of a version."""
+
+
+def main(model: Path, folder: Path) -> None:
+    """Train each case from the same start; leave one file for each case and rank."""
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    for case, minibatches in CASES.items():
+        torch.save(trained(model, minibatches, ranks), folder / f"{case} {ranks.rank}.pt")
+    ranks.close()
+
+
+def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[str, Any]:
+    """What this rank has afterwards. In float32 arithmetic, so that only the split can make a difference."""
+    model = load(folder).float()
+    perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # what rank 0 has must win
+    trainee = Trainee(model, OPTIMIZER)
+    if ranks.leads:
+        for gradient in trainee.gradients():
+            gradient.fill_(1e-3)
+        trainee.step()  # rank 0 goes on from a checkpoint: it has moments and steps
+    take_over(trainee, ranks)
+    gradients: list[torch.Tensor] = []
+    step = trainee.step
+
+    def noted() -> float:
+        gradients.append(torch.cat([gradient.reshape(-1) for gradient in trainee.gradients()]))
+        return step()
+
+    trainee.step = noted  # type: ignore[method-assign]
+    own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LOSS, micro_batch_tokens=40)
+    whole = merge(ranks.gather(own))
+    return {
+        "gradients": gradients,
+        "masters": [master.clone() for master in trainee.masters],
+        "state": {name: tensor.clone() for name, tensor in trainee.state().items()},
+        "steps": trainee.steps,
+        "loss": whole.loss,
+        "grad_norm": whole.grad_norm,
+        "mine": [row.trajectory for scored in own.scored for row in scored.batch.rows],
+        "scored": sorted((row.trajectory, scored.first) for scored in whole.scored for row in scored.batch.rows),
+        "masked": sum(int(scored.correction.masked.sum()) for scored in whole.scored),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,57 @@
+"""What a worker finds around it: a store with versions 0 to 3, a gateway with the built-in environments, a log."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.service import Server
+from common.snapshots.client import RawTensor, SnapshotClient
+from common.versions import Version
+from services.env_gateway.app import create_app as create_gateway
+from services.env_gateway.environments import registry
+from services.env_gateway.sessions import Limits, Sessions
+from services.rollout import worker
+from services.rollout.dialogue import Dialogue
+from services.snapshot_store.app import create_app as create_store
+from services.snapshot_store.storage_disk import DiskStorage
+from tests.unit.rollout.working import CANARY, RUN, Place, opened_bus
+
+
+@pytest.fixture(scope="session")
+def dialogue(starting_model: Path) -> Dialogue:
+    return Dialogue.load(str(starting_model), {})
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SnapshotClient]:
+    app = create_store(DiskStorage(tmp_path_factory.mktemp("store")), sweep_s=3600)
+    with (
+        Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
+        SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
+    ):
+        for version in range(4):
+            raw = np.full(64, version, dtype=np.uint8)
+            client.put(RUN, Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY])
+        yield client
+
+
+@pytest.fixture(scope="session")
+def gateway() -> Iterator[str]:
+    offered = registry.built_in()
+    limits = Limits(max_sessions=1000, lease_s=600.0, remember_s=600.0, result_bytes=65536)
+    app = create_gateway(Sessions(offered, limits), offered)
+    with Server(app, "127.0.0.1", 0, key="env_gateway") as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, versions: SnapshotClient, gateway: str, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    for pause in ("POLL_S", "KEEP_S"):  # so that a test waits for nothing but what it waits for
+        monkeypatch.setattr(worker, pause, 0.01)
+    with closing(opened_bus(tmp_path / "bus.sqlite")) as bus:
+        yield Place(tmp_path, bus, versions, gateway, dialogue)

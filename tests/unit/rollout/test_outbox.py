@@ -1,0 +1,169 @@
+"""Nothing counts as done before it is durable, and nothing that was put is lost or out of order."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.bus.port import Outgoing, Position
+from common.bus.sqlite import SqliteBus
+from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, WorkerAlive, decode
+from services.rollout.outbox import BATCH, Outbox
+from tests.builders import a_finished
+
+Topic = str
+LIMIT_S = 60.0
+
+
+class FailingBus(SqliteBus):
+    """Fails from the n-th publish on; counts them."""
+
+    def __init__(self, path: Path, *, fails_at: int | None = None) -> None:
+        super().__init__(path)
+        self.create_topics({TRAJECTORIES: 2, WORKERS: 1, DEAD_LETTERS: 1})
+        self.fails_at = fails_at
+        self.sizes: list[int] = []
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        if self.fails_at is not None and len(self.sizes) >= self.fails_at:
+            raise OSError("the disk is gone")
+        self.sizes.append(len(records))
+        return super().publish(topic, records)
+
+    def numbers(self) -> dict[Topic, list[int]]:
+        """What `put` numbered, as it stands on each topic."""
+        return {topic: [_number(topic, body) for body in self._bodies(topic)] for topic in PUTS}
+
+    def _bodies(self, topic: str) -> list[bytes]:
+        bodies: list[bytes] = []
+        with self.consumer(topic) as consumer:
+            while records := consumer.poll(limit=1000, timeout_s=0):
+                bodies += [record.body for record in records]
+        return bodies
+
+
+def _put_trajectory(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
+    record = a_finished(0, number)  # one group, so one partition: its order shows
+    outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=done)
+
+
+def _put_alive(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
+    outbox.put_from_worker(
+        WorkerAlive(run="test", worker="w", version=0, live=number, sampled_tokens=0, seconds=0.0, idle_s=0.0)
+    )
+
+
+def _put_dead_letter(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
+    outbox.put_dead_letter(DeadLetter("test", "tasks", 0, number, "key", b"body", "reason"), done=done)
+
+
+PUTS = {TRAJECTORIES: _put_trajectory, WORKERS: _put_alive, DEAD_LETTERS: _put_dead_letter}
+
+
+def _number(topic: Topic, body: bytes) -> int:
+    message = decode(topic, body)
+    if topic == TRAJECTORIES:
+        return int(message.trajectory.rpartition("/")[2])
+    return int(message.live if topic == WORKERS else message.offset)
+
+
+def run(test: Callable[[FailingBus], Awaitable[None]], *, fails_at: int | None = None) -> None:
+    """With a log of its own."""
+    with TemporaryDirectory() as folder, closing(FailingBus(Path(folder) / "bus.sqlite", fails_at=fails_at)) as bus:
+        asyncio.run(asyncio.wait_for(test(bus), LIMIT_S))
+
+
+puts = st.lists(st.lists(st.sampled_from(sorted(PUTS)), max_size=8), min_size=1, max_size=6)
+"""Bursts of records; between two of them the outbox gets a turn."""
+
+
+@given(bursts=puts, fails_at=st.none() | st.integers(0, 6))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_put_is_done_when_it_is_durable_and_only_then(bursts: list[list[Topic]], fails_at: int) -> None:
+    async def test(bus: FailingBus) -> None:
+        outbox, put, done = Outbox(bus), list[tuple[Topic, int]](), list[tuple[Topic, int]]()
+
+        def is_done(topic: Topic, number: int) -> None:
+            assert number in bus.numbers()[topic], "done before it stands on the log"
+            done.append((topic, number))
+
+        publishing = asyncio.create_task(outbox.run())
+        for burst in bursts:
+            for topic in burst:
+                number = len(put)
+                put.append((topic, number))
+                PUTS[topic](outbox, number, lambda topic=topic, number=number: is_done(topic, number))
+            await asyncio.sleep(0)
+        flushing = asyncio.create_task(outbox.flushed())
+        await asyncio.wait({publishing, flushing}, return_when=asyncio.FIRST_COMPLETED)
+        if publishing.done():
+            assert str(publishing.exception()) == "the disk is gone"
+            assert not flushing.done(), "what is not durable is never flushed"
+        else:
+            assert bus.numbers() == {topic: [n for t, n in put if t == topic] for topic in PUTS}
+            assert done == [(topic, number) for topic, number in put if topic != WORKERS]
+        publishing.cancel()
+        flushing.cancel()
+        await asyncio.gather(publishing, flushing, return_exceptions=True)
+
+    run(test, fails_at=fails_at)
+
+
+def test_a_batch_of_which_a_part_fails_is_not_done() -> None:
+    """The trajectory stands on the log, the dead letter does not: both tasks are read again after a restart."""
+    done: list[str] = []
+
+    async def test(bus: FailingBus) -> None:
+        outbox = Outbox(bus)
+        _put_trajectory(outbox, 0, lambda: done.append("trajectory"))
+        _put_dead_letter(outbox, 1, lambda: done.append("dead letter"))
+        with pytest.raises(OSError, match="the disk is gone"):
+            await outbox.run()
+        assert bus.numbers() == {TRAJECTORIES: [0], WORKERS: [], DEAD_LETTERS: []}
+
+    run(test, fails_at=1)
+    assert done == []
+
+
+def test_many_records_are_published_in_batches() -> None:
+    async def test(bus: FailingBus) -> None:
+        outbox, done = Outbox(bus), list[int]()
+        for number in range(2 * BATCH + 3):
+            _put_trajectory(outbox, number, lambda number=number: done.append(number))
+        publishing = asyncio.create_task(outbox.run())
+        await outbox.flushed()
+        assert bus.sizes == [BATCH, BATCH, 3]
+        assert done == bus.numbers()[TRAJECTORIES] == list(range(2 * BATCH + 3))
+        publishing.cancel()
+
+    run(test)
+
+
+def test_an_outbox_without_anything_is_flushed() -> None:
+    async def test(bus: FailingBus) -> None:
+        await Outbox(bus).flushed()
+
+    run(test)
+
+
+def test_a_trajectory_carries_its_group_as_key_and_its_id_in_a_header() -> None:
+    """The learner's ledger needs the id of a record whose body it cannot read."""
+
+    async def test(bus: FailingBus) -> None:
+        outbox = Outbox(bus)
+        record = a_finished(7, 3)
+        outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=lambda: None)
+        publishing = asyncio.create_task(outbox.run())
+        await outbox.flushed()
+        publishing.cancel()
+        with bus.consumer(TRAJECTORIES) as consumer:
+            (read,) = consumer.poll(limit=10, timeout_s=0)
+        assert (read.key, dict(read.headers)) == ("g000007", {"trajectory": "g000007/3"})
+        assert decode(TRAJECTORIES, read.body) == record
+
+    run(test)

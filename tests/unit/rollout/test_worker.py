@@ -1,0 +1,251 @@
+"""A worker's promises: what is not trusted is not sampled, failures are loud, and it says how it fares."""
+
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from common.bus.port import Outgoing, Position
+from common.bus.sqlite import SqliteBus
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    TASKS,
+    TRAJECTORIES,
+    WORKERS,
+    VersionApplied,
+    WorkerAlive,
+)
+from common.refusal import ExitCode, Refusal
+from common.versions import Version
+from services.rollout import worker as the_worker
+from services.rollout.assembly import Contradiction
+from services.rollout.engine import Sampled
+from tests.unit.rollout.working import (
+    LIMIT_S,
+    GatedEngine,
+    Place,
+    announce,
+    committed,
+    finish,
+    finished,
+    ids,
+    messages,
+    offer,
+    working,
+)
+
+
+class SlowDisk(SqliteBus):
+    """A log that takes trajectories only when it is told to go on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.publishing, self.goes_on = threading.Event(), threading.Event()
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        if topic == TRAJECTORIES:
+            self.publishing.set()
+            assert self.goes_on.wait(LIMIT_S)
+        return super().publish(topic, records)
+
+
+async def test_a_group_is_not_begun_before_its_version_is_verified(place: Place) -> None:
+    offer(place.bus, 0, version=2)
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: Version(2) in at_work.weights.awaited)
+        assert (at_work.weights.verified, at_work.engine.asked) == (0, [])
+        at_work.engine.scoring.clear()
+        announce(place.bus, 2)
+        await at_work.until(lambda: at_work.engine.loaded == [0, 2])  # on the engine, but no canary has spoken
+        assert (at_work.weights.verified, at_work.engine.asked) == (0, [])
+        at_work.engine.scoring.set()
+        await at_work.until(lambda: finished(place.bus) == ids(0))
+    assert {s.version for m in messages(place.bus, TRAJECTORIES) for s in m.segments} == {2}
+
+
+async def test_nothing_is_sampled_before_the_first_version(place: Place) -> None:
+    offer(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: Version(0) in at_work.weights.awaited)
+        assert at_work.worker.waiting_for() == "the first version"
+        assert at_work.engine.asked == []
+        announce(place.bus, 0)
+        await at_work.until(lambda: finished(place.bus) == ids(0))
+        await at_work.until(lambda: at_work.worker.waiting_for() == "tasks")
+
+
+async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goes_on(place: Place) -> None:
+    place.bus.publish(TASKS, [Outgoing("a key", b"\xff\x00")])
+    place.bus.publish(CONTROL, [Outgoing("another", b"\xc1")])
+    offer(place.bus, 1)
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: committed(place.bus) == 2)
+        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
+    letters = {letter.topic: letter for letter in messages(place.bus, DEAD_LETTERS)}
+    assert {(d.run, d.topic, d.partition, d.offset, d.key, d.body) for d in letters.values()} == {
+        ("test", TASKS, 0, 0, "a key", b"\xff\x00"),
+        ("test", CONTROL, 0, 0, "another", b"\xc1"),
+    }
+    assert all(letter.reason for letter in letters.values())
+    assert finished(place.bus) == ids(1)
+
+
+async def test_records_of_another_run_are_passed_over(place: Place) -> None:
+    offer(place.bus, 0, run="another")
+    announce(place.bus, 3, run="another")
+    announce(place.bus, 1)
+    async with working(place) as at_work:
+        finish(place.bus, run="another")
+        offer(place.bus, 1)
+        await at_work.until(lambda: committed(place.bus) == 2)
+        announce(place.bus, 2)  # heard of after the other run's end
+        await at_work.until(lambda: at_work.weights.verified == 2)
+        assert at_work.engine.loaded == [1, 2]
+        assert sorted(at_work.engine.asked) == ids(1)
+    assert messages(place.bus, DEAD_LETTERS) == []
+
+
+async def test_a_worker_stops_by_itself_when_its_run_is_over(place: Place) -> None:
+    finish(place.bus)  # of an earlier start: history, not news
+    announce(place.bus, 0)
+    offer(place.bus, 0)
+    async with working(place) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
+        finish(place.bus)
+        await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+        at_work.engine.open()
+        await at_work.ends()
+    assert finished(place.bus) == ids(0)
+    assert committed(place.bus) == 1
+    assert messages(place.bus, WORKERS)[-1].live == 2  # it says goodbye when it begins to stop
+
+
+async def test_a_worker_that_is_asked_to_stop_begins_nothing_more(place: Place) -> None:
+    offer(place.bus, 0)
+    announce(place.bus, 0)
+    async with working(place, max_live=4) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
+        at_work.worker.stop()
+        await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+        offer(place.bus, 1, 2)
+        announce(place.bus, 1)
+        await at_work.until(lambda: at_work.weights.verified == 1)  # of versions it still hears, of tasks no more
+        at_work.engine.open()
+        await at_work.ends()
+        assert sorted(at_work.engine.asked) == ids(0)
+    assert finished(place.bus) == ids(0)
+    assert committed(place.bus) == 1
+    async with working(place) as again:
+        await again.until(lambda: committed(place.bus) == 3)
+        assert sorted(again.engine.asked) == ids(1, 2)
+
+
+@pytest.mark.parametrize("moment", ["at work", "while it drains"])
+async def test_what_no_attempt_can_mend_ends_the_worker(place: Place, moment: str) -> None:
+    offer(place.bus, 0)
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        at_work.engine.shut()
+        at_work.engine.failure = RuntimeError("a bug")
+        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
+        if moment == "while it drains":
+            at_work.worker.stop()
+            await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+        at_work.engine.open()
+        with pytest.raises(RuntimeError, match="a bug"):
+            await at_work.ends()
+    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+
+
+async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -> None:
+    class Contradicts(GatedEngine):
+        async def generate(self, *args, **kwargs) -> Sampled:
+            right = await super().generate(*args, **kwargs)
+            return Sampled(right.tokens, right.logprobs, (), right.stopped)
+
+    offer(place.bus, 0)
+    announce(place.bus, 0)
+    async with working(place, engine=Contradicts(place.dialogue)) as at_work:
+        with pytest.raises(Contradiction, match="spans cover 0 of 2 sampled tokens"):
+            await at_work.ends()
+    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+
+
+@pytest.mark.parametrize("max_live", [1, 3, 7])
+async def test_there_are_never_more_live_trajectories_than_slots(place: Place, max_live: int) -> None:
+    offer(place.bus, *range(6), samples=4)
+    announce(place.bus, 0)
+    async with working(place, max_live=max_live) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: at_work.engine.live == max_live)
+        announce(place.bus, 1)
+        await at_work.until(lambda: at_work.weights.verified == 1)  # it has looked around often since
+        assert at_work.worker.alive().live == at_work.engine.live == max_live
+        at_work.engine.open()
+        await at_work.until(lambda: committed(place.bus) == 6)
+        assert at_work.engine.most == max_live
+        assert at_work.worker.alive().live == 0
+    assert finished(place.bus) == ids(*range(6), samples=range(4))
+
+
+async def test_updates_are_told_and_so_is_how_the_worker_fares(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(the_worker, "ALIVE_S", 0.02)
+    announce(place.bus, 0)
+    offer(place.bus, 0)
+    async with working(place) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: at_work.engine.live == 2)
+        announce(place.bus, 1)
+        await at_work.until(lambda: at_work.weights.verified == 1)
+        told = len(messages(place.bus, WORKERS))
+        await at_work.until(lambda: len(messages(place.bus, WORKERS)) > told + 2)
+    said = messages(place.bus, WORKERS)
+    applied = [m for m in said if isinstance(m, VersionApplied)]
+    assert [(m.run, m.worker, m.version, m.accepted, m.canary_error, m.live) for m in applied] == [
+        ("test", "worker-0", 0, True, 0.0, 0),
+        ("test", "worker-0", 1, True, 0.0, 2),
+    ]
+    assert [m.digest for m in applied] == [place.store.manifest(Version(v)).digest for v in (0, 1)]
+    last = [m for m in said if isinstance(m, WorkerAlive)][-1]
+    assert (last.run, last.worker, last.version, last.live, last.sampled_tokens) == ("test", "worker-0", 1, 2, 0)
+    assert last.seconds > last.idle_s >= 0
+
+
+async def test_a_refused_version_ends_the_worker_and_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(place.bus, 0)
+    offer(place.bus, 0)
+    async with working(place) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: at_work.engine.live == 2)
+        monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
+        announce(place.bus, 1)
+        await at_work.until(lambda: at_work.engine.loaded == [0, 1])
+        at_work.engine.open()  # what they say now, version 1 says
+        with pytest.raises(Refusal, match="version 1 is refused") as refusal:
+            await at_work.ends()
+    assert refusal.value.code is ExitCode.CANARY
+    applied = [m for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)]
+    assert [(m.version, m.accepted, m.canary_error) for m in applied] == [(0, True, 0.0), (1, False, 0.5)]
+    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+
+
+async def test_a_refusal_is_told_before_the_worker_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(place.bus, 0)
+    offer(place.bus, 0)
+    with closing(SlowDisk(place.bus.path)) as bus:
+        async with working(place, bus=bus) as at_work:
+            await at_work.until(bus.publishing.is_set)  # the trajectories; what is put now has to wait
+            monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
+            announce(place.bus, 1)
+            await at_work.until(lambda: [report.accepted for report in at_work.reports] == [True, False])
+            bus.goes_on.set()
+            with pytest.raises(Refusal, match="version 1 is refused"):
+                await at_work.ends()
+    assert [m.accepted for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)] == [True, False]

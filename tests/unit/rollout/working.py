@@ -1,0 +1,237 @@
+"""A rollout worker at work: log, store, gateway and scripted engine are real, and a test holds the gates."""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.config.schema import ScriptedEngineConfig
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    TASKS,
+    TRAJECTORIES,
+    WORKERS,
+    GroupOffered,
+    RunFinished,
+    TrajectoryFinished,
+    VersionPublished,
+    decode,
+    encode,
+    group_id,
+)
+from common.sessions.client import SessionClient
+from common.snapshots.client import SnapshotClient
+from common.snapshots.manifest import Canary
+from common.versions import Version
+from services.rollout.dialogue import Dialogue
+from services.rollout.engine import Sampled, StoredWeights
+from services.rollout.engine_scripted import ScriptedEngine
+from services.rollout.trajectories import Sampler, Tally
+from services.rollout.weights import Applied, Weights
+from services.rollout.worker import GROUP, Worker
+from tests.builders import SAMPLING
+
+RUN = "test"
+CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+LIMIT_S = 60.0
+"""Nothing here takes so long unless it is broken."""
+
+
+class GatedEngine(ScriptedEngine):
+    """The scripted engine; a trajectory whose gate is shut waits, and so does scoring."""
+
+    def __init__(self, dialogue: Dialogue) -> None:
+        config = ScriptedEngineConfig(kind="scripted", texts=("3",), tokens_per_s=1e6)
+        super().__init__(config, encode=dialogue.encode)
+        self.asked: list[str] = []
+        """Trajectories it was asked to sample for, in order."""
+        self.live = self.most = 0
+        """Requests under way, now and at most."""
+        self.loaded: list[Version] = []
+        self.failure: BaseException | None = None
+        """Raised in place of an answer."""
+        self.scoring = asyncio.Event()
+        self.scoring.set()
+        self._shut: Callable[[str], bool] = lambda _: False
+        self._opened = asyncio.Event()
+
+    def shut(self, holds: Callable[[str], bool] = lambda _: True) -> None:
+        """Requests of these trajectories wait from now on."""
+        self._shut = holds
+
+    def open(self) -> None:
+        """Nobody waits any more."""
+        self._shut = lambda _: False
+        self._opened.set()
+
+    async def generate(
+        self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
+    ) -> Sampled:
+        trajectory = request.partition("#")[0]
+        self.asked.append(trajectory)
+        self.live += 1
+        self.most = max(self.most, self.live)
+        try:
+            if self._shut(trajectory):
+                await self._opened.wait()
+            if self.failure is not None:
+                raise self.failure
+            return await super().generate(
+                prompt, request=request, temperature=temperature, max_tokens=max_tokens, stop=stop
+            )
+        finally:
+            self.live -= 1
+
+    async def load(self, weights: StoredWeights) -> None:
+        await super().load(weights)
+        self.loaded.append(weights.manifest.version)
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        await self.scoring.wait()
+        return await super().score(tokens)
+
+
+class KnownWaits(Weights):
+    """Remembers which versions somebody waited for."""
+
+    awaited: frozenset[Version] = frozenset()
+
+    async def trusted(self, version: Version) -> None:
+        self.awaited |= {version}
+        await super().trusted(version)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker finds around it."""
+
+    folder: Path
+    bus: SqliteBus
+    store: SnapshotClient
+    gateway: str
+    dialogue: Dialogue
+
+
+@dataclass(frozen=True)
+class Working:
+    """A worker that has begun."""
+
+    worker: Worker
+    engine: GatedEngine
+    weights: KnownWaits
+    reports: list[Applied]
+    """What came of its updates so far."""
+    ending: "asyncio.Task[None]"
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Look again and again until it holds; the worker must not end before."""
+        deadline = time.monotonic() + LIMIT_S
+        while not holds():
+            if self.ending.done():
+                self.ending.result()
+                raise AssertionError("the worker stopped by itself")
+            assert time.monotonic() < deadline, "it never came to hold"
+            await asyncio.sleep(0.005)
+
+    async def ends(self) -> None:
+        """Wait until it has stopped; raises what it raised."""
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.wait({self.ending})
+        self.ending.result()
+
+
+@asynccontextmanager
+async def working(
+    place: Place, *, engine: GatedEngine | None = None, bus: SqliteBus | None = None, name: str = "worker-0",
+    max_live: int = 8,
+) -> AsyncIterator[Working]:  # fmt: skip
+    """A worker from here on; killed at the end of the block if it has not stopped."""
+    engine, bus = engine or GatedEngine(place.dialogue), bus or place.bus
+    async with SessionClient(place.gateway, timeout_s=LIMIT_S, connections=100) as sessions:
+        folder = Path(mkdtemp(dir=place.folder))  # a process that was killed writes no more; its threads here may
+        reports: list[Applied] = []
+
+        def report(applied: Applied) -> None:
+            worker.applied(applied)
+            reports.append(applied)
+
+        weights = KnownWaits(engine, place.store, folder, tolerance=0.05, report=report)
+        sampler = Sampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.trusted)
+        worker = Worker(run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live)
+        ending = asyncio.create_task(worker.work())
+        try:
+            yield Working(worker, engine, weights, reports, ending)
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+
+def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> SqliteBus:
+    """A log with all topics; with one partition of tasks, one offset tells what is committed."""
+    bus = SqliteBus(path, lease_s=lease_s)
+    bus.create_topics({TASKS: partitions, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, DEAD_LETTERS: 1})
+    return bus
+
+
+def offer(
+    bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup"
+) -> None:
+    """Put groups on the log of tasks."""
+    for index in indexes:
+        group = GroupOffered(
+            run=run, group=group_id(index), index=index, version=Version(version), environment=environment,
+            task_seed=index, samples=samples, sampling=SAMPLING, time_limit_s=600.0,
+        )  # fmt: skip
+        bus.publish(TASKS, [Outgoing(group.group, encode(group))])
+
+
+def announce(bus: SqliteBus, version: int, *, run: str = RUN) -> None:
+    """Say that a version stands in the store."""
+    published = VersionPublished(run=run, version=Version(version), digest="", published_at=0.0)
+    bus.publish(CONTROL, [Outgoing(run, encode(published))])
+
+
+def finish(bus: SqliteBus, *, run: str = RUN) -> None:
+    """Say that the run is over."""
+    bus.publish(CONTROL, [Outgoing(run, encode(RunFinished(run=run, version=Version(0))))])
+
+
+def messages(bus: SqliteBus, topic: str) -> list[Any]:
+    """Everything on a topic, decoded."""
+    found: list[Any] = []
+    with bus.consumer(topic) as consumer:
+        while records := consumer.poll(limit=1000, timeout_s=0):
+            found += [decode(topic, record.body) for record in records]
+    return found
+
+
+def finished(bus: SqliteBus) -> list[str]:
+    """Ids of the finished trajectories on the log, as often as they stand there, in order."""
+    return sorted(m.trajectory for m in messages(bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished))
+
+
+def ids(*indexes: int, samples: Iterable[int] = (0, 1)) -> list[str]:
+    """Trajectories of these groups."""
+    return [f"{group_id(index)}/{sample}" for index in indexes for sample in samples]
+
+
+def committed(bus: SqliteBus) -> int:
+    """Offset at which the workers' group starts again."""
+    with closing(sqlite3.connect(bus.path)) as db:
+        row = db.execute("SELECT offset FROM commits WHERE topic = ? AND grp = ?", (TASKS, GROUP)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def heard(bus: SqliteBus, name: str) -> float:
+    """When the workers' group last heard of this member; 0 if it is none."""
+    with closing(sqlite3.connect(bus.path)) as db:
+        row = db.execute("SELECT heard FROM members WHERE grp = ? AND member = ?", (GROUP, name)).fetchone()
+    return float(row[0]) if row else 0.0
