@@ -27,6 +27,7 @@ import torch
 import zstandard
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 UNTRAINABLE = -1
 
@@ -39,6 +40,7 @@ def main() -> None:
     arguments.add_argument("--every", type=int, default=1, help="look at every n-th recorded version only")
     options = arguments.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     config = tomllib.loads((options.run / "run.toml").read_text())
     models = Models(options.run / "snapshots", options.model or config["model"]["path"], config["model"]["attention"])
     print(json.dumps(rescore(options.run / "records", models, options.every)))
