@@ -18,14 +18,14 @@ from common.program import full_disk_refused, main
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
 from common.sessions.token import token
-from services import words
-from services.folder import SECONDS, contents
-from services.local import Local, addressed
-from services.runs import settle
-from services.screen import Screen
-from services.state import Plan, State, ready_at, state
-from services.stopwatch import Stopwatch
-from services.watch import Watch
+from services.live.screen import Screen
+from services.live.state import Plan, State, ready_at, state
+from services.live.stopwatch import Stopwatch
+from services.live.watch import Watch
+from services.local import words
+from services.local.runs import settle
+from services.local.supervisor import Local, addressed
+from services.report.folder import SECONDS, contents
 
 
 def program() -> None:
@@ -97,8 +97,8 @@ def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
 
 def conclude(folder: Path) -> dict[str, object]:
     """Make summary and report of what the folder holds; the summary."""
-    from services.report import write_report  # plotly arrives here
-    from services.summary import write_summary
+    from services.report.summary import write_summary
+    from services.report.write import write_report  # plotly arrives here
 
     held = contents(folder)
     summary = write_summary(held)

@@ -1,8 +1,8 @@
 """The report's figures, in the order of the page. Pure."""
 
-from services.folder import Contents
 from services.report import learning, policies, progress
 from services.report.drawing import Figure
+from services.report.folder import Contents
 
 
 def figures(contents: Contents) -> list[Figure]:

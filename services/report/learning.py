@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
-from services.folder import Line
 from services.report.drawing import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
-from services.summary import begins
+from services.report.folder import Line
+from services.report.summary import begins
 
 
 def over_versions(lines: Sequence[Line]) -> Figure:

@@ -9,9 +9,9 @@ import plotly.offline
 
 from common.config.schema import RunConfig
 from common.config.show import show
+from services.live.state import duration
 from services.report.drawing import Figure
 from services.report.look import SCRIPT, STYLE
-from services.state import duration
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """The browser itself refuses to load anything."""

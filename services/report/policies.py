@@ -6,9 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from services.folder import Line
 from services.report.drawing import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
-from services.summary import mean_by_staleness, tokens_by_staleness
+from services.report.folder import Line
+from services.report.summary import mean_by_staleness, tokens_by_staleness
 
 DISCREPANCY, RATIO = "|log π<sub>v</sub> / μ<sub>v</sub>|", "|log π<sub>θ</sub> / π<sub>v</sub>|"
 STAND_IN = "if current weights stood in for old ones"

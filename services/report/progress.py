@@ -6,10 +6,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from common.messages import VersionApplied
-from services.folder import Line
 from services.report.drawing import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
+from services.report.folder import Line
 from services.report.learning import mark_starts
-from services.summary import begins
+from services.report.summary import begins
 
 PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
           ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 80
 SELF_EXPLAINING = {"close"}
-PRINTS = {"__main__.py", "local.py", "view.py", "screen.py", "program.py"}
+PRINTS = {"__main__.py", "supervisor.py", "view.py", "screen.py", "program.py"}
 """Files that talk to a person on the terminal; everything else logs."""
 BINARY = {".bin", ".png", ".lock"}
 

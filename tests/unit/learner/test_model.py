@@ -40,7 +40,7 @@ def test_the_temperature_divides_the_logits(starting_model: Path) -> None:
     for i, temperature in enumerate((1.0, 0.5)):
         explicit = (logits / temperature).softmax(-1)
         assert scored[i, 1:].tolist() == pytest.approx([explicit[0, 40].log().item(), explicit[1, 120].log().item()])
-        assert float(entropy[i, 1]) == pytest.approx(float(-(explicit[0] * explicit[0].log()).sum()), rel=1e-5)
+        assert entropy[i, 1].item() == pytest.approx(-(explicit[0] * explicit[0].log()).sum().item(), rel=1e-5)
 
 
 def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from services.folder import Line
-from services.watch import Answer, Seen
+from services.live.watch import Answer, Seen
+from services.report.folder import Line
 
 
 def a_line(

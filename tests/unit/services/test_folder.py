@@ -20,7 +20,7 @@ from common.messages import (
 )
 from common.refusal import Refusal
 from common.versions import Version
-from services.folder import Seconds, contents, history, newest_checkpoint, read_seconds
+from services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
 from tests.builders import SAMPLING, a_finished
 from tests.unit.services.lines import a_line
 

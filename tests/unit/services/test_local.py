@@ -7,9 +7,9 @@ import pytest
 from common.config import load
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
-from services import local
-from services.local import Local, addressed, last_error
-from services.processes import Child, python
+from services.local import supervisor
+from services.local.processes import Child, python
+from services.local.supervisor import Local, addressed, last_error
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
@@ -36,7 +36,7 @@ def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(tmp_
 
 @pytest.mark.servers
 def test_a_worker_that_ends_well_in_the_middle_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "FOLLOW_S", 0.5)
+    monkeypatch.setattr(supervisor, "FOLLOW_S", 0.5)
     run = supervised(tmp_path, worker="pass", learner="import time; time.sleep(60)")
     with pytest.raises(Refusal, match="worker-0 crashed 2 times"):
         run.run(Stop(), look)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.refusal import Refusal
-from services import words
 from services.__main__ import program
+from services.local import words
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from services.screen import Screen
-from services.state import Plan, State, state
-from services.watch import Sight
+from services.live.screen import Screen
+from services.live.state import Plan, State, state
+from services.live.watch import Sight
 from tests.unit.services.lines import a_line, learner, servers, worker
 
 WITHIN_S = 10.0

@@ -4,9 +4,9 @@ import pytest
 
 from common.messages import VersionApplied
 from common.versions import Version
-from services.local import Crash
-from services.state import Plan, State, ready_at, state
-from services.watch import Seen, Sight
+from services.live.state import Plan, State, ready_at, state
+from services.live.watch import Seen, Sight
+from services.local.supervisor import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
 
 PLAN = Plan("t", versions=10, canary_tolerance=0.03)

@@ -6,9 +6,9 @@ import pytest
 
 from common.messages import VersionApplied, WorkerAlive
 from common.versions import Version
-from services.folder import Checkpoint, Contents, Line, Log, Seconds, settled_in
 from services.learner.planner import LedgerState
-from services.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
+from services.report.folder import Checkpoint, Contents, Line, Log, Seconds, settled_in
+from services.report.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
 from tests.unit.services.lines import a_line
 
 

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from common.messages import VersionApplied
 from common.versions import Version
-from services.local import Crash
-from services.state import Plan, State, state
-from services.view import bar, line, sparkline, view
-from services.watch import Seen, Sight
+from services.live.state import Plan, State, state
+from services.live.view import bar, line, sparkline, view
+from services.live.watch import Seen, Sight
+from services.local.supervisor import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
 
 BY_STALENESS = {

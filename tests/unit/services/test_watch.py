@@ -13,8 +13,8 @@ from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
 from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
 from common.versions import Version
-from services import watch
-from services.watch import Seen, Tail, Watch
+from services.live import watch
+from services.live.watch import Seen, Tail, Watch
 from tests.unit.services.lines import a_line
 
 WITHIN_S = 10.0

@@ -30,7 +30,7 @@ from common.messages import (
 from common.refusal import ExitCode, Refusal
 from common.trajectory import trainable
 from services.learner.planner import LedgerState
-from services.runs import SAVED
+from services.local.runs import SAVED
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.messages import VersionApplied
-from services.folder import Line
-from services.local import Crash
-from services.summary import begins
-from services.watch import Seen, Sight
+from services.live.watch import Seen, Sight
+from services.local.supervisor import Crash
+from services.report.folder import Line
+from services.report.summary import begins
 
 RECENT = 5
 """Versions over which "recent" success and reward are means."""

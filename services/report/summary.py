@@ -10,7 +10,7 @@ import msgspec
 from common.config.schema import RunConfig
 from common.files import write
 from common.messages import WorkerAlive
-from services.folder import Contents, Line
+from services.report.folder import Contents, Line
 
 SUMMARY = "summary.json"
 PHASES = ("wait", "train", "publish", "checkpoint")

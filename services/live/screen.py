@@ -9,8 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
-from services.state import State
-from services.view import line, view
+from services.live.state import State
+from services.live.view import line, view
 
 REFRESH_S = 0.5
 LINE_S = 10.0

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from common.files import write
-from services.folder import Seconds, read_seconds
+from services.report.folder import Seconds, read_seconds
 
 SAVE_S = 5.0
 

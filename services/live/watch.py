@@ -14,7 +14,7 @@ import msgspec
 
 from common.bus.port import Bus, Consumer, Outgoing
 from common.messages import DEAD_LETTERS, WORKERS, Undecodable, VersionApplied, dead_letter, decode, encode
-from services.folder import HISTORY, Line
+from services.report.folder import HISTORY, Line
 
 EVERY_S = 1.0
 TIMEOUT_S = 2.0

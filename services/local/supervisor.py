@@ -12,7 +12,7 @@ from pathlib import Path
 from common.config.schema import RunConfig
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
-from services.processes import HOPELESS, Child, python
+from services.local.processes import HOPELESS, Child, python
 
 LOOK_S = 0.5
 DRAIN_S = 25.0

@@ -1,0 +1,1 @@
+"""Everything on one machine: a run's folder and its processes, supervised."""
