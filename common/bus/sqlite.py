@@ -279,9 +279,23 @@ def _on_disk(db: sqlite3.Connection) -> Iterator[None]:
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     with _on_disk(db):
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_wal(db)
         db.execute("PRAGMA synchronous = FULL")
     return db
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch a new file over; SQLite does not wait by itself for another process that does so at this moment."""
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_S)
+        else:
+            return
 
 
 def _bounds(db: sqlite3.Connection, topic: str) -> dict[int, tuple[int, int]]:

@@ -118,3 +118,31 @@ def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_pa
     assert refused.value.code is ExitCode.CONFIGURATION
     assert "topic tasks" in str(refused.value)
     assert "has 3 partitions, 4 are asked for: set bus.task_partitions" in str(refused.value)
+
+
+def test_a_new_log_waits_for_another_process_that_begins_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own waiting leaves this case out: the switch to WAL fails at once while another writes."""
+    other = sqlite3.connect(tmp_path / "bus.sqlite", isolation_level=None)
+    other.execute("CREATE TABLE begun (by TEXT)")
+    other.execute("BEGIN IMMEDIATE")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            other.execute("COMMIT")
+
+    monkeypatch.setattr(sqlite.time, "sleep", pause)
+    SqliteBus(tmp_path / "bus.sqlite").close()
+    assert len(pauses) == 3
+    other.close()
+
+
+def test_a_log_that_stays_locked_is_not_waited_for_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = sqlite3.connect(tmp_path / "bus.sqlite", isolation_level=None)
+    other.execute("CREATE TABLE begun (by TEXT)")
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(sqlite, "BUSY_S", 0.05)
+    with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+        SqliteBus(tmp_path / "bus.sqlite")
+    other.close()
