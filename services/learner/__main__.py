@@ -1,6 +1,9 @@
 """torchrun --standalone -m services.learner RUN.toml"""
 
+import os
+
 from common.config import Invocation
+from common.lifeline import tie
 from common.program import service
 from common.service import Stop
 from common.snapshots.client import SnapshotClient
@@ -47,4 +50,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun starts ranks in sessions of their own: killed, it would leave them to train on beside their successors
+        tie(os.getppid())
     service("learner", body)

@@ -1,7 +1,6 @@
 """Child processes of one machine's run: started, watched, started again when they crash, and gone when we are."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.lifeline import on_parents_death
 from common.refusal import ExitCode
 
-_PR_SET_PDEATHSIG = 1
 STEADY_S = 60.0
 """A process that ran for so long has its earlier crashes forgiven."""
 
@@ -98,4 +97,4 @@ def python(*arguments: str) -> list[str]:
 
 def _die_with_parent() -> None:
     """Runs in the child before its program: when this process is gone, however it went, the child is asked to stop."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    on_parents_death(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.runs import RunProcess, chaos, check_ledger, history, newest_manifest, scripted, wait_for
@@ -44,6 +45,24 @@ def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Pa
     check_ledger(home)
     assert len(history(home)) == 12
     assert newest_manifest(home)["trained_versions"] == 12
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, starting_model: Path) -> None:
+    """Else the old learner trains on beside its successor: torchrun's ranks are not in its process group."""
+    toml, home = scripted(tmp_path, starting_model, versions=8), tmp_path / "scripted"
+    run = RunProcess(toml, "--local.learner_ranks=2")
+    try:
+        wait_for(lambda: len(history(home)) >= 2, run, within_s=120, name="version 2")
+        ranks = run.services()["learner"]
+        run.kill("torchrun")
+        gone, alive = psutil.wait_procs(ranks, timeout=10)
+        assert (len(gone), alive) == (2, [])
+        code, output = run.finish(within_s=180)
+    finally:
+        run.kill_everything()
+    assert code == 0, output[-3000:]
+    check_ledger(home)
+    assert len(history(home)) == 8
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import socket
 import sys
 import traceback
 
+from common.lifeline import tie, untie
 from services.env_gateway.processes import child
 from services.env_gateway.processes.frames import Start
-from services.env_gateway.processes.lifeline import tie, untie
 
 MAX_START = 65536
 
