@@ -51,6 +51,6 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun starts ranks in sessions of their own: killed, it would leave them to train on beside their successors
+        # torchrun starts ranks in sessions of their own: killed, it would leave them training beside their successors
         tie(os.getppid())
     service("learner", body)
