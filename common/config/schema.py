@@ -60,7 +60,7 @@ class SamplingConfig(Section):
     top_k: int = 0
     """Must be 0 (off), for the same reason."""
     max_turn_tokens: Positive = 512
-    """Longest model message, in tokens."""
+    """Longest model message, in tokens, its stop token included. One cut off here ends its trajectory, unacted on."""
     max_trajectory_tokens: Positive = 4096
     """Longest trajectory, prompt and tool output included, in tokens."""
     max_turns: Positive = 16

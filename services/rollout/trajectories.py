@@ -79,10 +79,13 @@ class Sampler:
         while True:
             longest = min(sampling.max_turn_tokens, room)
             sampled = await self._message(f"{request}.{assembly.turns}", group, assembly, longest)
+            if not sampled.stopped:
+                # a limit cut the message off: acting on half of it would make what is said after a call free of charge
+                return await _timed(self.sessions.finalize(session.session_id))
             step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
             if step.status.is_terminal:
                 return step
-            said = self.dialogue.between(step.messages, after_stop=sampled.stopped)
+            said = self.dialogue.between(step.messages, after_stop=True)
             room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(said)
             if room < 1 or assembly.turns == sampling.max_turns:
                 # what no one will answer stays out: no trajectory is longer than the limit
