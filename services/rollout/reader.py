@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -51,4 +52,6 @@ class Reader:
             try:
                 return await asyncio.shield(calling)
             finally:
-                await asyncio.wait({calling})
+                while not calling.done():  # a second cancellation must not end the wait either
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait({calling})
