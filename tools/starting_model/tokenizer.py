@@ -6,7 +6,6 @@ decode to the real thing: the gateway parses the same text it would get from a l
 """
 
 import re
-from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -49,11 +48,6 @@ def build() -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
-
-
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Into a model folder."""
-    tokenizer.save_pretrained(folder)
 
 
 def _frames(vocabulary: tuple[str, ...]) -> list[str]:
