@@ -13,6 +13,7 @@ from common.sessions.wire import CreateSession, Session, Status, Step, TakeStep,
 from services.env_gateway import plugins
 from services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
 from services.env_gateway.environments.registry import isolated
+from services.env_gateway.processes import nursery
 from services.env_gateway.processes.frames import Blueprint
 from services.env_gateway.processes.pool import Pool
 from services.env_gateway.processes.world import InChild
@@ -53,8 +54,14 @@ class Opened:
         return world
 
 
+def nurseries() -> list[psutil.Process]:
+    """Other tests of this process leave children of other kinds behind, such as multiprocessing's resource tracker."""
+    return [child for child in psutil.Process().children() if nursery.__name__ in child.cmdline()]
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """Nurseries, the children they forked, and what those started."""
+    return [process for each in nurseries() for process in (each, *each.children(recursive=True))]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -147,9 +154,9 @@ async def test_closing_the_pool_leaves_no_process(monkeypatch: pytest.MonkeyPatc
 
 async def test_a_killed_nursery_fails_its_sessions_and_is_replaced(opened: Opened) -> None:
     world = await opened("Counts")
-    (nursery,) = psutil.Process().children()
-    (child,) = nursery.children()
-    nursery.kill()
+    (running,) = nurseries()
+    (child,) = running.children()
+    running.kill()
     child.wait(10)
     with pytest.raises(EnvironmentFailed) as failed:
         await world.step(Turn("go on"))
@@ -192,8 +199,8 @@ async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool)
 
 async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_taken(opened: Opened) -> None:
     await opened("Counts")
-    (nursery,) = psutil.Process().children()
-    (first,) = nursery.children()
+    (running,) = nurseries()
+    (first,) = running.children()
     for turns_of_the_loop in range(12):
         opening = asyncio.create_task(InChild.open(opened.pool, Blueprint(path="awkward:Counts")))
         for _ in range(turns_of_the_loop):
@@ -201,10 +208,10 @@ async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_tak
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
-    assert_gone([child for child in nursery.children() if child.pid != first.pid])
+    assert_gone([child for child in running.children() if child.pid != first.pid])
     await opened("Counts")
     await opened("Counts")
-    assert len(nursery.children()) == 3
+    assert len(running.children()) == 3
     with pytest.raises(NoRoom):
         await opened("Counts")
 
