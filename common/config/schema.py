@@ -80,14 +80,56 @@ class SamplingConfig(Section):
 class BusConfig(Section):
     """The log between the services."""
 
-    kind: Literal["sqlite"] = "sqlite"
-    """`sqlite`: one file, several processes of one machine."""
+    kind: Literal["sqlite", "kafka"] = "sqlite"
+    """`sqlite`: one file, several processes of one machine. `kafka`: an Apache Kafka, named by `servers`."""
     path: FilePath | None = None
     """The SQLite file. Default: `bus.sqlite` in the run's folder."""
+    servers: str = ""
+    """Kafka brokers to begin with: `host:port`, several with commas between them."""
+    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,150}$")] = ""
+    """What the names of the run's topics begin with. Default: `palimpsest.ID.`, ID being the run's."""
     task_partitions: Positive = 8
     """Partitions of `tasks`: at most so many rollout workers share the work."""
     trajectory_partitions: Positive = 4
     """Partitions of `trajectories`."""
+    replicas: Positive = 1
+    """Copies of each partition (Kafka); 3 where a broker may be lost."""
+    min_insync_replicas: Positive = 1
+    """Copies that must have a record before it counts as written (Kafka); 2 of 3 replicas."""
+    retention_hours: PositiveFloat = 168.0
+    """How long records are kept (Kafka): longer than any pause of the run."""
+    max_record_bytes: Annotated[int, Field(ge=65536)] = 1048576
+    """Longest record on the log itself (Kafka): the topics' `max.message.bytes`."""
+    claim_bytes: Annotated[int, Field(ge=1024)] = 524288
+    """A longer body travels through the snapshot store, and the record carries its digest (Kafka)."""
+    outage_limit_s: PositiveFloat = 600.0
+    """An outage of the log that lasts longer ends the process (Kafka); until then it waits and tries again."""
+    security: Literal["plaintext", "tls", "sasl_plaintext", "sasl_tls"] = "plaintext"
+    """How brokers are spoken to. User and password: PALIMPSEST_KAFKA_USERNAME, PALIMPSEST_KAFKA_PASSWORD."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    """How the user is proven to the broker, with `sasl_plaintext` and `sasl_tls`."""
+    ca_file: FilePath | None = None
+    """Certificates (PEM) that the brokers' are checked against. Default: the system's."""
+    certificate_file: FilePath | None = None
+    """Our own certificate (PEM), for brokers that ask for one."""
+    key_file: FilePath | None = None
+    """Its private key (PEM)."""
+
+    @model_validator(mode="after")
+    def _kafka_is_named(self) -> "BusConfig":
+        if self.kind == "kafka" and not self.servers:
+            raise ValueError("bus.kind is kafka, so bus.servers must name a broker, for example localhost:9092")
+        if self.claim_bytes >= self.max_record_bytes:
+            raise ValueError(
+                f"bus.claim_bytes ({self.claim_bytes}) must be below bus.max_record_bytes ({self.max_record_bytes}): "
+                f"a record that is not sent as a claim has to fit into one message, its headers included"
+            )
+        if self.min_insync_replicas > self.replicas:
+            raise ValueError(
+                f"bus.min_insync_replicas ({self.min_insync_replicas}) is more than bus.replicas ({self.replicas}): "
+                f"nothing could ever be written"
+            )
+        return self
 
 
 class SnapshotStoreConfig(Service):
@@ -95,12 +137,41 @@ class SnapshotStoreConfig(Service):
 
     url: str = ""
     """Where the others reach it. Default: http://host:port."""
+    storage: Literal["folder", "s3"] = "folder"
+    """`folder`: on this machine's disk. `s3`: MinIO or any S3, named by `endpoint`."""
     folder: FilePath | None = None
     """Where versions are kept. Default: `snapshots` in the run's folder."""
+    endpoint: str = ""
+    """The S3's address, for example http://localhost:9000. Credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+    or MINIO_ACCESS_KEY and MINIO_SECRET_KEY, or the usual credential files."""
+    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "palimpsest"
+    """Bucket that versions are kept in."""
+    create_bucket: bool = False
+    """Make the bucket if it is missing."""
+    prefix: str = ""
+    """What the objects' names begin with. Default: `ID/`, ID being the run's."""
+    region: str = "us-east-1"
+    """The bucket's region."""
+    path_style: bool = True
+    """Bucket in the path (MinIO, most S3 besides Amazon's); false: in the host name."""
+    ca_file: FilePath | None = None
+    """Certificates (PEM) that the S3's is checked against. Default: the system's."""
+    presign: bool = True
+    """Readers get a presigned address and read from the S3 themselves; false: through the store."""
+    presigned_s: Annotated[int, Field(ge=10, le=604800)] = 3600
+    """How long such an address holds."""
+    claims_keep_hours: PositiveFloat = 192.0
+    """Bodies of long log records are removed after this time: longer than bus.retention_hours."""
     compression: Annotated[int, Field(ge=1, le=19)] = 3
     """zstd level for stored weights."""
     sweep_s: PositiveFloat = 2.0
     """Seconds between two looks for versions that no lease holds any more."""
+
+    @model_validator(mode="after")
+    def _s3_is_named(self) -> "SnapshotStoreConfig":
+        if self.storage == "s3" and not self.endpoint:
+            raise ValueError("snapshot_store.storage is s3, so snapshot_store.endpoint must name it")
+        return self
 
 
 class EnvGatewayConfig(Service):
@@ -216,6 +287,11 @@ class RunConfig(Section):
                 f"learner.minibatches ({self.learner.minibatches}) is more than "
                 f"learner.groups_per_batch ({self.learner.groups_per_batch}): some would be empty"
             )
+        if self.snapshot_store.claims_keep_hours <= self.bus.retention_hours:
+            raise ValueError(
+                f"snapshot_store.claims_keep_hours ({self.snapshot_store.claims_keep_hours}) must be more than "
+                f"bus.retention_hours ({self.bus.retention_hours}): records would outlive their bodies"
+            )
         return self
 
     @property
@@ -227,6 +303,16 @@ class RunConfig(Section):
     def gateway_url(self) -> str:
         """Where the environment gateway answers."""
         return self.env_gateway.url or f"http://{self.env_gateway.host}:{self.env_gateway.port}"
+
+    @property
+    def topic_prefix(self) -> str:
+        """What the names of the run's topics begin with."""
+        return self.bus.topic_prefix or f"palimpsest.{self.run.id}."
+
+    @property
+    def object_prefix(self) -> str:
+        """What the names of the run's objects begin with."""
+        return self.snapshot_store.prefix or f"{self.run.id}/"
 
     @property
     def bus_path(self) -> Path:
