@@ -1,7 +1,7 @@
 """Restartable state of the learner: whole or not there.
 
-    checkpoints/00000012/state.safetensors   masters and moments, float32
-    checkpoints/00000012/manifest.json       written last: without it the folder does not count
+    checkpoints/00000012-00000003/state.safetensors   masters and moments, float32
+    checkpoints/00000012-00000003/manifest.json       written last: without it the folder does not count
 
 The manifest holds the digest of the state, the ledger, and the offsets from which the log is read again. So a
 checkpoint is a consistent cut: what the weights have learnt from, and nothing else, is counted as trained in it.
@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import torch
 from blake3 import blake3
-from msgspec import Struct
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -21,32 +20,7 @@ from common import faults
 from common.files import sync_folder, write
 from common.logs import logger
 from common.versions import Version
-from services.learner.planner import LedgerState
-
-SCHEMA = 1
-_STATE, _MANIFEST = "state.safetensors", "manifest.json"
-
-
-class Progress(Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything of a checkpoint but the tensors."""
-
-    schema: int
-    run: str
-    version: Version
-    digest: str
-    """Of the weights published, or about to be, under that version."""
-    trained_versions: int
-    optimizer_steps: int
-    ledger: LedgerState
-    offsets: dict[int, int]
-    """Topic `trajectories`: where reading starts again."""
-    task_offsets: dict[int, int]
-    """Topic `tasks`: where the groups the ledger knows end."""
-    history_bytes: int
-    """Length of history.jsonl."""
-    seconds: float
-    """Of running, over all processes that took part."""
-    state_digest: str = ""
+from services.learner.progress import MANIFEST, SCHEMA, STATE, Progress, complete, folder_name, read_progress
 
 
 class NoCheckpoint(LookupError):
@@ -65,19 +39,19 @@ class Checkpoints:
         One that already stands for this version is left alone: what the ledger has learnt since is on the log and
         will be read again.
         """
-        folder = self._folder / f"{progress.version:08d}"
-        if (folder / _MANIFEST).exists():
+        folder = self._folder / folder_name(progress.version, progress.writer)
+        if (folder / MANIFEST).exists():
             return
         body = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         sealed = msgspec.structs.replace(progress, state_digest=blake3(body).hexdigest())
         if folder.exists():
             shutil.rmtree(folder)  # of an attempt that was not finished
-        write(folder / _STATE, body)
+        write(folder / STATE, body)
         faults.reach("learner.inside_checkpoint")
-        write(folder / _MANIFEST, msgspec.json.encode(sealed))
+        write(folder / MANIFEST, msgspec.json.encode(sealed))
         sync_folder(self._folder)
-        for old in self._complete()[: -self._keep]:
-            (old / _MANIFEST).unlink()  # first: a folder half removed must not count
+        for old in complete(self._folder)[: -self._keep]:
+            (old / MANIFEST).unlink()  # first: a folder half removed must not count
             shutil.rmtree(old)
 
     def newest(self) -> tuple[Progress, dict[str, torch.Tensor]]:
@@ -86,10 +60,10 @@ class Checkpoints:
         A damaged one is passed over, loudly: the one before it is a consistent state too, and the log still holds what
         came in between.
         """
-        for folder in reversed(self._complete()):
+        for folder in reversed(complete(self._folder)):
             try:
-                progress = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Progress)
-                body = (folder / _STATE).read_bytes()
+                progress = read_progress(folder)
+                body = (folder / STATE).read_bytes()
             except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 logger().error("checkpoint passed over", folder=str(folder), reason=str(error))
                 continue
@@ -101,10 +75,5 @@ class Checkpoints:
 
     def oldest_version(self) -> Version | None:
         """Version of the oldest one kept."""
-        complete = self._complete()
-        return Version(int(complete[0].name)) if complete else None
-
-    def _complete(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        return sorted(f for f in self._folder.iterdir() if f.name.isdigit() and (f / _MANIFEST).is_file())
+        oldest = next(iter(complete(self._folder)), None)
+        return read_progress(oldest).version if oldest else None

@@ -22,12 +22,13 @@ from common.versions import Version
 from services.learner import metrics
 from services.learner.advantages import group_advantages
 from services.learner.batching import Row
-from services.learner.checkpoint import SCHEMA, Checkpoints, NoCheckpoint, Progress
+from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.describe import Batch, describe, observe
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.model import Trainee
 from services.learner.planner import Batched, Planner
+from services.learner.progress import SCHEMA, Progress
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
@@ -274,6 +275,7 @@ class Loop:
             Progress(
                 schema=SCHEMA,
                 run=self._run,
+                writer=0,
                 version=self._version,
                 digest=self._digest,
                 trained_versions=self._trained_versions,

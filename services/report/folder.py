@@ -30,6 +30,7 @@ from common.messages import (
 from common.refusal import ExitCode, Refusal
 from common.trajectory import trainable
 from services.learner.planner import LedgerState
+from services.learner.progress import MANIFEST, complete
 from services.local.runs import SAVED
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
@@ -135,9 +136,9 @@ def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whose manifest can be read; None if there is none."""
-    for manifest in sorted(folder.glob("*/manifest.json"), reverse=True):
+    for checkpoint in reversed(complete(folder)):
         try:
-            return msgspec.json.decode(manifest.read_bytes(), type=Checkpoint)
+            return msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=Checkpoint)
         except (OSError, msgspec.DecodeError):
             continue  # swept just now, or damaged: the learner passes it over as well, and says so
     return None

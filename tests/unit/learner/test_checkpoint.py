@@ -10,9 +10,10 @@ import torch
 
 from common import faults
 from common.versions import Version
-from services.learner.checkpoint import SCHEMA, Checkpoints, NoCheckpoint, Progress
+from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.history import History
 from services.learner.planner import LedgerState
+from services.learner.progress import SCHEMA, Progress
 
 LEDGER = LedgerState(
     next_index=9,
@@ -28,6 +29,7 @@ def progress(version: int) -> Progress:
     return Progress(
         schema=SCHEMA,
         run="test",
+        writer=0,
         version=Version(version),
         digest="d",
         trained_versions=version,
@@ -57,7 +59,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert checkpoints.oldest_version() is None
     for version in range(1, 6):
         checkpoints.save(progress(version), tensors(version))
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["00000004", "00000005"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["00000004-00000000", "00000005-00000000"]
     assert checkpoints.oldest_version() == 4
     assert checkpoints.newest()[0].version == 5
 
@@ -70,9 +72,9 @@ def test_without_any_there_is_nothing_to_start_from(tmp_path: Path) -> None:
 def test_one_that_stands_is_never_taken_apart_again(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(progress(3), tensors(3))
-    written = (tmp_path / "00000003" / "manifest.json").stat().st_mtime_ns
+    written = (tmp_path / "00000003-00000000" / "manifest.json").stat().st_mtime_ns
     checkpoints.save(progress(3), tensors(4))
-    assert (tmp_path / "00000003" / "manifest.json").stat().st_mtime_ns == written
+    assert (tmp_path / "00000003-00000000" / "manifest.json").stat().st_mtime_ns == written
     assert torch.equal(checkpoints.newest()[1]["0.master"], tensors(3)["0.master"])
 
 
@@ -88,7 +90,7 @@ def test_one_that_was_being_written_at_a_kill_does_not_count(tmp_path: Path) -> 
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "00000002").exists()
+    assert (tmp_path / "00000002-00000000").exists()
     assert checkpoints.newest()[0].version == 1
     checkpoints.save(progress(2), tensors(2))  # the same version again, now whole
     assert checkpoints.newest()[0].version == 2
@@ -99,7 +101,10 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path: Path, damage:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for version in (1, 2):
         checkpoints.save(progress(version), tensors(version))
-    state, manifest = tmp_path / "00000002" / "state.safetensors", tmp_path / "00000002" / "manifest.json"
+    state, manifest = (
+        tmp_path / "00000002-00000000" / "state.safetensors",
+        tmp_path / "00000002-00000000" / "manifest.json",
+    )
     match damage:
         case "flip a byte of the state":
             body = bytearray(state.read_bytes())

@@ -20,6 +20,7 @@ from common.messages import (
 )
 from common.refusal import Refusal
 from common.versions import Version
+from services.learner.progress import folder_name
 from services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
 from tests.builders import SAMPLING, a_finished
 from tests.unit.services.lines import a_line
@@ -43,7 +44,7 @@ def write_checkpoint(folder: Path, version: int, history_bytes: int) -> Path:
     ledger = {
         "next_index": 1, "open_groups": {}, "trained": 2 * version, "dropped": {}, "dead_lettered": 0, "offered": 40,
     }  # fmt: skip
-    manifest = folder / "checkpoints" / f"{version:08d}" / "manifest.json"
+    manifest = folder / "checkpoints" / folder_name(Version(version), 1) / "manifest.json"
     manifest.parent.mkdir(parents=True)
     body = {"schema": 1, "ledger": ledger, "history_bytes": history_bytes, "seconds": 12.0, "version": version}
     manifest.write_bytes(msgspec.json.encode(body))
