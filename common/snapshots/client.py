@@ -4,12 +4,12 @@ Tensors pass one at a time in both directions, so that memory holds one tensor, 
 checked against its digest before it is handed on.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, cast
 
@@ -18,6 +18,7 @@ import msgspec
 from blake3 import blake3
 
 from common.files import named
+from common.snapshots.calls import CHUNK, Calls, NotThere, StoreUnavailable, expect
 from common.snapshots.codec import Bytes, decode_base, encode_base
 from common.snapshots.manifest import (
     ITEMSIZE,
@@ -32,11 +33,17 @@ from common.snapshots.manifest import (
 )
 from common.versions import Version
 
-TRIES = 8
-FIRST_PAUSE_S = 0.2
-"""Before the second try; doubles, up to LONGEST_PAUSE_S."""
-LONGEST_PAUSE_S = 5.0
-CHUNK = 1 << 20
+__all__ = [
+    "ClaimMissing",
+    "RawTensor",
+    "SnapshotClient",
+    "StoreUnavailable",
+    "VersionConflict",
+    "VersionMissing",
+]
+
+PATIENCE_S = 120.0
+"""An outage of the store, or of the S3 behind it, that is shorter costs time only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +64,28 @@ class VersionConflict(Exception):
     """The store already holds other weights under this number."""
 
 
-class StoreUnavailable(Exception):
-    """The store did not answer in the time allowed."""
+class ClaimMissing(LookupError):
+    """The store does not hold this body (any more)."""
 
 
 class SnapshotClient:
-    """Talks to one store. Belongs to one thread at a time."""
+    """Talks to one store. Any of its methods may be called from any thread, several at once.
 
-    def __init__(self, url: str, *, compression: int = 3, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(60.0, connect=5.0))
+    `patience_s` is how long a call goes on trying a store that does not answer; `ca_file` is what an S3 that the store
+    sends readers to is checked against.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        compression: int = 3,
+        ca_file: Path | None = None,
+        patience_s: float = PATIENCE_S,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._calls = Calls(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
         self._compression = compression
-        self._sleep = sleep
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +97,7 @@ class SnapshotClient:
 
     def close(self) -> None:
         """Drop the connections."""
-        self._http.close()
+        self._calls.close()
 
     def put(self, run: str, version: Version, tensors: Iterable[RawTensor], canaries: Sequence[Canary]) -> Manifest:
         """Store a version whole. When this returns it can be announced.
@@ -106,19 +124,19 @@ class SnapshotClient:
                 reply = self._send(manifest, file)
         if reply.status_code == 409:
             raise VersionConflict(reply.json()["message"])
-        _expect(reply, 200, 201)
+        expect(reply, 200, 201)
         return manifest
 
     def _send(self, manifest: Manifest, file: IO[bytes]) -> httpx.Response:
         self._send_object(manifest.object, manifest.object_size, file)
-        return self._call(lambda: self._http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
+        return self._calls.call(lambda http: http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
 
     def manifest(self, version: Version) -> Manifest:
         """What stands for a version. Raises VersionMissing, Damaged."""
-        reply = self._call(lambda: self._http.get(f"/v1/versions/{version}"))
+        reply = self._calls.call(lambda http: http.get(f"/v1/versions/{version}"))
         if reply.status_code == 404:
-            raise VersionMissing(f"version {version} is not in the store at {self._http.base_url}")
-        _expect(reply, 200)
+            raise VersionMissing(f"version {version} is not in the store at {self._calls.url}")
+        expect(reply, 200)
         manifest = unseal(reply.content)
         if manifest.version != version:
             raise Damaged(f"version {version} was asked for, the store gave version {manifest.version}")
@@ -126,8 +144,8 @@ class SnapshotClient:
 
     def versions(self) -> list[Version]:
         """Every version in the store, ascending."""
-        reply = self._call(lambda: self._http.get("/v1/versions"))
-        _expect(reply, 200)
+        reply = self._calls.call(lambda http: http.get("/v1/versions"))
+        expect(reply, 200)
         return [Version(entry["version"]) for entry in reply.json()["versions"]]
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
@@ -140,7 +158,26 @@ class SnapshotClient:
     def lease(self, holder: str, lowest: Version) -> None:
         """Keep every version from `lowest` on, until the holder names another."""
         body = msgspec.json.encode({"lowest": lowest})
-        _expect(self._call(lambda: self._http.put(f"/v1/leases/{holder}", content=body)), 200)
+        expect(self._calls.call(lambda http: http.put(f"/v1/leases/{holder}", content=body)), 200)
+
+    def put_claim(self, body: bytes) -> str:
+        """Store the body of a long record; its digest, by which `claim` gives it back.
+
+        Repeating it with the same bytes is harmless, and makes them young again.
+        """
+        digest = blake3(body).hexdigest()
+        expect(self._calls.call(lambda http: http.put(f"/v1/claims/{digest}", content=body)), 201)
+        return digest
+
+    def claim(self, digest: str) -> bytes:
+        """The body of this digest. Raises ClaimMissing, Damaged."""
+        try:
+            body = b"".join(self._calls.body(f"/v1/claims/{digest}"))
+        except NotThere:
+            raise ClaimMissing(f"the body {digest} is not in the store at {self._calls.url}") from None
+        if blake3(body).hexdigest() != digest:
+            raise Damaged(f"the body {digest[:12]}: its {len(body)} bytes contradict its digest")
+        return body
 
     def _encode(self, tensors: Iterable[RawTensor], file: IO[bytes]) -> tuple[list[TensorEntry], str, int]:
         entries: list[TensorEntry] = []
@@ -155,55 +192,21 @@ class SnapshotClient:
         return entries, hasher.hexdigest(), start
 
     def _send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
-        def send() -> httpx.Response:
+        def send(http: httpx.Client) -> httpx.Response:
             file.seek(0)
-            return self._http.put(
+            return http.put(
                 f"/v1/objects/{digest}",
                 content=iter(lambda: file.read(CHUNK), b""),
                 headers={"Content-Length": str(size)},
             )
 
-        _expect(self._call(send), 200, 201)
+        expect(self._calls.call(send), 200, 201)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:
-        """The object's bytes. A connection that breaks is taken up where it broke: objects never change."""
-        had, tries, problem = 0, 0, ""
-        while tries < TRIES:
-            if tries:
-                self._sleep(_pause_s(tries))
-            tries += 1
-            try:
-                with self._http.stream("GET", f"/v1/objects/{manifest.object}") as reply:
-                    if reply.status_code == 404:
-                        raise VersionMissing(f"version {manifest.version}: its weights are no longer in the store")
-                    if reply.status_code == 200:
-                        at = 0
-                        for chunk in reply.iter_bytes(CHUNK):
-                            new, at = chunk[max(0, had - at) :], at + len(chunk)
-                            if new:
-                                had, tries = had + len(new), 0
-                                yield new
-                        return
-                    problem = str(reply.status_code)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-        raise StoreUnavailable(f"GET /v1/objects/{manifest.object}: no answer {TRIES} times: {problem}")
-
-    def _call(self, send: Callable[[], httpx.Response]) -> httpx.Response:
-        error: Exception | None = None
-        for attempt in range(TRIES):
-            if attempt:
-                self._sleep(_pause_s(attempt))
-            try:
-                reply = send()
-                if reply.status_code < 500:
-                    return reply
-                error = _failure(reply)
-            except httpx.TransportError as broken:
-                error = StoreUnavailable(f"{type(broken).__name__}: {broken}")
-        if isinstance(error, OSError):
-            raise error
-        raise StoreUnavailable(f"the snapshot store at {self._http.base_url} did not answer {TRIES} times: {error}")
+        try:
+            yield from self._calls.body(f"/v1/objects/{manifest.object}")
+        except NotThere:
+            raise VersionMissing(f"version {manifest.version}: its weights are no longer in the store") from None
 
 
 class _Frames:
@@ -227,10 +230,6 @@ class _Frames:
         return frame
 
 
-def _pause_s(tries: int) -> float:
-    return min(FIRST_PAUSE_S * 2.0 ** (tries - 1), LONGEST_PAUSE_S)
-
-
 def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
     try:
         raw = decode_base(frame, itemsize=ITEMSIZE[entry.dtype], size=entry.size)
@@ -239,18 +238,3 @@ def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
     if blake3(raw.data).hexdigest() != entry.digest:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: its bytes contradict its digest")
     return RawTensor(entry.name, entry.dtype, entry.shape, raw)
-
-
-def _failure(reply: httpx.Response) -> OSError | StoreUnavailable:
-    """What a 5xx says: a full disk of the store is a full disk here, too."""
-    if reply.status_code == 507:
-        said = reply.json()
-        return OSError(said["errno"], os.strerror(said["errno"]), said["path"])
-    return StoreUnavailable(f"{reply.status_code} {reply.text[:200]}")
-
-
-def _expect(reply: httpx.Response, *codes: int) -> None:
-    if reply.status_code not in codes:
-        raise StoreUnavailable(
-            f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text[:300]}"
-        )

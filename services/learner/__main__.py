@@ -28,7 +28,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
     ranks = Ranks()
     model = load_model(config.model.path, ranks.device, config.model.attention)
     trainee = Trainee(model, config.learner.optimizer)
-    with SnapshotClient(config.store_url, compression=config.snapshot_store.compression) as store:
+    kept = config.snapshot_store
+    with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
         source = SnapshotSource(model, store, ranks.device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc())
 
         def compute(order: Order) -> Trained:

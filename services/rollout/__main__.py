@@ -38,7 +38,7 @@ async def _work(config: RunConfig, stop: Stop) -> None:
         connections=rollout.max_live,
     )
     async with sessions:
-        with SnapshotClient(config.store_url) as store:
+        with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
             weights = Weights(
                 engine,
                 store,

@@ -1,0 +1,17 @@
+"""What another's certificate is checked against."""
+
+import ssl
+from pathlib import Path
+
+from common.refusal import Refusal
+
+
+def trusting(ca_file: Path | None, *, key: str) -> ssl.SSLContext:
+    """A context that trusts the certificates in this file, or else the system's. Refusal names the configuration key."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one, too
+        raise Refusal(
+            f"{key} = {str(ca_file)!r} holds no certificates that can be used ({error.strerror or error}): name a PEM "
+            f"file with the certificate of the authority that signed the server's"
+        ) from None
