@@ -6,13 +6,14 @@ tests/contract/golden keep old ones readable. docs/messages.md lists the fields.
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec import Struct
 
 from common.bus.port import Record
 from common.trajectory import Segment
+from common.unusable import Cause, Unusable
 from common.versions import Version
 
 TASKS = "tasks"
@@ -20,6 +21,8 @@ TRAJECTORIES = "trajectories"
 CONTROL = "control"
 WORKERS = "workers"
 DEAD_LETTERS = "dead_letters"
+REPLAYED = "replayed"
+"""Header of a dead letter that was sent to its topic again: where the letter stands, `partition/offset`."""
 TOPICS = (TASKS, TRAJECTORIES, CONTROL, WORKERS, DEAD_LETTERS)
 
 
@@ -167,16 +170,22 @@ class VersionApplied(Struct, frozen=True, forbid_unknown_fields=True, tag="versi
     """Trajectories in flight during the update."""
 
 
-class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_letter/1"):
+class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_letter/2"):
     """A record that could not be used, whole. Topic `dead_letters`, key = the original's."""
 
     run: str
+    """Of the reader that buried it."""
     topic: str
     partition: int
     offset: int
     key: str
+    headers: dict[str, str]
     body: bytes
+    cause: Cause
     reason: str
+    """What was wrong, for a person."""
+    buried_at: float
+    """Unix seconds, for displays only."""
 
 
 Trajectory = TrajectoryFinished | TrajectoryDropped
@@ -184,18 +193,27 @@ Control = VersionPublished | RunFinished
 FromWorker = WorkerAlive | VersionApplied
 
 
-class Undecodable(ValueError):
+class Undecodable(Unusable):
     """Bytes on the log that are not a record of this topic; the message says why."""
 
 
-_DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
-    TASKS: msgspec.msgpack.Decoder(GroupOffered),
-    TRAJECTORIES: msgspec.msgpack.Decoder(Trajectory),
-    CONTROL: msgspec.msgpack.Decoder(Control),
-    WORKERS: msgspec.msgpack.Decoder(FromWorker),
-    DEAD_LETTERS: msgspec.msgpack.Decoder(DeadLetter),
+class _Tagged(Struct):
+    """Of any record, its tag."""
+
+    type: str
+
+
+_KINDS: dict[str, Any] = {
+    TASKS: GroupOffered,
+    TRAJECTORIES: Trajectory,
+    CONTROL: Control,
+    WORKERS: FromWorker,
+    DEAD_LETTERS: DeadLetter,
 }
+_DECODERS = {topic: msgspec.msgpack.Decoder(kinds) for topic, kinds in _KINDS.items()}
+_TAGS = {topic: {kind.__struct_config__.tag for kind in get_args(kinds) or (kinds,)} for topic, kinds in _KINDS.items()}
 _encoder = msgspec.msgpack.Encoder()
+_tags = msgspec.msgpack.Decoder(_Tagged)
 
 
 def encode(record: Struct) -> bytes:
@@ -208,12 +226,36 @@ def decode(topic: str, body: bytes) -> Any:
     try:
         return _DECODERS[topic].decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Undecodable(f"{topic}: {error}") from error
+        tag = _tag(body)
+        if tag is not None and tag not in _TAGS[topic]:
+            raise Undecodable(
+                Cause.UNKNOWN_SCHEMA, f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}"
+            ) from error
+        raise Undecodable(Cause.UNDECODABLE, f"{topic}: {error}") from error
 
 
-def dead_letter(run: str, record: Record, reason: str) -> DeadLetter:
-    """The dead letter of a record that cannot be used."""
-    return DeadLetter(run, record.topic, record.partition, record.offset, record.key, record.body, reason)
+def dead_letter(run: str, record: Record, error: Unusable, *, now: float) -> DeadLetter:
+    """The dead letter of a record that cannot be used. `now`: Unix seconds."""
+    return DeadLetter(
+        run=run,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key=record.key,
+        headers=dict(record.headers),
+        body=record.body,
+        cause=error.cause,
+        reason=str(error),
+        buried_at=now,
+    )
+
+
+def _tag(body: bytes) -> str | None:
+    """What kind of record the bytes say they are; None where they say nothing."""
+    try:
+        return _tags.decode(body).type
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the fields passed over may be nested garbage
+        return None
 
 
 def trajectory_id(group: str, sample: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from common.arrays import Float32Array, Int32Array, unpack_float32
+from common.unusable import Cause, Unusable
 from common.versions import UNTRAINABLE, Version
 
 
@@ -28,7 +29,7 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
         return self.stop - self.start
 
 
-class Malformed(ValueError):
+class Malformed(Unusable):
     """A trajectory that contradicts itself; the message says where."""
 
 
@@ -38,23 +39,24 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
     for i, segment in enumerate(segments):
         where = f"segment {i} [{segment.start}, {segment.stop}) of version {segment.version}"
         if segment.version < 0:
-            raise Malformed(f"{where}: versions start at 0")
+            raise Malformed(Cause.NEGATIVE_VERSION, f"{where}: versions start at 0")
         if segment.start < end:
-            raise Malformed(f"{where}: starts before token {end}, where the one before it ends")
+            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the one before it ends")
         if segment.stop <= segment.start:
-            raise Malformed(f"{where}: holds no token")
+            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: holds no token")
         if segment.stop > tokens:
-            raise Malformed(f"{where}: ends after the last of {tokens} tokens")
+            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: ends after the last of {tokens} tokens")
         if len(segment.behavior_logprobs) != 4 * len(segment):
             raise Malformed(
+                Cause.LENGTH_MISMATCH,
                 f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs "
-                f"(4 a token are due)"
+                f"(4 a token are due)",
             )
         logprobs = unpack_float32(segment.behavior_logprobs)
         if not np.isfinite(logprobs).all():
-            raise Malformed(f"{where}: a behavior log-prob is not finite")
+            raise Malformed(Cause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
         if (logprobs > 1e-3).any():  # a little above 0 is rounding in the engine's log-softmax
-            raise Malformed(f"{where}: a behavior log-prob is above 0")
+            raise Malformed(Cause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
         end = segment.stop
 
 

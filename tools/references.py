@@ -115,10 +115,11 @@ def wire() -> str:
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
         (
             "Token and log-prob arrays are packed little-endian (int32, float32). This page is made from "
-            "common/messages.py and common/trajectory.py by `make docs`."
+            "common/messages.py, common/trajectory.py and common/unusable.py by `make docs`."
         ),
     ]
-    for module, names in ((messages, None), (importlib.import_module("common.trajectory"), {"Segment"})):
+    beside = (("common.trajectory", {"Segment"}), ("common.unusable", {"Cause"}))
+    for module, names in ((messages, None), *((importlib.import_module(name), names) for name, names in beside)):
         for node in _classes(module, names):
             parts += _record(node, module)
     return "\n\n".join(parts) + "\n"
@@ -127,7 +128,9 @@ def wire() -> str:
 def _classes(module: ModuleType, names: set[str] | None) -> Iterator[ast.ClassDef]:
     tree = ast.parse(Path(str(module.__file__)).read_text())
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and (names is None or node.name in names) and node.name != "Undecodable":
+        if not isinstance(node, ast.ClassDef) or node.name == "Undecodable" or node.name.startswith("_"):
+            continue
+        if names is None or node.name in names:
             yield node
 
 

@@ -1,10 +1,12 @@
 """The learner's reading of the log: trajectories in, every one accounted for.
 
 A record is checked before anything is made of it. One that cannot be used goes to `dead_letters` whole, with the
-reason, and the run goes on. One that was seen before is passed over: delivery is at least once, the effect once.
+cause, and the run goes on. One that was seen before is passed over: delivery is at least once, the effect once. Only
+what ended as a dead letter is taken up again when a sound record of it comes in time.
 """
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from common.frontier import Frontier
 from common.logs import logger
 from common.messages import (
     DEAD_LETTERS,
+    REPLAYED,
     TASKS,
     TRAJECTORIES,
     GroupOffered,
@@ -28,12 +31,14 @@ from common.messages import (
 )
 from common.refusal import ExitCode, Refusal
 from common.trajectory import Malformed, check
+from common.unusable import FOREIGN, Cause, Unusable
 from common.versions import Version
 from services.learner import metrics
 from services.learner.planner import Arrival, Planner
 from services.learner.tasks import task
 
 POLL_RECORDS = 512
+TAKEN = (Arrival.NEW, Arrival.REVIVED)
 MOST_TOKENS = 1 << 24
 """A trajectory longer than this is garbage."""
 
@@ -50,10 +55,6 @@ class Arrived:
     def oldest(self) -> Version | None:
         """Lowest version among its tokens; None if nothing was sampled."""
         return min((segment.version for segment in self.record.segments), default=None)
-
-
-class _Foreign(Malformed):
-    """A sound record that has no place in this run."""
 
 
 class Intake:
@@ -135,11 +136,25 @@ class Intake:
                 self._frontier.read(record.partition, record.offset)
                 try:
                     self._take(record, newest)
-                except (Undecodable, Malformed) as error:
-                    self._bury(record, error)
+                except Unusable as error:
+                    self.bury(record, error)
             if len(records) < POLL_RECORDS:
                 break
             timeout_s = 0.0
+
+    def bury(self, record: Record, error: Unusable) -> None:
+        """Keep a record that cannot be used, whole, with its cause; the run goes on without it."""
+        logger().warning(
+            "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
+            cause=error.cause.value, reason=str(error),
+        )  # fmt: skip
+        letter = dead_letter(self._run, record, error, now=time.time())
+        self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
+        self._frontier.resolve(record.partition, record.offset)
+        metrics.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
+        if error.cause not in FOREIGN:
+            # the worker names the trajectory in a header, so that the ledger knows which one is lost
+            self._planner.dead_letter(record.key, record.headers.get("trajectory", ""))
 
     def resolve(self, arrived: Arrived) -> None:
         """The trajectory's record needs no further attention."""
@@ -162,33 +177,32 @@ class Intake:
     def _take(self, record: Record, newest: Version) -> None:
         message: TrajectoryFinished | TrajectoryDropped = decode(TRAJECTORIES, record.body)
         if message.run != self._run:
-            raise _Foreign(f"it is of run {message.run}")
+            raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, TrajectoryDropped):
             known = self._planner.drop(message.group, message.trajectory, message.reason)
-            if known is Arrival.NEW:
+            if known in TAKEN:
                 metrics.DROPPED.labels(message.reason.value).inc()
         else:
             check_finished(message, newest)
             arrived = Arrived(message, record.partition, record.offset)
             known = self._planner.arrive(message.group, message.trajectory, arrived)
-            if known is Arrival.NEW:
+            if known in TAKEN:
                 self.arrived[message.trajectory] = arrived
                 self.sampled_tokens += sum(map(len, message.segments))
-                return
         if known is Arrival.UNKNOWN:
-            raise _Foreign(f"trajectory {message.trajectory} was never offered in this run")
-        if known is Arrival.DUPLICATE:
-            metrics.DUPLICATES.inc()
-        self._frontier.resolve(record.partition, record.offset)
+            raise Unusable(Cause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run")
+        self._say(known, message, record)
+        if known is Arrival.DUPLICATE or isinstance(message, TrajectoryDropped):
+            self._frontier.resolve(record.partition, record.offset)
 
-    def _bury(self, record: Record, error: ValueError) -> None:
-        logger().warning("dead letter", partition=record.partition, offset=record.offset, reason=str(error))
-        self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(dead_letter(self._run, record, str(error))))])
-        self._frontier.resolve(record.partition, record.offset)
-        metrics.DEAD_LETTERED.inc()
-        if not isinstance(error, _Foreign):
-            # the worker names the trajectory in a header, so that the ledger knows which one is lost
-            self._planner.dead_letter(record.key, record.headers.get("trajectory", ""))
+    def _say(self, known: Arrival, message: TrajectoryFinished | TrajectoryDropped, record: Record) -> None:
+        replayed = {REPLAYED: record.headers[REPLAYED]} if REPLAYED in record.headers else {}
+        if known is Arrival.REVIVED:
+            logger().info("dead letter made good", trajectory=message.trajectory, offset=record.offset, **replayed)
+        elif known is Arrival.DUPLICATE:
+            metrics.DUPLICATES.inc()
+            group = "open" if self._planner.is_open(message.group) else "closed"
+            logger().info("duplicate", trajectory=message.trajectory, offset=record.offset, group=group, **replayed)
 
     def _adopt(self, task_offsets: Mapping[int, int], now: float) -> None:
         """Groups offered after the checkpoint are on the log of tasks: take them over in their order."""
@@ -216,17 +230,21 @@ class Intake:
 def check_finished(message: TrajectoryFinished, newest: Version) -> None:
     """Raise Malformed unless everything that training relies on holds."""
     if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
-        raise Malformed(f"{len(message.tokens)} bytes are no array of 4-byte tokens")
+        raise Malformed(Cause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
     tokens = unpack_int32(message.tokens)
     if tokens.min() < 0:
-        raise Malformed("a token is negative")
+        raise Malformed(Cause.OUT_OF_RANGE, "a token is negative")
     check(message.segments, len(tokens))
     for segment in message.segments:
         if segment.version > newest:
-            raise Malformed(f"a segment is of version {segment.version}, the newest published is {newest}")
+            raise Malformed(
+                Cause.UNKNOWN_VERSION, f"a segment is of version {segment.version}, the newest published is {newest}"
+            )
         if segment.start == 0:
-            raise Malformed("the first token is sampled: nothing predicts it")
-    if not (math.isfinite(message.reward) and 0 <= message.reward <= 1):
-        raise Malformed(f"reward {message.reward} is outside [0, 1]")
-    if not (math.isfinite(message.temperature) and message.temperature > 0):
-        raise Malformed(f"temperature {message.temperature} is not above 0")
+            raise Malformed(Cause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+    if not (math.isfinite(message.reward) and math.isfinite(message.temperature)):
+        raise Malformed(Cause.NOT_FINITE, f"reward {message.reward} or temperature {message.temperature} is no number")
+    if not 0 <= message.reward <= 1:
+        raise Malformed(Cause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")
+    if message.temperature <= 0:
+        raise Malformed(Cause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")

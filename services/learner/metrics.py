@@ -11,7 +11,9 @@ OFFERED = Counter("palimpsest_learner_offered_trajectories", "Trajectories offer
 DROPPED = Counter(
     "palimpsest_learner_dropped_trajectories", "Trajectories dropped, by reason", ["reason"], registry=REGISTRY
 )
-DEAD_LETTERED = Counter("palimpsest_learner_dead_letters", "Records that could not be used", registry=REGISTRY)
+DEAD_LETTERS = Counter(
+    "palimpsest_learner_dead_letters", "Records that could not be used", ["cause", "topic"], registry=REGISTRY
+)
 DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories that came again", registry=REGISTRY)
 PENDING = Gauge("palimpsest_learner_pending_trajectories", "Offered and not resolved", registry=REGISTRY)
 WAITING = Gauge("palimpsest_learner_waiting_trajectories", "Arrived and not yet trained on", registry=REGISTRY)

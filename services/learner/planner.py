@@ -28,6 +28,8 @@ class Arrival(StrEnum):
     """What the ledger makes of a trajectory that was heard of."""
 
     NEW = "new"
+    REVIVED = "revived"
+    """It had ended as a dead letter, and its group can still use it: now it is taken as if it were new."""
     DUPLICATE = "duplicate"
     """Its end is already known."""
     UNKNOWN = "unknown"
@@ -108,14 +110,17 @@ class Planner(Generic[T]):
 
     def arrive(self, group: str, trajectory: str, item: T) -> Arrival:
         """A finished trajectory came back."""
+        revived = self._revive(group, trajectory)
         if (known := self._known(group, trajectory)) is not Arrival.NEW:
             return known
         self._open[group].arrived[_sample(trajectory)] = item
-        return Arrival.NEW
+        return Arrival.REVIVED if revived else Arrival.NEW
 
     def drop(self, group: str, trajectory: str, reason: DropReason) -> Arrival:
         """A trajectory was given up."""
-        return self._end(group, trajectory, reason.value)
+        revived = self._revive(group, trajectory)
+        known = self._end(group, trajectory, reason.value)
+        return Arrival.REVIVED if revived and known is Arrival.NEW else known
 
     def dead_letter(self, group: str, trajectory: str) -> Arrival:
         """A trajectory's record cannot be used."""
@@ -182,6 +187,10 @@ class Planner(Generic[T]):
             "pending": sum(group.pending for group in self._open.values()),
         }
 
+    def is_open(self, group: str) -> bool:
+        """Whether some trajectory of the group is pending."""
+        return group in self._open
+
     def oldest_open(self) -> str | None:
         """The group unresolved for longest."""
         return next(iter(self._open), None)
@@ -215,11 +224,26 @@ class Planner(Generic[T]):
         standing = self._open.get(group)
         sample = _sample(trajectory)
         if standing is None:
-            offered = group[:1] == "g" and group[1:].isdecimal() and int(group[1:]) < self._next_index
-            return Arrival.DUPLICATE if offered and 0 <= sample < self._samples else Arrival.UNKNOWN
+            offered = 0 <= sample < self._samples and self._was_offered(group)
+            return Arrival.DUPLICATE if offered and trajectory == trajectory_id(group, sample) else Arrival.UNKNOWN
         if not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
             return Arrival.UNKNOWN
         return Arrival.DUPLICATE if sample in standing.arrived or sample in standing.ended else Arrival.NEW
+
+    def _was_offered(self, group: str) -> bool:
+        index = int(group[1:]) if group[1:].isdecimal() else -1
+        return 0 <= index < self._next_index and group == group_id(index)
+
+    def _revive(self, group: str, trajectory: str) -> bool:
+        """Take back that a trajectory was lost to a dead letter, while its group is open; whether it was."""
+        standing, sample = self._open.get(group), _sample(trajectory)
+        if trajectory != trajectory_id(group, sample):
+            return False
+        if standing is None or standing.ended.get(sample) != DEAD_LETTERED:
+            return False
+        del standing.ended[sample]
+        self._dead_lettered -= 1
+        return True
 
     def _end(self, group: str, trajectory: str, how: str) -> Arrival:
         if (known := self._known(group, trajectory)) is not Arrival.NEW:

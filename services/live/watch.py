@@ -119,7 +119,7 @@ class Watch:
             try:
                 message = decode(WORKERS, record.body)
             except Undecodable as error:
-                letter = encode(dead_letter(self._run, record, str(error)))
+                letter = encode(dead_letter(self._run, record, error, now=time.time()))
                 self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
                 continue
             if isinstance(message, VersionApplied):

@@ -32,3 +32,6 @@ ATTEMPTS_FAILED = Counter(
     "palimpsest_rollout_failed_attempts", "Sessions that failed, by code", ["code"], registry=REGISTRY
 )
 IDLE_SECONDS = Counter("palimpsest_rollout_idle_seconds", "Seconds without any trajectory in flight", registry=REGISTRY)
+DEAD_LETTERS = Counter(
+    "palimpsest_rollout_dead_letters", "Records that could not be used", ["cause", "topic"], registry=REGISTRY
+)

@@ -15,7 +15,6 @@ from common.messages import (
     TASKS,
     GroupOffered,
     RunFinished,
-    Undecodable,
     VersionApplied,
     VersionPublished,
     WorkerAlive,
@@ -24,6 +23,7 @@ from common.messages import (
     trajectory_id,
 )
 from common.service import Status
+from common.unusable import Cause, Unusable
 from services.rollout import metrics
 from services.rollout.outbox import Outbox
 from services.rollout.reader import Reader
@@ -188,17 +188,24 @@ class Worker:
             await self._commit(tasks)
 
     def _read(self, record: Record, done: Callable[[], None] = lambda: None) -> Any:
-        """The record's message; None when it is not for this run or cannot be read (then it is dead-lettered)."""
+        """The record's message; None when it cannot be used: then it is dead-lettered."""
         try:
             message = decode(record.topic, record.body)
-        except Undecodable as error:
-            logger().error("dead letter", topic=record.topic, offset=record.offset, reason=str(error))
-            self._outbox.put_dead_letter(dead_letter(self._run, record, str(error)), done=done)
-            return None
-        if message.run != self._run:
-            done()
+            if message.run != self._run:
+                raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+        except Unusable as error:
+            self._bury(record, error, done)
             return None
         return message
+
+    def _bury(self, record: Record, error: Unusable, done: Callable[[], None]) -> None:
+        """Keep a record that cannot be used, whole, with its cause; work goes on without it."""
+        logger().error(
+            "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
+            cause=error.cause.value, reason=str(error),
+        )  # fmt: skip
+        self._outbox.put_dead_letter(dead_letter(self._run, record, error, now=time.time()), done=done)
+        metrics.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
 
     async def _begin(self, record: Record) -> None:
         """Start a task's trajectories, each as soon as there is a slot."""

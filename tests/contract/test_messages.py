@@ -38,6 +38,7 @@ from common.messages import (
     encode,
 )
 from common.trajectory import Segment
+from common.unusable import Cause, Unusable
 from common.versions import Version
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,8 +89,9 @@ APPLIED = VersionApplied(
     pause_s=0.05, live=12,
 )  # fmt: skip
 LETTER = DeadLetter(
-    run="first", topic="trajectories", partition=2, offset=99, key="g000007", body=b"\x00\xff", reason="not msgpack"
-)
+    run="first", topic="trajectories", partition=2, offset=99, key="g000007", headers={"trajectory": "g000007/3"},
+    body=b"\x00\xff", cause=Cause.UNDECODABLE, reason="not msgpack", buried_at=1700000000.5,
+)  # fmt: skip
 WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
     "trajectory_finished-1": (TRAJECTORIES, FINISHED),
@@ -98,7 +100,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "run_finished-1": (CONTROL, ENDED),
     "worker_alive-1": (WORKERS, ALIVE),
     "version_applied-1": (WORKERS, APPLIED),
-    "dead_letter-1": (DEAD_LETTERS, LETTER),
+    "dead_letter-2": (DEAD_LETTERS, LETTER),
 }
 """What each golden file holds."""
 
@@ -185,8 +187,9 @@ def test_every_missing_field_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("tag", ["version_published/2", "version_published", "VersionPublished", "", 1, None])
 def test_an_unknown_tag_is_refused(tag: object) -> None:
     for topic, record in WRITTEN.values():
-        with pytest.raises(Undecodable, match=topic):
+        with pytest.raises(Undecodable, match=topic) as refused:
             decode(topic, msgspec.msgpack.encode({**fields(record), "type": tag}))
+        assert refused.value.cause is (Cause.UNKNOWN_SCHEMA if isinstance(tag, str) else Cause.UNDECODABLE)
 
 
 @pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS])
@@ -200,8 +203,9 @@ def test_a_record_without_a_tag_is_refused_where_there_are_several_kinds(topic: 
 def test_a_record_of_another_topic_is_refused() -> None:
     for topic, record in WRITTEN.values():
         for other in set(TOPICS) - {topic}:
-            with pytest.raises(Undecodable):
+            with pytest.raises(Undecodable) as refused:
                 decode(other, encode(record))
+            assert refused.value.cause is Cause.UNKNOWN_SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -249,8 +253,9 @@ def test_bytes_with_more_behind_them_are_refused(name: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(TOPICS), st.binary(max_size=60))
 def test_garbage_is_refused_and_nothing_else_happens(topic: str, body: bytes) -> None:
-    with pytest.raises(Undecodable):
+    with pytest.raises(Undecodable) as refused:
         decode(topic, body)
+    assert refused.value.cause is Cause.UNDECODABLE
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
@@ -265,9 +270,10 @@ def test_very_deep_garbage_is_refused() -> None:
 
 def test_a_dead_letter_keeps_the_record_whole() -> None:
     record = Record("tasks", 3, 17, "g000007", b"\x00\xff", {"trajectory": "x"})
-    assert dead_letter("first", record, "why") == DeadLetter(
-        run="first", topic="tasks", partition=3, offset=17, key="g000007", body=b"\x00\xff", reason="why"
-    )
+    assert dead_letter("first", record, Unusable(Cause.NOT_FINITE, "why"), now=5.5) == DeadLetter(
+        run="first", topic="tasks", partition=3, offset=17, key="g000007", headers={"trajectory": "x"},
+        body=b"\x00\xff", cause=Cause.NOT_FINITE, reason="why", buried_at=5.5,
+    )  # fmt: skip
 
 
 def test_every_member_of_a_topics_union_is_a_kind_of_its_own() -> None:

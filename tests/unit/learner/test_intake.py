@@ -1,11 +1,13 @@
 """The learner's reading of the log: every record accounted for."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from common import logs
 from common.arrays import pack_float32, pack_int32
 from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
@@ -14,6 +16,7 @@ from common.messages import (
     TASKS,
     TOPICS,
     TRAJECTORIES,
+    DeadLetter,
     DropReason,
     GroupOffered,
     TrajectoryDropped,
@@ -23,7 +26,9 @@ from common.messages import (
 )
 from common.refusal import Refusal
 from common.trajectory import Malformed, Segment
+from common.unusable import Cause
 from common.versions import Version
+from services.learner import metrics
 from services.learner.intake import Arrived, Intake, check_finished
 from services.learner.planner import Planner
 from tests.builders import SAMPLING, a_finished, a_segment
@@ -65,9 +70,9 @@ def publish(bus: SqliteBus, *records: TrajectoryFinished | TrajectoryDropped) ->
     bus.publish(TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records])
 
 
-def letters(bus: SqliteBus) -> list[str]:
+def letters(bus: SqliteBus) -> list[DeadLetter]:
     with bus.consumer(DEAD_LETTERS) as consumer:
-        return [decode(DEAD_LETTERS, r.body).reason for r in consumer.poll(limit=99, timeout_s=0)]
+        return [decode(DEAD_LETTERS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
 
 
 def test_offers_stand_on_the_log_with_task_and_version(bus: SqliteBus) -> None:
@@ -151,38 +156,94 @@ def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
 
 finished = a_finished(0, 0)
 segment = finished.segments[0]
-BROKEN = {
-    "a token count that is no whole number": {"tokens": finished.tokens[:-1]},
-    "no tokens": {"tokens": b""},
-    "a negative token": {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])},
-    "a segment beyond the tokens": {"segments": (a_segment(2, 9, 0),)},
-    "overlapping segments": {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))},
-    "too few log-probs": {"segments": (Segment(2, 6, Version(0), pack_float32([-1.0] * 3)),)},
-    "a log-prob that is not a number": {"segments": (a_segment(2, 6, 0, float("nan")),)},
-    "an infinite log-prob": {"segments": (a_segment(2, 6, 0, float("-inf")),)},
-    "a log-prob above 0": {"segments": (a_segment(2, 6, 0, 0.5),)},
-    "a negative version": {"segments": (a_segment(2, 6, -3),)},
-    "a version of the future": {"segments": (a_segment(2, 6, 6),)},
-    "a sampled first token": {"segments": (a_segment(0, 6, 0),)},
-    "a reward above 1": {"reward": 1.5},
-    "a reward below 0": {"reward": -0.1},
-    "a reward that is not a number": {"reward": float("nan")},
-    "a temperature of 0": {"temperature": 0.0},
-}
+BROKEN: dict[str, tuple[Cause, dict[str, object]]] = {
+    "a token count that is no whole number": (Cause.LENGTH_MISMATCH, {"tokens": finished.tokens[:-1]}),
+    "no tokens": (Cause.LENGTH_MISMATCH, {"tokens": b""}),
+    "a negative token": (Cause.OUT_OF_RANGE, {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])}),
+    "a segment beyond the tokens": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 9, 0),)}),
+    "overlapping segments": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))}),
+    "an empty segment": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 2, 0),)}),
+    "too few log-probs": (
+        Cause.LENGTH_MISMATCH, {"segments": (Segment(2, 6, Version(0), pack_float32([-1.0] * 3)),)},
+    ),
+    "a log-prob that is not a number": (Cause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("nan")),)}),
+    "an infinite log-prob": (Cause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("-inf")),)}),
+    "a log-prob above 0": (Cause.OUT_OF_RANGE, {"segments": (a_segment(2, 6, 0, 0.5),)}),
+    "a negative version": (Cause.NEGATIVE_VERSION, {"segments": (a_segment(2, 6, -3),)}),
+    "a version of the future": (Cause.UNKNOWN_VERSION, {"segments": (a_segment(2, 6, 6),)}),
+    "a sampled first token": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(0, 6, 0),)}),
+    "a reward above 1": (Cause.OUT_OF_RANGE, {"reward": 1.5}),
+    "a reward below 0": (Cause.OUT_OF_RANGE, {"reward": -0.1}),
+    "a reward that is not a number": (Cause.NOT_FINITE, {"reward": float("nan")}),
+    "a temperature of 0": (Cause.OUT_OF_RANGE, {"temperature": 0.0}),
+    "an infinite temperature": (Cause.NOT_FINITE, {"temperature": float("inf")}),
+}  # fmt: skip
+
+
+def counted(cause: Cause) -> float:
+    """Records buried for this cause, as Prometheus is told."""
+    return metrics.DEAD_LETTERS.labels(cause.value, TRAJECTORIES)._value.get()
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_poison_is_dead_lettered_and_the_run_goes_on(bus: SqliteBus, what: str) -> None:
+def test_poison_is_dead_lettered_with_its_cause_and_the_run_goes_on(bus: SqliteBus, what: str) -> None:
     intake, planner = started(bus)
-    broken = msgspec.structs.replace(finished, **BROKEN[what])
-    with pytest.raises((Malformed, ValueError)):
+    cause, changes = BROKEN[what]
+    broken, before = msgspec.structs.replace(finished, **changes), counted(cause)
+    with pytest.raises(Malformed):
         check_finished(broken, NEWEST)
     publish(bus, broken, a_finished(0, 1))
     intake.read_all(NEWEST, timeout_s=0)
-    assert len(letters(bus)) == 1
+    (letter,) = letters(bus)
+    assert (letter.cause, letter.topic, letter.key, letter.body) == (cause, TRAJECTORIES, "g000000", encode(broken))
+    assert letter.headers == {"trajectory": "g000000/0"}
+    assert letter.reason
+    assert letter.buried_at > 0
+    assert counted(cause) == before + 1
     assert planner.counts()["dead_lettered"] == 1
     assert planner.counts()["pending"] == 7
     assert list(intake.arrived) == ["g000000/1"]
+
+
+def test_a_record_of_another_release_is_buried_as_such(bus: SqliteBus) -> None:
+    intake, _ = started(bus)
+    newer = msgspec.msgpack.encode({"type": "trajectory_finished/2", "run": "test"})
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", newer, {"trajectory": "g000000/0"})])
+    intake.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert letter.cause is Cause.UNKNOWN_SCHEMA
+    assert "trajectory_finished/2" in letter.reason
+
+
+def test_garbage_that_names_a_trajectory_cannot_take_its_place(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", b"garbage", {"trajectory": "g000000/1"})])
+    publish(bus, a_finished(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert (planner.counts()["dead_lettered"], planner.complete()) == (1, 1)
+    publish(bus, a_finished(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.counts() == {"offered": 8, "trained": 0, "dropped": {}, "dead_lettered": 0, "pending": 8}
+    assert sorted(intake.arrived) == ["g000000/0", "g000000/1"]
+    assert intake.offsets()[intake.arrived["g000000/0"].partition] == 1, "both wait to be trained on"
+    assert len(letters(bus)) == 1
+
+
+def test_a_sound_record_that_comes_after_its_group_is_a_duplicate(
+    bus: SqliteBus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("learner", "info", "json")
+    intake, planner = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", b"garbage", {"trajectory": f"g000000/{s}"}) for s in range(2)])
+    intake.read_all(NEWEST, timeout_s=0)
+    before, duplicates = planner.counts(), metrics.DUPLICATES._value.get()
+    publish(bus, a_finished(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.counts() == before
+    assert planner.counts()["dead_lettered"] == 2
+    assert metrics.DUPLICATES._value.get() == duplicates + 1
+    assert '"group": "closed", "event": "duplicate"' in capsys.readouterr().err
+    assert intake.backlog() == 0
 
 
 def test_undecodable_bytes_are_kept_whole_and_attributed_by_their_header(bus: SqliteBus) -> None:
@@ -201,7 +262,7 @@ def test_sound_records_that_belong_elsewhere_take_nothing_from_this_run(bus: Sql
     intake, planner = started(bus)
     publish(bus, a_finished(0, 0, run="another"), a_finished(77, 0), a_finished(0, 9))
     intake.read_all(NEWEST, timeout_s=0)
-    assert len(letters(bus)) == 3
+    assert Counter(letter.cause for letter in letters(bus)) == {Cause.WRONG_RUN: 1, Cause.NEVER_OFFERED: 2}
     assert planner.counts() == {"offered": 8, "trained": 0, "dropped": {}, "dead_lettered": 0, "pending": 8}
     assert intake.backlog() == 0
 

@@ -117,6 +117,50 @@ def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
     assert planner.counts() == before
 
 
+def test_a_dead_letter_is_made_good_by_a_sound_record_while_its_group_is_open() -> None:
+    planner = a_planner(groups_per_batch=1)
+    planner.offer(now=0.0)
+    fill(planner, 0, range(2))
+    planner.dead_letter("g000000", "g000000/2")
+    assert planner.counts()["dead_lettered"] == 1
+    assert planner.arrive("g000000", "g000000/2", "sound") is Arrival.REVIVED
+    assert planner.counts()["dead_lettered"] == 0
+    assert planner.dead_letter("g000000", "g000000/2") is Arrival.DUPLICATE, "garbage again takes nothing back"
+    (batch,) = planner.batch() or []
+    assert batch.items == ["g000000/0", "g000000/1", "sound"]
+
+
+def test_a_dead_letter_is_made_good_by_the_worker_giving_up() -> None:
+    planner = a_planner()
+    planner.offer(now=0.0)
+    planner.dead_letter("g000000", "g000000/2")
+    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is Arrival.REVIVED
+    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is Arrival.DUPLICATE
+    assert planner.counts() == {
+        "offered": 3, "trained": 0, "dropped": {"environment_failed": 1}, "dead_lettered": 0, "pending": 2,
+    }  # fmt: skip
+
+
+def test_in_a_closed_group_a_dead_letter_stays_one() -> None:
+    planner = a_planner()
+    planner.offer(now=0.0)
+    for sample in range(SAMPLES):
+        planner.dead_letter("g000000", f"g000000/{sample}")
+    assert planner.arrive("g000000", "g000000/2", "sound") is Arrival.DUPLICATE
+    assert planner.counts() == {"offered": 3, "trained": 0, "dropped": {}, "dead_lettered": 3, "pending": 0}
+
+
+@pytest.mark.parametrize("name", ["g000000/00", "g0/0", "g+0/0", "g000000/0 "])
+def test_an_id_in_another_writing_was_never_offered(name: str) -> None:
+    planner = a_planner()
+    planner.offer(now=0.0)
+    group = name.rpartition("/")[0]
+    assert planner.arrive(group, name, "?") is Arrival.UNKNOWN
+    for sample in range(SAMPLES):
+        planner.dead_letter("g000000", f"g000000/{sample}")
+    assert planner.arrive(group, name, "?") is Arrival.UNKNOWN, "nor when its group is closed"
+
+
 events = st.lists(
     st.tuples(
         st.sampled_from(["offer", "arrive", "drop", "dead", "batch", "expire", "stale", "small", "restart"]),
@@ -138,21 +182,26 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
         clock += 1.0
         group, name = group_id(index), trajectory_id(group_id(index), sample)
         fresh = name in offered and name not in ends and name not in arrived
+        lost = ends.get(name) == "dead" and any(f"{group}/{s}" not in ends for s in range(SAMPLES))
         match what:
             case "offer" if planner.slots():
                 opened = planner.offer(now=clock)
                 offered |= {trajectory_id(opened, s) for s in range(SAMPLES)}
             case "arrive":
-                assert (planner.arrive(group, name, name) is Arrival.NEW) is fresh
-                if fresh:
+                came = planner.arrive(group, name, name)
+                assert (came is Arrival.NEW) is fresh
+                assert (came is Arrival.REVIVED) is lost
+                if fresh or lost:
+                    ends.pop(name, None)
                     arrived[name] = name
-            case "drop" | "dead":
-                did = (
-                    planner.drop(group, name, DropReason.ENGINE_FAILED)
-                    if what == "drop"
-                    else planner.dead_letter(group, name)
-                )
-                assert (did is Arrival.NEW) is fresh
+            case "drop":
+                came = planner.drop(group, name, DropReason.ENGINE_FAILED)
+                assert (came is Arrival.NEW) is fresh
+                assert (came is Arrival.REVIVED) is lost
+                if fresh or lost:
+                    ends[name] = what
+            case "dead":
+                assert (planner.dead_letter(group, name) is Arrival.NEW) is fresh
                 if fresh:
                     ends[name] = what
             case "expire":

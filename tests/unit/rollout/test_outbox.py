@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from common.bus.port import Outgoing, Position
 from common.bus.sqlite import SqliteBus
 from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, WorkerAlive, decode
+from common.unusable import Cause
 from services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
 
@@ -59,7 +60,8 @@ def _put_alive(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
 
 
 def _put_dead_letter(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
-    outbox.put_dead_letter(DeadLetter("test", "tasks", 0, number, "key", b"body", "reason"), done=done)
+    letter = DeadLetter("test", "tasks", 0, number, "key", {}, b"body", Cause.UNDECODABLE, "?", 0.0)
+    outbox.put_dead_letter(letter, done=done)
 
 
 PUTS = {TRAJECTORIES: _put_trajectory, WORKERS: _put_alive, DEAD_LETTERS: _put_dead_letter}

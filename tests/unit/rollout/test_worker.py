@@ -19,6 +19,7 @@ from common.messages import (
     WorkerAlive,
 )
 from common.refusal import ExitCode, Refusal
+from common.unusable import Cause
 from common.versions import Version
 from services.rollout import worker as the_worker
 from services.rollout.assembly import Contradiction
@@ -92,10 +93,11 @@ async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goe
         ("test", CONTROL, 0, 0, "another", b"\xc1"),
     }
     assert all(letter.reason for letter in letters.values())
+    assert {letter.cause for letter in letters.values()} == {Cause.UNDECODABLE}
     assert finished(place.bus) == ids(1)
 
 
-async def test_records_of_another_run_are_passed_over(place: Place) -> None:
+async def test_records_of_another_run_are_buried_and_not_acted_on(place: Place) -> None:
     offer(place.bus, 0, run="another")
     announce(place.bus, 3, run="another")
     announce(place.bus, 1)
@@ -107,7 +109,10 @@ async def test_records_of_another_run_are_passed_over(place: Place) -> None:
         await at_work.until(lambda: at_work.weights.verified == 2)
         assert at_work.engine.loaded == [1, 2]
         assert sorted(at_work.engine.asked) == ids(1)
-    assert messages(place.bus, DEAD_LETTERS) == []
+        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 3)
+    letters = messages(place.bus, DEAD_LETTERS)
+    assert sorted(letter.topic for letter in letters) == [CONTROL, CONTROL, TASKS]
+    assert {(letter.run, letter.cause) for letter in letters} == {("test", Cause.WRONG_RUN)}
 
 
 async def test_a_worker_stops_by_itself_when_its_run_is_over(place: Place) -> None:

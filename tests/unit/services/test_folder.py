@@ -19,6 +19,7 @@ from common.messages import (
     encode,
 )
 from common.refusal import Refusal
+from common.unusable import Cause
 from common.versions import Version
 from services.learner.progress import folder_name
 from services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
@@ -102,7 +103,10 @@ def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     bus.publish(WORKERS, [Outgoing("worker-0", encode(alive))])
     offer = GroupOffered("test", "g000000", 0, Version(0), "lookup", 1, samples=8, sampling=SAMPLING, time_limit_s=9.0)
     bus.publish(TASKS, [Outgoing("g000000", encode(offer))])
-    letters = [DeadLetter("test", topic, 0, 4, "", b"?", "why") for topic in (TRAJECTORIES, "control", "control")]
+    letters = [
+        DeadLetter("test", topic, 0, 4, "", {}, b"?", Cause.UNDECODABLE, "why", 0.0)
+        for topic in (TRAJECTORIES, "control", "control")
+    ]
     bus.publish("dead_letters", [Outgoing("", encode(letter)) for letter in letters])
     bus.close()
     log = contents(folder).log

@@ -12,6 +12,7 @@ import pytest
 from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
 from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
+from common.unusable import Cause
 from common.versions import Version
 from services.live import watch
 from services.live.watch import Seen, Tail, Watch
@@ -112,6 +113,7 @@ def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
         (record,) = letters.poll(limit=9, timeout_s=0)
     letter = decode(DEAD_LETTERS, record.body)
     assert (letter.run, letter.topic, letter.offset, letter.body) == ("test", WORKERS, 1, b"not a record")
+    assert letter.cause is Cause.UNDECODABLE
 
 
 def test_a_tail_takes_whole_lines_only(tmp_path: Path):
