@@ -1,0 +1,58 @@
+"""What takes minutes to get is got once for a machine, outside the checkout, and is either whole or absent."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.refusal import ExitCode, Refusal
+
+Say = Callable[[str], None]
+
+
+def folder() -> Path:
+    """`$PALIMPSEST_CACHE`, else `palimpsest` in the user's cache."""
+    if named := os.environ.get("PALIMPSEST_CACHE"):
+        return Path(named).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "palimpsest"
+
+
+def made(name: str, make: Callable[[Path], None], say: Say) -> Path:
+    """The cache's folder of this name; `make` fills it if it is missing, under another name until it is whole."""
+    target = folder() / name
+    if target.is_dir():
+        return target
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with locked(folder() / f"{name}.lock", lambda: say(f"another process is getting {name}; waiting for it")):
+            if not target.is_dir():
+                partial = target.with_name(f"{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                make(partial)
+                partial.rename(target)
+    except OSError as error:
+        raise Refusal(
+            f"{name} cannot be kept in {folder()} ({error}); name another folder in PALIMPSEST_CACHE",
+            ExitCode.UNAVAILABLE,
+        ) from None
+    return target
+
+
+@contextmanager
+def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold this lock file; `waits` is called once if another process holds it. It goes with the process."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def megabytes(path: Path) -> float:
+    """Size of all files below this folder, in MB."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6

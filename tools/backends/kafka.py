@@ -1,0 +1,223 @@
+"""Kafka of one process: broker and controller, in KRaft mode."""
+
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from common.refusal import ExitCode, Refusal
+from tools.backends import installed, ports, secret
+from tools.backends.process import Server
+
+Security = Literal["plaintext", "tls", "sasl_plaintext", "sasl_tls"]
+PROTOCOLS: Mapping[Security, str] = {
+    "plaintext": "PLAINTEXT",
+    "tls": "SSL",
+    "sasl_plaintext": "SASL_PLAINTEXT",
+    "sasl_tls": "SASL_SSL",
+}
+USER = "palimpsest"
+FAST_JVM = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.awt.headless=true")
+"""Starts in two seconds; a broker that is to run for days would compile further."""
+ANSWER_S = 1.0
+API_VERSIONS = struct.pack(">hhih", 18, 0, 1, -1)
+"""Kafka's first question, asked before any login: kind 18, layout 0, request 1, no client's name."""
+
+
+class Kafka(Server):
+    """A broker on 127.0.0.1. Topics are never made by using them; a group's member is given up after 1 s at the least.
+
+    Clients speak to it as `security` says. TLS: its certificate is signed by `ca_file`; a client may show
+    `certificate_file` with `key_file`, and has to with `require_certificate`. SASL: `username` and `password`, by
+    PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    """
+
+    title = "Kafka"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int | None = None,
+        security: Security = "plaintext",
+        require_certificate: bool = False,
+        detached: bool = False,
+    ) -> None:
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, ports.kept(folder / "port", port), detached=detached)
+        self.security: Security = security
+        self.require_certificate = require_certificate
+        self._internal, self._controller = ports.free(), ports.free()
+        self.certificates = folder / "certificates"
+        if self._tls:
+            from tools.backends import certificates  # only here: most tests go without
+
+            certificates.make(self.certificates)
+
+    @property
+    def servers(self) -> str:
+        """Where clients begin."""
+        return f"{ports.HOST}:{self.port}"
+
+    @property
+    def username(self) -> str:
+        """The one user that SASL lets in."""
+        return USER
+
+    @property
+    def password(self) -> str:
+        """That user's."""
+        return secret.kept(self.folder / "password")
+
+    @property
+    def ca_file(self) -> Path:
+        """The authority that signed the broker's certificate (PEM)."""
+        return self.certificates / "ca.pem"
+
+    @property
+    def certificate_file(self) -> Path:
+        """A client's certificate (PEM)."""
+        return self.certificates / "client.pem"
+
+    @property
+    def key_file(self) -> Path:
+        """That client's private key (PEM)."""
+        return self.certificates / "client.key"
+
+    def prepare(self) -> None:
+        """Write the settings; make the data folder if there is none, whole or not at all."""
+        data = self.folder / "data"
+        if not data.exists():
+            partial = self.folder / "data.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            self._format(self._write("format.properties", partial))
+            partial.rename(data)
+        self._write("server.properties", data)
+
+    def command(self) -> list[str]:
+        """See process.py."""
+        return [*self._java(), "kafka.Kafka", str(self.folder / "server.properties")]
+
+    def answers(self) -> bool:
+        """Whether it says which requests it knows: it does so once it may lead partitions."""
+        try:
+            with self._connected() as connection, connection.makefile("rb") as answers:
+                connection.sendall(struct.pack(">i", len(API_VERSIONS)) + API_VERSIONS)
+                answer = answers.read(10)
+        except OSError:  # refused, too late, or no TLS yet
+            return False
+        return len(answer) == 10 and struct.unpack(">iih", answer)[1:] == (1, 0)
+
+    def _connected(self) -> socket.socket:
+        connection = socket.create_connection((ports.HOST, self.port), timeout=ANSWER_S)
+        if not self._tls:
+            return connection
+        context = ssl.create_default_context(cafile=self.ca_file)
+        context.load_cert_chain(self.certificate_file, self.key_file)
+        try:
+            return context.wrap_socket(connection, server_hostname=ports.HOST)
+        except OSError:
+            connection.close()
+            raise
+
+    def _java(self) -> list[str]:
+        log4j = Path(__file__).with_name("log4j2.xml")
+        return [installed.java(), *FAST_JVM, f"-Dlog4j2.configurationFile={log4j}", "-cp", f"{installed.kafka()}/*"]
+
+    def _format(self, settings: Path) -> None:
+        command = [*self._java(), "kafka.tools.StorageTool", "format", "-c", str(settings), "-t", uuid.uuid4().hex[:22]]
+        if self._sasl:
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+                command += ["--add-scram", f"{mechanism}=[name={USER},password={self.password}]"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise Refusal(
+                f"Kafka could not make its data folder in {self.folder}:\n{done.stdout}{done.stderr}",
+                ExitCode.UNAVAILABLE,
+            )
+
+    @property
+    def _tls(self) -> bool:
+        return self.security in {"tls", "sasl_tls"}
+
+    @property
+    def _sasl(self) -> bool:
+        return self.security in {"sasl_plaintext", "sasl_tls"}
+
+    def _write(self, name: str, data: Path) -> Path:
+        """Write the settings for this data folder; only the owner reads them, for they hold the password."""
+        path = self.folder / name
+        path.touch(mode=0o600)
+        path.write_text("".join(f"{key}={value}\n" for key, value in self._settings(data).items()))
+        return path
+
+    def _settings(self, data: Path) -> dict[str, str]:
+        host, protocol = ports.HOST, PROTOCOLS[self.security]
+        client, internal = f"CLIENT://{host}:{self.port}", f"INTERNAL://{host}:{self._internal}"
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "log.dirs": str(data),
+            "controller.quorum.voters": f"1@{host}:{self._controller}",
+            "listeners": f"{client},{internal},CONTROLLER://{host}:{self._controller}",
+            "advertised.listeners": f"{client},{internal}",
+            "listener.security.protocol.map": f"CLIENT:{protocol},INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "INTERNAL",
+            "controller.listener.names": "CONTROLLER",
+            **ONE_OF_EVERYTHING,
+            **QUICK,
+        }
+        if self._tls:
+            settings |= {
+                "ssl.keystore.type": "PEM",
+                "ssl.keystore.location": str(self._keystore()),
+                "ssl.truststore.type": "PEM",
+                "ssl.truststore.location": str(self.ca_file),
+                "ssl.client.auth": "required" if self.require_certificate else "requested",
+            }
+        if self._sasl:
+            login = f'required username="{USER}" password="{self.password}"'
+            module = "org.apache.kafka.common.security"
+            scram = f"{module}.scram.ScramLoginModule {login};"
+            settings |= {
+                "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
+                "listener.name.client.plain.sasl.jaas.config": (
+                    f'{module}.plain.PlainLoginModule {login} user_{USER}="{self.password}";'
+                ),
+                "listener.name.client.scram-sha-256.sasl.jaas.config": scram,
+                "listener.name.client.scram-sha-512.sasl.jaas.config": scram,
+            }
+        return settings
+
+    def _keystore(self) -> Path:
+        """Key and certificate in one file, as Kafka wants them."""
+        path = self.certificates / "keystore.pem"
+        path.touch(mode=0o600)
+        path.write_text("".join((self.certificates / part).read_text() for part in ("server.key", "server.pem")))
+        return path
+
+
+ONE_OF_EVERYTHING = {
+    "auto.create.topics.enable": "false",
+    "offsets.topic.replication.factor": "1",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "offsets.topic.num.partitions": "4",
+    "transaction.state.log.num.partitions": "4",
+    "share.coordinator.state.topic.num.partitions": "4",
+}
+QUICK = {
+    "broker.session.timeout.ms": "2000",
+    "broker.heartbeat.interval.ms": "500",
+    "group.initial.rebalance.delay.ms": "0",
+    "group.min.session.timeout.ms": "1000",
+}
+"""A killed broker is not held to be alive for long, and neither is a consumer."""

@@ -1,0 +1,162 @@
+"""One server process: started, waited for, stopped, killed, paused; and who it is once its starter is gone."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from common.lifeline import tie
+from common.refusal import ExitCode, Refusal
+from tools.backends.identity import Identity
+from tools.backends.ports import is_free
+
+LAST_LINES = 15
+POLL_S = 0.05
+
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
+"""Starts every server: the kernel ends a tied process with the *thread* that started it, and this one stays to the end.
+Ctrl-C does not reach it either, so a process that was started is always known to us."""
+
+
+class Server(ABC):
+    """A server whose data, log and process record are in one folder.
+
+    It may be started again on the same folder, and answers on the same port. Unless it is `detached` it does not
+    outlive this process.
+    """
+
+    title: str
+    """What a person calls it."""
+
+    def __init__(self, folder: Path, port: int, *, detached: bool = False) -> None:
+        self.folder = folder
+        self.port = port
+        self.detached = detached
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Write what the process reads, at every start."""
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """The process's command line."""
+
+    @abstractmethod
+    def answers(self) -> bool:
+        """Whether it serves requests now; True or False within two seconds."""
+
+    def environment(self) -> Mapping[str, str]:
+        """What the process's environment has besides ours."""
+        return {}
+
+    @property
+    def log(self) -> Path:
+        """What the process writes to its output, of all its starts."""
+        return self.folder / f"{self.title.lower()}.log"
+
+    @property
+    def record(self) -> Path:
+        """Who the process is, for those who come after the one that started it."""
+        return self.folder / "process.json"
+
+    @property
+    def running(self) -> bool:
+        """Whether a process that this object started lives."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self, timeout_s: float = 60.0) -> None:
+        """Returns when it serves requests. Raises Refusal with the log's end when it does not."""
+        assert not self.running, f"{self.title} runs already"
+        if not is_free(self.port):
+            raise Refusal(f"{self.title} cannot start: port {self.port} is taken; name another", ExitCode.UNAVAILABLE)
+        self.prepare()
+        command, environment = self.command(), {**os.environ, **self.environment()}
+        started = _starter.submit(self._run, command, environment)
+        try:
+            started.result()
+            self._wait(time.monotonic() + timeout_s)
+        except BaseException:
+            started.result()
+            self.kill()
+            raise
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Ask it to end and wait for that; one that does not end is killed."""
+        if (process := self.process) is None:
+            return
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it as a crash would, without a word."""
+        if self.process is not None:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+        self.record.unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """Stop its clock: connections stay, nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self, command: list[str], environment: Mapping[str, str]) -> None:
+        parent = os.getpid()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is ours to hand on
+                preexec_fn=None if self.detached else lambda: tie(parent),
+            )
+        if self.detached and (identity := Identity.of(self.process.pid)) is not None:
+            identity.write(self.record)
+
+    def _wait(self, deadline: float) -> None:
+        while not self.answers():
+            if not self.running:
+                assert self.process is not None
+                raise Refusal(
+                    f"{self.title} ended with {self.process.returncode} {self._last_words()}", ExitCode.UNAVAILABLE
+                )
+            if time.monotonic() > deadline:
+                raise Refusal(
+                    f"{self.title} does not answer on port {self.port} {self._last_words()}", ExitCode.UNAVAILABLE
+                )
+            time.sleep(POLL_S)
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return f"(its log is {self.log}); the log's end:\n  " + "\n  ".join(lines)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.running:
+            assert self.process is not None
+            self.process.send_signal(number)
