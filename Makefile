@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN ?= examples/embedded.toml
 ARGS ?=
+FOLDER ?= backends
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment run test check format docs clean
+.PHONY: help setup environment run test check format docs up down clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -35,6 +36,12 @@ format: environment ## write the code in the house format
 
 docs: environment ## make the configuration and metric references from the code
 	@$(BIN)/python -m tools.references
+
+up: environment ## start a Kafka and a MinIO on this machine, got first if they are missing (FOLDER=backends)
+	@$(BIN)/python -m tools.backends up $(FOLDER) $(ARGS)
+
+down: environment ## stop them; data stays
+	@$(BIN)/python -m tools.backends down $(FOLDER)
 
 clean: ## remove everything that setup and runs created
 	rm -rf .venv .setup models runs

@@ -3,7 +3,7 @@
 from typing import Any
 
 import urllib3
-from minio import Minio as S3
+from minio import Minio as Client
 
 from tools.backends.kafka import PROTOCOLS, Kafka
 from tools.backends.minio import Minio
@@ -28,10 +28,10 @@ def kafka_client(kafka: Kafka, mechanism: str = "SCRAM-SHA-512") -> dict[str, An
     return settings
 
 
-def s3_client(minio: Minio) -> S3:
+def s3_client(minio: Minio) -> Client:
     """A client with this server's credentials."""
     http = urllib3.PoolManager(ca_certs=str(minio.ca_file)) if minio.tls else None
-    return S3(
+    return Client(
         f"127.0.0.1:{minio.port}",
         access_key=minio.access_key,
         secret_key=minio.secret_key,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from common.lifeline import tie
 from common.refusal import ExitCode, Refusal
 from tools.backends import cache
 from tools.backends.cache import Say
@@ -114,11 +115,17 @@ def _check_go(go: str) -> None:
 
 
 def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], progress: Progress) -> None:
-    """Run it to its end, in our process group, and show progress meanwhile."""
+    """Run it to its end and show progress meanwhile; it does not outlive us, so the next call finds nobody at work."""
+    parent = os.getpid()
     started = shown = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **settings}
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **settings},
+            preexec_fn=lambda: tie(parent),
         ) as process:
             try:
                 while process.poll() is None:

@@ -48,13 +48,12 @@ class Kafka(Server):
         require_certificate: bool = False,
         detached: bool = False,
     ) -> None:
-        folder = folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder, ports.kept(folder / "port", port), detached=detached)
+        super().__init__(folder, port, detached=detached)
         self.security: Security = security
         self.require_certificate = require_certificate
-        self._internal, self._controller = ports.free(), ports.free()
-        self.certificates = folder / "certificates"
+        self._internal = ports.free(self.port)
+        self._controller = ports.free(self.port, self._internal)
+        self.certificates = self.folder / "certificates"
         if self._tls:
             from tools.backends import certificates  # only here: most tests go without
 

@@ -18,11 +18,9 @@ class Minio(Server):
     title = "MinIO"
 
     def __init__(self, folder: Path, *, port: int | None = None, tls: bool = False, detached: bool = False) -> None:
-        folder = folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder, ports.kept(folder / "port", port), detached=detached)
+        super().__init__(folder, port, detached=detached)
         self.tls = tls
-        self.certificates = folder / "certificates"
+        self.certificates = self.folder / "certificates"
         if tls:
             from tools.backends import certificates  # only here: most tests go without
 

@@ -21,13 +21,11 @@ def is_free(port: int) -> bool:
     return True
 
 
-def free() -> int:
-    """A port that no one listens on."""
-    return next(port for port in random.sample(CHOICE, len(CHOICE)) if is_free(port))
+def free(*others: int) -> int:
+    """A port that no one listens on, and none of the others."""
+    return next(port for port in random.sample(CHOICE, len(CHOICE)) if port not in others and is_free(port))
 
 
-def kept(file: Path, wanted: int | None) -> int:
-    """The wanted port, else the one that this file remembers, else a free one; the file remembers it from now on."""
-    port = wanted or (int(file.read_text()) if file.exists() else free())
-    file.write_text(f"{port}\n")
-    return port
+def remembered(file: Path) -> int | None:
+    """The port that this file keeps, if it is there."""
+    return int(file.read_text()) if file.exists() else None

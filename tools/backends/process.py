@@ -14,8 +14,8 @@ from typing import Self
 
 from common.lifeline import tie
 from common.refusal import ExitCode, Refusal
+from tools.backends import ports
 from tools.backends.identity import Identity
-from tools.backends.ports import is_free
 
 LAST_LINES = 15
 POLL_S = 0.05
@@ -35,9 +35,10 @@ class Server(ABC):
     title: str
     """What a person calls it."""
 
-    def __init__(self, folder: Path, port: int, *, detached: bool = False) -> None:
-        self.folder = folder
-        self.port = port
+    def __init__(self, folder: Path, port: int | None, *, detached: bool = False) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = port or ports.remembered(self.folder / "port") or ports.free()
         self.detached = detached
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -75,8 +76,13 @@ class Server(ABC):
     def start(self, timeout_s: float = 60.0) -> None:
         """Returns when it serves requests. Raises Refusal with the log's end when it does not."""
         assert not self.running, f"{self.title} runs already"
-        if not is_free(self.port):
-            raise Refusal(f"{self.title} cannot start: port {self.port} is taken; name another", ExitCode.UNAVAILABLE)
+        if not ports.is_free(self.port):
+            raise Refusal(
+                f"{self.title} cannot start: port {self.port} of {ports.HOST} is taken; end what listens "
+                f"there, or name another port",
+                ExitCode.UNAVAILABLE,
+            )
+        (self.folder / "port").write_text(f"{self.port}\n")
         self.prepare()
         command, environment = self.command(), {**os.environ, **self.environment()}
         started = _starter.submit(self._run, command, environment)

@@ -1,0 +1,77 @@
+"""Start and stop a Kafka and a MinIO of this machine, to try a cluster's run without a cluster."""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.refusal import ExitCode, Refusal
+from tools.backends.pair import Pair, exports
+
+FOLDER = Path(__file__).resolve().parents[2] / "backends"
+
+
+def main(words: Sequence[str]) -> int:
+    """Obey the words; returns the exit code."""
+    options = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pair = Pair(options.folder.absolute(), _say)
+    try:
+        match options.command:
+            case "up":
+                _tell(pair, pair.up(options.kafka_port, options.minio_port))
+            case "down":
+                pair.down()
+            case _:
+                return ExitCode.DONE if pair.status() else ExitCode.UNAVAILABLE
+    except Refusal as refusal:
+        print(f"backends: {refusal}", file=sys.stderr)
+        return refusal.code
+    except KeyboardInterrupt:
+        print("\nbackends: interrupted; what runs goes on until `down`, the next `up` does the rest", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.backends", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="get what is missing, start both, print addresses and credentials")
+    down = commands.add_parser("down", help="stop what `up` started; data stays")
+    status = commands.add_parser("status", help="say which of the two runs; exit code 0 if both do")
+    for command in (up, down, status):
+        command.add_argument(
+            "folder", nargs="?", type=Path, default=FOLDER, help="data and logs (default: %(default)s)"
+        )
+    up.add_argument("--kafka-port", type=_port, help="default: the one it had, else 9092, else a free one")
+    up.add_argument("--minio-port", type=_port, help="default: the one it had, else 9000, else a free one")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
+    return int(text)
+
+
+def _tell(pair: Pair, settings: dict[str, str]) -> None:
+    folder = shlex.quote(_short(pair.folder))
+    print("", *exports(settings), sep="\n  ")
+    print(f"\nThese lines are in {folder}/environment. In the shell of a run: . {folder}/environment")
+    print(f"To stop both: make down{'' if pair.folder == FOLDER else f' FOLDER={folder}'}")
+
+
+def _short(folder: Path) -> str:
+    """The folder as seen from here, if it is below."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def _say(text: str) -> None:
+    print(f"backends: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
