@@ -1,10 +1,14 @@
-"""torchrun --standalone -m services.learner RUN.toml"""
+"""torchrun --standalone -m services.learner RUN.toml
+
+python -m services.learner dead-letters list RUN.toml     (and `replay`; --help says more)
+"""
 
 import os
+import sys
 
 from common.config import Invocation
 from common.lifeline import tie
-from common.program import service
+from common.program import main, service
 from common.service import Stop
 from common.snapshots.client import SnapshotClient
 
@@ -50,7 +54,18 @@ def body(invocation: Invocation, stop: Stop) -> None:
     ranks.close()
 
 
+def dead_letters() -> None:
+    """List or replay them."""
+    from services.learner.dead_letters_command import answer
+
+    for line in answer(sys.argv[2:], os.environ):
+        print(line, flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["dead-letters"]:
+        main(dead_letters)
+        sys.exit()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun starts ranks in sessions of their own: killed, it would leave them training beside their successors
         tie(os.getppid())
