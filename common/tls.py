@@ -7,7 +7,7 @@ from common.refusal import Refusal
 
 
 def trusting(ca_file: Path | None, *, key: str) -> ssl.SSLContext:
-    """A context that trusts the certificates in this file, or else the system's. Refusal names the configuration key."""
+    """A context that trusts the certificates in this file, or else the system's. Refusal names the key."""
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one, too

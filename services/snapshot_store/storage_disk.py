@@ -2,13 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
 
 from common.files import named, sync_folder
-from services.snapshot_store.storage import DigestMismatch
+from services.snapshot_store.storage import DigestMismatch, parts
 
 CHUNK = 1 << 20
 
@@ -77,6 +79,10 @@ class DiskStorage:
             while chunk := file.read(CHUNK):
                 yield chunk
 
+    async def address(self, key: str) -> str | None:
+        self._path(key)
+        return None
+
     async def size(self, key: str) -> int | None:
         try:
             return self._path(key).stat().st_size
@@ -84,13 +90,15 @@ class DiskStorage:
             return None
 
     async def keys(self, prefix: str) -> list[str]:
-        return sorted(
-            key
-            for path in self._folder.rglob("*")
-            if path.is_file()
-            and not path.name.endswith(".partial")
-            and (key := str(path.relative_to(self._folder))).startswith(prefix)
-        )
+        return sorted(key for key, _ in self._files(prefix))
+
+    async def older(self, prefix: str, age_s: float) -> list[str]:
+        before, found = time.time() - age_s, []
+        for key, path in self._files(prefix):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    found.append(key)
+        return sorted(found)
 
     async def delete(self, key: str) -> None:
         path = self._path(key)
@@ -98,11 +106,14 @@ class DiskStorage:
             path.unlink()
             sync_folder(path.parent)
 
+    def _files(self, prefix: str) -> Iterator[tuple[str, Path]]:
+        for path in (self._folder / prefix.rpartition("/")[0]).rglob("*"):
+            key = str(path.relative_to(self._folder))
+            if path.is_file() and not path.name.endswith(".partial") and key.startswith(prefix):
+                yield key, path
+
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not all(part and part[0] != "." for part in parts):
-            raise ValueError(f"{key!r} is not a key")
-        return self._folder.joinpath(*parts)
+        return self._folder.joinpath(*parts(key))
 
     def _partial(self, path: Path) -> Path:
         self._written += 1  # two writers of one key must not share a partial file

@@ -1,0 +1,92 @@
+"""The minio client as the store uses it: where its credentials come from, how long it waits, whom it trusts."""
+
+import configparser
+import os
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+from minio.credentials.credentials import Credentials
+from minio.credentials.providers import (
+    AWSConfigProvider,
+    ChainedProvider,
+    EnvAWSProvider,
+    EnvMinioProvider,
+    IamAwsProvider,
+    MinioClientConfigProvider,
+    Provider,
+)
+from urllib3.exceptions import HTTPError
+
+from common.config.schema import SnapshotStoreConfig
+from common.refusal import Refusal
+from common.tls import trusting
+
+CONNECT_S, READ_S = 5.0, 20.0
+METADATA_S = 2.0
+"""The address that gives a machine's role its credentials is near or not there."""
+
+
+class NoCredentials(Exception):
+    """No provider has any."""
+
+
+def credentials() -> Provider:
+    """Those of the environment, else of the usual files, else of the machine's role or web identity.
+
+    Raises NoCredentials when it is asked and nobody has any.
+    """
+    return _FirstOf()
+
+
+def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int, tries: int) -> Minio:
+    """A client that tries each request so often before it raises; with one try, no request is ever sent twice."""
+    url = urlsplit(config.endpoint)
+    retries = urllib3.Retry(
+        tries - 1,
+        backoff_factor=0.2,
+        status_forcelist=(500, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
+    pool = urllib3.PoolManager(
+        maxsize=connections,
+        timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
+        retries=retries,
+        ssl_context=trusting(config.ca_file, key="snapshot_store.ca_file"),
+    )
+    try:
+        if url.scheme not in ("http", "https") or url.path not in ("", "/"):
+            raise ValueError("it is not http://HOST:PORT or https://HOST:PORT")
+        made = Minio(
+            url.netloc,
+            secure=url.scheme == "https",
+            region=config.region,
+            credentials=provider,
+            http_client=pool,
+        )
+    except ValueError as error:
+        raise Refusal(f"snapshot_store.endpoint = {config.endpoint!r} cannot be used: {error}") from None
+    if config.path_style:
+        made.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+    else:
+        made.enable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+    return made
+
+
+class _FirstOf(Provider):
+    """Environment, then files, then the machine's role or web identity."""
+
+    def __init__(self) -> None:
+        near = urllib3.PoolManager(timeout=METADATA_S, retries=urllib3.Retry(1))
+        # only for a web identity: elsewhere it would stand in for the address of the machine's role
+        sts = os.environ.get("AWS_ENDPOINT_URL_STS") if "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ else None
+        role = IamAwsProvider(custom_endpoint=sts, http_client=near)
+        files: list[Provider] = [AWSConfigProvider(), MinioClientConfigProvider()]
+        self._chain = ChainedProvider([EnvAWSProvider(), EnvMinioProvider(), *files, role])
+
+    def retrieve(self) -> Credentials:
+        try:
+            return self._chain.retrieve()
+        except (ValueError, LookupError, OSError, HTTPError, configparser.Error) as error:
+            raise NoCredentials(f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,250 @@
+"""Storage in an S3 bucket (MinIO, Amazon's, or another with conditional writes), by the minio client.
+
+The client blocks, so its calls run in threads of their own. A body is one object: a small one is put at once, a large
+one in parts of PART bytes that become an object only when the last has come and the digest is right. The client signs
+or sums every part (SHA-256 over http, MD5 over https), and the S3 refuses one that arrives otherwise.
+
+Parts of uploads that nobody finished are removed when the store opens, whatever their age: a prefix belongs to one
+store, and an upload of another one that still runs is merely sent again. MinIO lists them by whole name only, so those
+of one name go before the next upload under it, too.
+"""
+
+import asyncio
+import errno
+import os
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from typing import BinaryIO, TypeVar, cast
+from xml.etree import ElementTree as ET
+
+from minio.error import MinioException, S3Error
+from urllib3.exceptions import HTTPError
+
+from common.config.schema import SnapshotStoreConfig
+from common.logs import logger
+from common.refusal import Refusal
+from services.snapshot_store import storage_refusals
+from services.snapshot_store.feed import Feed
+from services.snapshot_store.s3_client import NoCredentials, client, credentials
+from services.snapshot_store.storage import Unavailable, parts
+
+T = TypeVar("T")
+SMALL = 8 << 20
+"""A shorter body is put at once, from memory."""
+PART = 32 << 20
+"""Of an upload; an S3 takes 10,000 of them, so the largest body has 312 GiB. Memory: about four for each upload."""
+CHUNK = 1 << 20
+THREADS = 64
+CREATE_TRIES = 3
+FULL = {"XMinioStorageFull": errno.ENOSPC, "XMinioAdminBucketQuotaExceeded": errno.EDQUOT}
+CREATOR = "x-amz-meta-creator"
+"""Header of what `create` stores: which call it was."""
+
+
+class MinioStorage:
+    """See storage.py. `open` first."""
+
+    def __init__(self, config: SnapshotStoreConfig, *, prefix: str) -> None:
+        self._config, self._prefix, self._bucket = config, prefix, config.bucket
+        provider = credentials()
+        self._client = client(config, provider, connections=THREADS, tries=2)
+        self._once = client(config, provider, connections=THREADS, tries=1)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
+        self._putting: Counter[str] = Counter()
+
+    async def open(self) -> None:
+        """See that the bucket can be used, and make it if that is wanted. Raises Refusal."""
+        try:
+            parts(self._prefix + "x")
+        except ValueError:
+            raise Refusal(
+                f"snapshot_store.prefix = {self._prefix!r} cannot begin an object's name: plain names with / between"
+            ) from None
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._look)
+        except S3Error as error:
+            raise storage_refusals.refused(self._config, error.code or "", error.message or "") from None
+        except NoCredentials as error:
+            raise storage_refusals.without_credentials(str(error)) from None
+        except (MinioException, HTTPError, ET.ParseError) as error:
+            raise storage_refusals.unreachable(self._config, f"{type(error).__name__}: {error}") from None
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
+        name = self._name(key)
+        feed = Feed(chunks, digest)
+        body = await feed.short(SMALL)
+        if body is not None:
+            await self._do(name, lambda: self._put(name, BytesIO(body), len(body)))
+            return feed.size
+        self._putting[name] += 1
+        if self._putting[name] == 1:
+            await self._do(name, lambda: self._abandon(name))
+        upload = asyncio.ensure_future(self._do(name, lambda: self._put(name, cast("BinaryIO", feed), -1)))
+        try:
+            await asyncio.shield(upload)
+        except asyncio.CancelledError:
+            feed.stop()
+            with suppress(Exception):
+                await upload  # the parts are removed
+            raise
+        except Exception:
+            if feed.failure is not None:
+                raise feed.failure from None  # the sender's fault, or its digest's, not the S3's
+            raise
+        finally:
+            self._putting[name] -= 1
+        return feed.size
+
+    async def create(self, key: str, body: bytes) -> bool:
+        name = self._name(key)
+        return await self._do(name, lambda: self._create(name, body))
+
+    async def read(self, key: str) -> bytes | None:
+        name = self._name(key)
+
+        def whole() -> bytes:
+            reply = self._client.get_object(self._bucket, name)
+            try:
+                return reply.read()
+            finally:
+                reply.close()
+
+        return await self._do(name, lambda: _or_none(whole))
+
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        name = self._name(key)
+        reply = await self._do(name, lambda: _or_none(lambda: self._client.get_object(self._bucket, name)))
+        if reply is None:
+            raise KeyError(key)
+        try:
+            while piece := await self._do(name, lambda: reply.read(CHUNK)):
+                yield piece
+        finally:
+            reply.close()
+            reply.release_conn()
+
+    async def address(self, key: str) -> str | None:
+        name = self._name(key)
+        if not self._config.presign:
+            return None
+        holds = timedelta(seconds=self._config.presigned_s)
+        return await self._do(name, lambda: self._client.presigned_get_object(self._bucket, name, holds))
+
+    async def size(self, key: str) -> int | None:
+        name = self._name(key)
+        return await self._do(name, lambda: _or_none(lambda: self._client.stat_object(self._bucket, name).size))
+
+    async def keys(self, prefix: str) -> list[str]:
+        return sorted(key for key, _ in await self._listed(prefix))
+
+    async def older(self, prefix: str, age_s: float) -> list[str]:
+        before = datetime.now(UTC) - timedelta(seconds=age_s)  # clocks that differ by more than minutes are refused
+        return sorted(key for key, stored in await self._listed(prefix) if stored < before)
+
+    async def delete(self, key: str) -> None:
+        name = self._name(key)
+        await self._do(name, lambda: self._client.remove_object(self._bucket, name))
+
+    def _name(self, key: str) -> str:
+        return self._prefix + "/".join(parts(key))
+
+    async def _listed(self, prefix: str) -> list[tuple[str, datetime]]:
+        name = self._prefix + prefix
+
+        def listed() -> list[tuple[str, datetime]]:
+            found = self._client.list_objects(self._bucket, name, recursive=True)
+            return [
+                (entry.object_name[len(self._prefix) :], entry.last_modified)
+                for entry in found
+                if entry.object_name and entry.last_modified
+            ]
+
+        return await self._do(name, listed)
+
+    async def _do(self, name: str, call: Callable[[], T]) -> T:
+        """The call's result, from a thread. The S3's errors become those of the port."""
+
+        def said() -> T:
+            try:
+                return call()
+            except S3Error as error:
+                if error.code in FULL:
+                    number = FULL[error.code]
+                    raise OSError(number, os.strerror(number), f"{self._bucket}/{name}") from None
+                raise Unavailable(f"{self._config.endpoint}: {error.code}: {error.message} ({name})") from error
+            except (MinioException, HTTPError, ET.ParseError, NoCredentials) as error:
+                raise Unavailable(f"{self._config.endpoint}: {type(error).__name__}: {error}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, said)
+
+    def _put(self, name: str, body: BinaryIO, size: int) -> None:
+        # one part at a time: the client's own threads would stay behind after an upload that failed
+        done = self._client.put_object(self._bucket, name, body, size, part_size=PART, num_parallel_uploads=1)
+        if not done.etag:  # an S3 may say 200 and then, in the body, that it could not put the parts together
+            raise Unavailable(f"{self._config.endpoint} did not put the parts of {name} together")
+
+    def _create(self, name: str, body: bytes) -> bool:
+        creator = uuid.uuid4().hex
+        for left in reversed(range(CREATE_TRIES)):
+            try:
+                # put_object passes no such header on; what it rests on does
+                headers: dict[str, str | list[str] | tuple[str]] = {
+                    "Content-Type": "application/octet-stream",
+                    CREATOR: creator,
+                    "If-None-Match": "*",
+                }
+                self._once._put_object(self._bucket, name, body, headers)
+                return True
+            except S3Error as error:
+                if error.code == "PreconditionFailed":
+                    return self._creator(name) == creator  # an earlier try whose reply was lost
+                if left == 0 or not (error.response.status >= 500 or error.code == "ConditionalRequestConflict"):
+                    raise
+            except HTTPError:
+                if left == 0:
+                    raise
+        raise AssertionError
+
+    def _creator(self, name: str) -> str | None:
+        standing = _or_none(lambda: self._client.stat_object(self._bucket, name))
+        return standing.metadata.get(CREATOR) if standing and standing.metadata else None
+
+    def _look(self) -> None:
+        try:
+            self._abandon(self._prefix)
+            next(iter(self._client.list_objects(self._bucket, self._prefix)), None)
+        except S3Error as error:
+            if error.code != "NoSuchBucket" or not self._config.create_bucket:
+                raise
+            self._client.make_bucket(self._bucket, self._config.region)
+        probe = f"{self._prefix}probes/{uuid.uuid4().hex}"
+        won = [self._create(probe, b""), self._create(probe, b"")]
+        self._client.remove_object(self._bucket, probe)
+        if won != [True, False]:
+            raise storage_refusals.not_conditional(self._config)
+
+    def _abandon(self, name: str) -> None:
+        """Remove the parts of unfinished uploads under names that begin so."""
+        try:
+            while uploads := self._client._list_multipart_uploads(self._bucket, prefix=name).uploads:
+                for upload in uploads:
+                    with suppress(S3Error):  # finished or removed meanwhile
+                        self._client._abort_multipart_upload(self._bucket, upload.object_name, upload.upload_id or "")
+        except S3Error as error:
+            if error.code not in ("NotImplemented", "AccessDenied"):
+                raise
+            logger().warning("parts of unfinished uploads cannot be listed", code=error.code, prefix=name)
+
+
+def _or_none(call: Callable[[], T]) -> T | None:
+    try:
+        return call()
+    except S3Error as error:
+        if error.code == "NoSuchKey":
+            return None
+        raise
