@@ -2,6 +2,7 @@
 
     PALIMPSEST_FAULT=learner.after_step:3         die by SIGKILL the third time this place is reached; once for
                                                   all processes, if PALIMPSEST_FAULT_ONCE names a file to remember it by
+    PALIMPSEST_FAULT=learner.after_step:3:STOP    the same, but stand still (SIGSTOP) until somebody sends SIGCONT
     PALIMPSEST_FAULT=rollout.skip_head            behave wrongly there (the place asks `active`)
 
 Without the variable a place costs one dictionary look-up.
@@ -21,13 +22,14 @@ def active(place: str) -> bool:
 
 
 def reach(place: str) -> None:
-    """Die here if the environment says so."""
+    """Die, or stand still, here if the environment says so."""
     for fault in os.environ.get(VARIABLE, "").split(","):
-        name, _, count = fault.partition(":")
+        name, _, how = fault.partition(":")
+        count, _, end = how.partition(":")
         if name == place:
             _reached[place] = _reached.get(place, 0) + 1
-            if _reached[place] >= int(count or 1) and _first_time():
-                os.kill(os.getpid(), signal.SIGKILL)
+            if _reached[place] == int(count or 1) and _first_time():
+                os.kill(os.getpid(), signal.SIGSTOP if end == "STOP" else signal.SIGKILL)
 
 
 def _first_time() -> bool:

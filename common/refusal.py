@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     """Stored data contradicts its digest or another run's."""
     CANARY = 5
     """The engine does not compute what the learner published."""
+    REPLACED = 6
+    """Another learner took this run over."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; stopped cleanly."""
 

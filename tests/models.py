@@ -59,6 +59,7 @@ def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
     manifest = Manifest(
         schema=SCHEMA,
         run="test",
+        writer=1,
         version=Version(version),
         digest=version_digest(entries),
         encoding="base",

@@ -6,12 +6,12 @@ checked against its digest before it is handed on.
 
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import IO, Any, Self, cast
 
 import httpx
 import msgspec
@@ -20,6 +20,7 @@ from blake3 import blake3
 from common.files import named
 from common.snapshots.calls import CHUNK, Calls, NotThere, StoreUnavailable, expect
 from common.snapshots.codec import Bytes, decode_base, encode_base
+from common.snapshots.fencing import raise_if_refused
 from common.snapshots.manifest import (
     ITEMSIZE,
     SCHEMA,
@@ -87,6 +88,11 @@ class SnapshotClient:
         self._calls = Calls(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
         self._compression = compression
 
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._calls.url
+
     def __enter__(self) -> Self:
         return self
 
@@ -99,10 +105,13 @@ class SnapshotClient:
         """Drop the connections."""
         self._calls.close()
 
-    def put(self, run: str, version: Version, tensors: Iterable[RawTensor], canaries: Sequence[Canary]) -> Manifest:
+    def put(
+        self, run: str, version: Version, tensors: Iterable[RawTensor], canaries: Sequence[Canary], *, writer: int
+    ) -> Manifest:
         """Store a version whole. When this returns it can be announced.
 
-        Repeating it with the same weights is harmless. Raises VersionConflict if the number is taken by others.
+        Repeating it with the same weights is harmless. Raises VersionConflict if the number is taken by others, Fenced
+        if `writer` is no longer the newest.
         """
         with tempfile.TemporaryFile(prefix="palimpsest-put-") as temporary:
             file = cast("IO[bytes]", temporary)
@@ -111,6 +120,7 @@ class SnapshotClient:
             manifest = Manifest(
                 schema=SCHEMA,
                 run=run,
+                writer=writer,
                 version=version,
                 digest=version_digest(entries),
                 encoding="base",
@@ -122,6 +132,7 @@ class SnapshotClient:
             reply = self._send(manifest, file)
             if reply.status_code == 424:  # the store restarted in between and swept the object away
                 reply = self._send(manifest, file)
+        raise_if_refused(reply)
         if reply.status_code == 409:
             raise VersionConflict(reply.json()["message"])
         expect(reply, 200, 201)
@@ -159,6 +170,14 @@ class SnapshotClient:
         """Keep every version from `lowest` on, until the holder names another."""
         body = msgspec.json.encode({"lowest": lowest})
         expect(self._calls.call(lambda http: http.put(f"/v1/leases/{holder}", content=body)), 200)
+
+    def ask(self, method: str, path: str, body: Mapping[str, str] | None = None) -> Any:
+        """The store's answer about writers and checkpoints, decoded. Raises Fenced."""
+        content = b"" if body is None else msgspec.json.encode(body)
+        reply = self._calls.call(lambda http: http.request(method, path, content=content))
+        raise_if_refused(reply)
+        expect(reply, 200, 201)
+        return reply.json()
 
     def put_claim(self, body: bytes) -> str:
         """Store the body of a long record; its digest, by which `claim` gives it back.

@@ -69,6 +69,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 
     schema: int
     run: str
+    writer: int
+    """Epoch of the learner that stored it (services/snapshot_store/writers.py)."""
     version: Version
     digest: str
     encoding: str

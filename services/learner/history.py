@@ -1,7 +1,8 @@
 """history.jsonl: one line for each version trained, for the live view, the report and the summary.
 
-A line is written before the checkpoint that counts it; the checkpoint holds the file's length, and a restart cuts the
-file back to it, so that no version stands in it twice.
+A line is written before the checkpoint that counts it; the checkpoint holds the file's length, and a restart goes on
+from a copy of that length, so that no version stands in it twice. A copy and not the file itself: a learner that was
+paused and replaced goes on appending to the file it has open, and nobody reads that one any more.
 """
 
 import os
@@ -10,17 +11,17 @@ from typing import Any
 
 import msgspec
 
-from common.files import named
+from common.files import named, write
+from common.refusal import ExitCode, Refusal
 
 
 class History:
-    """Appends to one file."""
+    """Appends to one file. Raises Refusal when the file holds less than `length` bytes."""
 
     def __init__(self, path: Path, *, length: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        counted = _first(path, length)
+        write(path, counted)
         self._file = path.open("ab")
-        self._file.truncate(length)
-        self._file.seek(0, os.SEEK_END)
 
     def add(self, line: dict[str, Any]) -> None:
         """One version's line."""
@@ -36,3 +37,15 @@ class History:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _first(path: Path, length: int) -> bytes:
+    """The file's first `length` bytes."""
+    counted = path.read_bytes()[:length] if path.exists() else b""
+    if len(counted) < length:
+        raise Refusal(
+            f"{path} holds {len(counted)} bytes, the checkpoint counts {length}: restore the file from a copy, or "
+            f"start a new run",
+            ExitCode.DAMAGED,
+        )
+    return counted

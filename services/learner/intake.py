@@ -7,7 +7,7 @@ what ended as a dead letter is taken up again when a sound record of it comes in
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from common.arrays import unpack_int32
@@ -71,7 +71,10 @@ class Intake:
         samples: int,
         sampling: Sampling,
         time_limit_s: float,
+        confirm: Callable[[], None],
     ) -> None:
+        self._confirm = confirm
+        """Raises unless the run is still this learner's; comes before everything that is published here."""
         self._bus, self._planner, self._run = bus, planner, run
         self._seed, self._environments, self._samples = seed, environments, samples
         self._sampling, self._time_limit_s = sampling, time_limit_s
@@ -103,8 +106,10 @@ class Intake:
 
     def offer(self, newest: Version, *, now: float) -> int:
         """Offer as many groups as the planner admits, to be sampled by `newest` or later; how many."""
+        if slots := self._planner.slots():
+            self._confirm()  # a learner that was replaced would offer its successor's groups a second time
         offers = []
-        for _ in range(self._planner.slots()):
+        for _ in range(slots):
             index = self._planner.next_index
             environment, task_seed = task(self._seed, index, self._environments)
             group = self._planner.offer(now=now)
@@ -144,6 +149,7 @@ class Intake:
 
     def bury(self, record: Record, error: Unusable) -> None:
         """Keep a record that cannot be used, whole, with its cause; the run goes on without it."""
+        self._confirm()  # to a learner that was replaced, whatever its successor offered looks like this
         logger().warning(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
             cause=error.cause.value, reason=str(error),

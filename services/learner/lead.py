@@ -7,6 +7,7 @@ from common.messages import Sampling
 from common.metrics import REGISTRY
 from common.service import Server, Stop, application
 from common.snapshots.client import SnapshotClient
+from common.snapshots.writer import Writer
 from services.learner.canaries import Canaries
 from services.learner.checkpoint import Checkpoints
 from services.learner.history import History
@@ -24,6 +25,7 @@ def lead(
 ) -> None:
     """Run the loop until it is done or stopped."""
     learner, tasks, home = config.learner, config.tasks, config.run.home
+    writer = Writer(store)
     bus = open_bus(config)
     planner: Planner[Arrived] = Planner(
         samples=tasks.samples_per_group,
@@ -40,6 +42,7 @@ def lead(
         samples=tasks.samples_per_group,
         sampling=_sampling(config),
         time_limit_s=tasks.time_limit_s,
+        confirm=writer.confirm,
     )
     canaries = Canaries(trainee.model, ranks.device, trajectories=learner.canary_trajectories)
     loop = Loop(
@@ -51,8 +54,9 @@ def lead(
         trainee=trainee,
         planner=planner,
         intake=intake,
-        publisher=Publisher(bus, store, trainee.model, canaries, run=config.run.id),
-        checkpoints=Checkpoints(config.checkpoint_folder, keep=learner.checkpoint.keep),
+        writer=writer,
+        publisher=Publisher(bus, store, writer, trainee.model, canaries, run=config.run.id),
+        checkpoints=Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep),
         open_history=lambda length: History(home / "history.jsonl", length=length),
         recorder=Recorder(home / "records") if learner.record else None,
         ranks=ranks,

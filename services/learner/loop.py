@@ -2,39 +2,44 @@
 
 The order at the end of a version makes crashes harmless. Checkpoint first: from then on this version's trajectories
 count as trained. Then store and announce: after a crash in between, the restart announces what the checkpoint holds.
+
+A learner that was paused, or cut off, may have been replaced meanwhile. The store refuses its versions and checkpoints;
+for what the store does not see (history, records, the log) the loop asks the store first, and ends when it is fenced.
 """
 
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common import faults
-from common.arrays import unpack_int32
 from common.config.learner import LearnerConfig
 from common.logs import logger
 from common.refusal import ExitCode, Refusal
 from common.service import Status, Stop
-from common.trajectory import behavior_logprobs, token_versions
+from common.snapshots.fencing import Fenced
+from common.snapshots.writer import Writer
 from common.versions import Version
 from services.learner import metrics
-from services.learner.advantages import group_advantages
 from services.learner.batching import Row
 from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.describe import Batch, describe, observe
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.model import Trainee
+from services.learner.phases import Phases
 from services.learner.planner import Batched, Planner
 from services.learner.progress import SCHEMA, Progress
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
+from services.learner.rows import deal_minibatches, to_rows
 from services.learner.step import Trained
 
 POLL_S = 0.1
+CONFIRM_S = 2.0
+"""While it waits, the learner asks so often whether the run is still its own. A process that was stopped has not asked
+for longer than that when it wakes, so it asks before it reads on."""
 HOPELESS_BUDGETS = 2
 """So many times the admitted trajectories dropped, without one that arrived, end the run."""
 NOTHING: tuple[None] = (None,)
@@ -46,29 +51,6 @@ class Order:
 
     version: Version
     minibatches: list[list[Row]]
-
-
-@dataclass
-class Phases:
-    """Seconds of the present version, by what they were spent on."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
-        """Count the block under this phase."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - started
-
-    def take(self) -> dict[str, float]:
-        """The seconds so far; the next version begins."""
-        spent, self.spent = self.spent, {}
-        for phase, seconds in spent.items():
-            metrics.PHASE_SECONDS.labels(phase).observe(seconds)
-        return spent
 
 
 Compute = Callable[[Order], Trained]
@@ -104,6 +86,7 @@ class Loop:
         trainee: Trainee,
         planner: Planner[Arrived],
         intake: Intake,
+        writer: Writer,
         publisher: Publisher,
         checkpoints: Checkpoints,
         open_history: Callable[[int], History],
@@ -113,10 +96,11 @@ class Loop:
     ) -> None:
         self._run, self._seed, self._samples, self._config = run, seed, samples, config
         self._compute, self._trainee, self._ranks, self._stop = compute, trainee, ranks, stop
-        self._planner, self._intake, self._publisher = planner, intake, publisher
+        self._planner, self._intake, self._writer, self._publisher = planner, intake, writer, publisher
         self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._confirmed = self._started
         self._phases = Phases()
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
@@ -124,36 +108,48 @@ class Loop:
 
     def start(self) -> None:
         """From the newest checkpoint, or from the beginning; ends with a version that workers can take on."""
+        self._writer.begin()  # first: what is read below can no longer change under us
         try:
             progress, tensors = self._checkpoints.newest()
         except NoCheckpoint:
             self._intake.start({}, {}, now=time.monotonic())
-            self._history = self._open_history(0)
+            history_bytes = 0
         else:
             self._trainee.restore(tensors, progress.optimizer_steps)
             self._planner.restore(progress.ledger, now=time.monotonic())
             self._intake.start(progress.offsets, progress.task_offsets, now=time.monotonic())
-            self._history = self._open_history(progress.history_bytes)
+            history_bytes = progress.history_bytes
             self._version, self._trained_versions = progress.version, progress.trained_versions
             self._seconds_before = progress.seconds
-            logger().info("resumed", version=self._version, trained_versions=self._trained_versions)
+            logger().info(
+                "resumed", version=self._version, trained_versions=self._trained_versions, writer=self._writer.epoch
+            )
         take_over(self._trainee, self._ranks)
+        self._confirm()
+        self._history = self._open_history(history_bytes)
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
         metrics.VERSION.set(self._version)
 
     def run(self) -> bool:
-        """Train until the run's versions are done or a stop is asked for; whether they are done."""
+        """Train until the run's versions are done or a stop is asked for; whether they are done. Raises Fenced."""
+        try:
+            done = self._train_on()
+        except Fenced:
+            self._ranks.share(NOTHING)  # wherever this rank hears of it, the others wait for an order
+            raise
+        self._ranks.share(NOTHING)
+        return done
+
+    def _train_on(self) -> bool:
         self._intake.offer(self._version, now=time.monotonic())
         while self._trained_versions < self._config.versions:
             batch = self._next_batch()
             if batch is None:
                 self._checkpoint()
-                self._ranks.share(NOTHING)
                 return False
             self._train(batch)
         self._checkpoint()
-        self._ranks.share(NOTHING)
         self._publisher.finish(self._version)
         return True
 
@@ -165,6 +161,7 @@ class Loop:
         """For /v1/status."""
         return {
             "run": self._run,
+            "writer": self._writer.epoch,
             "version": self._version,
             "trained_versions": self._trained_versions,
             "versions": self._config.versions,
@@ -182,6 +179,8 @@ class Loop:
             timeout_s = 0.0
             dropped_before = self._dropped()
             while not self._stop.requested:
+                if time.monotonic() - self._confirmed > CONFIRM_S:
+                    self._confirm()
                 # everything there is, before choosing: the oldest groups must not wait behind what was read first
                 self._intake.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()
@@ -234,6 +233,7 @@ class Loop:
             self._ranks.share((order,))
             trained = merge(self._ranks.gather(self._compute(order)))
         faults.reach("learner.after_step")
+        self._confirm()
         for group in batch:
             for arrived in group.items:
                 self._intake.resolve(arrived)
@@ -249,6 +249,7 @@ class Loop:
     def _account(self, batch: Batch, trained: Trained) -> None:
         if self._recorder is not None:
             self._recorder.record(batch, trained)
+            self._confirm()  # writing it may have taken long
         self._last_line = describe(
             batch,
             trained,
@@ -275,7 +276,7 @@ class Loop:
             Progress(
                 schema=SCHEMA,
                 run=self._run,
-                writer=0,
+                writer=self._writer.epoch,
                 version=self._version,
                 digest=self._digest,
                 trained_versions=self._trained_versions,
@@ -289,6 +290,10 @@ class Loop:
             self._trainee.state(),
         )
 
+    def _confirm(self) -> None:
+        self._writer.confirm()
+        self._confirmed = time.monotonic()
+
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
@@ -301,34 +306,6 @@ class Loop:
         pending = self._planner.counts()["pending"]
         assert isinstance(pending, int)
         return pending
-
-
-def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:
-    """A group's trajectories with their advantages."""
-    records = [arrived.record for arrived in group.items]
-    rows = []
-    for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
-        tokens = unpack_int32(record.tokens)
-        rows.append(
-            Row(
-                trajectory=record.trajectory,
-                tokens=tokens,
-                versions=token_versions(record.segments, len(tokens)),
-                behavior=behavior_logprobs(record.segments, len(tokens)),
-                temperature=record.temperature,
-                advantage=advantage,
-                reward=record.reward,
-                success=record.success,
-            )
-        )
-    return rows
-
-
-def deal_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
-    """The groups' rows, dealt among the minibatches in an order that follows from seed and version."""
-    order = list(range(len(groups)))
-    random.Random(f"{seed}/{version}").shuffle(order)  # noqa: S311
-    return [[row for place in order[i::minibatches] for row in groups[place]] for i in range(minibatches)]
 
 
 def merge(parts: Sequence[Trained]) -> Trained:

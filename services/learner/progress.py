@@ -1,7 +1,9 @@
 """What a checkpoint says besides its tensors, and where it stands. Read without torch.
 
     checkpoints/00000012-00000003/state.safetensors   of version 12, by writer 3: masters and moments, float32
-    checkpoints/00000012-00000003/manifest.json       written last: without it the folder does not count
+    checkpoints/00000012-00000003/manifest.json       named so last: without it the folder does not count
+
+Until the snapshot store has taken the checkpoint, the manifest is called proposed.json (checkpoint.py).
 
 Later checkpoints have later names: versions do not go back from one writer to the next.
 """
@@ -16,7 +18,7 @@ from common.versions import Version
 from services.learner.planner import LedgerState
 
 SCHEMA = 1
-STATE, MANIFEST = "state.safetensors", "manifest.json"
+STATE, MANIFEST, PROPOSED = "state.safetensors", "manifest.json", "proposed.json"
 _NAME = re.compile(r"(\d{8,})-(\d{8,})")
 
 
@@ -65,11 +67,10 @@ def version_and_writer(name: str) -> tuple[Version, int] | None:
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """The folders of the checkpoints that count, oldest first."""
-    return sorted(
-        (manifest.parent for manifest in checkpoints.glob(f"*/{MANIFEST}")),
-        key=lambda folder: (version_and_writer(folder.name) or (Version(-1), -1), folder.name),
-    )
+    """The folders of the checkpoints that count, oldest first; after them any that this release does not name so."""
+    folders = [manifest.parent for manifest in checkpoints.glob(f"*/{MANIFEST}")]
+    ours = {folder: place for folder in folders if (place := version_and_writer(folder.name))}
+    return sorted(ours, key=ours.__getitem__) + sorted(set(folders) - ours.keys())
 
 
 def read_progress(folder: Path) -> Progress:

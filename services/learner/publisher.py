@@ -8,6 +8,7 @@ from common.logs import logger
 from common.messages import CONTROL, RunFinished, VersionPublished, encode
 from common.snapshots.client import SnapshotClient
 from common.snapshots.manifest import Manifest
+from common.snapshots.writer import Writer
 from common.versions import Version
 from services.learner.canaries import Canaries
 from services.learner.model import named_weights, raw_tensors
@@ -19,15 +20,25 @@ class Publisher:
     """Makes the model's present weights a version."""
 
     def __init__(
-        self, bus: Bus, store: SnapshotClient, model: torch.nn.Module, canaries: Canaries, *, run: str
+        self,
+        bus: Bus,
+        store: SnapshotClient,
+        writer: Writer,
+        model: torch.nn.Module,
+        canaries: Canaries,
+        *,
+        run: str,
     ) -> None:
-        self._bus, self._store, self._model, self._run = bus, store, model, run
+        self._bus, self._store, self._writer, self._model, self._run = bus, store, writer, model, run
         self.canaries = canaries
 
     def publish(self, version: Version, *, now: float) -> Manifest:
-        """Store the weights whole, then tell. Whatever fails in between, nobody hears of this version."""
+        """Store the weights whole, then tell. Whatever fails in between, nobody hears of this version.
+
+        Raises Fenced, and nobody hears either.
+        """
         weights = raw_tensors(named_weights(self._model))
-        manifest = self._store.put(self._run, version, weights, self.canaries.made())
+        manifest = self._store.put(self._run, version, weights, self.canaries.made(), writer=self._writer.epoch)
         faults.reach("learner.before_announcing")
         announcement = VersionPublished(run=self._run, version=version, digest=manifest.digest, published_at=now)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
@@ -48,5 +59,6 @@ class Publisher:
         self._store.lease(LEASE, Version(max(0, lowest)))
 
     def finish(self, version: Version) -> None:
-        """Tell that the run is over."""
+        """Tell that the run is over. Raises Fenced: it may not be, for the successor."""
+        self._writer.confirm()
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(RunFinished(run=self._run, version=version)))])

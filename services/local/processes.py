@@ -85,7 +85,10 @@ class Child:
 
 
 HOPELESS = frozenset(
-    {int(ExitCode.CONFIGURATION), int(ExitCode.UNAVAILABLE), int(ExitCode.DAMAGED), int(ExitCode.CANARY)}
+    map(
+        int,
+        (ExitCode.CONFIGURATION, ExitCode.UNAVAILABLE, ExitCode.DAMAGED, ExitCode.CANARY, ExitCode.REPLACED),
+    )
 )
 """Exit codes after which starting again would end the same way."""
 

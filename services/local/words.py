@@ -25,7 +25,7 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
   report FOLDER        make summary.json and report.html of a run again, also while it goes on
 
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
-5 the engine does not compute what the learner published, 130 stopped by Ctrl-C or SIGTERM."""
+5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or SIGTERM."""
 EMBEDDED = Path("examples/embedded.toml")
 """What `make run` runs unless it is told otherwise."""
 

@@ -1,24 +1,25 @@
 """The store over HTTP.
 
-PUT  /v1/objects/{blake3}       weights; refused when the bytes are not those of the name
-GET  /v1/objects/{blake3}
 PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 the same again, 409 other weights, 424 no object
+                                or 409 its writer was replaced
 GET  /v1/versions/{number}
 GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}
+and /v1/objects, /v1/claims: see app_bodies.py; /v1/writers, /v1/checkpoints: see app_writers.py
 
-Any of the writes answers 507 when the disk is full.
+Any of them answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
 """
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 import msgspec
 from fastapi import FastAPI, Path, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from common.files import FULL
 from common.logs import logger
@@ -27,13 +28,16 @@ from common.refusal import ExitCode, Refusal
 from common.service import HttpError, Status, application
 from common.snapshots.manifest import Damaged, unseal
 from common.versions import Version
-from services.snapshot_store import metrics
+from services.snapshot_store import app_bodies, app_writers, metrics
 from services.snapshot_store.catalogue import Catalogue, Conflict
-from services.snapshot_store.storage import DigestMismatch, Storage
+from services.snapshot_store.claims import Claims
+from services.snapshot_store.storage import Storage, Unavailable
 
-Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Path(ge=0)]
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+CLAIMS_KEEP_S = 192 * 3600.0
+CLAIM_LOOKS = 100
+"""Looks for claims that are too old in the time they are kept."""
 
 
 class Lease(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,7 +47,7 @@ class Lease(msgspec.Struct, forbid_unknown_fields=True):
 
 
 async def open_catalogue(storage: Storage) -> Catalogue:
-    """The catalogue over this storage. Raises Refusal when what stands there is damaged."""
+    """The catalogue over this storage. Raises Refusal when what stands there is damaged or cannot be read."""
     catalogue = Catalogue(storage)
     try:
         await catalogue.open()
@@ -53,12 +57,17 @@ async def open_catalogue(storage: Storage) -> Catalogue:
             f"is given up with its manifest, every holder's claims with the leases",
             ExitCode.DAMAGED,
         ) from None
+    except Unavailable as error:
+        raise Refusal(
+            f"the snapshot store's storage cannot be read: {error}; start the store again when it answers",
+            ExitCode.UNAVAILABLE,
+        ) from None
     return catalogue
 
 
-def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
+def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> FastAPI:
     """The store's application; it reads the catalogue when it starts and sweeps while it runs."""
-    catalogue = Catalogue(storage)
+    catalogue, claims = Catalogue(storage), Claims(storage)
     state = {"open": False}
 
     @asynccontextmanager
@@ -66,7 +75,7 @@ def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
         await catalogue.open()
         state["open"] = True
         _observe(catalogue)
-        sweeping = asyncio.create_task(_sweep(catalogue, sweep_s))
+        sweeping = asyncio.create_task(_sweep(catalogue, claims, sweep_s, claims_keep_s))
         yield
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
@@ -89,9 +98,16 @@ def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
         status=status,
         lifespan=lifespan,
     )
-    _objects(app, catalogue)
+    app_bodies.routes(app, storage, catalogue, claims)
     _versions(app, catalogue)
     _leases(app, catalogue)
+    app_writers.routes(app, catalogue.writers)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:
+        metrics.STORAGE_FAILURES.inc()
+        body = {"code": "storage_unavailable", "message": str(error), "retryable": True}
+        return JSONResponse(body, 503, {"Retry-After": "1"})
 
     @app.exception_handler(OSError)
     async def full(_request: Request, error: OSError) -> JSONResponse:
@@ -102,25 +118,6 @@ def create_app(storage: Storage, *, sweep_s: float) -> FastAPI:
         return JSONResponse({"code": "disk_full", "message": message, "retryable": True, **where}, 507)
 
     return app
-
-
-def _objects(app: FastAPI, catalogue: Catalogue) -> None:
-    @app.put("/v1/objects/{digest}", status_code=201)
-    async def put_object(digest: Digest, request: Request) -> dict[str, int]:
-        try:
-            size = await catalogue.put_object(digest, request.stream())
-        except DigestMismatch as mismatch:
-            metrics.REFUSED.labels("digest_mismatch").inc()
-            raise HttpError(422, "digest_mismatch", str(mismatch), retryable=True) from None
-        metrics.RECEIVED_BYTES.inc(size)
-        return {"size": size}
-
-    @app.get("/v1/objects/{digest}")
-    async def get_object(digest: Digest) -> StreamingResponse:
-        size = await catalogue.object_size(digest)
-        if size is None:
-            raise HttpError(404, "object_missing", f"no object {digest}")
-        return StreamingResponse(_counted(catalogue.object(digest)), media_type="application/octet-stream")
 
 
 def _versions(app: FastAPI, catalogue: Catalogue) -> None:
@@ -135,7 +132,8 @@ def _versions(app: FastAPI, catalogue: Catalogue) -> None:
         if manifest.version != number:
             raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
         try:
-            new = await catalogue.put_version(manifest, body)
+            with app_writers.refused():
+                new = await catalogue.put_version(manifest, body)
         except Conflict as conflict:
             metrics.REFUSED.labels("version_conflict").inc()
             raise HttpError(409, "version_conflict", str(conflict)) from None
@@ -173,19 +171,20 @@ def _leases(app: FastAPI, catalogue: Catalogue) -> None:
         return {"lowest": lease.lowest}
 
 
-async def _counted(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async for chunk in chunks:
-        metrics.SENT_BYTES.inc(len(chunk))
-        yield chunk
-
-
-async def _sweep(catalogue: Catalogue, every_s: float) -> None:
+async def _sweep(catalogue: Catalogue, claims: Claims, every_s: float, claims_keep_s: float) -> None:
+    look = 0.0
     while True:
         await asyncio.sleep(every_s)
-        if gone := await catalogue.sweep():
-            metrics.SWEPT_VERSIONS.inc(len(gone))
-            logger().debug("swept", versions=gone)
-            _observe(catalogue)
+        try:
+            if gone := await catalogue.sweep():
+                metrics.SWEPT_VERSIONS.inc(len(gone))
+                logger().debug("swept", versions=gone)
+                _observe(catalogue)
+            if time.monotonic() >= look:
+                look = time.monotonic() + claims_keep_s / CLAIM_LOOKS
+                metrics.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
+        except Unavailable as error:
+            logger().warning("not swept", reason=str(error))  # what is due stays due
 
 
 def _observe(catalogue: Catalogue) -> None:

@@ -3,6 +3,7 @@
     objects/<blake3>             weights, named by their content
     versions/<number>.json       a sealed manifest, created once, after its object stands
     leases.json                  holder -> lowest version it may still need
+    writers/, checkpoints/       see writers.py
 
 A version exists from the moment its manifest does. Removing takes the manifest first, so that a crash leaves at worst
 an object without a manifest, which the next sweep removes.
@@ -17,7 +18,8 @@ import msgspec
 from common.snapshots.manifest import Damaged, Manifest, unseal
 from common.versions import Version
 from services.snapshot_store.retention import removable
-from services.snapshot_store.storage import Storage
+from services.snapshot_store.storage import Storage, Unavailable
+from services.snapshot_store.writers import Fenced, UnknownWriter, Writers
 
 _NUMBER = re.compile(r"versions/(\d+)\.json")
 
@@ -35,9 +37,11 @@ class Catalogue:
         self._leases: dict[str, Version] = {}
         self._uploading: set[str] = set()
         self._changing = asyncio.Lock()
+        self.writers = Writers(storage, self._changing)
 
     async def open(self) -> None:
-        """Read what stands. Raises Damaged, naming the file, if a manifest or the leases do not hold."""
+        """Read what stands. Raises Damaged, naming the file, if a manifest, a commit or the leases do not hold."""
+        await self.writers.open()
         for key in await self._storage.keys("versions/"):
             if match := _NUMBER.fullmatch(key):
                 body = await self._storage.read(key)
@@ -66,13 +70,22 @@ class Catalogue:
         return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
 
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
-        """Make a version exist; False if it already does, equal. Raises Conflict, KeyError (no such object)."""
-        async with self._changing:  # no sweep between looking for the object and standing by it
+        """Make a version exist; False if it already does, equal.
+
+        Raises Fenced, UnknownWriter, Conflict, KeyError (no such object).
+        """
+        async with self._changing:  # no sweep between looking for the object and standing by it, and no new writer
+            try:
+                await self.writers.check(manifest.writer)
+            except (Fenced, UnknownWriter):
+                self._uploading.discard(manifest.object)  # its manifest will not come
+                raise
             if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
                 raise KeyError(manifest.object)
-            self._uploading.discard(manifest.object)
-            if not await self._storage.create(f"versions/{manifest.version:08d}.json", body):
-                standing = self._manifests[manifest.version]
+            new = await self._storage.create(_manifest_key(manifest.version), body)
+            self._uploading.discard(manifest.object)  # not while the outcome is unknown: the manifest may stand
+            if not new:
+                standing = await self._standing(manifest.version)
                 if standing.digest != manifest.digest:
                     raise Conflict(
                         f"version {manifest.version} already stands with digest {standing.digest[:16]}, not "
@@ -82,17 +95,21 @@ class Catalogue:
             self._manifests[manifest.version] = manifest
             return True
 
+    async def _standing(self, version: Version) -> Manifest:
+        if version not in self._manifests:  # stored by a try of which this process never heard the outcome
+            body = await self._storage.read(_manifest_key(version))
+            if body is None:
+                raise Unavailable(f"{_manifest_key(version)} was there a moment ago")
+            self._manifests[version] = _standing(_manifest_key(version), version, body)
+        return self._manifests[version]
+
     async def body(self, version: Version) -> bytes | None:
         """The sealed manifest as stored, or None."""
-        return await self._storage.read(f"versions/{version:08d}.json")
+        return await self._storage.read(_manifest_key(version))
 
-    def object(self, digest: str) -> AsyncIterator[bytes]:
-        """The weights' bytes; raises KeyError."""
-        return self._storage.stream(f"objects/{digest}")
-
-    async def object_size(self, digest: str) -> int | None:
-        """Bytes of an object, or None."""
-        return await self._storage.size(f"objects/{digest}")
+    def object_key(self, digest: str) -> str:
+        """Where an object stands."""
+        return f"objects/{digest}"
 
     async def lease(self, holder: str, lowest: Version) -> None:
         """Note what the holder may still need, durably."""
@@ -110,7 +127,7 @@ class Catalogue:
         async with self._changing:
             gone = sorted(removable(self._manifests.keys(), self._leases))
             for version in gone:
-                await self._storage.delete(f"versions/{version:08d}.json")
+                await self._storage.delete(_manifest_key(version))
                 del self._manifests[version]
             needed = {f"objects/{m.object}" for m in self._manifests.values()}
             needed |= {f"objects/{digest}" for digest in self._uploading}
@@ -118,6 +135,10 @@ class Catalogue:
                 if key not in needed:
                     await self._storage.delete(key)
             return gone
+
+
+def _manifest_key(version: Version) -> str:
+    return f"versions/{version:08d}.json"
 
 
 def _standing(key: str, version: Version, body: bytes) -> Manifest:

@@ -20,6 +20,7 @@ from blake3 import blake3
 from common.snapshots import client as client_module
 from common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable, VersionConflict, VersionMissing
 from common.snapshots.manifest import Canary, Damaged, Manifest
+from common.snapshots.writer import Writer
 from common.versions import Version
 
 pytestmark = pytest.mark.servers
@@ -147,6 +148,8 @@ def store(idle: Store) -> Store:
     """A store that answers."""
     idle.start()
     idle.ready()
+    with SnapshotClient(idle.url) as first:
+        Writer(first).begin()
     return idle
 
 
@@ -157,7 +160,7 @@ def client(store: Store) -> Iterator[SnapshotClient]:
 
 
 def put(client: SnapshotClient, version: int, tensors: list[RawTensor]) -> Manifest:
-    return client.put("t", Version(version), iter(tensors), CANARIES)
+    return client.put("t", Version(version), iter(tensors), CANARIES, writer=1)
 
 
 def fetched(client: SnapshotClient, version: int) -> list[RawTensor]:

@@ -38,6 +38,7 @@ def a_manifest(*entries: TensorEntry, version: int = 3, **fields: object) -> Man
     whole: dict[str, object] = {
         "schema": SCHEMA,
         "run": "first",
+        "writer": 2,
         "version": Version(version),
         "digest": version_digest(entries),
         "encoding": "base",

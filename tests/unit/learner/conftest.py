@@ -7,6 +7,7 @@ import pytest
 
 from common.service import Server
 from common.snapshots.client import SnapshotClient
+from common.snapshots.writer import Writer
 from services.snapshot_store.app import create_app
 from services.snapshot_store.storage_disk import DiskStorage
 
@@ -18,4 +19,5 @@ def store(tmp_path: Path) -> Iterator[SnapshotClient]:
         Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
         SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
     ):
+        Writer(client).begin()
         yield client

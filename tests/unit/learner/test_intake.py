@@ -55,6 +55,7 @@ def an_intake(bus: SqliteBus, samples: int = 2) -> tuple[Intake, Planner[Arrived
         samples=samples,
         sampling=SAMPLING,
         time_limit_s=60,
+        confirm=lambda: None,
     )
     return intake, planner
 

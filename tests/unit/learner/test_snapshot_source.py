@@ -31,7 +31,7 @@ class Versions:
             if version:
                 perturb(self.resident, by=0.05, seed=version)
             weights = raw_tensors(named_weights(self.resident))
-            store.put("test", Version(version), weights, canaries(self.resident))
+            store.put("test", Version(version), weights, canaries(self.resident), writer=1)
             self.plain[version] = load(folder)
             self.plain[version].load_state_dict(self.resident.state_dict())
         self.source = SnapshotSource(self.resident, store, CPU, loaded=self.loads.append)

@@ -9,6 +9,7 @@ import pytest
 
 from common.service import Server
 from common.snapshots.client import RawTensor, SnapshotClient
+from common.snapshots.writer import Writer
 from common.versions import Version
 from services.env_gateway.app import create_app as create_gateway
 from services.env_gateway.environments import registry
@@ -32,9 +33,10 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SnapshotClien
         Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
         SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
     ):
+        Writer(client).begin()
         for version in range(4):
             raw = np.full(64, version, dtype=np.uint8)
-            client.put(RUN, Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY])
+            client.put(RUN, Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY], writer=1)
         yield client
 
 

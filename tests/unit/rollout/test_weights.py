@@ -11,6 +11,7 @@ from common.refusal import ExitCode, Refusal
 from common.service import Server
 from common.snapshots.client import RawTensor, SnapshotClient
 from common.snapshots.manifest import Canary
+from common.snapshots.writer import Writer
 from common.versions import Version
 from services.rollout.engine import StoredWeights
 from services.rollout.weights import Applied, Weights
@@ -51,13 +52,14 @@ def store(tmp_path: Path):
         Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
         SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
     ):
+        Writer(client).begin()
         yield client
 
 
 def put(store: SnapshotClient, *versions: int) -> None:
     for version in versions:
         raw = np.full(64, version, dtype=np.uint8)
-        store.put("test", Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY])
+        store.put("test", Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY], writer=1)
 
 
 def the_weights(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[Weights, list[Applied]]:

@@ -25,6 +25,8 @@ async def store(storage: Storage, *, sweep_s: float = SELDOM) -> AsyncIterator[h
     app = create_app(storage, sweep_s=sweep_s)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://s") as client:
+        if (await client.get("/v1/writers")).json()["epoch"] is None:
+            await client.post("/v1/writers", json={"holder": "learner"})
         yield client
 
 

@@ -27,6 +27,7 @@ def a_manifest(version: int, content: int) -> Manifest:
     return Manifest(
         schema=SCHEMA,
         run="test",
+        writer=1,
         version=Version(version),
         digest=version_digest([entry]),
         encoding="base",

@@ -1,0 +1,158 @@
+"""Who may write: the newest learner, known by the epoch that the store gave it, and which checkpoints count.
+
+    writers/<epoch>.json                  {"holder": name}; the highest epoch is the one that may write
+    checkpoints/<version>-<epoch>.json    {"digest": ...}: the checkpoint of that version by that writer counts
+
+An epoch is issued by creating its file, which succeeds for one of any number of requests, whatever the storage. What
+is refused to a replaced writer is checked and written under one lock with the issuing of epochs: once an epoch has been
+issued, nothing of an earlier writer lands any more. That holds for one store process; a run has one.
+"""
+
+import asyncio
+import re
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from common import faults
+from common.snapshots.manifest import Damaged
+from common.versions import Version
+from services.snapshot_store.storage import Storage
+
+T = TypeVar("T")
+_EPOCH = re.compile(r"writers/(\d+)\.json")
+_COMMIT = re.compile(r"checkpoints/(\d+)-(\d+)\.json")
+
+
+class Writer(Struct, frozen=True):
+    """A learner's right to write."""
+
+    epoch: int
+    """From 1 on; each issued once."""
+    holder: str
+    """What it called itself."""
+
+
+class Committed(Struct, frozen=True):
+    """A checkpoint that counts."""
+
+    version: Version
+    writer: int
+    digest: str
+    """blake3 of its manifest, hex."""
+
+
+class Fenced(Exception):
+    """A newer writer exists; the message names both."""
+
+
+class UnknownWriter(Exception):
+    """This store never issued the epoch."""
+
+
+class CommitConflict(Exception):
+    """The writer has committed another checkpoint of this version."""
+
+
+class _Holder(Struct, frozen=True, forbid_unknown_fields=True):
+    holder: str
+
+
+class _Digest(Struct, frozen=True, forbid_unknown_fields=True):
+    digest: str
+
+
+class Writers:
+    """Epochs and commits over a Storage; `changing` is the catalogue's lock."""
+
+    def __init__(self, storage: Storage, changing: asyncio.Lock) -> None:
+        self._storage, self._changing = storage, changing
+        self._epoch = 0
+
+    async def open(self) -> None:
+        """Read what stands. Raises Damaged, naming the checkpoint's file."""
+        for key in await self._storage.keys("writers/"):
+            if match := _EPOCH.fullmatch(key):
+                self._epoch = max(self._epoch, int(match[1]))
+        await self.committed()
+
+    async def newest(self) -> Writer | None:
+        """The one that may write, as the storage has it now; None before the first."""
+        while await self._storage.read(_writer_key(self._epoch + 1)) is not None:
+            self._epoch += 1
+        return await self._writer(self._epoch) if self._epoch else None
+
+    async def issue(self, holder: str) -> int:
+        """A new epoch, above all before it; from now on the earlier writers are refused."""
+        async with self._changing:
+            body = msgspec.json.encode(_Holder(holder))
+            while not await self._storage.create(_writer_key(self._epoch + 1), body):
+                self._epoch += 1  # taken by another
+            self._epoch += 1
+            return self._epoch
+
+    async def check(self, epoch: int) -> None:
+        """Raise Fenced or UnknownWriter unless this is the newest. Hold the lock until what it guards is written."""
+        if faults.active("store.skip_fencing"):
+            return
+        newest = await self.newest()
+        if newest is None or not 0 < epoch <= newest.epoch:
+            raise UnknownWriter(f"this store never issued epoch {epoch}; its newest is {self._epoch}")
+        if epoch < newest.epoch:
+            replaced = await self._writer(epoch)
+            raise Fenced(
+                f"writer {replaced.epoch} ({replaced.holder}) was replaced by writer {newest.epoch} ({newest.holder})"
+            )
+
+    async def commit(self, version: Version, writer: int, digest: str) -> bool:
+        """Make a checkpoint count; False if it already does. Raises Fenced, UnknownWriter, CommitConflict."""
+        async with self._changing:
+            await self.check(writer)
+            key = _commit_key(version, writer)
+            if await self._storage.create(key, msgspec.json.encode(_Digest(digest))):
+                return True
+            standing = await self._committed(key)
+            if standing.digest != digest:
+                raise CommitConflict(
+                    f"writer {writer} has committed a checkpoint of version {version} with digest "
+                    f"{standing.digest[:16]}, not {digest[:16]}"
+                )
+            return False
+
+    async def withdraw(self, version: Version, writer: int, *, by: int) -> None:
+        """Let a checkpoint count no longer; harmless if it never did. Raises Fenced, UnknownWriter for `by`."""
+        async with self._changing:
+            await self.check(by)
+            await self._storage.delete(_commit_key(version, writer))
+
+    async def committed(self) -> list[Committed]:
+        """The checkpoints that count, oldest first. Raises Damaged."""
+        found = [await self._committed(key) for key in await self._storage.keys("checkpoints/") if _COMMIT.match(key)]
+        return sorted(found, key=lambda commit: (commit.version, commit.writer))
+
+    async def _writer(self, epoch: int) -> Writer:
+        try:
+            return Writer(epoch, (await self._read(_writer_key(epoch), _Holder)).holder)
+        except Damaged:
+            return Writer(epoch, "its name is damaged")  # for people only: the epoch stands in the key
+
+    async def _committed(self, key: str) -> Committed:
+        match = _COMMIT.fullmatch(key)
+        assert match
+        return Committed(Version(int(match[1])), int(match[2]), (await self._read(key, _Digest)).digest)
+
+    async def _read(self, key: str, kind: type[T]) -> T:
+        body = await self._storage.read(key)
+        try:
+            return msgspec.json.decode(body or b"", type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Damaged(f"{key}: {error}") from None
+
+
+def _writer_key(epoch: int) -> str:
+    return f"writers/{epoch:08d}.json"
+
+
+def _commit_key(version: Version, writer: int) -> str:
+    return f"checkpoints/{version:08d}-{writer:08d}.json"
