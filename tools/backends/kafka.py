@@ -131,9 +131,8 @@ class Kafka(Server):
 
     def _format(self, settings: Path) -> None:
         command = [*self._java(), "kafka.tools.StorageTool", "format", "-c", str(settings), "-t", uuid.uuid4().hex[:22]]
-        if self._sasl:
-            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
-                command += ["--add-scram", f"{mechanism}=[name={USER},password={self.password}]"]
+        for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+            command += ["--add-scram", f"{mechanism}=[name={USER},password={self.password}]"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Refusal(

@@ -50,7 +50,7 @@ def test_an_old_java_is_refused_before_anything_is_got(programs: Path) -> None:
 
 def test_an_old_go_is_refused_before_anything_is_built(programs: Path) -> None:
     script(programs / "go", "#!/bin/sh\necho go version go1.19.8 linux/amd64\n")
-    with pytest.raises(Refusal, match=r"Go 1\.24 or later; `go` here is go1\.19"):
+    with pytest.raises(Refusal, match=r"Go 1\.21 or later; `go` here is go1\.19"):
         installed.minio(silent)
 
 

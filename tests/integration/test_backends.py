@@ -1,0 +1,294 @@
+"""The servers of tests and trials: what they keep, whom they let in, and that nobody else's process is touched."""
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import kafka as kafka_python
+import msgspec
+import pytest
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError
+
+from common.refusal import ExitCode, Refusal
+from tests.backends import kafka_client, s3_client
+from tools.backends import ports
+from tools.backends.identity import Identity
+from tools.backends.kafka import Kafka
+from tools.backends.minio import Minio
+
+pytestmark = pytest.mark.servers
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 60.0
+TOPIC = "records"
+IN_A_THREAD_THAT_ENDS = """
+import sys, threading, time
+from pathlib import Path
+from tools.backends.minio import Minio
+
+minio = Minio(Path(sys.argv[1]))
+thread = threading.Thread(target=minio.start)
+thread.start()
+thread.join()
+while Path(f"/proc/self/task/{thread.native_id}").exists():
+    time.sleep(0.01)
+print(minio.process.pid, minio.answers(), flush=True)
+sys.stdin.read()
+"""
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def command(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "tools.backends", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where `up` keeps its servers; whatever a test leaves running there is stopped."""
+    yield tmp_path / "with blank"
+    command("down", tmp_path / "with blank")
+
+
+def processes(folder: Path) -> list[Identity]:
+    """Those that the records in this folder name."""
+    read = [Identity.read(folder / name / "process.json") for name in ("kafka", "minio")]
+    return [process for process in read if process is not None]
+
+
+def chosen_ports() -> list[str]:
+    first = ports.free()
+    return ["--kafka-port", str(first), "--minio-port", str(ports.free(first))]
+
+
+def create_topic(settings: dict[str, object]) -> None:
+    admin = kafka_python.KafkaAdminClient(**settings)
+    admin.create_topics([NewTopic(TOPIC, num_partitions=1, replication_factor=1)])
+    admin.close()
+
+
+def append(settings: dict[str, object], values: list[bytes]) -> None:
+    """Every record acknowledged."""
+    producer = kafka_python.KafkaProducer(acks="all", **settings)
+    for sent in [producer.send(TOPIC, value) for value in values]:
+        sent.get(timeout=LIMIT_S)
+    producer.close()
+
+
+def records(settings: dict[str, object], count: int) -> list[bytes]:
+    """The first so many of the topic."""
+    partition = kafka_python.TopicPartition(TOPIC, 0)
+    consumer = kafka_python.KafkaConsumer(auto_offset_reset="none", enable_auto_commit=False, **settings)
+    consumer.assign([partition])
+    consumer.seek(partition, 0)
+    found = [next(consumer).value for _ in range(count)]
+    assert consumer.end_offsets([partition]) == {partition: count}
+    consumer.close()
+    return found
+
+
+def topics(settings: dict[str, object], limit_ms: int = 30000) -> set[str]:
+    """The topics that a client with these settings is told of."""
+    consumer = kafka_python.KafkaConsumer(bootstrap_timeout_ms=limit_ms, **settings)
+    try:
+        return {name for name in consumer.topics() if not name.startswith("__")}
+    finally:
+        consumer.close()
+
+
+def assert_refused(settings: dict[str, object]) -> None:
+    """The client never gets to ask anything; it tries again until its time is over."""
+    with pytest.raises(KafkaError):
+        topics(settings, limit_ms=1500)
+
+
+def test_up_starts_both_prints_how_to_reach_them_and_does_nothing_the_second_time(folder: Path) -> None:
+    chosen = chosen_ports()
+    first = command("up", folder, *chosen)
+    assert first.returncode == ExitCode.DONE, first.stderr
+    exported = dict(re.findall(r"^  export (\w+)=(\S+)$", first.stdout, re.MULTILINE))
+    assert exported["PALIMPSEST_BUS__SERVERS"] == f"127.0.0.1:{chosen[1]}"
+    assert exported["PALIMPSEST_SNAPSHOT_STORE__ENDPOINT"] == f"http://127.0.0.1:{chosen[3]}"
+    minio = Minio(folder / "minio")
+    assert exported["AWS_ACCESS_KEY_ID"] == minio.access_key
+    assert exported["AWS_SECRET_ACCESS_KEY"] == minio.secret_key
+
+    sourced = subprocess.run(
+        ["sh", "-c", '. "$1/environment" && env', "sh", folder], capture_output=True, text=True, check=True
+    )
+    assert {f"{name}={value}" for name, value in exported.items()} <= set(sourced.stdout.splitlines())
+
+    running = processes(folder)
+    assert [process.alive for process in running] == [True, True]
+    second = command("up", folder)
+    assert second.returncode == ExitCode.DONE
+    assert second.stdout.count("runs already") == 2
+    assert processes(folder) == running
+    assert command("status", folder).returncode == ExitCode.DONE
+    moved = command("up", folder, "--kafka-port", str(ports.free()))
+    assert (moved.returncode, "runs already, on port" in moved.stderr) == (ExitCode.CONFIGURATION, True)
+
+    s3_client(minio).make_bucket("kept")
+    assert command("down", folder).returncode == ExitCode.DONE
+    assert [process.alive for process in running] == [False, False]
+    assert processes(folder) == []
+    assert command("status", folder).returncode == ExitCode.UNAVAILABLE
+    assert "did not run" in command("down", folder).stdout
+
+    assert command("up", folder).returncode == ExitCode.DONE
+    assert s3_client(minio).bucket_exists("kept")  # on the same port, with the same credentials
+
+
+def test_down_leaves_alone_a_process_that_has_the_number_of_one_that_ran(folder: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as foreign:
+        identity = Identity.of(foreign.pid)
+        assert identity is not None
+        for name, stale in (
+            ("kafka", msgspec.structs.replace(identity, started=identity.started - 1)),
+            ("minio", msgspec.structs.replace(identity, command=["minio", "server"])),
+        ):
+            (folder / name).mkdir(parents=True)
+            stale.write(folder / name / "process.json")
+        done = command("down", folder)
+        assert (done.returncode, done.stdout.count("did not run")) == (ExitCode.DONE, 2)
+        assert foreign.poll() is None
+        assert processes(folder) == []
+        foreign.kill()
+
+
+def test_a_port_that_is_taken_is_refused_by_number_and_nothing_is_left_running(folder: Path) -> None:
+    with socket.create_server((ports.HOST, port := ports.free())):
+        refused = command("up", folder, "--kafka-port", str(port))
+    assert refused.returncode == ExitCode.UNAVAILABLE
+    assert f"port {port} of 127.0.0.1 is taken" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert processes(folder) == []
+
+
+def test_ctrl_c_while_kafka_starts_leaves_nothing_half_started(folder: Path) -> None:
+    words = [sys.executable, "-m", "tools.backends", "up", str(folder), *chosen_ports()]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as up:
+        until(lambda: processes(folder) != [])
+        (kafka,) = processes(folder)
+        up.send_signal(signal.SIGINT)
+        _, errors = up.communicate(timeout=LIMIT_S)
+    assert up.returncode == ExitCode.INTERRUPTED
+    assert ("Traceback" in errors, "interrupted" in errors) == (False, True)
+    assert not kafka.alive
+    assert processes(folder) == []
+
+
+def test_a_server_outlives_the_thread_that_started_it_and_not_the_process(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_A_THREAD_THAT_ENDS, str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as starter:  # fmt: skip
+        assert starter.stdout is not None
+        pid, answers = starter.stdout.readline().split()
+        server = Identity.of(int(pid))
+        assert server is not None
+        assert answers == "True"
+        starter.kill()
+    until(lambda: not server.alive)
+
+
+def test_kafka_keeps_acknowledged_records_over_a_kill(tmp_path: Path) -> None:
+    with Kafka(tmp_path) as kafka:
+        settings = kafka_client(kafka)
+        create_topic(settings)
+        values = [os.urandom(1000) for _ in range(300)]
+        append(settings, values[:200])
+        kafka.kill()
+        assert (kafka.running, kafka.answers()) == (False, False)
+        kafka.start()
+        append(settings, values[200:])
+        assert records(settings, 300) == values
+    assert not kafka.running
+
+
+def test_minio_keeps_objects_over_a_kill(tmp_path: Path) -> None:
+    body = os.urandom(3 << 20)
+    with Minio(tmp_path) as minio:
+        client = s3_client(minio)
+        client.make_bucket("kept")
+        client.put_object("kept", "object", io.BytesIO(body), len(body))
+        minio.kill()
+        assert (minio.running, minio.answers()) == (False, False)
+        minio.start()
+        assert s3_client(minio).get_object("kept", "object").read() == body
+    assert not minio.running
+
+
+def test_a_paused_server_answers_again_when_it_is_resumed(kafka_server: Kafka, minio_server: Minio) -> None:
+    for server in (kafka_server, minio_server):
+        server.pause()
+        assert (server.running, server.answers()) == (True, False)
+        server.resume()
+        until(server.answers)
+
+
+def test_a_server_that_cannot_start_is_refused_with_the_end_of_its_log(tmp_path: Path) -> None:
+    kafka = Kafka(tmp_path / "kafka")
+    (kafka.folder / "data").mkdir()  # and nothing in it
+    with pytest.raises(Refusal, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as refusal:
+        kafka.start()
+    assert refusal.value.code == ExitCode.UNAVAILABLE
+    assert not kafka.running
+
+
+def test_sasl_over_tls_lets_in_the_user_only(tmp_path: Path) -> None:
+    with Kafka(tmp_path, security="sasl_tls") as kafka:
+        settings = kafka_client(kafka)
+        create_topic(settings)
+        for mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+            append(kafka_client(kafka, mechanism), [mechanism.encode()])
+            assert_refused(kafka_client(kafka, mechanism) | {"sasl_plain_password": "wrong"})
+        assert records(settings, 3) == [b"PLAIN", b"SCRAM-SHA-256", b"SCRAM-SHA-512"]
+        for without in ({"security_protocol": "PLAINTEXT"}, {"security_protocol": "SSL"}, {"ssl_cafile": None}):
+            assert_refused(settings | without)
+
+
+def test_sasl_without_tls_refuses_a_client_without_credentials(tmp_path: Path) -> None:
+    with Kafka(tmp_path, security="sasl_plaintext") as kafka:
+        settings = kafka_client(kafka)
+        assert topics(settings) == set()
+        assert_refused({"bootstrap_servers": kafka.servers})
+
+
+def test_tls_refuses_a_client_without_the_certificate_it_requires(tmp_path: Path) -> None:
+    with Kafka(tmp_path, security="tls", require_certificate=True) as kafka:
+        settings = kafka_client(kafka)
+        assert topics(settings) == set()
+        assert_refused(settings | {"ssl_certfile": None, "ssl_keyfile": None})
+        kafka.stop()
+        kafka.require_certificate = False
+        kafka.start()
+        assert topics(kafka_client(kafka)) == set()
+
+
+def test_minio_over_tls_is_checked_against_its_authority(tmp_path: Path) -> None:
+    with Minio(tmp_path, tls=True) as minio:
+        client = s3_client(minio)
+        client.make_bucket("kept")
+        assert [bucket.name for bucket in client.list_buckets()] == ["kept"]
+        answer = subprocess.run(
+            [sys.executable, "-c", f"import httpx; httpx.get('{minio.endpoint}/minio/health/live')"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "CERTIFICATE_VERIFY_FAILED" in answer.stderr
