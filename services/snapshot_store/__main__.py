@@ -3,19 +3,27 @@
 import asyncio
 
 from common.config import Invocation
+from common.config.schema import RunConfig
 from common.program import service
 from common.service import Stop, serve
 from services.snapshot_store.app import create_app, open_catalogue
-from services.snapshot_store.storage_disk import DiskStorage
+from services.snapshot_store.open import open_storage
+from services.snapshot_store.storage import Storage
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until stopped."""
     config = invocation.config
-    storage = DiskStorage(config.snapshot_folder)
-    asyncio.run(open_catalogue(storage))  # damage is refused before the port opens
-    app = create_app(storage, sweep_s=config.snapshot_store.sweep_s)
-    serve(app, config.snapshot_store.host, config.snapshot_store.port, key="snapshot_store", stop=stop)
+    kept = config.snapshot_store
+    storage = asyncio.run(_looked_at(config))
+    app = create_app(storage, sweep_s=kept.sweep_s, claims_keep_s=kept.claims_keep_hours * 3600)
+    serve(app, kept.host, kept.port, key="snapshot_store", stop=stop)
+
+
+async def _looked_at(config: RunConfig) -> Storage:
+    storage = await open_storage(config)
+    await open_catalogue(storage)  # damage is refused before the port opens
+    return storage
 
 
 if __name__ == "__main__":
