@@ -8,8 +8,8 @@ from common.refusal import Refusal
 
 
 def open_bus(config: RunConfig) -> Bus:
-    """The run's log, its topics created. Raises Refusal when they stand there with other partitions."""
-    bus = SqliteBus(config.bus_path)
+    """The run's log, its topics created. Raises Refusal when they stand there otherwise, or nobody answers."""
+    bus = _kafka(config) if config.bus.kind == "kafka" else SqliteBus(config.bus_path)
     try:
         bus.create_topics(
             {
@@ -23,6 +23,28 @@ def open_bus(config: RunConfig) -> Bus:
     except ValueError as error:
         bus.close()
         raise Refusal(
-            f"{error}: set bus.task_partitions and bus.trajectory_partitions back, or use a new run"
+            f"{error}\nPartitions cannot be changed under a run: set bus.task_partitions and bus.trajectory_partitions "
+            f"back, or use a new run"
+            if "partitions" in str(error)
+            else str(error)
         ) from None
+    except Refusal:
+        bus.close()
+        raise
     return bus
+
+
+def _kafka(config: RunConfig) -> Bus:
+    # imported here: a run on one machine need not wait for it
+    from common.bus.claims import ClaimCheck
+    from common.bus.kafka import KafkaBus, Settings, connection
+    from common.snapshots.client import SnapshotClient
+
+    settings = Settings(
+        replicas=config.bus.replicas,
+        min_insync_replicas=config.bus.min_insync_replicas,
+        retention_ms=int(config.bus.retention_hours * 3_600_000),
+        max_record_bytes=config.bus.max_record_bytes,
+    )
+    bus = KafkaBus(connection(config.bus), prefix=config.topic_prefix, settings=settings)
+    return ClaimCheck(bus, SnapshotClient(config.store_url), over_bytes=config.bus.claim_bytes)

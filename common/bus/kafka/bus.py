@@ -1,0 +1,142 @@
+"""The producing side, and the way to consumers.
+
+A record counts as published when the broker has acknowledged it: every send's outcome is looked at, and what failed is
+sent again, the same bytes, so the same ids. A producer that is idempotent does not make that superfluous: when it
+gives a batch up (an outage longer than its patience) only the caller still has the records. A record can so stand on
+the log twice; readers know ids.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kafka import KafkaProducer, errors
+
+from common.bus.kafka.connection import DENIED, PAUSE_S, Connection
+from common.bus.kafka.consumer import KafkaConsumer
+from common.bus.kafka.topics import Settings, make_topics
+from common.bus.port import Outgoing, Position, partition_of
+from common.logs import logger
+
+GIVE_UP_S = 20.0
+"""kafka-python itself tries for so long; then we say so and send again."""
+LEASE_S = 10.0
+"""A group member not heard of for so long is gone."""
+BATCH_BYTES = 1 << 18
+OVERHEAD_BYTES = 4096
+"""Room for a batch's header, the key and the headers beside a record's body."""
+
+
+class KafkaBus:
+    """See common/bus/port.py. Safe to share between the threads of a process."""
+
+    def __init__(
+        self, connection: Connection, *, prefix: str, settings: Settings | None = None, lease_s: float = LEASE_S
+    ) -> None:
+        self._connection, self._prefix, self._lease_s = connection, prefix, lease_s
+        self._settings = settings or Settings()
+        self._partitions: dict[str, int] = {}
+        self._producer: Any = connection.client(
+            KafkaProducer,
+            client_id=f"{prefix}producer",
+            acks="all",
+            enable_idempotence=True,
+            allow_auto_create_topics=False,
+            max_request_size=self._settings.max_record_bytes,
+            batch_size=min(BATCH_BYTES, self._settings.max_record_bytes),
+            delivery_timeout_ms=int(GIVE_UP_S * 1000),
+            max_block_ms=int(GIVE_UP_S * 1000),
+            metrics_enabled=False,
+        )
+
+    def create_topics(self, partitions: Mapping[str, int]) -> None:
+        named = {self._prefix + topic: count for topic, count in partitions.items()}
+        make_topics(self._connection, self._settings, named)
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        if not records:
+            return []
+        count = self._count(topic)
+        for record in records:
+            self._fits(topic, record)
+        positions: dict[int, Position] = {}
+        left = list(range(len(records)))
+        began = time.monotonic()
+        while left:
+            problem = self._send(topic, count, records, left, positions)
+            left = [i for i in left if i not in positions]
+            if left:
+                waited = time.monotonic() - began
+                logger().warning(
+                    "sent again", topic=topic, records=len(left), waited_s=round(waited), problem=str(problem)
+                )
+                if waited > self._connection.outage_limit_s:
+                    raise self._connection.silent(f"write to {topic}", waited, str(problem))
+                time.sleep(PAUSE_S)
+        return [positions[i] for i in range(len(records))]
+
+    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> KafkaConsumer:
+        if group is None:
+            self._count(topic)  # a topic that is not there is refused here; to a group it may come later
+        return KafkaConsumer(self._connection, self._prefix, topic, group, member, lease_s=self._lease_s)
+
+    def close(self) -> None:
+        self._producer.close(timeout=GIVE_UP_S)
+
+    def _send(
+        self, topic: str, count: int, records: Sequence[Outgoing], left: list[int], positions: dict[int, Position]
+    ) -> Exception | None:
+        """Send these and wait for each one's outcome; fills in where the acknowledged stand. The last problem."""
+        problem: Exception | None = None
+        sent = []
+        try:
+            for i in left:
+                record = records[i]
+                sent.append(
+                    self._producer.send(
+                        self._prefix + topic,
+                        key=record.key.encode(),
+                        value=record.body,
+                        headers=[(name, value.encode()) for name, value in record.headers.items()],
+                        partition=partition_of(record.key, count),
+                    )
+                )
+        except errors.KafkaTimeoutError as error:  # no room or no metadata in time: the rest is sent again
+            problem = error
+        for i, future in zip(left, sent, strict=False):
+            try:
+                done = future.get(timeout=2 * GIVE_UP_S)
+            except DENIED as error:
+                raise self._connection.denied(error) from None
+            except errors.KafkaError as error:
+                problem = error
+            else:
+                positions[i] = Position(done.partition, done.offset)
+        return problem
+
+    def _count(self, topic: str) -> int:
+        if topic not in self._partitions:
+            named = self._prefix + topic
+
+            def look() -> int:
+                try:
+                    found = self._producer.partitions_for(named)
+                except errors.UnknownTopicOrPartitionError:
+                    found = None
+                if not found:
+                    raise LookupError(
+                        f"topic {topic} does not exist on {self._connection.servers} (as {named}); the run's "
+                        f"supervisor or its learner creates it at start"
+                    )
+                return len(found)
+
+            self._partitions[topic] = self._connection.patiently(look, doing=f"look at {topic}")
+        return self._partitions[topic]
+
+    def _fits(self, topic: str, record: Outgoing) -> None:
+        beside = len(record.key.encode()) + sum(len(n) + len(v.encode()) + 8 for n, v in record.headers.items())
+        if len(record.body) + beside + OVERHEAD_BYTES > self._settings.max_record_bytes:
+            raise ValueError(
+                f"a record of {len(record.body)} bytes for {topic} does not fit into bus.max_record_bytes "
+                f"({self._settings.max_record_bytes}): long bodies travel as claims (common/bus/claims.py)"
+            )

@@ -1,0 +1,131 @@
+"""How brokers are reached: addresses, encryption, identity; and what to do while they are silent."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kafka import errors
+
+from common.config.schema import BusConfig
+from common.logs import logger
+from common.refusal import ExitCode, Refusal
+
+T = TypeVar("T")
+USERNAME, PASSWORD = "PALIMPSEST_KAFKA_USERNAME", "PALIMPSEST_KAFKA_PASSWORD"
+"""Environment variables; with _FILE behind the name, a file that holds the value."""
+START_S = 60.0
+"""A broker that has not answered for so long when a process starts is not there."""
+PAUSE_S = 0.5
+SAY_S = 10.0
+"""Between two lines that say that the log does not answer."""
+PROTOCOLS = {"plaintext": "PLAINTEXT", "tls": "SSL", "sasl_plaintext": "SASL_PLAINTEXT", "sasl_tls": "SASL_SSL"}
+DENIED = (
+    errors.AuthorizationError,
+    errors.SaslAuthenticationFailedError,
+    errors.UnsupportedSaslMechanismError,
+    errors.IllegalSaslStateError,
+)
+"""No waiting mends these."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What every client of one Kafka needs."""
+
+    servers: str
+    options: Mapping[str, Any]
+    """Keyword arguments of kafka-python's clients: protocol, certificates, credentials."""
+    outage_limit_s: float = 600.0
+
+    def arguments(self) -> dict[str, Any]:
+        """For a client: bootstrap, retries of connections, identity."""
+        return {
+            "bootstrap_servers": self.servers.split(","),
+            "bootstrap_timeout_ms": 5_000,
+            "reconnect_backoff_max_ms": 1_000,  # an outage is over for us a second after it is over
+            "request_timeout_ms": 10_000,
+            **self.options,
+        }
+
+    def client(self, make: Callable[..., T], **arguments: Any) -> T:
+        """A client of this kind. Raises Refusal when no broker answers, or none lets us in."""
+        settings = {**self.arguments(), **arguments}
+        return self.patiently(lambda: make(**settings), doing="connect", limit_s=START_S)
+
+    def patiently(self, call: Callable[[], T], *, doing: str, limit_s: float | None = None) -> T:
+        """Call until it succeeds. Raises Refusal after `limit_s` (default: the run's limit of outages), or at once
+        when the broker does not let us."""
+        limit_s = self.outage_limit_s if limit_s is None else limit_s
+        began = said = time.monotonic()
+        while True:
+            try:
+                return call()
+            except DENIED as error:
+                raise self.denied(error) from None
+            except (errors.RetriableError, errors.BrokerNotAvailableError, OSError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            now = time.monotonic()
+            if now - began > limit_s:
+                raise self.silent(doing, now - began, problem) from None
+            if now - said > SAY_S:
+                said = now
+                logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=problem)
+            time.sleep(PAUSE_S)
+
+    def silent(self, doing: str, seconds: float, problem: str) -> Refusal:
+        """What to say when an outage has lasted too long."""
+        return Refusal(
+            f"Kafka at {self.servers} (bus.servers) did not let us {doing} for {seconds:.0f} s: {problem}. Is the "
+            f"broker up, the address right, and bus.security ({self._protocol()}) what its listener wants? Start it "
+            f"and start again; a run goes on from its last checkpoint",
+            ExitCode.UNAVAILABLE,
+        )
+
+    def denied(self, error: Exception) -> Refusal:
+        """What to say when the broker refuses us."""
+        return Refusal(
+            f"Kafka at {self.servers} refuses us: {type(error).__name__}: {error}. Check {USERNAME}, {PASSWORD}, "
+            f"bus.security ({self._protocol()}) and bus.sasl_mechanism, and the user's rights on the run's topics "
+            f"(docs/operations.md lists them)",
+            ExitCode.CONFIGURATION,
+        )
+
+    def _protocol(self) -> str:
+        return str(self.options.get("security_protocol", "PLAINTEXT"))
+
+
+def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -> Connection:
+    """The connection that a run's configuration describes. Raises Refusal for what is missing."""
+    options: dict[str, Any] = {"security_protocol": PROTOCOLS[config.security]}
+    if config.security.startswith("sasl"):
+        options |= {
+            "sasl_mechanism": config.sasl_mechanism,
+            "sasl_plain_username": _secret(USERNAME, environment, config),
+            "sasl_plain_password": _secret(PASSWORD, environment, config),
+        }
+    if config.security.endswith("tls"):
+        files = {"ssl_cafile": config.ca_file, "ssl_certfile": config.certificate_file, "ssl_keyfile": config.key_file}
+        for option, path in files.items():
+            if path is not None:
+                key = {"ssl_cafile": "ca_file", "ssl_certfile": "certificate_file", "ssl_keyfile": "key_file"}[option]
+                if not path.is_file():
+                    raise Refusal(f"bus.{key} = {path}: there is no such file")
+                options[option] = str(path)
+    return Connection(config.servers, options, config.outage_limit_s)
+
+
+def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str:
+    if name in environment:
+        return environment[name]
+    if (file := environment.get(f"{name}_FILE")) is not None:
+        try:
+            return Path(file).read_text().strip()
+        except OSError as error:
+            raise Refusal(f"{name}_FILE = {file}: cannot be read ({error.strerror})") from None
+    raise Refusal(
+        f"bus.security is {config.security}, so the environment must hold {name}, or {name}_FILE with the path of a "
+        f"file that does"
+    )

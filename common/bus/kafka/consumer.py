@@ -1,0 +1,241 @@
+"""The reading side: one topic, alone or as a member of a group.
+
+What kafka-python has fetched is handed out partition by partition in turn, so that none starves behind a full one.
+Where to read is never guessed: `auto_offset_reset` is off, so an offset that is gone is an error; a group that never
+committed begins at the beginning.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from kafka import ConsumerRebalanceListener, TopicPartition, errors
+from kafka import KafkaConsumer as Client
+from kafka.structs import OffsetAndMetadata
+
+from common.bus.kafka.connection import DENIED, Connection
+from common.bus.port import OffsetGone, Record
+from common.logs import logger
+
+FETCH_RECORDS = 500
+FEW_RECORDS = 64
+"""With fewer at hand, more are fetched before a caller has to wait for them."""
+IDLE_LIMIT_S = 120.0
+"""A member that does not poll for so long, though its process lives, gives its partitions up."""
+HEARTBEATS = 3.3
+"""Heartbeats in a lease."""
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Notes that the group was shared out anew; called on the client's own thread."""
+
+    def __init__(self) -> None:
+        self.heard = False
+
+    def on_partitions_revoked(self, _revoked: Any) -> None:
+        """What was ours stays ours, for `assignment`, until the new share is known."""
+
+    def on_partitions_assigned(self, _assigned: Any) -> None:
+        self.heard = True
+
+
+class KafkaConsumer:
+    """See common/bus/port.py. Belongs to one thread at a time."""
+
+    def __init__(
+        self, connection: Connection, prefix: str, topic: str, group: str | None, member: str, *, lease_s: float
+    ) -> None:
+        if group is not None and not member:
+            raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
+        self._connection, self._topic, self._group = connection, topic, group
+        self._named = prefix + topic
+        self._waiting: dict[int, deque[Any]] = {}
+        """Partition -> fetched, not yet handed out."""
+        self._next: dict[int, int] = {}
+        """Partition -> offset of the next record to hand out."""
+        self._turn = 0
+        self._listener = _Listener()
+        membership: dict[str, Any] = {} if group is None else {
+            "group_id": prefix + group,
+            "session_timeout_ms": int(lease_s * 1000),
+            "heartbeat_interval_ms": int(lease_s * 1000 / HEARTBEATS),
+            "max_poll_interval_ms": int(max(lease_s, min(IDLE_LIMIT_S, 12 * lease_s)) * 1000),
+        }  # fmt: skip
+        self._client: Any = connection.client(
+            Client,
+            client_id=f"{prefix}{member or 'reader'}",
+            auto_offset_reset="none",
+            enable_auto_commit=False,
+            allow_auto_create_topics=False,
+            metrics_enabled=False,
+            **membership,
+        )
+        if group is None:
+            self._client.assign([TopicPartition(self._named, p) for p in self._partitions()])
+            self._begin(dict(self._firsts()))
+        else:
+            self._client.subscribe([self._named], listener=self._listener)
+
+    def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            at_hand = sum(map(len, self._waiting.values()))
+            if at_hand < max(limit, FEW_RECORDS):
+                self._fetch(0.0 if limit == 0 or at_hand else max(0.0, deadline - time.monotonic()))
+            elif self._group is not None:
+                self._stay_a_member()
+            if limit and (records := self._hand_out(limit)):
+                return records
+            if time.monotonic() >= deadline:
+                return []
+
+    def assignment(self) -> frozenset[int]:
+        return frozenset(self._next)
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        if not offsets:
+            return
+        firsts, ends = self._firsts(), self.ends()
+        for partition, offset in offsets.items():
+            if partition not in ends:
+                raise OffsetGone(f"{self._topic} has no partition {partition}: the log belongs to another run")
+            if not firsts[partition] <= offset <= ends[partition]:
+                raise OffsetGone(
+                    f"{self._topic}[{partition}] holds offsets {firsts[partition]} to {ends[partition]}, not {offset}: "
+                    f"the log was cut or belongs to another run"
+                )
+        self._begin(offsets)
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        if self._group is None:
+            raise ValueError(f"a consumer of {self._topic} without a group has nothing to commit to")
+        mine = {
+            TopicPartition(self._named, p): OffsetAndMetadata(o, "", -1) for p, o in offsets.items() if p in self._next
+        }
+        if not mine:
+            return
+        try:
+            self._connection.patiently(
+                lambda: self._client.commit(mine, timeout_ms=10_000), doing=f"commit to {self._topic}"
+            )
+        except (errors.CommitFailedError, errors.RebalanceInProgressError, errors.UnknownMemberIdError,
+                errors.IllegalGenerationError) as error:  # fmt: skip
+            # the partitions are with somebody else by now, or about to be: who has them reads from the last commit
+            logger().debug("commit left out", topic=self._topic, reason=type(error).__name__)
+
+    def ends(self) -> dict[int, int]:
+        tps = [TopicPartition(self._named, p) for p in self._partitions()]
+        found = self._connection.patiently(lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}")
+        return {tp.partition: offset for tp, offset in sorted(found.items())}
+
+    def close(self) -> None:
+        self._client.close(autocommit=False, timeout_ms=5_000)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fetch(self, timeout_s: float) -> None:
+        """One poll of the client: keeps the membership, takes on a new share, brings records."""
+        try:
+            fetched = self._client.poll(timeout_ms=int(timeout_s * 1000), max_records=FETCH_RECORDS)
+        except errors.NoOffsetForPartitionError:
+            fetched = {}  # a share of which nothing was ever committed
+        except errors.OffsetOutOfRangeError as error:
+            ((tp, offset),) = list(error.args[0].items())[:1]
+            raise OffsetGone(
+                f"{self._topic}[{tp.partition}]: offset {offset} is gone, the log starts at "
+                f"{self._firsts()[tp.partition]}"
+            ) from None
+        except errors.LogTruncationError as error:
+            raise OffsetGone(f"{self._topic}: the broker lost records that were read already: {error}") from None
+        except DENIED as error:
+            raise self._connection.denied(error) from None
+        except errors.RetriableError as error:
+            logger().debug("nothing fetched", topic=self._topic, reason=f"{type(error).__name__}: {error}")
+            fetched = {}
+        if self._listener.heard:
+            self._take_on_share()  # the client forgot where it was, so what it fetched may be from anywhere
+            return
+        for tp, records in fetched.items():
+            self._waiting.setdefault(tp.partition, deque()).extend(records)
+
+    def _stay_a_member(self) -> None:
+        """Poll without fetching."""
+        self._client.pause(*self._client.assignment())
+        self._fetch(0.0)
+        self._client.resume(*self._client.paused())
+
+    def _take_on_share(self) -> None:
+        self._listener.heard = False
+        share = {tp.partition for tp in self._client.assignment()}
+        for partition in set(self._next) - share:
+            del self._next[partition]
+            self._waiting.pop(partition, None)
+        positions = dict(self._next)
+        if new := share - set(self._next):
+            firsts = self._firsts()
+            for partition in new:
+                committed = self._committed(partition)
+                positions[partition] = firsts[partition] if committed is None else committed
+        self._begin(positions)
+
+    def _committed(self, partition: int) -> int | None:
+        tp = TopicPartition(self._named, partition)
+        committed: int | None = self._connection.patiently(
+            lambda: self._client.committed(tp, timeout_ms=10_000), doing=f"look at {self._topic}"
+        )
+        return committed
+
+    def _begin(self, offsets: Mapping[int, int]) -> None:
+        for partition, offset in offsets.items():
+            self._client.seek(TopicPartition(self._named, partition), offset)
+            self._waiting.pop(partition, None)
+            self._next[partition] = offset
+
+    def _hand_out(self, limit: int) -> list[Record]:
+        records: list[Record] = []
+        self._turn += 1
+        partitions = sorted(self._waiting)
+        for i in range(len(partitions)):
+            partition = partitions[(self._turn + i) % len(partitions)]
+            waiting = self._waiting[partition]
+            while waiting and len(records) < limit:
+                records.append(self._record(partition, waiting.popleft()))
+            if not waiting:
+                del self._waiting[partition]
+        return records
+
+    def _record(self, partition: int, fetched: Any) -> Record:
+        if fetched.offset != self._next[partition]:
+            raise OffsetGone(
+                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the log goes on at "
+                f"{fetched.offset}"
+            )
+        self._next[partition] = fetched.offset + 1
+        headers = {name: (value or b"").decode(errors="replace") for name, value in fetched.headers or ()}
+        key = (fetched.key or b"").decode(errors="replace")  # anyone may write to a topic
+        return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
+
+    def _partitions(self) -> list[int]:
+        def look() -> list[int]:
+            found = self._client.partitions_for_topic(self._named)
+            if not found:
+                raise LookupError(
+                    f"topic {self._topic} does not exist on {self._connection.servers} (as {self._named}); the run's "
+                    f"supervisor or its learner creates it at start"
+                )
+            return sorted(found)
+
+        return self._connection.patiently(look, doing=f"look at {self._topic}")
+
+    def _firsts(self) -> dict[int, int]:
+        tps = [TopicPartition(self._named, p) for p in self._partitions()]
+        found = self._connection.patiently(lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}")
+        return {tp.partition: offset for tp, offset in found.items()}

@@ -1,0 +1,155 @@
+"""Topics as the run needs them: made with stated settings, and verified where they stand already.
+
+A topic that someone else made may be generous (longer retention, larger records) but not tighter: what it would cut
+off or refuse is a trajectory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import errors
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+
+from common.bus.kafka.connection import START_S, Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of every topic of a run."""
+
+    replicas: int = 1
+    min_insync_replicas: int = 1
+    retention_ms: int = 7 * 24 * 3600 * 1000
+    max_record_bytes: int = 1 << 20
+    """Longest batch of records on the wire; a record has to fit into one."""
+
+    def options(self) -> dict[str, str]:
+        """As the broker names them."""
+        return {
+            "cleanup.policy": "delete",
+            "retention.ms": str(self.retention_ms),
+            "retention.bytes": "-1",
+            "max.message.bytes": str(self.max_record_bytes),
+            "min.insync.replicas": str(self.min_insync_replicas),
+        }
+
+
+class WrongTopic(ValueError):
+    """A topic stands there with settings the run cannot use; the message has the command that mends it."""
+
+
+def make_topics(connection: Connection, settings: Settings, partitions: Mapping[str, int]) -> None:
+    """Make those that are missing, check all. Raises WrongTopic, naming every problem; Refusal when nobody answers."""
+    admin = connection.client(KafkaAdminClient)
+    try:
+        standing = _describe(connection, admin, list(partitions))
+        missing = {name: count for name, count in partitions.items() if name not in standing}
+        if standing:
+            _check(connection, admin, settings, partitions, standing)
+        if missing:
+            _make(connection, admin, settings, missing)
+            _check(connection, admin, settings, missing, _describe(connection, admin, list(missing)))
+    finally:
+        admin.close()
+
+
+def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, missing: Mapping[str, int]) -> None:
+    def make() -> None:
+        for name, count in missing.items():
+            wanted = {name: {"num_partitions": count, "replication_factor": settings.replicas,
+                             "configs": settings.options()}}  # fmt: skip
+            try:
+                admin.create_topics(wanted)
+            except errors.TopicAlreadyExistsError:
+                continue  # another process of the run was quicker
+            except errors.InvalidReplicationFactorError as error:
+                raise WrongTopic(
+                    f"topic {name} cannot be made with {settings.replicas} replicas (bus.replicas): {error}"
+                ) from None
+        admin.wait_for_topics(list(missing))
+
+    connection.patiently(make, doing="make topics", limit_s=START_S)
+
+
+def _describe(connection: Connection, admin: KafkaAdminClient, names: list[str]) -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
+        described = {topic["name"]: topic for topic in admin.describe_topics(names)}
+        return {
+            name: topic
+            for name, topic in described.items()
+            if errors.for_code(topic["error_code"]) is not errors.UnknownTopicOrPartitionError
+        }
+
+    return connection.patiently(describe, doing="look at topics", limit_s=START_S)
+
+
+def _check(
+    connection: Connection,
+    admin: KafkaAdminClient,
+    settings: Settings,
+    partitions: Mapping[str, int],
+    standing: Mapping[str, Any],
+) -> None:
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in standing]
+    options = connection.patiently(
+        lambda: admin.describe_configs(resources, config_filter="all"), doing="look at topics", limit_s=START_S
+    )["topic"]
+    problems = [
+        problem
+        for name, topic in standing.items()
+        for problem in _problems(
+            connection.servers,
+            settings,
+            name,
+            partitions[name],
+            topic,
+            {option: entry["value"] for option, entry in options[name].items()},
+        )
+    ]
+    if problems:
+        raise WrongTopic("\n".join(problems))
+
+
+def _problems(
+    servers: str, settings: Settings, name: str, partitions: int, topic: Any, options: Mapping[str, str]
+) -> list[str]:
+    """What is wrong with one topic, each with its remedy."""
+    problems = []
+    if (has := len(topic["partitions"])) != partitions:
+        problems.append(f"topic {name} on {servers} has {has} partitions, {partitions} are asked for")
+    if (has := min(len(p["replica_nodes"]) for p in topic["partitions"])) < settings.replicas:
+        problems.append(
+            f"topic {name} on {servers} has {has} replicas, bus.replicas asks for {settings.replicas}: "
+            f"kafka-reassign-partitions.sh adds some, or set bus.replicas to {has}"
+        )
+    wrong = {
+        option: wanted
+        for option, wanted in settings.options().items()
+        if not _suffices(option, options.get(option, ""), wanted)
+    }
+    for option, wanted in wrong.items():
+        problems.append(f"topic {name} on {servers} has {option} = {options.get(option)}, the run needs {wanted}")
+    if wrong:
+        listed = ",".join(f"{option}={wanted}" for option, wanted in wrong.items())
+        problems.append(
+            f"  mend it: kafka-configs.sh --bootstrap-server {servers} --alter --entity-type topics "
+            f"--entity-name {name} --add-config {listed}"
+        )
+    return problems
+
+
+def _suffices(option: str, has: str, wanted: str) -> bool:
+    """Whether a setting keeps at least what the wanted one would.
+
+    >>> _suffices("retention.ms", "-1", "1000"), _suffices("retention.bytes", "1000", "-1")
+    (True, False)
+    """
+    if option == "cleanup.policy":
+        return has == wanted
+    try:
+        number = int(has)
+    except ValueError:
+        return False
+    unlimited = option.startswith("retention.") and number == -1
+    return unlimited or (wanted != "-1" and number >= int(wanted))

@@ -1,0 +1,65 @@
+"""Fixtures of the contract suites."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bus.port import Bus
+from common.service import Server
+from services.snapshot_store.app import create_app
+from services.snapshot_store.storage_disk import DiskStorage
+from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, Spawn, SqliteLog
+
+
+@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.servers)])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
+    """A log with one topic of four partitions."""
+    made: Log
+    if request.param == "sqlite":
+        made = SqliteLog(tmp_path / "bus.sqlite")
+        _make_topic(made)
+        yield made
+    else:
+        kafka = request.getfixturevalue("kafka_server")
+        app = create_app(DiskStorage(tmp_path / "store"), sweep_s=3600)
+        with Server(app, "127.0.0.1", 0, key="snapshot_store") as store:
+            made = KafkaLog(kafka.servers, f"http://127.0.0.1:{store.port}")
+            _make_topic(made)
+            yield made
+
+
+def _make_topic(log: Log) -> None:
+    with closing(log.open()) as bus:
+        bus.create_topics({TOPIC: PARTITIONS})
+
+
+@pytest.fixture
+def bus(log: Log) -> Iterator[Bus]:
+    """The log, open."""
+    with closing(log.open()) as opened:
+        yield opened
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Run a function of a test file in a process of its own, with a line to it; ended with the test."""
+    context, started = multiprocessing.get_context("spawn"), list[SpawnProcess]()
+
+    def spawn(target: Callable[..., None], *arguments: Any) -> tuple[SpawnProcess, Connection]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that its death ends the line
+        started.append(process)
+        return process, ours
+
+    yield spawn
+    for process in started:
+        process.kill()
+        process.join()

@@ -1,0 +1,148 @@
+"""The logs that the contract suite runs on, and what its tests read them with."""
+
+import itertools
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from kafka import TopicPartition
+from kafka.admin import KafkaAdminClient
+
+from common.bus.claims import ClaimCheck
+from common.bus.kafka import Connection as KafkaConnection
+from common.bus.kafka import KafkaBus
+from common.bus.port import Bus, Consumer, Outgoing, Record
+from common.bus.sqlite import SqliteBus
+from common.snapshots.client import SnapshotClient
+
+TOPIC, PARTITIONS, GROUP = "things", 4, "workers"
+LIMIT_S = 60.0
+"""Nothing here takes so long unless it is broken."""
+KEYS = [f"g{i:06d}" for i in range(60)]
+
+
+@dataclass(frozen=True)
+class SqliteLog:
+    """A log in a SQLite file; `open` may be called in any process."""
+
+    path: Path
+    lease_s: float = 10.0
+
+    def open(self) -> Bus:
+        return SqliteBus(self.path, lease_s=self.lease_s)
+
+    def with_lease(self, lease_s: float) -> "SqliteLog":
+        """The same log, for members that are gone when not heard of for so long."""
+        return replace(self, lease_s=lease_s)
+
+    def another(self) -> "SqliteLog":
+        """A log of its own that nobody has opened yet."""
+        return replace(self, path=self.path.parent / "another" / "bus.sqlite")
+
+    def cut(self, partition: int, before: int) -> None:
+        """Retention: the log lets go of the partition's records below this offset."""
+        with closing(sqlite3.connect(self.path)) as db, db:
+            db.execute(
+                "DELETE FROM records WHERE topic = ? AND partition = ? AND offset < ?", (TOPIC, partition, before)
+            )
+            db.execute("UPDATE ends SET first = ? WHERE topic = ? AND partition = ?", (before, TOPIC, partition))
+
+
+@dataclass(frozen=True)
+class KafkaLog:
+    """Topics of its own on a real Kafka, long bodies in a real snapshot store; `open` may be called in any process."""
+
+    servers: str
+    store_url: str
+    prefix: str = field(default_factory=lambda: f"test.{uuid.uuid4().hex[:12]}.")
+    lease_s: float = 10.0
+
+    def open(self) -> Bus:
+        bus = KafkaBus(KafkaConnection(self.servers, {}), prefix=self.prefix, lease_s=self.lease_s)
+        return ClaimCheck(bus, SnapshotClient(self.store_url), over_bytes=1 << 19)
+
+    def with_lease(self, lease_s: float) -> "KafkaLog":
+        """The same log, for members that are gone when not heard of for so long."""
+        return replace(self, lease_s=lease_s)
+
+    def another(self) -> "KafkaLog":
+        """Topics that nobody has made yet."""
+        return KafkaLog(self.servers, self.store_url)
+
+    def cut(self, partition: int, before: int) -> None:
+        """Retention: the log lets go of the partition's records below this offset."""
+        with closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
+            admin.delete_records({TopicPartition(self.prefix + TOPIC, partition): before})
+
+
+Log = SqliteLog | KafkaLog
+Spawn = Callable[..., tuple[SpawnProcess, Connection]]
+
+
+def told(line: Connection) -> Any:
+    """What the process says next."""
+    assert line.poll(LIMIT_S), "the process says nothing"
+    return line.recv()
+
+
+def everything_told(line: Connection) -> list[Any]:
+    """All that a process said before it died."""
+    said = []
+    try:
+        while line.poll(LIMIT_S):
+            said.append(line.recv())
+    except (EOFError, ConnectionResetError):
+        return said
+    raise AssertionError("the process lives")
+
+
+def things(*bodies: str, key: str = "k") -> list[Outgoing]:
+    return [Outgoing(key, body.encode()) for body in bodies]
+
+
+def take(consumer: Consumer, count: int) -> list[Record]:
+    """The next so many records."""
+    records: list[Record] = []
+    deadline = time.monotonic() + LIMIT_S
+    while len(records) < count:
+        assert time.monotonic() < deadline, f"{len(records)} of {count} came"
+        records += consumer.poll(limit=count - len(records), timeout_s=1.0)
+    return records
+
+
+def read_all(bus: Bus) -> list[Record]:
+    with bus.consumer(TOPIC) as consumer:
+        return take(consumer, sum(consumer.ends().values()))
+
+
+def bodies(records: list[Record]) -> list[str]:
+    return [record.body.decode() for record in records]
+
+
+def poll_until(done: Callable[[], bool], *consumers: Consumer) -> list[Record]:
+    """Poll them in turn; everything read until then."""
+    records: list[Record] = []
+    deadline = time.monotonic() + LIMIT_S
+    while not done():
+        assert time.monotonic() < deadline, [consumer.assignment() for consumer in consumers]
+        for consumer in consumers:
+            records += consumer.poll(limit=1000, timeout_s=0.01)
+    return records
+
+
+def everything(consumer: Consumer) -> bool:
+    """Whether it reads every partition."""
+    return consumer.assignment() == frozenset(range(PARTITIONS))
+
+
+def shared(*consumers: Consumer) -> bool:
+    """Whether they read every partition among them, each one once, and each has some."""
+    shares = [consumer.assignment() for consumer in consumers]
+    return all(shares) and sorted(itertools.chain(*shares)) == list(range(PARTITIONS))

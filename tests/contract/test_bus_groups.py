@@ -1,0 +1,169 @@
+"""What the services rely on in a log, for every adapter: consumer groups."""
+
+from contextlib import closing
+from multiprocessing.connection import Connection
+
+from common.bus.port import Bus, Outgoing, Record
+from tests.contract.logs import (
+    GROUP,
+    KEYS,
+    LIMIT_S,
+    PARTITIONS,
+    TOPIC,
+    Log,
+    Spawn,
+    bodies,
+    everything,
+    poll_until,
+    shared,
+    take,
+    things,
+    told,
+)
+
+
+def test_a_group_member_that_waits_hears_of_news_too(bus: Bus) -> None:
+    with bus.consumer(TOPIC, group=GROUP, member="a") as consumer:
+        assert consumer.poll(limit=10, timeout_s=0.05) == []
+        bus.publish(TOPIC, things("news"))
+        assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["news"]
+
+
+def test_a_group_goes_on_where_it_committed(bus: Bus) -> None:
+    (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
+    with bus.consumer(TOPIC, group=GROUP, member="first") as consumer:
+        assert bodies(take(consumer, 3)) == ["a", "b", "c"]
+        consumer.commit({at.partition: 2})
+    with bus.consumer(TOPIC, group=GROUP, member="second") as consumer:
+        assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["c"]
+
+
+def test_a_group_that_committed_nothing_starts_at_the_beginning(bus: Bus) -> None:
+    bus.publish(TOPIC, things("a"))
+    for member in ("first", "second"):
+        with bus.consumer(TOPIC, group=GROUP, member=member) as consumer:
+            assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["a"]
+
+
+def test_groups_do_not_know_of_each_other(bus: Bus) -> None:
+    (at,) = bus.publish(TOPIC, things("a"))
+    for group in ("these", "those"):
+        with bus.consumer(TOPIC, group=group, member="m") as consumer:
+            assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["a"]
+            assert consumer.assignment() == frozenset(range(PARTITIONS))
+            consumer.commit({at.partition: 1})
+
+
+def test_a_member_alone_has_every_partition_once_it_polls(bus: Bus) -> None:
+    with bus.consumer(TOPIC, group=GROUP, member="a") as consumer:
+        assert consumer.assignment() == frozenset()
+        poll_until(lambda: bool(consumer.assignment()), consumer)
+        assert everything(consumer)
+
+
+def test_members_share_the_partitions_when_one_joins(bus: Bus) -> None:
+    with bus.consumer(TOPIC, group=GROUP, member="a") as a, bus.consumer(TOPIC, group=GROUP, member="b") as b:
+        poll_until(lambda: everything(a), a)
+        poll_until(lambda: shared(a, b), a, b)
+        assert [len(a.assignment()), len(b.assignment())] == [2, 2]
+
+
+def test_more_members_than_partitions_leave_some_without(bus: Bus) -> None:
+    members = [bus.consumer(TOPIC, group=GROUP, member=f"m{i}") for i in range(PARTITIONS + 2)]
+    poll_until(lambda: sorted(len(m.assignment()) for m in members) == [0, 0] + [1] * PARTITIONS, *members)
+    for member in members:
+        member.close()
+
+
+def test_partitions_of_a_member_that_leaves_go_to_the_others(bus: Bus) -> None:
+    with bus.consumer(TOPIC, group=GROUP, member="a") as a:
+        b = bus.consumer(TOPIC, group=GROUP, member="b")
+        poll_until(lambda: shared(a, b), a, b)
+        b.close()
+        poll_until(lambda: len(a.assignment()) == PARTITIONS, a)
+
+
+def test_an_assignment_changes_only_inside_a_poll(bus: Bus) -> None:
+    with bus.consumer(TOPIC, group=GROUP, member="a") as a, bus.consumer(TOPIC, group=GROUP, member="b") as b:
+        poll_until(lambda: everything(a), a)
+        b.poll(limit=1, timeout_s=0.5)
+        assert everything(a)
+
+
+def test_a_commit_of_partitions_that_went_to_another_member_is_left_out(bus: Bus) -> None:
+    bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
+    with bus.consumer(TOPIC, group=GROUP, member="a") as a:
+        take(a, len(KEYS))
+        b = bus.consumer(TOPIC, group=GROUP, member="b")
+        poll_until(lambda: shared(a, b), a, b)
+        kept, lost = a.assignment(), b.assignment()
+        a.commit(dict.fromkeys(range(PARTITIONS), 3))
+        b.close()
+    with bus.consumer(TOPIC, group=GROUP, member="c") as c:
+        expected = dict.fromkeys(kept, 3) | dict.fromkeys(lost, 0)
+        firsts: dict[int, int] = {}
+        for record in take(c, sum(end - expected[p] for p, end in c.ends().items())):
+            firsts.setdefault(record.partition, record.offset)
+    assert firsts == dict.fromkeys(kept, 3) | dict.fromkeys(lost, 0)
+
+
+def work_in_group(log: Log, line: Connection) -> None:
+    """A process: a member that reads, commits what it is told to, and waits for its death."""
+    with closing(log.open()) as bus, bus.consumer(TOPIC, group=GROUP, member="victim") as consumer:
+        records: list[Record] = take(consumer, sum(consumer.ends().values()))
+        line.send((consumer.assignment(), [(r.partition, r.offset, r.body) for r in records]))
+        consumer.commit(line.recv())
+        line.send("committed")
+        while True:
+            consumer.poll(limit=1000, timeout_s=1.0)
+
+
+def test_what_a_killed_member_had_not_committed_is_delivered_again(log: Log, spawn: Spawn) -> None:
+    log = log.with_lease(2.0)
+    with closing(log.open()) as bus:
+        bus.publish(TOPIC, [Outgoing(key, f"{i}".encode()) for key in KEYS for i in range(2)])
+        process, line = spawn(work_in_group, log)
+        assignment, read = told(line)
+        assert assignment == frozenset(range(PARTITIONS))
+        line.send(dict.fromkeys(range(PARTITIONS), 5))
+        assert told(line) == "committed"
+        with bus.consumer(TOPIC, group=GROUP, member="survivor") as survivor:
+            process.kill()
+            process.join()
+            ends = survivor.ends()
+            records = take(survivor, sum(end - 5 for end in ends.values()))
+            assert everything(survivor)
+    assert len(read) == 2 * len(KEYS)
+    again = {(record.partition, record.offset) for record in records}
+    assert again == {(p, offset) for p, end in ends.items() for offset in range(5, end)}
+
+
+def test_without_its_lease_running_out_a_dead_members_partitions_would_stay_with_it(log: Log, spawn: Spawn) -> None:
+    log = log.with_lease(1000.0)
+    with closing(log.open()) as bus:
+        bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
+        process, line = spawn(work_in_group, log)
+        told(line)
+        process.kill()
+        process.join()
+        with bus.consumer(TOPIC, group=GROUP, member="survivor") as survivor:
+            survivor.poll(limit=1000, timeout_s=0.5)
+            assert not everything(survivor)
+
+
+def test_a_member_that_stopped_polling_cannot_commit_over_its_successor(log: Log) -> None:
+    with closing(log.with_lease(1.5).open()) as bus:
+        bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
+        with (
+            bus.consumer(TOPIC, group=GROUP, member="sleeper") as sleeper,
+            bus.consumer(TOPIC, group=GROUP, member="successor") as successor,
+        ):
+            poll_until(lambda: everything(sleeper), sleeper)
+            poll_until(lambda: everything(successor), successor)
+            successor.commit(dict.fromkeys(range(PARTITIONS), 7))
+            sleeper.commit(dict.fromkeys(range(PARTITIONS), 2))
+        with bus.consumer(TOPIC, group=GROUP, member="next") as following:
+            firsts: dict[int, int] = {}
+            for record in take(following, len(KEYS) - 7 * PARTITIONS):
+                firsts.setdefault(record.partition, record.offset)
+    assert firsts == dict.fromkeys(range(PARTITIONS), 7)

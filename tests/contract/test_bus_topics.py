@@ -1,0 +1,55 @@
+"""What the services rely on in a log, for every adapter: topics, and beginning a log."""
+
+from contextlib import closing
+from multiprocessing.connection import Connection
+
+import pytest
+
+from common.bus.port import Bus, Position
+from tests.contract.logs import GROUP, PARTITIONS, TOPIC, Log, Spawn, bodies, read_all, things, told
+
+
+def test_topics_are_made_once(bus: Bus) -> None:
+    bus.publish(TOPIC, things("a"))
+    bus.create_topics({TOPIC: PARTITIONS, "more": 1})
+    assert bodies(read_all(bus)) == ["a"]
+    assert bus.publish("more", things("b")) == [Position(0, 0)]
+
+
+def test_a_topic_with_other_partitions_is_refused_by_both_numbers(bus: Bus) -> None:
+    with pytest.raises(ValueError, match=f"topic {TOPIC} .* has {PARTITIONS} partitions, 5 are asked for"):
+        bus.create_topics({"new": 2, TOPIC: 5})
+    with pytest.raises(LookupError):
+        bus.publish("new", things("a"))
+
+
+def test_an_unknown_topic_is_named(bus: Bus) -> None:
+    for use in (lambda: bus.publish("nothing", things("a")), lambda: bus.consumer("nothing")):
+        with pytest.raises(LookupError, match="topic nothing does not exist"):
+            use()
+    with (
+        bus.consumer("nothing", group=GROUP, member="m") as consumer,
+        pytest.raises(LookupError, match="topic nothing does not exist"),
+    ):
+        consumer.poll(limit=1, timeout_s=0)
+
+
+def open_new(log: Log, line: Connection) -> None:
+    """A process: opens a log that may not be there yet, as soon as it is told to."""
+    line.send("ready")
+    line.recv()
+    with closing(log.open()) as bus:
+        bus.create_topics({TOPIC: PARTITIONS})
+        bus.publish(TOPIC, things("here"))
+    line.send("done")
+
+
+def test_several_processes_may_open_a_new_log_at_once(log: Log, spawn: Spawn) -> None:
+    new = log.another()
+    lines = [spawn(open_new, new)[1] for _ in range(3)]
+    assert [told(line) for line in lines] == ["ready"] * 3
+    for line in lines:
+        line.send("go")
+    assert [told(line) for line in lines] == ["done"] * 3
+    with closing(new.open()) as bus:
+        assert bodies(read_all(bus)) == ["here"] * 3
