@@ -35,12 +35,23 @@ def program() -> None:
             raise Refusal(words.USAGE)
         case ["report", folder] if not folder.startswith("-"):
             print(words.made(conclude(Path(folder)), Path(folder)))
+        case ["audit", *asked]:
+            audit(asked)
         case ["report", *_]:
             raise Refusal(words.USAGE)
         case arguments if {"--help", "-h"} & set(arguments):
             print(words.USAGE)
         case arguments:
             launch(load(arguments, os.environ, program="python -m services"))
+
+
+def audit(asked: list[str]) -> None:
+    """Say what is wrong with a run; exits 1 if anything is."""
+    from services.audit.command import answer
+
+    answered = answer(asked, os.environ)
+    print(answered.text)
+    sys.exit(answered.code)
 
 
 def launch(invocation: Invocation) -> None:

@@ -12,6 +12,7 @@ USAGE = """\
 usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
        python -m services --resume FOLDER [--SECTION.KEY=VALUE ...]
        python -m services report FOLDER
+       python -m services audit FOLDER
 
 Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
 of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
@@ -23,9 +24,11 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
                        any key of the run (docs/configuration.md lists them); environment variables work as well:
                        PALIMPSEST_LEARNER__VERSIONS=50
   report FOLDER        make summary.json and report.html of a run again, also while it goes on
+  audit FOLDER         count the run anew from all it has left and say what disagrees; `audit --help` tells more
 
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
-5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or SIGTERM."""
+5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
+SIGTERM."""
 EMBEDDED = Path("examples/embedded.toml")
 """What `make run` runs unless it is told otherwise."""
 

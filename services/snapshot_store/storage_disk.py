@@ -16,14 +16,18 @@ CHUNK = 1 << 20
 
 
 class DiskStorage:
-    """See storage.py. Leftovers of an earlier process's unfinished writes are removed at the start."""
+    """See storage.py. Leftovers of an earlier process's unfinished writes are removed at the start.
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    Without `tidy` nothing is: the folder may be in another process's use, and is only looked at.
+    """
+
+    def __init__(self, folder: Path, *, tidy: bool = True) -> None:
         self._folder = folder
         self._written = 0
-        for partial in folder.rglob(".*.partial"):
-            partial.unlink()
+        if tidy:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.rglob(".*.partial"):
+                partial.unlink()
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
         path = self._path(key)

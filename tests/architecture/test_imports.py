@@ -44,6 +44,7 @@ LIGHT = (
     "services.learner.__main__",
     "services.learner.dead_letters_command",
     "services.rollout.__main__",
+    "services.audit.command",
     "services.__main__",
 )
 IMPORTS = """

@@ -1,0 +1,225 @@
+"""The ledger in the checkpoint against the log: who was offered, and how each ended. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
+from services.audit.evidence import FINISHED, Checkpoint, Evidence, Finding, Heard, Kind, Offer
+from services.audit.recount import Recount
+from services.learner.planner import DEAD_LETTERED, TRAINED, LedgerState
+
+BY_WORKERS = (DropReason.ENVIRONMENT_FAILED, DropReason.PROMPT_TOO_LONG, DropReason.ENGINE_FAILED)
+"""Reasons that a worker gives in a record of its own."""
+AFTER_ARRIVAL = (DropReason.OVER_STALENESS, DropReason.GROUP_TOO_SMALL)
+"""Reasons for which the learner drops what it has in hand."""
+
+
+def recount(evidence: Evidence) -> Recount:
+    """Count the run anew."""
+    log, checkpoint = evidence.log, evidence.checkpoint
+    known = len({offer.index for offer in log.offers}) if checkpoint is None else checkpoint.ledger.next_index
+    offers: dict[str, Offer] = {}
+    for offer in log.offers:
+        if offer.index < known or checkpoint is None:
+            offers.setdefault(offer.group, offer)
+    open_groups = checkpoint.ledger.open_groups if checkpoint else {group: {} for group in offers}
+    pending, ended = set[str](), dict[str, str]()
+    for group, ends in open_groups.items():
+        for sample in range(offers[group].samples if group in offers else evidence.samples):
+            name = trajectory_id(group, sample)
+            if sample in ends:
+                ended[name] = ends[sample]
+            else:
+                pending.add(name)
+    buried = frozenset((letter.partition, letter.offset) for letter in log.letters)
+    heard: dict[str, list[Heard]] = {}
+    for record in log.heard:
+        if record.trajectory and (record.partition, record.offset) not in buried:
+            heard.setdefault(record.trajectory, []).append(record)
+    return Recount(
+        offers=offers,
+        offered=frozenset(trajectory_id(o.group, s) for o in offers.values() for s in range(o.samples)),
+        trained=frozenset(name for line in evidence.lines for name in line.trained),
+        pending=frozenset(pending),
+        ended_open=ended,
+        heard={name: tuple(records) for name, records in heard.items()},
+        letters=frozenset(letter.trajectory for letter in log.letters if letter.trajectory),
+        buried=buried,
+    )
+
+
+def pending_by_sums(ledger: LedgerState) -> int:
+    """What is left of the offered."""
+    return ledger.offered - ledger.trained - sum(ledger.dropped.values()) - ledger.dead_lettered
+
+
+def judge_sums(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
+    """Whether the ledger agrees with itself, and with what was offered."""
+    yield from _tasks(evidence)
+    if (checkpoint := evidence.checkpoint) is None:
+        return
+    ledger, name = checkpoint.ledger, checkpoint.name
+    mend = "the ledger was damaged or edited; go on from an older checkpoint or a copy"
+    by_sums = pending_by_sums(ledger)
+    if by_sums != len(counted.pending):
+        yield Finding(
+            Kind.SUMS,
+            f"checkpoint {name}: {ledger.offered} offered - {ledger.trained} trained - {sum(ledger.dropped.values())} "
+            f"dropped - {ledger.dead_lettered} dead-lettered leave {by_sums} pending, but the open groups hold "
+            f"{len(counted.pending)}: {mend}",
+        )
+    counts = {"offered": ledger.offered, "trained": ledger.trained, "dead_lettered": ledger.dead_lettered}
+    for what, number in (counts | ledger.dropped).items():
+        if number < 0:
+            yield Finding(Kind.SUMS, f"checkpoint {name}: {what} is {number}, below 0: {mend}")
+    if evidence.log.cut(TASKS):
+        return
+    if missing := [i for i in range(ledger.next_index) if group_id(i) not in counted.offers]:
+        yield Finding(
+            Kind.RECOUNT,
+            f"checkpoint {name} counts {ledger.next_index} groups as offered, but {len(missing)} of them are not on "
+            f"the log, {group_id(missing[0])} first: the log lost records or is another run's; restore it",
+        )
+    elif ledger.offered != len(counted.offered):
+        yield Finding(
+            Kind.RECOUNT,
+            f"checkpoint {name} counts {ledger.offered} trajectories as offered, the log holds {len(counted.offered)} "
+            f"of the same {ledger.next_index} groups: {mend}",
+        )
+    if strangers := sorted(set(ledger.open_groups) - counted.offers.keys() - set(map(group_id, missing))):
+        yield Finding(
+            Kind.RECOUNT, f"checkpoint {name} holds group {strangers[0]} open, which was never offered: {mend}"
+        )
+
+
+def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
+    """Whether every end that the ledger counts can be found, and every record that counts as read has an end."""
+    checkpoint, log = evidence.checkpoint, evidence.log
+    if checkpoint is None:
+        return
+    if not log.cut(DEAD_LETTERS):
+        yield from _letters(checkpoint, counted, log.heard)
+    if log.cut(TRAJECTORIES):
+        return
+    if not log.cut(TASKS):
+        yield from _unresolved(checkpoint, counted)
+        yield from _unexplained(checkpoint, counted)
+    yield from _unexplained_open(checkpoint, counted)
+
+
+def below(checkpoint: Checkpoint, record: Heard) -> bool:
+    """Whether a restart would not read the record again."""
+    return record.offset < checkpoint.offsets.get(record.partition, 0)
+
+
+def _tasks(evidence: Evidence) -> Iterator[Finding]:
+    first: dict[str, Offer] = {}
+    for offer in evidence.log.offers:
+        standing = first.setdefault(offer.group, offer)
+        if offer.group != group_id(offer.index):
+            yield Finding(
+                Kind.TASK_CHANGED,
+                f"group {offer.group} is offered as number {offer.index}, which is {group_id(offer.index)}: somebody "
+                f"else writes to the run's log of tasks; find out who",
+            )
+        elif (standing.task, standing.samples) != (offer.task, offer.samples):
+            yield Finding(
+                Kind.TASK_CHANGED,
+                f"group {offer.group} is offered twice with different tasks, {_task(standing)} and {_task(offer)}: the "
+                f"seed, the environments or the learner's release changed under the run; set them back",
+            )
+
+
+def _task(offer: Offer) -> str:
+    return f"{offer.samples} of {offer.task[0]}/{offer.task[1]}"
+
+
+def _letters(checkpoint: Checkpoint, counted: Recount, heard: Iterable[Heard]) -> Iterator[Finding]:
+    counts, found = checkpoint.ledger.dead_lettered, len(counted.otherwise & counted.letters)
+    if counts > found:
+        yield Finding(
+            Kind.LETTERS_MISSING,
+            f"checkpoint {checkpoint.name} counts {counts} trajectories as dead-lettered, but dead letters name only "
+            f"{found} of those it resolved: records were removed from {DEAD_LETTERS}; restore the log",
+        )
+    unusable = [
+        record
+        for record in heard
+        if not (record.sound and record.trajectory)
+        and below(checkpoint, record)
+        and (record.partition, record.offset) not in counted.buried
+    ]
+    if unusable:
+        at = unusable[0]
+        yield Finding(
+            Kind.LETTERS_MISSING,
+            f"{len(unusable)} unusable records below the frontier of checkpoint {checkpoint.name} have no dead letter, "
+            f"{TRAJECTORIES}[{at.partition}]@{at.offset} first: records were removed from {DEAD_LETTERS}; restore the "
+            f"log",
+        )
+
+
+def _unresolved(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+    lost = sorted(
+        name
+        for name, records in counted.heard.items()
+        if (name in counted.pending or name not in counted.offered) and any(below(checkpoint, r) for r in records)
+    )
+    if lost:
+        first = next(r for r in counted.heard[lost[0]] if below(checkpoint, r))
+        yield Finding(
+            Kind.UNRESOLVED,
+            f"{len(lost)} trajectories stand on the log below the frontier of checkpoint {checkpoint.name} and ended "
+            f"as nothing, {lost[0]} first ({TRAJECTORIES}[{first.partition}]@{first.offset}): no restart would read "
+            f"them again; go on from an older checkpoint",
+        )
+
+
+def _unexplained(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+    """Sums over all groups: closed ones are counted, not listed, in a checkpoint."""
+    dropped, ended = checkpoint.ledger.dropped, counted.otherwise
+    ways = {name: {record.how for record in counted.heard.get(name, ())} for name in ended}
+    for reason in BY_WORKERS:
+        found = sum(reason.value in how for how in ways.values())
+        if dropped.get(reason, 0) > found:
+            yield _more(checkpoint, dropped[reason], reason.value, f"only {found} such records")
+    finished = sum(FINISHED in how for how in ways.values())
+    if (counts := sum(dropped.get(reason, 0) for reason in AFTER_ARRIVAL)) > finished:
+        yield _more(checkpoint, counts, " or ".join(AFTER_ARRIVAL), f"only {finished} such that came back")
+    silent = sorted(name for name, how in ways.items() if not how and name not in counted.letters)
+    deadline = dropped.get(DropReason.DEADLINE, 0)
+    if len(silent) > deadline:
+        yield Finding(
+            Kind.UNEXPLAINED,
+            f"{len(silent)} trajectories are resolved in checkpoint {checkpoint.name} without any record on the log, "
+            f"{silent[0]} first, but only {deadline} were dropped at a deadline: the log lost records; restore it",
+        )
+
+
+def _more(checkpoint: Checkpoint, counts: int, reason: str, found: str) -> Finding:
+    return Finding(
+        Kind.UNEXPLAINED,
+        f"checkpoint {checkpoint.name} counts {counts} dropped as {reason}, the log holds {found}: the ledger was "
+        f"edited or the log lost records; restore the one that did",
+    )
+
+
+def _unexplained_open(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+    for name, how in sorted(counted.ended_open.items()):
+        if not _explained(name, how, counted.heard, counted):
+            yield Finding(
+                Kind.UNEXPLAINED,
+                f"checkpoint {checkpoint.name} says that {name} ended as {how}, of which the log and the history know "
+                f"nothing: the ledger was edited or the log lost records; restore the one that did",
+            )
+
+
+def _explained(name: str, how: str, heard: Mapping[str, tuple[Heard, ...]], counted: Recount) -> bool:
+    ways = Counter(record.how for record in heard.get(name, ()))
+    if how == TRAINED:
+        return name in counted.trained
+    if how == DEAD_LETTERED:
+        return name in counted.letters
+    if how == DropReason.DEADLINE:
+        return True
+    return ways[FINISHED if how in AFTER_ARRIVAL else how] > 0

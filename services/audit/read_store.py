@@ -1,0 +1,233 @@
+"""Reads versions, leases and checkpoints where they are stored; no service needs to run."""
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from common.config.schema import RunConfig
+from common.snapshots.manifest import Damaged, Manifest, unseal
+from common.versions import Version
+from services.audit.evidence import Checkpoint, Finding, Kind, Stored
+from services.learner.progress import (
+    MANIFEST,
+    PROPOSED,
+    SCHEMA,
+    STATE,
+    Progress,
+    complete,
+    folder_name,
+    version_and_writer,
+)
+from services.snapshot_store.open import open_storage
+from services.snapshot_store.storage import Storage
+from services.snapshot_store.storage_disk import DiskStorage
+from services.snapshot_store.writers import Committed, Writers
+
+CHUNK = 1 << 20
+_VERSION = re.compile(r"versions/(\d+)\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A checkpoint that the store took: what its manifest says, or why it cannot be used."""
+
+    commit: Committed
+    progress: Progress | None
+    trouble: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        return folder_name(self.commit.version, self.commit.writer)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """All of them, oldest first, and what else the store says of writers."""
+
+    each: tuple[Candidate, ...]
+    epoch: int
+    faults: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """Which of them a restart would go on from, and what is wrong with the others."""
+
+    in_force: Checkpoint | None
+    history_bytes: int
+    damaged: tuple[str, ...]
+    """Of those newer than that in force."""
+    faults: tuple[Finding, ...]
+
+
+@dataclass
+class Versions:
+    """What the store holds."""
+
+    stored: tuple[Stored, ...] = ()
+    leases: dict[str, int] = field(default_factory=dict)
+    faults: list[Finding] = field(default_factory=list)
+
+
+async def storage_of(config: RunConfig) -> Storage:
+    """The store's storage, to look at. Raises Refusal."""
+    if config.snapshot_store.storage == "folder":
+        return DiskStorage(config.snapshot_folder, tidy=False)
+    return await open_storage(config)
+
+
+async def read_candidates(folder: Path, storage: Storage) -> Candidates:
+    """The manifests of all checkpoints that count; their states are not looked at yet."""
+    named = complete(folder)  # before asking the store: it takes a checkpoint before that gets its name
+    writers, faults = Writers(storage, asyncio.Lock()), []
+    epoch, committed = 0, list[Committed]()
+    try:
+        await writers.open()
+        newest = await writers.newest()
+        epoch, committed = newest.epoch if newest else 0, await writers.committed()
+        each = [_candidate(folder, commit) for commit in committed]
+        if any(candidate.trouble for candidate in each):  # withdrawn while we looked, perhaps
+            still = await writers.committed()
+            each = [candidate for candidate in each if not candidate.trouble or candidate.commit in still]
+    except Damaged as damage:
+        each = []
+        faults.append(Finding(Kind.STORE_DAMAGED, f"the store's {damage}: restore the store from a copy"))
+    return Candidates(tuple(each), epoch, (*faults, *_unknown(named, committed)))
+
+
+async def choose(folder: Path, storage: Storage, candidates: Candidates, *, quick: bool) -> Checkpoints:
+    """The one that a restart goes on from: the newest that holds."""
+    in_force, damaged, faults = None, [], []
+    for candidate in reversed(candidates.each):
+        trouble = candidate.trouble or _state_trouble(folder / candidate.name, candidate.progress, quick=quick)
+        if trouble:
+            if candidate.commit not in await Writers(storage, asyncio.Lock()).committed():
+                continue  # withdrawn while we looked
+            said = f"checkpoint {candidate.name}: {trouble}: a restart passes it over; restore its folder from a copy"
+            if in_force is None:
+                damaged.append(said)
+            else:
+                faults.append(Finding(Kind.CHECKPOINT_DAMAGED, said))
+        elif in_force is None:
+            in_force = candidate
+    if in_force is None or in_force.progress is None:
+        return Checkpoints(None, 0, tuple(damaged), tuple(faults))
+    progress = in_force.progress
+    return Checkpoints(_checkpoint(in_force.name, progress), progress.history_bytes, tuple(damaged), tuple(faults))
+
+
+async def read_versions(storage: Storage, *, quick: bool) -> Versions:
+    """Every version, whether its object holds, and then the leases: those only rise."""
+    read, manifests = Versions(), dict[Version, Manifest]()
+    stored = []
+    for key in await storage.keys("versions/"):
+        match = _VERSION.fullmatch(key)
+        body = await storage.read(key) if match else None
+        if match is None or body is None:
+            continue  # swept away while we looked
+        number = Version(int(match[1]))
+        try:
+            manifests[number] = unseal(body)
+            if manifests[number].version != number:
+                raise Damaged(f"the manifest in it is of version {manifests[number].version}")
+        except Damaged as damage:
+            read.faults.append(
+                Finding(Kind.VERSION_DAMAGED, f"version {number} ({key}): {damage}: restore the store from a copy")
+            )
+            manifests.pop(number, None)
+            stored.append(Stored(number, "", 0, 0))
+    if (leases := await storage.read("leases.json")) is not None:
+        try:
+            read.leases = msgspec.json.decode(leases, type=dict[str, int])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            read.faults.append(Finding(Kind.STORE_DAMAGED, f"leases.json: {error}: restore the store from a copy"))
+    lowest, checked = min(read.leases.values(), default=0), dict[str, str]()
+    for number, manifest in manifests.items():
+        trouble = ""
+        if number >= lowest or number == max(manifests):
+            if manifest.object not in checked:
+                checked[manifest.object] = await _trouble(storage, manifest, quick=quick)
+            trouble = checked[manifest.object]
+            if trouble and await storage.size(f"versions/{number:08d}.json") is None:
+                continue  # swept away while we looked
+        stored.append(Stored(number, manifest.digest, manifest.writer, manifest.object_size, manifest.object, trouble))
+    read.stored = tuple(sorted(stored, key=lambda one: one.version))
+    return read
+
+
+async def _trouble(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
+    """What is wrong with a version's object; empty when nothing is."""
+    key, name = f"objects/{manifest.object}", f"its object {manifest.object[:12]}"
+    size = await storage.size(key)
+    if size is None:
+        return f"{name} is not in the store"
+    if size != manifest.object_size:
+        return f"{name} is {size} bytes long, {manifest.object_size} are due"
+    if quick:
+        return ""
+    hasher = blake3()
+    try:
+        async for chunk in storage.stream(key):
+            hasher.update(chunk)
+    except KeyError:
+        return f"{name} is not in the store"
+    found = hasher.hexdigest()
+    return "" if found == manifest.object else f"the bytes of {name} have the digest {found[:12]}"
+
+
+def _unknown(named: list[Path], committed: list[Committed]) -> list[Finding]:
+    newest = max(((int(commit.version), commit.writer) for commit in committed), default=(-1, 0))
+    return [
+        Finding(
+            Kind.CHECKPOINT_UNKNOWN,
+            f"checkpoint {folder.name} is newer than any that the store took: the store was emptied, put back from an "
+            f"older copy, or is another run's; restore it",
+        )
+        for folder in named
+        if (place := version_and_writer(folder.name)) is None or place > newest
+    ]
+
+
+def _candidate(folder: Path, commit: Committed) -> Candidate:
+    place = folder / folder_name(commit.version, commit.writer)
+    try:
+        body = (place / (MANIFEST if (place / MANIFEST).exists() else PROPOSED)).read_bytes()
+        if blake3(body).hexdigest() != commit.digest:
+            return Candidate(commit, None, "its manifest is not the one that the store took")
+        progress = msgspec.json.decode(body, type=Progress)
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        return Candidate(commit, None, str(error))
+    if progress.schema != SCHEMA:
+        return Candidate(commit, None, f"its schema is {progress.schema}, this release reads {SCHEMA}")
+    return Candidate(commit, progress)
+
+
+def _state_trouble(folder: Path, progress: Progress | None, *, quick: bool) -> str:
+    """What is wrong with the tensors; empty when nothing is."""
+    assert progress is not None
+    hasher = blake3()
+    try:
+        with (folder / STATE).open("rb") as file:
+            while not quick and (chunk := file.read(CHUNK)):
+                hasher.update(chunk)
+    except OSError as error:
+        return str(error)
+    return "" if quick or hasher.hexdigest() == progress.state_digest else "its state contradicts its digest"
+
+
+def _checkpoint(name: str, progress: Progress) -> Checkpoint:
+    return Checkpoint(
+        name=name,
+        version=progress.version,
+        writer=progress.writer,
+        digest=progress.digest,
+        trained_versions=progress.trained_versions,
+        ledger=progress.ledger,
+        offsets=progress.offsets,
+        task_offsets=progress.task_offsets,
+    )

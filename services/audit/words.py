@@ -1,0 +1,156 @@
+"""What an audit says to a person, and to a machine. Pure."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from common.messages import trajectory_id
+from services.audit.evidence import Evidence, Stored
+from services.audit.judge import Judgement
+from services.audit.ledger import pending_by_sums
+from services.audit.versions import needed_from
+
+PROGRAM = "python -m services audit"
+USAGE = f"""\
+usage: {PROGRAM} FOLDER [--quick] [--json]
+       {PROGRAM} RUN.toml [--quick] [--json] [--SECTION.KEY=VALUE ...]
+
+Sets what a run has left side by side (log, history, checkpoints, versions in the store), counts it anew and says every
+inconsistency in a sentence. It touches nothing and needs no service, so it works while the run goes on, too.
+
+  FOLDER           the run's folder (runs/ID)
+  RUN.toml         describes the run, for one that was started by hand; with --run.id=ID
+  --quick          do not read and hash weights and optimizer state
+  --json           for machines
+
+Exit codes: 0 nothing is wrong, 1 something is, 2 there is no such run, 3 its log or store does not answer."""
+
+
+def told(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+    """The audit, line by line."""
+    yield f"Run {evidence.run}"
+    yield ""
+    yield from _trajectories(evidence, judgement)
+    yield ""
+    yield from _checkpoint(evidence)
+    yield from _open_groups(evidence, judgement)
+    yield ""
+    yield from _versions(evidence)
+    for note in judgement.notes:
+        yield ""
+        yield f"note: {note}"
+    yield ""
+    if judgement.sound:
+        yield "Nothing is wrong."
+        return
+    yield f"{len(judgement.findings)} {'thing is' if len(judgement.findings) == 1 else 'things are'} wrong:"
+    for number, finding in enumerate(judgement.findings, start=1):
+        yield f"{number}. {finding.kind}: {finding.sentence}"
+
+
+def for_machines(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
+    """The same as values."""
+    checkpoint, counted = evidence.checkpoint, judgement.recount
+    return {
+        "run": evidence.run,
+        "sound": judgement.sound,
+        "findings": [{"kind": finding.kind, "sentence": finding.sentence} for finding in judgement.findings],
+        "notes": list(judgement.notes),
+        "trajectories": _sums(evidence, judgement),
+        "arrived": len(counted.arrived),
+        "duplicates": counted.repeats,
+        "dead_letters": dict(evidence.log.causes),
+        "open_groups": _awaited(evidence, judgement),
+        "checkpoint": None
+        if checkpoint is None
+        else {
+            "name": checkpoint.name,
+            "version": checkpoint.version,
+            "writer": checkpoint.writer,
+            "trained_versions": checkpoint.trained_versions,
+        },
+        "writer": evidence.epoch,
+        "leases": dict(evidence.leases),
+        "versions": [
+            {"version": one.version, "digest": one.digest, "writer": one.writer, "bytes": one.bytes}
+            for one in evidence.stored
+        ],
+    }
+
+
+def _sums(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
+    if evidence.checkpoint is None:
+        offered = len(judgement.recount.offered)
+        return {"offered": offered, "trained": 0, "dropped": {}, "dead_lettered": 0, "pending": offered}
+    ledger = evidence.checkpoint.ledger
+    return {
+        "offered": ledger.offered,
+        "trained": ledger.trained,
+        "dropped": dict(ledger.dropped),
+        "dead_lettered": ledger.dead_lettered,
+        "pending": pending_by_sums(ledger),
+    }
+
+
+def _trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+    sums, counted = _sums(evidence, judgement), judgement.recount
+    dropped = sum(sums["dropped"].values())
+    yield (
+        f"trajectories   {sums['offered']:,} offered = {sums['trained']:,} trained + {dropped:,} dropped + "
+        f"{sums['dead_lettered']:,} dead-lettered + {sums['pending']:,} pending"
+    )
+    for reason, count in sorted(sums["dropped"].items()):
+        yield f"  dropped as {reason}: {count:,}"
+    if counted.pending:
+        yield f"  of the pending, {len(counted.arrived):,} have arrived and wait to be trained on"
+    if counted.repeats:
+        yield f"  {counted.repeats:,} records on the log are of trajectories that had come before: passed over"
+    if causes := evidence.log.causes:
+        said = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
+        yield f"  dead letters: {said} (`python -m services.learner dead-letters list` tells more)"
+
+
+def _checkpoint(evidence: Evidence) -> Iterator[str]:
+    if (checkpoint := evidence.checkpoint) is None:
+        yield "checkpoint     none"
+        return
+    yield (
+        f"checkpoint     {checkpoint.name} is in force: version {checkpoint.version}, {checkpoint.trained_versions} "
+        f"versions trained, by writer {checkpoint.writer} of {evidence.epoch}"
+    )
+
+
+def _open_groups(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+    awaited = _awaited(evidence, judgement)
+    yield f"open groups    {len(awaited)}"
+    for group, samples in awaited.items():
+        yield f"  {group}  {'awaits sample ' + ', '.join(map(str, samples)) if samples else 'is complete'}"
+
+
+def _awaited(evidence: Evidence, judgement: Judgement) -> dict[str, list[int]]:
+    """Open group -> samples of which nothing has arrived."""
+    counted = judgement.recount
+    groups = evidence.checkpoint.ledger.open_groups if evidence.checkpoint else dict.fromkeys(counted.offers)
+    found = {}
+    for group in groups:
+        samples = counted.offers[group].samples if group in counted.offers else evidence.samples
+        waiting = counted.pending - counted.arrived
+        found[group] = [sample for sample in range(samples) if trajectory_id(group, sample) in waiting]
+    return found
+
+
+def _versions(evidence: Evidence) -> Iterator[str]:
+    leases = ", ".join(f"{holder} needs {lowest} and later" for holder, lowest in sorted(evidence.leases.items()))
+    yield f"versions       {len(evidence.stored)} in the store; {leases or 'no lease'}"
+    if not evidence.stored:
+        return
+    rows = [("number", "digest", "writer", "bytes", "")]
+    rows += [_row(one, evidence.leases, needed_from(evidence)) for one in evidence.stored]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, digest, writer, size, lease in rows:
+        cells = (number.rjust(widths[0]), digest.ljust(widths[1]), writer.rjust(widths[2]), size.rjust(widths[3]))
+        yield ("  " + "  ".join((*cells, lease))).rstrip()
+
+
+def _row(one: Stored, leases: Mapping[str, int], lowest: int) -> tuple[str, str, str, str, str]:
+    lease = "leased" if leases and one.version >= lowest else ""
+    return str(one.version), one.digest[:12] or "damaged", str(one.writer), f"{one.bytes:,}", lease
