@@ -23,6 +23,8 @@ POM = Path(__file__).parent / "pom.xml"
 MINIO_MODULE = "github.com/minio/minio"
 MINIO_VERSION = "v0.0.0-20260212201848-7aac2a2c5b7c"
 """The newest that Go's module proxy has; of 2026-02-12."""
+COPY_JARS = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
+"""Named in full: by its short name, a missing connection reads as a missing plugin."""
 OLDEST_JAVA, OLDEST_GO = 17, (1, 21)
 """MinIO asks for Go 1.24, which a Go from 1.21 on gets for itself."""
 SHOWN_EVERY_S = 10.0
@@ -72,7 +74,7 @@ def _get_kafka(partial: Path, say: Say) -> None:
     say(f"getting Apache Kafka {kafka_version()} by Maven: about 44 MB, once")
     started = time.monotonic()
     _run(
-        [maven, "-B", "-ntp", "-q", "-f", str(POM), "dependency:copy-dependencies",
+        [maven, "-B", "-U", "-ntp", "-q", "-f", str(POM), COPY_JARS, "-Dstyle.color=never",
          "-DincludeScope=runtime", f"-DoutputDirectory={partial}"],
         "Maven could not get Kafka's jars", {}, lambda _lines, passed: say(f"  downloading, {passed:.0f} s"),
     )  # fmt: skip
@@ -147,5 +149,7 @@ def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], prog
 
 
 def _lines(output: IO[str]) -> list[str]:
+    """What was printed so far, without the codes for colors and without lines that say nothing."""
     output.seek(0)
-    return output.read().splitlines()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output.read())
+    return [line for line in plain.splitlines() if line.removeprefix("[ERROR]").strip()]
