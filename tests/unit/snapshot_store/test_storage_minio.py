@@ -1,0 +1,385 @@
+"""What the safety of the bucket rests on, and an S3 that answers otherwise than it should."""
+
+import asyncio
+import itertools
+import os
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from fastapi import FastAPI, Request, Response
+from minio import time as clock
+from urllib3.exceptions import ProtocolError
+
+from common.config.schema import SnapshotStoreConfig
+from common.refusal import ExitCode, Refusal
+from common.service import Server
+from services.snapshot_store import feed
+from services.snapshot_store.storage import DigestMismatch, Unavailable
+from services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
+from tests.backends import s3_client
+from tools.backends.minio import Minio
+
+pytestmark = pytest.mark.servers
+
+BUCKET = "unit"
+
+
+async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+def config(endpoint: str, **more: Any) -> SnapshotStoreConfig:
+    return SnapshotStoreConfig(**{"storage": "s3", "endpoint": endpoint, "bucket": BUCKET, **more})
+
+
+@pytest.fixture
+def credentials(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", minio_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio_server.secret_key)
+
+
+@pytest.fixture
+async def storage(minio_server: Minio, credentials: None) -> MinioStorage:
+    made = MinioStorage(config(minio_server.endpoint, create_bucket=True), prefix=f"{uuid.uuid4().hex}/")
+    await made.open()
+    return made
+
+
+@pytest.mark.parametrize("size", [10, SMALL + PART])
+async def test_without_the_digest_wrong_bytes_would_stand_under_a_right_name(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    announced, wrong = blake3(b"right").hexdigest(), b"x" * size
+    with pytest.raises(DigestMismatch):
+        await storage.put("a", chunks(wrong), digest=announced)
+    assert await storage.size("a") is None
+
+    class Blind:
+        def update(self, _chunk: bytes) -> None: ...
+
+        def hexdigest(self) -> str:
+            return announced
+
+    monkeypatch.setattr(feed, "blake3", Blind)
+    await storage.put("a", chunks(wrong), digest=announced)
+    assert await storage.size("a") == size
+
+
+def without_the_condition(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = storage._once._put_object
+
+    def plain(bucket: str, name: str, body: bytes, headers: dict[str, Any]) -> object:
+        del headers["If-None-Match"]
+        return real(bucket, name, body, headers)
+
+    monkeypatch.setattr(storage._once, "_put_object", plain)
+
+
+async def test_without_the_condition_a_second_create_would_win_too(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_the_condition(storage, monkeypatch)
+    assert [await storage.create("a", b"first"), await storage.create("a", b"second")] == [True, True]
+    assert await storage.read("a") == b"second"
+
+
+async def test_an_s3_that_ignores_the_condition_is_refused_at_the_start(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_the_condition(storage, monkeypatch)
+    with pytest.raises(Refusal, match="ignores If-None-Match"):
+        await storage.open()
+    assert await storage.keys("") == []
+
+
+def losing_replies(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, replies: int, *, land: bool) -> None:
+    """The first so many requests of `create` end without an answer; the very first has an effect, or none has."""
+    real, count = storage._once._put_object, itertools.count()
+
+    def lossy(*arguments: Any) -> object:
+        number = next(count)
+        if number < replies:
+            if land and number == 0:
+                real(*arguments)
+            raise ProtocolError("Connection aborted.")
+        return real(*arguments)
+
+    monkeypatch.setattr(storage._once, "_put_object", lossy)
+
+
+@pytest.mark.parametrize("land", [True, False])
+async def test_a_create_whose_reply_was_lost_knows_that_it_won(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, land: bool
+) -> None:
+    losing_replies(storage, monkeypatch, 1, land=land)
+    assert await storage.create("a", b"body")
+    assert await storage.read("a") == b"body"
+
+
+async def test_a_create_whose_reply_was_lost_is_not_taken_for_anothers_of_the_same_bytes(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another = MinioStorage(storage._config, prefix=storage._prefix)
+    assert await another.create("a", b"body")
+    losing_replies(storage, monkeypatch, 1, land=False)
+    assert not await storage.create("a", b"body")
+
+
+async def test_a_create_that_never_hears_an_answer_is_unavailable_and_may_stand(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing_replies(storage, monkeypatch, 3, land=True)
+    with pytest.raises(Unavailable, match=r"ProtocolError: Connection aborted\."):
+        await storage.create("a", b"body")
+    assert not await storage.create("a", b"body")
+    assert await storage.read("a") == b"body"
+
+
+def unfinished(storage: MinioStorage, key: str) -> int:
+    listed = storage._client._list_multipart_uploads(BUCKET, prefix=f"{storage._prefix}{key}")
+    return len(listed.uploads)
+
+
+async def test_an_upload_that_fails_leaves_no_parts(storage: MinioStorage) -> None:
+    seen = []
+
+    async def failing() -> AsyncIterator[bytes]:
+        yield bytes(2 * PART)
+        seen.append(unfinished(storage, "a"))
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await storage.put("a", failing())
+    assert (seen, unfinished(storage, "a")) == ([1], 0)
+
+
+async def test_parts_that_a_killed_store_left_are_removed_by_the_next_upload(storage: MinioStorage) -> None:
+    name = f"{storage._prefix}a"
+    upload = storage._client._create_multipart_upload(BUCKET, name, {})
+    storage._client._upload_part(BUCKET, name, bytes(SMALL), None, upload, 1)
+    assert unfinished(storage, "a") == 1
+    await storage.put("a", chunks(bytes(2 * PART)))
+    assert unfinished(storage, "a") == 0
+
+
+async def test_the_event_loop_turns_while_an_upload_is_under_way(storage: MinioStorage) -> None:
+    done = asyncio.Event()
+
+    async def watch() -> float:
+        loop, worst = asyncio.get_running_loop(), 0.0
+        while not done.is_set():
+            before = loop.time()
+            await asyncio.sleep(0.005)
+            worst = max(worst, loop.time() - before)
+        return worst
+
+    watching = asyncio.create_task(watch())
+    await storage.put("a", chunks(*[bytes(1 << 20)] * 100))
+    async for _ in storage.stream("a"):
+        pass
+    done.set()
+    assert await watching < 1.0
+
+
+async def test_without_credentials_an_s3_is_refused(
+    minio_server: Minio, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MINIO_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/none")
+    with pytest.raises(Refusal, match=r"no credentials for the S3 were found .*: set AWS_ACCESS_KEY_ID and"):
+        await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
+
+
+@pytest.mark.parametrize("source", ["AWS_", "MINIO_", "file"])
+async def test_credentials_come_from_environment_or_file(
+    minio_server: Minio, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, source: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MINIO_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    key, secret = minio_server.access_key, minio_server.secret_key
+    if source == "file":
+        (tmp_path / ".aws").mkdir()
+        text = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+        (tmp_path / ".aws" / "credentials").write_text(text)
+    else:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID" if source == "AWS_" else "MINIO_ACCESS_KEY", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY" if source == "AWS_" else "MINIO_SECRET_KEY", secret)
+    await MinioStorage(config(minio_server.endpoint, create_bucket=True), prefix="t/").open()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_ACCESS_KEY_ID", "nobody", "does not accept the credentials .InvalidAccessKeyId"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong-password", "does not accept the credentials .SignatureDoesNotMatch"),
+    ],
+)
+async def test_wrong_credentials_are_refused(
+    minio_server: Minio, credentials: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Refusal, match=said) as refused:
+        await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
+    assert refused.value.code is ExitCode.CONFIGURATION
+    assert minio_server.secret_key not in str(refused.value)
+
+
+async def test_a_bucket_that_is_missing_is_refused_or_made(minio_server: Minio, credentials: None) -> None:
+    name = f"made-{uuid.uuid4().hex[:12]}"
+    with pytest.raises(Refusal, match=f"has no bucket '{name}' .*--snapshot_store.create_bucket=true"):
+        await MinioStorage(config(minio_server.endpoint, bucket=name), prefix="t/").open()
+    for _ in range(2):
+        await MinioStorage(config(minio_server.endpoint, bucket=name, create_bucket=True), prefix="t/").open()
+    assert s3_client(minio_server).bucket_exists(name)
+
+
+async def test_an_endpoint_that_does_not_answer_is_refused(credentials: None) -> None:
+    with pytest.raises(Refusal, match=r"the S3 at http://127\.0\.0\.1:1 .* cannot be reached") as refused:
+        await MinioStorage(config("http://127.0.0.1:1"), prefix="t/").open()
+    assert refused.value.code is ExitCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost", "http://localhost:9000/minio", "http://a:b"])
+def test_an_endpoint_that_is_no_address_is_refused(endpoint: str) -> None:
+    with pytest.raises(Refusal, match=re.escape(f"snapshot_store.endpoint = {endpoint!r} cannot be used: ")):
+        MinioStorage(config(endpoint), prefix="t/")
+
+
+@pytest.mark.parametrize("prefix", ["/", "a//", "../", ".a/", "a/../b/"])
+async def test_a_prefix_that_is_no_name_is_refused(prefix: str) -> None:
+    with pytest.raises(Refusal, match=re.escape(f"snapshot_store.prefix = {prefix!r} cannot begin")):
+        await MinioStorage(config("http://127.0.0.1:1"), prefix=prefix).open()
+
+
+async def test_a_clock_that_is_an_hour_off_is_refused(
+    minio_server: Minio, credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = clock.utcnow
+    monkeypatch.setattr(clock, "utcnow", lambda: real() + timedelta(hours=1))
+    with pytest.raises(Refusal, match="this machine's clock and its own differ too much") as refused:
+        await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
+    assert refused.value.code is ExitCode.UNAVAILABLE
+
+
+async def test_another_region_than_the_buckets_is_refused(
+    tmp_path: Any, credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIO_SITE_REGION", "eu-north-7")
+    with Minio(tmp_path / "minio") as minio:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
+        with pytest.raises(Refusal, match=r"is not in region 'us-east-1' \(snapshot_store.region\).*eu-north-7"):
+            await MinioStorage(config(minio.endpoint, create_bucket=True), prefix="t/").open()
+        await MinioStorage(config(minio.endpoint, create_bucket=True, region="eu-north-7"), prefix="t/").open()
+
+
+async def test_a_certificate_of_an_unknown_authority_is_refused_and_its_file_is_enough(
+    tmp_path: Any, credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Minio(tmp_path / "minio", tls=True) as minio:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
+        with pytest.raises(Refusal, match=r"is not trusted: name the file .* with snapshot_store.ca_file"):
+            await MinioStorage(config(minio.endpoint), prefix="t/").open()
+        with pytest.raises(Refusal, match="the S3 at http://"):  # spoken to without TLS
+            await MinioStorage(config(minio.endpoint.replace("https", "http")), prefix="t/").open()
+        trusted = config(minio.endpoint, ca_file=minio.ca_file, create_bucket=True)
+        storage = MinioStorage(trusted, prefix="t/")
+        await storage.open()
+        await storage.put("a", chunks(bytes(2 * PART)))
+        assert await storage.size("a") == 2 * PART
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"])
+def test_a_ca_file_without_certificates_is_refused(tmp_path: Any, text: str | None) -> None:
+    path = tmp_path / "ca.pem"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(Refusal, match=r"snapshot_store.ca_file = '.*ca.pem' holds no certificates"):
+        MinioStorage(config("https://127.0.0.1:1", ca_file=path), prefix="t/")
+
+
+XML = "<?xml version='1.0' encoding='UTF-8'?>"
+Answer = tuple[int, str, str] | tuple[int, str, str, dict[str, str]]
+NOTHING: Answer = (200, "application/xml", f"{XML}<ListResult><Name>unit</Name></ListResult>")
+
+
+@pytest.fixture
+def answering(credentials: None) -> Iterator[Callable[..., MinioStorage]]:
+    """A storage over an S3 that answers each request of a method (and query) as it is told, else with an empty list."""
+    servers: list[Server] = []
+
+    def make(**answers: Answer) -> MinioStorage:
+        app = FastAPI()
+
+        @app.api_route("/{path:path}", methods=["GET", "HEAD", "PUT", "POST", "DELETE"])
+        async def answer(request: Request, path: str) -> Response:
+            await request.body()
+            kind = "_".join([request.method, *sorted({"uploads", "uploadId"} & set(request.query_params))])
+            code, media_type, body, *headers = answers.get(kind, NOTHING)
+            return Response(body, code, {"ETag": '"0"', "Content-Type": media_type, **(headers or [{}])[0]})
+
+        servers.append(Server(app, "127.0.0.1", 0, key="s3"))
+        servers[-1].__enter__()
+        return MinioStorage(config(f"http://127.0.0.1:{servers[-1].port}"), prefix="t/")
+
+    yield make
+    for server in servers:
+        server.__exit__(None, None, None)
+
+
+def error(code: str) -> str:
+    return f"{XML}<Error><Code>{code}</Code><Message>it is so</Message></Error>"
+
+
+def refusing(status: int, code: str) -> Answer:
+    return status, "application/xml", error(code)
+
+
+@pytest.mark.parametrize(("code", "number"), [("XMinioStorageFull", 28), ("XMinioAdminBucketQuotaExceeded", 122)])
+async def test_a_full_s3_is_a_full_disk(answering: Callable[..., MinioStorage], code: str, number: int) -> None:
+    storage = answering(PUT=refusing(507, code))
+    for write in (storage.put("a", chunks(b"x")), storage.create("a", b"x")):
+        with pytest.raises(OSError, match=re.escape(f"'{BUCKET}/t/a'")) as full:
+            await write
+        assert full.value.errno == number
+
+
+async def test_parts_that_could_not_be_put_together_are_no_object(answering: Callable[..., MinioStorage]) -> None:
+    """The answer is 200, sent before the S3 knew better; the error is in the body."""
+    begun = f"{XML}<Begun><UploadId>1</UploadId></Begun>"
+    storage = answering(
+        POST_uploads=(200, "application/xml", begun), POST_uploadId=(200, "application/xml", error("InternalError"))
+    )
+    with pytest.raises(Unavailable, match="did not put the parts of t/a together"):
+        await storage.put("a", chunks(bytes(2 * PART)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusing(503, "SlowDown"), refusing(500, "InternalError"), refusing(403, "AccessDenied"),
+        refusing(404, "NoSuchBucket"), (502, "text/html", "<html>Bad Gateway</html>"),
+        (200, "text/html", "<p>Log in<br></p>"), (503, "text/plain", ""),
+    ],
+)  # fmt: skip
+async def test_an_s3_that_answers_something_else_is_unavailable(
+    answering: Callable[..., MinioStorage], answer: Answer
+) -> None:
+    storage = answering(GET=answer)
+    with pytest.raises(Unavailable, match=r"^http://127\.0\.0\.1:\d+: "):
+        await storage.keys("")
+
+
+async def test_a_body_that_breaks_off_is_unavailable_and_not_short(answering: Callable[..., MinioStorage]) -> None:
+    storage = answering(GET=(200, "application/octet-stream", "only this", {"Content-Length": "1000"}))
+    for read in (storage.read("a"), anext(storage.stream("a"))):
+        with pytest.raises(Unavailable, match="IncompleteRead"):
+            await read
