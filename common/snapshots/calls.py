@@ -19,7 +19,6 @@ FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 FULL_PATIENCE_S = 20.0
 """A full disk is waited for no longer than this: room may be made meanwhile, but somebody has to hear of it."""
-CHUNK = 1 << 20
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
@@ -81,7 +80,9 @@ class Calls:
                         return
                     if reply.status_code in (200, 206):
                         at = start
-                        for chunk in reply.iter_bytes(CHUNK):
+                        for (
+                            chunk
+                        ) in reply.iter_bytes():  # as it comes: what were held back would be lost with the connection
                             new, at = chunk[max(0, had - at) :], at + len(chunk)
                             if new:
                                 had, waiting = had + len(new), _Waiting(self._sleep)

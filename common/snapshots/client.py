@@ -18,7 +18,7 @@ import msgspec
 from blake3 import blake3
 
 from common.files import named
-from common.snapshots.calls import CHUNK, Calls, NotThere, StoreUnavailable, expect
+from common.snapshots.calls import Calls, NotThere, StoreUnavailable, expect
 from common.snapshots.codec import Bytes, decode_base, encode_base
 from common.snapshots.fencing import raise_if_refused
 from common.snapshots.manifest import (
@@ -43,6 +43,7 @@ __all__ = [
     "VersionMissing",
 ]
 
+CHUNK = 1 << 20
 PATIENCE_S = 120.0
 """An outage of the store, or of the S3 behind it, that is shorter costs time only."""
 
