@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from common.bus.claims import LOST
 from common.bus.port import Record
 from common.trajectory import Segment
 from common.unusable import Cause, Unusable
@@ -232,6 +233,13 @@ def decode(topic: str, body: bytes) -> Any:
                 Cause.UNKNOWN_SCHEMA, f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}"
             ) from error
         raise Undecodable(Cause.UNDECODABLE, f"{topic}: {error}") from error
+
+
+def message_in(record: Record) -> Any:
+    """The message of this record; raises Unusable. Whatever makes a record as such unusable is told here."""
+    if LOST in record.headers:
+        raise Unusable(Cause.MISSING_CLAIM, f"{record.topic}: its body is lost: {record.headers[LOST]}")
+    return decode(record.topic, record.body)
 
 
 def dead_letter(run: str, record: Record, error: Unusable, *, now: float) -> DeadLetter:

@@ -1,5 +1,6 @@
 """The log a run's configuration names."""
 
+from common.bus.claims import Claims
 from common.bus.port import Bus
 from common.bus.sqlite import SqliteBus
 from common.config.schema import RunConfig
@@ -9,7 +10,7 @@ from common.refusal import Refusal
 
 def open_bus(config: RunConfig) -> Bus:
     """The run's log, its topics created. Raises Refusal when they stand there otherwise, or nobody answers."""
-    bus = _kafka(config) if config.bus.kind == "kafka" else SqliteBus(config.bus_path)
+    bus = connect(config)
     try:
         bus.create_topics(
             {
@@ -34,10 +35,16 @@ def open_bus(config: RunConfig) -> Bus:
     return bus
 
 
-def _kafka(config: RunConfig) -> Bus:
+def connect(config: RunConfig, claims: Claims | None = None) -> Bus:
+    """The run's log, its topics as they are. `claims`: where long bodies are, if not with the store's service."""
+    return _kafka(config, claims) if config.bus.kind == "kafka" else SqliteBus(config.bus_path)
+
+
+def _kafka(config: RunConfig, claims: Claims | None) -> Bus:
     # imported here: a run on one machine need not wait for it
     from common.bus.claims import ClaimCheck
     from common.bus.kafka import KafkaBus, Settings, connection
+    from common.bus.store_claims import StoreClaims
     from common.snapshots.client import SnapshotClient
 
     settings = Settings(
@@ -47,4 +54,6 @@ def _kafka(config: RunConfig) -> Bus:
         max_record_bytes=config.bus.max_record_bytes,
     )
     bus = KafkaBus(connection(config.bus), prefix=config.topic_prefix, settings=settings)
-    return ClaimCheck(bus, SnapshotClient(config.store_url), over_bytes=config.bus.claim_bytes)
+    if claims is None:
+        claims = StoreClaims(SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file))
+    return ClaimCheck(bus, claims, over_bytes=config.bus.claim_bytes)

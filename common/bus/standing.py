@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from common.bus.open import open_bus
+from common.bus.claims import Claims
+from common.bus.open import connect
 from common.bus.port import Bus, OffsetGone, Record
 from common.config.schema import RunConfig
+from common.messages import TOPICS
 from common.refusal import ExitCode, Refusal
 
 READ_RECORDS = 1024
@@ -13,14 +15,22 @@ SILENT_S = 60.0
 """A record that is there and does not come for so long will not come."""
 
 
-def standing_bus(config: RunConfig) -> Bus:
-    """The log of a run that has begun. Raises Refusal when there is none."""
+def standing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
+    """The log of a run that has begun; see `connect`. Raises Refusal when there is none."""
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
         raise Refusal(
             f"{config.bus_path}: no such log; name the run that is meant by its run.toml (runs/ID/run.toml), or by "
             f"--run.id and --run.folder"
         )
-    return open_bus(config)
+    bus = connect(config, claims)
+    try:
+        for topic in TOPICS:
+            with bus.consumer(topic):
+                pass
+    except LookupError as error:
+        bus.close()
+        raise Refusal(f"run {config.run.id} has no log yet, or another one is meant: {error}") from None
+    return bus
 
 
 def scan(bus: Bus, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Record]:

@@ -7,6 +7,7 @@ read after, or only grows, and a version is only swept away below a lease that i
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,13 @@ from common.messages import (
     DeadLetter,
     RunFinished,
     TrajectoryFinished,
-    Undecodable,
     VersionApplied,
     VersionPublished,
-    decode,
+    message_in,
     trajectory_id,
 )
 from common.trajectory import Malformed
-from common.unusable import FOREIGN
+from common.unusable import FOREIGN, Unusable
 from common.versions import Version
 from services.audit.evidence import (
     FINISHED,
@@ -48,7 +48,7 @@ from services.audit.evidence import (
     Log,
     Offer,
 )
-from services.audit.read_store import Checkpoints, choose, read_candidates, read_versions, storage_of
+from services.audit.read_store import Checkpoints, StorageClaims, choose, read_candidates, read_versions, storage_of
 from services.learner.intake import check_finished
 
 ANY_VERSION = Version(1 << 62)
@@ -82,8 +82,8 @@ class _Topics:
             known = stands[record.partition]
             stands[record.partition] = Bounds(min(known.first, record.offset), max(known.end, record.offset + 1))
             try:
-                message = decode(topic, record.body)
-            except Undecodable:
+                message = message_in(record)
+            except Unusable:
                 message = None
             yield record, message if message is not None and message.run == self.run else None
 
@@ -93,23 +93,17 @@ class _Topics:
 
 
 def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
-    """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises Refusal."""
-    return asyncio.run(_read(config, home, quick=quick))
-
-
-async def _read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
-    bus = standing_bus(config)
-    try:
-        storage = await storage_of(config)
-        candidates = await read_candidates(config.checkpoint_folder, storage)
-        path = home / "history.jsonl"
-        body = path.read_bytes() if path.exists() else b""
-        checkpoints = await choose(config.checkpoint_folder, storage, candidates, quick=quick)
-        lines, tail, damage = read_history(path, body, checkpoints)
-        log = read_log(bus, config.run.id)
-        versions = await read_versions(storage, quick=quick)
-    finally:
-        bus.close()
+    """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises Refusal, Unavailable."""
+    path, kept = home / "history.jsonl", config.checkpoint_folder
+    with asyncio.Runner() as runner:
+        storage = runner.run(storage_of(config))
+        with closing(standing_bus(config, StorageClaims(storage, runner))) as bus:
+            candidates = runner.run(read_candidates(kept, storage))
+            body = path.read_bytes() if path.exists() else b""
+            checkpoints = runner.run(choose(kept, storage, candidates, quick=quick))
+            lines, tail, damage = read_history(path, body, checkpoints)
+            log = read_log(bus, config.run.id)
+            versions = runner.run(read_versions(storage, quick=quick))
     return Evidence(
         run=config.run.id,
         samples=config.tasks.samples_per_group,

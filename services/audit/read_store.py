@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from common.bus.claims import ClaimLost
 from common.config.schema import RunConfig
 from common.snapshots.manifest import Damaged, Manifest, unseal
 from common.versions import Version
@@ -22,6 +23,7 @@ from services.learner.progress import (
     folder_name,
     version_and_writer,
 )
+from services.snapshot_store.claims import Claims
 from services.snapshot_store.open import open_storage
 from services.snapshot_store.storage import Storage
 from services.snapshot_store.storage_disk import DiskStorage
@@ -72,6 +74,27 @@ class Versions:
     stored: tuple[Stored, ...] = ()
     leases: dict[str, int] = field(default_factory=dict)
     faults: list[Finding] = field(default_factory=list)
+
+
+class StorageClaims:
+    """Long records' bodies, read where the store keeps them; see Claims in common/bus/claims.py."""
+
+    def __init__(self, storage: Storage, runner: asyncio.Runner) -> None:
+        self._storage, self._runner = storage, runner
+
+    def put_claim(self, body: bytes) -> str:
+        """Never: the audit writes nothing."""
+        raise NotImplementedError(f"a record of {len(body)} bytes to write")
+
+    def claim(self, digest: str) -> bytes:
+        """See Claims."""
+        body = self._runner.run(self._storage.read(Claims.key(digest)))
+        if body is None or blake3(body).hexdigest() != digest:
+            raise ClaimLost(f"the body {digest} is not in the store, or not whole")
+        return body
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 async def storage_of(config: RunConfig) -> Storage:

@@ -12,13 +12,11 @@ record sent again stands in the same partition behind it, and the search begins 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from common.bus.claims import LOST
 from common.bus.port import Bus, Outgoing, Position
 from common.bus.standing import scan
 from common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
 from common.unusable import Cause
-
-ADDED_ON_READING = ("claim_lost",)
-"""Headers that the log's reader added: they were never on the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def replay(bus: Bus, buried: Sequence[Buried], *, again: bool) -> Iterator[Sent]
         if one.replayed and not again:
             continue
         letter = one.letter
-        headers = {name: value for name, value in letter.headers.items() if name not in ADDED_ON_READING}
+        headers = {name: value for name, value in letter.headers.items() if name != LOST}  # that was added on reading
         record = Outgoing(letter.key, letter.body, headers | {REPLAYED: _name(one.at)})
         (to,) = bus.publish(letter.topic, [record])
         yield Sent(one, to)

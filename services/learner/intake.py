@@ -28,6 +28,7 @@ from common.messages import (
     decode,
     encode,
     group_id,
+    message_in,
 )
 from common.refusal import ExitCode, Refusal
 from common.trajectory import Malformed, check
@@ -181,7 +182,7 @@ class Intake:
         self._reader.close()
 
     def _take(self, record: Record, newest: Version) -> None:
-        message: TrajectoryFinished | TrajectoryDropped = decode(TRAJECTORIES, record.body)
+        message: TrajectoryFinished | TrajectoryDropped = message_in(record)
         if message.run != self._run:
             raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, TrajectoryDropped):

@@ -13,7 +13,8 @@ import httpx
 import msgspec
 
 from common.bus.port import Bus, Consumer, Outgoing
-from common.messages import DEAD_LETTERS, WORKERS, Undecodable, VersionApplied, dead_letter, decode, encode
+from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
+from common.unusable import Unusable
 from services.report.folder import HISTORY, Line
 
 EVERY_S = 1.0
@@ -117,8 +118,8 @@ class Watch:
         heard = []
         for record in consumer.poll(limit=1024, timeout_s=0.0):
             try:
-                message = decode(WORKERS, record.body)
-            except Undecodable as error:
+                message = message_in(record)
+            except Unusable as error:
                 letter = encode(dead_letter(self._run, record, error, now=time.time()))
                 self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
                 continue

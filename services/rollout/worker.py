@@ -19,7 +19,7 @@ from common.messages import (
     VersionPublished,
     WorkerAlive,
     dead_letter,
-    decode,
+    message_in,
     trajectory_id,
 )
 from common.service import Status
@@ -190,7 +190,7 @@ class Worker:
     def _read(self, record: Record, done: Callable[[], None] = lambda: None) -> Any:
         """The record's message; None when it cannot be used: then it is dead-lettered."""
         try:
-            message = decode(record.topic, record.body)
+            message = message_in(record)
             if message.run != self._run:
                 raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
         except Unusable as error:

@@ -216,6 +216,17 @@ def test_a_record_of_another_release_is_buried_as_such(bus: SqliteBus) -> None:
     assert "trajectory_finished/2" in letter.reason
 
 
+def test_a_record_whose_body_is_lost_is_buried_with_its_claim(bus: SqliteBus) -> None:
+    intake, planner = started(bus)
+    headers = {"trajectory": "g000000/0", "claim": "c3" * 32, "claim_lost": "the body c3c3 is not in the store"}
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", b"", headers)])
+    intake.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert (letter.cause, letter.headers) == (Cause.MISSING_CLAIM, headers)
+    assert "the body c3c3 is not in the store" in letter.reason
+    assert planner.counts()["dead_lettered"] == 1
+
+
 def test_garbage_that_names_a_trajectory_cannot_take_its_place(bus: SqliteBus) -> None:
     intake, planner = started(bus)
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"garbage", {"trajectory": "g000000/1"})])
