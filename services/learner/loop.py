@@ -181,6 +181,7 @@ class Loop:
             while not self._stop.requested:
                 if time.monotonic() - self._confirmed > CONFIRM_S:
                     self._confirm()
+                faults.reach("learner.before_reading")
                 # everything there is, before choosing: the oldest groups must not wait behind what was read first
                 self._intake.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()

@@ -40,6 +40,7 @@ class Publisher:
         weights = raw_tensors(named_weights(self._model))
         manifest = self._store.put(self._run, version, weights, self.canaries.made(), writer=self._writer.epoch)
         faults.reach("learner.before_announcing")
+        self._writer.confirm()  # its successor has announced what it goes on from
         announcement = VersionPublished(run=self._run, version=version, digest=manifest.digest, published_at=now)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
         logger().debug("published", version=version, digest=manifest.digest[:16], bytes=manifest.object_size)

@@ -1,0 +1,211 @@
+"""A learner that was paused and replaced is refused when it wakes, wherever it was paused; its successor trains on.
+
+The services are started one by one, as on several machines: the supervisor would not start a second learner.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from blake3 import blake3
+
+from common import faults
+from common.bus.sqlite import SqliteBus
+from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
+from services.learner.progress import complete
+from services.local.supervisor import free_port
+from tests.runs import ROOT, check_ledger, history, newest_manifest, scripted
+
+pytestmark = pytest.mark.servers
+WITHIN_S = 120.0
+PLACES = [
+    "learner.before_reading",
+    "learner.after_step",
+    "learner.inside_checkpoint",
+    "learner.before_committing",
+    "learner.after_committing",
+    "learner.before_publishing",
+    "learner.before_announcing",
+    "learner.after_publishing",
+]
+"""Where learners are stopped (common/faults.py), each the second time it comes there."""
+VERSIONS = 24
+SKIP = "store.skip_fencing"
+KEEP_ALL = "--learner.checkpoint.keep=1000"
+"""So that nothing that a replaced learner stored would have gone by the time the test looks."""
+Things = set[tuple[str, int, int]]
+"""In the store: `version` or `checkpoint`, its version, its writer."""
+
+
+class Services:
+    """The processes of one run, each started by hand."""
+
+    def __init__(self, toml: Path, home: Path) -> None:
+        self.home = home
+        self.ports = {name: free_port("127.0.0.1") for name in ("snapshot_store", "env_gateway", "rollout")}
+        self._toml = toml
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, module: str, *flags: str, fault: str = "") -> subprocess.Popen[bytes]:
+        """A service under this name."""
+        common = [f"--{name}.port={self.ports[name]}" for name in ("snapshot_store", "env_gateway")]
+        with self.log(name).open("wb") as log:
+            self._started[name] = subprocess.Popen(
+                [sys.executable, "-m", f"services.{module}", str(self._toml), *common, *flags],
+                cwd=ROOT,
+                env={**os.environ, faults.VARIABLE: fault},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return self._started[name]
+
+    def learner(self, name: str, *flags: str, fault: str = "") -> subprocess.Popen[bytes]:
+        """A learner of this run under this name."""
+        self.ports[name] = free_port("127.0.0.1")
+        return self.start(name, "learner", f"--learner.port={self.ports[name]}", KEEP_ALL, *flags, fault=fault)
+
+    def log(self, name: str) -> Path:
+        return self.home.parent / f"{name}.log"
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What it says of itself; {} while it does not answer."""
+        try:
+            found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.ports[name]}/v1/status", timeout=5.0).json()
+        except httpx.TransportError:
+            return {}
+        return found
+
+    def until(self, what: Callable[[], bool], name: str) -> None:
+        """Look until it holds."""
+        deadline = time.monotonic() + WITHIN_S
+        while not what():
+            if time.monotonic() > deadline:
+                said = {name: self.log(name).read_text()[-1500:] for name in self._started}
+                raise AssertionError(f"{name} did not come within {WITHIN_S:.0f} s: {said}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        for process in self._started.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def services(tmp_path: Path, starting_model: Path) -> Iterator[Services]:
+    made = Services(scripted(tmp_path, starting_model, versions=VERSIONS), tmp_path / "scripted")
+    yield made
+    made.end()
+
+
+def begun(services: Services, *, fault: str = "") -> None:
+    """Everything but the learner."""
+    services.start("snapshot_store", "snapshot_store", fault=fault)
+    services.start("env_gateway", "env_gateway", fault=fault)
+    services.start("rollout", "rollout", f"--rollout.port={services.ports['rollout']}", fault=fault)
+    services.until(lambda: services.status("snapshot_store").get("waiting_for", "") is None, "the store")
+
+
+def paused(services: Services, learner: subprocess.Popen[bytes], place: str) -> None:
+    """Wait until the learner stands still at its place."""
+
+    def stopped() -> bool:
+        assert learner.poll() is None, services.log(place).read_text()[-3000:]
+        return psutil.Process(learner.pid).status() == psutil.STATUS_STOPPED
+
+    services.until(stopped, f"the pause at {place}")
+
+
+def trained_on(home: Path, writer: int, versions: int) -> bool:
+    """Whether this learner has taken over and trained beyond so many versions."""
+    return bool(stored(home, writer)) and len(history(home)) > versions
+
+
+def woken(services: Services, learner: subprocess.Popen[bytes], place: str, epoch: int) -> None:
+    """The replaced learner goes on, and ends with a sentence."""
+    learner.send_signal(signal.SIGCONT)
+    assert learner.wait(timeout=WITHIN_S) == 6, services.log(place).read_text()[-3000:]
+    said = services.log(place).read_text()
+    assert f"another learner took this run over: writer {epoch} (" in said
+    assert f") was replaced by writer {epoch + 1} (" in said
+    assert "Traceback" not in said
+
+
+def stored(home: Path, writer: int | None = None) -> Things:
+    """Versions and committed checkpoints; those of one writer, or all."""
+    manifests = [json.loads(path.read_bytes())["manifest"] for path in home.glob("snapshots/versions/*.json")]
+    commits = [path.stem.split("-") for path in home.glob("snapshots/checkpoints/*.json")]
+    things = {("version", manifest["version"], manifest["writer"]) for manifest in manifests} | {
+        ("checkpoint", int(version), int(writer)) for version, writer in commits
+    }
+    return {thing for thing in things if writer in (None, thing[2])}
+
+
+def check_whole(home: Path, before: dict[int, Things]) -> None:
+    """What the learners leave is what one would have; `before`: what each had stored when it was replaced."""
+    for writer, things in before.items():
+        assert stored(home, writer) == things, f"writer {writer} stored something after it was replaced"
+    check_ledger(home)
+    lines = history(home)
+    assert [line["trajectories"]["trained"] for line in lines] == [16 * (i + 1) for i in range(len(lines))]
+    commits = {path.stem: json.loads(path.read_bytes())["digest"] for path in home.glob("snapshots/checkpoints/*.json")}
+    manifests = {path.name: (path / "manifest.json").read_bytes() for path in complete(home / "checkpoints")}
+    assert commits == {name: blake3(manifest).hexdigest() for name, manifest in manifests.items()}
+    writers = [writer for _, _, writer in sorted(stored(home), key=lambda thing: thing[1:])]
+    assert writers == sorted(writers), "a replaced learner stored a later version than its successor's first"
+    bus = SqliteBus(home / "bus.sqlite")
+    said = [decode(CONTROL, record.body) for record in everything(bus, CONTROL)]
+    announced = [message.version for message in said if isinstance(message, VersionPublished)]
+    assert announced == sorted(announced), "an older version was announced after a newer one"
+    assert [isinstance(message, RunFinished) for message in said] == [False] * len(announced) + [True]
+    assert list(everything(bus, DEAD_LETTERS)) == []
+    bus.close()
+
+
+def everything(bus: SqliteBus, topic: str) -> Iterator[Any]:
+    """Every record of the topic."""
+    with bus.consumer(topic) as consumer:
+        while found := consumer.poll(limit=1000, timeout_s=0):
+            yield from found
+
+
+def test_a_learner_that_was_replaced_while_it_stood_still_ends_and_has_done_nothing(services: Services) -> None:
+    """One after another takes the run over, stands still somewhere else, and wakes when the next has trained on."""
+    begun(services)
+    before: dict[int, Things] = {}
+    learner = services.learner(PLACES[0], fault=f"{PLACES[0]}:2:STOP")
+    for epoch, (place, following) in enumerate(zip(PLACES, [*PLACES[1:], "the last"], strict=True), start=1):
+        paused(services, learner, place)
+        before[epoch], trained = stored(services.home, epoch), len(history(services.home))
+        successor = services.learner(following, fault=f"{following}:2:STOP")
+        services.until(partial(trained_on, services.home, epoch + 1, trained), following)
+        woken(services, learner, place, epoch)
+        learner = successor
+    assert learner.wait(timeout=WITHIN_S) == 0, services.log("the last").read_text()[-3000:]
+    check_whole(services.home, before)
+    assert len(history(services.home)) == VERSIONS
+    assert newest_manifest(services.home)["writer"] == len(PLACES) + 1
+
+
+def test_without_fencing_the_same_pause_spoils_the_run(services: Services) -> None:
+    begun(services, fault=SKIP)
+    first = services.learner("learner.after_step", fault=f"{SKIP},learner.after_step:2:STOP")
+    paused(services, first, "learner.after_step")
+    before = stored(services.home, 1)
+    second = services.learner("the last", fault=SKIP)
+    services.until(lambda: len(stored(services.home, 2)) > 4, "two versions of the second")
+    first.send_signal(signal.SIGCONT)
+    services.until(lambda: stored(services.home, 1) > before, "what it stores")
+    assert second.wait(timeout=WITHIN_S) is not None
+    with pytest.raises(AssertionError) as found:
+        check_whole(services.home, {})
+    print(found.value)
