@@ -2,17 +2,21 @@
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
 from fastapi import FastAPI, Request, Response
+from minio import MinioAdmin
 from minio import time as clock
+from minio.credentials.providers import StaticProvider
 from urllib3.exceptions import ProtocolError
 
 from common.config.schema import SnapshotStoreConfig
@@ -231,6 +235,66 @@ async def test_wrong_credentials_are_refused(
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
     assert refused.value.code is ExitCode.CONFIGURATION
     assert minio_server.secret_key not in str(refused.value)
+
+
+def documented_policy() -> dict[str, Any]:
+    """The one in docs/operations.md, for this bucket and any prefix that begins with t-."""
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    found = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert found
+    policy: dict[str, Any] = json.loads(found[1].replace("palimpsest/first/", f"{BUCKET}/t-").replace(
+        "arn:aws:s3:::palimpsest", f"arn:aws:s3:::{BUCKET}"))  # fmt: skip
+    return policy
+
+
+def a_user(server: Minio, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose credentials the storages of this test have."""
+    root = StaticProvider(server.access_key, server.secret_key)
+    admin = MinioAdmin(endpoint=server.endpoint.removeprefix("http://"), credentials=root, secure=False)
+    name = f"user-{uuid.uuid4().hex[:8]}"
+    admin.user_add(name, "not-very-secret")
+    admin.policy_add(name, policy=policy)
+    admin.policy_set(name, user=name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", name)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-very-secret")
+
+
+async def test_the_documented_actions_are_enough(
+    storage: MinioStorage, minio_server: Minio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_user(minio_server, documented_policy(), monkeypatch)
+    allowed = MinioStorage(config(minio_server.endpoint), prefix=f"t-{uuid.uuid4().hex}/")
+    await allowed.open()
+    await allowed.put("objects/a", chunks(bytes(2 * PART)))
+    assert await allowed.size("objects/a") == 2 * PART
+    assert await allowed.size("objects/b") is None
+    assert await allowed.create("versions/a", b"x")
+    assert await allowed.read("versions/a") == b"x"
+    assert [len(piece) async for piece in allowed.stream("versions/a")] == [1]
+    assert await allowed.older("", 3600.0) == []
+    with pytest.raises(ConnectionError):
+        await allowed.put("objects/c", gone_after(bytes(2 * PART)))
+    assert unfinished(allowed, "objects/c") == 0
+    for key in await allowed.keys(""):
+        await allowed.delete(key)
+    assert await allowed.keys("") == []
+
+
+async def gone_after(piece: bytes) -> AsyncIterator[bytes]:
+    yield piece
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("action", ["s3:ListBucket", "s3:PutObject", "s3:DeleteObject", "s3:GetObject"])
+async def test_without_one_of_the_documented_actions_the_start_is_refused(
+    storage: MinioStorage, minio_server: Minio, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    policy = documented_policy()
+    for statement in policy["Statement"]:
+        statement["Action"] = [allowed for allowed in statement["Action"] if allowed != action]
+    a_user(minio_server, policy, monkeypatch)
+    with pytest.raises(Refusal, match=r"denies what the store needs in bucket 'unit' .*docs/operations\.md"):
+        await MinioStorage(config(minio_server.endpoint), prefix=f"t-{uuid.uuid4().hex}/").open()
 
 
 async def test_a_bucket_that_is_missing_is_refused_or_made(minio_server: Minio, credentials: None) -> None:
