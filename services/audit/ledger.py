@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
 from services.audit.evidence import FINISHED, Checkpoint, Evidence, Finding, Heard, Kind, Offer
-from services.audit.recount import Recount
+from services.audit.recount import Recount, trajectories
 from services.learner.planner import DEAD_LETTERED, TRAINED, LedgerState
 
 BY_WORKERS = (DropReason.ENVIRONMENT_FAILED, DropReason.PROMPT_TOO_LONG, DropReason.ENGINE_FAILED)
@@ -104,7 +104,10 @@ def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
     if not log.cut(TASKS):
         yield from _unresolved(checkpoint, counted)
         yield from _unexplained(checkpoint, counted)
-    yield from _unexplained_open(checkpoint, counted)
+        if not log.cut(DEAD_LETTERS):
+            yield from _silent(checkpoint, counted)
+    if not log.cut(DEAD_LETTERS):
+        yield from _unexplained_open(checkpoint, counted)
 
 
 def below(checkpoint: Checkpoint, record: Heard) -> bool:
@@ -139,7 +142,7 @@ def _letters(checkpoint: Checkpoint, counted: Recount, heard: Iterable[Heard]) -
     if counts > found:
         yield Finding(
             Kind.LETTERS_MISSING,
-            f"checkpoint {checkpoint.name} counts {counts} trajectories as dead-lettered, but dead letters name only "
+            f"checkpoint {checkpoint.name} counts {trajectories(counts)} as dead-lettered, but dead letters name only "
             f"{found} of those it resolved: records were removed from {DEAD_LETTERS}; restore the log",
         )
     unusable = [
@@ -153,7 +156,7 @@ def _letters(checkpoint: Checkpoint, counted: Recount, heard: Iterable[Heard]) -
         at = unusable[0]
         yield Finding(
             Kind.LETTERS_MISSING,
-            f"{len(unusable)} unusable records below the frontier of checkpoint {checkpoint.name} have no dead letter, "
+            f"of {len(unusable)} unusable below the frontier of checkpoint {checkpoint.name} there is no dead letter, "
             f"{TRAJECTORIES}[{at.partition}]@{at.offset} first: records were removed from {DEAD_LETTERS}; restore the "
             f"log",
         )
@@ -169,9 +172,9 @@ def _unresolved(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
         first = next(r for r in counted.heard[lost[0]] if below(checkpoint, r))
         yield Finding(
             Kind.UNRESOLVED,
-            f"{len(lost)} trajectories stand on the log below the frontier of checkpoint {checkpoint.name} and ended "
-            f"as nothing, {lost[0]} first ({TRAJECTORIES}[{first.partition}]@{first.offset}): no restart would read "
-            f"them again; go on from an older checkpoint",
+            f"{trajectories(len(lost))} on the log below the frontier of checkpoint {checkpoint.name} ended as nothing,"
+            f" {lost[0]} first ({TRAJECTORIES}[{first.partition}]@{first.offset}): no restart would read them again; "
+            f"go on from an older checkpoint",
         )
 
 
@@ -186,12 +189,15 @@ def _unexplained(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
     finished = sum(FINISHED in how for how in ways.values())
     if (counts := sum(dropped.get(reason, 0) for reason in AFTER_ARRIVAL)) > finished:
         yield _more(checkpoint, counts, " or ".join(AFTER_ARRIVAL), f"only {finished} such that came back")
-    silent = sorted(name for name, how in ways.items() if not how and name not in counted.letters)
-    deadline = dropped.get(DropReason.DEADLINE, 0)
+
+
+def _silent(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+    silent = sorted(name for name in counted.otherwise - counted.letters if name not in counted.heard)
+    deadline = checkpoint.ledger.dropped.get(DropReason.DEADLINE, 0)
     if len(silent) > deadline:
         yield Finding(
             Kind.UNEXPLAINED,
-            f"{len(silent)} trajectories are resolved in checkpoint {checkpoint.name} without any record on the log, "
+            f"{trajectories(len(silent))} resolved in checkpoint {checkpoint.name} without any record on the log, "
             f"{silent[0]} first, but only {deadline} were dropped at a deadline: the log lost records; restore it",
         )
 

@@ -40,3 +40,12 @@ class Recount:
     def repeats(self) -> int:
         """Records of trajectories that had come before."""
         return sum(len(records) - 1 for records in self.heard.values())
+
+
+def trajectories(number: int) -> str:
+    """So many, in words.
+
+    >>> trajectories(1), trajectories(3)
+    ('1 trajectory', '3 trajectories')
+    """
+    return f"{number:,} {'trajectory' if number == 1 else 'trajectories'}"

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from common.messages import TASKS, TRAJECTORIES
 from services.audit.evidence import FINISHED, Evidence, Finding, Heard, Kind, Line
-from services.audit.recount import Recount
+from services.audit.recount import Recount, trajectories
 
 
 def judge_history(evidence: Evidence) -> Iterator[Finding]:
@@ -40,18 +40,15 @@ def judge_training(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
         where = [line.version for line in (*evidence.lines, *evidence.tail) if twice[0] in line.trained]
         yield Finding(
             Kind.TRAINED_TWICE,
-            f"{len(twice)} trajectories are trained twice in history.jsonl, {twice[0]} first, at versions "
+            f"{trajectories(len(twice))} trained twice in history.jsonl, {twice[0]} first, at versions "
             f"{_listed(where)}: the weights have learnt from it twice; go on from a checkpoint before the second",
         )
-    if not log.cut(TASKS):
-        offered = counted.offered if checkpoint else None
-        strangers = sorted(counted.trained - offered) if offered is not None else []
-        if strangers:
-            yield Finding(
-                Kind.TRAINED_UNOFFERED,
-                f"{len(strangers)} trajectories are trained in history.jsonl without having been offered, "
-                f"{strangers[0]} first: another run's log or history lies in this folder; restore its own",
-            )
+    if not log.cut(TASKS) and (strangers := sorted(counted.trained - counted.offered)):
+        yield Finding(
+            Kind.TRAINED_UNOFFERED,
+            f"{trajectories(len(strangers))} trained in history.jsonl without having been offered, {strangers[0]} "
+            f"first: another run's log or history lies in this folder; restore its own",
+        )
     if checkpoint is not None:
         if len(counted.trained) != checkpoint.ledger.trained:
             yield Finding(

@@ -52,12 +52,15 @@ def for_machines(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
     checkpoint, counted = evidence.checkpoint, judgement.recount
     return {
         "run": evidence.run,
+        "samples_per_group": evidence.samples,
+        "max_staleness": evidence.max_staleness,
         "sound": judgement.sound,
         "findings": [{"kind": finding.kind, "sentence": finding.sentence} for finding in judgement.findings],
         "notes": list(judgement.notes),
         "trajectories": _sums(evidence, judgement),
         "arrived": len(counted.arrived),
         "duplicates": counted.repeats,
+        "repeated_offers": len(evidence.log.offers) - len({offer.group for offer in evidence.log.offers}),
         "dead_letters": dict(evidence.log.causes),
         "open_groups": _awaited(evidence, judgement),
         "checkpoint": None

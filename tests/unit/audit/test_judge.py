@@ -1,0 +1,254 @@
+"""The judge of the audit: every inconsistency is found by its name, and nothing else ever is."""
+
+from dataclasses import replace
+
+import pytest
+
+from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
+from common.versions import Version
+from services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
+from services.audit.judge import judge
+from services.audit.words import for_machines, told
+from tests.unit.audit.histories import (
+    DIGESTS,
+    HEARD,
+    LOG,
+    SOUND,
+    a_line,
+    a_record,
+    an_offer,
+    checkpoint,
+    ledger,
+    line,
+    log,
+)
+
+
+def kinds(evidence: Evidence) -> set[Kind]:
+    return {finding.kind for finding in judge(evidence).findings}
+
+
+def test_a_sound_run_gives_nothing() -> None:
+    judgement = judge(SOUND)
+    assert judgement.findings == ()
+    assert judgement.sound
+    assert judgement.notes == ()
+    assert sorted(judgement.recount.pending) == ["g000003/0", "g000003/1"]
+    assert judgement.recount.arrived == {"g000003/0"}
+    assert judgement.recount.repeats == 1
+
+
+HARMLESS = {
+    "a group offered again with the same task": log(offers=(*LOG.offers, an_offer(1))),
+    "groups offered after the checkpoint": log(offers=(*LOG.offers, an_offer(4), an_offer(5))),
+    "a version announced again with the same digest": log(announced=(*LOG.announced, LOG.announced[2])),
+    "records above the frontier of resolved trajectories": log(heard=(*HEARD, a_record(8, 2, 0), a_record(9, 2, 1))),
+    "records of groups that were offered later": log(
+        offers=(*LOG.offers, an_offer(4)), heard=(*HEARD, a_record(8, 4, 0))
+    ),
+    "garbage that was made good": replace(
+        log(
+            heard=(*HEARD[:6], a_record(8, 2, 1)), letters=LOG.letters,
+        ),
+        checkpoint=ledger(dead_lettered=0, dropped={"environment_failed": 1, "group_too_small": 1}).checkpoint,
+    ),
+    "a line that a crash left beyond the checkpoint": replace(
+        SOUND, tail=(a_line(2, 3, pending=2, trained=6, staleness=(0, 1)),),
+        log=replace(LOG, heard=(*HEARD, a_record(8, 3, 1, oldest=2, newest=2))),
+    ),
+    "versions that were swept away below every lease": replace(SOUND, leases={"learner": 2}, stored=SOUND.stored[1:]),
+    "a successor's versions after a replaced learner's": replace(
+        SOUND, epoch=2, stored=(*SOUND.stored, Stored(Version(3), DIGESTS[3], 2, 100)),
+        commits=((1, 1), (2, 1), (3, 2)),
+    ),
+    "a trajectory dropped at its deadline that nobody heard of": replace(
+        ledger(open_groups={"g000003": {1: "deadline"}}, dropped={"environment_failed": 1, "deadline": 1})
+    ),
+    "a deadline, though the trajectory came later": replace(
+        log(heard=(*HEARD[:4], a_record(4, 2, 0), *HEARD[5:])),
+        checkpoint=ledger(dropped={"deadline": 1}).checkpoint,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_is_harmless_is_let_pass(what: str) -> None:
+    assert judge(HARMLESS[what]).findings == ()
+
+
+WRONG: dict[str, tuple[Kind, Evidence]] = {
+    "trained twice": (
+        Kind.TRAINED_TWICE, line(1, trained=("g000001/0", "g000000/1")),
+    ),
+    "trained twice in one batch": (Kind.TRAINED_TWICE, line(1, trained=("g000001/0", "g000001/0"))),
+    "trained without being offered": (Kind.TRAINED_UNOFFERED, line(1, trained=("g000001/0", "g000009/1"))),
+    "trained without a record": (Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], *HEARD[3:]))),
+    "trained with a record that nobody could use": (
+        Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], a_record(2, 1, 0, sound=False), *HEARD[3:])),
+    ),
+    "a group offered with another task": (
+        Kind.TASK_CHANGED, log(offers=(*LOG.offers, an_offer(1, task=("lookup", 7)))),
+    ),
+    "a group offered with other samples": (Kind.TASK_CHANGED, log(offers=(*LOG.offers, an_offer(1, samples=3)))),
+    "a group offered under another's name": (
+        Kind.TASK_CHANGED, log(offers=(*LOG.offers, an_offer(5, group="g000006"))),
+    ),
+    "sums that do not add up": (Kind.SUMS, ledger(dropped={"environment_failed": 2})),
+    "a sum below 0": (Kind.SUMS, ledger(dropped={"environment_failed": 1, "deadline": 1, "engine_failed": -1})),
+    "a line's sums": (Kind.SUMS, line(1, counts={**SOUND.lines[1].counts, "pending": 5})),
+    "more offered than the log holds": (Kind.RECOUNT, ledger(offered=9, trained=5)),
+    "groups that the log does not hold": (Kind.RECOUNT, ledger(next_index=5)),
+    "an open group that was never offered": (
+        Kind.RECOUNT, ledger(open_groups={"g000003": {}, "g000044": {0: "deadline", 1: "deadline"}}),
+    ),
+    "another number of trained": (Kind.RECOUNT, ledger(trained=5, dead_lettered=0)),
+    "another number of versions": (Kind.RECOUNT, checkpoint(trained_versions=3)),
+    "a line that names fewer than its batch": (Kind.RECOUNT, line(1, batch=3)),
+    "trained and pending at once": (Kind.RECOUNT, ledger(open_groups={"g000001": {}})),
+    "dropped by a worker who never said so": (
+        Kind.UNEXPLAINED, log(heard=(*HEARD[:4], Heard(0, 4, "g000002/0", "prompt_too_long"), *HEARD[5:])),
+    ),
+    "dropped after it came, but it never came": (Kind.UNEXPLAINED, ledger(dropped={"over_staleness": 1})),
+    "resolved without any trace": (Kind.UNEXPLAINED, log(heard=(*HEARD[:4], *HEARD[5:]))),
+    "an end in an open group without a record": (
+        Kind.UNEXPLAINED,
+        ledger(open_groups={"g000003": {1: "engine_failed"}}, dropped={"environment_failed": 1, "engine_failed": 1}),
+    ),
+    "a dead letter in an open group without a letter": (
+        Kind.LETTERS_MISSING, ledger(open_groups={"g000003": {1: "dead_lettered"}}, dead_lettered=2),
+    ),
+    "read past and awaited": (Kind.UNRESOLVED, checkpoint(offsets={0: 7})),
+    "read past and never offered": (
+        Kind.UNRESOLVED,
+        replace(log(heard=(*HEARD, a_record(8, 9, 0))), checkpoint=checkpoint(offsets={0: 9}).checkpoint),
+    ),
+    "fewer dead letters than counted": (Kind.LETTERS_MISSING, log(letters=())),
+    "garbage below the frontier without a letter": (
+        Kind.LETTERS_MISSING,
+        replace(log(heard=(*HEARD[:4], Heard(0, 4, sound=False), *HEARD[4:])), samples=2),
+    ),
+    "versions out of order": (Kind.HISTORY_ORDER, replace(SOUND, lines=SOUND.lines[::-1])),
+    "a version twice": (Kind.HISTORY_ORDER, line(1, version=0, published=1)),
+    "a version that made none": (Kind.HISTORY_ORDER, line(1, published=1)),
+    "a checkpoint older than its history": (Kind.HISTORY_ORDER, checkpoint(version=Version(1))),
+    "a line beyond from before the checkpoint": (Kind.HISTORY_TAIL, replace(SOUND, tail=(SOUND.lines[1],))),
+    "more lines beyond than a crash can leave": (
+        Kind.HISTORY_TAIL,
+        replace(
+            SOUND,
+            tail=(
+                a_line(2, 3, pending=2, trained=6, staleness=(0, 0)),
+                a_line(3, 4, pending=0, trained=8, staleness=(0, 0)),
+            ),
+        ),
+    ),
+    "a line beyond the end of the run": (
+        Kind.HISTORY_TAIL,
+        replace(log(finished=True), tail=(a_line(2, 3, pending=2, trained=6, staleness=(0, 0)),)),
+    ),
+    "staleness over the bound": (Kind.STALENESS, line(1, staleness=(0, 2))),
+    "negative staleness": (Kind.STALENESS, line(1, staleness=(-1, 1))),
+    "tokens older than the bound, whatever the history says": (
+        Kind.STALENESS,
+        replace(SOUND, lines=(SOUND.lines[0], replace(SOUND.lines[1], version=2, published=3)),
+                checkpoint=checkpoint(version=Version(3)).checkpoint),
+    ),
+    "tokens of the future": (
+        Kind.STALENESS, log(heard=(*HEARD[:2], a_record(2, 1, 0, oldest=1, newest=2), *HEARD[3:])),
+    ),
+    "an offset beyond the log": (Kind.OFFSET_OUTSIDE, checkpoint(offsets={0: 9})),
+    "an offset that is gone": (Kind.OFFSET_OUTSIDE, log(bounds={**LOG.bounds, TRAJECTORIES: {0: Bounds(7, 8)}})),
+    "an offset of no partition": (Kind.OFFSET_OUTSIDE, checkpoint(task_offsets={0: 4, 7: 0})),
+    "a damaged checkpoint": (Kind.CHECKPOINT_DAMAGED, replace(SOUND, damaged=("checkpoint x: torn",))),
+    "a version that is missing": (Kind.VERSION_MISSING, replace(SOUND, stored=SOUND.stored[:1])),
+    "a version that was trained at and is missing": (
+        Kind.VERSION_MISSING,
+        replace(log(announced=LOG.announced[2:], applied=()), stored=SOUND.stored[1:], leases={"replica": 1}),
+    ),
+    "without a lease nothing may be missing": (Kind.VERSION_MISSING, replace(SOUND, leases={})),
+    "other weights than announced": (
+        Kind.VERSION_DIGEST, replace(SOUND, stored=(SOUND.stored[0], replace(SOUND.stored[1], digest="aa" * 32))),
+    ),
+    "a worker with other weights": (
+        Kind.VERSION_DIGEST, log(applied=(Announced(Version(1), "aa" * 32, by="worker-0"),)),
+    ),
+    "a checkpoint of other weights": (Kind.VERSION_DIGEST, checkpoint(digest="aa" * 32)),
+    "announced twice": (
+        Kind.ANNOUNCED_TWICE, log(announced=(*LOG.announced, Announced(Version(2), "aa" * 32))),
+    ),
+    "an object whose bytes are others": (
+        Kind.OBJECT_DAMAGED,
+        replace(SOUND, stored=(replace(SOUND.stored[0], trouble="its object is torn"), SOUND.stored[1])),
+    ),
+    "a replaced learner's version": (
+        Kind.FENCED_WRITER,
+        replace(SOUND, epoch=2, stored=(replace(SOUND.stored[0], writer=2), SOUND.stored[1])),
+    ),
+    "a replaced learner's checkpoint": (Kind.FENCED_WRITER, replace(SOUND, epoch=2, commits=((1, 2), (2, 1)))),
+    "a writer that the store never issued": (Kind.FENCED_WRITER, replace(SOUND, epoch=0)),
+    "what could not be read": (Kind.STORE_DAMAGED, replace(SOUND, faults=(Finding(Kind.STORE_DAMAGED, "torn"),))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_found_by_its_name(what: str) -> None:
+    kind, evidence = WRONG[what]
+    assert kind in kinds(evidence)
+    assert all(finding.sentence for finding in judge(evidence).findings)
+
+
+READ_ONLY = {Kind.HISTORY_DAMAGED, Kind.CHECKPOINT_UNKNOWN, Kind.VERSION_DAMAGED}
+"""Found while reading (tests/integration/test_audit.py, tests/unit/audit/test_read.py)."""
+
+
+def test_every_kind_is_tried() -> None:
+    assert {kind for kind, _ in WRONG.values()} | READ_ONLY == set(Kind)
+
+
+@pytest.mark.parametrize("topic", [TASKS, TRAJECTORIES, DEAD_LETTERS])
+def test_what_retention_took_is_a_note_and_no_finding(topic: str) -> None:
+    """The log begins behind its first records: those are gone, the offsets stand."""
+    gone = {
+        TASKS: {"offers": LOG.offers[2:]},
+        TRAJECTORIES: {"heard": HEARD[4:]},
+        DEAD_LETTERS: {"letters": ()},
+    }[topic]
+    bounds = {**LOG.bounds, topic: {0: Bounds(2, LOG.bounds[topic][0].end + 2)}}
+    judgement = judge(log(**gone, bounds=bounds))
+    assert judgement.findings == ()
+    assert len(judgement.notes) == 1
+    assert topic in judgement.notes[0]
+
+
+def test_without_a_checkpoint_the_log_and_the_store_are_judged() -> None:
+    young = replace(SOUND, checkpoint=None, lines=(), tail=SOUND.lines, commits=())
+    assert judge(young).findings == ()
+    assert "no checkpoint yet" in judge(young).notes[0]
+    assert judge(replace(young, stored=())).findings[0].kind is Kind.VERSION_MISSING
+    assert for_machines(young, judge(young))["trajectories"]["pending"] == 8
+
+
+def test_a_person_is_told_what_there_is_and_what_is_wrong() -> None:
+    said = list(told(SOUND, judge(SOUND)))
+    assert said[:2] == ["Run test", ""]
+    assert "trajectories   8 offered = 4 trained + 1 dropped + 1 dead-lettered + 2 pending" in said
+    assert "  dropped as environment_failed: 1" in said
+    assert "  of the pending, 1 have arrived and wait to be trained on" in said
+    assert "  g000003  awaits sample 1" in said
+    assert "       2  020202020202       1    100  leased" in said
+    assert said[-1] == "Nothing is wrong."
+    wrong = ledger(dropped={"environment_failed": 2})
+    assert list(told(wrong, judge(wrong)))[-2].startswith(
+        "1. sums: checkpoint 00000002-00000001: 8 offered - 4 trained"
+    )
+
+
+def test_a_machine_is_told_the_same() -> None:
+    said = for_machines(SOUND, judge(SOUND))
+    assert said["sound"]
+    assert said["findings"] == []
+    assert said["trajectories"] == {
+        "offered": 8, "trained": 4, "dropped": {"environment_failed": 1}, "dead_lettered": 1, "pending": 2,
+    }  # fmt: skip
+    assert said["open_groups"] == {"g000003": [1]}
+    assert [one["version"] for one in said["versions"]] == [1, 2]
