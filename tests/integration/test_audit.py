@@ -1,0 +1,194 @@
+"""The audit of a real run: nothing is wrong with it until somebody meddles, and then the audit says what."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.messages import DEAD_LETTERS, TRAJECTORIES, decode
+from tests.runs import ROOT, RunProcess, history, newest_manifest, scripted, wait_for
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
+    """A finished run's folder, in which garbage was met and a dead letter sent again; not to be changed."""
+    folder = tmp_path_factory.mktemp("audited")
+    home = folder / "scripted"
+    process = RunProcess(scripted(folder, starting_model, versions=30, tokens_per_s=200.0))
+    wait_for(lambda: len(history(home)) >= 1, process, within_s=120, name="version 1")
+    bus = SqliteBus(home / "bus.sqlite")
+    bus.publish(TRAJECTORIES, [Outgoing("g000001", b"\x00 garbage", {"trajectory": "g000001/1"}), Outgoing("?", b"")])
+    wait_for(lambda: len(letters(bus)) == 2, process, within_s=60, name="two dead letters")
+    live = audit(home)
+    assert live.returncode == 0, live.stdout
+    sent = program("services.learner", "dead-letters", "replay", home / "run.toml", "--cause=undecodable")
+    assert sent.stdout.splitlines()[-1] == "sent 2 records", sent.stdout
+    wait_for(lambda: len(letters(bus)) == 4, process, within_s=60, name="the same two again")
+    bus.close()
+    code, output = process.finish(within_s=240)
+    assert code == 0, output[-3000:]
+    return home
+
+
+@pytest.fixture
+def home(run: Path, tmp_path: Path) -> Path:
+    """A copy to meddle with."""
+    return Path(shutil.copytree(run, tmp_path / "scripted"))
+
+
+def letters(bus: SqliteBus) -> list[object]:
+    with bus.consumer(DEAD_LETTERS) as consumer:
+        return [decode(DEAD_LETTERS, record.body) for record in consumer.poll(limit=99, timeout_s=0)]
+
+
+def program(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def audit(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return program("services", "audit", home, *flags)
+
+
+def test_nothing_is_wrong_with_a_run_that_nobody_meddled_with(run: Path) -> None:
+    done = audit(run)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Run scripted"
+    assert lines[-1] == "Nothing is wrong."
+    (sums,) = [line for line in lines if line.startswith("trajectories")]
+    assert "= 480 trained + 0 dropped + " in sums
+    assert "  dead letters: 4 undecodable (`python -m services.learner dead-letters list` tells more)" in lines
+    (checkpoint,) = [line for line in lines if line.startswith("checkpoint")]
+    assert "is in force: version 30, 30 versions trained, by writer 1 of 1" in checkpoint
+    assert not [line for line in lines if line.startswith("note")]
+
+
+def test_it_is_named_by_its_run_file_as_well_and_told_to_machines(run: Path) -> None:
+    done = program("services", "audit", run / "run.toml", "--json", "--quick")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["sound"], told["trajectories"]["trained"]) == (0, True, 480)
+    assert told["dead_letters"] == {"undecodable": 4}
+    assert len(told["notes"]) == 1, "what --quick left out"
+
+
+def edit_the_ledger(home: Path) -> None:
+    newest = max(home.glob("checkpoints/*/manifest.json"))
+    newest.write_text(newest.read_text().replace('"trained":480', '"trained":479'))
+
+
+def edit_it_so_that_its_digest_holds(home: Path) -> None:
+    from blake3 import blake3
+
+    edit_the_ledger(home)
+    newest = max(home.glob("checkpoints/*/manifest.json"))
+    commit = home / "snapshots" / "checkpoints" / f"{newest.parent.name}.json"
+    commit.write_text(json.dumps({"digest": blake3(newest.read_bytes()).hexdigest()}))
+
+
+def tear_the_state(home: Path) -> None:
+    state = max(home.glob("checkpoints/*/state.safetensors"))
+    body = bytearray(state.read_bytes())
+    body[len(body) // 2] ^= 1
+    state.write_bytes(body)
+
+
+def forget_the_commits(home: Path) -> None:
+    newest = max(home.glob("snapshots/checkpoints/*.json"))
+    newest.unlink()
+
+
+def newest_version(home: Path) -> Path:
+    return max(home.glob("snapshots/versions/*.json"))
+
+
+def lose_a_version(home: Path) -> None:
+    newest_version(home).unlink()
+
+
+def object_of_newest(home: Path) -> Path:
+    name: str = json.loads(newest_version(home).read_text())["manifest"]["object"]
+    return home / "snapshots" / "objects" / name
+
+
+def lose_an_object(home: Path) -> None:
+    object_of_newest(home).unlink()
+
+
+def turn_a_bit_of_an_object(home: Path) -> None:
+    body = bytearray(object_of_newest(home).read_bytes())
+    body[-1] ^= 1
+    object_of_newest(home).write_bytes(body)
+
+
+def turn_a_bit_of_a_manifest(home: Path) -> None:
+    path = newest_version(home)
+    path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shale"', 1))
+
+
+def append_a_line(home: Path) -> None:
+    path = home / "history.jsonl"
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[-1])
+
+
+def spoil_a_line(home: Path) -> None:
+    path = home / "history.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"version":3', b'{"version"?3'))
+
+
+def cut_the_history(home: Path) -> None:
+    path = home / "history.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_the_letters(home: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(home / "bus.sqlite") as db:
+        db.execute("DELETE FROM records WHERE topic = 'dead_letters'")
+        db.execute("UPDATE ends SET next = 0 WHERE topic = 'dead_letters'")
+
+
+@pytest.mark.parametrize(
+    ("meddle", "kind", "says"),
+    [
+        (edit_the_ledger, "checkpoint_damaged", "its manifest is not the one that the store took"),
+        (edit_it_so_that_its_digest_holds, "recount", "counts 479 trajectories as trained, history.jsonl lists 480"),
+        (tear_the_state, "checkpoint_damaged", "its state contradicts its digest"),
+        (forget_the_commits, "checkpoint_unknown", "is newer than any that the store took"),
+        (lose_a_version, "version_missing", "version 30 was announced and is not in the store, though learner's lease"),
+        (lose_an_object, "object_damaged", "is not in the store"),
+        (turn_a_bit_of_an_object, "object_damaged", "have the digest"),
+        (turn_a_bit_of_a_manifest, "version_damaged", "version 30 (versions/00000030.json)"),
+        (append_a_line, "history_tail", "goes on beyond checkpoint 00000030-00000001 for 1 lines"),
+        (spoil_a_line, "history_damaged", "history.jsonl, line 4: "),
+        (cut_the_history, "history_damaged", "bytes, the checkpoint counts"),
+        (remove_the_letters, "letters_missing", "there is no dead letter, trajectories["),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_somebody_meddled_with_is_said(home: Path, meddle: Callable[[Path], None], kind: str, says: str) -> None:
+    meddle(home)
+    done = audit(home)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (found, *_) = [line for line in done.stdout.splitlines() if f". {kind}: " in line and says in line]
+    assert "restore" in found or "cut them off" in found or "go on from" in found, "and what to do"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = audit(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "that is no run's folder" in done.stderr
+
+
+def test_the_newest_manifest_is_the_one_in_force(run: Path) -> None:
+    told = json.loads(audit(run, "--json", "--quick").stdout)
+    assert newest_manifest(run)["trained_versions"] == told["checkpoint"]["trained_versions"] == 30
