@@ -1,0 +1,179 @@
+"""A run as the real planner and frontier live it, with every harmless thing that can happen, and its evidence."""
+
+import random
+from dataclasses import dataclass, field
+
+from common.frontier import Frontier
+from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
+from common.versions import Version
+from services.audit.evidence import (
+    FINISHED,
+    Announced,
+    Bounds,
+    Checkpoint,
+    Evidence,
+    Heard,
+    Letter,
+    Line,
+    Log,
+    Offer,
+    Stored,
+)
+from services.learner.planner import Arrival, Planner
+
+SAMPLES, BOUND, PARTITIONS = 3, 1, 2
+Place = tuple[int, int]
+
+
+@dataclass
+class Simulated:
+    """A run of one process that never dies."""
+
+    rng: random.Random
+    planner: Planner[str] = field(
+        default_factory=lambda: Planner(samples=SAMPLES, groups_per_batch=2, max_staleness=BOUND, time_limit_s=60)
+    )
+    frontier: Frontier = field(default_factory=Frontier)
+    version: int = 0
+    clock: float = 0.0
+    offers: list[Offer] = field(default_factory=list)
+    offered_at: list[int] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    waiting: dict[str, Heard] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=lambda: [0] * PARTITIONS)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One event, and what the learner makes of it."""
+        self.clock += 1.0
+        while self.planner.slots():
+            index = self.planner.next_index
+            self.offers.append(Offer(self.planner.offer(now=self.clock), index, SAMPLES, ("lookup", 7 * index)))
+            self.offered_at.append(self.version)
+        index = self.rng.randrange(max(0, len(self.offers) - 6), len(self.offers))
+        name = trajectory_id(group_id(index), self.rng.randrange(SAMPLES))
+        match self.rng.choice(["finish"] * 7 + ["drop", "garbage", "nameless", "unsound", "stranger"]):
+            case "finish":
+                low = self.rng.randint(self.offered_at[index], self.version)
+                self._arrive(name, low, self.rng.randint(low, self.version))
+            case "drop":
+                record = self._publish(name, DropReason.ENVIRONMENT_FAILED.value)
+                self.planner.drop(group_id(index), name, DropReason.ENVIRONMENT_FAILED)
+                self.frontier.resolve(record.partition, record.offset)
+            case "garbage":
+                self._bury(self._publish("", "", sound=False, index=index), group_id(index), name)
+            case "nameless":
+                self._bury(self._publish("", "", sound=False, index=index), "", "")
+            case "unsound":
+                self._bury(self._publish(name, FINISHED, sound=False), group_id(index), name)
+            case "stranger":
+                record = self._publish(trajectory_id(group_id(10_000 + index), 0), FINISHED, index=index)
+                self._bury(record, "", "")  # never offered: it takes nothing from the run
+        self._learn()
+
+    def evidence(self) -> Evidence:
+        """From the newest checkpoint on, as an audit would read it."""
+        checkpoint = self.checkpoints[-1] if self.checkpoints else None
+        lowest = max(0, self.version - BOUND)
+        return Evidence(
+            run="simulated",
+            samples=SAMPLES,
+            max_staleness=BOUND,
+            every=1,
+            log=Log(
+                offers=tuple(self.offers),
+                heard=tuple(self.heard),
+                letters=tuple(self.letters),
+                announced=tuple(Announced(Version(v), _digest(v)) for v in range(self.version + 1)),
+                bounds={
+                    TASKS: {0: Bounds(0, len(self.offers))},
+                    TRAJECTORIES: {p: Bounds(0, end) for p, end in enumerate(self.ends)},
+                    DEAD_LETTERS: {0: Bounds(0, len(self.letters))},
+                },
+            ),
+            checkpoint=checkpoint,
+            lines=tuple(self.lines),
+            stored=tuple(Stored(Version(v), _digest(v), 1, 10) for v in range(lowest, self.version + 1)),
+            leases={"learner": lowest},
+            epoch=1,
+            commits=tuple((int(one.version), one.writer) for one in self.checkpoints[-2:]),
+        )
+
+    def _arrive(self, name: str, oldest: int, newest: int) -> None:
+        record = self._publish(name, FINISHED, oldest=oldest, newest=newest)
+        known = self.planner.arrive(name.rpartition("/")[0], name, name)
+        if known in (Arrival.NEW, Arrival.REVIVED):
+            self.waiting[name] = record
+        else:
+            self.frontier.resolve(record.partition, record.offset)
+
+    def _publish(
+        self,
+        name: str,
+        how: str,
+        *,
+        sound: bool = True,
+        oldest: int | None = None,
+        newest: int | None = None,
+        index: int | None = None,
+    ) -> Heard:
+        partition = (int(name[1:7]) if index is None else index) % PARTITIONS
+        record = Heard(partition, self.ends[partition], name, how, oldest, newest, sound)
+        self.ends[partition] += 1
+        self.heard.append(record)
+        self.frontier.read(record.partition, record.offset)
+        return record
+
+    def _bury(self, record: Heard, group: str, name: str) -> None:
+        self.letters.append(Letter(record.partition, record.offset, name))
+        self.frontier.resolve(record.partition, record.offset)
+        self.planner.dead_letter(group, name)
+
+    def _learn(self) -> None:
+        self.planner.expire(now=self.clock)
+        now = Version(self.version)
+        oldest = {name: Version(record.oldest or 0) for name, record in self.waiting.items()}
+        for name in (*self.planner.drop_stale(now, oldest), *self.planner.drop_small()):
+            self._resolve(name)
+        if not (batch := self.planner.batch()):
+            return
+        trained = tuple(name for group in batch for name in group.items)
+        ages = [self.version - (self.waiting[name].oldest or 0) for name in trained]
+        for name in trained:
+            self._resolve(name)
+        counts = self.planner.counts()
+        dropped = counts["dropped"]
+        assert isinstance(dropped, dict)
+        self.version += 1
+        self.lines.append(
+            Line(
+                self.version - 1,
+                self.version,
+                trained,
+                len(trained),
+                (min(ages), max(ages)),
+                {name: n for name, n in counts.items() if isinstance(n, int)} | {"dropped": sum(dropped.values())},
+            )
+        )
+        self.checkpoints.append(
+            Checkpoint(
+                name=f"{self.version:08d}-00000001",
+                version=Version(self.version),
+                writer=1,
+                digest=_digest(self.version - 1),
+                trained_versions=len(self.lines),
+                ledger=self.planner.state(),
+                offsets=self.frontier.offsets(),
+                task_offsets={0: len(self.offers)},
+            )
+        )
+
+    def _resolve(self, name: str) -> None:
+        record = self.waiting.pop(name)
+        self.frontier.resolve(record.partition, record.offset)
+
+
+def _digest(version: int) -> str:
+    return f"{version:064x}"

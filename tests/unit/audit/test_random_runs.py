@@ -1,0 +1,175 @@
+"""Runs at random: sound ones are never accused, and whatever is then done to one is found."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from services.audit.evidence import FINISHED, Evidence, Kind
+from services.audit.judge import judge
+from services.audit.ledger import below
+from tests.unit.audit.simulated import Simulated
+
+
+def a_run(seed: int, steps: int) -> Evidence:
+    run = Simulated(random.Random(seed))
+    for _ in range(steps):
+        run.step()
+    return run.evidence()
+
+
+def trained_twice(run: Evidence, rng: random.Random) -> Evidence:
+    i = rng.randrange(1, len(run.lines))
+    again = rng.choice(run.lines[rng.randrange(i)].trained)
+    line = replace(run.lines[i], trained=(again, *run.lines[i].trained[1:]))
+    return replace(run, lines=(*run.lines[:i], line, *run.lines[i + 1 :]))
+
+
+def trained_unoffered(run: Evidence, rng: random.Random) -> Evidence:
+    i = rng.randrange(len(run.lines))
+    line = replace(run.lines[i], trained=("g777777/0", *run.lines[i].trained[1:]))
+    return replace(run, lines=(*run.lines[:i], line, *run.lines[i + 1 :]))
+
+
+def a_sum(run: Evidence, rng: random.Random) -> Evidence:
+    assert run.checkpoint
+    field = rng.choice(["trained", "dead_lettered", "offered"])
+    ledger = run.checkpoint.ledger
+    ledger = msgspec.structs.replace(ledger, **{field: getattr(ledger, field) + rng.choice([-1, 1, 7])})
+    return replace(run, checkpoint=replace(run.checkpoint, ledger=ledger))
+
+
+def a_moved_count(run: Evidence, rng: random.Random) -> Evidence:
+    """From one end to another, so that the sums still hold."""
+    assert run.checkpoint
+    ledger = msgspec.structs.replace(
+        run.checkpoint.ledger,
+        trained=run.checkpoint.ledger.trained - 1,
+        dead_lettered=run.checkpoint.ledger.dead_lettered + 1,
+    )
+    return replace(run, checkpoint=replace(run.checkpoint, ledger=ledger))
+
+
+def a_lost_offer(run: Evidence, rng: random.Random) -> Evidence:
+    assert run.checkpoint
+    i = rng.randrange(run.checkpoint.ledger.next_index)
+    return replace(run, log=replace(run.log, offers=(*run.log.offers[:i], *run.log.offers[i + 1 :])))
+
+
+def another_task(run: Evidence, rng: random.Random) -> Evidence:
+    offer = replace(rng.choice(run.log.offers), task=("lookup", -1))
+    return replace(run, log=replace(run.log, offers=(*run.log.offers, offer)))
+
+
+def a_lost_source(run: Evidence, rng: random.Random) -> Evidence:
+    name = rng.choice(run.lines[rng.randrange(len(run.lines))].trained)
+    heard = tuple(r for r in run.log.heard if not (r.trajectory == name and r.how == FINISHED))
+    return replace(run, log=replace(run.log, heard=heard))
+
+
+def a_lost_letter(run: Evidence, rng: random.Random) -> Evidence:
+    assert run.checkpoint
+    records = {(r.partition, r.offset): r for r in run.log.heard}
+    gone = [x for x in run.log.letters if below(run.checkpoint, records[x.partition, x.offset])]
+    assume(gone)
+    letter = rng.choice(gone)
+    return replace(run, log=replace(run.log, letters=tuple(x for x in run.log.letters if x != letter)))
+
+
+def a_frontier_too_far(run: Evidence, rng: random.Random) -> Evidence:
+    assert run.checkpoint
+    open_ids = {
+        f"{group}/{s}" for group, ended in run.checkpoint.ledger.open_groups.items() for s in range(3) if s not in ended
+    }
+    buried = {(x.partition, x.offset) for x in run.log.letters}
+    skipped = [r for r in run.log.heard if r.trajectory in open_ids and (r.partition, r.offset) not in buried]
+    assume(skipped)
+    record = rng.choice(skipped)
+    offsets = {**run.checkpoint.offsets, record.partition: record.offset + 1}
+    return replace(run, checkpoint=replace(run.checkpoint, offsets=offsets))
+
+
+def an_offset_outside(run: Evidence, rng: random.Random) -> Evidence:
+    assert run.checkpoint
+    offsets = {**run.checkpoint.offsets, rng.choice([0, 1]): 10_000}
+    return replace(run, checkpoint=replace(run.checkpoint, offsets=offsets))
+
+
+def a_lost_version(run: Evidence, rng: random.Random) -> Evidence:
+    gone = rng.choice(run.stored)
+    return replace(run, stored=tuple(one for one in run.stored if one != gone))
+
+
+def other_weights(run: Evidence, rng: random.Random) -> Evidence:
+    i = rng.randrange(len(run.stored))
+    other = replace(run.stored[i], digest="f" * 64)
+    return replace(run, stored=(*run.stored[:i], other, *run.stored[i + 1 :]))
+
+
+def lines_swapped(run: Evidence, rng: random.Random) -> Evidence:
+    i = rng.randrange(1, len(run.lines))
+    lines = list(run.lines)
+    lines[i - 1], lines[i] = lines[i], lines[i - 1]
+    return replace(run, lines=tuple(lines))
+
+
+def older_tokens(run: Evidence, rng: random.Random) -> Evidence:
+    late = [line for line in run.lines if line.version > run.max_staleness]
+    assume(late)
+    name = rng.choice(rng.choice(late).trained)
+    heard = tuple(replace(r, oldest=-5) if r.trajectory == name and r.how == FINISHED else r for r in run.log.heard)
+    return replace(run, log=replace(run.log, heard=heard))
+
+
+def a_lost_line(run: Evidence, rng: random.Random) -> Evidence:
+    i = rng.randrange(len(run.lines))
+    return replace(run, lines=(*run.lines[:i], *run.lines[i + 1 :]))
+
+
+FAULTS: dict[Callable[[Evidence, random.Random], Evidence], set[Kind]] = {
+    trained_twice: {Kind.TRAINED_TWICE},
+    trained_unoffered: {Kind.TRAINED_UNOFFERED},
+    a_sum: {Kind.SUMS},
+    a_moved_count: {Kind.RECOUNT},
+    a_lost_offer: {Kind.RECOUNT},
+    another_task: {Kind.TASK_CHANGED},
+    a_lost_source: {Kind.TRAINED_UNHEARD},
+    a_lost_letter: {Kind.LETTERS_MISSING, Kind.UNRESOLVED},
+    a_frontier_too_far: {Kind.UNRESOLVED},
+    an_offset_outside: {Kind.OFFSET_OUTSIDE},
+    a_lost_version: {Kind.VERSION_MISSING},
+    other_weights: {Kind.VERSION_DIGEST},
+    lines_swapped: {Kind.HISTORY_ORDER},
+    older_tokens: {Kind.STALENESS},
+    a_lost_line: {Kind.RECOUNT},
+}
+"""What is done to a run -> what is found of it, one of these at least."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 1 << 32), st.integers(1, 250))
+def test_a_sound_run_is_never_accused(seed: int, steps: int) -> None:
+    assert judge(a_run(seed, steps)).findings == ()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1 << 32), st.integers(60, 250))
+def test_whatever_is_done_to_it_is_found(fault: Callable[..., Evidence], seed: int, steps: int) -> None:
+    run = a_run(seed, steps)
+    assume(run.checkpoint is not None and len(run.lines) > 1)
+    found = {finding.kind for finding in judge(fault(run, random.Random(seed))).findings}
+    assert found & FAULTS[fault], found
+
+
+def test_the_runs_are_long_enough_to_mean_something() -> None:
+    runs = [a_run(seed, 250) for seed in range(20)]
+    assert min(len(run.lines) for run in runs) >= 3
+    assert sum(len(run.log.letters) for run in runs) > 400
+    assert {reason for run in runs if run.checkpoint for reason in run.checkpoint.ledger.dropped} >= {
+        "environment_failed", "deadline", "group_too_small",
+    }  # fmt: skip
