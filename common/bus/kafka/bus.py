@@ -14,7 +14,7 @@ from kafka import KafkaProducer, errors
 
 from common.bus.kafka.connection import DENIED, PAUSE_S, Connection
 from common.bus.kafka.consumer import KafkaConsumer
-from common.bus.kafka.topics import Settings, make_topics
+from common.bus.kafka.topics import Settings, make_topics, partition_counts
 from common.bus.port import Outgoing, Position, partition_of
 from common.logs import logger
 
@@ -116,22 +116,17 @@ class KafkaBus:
 
     def _count(self, topic: str) -> int:
         if topic not in self._partitions:
-            named = self._prefix + topic
-
-            def look() -> int:
-                try:
-                    found = self._producer.partitions_for(named)
-                except errors.UnknownTopicOrPartitionError:
-                    found = None
-                if not found:
-                    raise LookupError(
-                        f"topic {topic} does not exist on {self._connection.servers} (as {named}); the run's "
-                        f"supervisor or its learner creates it at start"
-                    )
-                return len(found)
-
-            self._partitions[topic] = self._connection.patiently(look, doing=f"look at {topic}")
+            self._partitions[topic] = self._look(topic, self._prefix + topic)
         return self._partitions[topic]
+
+    def _look(self, topic: str, named: str) -> int:
+        (count,) = partition_counts(self._connection, [named]).values()
+        if count is None:
+            raise LookupError(
+                f"topic {topic} does not exist on {self._connection.servers} (as {named}); the run's supervisor or its "
+                f"learner creates it at start"
+            )
+        return count
 
     def _fits(self, topic: str, record: Outgoing) -> None:
         beside = len(record.key.encode()) + sum(len(n) + len(v.encode()) + 8 for n, v in record.headers.items())

@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from kafka import ConsumerRebalanceListener, TopicPartition, errors
 from kafka import KafkaConsumer as Client
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 
 from common.bus.kafka.connection import DENIED, Connection
+from common.bus.kafka.topics import partition_counts
 from common.bus.port import OffsetGone, Record
 from common.logs import logger
 
@@ -24,6 +25,8 @@ FEW_RECORDS = 64
 """With fewer at hand, more are fetched before a caller has to wait for them."""
 IDLE_LIMIT_S = 120.0
 """A member that does not poll for so long, though its process lives, gives its partitions up."""
+STUCK_S = IDLE_LIMIT_S + 30.0
+"""No sharing-out of a group takes so long: the slowest member is out of it by then."""
 HEARTBEATS = 3.3
 """Heartbeats in a lease."""
 
@@ -56,27 +59,39 @@ class KafkaConsumer:
         self._next: dict[int, int] = {}
         """Partition -> offset of the next record to hand out."""
         self._turn = 0
+        self._count = 0
         self._listener = _Listener()
-        membership: dict[str, Any] = {} if group is None else {
-            "group_id": prefix + group,
+        self._stuck_s = STUCK_S
+        self._subscribed = False
+        self._stable_at = time.monotonic()
+        self._membership = self._members(prefix, lease_s)
+        self._client_id = f"{prefix}{member or 'reader'}"
+        self._client: Any = self._connect()
+        if group is None:
+            self._client.assign([TopicPartition(self._named, p) for p in self._partitions()])
+            self._begin(dict(self._firsts()))
+
+    def _members(self, prefix: str, lease_s: float) -> dict[str, Any]:
+        """The client's settings for a member of the group."""
+        if self._group is None:
+            return {}
+        return {
+            "group_id": prefix + self._group,
             "session_timeout_ms": int(lease_s * 1000),
             "heartbeat_interval_ms": int(lease_s * 1000 / HEARTBEATS),
             "max_poll_interval_ms": int(max(lease_s, min(IDLE_LIMIT_S, 12 * lease_s)) * 1000),
-        }  # fmt: skip
-        self._client: Any = connection.client(
+        }
+
+    def _connect(self) -> Any:
+        return self._connection.client(
             Client,
-            client_id=f"{prefix}{member or 'reader'}",
+            client_id=self._client_id,
             auto_offset_reset="none",
             enable_auto_commit=False,
             allow_auto_create_topics=False,
             metrics_enabled=False,
-            **membership,
+            **self._membership,
         )
-        if group is None:
-            self._client.assign([TopicPartition(self._named, p) for p in self._partitions()])
-            self._begin(dict(self._firsts()))
-        else:
-            self._client.subscribe([self._named], listener=self._listener)
 
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
         deadline = time.monotonic() + timeout_s
@@ -143,6 +158,8 @@ class KafkaConsumer:
 
     def _fetch(self, timeout_s: float) -> None:
         """One poll of the client: keeps the membership, takes on a new share, brings records."""
+        if self._group is not None:
+            self._join()
         try:
             fetched = self._client.poll(timeout_ms=int(timeout_s * 1000), max_records=FETCH_RECORDS)
         except errors.NoOffsetForPartitionError:
@@ -171,6 +188,25 @@ class KafkaConsumer:
         self._client.pause(*self._client.assignment())
         self._fetch(0.0)
         self._client.resume(*self._client.paused())
+
+    def _join(self) -> None:
+        """Subscribe, once; begin anew when the client is stuck between two shares.
+
+        kafka-python 3.0.12 waits for ever when the topic's partitions become known to it while it joins. Hence the
+        look at the topic before, and the watch over what may be left of that.
+        """
+        if not self._subscribed:
+            self._partitions()
+            self._client.subscribe([self._named], listener=self._listener)
+            self._connection.patiently(self._client.topics, doing=f"look at {self._topic}")
+            self._subscribed, self._stable_at = True, time.monotonic()
+        elif self._client.group_metadata().state == MemberState.STABLE:
+            self._stable_at = time.monotonic()
+        elif time.monotonic() - self._stable_at > self._stuck_s:
+            logger().warning("membership begun anew", topic=self._topic, group=self._group)
+            self._client.close(autocommit=False, timeout_ms=5_000)
+            self._client, self._subscribed = self._connect(), False
+            self._join()
 
     def _take_on_share(self) -> None:
         self._listener.heard = False
@@ -224,16 +260,15 @@ class KafkaConsumer:
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
 
     def _partitions(self) -> list[int]:
-        def look() -> list[int]:
-            found = self._client.partitions_for_topic(self._named)
-            if not found:
+        if not self._count:
+            (count,) = partition_counts(self._connection, [self._named]).values()
+            if count is None:
                 raise LookupError(
                     f"topic {self._topic} does not exist on {self._connection.servers} (as {self._named}); the run's "
                     f"supervisor or its learner creates it at start"
                 )
-            return sorted(found)
-
-        return self._connection.patiently(look, doing=f"look at {self._topic}")
+            self._count = count
+        return list(range(self._count))
 
     def _firsts(self) -> dict[int, int]:
         tps = [TopicPartition(self._named, p) for p in self._partitions()]

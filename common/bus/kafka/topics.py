@@ -4,7 +4,7 @@ A topic that someone else made may be generous (longer retention, larger records
 off or refuse is a trajectory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,16 @@ def make_topics(connection: Connection, settings: Settings, partitions: Mapping[
             _check(connection, admin, settings, missing, _describe(connection, admin, list(missing)))
     finally:
         admin.close()
+
+
+def partition_counts(connection: Connection, names: Sequence[str]) -> dict[str, int | None]:
+    """How many partitions these topics have; None for one that does not exist."""
+    admin = connection.client(KafkaAdminClient)
+    try:
+        standing = _describe(connection, admin, list(names))
+    finally:
+        admin.close()
+    return {name: len(standing[name]["partitions"]) if name in standing else None for name in names}
 
 
 def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, missing: Mapping[str, int]) -> None:
