@@ -109,7 +109,7 @@ class Local:
 
     def _crashed(self, child: Child) -> None:
         code = child.exit_code
-        refusal = _refusal(self.home, child.name)
+        refusal = _refusal(self.home, child)
         if code in HOPELESS or (refusal is not None and refusal[1] in HOPELESS):
             message, code = refusal or (child.last_words(), code or 1)
             raise Refusal(f"{child.name}: {message}\nits log: {child.log}", ExitCode(code))
@@ -167,10 +167,15 @@ def last_error(words: str) -> str:
     return (errors or [line.removeprefix("traceback :").strip() for line in reported] or lines or [""])[-1]
 
 
-def _refusal(home: Path, name: str) -> tuple[str, int] | None:
-    """What a service refused, as common/program.py leaves it: torchrun would swallow its exit code."""
+def _refusal(home: Path, child: Child) -> tuple[str, int] | None:
+    """What this process, or one that it launched, refused, as common/program.py leaves it.
+
+    torchrun would swallow the exit code.
+    """
     try:
-        said = json.loads((home / "refusals" / f"{name}.json").read_text())
+        said = json.loads((home / "refusals" / f"{child.name}.json").read_text())
     except (OSError, ValueError):
+        return None
+    if child.process is None or child.process.pid not in said["processes"]:
         return None
     return str(said["message"]), int(said["code"])

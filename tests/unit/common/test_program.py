@@ -86,7 +86,8 @@ def test_a_service_that_is_done_exits_0_with_nothing_said(end: End) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "number"), [("CONFIGURATION", 2), ("UNAVAILABLE", 3), ("DAMAGED", 4), ("CANARY", 5), ("CRASHED", 1)]
+    ("code", "number"),
+    [("CRASHED", 1), ("CONFIGURATION", 2), ("UNAVAILABLE", 3), ("DAMAGED", 4), ("CANARY", 5), ("REPLACED", 6)],
 )
 def test_a_refusal_is_one_sentence_and_its_exit_code(end: End, code: str, number: int) -> None:
     assert end(refusing(ExitCode[code])) == Ended(number, "", "the model is gone: put it back\n")
@@ -95,7 +96,9 @@ def test_a_refusal_is_one_sentence_and_its_exit_code(end: End, code: str, number
 def test_a_refusal_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
     end(refusing(ExitCode.DAMAGED))
     left = tmp_path / "runs" / "first" / "refusals" / "snapshot_store.json"
-    assert json.loads(left.read_text()) == {"message": "the model is gone: put it back", "code": 4}
+    said = json.loads(left.read_text())
+    assert said.pop("processes") == [os.getpid(), os.getppid()], "the service and what launched it"
+    assert said == {"message": "the model is gone: put it back", "code": 4}
 
 
 def test_a_workers_refusal_is_left_under_its_own_name(end: End, tmp_path: Path) -> None:

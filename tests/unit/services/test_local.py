@@ -63,6 +63,34 @@ def test_a_run_that_cannot_go_on_names_the_log(tmp_path: Path):
     assert run.learner.exit_code is not None
 
 
+REFUSES_AND_CRASHES = """
+import json, os, pathlib
+said = {{"message": "replaced", "code": 6, "processes": {processes}}}
+path = pathlib.Path({path!r})
+first = not path.exists()
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(json.dumps(said))
+exit(1 if first else 0)
+"""
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("own", [True, False])
+def test_only_a_refusal_of_its_own_child_ends_the_run(tmp_path: Path, own: bool):
+    """A learner on another machine that this run's replaced leaves its sentence in the same folder."""
+    path = tmp_path / "t" / "refusals" / "learner.json"
+    processes = "[os.getpid()]" if own else "[-1]"
+    learner = REFUSES_AND_CRASHES.format(processes=processes, path=str(path))
+    run = supervised(tmp_path, worker="import time; time.sleep(60)", learner=learner)
+    if own:
+        with pytest.raises(Refusal, match="learner: replaced") as refused:
+            run.run(Stop(), look)
+        assert refused.value.code is ExitCode.REPLACED
+    else:
+        assert run.run(Stop(), look)
+        assert [crash.name for crash in run.crashes] == ["learner"]
+
+
 def test_what_torchrun_says_of_a_killed_rank():
     words = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
