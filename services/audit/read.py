@@ -48,8 +48,9 @@ from services.audit.evidence import (
     Log,
     Offer,
 )
-from services.audit.read_store import Checkpoints, StorageClaims, choose, read_candidates, read_versions, storage_of
+from services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
 from services.learner.intake import check_finished
+from services.snapshot_store.standing import StorageClaims, standing_storage
 
 ANY_VERSION = Version(1 << 62)
 """Whether a version had been published when a trajectory came is judged from the history, not here."""
@@ -96,7 +97,7 @@ def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
     """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises Refusal, Unavailable."""
     path, kept = home / "history.jsonl", config.checkpoint_folder
     with asyncio.Runner() as runner:
-        storage = runner.run(storage_of(config))
+        storage = runner.run(standing_storage(config))
         with closing(standing_bus(config, StorageClaims(storage, runner))) as bus:
             candidates = runner.run(read_candidates(kept, storage))
             body = path.read_bytes() if path.exists() else b""

@@ -8,8 +8,6 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from common.bus.claims import ClaimLost
-from common.config.schema import RunConfig
 from common.snapshots.manifest import Damaged, Manifest, unseal
 from common.versions import Version
 from services.audit.evidence import Checkpoint, Finding, Kind, Stored
@@ -23,10 +21,7 @@ from services.learner.progress import (
     folder_name,
     version_and_writer,
 )
-from services.snapshot_store.claims import Claims
-from services.snapshot_store.open import open_storage
 from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_disk import DiskStorage
 from services.snapshot_store.writers import Committed, Writers
 
 CHUNK = 1 << 20
@@ -74,34 +69,6 @@ class Versions:
     stored: tuple[Stored, ...] = ()
     leases: dict[str, int] = field(default_factory=dict)
     faults: list[Finding] = field(default_factory=list)
-
-
-class StorageClaims:
-    """Long records' bodies, read where the store keeps them; see Claims in common/bus/claims.py."""
-
-    def __init__(self, storage: Storage, runner: asyncio.Runner) -> None:
-        self._storage, self._runner = storage, runner
-
-    def put_claim(self, body: bytes) -> str:
-        """Never: the audit writes nothing."""
-        raise NotImplementedError(f"a record of {len(body)} bytes to write")
-
-    def claim(self, digest: str) -> bytes:
-        """See Claims."""
-        body = self._runner.run(self._storage.read(Claims.key(digest)))
-        if body is None or blake3(body).hexdigest() != digest:
-            raise ClaimLost(f"the body {digest} is not in the store, or not whole")
-        return body
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-async def storage_of(config: RunConfig) -> Storage:
-    """The store's storage, to look at. Raises Refusal."""
-    if config.snapshot_store.storage == "folder":
-        return DiskStorage(config.snapshot_folder, tidy=False)
-    return await open_storage(config)
 
 
 async def read_candidates(folder: Path, storage: Storage) -> Candidates:

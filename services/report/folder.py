@@ -4,8 +4,10 @@ The newest checkpoint decides what counts: history lines after it, and what the 
 undo. Before the first checkpoint the history stands alone.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from common.bus.open import open_bus
 from common.bus.port import Bus
+from common.bus.standing import scan, standing_bus
 from common.config import load
 from common.config.schema import RunConfig
 from common.messages import (
@@ -22,16 +24,17 @@ from common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
-    Undecodable,
     VersionApplied,
     WorkerAlive,
-    decode,
+    message_in,
 )
 from common.refusal import ExitCode, Refusal
 from common.trajectory import trainable
+from common.unusable import Unusable
 from services.learner.planner import LedgerState
 from services.learner.progress import MANIFEST, complete
 from services.local.runs import SAVED
+from services.snapshot_store.standing import StorageClaims, standing_storage
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]
@@ -153,22 +156,25 @@ def read_seconds(path: Path) -> Seconds | None:
 
 
 def _read_log(config: RunConfig) -> Log:
-    if not config.bus_path.is_file():
+    if config.bus.kind == "sqlite" and not config.bus_path.is_file():
         return Log()
-    bus = open_bus(config)
-    try:
-        alive, applied = [], []
-        for _, message in _messages(bus, WORKERS, config.run.id):
-            match message:
-                case WorkerAlive():
-                    alive.append(message)
-                case VersionApplied():
-                    applied.append(message)
-        offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
-        log = Log(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
-        return _count_trajectories(bus, config.run.id, log)
-    finally:
-        bus.close()
+    with asyncio.Runner() as runner:
+        storage = runner.run(standing_storage(config))
+        with closing(standing_bus(config, StorageClaims(storage, runner))) as bus:
+            return _read(bus, config)
+
+
+def _read(bus: Bus, config: RunConfig) -> Log:
+    alive, applied = [], []
+    for _, message in _messages(bus, WORKERS, config.run.id):
+        match message:
+            case WorkerAlive():
+                alive.append(message)
+            case VersionApplied():
+                applied.append(message)
+    offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
+    log = Log(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
+    return _count_trajectories(bus, config.run.id, log)
 
 
 def _count_dead_letters(bus: Bus, run: str) -> dict[str, int]:
@@ -200,12 +206,10 @@ def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
 
 def _messages(bus: Bus, topic: str, run: str) -> Iterator[tuple[int, Any]]:
     """Length and message of each of the run's records; those that cannot be read are the dead letters' matter."""
-    with bus.consumer(topic) as consumer:
-        while records := consumer.poll(limit=1024, timeout_s=0.0):
-            for record in records:
-                try:
-                    message = decode(topic, record.body)
-                except Undecodable:
-                    continue
-                if message.run == run:
-                    yield len(record.body), message
+    for record in scan(bus, topic):
+        try:
+            message = message_in(record)
+        except Unusable:
+            continue
+        if message.run == run:
+            yield len(record.body), message
