@@ -198,7 +198,7 @@ def test_what_is_wrong_is_found_by_its_name(what: str) -> None:
 
 
 READ_ONLY = {Kind.HISTORY_DAMAGED, Kind.CHECKPOINT_UNKNOWN, Kind.VERSION_DAMAGED}
-"""Found while reading (tests/integration/test_audit.py, tests/unit/audit/test_read.py)."""
+"""Found while reading: tests/integration/test_audit.py tries them."""
 
 
 def test_every_kind_is_tried() -> None:
