@@ -27,6 +27,7 @@ from common.unusable import Cause, Unusable
 from services.rollout import metrics
 from services.rollout.outbox import Outbox
 from services.rollout.reader import Reader
+from services.rollout.sense import check
 from services.rollout.trajectories import Sampler
 from services.rollout.weights import Applied, Weights
 
@@ -193,6 +194,7 @@ class Worker:
             message = message_in(record)
             if message.run != self._run:
                 raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+            check(message)
         except Unusable as error:
             self._bury(record, error, done)
             return None

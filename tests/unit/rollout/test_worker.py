@@ -4,7 +4,9 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from common.bus.port import Outgoing, Position
@@ -16,7 +18,9 @@ from common.messages import (
     TRAJECTORIES,
     WORKERS,
     VersionApplied,
+    VersionPublished,
     WorkerAlive,
+    encode,
 )
 from common.refusal import ExitCode, Refusal
 from common.unusable import Cause
@@ -24,6 +28,7 @@ from common.versions import Version
 from services.rollout import worker as the_worker
 from services.rollout.assembly import Contradiction
 from services.rollout.engine import Sampled
+from tests.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
     GatedEngine,
@@ -95,6 +100,32 @@ async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goe
     assert all(letter.reason for letter in letters.values())
     assert {letter.cause for letter in letters.values()} == {Cause.UNDECODABLE}
     assert finished(place.bus) == ids(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"samples": 0}, Cause.OUT_OF_RANGE),
+        ({"version": -1}, Cause.NEGATIVE_VERSION),
+        ({"time_limit_s": float("nan")}, Cause.NOT_FINITE),
+        ({"sampling": msgspec.structs.replace(SAMPLING, max_turns=0)}, Cause.OUT_OF_RANGE),
+        ({"sampling": msgspec.structs.replace(SAMPLING, temperature=float("inf"))}, Cause.NOT_FINITE),
+    ],
+)
+async def test_an_offer_that_makes_no_sense_is_buried_and_work_goes_on(
+    place: Place, changes: dict[str, Any], cause: Cause
+) -> None:
+    offer(place.bus, 0)
+    (standing,) = messages(place.bus, TASKS)
+    place.bus.publish(TASKS, [Outgoing("g", encode(msgspec.structs.replace(standing, **changes)))])
+    place.bus.publish(CONTROL, [Outgoing("test", encode(VersionPublished("test", Version(-4), "", 0.0)))])
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: committed(place.bus) == 2)
+        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
+    causes = {letter.topic: letter.cause for letter in messages(place.bus, DEAD_LETTERS)}
+    assert causes == {TASKS: cause, CONTROL: Cause.NEGATIVE_VERSION}
+    assert finished(place.bus) == ids(0)
 
 
 async def test_records_of_another_run_are_buried_and_not_acted_on(place: Place) -> None:
