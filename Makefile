@@ -6,7 +6,7 @@ FOLDER ?= backends
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment run test check format docs up down clean
+.PHONY: help setup environment run run-cluster up down test check format docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -19,6 +19,11 @@ environment:
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
 	@$(BIN)/python -m services $(RUN) $(ARGS)
+
+run-cluster: RUN = examples/cluster.toml
+run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
+	@$(BIN)/python -m tools.backends up $(FOLDER)
+	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m services $(RUN) $(ARGS)
 
 test: setup ## every test, real engine and servers included
 	@$(BIN)/python -m pytest $(ARGS)

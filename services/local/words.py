@@ -29,25 +29,40 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
 5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
 SIGTERM."""
-EMBEDDED = Path("examples/embedded.toml")
-"""What `make run` runs unless it is told otherwise."""
+EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
+"""What `make run` and `make run-cluster` run unless they are told otherwise."""
 
 
 def begun(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
     """Where the run is kept and what answers where."""
-    home, widest = config.run.home, max(map(len, urls))
+    home = config.run.home
+    places = {**urls, **_elsewhere(config)}
+    widest = max(map(len, places))
     said = [f"{'Going on with run' if resumed else 'Run'} {config.run.id}, kept in {home}"]
-    said += [f"  {name:{widest}}  {url}" for name, url in urls.items()]
+    said += [f"  {name:{widest}}  {place}" for name, place in places.items()]
     said.append(f"Each answers /v1/status and /metrics; what they log is in {home / 'logs'}.")
     if config.rollout.engine.kind == "vllm":
         said.append("The engine takes half a minute to a minute to start; versions follow after that.")
     return "\n".join([*said, "Ctrl-C stops cleanly, and the run can go on later.", ""])
 
 
+def _elsewhere(config: RunConfig) -> dict[str, str]:
+    """What of the run is not in its folder."""
+    places = {}
+    if config.bus.kind == "kafka":
+        places["Kafka"] = f"{config.bus.servers}, topics {config.topic_prefix}*"
+    if config.snapshot_store.storage == "s3":
+        store = config.snapshot_store
+        places["S3"] = f"{store.endpoint}, {store.bucket}/{config.object_prefix}"
+    return places
+
+
 def resume(home: Path, source: Path, overrides: Sequence[str]) -> str:
     """The commands to go on with. A run that differs from what `make run` reads goes on by its own file alone."""
-    own = "" if source == EMBEDDED and not overrides else "RUN= "
+    own = "" if source in (EMBEDDED, CLUSTER) and not overrides else "RUN= "
     folder = shlex.quote(str(home))
+    if source == CLUSTER:  # it needs the credentials, too
+        return f'  make run-cluster {own}ARGS="--resume {folder}"'
     return f'  make run {own}ARGS="--resume {folder}"\n  python -m services --resume {folder}'
 
 

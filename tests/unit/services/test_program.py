@@ -76,6 +76,12 @@ def test_a_run_of_its_own_kind_goes_on_by_its_own_file(source: str, overrides: l
     assert 'make run RUN= ARGS="--resume runs/r1"' in words.resume(Path("runs/r1"), Path(source), overrides)
 
 
+def test_a_run_on_a_cluster_goes_on_with_the_clusters_command() -> None:
+    said = words.resume(Path("runs/r1"), Path("examples/cluster.toml"), [])
+    assert said == '  make run-cluster ARGS="--resume runs/r1"'
+    assert "run-cluster RUN= ARGS" in words.resume(Path("runs/r1"), Path("examples/cluster.toml"), ["--run.seed=1"])
+
+
 def test_the_result_is_told_in_short():
     summary = json.loads(
         """{"versions": 200, "seconds": {"setup": 31.2, "run": 195.0}, "trajectories": {"trained": 51200},

@@ -1,0 +1,64 @@
+"""A Kafka and a MinIO of a test's own, which it may kill, and runs over them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.runs import ROOT, RunProcess
+from tools.backends.kafka import Kafka
+from tools.backends.minio import Minio
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The two servers; `flags` and `environment` make any run use them."""
+
+    kafka: Kafka
+    minio: Minio
+
+    @property
+    def flags(self) -> list[str]:
+        """Keys of the run."""
+        return [
+            "--bus.kind=kafka",
+            f"--bus.servers={self.kafka.servers}",
+            "--snapshot_store.storage=s3",
+            f"--snapshot_store.endpoint={self.minio.endpoint}",
+            "--snapshot_store.create_bucket=true",
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Credentials."""
+        return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
+
+    def run(self, toml: Path, *flags: str) -> RunProcess:
+        """`python -m services` with two rollout workers and a learner of two ranks."""
+        both = ("--local.rollout_workers=2", "--local.learner_ranks=2")
+        return RunProcess(toml, *self.flags, *both, *flags, environment=self.environment)
+
+    def audit(self, home: Path) -> dict[str, Any]:
+        """What the audit says of a run, for machines; `sound` is whether it found nothing wrong."""
+        done = subprocess.run(
+            [sys.executable, "-m", "services", "audit", str(home), "--json"],
+            cwd=ROOT,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        return {**json.loads(done.stdout), "sound": done.returncode == 0}
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Both, started; gone afterwards."""
+    with Kafka(folder / "kafka") as kafka, Minio(folder / "minio") as minio:
+        yield Cluster(kafka, minio)
