@@ -1,0 +1,161 @@
+"""The log on a real Kafka: how fast trajectories are published and read, beside the two clients used bare.
+
+python -m bench bus [--servers=HOST:PORT] [--rounds 7] [--mebibytes 64] [--tokens 2048 16384]
+
+Without --servers a Kafka is started in a temporary folder. In every round each client in turn publishes the same
+records to a topic of its own and reads them back, so that whatever else the machine does hits all alike; the first
+round warms up and is not counted. Figures are medians over the rounds; a ratio is the median of the rounds' ratios.
+`bare` is kafka-python with our batch size, `bare_defaults` with its own; all wait for every replica (acks=all) and are
+idempotent. The ratios are to the quicker of the two. Our records pass the claim check as they do in a run.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.clients import Client, clients
+from bench.records import Maker
+from common.bus.port import Outgoing
+from common.messages import group_id
+from tools.backends.installed import kafka_version
+from tools.backends.kafka import Kafka
+
+SAMPLES = 8
+"""Trajectories of a group: they have one key."""
+BARE = ("bare", "bare_defaults")
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """What one client took in one round, by the clock and of this process's CPU time."""
+
+    publish: float
+    consume: float
+    publish_cpu: float
+    consume_cpu: float
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """The figures of all clients and our ratios to kafka-python."""
+    options = _options(arguments)
+    with ExitStack() as stack:
+        servers = options.servers
+        if not servers:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-bench-"))
+            servers = stack.enter_context(Kafka(Path(folder) / "kafka")).servers
+        named = clients(servers, f"bench.{uuid.uuid4().hex[:8]}.")
+        for client in named.values():
+            stack.enter_context(closing(client))
+        sizes = {}
+        for tokens in options.tokens:
+            records = _records(tokens, options.mebibytes << 20)
+            sizes[tokens] = _figures(records, _rounds(named, records, options.rounds))
+            _show(tokens, sizes[tokens])
+    return {
+        "name": "bus",
+        "publish_ratio_to_bare": min(size["publish_ratio_to_bare"] for size in sizes.values()),
+        "consume_ratio_to_bare": min(size["consume_ratio_to_bare"] for size in sizes.values()),
+        "sizes": {str(tokens): size for tokens, size in sizes.items()},
+        "rounds": options.rounds,
+        "kafka": "" if options.servers else kafka_version(),
+        "kafka_python": version("kafka-python"),
+        "confluent_kafka": version("confluent-kafka"),
+    }
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    options = argparse.ArgumentParser(prog="python -m bench bus", description=__doc__)
+    options.add_argument("--servers", default="", help="a Kafka that runs already")
+    options.add_argument("--rounds", type=int, default=7, help="counted rounds")
+    options.add_argument("--mebibytes", type=int, default=64, help="published by each client in each round")
+    options.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384], help="lengths of trajectories")
+    return options.parse_args(arguments)
+
+
+def _records(tokens: int, size: int) -> list[Outgoing]:
+    """Trajectories of this length, together about `size` bytes."""
+    maker = Maker(seed=tokens)
+    one = maker.outgoing(maker.finished(group_id(0), 0, tokens=tokens))
+    count = max(1, size // len(one.body))
+    return [maker.outgoing(maker.finished(group_id(i // SAMPLES), i % SAMPLES, tokens=tokens)) for i in range(count)]
+
+
+def _rounds(named: dict[str, Client], records: Sequence[Outgoing], rounds: int) -> list[dict[str, Seconds]]:
+    """Every round's times by client. Each has an order of its own."""
+    wanted = _digest([record.body for record in records])
+    order, timed = list(named), []
+    for turn in range(rounds + 1):
+        random.Random(turn).shuffle(order)  # noqa: S311
+        timed.append({name: _one(named[name], records, wanted) for name in order})
+    return timed[1:]
+
+
+def _one(client: Client, records: Sequence[Outgoing], wanted: str) -> Seconds:
+    """Publish them all, read them back, and compare."""
+    with closing(client.reader()) as reader:
+        offsets = reader.ends()
+        marks = [_now()]
+        client.publish(records)
+        marks.append(_now())
+        bodies = reader.read(offsets, len(records))
+        marks.append(_now())
+    assert (len(bodies), _digest(bodies)) == (len(records), wanted), "what was read is not what was published"
+    (publish, publish_cpu), (consume, consume_cpu) = ((b - a, d - c) for (a, c), (b, d) in pairwise(marks))
+    return Seconds(publish, consume, publish_cpu, consume_cpu)
+
+
+def _now() -> tuple[float, float]:
+    """Clock and CPU time, seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def _digest(bodies: Sequence[bytes]) -> str:
+    """Of the bodies, in whatever order."""
+    return blake2b(b"".join(sorted(blake2b(body).digest() for body in bodies))).hexdigest()
+
+
+def _figures(records: Sequence[Outgoing], rounds: Sequence[dict[str, Seconds]]) -> dict[str, Any]:
+    """Of one length: rates by client, and ours to the quicker of the bare ones."""
+    size = sum(len(record.body) for record in records)
+    figures: dict[str, Any] = {"records": len(records), "record_bytes": size // len(records)}
+    for what in ("publish", "consume"):
+        seconds = {name: _each(rounds, name, what) for name in sorted(rounds[0])}
+        figures[what] = {
+            name: {
+                "records_per_s": round(len(records) / median(taken)),
+                "megabytes_per_s": round(size / median(taken) / 1e6, 1),
+                "cpu_us_per_record": round(median(_each(rounds, name, f"{what}_cpu")) / len(records) * 1e6),
+                "ratio_of_ours": round(median(t / ours for t, ours in zip(taken, seconds["ours"], strict=True)), 3),
+            }
+            for name, taken in seconds.items()
+        }
+        figures[f"{what}_ratio_to_bare"] = min(figures[what][name]["ratio_of_ours"] for name in BARE)
+    return figures
+
+
+def _each(rounds: Sequence[dict[str, Seconds]], name: str, what: str) -> list[float]:
+    """One client's seconds of one kind, round by round."""
+    return [getattr(by_client[name], what) for by_client in rounds]
+
+
+def _show(tokens: int, figures: dict[str, Any]) -> None:
+    print(f"{figures['records']} trajectories of {tokens} tokens, {figures['record_bytes']} bytes each")
+    print(f"  {'':8} {'':14} {'records/s':>10} {'MB/s':>8} {'CPU us/record':>14} {'ours is':>9}")
+    for what in ("publish", "consume"):
+        for name, of in figures[what].items():
+            print(
+                f"  {what:8} {name:14} {of['records_per_s']:10} {of['megabytes_per_s']:8} "
+                f"{of['cpu_us_per_record']:14} {of['ratio_of_ours']:8.2f}x",
+                flush=True,
+            )

@@ -1,0 +1,277 @@
+"""One Kafka through three clients: ours as services open it, kafka-python bare, confluent-kafka bare.
+
+Each publishes a list of records and returns when all are acknowledged, every outcome looked at; each reads from given
+offsets until it has so many bodies. All wait for every replica (acks=all) and are idempotent.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import confluent_kafka
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from common.bus.kafka.bus import BATCH_BYTES
+from common.bus.open import connect
+from common.bus.port import Consumer, Outgoing, partition_of
+from common.config.schema import RunConfig
+from common.messages import TRAJECTORIES
+from services.learner.intake import POLL_RECORDS
+from services.rollout.outbox import BATCH
+
+PARTITIONS = 4
+WAIT_S = 60.0
+"""Nothing here takes so long unless it is broken."""
+
+
+class Reader(Protocol):
+    """Connected, with nothing fetched ahead."""
+
+    def ends(self) -> dict[int, int]:
+        """Offset after the last record of each partition."""
+
+    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+        """The bodies of the next so many records from these offsets on; once."""
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class Client(Protocol):
+    """A way to Kafka, for one topic with PARTITIONS partitions."""
+
+    def publish(self, records: Sequence[Outgoing]) -> None:
+        """Returns when all are acknowledged; raises if one was not."""
+
+    def reader(self) -> Reader:
+        """A new one."""
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class Ours:
+    """The log as services open it: KafkaBus in ClaimCheck. Batches as the outbox makes them, each waited for."""
+
+    def __init__(self, servers: str, prefix: str) -> None:
+        self._bus = connect(run(servers, prefix), NoClaims())
+        self._bus.create_topics({TRAJECTORIES: PARTITIONS})
+
+    def publish(self, records: Sequence[Outgoing]) -> None:
+        """See Client."""
+        for at in range(0, len(records), BATCH):
+            batch = records[at : at + BATCH]
+            assert len(self._bus.publish(TRAJECTORIES, batch)) == len(batch)
+
+    def reader(self) -> "OurReader":
+        """See Client."""
+        return OurReader(self._bus.consumer(TRAJECTORIES))
+
+    def close(self) -> None:
+        """See Client."""
+        self._bus.close()
+
+
+class OurReader:
+    """Asks for as many records at once as the learner's intake does."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self.ends, self.close = consumer.ends, consumer.close
+
+    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+        """See Reader."""
+        self._consumer.seek(offsets)
+        return _until(count, lambda _: [r.body for r in self._consumer.poll(limit=POLL_RECORDS, timeout_s=1.0)])
+
+
+class Bare:
+    """kafka-python as its documentation shows it. `settings` of the producer besides acks and idempotence."""
+
+    def __init__(self, servers: str, topic: str, **settings: Any) -> None:
+        self._servers, self._topic = servers, topic
+        self._producer = KafkaProducer(bootstrap_servers=servers, acks="all", enable_idempotence=True, **settings)
+
+    def publish(self, records: Sequence[Outgoing]) -> None:
+        """See Client."""
+        futures = [
+            self._producer.send(
+                self._topic,
+                key=record.key.encode(),
+                value=record.body,
+                headers=[(name, value.encode()) for name, value in record.headers.items()],
+                partition=partition_of(record.key, PARTITIONS),
+            )
+            for record in records
+        ]
+        self._producer.flush(WAIT_S)
+        for future in futures:
+            future.get(timeout=0)
+
+    def reader(self) -> "BareReader":
+        """See Client."""
+        return BareReader(self._servers, self._topic)
+
+    def close(self) -> None:
+        """See Client."""
+        self._producer.close()
+
+
+class BareReader:
+    """kafka-python's poll, with its own settings."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self._partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]
+        self._consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="none", enable_auto_commit=False)
+        self._consumer.assign(self._partitions)
+        self.close = self._consumer.close
+
+    def ends(self) -> dict[int, int]:
+        """See Reader."""
+        return {tp.partition: offset for tp, offset in self._consumer.end_offsets(self._partitions).items()}
+
+    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+        """See Reader."""
+        for tp in self._partitions:
+            self._consumer.seek(tp, offsets[tp.partition])
+        return _until(
+            count,
+            lambda _: [r.value for records in self._consumer.poll(timeout_ms=1000).values() for r in records],
+        )
+
+
+class Confluent:
+    """confluent-kafka (librdkafka, in C) as its documentation shows it."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self._servers, self._topic = servers, topic
+        self._producer = confluent_kafka.Producer(
+            {"bootstrap.servers": servers, "acks": "all", "enable.idempotence": True, "log_level": 2}
+        )
+
+    def publish(self, records: Sequence[Outgoing]) -> None:
+        """See Client."""
+        acknowledged, problems = 0, []
+
+        def told(error: Any, _message: Any) -> None:
+            nonlocal acknowledged
+            if error is None:
+                acknowledged += 1
+            else:
+                problems.append(error)
+
+        for record in records:
+            self._produce(record, told)
+        left = self._producer.flush(WAIT_S)
+        assert (left, acknowledged) == (0, len(records)), problems[:1]
+
+    def reader(self) -> "ConfluentReader":
+        """See Client."""
+        return ConfluentReader(self._servers, self._topic)
+
+    def close(self) -> None:
+        """See Client."""
+        assert self._producer.flush(WAIT_S) == 0
+
+    def _produce(self, record: Outgoing, told: Callable[[Any, Any], None]) -> None:
+        while True:
+            try:
+                self._producer.produce(
+                    self._topic,
+                    key=record.key.encode(),
+                    value=record.body,
+                    headers=[(name, value.encode()) for name, value in record.headers.items()],
+                    partition=partition_of(record.key, PARTITIONS),
+                    on_delivery=told,
+                )
+            except BufferError:  # its queue is full
+                self._producer.poll(0.1)
+            else:
+                self._producer.poll(0)
+                return
+
+
+class ConfluentReader:
+    """librdkafka's batches, as many records at once as ours."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self._topic = topic
+        self._consumer = confluent_kafka.Consumer(
+            {
+                "bootstrap.servers": servers,
+                "group.id": "unused",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",
+                "log_level": 2,
+            }
+        )
+        self.close = self._consumer.close
+
+    def ends(self) -> dict[int, int]:
+        """See Reader."""
+        tps = [confluent_kafka.TopicPartition(self._topic, p) for p in range(PARTITIONS)]
+        return {tp.partition: self._consumer.get_watermark_offsets(tp, timeout=WAIT_S)[1] for tp in tps}
+
+    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+        """See Reader."""
+        self._consumer.assign([confluent_kafka.TopicPartition(self._topic, p, o) for p, o in offsets.items()])
+        return _until(count, lambda left: [_body(m) for m in self._consumer.consume(min(POLL_RECORDS, left), 1.0)])
+
+
+class NoClaims:
+    """For runs whose records are all short enough to stand on the log."""
+
+    def put_claim(self, body: bytes) -> str:
+        """See common/bus/claims.py; not expected here."""
+        raise AssertionError(f"a record of {len(body)} bytes goes to the object store")
+
+    def claim(self, digest: str) -> bytes:
+        """See common/bus/claims.py; not expected here."""
+        raise AssertionError(f"a record's body is elsewhere: {digest}")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def clients(servers: str, prefix: str) -> dict[str, Client]:
+    """All of them by name, each with a topic of its own, made beforehand."""
+    made: dict[str, Client] = {"ours": Ours(servers, f"{prefix}ours.")}
+    topics = {}
+    for name in ("bare", "bare_defaults", "confluent"):
+        Ours(servers, f"{prefix}{name}.").close()  # makes the topic as it made ours
+        topics[name] = f"{prefix}{name}.{TRAJECTORIES}"
+    made["bare"] = Bare(servers, topics["bare"], batch_size=BATCH_BYTES)
+    made["bare_defaults"] = Bare(servers, topics["bare_defaults"])
+    made["confluent"] = Confluent(servers, topics["confluent"])
+    return made
+
+
+def run(servers: str, prefix: str) -> RunConfig:
+    """A run with its log on this Kafka, otherwise as by default."""
+    return RunConfig.model_validate(
+        {
+            "run": {"id": "bench", "folder": tempfile.gettempdir()},
+            "model": {"path": str(Path(tempfile.gettempdir()))},
+            "tasks": {"environments": {"lookup": 1.0}},
+            "learner": {"versions": 1},
+            "bus": {"kind": "kafka", "servers": servers, "topic_prefix": prefix},
+        }
+    )
+
+
+def _until(count: int, poll: Callable[[int], list[bytes]]) -> list[bytes]:
+    """What these polls bring; each is told how many are still wanted."""
+    bodies: list[bytes] = []
+    deadline = time.monotonic() + WAIT_S
+    while len(bodies) < count:
+        bodies += poll(count - len(bodies))
+        assert time.monotonic() < deadline, f"{len(bodies)} of {count} records came"
+    return bodies
+
+
+def _body(message: Any) -> bytes:
+    assert message.error() is None, message.error()
+    body: bytes = message.value()
+    return body
