@@ -81,6 +81,7 @@ def test_checking_a_run_takes_a_few_seconds_and_loads_no_heavy_library(service: 
         ("torch.distributed", {"services/learner/ranks.py"}),
         ("uvicorn", {"common/service.py"}),
         ("zstandard", {"common/snapshots/codec.py"}),
+        ("minio", {"services/snapshot_store/storage_minio.py", "services/snapshot_store/s3_client.py"}),
     ],
 )
 def test_a_third_party_system_is_imported_in_one_place(library: str, homes: set[str]) -> None:
