@@ -29,6 +29,7 @@ from common.messages import (
     TrajectoryFinished,
     decode,
 )
+from common.unusable import Cause
 from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
@@ -207,7 +208,8 @@ def test_garbage_on_the_log_and_from_environments_is_accounted_for(
     assert {letter.body for letter in letters(home)} == set(GARBAGE)
     assert all(letter.reason.startswith(f"{letter.topic}: ") for letter in letters(home))
     assert summary["dead_letters"] == {CONTROL: 2, TASKS: 2, TRAJECTORIES: 3, WORKERS: 2}
-    assert summary["trajectories"]["dead_lettered"] == 1, "the one that the garbage names"
+    assert {letter.cause for letter in letters(home)} == {Cause.UNDECODABLE}
+    assert summary["trajectories"]["dead_lettered"] <= 1, "the one that the garbage names, unless it came in time"
 
     sound = (record.body for record in records(home, TRAJECTORIES) if record.body not in GARBAGE)
     ended = [decode(TRAJECTORIES, body) for body in sound]
