@@ -96,6 +96,7 @@ async def old_claim(folder: Path) -> tuple[Claims, Stepped]:
 
 async def test_a_body_sent_between_the_look_and_the_removal_stays(tmp_path: Path) -> None:
     claims, storage = await old_claim(tmp_path)
+    storage.remove.set()
     storage.answer.clear()
     sweeping = asyncio.create_task(claims.sweep(KEEP_S))
     await storage.looked.wait()
