@@ -1,6 +1,7 @@
 """How brokers are reached: addresses, encryption, identity; and what to do while they are silent."""
 
 import os
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from typing import Any, TypeVar
 
 from kafka import errors
 
+from common.bus.kafka.knock import NotLetIn, NotThere, knock
 from common.config.schema import BusConfig
 from common.logs import logger
 from common.refusal import ExitCode, Refusal
+from common.tls import trusting
 
 T = TypeVar("T")
 USERNAME, PASSWORD = "PALIMPSEST_KAFKA_USERNAME", "PALIMPSEST_KAFKA_PASSWORD"
@@ -27,6 +30,7 @@ DENIED = (
     errors.SaslAuthenticationFailedError,
     errors.UnsupportedSaslMechanismError,
     errors.IllegalSaslStateError,
+    NotLetIn,
 )
 """No waiting mends these."""
 
@@ -39,6 +43,7 @@ class Connection:
     options: Mapping[str, Any]
     """Keyword arguments of kafka-python's clients: protocol, certificates, credentials."""
     outage_limit_s: float = 600.0
+    start_limit_s: float = START_S
 
     def arguments(self) -> dict[str, Any]:
         """For a client: bootstrap, retries of connections, identity."""
@@ -53,7 +58,22 @@ class Connection:
     def client(self, make: Callable[..., T], **arguments: Any) -> T:
         """A client of this kind. Raises Refusal when no broker answers, or none lets us in."""
         settings = {**self.arguments(), **arguments}
-        return self.patiently(lambda: make(**settings), doing="connect", limit_s=START_S)
+
+        def made() -> T:
+            self.knock()  # a client that finds nobody leaves a thread behind
+            return make(**settings)
+
+        return self.patiently(made, doing="connect", limit_s=self.start_limit_s)
+
+    def knock(self) -> None:
+        """Be let in by one of the brokers. Raises NotThere; NotLetIn if there is one and it does not let us."""
+        problems = []
+        for server in self.servers.split(","):
+            try:
+                return knock(server, self.options)
+            except NotThere as problem:
+                problems.append(str(problem))
+        raise NotThere("; ".join(problems))
 
     def patiently(self, call: Callable[[], T], *, doing: str, limit_s: float | None = None) -> T:
         """Call until it succeeds. Raises Refusal after `limit_s` (default: the run's limit of outages), or at once
@@ -66,14 +86,25 @@ class Connection:
             except DENIED as error:
                 raise self.denied(error) from None
             except (errors.RetriableError, errors.BrokerNotAvailableError, OSError) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem: Exception = error
             now = time.monotonic()
             if now - began > limit_s:
-                raise self.silent(doing, now - began, problem) from None
+                raise self.silent(doing, now - began, self.reason(problem)) from None
             if now - said > SAY_S:
                 said = now
-                logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=problem)
+                reason = self.reason(problem)
+                logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
             time.sleep(PAUSE_S)
+
+    def reason(self, problem: Exception) -> str:
+        """What lies behind a client's failure, asked at the brokers. Raises Refusal when they do not let us in."""
+        try:
+            self.knock()
+        except NotThere as found:
+            return str(found)
+        except NotLetIn as found:
+            raise self.denied(found) from None
+        return _words(problem)
 
     def silent(self, doing: str, seconds: float, problem: str) -> Refusal:
         """What to say when an outage has lasted too long."""
@@ -86,12 +117,19 @@ class Connection:
 
     def denied(self, error: Exception) -> Refusal:
         """What to say when the broker refuses us."""
+        if isinstance(error, errors.AuthorizationError):
+            remedy = "Give the user the rights that docs/operations.md lists (ACLs on topics and groups)"
+        else:
+            remedy = (
+                f"Check bus.security ({self._protocol()}), bus.sasl_mechanism ({self._mechanism()}), {USERNAME} and "
+                f"{PASSWORD}"
+            )
         return Refusal(
-            f"Kafka at {self.servers} refuses us: {type(error).__name__}: {error}. Check {USERNAME}, {PASSWORD}, "
-            f"bus.security ({self._protocol()}) and bus.sasl_mechanism, and the user's rights on the run's topics "
-            f"(docs/operations.md lists them)",
-            ExitCode.CONFIGURATION,
+            f"Kafka at {self.servers} (bus.servers) refuses us: {_words(error)}. {remedy}", ExitCode.CONFIGURATION
         )
+
+    def _mechanism(self) -> str:
+        return str(self.options.get("sasl_mechanism", "none"))
 
     def _protocol(self) -> str:
         return str(self.options.get("security_protocol", "PLAINTEXT"))
@@ -107,14 +145,28 @@ def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -
             "sasl_plain_password": _secret(PASSWORD, environment, config),
         }
     if config.security.endswith("tls"):
-        files = {"ssl_cafile": config.ca_file, "ssl_certfile": config.certificate_file, "ssl_keyfile": config.key_file}
-        for option, path in files.items():
-            if path is not None:
-                key = {"ssl_cafile": "ca_file", "ssl_certfile": "certificate_file", "ssl_keyfile": "key_file"}[option]
-                if not path.is_file():
-                    raise Refusal(f"bus.{key} = {path}: there is no such file")
-                options[option] = str(path)
+        options["ssl_context"] = _context(config)
     return Connection(config.servers, options, config.outage_limit_s)
+
+
+def _context(config: BusConfig) -> ssl.SSLContext:
+    """Whom we trust, and the certificate that we show."""
+    context = trusting(config.ca_file, key="bus.ca_file")
+    if config.certificate_file is None:
+        return context
+    try:
+        context.load_cert_chain(config.certificate_file, config.key_file)
+    except OSError as problem:  # ssl.SSLError is one, too
+        raise Refusal(
+            f"bus.certificate_file = {str(config.certificate_file)!r} and bus.key_file = {str(config.key_file)!r} are "
+            f"no certificate (PEM) with its private key: {problem.strerror or problem}"
+        ) from None
+    return context
+
+
+def _words(problem: Exception) -> str:
+    """kafka-python's own errors name their kind themselves."""
+    return f"{problem}" if isinstance(problem, errors.KafkaError | NotLetIn) else f"{type(problem).__name__}: {problem}"
 
 
 def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str:

@@ -4,6 +4,7 @@ A topic that someone else made may be generous (longer retention, larger records
 off or refuse is a trajectory.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from kafka import errors
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
-from common.bus.kafka.connection import START_S, Connection
+from common.bus.kafka.connection import Connection
+
+KNOWN_S = 3.0
+"""A new topic is known to all brokers after this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +83,21 @@ def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, m
                 ) from None
         admin.wait_for_topics(list(missing))
 
-    connection.patiently(make, doing="make topics", limit_s=START_S)
+    connection.patiently(make, doing="make topics", limit_s=connection.start_limit_s)
 
 
 def _describe(connection: Connection, admin: KafkaAdminClient, names: list[str]) -> dict[str, Any]:
     def describe() -> dict[str, Any]:
-        described = {topic["name"]: topic for topic in admin.describe_topics(names)}
-        return {
-            name: topic
-            for name, topic in described.items()
-            if errors.for_code(topic["error_code"]) is not errors.UnknownTopicOrPartitionError
-        }
+        standing = {}
+        for topic in admin.describe_topics(names):
+            error = errors.for_code(topic["error_code"])
+            if error is errors.NoError:
+                standing[topic["name"]] = topic
+            elif error is not errors.UnknownTopicOrPartitionError:
+                raise error(f"topic {topic['name']}")
+        return standing
 
-    return connection.patiently(describe, doing="look at topics", limit_s=START_S)
+    return connection.patiently(describe, doing="look at topics", limit_s=connection.start_limit_s)
 
 
 def _check(
@@ -101,10 +107,10 @@ def _check(
     partitions: Mapping[str, int],
     standing: Mapping[str, Any],
 ) -> None:
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in standing]
+    known_by = time.monotonic() + KNOWN_S
     options = connection.patiently(
-        lambda: admin.describe_configs(resources, config_filter="all"), doing="look at topics", limit_s=START_S
-    )["topic"]
+        lambda: _options(admin, list(standing), known_by), doing="look at topics", limit_s=connection.start_limit_s
+    )
     problems = [
         problem
         for name, topic in standing.items()
@@ -114,11 +120,24 @@ def _check(
             name,
             partitions[name],
             topic,
-            {option: entry["value"] for option, entry in options[name].items()},
+            options[name],
         )
     ]
     if problems:
         raise WrongTopic("\n".join(problems))
+
+
+def _options(admin: KafkaAdminClient, names: list[str], known_by: float) -> dict[str, dict[str, str]]:
+    """Topic -> option -> value. kafka-python leaves out what the broker did not show, and why."""
+    found = admin.describe_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, name) for name in names], config_filter="all"
+    )
+    options = {name: {option: entry["value"] for option, entry in found["topic"][name].items()} for name in names}
+    if hidden := [name for name in names if not options[name]]:
+        late = time.monotonic() > known_by
+        kind = errors.TopicAuthorizationFailedError if late else errors.UnknownTopicOrPartitionError
+        raise kind(f"settings not shown (right DescribeConfigs) of {', '.join(hidden)}")
+    return options
 
 
 def _problems(

@@ -1,0 +1,170 @@
+"""Whether a broker lets us in, and if not, why: one connection by hand, step by step.
+
+kafka-python tries again whatever the reason, and in the end says only that its time was over: it loses a broker's
+answer that arrives together with the end of the connection, as "no" does.
+"""
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import Any
+
+from kafka import errors
+from kafka.cluster import collect_hosts
+from kafka.net.sasl import get_sasl_mechanism
+from kafka.protocol.metadata import ApiVersionsRequest
+from kafka.protocol.parser import KafkaProtocol
+from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
+
+ANSWER_S = 5.0
+NO_LOGIN_HERE = 34
+"""What a broker answers to a question about logins on a listener without any."""
+UNKNOWN_MECHANISM = 33
+
+
+class NotThere(ConnectionError):
+    """No broker that lets us in, so far."""
+
+
+class NotLetIn(Exception):
+    """A broker is there and does not let us in, however often we ask."""
+
+
+def knock(server: str, options: Mapping[str, Any]) -> None:
+    """Be let in by this broker (`host:port`), with these options of kafka-python; raises NotThere or NotLetIn."""
+    try:
+        with contextlib.closing(_connected(server)) as plain:
+            if options.get("ssl_context") is None:
+                _let_in(plain, server, options)
+            else:
+                with contextlib.closing(_encrypted(plain, server, options["ssl_context"])) as line:
+                    _let_in(line, server, options)
+    except NotThere:
+        raise
+    except _HungUp as problem:
+        raise _hung_up(server, options, problem) from None
+    except (OSError, errors.KafkaError) as problem:
+        raise NotThere(f"{server}: {_words(problem)}") from None
+
+
+class _HungUp(Exception):
+    """The broker ended the connection instead of answering."""
+
+
+class _Line:
+    """Questions and answers, one at a time."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line, self._protocol = line, KafkaProtocol(client_id="palimpsest")
+
+    def ask(self, question: Any) -> Any:
+        try:
+            self._protocol.send_request(question)
+            self._line.sendall(self._protocol.send_bytes())
+            while received := self._line.recv(65536):
+                for _, answer in self._protocol.receive_bytes(received):
+                    return answer
+        except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, errors.KafkaProtocolError) as problem:
+            raise _HungUp(_words(problem)) from None
+        except ssl.SSLError as problem:  # the first answer to a certificate that is not wanted, or missing
+            raise NotLetIn(
+                f"it does not accept our certificate ({_words(problem)}): check bus.certificate_file and bus.key_file"
+            ) from None
+        raise _HungUp("it ended the connection")
+
+
+def _connected(server: str) -> socket.socket:
+    host, port, _ = collect_hosts(server)[0]
+    try:
+        return socket.create_connection((host, port), timeout=ANSWER_S)
+    except socket.gaierror as problem:
+        raise NotThere(f"{server}: no such host is known ({problem.strerror})") from None
+
+
+def _encrypted(plain: socket.socket, server: str, context: ssl.SSLContext) -> ssl.SSLSocket:
+    try:
+        return context.wrap_socket(plain, server_hostname=collect_hosts(server)[0][0])
+    except ssl.SSLCertVerificationError as problem:
+        raise NotLetIn(
+            f"its certificate is not to be trusted ({problem.verify_message}): bus.ca_file must hold the authority "
+            f"that signed it, and bus.servers a name that is in it"
+        ) from None
+    except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError) as problem:
+        raise _HungUp(_words(problem)) from None
+    except ssl.SSLError as problem:
+        raise NotLetIn(
+            f"no TLS comes about ({_words(problem)}): check bus.security, bus.certificate_file and bus.key_file"
+        ) from None
+
+
+def _let_in(line: socket.socket, server: str, options: Mapping[str, Any]) -> None:
+    asked = _Line(line)
+    asked.ask(ApiVersionsRequest(version=0))
+    mechanism = options.get("sasl_mechanism")
+    handshake = SaslHandshakeRequest(version=1, mechanism=mechanism or "PLAIN")
+    if mechanism is None:
+        with contextlib.suppress(_HungUp):  # not every broker answers this one where nobody logs in
+            if asked.ask(handshake).error_code in {0, UNKNOWN_MECHANISM}:
+                raise NotLetIn(
+                    "it wants a login: bus.security must be sasl_plaintext or sasl_tls, with bus.sasl_mechanism"
+                )
+        return
+    answer = asked.ask(handshake)
+    if answer.error_code == NO_LOGIN_HERE:
+        raise NotLetIn("it knows no logins there: bus.security must be plaintext or tls")
+    if answer.error_code == UNKNOWN_MECHANISM:
+        raise NotLetIn(
+            f"it knows no login by {mechanism}, only by {', '.join(sorted(answer.mechanisms))}: set bus.sasl_mechanism"
+        )
+    _log_in(asked, server, options)
+
+
+def _log_in(asked: _Line, server: str, options: Mapping[str, Any]) -> None:
+    login = get_sasl_mechanism(options["sasl_mechanism"])(host=collect_hosts(server)[0][0], **options)
+    while not login.is_done():
+        answer = asked.ask(SaslAuthenticateRequest(version=1, auth_bytes=login.auth_bytes()))
+        if answer.error_code:
+            raise NotLetIn(
+                f"the login of {options['sasl_plain_username']!r} failed: {answer.error_message or 'no reason given'}"
+            )
+        try:
+            login.receive(answer.auth_bytes)
+        except ValueError as problem:
+            raise NotLetIn(f"it does not prove that it knows our password: {problem}") from None
+
+
+def _hung_up(server: str, options: Mapping[str, Any], problem: _HungUp) -> Exception:
+    """What to make of a broker that hangs up: it may be ending, or spoken to in the wrong way."""
+    if options.get("ssl_context") is None:
+        if _speaks_tls(server):
+            return NotLetIn("it speaks TLS there: bus.security must be tls or sasl_tls, with bus.ca_file")
+    elif _speaks_plainly(server):
+        return NotLetIn("it speaks without TLS there: bus.security must be plaintext or sasl_plaintext")
+    return NotThere(f"{server}: {problem}")
+
+
+def _speaks_tls(server: str) -> bool:
+    anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE  # nothing is said on this line
+    try:
+        with contextlib.closing(_connected(server)) as plain:
+            anyone.wrap_socket(plain).close()
+    except OSError as problem:
+        return isinstance(problem, ssl.SSLError) and "ALERT" in (problem.reason or "")
+    return True
+
+
+def _speaks_plainly(server: str) -> bool:
+    try:
+        with contextlib.closing(_connected(server)) as plain:
+            _Line(plain).ask(ApiVersionsRequest(version=0))
+    except (OSError, _HungUp):
+        return False
+    return True
+
+
+def _words(problem: BaseException) -> str:
+    if isinstance(problem, TimeoutError):
+        return f"no answer in {ANSWER_S:.0f} s"
+    return f"{getattr(problem, 'strerror', None) or problem}" or type(problem).__name__

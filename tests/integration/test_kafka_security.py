@@ -1,0 +1,239 @@
+"""A Kafka that demands TLS, certificates, logins and rights: who is let in, and what the others are told."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ACLResourcePatternType,
+    KafkaAdminClient,
+    ResourcePattern,
+    ResourceType,
+)
+
+from common.bus.kafka import KafkaBus, connection
+from common.bus.kafka.connection import PASSWORD, USERNAME
+from common.bus.open import open_bus
+from common.bus.port import Bus, Outgoing
+from common.config import load
+from common.config.schema import RunConfig
+from common.messages import TASKS, TRAJECTORIES
+from common.refusal import ExitCode, Refusal
+from tests.contract.logs import take
+from tools.backends.kafka import USER, Kafka, Security
+from tools.backends.ports import free
+
+pytestmark = pytest.mark.servers
+
+RUN = 'model.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\nbus.kind = "kafka"\n'
+SECONDS = 20.0
+"""What cannot mend itself is said long before this on any machine; nobody there is waited for 60 s."""
+TOPIC_RIGHTS = (
+    ACLOperation.CREATE, ACLOperation.DESCRIBE_CONFIGS, ACLOperation.READ, ACLOperation.WRITE,
+)  # fmt: skip
+"""As docs/operations.md lists them; each of READ and WRITE brings DESCRIBE."""
+
+
+class Guarded(Kafka):
+    """Whoever logs in may do what access control lists allow; the inner listener may do everything."""
+
+    def _settings(self, data: Path) -> dict[str, str]:
+        return super()._settings(data) | {
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": "User:ANONYMOUS",
+        }
+
+    def allow(self, prefix: str, topics: Sequence[ACLOperation], groups: Sequence[ACLOperation]) -> None:
+        """Give the user these rights on all topics and groups whose names begin so."""
+        kinds = [(ResourceType.TOPIC, operation) for operation in topics]
+        kinds += [(ResourceType.GROUP, operation) for operation in groups]
+        with closing(KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self._internal}")) as admin:
+            made = admin.create_acls(
+                [
+                    ACL(
+                        f"User:{USER}", "*", operation, ACLPermissionType.ALLOW,
+                        ResourcePattern(kind, prefix, ACLResourcePatternType.PREFIXED),
+                    )
+                    for kind, operation in kinds
+                ]
+            )  # fmt: skip
+            assert not made["failed"]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    with Kafka(tmp_path_factory.mktemp("tls"), security="tls", require_certificate=True) as kafka:
+        yield kafka
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    with Guarded(tmp_path_factory.mktemp("sasl"), security="sasl_plaintext") as kafka:
+        yield kafka
+
+
+@pytest.fixture(scope="module")
+def sasl_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    with Kafka(tmp_path_factory.mktemp("sasl_tls"), security="sasl_tls") as kafka:
+        yield kafka
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a run whose environment holds no credentials yet."""
+    for name in (USERNAME, PASSWORD):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f"{name}_FILE", raising=False)
+    return tmp_path
+
+
+def configured(home: Path, kafka: Kafka, *more: str, security: Security | None = None, run: str = "first") -> RunConfig:
+    path = home / "run.toml"
+    path.write_text(RUN)
+    named = [f"--run.id={run}", f"--run.folder={home}", f"--bus.servers={kafka.servers}"]
+    named.append(f"--bus.security={security or kafka.security}")
+    return load([str(path), *named, *more], {}, program="").config
+
+
+def certified(kafka: Kafka) -> list[str]:
+    return [
+        f"--bus.ca_file={kafka.ca_file}",
+        f"--bus.certificate_file={kafka.certificate_file}",
+        f"--bus.key_file={kafka.key_file}",
+    ]
+
+
+def goes_through(bus: Bus) -> None:
+    """A record is published, and read alone and in a group, which remembers it."""
+    (at,) = bus.publish(TRAJECTORIES, [Outgoing("g", b"body", {"trajectory": "t"})])
+    with bus.consumer(TRAJECTORIES) as alone:
+        assert [record.body for record in take(alone, 1)] == [b"body"]
+    with bus.consumer(TRAJECTORIES, group="g", member="m") as member:
+        assert [record.body for record in take(member, 1)] == [b"body"]
+        member.commit({at.partition: at.offset + 1})
+    with bus.consumer(TRAJECTORIES, group="g", member="m") as member:
+        assert member.poll(limit=1, timeout_s=1.0) == []
+
+
+def refused(config: RunConfig) -> str:
+    """What a run with this configuration is told, at once."""
+    began = time.monotonic()
+    with pytest.raises(Refusal) as caught:
+        open_bus(config).close()
+    assert time.monotonic() - began < SECONDS
+    assert caught.value.code is ExitCode.CONFIGURATION
+    return str(caught.value)
+
+
+def test_a_certificate_of_ours_is_shown_where_it_is_demanded(home: Path, tls: Kafka) -> None:
+    with closing(open_bus(configured(home, tls, *certified(tls)))) as bus:
+        goes_through(bus)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+def test_every_login_over_tls(home: Path, sasl_tls: Kafka, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(USERNAME, sasl_tls.username)
+    monkeypatch.setenv(PASSWORD, sasl_tls.password)
+    more = [f"--bus.ca_file={sasl_tls.ca_file}", f"--bus.sasl_mechanism={mechanism}"]
+    with closing(open_bus(configured(home, sasl_tls, *more, run=mechanism.lower()))) as bus:
+        goes_through(bus)
+
+
+def test_the_rights_in_the_manual_suffice_with_credentials_in_files(
+    home: Path, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ((USERNAME, guarded.username), (PASSWORD, guarded.password)):
+        (home / name).write_text(f"{value}\n")
+        monkeypatch.setenv(f"{name}_FILE", str(home / name))
+    guarded.allow("palimpsest.first.", TOPIC_RIGHTS, [ACLOperation.READ])
+    with closing(open_bus(configured(home, guarded))) as bus:
+        goes_through(bus)
+
+
+@pytest.mark.parametrize("missing", [*(right.name for right in TOPIC_RIGHTS), "GROUP"])
+def test_each_right_in_the_manual_is_needed(
+    home: Path, guarded: Guarded, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(USERNAME, guarded.username)
+    monkeypatch.setenv(PASSWORD, guarded.password)
+    run = f"without-{missing.lower()}"
+    rights = [right for right in TOPIC_RIGHTS if right.name != missing]
+    guarded.allow(f"palimpsest.{run}.", rights, [] if missing == "GROUP" else [ACLOperation.READ])
+    began = time.monotonic()
+    with (
+        pytest.raises(
+            Refusal, match=r"refuses us: .*AuthorizationFailed.*rights that docs/operations.md lists"
+        ) as told,
+        closing(open_bus(configured(home, guarded, run=run))) as bus,
+    ):
+        goes_through(bus)
+    assert told.value.code is ExitCode.CONFIGURATION
+    assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("username", "password", "mechanism"),
+    [(USER, "wrong", "PLAIN"), (USER, "wrong", "SCRAM-SHA-512"), ("nobody", "wrong", "SCRAM-SHA-256")],
+)
+def test_a_wrong_login_is_said_at_once(
+    home: Path, guarded: Guarded, username: str, password: str, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(USERNAME, username)
+    monkeypatch.setenv(PASSWORD, password)
+    told = refused(configured(home, guarded, f"--bus.sasl_mechanism={mechanism}"))
+    assert f"the login of '{username}' failed" in told
+    assert all(key in told for key in (guarded.servers, USERNAME, PASSWORD, f"bus.sasl_mechanism ({mechanism})"))
+    assert password not in told
+
+
+def test_a_listener_spoken_to_in_the_wrong_way_says_how(
+    home: Path, tls: Kafka, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "it wants a login: bus.security must be sasl_" in refused(configured(home, guarded, security="plaintext"))
+    assert "it speaks without TLS there: bus.security must be plaintext or sasl_plaintext" in refused(
+        configured(home, guarded, security="tls")
+    )
+    assert "it speaks TLS there: bus.security must be tls or sasl_tls" in refused(
+        configured(home, tls, security="plaintext")
+    )
+    monkeypatch.setenv(USERNAME, "u")
+    monkeypatch.setenv(PASSWORD, "p")
+    assert "it knows no logins there: bus.security must be plaintext or tls" in refused(
+        configured(home, tls, *certified(tls), security="sasl_tls")
+    )
+
+
+def test_certificates_that_do_not_do_are_named_by_their_keys(home: Path, tls: Kafka) -> None:
+    ours = certified(tls)
+    assert "its certificate is not to be trusted (unable to get local issuer certificate): bus.ca_file" in refused(
+        configured(home, tls)
+    )
+    assert "it does not accept our certificate" in refused(configured(home, tls, ours[0]))
+    assert "bus.certificate_file and bus.key_file" in refused(configured(home, tls, ours[0]))
+    absent = home / "absent.pem"
+    assert f"bus.ca_file = '{absent}'" in refused(configured(home, tls, f"--bus.ca_file={absent}"))
+    assert f"bus.key_file = '{absent}'" in refused(configured(home, tls, *ours[:2], f"--bus.key_file={absent}"))
+
+
+def test_nobody_there_is_waited_for_and_then_named(home: Path, kafka_server: Kafka) -> None:
+    config = configured(home, kafka_server)
+    closed = f"127.0.0.1:{free()}"
+    for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "no such host is known")):
+        nobody = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
+        began = time.monotonic()
+        with pytest.raises(Refusal, match=rf"Kafka at {servers} \(bus.servers\) .*{said}") as told:
+            KafkaBus(nobody, prefix="t.")
+        assert 1.0 < time.monotonic() - began < SECONDS
+        assert told.value.code is ExitCode.UNAVAILABLE
+
+
+def test_one_broker_of_those_named_is_enough_to_begin_with(home: Path, kafka_server: Kafka) -> None:
+    config = configured(home, kafka_server, f"--bus.servers=127.0.0.1:{free()},{kafka_server.servers}")
+    with closing(open_bus(config)) as bus:
+        assert len(bus.publish(TASKS, [Outgoing("g", b"")])) == 1
