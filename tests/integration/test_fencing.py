@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from blake3 import blake3
 
 from common import faults
 from common.bus.sqlite import SqliteBus
+from common.files import write
 from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
 from services.learner.progress import complete
 from services.local.supervisor import free_port
 from tests.runs import ROOT, check_ledger, history, newest_manifest, scripted
 
 pytestmark = pytest.mark.servers
-WITHIN_S = 120.0
+WITHIN_S = 240.0
 PLACES = [
     "learner.before_reading",
     "learner.after_step",
@@ -39,10 +40,11 @@ PLACES = [
     "learner.after_publishing",
 ]
 """Where learners are stopped (common/faults.py), each the second time it comes there."""
-VERSIONS = 24
+VERSIONS = 18
 SKIP = "store.skip_fencing"
 KEEP_ALL = "--learner.checkpoint.keep=1000"
 """So that nothing that a replaced learner stored would have gone by the time the test looks."""
+Process = subprocess.Popen[bytes]
 Things = set[tuple[str, int, int]]
 """In the store: `version` or `checkpoint`, its version, its writer."""
 
@@ -54,14 +56,14 @@ class Services:
         self.home = home
         self.ports = {name: free_port("127.0.0.1") for name in ("snapshot_store", "env_gateway", "rollout")}
         self._toml = toml
-        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, Process] = {}
 
-    def start(self, name: str, module: str, *flags: str, fault: str = "") -> subprocess.Popen[bytes]:
+    def start(self, name: str, module: str, *flags: str, fault: str = "", launcher: Sequence[str] = ()) -> Process:
         """A service under this name."""
         common = [f"--{name}.port={self.ports[name]}" for name in ("snapshot_store", "env_gateway")]
         with self.log(name).open("wb") as log:
             self._started[name] = subprocess.Popen(
-                [sys.executable, "-m", f"services.{module}", str(self._toml), *common, *flags],
+                [sys.executable, *launcher, "-m", f"services.{module}", str(self._toml), *common, *flags],
                 cwd=ROOT,
                 env={**os.environ, faults.VARIABLE: fault},
                 stdout=log,
@@ -69,10 +71,17 @@ class Services:
             )
         return self._started[name]
 
-    def learner(self, name: str, *flags: str, fault: str = "") -> subprocess.Popen[bytes]:
+    def learner(self, name: str, *flags: str, fault: str = "") -> Process:
         """A learner of this run under this name."""
         self.ports[name] = free_port("127.0.0.1")
         return self.start(name, "learner", f"--learner.port={self.ports[name]}", KEEP_ALL, *flags, fault=fault)
+
+    def ranks(self, count: int, *, fault: str) -> Process:
+        """A learner of several ranks, under torchrun."""
+        self.ports["ranks"] = free_port("127.0.0.1")
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
+        flags = (f"--learner.port={self.ports['ranks']}", KEEP_ALL)
+        return self.start("ranks", "learner", *flags, fault=fault, launcher=launcher)
 
     def log(self, name: str) -> Path:
         return self.home.parent / f"{name}.log"
@@ -102,7 +111,9 @@ class Services:
 
 @pytest.fixture
 def services(tmp_path: Path, starting_model: Path) -> Iterator[Services]:
-    made = Services(scripted(tmp_path, starting_model, versions=VERSIONS), tmp_path / "scripted")
+    toml = scripted(tmp_path, starting_model, versions=VERSIONS)
+    made = Services(toml, tmp_path / "scripted")
+    write(made.home / "run.toml", toml.read_bytes())  # as `python -m services` would: the audit reads it
     yield made
     made.end()
 
@@ -115,7 +126,7 @@ def begun(services: Services, *, fault: str = "") -> None:
     services.until(lambda: services.status("snapshot_store").get("waiting_for", "") is None, "the store")
 
 
-def paused(services: Services, learner: subprocess.Popen[bytes], place: str) -> None:
+def paused(services: Services, learner: Process, place: str) -> None:
     """Wait until the learner stands still at its place."""
 
     def stopped() -> bool:
@@ -130,7 +141,7 @@ def trained_on(home: Path, writer: int, versions: int) -> bool:
     return bool(stored(home, writer)) and len(history(home)) > versions
 
 
-def woken(services: Services, learner: subprocess.Popen[bytes], place: str, epoch: int) -> None:
+def woken(services: Services, learner: Process, place: str, epoch: int) -> None:
     """The replaced learner goes on, and ends with a sentence."""
     learner.send_signal(signal.SIGCONT)
     assert learner.wait(timeout=WITHIN_S) == 6, services.log(place).read_text()[-3000:]
@@ -209,3 +220,33 @@ def test_without_fencing_the_same_pause_spoils_the_run(services: Services) -> No
     with pytest.raises(AssertionError) as found:
         check_whole(services.home, {})
     print(found.value)
+
+
+def test_all_ranks_of_a_replaced_learner_end_and_its_launcher_leaves_the_code(services: Services) -> None:
+    begun(services)
+    place = "learner.after_step"
+    launcher = services.ranks(2, fault=f"{place}:2:STOP")
+    services.until(lambda: bool(stopped(launcher)), "the pause of rank 0")
+    (first,) = stopped(launcher)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) == 2
+    trained = len(history(services.home))
+    second = services.learner("the last")
+    services.until(partial(trained_on, services.home, 2, trained), "the second")
+    first.send_signal(signal.SIGCONT)
+    assert launcher.wait(timeout=WITHIN_S) != 0
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    refusal = json.loads((services.home / "refusals" / "learner.json").read_text())
+    assert refusal["code"] == 6
+    assert launcher.pid in refusal["processes"]
+    assert "another learner took this run over: writer 1 (" in refusal["message"]
+    assert "Traceback" not in services.log("ranks").read_text().partition("torch/distributed")[0]
+    assert second.wait(timeout=WITHIN_S) == 0
+    check_whole(services.home, {})
+
+
+def stopped(launcher: Process) -> list[psutil.Process]:
+    """Its ranks that stand still."""
+    assert launcher.poll() is None
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if child.status() == psutil.STATUS_STOPPED]
