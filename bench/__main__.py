@@ -4,7 +4,11 @@ import importlib
 import json
 import sys
 
-PROGRAMS = {"loop": "the embedded run: tokens a second, who waits on whom, pauses, bytes on the log"}
+PROGRAMS = {
+    "loop": "the embedded run: tokens a second, who waits on whom, pauses, bytes on the log",
+    "bus": "the log on a real Kafka beside kafka-python and confluent-kafka used bare: publishing, reading",
+    "ingest": "1,000 simulated rollout streams into one learner: trajectories a second, lag, memory",
+}
 
 
 def main() -> int:

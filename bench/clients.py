@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import confluent_kafka
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from bench.runs import NoClaims, run
 from common.bus.kafka.bus import BATCH_BYTES
 from common.bus.open import connect
 from common.bus.port import Consumer, Outgoing, partition_of
-from common.config.schema import RunConfig
 from common.messages import TRAJECTORIES
 from services.learner.intake import POLL_RECORDS
 from services.rollout.outbox import BATCH
@@ -56,7 +56,8 @@ class Ours:
     """The log as services open it: KafkaBus in ClaimCheck. Batches as the outbox makes them, each waited for."""
 
     def __init__(self, servers: str, prefix: str) -> None:
-        self._bus = connect(run(servers, prefix), NoClaims())
+        config = run(Path(tempfile.gettempdir()), {"kind": "kafka", "servers": servers, "topic_prefix": prefix})
+        self._bus = connect(config, NoClaims())
         self._bus.create_topics({TRAJECTORIES: PARTITIONS})
 
     def publish(self, records: Sequence[Outgoing]) -> None:
@@ -220,21 +221,6 @@ class ConfluentReader:
         return _until(count, lambda left: [_body(m) for m in self._consumer.consume(min(POLL_RECORDS, left), 1.0)])
 
 
-class NoClaims:
-    """For runs whose records are all short enough to stand on the log."""
-
-    def put_claim(self, body: bytes) -> str:
-        """See common/bus/claims.py; not expected here."""
-        raise AssertionError(f"a record of {len(body)} bytes goes to the object store")
-
-    def claim(self, digest: str) -> bytes:
-        """See common/bus/claims.py; not expected here."""
-        raise AssertionError(f"a record's body is elsewhere: {digest}")
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def clients(servers: str, prefix: str) -> dict[str, Client]:
     """All of them by name, each with a topic of its own, made beforehand."""
     made: dict[str, Client] = {"ours": Ours(servers, f"{prefix}ours.")}
@@ -246,19 +232,6 @@ def clients(servers: str, prefix: str) -> dict[str, Client]:
     made["bare_defaults"] = Bare(servers, topics["bare_defaults"])
     made["confluent"] = Confluent(servers, topics["confluent"])
     return made
-
-
-def run(servers: str, prefix: str) -> RunConfig:
-    """A run with its log on this Kafka, otherwise as by default."""
-    return RunConfig.model_validate(
-        {
-            "run": {"id": "bench", "folder": tempfile.gettempdir()},
-            "model": {"path": str(Path(tempfile.gettempdir()))},
-            "tasks": {"environments": {"lookup": 1.0}},
-            "learner": {"versions": 1},
-            "bus": {"kind": "kafka", "servers": servers, "topic_prefix": prefix},
-        }
-    )
 
 
 def _until(count: int, poll: Callable[[int], list[bytes]]) -> list[bytes]:

@@ -1,0 +1,62 @@
+"""What a learner reads, counted as it reads it."""
+
+import time
+from array import array
+from types import TracebackType
+from typing import Self
+
+from bench.streams import SENT
+from common.bus.port import Bus, Consumer, Record
+from common.messages import TRAJECTORIES
+
+
+class Meter:
+    """Records and bytes of the topic `trajectories` read so far, and how old they were then."""
+
+    def __init__(self) -> None:
+        self.records = self.bytes = 0
+        self.ages = array("f")
+        """From the hand-over to the log until it was read, seconds."""
+
+    def read(self, records: list[Record]) -> None:
+        """Count these."""
+        now = time.time()
+        self.records += len(records)
+        self.bytes += sum(len(record.body) for record in records)
+        self.ages.extend(now - float(record.headers[SENT]) for record in records)
+
+
+class Metered:
+    """A bus (common/bus/port.py) whose reading of `trajectories` is counted."""
+
+    def __init__(self, bus: Bus, meter: Meter) -> None:
+        self._bus, self._meter = bus, meter
+        self.create_topics, self.publish, self.close = bus.create_topics, bus.publish, bus.close
+
+    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> Consumer:
+        """See common/bus/port.py."""
+        consumer = self._bus.consumer(topic, group=group, member=member)
+        return _Counted(consumer, self._meter) if topic == TRAJECTORIES else consumer
+
+
+class _Counted:
+    """A consumer that tells the meter what it hands out."""
+
+    def __init__(self, consumer: Consumer, meter: Meter) -> None:
+        self._consumer, self._meter = consumer, meter
+        self.assignment, self.ends = consumer.assignment, consumer.ends
+        self.seek, self.commit, self.close = consumer.seek, consumer.commit, consumer.close
+
+    def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
+        """See common/bus/port.py."""
+        records = self._consumer.poll(limit=limit, timeout_s=timeout_s)
+        self._meter.read(records)
+        return records
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

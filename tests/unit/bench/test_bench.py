@@ -1,0 +1,151 @@
+"""The measurements run, on small settings, and end with one JSON line. What they measure is not judged here."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import bus
+from bench.records import Maker
+from bench.runs import run
+from bench.streams import Streams, _Driver
+from common.bus.port import Outgoing
+from common.messages import TRAJECTORIES, GroupOffered, TrajectoryFinished, decode, group_id
+from common.versions import Version
+from services.learner.intake import check_finished
+from tests.builders import SAMPLING
+from tools.backends.kafka import Kafka
+
+ROOT = Path(__file__).parents[3]
+SMALL_RUN = ("--streams=24", "--tokens=64", "--seconds=1", "--pace=0.05", "--processes=2", "--duplicates=0.1")
+INGEST_KEYS = {
+    "trajectories_per_s", "tokens_per_s", "megabytes_per_s", "cpu_s_per_trajectory", "rss_mb", "rss_slope_mb_per_min",
+    "lag", "streams", "bus",
+}  # fmt: skip
+
+
+def measured(*arguments: str) -> dict[str, Any]:
+    """What `python -m bench` prints last."""
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def test_the_list_names_every_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"loop", "bus", "ingest"}
+
+
+def assert_all_is_accounted_for(figures: dict[str, Any]) -> None:
+    """The ledger adds up, and every record that was read is in it, duplicates aside."""
+    counts = figures["trajectories"]
+    ended = counts["trained"] + sum(counts["dropped"].values())
+    assert counts["offered"] == ended + counts["pending"]
+    assert 0 < ended <= figures["records_read"]
+    assert len(figures["lag"]) == len(figures["rss_mb"]) > 2
+    assert all(megabytes > 10 for _, megabytes in figures["rss_mb"])
+
+
+def test_ingest_on_one_file() -> None:
+    figures = measured("ingest", *SMALL_RUN)
+    assert figures.keys() >= INGEST_KEYS
+    assert (figures["bus"], figures["streams"]) == ("sqlite", 24)
+    assert_all_is_accounted_for(figures)
+
+
+@pytest.mark.servers
+def test_ingest_on_kafka(kafka_server: Kafka) -> None:
+    figures = measured("ingest", *SMALL_RUN, "--bus=kafka", f"--servers={kafka_server.servers}")
+    assert figures.keys() >= INGEST_KEYS
+    assert figures["bus"] == "kafka"
+    assert_all_is_accounted_for(figures)
+
+
+@pytest.mark.servers
+def test_bus_beside_the_bare_clients(kafka_server: Kafka) -> None:
+    small = ("--rounds=1", "--mebibytes=1", "--tokens", "64", "256")
+    figures = measured("bus", f"--servers={kafka_server.servers}", *small)
+    assert figures.keys() >= {"publish_ratio_to_bare", "consume_ratio_to_bare", "sizes", "kafka", "rounds"}
+    assert figures["sizes"].keys() == {"64", "256"}
+    for size in figures["sizes"].values():
+        for what in ("publish", "consume"):
+            assert size[what].keys() == {"ours", "bare", "bare_defaults", "confluent"}
+            assert figures[f"{what}_ratio_to_bare"] <= size[f"{what}_ratio_to_bare"]
+
+
+def test_ratios_are_to_the_quicker_bare_client() -> None:
+    """Two rounds of 10 records: ours takes 2 s and 4 s; bare 1 s and 3 s; bare with its defaults 3 s and 6 s."""
+    taken = {"ours": (2.0, 4.0), "bare": (1.0, 3.0), "bare_defaults": (3.0, 6.0)}
+    rounds = [{name: bus.Seconds(seconds[i], 1.0, 0.5, 0.25) for name, seconds in taken.items()} for i in range(2)]
+    figures = bus._figures([Outgoing("k", b"x" * 1000)] * 10, rounds)
+    assert figures["publish"]["ours"]["records_per_s"] == round(10 / 3)
+    assert figures["publish"]["bare"]["ratio_of_ours"] == (1 / 2 + 3 / 4) / 2
+    assert figures["publish_ratio_to_bare"] == (1 / 2 + 3 / 4) / 2
+    assert figures["consume_ratio_to_bare"] == 1.0
+    assert figures["consume"]["bare"]["cpu_us_per_record"] == 25_000
+
+
+class Forgetful:
+    """A client that reads something else than it was given."""
+
+    def __init__(self, read: list[bytes]) -> None:
+        self._read = read
+
+    def publish(self, records: Sequence[Outgoing]) -> None:
+        pass
+
+    def reader(self) -> "Forgetful":
+        return self
+
+    def ends(self) -> dict[int, int]:
+        return {}
+
+    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+        return self._read
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("read", [[b"a"], [b"a", b"a"], [b"a", b"b", b"b"], [b"a", b"c"]])
+def test_a_client_that_reads_something_else_is_no_result(read: list[bytes]) -> None:
+    records = [Outgoing("k", b"a"), Outgoing("k", b"b")]
+    wanted = bus._digest([b"a", b"b"])
+    bus._one(Forgetful([b"b", b"a"]), records, wanted)
+    with pytest.raises(AssertionError, match="not what was published"):
+        bus._one(Forgetful(read), records, wanted)
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 63, 2048])
+def test_a_made_trajectory_is_one_that_the_learner_takes(tokens: int) -> None:
+    made = Maker(1).finished(group_id(3), 2, tokens=tokens, version=5)
+    check_finished(made, Version(5))
+    body = Maker(1).outgoing(made).body
+    assert decode(TRAJECTORIES, body) == made
+    assert len(made.tokens) == 4 * tokens
+    assert tokens // 2 - 4 <= sum(map(len, made.segments)) <= tokens // 2 + 4
+
+
+def test_streams_end_each_offered_trajectory_once(tmp_path: Path) -> None:
+    config = run(tmp_path, {"kind": "sqlite"})
+    drivers = [_Driver(Streams(config, i, 2, 5, 16, 0.0, duplicates=0.0, dropped=0.2)) for i in range(2)]
+    offers = [GroupOffered("bench", group_id(i), i, Version(0), "lookup", 1, 8, SAMPLING, 60.0) for i in range(20)]
+    for driver in drivers:
+        for offer in offers:
+            driver.offered(offer)
+    ended = []
+    for driver in drivers:
+        driver.finished()  # the streams begin
+        while batch := driver.finished():
+            ended += [decode(TRAJECTORIES, record.body) for record in batch]
+    assert sorted(message.trajectory for message in ended) == sorted(
+        f"{group_id(i)}/{s}" for i in range(20) for s in range(8)
+    )
+    finished = sum(isinstance(message, TrajectoryFinished) for message in ended)
+    assert 0 < finished < len(ended)
