@@ -1,0 +1,283 @@
+"""Topics on a real Kafka: their settings, what retention takes, and long records beside them."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+
+from common.bus.claims import CLAIM, ClaimCheck
+from common.bus.kafka import Connection, KafkaBus, Settings, WrongTopic
+from common.bus.kafka.consumer import KafkaConsumer
+from common.bus.port import Bus, OffsetGone, Outgoing
+from common.bus.store_claims import StoreClaims
+from common.config.schema import SnapshotStoreConfig
+from common.messages import DEAD_LETTERS, TOPICS, TRAJECTORIES, DeadLetter, TrajectoryFinished, decode, encode
+from common.refusal import ExitCode, Refusal
+from common.service import Server
+from common.snapshots.client import SnapshotClient
+from common.unusable import Cause
+from common.versions import Version
+from services.learner.intake import Arrived, Intake
+from services.learner.planner import Planner
+from services.snapshot_store.app import create_app
+from services.snapshot_store.storage_disk import DiskStorage
+from services.snapshot_store.storage_minio import MinioStorage
+from tests.backends import s3_client
+from tests.builders import SAMPLING, a_finished, a_segment
+from tests.contract.logs import LIMIT_S, TOPIC, bodies, take, things
+from tools.backends.kafka import Kafka
+from tools.backends.minio import Minio
+
+pytestmark = pytest.mark.servers
+
+SETTINGS = Settings(retention_ms=3_600_000, max_record_bytes=1 << 20)
+OVER_BYTES = 1 << 19
+LONG = 128 * 1024
+"""Tokens of a long trajectory."""
+
+
+@pytest.fixture
+def admin(kafka_server: Kafka) -> Iterator[KafkaAdminClient]:
+    with closing(KafkaAdminClient(bootstrap_servers=kafka_server.servers)) as admin:
+        yield admin
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"topics.{uuid.uuid4().hex[:8]}."
+
+
+@pytest.fixture
+def bus(kafka_server: Kafka, prefix: str) -> Iterator[KafkaBus]:
+    with closing(a_bus(kafka_server, prefix)) as bus:
+        yield bus
+
+
+def a_bus(kafka: Kafka, prefix: str, settings: Settings = SETTINGS) -> KafkaBus:
+    return KafkaBus(Connection(kafka.servers, {}), prefix=prefix, settings=settings)
+
+
+def settings_of(admin: KafkaAdminClient, topic: str) -> dict[str, str]:
+    found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all")
+    return {option: entry["value"] for option, entry in found["topic"][topic].items()}
+
+
+def make(admin: KafkaAdminClient, topic: str, partitions: int = 2, **options: str) -> None:
+    """A topic that somebody else made."""
+    configs = {name.replace("_", "."): value for name, value in options.items()}
+    admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs}})
+    admin.wait_for_topics([topic])
+
+
+def test_a_topic_is_made_with_the_stated_settings(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
+    bus.create_topics({TOPIC: 3})
+    assert (
+        settings_of(admin, prefix + TOPIC).items()
+        >= {
+            "cleanup.policy": "delete",
+            "retention.ms": "3600000",
+            "retention.bytes": "-1",
+            "max.message.bytes": "1048576",
+            "min.insync.replicas": "1",
+        }.items()
+    )
+    (topic,) = admin.describe_topics([prefix + TOPIC])
+    assert [len(partition["replica_nodes"]) for partition in topic["partitions"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("standing", "mend"),
+    [
+        ({"retention_ms": "1000"}, "retention.ms=3600000"),
+        ({"retention_bytes": "1000000"}, "retention.bytes=-1"),
+        ({"max_message_bytes": "65536"}, "max.message.bytes=1048576"),
+        ({"cleanup_policy": "compact"}, "cleanup.policy=delete"),
+        ({"retention_ms": "1000", "cleanup_policy": "compact,delete"}, "cleanup.policy=delete,retention.ms=3600000"),
+    ],
+)
+def test_a_tighter_topic_is_refused_with_the_command_that_mends_it(
+    bus: KafkaBus, kafka_server: Kafka, prefix: str, admin: KafkaAdminClient, standing: Mapping[str, str], mend: str
+) -> None:
+    make(admin, prefix + TOPIC, **standing)
+    with pytest.raises(WrongTopic) as told:
+        bus.create_topics({TOPIC: 2})
+    command = (
+        f"kafka-configs.sh --bootstrap-server {kafka_server.servers} --alter --entity-type topics "
+        f"--entity-name {prefix}{TOPIC} --add-config {mend}"
+    )
+    assert str(told.value).endswith(command)
+    with pytest.raises(WrongTopic):
+        bus.create_topics({TOPIC: 2})
+    alter(admin, command)
+    bus.create_topics({TOPIC: 2})
+    bus.publish(TOPIC, things("a"))
+
+
+def alter(admin: KafkaAdminClient, command: str) -> None:
+    """What the command does."""
+    named = re.search(r"--entity-name (\S+) --add-config (\S+)$", command)
+    assert named
+    options = dict(option.split("=") for option in named[2].split(","))
+    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, named[1], options)])
+
+
+def test_a_generous_topic_is_accepted(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
+    make(admin, prefix + TOPIC, retention_ms="-1", max_message_bytes="9000000")
+    bus.create_topics({TOPIC: 2})
+
+
+def test_too_few_replicas_and_other_partitions_are_refused(
+    bus: KafkaBus, kafka_server: Kafka, prefix: str, admin: KafkaAdminClient
+) -> None:
+    make(admin, prefix + TOPIC, retention_ms="-1")
+    with pytest.raises(WrongTopic, match="has 2 partitions, 3 are asked for"):
+        bus.create_topics({TOPIC: 3})
+    with closing(a_bus(kafka_server, prefix, Settings(replicas=3, retention_ms=1000))) as replicated:
+        with pytest.raises(WrongTopic, match=r"has 1 replicas, bus.replicas asks for 3: kafka-reassign-partitions.sh"):
+            replicated.create_topics({TOPIC: 2})
+        with pytest.raises(WrongTopic, match=r"cannot be made with 3 replicas \(bus.replicas\)"):
+            replicated.create_topics({"more": 1})
+
+
+def an_intake(bus: Bus) -> tuple[Intake, Planner[Arrived]]:
+    """The learner's own reading of the log."""
+    planner: Planner[Arrived] = Planner(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
+    intake = Intake(
+        bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
+        confirm=lambda: None,
+    )  # fmt: skip
+    return intake, planner
+
+
+def finished(record: TrajectoryFinished) -> Outgoing:
+    return Outgoing(record.group, encode(record), {"trajectory": record.trajectory})
+
+
+def cut(admin: KafkaAdminClient, topic: str, partition: int, before: int) -> None:
+    """Retention: the log lets go of the partition's records below this offset."""
+    admin.delete_records({TopicPartition(topic, partition): before})
+
+
+def test_a_learner_whose_next_record_is_gone_stops_and_says_so(
+    bus: KafkaBus, prefix: str, admin: KafkaAdminClient
+) -> None:
+    bus.create_topics(dict.fromkeys(TOPICS, 1))
+    intake, _ = an_intake(bus)
+    intake.start({}, {}, now=0.0)
+    intake.offer(Version(0), now=0.0)
+    bus.publish(TRAJECTORIES, [finished(a_finished(0, sample)) for sample in (0, 1)])
+    cut(admin, prefix + TRAJECTORIES, 0, before=1)
+    with closing(intake), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
+        intake.read_all(Version(0), timeout_s=LIMIT_S)
+    again, _ = an_intake(bus)
+    with closing(again), pytest.raises(Refusal, match="would be lost silently") as told:
+        again.start({0: 0}, {}, now=0.0)
+    assert told.value.code is ExitCode.DAMAGED
+
+
+def test_a_setting_that_skips_what_is_gone_would_be_noticed_and_without_the_check_it_skips(
+    bus: KafkaBus, prefix: str, admin: KafkaAdminClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus.create_topics({TOPIC: 1})
+    bus.publish(TOPIC, things("a", "b", "c"))
+    connect, checked = Connection.client, KafkaConsumer._record
+
+    def skipping(self: Connection, make: Any, **arguments: Any) -> Any:
+        return connect(self, make, **{k: "earliest" if k == "auto_offset_reset" else v for k, v in arguments.items()})
+
+    def unchecked(self: KafkaConsumer, partition: int, fetched: Any) -> Any:
+        self._next[partition] = fetched.offset
+        return checked(self, partition, fetched)
+
+    monkeypatch.setattr(Connection, "client", skipping)
+    for check, expected in ((checked, None), (unchecked, ["c"])):
+        monkeypatch.setattr(KafkaConsumer, "_record", check)
+        with bus.consumer(TOPIC) as consumer:
+            cut(admin, prefix + TOPIC, 0, before=2)
+            consumer._begin({0: 1})
+            if expected is None:
+                with pytest.raises(OffsetGone, match="offset 1 is gone, the log goes on at 2"):
+                    take(consumer, 1)
+            else:
+                assert bodies(take(consumer, 1)) == expected
+
+
+class Folder:
+    """Bodies in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.storage = folder, DiskStorage(folder)
+
+    def lose(self, digest: str) -> None:
+        (self._folder / "claims" / digest).unlink()
+
+
+class Bucket:
+    """Bodies in a real MinIO."""
+
+    def __init__(self, minio: Minio) -> None:
+        config = SnapshotStoreConfig(storage="s3", endpoint=minio.endpoint, bucket="claims", create_bucket=True)
+        self._minio, self._prefix = minio, f"{uuid.uuid4().hex}/"
+        asyncio.run(MinioStorage(config, prefix=self._prefix).open())
+        self.storage = MinioStorage(config, prefix=self._prefix)
+
+    def lose(self, digest: str) -> None:
+        s3_client(self._minio).remove_object("claims", f"{self._prefix}claims/{digest}")
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder | Bucket:
+    if request.param == "folder":
+        return Folder(tmp_path)
+    minio: Minio = request.getfixturevalue("minio_server")
+    monkeypatch.setenv("MINIO_ACCESS_KEY", minio.access_key)
+    monkeypatch.setenv("MINIO_SECRET_KEY", minio.secret_key)
+    return Bucket(minio)
+
+
+def test_a_long_trajectory_goes_through_whole_and_a_lost_one_is_buried(
+    bus: KafkaBus, kafka_server: Kafka, prefix: str, place: Folder | Bucket
+) -> None:
+    bus.create_topics(dict.fromkeys(TOPICS, 1))
+    app = create_app(place.storage, sweep_s=3600)
+    with Server(app, "127.0.0.1", 0, key="snapshot_store") as store:
+        claims = StoreClaims(SnapshotClient(f"http://127.0.0.1:{store.port}"))
+        with closing(ClaimCheck(a_bus(kafka_server, prefix), claims, over_bytes=OVER_BYTES)) as checked:
+            long = a_finished(0, 0, tokens=LONG, segments=(a_segment(2, LONG, 0),))
+            assert len(encode(long)) > 1 << 20
+            intake, _ = an_intake(checked)
+            with closing(intake):
+                intake.start({}, {}, now=0.0)
+                intake.offer(Version(0), now=0.0)
+                checked.publish(TRAJECTORIES, [finished(long), finished(a_finished(0, 1))])
+                read_until(intake, 2)
+                assert intake.arrived[long.trajectory].record == long
+            with bus.consumer(TRAJECTORIES) as consumer:
+                on_the_topic = take(consumer, 2)[0]
+            assert on_the_topic.body == b""
+            assert sum(len(name) + len(value) for name, value in on_the_topic.headers.items()) < 200
+            place.lose(on_the_topic.headers[CLAIM])
+            intake, _ = an_intake(checked)
+            with closing(intake):
+                intake.start({}, {}, now=0.0)
+                read_until(intake, 1)
+            with bus.consumer(DEAD_LETTERS) as consumer:
+                letter: DeadLetter = decode(DEAD_LETTERS, take(consumer, 1)[0].body)
+            assert letter.cause is Cause.MISSING_CLAIM
+            assert (letter.topic, letter.offset) == (TRAJECTORIES, 0)
+
+
+def read_until(intake: Intake, arrived: int) -> None:
+    """Read until so many trajectories are there."""
+    for _ in range(int(LIMIT_S)):
+        intake.read_all(Version(0), timeout_s=1.0)
+        if len(intake.arrived) == arrived:
+            return
+    raise AssertionError(f"{len(intake.arrived)} of {arrived} came")
