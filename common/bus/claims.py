@@ -35,7 +35,7 @@ class Claims(Protocol):
 
 
 class ClaimCheck:
-    """A bus (common/bus/port.py) for records of any length, over one with a limit."""
+    """See common/bus/port.py: a bus for records of any length, over one with a limit."""
 
     def __init__(self, bus: Bus, claims: Claims, *, over_bytes: int) -> None:
         self._bus, self._claims, self._over_bytes = bus, claims, over_bytes
@@ -62,7 +62,7 @@ class ClaimCheck:
 
 
 class ClaimingConsumer:
-    """A consumer that hands out whole records."""
+    """See common/bus/port.py: a consumer that hands out whole records."""
 
     def __init__(self, consumer: Consumer, claims: Claims) -> None:
         self._consumer, self._claims = consumer, claims

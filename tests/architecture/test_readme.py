@@ -86,7 +86,8 @@ def test_a_command_can_be_typed(command: str) -> None:
             assert_there_is_a_program(module)
         case _:
             raise AssertionError("this test does not know such commands")
-    done = answered(module, *arguments, "--help" if module in ("bench", "tools.rescore") else "--check")
+    helped = module in ("bench", "tools.rescore") or "audit" in arguments or "dead-letters" in arguments
+    done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "that is no run's folder" in done.stderr  # the flag is known; the folder is the reader's
     else:
