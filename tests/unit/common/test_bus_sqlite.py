@@ -117,7 +117,9 @@ def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_pa
         open_bus(a_run(tmp_path, task_partitions=4))
     assert refused.value.code is ExitCode.CONFIGURATION
     assert "topic tasks" in str(refused.value)
-    assert "has 3 partitions, 4 are asked for\nPartitions cannot be changed under a run: set bus.task" in str(refused.value)
+    assert "has 3 partitions, 4 are asked for\nPartitions cannot be changed under a run: set bus.task" in str(
+        refused.value
+    )
 
 
 def test_a_new_log_waits_for_another_process_that_begins_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
