@@ -52,6 +52,7 @@ class KafkaBus:
             max_request_size=self._settings.max_record_bytes,
             batch_size=min(BATCH_BYTES, self._settings.max_record_bytes),
             delivery_timeout_ms=int(give_up_s * 1000),
+            request_timeout_ms=int(give_up_s * 500),  # kafka-python wants it below the former
             max_block_ms=int(give_up_s * 1000),
             metrics_enabled=False,
         )

@@ -4,7 +4,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ class Connection:
     """What every client of one Kafka needs."""
 
     servers: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
     """Keyword arguments of kafka-python's clients: protocol, certificates, credentials."""
     outage_limit_s: float = 600.0
     start_limit_s: float = START_S
@@ -170,14 +170,17 @@ def _words(problem: Exception) -> str:
 
 
 def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str:
-    if name in environment:
-        return environment[name]
-    if (file := environment.get(f"{name}_FILE")) is not None:
-        try:
-            return Path(file).read_text().strip()
-        except OSError as error:
-            raise Refusal(f"{name}_FILE = {file}: cannot be read ({error.strerror})") from None
-    raise Refusal(
-        f"bus.security is {config.security}, so the environment must hold {name}, or {name}_FILE with the path of a "
-        f"file that does"
-    )
+    file = environment.get(f"{name}_FILE")
+    if name not in environment and file is None:
+        raise Refusal(
+            f"bus.security is {config.security}, so the environment must hold {name}, or {name}_FILE with the path of "
+            f"a file that does"
+        )
+    where = name if name in environment else f"{name}_FILE"
+    try:
+        found = environment[name] if name in environment else Path(environment[where]).read_text().strip()
+    except OSError as error:
+        raise Refusal(f"{where} = {file}: cannot be read ({error.strerror})") from None
+    if not found:
+        raise Refusal(f"{where} is empty: it must hold what the brokers know us by")
+    return found

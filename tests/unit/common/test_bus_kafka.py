@@ -1,0 +1,173 @@
+"""What of the Kafka log needs no broker: credentials, verdicts on topics, those who answer as no broker would."""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kafka import errors
+
+from common.bus.kafka import Connection, Settings, connection
+from common.bus.kafka.connection import PASSWORD, USERNAME
+from common.bus.kafka.knock import NotLetIn, NotThere, knock
+from common.bus.kafka.topics import _problems, _suffices
+from common.config.schema import BusConfig
+from common.refusal import ExitCode, Refusal
+from tools.backends.certificates import make
+
+SASL = BusConfig(kind="kafka", servers="a:1", security="sasl_plaintext", sasl_mechanism="PLAIN")
+Answer = Callable[[socket.socket], None]
+
+
+def test_credentials_come_from_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("secret\n")
+    found = connection(SASL, {USERNAME: "me", f"{PASSWORD}_FILE": str(tmp_path / "password")}).options
+    assert found == {
+        "security_protocol": "SASL_PLAINTEXT",
+        "sasl_mechanism": "PLAIN",
+        "sasl_plain_username": "me",
+        "sasl_plain_password": "secret",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, f"bus.security is sasl_plaintext, so the environment must hold {USERNAME}, or {USERNAME}_FILE"),
+        ({USERNAME: "me"}, f"must hold {PASSWORD}, or {PASSWORD}_FILE"),
+        ({USERNAME: "me", f"{PASSWORD}_FILE": "/nowhere"}, f"{PASSWORD}_FILE = /nowhere: cannot be read"),
+        ({USERNAME: "", PASSWORD: "x"}, f"{USERNAME} is empty"),
+        ({USERNAME: "me", f"{PASSWORD}_FILE": "/dev/null"}, f"{PASSWORD}_FILE is empty"),
+    ],
+)
+def test_credentials_that_are_missing_are_named(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(Refusal, match=said) as told:
+        connection(SASL, environment)
+    assert told.value.code is ExitCode.CONFIGURATION
+
+
+def test_a_password_is_not_shown() -> None:
+    assert "secret-word" not in repr(connection(SASL, {USERNAME: "me", PASSWORD: "secret-word"}))
+
+
+def test_a_certificate_without_its_key_is_refused_by_both_names(tmp_path: Path) -> None:
+    make(tmp_path)
+    ca, ours = tmp_path / "ca.pem", tmp_path / "client.pem"
+    whole = BusConfig(security="tls", ca_file=ca, certificate_file=ours, key_file=tmp_path / "client.key")
+    assert isinstance(connection(whole, {}).options["ssl_context"], ssl.SSLContext)
+    for key in (tmp_path / "server.key", ca, None):
+        with pytest.raises(Refusal, match=rf"bus.certificate_file = '{ours}' and bus.key_file = '?{key}'? are no"):
+            connection(BusConfig(security="tls", ca_file=ca, certificate_file=ours, key_file=key), {})
+
+
+TOPIC = {"partitions": [{"replica_nodes": [1, 2]}, {"replica_nodes": [2]}]}
+
+
+def test_every_problem_of_a_topic_is_named_and_one_command_mends_its_settings() -> None:
+    standing = Settings(retention_ms=1000).options() | {"max.message.bytes": "10"}
+    replicas = (
+        "has 1 replicas, bus.replicas asks for 2: kafka-reassign-partitions.sh adds some, or set bus.replicas to 1"
+    )
+    command = "kafka-configs.sh --bootstrap-server a:1 --alter --entity-type topics --entity-name t --add-config "
+    assert _problems("a:1", Settings(replicas=2, retention_ms=2000), "t", 3, TOPIC, standing) == [
+        "topic t on a:1 has 2 partitions, 3 are asked for",
+        f"topic t on a:1 {replicas}",
+        "topic t on a:1 has retention.ms = 1000, the run needs 2000",
+        "topic t on a:1 has max.message.bytes = 10, the run needs 1048576",
+        f"  mend it: {command}retention.ms=2000,max.message.bytes=1048576",
+    ]
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 1 << 40))
+def test_more_suffices_and_less_does_not(has: int, wanted: int) -> None:
+    for option in ("retention.ms", "max.message.bytes", "min.insync.replicas"):
+        assert _suffices(option, str(has), str(wanted)) == (has >= wanted)
+    assert _suffices("retention.ms", "-1", str(wanted))
+    assert not _suffices("retention.bytes", str(has), "-1")
+
+
+@given(st.text(max_size=8).filter(lambda text: text != "delete"))
+def test_whatever_else_stands_there_does_not_suffice(has: str) -> None:
+    assert not _suffices("cleanup.policy", has, "delete")
+    assert not _suffices("max.message.bytes", f"{has}x", "1")
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[Answer], str]]:
+    """A port where each connection is answered so; its address."""
+    listeners: list[socket.socket] = []
+
+    def serve(listener: socket.socket, answer: Answer) -> None:
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            with closing(line):
+                answer(line)
+
+    def begin(answer: Answer) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=serve, args=(listener, answer), daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    yield begin
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def hang_up(line: socket.socket) -> None:
+    """As a proxy does whose broker is not there yet."""
+
+
+def garbage(line: socket.socket) -> None:
+    line.recv(1024)
+    line.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize("answer", [hang_up, garbage])
+@pytest.mark.parametrize("options", [{}, {"ssl_context": ssl.create_default_context()}])
+def test_who_hangs_up_may_yet_become_a_broker_and_who_never_speaks_tls_does_not(
+    answering: Callable[[Answer], str], answer: Answer, options: dict[str, Any]
+) -> None:
+    server = answering(answer)
+    with pytest.raises(NotLetIn if answer is garbage and options else NotThere, match=server if not options else ""):
+        knock(server, options)
+
+
+def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_let_in(
+    answering: Callable[[Answer], str],
+) -> None:
+    server = answering(hang_up)
+    calls: list[float] = []
+
+    def failing(problem: Exception) -> None:
+        calls.append(time.monotonic())
+        raise problem
+
+    nobody = Connection(server, {}, outage_limit_s=0.6)
+    with pytest.raises(Refusal, match=rf"Kafka at {server} \(bus.servers\) did not let us read for 1 s: {server}"):
+        nobody.patiently(lambda: failing(errors.NodeNotReadyError()), doing="read")
+    assert len(calls) == 3
+    for final in (errors.TopicAuthorizationFailedError("t"), NotLetIn("it wants a login")):
+        calls.clear()
+        with pytest.raises(Refusal, match="refuses us"):
+            nobody.patiently(lambda: failing(final), doing="read")  # noqa: B023
+        assert len(calls) == 1
+
+
+def test_what_waiting_cannot_explain_is_passed_on() -> None:
+    def failing() -> None:
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        Connection("127.0.0.1:1", {}).patiently(failing, doing="read")
