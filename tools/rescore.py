@@ -9,6 +9,8 @@ plain `AutoModelForCausalLM`, and score the token
     alone         its trajectory as one row without padding: how far do layouts differ?
     same layout   the rows the learner put together: must be equal bit for bit
 
+Versions in a bucket are copied out of it first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+
 Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_unequal (tokens, must be
 0), and by staleness the mean |exact - behavior| beside what the current weights would give in the old ones' place.
 """
@@ -21,10 +23,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import zstandard
+from minio import Minio
+from minio.credentials.providers import EnvAWSProvider
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -42,8 +47,26 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     config = tomllib.loads((options.run / "run.toml").read_text())
-    models = Models(options.run / "snapshots", options.model or config["model"]["path"], config["model"]["attention"])
-    print(json.dumps(rescore(options.run / "records", models, options.every)))
+    path, attention = options.model or config["model"]["path"], config["model"]["attention"]
+    with tempfile.TemporaryDirectory() as folder:
+        store = snapshots(options.run, config, Path(folder))
+        print(json.dumps(rescore(options.run / "records", Models(store, path, attention), options.every)))
+
+
+def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
+    """Where the run's versions can be read: its own folder, or a copy of what is in its bucket."""
+    store = config["snapshot_store"]
+    if store["storage"] == "folder":
+        return Path(store.get("folder") or run / "snapshots")
+    endpoint = urlsplit(store["endpoint"])
+    client = Minio(
+        endpoint.netloc, secure=endpoint.scheme == "https", region=store["region"], credentials=EnvAWSProvider()
+    )
+    prefix = store["prefix"] or f"{config['run']['id']}/"
+    for kind in ("versions/", "objects/"):
+        for found in client.list_objects(store["bucket"], prefix + kind, recursive=True):
+            client.fget_object(store["bucket"], found.object_name, str(folder / found.object_name[len(prefix) :]))
+    return folder
 
 
 class Models:
