@@ -30,6 +30,8 @@ def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+    # it tells every attempt of an outage; common/bus/kafka says what matters of one
+    logging.getLogger("kafka").setLevel(logging.CRITICAL if LEVELS[level] > logging.DEBUG else logging.DEBUG)
 
 
 class _Lines(structlog.PrintLogger):

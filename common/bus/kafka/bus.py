@@ -6,6 +6,8 @@ gives a batch up (an outage longer than its patience) only the caller still has 
 the log twice; readers know ids.
 """
 
+import contextlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +25,8 @@ GIVE_UP_S = 20.0
 """kafka-python itself tries for so long; then we say so and send again."""
 LEASE_S = 10.0
 """A group member not heard of for so long is gone."""
+ENDING_S = 10.0
+"""A producer's thread that is told to end waits for no longer than this for an answer."""
 BATCH_BYTES = 1 << 18
 OVERHEAD_BYTES = 4096
 """Room for a batch's header, the key and the headers beside a record's body."""
@@ -43,17 +47,22 @@ class KafkaBus:
         self._connection, self._prefix, self._lease_s, self._give_up_s = connection, prefix, lease_s, give_up_s
         self._settings = settings or Settings()
         self._partitions: dict[str, int] = {}
-        self._producer: Any = connection.client(
+        self._renewing = threading.Lock()
+        self._producer = self._connect(connection.start_limit_s)
+
+    def _connect(self, limit_s: float) -> Any:
+        return self._connection.client(
             KafkaProducer,
-            client_id=f"{prefix}producer",
+            limit_s=limit_s,
+            client_id=f"{self._prefix}producer",
             acks="all",
             enable_idempotence=True,
             allow_auto_create_topics=False,
             max_request_size=self._settings.max_record_bytes,
             batch_size=min(BATCH_BYTES, self._settings.max_record_bytes),
-            delivery_timeout_ms=int(give_up_s * 1000),
-            request_timeout_ms=int(give_up_s * 500),  # kafka-python wants it below the former
-            max_block_ms=int(give_up_s * 1000),
+            delivery_timeout_ms=int(self._give_up_s * 1000),
+            request_timeout_ms=int(self._give_up_s * 500),  # kafka-python wants it below the former
+            max_block_ms=int(self._give_up_s * 1000),
             metrics_enabled=False,
         )
 
@@ -90,19 +99,18 @@ class KafkaBus:
         return KafkaConsumer(self._connection, self._prefix, topic, group, member, lease_s=self._lease_s)
 
     def close(self) -> None:
-        self._producer.close(timeout=self._give_up_s)
+        _close(self._producer, self._give_up_s)
 
     def _send(
         self, topic: str, count: int, records: Sequence[Outgoing], left: list[int], positions: dict[int, Position]
     ) -> Exception | None:
         """Send these and wait for each one's outcome; fills in where the acknowledged stand. The last problem."""
-        problem: Exception | None = None
-        sent = []
+        producer, problem, sent = self._producer, None, []
         try:
             for i in left:
                 record = records[i]
                 sent.append(
-                    self._producer.send(
+                    producer.send(
                         self._prefix + topic,
                         key=record.key.encode(),
                         value=record.body,
@@ -110,18 +118,33 @@ class KafkaBus:
                         partition=partition_of(record.key, count),
                     )
                 )
-        except errors.KafkaTimeoutError as error:  # no room or no metadata in time: the rest is sent again
-            problem = error
+        except (errors.KafkaTimeoutError, errors.IllegalStateError) as error:
+            problem = error  # no room or no metadata in time, or closed by another thread: the rest is sent again
+        late = time.monotonic() + 2 * self._give_up_s
         for i, future in zip(left, sent, strict=False):
             try:
-                done = future.get(timeout=2 * self._give_up_s)
+                done = future.get(timeout=max(0.0, late - time.monotonic()))
             except DENIED as error:
                 raise self._connection.denied(error) from None
             except errors.KafkaError as error:
                 problem = error
             else:
                 positions[i] = Position(done.partition, done.offset)
+        if not all(future.is_done for future in sent):
+            self._begin_anew(producer)
         return problem
+
+    def _begin_anew(self, stuck: Any) -> None:
+        """Another producer, for this one neither sends what it has nor gives it up.
+
+        kafka-python 3.0.12 can end so after an outage: a batch that had been drained when another one ran out of time
+        is never sent, and whatever comes behind it waits.
+        """
+        with self._renewing:
+            if self._producer is stuck:
+                logger().warning("producer begun anew")
+                _close(stuck, 0.0)  # first: nothing of it may come behind what is sent again
+                self._producer = self._connect(self._connection.outage_limit_s)
 
     def _count(self, topic: str) -> int:
         if topic not in self._partitions:
@@ -144,3 +167,15 @@ class KafkaBus:
                 f"a record of {len(record.body)} bytes for {topic} does not fit into bus.max_record_bytes "
                 f"({self._settings.max_record_bytes}): long bodies travel as claims (common/bus/claims.py)"
             )
+
+
+def _close(producer: Any, timeout_s: float) -> None:
+    """Let it send what it has for so long; then fail that, and end it."""
+    try:
+        producer.close(timeout=timeout_s)
+    except errors.KafkaTimeoutError:
+        # its own `close` goes no further than this
+        producer._sender.force_close()
+        producer._sender.join(ENDING_S)
+        with contextlib.suppress(errors.KafkaError):
+            producer.close(timeout=0)

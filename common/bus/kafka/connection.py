@@ -55,15 +55,16 @@ class Connection:
             **self.options,
         }
 
-    def client(self, make: Callable[..., T], **arguments: Any) -> T:
-        """A client of this kind. Raises Refusal when no broker answers, or none lets us in."""
+    def client(self, make: Callable[..., T], *, limit_s: float | None = None, **arguments: Any) -> T:
+        """A client of this kind. Raises Refusal when no broker answers for `limit_s` (default: the time a process has
+        to start), or none lets us in."""
         settings = {**self.arguments(), **arguments}
 
         def made() -> T:
             self.knock()  # a client that finds nobody leaves a thread behind
             return make(**settings)
 
-        return self.patiently(made, doing="connect", limit_s=self.start_limit_s)
+        return self.patiently(made, doing="connect", limit_s=self.start_limit_s if limit_s is None else limit_s)
 
     def knock(self) -> None:
         """Be let in by one of the brokers. Raises NotThere; NotLetIn if there is one and it does not let us."""

@@ -66,7 +66,7 @@ class KafkaConsumer:
         self._stable_at = time.monotonic()
         self._membership = self._members(prefix, lease_s)
         self._client_id = f"{prefix}{member or 'reader'}"
-        self._client: Any = self._connect()
+        self._client: Any = self._connect(connection.start_limit_s)
         if group is None:
             self._client.assign([TopicPartition(self._named, p) for p in self._partitions()])
             self._begin(dict(self._firsts()))
@@ -82,9 +82,10 @@ class KafkaConsumer:
             "max_poll_interval_ms": int(max(lease_s, min(IDLE_LIMIT_S, 12 * lease_s)) * 1000),
         }
 
-    def _connect(self) -> Any:
+    def _connect(self, limit_s: float) -> Any:
         return self._connection.client(
             Client,
+            limit_s=limit_s,
             client_id=self._client_id,
             auto_offset_reset="none",
             enable_auto_commit=False,
@@ -205,7 +206,7 @@ class KafkaConsumer:
         elif time.monotonic() - self._stable_at > self._stuck_s:
             logger().warning("membership begun anew", topic=self._topic, group=self._group)
             self._client.close(autocommit=False, timeout_ms=5_000)
-            self._client, self._subscribed = self._connect(), False
+            self._client, self._subscribed = self._connect(self._connection.outage_limit_s), False
             self._join()
 
     def _take_on_share(self) -> None:

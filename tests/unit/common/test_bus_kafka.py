@@ -2,6 +2,8 @@
 
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -163,6 +165,26 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_l
         with pytest.raises(Refusal, match="refuses us"):
             nobody.patiently(lambda: failing(final), doing="read")  # noqa: B023
         assert len(calls) == 1
+
+
+NOBODY = """
+import logging
+from common import logs
+from common.bus.kafka import Connection, KafkaBus
+
+logging.basicConfig()  # as libraries do that a service loads
+logs.configure("rollout", "info", "text")
+logging.getLogger("kafka.net.manager").error("one of very many")
+Connection.knock = lambda self: None  # so that kafka-python itself looks for brokers
+KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=0.0), prefix="t.")
+"""
+
+
+def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> None:
+    ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
+    *_, said = ended.stderr.splitlines()
+    assert said.startswith("common.refusal.Refusal: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect")
+    assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]
 
 
 def test_what_waiting_cannot_explain_is_passed_on() -> None:
