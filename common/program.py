@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from common import logs
+from common.bus.port import OffsetGone
 from common.config import Invocation, load
 from common.config.show import show
 from common.files import FULL, write
@@ -30,7 +31,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         config = invocation.config
         logs.configure(name, config.logs.level, config.logs.format)
         try:
-            with full_disk_refused():
+            with full_disk_refused(), gap_refused():
                 body(invocation, Stop().install())
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for
@@ -71,4 +72,17 @@ def full_disk_refused() -> Iterator[None]:
         raise Refusal(
             f"{what}{where}: {mend} and start again; a run goes on from its last checkpoint",
             ExitCode.UNAVAILABLE,
+        ) from None
+
+
+@contextlib.contextmanager
+def gap_refused() -> Iterator[None]:
+    """A Refusal in place of the error of a reader whose next record is gone."""
+    try:
+        yield
+    except OffsetGone as gone:
+        raise Refusal(
+            f"the log no longer holds what comes next: {gone}. Records would be lost silently, so the program stops "
+            f"here: restore the log, or start a new run; what is kept how long: bus.retention_hours",
+            ExitCode.DAMAGED,
         ) from None

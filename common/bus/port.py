@@ -1,8 +1,11 @@
 """What the services need of a log.
 
 Promises every adapter keeps: records of one partition keep their order and get consecutive offsets; a key always
-lands in the same partition; `publish` returns when the records are durable; reading never skips: an offset that
-is gone raises OffsetGone. Delivery to a group is at least once.
+lands in the same partition; `publish` returns when the records are durable, so that those of a later call stand behind
+them; reading never skips: an offset that is gone raises OffsetGone. Delivery to a group is at least once.
+
+What an outage may do: a record stands on the log twice; of the records of one call, a later one stands before an
+earlier one of the same key. Readers know ids and rely on no more.
 """
 
 import zlib
@@ -79,7 +82,7 @@ class Bus(Protocol):
         """Make these topics if they are missing. Raises ValueError if one exists with other partitions."""
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
-        """Append the records in order, durably; positions in the same order."""
+        """Append the records, durably; in their order, but for an outage. Positions in the same order."""
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> Consumer:
         """A reader. Without a group: all partitions from the start, nothing remembered."""

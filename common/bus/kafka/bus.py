@@ -3,7 +3,7 @@
 A record counts as published when the broker has acknowledged it: every send's outcome is looked at, and what failed is
 sent again, the same bytes, so the same ids. A producer that is idempotent does not make that superfluous: when it
 gives a batch up (an outage longer than its patience) only the caller still has the records. A record can so stand on
-the log twice; readers know ids.
+the log twice, and behind others of its key that the same call published; readers know ids.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from common.bus.port import Outgoing
+from common.bus.port import OffsetGone, Outgoing
 from common.bus.sqlite import SqliteBus
 from common.config import Invocation
 from common.files import whole
@@ -146,6 +146,15 @@ def test_a_log_that_meets_a_full_disk_is_told_like_any_file(end: End, tmp_path: 
     ended = end(body)
     assert ended.code == 3
     assert ended.errors.startswith(f"the disk is full (writing {tmp_path}/runs/first/bus.sqlite): ")
+
+
+def test_a_gap_in_the_log_is_one_sentence_and_exit_code_4(end: End) -> None:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        raise OffsetGone("tasks[0]: offset 7 is gone, the log starts at 9")
+
+    ended = end(body)
+    assert ended.code == 4
+    assert "what comes next: tasks[0]: offset 7 is gone, the log starts at 9. Records would be lost" in ended.errors
 
 
 def test_another_error_is_not_explained_away(end: End) -> None:
