@@ -1,12 +1,12 @@
 """One Kafka through three clients: ours as services open it, kafka-python bare, confluent-kafka bare.
 
-Each publishes a list of records and returns when all are acknowledged, every outcome looked at; each reads from given
-offsets until it has so many bodies. All wait for every replica (acks=all) and are idempotent.
+Each publishes a list of records and returns when all are acknowledged, every outcome looked at; each reads on
+from where it stands until it has so many bodies. All wait for every replica (acks=all) and are idempotent.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,26 +27,25 @@ WAIT_S = 60.0
 
 
 class Reader(Protocol):
-    """Connected, with nothing fetched ahead."""
+    """Connected, placed behind the last record of every partition, with nothing fetched ahead."""
 
-    def ends(self) -> dict[int, int]:
-        """Offset after the last record of each partition."""
-
-    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
-        """The bodies of the next so many records from these offsets on; once."""
+    def read(self, count: int) -> list[bytes]:
+        """The bodies of the next so many records; once."""
 
     def close(self) -> None:
         """Let go of connections."""
 
 
 class Client(Protocol):
-    """A way to Kafka, for one topic with PARTITIONS partitions."""
+    """A way to Kafka, with a topic of its own to publish to, of PARTITIONS partitions."""
+
+    topic: str
 
     def publish(self, records: Sequence[Outgoing]) -> None:
         """Returns when all are acknowledged; raises if one was not."""
 
-    def reader(self) -> Reader:
-        """A new one."""
+    def reader(self, topic: str) -> Reader:
+        """A new one of this client's topic, or of ours."""
 
     def close(self) -> None:
         """Let go of connections."""
@@ -59,6 +58,7 @@ class Ours:
         config = run(Path(tempfile.gettempdir()), {"kind": "kafka", "servers": servers, "topic_prefix": prefix})
         self._bus = connect(config, NoClaims())
         self._bus.create_topics({TRAJECTORIES: PARTITIONS})
+        self.topic = config.topic_prefix + TRAJECTORIES
 
     def publish(self, records: Sequence[Outgoing]) -> None:
         """See Client."""
@@ -66,8 +66,9 @@ class Ours:
             batch = records[at : at + BATCH]
             assert len(self._bus.publish(TRAJECTORIES, batch)) == len(batch)
 
-    def reader(self) -> "OurReader":
+    def reader(self, topic: str) -> "OurReader":
         """See Client."""
+        assert topic == self.topic, f"{topic} is no topic of this run"
         return OurReader(self._bus.consumer(TRAJECTORIES))
 
     def close(self) -> None:
@@ -79,12 +80,11 @@ class OurReader:
     """Asks for as many records at once as the learner's intake does."""
 
     def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
-        self.ends, self.close = consumer.ends, consumer.close
+        self._consumer, self.close = consumer, consumer.close
+        consumer.seek(consumer.ends())
 
-    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+    def read(self, count: int) -> list[bytes]:
         """See Reader."""
-        self._consumer.seek(offsets)
         return _until(count, lambda _: [r.body for r in self._consumer.poll(limit=POLL_RECORDS, timeout_s=1.0)])
 
 
@@ -92,14 +92,14 @@ class Bare:
     """kafka-python as its documentation shows it. `settings` of the producer besides acks and idempotence."""
 
     def __init__(self, servers: str, topic: str, **settings: Any) -> None:
-        self._servers, self._topic = servers, topic
+        self._servers, self.topic = servers, topic
         self._producer = KafkaProducer(bootstrap_servers=servers, acks="all", enable_idempotence=True, **settings)
 
     def publish(self, records: Sequence[Outgoing]) -> None:
         """See Client."""
         futures = [
             self._producer.send(
-                self._topic,
+                self.topic,
                 key=record.key.encode(),
                 value=record.body,
                 headers=[(name, value.encode()) for name, value in record.headers.items()],
@@ -111,9 +111,9 @@ class Bare:
         for future in futures:
             future.get(timeout=0)
 
-    def reader(self) -> "BareReader":
+    def reader(self, topic: str) -> "BareReader":
         """See Client."""
-        return BareReader(self._servers, self._topic)
+        return BareReader(self._servers, topic)
 
     def close(self) -> None:
         """See Client."""
@@ -124,19 +124,15 @@ class BareReader:
     """kafka-python's poll, with its own settings."""
 
     def __init__(self, servers: str, topic: str) -> None:
-        self._partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]
+        partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]
         self._consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="none", enable_auto_commit=False)
-        self._consumer.assign(self._partitions)
+        self._consumer.assign(partitions)
+        for tp, offset in self._consumer.end_offsets(partitions).items():
+            self._consumer.seek(tp, offset)
         self.close = self._consumer.close
 
-    def ends(self) -> dict[int, int]:
+    def read(self, count: int) -> list[bytes]:
         """See Reader."""
-        return {tp.partition: offset for tp, offset in self._consumer.end_offsets(self._partitions).items()}
-
-    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
-        """See Reader."""
-        for tp in self._partitions:
-            self._consumer.seek(tp, offsets[tp.partition])
         return _until(
             count,
             lambda _: [r.value for records in self._consumer.poll(timeout_ms=1000).values() for r in records],
@@ -147,7 +143,7 @@ class Confluent:
     """confluent-kafka (librdkafka, in C) as its documentation shows it."""
 
     def __init__(self, servers: str, topic: str) -> None:
-        self._servers, self._topic = servers, topic
+        self._servers, self.topic = servers, topic
         self._producer = confluent_kafka.Producer(
             {"bootstrap.servers": servers, "acks": "all", "enable.idempotence": True, "log_level": 2}
         )
@@ -168,9 +164,9 @@ class Confluent:
         left = self._producer.flush(WAIT_S)
         assert (left, acknowledged) == (0, len(records)), problems[:1]
 
-    def reader(self) -> "ConfluentReader":
+    def reader(self, topic: str) -> "ConfluentReader":
         """See Client."""
-        return ConfluentReader(self._servers, self._topic)
+        return ConfluentReader(self._servers, topic)
 
     def close(self) -> None:
         """See Client."""
@@ -180,7 +176,7 @@ class Confluent:
         while True:
             try:
                 self._producer.produce(
-                    self._topic,
+                    self.topic,
                     key=record.key.encode(),
                     value=record.body,
                     headers=[(name, value.encode()) for name, value in record.headers.items()],
@@ -195,10 +191,9 @@ class Confluent:
 
 
 class ConfluentReader:
-    """librdkafka's batches, as many records at once as ours."""
+    """As many records at once as ours. It fetches by itself from when it is given its partitions, so only in `read`."""
 
     def __init__(self, servers: str, topic: str) -> None:
-        self._topic = topic
         self._consumer = confluent_kafka.Consumer(
             {
                 "bootstrap.servers": servers,
@@ -208,16 +203,14 @@ class ConfluentReader:
                 "log_level": 2,
             }
         )
+        self._partitions = [confluent_kafka.TopicPartition(topic, p) for p in range(PARTITIONS)]
+        for tp in self._partitions:
+            _, tp.offset = self._consumer.get_watermark_offsets(tp, timeout=WAIT_S)
         self.close = self._consumer.close
 
-    def ends(self) -> dict[int, int]:
+    def read(self, count: int) -> list[bytes]:
         """See Reader."""
-        tps = [confluent_kafka.TopicPartition(self._topic, p) for p in range(PARTITIONS)]
-        return {tp.partition: self._consumer.get_watermark_offsets(tp, timeout=WAIT_S)[1] for tp in tps}
-
-    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
-        """See Reader."""
-        self._consumer.assign([confluent_kafka.TopicPartition(self._topic, p, o) for p, o in offsets.items()])
+        self._consumer.assign(self._partitions)
         return _until(count, lambda left: [_body(m) for m in self._consumer.consume(min(POLL_RECORDS, left), 1.0)])
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,14 @@ def test_bus_beside_the_bare_clients(kafka_server: Kafka) -> None:
     assert figures["sizes"].keys() == {"64", "256"}
     for size in figures["sizes"].values():
         for what in ("publish", "consume"):
-            assert size[what].keys() == {"ours", "bare", "bare_defaults", "confluent"}
+            assert size[what].keys() >= {"ours", "bare", "confluent"}
             assert figures[f"{what}_ratio_to_bare"] <= size[f"{what}_ratio_to_bare"]
 
 
 def test_ratios_are_to_the_quicker_bare_client() -> None:
     """Two rounds of 10 records: ours takes 2 s and 4 s; bare 1 s and 3 s; bare with its defaults 3 s and 6 s."""
     taken = {"ours": (2.0, 4.0), "bare": (1.0, 3.0), "bare_defaults": (3.0, 6.0)}
-    rounds = [{name: bus.Seconds(seconds[i], 1.0, 0.5, 0.25) for name, seconds in taken.items()} for i in range(2)]
+    rounds = [{name: bus.Seconds(seconds[i], 0.5, 1.0, 0.25) for name, seconds in taken.items()} for i in range(2)]
     figures = bus._figures([Outgoing("k", b"x" * 1000)] * 10, rounds)
     assert figures["publish"]["ours"]["records_per_s"] == round(10 / 3)
     assert figures["publish"]["bare"]["ratio_of_ours"] == (1 / 2 + 3 / 4) / 2
@@ -92,7 +92,9 @@ def test_ratios_are_to_the_quicker_bare_client() -> None:
 
 
 class Forgetful:
-    """A client that reads something else than it was given."""
+    """A client that reads something else than was published."""
+
+    topic = "own"
 
     def __init__(self, read: list[bytes]) -> None:
         self._read = read
@@ -100,13 +102,10 @@ class Forgetful:
     def publish(self, records: Sequence[Outgoing]) -> None:
         pass
 
-    def reader(self) -> "Forgetful":
+    def reader(self, topic: str) -> "Forgetful":
         return self
 
-    def ends(self) -> dict[int, int]:
-        return {}
-
-    def read(self, offsets: Mapping[int, int], count: int) -> list[bytes]:
+    def read(self, count: int) -> list[bytes]:
         return self._read
 
     def close(self) -> None:
@@ -116,10 +115,10 @@ class Forgetful:
 @pytest.mark.parametrize("read", [[b"a"], [b"a", b"a"], [b"a", b"b", b"b"], [b"a", b"c"]])
 def test_a_client_that_reads_something_else_is_no_result(read: list[bytes]) -> None:
     records = [Outgoing("k", b"a"), Outgoing("k", b"b")]
-    wanted = bus._digest([b"a", b"b"])
-    bus._one(Forgetful([b"b", b"a"]), records, wanted)
-    with pytest.raises(AssertionError, match="not what was published"):
-        bus._one(Forgetful(read), records, wanted)
+    sound = Forgetful([b"b", b"a"])
+    assert len(bus._rounds({"ours": sound, "bare": sound}, records, 2)) == 2
+    with pytest.raises(AssertionError, match="bare read what was not published"):
+        bus._rounds({"ours": sound, "bare": Forgetful(read)}, records, 1)
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 63, 2048])
