@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from common.arrays import pack_float32
@@ -22,17 +23,23 @@ from common.bus.claims import CLAIM
 from common.bus.kafka import Connection, KafkaBus
 from common.bus.port import Outgoing
 from common.bus.standing import scan
+from common.config import load
+from common.config.show import show
+from common.files import write
 from common.messages import TRAJECTORIES, encode
 from common.trajectory import Segment
 from common.unusable import Cause
 from common.versions import Version
+from services.local.supervisor import free_port
 from tests.builders import a_finished, a_segment
+from tests.by_hand import Services
 from tests.cluster import Cluster, cluster
 from tests.runs import RunProcess, history, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 VERSIONS = 20
 OUTAGE_S = 30.0
+PAUSE_S = 20.0
 WITHIN_S = 400.0
 REPEATABLE = (
     "--learner.max_staleness=0",
@@ -175,3 +182,41 @@ def test_poison_and_repeated_records_change_nothing(servers: Cluster, toml: Path
     assert digest == clean
     assert said["dead_letters"] == {cause.value: n for cause, n in Counter(cause for cause, _ in bad).items()}
     assert said["duplicates"] >= len(again)
+
+
+def test_a_learner_that_stood_still_while_another_took_over_changes_nothing(
+    servers: Cluster, toml: Path, clean: str
+) -> None:
+    """Each service by itself, as on several machines: nobody supervises the two learners."""
+    home = toml.parent / "paused"
+    flags = (*servers.flags, *REPEATABLE, "--run.id=paused")
+    services = Services(toml, home, *flags, environment=servers.environment)
+    config = load([str(toml), *flags], {}, program="").config
+    write(home / "run.toml", show(config).encode())  # as `python -m services` would: the audit reads it
+    try:
+        for name in ("snapshot_store", "env_gateway"):
+            services.start(name, name)
+        for worker in ("worker-0", "worker-1"):
+            services.start(worker, "rollout", f"--rollout.worker={worker}", f"--rollout.port={free_port('127.0.0.1')}")
+        first = services.ranks("first", 2)
+        services.until(lambda: len(history(home)) >= 3, "the third version")
+        ranks = psutil.Process(first.pid).children(recursive=True)
+        for rank in ranks:
+            rank.suspend()
+        still = time.monotonic()
+        trained = len(history(home))
+        second = services.ranks("second", 2)
+        services.until(lambda: len(history(home)) > trained + 1, "two versions of the second")
+        time.sleep(max(0.0, PAUSE_S - (time.monotonic() - still)))
+        for rank in ranks:
+            rank.resume()
+        assert first.wait(timeout=WITHIN_S) != 0
+        assert second.wait(timeout=WITHIN_S) == 0, services.log("second").read_text()[-3000:]
+        assert "another learner took this run over" in services.log("first").read_text()
+    finally:
+        services.end()
+    said = servers.audit(home)
+    assert said["sound"], said["findings"]
+    assert said["trajectories"]["trained"] == 16 * VERSIONS
+    assert said["versions"][-1]["digest"] == clean
+    assert said["writer"] == 2

@@ -4,31 +4,24 @@ The services are started one by one, as on several machines: the supervisor woul
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from blake3 import blake3
 
-from common import faults
 from common.bus.sqlite import SqliteBus
 from common.files import write
 from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
 from services.learner.progress import complete
-from services.local.supervisor import free_port
-from tests.runs import ROOT, check_ledger, history, newest_manifest, scripted
+from tests.by_hand import WITHIN_S, Process, Services
+from tests.runs import check_ledger, history, newest_manifest, scripted
 
 pytestmark = pytest.mark.servers
-WITHIN_S = 240.0
 PLACES = [
     "learner.before_reading",
     "learner.after_step",
@@ -42,71 +35,8 @@ PLACES = [
 """Where learners are stopped (common/faults.py), each the second time it comes there."""
 VERSIONS = 18
 SKIP = "store.skip_fencing"
-KEEP_ALL = "--learner.checkpoint.keep=1000"
-"""So that nothing that a replaced learner stored would have gone by the time the test looks."""
-Process = subprocess.Popen[bytes]
 Things = set[tuple[str, int, int]]
 """In the store: `version` or `checkpoint`, its version, its writer."""
-
-
-class Services:
-    """The processes of one run, each started by hand."""
-
-    def __init__(self, toml: Path, home: Path) -> None:
-        self.home = home
-        self.ports = {name: free_port("127.0.0.1") for name in ("snapshot_store", "env_gateway", "rollout")}
-        self._toml = toml
-        self._started: dict[str, Process] = {}
-
-    def start(self, name: str, module: str, *flags: str, fault: str = "", launcher: Sequence[str] = ()) -> Process:
-        """A service under this name."""
-        common = [f"--{name}.port={self.ports[name]}" for name in ("snapshot_store", "env_gateway")]
-        with self.log(name).open("wb") as log:
-            self._started[name] = subprocess.Popen(
-                [sys.executable, *launcher, "-m", f"services.{module}", str(self._toml), *common, *flags],
-                cwd=ROOT,
-                env={**os.environ, faults.VARIABLE: fault},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        return self._started[name]
-
-    def learner(self, name: str, *flags: str, fault: str = "") -> Process:
-        """A learner of this run under this name."""
-        self.ports[name] = free_port("127.0.0.1")
-        return self.start(name, "learner", f"--learner.port={self.ports[name]}", KEEP_ALL, *flags, fault=fault)
-
-    def ranks(self, count: int, *, fault: str) -> Process:
-        """A learner of several ranks, under torchrun."""
-        self.ports["ranks"] = free_port("127.0.0.1")
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
-        flags = (f"--learner.port={self.ports['ranks']}", KEEP_ALL)
-        return self.start("ranks", "learner", *flags, fault=fault, launcher=launcher)
-
-    def log(self, name: str) -> Path:
-        return self.home.parent / f"{name}.log"
-
-    def status(self, name: str) -> dict[str, Any]:
-        """What it says of itself; {} while it does not answer."""
-        try:
-            found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.ports[name]}/v1/status", timeout=5.0).json()
-        except httpx.TransportError:
-            return {}
-        return found
-
-    def until(self, what: Callable[[], bool], name: str) -> None:
-        """Look until it holds."""
-        deadline = time.monotonic() + WITHIN_S
-        while not what():
-            if time.monotonic() > deadline:
-                said = {name: self.log(name).read_text()[-1500:] for name in self._started}
-                raise AssertionError(f"{name} did not come within {WITHIN_S:.0f} s: {said}")
-            time.sleep(0.05)
-
-    def end(self) -> None:
-        for process in self._started.values():
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture
@@ -225,7 +155,7 @@ def test_without_fencing_the_same_pause_spoils_the_run(services: Services) -> No
 def test_all_ranks_of_a_replaced_learner_end_and_its_launcher_leaves_the_code(services: Services) -> None:
     begun(services)
     place = "learner.after_step"
-    launcher = services.ranks(2, fault=f"{place}:2:STOP")
+    launcher = services.ranks("ranks", 2, fault=f"{place}:2:STOP")
     services.until(lambda: bool(stopped(launcher)), "the pause of rank 0")
     (first,) = stopped(launcher)
     family = psutil.Process(launcher.pid).children(recursive=True)
