@@ -131,6 +131,7 @@ class KafkaBus:
             else:
                 positions[i] = Position(done.partition, done.offset)
         if not all(future.is_done for future in sent):
+            problem = errors.KafkaTimeoutError(f"no outcome in {2 * self._give_up_s:.0f} s")
             self._begin_anew(producer)
         return problem
 
