@@ -30,7 +30,7 @@ from common.unusable import Cause
 from common.versions import Version
 from services.learner import metrics
 from services.learner.intake import Arrived, Intake, check_finished
-from services.learner.planner import Planner
+from services.learner.planner import Arrival, Planner
 from tests.builders import SAMPLING, a_finished, a_segment
 
 NEWEST = Version(5)
@@ -147,6 +147,42 @@ def test_a_restart_without_any_checkpoint_adopts_everything_offered(bus: SqliteB
     again.start({}, {}, now=0.0)
     assert fresh.counts()["offered"] == 8
     assert again.offer(Version(0), now=0.0) == 0
+
+
+def test_without_the_checkpoints_offsets_what_waits_on_the_log_would_be_lost(bus: SqliteBus) -> None:
+    """A group's commits would be such offsets: they say what was read, not what was trained."""
+    before, planner = started(bus)
+    publish(bus, a_finished(0, 0), a_finished(0, 1))
+    before.read_all(NEWEST, timeout_s=0)
+    read = {partition: end for partition, end in before._reader.ends().items() if end}
+    for offsets, found in ((before.offsets(), 2), (read, 0)):
+        intake, again = an_intake(bus)
+        again.restore(planner.state(), now=0.0)
+        intake.start(offsets, before.task_ends, now=0.0)
+        intake.read_all(NEWEST, timeout_s=0)
+        assert again.waiting() == found
+        intake.close()
+
+
+class Forgetful(Planner[Arrived]):
+    """Does not know ids again."""
+
+    def _known(self, group: str, trajectory: str) -> Arrival:
+        known = super()._known(group, trajectory)
+        return Arrival.NEW if known is Arrival.DUPLICATE and group in self._open else known
+
+
+@pytest.mark.parametrize(("kind", "reward"), [(Planner, 0.25), (Forgetful, 0.75)])
+def test_without_ids_a_record_that_comes_again_would_take_the_place_of_the_first(
+    bus: SqliteBus, kind: type[Planner[Arrived]], reward: float
+) -> None:
+    intake, _ = an_intake(bus)
+    intake._planner = kind(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
+    intake.start({}, {}, now=0.0)
+    intake.offer(Version(0), now=0.0)
+    publish(bus, a_finished(0, 0, reward=0.25), a_finished(0, 0, reward=0.75))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert intake.arrived["g000000/0"].record.reward == reward
 
 
 def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
