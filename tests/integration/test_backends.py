@@ -183,7 +183,10 @@ def test_a_port_that_is_taken_is_refused_by_number_and_nothing_is_left_running(f
 
 def test_ctrl_c_while_kafka_starts_leaves_nothing_half_started(folder: Path) -> None:
     words = [sys.executable, "-m", "tools.backends", "up", str(folder), *chosen_ports()]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as up:
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+    ) as up:  # fmt: skip
         until(lambda: processes(folder) != [])
         (kafka,) = processes(folder)
         up.send_signal(signal.SIGINT)
