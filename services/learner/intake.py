@@ -172,11 +172,6 @@ class Intake:
         """Where reading must start again, for a checkpoint."""
         return self._frontier.offsets()
 
-    def backlog(self) -> int:
-        """Records on the log not read yet."""
-        ends, read = self._reader.ends(), self._frontier.offsets()
-        return sum(max(0, end - read.get(partition, 0)) for partition, end in ends.items())
-
     def close(self) -> None:
         """Stop reading."""
         self._reader.close()

@@ -1,8 +1,6 @@
 """The snapshot store as a process of its own over a real MinIO, through outages, damage and sweeps."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -19,13 +17,11 @@ from common.snapshots.manifest import Canary, Damaged, Manifest
 from common.snapshots.writer import Writer
 from common.versions import Version
 from tests.backends import s3_client
+from tests.stores import LIMIT_S, StoreProcess
 from tools.backends.minio import Minio
-from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
 
-ROOT = Path(__file__).parents[2]
-LIMIT_S = 60.0
 MEBIBYTE = 1 << 20
 CANARIES = (Canary((1, 2, 3), (1, 2), (-0.5, -1.25), ()),)
 RUN = """
@@ -43,49 +39,15 @@ snapshot_store.create_bucket = true
 """
 
 
-class Store:
-    """The service on one port and one prefix of the bucket, however often it is started."""
+class Store(StoreProcess):
+    """Over one prefix of the bucket."""
 
     def __init__(self, home: Path, minio: Minio, *more: str) -> None:
-        self.port, self.minio, self.prefix = free(), minio, f"{uuid.uuid4().hex}/"
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._run, self._more = home / "run.toml", more
-        self._run.write_text(RUN.format(folder=home / "runs", endpoint=minio.endpoint, prefix=self.prefix))
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PALIMPSEST_", "AWS_"))}
-        credentials = {"MINIO_ACCESS_KEY": self.minio.access_key, "MINIO_SECRET_KEY": self.minio.secret_key}
-        port = f"--snapshot_store.port={self.port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.snapshot_store", str(self._run), port, *self._more],
-            env={**kept, **credentials, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-            cwd=self._run.parent,
-        )  # fmt: skip
-
-    def ready(self) -> None:
-        deadline = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline:
-            assert self.process is not None
-            assert self.process.poll() is None, self.process.communicate()[1]
-            try:
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.02)
-        raise AssertionError("the store does not answer")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def metric(self, name: str) -> float:
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith(f"palimpsest_store_{name} "):
-                return float(line.split()[1])
-        raise AssertionError(name)
+        self.minio, self.prefix = minio, f"{uuid.uuid4().hex}/"
+        run = home / "run.toml"
+        run.write_text(RUN.format(folder=home / "runs", endpoint=minio.endpoint, prefix=self.prefix))
+        credentials = {"MINIO_ACCESS_KEY": minio.access_key, "MINIO_SECRET_KEY": minio.secret_key}
+        super().__init__(run, *more, environment=credentials)
 
     def objects(self, under: str = "objects/") -> dict[str, int]:
         """What the bucket holds for this store, with its size."""

@@ -4,8 +4,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +20,11 @@ from common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable,
 from common.snapshots.manifest import Canary, Damaged, Manifest
 from common.snapshots.writer import Writer
 from common.versions import Version
+from tests.stores import LIMIT_S, StoreProcess
+from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
 
-ROOT = Path(__file__).parents[2]
-LIMIT_S = 60.0
 RUN = """
 run.id = "t"
 run.folder = "{folder}"
@@ -38,13 +36,6 @@ snapshot_store.sweep_s = 0.05
 CANARIES = (Canary((1, 2, 3), (1, 2), (-0.5, -1.25), ()),)
 ITEMSIZES = {"bfloat16": 2, "float32": 4, "int64": 8, "uint8": 1, "bool": 1}
 MEBIBYTE = 1 << 20
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def a_tensor(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> RawTensor:
@@ -74,61 +65,14 @@ def plain(tensors: list[RawTensor]) -> dict[str, tuple[str, tuple[int, ...], byt
     return {t.name: (t.dtype, t.shape, t.raw.tobytes()) for t in tensors}
 
 
-class Store:
-    """The service, on one port and one folder, however often it is started."""
+class Store(StoreProcess):
+    """Over one folder."""
 
     def __init__(self, home: Path) -> None:
-        self.port = free_port()
         self.folder = home / "runs" / "t" / "snapshots"
-        self._run = home / "run.toml"
-        self._run.write_text(RUN.format(folder=home / "runs"))
-        self.process: subprocess.Popen[str] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> subprocess.Popen[str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PALIMPSEST_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.snapshot_store", str(self._run), f"--snapshot_store.port={self.port}"],
-            env={**inherited, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self._run.parent,
-        )
-        return self.process
-
-    def ready(self) -> None:
-        """Wait until it answers."""
-        deadline = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline:
-            assert self.process is not None
-            assert self.process.poll() is None, self.process.communicate()[1]
-            try:
-                if httpx.get(f"{self.url}/readyz").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.02)
-        raise AssertionError("the store does not answer")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def again(self) -> None:
-        """Killed, and started again without waiting for it."""
-        self.kill()
-        self.start()
-
-    def refused(self) -> tuple[int, str]:
-        """How a store that cannot start ended, and what it said."""
-        process = self.start()
-        _, said = process.communicate(timeout=LIMIT_S)
-        self.process = None
-        return process.returncode, said
+        run = home / "run.toml"
+        run.write_text(RUN.format(folder=home / "runs"))
+        super().__init__(run)
 
     def objects(self) -> dict[str, int]:
         """Every file below objects/, hidden ones too, with its size."""
@@ -458,7 +402,7 @@ def test_a_store_that_is_asked_to_stop_ends_cleanly(store: Store, number: signal
 
 def test_a_store_that_never_answers_is_given_up_with_its_address() -> None:
     pauses: list[float] = []
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free()}"
     said = f"the snapshot store at {url} did not answer in 120 s: ConnectError"
     with SnapshotClient(url, sleep=pauses.append) as client, pytest.raises(StoreUnavailable, match=said):
         client.versions()
@@ -467,7 +411,7 @@ def test_a_store_that_never_answers_is_given_up_with_its_address() -> None:
 
 def test_how_long_a_store_is_waited_for_can_be_said() -> None:
     pauses: list[float] = []
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free()}"
     with (
         SnapshotClient(url, patience_s=3.5, sleep=pauses.append) as client,
         pytest.raises(StoreUnavailable, match=r"did not answer in 3\.5 s"),

@@ -1,0 +1,77 @@
+"""The snapshot store as a process of its own, however often it is started."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import httpx
+
+from tests.runs import ROOT
+from tools.backends.ports import free
+
+LIMIT_S = 60.0
+"""Nothing here takes so long unless it is broken."""
+
+
+class StoreProcess:
+    """`python -m services.snapshot_store`, always on the same port and over the same run file."""
+
+    def __init__(self, run: Path, *flags: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.port = free()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._run, self._flags, self._environment = run, flags, environment
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PALIMPSEST_", "AWS_"))}
+        port = f"--snapshot_store.port={self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.snapshot_store", str(self._run), port, *self._flags],
+            env={**kept, **self._environment, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self._run.parent,
+        )
+        return self.process
+
+    def ready(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, self.process.communicate()[1]
+            try:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.02)
+        raise AssertionError("the store does not answer")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def again(self) -> None:
+        """Killed, and started again without waiting for it."""
+        self.kill()
+        self.start()
+
+    def refused(self) -> tuple[int, str]:
+        """How a store that cannot start ended, and what it said."""
+        process = self.start()
+        _, said = process.communicate(timeout=LIMIT_S)
+        self.process = None
+        return process.returncode, said
+
+    def metric(self, name: str) -> float:
+        """The present value of palimpsest_store_`name`."""
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            if line.startswith(f"palimpsest_store_{name} "):
+                return float(line.split()[1])
+        raise AssertionError(name)
