@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +15,14 @@ from tools.backends.ports import free
 
 LIMIT_S = 60.0
 """Nothing here takes so long unless it is broken."""
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Look until it does."""
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class StoreProcess:

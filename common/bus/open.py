@@ -23,12 +23,7 @@ def open_bus(config: RunConfig) -> Bus:
         )
     except ValueError as error:
         bus.close()
-        raise Refusal(
-            f"{error}\nPartitions cannot be changed under a run: set bus.task_partitions and bus.trajectory_partitions "
-            f"back, or use a new run"
-            if "partitions" in str(error)
-            else str(error)
-        ) from None
+        raise Refusal(str(error)) from None
     except Refusal:
         bus.close()
         raise

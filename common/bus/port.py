@@ -14,6 +14,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+PARTITIONS_STAY = (
+    "Partitions cannot be changed under a run: set bus.task_partitions and bus.trajectory_partitions back, or use a "
+    "new run"
+)
+"""What to do about a topic that stands there with other partitions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.bus.port import OffsetGone, Outgoing, Position, Record, partition_of
+from common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
 
 LEASE_S = 10.0
 """A group member not heard of for so long is gone."""
@@ -65,7 +65,10 @@ class SqliteBus:
                 self._db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (topic, count))
                 (standing,) = self._db.execute("SELECT partitions FROM topics WHERE topic = ?", (topic,)).fetchone()
                 if standing != count:
-                    raise ValueError(f"topic {topic} in {self.path} has {standing} partitions, {count} are asked for")
+                    raise ValueError(
+                        f"topic {topic} in {self.path} has {standing} partitions, {count} are asked for\n"
+                        f"{PARTITIONS_STAY}"
+                    )
                 self._db.executemany(
                     "INSERT OR IGNORE INTO ends VALUES (?, ?, 0, 0)", [(topic, p) for p in range(count)]
                 )

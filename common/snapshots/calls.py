@@ -80,9 +80,8 @@ class Calls:
                         return
                     if reply.status_code in (200, 206):
                         at = start
-                        for (
-                            chunk
-                        ) in reply.iter_bytes():  # as it comes: what were held back would be lost with the connection
+                        # as it comes: what were held back would be lost with the connection
+                        for chunk in reply.iter_bytes():
                             new, at = chunk[max(0, had - at) :], at + len(chunk)
                             if new:
                                 had, waiting = had + len(new), _Waiting(self._sleep)

@@ -251,7 +251,9 @@ def test_a_membership_that_hangs_in_the_client_is_begun_anew(kafka: Kafka) -> No
         prefix = f"stuck.{uuid.uuid4().hex[:8]}."
         with closing(KafkaBus(connection, prefix=prefix)) as bus:
             bus.create_topics({TOPIC: PARTITIONS})
-            with Unseeing(connection, prefix, TOPIC, GROUP, "m", lease_s=LEASE_S) as member:
+            with Unseeing(
+                connection, prefix, TOPIC, GROUP, "m", partitions=lambda: PARTITIONS, lease_s=LEASE_S
+            ) as member:
                 client, began = member._client, time.monotonic()
                 while not everything(member) and time.monotonic() - began < HANGS_S:
                     member.poll(limit=1, timeout_s=0.01)

@@ -17,7 +17,7 @@ from common.snapshots.manifest import Canary, Damaged, Manifest
 from common.snapshots.writer import Writer
 from common.versions import Version
 from tests.backends import s3_client
-from tests.stores import LIMIT_S, StoreProcess
+from tests.stores import LIMIT_S, StoreProcess, eventually
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.servers
@@ -109,13 +109,6 @@ def a_writer(client: SnapshotClient) -> int:
 
 def fetched(client: SnapshotClient, version: int) -> list[RawTensor]:
     return list(client.tensors(client.manifest(Version(version))))
-
-
-def eventually(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("presign", [True, False])

@@ -5,7 +5,6 @@ import resource
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable,
 from common.snapshots.manifest import Canary, Damaged, Manifest
 from common.snapshots.writer import Writer
 from common.versions import Version
-from tests.stores import LIMIT_S, StoreProcess
+from tests.stores import LIMIT_S, StoreProcess, eventually
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
@@ -109,13 +108,6 @@ def put(client: SnapshotClient, version: int, tensors: list[RawTensor]) -> Manif
 
 def fetched(client: SnapshotClient, version: int) -> list[RawTensor]:
     return list(client.tensors(client.manifest(Version(version))))
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Between:

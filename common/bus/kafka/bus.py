@@ -17,7 +17,7 @@ from kafka import KafkaProducer, errors
 from common import faults
 from common.bus.kafka.connection import DENIED, PAUSE_S, Connection
 from common.bus.kafka.consumer import KafkaConsumer
-from common.bus.kafka.topics import Settings, make_topics, partition_counts
+from common.bus.kafka.topics import Settings, make_topics, partition_count
 from common.bus.port import Outgoing, Position, partition_of
 from common.logs import logger
 
@@ -96,7 +96,10 @@ class KafkaBus:
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> KafkaConsumer:
         if group is None:
             self._count(topic)  # a topic that is not there is refused here; to a group it may come later
-        return KafkaConsumer(self._connection, self._prefix, topic, group, member, lease_s=self._lease_s)
+        return KafkaConsumer(
+            self._connection, self._prefix, topic, group, member,
+            partitions=lambda: self._count(topic), lease_s=self._lease_s,
+        )  # fmt: skip
 
     def close(self) -> None:
         _close(self._producer, self._give_up_s)
@@ -149,17 +152,8 @@ class KafkaBus:
 
     def _count(self, topic: str) -> int:
         if topic not in self._partitions:
-            self._partitions[topic] = self._look(topic, self._prefix + topic)
+            self._partitions[topic] = partition_count(self._connection, topic, self._prefix + topic)
         return self._partitions[topic]
-
-    def _look(self, topic: str, named: str) -> int:
-        (count,) = partition_counts(self._connection, [named]).values()
-        if count is None:
-            raise LookupError(
-                f"topic {topic} does not exist on {self._connection.servers} (as {named}); the run's supervisor or its "
-                f"learner creates it at start"
-            )
-        return count
 
     def _fits(self, topic: str, record: Outgoing) -> None:
         beside = len(record.key.encode()) + sum(len(n) + len(v.encode()) + 8 for n, v in record.headers.items())

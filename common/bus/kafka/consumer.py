@@ -7,7 +7,7 @@ committed begins at the beginning.
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,6 @@ from kafka import KafkaConsumer as Client
 from kafka.structs import MemberState, OffsetAndMetadata
 
 from common.bus.kafka.connection import DENIED, Connection
-from common.bus.kafka.topics import partition_counts
 from common.bus.port import OffsetGone, Record
 from common.logs import logger
 
@@ -48,7 +47,15 @@ class KafkaConsumer:
     """See common/bus/port.py. Belongs to one thread at a time."""
 
     def __init__(
-        self, connection: Connection, prefix: str, topic: str, group: str | None, member: str, *, lease_s: float
+        self,
+        connection: Connection,
+        prefix: str,
+        topic: str,
+        group: str | None,
+        member: str,
+        *,
+        partitions: Callable[[], int],
+        lease_s: float,
     ) -> None:
         if group is not None and not member:
             raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
@@ -59,7 +66,7 @@ class KafkaConsumer:
         self._next: dict[int, int] = {}
         """Partition -> offset of the next record to hand out."""
         self._turn = 0
-        self._count = 0
+        self._partitions = partitions
         self._listener = _Listener()
         self._stuck_s = STUCK_S
         self._subscribed = False
@@ -68,7 +75,7 @@ class KafkaConsumer:
         self._client_id = f"{prefix}{member or 'reader'}"
         self._client: Any = self._connect(connection.start_limit_s)
         if group is None:
-            self._client.assign([TopicPartition(self._named, p) for p in self._partitions()])
+            self._client.assign(self._all())
             self._begin(dict(self._firsts()))
 
     def _members(self, prefix: str, lease_s: float) -> dict[str, Any]:
@@ -142,7 +149,7 @@ class KafkaConsumer:
             logger().debug("commit left out", topic=self._topic, reason=type(error).__name__)
 
     def ends(self) -> dict[int, int]:
-        tps = [TopicPartition(self._named, p) for p in self._partitions()]
+        tps = self._all()
         found = self._connection.patiently(lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}")
         return {tp.partition: offset for tp, offset in sorted(found.items())}
 
@@ -197,7 +204,7 @@ class KafkaConsumer:
         look at the topic before, and the watch over what may be left of that.
         """
         if not self._subscribed:
-            self._partitions()
+            self._all()
             self._client.subscribe([self._named], listener=self._listener)
             self._connection.patiently(self._client.topics, doing=f"look at {self._topic}")
             self._subscribed, self._stable_at = True, time.monotonic()
@@ -260,18 +267,11 @@ class KafkaConsumer:
         key = (fetched.key or b"").decode(errors="replace")  # anyone may write to a topic
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
 
-    def _partitions(self) -> list[int]:
-        if not self._count:
-            (count,) = partition_counts(self._connection, [self._named]).values()
-            if count is None:
-                raise LookupError(
-                    f"topic {self._topic} does not exist on {self._connection.servers} (as {self._named}); the run's "
-                    f"supervisor or its learner creates it at start"
-                )
-            self._count = count
-        return list(range(self._count))
+    def _all(self) -> list[TopicPartition]:
+        """Every partition of the topic. Raises LookupError when it does not exist."""
+        return [TopicPartition(self._named, p) for p in range(self._partitions())]
 
     def _firsts(self) -> dict[int, int]:
-        tps = [TopicPartition(self._named, p) for p in self._partitions()]
+        tps = self._all()
         found = self._connection.patiently(lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}")
         return {tp.partition: offset for tp, offset in found.items()}

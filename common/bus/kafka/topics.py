@@ -5,7 +5,7 @@ off or refuse is a trajectory.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from kafka import errors
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
 from common.bus.kafka.connection import Connection
+from common.bus.port import PARTITIONS_STAY
 
 KNOWN_S = 3.0
 """A new topic is known to all brokers after this time."""
@@ -58,14 +59,19 @@ def make_topics(connection: Connection, settings: Settings, partitions: Mapping[
         admin.close()
 
 
-def partition_counts(connection: Connection, names: Sequence[str]) -> dict[str, int | None]:
-    """How many partitions these topics have; None for one that does not exist."""
+def partition_count(connection: Connection, topic: str, named: str) -> int:
+    """How many partitions a topic has, `named` so at the broker. Raises LookupError when it does not exist."""
     admin = connection.client(KafkaAdminClient)
     try:
-        standing = _describe(connection, admin, list(names))
+        standing = _describe(connection, admin, [named])
     finally:
         admin.close()
-    return {name: len(standing[name]["partitions"]) if name in standing else None for name in names}
+    if named not in standing:
+        raise LookupError(
+            f"topic {topic} does not exist on {connection.servers} (as {named}); the run's supervisor or its learner "
+            f"creates it at start"
+        )
+    return len(standing[named]["partitions"])
 
 
 def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, missing: Mapping[str, int]) -> None:
@@ -123,6 +129,8 @@ def _check(
             options[name],
         )
     ]
+    if any(len(topic["partitions"]) != partitions[name] for name, topic in standing.items()):
+        problems.append(PARTITIONS_STAY)
     if problems:
         raise WrongTopic("\n".join(problems))
 
