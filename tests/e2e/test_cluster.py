@@ -1,4 +1,7 @@
-"""The main job on the real engine over a real Kafka and a real MinIO: examples/cluster.toml, shortened."""
+"""The main job on the real engine over a real Kafka and a real MinIO: examples/cluster.toml, shortened.
+
+Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from tests.runs import ROOT, RunProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 40
+GROUPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,9 @@ def home(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, starting_mo
         f"--learner.versions={VERSIONS}",
         "--learner.record=true",
         "--learner.checkpoint.keep=1000",
+        f"--learner.groups_per_batch={GROUPS}",
+        '--env_gateway.plugins={slow_lookup = "tests.slow_lookup:SlowLookup"}',
+        "--tasks.environments={slow_lookup = 1.0}",
         environment=servers.environment,
     )
     code, output = run.finish(within_s=1200)
@@ -55,8 +62,8 @@ def test_it_is_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> Non
 def test_the_ledger_balances(servers: Cluster, home: Path) -> None:
     said = servers.audit(home)
     assert said["sound"], said["findings"]
-    assert said["trajectories"]["trained"] == VERSIONS * 16 * 8
-    assert said["trajectories"]["dropped"] == {}
+    assert said["trajectories"]["trained"] == VERSIONS * GROUPS * 8
+    assert set(said["trajectories"]["dropped"]) <= {"over_staleness"}  # overtaken while their tool was at work
     assert said["dead_letters"] == {}
 
 
@@ -72,7 +79,7 @@ def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
 def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: Path) -> None:
     """With the versions as they stand in the bucket."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.rescore", str(home), "--every", "8"],
+        [sys.executable, "-m", "tools.rescore", str(home), "--every", "4"],
         cwd=ROOT,
         env={**os.environ, **servers.environment},
         capture_output=True,
