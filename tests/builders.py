@@ -3,11 +3,15 @@
 import numpy as np
 
 from common.arrays import pack_float32, pack_int32
+from common.config.learner import LearnerConfig
+from common.config.objective import DiscrepancyConfig
 from common.messages import Ending, Sampling, TrajectoryFinished, group_id, trajectory_id
 from common.trajectory import Segment
 from common.versions import UNTRAINABLE, Version
 from services.learner.batching import Row
 
+UNCORRECTED = DiscrepancyConfig(band="off", weight="off")
+"""Neither mask nor weight."""
 SAMPLING = Sampling(temperature=1.0, max_turn_tokens=8, max_trajectory_tokens=64, max_turns=4)
 
 
@@ -65,3 +69,8 @@ def a_row(
         reward=0.0,
         success=False,
     )
+
+
+def a_learner(*, micro_batch_tokens: int = 10_000, **sections: object) -> LearnerConfig:
+    """The learner's configuration with these sections."""
+    return LearnerConfig.model_validate({"versions": 1, "micro_batch_tokens": micro_batch_tokens, **sections})

@@ -13,7 +13,7 @@ from common.versions import Version
 from services.learner.batching import Padded
 from services.learner.canaries import Canaries
 from services.learner.model import named_weights, raw_tensors, token_logprobs
-from services.learner.old.proximal import Exact
+from services.learner.proximal import Exact
 from services.rollout.engine import StoredWeights
 
 CPU = torch.device("cpu")

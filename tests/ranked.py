@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from common.config.learner import LossConfig, OptimizerConfig
+from common.config.learner import OptimizerConfig
+from common.config.objective import LossConfig
 from common.versions import Version
 from services.learner.batching import Row
 from services.learner.loop import merge, take_over
 from services.learner.model import Trainee
 from services.learner.ranks import Ranks
 from services.learner.step import train
-from tests.builders import a_row
+from tests.builders import a_learner, a_row
 from tests.models import Resident, load, perturb
 
 NOW = Version(3)
-LOSS = LossConfig(entropy=0.01)
+LEARNER = a_learner(loss=LossConfig(entropy=0.01), micro_batch_tokens=40)
 OPTIMIZER = OptimizerConfig(lr=1e-2, epsilon=1e-3, weight_decay=0.1, max_grad_norm=0.05)
 """With an epsilon above the gradients' rounding, so that the step is a smooth function of them."""
 
@@ -76,7 +77,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
         return step()
 
     trainee.step = noted  # type: ignore[method-assign]
-    own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LOSS, micro_batch_tokens=40)
+    own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LEARNER)
     whole = merge(ranks.gather(own))
     return {
         "gradients": gradients,

@@ -4,7 +4,7 @@ from common.bus.claims import Claims
 from common.bus.port import Bus
 from common.bus.sqlite import SqliteBus
 from common.config.schema import RunConfig
-from common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, WORKERS
+from common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
 from common.refusal import Refusal
 
 
@@ -18,6 +18,7 @@ def open_bus(config: RunConfig) -> Bus:
                 TRAJECTORIES: config.bus.trajectory_partitions,
                 CONTROL: 1,
                 WORKERS: 1,
+                OLD_LOGPROBS: config.bus.trajectory_partitions,
                 DEAD_LETTERS: 1,
             }
         )

@@ -1,35 +1,12 @@
 """The `learner` section. The text under a key is its documentation (docs/configuration.md)."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
+from common.config.proximal import ProximalConfig, SnapshotProximal
 from common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
-
-
-class SnapshotSource(Section):
-    """Exact: a second copy of the model takes on each version's weights and scores its tokens."""
-
-    kind: Literal["snapshot"] = "snapshot"
-
-
-class LossConfig(Section):
-    """Decoupled clipped objective (docs/paper.md, "objective")."""
-
-    clip_low: Share = 0.2
-    """The staleness ratio is clipped at 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The staleness ratio is clipped at 1 + clip_high."""
-    discrepancy_band: Annotated[float, Field(gt=1)] = 2.0
-    """c: a token whose discrepancy is outside [1/c, c] is masked."""
-    discrepancy_mask: bool = True
-    """Whether the band masks tokens."""
-    discrepancy_weight: bool = True
-    """Whether the loss is weighted by the discrepancy."""
-    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Group-relative advantage: divided by the group's deviation, not divided, or leave-one-out."""
-    entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy bonus, per trained token."""
 
 
 class OptimizerConfig(Section):
@@ -85,9 +62,15 @@ class LearnerConfig(Service):
     """Oldest tokens trained on, in versions; admission keeps to it before sampling."""
     micro_batch_tokens: Positive = 16384
     """Most tokens (padding included) in one forward pass."""
-    old: SnapshotSource = SnapshotSource()
-    """Where old log-probs come from."""
+    recipe: str = ""
+    """Name of a published method: sets the sections below as that method does; what is set beside it wins."""
+    proximal: ProximalConfig = SnapshotProximal()
+    """Where the clip's anchor comes from: three exact kinds, six surrogates."""
+    discrepancy: DiscrepancyConfig = DiscrepancyConfig()
     loss: LossConfig = LossConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    vcpo: VcpoConfig = VcpoConfig()
+    audit: AuditConfig = AuditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     canary_trajectories: Positive = 16

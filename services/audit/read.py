@@ -26,6 +26,7 @@ from common.messages import (
     WORKERS,
     DeadLetter,
     RunFinished,
+    SegmentFlushed,
     TrajectoryFinished,
     VersionApplied,
     VersionPublished,
@@ -187,7 +188,11 @@ def read_log(bus: Bus, run: str) -> Log:
             Offer(offer.group, offer.index, offer.samples, (offer.environment, offer.task_seed))
             for offer in topics.messages(TASKS)
         ),
-        heard=tuple(_heard(record, message) for record, message in topics.records(TRAJECTORIES)),
+        heard=tuple(
+            _heard(record, message)
+            for record, message in topics.records(TRAJECTORIES)
+            if not isinstance(message, SegmentFlushed)  # what becomes of the trajectory is told by another record
+        ),
     )
     return _letters(topics, replace(log, bounds=topics.bounds))  # letters last: each is written before its record ends
 

@@ -43,8 +43,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
                 ranks,
                 order.minibatches,
                 order.version,
-                config=config.learner.loss,
-                micro_batch_tokens=config.learner.micro_batch_tokens,
+                config=config.learner,
             )
 
         if ranks.leads:

@@ -28,6 +28,8 @@ class Row:
     advantage: float
     reward: float
     success: bool
+    old: Float32Array | None = None
+    """Old log-probs that are known already, nats; NaN where they are not. None: nowhere."""
 
     @property
     def trainable(self) -> int:
@@ -46,6 +48,8 @@ class Padded:
     advantages: Float32Array
     temperatures: Float32Array
     """[rows, 1]"""
+    old: Float32Array
+    """Old log-probs that are known already, nats; NaN elsewhere."""
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -76,11 +80,14 @@ def pad(rows: Sequence[Row]) -> Padded:
     tokens = np.zeros(shape, dtype=np.int64)
     versions = np.full(shape, UNTRAINABLE, dtype=np.int32)
     behavior = np.zeros(shape, dtype=np.float32)
+    old = np.full(shape, np.nan, dtype=np.float32)
     for i, row in enumerate(rows):
         length = len(row.tokens)
         tokens[i, :length] = row.tokens
         versions[i, :length] = row.versions
         behavior[i, :length] = row.behavior
+        if row.old is not None:
+            old[i, :length] = row.old
     return Padded(
         rows=tuple(rows),
         tokens=tokens,
@@ -88,6 +95,7 @@ def pad(rows: Sequence[Row]) -> Padded:
         behavior=behavior,
         advantages=np.repeat(np.array([[row.advantage] for row in rows], dtype=np.float32), longest, axis=1),
         temperatures=np.array([[row.temperature] for row in rows], dtype=np.float32),
+        old=old,
     )
 
 

@@ -21,6 +21,7 @@ from common.messages import (
     TRAJECTORIES,
     GroupOffered,
     Sampling,
+    SegmentFlushed,
     TrajectoryDropped,
     TrajectoryFinished,
     Undecodable,
@@ -177,9 +178,12 @@ class Intake:
         self._reader.close()
 
     def _take(self, record: Record, newest: Version) -> None:
-        message: TrajectoryFinished | TrajectoryDropped = message_in(record)
+        message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed = message_in(record)
         if message.run != self._run:
             raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+        if isinstance(message, SegmentFlushed):
+            self._frontier.resolve(record.partition, record.offset)
+            return
         if isinstance(message, TrajectoryDropped):
             known = self._planner.drop(message.group, message.trajectory, message.reason)
             if known in TAKEN:

@@ -227,7 +227,7 @@ class Loop:
 
     def _train(self, batch: list[Batched[Arrived]]) -> None:
         """One version: train, account for it, make it durable, publish it."""
-        now, rows = self._version, [to_rows(group, self._config.loss.advantages) for group in batch]
+        now, rows = self._version, [to_rows(group, self._config.advantages.kind) for group in batch]
         order = Order(now, deal_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])

@@ -4,19 +4,20 @@ The reference pass comes before the first optimizer step and is used by all of t
 own version, however many minibatches there are.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.config.learner import LossConfig
+from common.config.learner import LearnerConfig
 from common.versions import Version
 from services.learner.batching import Padded, Row, deal, micro_batches, pad
 from services.learner.corrections import Correction, discrepancy_band
 from services.learner.losses.clipped import clipped_loss
 from services.learner.model import Trainee, token_logprobs
-from services.learner.old.proximal import Exact, Source
+from services.learner.proximal import Exact, Proximal, Source
 from services.learner.ranks import Ranks
 from services.learner.statistics import Tokens
 
@@ -70,22 +71,24 @@ def train(
     minibatches: Sequence[Sequence[Row]],
     now: Version,
     *,
-    config: LossConfig,
-    micro_batch_tokens: int,
+    config: LearnerConfig,
 ) -> Trained:
     """Train on the rows of every minibatch; all ranks call it with the same ones. Raises Refusal from the source."""
     mine = [
-        [pad(rows) for rows in micro_batches(deal(minibatch, ranks.size)[ranks.rank], max_tokens=micro_batch_tokens)]
+        [
+            pad(rows)
+            for rows in micro_batches(deal(minibatch, ranks.size)[ranks.rank], max_tokens=config.micro_batch_tokens)
+        ]
         for minibatch in minibatches
     ]
     proximal = source.proximal([batch for batches in mine for batch in batches], now)
-    anchors = iter(proximal.logprobs)
+    places = itertools.count()
     scored: list[Scored] = []
     losses, norms = 0.0, []
     for number, (batches, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
         denominator = float(max(1, sum(row.trainable for row in minibatch)))
         for batch in batches:
-            loss, result = _pass(trainee, batch, next(anchors), denominator, config, first=number == 0)
+            loss, result = _pass(trainee, batch, proximal, next(places), denominator, config, first=number == 0)
             losses += loss
             scored.append(result)
         ranks.sum(trainee.gradients())
@@ -101,23 +104,32 @@ def train(
 
 
 def _pass(
-    trainee: Trainee, batch: Padded, proximal: Tensor, denominator: float, config: LossConfig, *, first: bool
+    trainee: Trainee,
+    batch: Padded,
+    source: Proximal,
+    place: int,
+    denominator: float,
+    config: LearnerConfig,
+    *,
+    first: bool,
 ) -> tuple[float, Scored]:
     """Forward and backward of one micro-batch; its share of the loss."""
-    device = proximal.device
+    device = next(trainee.model.parameters()).device
     mask = torch.from_numpy(batch.mask).to(device)
-    correction = discrepancy_band(
-        proximal,
-        torch.from_numpy(batch.behavior).to(device),
-        mask,
-        band=config.discrepancy_band,
-        use_mask=config.discrepancy_mask,
-        use_weight=config.discrepancy_weight,
-    )
     current, entropy = token_logprobs(
         trainee.model,
         torch.from_numpy(batch.tokens).to(device),
         torch.from_numpy(batch.temperatures).to(device),
+    )
+    proximal = source.anchor(place, current.detach(), mask).logprobs
+    discrepancy, objective = config.discrepancy, config.loss
+    correction = discrepancy_band(
+        proximal,
+        torch.from_numpy(batch.behavior).to(device),
+        mask,
+        band=2.0 if discrepancy.band == "off" else discrepancy.band,
+        use_mask=discrepancy.band != "off",
+        use_weight=discrepancy.weight != "off",
     )
     result = clipped_loss(
         current,
@@ -125,13 +137,13 @@ def _pass(
         correction.weight,
         torch.from_numpy(batch.advantages).to(device),
         mask,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
         denominator=denominator,
     )
     loss = result.loss
-    if config.entropy:
-        loss = loss - config.entropy * torch.where(mask, entropy, torch.zeros((), device=device)).sum() / denominator
+    if objective.entropy:
+        loss = loss - objective.entropy * torch.where(mask, entropy, torch.zeros((), device=device)).sum() / denominator
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), Scored(
         batch,

@@ -21,8 +21,12 @@ IDENTITY = (
     "learner.groups_per_batch",
     "learner.minibatches",
     "learner.max_staleness",
-    "learner.old",
+    "learner.recipe",
+    "learner.proximal",
+    "learner.discrepancy",
     "learner.loss",
+    "learner.advantages",
+    "learner.vcpo",
     "learner.optimizer",
 )
 """Keys that make a run what it is: with other values it would be another run. The rest may change on --resume."""

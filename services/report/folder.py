@@ -24,6 +24,7 @@ from common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    SegmentFlushed,
     VersionApplied,
     WorkerAlive,
     message_in,
@@ -190,6 +191,8 @@ def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
     for length, message in _messages(bus, TRAJECTORIES, run):
         records += 1
         size += length
+        if isinstance(message, SegmentFlushed):
+            continue  # its tokens come again, with the trajectory's end
         known.add(message.trajectory)
         if hasattr(message, "tokens"):
             tokens += len(message.tokens) // 4

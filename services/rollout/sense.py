@@ -5,12 +5,14 @@ A record that decodes can still ask for what no learner asks for; acted on, it w
 
 import math
 
-from common.messages import Control, GroupOffered
+from common.messages import Control, CutReleased, GroupOffered
 from common.unusable import Cause, Unusable
 
 
 def check(message: GroupOffered | Control) -> None:
     """Raise Unusable for a version below 0, or an offer that nothing can be sampled for."""
+    if isinstance(message, CutReleased):
+        return
     if message.version < 0:
         raise Unusable(Cause.NEGATIVE_VERSION, f"version {message.version}: versions start at 0")
     if not isinstance(message, GroupOffered):

@@ -6,7 +6,7 @@ import torch
 
 from services.learner.corrections import discrepancy_band
 from services.learner.losses.clipped import clipped_loss
-from tests.oracles import decoupled_clipped
+from tests.oracles.clipped import decoupled_clipped
 
 CASES = 200
 OFF = 1e9

@@ -18,7 +18,7 @@ from common.snapshots.manifest import Damaged
 from common.versions import Version
 from services.learner.batching import Padded, pad, places_of_version, versions_present
 from services.learner.model import take_on, token_logprobs
-from services.learner.old.proximal import Exact
+from services.learner.proximal import Exact
 
 
 class SnapshotSource:

@@ -14,7 +14,7 @@ from common.bus.open import open_bus
 from common.bus.port import Outgoing, partition_of
 from common.bus.sqlite import SqliteBus
 from common.config import RunConfig
-from common.messages import CONTROL, DEAD_LETTERS, TASKS, TOPICS, TRAJECTORIES, WORKERS
+from common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TOPICS, TRAJECTORIES, WORKERS
 from common.refusal import ExitCode, Refusal
 
 UNSTORABLE: Any = object()
@@ -108,7 +108,7 @@ def test_a_runs_log_has_every_topic(tmp_path: Path) -> None:
         with opened.consumer(topic) as consumer:
             partitions[topic] = len(consumer.ends())
     opened.close()
-    assert partitions == {TASKS: 3, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, DEAD_LETTERS: 1}
+    assert partitions == {TASKS: 3, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, OLD_LOGPROBS: 2, DEAD_LETTERS: 1}
 
 
 def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_path: Path) -> None:

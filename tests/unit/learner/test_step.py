@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.learner import LossConfig, OptimizerConfig
+from common.config.learner import OptimizerConfig
+from common.config.objective import DiscrepancyConfig, LossConfig
 from common.versions import Version
 from services.learner.batching import Row
 from services.learner.model import Trainee, token_logprobs
 from services.learner.ranks import Ranks
 from services.learner.step import train
-from tests.builders import a_row
+from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import Resident, load
 
 
@@ -32,9 +33,8 @@ def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> 
     trainee = Trainee(model, OptimizerConfig())
     taken: list[torch.Tensor] = []
     trainee.step = lambda: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
-    loss = LossConfig(discrepancy_mask=False, discrepancy_weight=False)
-    micro = int(changes.get("micro_batch_tokens", 10_000))
-    train(trainee, Resident(model), Ranks(), minibatches, Version(0), config=loss, micro_batch_tokens=micro)
+    config = a_learner(discrepancy=UNCORRECTED, **changes)
+    train(trainee, Resident(model), Ranks(), minibatches, Version(0), config=config)
     return taken[: len(trainee.masters)]
 
 
@@ -61,8 +61,7 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
         Ranks(),
         [rows()[:6], rows()[6:]],
         Version(0),
-        config=LossConfig(discrepancy_mask=False, discrepancy_weight=False),
-        micro_batch_tokens=10_000,
+        config=a_learner(discrepancy=UNCORRECTED),
     )
     assert source.asked == 1
     assert trainee.steps == 2
@@ -89,8 +88,7 @@ def test_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: P
         Ranks(),
         [bad, rows()],
         Version(0),
-        config=LossConfig(discrepancy_mask=False),
-        micro_batch_tokens=10_000,
+        config=a_learner(discrepancy=DiscrepancyConfig(band="off")),
     )
     assert trained.skipped == 1
     assert trainee.steps == 1
@@ -102,7 +100,7 @@ def test_rows_without_any_sampled_token_teach_nothing(starting_model: Path) -> N
     trainee = Trainee(model, OptimizerConfig(lr=1e-2))
     before = [m.clone() for m in trainee.masters]
     empty = [a_row("a", [5, 6, 7], [-1, -1, -1]), a_row("b", [5, 6, 7], [-1, -1, -1])]
-    trained = train(trainee, Resident(model), Ranks(), [empty], Version(0), config=LossConfig(), micro_batch_tokens=100)
+    trained = train(trainee, Resident(model), Ranks(), [empty], Version(0), config=a_learner(micro_batch_tokens=100))
     assert trained.loss == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.masters, strict=True))
 
@@ -110,11 +108,9 @@ def test_rows_without_any_sampled_token_teach_nothing(starting_model: Path) -> N
 def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
     def loss(entropy: float) -> float:
         model = load(starting_model)
-        config = LossConfig(entropy=entropy)
+        config = a_learner(loss=LossConfig(entropy=entropy))
         trainee = Trainee(model, OptimizerConfig())
-        return train(
-            trainee, Resident(model), Ranks(), [rows()], Version(0), config=config, micro_batch_tokens=10_000
-        ).loss
+        return train(trainee, Resident(model), Ranks(), [rows()], Version(0), config=config).loss
 
     model = load(starting_model)
     mean = 0.0
