@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from common.config.recipes import beneath, unknown
 from common.config.schema import RunConfig
 from common.refusal import Refusal
 
@@ -79,6 +80,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         for key, value, origin in [*_variables(environment), *overrides]
         if (problem := _set(values, origins, key, value, origin))
     ]
+    problems += _follow_recipe(values, origins, path)
     config = _validate(values, origins, path, problems)
     return Invocation(config, path, check, resume, tuple(passed_on))
 
@@ -128,6 +130,18 @@ def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, o
     return None
 
 
+def _follow_recipe(values: dict[str, Any], origins: dict[Key, str], path: Path) -> list[str]:
+    """Put what the recipe says under what is set; a sentence if there is no such recipe."""
+    learner = values.get("learner")
+    name = learner.get("recipe", "") if isinstance(learner, dict) else ""
+    if not isinstance(name, str) or not name:
+        return []
+    if problem := unknown(name):
+        return [f"{origins.get(('learner', 'recipe'), path)}: {problem}"]
+    values["learner"] = beneath(name, learner)
+    return []
+
+
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -142,6 +156,10 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
         for detail in error.errors():
             key = tuple(str(part) for part in detail["loc"])
             key = tuple(part for i, part in enumerate(key) if not _is_tag(key, i))
+            if _is_branch(key):
+                if key[-1].startswith("literal["):
+                    continue  # told with what else the key can be
+                key = key[:-1]
             where = _origin(origins, key, detail) or str(path)
             match detail["type"]:
                 case "extra_forbidden":
@@ -156,6 +174,7 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
                 case _:
                     message = detail["msg"].removeprefix("Value error, ")
                     message = message[0].lower() + message[1:]
+                    message += "".join(f", or be {word!r}" for word in _words(key))
                     given = "" if detail["type"] == "value_error" else f", got {detail['input']!r}"
                     problems.append(f"{where}: {'.'.join(key) + ': ' if key else ''}{message}{given}")
     if problems:
@@ -173,6 +192,19 @@ def _origin(origins: dict[Key, str], key: Key, detail: Any) -> str | None:
 def _is_tag(key: Key, i: int) -> bool:
     """Whether key[i] is the name of a union's member that pydantic put into the path."""
     return i > 0 and _fields(key[:i]) is not None and key[i] not in (_fields(key[:i]) or {}) and i < len(key) - 1
+
+
+def _is_branch(key: Key) -> bool:
+    """Whether key's last part names one of the types that a key may have, put there by pydantic."""
+    above = _expected(key[:-1]) if len(key) > 1 else None
+    return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
+
+
+def _words(key: Key) -> tuple[str, ...]:
+    """The words that may stand at a key instead of a number."""
+    members = _members(_expected(key)) if key else []
+    literals = [member for member in members if get_origin(member) is Literal]
+    return get_args(literals[0]) if literals and len(members) > 1 else ()
 
 
 def _unknown(key: Key) -> str:

@@ -42,7 +42,7 @@ RUNS = st.fixed_dictionaries(
             {"versions": COUNT},
             optional={
                 "optimizer": st.fixed_dictionaries({}, optional={"lr": POSITIVE, "beta1": SHARE, "warmup": COUNT}),
-                "loss": st.fixed_dictionaries({}, optional={"discrepancy_mask": st.booleans(), "clip_low": SHARE}),
+                "loss": st.fixed_dictionaries({}, optional={"clip_low": SHARE, "entropy": SHARE}),
                 "checkpoint": st.fixed_dictionaries({}, optional={"folder": PATHS}),
                 "record": st.booleans(),
             },

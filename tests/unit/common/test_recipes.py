@@ -1,0 +1,82 @@
+"""Recipes: each is a run that can be started, a run's own keys win, and the names are helped with."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import load
+from common.config.learner import LearnerConfig
+from common.config.recipes import NEIGHBOURS, RECIPES, TABLE
+from common.config.show import show
+from common.refusal import Refusal
+
+RUN = """\
+run.id = "test"
+model.path = "m"
+tasks.environments = {{ lookup = 1.0 }}
+[learner]
+versions = 3
+{more}
+"""
+
+
+def learner(folder: Path, more: str, *flags: str) -> LearnerConfig:
+    path = folder / "run.toml"
+    path.write_text(RUN.format(more=more))
+    return load([str(path), *flags], {}, program="").config.learner
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_run_and_comes_back_from_what_check_prints(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(more=f'recipe = "{name}"'))
+    config = load([str(path)], {}, program="").config
+    assert config.learner.proximal.kind == RECIPES[name]["proximal"]["kind"]
+    (tmp_path / "again.toml").write_text(show(config))
+    assert load([str(tmp_path / "again.toml")], {}, program="").config == config
+
+
+def test_the_rows_of_the_unifying_table_differ_in_what_they_say_of_both_ratios() -> None:
+    rows = {(r["proximal"]["kind"], r["discrepancy"]["weight"], r["discrepancy"]["band"]) for r in TABLE.values()}
+    assert len(rows) == len(TABLE) == 7
+
+
+def test_two_rows_drop_the_discrepancy_and_two_surrogates_share_it(tmp_path: Path) -> None:
+    """Section 2.4: PPO-clip has r_d = 1 beside an exact anchor, decoupled_exact weighs and masks by it."""
+    plain, decoupled = learner(tmp_path, 'recipe = "ppo_clip"'), learner(tmp_path, 'recipe = "decoupled_exact"')
+    assert plain.proximal == decoupled.proximal
+    assert (plain.discrepancy.weight, plain.discrepancy.band) == ("off", "off")
+    assert (decoupled.discrepancy.weight, decoupled.discrepancy.band) == ("ratio", 2.0)
+
+
+def test_what_the_run_sets_wins_over_the_recipe(tmp_path: Path) -> None:
+    config = learner(tmp_path, 'recipe = "vcpo"\nloss.clip_high = 0.5', "--learner.discrepancy.weight_high=4.0")
+    assert (config.loss.clip_high, config.loss.objective) == (0.5, "policy_gradient")
+    assert (config.discrepancy.weight_high, config.discrepancy.weight_level) == (4.0, "sequence")
+    assert config.vcpo.baseline
+
+
+def test_another_kind_of_proximal_brings_its_own_keys(tmp_path: Path) -> None:
+    recipe = next(name for name, keys in NEIGHBOURS.items() if keys["proximal"]["kind"] == "ppo_ewma_async")
+    config = learner(tmp_path, f'recipe = "{recipe}"\nproximal = {{ kind = "ewma_prox", decay = 0.5 }}')
+    assert config.proximal.model_dump() == {"kind": "ewma_prox", "decay": 0.5}
+
+
+def test_a_recipe_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="there is no recipe 'icepob'; did you mean icepop"):
+        learner(tmp_path, 'recipe = "icepob"')
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--learner.discrepancy.veto=of", "learner.discrepancy.veto: input should be a valid number, or be 'off', got"),
+        ("--learner.discrepancy.band=0.5", "learner.discrepancy.band: input should be greater than 1, or be 'off'"),
+        ("--learner.discrepancy.tokens=[3.0, 2.0]", "it needs 0 <= low < high, or be 'off'"),
+    ],
+)
+def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as refused:
+        learner(tmp_path, "", flag)
+    assert sentence in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
