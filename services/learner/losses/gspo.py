@@ -1,0 +1,33 @@
+"""One ratio for a whole trajectory: the geometric mean of its tokens' (docs/algorithms/gspo.md). Pure.
+
+    s_i = exp( mean_t (log pi_theta - log pi_prox) )        s_it = sg(s_i) * pi_theta / sg(pi_theta)
+    loss = -w min(s_it A, clip(s_it, 1 - low, 1 + high) A)
+
+s_it has the value of s_i and the gradient of its own token, so that advantages may differ from token to token. With
+equal ones, their mean over the trajectory has the value and the gradient of the trajectory's form.
+"""
+
+import torch
+
+from services.learner.corrections import log_ratio
+from services.learner.losses.port import Inputs, Outcome, beyond, only
+
+
+def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
+    """Useful bounds are far smaller than a token's (about 3e-4 and 4e-4); the caller chooses. Raises ValueError for
+    bounds that are none.
+
+    The mean goes over the usable tokens of the row: a removed or missing one says nothing about the ratio. Meant for
+    `seq_mean_token_mean`. log_update is log s_i, at every usable token.
+    """
+    usable = inputs.usable
+    apart = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
+    mean = apart.sum(-1, keepdim=True) / usable.sum(-1, keepdim=True).clamp(min=1)
+    log_update = only(mean.expand_as(apart), usable)
+    ratio, advantages = log_update.exp(), only(inputs.advantages, usable)
+    current = only(inputs.current, usable)
+    high, low = beyond(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
+    value = ratio * (current - current.detach()).exp() * advantages
+    value = torch.where(high, (1 + clip_high) * advantages, value)
+    value = torch.where(low, (1 - clip_low) * advantages, value)
+    return Outcome(only(-inputs.weight * value, usable), {"clip_high": high, "clip_low": low}, log_update)

@@ -1,0 +1,17 @@
+"""The weighted ratio without a clip (docs/algorithms/ppo-clip.md, "without the clip"). Pure.
+
+    loss = -w r A,    r = pi_theta / pi_prox
+
+With the weight w = pi_prox / mu this is minus the total ratio times the advantage, whatever the proximal is.
+"""
+
+from services.learner.corrections import log_ratio
+from services.learner.losses.port import Inputs, Outcome, only
+
+
+def policy_gradient_loss(inputs: Inputs) -> Outcome:
+    """Nothing is clipped; log-ratios beyond +-20 alone have no gradient."""
+    usable = inputs.usable
+    log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
+    value = log_update.exp() * only(inputs.advantages, usable)
+    return Outcome(only(-inputs.weight * value, usable), {}, log_update.detach())

@@ -1,0 +1,93 @@
+"""Variance kept in check: effective samples, the learning rate that follows them, and the baseline of least variance
+(docs/algorithms/vcpo.md). Pure.
+
+    ESS = (sum w)^2 / sum w^2        lr * min(1, (ESS / N) / base)^power        b = sum w^2 |g|^2 R / sum w^2 |g|^2
+
+w is a trajectory's total ratio, g the gradient of its log-prob without w, R its reward, N the trajectories.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from services.learner.corrections import log_ratio
+
+Gather = Callable[[tuple[float, ...]], list[tuple[float, ...]]]
+"""Every rank's value, on every rank."""
+POWERS = {"sqrt": 0.5, "linear": 1.0}
+"""Power of the effective sample share, by name."""
+
+
+def trajectory_log_ratio(current: Tensor, behavior: Tensor, mask: Tensor) -> Tensor:
+    """log w of each row, [rows] float64 without gradient: total log-ratios of its trainable tokens added up.
+
+    A token whose log-prob is not finite adds nothing. Nothing is truncated but single tokens at +-20: what the gradient
+    is weighted with may be, the effective sample size of truncated weights flatters.
+    """
+    usable = mask & torch.isfinite(current) & torch.isfinite(behavior)
+    return log_ratio(current.detach(), behavior.detach(), usable).double().sum(-1)
+
+
+def ess(log_weights: Tensor, *, gather: Gather) -> float:
+    """ESS / N of the minibatch's trajectories: 1 when all weights are equal, 1 / N when one outweighs all others.
+
+    log_weights: [trajectories] of this rank, maybe none; every rank calls it. The largest log-weight of all ranks is
+    taken off first, so that nothing overflows; the result does not depend on the weights' scale. 1 without any
+    trajectory. Raises ValueError, on every rank, when a log-weight on any is not finite.
+    """
+    mine = log_weights.detach().double().cpu()
+    finite = bool(torch.isfinite(mine).all())
+    heads = gather((float(len(mine)), float(mine.max()) if len(mine) else -math.inf, float(finite)))
+    if not all(head[2] for head in heads):
+        raise ValueError("a trajectory's log-weight is not finite: leave it out of the effective sample size")
+    count, shift = sum(head[0] for head in heads), max(head[1] for head in heads)
+    if not count:
+        return 1.0
+    weights = (mine - shift).exp()
+    sums = gather((float(weights.sum()), float(weights.square().sum())))
+    return sum(part[0] for part in sums) ** 2 / sum(part[1] for part in sums) / count
+
+
+def lr_factor(share: float, base: float, power: float) -> float:
+    """Factor on the learning rate of the next optimizer step, and of no other: min(1, share / base)^power.
+
+    share: ESS / N; base: the share from which the learning rate is whole; power: see POWERS. Raises ValueError for a
+    share that is none or a power that is not positive.
+    """
+    if not 0 <= share <= 1 + 1e-9:
+        raise ValueError(f"an effective sample share is from 0 to 1, this one is {share}")
+    if not power > 0:
+        raise ValueError(f"the power of the effective sample share is {power}: give more than 0")
+    return 1.0 if share >= base else float((share / base) ** power)
+
+
+def minimum_variance_baseline(
+    weights: Sequence[float] | Tensor, squared_norms: Sequence[float] | Tensor, rewards: Sequence[float] | Tensor
+) -> float:
+    """b for which the gradient sum_i w_i (R_i - b) g_i has the least variance.
+
+    [trajectories] each, of all ranks: weights w_i; squared norms of g_i, the gradient *without* w_i; rewards. Whoever
+    holds |w_i g_i|^2 instead gives weights of 1: the weight counts once. Only the weights' proportions matter. Where no
+    trajectory has a gradient every baseline does the same, and the mean reward is given. Raises ValueError when lengths
+    differ, there is no trajectory, or a number is not finite.
+    """
+    w, norms, r = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (weights, squared_norms, rewards))
+    if not len(w) == len(norms) == len(r) or not len(w):
+        raise ValueError(f"{len(w)} weights, {len(norms)} norms and {len(r)} rewards: give one of each a trajectory")
+    if not all(bool(torch.isfinite(x).all()) for x in (w, norms, r)):
+        raise ValueError("a weight, norm or reward is not finite: leave its trajectory out of the baseline")
+    largest = float(w.abs().max())
+    importance = (w / largest).square() * norms if largest else torch.zeros_like(w)
+    total = float(importance.sum())
+    return float((importance * r).sum()) / total if total > 0 else float(r.mean())
+
+
+def subtract_baseline(weighted: Sequence[Tensor], scores: Sequence[Tensor], baseline: float) -> None:
+    """sum_i w_i (R_i - b) g_i, in the place of the first: weighted is sum_i w_i R_i g_i, scores is sum_i w_i g_i.
+
+    Both tensor by tensor, summed over the ranks.
+    """
+    for first, second in zip(weighted, scores, strict=True):
+        first.sub_(second, alpha=baseline)
