@@ -1,0 +1,20 @@
+"""What the discrepancy (and only the discrepancy) does to a token: its weight and its mask. Pure, without gradients."""
+
+from services.learner.corrections.combine import alone, correct, limits, overlap
+from services.learner.corrections.ratios import LOG_RATIO_BOUND, log_ratio
+from services.learner.corrections.rules import Correction, Gather, Limits, Rules
+from services.learner.corrections.token_rules import discrepancy_band
+
+__all__ = [
+    "LOG_RATIO_BOUND",
+    "Correction",
+    "Gather",
+    "Limits",
+    "Rules",
+    "alone",
+    "correct",
+    "discrepancy_band",
+    "limits",
+    "log_ratio",
+    "overlap",
+]
