@@ -1,0 +1,16 @@
+"""From rewards to advantages. Pure; docs/paper.md, "advantages", and docs/algorithms has a page for each method."""
+
+from services.learner.advantages.group import ESTIMATORS, dr_grpo, group_advantages, grpo, rloo
+from services.learner.advantages.tokens import TOKEN_KINDS, Estimated, Part, token_advantages
+
+__all__ = [
+    "ESTIMATORS",
+    "TOKEN_KINDS",
+    "Estimated",
+    "Part",
+    "dr_grpo",
+    "group_advantages",
+    "grpo",
+    "rloo",
+    "token_advantages",
+]
