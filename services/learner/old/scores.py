@@ -1,8 +1,8 @@
 """Old log-probs that came over the log, or were computed early, until their trajectory is trained on.
 
 A value belongs to a token under a version's weights and behind a prefix, so it is kept under all of these: the
-trajectory's id, the span, the version, the digest of its weights, and the digest of the tokens up to the span's end. What
-does not agree in every one of them is not taken for a token's old log-prob.
+trajectory's id, the span, the version, the digest of its weights, and the digest of the tokens up to the span's end.
+What does not agree in every one of them is not taken for a token's old log-prob.
 """
 
 from collections.abc import Mapping
