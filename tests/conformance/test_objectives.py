@@ -1,0 +1,321 @@
+"""Every objective against a float64 oracle, and the numbers of algorithms.md 2, 5, 7 and 14."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from services.learner.losses.aggregate import Denominators, aggregate
+from services.learner.losses.cispo import cispo_loss
+from services.learner.losses.clipped import ppo_loss
+from services.learner.losses.gspo import gspo_loss
+from services.learner.losses.minirl import minirl_loss
+from services.learner.losses.policy_gradient import policy_gradient_loss
+from services.learner.losses.port import Inputs, Outcome
+from services.learner.losses.r2vpo import r2vpo_loss
+from tests.oracles import objectives as oracle
+
+CASES = 200
+OFF = 1e9
+"""A bound that never binds."""
+Ours = Callable[[Inputs], Outcome]
+Theirs = Callable[[oracle.Data], oracle.Result]
+PAIRS: dict[str, tuple[Ours, Theirs]] = {
+    "clipped": (
+        lambda inputs: ppo_loss(inputs, clip_low=0.2, clip_high=0.28),
+        lambda data: oracle.ppo(data, low=0.2, high=0.28),
+    ),
+    "dual_clip": (
+        lambda inputs: ppo_loss(inputs, clip_low=0.1, clip_high=0.3, dual_clip=1.2),
+        lambda data: oracle.ppo(data, low=0.1, high=0.3, dual=1.2),
+    ),
+    "policy_gradient": (policy_gradient_loss, oracle.policy_gradient),
+    "gspo": (
+        lambda inputs: gspo_loss(inputs, clip_low=0.05, clip_high=0.08),
+        lambda data: oracle.gspo(data, low=0.05, high=0.08),
+    ),
+    "cispo": (
+        lambda inputs: cispo_loss(inputs, clip_low=0.3, clip_high=0.2),
+        lambda data: oracle.cispo(data, low=0.3, high=0.2),
+    ),
+    "minirl": (
+        lambda inputs: minirl_loss(inputs, clip_low=0.2, clip_high=0.27),
+        lambda data: oracle.minirl(data, low=0.2, high=0.27),
+    ),
+    "r2vpo": (
+        lambda inputs: r2vpo_loss(inputs, multiplier=0.7, target=0.02),
+        lambda data: oracle.r2vpo(data, multiplier=0.7, target=0.02),
+    ),
+}
+"""Name -> ours, the oracle's."""
+
+
+def draw(seed: int) -> oracle.Data:
+    """With removed tokens, tokens off the mask, and log-probs that are not finite."""
+    generator = np.random.default_rng(seed)
+    shape = (int(generator.integers(1, 5)), int(generator.integers(1, 9)))
+    behavior = -generator.exponential(1.0, shape)
+    proximal = behavior + generator.normal(0, 0.3, shape)
+    current = proximal + generator.normal(0, 0.3, shape)
+    for values in (behavior, proximal, current):
+        values[generator.random(shape) < 0.03] = generator.choice([np.nan, np.inf, -np.inf])
+    weight = np.where(generator.random(shape) < 0.2, 0.0, generator.lognormal(0, 0.3, shape))
+    advantages = generator.normal(0, 1, shape)
+    return oracle.Data(current, proximal, behavior, weight, advantages, generator.random(shape) < 0.8)
+
+
+def inputs_of(data: oracle.Data) -> Inputs:
+    return Inputs(
+        current=torch.tensor(data.current, requires_grad=True),
+        proximal=torch.tensor(data.proximal),
+        behavior=torch.tensor(data.behavior),
+        weight=torch.tensor(data.weight),
+        advantages=torch.tensor(data.advantages),
+        mask=torch.tensor(data.mask),
+    )
+
+
+def one(log_update: float, advantage: float, *, weight: float = 1.0, log_discrepancy: float = 0.0) -> Inputs:
+    """A single token."""
+
+    def number(value: float) -> Tensor:
+        return torch.tensor([[value]], dtype=torch.float64)
+
+    return Inputs(
+        current=number(log_update - 1.0).requires_grad_(),
+        proximal=number(-1.0),
+        behavior=number(-1.0 - log_discrepancy),
+        weight=number(weight),
+        advantages=number(advantage),
+        mask=torch.tensor([[True]]),
+    )
+
+
+def gradient(outcome: Outcome, inputs: Inputs) -> Tensor:
+    (found,) = torch.autograd.grad(outcome.losses.sum(), inputs.current)
+    return found
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_and_gradient_equal_the_oracle(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    for seed in range(CASES):
+        data = draw(seed)
+        inputs = inputs_of(data)
+        outcome = ours(inputs)
+        losses, slopes = theirs(data)
+        np.testing.assert_allclose(outcome.losses.detach(), losses, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
+        found = gradient(outcome, inputs)
+        np.testing.assert_allclose(found, slopes, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("name", ["clipped", "dual_clip", "gspo", "minirl"])
+def test_a_token_is_said_to_be_clipped_exactly_when_it_lost_its_gradient(name: str) -> None:
+    ours, _ = PAIRS[name]
+    seen = 0
+    for seed in range(CASES):
+        inputs = inputs_of(draw(seed))
+        outcome = ours(inputs)
+        lost = inputs.usable & (gradient(outcome, inputs) == 0)
+        assert (outcome.touched == lost).all(), f"seed {seed}"
+        seen += int(lost.sum())
+    assert seen > CASES
+
+
+def test_with_all_bounds_off_every_objective_has_the_gradient_of_the_total_ratio() -> None:
+    """algorithms.md 2.2: R A at each token. GSPO's ratio is a trajectory's: the same where it has one token."""
+    for seed in range(CASES):
+        generator = np.random.default_rng(seed)
+        shape = (6, 1)
+        behavior = -generator.exponential(1.0, shape)
+        proximal = behavior + generator.normal(0, 0.4, shape)
+        current = proximal + generator.normal(0, 0.4, shape)
+        data = oracle.Data(
+            current,
+            proximal,
+            behavior,
+            np.exp(proximal - behavior),
+            generator.normal(0, 1, shape),
+            np.ones(shape, dtype=bool),
+        )
+        expected = -np.exp(current - behavior) * data.advantages
+        objectives: list[Ours] = [
+            policy_gradient_loss,
+            lambda inputs: ppo_loss(inputs, clip_low=1.0, clip_high=OFF),
+            lambda inputs: gspo_loss(inputs, clip_low=1.0, clip_high=OFF),
+            lambda inputs: cispo_loss(inputs, clip_low=1.0, clip_high=OFF),
+            lambda inputs: minirl_loss(inputs, clip_low=1.0, clip_high=OFF),
+            lambda inputs: r2vpo_loss(inputs, multiplier=0.0, target=0.02),
+        ]
+        for objective in objectives:
+            inputs = inputs_of(data)
+            np.testing.assert_allclose(gradient(objective(inputs), inputs), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "cause"),
+    [
+        (1.5, 1.0, -1.2, "clip_high"),
+        (1.5, -1.0, 1.5, None),
+        (0.5, -1.0, 0.8, "clip_low"),
+        (0.5, 1.0, -0.5, None),
+        (10.0, -1.0, 10.0, None),
+        (1.1, 2.0, -2.2, None),
+    ],
+)
+def test_the_clip_acts_by_the_sign_of_the_advantage(
+    ratio: float, advantage: float, loss: float, cause: str | None
+) -> None:
+    outcome = ppo_loss(one(math.log(ratio), advantage), clip_low=0.2, clip_high=0.2)
+    assert float(outcome.losses.detach()) == pytest.approx(loss, rel=1e-9)
+    assert {name for name, where in outcome.clipped.items() if where.any()} == ({cause} if cause else set())
+
+
+def test_the_dual_clip_bounds_the_loss_at_three_times_the_advantage() -> None:
+    """algorithms.md 5: A = -1, r = 10 gives 10 without, 3 with."""
+    inputs = one(math.log(10.0), -1.0)
+    outcome = ppo_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert float(outcome.losses.detach()) == pytest.approx(3.0)
+    assert float(gradient(outcome, inputs)) == 0.0
+    assert {name: bool(where) for name, where in outcome.clipped.items()} == {
+        "clip_high": False, "clip_low": False, "dual": True,
+    }  # fmt: skip
+
+
+def test_the_dual_clip_leaves_positive_advantages_alone() -> None:
+    inputs = one(math.log(10.0), 1.0)
+    with_it = ppo_loss(inputs, clip_low=0.2, clip_high=OFF, dual_clip=3.0)
+    assert float(with_it.losses.detach()) == pytest.approx(-10.0)
+    assert not with_it.touched.any()
+
+
+@pytest.mark.parametrize(
+    ("log_proximal", "clipped"), [(-1.10, True), (-0.95, False), (-1.20, True), (-0.975, False), (-0.96699, False)]
+)
+def test_the_clip_sees_another_ratio_under_each_proximal(log_proximal: float, clipped: bool) -> None:
+    """Example A of algorithms.md 2.1: one token, one A > 0, clip at 1.2."""
+    inputs = one(-0.90 - log_proximal, 1.0, weight=math.exp(log_proximal + 1.20), log_discrepancy=log_proximal + 1.20)
+    outcome = ppo_loss(inputs, clip_low=0.2, clip_high=0.2)
+    assert bool(outcome.touched) is clipped
+    assert float(policy_gradient_loss(inputs).losses.detach()) == pytest.approx(-1.34986, abs=5e-6)
+
+
+def three_tokens(advantage: float) -> Inputs:
+    """One trajectory with log-ratios .1, -.3, .05."""
+    current = torch.tensor([[0.1, -0.3, 0.05]], dtype=torch.float64) - 1.0
+    flat = torch.full_like(current, -1.0)
+    ones = torch.ones_like(current)
+    return Inputs(current.requires_grad_(), flat, flat, ones, advantage * ones, ones.bool())
+
+
+def test_gspo_ratio_is_the_geometric_mean() -> None:
+    """algorithms.md 7: log-ratios .1, -.3, .05 give s = e^-.05 = .95123."""
+    inputs = three_tokens(1.0)
+    outcome = gspo_loss(inputs, clip_low=1.0, clip_high=OFF)
+    np.testing.assert_allclose(outcome.losses.detach(), [[-0.95123] * 3], atol=5e-6)
+    np.testing.assert_allclose(outcome.log_update, [[-0.05] * 3], atol=1e-12)
+    np.testing.assert_allclose(gradient(outcome, inputs), [[-0.95123] * 3], atol=5e-6)
+
+
+def test_gspo_clips_the_whole_trajectory_by_the_sign_of_its_advantage() -> None:
+    """s = .95123 is below 1 - 3e-4: with A < 0 the clip holds, with A > 0 it does not."""
+    bad = three_tokens(-1.0)
+    outcome = gspo_loss(bad, clip_low=3e-4, clip_high=4e-4)
+    np.testing.assert_allclose(outcome.losses.detach(), [[0.9997] * 3], atol=1e-12)
+    assert outcome.clipped["clip_low"].all()
+    assert (gradient(outcome, bad) == 0).all()
+    good = three_tokens(1.0)
+    outcome = gspo_loss(good, clip_low=3e-4, clip_high=4e-4)
+    assert not outcome.touched.any()
+    assert (gradient(outcome, good) != 0).all()
+
+
+def test_gspo_in_token_form_has_value_and_gradient_of_the_trajectory_form() -> None:
+    for seed in range(CASES):
+        generator = np.random.default_rng(seed)
+        rows, tokens = int(generator.integers(1, 4)), int(generator.integers(1, 7))
+        mask = torch.tensor(generator.random((rows, tokens)) < 0.8)
+        mask[:, 0] = True
+        proximal = torch.tensor(-generator.exponential(1.0, (rows, tokens)))
+        current = (proximal + torch.tensor(generator.normal(0, 0.2, (rows, tokens)))).requires_grad_()
+        advantages = torch.tensor(generator.normal(0, 1, (rows, 1)))
+        whole = advantages.expand(rows, tokens)
+        inputs = Inputs(current, proximal, proximal, torch.ones_like(proximal), whole, mask)
+        denominators = Denominators.of(mask.sum(-1).tolist(), 100)
+        losses = gspo_loss(inputs, clip_low=0.05, clip_high=0.05).losses
+        token_form = aggregate(losses, mask, "seq_mean_token_mean", denominators)
+        mean = torch.where(mask, current - proximal, 0.0).sum(-1) / mask.sum(-1)
+        ratio = mean.exp()[:, None]
+        sequence_form = -torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages).mean()
+        assert float(token_form.detach()) == pytest.approx(float(sequence_form.detach()), rel=1e-9)
+        (ours,), (theirs,) = (torch.autograd.grad(loss, current) for loss in (token_form, sequence_form))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
+
+
+def test_cispo_bounds_the_gradient_where_ppo_has_none() -> None:
+    inputs = one(math.log(1.5), 1.0)
+    assert float(gradient(ppo_loss(inputs, clip_low=0.2, clip_high=0.2), inputs)) == 0.0
+    outcome = cispo_loss(inputs, clip_low=0.2, clip_high=0.2)
+    assert float(gradient(outcome, inputs)) == pytest.approx(-1.2)
+    assert bool(outcome.clipped["clip_high"])
+
+
+def test_minirl_weighs_by_the_total_ratio_and_takes_the_weight_as_a_mask_only() -> None:
+    """Staleness ratio 1.1 and discrepancy 1.25: the factor is 1.375, whatever the weight."""
+    for weight in (1.25, 1.0, 0.01):
+        inputs = one(math.log(1.1), 2.0, weight=weight, log_discrepancy=math.log(1.25))
+        outcome = minirl_loss(inputs, clip_low=0.2, clip_high=0.2)
+        assert float(gradient(outcome, inputs)) == pytest.approx(-2 * 1.375)
+    removed = one(math.log(1.1), 2.0, weight=0.0, log_discrepancy=math.log(1.25))
+    assert float(gradient(minirl_loss(removed, clip_low=0.2, clip_high=0.2), removed)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "cause"),
+    [(1.3, 1.0, "mask_high"), (1.3, -1.0, None), (0.7, -1.0, "mask_low"), (0.7, 1.0, None)],
+)
+def test_minirl_masks_by_the_staleness_ratio_not_by_the_total(
+    ratio: float, advantage: float, cause: str | None
+) -> None:
+    """The discrepancy is the ratio's inverse, so that the total ratio is 1 throughout."""
+    inputs = one(math.log(ratio), advantage, log_discrepancy=-math.log(ratio))
+    outcome = minirl_loss(inputs, clip_low=0.2, clip_high=0.2)
+    assert {name for name, where in outcome.clipped.items() if where.any()} == ({cause} if cause else set())
+    assert float(gradient(outcome, inputs)) == pytest.approx(0.0 if cause else -advantage)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "sentence"),
+    [
+        ({"clip_low": 1.5, "clip_high": 0.2}, "clip_low is 1.5"),
+        ({"clip_low": -0.1, "clip_high": 0.2}, "clip_low is -0.1"),
+        ({"clip_low": 0.2, "clip_high": -0.2}, "clip_high is -0.2"),
+        ({"clip_low": 0.2, "clip_high": math.nan}, "clip_high is nan"),
+    ],
+)
+@pytest.mark.parametrize("objective", [ppo_loss, gspo_loss, cispo_loss, minirl_loss])
+def test_bounds_that_are_none_are_refused(
+    objective: Callable[..., Outcome], bounds: dict[str, float], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        objective(one(0.1, 1.0), **bounds)
+
+
+def test_a_dual_clip_that_would_act_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dual_clip is 1\.0"):
+        ppo_loss(one(0.1, 1.0), clip_low=0.2, clip_high=0.2, dual_clip=1.0)
+
+
+def test_a_mask_of_integers_is_refused() -> None:
+    flat = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"torch.int64: make it torch.bool"):
+        Inputs(flat, flat, flat, flat, flat, torch.ones(1, 2, dtype=torch.int64))
+
+
+def test_inputs_of_different_shapes_are_refused() -> None:
+    flat = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="one shape"):
+        Inputs(flat, flat, flat, flat, torch.zeros(1, 1), torch.ones(1, 2, dtype=torch.bool))
