@@ -3,17 +3,23 @@
 import fcntl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
 from transformers import AutoModelForCausalLM
 
+from common.config.learner import LearnerConfig
 from common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
 from common.versions import Version
-from services.learner.batching import Padded
+from services.learner.batching import Padded, Row
 from services.learner.canaries import Canaries
-from services.learner.model import named_weights, raw_tensors, token_logprobs
-from services.learner.proximal import Exact
+from services.learner.companions import Companions
+from services.learner.model import Trainee, named_weights, raw_tensors, token_logprobs
+from services.learner.proximal import Exact, Source
+from services.learner.ranks import Ranks
+from services.learner.scored import Trained
+from services.learner.step import Step
 from services.rollout.engine import StoredWeights
 
 CPU = torch.device("cpu")
@@ -91,6 +97,22 @@ class Resident:
                 for b in batches
             ]
         )
+
+
+def train(
+    trainee: Trainee,
+    source: Source,
+    ranks: Ranks,
+    minibatches: Sequence[Sequence[Row]],
+    now: Version,
+    *,
+    config: LearnerConfig,
+    length: int = 64,
+    **beside: Any,
+) -> Trained:
+    """One version's training with this source; `beside`: other companions."""
+    step = Step(trainee, Companions(source, **beside), ranks, config, length=length, seed=0)
+    return step.train(minibatches, now)
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from common.config.learner import OptimizerConfig
 from common.config.objective import LossConfig
 from common.versions import Version
 from services.learner.batching import Row
-from services.learner.loop import merge, take_over
+from services.learner.companions import Companions
+from services.learner.loop import take_over
 from services.learner.model import Trainee
 from services.learner.ranks import Ranks
-from services.learner.step import train
+from services.learner.scored import merge
 from tests.builders import a_learner, a_row
-from tests.models import Resident, load, perturb
+from tests.models import Resident, load, perturb, train
 
 NOW = Version(3)
 LEARNER = a_learner(loss=LossConfig(entropy=0.01), micro_batch_tokens=40)
@@ -68,11 +69,11 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
         for gradient in trainee.gradients():
             gradient.fill_(1e-3)
         trainee.step()  # rank 0 goes on from a checkpoint: it has moments and steps
-    take_over(trainee, ranks)
+    take_over(trainee, Companions(Resident(model)), ranks)
     gradients: list[torch.Tensor] = []
     step = trainee.step
 
-    def noted() -> float:
+    def noted(**_: float) -> float:
         gradients.append(torch.cat([gradient.reshape(-1) for gradient in trainee.gradients()]))
         return step()
 

@@ -5,8 +5,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
-from common.config.proximal import ProximalConfig, SnapshotProximal
+from common.config.proximal import EXACT, ProximalConfig, SnapshotProximal
 from common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
+
+TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
+"""Kinds of advantages that differ from token to token."""
 
 
 class OptimizerConfig(Section):
@@ -79,3 +82,32 @@ class LearnerConfig(Service):
     """CPU threads of each rank."""
     record: bool = False
     """Keep every trained batch with all its log-probs in `records` in the run's folder."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "LearnerConfig":
+        kind, kl = self.proximal.kind, self.loss.kl
+        if kind in ("interp_prox_loglinear", "linear_prox") and (
+            self.discrepancy.m2 != "off" or self.discrepancy.weight_normalise
+        ):
+            raise ValueError(
+                f"discrepancy.m2 and discrepancy.weight_normalise look at the whole minibatch before its passes, but "
+                f"a {kind} proximal is made in them: choose another kind, or switch them off"
+            )
+        if self.vcpo.baseline and (
+            self.loss.objective != "policy_gradient" or self.loss.entropy or self.loss.epo.weight or kl.weight
+        ):
+            raise ValueError(
+                "vcpo.baseline weighs each trajectory's gradient by its reward: it needs loss.objective = "
+                '"policy_gradient", and loss.entropy, loss.epo.weight and loss.kl.weight of 0'
+            )
+        if kl.weight and kl.place == "reward" and self.advantages.kind not in TOKEN_LEVEL:
+            raise ValueError(
+                f'loss.kl.place = "reward" changes the rewards of tokens, which advantages.kind = '
+                f'"{self.advantages.kind}" does not know: take one of {", ".join(TOKEN_LEVEL)}, or place = "loss"'
+            )
+        if self.audit.fraction and kind in EXACT:
+            raise ValueError(
+                f'audit.fraction compares a surrogate with the old log-probs, but proximal.kind = "{kind}" is exact '
+                f"already: set it to 0"
+            )
+        return self

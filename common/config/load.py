@@ -133,8 +133,7 @@ def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, o
 def _follow_recipe(values: dict[str, Any], origins: dict[Key, str], path: Path) -> list[str]:
     """Put what the recipe says under what is set; a sentence if there is no such recipe."""
     learner = values.get("learner")
-    name = learner.get("recipe", "") if isinstance(learner, dict) else ""
-    if not isinstance(name, str) or not name:
+    if not isinstance(learner, dict) or not isinstance(name := learner.get("recipe", ""), str) or not name:
         return []
     if problem := unknown(name):
         return [f"{origins.get(('learner', 'recipe'), path)}: {problem}"]

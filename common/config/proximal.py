@@ -9,6 +9,8 @@ from pydantic import Field
 
 from common.config.section import Positive, PositiveFloat, Section, Share
 
+EXACT = ("snapshot", "replica", "interruption")
+"""Kinds whose values are old log-probs."""
 MissingPolicy = Literal[
     "fail", "drop", "surrogate:bypass", "surrogate:current_recompute",
 ]  # fmt: skip

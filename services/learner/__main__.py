@@ -18,13 +18,12 @@ def body(invocation: Invocation, stop: Stop) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
-    from services.learner import metrics
+    from services.learner.assemble import companions
     from services.learner.lead import lead
-    from services.learner.loop import Order, follow
+    from services.learner.loop import follow
     from services.learner.model import Trainee, load_model
-    from services.learner.old.snapshot import SnapshotSource
     from services.learner.ranks import Ranks
-    from services.learner.step import Trained, train
+    from services.learner.step import Step
 
     config = invocation.config
     torch.set_num_threads(config.learner.threads)
@@ -34,22 +33,19 @@ def body(invocation: Invocation, stop: Stop) -> None:
     trainee = Trainee(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
-        source = SnapshotSource(model, store, ranks.device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc())
-
-        def compute(order: Order) -> Trained:
-            return train(
-                trainee,
-                source,
-                ranks,
-                order.minibatches,
-                order.version,
-                config=config.learner,
-            )
-
+        beside = companions(config.learner, trainee, store, ranks.device)
+        step = Step(
+            trainee,
+            beside,
+            ranks,
+            config.learner,
+            length=config.sampling.max_trajectory_tokens,
+            seed=config.run.seed,
+        )
         if ranks.leads:
-            lead(config, stop, store, trainee, compute, ranks)
+            lead(config, stop, store, trainee, beside, step, ranks)
         else:
-            follow(trainee, compute, ranks)
+            follow(trainee, beside, step, ranks)
     ranks.close()
 
 

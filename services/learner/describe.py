@@ -9,8 +9,8 @@ from common.trajectory import cuts
 from common.versions import Version
 from services.learner import metrics
 from services.learner.batching import Row
+from services.learner.scored import Trained
 from services.learner.statistics import Tokens, by_staleness, effective_sample_share, summary
-from services.learner.step import Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,13 @@ def describe(
         "multi_version": sum(len({s.version for s in r.segments}) > 1 for r in records),
         "cuts": sum(len(cuts(r.segments)) for r in records),
         "exact": trained.exact,
+        "proximal": trained.method,
+        "active_share": trained.active_share if trained.active_share == trained.active_share else None,
+        "lr_factor": trained.lr_factor,
+        "normaliser": trained.normaliser,
+        "baseline": trained.baseline,
+        "train_seconds": {what: round(spent, 4) for what, spent in trained.seconds.items()},
+        "gauges": trained.gauges,
         "loss": trained.loss,
         "grad_norm": trained.grad_norm if trained.grad_norm == trained.grad_norm else None,
         "skipped": trained.skipped,

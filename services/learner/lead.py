@@ -10,18 +10,26 @@ from common.snapshots.client import SnapshotClient
 from common.snapshots.writer import Writer
 from services.learner.canaries import Canaries
 from services.learner.checkpoint import Checkpoints
+from services.learner.companions import Companions
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
-from services.learner.loop import Compute, Loop
+from services.learner.loop import Loop
 from services.learner.model import Trainee
 from services.learner.planner import Planner
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
+from services.learner.step import Step
 
 
 def lead(
-    config: RunConfig, stop: Stop, store: SnapshotClient, trainee: Trainee, compute: Compute, ranks: Ranks
+    config: RunConfig,
+    stop: Stop,
+    store: SnapshotClient,
+    trainee: Trainee,
+    companions: Companions,
+    step: Step,
+    ranks: Ranks,
 ) -> None:
     """Run the loop until it is done or stopped."""
     learner, tasks, home = config.learner, config.tasks, config.run.home
@@ -50,8 +58,9 @@ def lead(
         seed=config.run.seed,
         samples=tasks.samples_per_group,
         config=learner,
-        compute=compute,
+        step=step,
         trainee=trainee,
+        companions=companions,
         planner=planner,
         intake=intake,
         writer=writer,

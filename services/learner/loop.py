@@ -8,7 +8,7 @@ for what the store does not see (history, records, the log) the loop asks the st
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from common.versions import Version
 from services.learner import metrics
 from services.learner.batching import Row
 from services.learner.checkpoint import Checkpoints, NoCheckpoint
+from services.learner.companions import Companions, parted
 from services.learner.describe import Batch, describe, observe
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
@@ -34,7 +35,8 @@ from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
 from services.learner.rows import deal_minibatches, to_rows
-from services.learner.step import Trained
+from services.learner.scored import Trained, merge
+from services.learner.step import Step
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
@@ -53,23 +55,23 @@ class Order:
     minibatches: list[list[Row]]
 
 
-Compute = Callable[[Order], Trained]
-
-
-def follow(trainee: Trainee, compute: Compute, ranks: Ranks) -> None:
-    """Ranks other than 0: take rank 0's state over, then compute what it orders until it says that it is over."""
-    take_over(trainee, ranks)
+def follow(trainee: Trainee, companions: Companions, step: Step, ranks: Ranks) -> None:
+    """Ranks other than 0: take rank 0's state over, then train on what it orders until it says that it is over."""
+    take_over(trainee, companions, ranks)
     while (order := ranks.share(NOTHING)[0]) is not None:
-        ranks.gather(compute(order))
+        ranks.gather(step.train(order.minibatches, order.version))
 
 
-def take_over(trainee: Trainee, ranks: Ranks) -> None:
-    """Make every rank's masters and moments those of rank 0."""
+def take_over(trainee: Trainee, companions: Companions, ranks: Ranks) -> None:
+    """Make every rank's state that of rank 0: masters, moments, and what trains along with them."""
     steps = ranks.share(trainee.steps)
     state = trainee.state()
     ranks.broadcast(list(state.values()))
+    beside = companions.state()
+    ranks.broadcast(list(beside.values()))
     if not ranks.leads:
         trainee.restore(state, steps)
+        companions.restore(beside)
 
 
 class Loop:
@@ -82,8 +84,9 @@ class Loop:
         seed: int,
         samples: int,
         config: LearnerConfig,
-        compute: Compute,
+        step: Step,
         trainee: Trainee,
+        companions: Companions,
         planner: Planner[Arrived],
         intake: Intake,
         writer: Writer,
@@ -95,7 +98,8 @@ class Loop:
         stop: Stop,
     ) -> None:
         self._run, self._seed, self._samples, self._config = run, seed, samples, config
-        self._compute, self._trainee, self._ranks, self._stop = compute, trainee, ranks, stop
+        self._step, self._trainee, self._companions = step, trainee, companions
+        self._ranks, self._stop = ranks, stop
         self._planner, self._intake, self._writer, self._publisher = planner, intake, writer, publisher
         self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
         self._version, self._digest, self._trained_versions = Version(0), "", 0
@@ -115,7 +119,9 @@ class Loop:
             self._intake.start({}, {}, now=time.monotonic())
             history_bytes = 0
         else:
-            self._trainee.restore(tensors, progress.optimizer_steps)
+            own, beside = parted(tensors)
+            self._trainee.restore(own, progress.optimizer_steps)
+            self._companions.restore(beside)
             self._planner.restore(progress.ledger, now=time.monotonic())
             self._intake.start(progress.offsets, progress.task_offsets, now=time.monotonic())
             history_bytes = progress.history_bytes
@@ -124,7 +130,7 @@ class Loop:
             logger().info(
                 "resumed", version=self._version, trained_versions=self._trained_versions, writer=self._writer.epoch
             )
-        take_over(self._trainee, self._ranks)
+        take_over(self._trainee, self._companions, self._ranks)
         self._confirm()
         self._history = self._open_history(history_bytes)
         manifest = self._publisher.republish(self._version, now=time.time())
@@ -232,7 +238,7 @@ class Loop:
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])
             self._ranks.share((order,))
-            trained = merge(self._ranks.gather(self._compute(order)))
+            trained = merge(self._ranks.gather(self._step.train(order.minibatches, now)))
         faults.reach("learner.after_step")
         self._confirm()
         for group in batch:
@@ -288,7 +294,7 @@ class Loop:
                 history_bytes=self._history.length,
                 seconds=self._seconds(),
             ),
-            self._trainee.state(),
+            self._trainee.state() | self._companions.state(),
         )
 
     def _confirm(self) -> None:
@@ -307,14 +313,3 @@ class Loop:
         pending = self._planner.counts()["pending"]
         assert isinstance(pending, int)
         return pending
-
-
-def merge(parts: Sequence[Trained]) -> Trained:
-    """What all ranks did."""
-    return Trained(
-        scored=[scored for part in parts for scored in part.scored],
-        exact=all(part.exact for part in parts),
-        loss=sum(part.loss for part in parts),
-        grad_norm=parts[0].grad_norm,  # of the summed gradients: the same on every rank
-        skipped=parts[0].skipped,
-    )

@@ -123,15 +123,15 @@ class Trainee:
         """Accumulated float32 gradients, to be summed over ranks."""
         return [m.grad for m in self.masters if m.grad is not None]
 
-    def step(self) -> float:
+    def step(self, *, lr_factor: float = 1.0) -> float:
         """Clip, step, publish into the computing model, forget the gradients; the norm before clipping.
 
-        When the norm is not finite nothing is changed and the step is not counted.
+        When the norm is not finite nothing is changed and the step is not counted. lr_factor: of this step alone.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+                group["lr"] = self.learning_rate * lr_factor
             self.optimizer.step()
             self.steps += 1
             self._publish()

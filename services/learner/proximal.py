@@ -7,7 +7,7 @@ one is missing, never given another's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class Source(Protocol):
         """For these micro-batches, at this version. Raises Refusal when a version it needs is not to be had."""
 
 
+@runtime_checkable
 class Follows(Protocol):
     """A source with a state of its own that goes along with the versions."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.files import whole
 from services.learner.describe import Batch
-from services.learner.step import Trained
+from services.learner.scored import Trained
 
 
 class Recorder:

@@ -5,7 +5,7 @@ does not depend on staleness, with a surrogate it does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,46 @@ class Tokens:
     behavior: Array
     proximal: Array
     current: Array
+    old: Array
+    """NaN where it is not known."""
     entropy: Array
     advantages: Array
     masked: Array
     clipped: Array
+    causes: dict[str, Array] = field(default_factory=dict)
+    """bool: what each mask and clip removes by itself. A cause that nothing here was judged by has no key."""
 
     @classmethod
     def joined(cls, parts: "Sequence[Tokens]") -> "Tokens":
-        """All of them in one."""
-        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+        """All of them in one. Raises ValueError for none."""
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+        names = dict.fromkeys(cause for part in parts for cause in part.causes)
+        causes = {name: np.concatenate([part.removed_by(name) for part in parts]) for name in names}
+        return cls(**arrays, causes=causes)
 
     def at(self, staleness: int) -> "Tokens":
         """Those of this staleness."""
-        chosen = self.staleness == staleness
-        return Tokens(*(getattr(self, f.name)[chosen] for f in fields(self)))
+        return self.where(self.staleness == staleness)
+
+    def where(self, chosen: Array) -> "Tokens":
+        """Those chosen, by a bool for each token."""
+        causes = {cause: removed[chosen] for cause, removed in self.causes.items()}
+        arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in _ARRAYS}
+        return Tokens(**arrays, causes=causes)
+
+    def removed_by(self, cause: str) -> Array:
+        """bool: by this cause, whatever others do."""
+        return self.causes.get(cause, np.zeros(len(self.staleness), dtype=np.bool_))
+
+    @property
+    def missing(self) -> Array:
+        """bool: there is no proximal."""
+        return self.removed_by("missing")
+
+
+_ARRAYS = (
+    "staleness", "behavior", "proximal", "current", "old", "entropy", "advantages", "masked", "clipped",
+)  # fmt: skip
 
 
 def by_staleness(tokens: Tokens) -> dict[int, dict[str, float]]:
@@ -46,8 +72,10 @@ def by_staleness(tokens: Tokens) -> dict[int, dict[str, float]]:
 
 
 def summary(tokens: Tokens) -> dict[str, float]:
-    """Count and means over the tokens. Log-ratios leave out tokens that are not finite; `nonfinite` counts those."""
-    finite = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & np.isfinite(tokens.current)
+    """Count and means over the tokens. Log-ratios leave out tokens that are not finite or have no proximal;
+    `nonfinite` and `missing` count those."""
+    sound = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & np.isfinite(tokens.current)
+    finite = sound & ~tokens.missing
     discrepancy = np.clip(tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite], -BOUND, BOUND)
     staleness_ratio = np.clip(tokens.current[finite].astype(np.float64) - tokens.proximal[finite], -BOUND, BOUND)
     return {
@@ -61,7 +89,8 @@ def summary(tokens: Tokens) -> dict[str, float]:
         "masked": _mean(tokens.masked),
         "clipped": _mean(tokens.clipped),
         "entropy": _mean(tokens.entropy),
-        "nonfinite": float((~finite).sum()),
+        "nonfinite": float((~sound & ~tokens.missing).sum()),
+        "missing": float(tokens.missing.sum()),
     }
 
 

@@ -12,6 +12,7 @@ def some_tokens(**changes: list[float]) -> Tokens:
         "behavior": [-1.0, -1.0, -2.0, -2.0],
         "proximal": [-1.1, -0.9, -2.0, -1.8],
         "current": [-1.1, -0.9, -1.5, -1.9],
+        "old": [-1.1, -0.9, -2.0, -1.8],
         "entropy": [0.5, 0.7, 0.1, 0.3],
         "advantages": [1.0, 1.0, -1.0, -1.0],
         "masked": [False, True, False, False],

@@ -11,9 +11,8 @@ from common.versions import Version
 from services.learner.batching import Row
 from services.learner.model import Trainee, token_logprobs
 from services.learner.ranks import Ranks
-from services.learner.step import train
 from tests.builders import UNCORRECTED, a_learner, a_row
-from tests.models import Resident, load
+from tests.models import Resident, load, train
 
 
 def rows(count: int = 12) -> list[Row]:
@@ -32,7 +31,7 @@ def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> 
     model = load(folder).float()
     trainee = Trainee(model, OptimizerConfig())
     taken: list[torch.Tensor] = []
-    trainee.step = lambda: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
+    trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
     config = a_learner(discrepancy=UNCORRECTED, **changes)
     train(trainee, Resident(model), Ranks(), minibatches, Version(0), config=config)
     return taken[: len(trainee.masters)]

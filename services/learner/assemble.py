@@ -1,0 +1,46 @@
+"""From the configuration to what a rank trains with: the source of the proximal, and the policy's companions."""
+
+import copy
+
+import torch
+
+from common.config.learner import LearnerConfig
+from common.config.proximal import SnapshotProximal
+from common.snapshots.client import SnapshotClient
+from services.learner import metrics
+from services.learner.companions import Companions
+from services.learner.critic import Critic
+from services.learner.model import Trainee
+from services.learner.old.snapshot import SnapshotSource
+from services.learner.proximal import Source
+from services.learner.surrogates.make import surrogate
+
+
+def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Companions:
+    """Of a model at its start; `restore` takes them further."""
+    model = trainee.model
+    gae = config.advantages.kind == "gae"
+    critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
+    return Companions(
+        source=_source(config, trainee, store, device),
+        auditor=_snapshot(model, store, device) if config.audit.fraction else None,
+        critic=Critic(model, critic) if gae else None,
+        start=copy.deepcopy(model).requires_grad_(False) if config.loss.kl.weight else None,
+        multiplier=config.loss.r2vpo.multiplier,
+    )
+
+
+def _source(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Source:
+    if isinstance(config.proximal, SnapshotProximal):
+        return _snapshot(trainee.model, store, device)
+    return surrogate(
+        config.proximal,
+        model=trainee.model,
+        masters=trainee.masters,
+        device=device,
+        max_staleness=config.max_staleness,
+    )
+
+
+def _snapshot(model: torch.nn.Module, store: SnapshotClient, device: torch.device) -> SnapshotSource:
+    return SnapshotSource(model, store, device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc())
