@@ -99,30 +99,30 @@ def test_a_missing_proximal_is_masked_and_never_a_discrepancy_of_one() -> None:
     }
 
 
-@pytest.mark.parametrize("seed", range(DRAWS))
-def test_18_11_removals_by_one_cause_and_by_several_make_up_all_that_is_masked(seed: int) -> None:
-    data = draw(seed)
-    got = corrected(data, Rules(**ALL))
-    single = alone(got.causes)
-    assert sum(int(removed.sum()) for removed in single.values()) + int(overlap(got.causes).sum()) == int(
-        got.masked.sum()
-    )
-    assert torch.equal(torch.stack([*single.values(), overlap(got.causes)]).any(dim=0), got.masked)
-    assert torch.equal((got.weight > 0), torch.tensor(data.mask) & ~got.masked)
-    assert {t.dtype for t in (got.masked, *got.causes.values(), *single.values())} == {torch.bool}
+def test_18_11_removals_by_one_cause_and_by_several_make_up_all_that_is_masked() -> None:
+    for seed in range(DRAWS):
+        data = draw(seed)
+        got = corrected(data, Rules(**ALL))
+        single = alone(got.causes)
+        assert sum(int(removed.sum()) for removed in single.values()) + int(overlap(got.causes).sum()) == int(
+            got.masked.sum()
+        )
+        assert torch.equal(torch.stack([*single.values(), overlap(got.causes)]).any(dim=0), got.masked)
+        assert torch.equal((got.weight > 0), torch.tensor(data.mask) & ~got.masked)
+        assert {t.dtype for t in (got.masked, *got.causes.values(), *single.values())} == {torch.bool}
 
 
-@pytest.mark.parametrize("seed", range(DRAWS))
-def test_18_11_a_rule_removes_the_same_whatever_the_others_do(seed: int) -> None:
-    data = draw(seed)
-    together = corrected(data, Rules(**ALL)).causes
-    settings = [{name: bound} for name, bound in ALL.items() if name != "estimates"]
-    settings += [{"estimates": {name: bound}} for name, bound in ALL["estimates"].items()]
-    by_itself = {}
-    for setting in settings:
-        by_itself |= corrected(data, Rules(**setting)).causes
-    assert by_itself.keys() == together.keys()
-    assert all(torch.equal(by_itself[name], together[name]) for name in together)
+def test_18_11_a_rule_removes_the_same_whatever_the_others_do() -> None:
+    for seed in range(DRAWS):
+        data = draw(seed)
+        together = corrected(data, Rules(**ALL)).causes
+        settings = [{name: bound} for name, bound in ALL.items() if name != "estimates"]
+        settings += [{"estimates": {name: bound}} for name, bound in ALL["estimates"].items()]
+        by_itself = {}
+        for setting in settings:
+            by_itself |= corrected(data, Rules(**setting)).causes
+        assert by_itself.keys() == together.keys()
+        assert all(torch.equal(by_itself[name], together[name]) for name in together)
 
 
 def test_the_causes_come_in_the_order_in_which_they_are_judged() -> None:
