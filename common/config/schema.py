@@ -240,6 +240,17 @@ class RolloutConfig(Service):
     """Largest mean |engine - learner| over the canaries' tokens, in nats, at which a version is served."""
 
 
+class ReplicaConfig(Service):
+    """Processes that score for the learner (learner.proximal.kind = "replica")."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "replica-0"
+    """Name of this replica, stable over its restarts and no other's."""
+    batch_tokens: Positive = 16384
+    """Most tokens (padding included) in one forward pass."""
+    threads: Positive = 1
+    """CPU threads of the forward pass."""
+
+
 class LocalConfig(Section):
     """Everything on one machine (`python -m services`)."""
 
@@ -247,6 +258,8 @@ class LocalConfig(Section):
     """Rollout worker processes."""
     learner_ranks: Positive = 1
     """Learner processes under torchrun."""
+    replicas: Annotated[int, Field(ge=0)] = 0
+    """Replica processes, if learner.proximal.kind is "replica"; at least one is started then."""
     restarts: Annotated[int, Field(ge=0)] = 5
     """How often in a row a crashed process is started again before the run gives up."""
 
@@ -272,6 +285,7 @@ class RunConfig(Section):
     env_gateway: EnvGatewayConfig = EnvGatewayConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig
+    replica: ReplicaConfig = ReplicaConfig()
     local: LocalConfig = LocalConfig()
     logs: LogsConfig = LogsConfig()
 

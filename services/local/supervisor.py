@@ -18,7 +18,7 @@ LOOK_S = 0.5
 DRAIN_S = 25.0
 """Services get so long to stop cleanly."""
 FOLLOW_S = 10.0
-"""The learner is gone so long, at most, after a worker that ended because the run did."""
+"""The learner is gone so long, at most, after a worker or replica that ended because the run did."""
 LEARNER = "learner"
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Failed)\b")
 
@@ -66,6 +66,7 @@ class Local:
         self._ended: dict[Child, float] = {}
         self.learner = self._learner(source, flags)
         self.workers = list(self._workers(source, flags))
+        self.replicas = list(self._replicas(source, flags))
         self.servers = [
             self._child("snapshot_store", python("-m", "services.snapshot_store", str(source), *flags)),
             self._child("env_gateway", python("-m", "services.env_gateway", str(source), *flags)),
@@ -75,11 +76,14 @@ class Local:
             "env_gateway": config.gateway_url,
             LEARNER: f"http://{config.learner.host}:{config.learner.port}",
         } | {child.name: f"http://{config.rollout.host}:{port}" for child, port in self._worker_ports.items()}
+        self.replica_urls = {
+            child.name: f"http://{config.replica.host}:{port}" for child, port in self._replica_ports.items()
+        }
 
     @property
     def children(self) -> list[Child]:
         """Every process, in the order they start in."""
-        return [*self.servers, *self.workers, self.learner]
+        return [*self.servers, *self.workers, *self.replicas, self.learner]
 
     def run(self, stop: Stop, look: Callable[[], None]) -> bool:
         """Until the learner is done (True) or a stop is asked for (False). `look` is called twice a second.
@@ -101,8 +105,8 @@ class Local:
             self._stop()
 
     def _may_be_done(self, child: Child) -> bool:
-        """A worker that ended well: workers hear of the run's end before the learner's process has gone."""
-        if child not in self.workers or child.exit_code != 0:
+        """A worker or replica that ended well: they hear of the run's end before the learner's process has gone."""
+        if child not in (*self.workers, *self.replicas) or child.exit_code != 0:
             return False
         ended = self._ended.setdefault(child, time.monotonic())
         return time.monotonic() - ended < FOLLOW_S
@@ -124,8 +128,8 @@ class Local:
         child.start_again()
 
     def _stop(self) -> None:
-        """Workers and learner first: what they finish still needs the servers."""
-        for group in ([*self.workers, self.learner], self.servers):
+        """Workers, replicas and learner first: what they finish still needs the servers."""
+        for group in ([*self.workers, *self.replicas, self.learner], self.servers):
             for child in group:
                 child.terminate()
             deadline = time.monotonic() + DRAIN_S
@@ -146,6 +150,16 @@ class Local:
             own = [f"--rollout.worker={name}", f"--rollout.port={port}"]
             child = self._child(name, python("-m", "services.rollout", str(source), *flags, *own))
             self._worker_ports[child] = port
+            yield child
+
+    def _replicas(self, source: Path, flags: list[str]) -> Iterator[Child]:
+        self._replica_ports: dict[Child, int] = {}
+        wanted = max(1, self._config.local.replicas) if self._config.learner.proximal.kind == "replica" else 0
+        for i in range(wanted):
+            name, port = f"replica-{i}", free_port(self._config.replica.host)
+            own = [f"--replica.name={name}", f"--replica.port={port}"]
+            child = self._child(name, python("-m", "services.learner.replica", str(source), *flags, *own))
+            self._replica_ports[child] = port
             yield child
 
     def _child(self, name: str, command: list[str]) -> Child:

@@ -5,13 +5,14 @@ trajectory's id, the span, the version, the digest of its weights, and the diges
 What does not agree in every one of them is not taken for a token's old log-prob.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from blake3 import blake3
 
-from common.arrays import Float32Array, pack_float32, pack_int32, unpack_float32
+from common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
 from common.messages import OldLogprobsComputed
 from common.trajectory import Malformed
 from common.unusable import Cause
@@ -90,21 +91,31 @@ class Scores:
 
     def missing(self, row: Row) -> list[Missing]:
         """Runs of trainable tokens of one version whose `old` is not known, in order. Attach first."""
-        unknown = row.versions != UNTRAINABLE
-        if row.old is not None:
-            unknown = unknown & np.isnan(row.old)
-        wanted = np.where(unknown, row.versions, UNTRAINABLE)
-        edges = np.flatnonzero(np.diff(wanted)) + 1
-        starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(wanted)]
-        return [
-            (start, stop, Version(int(wanted[start])))
-            for start, stop in zip(starts, stops, strict=True)
-            if stop > start and wanted[start] != UNTRAINABLE
-        ]
+        if row.old is None:
+            return spans(row.versions)
+        return spans(np.where(np.isnan(row.old), row.versions, np.int32(UNTRAINABLE)))
 
     def forget(self, trajectory: str) -> None:
         """The trajectory is resolved; unknown ones are passed over."""
         self._known.pop(trajectory, None)
+
+    def retain(self, wanted: Callable[[str], bool]) -> None:
+        """Forget every trajectory that is not wanted any more."""
+        self._known = {trajectory: known for trajectory, known in self._known.items() if wanted(trajectory)}
+
+
+def spans(versions: Int32Array) -> list[Missing]:
+    """Longest runs of tokens of one version, in order.
+
+    >>> spans(np.array([-1, 3, 3, 4, -1, 4], dtype=np.int32))
+    [(1, 3, 3), (3, 4, 4), (5, 6, 4)]
+    """
+    edges = (np.flatnonzero(np.diff(versions)) + 1).tolist()
+    return [
+        (start, stop, Version(int(versions[start])))
+        for start, stop in pairwise([0, *edges, len(versions)])
+        if stop > start and versions[start] != UNTRAINABLE
+    ]
 
 
 def prefix_digest(tokens: bytes, stop: int) -> str:
@@ -139,6 +150,28 @@ def computed(
         prefix=prefix_digest(tokens, stop),
         values=pack_float32(values),
     )
+
+
+def computed_of(
+    row: Row, values: Float32Array, *, run: str, by: str, version: Version, digest: str
+) -> list[OldLogprobsComputed]:
+    """The records that tell the values [tokens] of a row's tokens of this version, one for each run of them."""
+    tokens = pack_int32(row.tokens)
+    return [
+        computed(
+            run=run,
+            trajectory=row.trajectory,
+            by=by,
+            tokens=tokens,
+            start=start,
+            stop=stop,
+            version=version,
+            digest=digest,
+            values=values[start:stop],
+        )
+        for start, stop, of in spans(row.versions)
+        if of == version
+    ]
 
 
 def check_computed(computed: OldLogprobsComputed) -> None:
