@@ -17,16 +17,23 @@ from common.bus.port import Record
 from common.messages import (
     CONTROL,
     DEAD_LETTERS,
+    OLD_LOGPROBS,
     TASKS,
     TOPICS,
     TRAJECTORIES,
     WORKERS,
+    CutReached,
+    CutReleased,
+    CutRequested,
     DeadLetter,
     DropReason,
     Ending,
     GroupOffered,
+    OldLogprobsComputed,
+    OldLogprobsRequested,
     RunFinished,
     Sampling,
+    SegmentFlushed,
     TrajectoryDropped,
     TrajectoryFinished,
     Undecodable,
@@ -88,6 +95,22 @@ APPLIED = VersionApplied(
     run="first", worker="worker-0", version=Version(4), digest=DIGEST, accepted=True, canary_error=0.0013,
     pause_s=0.05, live=12,
 )  # fmt: skip
+FLUSHED = SegmentFlushed(
+    run="first", trajectory="g000007/3", group="g000007", attempt=1, worker="worker-0", cut=12, tokens=TOKENS,
+    segments=(Segment(1, 3, Version(2), HALVES),), temperature=0.75,
+)  # fmt: skip
+CUT_REQUESTED = CutRequested(run="first", cut=12, version=Version(3), deadline_s=5.0)
+CUT_RELEASED = CutReleased(run="first", cut=12)
+CUT_REACHED = CutReached(
+    run="first", worker="worker-0", cut=12, version=-1, positions={0: 17, 3: 300}, flushed=2, pause_s=0.25,
+)  # fmt: skip
+ASKED = OldLogprobsRequested(
+    run="first", trajectory="g000007/3", tokens=TOKENS, segments=(Segment(1, 3, Version(2), HALVES),), temperature=0.75,
+)  # fmt: skip
+SCORED = OldLogprobsComputed(
+    run="first", trajectory="g000007/3", by="replica-0", version=Version(2), digest=DIGEST, start=1, stop=3,
+    prefix="5a" * 32, values=HALVES,
+)  # fmt: skip
 LETTER = DeadLetter(
     run="first", topic="trajectories", partition=2, offset=99, key="g000007", headers={"trajectory": "g000007/3"},
     body=b"\x00\xff", cause=Cause.UNDECODABLE, reason="not msgpack", buried_at=1700000000.5,
@@ -96,10 +119,16 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
     "trajectory_finished-1": (TRAJECTORIES, FINISHED),
     "trajectory_dropped-1": (TRAJECTORIES, DROPPED),
+    "segment_flushed-1": (TRAJECTORIES, FLUSHED),
+    "cut_requested-1": (CONTROL, CUT_REQUESTED),
+    "cut_released-1": (CONTROL, CUT_RELEASED),
     "version_published-1": (CONTROL, PUBLISHED),
     "run_finished-1": (CONTROL, ENDED),
     "worker_alive-1": (WORKERS, ALIVE),
     "version_applied-1": (WORKERS, APPLIED),
+    "cut_reached-1": (WORKERS, CUT_REACHED),
+    "old_logprobs_requested-1": (OLD_LOGPROBS, ASKED),
+    "old_logprobs_computed-1": (OLD_LOGPROBS, SCORED),
     "dead_letter-2": (DEAD_LETTERS, LETTER),
 }
 """What each golden file holds."""
@@ -192,7 +221,7 @@ def test_an_unknown_tag_is_refused(tag: object) -> None:
         assert refused.value.cause is (Cause.UNKNOWN_SCHEMA if isinstance(tag, str) else Cause.UNDECODABLE)
 
 
-@pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS])
+@pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS, OLD_LOGPROBS])
 def test_a_record_without_a_tag_is_refused_where_there_are_several_kinds(topic: str) -> None:
     for other, record in WRITTEN.values():
         if other == topic:
@@ -277,6 +306,6 @@ def test_a_dead_letter_keeps_the_record_whole() -> None:
 
 
 def test_every_member_of_a_topics_union_is_a_kind_of_its_own() -> None:
-    for union in (messages.Trajectory, messages.Control, messages.FromWorker):
+    for union in (messages.Trajectory, messages.Control, messages.FromWorker, messages.OldLogprobs):
         tags = [kind.__struct_config__.tag for kind in get_args(union)]
         assert len(set(tags)) == len(tags) > 1
