@@ -71,6 +71,7 @@ def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing
         assert got.masked[0, 0]
         assert got.weight[0, 0] == 0
         assert torch.isfinite(got.weight).all()
+        # the others fare as if the token were not there (but for runs, which it would split)
         left_out = Draw(data.proximal, data.behavior, data.mask.copy(), data.missing)
         left_out.mask[0, 0] = False
         without = corrected(left_out, Rules(weight="ratio", weight_level="sequence", **{**ALL, "segment": None}))
