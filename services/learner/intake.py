@@ -5,12 +5,10 @@ cause, and the run goes on. One that was seen before is passed over: delivery is
 what ended as a dead letter is taken up again when a sound record of it comes in time.
 """
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from common.arrays import unpack_int32
 from common.bus.port import Bus, OffsetGone, Outgoing, Record
 from common.frontier import Frontier
 from common.logs import logger
@@ -30,19 +28,19 @@ from common.messages import (
     encode,
     group_id,
     message_in,
+    trajectory_id,
 )
 from common.refusal import ExitCode, Refusal
-from common.trajectory import Malformed, check
 from common.unusable import FOREIGN, Cause, Unusable
 from common.versions import Version
-from services.learner import metrics
+from services.learner import metrics, metrics_cuts
+from services.learner.checks import check_finished, check_sampled
+from services.learner.flushes import Flushed, Flushes
 from services.learner.planner import Arrival, Planner
 from services.learner.tasks import task
 
 POLL_RECORDS = 512
 TAKEN = (Arrival.NEW, Arrival.REVIVED)
-MOST_TOKENS = 1 << 24
-"""A trajectory longer than this is garbage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +72,15 @@ class Intake:
         sampling: Sampling,
         time_limit_s: float,
         confirm: Callable[[], None],
+        keep_flushed: bool = False,
+        ended: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._confirm = confirm
         """Raises unless the run is still this learner's; comes before everything that is published here."""
+        self._keeps_flushed = keep_flushed
+        """Whether somebody scores flushes and calls `resolve_flushed`; else they are passed over."""
+        self._ended = ended
+        """Is told of each trajectory whose fate is settled: nobody asks for its scores any more."""
         self._bus, self._planner, self._run = bus, planner, run
         self._seed, self._environments, self._samples = seed, environments, samples
         self._sampling, self._time_limit_s = sampling, time_limit_s
@@ -84,6 +88,9 @@ class Intake:
         self._reader = bus.consumer(TRAJECTORIES)
         self.arrived: dict[str, Arrived] = {}
         """Trajectories waiting to be trained on, by id."""
+        self.flushed = Flushes()
+        """Flushes of live trajectories, until they are scored or their trajectory ends."""
+        self._read_to: dict[int, int] = {}
         self.task_ends: dict[int, int] = {}
         """Where the tasks of the groups known so far end on the log."""
         self.sampled_tokens = 0
@@ -98,6 +105,7 @@ class Intake:
             self._reader.seek(offsets)
             for partition in self._reader.assignment():
                 self._frontier.start(partition, offsets.get(partition, 0))
+                self._read_to[partition] = offsets.get(partition, 0)
             self._adopt(task_offsets, now)
         except OffsetGone as gone:
             raise Refusal(
@@ -141,6 +149,7 @@ class Intake:
         while records := self._reader.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 self._frontier.read(record.partition, record.offset)
+                self._read_to[record.partition] = record.offset + 1
                 try:
                     self._take(record, newest)
                 except Unusable as error:
@@ -149,8 +158,22 @@ class Intake:
                 break
             timeout_s = 0.0
 
-    def bury(self, record: Record, error: Unusable) -> None:
-        """Keep a record that cannot be used, whole, with its cause; the run goes on without it."""
+    def read_until(self, positions: Mapping[int, int], newest: Version, *, deadline_s: float) -> bool:
+        """Take in everything below these offsets of `trajectories`; False if it did not come within so many seconds."""
+        ends = self._reader.ends()  # nobody can have published more than stands there
+        wanted = {p: min(offset, ends[p]) for p, offset in positions.items() if p in ends}
+        until = time.monotonic() + deadline_s
+        while any(self._read_to.get(partition, 0) < offset for partition, offset in wanted.items()):
+            if (left := until - time.monotonic()) <= 0:
+                return False
+            self.read_all(newest, timeout_s=min(left, 1.0))
+        return True
+
+    def bury(self, record: Record, error: Unusable, *, ends: bool = True) -> None:
+        """Keep a record that cannot be used, whole, with its cause; the run goes on without it.
+
+        `ends`: it may have been a trajectory's end, so that the ledger counts the trajectory as lost.
+        """
         self._confirm()  # to a learner that was replaced, whatever its successor offered looks like this
         logger().warning(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
@@ -160,7 +183,7 @@ class Intake:
         self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
         self._frontier.resolve(record.partition, record.offset)
         metrics.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
-        if error.cause not in FOREIGN:
+        if ends and error.cause not in FOREIGN:
             # the worker names the trajectory in a header, so that the ledger knows which one is lost
             self._planner.dead_letter(record.key, record.headers.get("trajectory", ""))
 
@@ -168,6 +191,27 @@ class Intake:
         """The trajectory's record needs no further attention."""
         self._frontier.resolve(arrived.partition, arrived.offset)
         del self.arrived[arrived.record.trajectory]
+        self.forget(arrived.record.trajectory)
+
+    def forget(self, trajectory: str) -> None:
+        """The trajectory's fate is settled: neither its flushes nor its scores are needed any more."""
+        self._pass_over(self.flushed.forget(trajectory))
+        self._ended(trajectory)
+
+    def resolve_flushed(self, flushed: Flushed) -> None:
+        """The flush was scored, durably, or there is nothing to score in it."""
+        self.flushed.remove(flushed)
+        self._frontier.resolve(flushed.partition, flushed.offset)
+
+    def pending(self) -> Callable[[str], bool]:
+        """Whether a trajectory's fate is open at this moment: it is awaited, or it waits to be trained on."""
+        ended = self._planner.state().open_groups
+
+        def is_pending(trajectory: str) -> bool:
+            group, _, sample = trajectory.rpartition("/")
+            return group in ended and sample.isdecimal() and int(sample) not in ended[group]
+
+        return is_pending
 
     def offsets(self) -> dict[int, int]:
         """Where reading must start again, for a checkpoint."""
@@ -182,24 +226,54 @@ class Intake:
         if message.run != self._run:
             raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, SegmentFlushed):
-            self._frontier.resolve(record.partition, record.offset)
+            self._take_flushed(message, record, newest)
             return
         if isinstance(message, TrajectoryDropped):
             known = self._planner.drop(message.group, message.trajectory, message.reason)
             if known in TAKEN:
                 metrics.DROPPED.labels(message.reason.value).inc()
+                self.forget(message.trajectory)
         else:
             check_finished(message, newest)
             arrived = Arrived(message, record.partition, record.offset)
             known = self._planner.arrive(message.group, message.trajectory, arrived)
             if known in TAKEN:
                 self.arrived[message.trajectory] = arrived
+                self._pass_over(self.flushed.forget(message.trajectory))  # the whole holds every part
                 self.sampled_tokens += sum(map(len, message.segments))
         if known is Arrival.UNKNOWN:
             raise Unusable(Cause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run")
         self._say(known, message, record)
         if known is Arrival.DUPLICATE or isinstance(message, TrajectoryDropped):
             self._frontier.resolve(record.partition, record.offset)
+
+    def _take_flushed(self, message: SegmentFlushed, record: Record, newest: Version) -> None:
+        """Keep it to be scored. Whatever is wrong with it, the ledger does not change: the end is still to come."""
+        flushed = Flushed(message, record.partition, record.offset)
+        try:
+            check_sampled(message, newest)
+            if not self._was_offered(message):
+                raise Unusable(Cause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run")
+        except Unusable as error:
+            self.bury(record, error, ends=False)
+            return
+        ended = message.trajectory in self.arrived or not self.pending()(message.trajectory)
+        self._pass_over([flushed] if ended or not self._keeps_flushed else self.flushed.add(flushed))
+
+    def _pass_over(self, needless: Iterable[Flushed]) -> None:
+        for flushed in needless:
+            self._frontier.resolve(flushed.partition, flushed.offset)
+            metrics_cuts.FLUSHES.labels("needless").inc()
+
+    def _was_offered(self, message: SegmentFlushed) -> bool:
+        group, _, sample = message.trajectory.rpartition("/")
+        index = int(group[1:]) if group[1:].isdecimal() else -1
+        return (
+            group == message.group == group_id(index)
+            and 0 <= index < self._planner.next_index
+            and sample.isdecimal()
+            and message.trajectory == trajectory_id(group, int(sample))
+        )
 
     def _say(self, known: Arrival, message: TrajectoryFinished | TrajectoryDropped, record: Record) -> None:
         replayed = {REPLAYED: record.headers[REPLAYED]} if REPLAYED in record.headers else {}
@@ -231,26 +305,3 @@ class Intake:
             group = group_id(self._planner.next_index)
             self._planner.offer(now=now, samples=offers[self._planner.next_index])
             logger().debug("adopted", group=group)
-
-
-def check_finished(message: TrajectoryFinished, newest: Version) -> None:
-    """Raise Malformed unless everything that training relies on holds."""
-    if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
-        raise Malformed(Cause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
-    tokens = unpack_int32(message.tokens)
-    if tokens.min() < 0:
-        raise Malformed(Cause.OUT_OF_RANGE, "a token is negative")
-    check(message.segments, len(tokens))
-    for segment in message.segments:
-        if segment.version > newest:
-            raise Malformed(
-                Cause.UNKNOWN_VERSION, f"a segment is of version {segment.version}, the newest published is {newest}"
-            )
-        if segment.start == 0:
-            raise Malformed(Cause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
-    if not (math.isfinite(message.reward) and math.isfinite(message.temperature)):
-        raise Malformed(Cause.NOT_FINITE, f"reward {message.reward} or temperature {message.temperature} is no number")
-    if not 0 <= message.reward <= 1:
-        raise Malformed(Cause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")
-    if message.temperature <= 0:
-        raise Malformed(Cause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")

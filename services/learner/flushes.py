@@ -1,0 +1,72 @@
+"""Flushes of live trajectories that are still to be scored, by trajectory. Pure.
+
+A trajectory that is flushed again holds everything that the former flush held, so only the last one is kept. Where a
+trajectory is sampled twice, by a worker that was given up and by its successor, neither flush holds the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.arrays import unpack_int32
+from common.messages import SegmentFlushed
+from common.trajectory import token_versions
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """A flush and where it stands on the log."""
+
+    record: SegmentFlushed
+    partition: int
+    offset: int
+
+
+class Flushes:
+    """Those in hand; `add`, `remove` and `forget` say which records need no further attention."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[Flushed]] = {}
+
+    def __iter__(self) -> Iterator[Flushed]:
+        return (flushed for kept in self._kept.values() for flushed in kept)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
+    def of(self, trajectory: str) -> list[Flushed]:
+        """Those of one trajectory, in the order in which they came."""
+        return list(self._kept.get(trajectory, ()))
+
+    def add(self, new: Flushed) -> list[Flushed]:
+        """Keep it; returns those it makes needless, itself if another one holds all of it."""
+        kept = self._kept.setdefault(new.record.trajectory, [])
+        if any(_holds(standing.record, new.record) for standing in kept):
+            return [new]
+        needless = [standing for standing in kept if _holds(new.record, standing.record)]
+        self._kept[new.record.trajectory] = [standing for standing in kept if standing not in needless] + [new]
+        return needless
+
+    def remove(self, flushed: Flushed) -> None:
+        """It was dealt with; one that is not here is passed over."""
+        kept = [standing for standing in self.of(flushed.record.trajectory) if standing != flushed]
+        if kept:
+            self._kept[flushed.record.trajectory] = kept
+        else:
+            self._kept.pop(flushed.record.trajectory, None)
+
+    def forget(self, trajectory: str) -> list[Flushed]:
+        """Let go of all flushes of a trajectory that has ended; returns them."""
+        return self._kept.pop(trajectory, [])
+
+
+def _holds(longer: SegmentFlushed, shorter: SegmentFlushed) -> bool:
+    """Whether the one begins with all of the other: the same tokens, sampled by the same versions."""
+    if not longer.tokens.startswith(shorter.tokens):
+        return False
+    length = len(unpack_int32(shorter.tokens))
+    return np.array_equal(
+        token_versions(longer.segments, len(unpack_int32(longer.tokens)))[:length],
+        token_versions(shorter.segments, length),
+    )

@@ -1,0 +1,211 @@
+"""A learner's side of the interruption route on a real log, with stand-ins for what is not under test: the weights
+(`Table`), the clock (`Ticking`) and the workers (functions that answer a cut as soon as it stands on the log)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.arrays import Float32Array, pack_int32
+from common.bus.port import Outgoing, Position
+from common.bus.sqlite import SqliteBus
+from common.bus.standing import scan
+from common.messages import (
+    CONTROL,
+    OLD_LOGPROBS,
+    TOPICS,
+    TRAJECTORIES,
+    WORKERS,
+    CutReached,
+    CutRequested,
+    OldLogprobsComputed,
+    SegmentFlushed,
+    TrajectoryFinished,
+    VersionPublished,
+    WorkerAlive,
+    decode,
+    encode,
+    group_id,
+    trajectory_id,
+)
+from common.trajectory import Segment
+from common.versions import Version
+from services.learner.batching import Padded
+from services.learner.intake import Arrived, Intake
+from services.learner.old.early import EarlyScorer, Score
+from services.learner.old.interruption import Interruption
+from services.learner.old.scores import Scores
+from services.learner.planner import Planner
+from tests.builders import SAMPLING, a_segment
+
+RUN = "test"
+Answer = Callable[["Log", CutRequested], None]
+
+
+def digest(version: int) -> str:
+    """Of this version's weights, as if."""
+    return f"digest of {version}"
+
+
+class Log(SqliteBus):
+    """The log; whoever stands in `answers` hears of a cut as soon as it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "bus.sqlite")
+        self.create_topics(dict.fromkeys(TOPICS, 2) | {CONTROL: 1})
+        self.answers: list[Answer] = []
+        self.order: list[str] = []
+        """What was published, in order: topics."""
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        """See Bus."""
+        self.order += [topic] if records else []
+        at = super().publish(topic, records)
+        for record in records if topic == CONTROL else ():
+            if isinstance(request := decode(CONTROL, record.body), CutRequested):
+                for answer in self.answers:
+                    answer(self, request)
+        return at
+
+    def messages(self, topic: str) -> list[Any]:
+        """All that stands on a topic."""
+        return [decode(topic, record.body) for record in scan(self, topic)]
+
+    def sampled(self, *records: TrajectoryFinished | SegmentFlushed) -> dict[int, int]:
+        """Publish trajectories; the positions a worker would tell of."""
+        placed = self.publish(
+            TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records]
+        )
+        return {at.partition: at.offset + 1 for at in placed}
+
+    def said(self, *messages: WorkerAlive | CutReached) -> None:
+        """Publish what workers say."""
+        self.publish(WORKERS, [Outgoing(message.worker, encode(message)) for message in messages])
+
+    def announced(self, version: int) -> None:
+        """Publish that a version stands in the store."""
+        message = VersionPublished(RUN, Version(version), digest(version), 0.0)
+        self.publish(CONTROL, [Outgoing(RUN, encode(message))])
+
+    def scored(self) -> list[OldLogprobsComputed]:
+        """All old log-probs on the log."""
+        return [m for m in self.messages(OLD_LOGPROBS) if isinstance(m, OldLogprobsComputed)]
+
+
+class Ticking:
+    """A clock that goes on by `tick` seconds whenever it is looked at."""
+
+    def __init__(self, tick: float = 0.001) -> None:
+        self.now, self.tick = 1000.0, tick
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+class Table:
+    """Stands in for the model: a token's log-prob is -(version + 1) - token / 1000, whatever stands before it."""
+
+    def __init__(self, version: int = 0) -> None:
+        self.version, self.rows = version, 0
+
+    def __call__(self, batch: Padded) -> Float32Array:
+        self.rows += len(batch.rows)
+        return self.value(batch.tokens)
+
+    def value(self, tokens: Any) -> Float32Array:
+        """What it says of these tokens."""
+        values: Float32Array = (-(self.version + 1) - np.asarray(tokens) / 1000).astype(np.float32)
+        return values
+
+
+def alive(worker: str, version: int = 0) -> WorkerAlive:
+    """It says how it fares."""
+    return WorkerAlive(RUN, worker, version=version, live=1, sampled_tokens=0, seconds=1.0, idle_s=0.0)
+
+
+def reached(worker: str, cut: int, positions: dict[int, int] | None = None, version: int = 0) -> CutReached:
+    """It stands still."""
+    return CutReached(RUN, worker, cut=cut, version=version, positions=positions or {}, flushed=0, pause_s=0.0)
+
+
+def a_flush(
+    index: int,
+    sample: int,
+    *,
+    cut: int = 1,
+    tokens: int | list[int] = 8,
+    segments: tuple[Segment, ...] = (),
+    worker: str = "a",
+    run: str = RUN,
+) -> SegmentFlushed:
+    """A live trajectory; without segments, tokens 2 to 6 are of version 0."""
+    return SegmentFlushed(
+        run=run,
+        trajectory=trajectory_id(group_id(index), sample),
+        group=group_id(index),
+        attempt=0,
+        worker=worker,
+        cut=cut,
+        tokens=pack_int32(list(range(1, tokens + 1)) if isinstance(tokens, int) else tokens),
+        segments=segments or (a_segment(2, 6, 0),),
+        temperature=1.0,
+    )
+
+
+def flushing(worker: str, *flushes: SegmentFlushed) -> Answer:
+    """A worker that flushes these and stands still."""
+
+    def answer(log: Log, request: CutRequested) -> None:
+        log.said(reached(worker, request.cut, log.sampled(*flushes), request.version))
+
+    return answer
+
+
+class Learner:
+    """Rank 0, as far as cuts concern it."""
+
+    def __init__(
+        self,
+        log: Log,
+        score: Score,
+        *,
+        before: "Learner | None" = None,
+        clock: Callable[[], float] | None = None,
+        confirm: Callable[[], None] = lambda: None,
+        deadline_s: float = 5.0,
+        samples: int = 2,
+        groups: int = 4,
+        micro_batch_tokens: int = 10_000,
+    ) -> None:
+        """`before`: the learner whose checkpoint it goes on from."""
+        self.scores = Scores()
+        self.planner: Planner[Arrived] = Planner(
+            samples=samples, groups_per_batch=groups, max_staleness=0, time_limit_s=60
+        )
+        self.intake = Intake(
+            log, self.planner, run=RUN, seed=0, environments={"lookup": 1.0}, samples=samples, sampling=SAMPLING,
+            time_limit_s=60, confirm=confirm, keep_flushed=True, ended=self.scores.forget,
+        )  # fmt: skip
+        self.early = EarlyScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
+        self.interruption = Interruption(
+            log, self.intake, self.early, self.scores, run=RUN, deadline_s=deadline_s, confirm=confirm,
+            clock=clock or Ticking(),
+        )  # fmt: skip
+        if before is None:
+            self.intake.start({}, {}, now=0.0)
+        else:
+            self.planner.restore(before.planner.state(), now=0.0)
+            self.intake.start(before.intake.offsets(), before.intake.task_ends, now=0.0)
+        self.intake.offer(Version(0), now=0.0)
+        self.interruption.start()
+
+    def read(self, newest: int = 0) -> None:
+        """Take in what stands on the log."""
+        self.intake.read_all(Version(newest), timeout_s=0)
+
+    def close(self) -> None:
+        """Let go of the log."""
+        self.interruption.close()
+        self.intake.close()
