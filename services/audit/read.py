@@ -50,7 +50,7 @@ from services.audit.evidence import (
     Offer,
 )
 from services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
-from services.learner.intake import check_finished
+from services.learner.checks import check_finished
 from services.snapshot_store.standing import StorageClaims, standing_storage
 
 ANY_VERSION = Version(1 << 62)

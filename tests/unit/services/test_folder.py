@@ -94,7 +94,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
 
 def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     bus = SqliteBus(folder / "bus.sqlite")
-    bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "dead_letters": 1})
+    bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
     finished, foreign = a_finished(0, 0), a_finished(0, 1, run="other")
     dropped = TrajectoryDropped("test", "g000000/1", "g000000", "worker-0", DropReason.DEADLINE, "")
     records = [finished, finished, dropped, foreign]
