@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from kafka import ConsumerRebalanceListener, TopicPartition, errors
-from kafka import KafkaConsumer as Client
+from kafka import ConsumerRebalanceListener, KafkaConsumer as Client, TopicPartition, errors
 from kafka.structs import MemberState, OffsetAndMetadata
 
 from common.bus.kafka.connection import DENIED, Connection
