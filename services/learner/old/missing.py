@@ -106,6 +106,10 @@ def _listed(versions: Sequence[Version]) -> str:
     return named if len(versions) <= MOST_NAMED else f"{named} and {len(versions) - MOST_NAMED} more"
 
 
+def _count(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
 _CODE = {
     Why.VERSION_GONE: ExitCode.DAMAGED,
     Why.NOT_SCORED: ExitCode.UNAVAILABLE,
@@ -116,7 +120,7 @@ _CODE = {
 def _sentence(why: Why, tokens: int, versions: Sequence[Version], trajectories: int) -> str:
     one = len(versions) == 1
     named = f"version{'' if one else 's'} {_listed(versions)}"
-    where = f"{tokens} tokens in {trajectories} {'trajectory' if trajectories == 1 else 'trajectories'}"
+    where = f"{_count(tokens, 'token')} in {_count(trajectories, 'trajectory', 'trajectories')}"
     otherwise = 'or let a run do without such tokens (learner.proximal.missing = "drop")'
     match why:
         case Why.VERSION_GONE:

@@ -63,8 +63,8 @@ class Scores:
             self.repeats += 1
             return
         self.conflicts += 1
-        differences = np.abs(first - values)[first != values]  # equal infinities differ by nothing
-        self.largest_conflict = max(self.largest_conflict, float(differences.max()))
+        other = first != values  # equal infinities have no difference
+        self.largest_conflict = max(self.largest_conflict, float(np.abs(first[other] - values[other]).max()))
 
     def attach(self, row: Row, digests: Mapping[Version, str]) -> Row:
         """The row with `old` filled wherever version, weights and prefix agree. What it has already stays.
