@@ -14,15 +14,27 @@ from common.bus.port import Bus
 from common.service import Server
 from services.snapshot_store.app import create_app
 from services.snapshot_store.storage_disk import DiskStorage
-from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, Spawn, SqliteLog
+from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, MemoryLog, Spawn, SqliteLog
 
 
-@pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.servers)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """On which logs a test runs: what lies in one process's memory is no log for several."""
+    if "log" in metafunc.fixturenames:
+        logs = ["sqlite", *([] if "spawn" in metafunc.fixturenames else ["memory"])]
+        kafka = pytest.param("kafka", marks=pytest.mark.servers)
+        metafunc.parametrize("log", [*logs, kafka], indirect=True)
+
+
+@pytest.fixture
 def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
     """A log with one topic of four partitions."""
     made: Log
     if request.param == "sqlite":
         made = SqliteLog(tmp_path / "bus.sqlite")
+        _make_topic(made)
+        yield made
+    elif request.param == "memory":
+        made = MemoryLog()
         _make_topic(made)
         yield made
     else:

@@ -16,11 +16,11 @@ from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from common.bus.claims import ClaimCheck
-from common.bus.kafka import Connection as KafkaConnection
-from common.bus.kafka import KafkaBus
+from common.bus.kafka import Connection as KafkaConnection, KafkaBus
 from common.bus.port import Bus, Consumer, Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from common.snapshots.client import SnapshotClient
+from tests.memory_bus import MemoryBus, Store
 
 TOPIC, PARTITIONS, GROUP = "things", 4, "workers"
 LIMIT_S = 60.0
@@ -56,6 +56,29 @@ class SqliteLog:
 
 
 @dataclass(frozen=True)
+class MemoryLog:
+    """A log in this process: tests that need others do without it."""
+
+    store: Store = field(default_factory=Store)
+    lease_s: float = 10.0
+
+    def open(self) -> Bus:
+        return MemoryBus(self.store, lease_s=self.lease_s)
+
+    def with_lease(self, lease_s: float) -> "MemoryLog":
+        """The same log, for members that are gone when not heard of for so long."""
+        return replace(self, lease_s=lease_s)
+
+    def another(self) -> "MemoryLog":
+        """A log of its own."""
+        return MemoryLog()
+
+    def cut(self, partition: int, before: int) -> None:
+        """Retention: the log lets go of the partition's records below this offset."""
+        self.store.cut(TOPIC, partition, before)
+
+
+@dataclass(frozen=True)
 class KafkaLog:
     """Topics of its own on a real Kafka, long bodies in a real snapshot store; `open` may be called in any process."""
 
@@ -82,7 +105,7 @@ class KafkaLog:
             admin.delete_records({TopicPartition(self.prefix + TOPIC, partition): before})
 
 
-Log = SqliteLog | KafkaLog
+Log = SqliteLog | MemoryLog | KafkaLog
 Spawn = Callable[..., tuple[SpawnProcess, Connection]]
 
 
