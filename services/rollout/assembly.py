@@ -4,8 +4,10 @@ Tokens are only ever appended: what the engine saw as prefix is what the learner
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from common.arrays import pack_float32, pack_int32
+from common.messages import GroupOffered
 from common.trajectory import Segment
 from services.rollout.engine import Sampled
 
@@ -68,6 +70,29 @@ class Assembly:
         )
         self._turns += 1
 
+    def with_partial(self, partial: Sampled | None) -> "Assembly":
+        """A trajectory of its own: this one and the message under way, as far as it has come. Raises Contradiction."""
+        so_far = Assembly(self._tokens)
+        so_far._segments, so_far._turns = list(self._segments), self._turns
+        if partial is not None:
+            so_far.add_sampled(partial)
+        return so_far
+
     def add_environment(self, tokens: Sequence[int]) -> None:
         """Append what the environment said."""
         self._tokens.extend(tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A trajectory under way, from its session's start until its record is put into the outbox."""
+
+    group: GroupOffered
+    trajectory: str
+    attempt: int
+    assembly: Assembly
+    """Everything but the message under way."""
+    request: str | None = None
+    """The message under way, as the engine knows it."""
+    flushed: int = 0
+    """Tokens, from the first on, that were sent ahead at a cut."""

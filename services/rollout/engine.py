@@ -58,7 +58,13 @@ class Engine(Protocol):
         """
 
     async def pause(self) -> None:
-        """Stop sampling; live requests wait. On return no token is under way."""
+        """Stop sampling; live requests wait. On return no token is under way. Pausing twice is pausing once."""
+
+    async def partial(self, request: str) -> Sampled | None:
+        """All that was sampled so far for a request that `generate` has not returned yet. Only while paused.
+
+        `generate` returns these tokens again, first of all. None: nothing was sampled, or no such request is under way.
+        """
 
     async def load(self, weights: StoredWeights) -> None:
         """Take on these weights and forget every cached key and value. Only while paused. Raises EngineFailed."""

@@ -7,6 +7,7 @@ pauses and spans are real: only the sampling is not.
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from common import faults
 from common.config.schema import ScriptedEngineConfig
@@ -24,6 +25,7 @@ class ScriptedEngine:
         self._running = asyncio.Event()
         self._running.set()
         self._closed = False
+        self._live: dict[str, _Message] = {}
 
     async def start(self) -> None: ...
 
@@ -34,18 +36,30 @@ class ScriptedEngine:
         text = self._config.texts[draw[0] % len(self._config.texts)]
         ending = list(stop[:1])
         script = (self._encode(text) + ending)[:max_tokens]
-        versions: list[Version] = []
-        for _ in script:
-            await asyncio.sleep(1 / self._config.tokens_per_s)
-            await self._running.wait()
-            if self._closed or self._loaded is None:
-                raise EngineFailed(f"request {request}: the engine {'is closed' if self._closed else 'has no weights'}")
-            versions.append(self._loaded.version)
-        logprobs = tuple(-(1 + draw[i % len(draw)]) / 256 for i in range(len(script)))
-        return Sampled(tuple(script), logprobs, _spans(versions), stopped=bool(ending) and script[-1:] == ending)
+        message = self._live[request] = _Message(
+            tuple(script), tuple(-(1 + draw[i % len(draw)]) / 256 for i in range(len(script)))
+        )
+        try:
+            for _ in script:
+                await asyncio.sleep(1 / self._config.tokens_per_s)
+                while not self._running.is_set():  # it may be paused again before a waiter gets its turn
+                    await self._running.wait()
+                if self._closed or self._loaded is None:
+                    why = "is closed" if self._closed else "has no weights"
+                    raise EngineFailed(f"request {request}: the engine {why}")
+                message.versions.append(self._loaded.version)
+        finally:
+            del self._live[request]
+        return message.sampled(stopped=bool(ending) and script[-1:] == ending)
 
     async def pause(self) -> None:
         self._running.clear()
+
+    async def partial(self, request: str) -> Sampled | None:
+        if self._running.is_set():
+            raise EngineFailed("partial: pause the engine first")
+        message = self._live.get(request)
+        return message.sampled(stopped=False) if message is not None and message.versions else None
 
     async def load(self, weights: StoredWeights) -> None:
         if self._running.is_set():
@@ -66,6 +80,21 @@ class ScriptedEngine:
     async def close(self) -> None:
         self._closed = True
         self._running.set()
+
+
+@dataclass
+class _Message:
+    """A message under way."""
+
+    script: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: list[Version] = field(default_factory=list)
+    """Of the tokens sampled so far."""
+
+    def sampled(self, *, stopped: bool) -> Sampled:
+        """What there is of it."""
+        length = len(self.versions)
+        return Sampled(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
 
 
 def _spans(versions: Sequence[Version]) -> tuple[Span, ...]:

@@ -33,6 +33,8 @@ class VllmEngine:
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
         self._llm: AsyncLLM | None = None
         self._scored = 0
+        self._waiting: dict[str, Any] = {}
+        """By request: where vLLM puts its output when it has ended."""
 
     async def start(self) -> None:
         on_cpu = _set_environment(self._config)
@@ -88,17 +90,27 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._final(prompt, sampling, request)).outputs[0]
-        tokens = tuple(output.token_ids)
-        return Sampled(
-            tokens,
-            tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
-            tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
-            stopped=output.finish_reason == "stop",
-        )
+        return _sampled(await self._final(prompt, sampling, request))
 
     async def pause(self) -> None:
         await self._within("pause", self._started.pause_generation(mode="keep", clear_cache=False))
+        await self._within("delivery", self._delivered())
+
+    async def partial(self, request: str) -> Sampled | None:
+        from vllm.v1.engine import FinishReason
+
+        processor = self._started.output_processor
+        for internal in processor.external_req_ids.get(request, ()):
+            # what an abort at this moment would deliver: all tokens, and how far each version goes
+            output = processor.request_states[internal].make_request_output([], None, FinishReason.ABORT, None)
+            break
+        else:
+            # ended, but `generate` has not had its turn since
+            output = self._waiting[request].output if request in self._waiting else None
+            if isinstance(output, Exception):
+                return None
+        sampled = _sampled(output) if output is not None else None
+        return sampled if sampled is not None and sampled.tokens else None
 
     async def load(self, weights: StoredWeights) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -138,17 +150,37 @@ class VllmEngine:
             self._llm = None
 
     async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
-        last = None
+        llm = self._started
         try:
-            async for output in self._started.generate({"prompt_token_ids": list(prompt)}, sampling, request):
-                last = output
+            waiting = await llm.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
+            self._waiting[request] = waiting
+            output = await waiting.get()
         except asyncio.CancelledError:
+            await llm.abort(request)
             raise
         except Exception as error:
+            await llm.abort(request)
             raise EngineFailed(f"request {request}: {_first_line(error)}") from error
-        if last is None or not last.finished:
+        finally:
+            self._waiting.pop(request, None)
+        if not output.finished:
             raise EngineFailed(f"request {request}: the engine ended it without a result")
-        return last
+        return output
+
+    async def _delivered(self) -> None:
+        """Wait until all that was sampled before the pause has been taken in.
+
+        The engine's process ends its steps, puts their outputs and then the pause's answer into one queue, and sends
+        them on one socket in this order; here one task reads it. So when the pause has been answered, the outputs are
+        in this queue or beyond it. The task that empties it needs so many turns for one of them, without a wait.
+        """
+        from vllm import envs
+
+        outputs = self._started.engine_core.outputs_queue
+        while not outputs.empty():
+            await asyncio.sleep(0)
+        for _ in range(1 + self._max_live // envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE):
+            await asyncio.sleep(0)
 
     async def _within(self, what: str, step: Any) -> Any:
         try:
@@ -166,6 +198,17 @@ class VllmEngine:
         if self._llm is None:
             raise EngineFailed("the engine is not running")
         return self._llm
+
+
+def _sampled(request_output: Any) -> Sampled:
+    output = request_output.outputs[0]
+    tokens = tuple(output.token_ids)
+    return Sampled(
+        tokens,
+        tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
+        tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
+        stopped=output.finish_reason == "stop",
+    )
 
 
 def _version(label: str) -> Version:

@@ -19,6 +19,22 @@ PAUSE_SECONDS = Histogram(
     buckets=SECONDS,
     registry=REGISTRY,
 )
+CUT_PAUSE_SECONDS = Histogram(
+    "palimpsest_rollout_cut_pause_seconds",
+    "From a cut's request until the engine stood still",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+HOLD_SECONDS = Histogram(
+    "palimpsest_rollout_hold_seconds",
+    "Generation stood still for a cut, until a newer version was loaded or the cut was released",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+HOLDS_GIVEN_UP = Counter(
+    "palimpsest_rollout_holds_given_up", "Cuts after which nothing was heard of the learner", registry=REGISTRY
+)
+FLUSHED = Counter("palimpsest_rollout_flushed", "Live trajectories sent ahead at cuts", registry=REGISTRY)
 FETCH_SECONDS = Histogram(
     "palimpsest_rollout_fetch_seconds", "Getting a version from the store", buckets=SECONDS, registry=REGISTRY
 )

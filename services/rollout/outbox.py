@@ -5,13 +5,13 @@ learner knows trajectories by their ids, so that costs time only).
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from msgspec import Struct
 
-from common.bus.port import Bus, Outgoing
-from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, FromWorker, encode
+from common.bus.port import Bus, Outgoing, Position
+from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, FromWorker, SegmentFlushed, encode
 
 BATCH = 256
 
@@ -29,16 +29,21 @@ class Outbox:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._unpublished = 0
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._put_so_far = self._durable = 0
+        self._progress = asyncio.Condition()
+        self.positions: dict[int, int] = {}
+        """Topic `trajectories`: partition -> offset after the last durable record of this outbox."""
 
     def put_trajectory(self, record: Struct, *, group: str, trajectory: str, done: Callable[[], None]) -> None:
         """A trajectory's end."""
         self._put(TRAJECTORIES, Outgoing(group, encode(record), {"trajectory": trajectory}), done)
 
+    def put_flush(self, record: SegmentFlushed) -> None:
+        """A live trajectory up to a cut. No header names it: whoever cannot read this has not lost the trajectory."""
+        self._put(TRAJECTORIES, Outgoing(record.group, encode(record)), lambda: None)
+
     def put_from_worker(self, record: FromWorker) -> None:
-        """What became of an update, or how the worker fares."""
+        """What became of an update or a cut, or how the worker fares."""
         self._put(WORKERS, Outgoing(record.worker, encode(record)), lambda: None)
 
     def put_dead_letter(self, record: DeadLetter, *, done: Callable[[], None]) -> None:
@@ -53,18 +58,25 @@ class Outbox:
                 batch.append(self._waiting.get_nowait())
             for topic in dict.fromkeys(waiting.topic for waiting in batch):
                 records = [waiting.record for waiting in batch if waiting.topic == topic]
-                await asyncio.to_thread(self._bus.publish, topic, records)
+                positions = await asyncio.to_thread(self._bus.publish, topic, records)
+                if topic == TRAJECTORIES:
+                    self._note(positions)
             for waiting in batch:
                 waiting.done()
-            self._unpublished -= len(batch)
-            if not self._unpublished:
-                self._empty.set()
+            async with self._progress:
+                self._durable += len(batch)
+                self._progress.notify_all()
 
     async def flushed(self) -> None:
-        """Wait until everything put so far is durable."""
-        await self._empty.wait()
+        """Wait until everything put so far is durable; what is put meanwhile is not waited for."""
+        wanted = self._put_so_far
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._durable >= wanted)
+
+    def _note(self, positions: Sequence[Position]) -> None:
+        for at in positions:
+            self.positions[at.partition] = max(self.positions.get(at.partition, 0), at.offset + 1)
 
     def _put(self, topic: str, record: Outgoing, done: Callable[[], None]) -> None:
-        self._unpublished += 1
-        self._empty.clear()
+        self._put_so_far += 1
         self._waiting.put_nowait(_Waiting(topic, record, done))

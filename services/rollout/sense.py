@@ -5,12 +5,14 @@ A record that decodes can still ask for what no learner asks for; acted on, it w
 
 import math
 
-from common.messages import Control, CutReleased, GroupOffered
+from common.messages import Control, CutReleased, CutRequested, GroupOffered
 from common.unusable import Cause, Unusable
 
 
 def check(message: GroupOffered | Control) -> None:
-    """Raise Unusable for a version below 0, or an offer that nothing can be sampled for."""
+    """Raise Unusable for a version or a cut below 0, or an offer that nothing can be sampled for."""
+    if isinstance(message, CutRequested | CutReleased) and message.cut < 0:
+        raise Unusable(Cause.OUT_OF_RANGE, f"cut {message.cut}: cuts are counted from 0")
     if isinstance(message, CutReleased):
         return
     if message.version < 0:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from common import faults
@@ -12,7 +12,7 @@ from common.sessions.client import SessionClient, SessionFailed
 from common.sessions.wire import CreateSession, Session, Status, Step
 from common.versions import Version
 from services.rollout import metrics
-from services.rollout.assembly import Assembly
+from services.rollout.assembly import Assembly, Live
 from services.rollout.dialogue import Dialogue
 from services.rollout.engine import Engine, EngineFailed, Sampled
 
@@ -39,6 +39,8 @@ class Sampler:
     tally: Tally
     trusted: Callable[[Version], Awaitable[None]]
     """Returns once the engine is known to compute this version rightly."""
+    live: list[Live] = field(default_factory=list)
+    """Trajectories under way, oldest first; one id may be there twice (a task that was delivered again)."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
         """One trajectory of the group, whatever it takes; a failed session is tried again afresh."""
@@ -62,13 +64,20 @@ class Sampler:
         key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
         session = await _timed(self.sessions.create(wanted, idempotency_key=key))
         assembly = Assembly(self.dialogue.begin(session.messages, session.tools))
-        step = await self._dialogue(group, f"{name}#{attempt}", session, assembly)
+        live = Live(group, name, attempt, assembly)
+        self.live.append(live)
+        try:
+            step = await self._dialogue(live, session)
+        finally:
+            # whoever awaits `sample` puts the record into the outbox before anything else gets a turn: no cut finds
+            # the tokens neither here nor there
+            self.live.remove(live)
         faults.reach("rollout.before_publish")
-        return self._finished(group, name, attempt, session, assembly, step)
+        return self._finished(live, session, step)
 
-    async def _dialogue(self, group: GroupOffered, request: str, session: Session, assembly: Assembly) -> Step:
+    async def _dialogue(self, live: Live, session: Session) -> Step:
         """Turn after turn until the environment, or a limit, ends it."""
-        sampling, number = group.sampling, session.next_step
+        assembly, sampling, number = live.assembly, live.group.sampling, session.next_step
         room = sampling.max_trajectory_tokens - len(assembly.tokens)
         if room < 1:
             raise _Unusable(
@@ -78,7 +87,7 @@ class Sampler:
             )
         while True:
             longest = min(sampling.max_turn_tokens, room)
-            sampled = await self._message(f"{request}.{assembly.turns}", group, assembly, longest)
+            sampled = await self._message(live, longest)
             if not sampled.stopped:
                 # a limit cut the message off: acting on half of it would make what is said after a call free of charge
                 return await _timed(self.sessions.finalize(session.session_id))
@@ -93,23 +102,33 @@ class Sampler:
             assembly.add_environment(said)
             number = step.step + 1
 
-    async def _message(self, request: str, group: GroupOffered, assembly: Assembly, room: int) -> Sampled:
-        sampled = await self.engine.generate(
-            assembly.tokens,
-            request=request,
-            temperature=group.sampling.temperature,
-            max_tokens=room,
-            stop=self.dialogue.stop_tokens,
-        )
-        assembly.add_sampled(sampled)
+    async def _message(self, live: Live, room: int) -> Sampled:
+        live.request = self._request(live)
+        try:
+            sampled = await self.engine.generate(
+                live.assembly.tokens,
+                request=live.request,
+                temperature=live.group.sampling.temperature,
+                max_tokens=room,
+                stop=self.dialogue.stop_tokens,
+            )
+        finally:
+            live.request = None
+        live.assembly.add_sampled(sampled)  # at once: a cut finds the tokens either here or at the engine
         metrics.TOKENS.inc(len(sampled.tokens))
         self.tally.sampled_tokens += len(sampled.tokens)
         await self.trusted(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
         return sampled
 
-    def _finished(
-        self, group: GroupOffered, name: str, attempt: int, session: Session, assembly: Assembly, step: Step
-    ) -> Ended:
+    def _request(self, live: Live) -> str:
+        """A name that no other request under way has."""
+        name = f"{live.trajectory}#{live.attempt}.{live.assembly.turns}"
+        while any(other.request == name for other in self.live):
+            name += "+"
+        return name
+
+    def _finished(self, live: Live, session: Session, step: Step) -> Ended:
+        group, assembly = live.group, live.assembly
         if step.reward is None or step.success is None:
             what = step.error.message if step.error else f"the session ended as {step.status} without a reward"
             raise SessionFailed(step.error.code if step.error else step.status.value, what)
@@ -117,9 +136,9 @@ class Sampler:
         metrics.TRAJECTORIES.labels(ending.value).inc()
         return TrajectoryFinished(
             run=group.run,
-            trajectory=name,
+            trajectory=live.trajectory,
             group=group.group,
-            attempt=attempt,
+            attempt=live.attempt,
             worker=self.worker,
             environment=group.environment,
             environment_version=session.environment_version,

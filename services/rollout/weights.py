@@ -4,11 +4,14 @@ The learner never waits for this. A version is fetched and checked against its d
 loading stands in the way of it. What the engine samples afterwards stays in the worker until the canaries have shown
 that the engine computes what the learner published (canary.py). A version that fails is refused, and nothing it sampled
 is ever published.
+
+At a cut the engine stands still, and stays so: the version of the cut, or an older one, is sampled with no more.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from common.files import whole
@@ -31,7 +34,7 @@ class Applied:
 
 
 class Weights:
-    """Keeps an engine at the newest version announced."""
+    """Keeps an engine at the newest version announced that may be sampled with."""
 
     def __init__(
         self,
@@ -47,6 +50,11 @@ class Weights:
         self._announced = asyncio.Event()
         self._newest = Version(-1)
         self._change = asyncio.Condition()
+        self._turn = asyncio.Lock()
+        """Whoever has it decides whether the engine runs. From a version's loading until its verdict it is kept, so
+        that what a cut finds on the engine is verified."""
+        self._loaded = self._held = Version(-1)
+        self._still_since: float | None = None
         self.verified = Version(-1)
         """Newest version the engine is known to compute rightly; -1 before the first."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,18 +76,53 @@ class Weights:
         """Wait until there is any version to sample with."""
         await self.trusted(Version(0))
 
+    @asynccontextmanager
+    async def standing_still(self, version: Version) -> AsyncIterator[None]:
+        """Inside, the engine stands still, and everything it has sampled is verified.
+
+        Afterwards nothing is sampled with `version` or an older one: the engine stands still until a newer version is
+        loaded, which needs no more than its announcement, or until `sample_on`.
+        """
+        async with self._turn:
+            self._held = max(self._held, version)
+            if self._still_since is None:
+                self._still_since = time.monotonic()
+            await self._engine.pause()
+            await self.trusted(self._loaded)  # if it was refused, this never comes: the worker is about to end
+            yield
+            await self._resume_unless_held()
+
+    async def sample_on(self) -> None:
+        """Hold nothing any longer, and go on with the version there is."""
+        if self._held < 0:
+            return
+        async with self._turn:
+            self._held = Version(-1)
+            await self._resume_unless_held()
+        self._announced.set()  # what was held may be loaded now
+
     async def keep_up(self) -> None:
         """Apply what is announced, newest first, for ever. Raises Refusal when a version is refused."""
         while True:
             await self._announced.wait()
             self._announced.clear()
             wanted = self._newest
-            if wanted <= self.verified:
+            if wanted <= max(self.verified, self._held):
                 continue
             weights = await self._fetch(wanted)
             if weights is not None:
-                await self._apply(weights)
+                async with self._turn:
+                    if wanted > self._held:  # else a cut came in between
+                        await self._apply(weights)
                 weights.path.unlink()
+
+    async def _resume_unless_held(self) -> None:
+        if self._loaded <= self._held:
+            return
+        await self._engine.resume()
+        if self._still_since is not None:
+            metrics.HOLD_SECONDS.observe(time.monotonic() - self._still_since)
+            self._still_since = None
 
     async def _fetch(self, version: Version) -> StoredWeights | None:
         path = self._folder / f"{version}.raw"
@@ -110,7 +153,8 @@ class Weights:
         started = time.monotonic()
         await self._engine.pause()
         await self._engine.load(weights)
-        await self._engine.resume()
+        self._loaded = manifest.version
+        await self._resume_unless_held()
         pause_s = time.monotonic() - started
         metrics.PAUSE_SECONDS.observe(pause_s)
         scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))

@@ -25,6 +25,7 @@ from common.messages import (
 from common.service import Status
 from common.unusable import Cause, Unusable
 from services.rollout import metrics
+from services.rollout.interruption import Interruption
 from services.rollout.outbox import Outbox
 from services.rollout.reader import Reader
 from services.rollout.sense import check
@@ -57,6 +58,9 @@ class Worker:
         self._sampler, self._weights = sampler, weights
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
+        self._interruption = Interruption(
+            run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
+        )
         self._frontier = Frontier()
         self._committed: dict[int, int] = {}
         self._stopping = asyncio.Event()
@@ -89,7 +93,8 @@ class Worker:
     def status(self) -> Status:
         """For /v1/status."""
         alive = self.alive()
-        return {name: getattr(alive, name) for name in alive.__struct_fields__} | {"finished": self._counts.finished}
+        fields = {name: getattr(alive, name) for name in alive.__struct_fields__}
+        return fields | {"finished": self._counts.finished, "cut": self._interruption.cut}
 
     def applied(self, applied: Applied) -> None:
         """Tell the log what came of an update."""
@@ -113,7 +118,10 @@ class Worker:
             Reader(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
         ):
             publishing = asyncio.create_task(self._outbox.run())
-            jobs = (self._follow(control), self._weights.keep_up(), self._keep(tasks), self._fail(), self._tell())
+            jobs = (
+                self._follow(control), self._weights.keep_up(), self._interruption.serve(), self._keep(tasks),
+                self._fail(), self._tell(),
+            )  # fmt: skip
             running = {publishing, *map(asyncio.create_task, jobs)}
             taking = asyncio.create_task(self._take(tasks))
             stopping = asyncio.create_task(self._stopping.wait())
@@ -156,16 +164,21 @@ class Worker:
         await self._say_last(publishing)
 
     async def _follow(self, control: Reader) -> None:
-        """Hear of versions and of the end."""
+        """Hear of versions, of cuts and of the end."""
         known = await control.ends()  # what is older than this worker is history, not news
         while True:
             for record in await control.poll(limit=256, timeout_s=POLL_S):
-                match self._read(record):
-                    case VersionPublished() as published:
-                        self._weights.announce(published.version)
-                    case RunFinished() as finished if record.offset >= known[record.partition]:
-                        logger().info("run finished", version=finished.version)
+                message = self._read(record)
+                match message:
+                    case VersionPublished():
+                        self._weights.announce(message.version)
+                    case RunFinished() if record.offset >= known[record.partition]:
+                        logger().info("run finished", version=message.version)
                         self.stop()
+                if message is not None:
+                    self._interruption.heard(message)
+                if record.offset + 1 >= known[record.partition]:
+                    self._interruption.act()
 
     async def _take(self, tasks: Reader) -> None:
         """Take tasks as slots get free."""
