@@ -44,7 +44,8 @@ def linear(behavior: Tensor, current: Tensor, *, behavior_share: float) -> Tenso
 
     At the ends it is the one or the other bit for bit.
     """
-    return torch.logaddexp(_log(behavior_share) + behavior, _log(1 - behavior_share) + current.detach())
+    now = current.detach()
+    return torch.logaddexp(_log(behavior_share) + behavior.to(now.dtype), _log(1 - behavior_share) + now)
 
 
 def _log(share: float) -> float:

@@ -1,0 +1,422 @@
+"""What holds for every surrogate, and what is special to each (algorithms.md 2.1 to 2.4, 4.4 to 4.9, 18.1 to 18.4)."""
+
+import importlib
+import inspect
+import math
+import pkgutil
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.config.learner import LearnerConfig, OptimizerConfig
+from common.config.proximal import ProximalConfig
+from common.versions import Version
+from services.learner import surrogates
+from services.learner.batching import Padded, pad
+from services.learner.corrections import log_ratio
+from services.learner.leak import Thresholds, clipped, masked
+from services.learner.model import Trainee, token_logprobs
+from services.learner.proximal import Exact, Interpolated, Source, Surrogate
+from services.learner.surrogates.ewma_prox import EwmaProx
+from services.learner.surrogates.interp_prox_loglinear import Loglinear
+from services.learner.surrogates.linear_prox import LinearProx
+from services.learner.surrogates.make import surrogate
+from tests.builders import a_row
+from tests.models import CPU, Resident, load
+from tests.oracles import surrogates as oracle
+
+NOW = Version(8)
+DRAWS = 200
+KINDS: list[dict[str, object]] = [
+    {"kind": "bypass"},
+    {"kind": "current_recompute"},
+    {"kind": "interp_prox_loglinear"},
+    {"kind": "linear_prox", "behavior_share": 0.3},
+    {"kind": "ewma_prox", "decay": 0.7},
+    {"kind": "ppo_ewma_async", "window": "max_staleness"},
+    {"kind": "ppo_ewma_async", "window": "measured", "reset": "guarded"},
+]
+EVERY = pytest.mark.parametrize("keys", KINDS, ids=lambda keys: "/".join(str(value) for value in keys.values()))
+
+
+def section(keys: dict[str, object]) -> ProximalConfig:
+    return LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
+
+
+def moved(trainee: Trainee, seed: int) -> None:
+    """One optimizer step along random gradients: the next version."""
+    generator = torch.Generator().manual_seed(seed)
+    for gradient in trainee.gradients():
+        gradient.copy_(torch.randn(gradient.shape, generator=generator))
+    trainee.step()
+
+
+def trained(
+    folder: Path, keys: dict[str, object], *, versions: int = 3, max_staleness: int = 8, lr: float = 3e-3
+) -> tuple[Trainee, Source]:
+    """The source and the model that it followed for some versions."""
+    model = load(folder)
+    trainee = Trainee(model, OptimizerConfig(lr=lr, epsilon=1e-3))
+    source = surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=max_staleness)
+    for version in range(versions):
+        moved(trainee, version)
+        if hasattr(source, "published"):
+            source.published(trainee.masters, active_share=0.95, mean_staleness=2.0)
+    return trainee, source
+
+
+def batches(folder: Path, *, seed: int = 0) -> list[Padded]:
+    """Two micro-batches of unequal rows with gaps; staleness 0 to 8; behavior near the starting model's log-probs."""
+    generator = np.random.default_rng(seed)
+    model, made = load(folder), []
+    for lengths in ([9, 14, 22], [30, 17]):
+        rows = []
+        for length in lengths:
+            versions = np.where(generator.random(length) < 0.25, -1, NOW - generator.integers(0, 9, length))
+            versions[0] = -1
+            rows.append(
+                a_row(
+                    f"r{length}",
+                    generator.integers(3, 250, length).tolist(),
+                    versions.tolist(),
+                    behavior=[0.0] * length,
+                    advantage=float(generator.normal()),
+                    temperature=0.9,
+                )
+            )
+        batch = pad(rows)
+        near = Resident(model).proximal([batch], NOW).logprobs[0].numpy()
+        noise = generator.normal(0, 0.2, near.shape)
+        batch.behavior[:] = np.where(batch.mask, np.minimum(near + noise, -1e-3), 0.0)
+        made.append(batch)
+    return made
+
+
+@torch.no_grad()
+def current(trainee: Trainee, batch: Padded) -> Tensor:
+    values, _ = token_logprobs(trainee.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
+    return values
+
+
+@EVERY
+def test_18_1_the_two_factors_give_the_total_ratio(keys: dict[str, object], starting_model: Path) -> None:
+    trainee, source = trained(starting_model, keys)
+    made = batches(starting_model)
+    proximal = source.proximal(made, NOW)
+    moved(trainee, 99)  # a later minibatch
+    for place, batch in enumerate(made):
+        mask, behavior, now = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior), current(trainee, batch)
+        anchor = proximal.anchor(place, now, mask).logprobs
+        total = log_ratio(now, behavior, mask)
+        parts = log_ratio(anchor, behavior, mask) + log_ratio(now, anchor, mask)
+        assert float((parts - total).abs().max()) <= 1e-6
+        assert float((log_ratio(now, behavior, mask)[mask]).abs().max()) < 10  # far from the bound of 20
+        product = log_ratio(anchor, behavior, mask).exp() * log_ratio(now, anchor, mask).exp()
+        assert torch.allclose(product, total.exp(), rtol=2e-6, atol=0)
+
+
+@EVERY
+def test_18_1_with_all_thresholds_off_the_gradient_is_that_of_exact(
+    keys: dict[str, object], starting_model: Path
+) -> None:
+    """Which needs that nothing of the proximal carries a gradient."""
+    trainee, source = trained(starting_model, keys)
+    made = batches(starting_model, seed=1)
+    proximal = source.proximal(made, NOW)
+    generator = torch.Generator().manual_seed(5)
+    exact = Exact(
+        [torch.from_numpy(b.behavior) + 0.3 * torch.randn(b.behavior.shape, generator=generator) for b in made]
+    )
+    for place, batch in enumerate(made):
+        mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior).double()
+        gradients = []
+        for values in (proximal, exact):
+            now = current(trainee, batch).double().requires_grad_()
+            anchor = values.anchor(place, now, mask).logprobs
+            assert not anchor.requires_grad
+            weight = log_ratio(anchor.double(), behavior, mask).exp()
+            update = log_ratio(now, anchor.double(), mask).exp()
+            torch.where(mask, weight * update * torch.from_numpy(batch.advantages), 0.0).sum().backward()
+            assert now.grad is not None
+            gradients.append(now.grad)
+        assert torch.allclose(gradients[0], gradients[1], rtol=1e-6, atol=1e-12)
+        assert float(gradients[0][mask].abs().min()) > 0
+
+
+@EVERY
+def test_untrainable_tokens_are_0_and_change_nothing(keys: dict[str, object], starting_model: Path) -> None:
+    """algorithms.md 18.7."""
+    trainee, source = trained(starting_model, keys)
+    (batch, _) = batches(starting_model, seed=2)
+    mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+    anchor = source.proximal([batch], NOW).anchor(0, now, mask)
+    assert float(anchor.logprobs[~mask].abs().max()) == 0.0
+    assert bool(torch.isfinite(anchor.logprobs).all())
+    assert anchor.logprobs.dtype is torch.float32
+    batch.behavior[~batch.mask] = np.nan
+    again = source.proximal([batch], NOW).anchor(0, torch.where(mask, now, torch.nan), mask)
+    assert torch.equal(again.logprobs[mask], anchor.logprobs[mask])
+
+
+@EVERY
+def test_no_surrogate_says_that_it_is_exact(keys: dict[str, object], starting_model: Path) -> None:
+    trainee, source = trained(starting_model, keys)
+    made = batches(starting_model, seed=3)
+    proximal = source.proximal(made, NOW)
+    assert not isinstance(proximal, Exact)
+    assert isinstance(proximal, Surrogate | Interpolated)
+    assert proximal.method == keys["kind"]
+    for place, batch in enumerate(made):
+        mask = torch.from_numpy(batch.mask)
+        anchor = proximal.anchor(place, current(trainee, batch), mask)
+        assert not anchor.exact.any()
+        assert not anchor.missing.any()
+
+
+def classes() -> Iterator[type]:
+    """Every class of the package that gives a proximal."""
+    for module in pkgutil.iter_modules(surrogates.__path__):
+        loaded = importlib.import_module(f"{surrogates.__name__}.{module.name}")
+        for _, found in inspect.getmembers(loaded, inspect.isclass):
+            if found.__module__ == loaded.__name__ and hasattr(found, "proximal"):
+                yield found
+
+
+def test_the_type_of_no_surrogate_is_exact() -> None:
+    found = {kind.__name__: typing.get_type_hints(kind.proximal)["return"] for kind in classes()}
+    assert len(found) == 6
+    assert set(found.values()) == {Surrogate, Interpolated}
+
+
+def test_no_file_of_a_surrogate_knows_the_exact_type() -> None:
+    for module in pkgutil.iter_modules(surrogates.__path__):
+        loaded = importlib.import_module(f"{surrogates.__name__}.{module.name}")
+        assert not {name for name, value in vars(loaded).items() if value is Exact}, module.name
+
+
+A = {"behavior": -1.20, "old": -1.10, "current": -0.90, "async": -0.95}
+
+
+def of_one_token(source: Source, staleness: int, *, current: float = A["current"]) -> float:
+    """The proximal of example A's token."""
+    batch = pad([a_row("a", [5, 6], [-1, NOW - staleness], behavior=[0.0, A["behavior"]])])
+    proximal = source.proximal([batch], NOW)
+    mask = torch.from_numpy(batch.mask)
+    return float(proximal.anchor(0, torch.tensor([[0.0, current]]), mask).logprobs[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "proximal", "discrepancy", "staleness"),
+    [
+        ({"kind": "bypass"}, -1.20, 1.0, 1.34986),
+        ({"kind": "interp_prox_loglinear"}, -0.975, 1.25232, 1.07788),
+        ({"kind": "linear_prox", "behavior_share": 0.25}, -0.96699, 1.26239, 1.06928),
+    ],
+    ids=["bypass", "loglinear d=4", "arithmetic, same weights"],
+)
+def test_18_2_example_a(
+    keys: dict[str, object], proximal: float, discrepancy: float, staleness: float, starting_model: Path
+) -> None:
+    got = of_one_token(trained(starting_model, keys, versions=0)[1], 4)
+    assert got == pytest.approx(proximal, abs=5e-6)
+    assert math.exp(got - A["behavior"]) == pytest.approx(discrepancy, abs=5e-6)
+    assert math.exp(A["current"] - got) == pytest.approx(staleness, abs=5e-6)
+
+
+def drawn(seed: int) -> tuple[Padded, Tensor, NDArray[np.bool_]]:
+    """A batch of random behavior, its current log-probs in float64, and its mask."""
+    generator = np.random.default_rng(seed)
+    length = int(generator.integers(2, 12))
+    rows = []
+    for i in range(3):
+        versions = np.where(generator.random(length) < 0.2, -1, NOW - generator.integers(0, 9, length))
+        rows.append(
+            a_row(
+                f"r{i}",
+                [7] * length,
+                versions.tolist(),
+                behavior=(-generator.exponential(1.0, length)).tolist(),
+                advantage=float(generator.normal()),
+            )
+        )
+    batch = pad(rows)
+    return batch, torch.from_numpy(batch.behavior + generator.normal(0, 0.7, batch.behavior.shape)), batch.mask
+
+
+def test_loglinear_equals_the_oracle() -> None:
+    for seed in range(DRAWS):
+        batch, now, mask = drawn(seed)
+        got = Loglinear(CPU).proximal([batch], NOW).anchor(0, now, torch.from_numpy(mask)).logprobs.numpy()
+        expected = oracle.loglinear(batch.behavior.astype(np.float64), now.numpy(), NOW - batch.versions)
+        np.testing.assert_allclose(got[mask], expected[mask], rtol=1e-12, err_msg=f"seed {seed}")
+        at_most_1 = mask & (NOW - batch.versions <= 1)
+        assert (got[at_most_1] == batch.behavior[at_most_1]).all()
+
+
+def test_linear_equals_the_oracle() -> None:
+    for seed in range(DRAWS):
+        batch, now, mask = drawn(seed)
+        alpha = float(np.random.default_rng(seed).random())
+        source = LinearProx(CPU, behavior_share=alpha)
+        got = source.proximal([batch], NOW).anchor(0, now, torch.from_numpy(mask)).logprobs.numpy()
+        expected = oracle.linear(batch.behavior.astype(np.float64), now.numpy(), alpha)
+        np.testing.assert_allclose(got[mask], expected[mask], rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
+
+
+def test_18_2_proposition_1_the_loglinear_constraints_are_bands_on_the_total_ratio() -> None:
+    kinds = {True: 0, False: 0}
+    for seed in range(DRAWS):
+        batch, now, mask = drawn(seed)
+        thresholds = Thresholds(band=1.2, clip_low=0.2, clip_high=0.28)
+        proximal = Loglinear(CPU).proximal([batch], NOW).anchor(0, now, torch.from_numpy(mask)).logprobs.numpy()
+        behavior = batch.behavior.astype(np.float64)
+        is_masked = masked(proximal, behavior, thresholds)
+        is_clipped = clipped(now.numpy(), proximal, batch.advantages, thresholds)
+        total = np.exp(now.numpy() - behavior)
+        for i in zip(*np.nonzero(mask), strict=True):
+            staleness = max(1, int(NOW - batch.versions[i]))
+            low, high = oracle.loglinear_clip_band(staleness, low=0.2, high=0.28)
+            beyond = total[i] > high if batch.advantages[i] > 0 else total[i] < low
+            assert is_clipped[i] == beyond, f"seed {seed}, {i}"
+            below, above = oracle.loglinear_mask_band(staleness, band=1.2)
+            assert is_masked[i] == (not below <= total[i] <= above), f"seed {seed}, {i}"
+            kinds[bool(is_clipped[i])] += 1
+    assert min(kinds.values()) > 100  # both outcomes were tried
+
+
+def test_18_2_the_bands_of_the_worked_numbers() -> None:
+    assert oracle.loglinear_clip_band(4, low=0.2, high=0.2) == pytest.approx((0.4096, 2.0736))
+    assert oracle.loglinear_mask_band(4, band=1.2) == pytest.approx((0.7842, 1.2752), abs=5e-5)
+    assert oracle.loglinear_clip_band(2, low=0.2, high=0.2)[1] == pytest.approx(1.44)
+    assert oracle.loglinear_mask_band(2, band=1.2)[1] == pytest.approx(1.44)
+    assert oracle.linear_clip_band(0.25, low=0.2, high=0.2) == pytest.approx((0.5, 3.0))
+    assert oracle.linear_clip_band(0.5, low=0.2, high=0.2) == pytest.approx((2 / 3, 1.5))
+    assert oracle.linear_clip_band(1 / 6, low=0.2, high=0.2)[1] == np.inf
+
+
+def test_18_2_at_a_staleness_above_2_the_clip_is_dead_code_behind_the_mask() -> None:
+    """c = 1 + epsilon: whatever the total ratio, a token that is clipped is masked."""
+    thresholds = Thresholds(band=1.2, clip_low=0.2, clip_high=0.2)
+    total = np.linspace(-5.0, 5.0, 2001)[None]
+    for staleness in range(3, 9):
+        row = a_row("a", [7] * 2001, [NOW - staleness] * 2001, behavior=[-6.0] * 2001)
+        now = torch.from_numpy(total - 6.0)
+        got = Loglinear(CPU).proximal([pad([row])], NOW).anchor(0, now, torch.ones(1, 2001, dtype=torch.bool))
+        proximal = got.logprobs.numpy()
+        removed = masked(proximal, np.full_like(proximal, -6.0), thresholds)
+        for advantage in (1.0, -1.0):
+            gone = clipped(now.numpy(), proximal, np.full_like(proximal, advantage), thresholds)
+            assert gone.any()
+            assert not (gone & ~removed).any()
+
+
+def linear_clips(alpha: float, epsilon: float, total: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether tokens with these log total ratios and a positive advantage are clipped."""
+    count = total.shape[1]
+    row = a_row("a", [7] * count, [NOW - 3] * count, behavior=[-9.0] * count)
+    now = torch.from_numpy(total - 9.0)
+    got = LinearProx(CPU, behavior_share=alpha).proximal([pad([row])], NOW)
+    proximal = got.anchor(0, now, torch.ones(1, count, dtype=torch.bool)).logprobs.numpy()
+    return clipped(now.numpy(), proximal, np.ones_like(total), Thresholds(None, epsilon, epsilon))
+
+
+def test_18_2_the_arithmetic_clip_never_fires_for_alpha_up_to_epsilon_over_1_plus_epsilon() -> None:
+    for seed in range(DRAWS):
+        generator = np.random.default_rng(seed)
+        epsilon = float(generator.uniform(0.05, 0.4))
+        total = generator.uniform(-8.0, 8.0, (1, 400))
+        never = epsilon / (1 + epsilon) * float(generator.choice([1.0, generator.random()]))
+        assert not linear_clips(never, epsilon, total).any(), f"seed {seed}"
+        alpha = float(generator.uniform(epsilon / (1 + epsilon) + 0.05, 1.0))
+        _, high = oracle.linear_clip_band(alpha, low=epsilon, high=epsilon)
+        gone = linear_clips(alpha, epsilon, total)
+        assert (gone == (np.exp(total) > high)).all(), f"seed {seed}"
+        assert gone.any()
+
+
+def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_model: Path) -> None:
+    """Weights 1, beta, beta^2 on theta(2), theta(1), theta(0), in float32, cast for the pass."""
+    decay, made = 0.6, batches(starting_model)
+    model = load(starting_model)
+    trainee = Trainee(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
+    source = EwmaProx(model, trainee.masters, CPU, decay=decay)
+    thetas = [[master.double().clone() for master in trainee.masters]]
+    plain = load(starting_model)
+    for version in range(3):
+        shares = [decay ** (version - k) for k in range(version + 1)]
+        with torch.no_grad():
+            for place, parameter in enumerate(plain.parameters()):
+                mean = sum(share * theta[place] for share, theta in zip(shares, thetas, strict=True)) / sum(shares)
+                assert torch.allclose(source.average.means[place].double(), mean, rtol=1e-5, atol=1e-8)
+                parameter.copy_(source.average.means[place])
+        expected = Resident(plain).proximal(made, Version(version)).logprobs
+        got = source.proximal(made, Version(version)).logprobs
+        for batch, ours, theirs in zip(made, got, expected, strict=True):
+            mask = torch.from_numpy(batch.mask)
+            assert torch.equal(ours[mask], theirs[mask])
+        moved(trainee, version)
+        thetas.append([master.double().clone() for master in trainee.masters])
+        source.published(trainee.masters, active_share=1.0, mean_staleness=0.0)
+
+
+SAME_AT_0: list[dict[str, object]] = [
+    {"kind": "current_recompute"},
+    {"kind": "ewma_prox", "decay": 0.0},
+    {"kind": "ppo_ewma_async", "window": "max_staleness"},
+    {"kind": "ppo_ewma_async", "window": "measured"},
+    {"kind": "ppo_ewma_async", "window": 0, "reset": "off"},
+]
+
+
+@pytest.mark.parametrize("keys", SAME_AT_0, ids=lambda keys: "/".join(str(value) for value in keys.values()))
+@pytest.mark.parametrize("kind", ["starting_model", "untied_model"])
+def test_18_4_at_staleness_0_they_are_the_snapshot_bit_for_bit(
+    keys: dict[str, object], kind: str, request: pytest.FixtureRequest
+) -> None:
+    """max_staleness 0: what the resident weights give is the old log-prob; the ratio before the first step is 1."""
+    folder = request.getfixturevalue(kind)
+    model = load(folder)
+    trainee = Trainee(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
+    source = surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=0)
+    made = batches(folder)
+    for version in range(3):
+        exact, got = Resident(model).proximal(made, Version(version)), source.proximal(made, Version(version))
+        for place, batch in enumerate(made):
+            mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+            anchor = got.anchor(place, now, mask).logprobs
+            assert torch.equal(anchor[mask], exact.logprobs[place][mask])
+            assert float(log_ratio(now, anchor, mask).abs().max()) == 0.0
+        moved(trainee, version)
+        if hasattr(source, "published"):
+            source.published(trainee.masters, active_share=1.0, mean_staleness=0.0)
+
+
+def test_current_recompute_leaves_the_clip_nothing_before_the_first_step(starting_model: Path) -> None:
+    """Whatever the staleness; the old log-probs of the same tokens are another matter."""
+    trainee, source = trained(starting_model, {"kind": "current_recompute"})
+    made = batches(starting_model)
+    proximal = source.proximal(made, NOW)
+    old = Resident(load(starting_model)).proximal(made, NOW)
+    for place, batch in enumerate(made):
+        mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+        assert torch.equal(log_ratio(now, proximal.anchor(place, now, mask).logprobs, mask), torch.zeros(mask.shape))
+        assert float(log_ratio(now, old.logprobs[place], mask).abs().max()) > 0.1
+
+
+@EVERY
+def test_the_model_in_training_stays_as_it_is(keys: dict[str, object], starting_model: Path) -> None:
+    trainee, source = trained(starting_model, keys)
+    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
+    masters = [master.clone() for master in trainee.masters]
+    learns = [parameter.requires_grad for parameter in trainee.model.parameters()]
+    source.proximal(batches(starting_model), NOW)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.model.state_dict().items())
+    assert all(torch.equal(now, then) for now, then in zip(trainee.masters, masters, strict=True))
+    assert [parameter.requires_grad for parameter in trainee.model.parameters()] == learns
+    assert all(float(gradient.abs().max()) == 0.0 for gradient in trainee.gradients())
