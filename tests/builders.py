@@ -56,6 +56,7 @@ def a_row(
     *,
     behavior: list[float] | None = None,
     advantage: float = 1.0,
+    reward: float = 0.0,
     temperature: float = 1.0,
 ) -> Row:
     """A row; versions[t] < 0 makes token t untrainable."""
@@ -66,7 +67,7 @@ def a_row(
         behavior=np.array(behavior or [-1.0] * len(tokens), dtype=np.float32),
         temperature=temperature,
         advantage=advantage,
-        reward=0.0,
+        reward=reward,
         success=False,
     )
 
