@@ -8,6 +8,7 @@ PROGRAMS = {
     "loop": "the embedded run: tokens a second, who waits on whom, pauses, bytes on the log",
     "bus": "the log on a real Kafka beside kafka-python and confluent-kafka used bare: publishing, reading",
     "ingest": "1,000 simulated rollout streams into one learner: trajectories a second, lag, memory",
+    "mismatch": "a toy trained by exact old log-probs and by each surrogate: masks, clips, rewards",
 }
 
 

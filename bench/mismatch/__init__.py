@@ -1,0 +1,102 @@
+"""The semantic mismatch in miniature: what each reference does to a toy of asynchronous training.
+
+python -m bench mismatch [--quick] [--seeds 5] [--versions 200] [--processes 2] [--folder FOLDER]
+
+Passive: one training by exact old log-probs, and what every reference makes of its tokens. Active: each reference
+trains by itself, over a cross of the two thresholds. The same seed gives every run the same start, prompts, staleness
+and luck; intervals are over seeds. --quick: two seeds, one setting, 40 versions; it shows that the program runs, and
+nothing else. With --folder the figures (SVG) and the numbers (JSON) are written there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.mismatch.figures import drawings
+from bench.mismatch.results import MAIN, Plan, result
+from bench.mismatch.toy import Toy
+from bench.mismatch.training import Finished, Observed, Run, observe, train
+from services.learner.leak import Thresholds
+
+Job = Run | tuple[Toy, int]
+"""An active run, or the toy and seed of a passive one."""
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """The figures of the measurement."""
+    options = argparse.ArgumentParser(
+        prog="python -m bench mismatch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--seeds", type=int, default=None)
+    options.add_argument("--versions", type=int, default=None)
+    options.add_argument("--processes", type=int, default=2)
+    options.add_argument("--folder", type=Path, default=None)
+    chosen = options.parse_args(arguments)
+    seeds = chosen.seeds or (2 if chosen.quick else 5)
+    toy = Toy(versions=chosen.versions or (40 if chosen.quick else 200))
+    if toy.versions <= toy.window:
+        options.error(f"--versions={toy.versions}: give more than {toy.window}, the window of staleness")
+    full = ((1.2, 1.5, float("inf")), (0.2, 0.1, 0.4))
+    bands, clips = ((MAIN[0],), (MAIN[1],)) if chosen.quick else full
+    began = time.monotonic()
+    measured = measure(Plan(toy, tuple(range(seeds)), bands, clips), processes=chosen.processes)
+    measured["seconds"] = time.monotonic() - began
+    if chosen.folder is not None:
+        write(measured, chosen.folder)
+    return measured
+
+
+def measure(plan: Plan, *, processes: int) -> dict[str, Any]:
+    """All runs of the plan."""
+    passive: list[Job] = [(plan.toy, seed) for seed in plan.seeds]
+    active = plan.runs()
+    began, done = time.monotonic(), []
+    jobs = [*passive, *active]
+    for outcome in _all(jobs, processes):
+        done.append(outcome)
+        if len(done) % 10 == 0 or len(done) == len(jobs):
+            print(f"{len(done)} of {len(jobs)} runs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    observed = [outcome for outcome in done if isinstance(outcome, Observed)]
+    finished = [outcome for outcome in done if isinstance(outcome, Finished)]
+    return result(plan, observed, dict(zip(active, finished, strict=True)))
+
+
+def write(measured: dict[str, Any], folder: Path) -> None:
+    """The figures and the numbers; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, drawing in drawings(measured).items():
+        (folder / f"{name}.svg").write_text(drawing)
+    (folder / "mismatch.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def _all(jobs: Iterable[Job], processes: int) -> Iterator[Observed | Finished]:
+    """What comes of each, in their order."""
+    if processes == 1:
+        _warm()
+        yield from map(_work, jobs)
+        return
+    # spawned: a forked process would share the threads' state that torch has by now
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_warm) as pool:
+        yield from pool.map(_work, jobs)
+
+
+def _work(job: Job) -> Observed | Finished:
+    if isinstance(job, Run):
+        return train(job)
+    toy, seed = job
+    return observe(toy, Thresholds(band=MAIN[0], clip_low=MAIN[1], clip_high=MAIN[1]), seed)
+
+
+def _warm() -> None:
+    """One thread; and what torch loads at the first optimizer step is not in the first run's time."""
+    torch.set_num_threads(1)
+    train(Run(Toy(versions=1), "exact", Thresholds(band=MAIN[0], clip_low=MAIN[1], clip_high=MAIN[1]), 0))

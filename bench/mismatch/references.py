@@ -1,0 +1,71 @@
+"""What stands in the proximal's place: exact old log-probs from the store, and the learner's own surrogates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.mismatch.toy import Policy, Store, Toy
+from common.config.proximal import (
+    BypassProximal,
+    CurrentRecomputeProximal,
+    EwmaProximal,
+    LinearProximal,
+    LoglinearProximal,
+    PpoEwmaAsyncProximal,
+    ProximalConfig,
+)
+from common.versions import Version
+from services.learner.batching import Padded, versions_present
+from services.learner.model import token_logprobs
+from services.learner.proximal import Exact, Source
+from services.learner.surrogates.make import surrogate
+
+EXACT = "exact"
+SURROGATES: dict[str, ProximalConfig] = {
+    "current_recompute": CurrentRecomputeProximal(kind="current_recompute"),
+    "interp_prox_loglinear": LoglinearProximal(kind="interp_prox_loglinear"),
+    "linear_prox": LinearProximal(kind="linear_prox"),
+    # a decay that does not follow the window (W / (W + 2) would make it ppo_ewma_async without resets)
+    "ewma_prox": EwmaProximal(kind="ewma_prox", decay=0.9),
+    "ppo_ewma_async_off": PpoEwmaAsyncProximal(kind="ppo_ewma_async", reset="off"),
+    "ppo_ewma_async_paper": PpoEwmaAsyncProximal(kind="ppo_ewma_async", reset="paper"),
+    "ppo_ewma_async_guarded": PpoEwmaAsyncProximal(kind="ppo_ewma_async", reset="guarded"),
+    "bypass": BypassProximal(kind="bypass"),
+}
+REFERENCES = (EXACT, *SURROGATES)
+DECAYS = (0.0, 1 / 3, 0.5, 2 / 3, 0.8, 8 / 9, 0.95)
+"""Of moving averages whose leak is compared."""
+CPU = torch.device("cpu")
+
+
+class Stored:
+    """Exact: each token by the weights of its own version, out of the store. See services/learner/proximal.py."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @torch.no_grad()
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:  # noqa: ARG002  a token's version says all
+        """One pass for each version, over the rows that hold any of its tokens."""
+        tokens = torch.cat([torch.from_numpy(batch.tokens) for batch in batches])
+        versions = torch.cat([torch.from_numpy(batch.versions) for batch in batches])
+        temperatures = torch.cat([torch.from_numpy(batch.temperatures) for batch in batches])
+        logprobs = torch.zeros(tokens.shape)
+        for version in versions_present([row for batch in batches for row in batch.rows]):
+            rows = (versions == version).any(1).nonzero()[:, 0]
+            scored, _ = token_logprobs(self._store.policy(version), tokens[rows], temperatures[rows])
+            logprobs[rows] = torch.where(versions[rows] == version, scored, logprobs[rows])
+        return Exact(list(logprobs.split([len(batch.tokens) for batch in batches])))
+
+
+def source(reference: str, *, store: Store, policy: Policy, toy: Toy) -> Source:
+    """The source of that name for a policy whose first version is in the store. Raises KeyError for no such name."""
+    if reference == EXACT:
+        return Stored(store)
+    return surrogate(SURROGATES[reference], model=policy, masters=masters(policy), device=CPU, max_staleness=toy.window)
+
+
+def masters(policy: Policy) -> list[Tensor]:
+    """Its weights, which are float32."""
+    return [parameter.detach() for parameter in policy.parameters()]
