@@ -14,8 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 from blake3 import blake3
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load as load_tensors, save as save_tensors
 
 from common import faults
 from common.files import sync_folder, write

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from services.audit.evidence import FINISHED, Evidence, Kind
 from services.audit.judge import judge

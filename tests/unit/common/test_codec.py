@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common.snapshots.codec import decode_base, encode_base
 

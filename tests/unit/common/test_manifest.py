@@ -3,8 +3,7 @@
 import msgspec
 import pytest
 from blake3 import blake3
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common.snapshots.manifest import (
     ITEMSIZE,

@@ -4,8 +4,7 @@ import struct
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common.trajectory import Malformed, Segment, behavior_logprobs, check, cuts, token_versions, trainable
 from common.versions import UNTRAINABLE, Version

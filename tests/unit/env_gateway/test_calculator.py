@@ -5,8 +5,7 @@ import operator
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from services.env_gateway.environments.calculator import NotArithmetic, calculate
 

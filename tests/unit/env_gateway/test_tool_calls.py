@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from common.sessions.wire import MessageAction, TextAction, ToolCall, ToolCallsAction
 from services.env_gateway.environments.port import Malformed, Turn

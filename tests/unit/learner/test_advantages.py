@@ -6,8 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common.config.objective import AdvantageConfig
 from services.learner.advantages import ESTIMATORS, dr_grpo, group, group_advantages, grpo, packing, reinforce, rloo

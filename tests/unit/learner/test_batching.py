@@ -1,8 +1,7 @@
 """Layout and padding."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from services.learner.batching import deal, micro_batches, pad, places_of_version, versions_present
 from tests.builders import a_row

@@ -1,8 +1,7 @@
 """Whatever is sampled and cut in whatever way: segments cover sampled tokens exactly once (style.md, section 7)."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from common.arrays import unpack_float32, unpack_int32
 from common.trajectory import check, cuts, token_versions

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common.arrays import unpack_float32, unpack_int32
 from common.messages import DropReason, Ending, GroupOffered, Sampling, TrajectoryDropped, TrajectoryFinished

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from common.bus.port import Outgoing, Position
 from common.bus.sqlite import SqliteBus

@@ -1,7 +1,6 @@
 """Which versions may go."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common.versions import Version
 from services.snapshot_store.retention import removable

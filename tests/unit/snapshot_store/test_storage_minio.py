@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from fastapi import FastAPI, Request, Response
-from minio import MinioAdmin
-from minio import time as clock
+from minio import MinioAdmin, time as clock
 from minio.credentials.providers import StaticProvider
 from urllib3.exceptions import ProtocolError
 

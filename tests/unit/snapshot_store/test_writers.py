@@ -9,8 +9,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from common import faults
 from common.refusal import ExitCode, Refusal

@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 from cryptography import x509
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tools.backends import certificates, ports, secret
 from tools.backends.pair import exports
