@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from common.config.proximal import SnapshotProximal
 from common.config.recipes import beneath, unknown
 from common.config.schema import RunConfig
 from common.refusal import Refusal
@@ -133,7 +134,11 @@ def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, o
 def _follow_recipe(values: dict[str, Any], origins: dict[Key, str], path: Path) -> list[str]:
     """Put what the recipe says under what is set; a sentence if there is no such recipe."""
     learner = values.get("learner")
-    if not isinstance(learner, dict) or not isinstance(name := learner.get("recipe", ""), str) or not name:
+    if not isinstance(learner, dict) or not isinstance(name := learner.get("recipe", ""), str):
+        return []
+    if not name:
+        if isinstance(proximal := learner.get("proximal"), dict):
+            proximal.setdefault("kind", SnapshotProximal().kind)
         return []
     if problem := unknown(name):
         return [f"{origins.get(('learner', 'recipe'), path)}: {problem}"]

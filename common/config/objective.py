@@ -3,7 +3,7 @@ documentation (docs/configuration.md); docs/algorithms has a page for each metho
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from common.config.section import PositiveFloat, Section, Share
 
@@ -59,6 +59,14 @@ class DiscrepancyConfig(Section):
     """A token or trajectory is masked when this estimate of the divergence is above the bound."""
     m2: PositiveFloat | Off = "off"
     """M2PO: tokens with the largest squared log-discrepancy are masked until their mean square is below this."""
+
+    @model_validator(mode="after")
+    def _weights_are_ordered(self) -> "DiscrepancyConfig":
+        if self.weight == "clipped" and self.weight_low > self.weight_high:
+            raise ValueError(
+                f"weight_low ({self.weight_low}) is above weight_high ({self.weight_high}): no weight is between them"
+            )
+        return self
 
 
 class EpoConfig(Section):

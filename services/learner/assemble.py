@@ -5,12 +5,14 @@ import copy
 import torch
 
 from common.config.learner import LearnerConfig
-from common.config.proximal import SnapshotProximal
+from common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
 from common.snapshots.client import SnapshotClient
 from services.learner import metrics
 from services.learner.companions import Companions
 from services.learner.critic import Critic
 from services.learner.model import Trainee
+from services.learner.old.attached import AttachedSource
+from services.learner.old.missing import Misses, Why
 from services.learner.old.snapshot import SnapshotSource
 from services.learner.proximal import Source
 from services.learner.surrogates.make import surrogate
@@ -31,16 +33,32 @@ def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, d
 
 
 def _source(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Source:
-    if isinstance(config.proximal, SnapshotProximal):
-        return _snapshot(trainee.model, store, device)
+    model, proximal, misses = trainee.model, config.proximal, Misses()
+    match proximal:
+        case SnapshotProximal():
+            return _snapshot(model, store, device, missing=proximal.missing, misses=misses)
+        case ReplicaProximal():
+            return AttachedSource(model, device, missing=proximal.missing, why=Why.NOT_SCORED, misses=misses)
+        case InterruptionProximal():
+            return AttachedSource(model, device, missing=proximal.missing, why=Why.TOO_LATE, misses=misses)
     return surrogate(
-        config.proximal,
-        model=trainee.model,
+        proximal,
+        model=model,
         masters=trainee.masters,
         device=device,
         max_staleness=config.max_staleness,
     )
 
 
-def _snapshot(model: torch.nn.Module, store: SnapshotClient, device: torch.device) -> SnapshotSource:
-    return SnapshotSource(model, store, device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc())
+def _snapshot(
+    model: torch.nn.Module,
+    store: SnapshotClient,
+    device: torch.device,
+    *,
+    missing: MissingPolicy = "drop",
+    misses: Misses | None = None,
+) -> SnapshotSource:
+    """An audit leaves out what it cannot score; it never ends a run."""
+    return SnapshotSource(
+        model, store, device, loaded=lambda _: metrics.SNAPSHOT_LOADS.inc(), missing=missing, misses=misses
+    )

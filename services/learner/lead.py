@@ -1,6 +1,7 @@
 """Rank 0's composition: everything that speaks to others is put together here."""
 
 from common.bus.open import open_bus
+from common.config.proximal import InterruptionProximal
 from common.config.schema import RunConfig
 from common.logs import logger
 from common.messages import Sampling
@@ -15,10 +16,13 @@ from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.loop import Loop
 from services.learner.model import Trainee
+from services.learner.old.early import resident
+from services.learner.old.scores import Scores
 from services.learner.planner import Planner
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
+from services.learner.routes import route
 from services.learner.step import Step
 
 
@@ -41,6 +45,7 @@ def lead(
         max_staleness=learner.max_staleness,
         time_limit_s=tasks.time_limit_s,
     )
+    scores = Scores()
     intake = Intake(
         bus,
         planner,
@@ -50,6 +55,17 @@ def lead(
         samples=tasks.samples_per_group,
         sampling=_sampling(config),
         time_limit_s=tasks.time_limit_s,
+        confirm=writer.confirm,
+        keep_flushed=isinstance(learner.proximal, InterruptionProximal),
+        ended=scores.forget,
+    )
+    exact = route(
+        learner,
+        run=config.run.id,
+        bus=bus,
+        intake=intake,
+        score=resident(trainee.model, ranks.device),
+        scores=scores,
         confirm=writer.confirm,
     )
     canaries = Canaries(trainee.model, ranks.device, trajectories=learner.canary_trajectories)
@@ -65,6 +81,7 @@ def lead(
         intake=intake,
         writer=writer,
         publisher=Publisher(bus, store, writer, trainee.model, canaries, run=config.run.id),
+        route=exact,
         checkpoints=Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep),
         open_history=lambda length: History(home / "history.jsonl", length=length),
         recorder=Recorder(home / "records") if learner.record else None,
@@ -75,6 +92,7 @@ def lead(
     with Server(app, learner.host, learner.port, key="learner"):
         loop.start()
         done = loop.run()
+    exact.close()
     intake.close()
     bus.close()
     logger().info("done" if done else "stopped", **loop.status()["trajectories"])

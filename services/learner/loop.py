@@ -34,6 +34,7 @@ from services.learner.progress import SCHEMA, Progress
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.records import Recorder
+from services.learner.routes import Route
 from services.learner.rows import deal_minibatches, to_rows
 from services.learner.scored import Trained, merge
 from services.learner.step import Step
@@ -91,6 +92,7 @@ class Loop:
         intake: Intake,
         writer: Writer,
         publisher: Publisher,
+        route: Route,
         checkpoints: Checkpoints,
         open_history: Callable[[int], History],
         recorder: Recorder | None,
@@ -101,6 +103,7 @@ class Loop:
         self._step, self._trainee, self._companions = step, trainee, companions
         self._ranks, self._stop = ranks, stop
         self._planner, self._intake, self._writer, self._publisher = planner, intake, writer, publisher
+        self._route = route
         self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
@@ -135,6 +138,7 @@ class Loop:
         self._history = self._open_history(history_bytes)
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
+        self._route.start()
         metrics.VERSION.set(self._version)
 
     def run(self) -> bool:
@@ -153,8 +157,9 @@ class Loop:
             batch = self._next_batch()
             if batch is None:
                 self._checkpoint()
+                self._route.release()
                 return False
-            self._train(batch)
+            self._train(*batch)
         self._checkpoint()
         self._publisher.finish(self._version)
         return True
@@ -178,24 +183,24 @@ class Loop:
             "last": self._last_line,
         }
 
-    def _next_batch(self) -> list[Batched[Arrived]] | None:
-        """The next groups to train on; None when a stop is asked for."""
+    def _next_batch(self) -> tuple[list[Batched[Arrived]], list[list[Row]]] | None:
+        """The next groups to train on, and their rows; None when a stop is asked for."""
         wanted = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
             dropped_before = self._dropped()
             while not self._stop.requested:
-                if time.monotonic() - self._confirmed > CONFIRM_S:
-                    self._confirm()
+                self._confirm_now_and_then()
                 faults.reach("learner.before_reading")
                 # everything there is, before choosing: the oldest groups must not wait behind what was read first
                 self._intake.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()
                 self._intake.offer(self._version, now=time.monotonic())
-                if batch := self._planner.batch():
+                if (ready := self._planner.ready()) and (rows := self._known(ready)) is not None:
                     self._waiting_for = None
-                    return batch
-                timeout_s = POLL_S
+                    self._planner.batch()  # only now: a stop that came meanwhile leaves everything as it was
+                    return ready, rows
+                timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._give_up_on_nothing(self._dropped() - dropped_before)
                 self._waiting_for = f"trajectories: {self._planner.complete()} of {wanted} groups are complete"
                 metrics.PENDING.set(self._pending())
@@ -231,14 +236,34 @@ class Loop:
                 logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
                 self._intake.resolve(arrived)
 
-    def _train(self, batch: list[Batched[Arrived]]) -> None:
+    def _known(self, batch: list[Batched[Arrived]]) -> list[list[Row]] | None:
+        """The rows of each group with what is known of their old log-probs; None when a stop came first."""
+        groups = [to_rows(group, self._config.advantages.kind) for group in batch]
+        self._waiting_for = "old log-probs of the batch"
+        known = self._route.known(
+            [row for group in groups for row in group],
+            self._version,
+            look=self._confirm_now_and_then,
+            stop=lambda: self._stop.requested,
+        )
+        if known is None:
+            return None
+        rows = iter(known)
+        return [[next(rows) for _ in group] for group in groups]
+
+    def _train(self, batch: list[Batched[Arrived]], rows: list[list[Row]]) -> None:
         """One version: train, account for it, make it durable, publish it."""
-        now, rows = self._version, [to_rows(group, self._config.advantages.kind) for group in batch]
+        now = self._version
+        training = frozenset(row.trajectory for group in rows for row in group)
         order = Order(now, deal_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])
             self._ranks.share((order,))
-            trained = merge(self._ranks.gather(self._step.train(order.minibatches, now)))
+
+            def cut() -> None:
+                self._route.cut(now, self._digest, training=training)
+
+            trained = merge(self._ranks.gather(self._step.train(order.minibatches, now, before_first_step=cut)))
         faults.reach("learner.after_step")
         self._confirm()
         for group in batch:
@@ -272,6 +297,7 @@ class Loop:
     def _publish(self) -> None:
         faults.reach("learner.before_publishing")
         self._digest = self._publisher.publish(self._version, now=time.time()).digest
+        self._route.published(self._version, self._digest)
         faults.reach("learner.after_publishing")
         metrics.VERSION.set(self._version)
         kept = self._checkpoints.oldest_version()
@@ -296,6 +322,10 @@ class Loop:
             ),
             self._trainee.state() | self._companions.state(),
         )
+
+    def _confirm_now_and_then(self) -> None:
+        if time.monotonic() - self._confirmed > CONFIRM_S:
+            self._confirm()
 
     def _confirm(self) -> None:
         self._writer.confirm()

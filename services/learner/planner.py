@@ -163,18 +163,21 @@ class Planner(Generic[T]):
                     self._end(name, trajectory_id(name, sample), DropReason.GROUP_TOO_SMALL.value)
         return dropped
 
-    def batch(self) -> "list[Batched[T]] | None":
-        """The oldest complete groups, as many as a batch has, now counted as trained; None while they are too few."""
+    def ready(self) -> "list[Batched[T]] | None":
+        """The oldest complete groups, as many as a batch has; None while they are too few. Changes nothing."""
         ready = sorted((g for g in self._open.values() if not g.awaited), key=lambda g: g.index)[: self._batch]
         if len(ready) < self._batch:
             return None
-        batch = []
-        for group in ready:
-            name = group_id(group.index)
-            batch.append(Batched(name, [group.arrived[sample] for sample in sorted(group.arrived)]))
+        return [Batched(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
+
+    def batch(self) -> "list[Batched[T]] | None":
+        """The groups that are ready, now counted as trained."""
+        batch = self.ready()
+        for ready in batch or []:
+            group = self._open[ready.group]
             for sample in list(group.arrived):
                 del group.arrived[sample]
-                self._end(name, trajectory_id(name, sample), TRAINED)
+                self._end(ready.group, trajectory_id(ready.group, sample), TRAINED)
         return batch
 
     def counts(self) -> dict[str, int | dict[str, int]]:

@@ -118,7 +118,7 @@ def test_an_example_is_a_run(example: Path) -> None:
 def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value, tables of free names whole."""
     for name, value in table.items():
-        if isinstance(value, dict) and name not in ("environments", "plugins", "chat_template_options"):
+        if isinstance(value, dict) and name not in ("environments", "plugins", "chat_template_options", "estimates"):
             yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

@@ -80,3 +80,27 @@ def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Pa
         learner(tmp_path, "", flag)
     assert sentence in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> None:
+    assert learner(tmp_path, "", "--learner.proximal.prefetch=true").proximal.kind == "snapshot"
+    with pytest.raises(Refusal, match="learner.proximal.decay is not a key of this kind of learner.proximal"):
+        learner(tmp_path, "", "--learner.proximal.decay=0.5")
+    chosen = learner(tmp_path, 'recipe = "ppo_ewma"', "--learner.proximal.decay=0.5").proximal
+    assert chosen.model_dump() == {"kind": "ewma_prox", "decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"], "is made in them: choose another"),
+        (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient"'),
+        (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "take one of reinforce_pp"),
+        (["--learner.audit.fraction=0.1"], 'proximal.kind = "snapshot" is exact already: set it to 0'),
+        (["--learner.discrepancy={weight = \"clipped\", weight_low = 3.0}"], "no weight is between them"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused_with_what_would(flags: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as refused:
+        learner(tmp_path, "", *flags)
+    assert sentence in str(refused.value)
