@@ -41,12 +41,14 @@ def main(arguments: list[str]) -> dict[str, Any]:
     options.add_argument("--processes", type=int, default=2)
     options.add_argument("--folder", type=Path, default=None)
     chosen = options.parse_args(arguments)
-    seeds = chosen.seeds or (2 if chosen.quick else 5)
-    toy = Toy(versions=chosen.versions or (40 if chosen.quick else 200))
+    seeds = (2 if chosen.quick else 5) if chosen.seeds is None else chosen.seeds
+    toy = Toy(versions=(40 if chosen.quick else 200) if chosen.versions is None else chosen.versions)
     if toy.versions <= toy.window:
         options.error(f"--versions={toy.versions}: give more than {toy.window}, the window of staleness")
     full = ((1.2, 1.5, float("inf")), (0.2, 0.1, 0.4))
     bands, clips = ((MAIN[0],), (MAIN[1],)) if chosen.quick else full
+    if seeds < 1 or chosen.processes < 1:
+        options.error("--seeds and --processes: give 1 or more")
     began = time.monotonic()
     measured = measure(Plan(toy, tuple(range(seeds)), bands, clips), processes=chosen.processes)
     measured["seconds"] = time.monotonic() - began

@@ -24,6 +24,7 @@ def drawings(result: Result) -> dict[str, str]:
     return {
         "mismatch-removed": removed(result),
         "mismatch-reward": reward(result),
+        "mismatch-curves": curves(result),
         "mismatch-decay": decay(result),
     }
 
@@ -60,7 +61,7 @@ def reward(result: Result) -> str:
     edges = (_below(low), _above(high))
     panels, keys = [], []
     for i, (by, symbol) in enumerate((("by_c", "c"), ("by_epsilon", "ε"))):
-        panel = Panel(190 + i * 360, 60, 330, 30 * len(methods), x=edges, y=(len(methods), 0))
+        panel = Panel(190 + i * 365, 60, 315, 30 * len(methods), x=edges, y=(len(methods), 0))
         panel.title("mean reward of the last versions, over " + symbol)
         panel.x_axis(_ticks(edges[1], edges[0]), "reward")
         reference = final["exact"]["mean"]
@@ -77,6 +78,24 @@ def reward(result: Result) -> str:
         panels.append(panel)
     bottom = 60 + 30 * len(methods)
     return document(panels, keys, width=900, height=bottom + 50, title="Final reward of each method by thresholds")
+
+
+def curves(result: Result) -> str:
+    """Reward over the versions, as moving means."""
+    means = {name: _moving(result["methods"][name]["reward_by_version"]) for name in COLORS}
+    versions = len(means["exact"])
+    top = _above(max(max(curve) for curve in means.values()))
+    stride = max(1, versions // 10)
+    panel = Panel(60, 40, 560, 300, x=(0, versions), y=(0, top))
+    panel.title(f"mean reward, over the newest {MOVING} versions")
+    panel.x_axis(range(0, versions + 1, stride), "version")
+    panel.y_axis(_ticks(top))
+    for name, curve in means.items():
+        panel.curve(list(enumerate(curve)), COLORS[name], dots=False, dash="5 4" if name == "bypass" else "")
+    names = list(COLORS.items())
+    keys = legend(names[:3], left=60, top=404, step=190) + legend(names[3:6], left=60, top=426, step=190)
+    keys += legend(names[6:], left=60, top=448, step=190)
+    return document([panel], keys, width=650, height=462, title="Reward over the versions")
 
 
 def decay(result: Result) -> str:
@@ -98,8 +117,13 @@ def decay(result: Result) -> str:
     return document([panel], note, width=470, height=336, title="Leak of a moving average by its decay")
 
 
+MOVING = 10
 STEP = 0.05
 """Between grid lines, in every figure."""
+
+
+def _moving(values: list[float]) -> list[float]:
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - MOVING) : i + 1])]
 
 
 def _above(value: float) -> float:

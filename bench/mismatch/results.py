@@ -102,6 +102,7 @@ def _method(method: str, plan: Plan, observed: Sequence[Observed], finished: Map
             "by_epsilon": {_name(clip): by_setting[MAIN[0], clip] for clip in plan.clips},
             "tuned": tuned({setting: each["by_seed"] for setting, each in by_setting.items()}),
         },
+        "reward_over_run": asdict(bootstrap([statistics.fmean(run.rewards) for run in runs(MAIN)])),
         "reward_by_version": [
             statistics.fmean(each) for each in zip(*(run.rewards for run in runs(MAIN)), strict=True)
         ],

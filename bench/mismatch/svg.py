@@ -59,13 +59,14 @@ class Panel:
             self._line((left, y), (self.left + self.width, y), GRID)
             self.text(left - 6, y + 4, f"{tick:g}", anchor="end")
 
-    def curve(self, points: Sequence[tuple[float, float]], color: str, *, dash: str = "") -> None:
-        """A line with a dot at each point."""
+    def curve(self, points: Sequence[tuple[float, float]], color: str, *, dots: bool = True, dash: str = "") -> None:
+        """A line, and a dot at each point."""
         places = [self.at(*point) for point in points]
         path = " ".join(f"{x:g},{y:g}" for x, y in places)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self.shapes.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashed}/>')
-        self.shapes.extend(f'<circle cx="{x:g}" cy="{y:g}" r="2.5" fill="{color}"/>' for x, y in places)
+        if dots:
+            self.shapes.extend(f'<circle cx="{x:g}" cy="{y:g}" r="2.5" fill="{color}"/>' for x, y in places)
 
     def whisker(
         self, mean: tuple[float, float], low: tuple[float, float], high: tuple[float, float], color: str

@@ -44,6 +44,7 @@ def active(result: Result) -> str:
                 f"`{name}`",
                 _interval(final, 3),
                 "" if name == "exact" else _interval(final["less_exact"], 3),
+                _interval(each["reward_over_run"], 3),
                 f"{final['masked']:.3f}",
                 f"{final['clipped']:.3f}",
                 f"{final['resets']:.1f}",
