@@ -9,7 +9,7 @@ equal ones, their mean over the trajectory has the value and the gradient of the
 
 import torch
 
-from services.learner.corrections import log_ratio
+from services.learner.corrections.ratios import log_mean, log_ratio
 from services.learner.losses.port import Inputs, Outcome, beyond, only
 
 
@@ -22,8 +22,7 @@ def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
     """
     usable = inputs.usable
     apart = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
-    mean = apart.sum(-1, keepdim=True) / usable.sum(-1, keepdim=True).clamp(min=1)
-    log_update = only(mean.expand_as(apart), usable)
+    log_update = only(log_mean(apart, usable).expand_as(apart), usable)
     ratio, advantages = log_update.exp(), only(inputs.advantages, usable)
     current = only(inputs.current, usable)
     high, low = beyond(ratio, advantages, clip_low=clip_low, clip_high=clip_high)

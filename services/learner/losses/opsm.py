@@ -7,7 +7,7 @@ It is no objective: it takes tokens off the inputs of any.
 
 from torch import Tensor
 
-from services.learner.corrections import log_ratio
+from services.learner.corrections.ratios import log_mean, log_ratio
 from services.learner.losses.port import Inputs
 
 
@@ -25,5 +25,4 @@ def opsm_mask(inputs: Inputs, *, threshold: float) -> Tensor:
         raise ValueError(f"the threshold of OPSM is {threshold} nats a token: give 0 or more")
     usable = inputs.usable
     moved = log_ratio(inputs.proximal.detach(), inputs.current.detach(), usable)
-    mean = moved.sum(-1, keepdim=True) / usable.sum(-1, keepdim=True).clamp(min=1)
-    return usable & (inputs.advantages < 0) & (mean > threshold)
+    return usable & (inputs.advantages < 0) & (log_mean(moved, usable) > threshold)
