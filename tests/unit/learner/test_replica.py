@@ -11,6 +11,7 @@ import torch
 from common.arrays import pack_int32, unpack_float32
 from common.bus.port import Outgoing, Position
 from common.bus.sqlite import SqliteBus
+from common.config import load as load_config
 from common.messages import (
     CONTROL,
     DEAD_LETTERS,
@@ -43,6 +44,7 @@ from services.learner.replica.backlog import Backlog
 from services.learner.replica.read import to_rows
 from services.learner.replica.work import Replica
 from services.learner.score_reader import ScoreReader
+from services.local.supervisor import Local, addressed
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import CPU, canaries, load, perturb
 from tests.stores import eventually
@@ -406,6 +408,25 @@ def rewind(setup: Setup) -> None:
         consumer.poll(limit=0, timeout_s=0.0)
         consumer.commit(dict.fromkeys(consumer.assignment(), 0))
     assert committed(setup) == {}
+
+
+LOCAL = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "started"), [("replica", 0, 1), ("replica", 3, 3), ("snapshot", 3, 0), ("bypass", 0, 0)]
+)
+def test_a_run_on_one_machine_starts_replicas_when_it_needs_them(
+    tmp_path: Path, kind: str, asked: int, started: int
+) -> None:
+    own = f'run.folder = "{tmp_path}"\nlocal.replicas = {asked}\nlearner.proximal.kind = "{kind}"\n'
+    (tmp_path / "run.toml").write_text(LOCAL + own)
+    config, flags = addressed(load_config([str(tmp_path / "run.toml")], {}, program="").config)
+    local = Local(config, tmp_path / "run.toml", flags)
+    assert [child.name for child in local.replicas] == [f"replica-{i}" for i in range(started)]
+    assert all("services.learner.replica" in child.command for child in local.replicas)
+    assert len(local.replica_urls) == len(set(local.replica_urls.values())) == started
+    assert [child for child in local.children if child in local.replicas] == local.replicas
 
 
 # The learner's side
