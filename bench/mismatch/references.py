@@ -56,7 +56,8 @@ class Stored:
             rows = (versions == version).any(1).nonzero()[:, 0]
             scored, _ = token_logprobs(self._store.policy(version), tokens[rows], temperatures[rows])
             logprobs[rows] = torch.where(versions[rows] == version, scored, logprobs[rows])
-        return Exact(list(logprobs.split([len(batch.tokens) for batch in batches])))
+        sizes = [len(batch.tokens) for batch in batches]
+        return Exact(list(torch.split(logprobs, sizes)))
 
 
 def source(reference: str, *, store: Store, policy: Policy, toy: Toy) -> Source:

@@ -1,5 +1,6 @@
 """The tables of docs/results.md, made from the measured numbers alone. Pure."""
 
+from collections.abc import Sequence
 from typing import Any
 
 Result = dict[str, Any]
@@ -92,6 +93,6 @@ def _interval(interval: dict[str, float | None], digits: int) -> str:
     return f"{mean} [{low}, {high}]" if mean != low or mean != high else mean
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -76,7 +76,8 @@ class Policy(torch.nn.Module):
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Logits:  # noqa: ARG002  as token_logprobs calls it
         """input_ids: [rows, tokens], or [policies, rows, tokens]; logits at t are of token t + 1."""
         states = self.read(input_ids, self.start(input_ids))
-        return Logits(self.scores(torch.stack(states, dim=-2).flatten(-3, -2)).unflatten(-2, input_ids.shape[-2:]))
+        scores = self.scores(torch.stack(states, dim=-2).flatten(-3, -2))
+        return Logits(scores.reshape(*input_ids.shape, self.letters))
 
     def start(self, input_ids: Tensor) -> Tensor:
         """The state before anything is read. [..., rows, hidden]"""
@@ -87,7 +88,7 @@ class Policy(torch.nn.Module):
         table = self.embedding @ self.input + self.input_bias[..., None, :]
         letters = torch.nn.functional.one_hot(input_ids, self.letters).float()
         # rows and tokens as one dimension: one product for each policy
-        inputs = (letters.flatten(-3, -2) @ table).unflatten(-2, input_ids.shape[-2:])
+        inputs = (letters.flatten(-3, -2) @ table).reshape(*input_ids.shape, 3 * self.hidden)
         states = []
         for given in inputs.unbind(-2):
             held = state @ self.recurrent + self.recurrent_bias[..., None, :]
@@ -218,7 +219,7 @@ def _continued(
     read = torch.from_numpy(prefix)
     state = policies.start(read)
     tokens, logprobs = [], []
-    for column in torch.from_numpy(luck).split(1, dim=-1):
+    for column in torch.split(torch.from_numpy(luck), 1, dim=-1):
         state = policies.read(read, state)[-1]
         scores = policies.scores(state).log_softmax(-1)
         read = (scores.double().exp().cumsum(-1) < column).sum(-1, keepdim=True).clamp(max=policies.letters - 1)
