@@ -154,11 +154,11 @@ def a_flush(
     )
 
 
-def flushing(worker: str, *flushes: SegmentFlushed) -> Answer:
-    """A worker that flushes these and stands still."""
+def flushing(worker: str, *sampled: SegmentFlushed | TrajectoryFinished) -> Answer:
+    """A worker that publishes these and stands still."""
 
     def answer(log: Log, request: CutRequested) -> None:
-        log.said(reached(worker, request.cut, log.sampled(*flushes), request.version))
+        log.said(reached(worker, request.cut, log.sampled(*sampled), request.version))
 
     return answer
 

@@ -182,6 +182,7 @@ class Interruption:
         seconds["wait"] -= seconds.get("score", 0.0)
         with self._timed(seconds, "read"):
             caught_up = self._intake.read_until(cut.positions, now, deadline_s=READ_S)
+            self._intake.read_all(now, timeout_s=0.0)  # who was left out may have flushed all the same
         score(enough=False)
         faults.reach("learner.after_cut")
         if not caught_up:

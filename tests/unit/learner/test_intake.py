@@ -1,7 +1,7 @@
 """The learner's reading of the log: every record accounted for."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,6 +19,7 @@ from common.messages import (
     DeadLetter,
     DropReason,
     GroupOffered,
+    SegmentFlushed,
     TrajectoryDropped,
     TrajectoryFinished,
     decode,
@@ -32,6 +33,7 @@ from services.learner import metrics
 from services.learner.intake import Arrived, Intake, check_finished
 from services.learner.planner import Arrival, Planner
 from tests.builders import SAMPLING, a_finished, a_segment
+from tests.interrupted import a_flush
 
 NEWEST = Version(5)
 
@@ -44,7 +46,9 @@ def bus(tmp_path: Path) -> Iterator[SqliteBus]:
     bus.close()
 
 
-def an_intake(bus: SqliteBus, samples: int = 2) -> tuple[Intake, Planner[Arrived]]:
+def an_intake(
+    bus: SqliteBus, samples: int = 2, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
+) -> tuple[Intake, Planner[Arrived]]:
     planner: Planner[Arrived] = Planner(samples=samples, groups_per_batch=2, max_staleness=1, time_limit_s=60)
     intake = Intake(
         bus,
@@ -56,18 +60,22 @@ def an_intake(bus: SqliteBus, samples: int = 2) -> tuple[Intake, Planner[Arrived
         sampling=SAMPLING,
         time_limit_s=60,
         confirm=lambda: None,
+        keep_flushed=keep_flushed,
+        ended=ended,
     )
     return intake, planner
 
 
-def started(bus: SqliteBus) -> tuple[Intake, Planner[Arrived]]:
-    intake, planner = an_intake(bus)
+def started(
+    bus: SqliteBus, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
+) -> tuple[Intake, Planner[Arrived]]:
+    intake, planner = an_intake(bus, keep_flushed=keep_flushed, ended=ended)
     intake.start({}, {}, now=0.0)
     assert intake.offer(Version(0), now=0.0) == 4
     return intake, planner
 
 
-def publish(bus: SqliteBus, *records: TrajectoryFinished | TrajectoryDropped) -> None:
+def publish(bus: SqliteBus, *records: TrajectoryFinished | TrajectoryDropped | SegmentFlushed) -> None:
     bus.publish(TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records])
 
 
@@ -324,3 +332,148 @@ def test_every_record_moves_the_frontier(bus: SqliteBus) -> None:
     intake.resolve(intake.arrived["g000000/0"])
     with bus.consumer(TRAJECTORIES) as consumer:
         assert intake.offsets() == consumer.ends()
+
+
+def flushed(intake: Intake) -> list[tuple[str, int]]:
+    """Flushes in hand: trajectory and offset."""
+    return [(one.record.trajectory, one.offset) for one in intake.flushed]
+
+
+def test_flushes_are_kept_with_their_place_until_they_are_resolved_and_the_ledger_stays_as_it_is(
+    bus: SqliteBus,
+) -> None:
+    intake, planner = started(bus, keep_flushed=True)
+    before = planner.counts()
+    publish(bus, a_flush(0, 0), a_flush(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert flushed(intake) == [("g000000/0", 0), ("g000000/1", 1)]
+    assert planner.counts() == before
+    partition = next(iter(intake.flushed)).partition
+    for offset, one in enumerate(list(intake.flushed)):
+        assert intake.offsets()[partition] == offset
+        intake.resolve_flushed(one)
+    assert intake.offsets() == intake._reader.ends()
+    assert flushed(intake) == []
+
+
+def test_a_restart_reads_flushes_again_that_were_not_resolved(bus: SqliteBus) -> None:
+    intake, planner = started(bus, keep_flushed=True)
+    publish(bus, a_flush(0, 0), a_flush(0, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    intake.resolve_flushed(next(iter(intake.flushed)))
+    again, fresh = an_intake(bus, keep_flushed=True)
+    fresh.restore(planner.state(), now=0.0)
+    again.start(intake.offsets(), intake.task_ends, now=0.0)
+    again.read_all(NEWEST, timeout_s=0)
+    assert flushed(again) == [("g000000/1", 1)]
+
+
+def test_where_nobody_scores_flushes_they_hold_nothing_up(bus: SqliteBus) -> None:
+    intake, _ = started(bus)
+    publish(bus, a_flush(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert flushed(intake) == []
+    assert intake.offsets() == intake._reader.ends()
+
+
+def test_a_later_flush_takes_the_place_of_the_former_one(bus: SqliteBus) -> None:
+    intake, _ = started(bus, keep_flushed=True)
+    publish(bus, a_flush(0, 0, tokens=6), a_flush(0, 0, tokens=9, segments=(a_segment(2, 6, 0), a_segment(6, 9, 1))))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert flushed(intake) == [("g000000/0", 1)]
+    assert intake.offsets()[next(iter(intake.flushed)).partition] == 1
+
+
+@pytest.mark.parametrize("finished_first", [False, True])
+def test_a_trajectorys_end_holds_its_flushes_in_either_order(bus: SqliteBus, finished_first: bool) -> None:
+    intake, _ = started(bus, keep_flushed=True)
+    records = [a_flush(0, 0), a_flush(0, 0, tokens=[9, 9, 9, 9, 9, 9]), a_finished(0, 0)]
+    publish(bus, *(records[::-1] if finished_first else records))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert flushed(intake) == []
+    (arrived,) = intake.arrived.values()
+    assert intake.offsets()[arrived.partition] == (0 if finished_first else 2)
+    intake.resolve(arrived)
+    assert intake.offsets() == intake._reader.ends()
+
+
+def test_a_dropped_or_resolved_trajectory_forgets_its_flushes_and_says_so(bus: SqliteBus) -> None:
+    ended: list[str] = []
+    intake, planner = started(bus, keep_flushed=True, ended=ended.append)
+    publish(bus, a_flush(0, 0), a_flush(0, 1), a_flush(1, 0), a_finished(1, 1))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert (len(intake.flushed), ended) == (3, [])
+    publish(bus, TrajectoryDropped("test", "g000000/0", "g000000", "a", DropReason.ENGINE_FAILED, "?"), a_flush(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert [name for name, _ in flushed(intake)] == ["g000000/1", "g000001/0"]
+    for trajectory in planner.expire(now=1e9)[:2]:
+        intake.forget(trajectory)
+    publish(bus, a_flush(0, 1), a_flush(1, 0))  # whose worker has not heard of it
+    intake.read_all(NEWEST, timeout_s=0)
+    intake.resolve(intake.arrived["g000001/1"])
+    assert flushed(intake) == []
+    assert ended == ["g000000/0", "g000000/1", "g000001/0", "g000001/1"]
+    assert intake.offsets() == intake._reader.ends()
+
+
+def test_pending_is_what_is_awaited_or_waits_to_be_trained_on(bus: SqliteBus) -> None:
+    intake, _ = started(bus)
+    publish(bus, a_finished(0, 0), TrajectoryDropped("test", "g000000/1", "g000000", "a", DropReason.DEADLINE, "?"))
+    intake.read_all(NEWEST, timeout_s=0)
+    pending = intake.pending()
+    assert pending("g000000/0")
+    assert not pending("g000000/1")
+    assert pending("g000001/0")
+    assert not pending("g000077/0")
+    assert not pending("nonsense")
+
+
+FLUSH = a_flush(0, 0)
+BROKEN_FLUSHES: dict[str, tuple[Cause, SegmentFlushed]] = {
+    what: (cause, msgspec.structs.replace(FLUSH, **changes))
+    for what, (cause, changes) in BROKEN.items()
+    if changes.keys() <= {"tokens", "segments", "temperature"}
+} | {
+    "another run": (Cause.WRONG_RUN, a_flush(0, 0, run="another")),
+    "a group that was never offered": (Cause.NEVER_OFFERED, a_flush(77, 0)),
+    "a trajectory of another group": (Cause.NEVER_OFFERED, msgspec.structs.replace(FLUSH, group="g000001")),
+    "a trajectory without a number": (Cause.NEVER_OFFERED, msgspec.structs.replace(FLUSH, trajectory="g000000/x")),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_FLUSHES)
+def test_a_broken_flush_is_buried_and_its_trajectory_lives_on(bus: SqliteBus, what: str) -> None:
+    intake, planner = started(bus, keep_flushed=True)
+    before, (cause, broken) = planner.counts(), BROKEN_FLUSHES[what]
+    publish(bus, broken)
+    intake.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert (letter.cause, letter.body) == (cause, encode(broken))
+    assert (flushed(intake), planner.counts()) == ([], before)
+    assert intake.offsets() == intake._reader.ends()
+    publish(bus, a_finished(0, 0))
+    intake.read_all(NEWEST, timeout_s=0)
+    assert list(intake.arrived) == ["g000000/0"]
+
+
+def test_everything_up_to_the_positions_is_taken_in(bus: SqliteBus) -> None:
+    intake, _ = started(bus, keep_flushed=True)
+    publish(bus, *(a_flush(group, sample) for group in range(4) for sample in range(2)))
+    with bus.consumer(TRAJECTORIES) as consumer:
+        ends = consumer.ends()
+    assert intake.read_until(ends, NEWEST, deadline_s=10)
+    assert len(intake.flushed) == 8
+    assert intake.read_until({}, NEWEST, deadline_s=0)
+    assert intake.read_until(ends, NEWEST, deadline_s=0), "what was read need not come again"
+    assert intake.read_until({0: 10**9, 99: 1}, NEWEST, deadline_s=0), (
+        "nobody can have published more than stands there"
+    )
+
+
+def test_positions_that_do_not_come_in_time_are_said(bus: SqliteBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    intake, _ = started(bus, keep_flushed=True)
+    publish(bus, a_flush(0, 0))
+    with bus.consumer(TRAJECTORIES) as consumer:
+        ends = consumer.ends()
+    monkeypatch.setattr(intake._reader, "poll", lambda **_: [])  # an outage
+    assert not intake.read_until(ends, NEWEST, deadline_s=0.01)
