@@ -67,7 +67,7 @@ def eventually(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_S
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 class ReplicaProcess:
