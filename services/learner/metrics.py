@@ -29,15 +29,19 @@ STALENESS = Histogram(
     registry=REGISTRY,
 )
 LOG_DISCREPANCY = Gauge(
-    "palimpsest_learner_log_discrepancy_abs", "Mean |log pi_v / mu_v| of the last batch, nats", ["staleness"],
+    "palimpsest_learner_log_discrepancy_abs",
+    "Mean |log proximal / behavior| of the last batch, nats; while the proximal is exact, the discrepancy",
+    ["staleness"],
     registry=REGISTRY,
-)  # fmt: skip
+)
 LOG_STALENESS_RATIO = Gauge(
-    "palimpsest_learner_log_staleness_ratio_abs", "Mean |log pi_theta / pi_v| of the last batch, nats", ["staleness"],
+    "palimpsest_learner_log_staleness_ratio_abs",
+    "Mean |log current / proximal| of the last batch, nats; while the proximal is exact, the staleness ratio",
+    ["staleness"],
     registry=REGISTRY,
-)  # fmt: skip
+)
 MASKED = Gauge(
-    "palimpsest_learner_masked_share", "Tokens of the last batch outside the band", ["staleness"], registry=REGISTRY
+    "palimpsest_learner_masked_share", "Tokens of the last batch that were masked", ["staleness"], registry=REGISTRY
 )
 CLIPPED = Gauge(
     "palimpsest_learner_clipped_share", "Tokens of the last batch that were clipped", ["staleness"], registry=REGISTRY
@@ -51,3 +55,79 @@ SNAPSHOT_LOADS = Counter("palimpsest_learner_snapshot_loads", "Versions taken on
 PHASE_SECONDS = Histogram(
     "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
 )  # phase: wait, train (old log-probs included), publish, checkpoint
+ALERT = Gauge("palimpsest_learner_alert", "1 while the rule's alert is on", ["rule"], registry=REGISTRY)
+LOG_RATIO_TOKENS = Counter(
+    "palimpsest_learner_log_ratio_tokens",
+    "Tokens by log-ratio; above: lower edge of the bin, nats",
+    ["ratio", "staleness", "above"],
+    registry=REGISTRY,
+)  # ratio: discrepancy, staleness_first, staleness_later, total; staleness: 0, 1, 2, 3-4, 5-8, >8
+REMOVED = Counter(
+    "palimpsest_learner_removed_tokens",
+    "Tokens masked or clipped, by cause; exclusive: those that no other cause removes",
+    ["cause", "exclusive"],
+    registry=REGISTRY,
+)
+ACTIVE = Gauge(
+    "palimpsest_learner_active_share", "Tokens of the last batch neither masked nor clipped", registry=REGISTRY
+)
+REMOVED_ADVANTAGE = Gauge(
+    "palimpsest_learner_removed_advantage_share", "Share of the sum of |A| that was removed", registry=REGISTRY
+)
+SLOPE = Gauge(
+    "palimpsest_learner_removal_slope",
+    "Change of the masked and of the clipped share with each version of staleness, last batch",
+    ["removal"],
+    registry=REGISTRY,
+)
+EFFECTIVE = Gauge(
+    "palimpsest_learner_effective_share",
+    "ESS / N of the last batch; of: tokens, sequences; weights: raw, used",
+    ["of", "weights"],
+    registry=REGISTRY,
+)
+CAPPED = Counter(
+    "palimpsest_learner_capped_tokens", "Tokens whose weight was held to its bound", ["bound"], registry=REGISTRY
+)
+LR_FACTOR = Gauge(
+    "palimpsest_learner_lr_factor", "Factor on the learning rate from the effective samples", registry=REGISTRY
+)
+NORMALISER = Gauge(
+    "palimpsest_learner_weight_normaliser", "Mean weight that weights were divided by", registry=REGISTRY
+)
+OLD_COVERAGE = Gauge(
+    "palimpsest_learner_old_coverage", "Tokens of the last batch whose proximal is the old log-prob", registry=REGISTRY
+)
+FALLBACKS = Counter(
+    "palimpsest_learner_fallbacks",
+    "What stood in silently, or was left out for want of a number; 0 while nothing is wrong",
+    ["cause"],
+    registry=REGISTRY,
+)
+LEAK_RMS = Gauge(
+    "palimpsest_learner_leak_rms",
+    "Root mean square of log surrogate / old over the newest audited batch, nats",
+    ["staleness"],
+    registry=REGISTRY,
+)
+WRONG_REASON = Gauge(
+    "palimpsest_learner_wrong_reason_share",
+    "Tokens of the newest audited batch that a surrogate judged otherwise than old log-probs would",
+    ["judged"],
+    registry=REGISTRY,
+)
+GROUP_SPAN = Gauge("palimpsest_learner_group_span_versions", "Versions a group spans, mean of the last batch",
+    registry=REGISTRY,
+)  # fmt: skip
+COMPANION = Gauge(
+    "palimpsest_learner_companion",
+    "State of what trains along: ewma_decay, ewma_age, ewma_distance, ewma_resets, multiplier and the like",
+    ["what"],
+    registry=REGISTRY,
+)
+TRAIN_SECONDS = Counter(
+    "palimpsest_learner_train_seconds",
+    "Seconds of training, by part: proximal, audit, prepare, passes, cut, step",
+    ["part"],
+    registry=REGISTRY,
+)

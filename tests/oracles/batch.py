@@ -1,0 +1,69 @@
+"""What the metrics say of a batch's tokens, counted one by one. From the formulas alone, float64."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+EDGES = [-2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+
+
+def bins(values: Sequence[float]) -> list[int]:
+    """Counts below the first edge, between the edges, from the last on; an edge belongs to the bin above it."""
+    counts = [0] * (len(EDGES) + 1)
+    for value in values:
+        counts[sum(value >= edge for edge in EDGES)] += 1
+    return counts
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """On a straight line between the two values around it."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def line(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Slope of least squares through single points."""
+    if len(set(xs)) < 2:
+        return None
+    return float(np.polyfit(np.array(xs, dtype=np.float64), np.array(ys, dtype=np.float64), 1)[0])
+
+
+def ess(weights: Sequence[float]) -> float:
+    """(sum w)^2 / (N sum w^2)."""
+    return math.fsum(weights) ** 2 / math.fsum(w * w for w in weights) / len(weights)
+
+
+def removal(causes: dict[str, list[bool]]) -> dict[str, object]:
+    """Token by token: how many causes take it."""
+    count = len(next(iter(causes.values())))
+    times = [sum(gone[i] for gone in causes.values()) for i in range(count)]
+    return {
+        "removed": sum(t > 0 for t in times),
+        "overlap": sum(t > 1 for t in times),
+        "repeats": sum(max(0, t - 1) for t in times),
+        "causes": {
+            name: [sum(gone), sum(gone[i] and times[i] == 1 for i in range(count))] for name, gone in causes.items()
+        },
+    }
+
+
+def divergences(proximal: Sequence[float], behavior: Sequence[float], current: Sequence[float]) -> dict[str, float]:
+    """Means over tokens that are all finite and whose ratios need no clamp."""
+    x = [p - b for p, b in zip(proximal, behavior, strict=True)]
+    y = [c - p for c, p in zip(current, proximal, strict=True)]
+    unsure = [i for i, b in enumerate(behavior) if b < -1e-3]
+    n = len(x)
+    return {
+        "discrepancy_k1": sum(-v for v in x) / n,
+        "discrepancy_k2": sum(v * v for v in x) / 2 / n,
+        "staleness_k1": sum(-v for v in y) / n,
+        "staleness_k3": sum(math.exp(v) - 1 - v for v in y) / n,
+        "difference_max": max(abs(math.exp(p) - math.exp(b)) for p, b in zip(proximal, behavior, strict=True)),
+        "correlation": float(np.corrcoef(proximal, behavior)[0, 1]),
+        "unsure": len(unsure),
+        "same": sum(x[i] == 0 for i in unsure) / len(unsure),
+    }
