@@ -33,11 +33,16 @@ class Sampled(Protocol):
     """A trajectory, finished or not, and where it stands on the log."""
 
     @property
-    def record(self) -> TrajectoryFinished | SegmentFlushed: ...
+    def record(self) -> TrajectoryFinished | SegmentFlushed:
+        """Checked (checks.py)."""
+
     @property
-    def partition(self) -> int: ...
+    def partition(self) -> int:
+        """Of `trajectories`."""
+
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """In the partition."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -167,6 +167,7 @@ def test_a_worker_that_answers_too_late_loses_what_it_flushed_and_nothing_else(l
     log.answers = [flushing("a", fresh)]
     report = learner.interruption.cut(V1, digest(1))
     assert (report.answered, report.tokens_scored) == (("a",), 4)
+    assert metrics_cuts.LATE_TOKENS._value.get() == before[0] + 4, "its next flush holds them again: counted once"
     assert [(r.version, r.start, r.stop) for r in log.scored()] == [(1, 8, 12)]
 
 
@@ -239,9 +240,7 @@ def test_a_dropped_trajectory_leaves_neither_flush_nor_scores(log: Log) -> None:
     assert (len(learner.intake.flushed), len(learner.scores)) == (0, 0)
 
 
-def test_restarted_between_scoring_and_step_the_learner_finds_every_value_bit_for_bit(
-    starting_model: Path, log: Log
-) -> None:
+def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
     """Nothing is scored twice: the same cut again costs the workers' flushes only."""
     model = load(starting_model)
     log.said(alive("a"))
