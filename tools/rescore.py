@@ -3,7 +3,7 @@
     python -m tools.rescore runs/ID [--model FOLDER] [--every 10]
 
 The run must have been recorded (learner.record = true), and its store must still hold the versions: keep them with
-learner.checkpoint.keep = learner.versions. For every trained token: load the version that sampled it, as stored, into a
+learner.checkpoint.keep = learner.versions. For every trained token that has an old log-prob: load the version that sampled it, as stored, into a
 plain `AutoModelForCausalLM`, and score the token
 
     alone         its trajectory as one row without padding: how far do layouts differ?
@@ -122,12 +122,14 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
         present = sorted(set(np.unique(batch["versions"]).tolist()) - {UNTRAINABLE})
         versions.update(present)
         for version in present:
-            own = batch["versions"] == version
-            rows = np.flatnonzero(own.any(axis=1))
+            own = (batch["versions"] == version) & batch["exact"]
+            rows = np.flatnonzero((batch["versions"] == version).any(axis=1))  # as the learner put them together
             lengths = batch["lengths"][rows]
             together = score(models(version), batch["tokens"][rows, : lengths.max()], batch["temperatures"][rows])
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 chosen = own[row, :length]
+                if not chosen.any():
+                    continue
                 recorded = batch["proximal"][row, :length][chosen]
                 single = score(models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]])
                 alone.append(np.abs(single[0][chosen] - recorded))
@@ -160,6 +162,7 @@ def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
                         name: file[f"{name}_{i}"]
                         for name in (
                             "tokens", "versions", "behavior", "proximal", "current", "temperatures", "lengths", "first",
+                            "exact",
                         )
                     },
                 }  # fmt: skip

@@ -94,11 +94,15 @@ class LearnerConfig(Service):
                 f"a {kind} proximal is made in them: choose another kind, or switch them off"
             )
         if self.vcpo.baseline and (
-            self.loss.objective != "policy_gradient" or self.loss.entropy or self.loss.epo.weight or kl.weight
+            self.loss.objective != "policy_gradient"
+            or self.loss.opsm != "off"
+            or self.loss.entropy
+            or self.loss.epo.weight
+            or kl.weight
         ):
             raise ValueError(
                 "vcpo.baseline weighs each trajectory's gradient by its reward: it needs loss.objective = "
-                '"policy_gradient", and loss.entropy, loss.epo.weight and loss.kl.weight of 0'
+                '"policy_gradient", loss.opsm = "off", and loss.entropy, loss.epo.weight and loss.kl.weight of 0'
             )
         if kl.weight and kl.place == "reward" and self.advantages.kind not in TOKEN_LEVEL:
             raise ValueError(

@@ -96,7 +96,7 @@ class Objective:
                 inputs.current,
                 terms.reference,
                 inputs.behavior,
-                inputs.mask,
+                inputs.usable,
                 estimator=config.kl.estimator,
                 unbiased=config.kl.unbiased,
             )

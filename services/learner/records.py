@@ -2,9 +2,10 @@
 
     records/00000012.npz    of the version trained at
 
-For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length], temperatures_i
-[rows, 1], trajectories_i and lengths_i (in tokens) [rows]; `first_i`, whether current is the version trained at; `now`,
-that version. tools/rescore.py reads them.
+For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length]; exact_i (the
+proximal is the old log-prob) and missing_i (there is no proximal), bool [rows, length]; temperatures_i [rows, 1];
+trajectories_i and lengths_i (in tokens) [rows]; `first_i`, whether current is the version trained at; `now`, that
+version. tools/rescore.py reads them.
 """
 
 from pathlib import Path
@@ -34,9 +35,11 @@ class Recorder:
                 f"versions_{i}": padded.versions,
                 f"behavior_{i}": padded.behavior,
                 f"proximal_{i}": scored.proximal.numpy(),
+                f"exact_{i}": scored.anchor.exact.numpy(),
+                f"missing_{i}": scored.anchor.missing.numpy(),
                 f"current_{i}": scored.current.numpy(),
                 f"temperatures_{i}": padded.temperatures,
-                f"advantages_{i}": padded.advantages,
+                f"advantages_{i}": scored.advantages.numpy(),
                 f"lengths_{i}": np.array([len(row.tokens) for row in padded.rows]),
                 f"trajectories_{i}": np.array([row.trajectory for row in padded.rows]),
                 f"first_{i}": np.array(scored.first),

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import discrepancy_band
-from services.learner.losses.clipped import clipped_loss
+from tests.decoupled import clipped_loss, discrepancy_band
 from tests.oracles.clipped import decoupled_clipped
 
 CASES = 200

@@ -3,7 +3,6 @@
 from services.learner.corrections.combine import alone, correct, limits, overlap
 from services.learner.corrections.ratios import LOG_RATIO_BOUND, log_ratio
 from services.learner.corrections.rules import Correction, Gather, Limits, Rules
-from services.learner.corrections.token_rules import discrepancy_band
 
 __all__ = [
     "LOG_RATIO_BOUND",
@@ -13,7 +12,6 @@ __all__ = [
     "Rules",
     "alone",
     "correct",
-    "discrepancy_band",
     "limits",
     "log_ratio",
     "overlap",

@@ -7,8 +7,8 @@ A bound that is met exactly keeps the token.
 import torch
 from torch import Tensor
 
-from services.learner.corrections.ratios import above, below, log_ratio
-from services.learner.corrections.rules import Correction, Interval
+from services.learner.corrections.ratios import above, below
+from services.learner.corrections.rules import Interval
 
 
 def band_rule(log_discrepancy: Tensor, usable: Tensor, band: float) -> dict[str, Tensor]:
@@ -51,20 +51,3 @@ def divergence_estimate(estimator: str, log_discrepancy: Tensor) -> Tensor:
 def estimate_rule(estimator: str, log_discrepancy: Tensor, usable: Tensor, bound: float) -> Tensor:
     """The token's own estimate is above the bound."""
     return usable & (divergence_estimate(estimator, log_discrepancy) > bound)
-
-
-def discrepancy_band(
-    proximal: Tensor, behavior: Tensor, mask: Tensor, *, band: float, use_mask: bool, use_weight: bool
-) -> Correction:
-    """Symmetric band [1/band, band] on the ratio proximal / behavior (docs/paper.md, "discrepancy mask").
-
-    proximal, behavior: [rows, tokens] log-probs, nats, without gradient; mask: trainable tokens. A token with a
-    log-prob that is not finite is always masked: it is never given another number.
-    """
-    finite = torch.isfinite(proximal) & torch.isfinite(behavior)
-    usable = mask & finite
-    log_discrepancy = log_ratio(proximal.detach(), behavior, usable)
-    outside = above(log_discrepancy.abs(), band) if use_mask else torch.zeros_like(mask)
-    masked = mask & (~finite | outside)
-    weight = log_discrepancy.exp() if use_weight else torch.ones_like(log_discrepancy)
-    return Correction(torch.where(mask & ~masked, weight, torch.zeros((), device=mask.device)), masked)

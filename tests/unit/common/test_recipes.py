@@ -84,7 +84,7 @@ def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Pa
 
 def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> None:
     assert learner(tmp_path, "", "--learner.proximal.prefetch=true").proximal.kind == "snapshot"
-    with pytest.raises(Refusal, match="learner.proximal.decay is not a key of this kind of learner.proximal"):
+    with pytest.raises(Refusal, match=r"learner\.proximal\.decay is not a key of this kind of learner\.proximal"):
         learner(tmp_path, "", "--learner.proximal.decay=0.5")
     chosen = learner(tmp_path, 'recipe = "ppo_ewma"', "--learner.proximal.decay=0.5").proximal
     assert chosen.model_dump() == {"kind": "ewma_prox", "decay": 0.5}

@@ -1,0 +1,44 @@
+"""The decoupled clipped objective as one call for its correction and one for its loss."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, zeros_like
+
+from services.learner.corrections import Correction, Limits, Rules, correct
+from services.learner.losses.aggregate import Denominators, aggregate
+from services.learner.losses.clipped import ppo_loss
+from services.learner.losses.port import Inputs
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A scalar with gradient, and which tokens were clipped."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def discrepancy_band(
+    proximal: Tensor, behavior: Tensor, mask: Tensor, *, band: float, use_mask: bool, use_weight: bool
+) -> Correction:
+    """Band and weight, each a switch."""
+    rules = Rules(weight="ratio" if use_weight else "off", band=band if use_mask else None)
+    return correct(proximal, behavior, mask, missing=zeros_like(mask), rules=rules, limits=Limits())
+
+
+def clipped_loss(
+    current: Tensor,
+    proximal: Tensor,
+    weight: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    denominator: float,
+) -> Clipped:
+    """Mean over `denominator` tokens. The behavior plays no part once the weight is there."""
+    inputs = Inputs(current, proximal, zeros_like(proximal), weight, advantages, mask)
+    outcome = ppo_loss(inputs, clip_low=clip_low, clip_high=clip_high)
+    loss = aggregate(outcome.losses, mask, "token_mean", Denominators(int(denominator), 1, 1))
+    return Clipped(loss, outcome.touched)

@@ -1,0 +1,136 @@
+"""Runs by interruption with real processes: whoever dies, hangs or comes back in the middle of a cut.
+
+The engine is scripted and slow, so that trajectories are alive at every cut; the learner's scores are checked token by
+token against plain transformers under the stored weights of the version that sampled it.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bus.sqlite import SqliteBus
+from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from tests.runs import RunProcess, check_ledger, history, scripted, wait_for
+from tools.rescore import Models, rescore
+
+pytestmark = pytest.mark.servers
+VERSIONS = 8
+LAYOUTS = 5e-3
+"""Largest difference that another padding makes to a log-prob of the small bf16 model, in nats."""
+
+
+def interrupted(
+    folder: Path, model: Path, *flags: str, environment: dict[str, str] | None = None
+) -> tuple[RunProcess, Path]:
+    toml = scripted(folder, model, versions=VERSIONS, tokens_per_s=25.0)
+    run = RunProcess(
+        toml,
+        "--learner.proximal.kind=interruption",
+        "--local.rollout_workers=2",
+        "--learner.record=true",
+        "--learner.checkpoint.keep=1000",
+        *flags,
+        environment=environment,
+    )
+    return run, folder / "scripted"
+
+
+def records(home: Path, topic: str) -> list[Any]:
+    bus = SqliteBus(home / "bus.sqlite")
+    with bus.consumer(topic) as consumer:
+        found = []
+        while batch := consumer.poll(limit=1000, timeout_s=0):
+            found += [decode(topic, record.body) for record in batch]
+    bus.close()
+    return found
+
+
+def check_scores(home: Path, model: Path) -> dict[str, Any]:
+    """Every recorded old log-prob is that of plain transformers; no token was scored twice with different weights."""
+    seen = rescore(home / "records", Models(home / "snapshots", str(model), "eager"))
+    assert seen["alone_max_abs"] <= LAYOUTS
+    said: dict[tuple[Any, ...], set[str]] = {}
+    for score in records(home, OLD_LOGPROBS):
+        assert isinstance(score, OldLogprobsComputed)
+        for token in range(score.start, score.stop):
+            said.setdefault((score.trajectory, token, score.version), set()).add(score.digest)
+    assert all(len(digests) == 1 for digests in said.values())
+    return seen
+
+
+def missing(home: Path) -> float:
+    return sum(line["all"]["missing"] for line in history(home))
+
+
+def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
+    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2")
+    code, output = run.finish(within_s=300)
+    assert code == 0, output[-3000:]
+    assert check_ledger(home)["trained"] == VERSIONS * 16
+    lines = history(home)
+    assert all(line["exact"] for line in lines)
+    assert sum(line["multi_version"] for line in lines) > 0
+    assert missing(home) == 0
+    flushed = [m for m in records(home, TRAJECTORIES) if isinstance(m, SegmentFlushed)]
+    assert flushed
+    assert len({flush.cut for flush in flushed}) > 1
+    assert check_scores(home, starting_model)["tokens"] > 500
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["rollout.at_cut:2", "rollout.after_flush:2", "learner.at_cut:3", "learner.after_cut:3", "learner.after_step:3"],
+)
+def test_a_death_in_the_middle_of_a_cut_costs_time_only(fault: str, tmp_path: Path, starting_model: Path) -> None:
+    environment = {"PALIMPSEST_FAULT": fault, "PALIMPSEST_FAULT_ONCE": str(tmp_path / "died")}
+    run, home = interrupted(tmp_path, starting_model, environment=environment)
+    code, output = run.finish(within_s=300)
+    assert code == 0, output[-3000:]
+    assert (tmp_path / "died").exists()
+    ledger = check_ledger(home)
+    assert set(ledger["dropped"]) <= {"over_staleness"}  # overtaken while a worker started anew
+    assert ledger["trained"] + sum(ledger["dropped"].values()) >= VERSIONS * 16
+    assert all(line["exact"] for line in history(home))
+    check_scores(home, starting_model)
+
+
+def test_a_worker_that_hangs_is_left_out_and_what_it_sends_late_is_not_trained_on_as_if_it_were_exact(
+    tmp_path: Path, starting_model: Path
+) -> None:
+    environment = {"PALIMPSEST_FAULT": "rollout.at_cut:2:STOP", "PALIMPSEST_FAULT_ONCE": str(tmp_path / "stopped")}
+    run, home = interrupted(tmp_path, starting_model, "--learner.proximal.deadline_s=1.0", environment=environment)
+    try:
+        wait_for((tmp_path / "stopped").exists, run, within_s=120, name="a worker that stands still")
+        before = len(history(home))
+        wait_for(lambda: len(history(home)) > before, run, within_s=60, name="a version without that worker")
+        for worker in run.services()["rollout"]:
+            os.kill(worker.pid, signal.SIGCONT)
+        code, output = run.finish(within_s=300)
+    finally:
+        run.kill_everything()
+    assert code == 0, output[-3000:]
+    check_ledger(home)
+    check_scores(home, starting_model)
+    for line in history(home):
+        assert line["exact"]  # what came too late is missing, and nothing else stands in its place
+
+
+def test_an_ended_run_leaves_no_worker_standing_still(tmp_path: Path, starting_model: Path) -> None:
+    """Stopped in the middle and taken up again: workers hear of a release or of a version."""
+    run, home = interrupted(tmp_path, starting_model)
+    try:
+        wait_for(lambda: len(history(home)) >= 3, run, within_s=120, name="version 3")
+        run.process.terminate()
+        assert run.finish(within_s=90)[0] == 130
+    finally:
+        run.kill_everything()
+    again = RunProcess("--resume", home)
+    code, output = again.finish(within_s=300)
+    assert code == 0, output[-3000:]
+    assert check_ledger(home)["trained"] == VERSIONS * 16
+    assert json.loads((home / "summary.json").read_text())["finished"] is True
+    check_scores(home, starting_model)
