@@ -70,7 +70,7 @@ def test_exact_routes_agree_with_plain_transformers(kind: str, homes: dict[str, 
     assert sum(line["multi_version"] for line in lines) > 0
 
 
-@pytest.mark.parametrize("kind", (*EXACT, *SURROGATES))
+@pytest.mark.parametrize("kind", [*EXACT, *SURROGATES])
 def test_every_trajectory_is_accounted_for(kind: str, homes: dict[str, Path]) -> None:
     ledger = check_ledger(homes[kind], samples=SAMPLES)
     assert set(ledger["dropped"]) <= {"over_staleness"}
