@@ -33,6 +33,8 @@ from services.learner.old.scores import Missing, Scores
 
 POLL_RECORDS = 512
 POLL_S = 0.1
+FIRST_WAIT_S = 600.0
+"""Until the first score comes a batch waits for so long: replicas that start with the run have a model to load."""
 ASK_AFTER = 0.5
 """Share of the wait after which scores are asked for."""
 
@@ -49,12 +51,15 @@ class ScoreReader:
         wait_s: float,
         wanted: Callable[[str], bool],
         confirm: Callable[[], None],
+        first_wait_s: float = FIRST_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """wanted: whether the trajectory is not resolved yet; confirm: raises unless the run is still the learner's."""
         self._bus, self._scores, self._run, self._wait_s = bus, scores, run, wait_s
         self._wanted, self._confirm, self._clock = wanted, confirm, clock
         self._control, self._reader = bus.consumer(CONTROL), bus.consumer(OLD_LOGPROBS)
+        self._first_wait_s = first_wait_s
+        self._standing, self._heard = self._reader.ends(), False
         self._awaited: frozenset[str] = frozenset()
         self._buried = _buried(bus)
         self.digests: dict[Version, str] = {}
@@ -89,7 +94,7 @@ class ScoreReader:
         """The rows with their old log-probs, as soon as all are there or the time is over; None when a stop came first.
 
         Tokens of `now` need none: the learner holds those weights. After half of the time what is missing is asked for
-        once more. `look` is called now and then meanwhile.
+        once more. The time begins when a replica is first heard of. `look` is called now and then meanwhile.
         """
         began = self._clock()
         self._awaited = frozenset(row.trajectory for row in rows)
@@ -111,15 +116,19 @@ class ScoreReader:
     def _wait(
         self, rows: list[Row], now: Version, began: float, look: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        asked, first = False, True
+        asked, first, heard = False, True, self._heard
         while True:
             if self.read(timeout_s=0.0 if first else POLL_S) or first:
                 rows, first = self.attach(rows), False
             lacking = [(row, spans) for row in rows if (spans := self._lacking(row, now))]
-            waited = self._clock() - began
             if not lacking:
                 return rows
-            if waited >= self._wait_s:
+            if self._heard and not heard:
+                heard, began = True, self._clock()
+            waited, limit_s = self._clock() - began, self._wait_s
+            if not heard:
+                limit_s = max(limit_s, self._first_wait_s)
+            if waited >= limit_s:
                 tokens = sum(stop - start for _, spans in lacking for start, stop, _ in spans)
                 logger().warning(
                     "scores did not come", trajectories=len(lacking), tokens=tokens, waited_s=round(waited, 1)
@@ -127,7 +136,7 @@ class ScoreReader:
                 return rows
             if stop():
                 return None
-            if not asked and waited >= ASK_AFTER * self._wait_s:
+            if not asked and waited >= ASK_AFTER * limit_s:
                 asked = True
                 self._ask(lacking)
             look()
@@ -160,6 +169,7 @@ class ScoreReader:
             raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, OldLogprobsRequested):
             return 0
+        self._heard = self._heard or record.offset >= self._standing.get(record.partition, 0)
         if not (message.trajectory in self._awaited or self._wanted(message.trajectory)):
             return 0
         self._scores.put(message)

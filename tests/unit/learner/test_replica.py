@@ -443,12 +443,17 @@ class Clock:
 
 
 def a_reader(
-    setup: Setup, *, wait_s: float = 60.0, clock: Clock | None = None, resolved: frozenset[str] = frozenset()
+    setup: Setup,
+    *,
+    wait_s: float = 60.0,
+    first_wait_s: float = 0.0,
+    clock: Clock | None = None,
+    resolved: frozenset[str] = frozenset(),
 ) -> tuple[ScoreReader, Scores]:
     scores = Scores()
     reader = ScoreReader(
         setup.bus, scores, run="test", wait_s=wait_s, wanted=lambda name: name not in resolved, confirm=lambda: None,
-        clock=clock or Clock(),
+        first_wait_s=first_wait_s, clock=clock or Clock(),
     )  # fmt: skip
     return reader, scores
 
@@ -516,6 +521,30 @@ def test_what_is_asked_for_comes_and_the_wait_is_over(setup: Setup) -> None:
     assert rows is not None
     assert scores.missing(rows[0]) == [(10, 14, 2)]
     assert (reader.requested, clock.now) == (1, 501.0)
+    reader.close()
+
+
+def test_replicas_get_longer_to_start_with_than_to_answer(setup: Setup) -> None:
+    """What stands on the log says nothing of whether a replica lives now."""
+    clock = Clock()
+    early, late = finished(0, 0, MIXED), finished(1, 0, MIXED)
+    setup.trajectories(early)
+    with Working(setup):
+        eventually(lambda: len(setup.said()) == 3)
+    reader, scores = a_reader(setup, wait_s=8.0, first_wait_s=50.0, clock=clock)
+
+    def look() -> None:
+        clock.now += 1.0
+        if clock.now == 30.0:  # a replica begins, with other work
+            (told,) = [said for said in setup.said() if said.start == 2]
+            setup.bus.publish(OLD_LOGPROBS, [Outgoing(told.trajectory, encode(told))])
+
+    rows = reader.wait_for([to_row(late)], Version(2), look=look, stop=never)
+    assert rows is not None
+    assert scores.missing(rows[0]) == [(2, 5, 0), (5, 8, 1), (10, 14, 2)]
+    assert clock.now == 38.0
+    reader.wait_for([to_row(late)], Version(2), look=look, stop=never)
+    assert clock.now == 46.0
     reader.close()
 
 
