@@ -36,7 +36,8 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for
             # its own child among the processes: a replaced learner leaves its sentence in the same place
-            process = config.rollout.worker if name == "rollout" else name
+            named = {"rollout": config.rollout.worker, "learner.replica": config.replica.name}
+            process = named.get(name, name)
             processes = [os.getpid(), os.getppid()]
             said = json.dumps({"message": str(refusal), "code": int(refusal.code), "processes": processes})
             with contextlib.suppress(OSError):  # a folder that cannot be written must not hide the sentence

@@ -66,7 +66,7 @@ def launch(invocation: Invocation) -> None:
     local = Local(config, saved, flags)
     home = config.run.home
     again = words.resume(home, invocation.source, invocation.overrides)
-    print(words.begun(config, local.urls, resumed=invocation.resume is not None), flush=True)
+    print(words.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None), flush=True)
     try:
         with full_disk_refused():
             done = supervise(config, local, stop)

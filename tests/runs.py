@@ -109,7 +109,7 @@ class RunProcess:
                 line = child.cmdline()
             except psutil.Error:
                 continue
-            for name in ("rollout", "env_gateway", "snapshot_store", "learner"):
+            for name in ("rollout", "env_gateway", "snapshot_store", "learner.replica", "learner"):
                 if f"services.{name}" in line:
                     launcher = "torch.distributed.run" in line
                     found.setdefault("torchrun" if launcher else name, []).append(child)

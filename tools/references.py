@@ -21,7 +21,7 @@ from common import messages
 from common.config.schema import RunConfig, ScriptedEngineConfig, VllmEngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICES = ("learner", "rollout", "env_gateway", "snapshot_store")
+SERVICES = ("learner", "learner.replica", "rollout", "env_gateway", "snapshot_store")
 
 
 def main() -> int:
@@ -94,18 +94,29 @@ def metrics() -> str:
         "# Metrics",
         (
             "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
-            "`_bucket`, `_sum` and `_count`. This page is made from each service's metrics.py by `make docs`."
+            "`_bucket`, `_sum` and `_count`. This page is made from each service's metrics*.py by `make docs`."
         ),
     ]
     for service in SERVICES:
-        module = importlib.import_module(f"services.{service}.metrics")
-        rows = [
-            f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
+        found = [
+            metric
+            for module in _metrics_of(service)
             for metric in vars(module).values()
             if isinstance(metric, MetricWrapperBase)
         ]
+        rows = [
+            f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
+            for metric in found
+        ]
         parts += [f"## {service}", "\n".join(["| metric | type | labels | what it says |", "|---|---|---|---|", *rows])]
     return "\n\n".join(parts) + "\n"
+
+
+def _metrics_of(service: str) -> Iterator[ModuleType]:
+    """The service's metrics.py, and what stands beside it as metrics_WHAT.py."""
+    folder = ROOT / "services" / Path(*service.split("."))
+    for path in sorted(folder.glob("metrics*.py")):
+        yield importlib.import_module(f"services.{service}.{path.stem}")
 
 
 def wire() -> str:

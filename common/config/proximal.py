@@ -33,7 +33,7 @@ class ReplicaProximal(Section):
 
     kind: Literal["replica"]
     wait_s: PositiveFloat = 60.0
-    """A batch waits at most so long for its scores; then `missing` decides."""
+    """A batch waits at most so long for its scores, from the first replica heard of on; then `missing` decides."""
     missing: MissingPolicy = "fail"
     """What becomes of tokens that no replica scored in time."""
 

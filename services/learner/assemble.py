@@ -23,8 +23,10 @@ def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, d
     model = trainee.model
     gae = config.advantages.kind == "gae"
     critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
+    misses = Misses()
     return Companions(
-        source=_source(config, trainee, store, device),
+        source=_source(config, trainee, store, device, misses),
+        misses=misses,
         auditor=_snapshot(model, store, device) if config.audit.fraction else None,
         critic=Critic(model, critic) if gae else None,
         start=copy.deepcopy(model).requires_grad_(False) if config.loss.kl.weight else None,
@@ -32,8 +34,10 @@ def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, d
     )
 
 
-def _source(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Source:
-    model, proximal, misses = trainee.model, config.proximal, Misses()
+def _source(
+    config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device, misses: Misses
+) -> Source:
+    model, proximal = trainee.model, config.proximal
     match proximal:
         case SnapshotProximal():
             return _snapshot(model, store, device, missing=proximal.missing, misses=misses)

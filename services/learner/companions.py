@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.learner.critic import Critic
 from services.learner.losses.entropy import EntropyHistory
+from services.learner.old.missing import Misses
 from services.learner.proximal import Follows, Source
 from services.learner.surrogates.ewma_prox import EwmaProx
 from services.learner.surrogates.ppo_ewma_async import PpoEwmaAsync
@@ -32,6 +33,8 @@ class Companions:
     multiplier: float = 0.0
     """R2VPO's lambda."""
     entropies: EntropyHistory = field(default_factory=EntropyHistory)
+    misses: Misses = field(default_factory=Misses)
+    """What became of tokens that the source had no old log-prob for."""
 
     @property
     def follower(self) -> Follows | None:

@@ -90,8 +90,11 @@ def lead(
     )  # fmt: skip
     app = application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status)
     with Server(app, learner.host, learner.port, key="learner"):
-        loop.start()
-        done = loop.run()
+        try:
+            loop.start()
+            done = loop.run()
+        finally:
+            exact.release()  # whatever ends this learner, no worker is to stand still for it
     exact.close()
     intake.close()
     bus.close()

@@ -222,6 +222,7 @@ class Loop:
         """What is too late, too stale, or in too small a group."""
         for trajectory in self._planner.expire(now=time.monotonic()):
             logger().warning("dropped", trajectory=trajectory, reason="deadline")
+            self._intake.forget(trajectory)
             metrics.DROPPED.labels("deadline").inc()
         oldest = {
             name: self._version if arrived.oldest is None else arrived.oldest
@@ -254,7 +255,8 @@ class Loop:
     def _train(self, batch: list[Batched[Arrived]], rows: list[list[Row]]) -> None:
         """One version: train, account for it, make it durable, publish it."""
         now = self._version
-        training = frozenset(row.trajectory for group in rows for row in group)
+        durable = self._config.checkpoint.every == 1  # else a crash brings these trajectories back, to be scored again
+        training = frozenset(row.trajectory for group in rows for row in group if durable)
         order = Order(now, deal_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])

@@ -52,7 +52,7 @@ class Route(Protocol):
 
 
 class Nothing:
-    """Of a surrogate, or of snapshots that are loaded when they are needed."""
+    """See Route. Of a surrogate, or of snapshots that are loaded when they are needed."""
 
     def start(self) -> None: ...
     def work(self, now: Version, digest: str) -> int:
@@ -75,9 +75,10 @@ class Nothing:
 
 
 class Prefetch(Nothing):
-    """Of snapshots: what has arrived is scored while its version is resident, so that it need not be loaded later.
+    """See Route. Of snapshots: what has arrived is scored while its version is resident, so that it need not be loaded.
 
-    A crash loses these values, and the store still has the versions.
+    Tokens of the version that is still resident are left to the batch's own pass, which costs no load either. A crash
+    loses these values, and the store still has the versions.
     """
 
     def __init__(self, intake: Intake, early: EarlyScorer, scores: Scores) -> None:
@@ -91,7 +92,8 @@ class Prefetch(Nothing):
     def known(
         self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        return [self._scores.attach(row, self._digests) for row in rows]
+        older = {version: digest for version, digest in self._digests.items() if version != now}
+        return [self._scores.attach(row, older) for row in rows]
 
     def published(self, version: Version, digest: str) -> None:
         self._digests[version] = digest
@@ -99,7 +101,7 @@ class Prefetch(Nothing):
 
 
 class Replicas(Nothing):
-    """Values come over the log; a batch waits for its own."""
+    """See Route. Values come over the log; a batch waits for its own."""
 
     def __init__(self, intake: Intake, reader: ScoreReader) -> None:
         self._intake, self._reader = intake, reader
@@ -124,7 +126,7 @@ class Replicas(Nothing):
 
 
 class Interruptions:
-    """Workers stop before the weights change."""
+    """See Route. Workers stop before the weights change."""
 
     def __init__(self, intake: Intake, interruption: Interruption, scores: Scores) -> None:
         self._intake, self._interruption, self._scores = intake, interruption, scores

@@ -88,6 +88,8 @@ class Trained:
     """Where the time went: proximal, audit, prepare, passes, cut, step."""
     gauges: dict[str, float] = field(default_factory=dict)
     """Of the source and the companions: decay, resets and the like."""
+    missed: dict[str, int] = field(default_factory=dict)
+    """"why/policy" -> tokens of all ranks that had no old log-prob, and what was done about them."""
 
     @property
     def exact(self) -> bool:
@@ -110,6 +112,7 @@ def merge(parts: Sequence[Trained]) -> Trained:
         normaliser=lead.normaliser,
         seconds=lead.seconds,
         gauges=lead.gauges,
+        missed=lead.missed,
     )
 
 

@@ -239,6 +239,10 @@ class Step:
         companions.multiplier = next_multiplier(companions.multiplier, mean_square, r2vpo.target, r2vpo.rate)
         if trajectories:
             companions.entropies.add(entropy / trajectories)
+        missed: dict[str, int] = {}
+        for part in self._ranks.gather(companions.misses.take()):
+            for (why, policy), number in part.items():
+                missed[f"{why}/{policy}"] = missed.get(f"{why}/{policy}", 0) + number
         finite = [norm for norm in sums.norms if norm == norm and norm != float("inf")]
         return Trained(
             scored,
@@ -252,6 +256,7 @@ class Step:
             normaliser=sum(sums.normalisers) / len(sums.normalisers),
             seconds=sums.seconds,
             gauges=companions.gauges(self._trainee.masters),
+            missed=missed,
         )
 
     def _told(self, part: "_Part", *, first: bool) -> Scored:

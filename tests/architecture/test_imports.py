@@ -42,6 +42,7 @@ LIGHT = (
     "services.snapshot_store.__main__",
     "services.env_gateway.__main__",
     "services.learner.__main__",
+    "services.learner.replica.__main__",
     "services.learner.dead_letters_command",
     "services.rollout.__main__",
     "services.audit.command",
