@@ -3,8 +3,8 @@
     python -m tools.rescore runs/ID [--model FOLDER] [--every 10]
 
 The run must have been recorded (learner.record = true), and its store must still hold the versions: keep them with
-learner.checkpoint.keep = learner.versions. For every trained token that has an old log-prob: load the version that sampled it, as stored, into a plain
-`AutoModelForCausalLM`, and score the token
+learner.checkpoint.keep = learner.versions. For every trained token that has an old log-prob: load the version that
+sampled it, as stored, into a plain `AutoModelForCausalLM`, and score the token
 
     alone         its trajectory as one row without padding: how far do layouts differ?
     same layout   the rows the learner put together: must be equal bit for bit
