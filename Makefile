@@ -6,7 +6,7 @@ FOLDER ?= backends
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment run run-cluster up down test check format docs clean
+.PHONY: help setup environment run run-cluster up down test lint check format docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,11 +28,13 @@ run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `m
 test: setup ## every test, real engine and servers included
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: setup ## format, lint, types, import contracts and the fast tests
+lint: environment ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+check: setup lint ## the same and the fast tests
 	@$(BIN)/python -m pytest -m "not servers and not vllm" -n 2 -q $(ARGS)
 
 format: environment ## write the code in the house format
