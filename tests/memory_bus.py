@@ -37,12 +37,12 @@ class Store:
     """By topic and group: member -> when it was heard of."""
     change: threading.Condition = field(default_factory=threading.Condition)
 
-    def wait(self, timeout_s: float) -> None:
-        """Until something was published, or so long; the lock is held and given up meanwhile."""
+    def wait(self, topic: str, timeout_s: float) -> None:
+        """Until something was published on the topic, or so long; the lock is held and given up meanwhile."""
         self.change.wait(timeout_s)
 
-    def published(self, records: Sequence[Record]) -> None:
-        """These stand on the log now; the lock is held."""
+    def published(self, topic: str, records: Sequence[Record]) -> None:
+        """These stand on the topic now; the lock is held."""
         self.change.notify_all()
 
     def partitions(self, topic: str) -> list[_Partition]:
@@ -87,7 +87,7 @@ class MemoryBus:
                 partition = partitions[number]
                 standing.append(Record(topic, number, partition.end, record.key, record.body, dict(record.headers)))
                 partition.records.append(standing[-1])
-            self.store.published(standing)
+            self.store.published(topic, standing)
         return [Position(record.partition, record.offset) for record in standing]
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> "MemoryConsumer":
@@ -121,7 +121,7 @@ class MemoryConsumer:
                 if records or left <= 0:
                     self._until = None
                     return records
-                self._store.wait(left if self._group is None else min(left, self._lease_s / 3))
+                self._store.wait(self._topic, left if self._group is None else min(left, self._lease_s / 3))
 
     def assignment(self) -> frozenset[int]:
         return frozenset(self._next)

@@ -9,7 +9,7 @@ from common.versions import Version
 from services.rollout.assembly import Assembly, Live
 
 NOTHING = Version(-1)
-"""Held when any version may be sampled with."""
+"""Held while any version may be sampled with."""
 
 
 class Cuts:
@@ -23,37 +23,46 @@ class Cuts:
     >>> cuts.open, cuts.held
     (None, 4)
     >>> cuts.heard(CutRequested("run", 2, Version(5), 5.0))
+    >>> cuts.held
+    5
     >>> cuts.heard(CutReleased("run", 2))
     >>> cuts.open, cuts.held
-    (None, -1)
+    (None, 4)
     """
 
     def __init__(self) -> None:
         self.open: CutRequested | None = None
         """The request that stands; None: nothing is awaited."""
         self.held = NOTHING
-        """No token is to be sampled with this version or an older one. It stays so after a newer version was published:
-        that one is sampled with, once it is loaded."""
+        """No token is to be sampled with this version or an older one. When the cut is over, a newer version is there,
+        or its own may be sampled with again; older ones are gone for good."""
         self._last = -1
-        self._published: VersionPublished | None = None
+        self._published: list[VersionPublished] = []
 
     def heard(self, message: Control) -> None:
         """Take in the next record."""
         match message:
             case CutRequested() if message.cut > self._last:  # an outage may put a copy of a former one behind it
                 self._last, self.open, self.held = message.cut, message, message.version
-            case CutReleased() if self.open is not None and message.cut >= self.open.cut:
-                self.give_up()
-            case VersionPublished() if message != self._published:  # a copy, too, says nothing new
-                self._published = message
-                if message.version > self.held:
-                    self.open = None
-                else:
-                    self.give_up()
+            case CutReleased() if self.open is not None and message.cut == self.open.cut:
+                self.let_go()
+            case VersionPublished() if self._is_news(message):
+                if message.version <= self.held:
+                    self.let_go()
+                self.open = None
 
-    def give_up(self) -> None:
-        """Hold nothing any longer."""
-        self.open, self.held = None, NOTHING
+    def let_go(self) -> None:
+        """Await nothing more: the version of the cut that stands may be sampled with again."""
+        if self.open is not None:
+            self.open, self.held = None, Version(self.open.version - 1)
+
+    def _is_news(self, message: VersionPublished) -> bool:
+        """Versions never go back: an older one's is a copy, the same one's news of a learner that was started again."""
+        newest = self._published[0].version if self._published else NOTHING
+        if message.version < newest or message in self._published:
+            return False
+        self._published = [message, *(self._published if message.version == newest else ())]
+        return True
 
 
 def flush(live: Live, so_far: Assembly, *, request: CutRequested, worker: str) -> SegmentFlushed | None:

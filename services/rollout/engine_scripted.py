@@ -44,13 +44,16 @@ class ScriptedEngine:
                 await asyncio.sleep(1 / self._config.tokens_per_s)
                 while not self._running.is_set():  # it may be paused again before a waiter gets its turn
                     await self._running.wait()
-                if self._closed or self._loaded is None:
-                    why = "is closed" if self._closed else "has no weights"
-                    raise EngineFailed(f"request {request}: the engine {why}")
-                message.versions.append(self._loaded.version)
+                self._sample(request, message)
         finally:
             del self._live[request]
         return message.sampled(stopped=bool(ending) and script[-1:] == ending)
+
+    def _sample(self, request: str, message: "_Message") -> None:
+        """The message's next token."""
+        if self._closed or self._loaded is None:
+            raise EngineFailed(f"request {request}: the engine {'is closed' if self._closed else 'has no weights'}")
+        message.versions.append(self._loaded.version)
 
     async def pause(self) -> None:
         self._running.clear()

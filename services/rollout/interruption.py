@@ -14,7 +14,7 @@ from common.logs import logger
 from common.messages import Control, CutReached, CutRequested
 from services.rollout import metrics
 from services.rollout.assembly import Assembly, Live
-from services.rollout.cuts import NOTHING, Cuts, flush
+from services.rollout.cuts import Cuts, flush
 from services.rollout.engine import Engine
 from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
@@ -65,8 +65,8 @@ class Interruption:
             if request is not None and request.cut != reached:
                 await self._reach(request)
                 reached = request.cut
-            elif self._cuts.held == NOTHING:
-                await self._weights.sample_on()
+            elif request is None:
+                await self._weights.let_go(self._cuts.held)
 
     async def _reach(self, request: CutRequested) -> None:
         """Stand still, and say so once all that was sampled is on the log."""
@@ -120,4 +120,4 @@ class Interruption:
             "held in vain", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
             consequence="samples on; what it samples with this version is not scored",
         )  # fmt: skip
-        self._cuts.give_up()
+        self._cuts.let_go()

@@ -81,7 +81,7 @@ class Weights:
         """Inside, the engine stands still, and everything it has sampled is verified.
 
         Afterwards nothing is sampled with `version` or an older one: the engine stands still until a newer version is
-        loaded, which needs no more than its announcement, or until `sample_on`.
+        loaded, which needs no more than its announcement, or until `let_go` allows for the one it has.
         """
         async with self._turn:
             self._held = max(self._held, version)
@@ -92,12 +92,12 @@ class Weights:
             yield
             await self._resume_unless_held()
 
-    async def sample_on(self) -> None:
-        """Hold nothing any longer, and go on with the version there is."""
-        if self._held < 0:
+    async def let_go(self, held: Version) -> None:
+        """From now on nothing is sampled with `held` or an older one, but what is newer may be."""
+        if held >= self._held:
             return
         async with self._turn:
-            self._held = Version(-1)
+            self._held = held
             await self._resume_unless_held()
         self._announced.set()  # what was held may be loaded now
 

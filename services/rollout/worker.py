@@ -24,6 +24,7 @@ from common.messages import (
 )
 from common.service import Status
 from common.unusable import Cause, Unusable
+from common.versions import Version
 from services.rollout import metrics
 from services.rollout.interruption import Interruption
 from services.rollout.outbox import Outbox
@@ -166,18 +167,20 @@ class Worker:
     async def _follow(self, control: Reader) -> None:
         """Hear of versions, of cuts and of the end."""
         known = await control.ends()  # what is older than this worker is history, not news
+        newest = Version(-1)
         while True:
             for record in await control.poll(limit=256, timeout_s=POLL_S):
                 message = self._read(record)
                 match message:
                     case VersionPublished():
-                        self._weights.announce(message.version)
+                        newest = max(newest, message.version)
                     case RunFinished() if record.offset >= known[record.partition]:
                         logger().info("run finished", version=message.version)
                         self.stop()
                 if message is not None:
                     self._interruption.heard(message)
                 if record.offset + 1 >= known[record.partition]:
+                    self._weights.announce(newest)
                     self._interruption.act()
 
     async def _take(self, tasks: Reader) -> None:

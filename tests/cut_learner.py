@@ -1,0 +1,146 @@
+"""The learner's side of simulated runs (cut_schedules.py): it trains nothing, but asks for cuts, scores and publishes.
+
+`schedule` has the chances, the log and the judge.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.bus.port import Outgoing, Position
+from common.messages import CONTROL, Sampling, VersionPublished, encode
+from common.versions import Version
+from services.learner.batching import Padded
+from services.learner.intake import Arrived, Intake
+from services.learner.old.early import EarlyScorer, as_row
+from services.learner.old.interruption import Interruption
+from services.learner.old.scores import Scores
+from services.learner.planner import Planner
+from tests.cut_judge import score_under
+from tests.memory_bus import MemoryBus
+from tests.simulated_time import Actor
+
+RUN = "test"
+START = Version(0)
+SAMPLES, GROUPS = 2, 2
+SAMPLING = Sampling(temperature=1.0, max_turn_tokens=4, max_trajectory_tokens=60, max_turns=3)
+DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A checkpoint."""
+
+    version: Version = START
+    ledger: Any = None
+    offsets: dict[int, int] = field(default_factory=dict)
+    task_offsets: dict[int, int] = field(default_factory=dict)
+
+
+class Learner:
+    """Trains without training: what it needs of the log, the planner and the interruption is real."""
+
+    def __init__(self, schedule: Any, learned: Learned, *, versions: int) -> None:
+        self._schedule, self._random = schedule, schedule.random
+        self._bus, self._now = ActorsBus(schedule), schedule.store.clock
+        self._version = learned.version
+        """Resident."""
+        self._planner: Planner[Arrived] = Planner(
+            samples=SAMPLES, groups_per_batch=GROUPS, max_staleness=2, time_limit_s=200.0
+        )
+        if learned.ledger is not None:
+            self._planner.restore(learned.ledger, now=self._now())
+        self._scores = Scores()
+        self._intake = Intake(
+            self._bus, self._planner, run=RUN, seed=0, environments={"any": 1.0}, samples=SAMPLES, sampling=SAMPLING,
+            time_limit_s=600.0, confirm=lambda: None, keep_flushed=True,
+        )  # fmt: skip
+        early = EarlyScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
+        self._interruption = Interruption(
+            self._bus, self._intake, early, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=lambda: None,
+            clock=self._now,
+        )  # fmt: skip
+        self._learned, self._versions = learned, versions
+
+    def live(self) -> None:
+        """From its start until the run's last version."""
+        self._intake.start(self._learned.offsets, self._learned.task_offsets, now=self._now())
+        self._publish()
+        self._interruption.start()
+        while self._version < self._versions:
+            if self._schedule.chance(0.1):
+                self._interruption.cut(self._version, str(self._version))
+                self._sleep(2.0)
+                self._interruption.release()
+            self._train(self._batch())
+        for arrived in self._intake.arrived.values():
+            self._keep(arrived)
+
+    def _batch(self) -> list[Arrived]:
+        while True:
+            self._intake.read_all(self._version, timeout_s=0.0)
+            self._planner.expire(now=self._now())
+            oldest = {name: arrived.oldest or Version(0) for name, arrived in self._intake.arrived.items()}
+            for arrived in (*self._planner.drop_stale(self._version, oldest), *self._planner.drop_small()):
+                self._intake.resolve(arrived)
+            self._intake.offer(self._version, now=self._now())
+            if batch := self._planner.batch():
+                return [arrived for group in batch for arrived in group.items]
+            if not self._interruption.work(self._version, str(self._version)):
+                self._intake.read_all(self._version, timeout_s=2.0)
+
+    def _train(self, batch: list[Arrived]) -> None:
+        names = {arrived.record.trajectory for arrived in batch}
+        report = self._interruption.cut(self._version, str(self._version), training=names)
+        heard_by = self._now()
+        for arrived in batch:
+            self._keep(arrived)
+        self._sleep(4.0)
+        for arrived in batch:
+            self._intake.resolve(arrived)
+            self._scores.forget(arrived.record.trajectory)
+        self._schedule.judge.changed(self._version, report.cut, report.answered, heard_by=heard_by)
+        self._version = Version(self._version + 1)
+        self._schedule.learned.append(
+            Learned(self._version, self._planner.state(), self._intake.offsets(), dict(self._intake.task_ends))
+        )
+        self._sleep(2.0)
+        self._publish()
+        self._interruption.published(self._version, str(self._version))
+
+    def _keep(self, arrived: Arrived) -> None:
+        row = self._scores.attach(as_row(arrived.record), self._interruption.digests)
+        known = row.old if row.old is not None else np.full(len(row.tokens), np.nan)
+        old = {int(token): float(value) for token, value in zip(row.tokens, known, strict=True) if not np.isnan(value)}
+        self._schedule.judge.keeps(arrived.record, old, self._version)
+
+    def _publish(self) -> None:
+        published = VersionPublished(RUN, self._version, str(self._version), self._now())
+        self._bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
+
+    def _score(self, batch: Padded) -> Any:
+        self._sleep(0.3)
+        return np.full(batch.tokens.shape, score_under(self._version), dtype=np.float32)
+
+    def _sleep(self, most_s: float) -> None:
+        Actor.here.actor.sleep(self._schedule.some(most_s))
+
+
+class ActorsBus(MemoryBus):
+    """A learner may die before its records stand on the log, and before it is told so."""
+
+    def __init__(self, schedule: Any) -> None:
+        super().__init__(schedule.store)
+        self._schedule = schedule
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        self._takes_a_while()
+        positions = super().publish(topic, records)
+        self._takes_a_while()
+        return positions
+
+    def _takes_a_while(self) -> None:
+        if self._schedule.chance(0.5):
+            Actor.here.actor.sleep(self._schedule.some(1.0))

@@ -1,0 +1,235 @@
+"""Runs in simulated time: four real workers, the real learner's side of cuts, and whatever may go wrong between them.
+
+Workers and learner die and start again, acknowledgements come late, engines take long to stand still, tools take long
+to answer, sessions fail, the log holds copies of records, tasks are delivered twice. A seed repeats a run exactly.
+"""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.bus.port import Outgoing, Record
+from common.config.schema import ScriptedEngineConfig
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    OLD_LOGPROBS,
+    TASKS,
+    TOPICS,
+    TRAJECTORIES,
+)
+from common.sessions.client import SessionFailed
+from common.sessions.wire import CreateSession, Message, Session, Status, Step
+from common.snapshots.manifest import SCHEMA, Canary, Manifest
+from common.versions import Version
+from services.rollout.engine import Sampled, StoredWeights
+from services.rollout.engine_scripted import ScriptedEngine
+from services.rollout.trajectories import Sampler, Tally
+from services.rollout.weights import Weights
+from services.rollout.worker import Worker
+from tests.cut_judge import Judge
+from tests.cut_learner import RUN, Learned, Learner
+from tests.memory_bus import MemoryBus
+from tests.simulated_time import Actor, SimulatedLoop, SimulatedStore
+
+WORKERS_AT_WORK = 4
+VERSIONS = 3
+"""So many are trained in a run."""
+LIMIT_S = 1500.0
+"""No run takes so long unless it is stuck."""
+CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+FIRST_TOKEN = 1000
+"""Below it are tokens that nobody sampled."""
+life: ContextVar[str] = ContextVar("life", default="learner")
+"""On whose behalf something is done: a worker's name and which one of its processes."""
+
+
+@dataclass
+class Schedule:
+    """One run: its chances, its log, its judge."""
+
+    loop: SimulatedLoop
+    random: random.Random
+    folder: Path
+    judge: Judge = field(default_factory=Judge)
+    numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(FIRST_TOKEN))
+    learned: list[Learned] = field(default_factory=lambda: [Learned()])
+    """The learner's checkpoints."""
+    at_work: list[Worker] = field(default_factory=list)
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.store = SimulatedStore(self.loop, self._note)
+        self.bus = MemoryBus(self.store, lease_s=60.0)
+        self.bus.create_topics(dict.fromkeys(TOPICS, 1) | {TASKS: 8, TRAJECTORIES: 2, OLD_LOGPROBS: 2})
+        self.copies, self.deaths = self.chance(0.3), self.chance(0.7)
+
+    def chance(self, likely: float) -> bool:
+        return self.random.random() < likely
+
+    def some(self, most_s: float) -> float:
+        """Seconds: mostly few."""
+        return most_s * self.random.random() ** 3
+
+    async def run(self) -> None:
+        """Until the learner has trained its versions and the workers have stopped."""
+        workers = [asyncio.create_task(self._worker(f"worker-{i}")) for i in range(WORKERS_AT_WORK)]
+        learner = asyncio.create_task(self._learner())
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.wait({learner, *workers}, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.gather(learner, *workers)
+
+    async def _learner(self) -> None:
+        while self.learned[-1].version < VERSIONS:
+            learner = Learner(self, self.learned[-1], versions=VERSIONS)
+            actor = Actor(self.loop, learner.live)
+            if self.deaths and self.chance(0.4):
+                self.loop.call_later(self.random.uniform(0.0, 60.0), actor.kill)
+            await actor.ended
+            await asyncio.sleep(self.some(90.0))
+        self.over = True
+        for worker in self.at_work:
+            worker.stop()
+
+    async def _worker(self, name: str) -> None:
+        lives = itertools.count()
+        while not self.over:
+            life.set(f"{name}.{next(lives)}")
+            worker = a_worker(self, name)
+            self.at_work.append(worker)
+            working = asyncio.create_task(worker.work())
+            dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
+            await asyncio.wait({working}, timeout=dies_after)
+            self.at_work.remove(worker)
+            if working.done():
+                working.result()
+                assert self.over, "it ended by itself"
+            working.cancel()
+            await asyncio.wait({working})
+            await asyncio.sleep(self.some(10.0))
+
+    def _note(self, topic: str, records: Sequence[Record]) -> None:
+        self.judge.note(topic, records, life.get(), at=self.loop.time())
+        if topic == DEAD_LETTERS:
+            raise AssertionError(f"buried: {records}")
+        if topic == CONTROL and self.copies and self.chance(0.2):
+            copy = [Outgoing(record.key, record.body) for record in records]
+            self.loop.call_later(self.some(30.0), self.bus.publish, topic, copy)
+
+
+def a_worker(schedule: Schedule, name: str) -> Worker:
+    """A worker as its process puts it together, round a scripted engine and stand-ins for gateway and store."""
+    engine = Engine(schedule)
+    weights = Fetching(
+        engine, schedule, schedule.folder / name, tolerance=0.05, report=lambda applied: worker.applied(applied)
+    )  # type: ignore[arg-type]
+    sampler = Sampler(name, engine, Sessions(schedule), Dialogue(schedule), 2, Tally(), weights.trusted)  # type: ignore[arg-type]
+    worker = Worker(run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5)
+    return worker
+
+
+class Engine(ScriptedEngine):
+    """Numbers its tokens, and may take long to do what it is told."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        config = ScriptedEngineConfig(kind="scripted", texts=("",), tokens_per_s=schedule.random.uniform(1.0, 6.0))
+        super().__init__(config, encode=lambda _: self._numbered(schedule.random.randint(1, 4)))
+        self._schedule, self._slow = schedule, schedule.chance(0.2)
+
+    def _numbered(self, count: int) -> list[int]:
+        return list(itertools.islice(self._schedule.numbers, count))
+
+    def _sample(self, request: str, message: Any) -> None:
+        super()._sample(request, message)
+        place = len(message.versions) - 1
+        now = self._schedule.loop.time()
+        self._schedule.judge.sampled(message.script[place], life.get(), message.versions[place], at=now)
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._schedule.some(8.0 if self._slow else 0.5))
+        await super().pause()
+
+    async def partial(self, request: str) -> Sampled | None:
+        if self._schedule.chance(0.2):
+            await asyncio.sleep(self._schedule.some(1.0))
+        return await super().partial(request)
+
+    async def load(self, weights: StoredWeights) -> None:
+        await asyncio.sleep(self._schedule.some(1.0))
+        await super().load(weights)
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        await asyncio.sleep(self._schedule.some(3.0))
+        return await super().score(tokens)
+
+
+class Fetching(Weights):
+    """Versions come from nowhere, after a while."""
+
+    async def _fetch(self, version: Version) -> StoredWeights:
+        await asyncio.sleep(self._store.some(5.0))  # type: ignore[attr-defined]
+        manifest = Manifest(
+            schema=SCHEMA, run=RUN, writer=1, version=version, digest=str(version), encoding="base", object="",
+            object_size=0, tensors=(), canaries=(CANARY,),
+        )  # fmt: skip
+        path = self._folder / f"{version}.raw"
+        path.touch()
+        return StoredWeights(manifest, path)
+
+
+class Dialogue:
+    """Texts say nothing; every stop token has a number, too."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return (next(self._schedule.numbers),)
+
+    def begin(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[int, ...]:
+        return (1, 2, 3)
+
+    def between(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
+        return (4, 5)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return ""
+
+
+class Sessions:
+    """A gateway whose tools mostly answer soon, and sometimes not at all."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+
+    async def create(self, wanted: CreateSession, *, idempotency_key: str) -> Session:
+        await asyncio.sleep(self._schedule.some(2.0))
+        return Session(
+            session_id=str(self._schedule.random.randint(1, 3)), lease_expires_in_s=600.0, messages=(), tools=(),
+            next_step=0, initial_state_hash="", environment_version="1",
+        )  # fmt: skip
+
+    async def step(self, session_id: str, number: int, text: str) -> Step:
+        """The session's id tells how many turns it has."""
+        await asyncio.sleep(self._schedule.some(25.0))
+        if self._schedule.chance(0.05):
+            raise SessionFailed("environment_raised", "no")
+        if number + 1 < int(session_id):
+            return Step(step=number, status=Status.RUNNING)
+        return Step(step=number, status=Status.TERMINATED, reward=0.5, success=False)
+
+    async def finalize(self, session_id: str) -> Step:
+        await asyncio.sleep(self._schedule.some(5.0))
+        return Step(step=0, status=Status.TRUNCATED, reward=0.5, success=False)
+
+
+def latency(chances: random.Random) -> Callable[[], float]:
+    """Seconds between a coroutine and its thread: acknowledgements above all. Some schedules have a slow log."""
+    usual = chances.choice([0.02, 0.02, 0.2])
+    return lambda: usual * chances.random() if chances.random() < 0.95 else 4.0 * chances.random()

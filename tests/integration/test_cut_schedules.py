@@ -1,0 +1,159 @@
+"""Whatever happens when: every token that is trained on was scored once, by the weights that sampled it."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import structlog
+
+from common.versions import Version
+from services.learner import intake
+from services.learner.old import interruption as asking
+from services.rollout import interruption, worker
+from services.rollout.cuts import NOTHING, Cuts
+from services.rollout.outbox import Outbox
+from services.rollout.weights import Weights
+from tests.cut_judge import Judge, Violated
+from tests.cut_schedules import Engine, Schedule, latency, life
+from tests.simulated_time import SimulatedLoop, run
+
+SCHEDULES, CHUNK = 1000, 100
+ENOUGH = 100
+"""A mechanism whose lack shows in none of so many schedules would hardly be tried by the others."""
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: Patch) -> Iterator[None]:
+    """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
+    for module, name, seconds in (
+        (worker, "POLL_S", 15.0),
+        (worker, "KEEP_S", 6.0),
+        (worker, "ALIVE_S", 5.0),
+        (asking, "POLL_S", 1.0),
+        (interruption, "HOLD_LIMIT_S", 15.0),
+    ):
+        monkeypatch.setattr(module, name, seconds)
+    with structlog.testing.capture_logs():
+        yield
+
+
+@contextmanager
+def noted(schedule: Schedule) -> Iterator[None]:
+    """The judge is told when a worker gives the learner up, and the learner's patience is simulated, too."""
+    with Patch.context() as patch:
+        real = interruption.Interruption._give_up
+
+        def give_up(self: interruption.Interruption) -> None:
+            schedule.judge.gave_up.append((life.get(), self._cuts.held, schedule.loop.time()))
+            real(self)
+
+        patch.setattr(interruption.Interruption, "_give_up", give_up)
+        patch.setattr(intake, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
+        yield
+
+
+def judged(seed: int, folder: Path) -> Judge:
+    """The account of this schedule's run. Raises Violated."""
+    chances = random.Random(seed)
+
+    async def main(loop: SimulatedLoop) -> Judge:
+        schedule = Schedule(loop, chances, folder)
+        with noted(schedule):
+            await schedule.run()
+        schedule.judge.verdict()
+        return schedule.judge
+
+    return run(main, latency(chances))
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, CHUNK))
+def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that_sampled_it(
+    first: int, tmp_path: Path
+) -> None:
+    judges = judged_all(range(first, first + CHUNK), tmp_path)
+    assert all(judge.kept and judge.reached for judge in judges)
+    assert sum(judge.unscored() for judge in judges) < 0.05 * sum(len(judge.tokens) for judge in judges)
+    # what is to be survived has happened
+    assert all(
+        (any(judge.gave_up for judge in judges), sum(map(Judge.unscored, judges)), sum(map(Judge.deaths, judges)))
+    )
+
+
+def nothing_is_held(patch: Patch) -> None:
+    real = Weights._resume_unless_held
+
+    async def resume(self: Weights) -> None:
+        self._held = NOTHING
+        await real(self)
+
+    patch.setattr(Weights, "_resume_unless_held", resume)
+
+
+def messages_under_way_are_left_out(patch: Patch) -> None:
+    async def partial(self: Engine, request: str) -> None:
+        return None
+
+    patch.setattr(Engine, "partial", partial)
+
+
+def trajectories_at_a_tool_are_left_out(patch: Patch) -> None:
+    real = interruption.flush
+    patch.setattr(interruption, "flush", lambda live, *a, **k: real(live, *a, **k) if live.request else None)
+
+
+def it_answers_before_its_records_are_durable(patch: Patch) -> None:
+    async def flushed(self: Outbox) -> None:
+        return None
+
+    patch.setattr(Outbox, "flushed", flushed)
+
+
+def a_release_is_taken_for_any_version(patch: Patch) -> None:
+    def let_go(self: Cuts) -> None:
+        self.open, self.held = None, NOTHING
+
+    patch.setattr(Cuts, "let_go", let_go)
+
+
+def a_copy_is_taken_for_news(patch: Patch) -> None:
+    patch.setattr(Cuts, "_is_news", lambda self, message: True)
+
+
+def versions_are_mixed_up(patch: Patch) -> None:
+    real = Engine._sample
+
+    def sample(self, request, message):
+        real(self, request, message)
+        message.versions[-1] = Version(max(0, message.versions[-1] - (len(message.versions) == 2)))
+
+    patch.setattr(Engine, "_sample", sample)
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        nothing_is_held,
+        messages_under_way_are_left_out,
+        trajectories_at_a_tool_are_left_out,
+        it_answers_before_its_records_are_durable,
+        a_release_is_taken_for_any_version,
+        a_copy_is_taken_for_news,
+        versions_are_mixed_up,
+    ],
+    ids=lambda without: without.__name__,
+)
+def test_18_6_the_lack_of_a_mechanism_does_not_go_unnoticed(
+    without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    without(monkeypatch)
+    with pytest.raises(Violated):
+        judged_all(range(ENOUGH), tmp_path)
+
+
+def judged_all(seeds: Iterable[int], folder: Path) -> list[Judge]:
+    return [judged(seed, folder) for seed in seeds]
