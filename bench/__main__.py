@@ -9,6 +9,7 @@ PROGRAMS = {
     "bus": "the log on a real Kafka beside kafka-python and confluent-kafka used bare: publishing, reading",
     "ingest": "1,000 simulated rollout streams into one learner: trajectories a second, lag, memory",
     "mismatch": "a toy trained by exact old log-probs and by each surrogate: masks, clips, rewards",
+    "routes": "what old log-probs cost by each route: seconds, bytes, workers standing still",
 }
 
 

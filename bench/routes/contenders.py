@@ -1,0 +1,133 @@
+"""What is measured: every kind of `learner.proximal`, on one model, one load and one pace."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config.schema import RunConfig
+
+REFERENCE = "bypass"
+"""A step without old log-probs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way to a proximal."""
+
+    name: str
+    proximal: Mapping[str, Any]
+    """The learner.proximal section."""
+    rollout: float | None = None
+    """Seconds in which the workers make a batch, in passes and optimizer steps of the reference; None: the usual."""
+
+
+CONTENDERS = (
+    Contender(REFERENCE, {"kind": "bypass"}),
+    Contender("snapshot", {"kind": "snapshot"}),
+    Contender("snapshot_prefetch", {"kind": "snapshot", "prefetch": True}),
+    Contender("replica", {"kind": "replica"}),
+    Contender("interruption", {"kind": "interruption"}),
+    Contender("interruption_busy", {"kind": "interruption"}, rollout=0.5),
+    Contender("current_recompute", {"kind": "current_recompute"}),
+    Contender("interp_prox_loglinear", {"kind": "interp_prox_loglinear"}),
+    Contender("linear_prox", {"kind": "linear_prox"}),
+    Contender("ewma_prox", {"kind": "ewma_prox"}),
+    Contender("ppo_ewma_async", {"kind": "ppo_ewma_async"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Qwen3's."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+
+SHAPES = {
+    "tiny": Shape(hidden=64, layers=2, heads=2, vocabulary=256),
+    "small": Shape(hidden=256, layers=12, heads=4, vocabulary=4096),
+    "medium": Shape(hidden=512, layers=10, heads=8, vocabulary=8192),
+}
+"""The output head is about a tenth of the arithmetic, as in a Qwen3 of 4 billion parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one version is trained on."""
+
+    tokens: int
+    """Mean length of a trajectory."""
+    groups: int = 4
+    samples: int = 2
+    max_staleness: int = 2
+    micro_batch_tokens: int = 1024
+
+    @property
+    def trajectories(self) -> int:
+        """Of a batch."""
+        return self.groups * self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a contender's files and its processes are."""
+
+    folder: Path
+    model: Path
+    store_port: int
+    replica_port: int
+
+
+def build_model(shape: Shape, folder: Path) -> int:
+    """Write a random model of this shape, in bf16 and with tied embeddings; the number of its parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=3 * shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=max(1, shape.heads // 2),
+            head_dim=shape.hidden // shape.heads,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        )
+    ).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_config(contender: Contender, load: Load, place: Place) -> RunConfig:
+    """The run of this contender. Its checkpoints never come: they cost every contender the same."""
+    longest = 2 * load.tokens
+    return RunConfig.model_validate(
+        {
+            "run": {"id": contender.name, "folder": place.folder},
+            "model": {"path": str(place.model)},
+            "tasks": {"environments": {"lookup": 1.0}, "samples_per_group": load.samples, "time_limit_s": 86_400.0},
+            "sampling": {"max_turn_tokens": longest - 1, "max_trajectory_tokens": longest},
+            "snapshot_store": {"port": place.store_port},
+            "replica": {"port": place.replica_port},
+            "learner": {
+                "versions": 1_000_000,
+                "groups_per_batch": load.groups,
+                "max_staleness": load.max_staleness,
+                "micro_batch_tokens": load.micro_batch_tokens,
+                "proximal": dict(contender.proximal),
+                "checkpoint": {"every": 1_000_000},
+                "canary_trajectories": 1,  # a trifle, as it is beside a batch of the usual size
+            },
+            "logs": {"level": "warning"},
+        }
+    )

@@ -1,0 +1,313 @@
+"""The cost of the routes: its simulated workers behave as workers must, its figures are what they say."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.routes.contenders import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
+from bench.routes.entrant import Pace
+from bench.routes.figures import figures, targets
+from bench.routes.fleet import PAUSE_S, Fleet
+from bench.routes.watched import weigh
+from common.bus.open import open_bus
+from common.bus.port import Bus, Outgoing
+from common.bus.standing import scan
+from common.config.learner import OptimizerConfig
+from common.config.load import load as load_run
+from common.config.show import show
+from common.messages import (
+    CONTROL,
+    TASKS,
+    TRAJECTORIES,
+    WORKERS,
+    CutReached,
+    CutRequested,
+    GroupOffered,
+    SegmentFlushed,
+    TrajectoryFinished,
+    VersionPublished,
+    decode,
+    encode,
+    group_id,
+)
+from common.trajectory import token_versions
+from common.versions import Version
+from services.learner.checks import check_finished, check_sampled
+from services.learner.model import Trainee
+from services.learner.old.scores import Scores
+from services.learner.surrogates.ewma_prox import EwmaProx
+from tests.builders import SAMPLING
+
+ROOT = Path(__file__).parents[3]
+LOAD = Load(tokens=64)
+FAST = 0.05
+"""Seconds for a batch."""
+LIMIT_S = 60.0
+
+
+class Workers:
+    """A fleet on a log of its own, with this test as its learner."""
+
+    def __init__(self, folder: Path) -> None:
+        config = run_config(Contender("t", {"kind": "interruption"}), LOAD, Place(folder, folder, 1, 2))
+        self.bus: Bus = open_bus(config)
+        self.fleet = Fleet(open_bus(config), run="t", load=LOAD, vocabulary=256, seed=3)
+        self.offered = 0
+
+    def offer(self, groups: int) -> None:
+        """Groups of two."""
+        offers = [
+            GroupOffered(
+                run="t", group=group_id(i), index=i, version=Version(0), environment="lookup", task_seed=0, samples=2,
+                sampling=SAMPLING, time_limit_s=60.0,
+            )
+            for i in range(self.offered, self.offered + groups)
+        ]  # fmt: skip
+        self.offered += groups
+        self.bus.publish(TASKS, [Outgoing(offer.group, encode(offer)) for offer in offers])
+
+    def tell(self, message: VersionPublished | CutRequested) -> None:
+        """On `control`."""
+        self.bus.publish(CONTROL, [Outgoing("t", encode(message))])
+
+    def said(self, topic: str, kind: type) -> list[Any]:
+        """All of this kind that stands on the topic."""
+        messages = [decode(topic, record.body) for record in scan(self.bus, topic)]
+        return [message for message in messages if isinstance(message, kind)]
+
+    def drive(self, until: Any) -> None:
+        """Until it holds."""
+        deadline = time.monotonic() + LIMIT_S
+        while not until():
+            assert time.monotonic() < deadline
+            self.fleet.drive(FAST)
+            time.sleep(0.002)
+
+    def sampled(self) -> int:
+        """Tokens of all trajectories, finished or not."""
+        finished = self.said(TRAJECTORIES, TrajectoryFinished)
+        lives = sum(int((live.versions >= 0).sum()) for live in self.fleet._live)
+        return lives + sum(len(segment) for record in finished for segment in record.segments)
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Workers]:
+    made = Workers(tmp_path)
+    yield made
+    made.fleet.close()
+    made.bus.close()
+
+
+def published(version: int) -> VersionPublished:
+    return VersionPublished("t", Version(version), f"digest of {version}", 0.0)
+
+
+def test_what_is_offered_is_sampled_once_and_sound(workers: Workers) -> None:
+    workers.offer(6)
+    workers.fleet.wake()
+    workers.fleet.drive(FAST)
+    assert workers.sampled() == 0  # there is no version to sample with
+    workers.tell(published(0))
+    workers.drive(lambda: len(workers.fleet.finished_at) == 12)
+    finished = workers.said(TRAJECTORIES, TrajectoryFinished)
+    assert sorted(record.trajectory for record in finished) == sorted(
+        f"{group_id(g)}/{s}" for g in range(6) for s in (0, 1)
+    )
+    for record in finished:
+        check_finished(record, Version(0))
+        assert LOAD.tokens // 2 <= len(record.tokens) // 4 <= LOAD.tokens * 3 // 2
+        assert len(record.segments) == 2  # a message, a tool's answer, a message
+
+
+def test_time_that_passes_between_two_turns_does_not_count(workers: Workers) -> None:
+    workers.offer(1)
+    workers.tell(published(0))
+    workers.fleet.wake()
+    workers.fleet.drive(1e6)
+    time.sleep(0.05)
+    workers.fleet.wake()
+    workers.fleet.drive(0.01)  # in 50 ms it would be done
+    assert workers.fleet.finished_at == {}
+
+
+def test_a_cut_stops_all_until_the_next_version(workers: Workers) -> None:
+    workers.offer(8)
+    workers.tell(published(0))
+    workers.fleet.wake()
+    workers.drive(lambda: len(workers.fleet.finished_at) >= 2)
+    workers.tell(CutRequested("t", 1, Version(0), 5.0))
+    workers.drive(lambda: len(workers.said(WORKERS, CutReached)) == 2)
+    flushes = workers.said(TRAJECTORIES, SegmentFlushed)
+    assert len(flushes) == workers.fleet.flushed > 0
+    for flush in flushes:
+        check_sampled(flush, Version(0))
+        assert {segment.version for segment in flush.segments} == {0}
+    ends = {record.partition: record.offset + 1 for record in scan(workers.bus, TRAJECTORIES)}
+    told = [answer.positions for answer in workers.said(WORKERS, CutReached)]
+    assert {p: max(positions.get(p, 0) for positions in told) for p in ends} == ends
+
+    at_the_cut, until = workers.sampled(), time.monotonic() + 4 * FAST
+    workers.drive(lambda: time.monotonic() > until)
+    assert workers.sampled() == at_the_cut
+    workers.tell(published(1))
+    workers.drive(lambda: len(workers.fleet.finished_at) == 16)
+    assert len(workers.fleet.holds) == 1
+    assert workers.fleet.holds[0] >= PAUSE_S
+    by_name = {record.trajectory: record for record in workers.said(TRAJECTORIES, TrajectoryFinished)}
+    for flush in flushes:  # what was flushed stays as it was, and what follows is of the next version
+        whole, length = by_name[flush.trajectory], len(flush.tokens) // 4
+        assert whole.tokens.startswith(flush.tokens)
+        versions = token_versions(whole.segments, len(whole.tokens) // 4)
+        assert np.array_equal(versions[:length], token_versions(flush.segments, length))
+        assert set(versions[length:].tolist()) <= {-1, 1}
+    assert any(1 in {segment.version for segment in record.segments} for record in by_name.values())
+
+
+def noted(**changes: Any) -> dict[str, Any]:
+    """A version whose passes took 3 s, its step 1 s, its announcement 1 s."""
+    version = {
+        "seconds": {"passes": 3.0, "step": 1.0, "publish": 1.0, "train": 5.0},
+        "cpu": {"train": 4.0},
+        "counts": {"trainable": 100, "trajectories": 2, "versions": 3},
+        "cut": {"wait": 0.0, "read": 0.0, "score": 0.0, "stall": 0.0},
+        "staleness": {0: 25, 1: 75},
+        "replica": {}, "hold_s": 0.0, "pickup_s": 0.0, "batch_s": 6.0, "flushed": 0,
+        "dropped": 0,
+    }  # fmt: skip
+    return {
+        what: value | changes.pop(what, {}) if isinstance(value, dict) else value for what, value in version.items()
+    } | changes
+
+
+def test_figures_by_hand() -> None:
+    cut = noted(
+        seconds={"proximal": 0.5, "cut": 1.0, "known": 0.1, "early": 0.8},
+        cpu={"proximal": 0.5, "cut": 0.5, "early": 0.6, "train": 5.0},
+        counts={"exact": 100, "scored_early": 60, "scored_at_cut": 30, "scored_in_step": 20},
+        cut={"wait": 0.2, "read": 0.0, "score": 0.8, "stall": 1.0},
+        hold_s=3.5,
+    )
+    average = noted(seconds={"proximal": 1.0, "tick": 0.5, "distance": 0.5})
+    between = noted(seconds={"passes": 3.5, "between": 0.5})
+    replica = noted(
+        seconds={"known": 2.0}, replica={"tokens": 90.0, "loads": 2.0, "load_s": 1.0, "pass_s": 1.0, "cpu_s": 2.5}
+    )
+    weights = {"copy": 1000, "beside": 10, "values": 0}
+    found = figures(
+        {
+            REFERENCE: [noted()],
+            "interruption": [cut] * 3,
+            "ewma_prox": [average],
+            "linear_prox": [between],
+            "replica": [replica],
+        },
+        dict.fromkeys((REFERENCE, "linear_prox", "replica"), weights)
+        | {"interruption": weights | {"values": 400}, "ewma_prox": weights | {"beside": 3010}},
+    )
+    reference, interruption = found[REFERENCE], found["interruption"]
+    assert (reference["extra_step_share"], reference["stall_share"], reference["hold_share"]) == (0, 0, 0)
+    assert reference["step_s"] == 4.0
+    assert interruption["extra_step_share"] == 1.6 / 4
+    assert interruption["extra_cpu_share"] == 1.0 / 4
+    assert interruption["off_path_share"] == 0.8 / 4
+    assert (interruption["stall_share"], interruption["hold_share"]) == (1 / 5, 3.5 / 5)
+    assert (interruption["weight_bytes_ratio"], interruption["value_bytes"]) == (0, 400)
+    assert (interruption["scored_tokens"], interruption["exact_share"]) == (110, 1.0)
+    assert interruption["staleness"] == {"0": 0.25, "1": 0.75}
+    assert interruption["versions_per_trajectory"] == 1.5
+    assert (found["ewma_prox"]["weight_bytes_ratio"], found["ewma_prox"]["extra_step_share"]) == (3.0, 0.5)
+    assert (found["linear_prox"]["step_s"], found["linear_prox"]["extra_step_share"]) == (4.0, 0.125)
+    assert (found["replica"]["scored_tokens"], found["replica"]["off_path_share"]) == (90, 0.5)
+    assert all(targets(found).values())
+    assert not any(targets({"interruption": interruption | {"weight_bytes_ratio": 1.0, "stall_share": 0.25}}).values())
+
+
+def test_the_middle_version_counts() -> None:
+    versions = [noted(seconds={"proximal": seconds}) for seconds in (1.0, 50.0, 2.0)]
+    assert (
+        figures({REFERENCE: versions}, {REFERENCE: {"copy": 1, "beside": 0, "values": 0}})[REFERENCE]["extra_s"] == 2.0
+    )
+
+
+def test_workers_keep_the_pace_of_the_reference() -> None:
+    pace = Pace(1.0)
+    assert pace.batch_s(CONTENDERS[0]) == 1.5
+    for seconds in (4.0, 6.0, 5.0):
+        pace.trained(REFERENCE, {"seconds": {"passes": seconds - 1, "step": 1.0}})
+        pace.trained("snapshot", {"seconds": {"passes": 100.0, "step": 1.0}})
+    assert pace.batch_s(CONTENDERS[0]) == 7.5
+    assert pace.batch_s(Contender("busy", {"kind": "interruption"}, rollout=0.5)) == 2.5
+
+
+def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
+    kinds = set()
+    for contender in CONTENDERS:
+        config = run_config(contender, LOAD, Place(tmp_path, tmp_path, 1, 2))
+        file = tmp_path / f"{contender.name}.toml"
+        file.write_text(show(config))
+        assert load_run([str(file)], {}, program="test").config == config
+        kinds.add(config.learner.proximal.kind)
+    assert kinds == {
+        "snapshot", "replica", "interruption", "bypass", "current_recompute", "interp_prox_loglinear", "linear_prox",
+        "ewma_prox", "ppo_ewma_async",
+    }  # fmt: skip
+
+
+def test_bytes_held_are_those_of_tensors_that_are_not_the_trainee_s(tmp_path: Path) -> None:
+    parameters = build_model(SHAPES["tiny"], tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    trainee = Trainee(model, OptimizerConfig())
+    before = weigh(trainee, Scores())
+    assert before["copy"] == 2 * parameters  # the tied head counts once
+    trainee.step()  # moments come, which are the optimizer's
+    assert weigh(trainee, Scores())["beside"] == before["beside"]
+    shadow = copy.deepcopy(model).requires_grad_(False)
+    buffers = sum(buffer.nbytes for buffer in shadow.buffers())
+    assert weigh(trainee, Scores())["beside"] - before["beside"] == 2 * parameters + buffers
+    del shadow
+    source = EwmaProx(model, trainee.masters, torch.device("cpu"), decay=0.5)
+    assert weigh(trainee, Scores())["beside"] - before["beside"] == 4 * parameters
+    del source
+    assert weigh(trainee, Scores())["beside"] == before["beside"]
+
+
+@pytest.mark.servers
+def test_routes_measured() -> None:
+    """What is not a matter of time: bytes, and which values are exact."""
+    command = [
+        sys.executable, "-m", "bench", "routes", "--parameters=tiny", "--tokens=24", "--versions=1",
+        "--only", "snapshot", "interruption", "ewma_prox",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    routes = result["routes"]
+    assert list(routes) == [REFERENCE, "snapshot", "interruption", "ewma_prox"]
+    for route in routes.values():
+        assert route.keys() >= {
+            "extra_step_share",
+            "weight_bytes_ratio",
+            "stall_share",
+            "hold_share",
+            "extra_cpu_share",
+        }
+        assert route["versions"] == 1
+    assert {name: route["exact_share"] for name, route in routes.items()} == {
+        REFERENCE: 0.0, "snapshot": 1.0, "interruption": 1.0, "ewma_prox": 0.0,
+    }  # fmt: skip
+    assert {name: round(route["weight_bytes_ratio"], 1) for name, route in routes.items()} == {
+        REFERENCE: 0.0, "snapshot": 1.0, "interruption": 0.0, "ewma_prox": 3.0,
+    }  # fmt: skip
+    assert routes["interruption"]["hold_share"] >= routes["interruption"]["stall_share"] > 0
+    assert routes["snapshot"]["scored_in_step_tokens"] == routes["snapshot"]["trained_tokens"]
+    assert result["load_average"].keys() == {"before", "after"}
