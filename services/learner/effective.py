@@ -27,7 +27,7 @@ def effective(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: boo
     used[kept] = np.exp(ratios.total) if by_total else weight[kept] * np.exp(ratios.staleness)
     used[weight == 0] = 0.0
     _, number = np.unique(trajectory, return_inverse=True)
-    lengths = np.bincount(number) if len(number) else np.zeros(0)
+    lengths: Array = np.bincount(number)
     with np.errstate(divide="ignore"):
         return {
             "tokens_raw": effective_sample_share(tokens),
@@ -56,7 +56,7 @@ def caps(
         return None
     finite = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & ~tokens.missing
     apart = tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite]
-    log_weight = np.zeros(len(finite))
+    log_weight: Array = np.zeros(len(finite))
     log_weight[finite] = np.clip(apart, -BOUND, BOUND)
     if of_sequence and len(trajectory):
         _, number = np.unique(trajectory, return_inverse=True)

@@ -8,6 +8,7 @@ from common.messages import VersionApplied
 from services.live.watch import Seen, Sight
 from services.local.supervisor import Crash
 from services.report.folder import Line
+from services.report.naming import in_words
 from services.report.summary import begins
 
 RECENT = 5
@@ -97,6 +98,7 @@ def state(
         ledger=ledger,
         warnings=(
             *_failures(plan, sight, crashes, now=now, started=started, ending=ending),
+            *_alerts(lines),
             *_losses(ledger, lines),
         ),
     )
@@ -241,5 +243,13 @@ def _losses(ledger: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
     if skipped := sum(line["skipped"] for line in lines):
         found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")
     if lines and not lines[-1]["exact"]:
-        found.append("the proximal is a surrogate: what is shown as discrepancy holds staleness, too")
+        found.append(
+            f"the proximal is {in_words(lines[-1])}: its correction and update are not discrepancy and staleness ratio"
+        )
     return found
+
+
+def _alerts(lines: Sequence[Line]) -> list[str]:
+    """What is wrong at the newest version by the alert rules; notices about the configuration are not among them."""
+    alerts = lines[-1].get("alerts", ()) if lines else ()
+    return [alert["says"] for alert in alerts if alert["level"] == "warning"]

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.live.state import RECENT, Service, State, duration, recent
+from services.report.naming import method
 
 BARS = " ▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -184,7 +185,10 @@ def _staleness(state: State, width: int, *, most: int) -> Section:
     assert state.last is not None
     by_staleness = sorted(state.last["by_staleness"].items(), key=lambda item: int(item[0]))
     shown, total = by_staleness[: most - 1], max(1.0, state.last["tokens"])
-    ratios = ("|log discrepancy|", "|log staleness ratio|") if width >= 92 else ("|log discr.|", "|log stal.|")
+    if state.last["exact"]:
+        ratios = ("|log discrepancy|", "|log staleness ratio|") if width >= 92 else ("|log discr.|", "|log stal.|")
+    else:
+        ratios = ("|log correction|", "|log update|") if width >= 92 else ("|log corr.|", "|log upd.|")
     space = min(40, width - 40 - sum(map(len, ratios)))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=DIM)
     table.add_column("staleness", justify="right", no_wrap=True)
@@ -205,7 +209,8 @@ def _staleness(state: State, width: int, *, most: int) -> Section:
     if len(by_staleness) > len(shown):
         table.add_row("...", f"{len(by_staleness) - len(shown)} more")
     rows = 1 + len(shown) + (len(by_staleness) > len(shown))
-    return Section(f"batch trained at version {state.last['version']} (means in nats)", table, rows, 4)
+    surrogate = "" if state.last["exact"] else f", proximal: {method(state.last)}"
+    return Section(f"batch trained at version {state.last['version']}{surrogate} (means in nats)", table, rows, 4)
 
 
 def _services(services: Sequence[Service], *, most: int) -> Section:

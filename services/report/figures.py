@@ -1,14 +1,14 @@
 """The report's figures, in the order of the page. Pure."""
 
-from services.report import learning, policies, progress
+from services.report import learning, policies, progress, spread
 from services.report.drawing import Figure
 from services.report.folder import Contents
 
 
 def figures(contents: Contents) -> list[Figure]:
-    """All of them; a run without versions has the same ones, empty."""
+    """All of them; a run without versions has the same ones, empty. Those that only some runs have come last."""
     lines, log = contents.lines, contents.log
-    return [
+    always = [
         learning.over_versions(lines),
         learning.over_time(lines),
         policies.factors_by_staleness(lines),
@@ -19,3 +19,4 @@ def figures(contents: Contents) -> list[Figure]:
         progress.timeline(lines, log.applied, contents.config.rollout.canary_tolerance),
         progress.where_the_time_went(lines),
     ]
+    return [*always, *(figure for figure in (spread.spreads(lines), spread.leaks(lines)) if figure is not None)]

@@ -27,6 +27,10 @@ figcaption { color: var(--soft); font-size: 13.5px; max-width: 95ch; }
 table { border-collapse: collapse; margin: 8px 0 12px; font-variant-numeric: tabular-nums; }
 td { padding: 4px 28px 4px 0; border-bottom: 1px solid var(--edge); }
 td + td { text-align: right; padding-right: 0; }
+th { padding: 4px 0 4px 28px; text-align: right; font-weight: 500; color: var(--soft); }
+th:first-child { padding-left: 0; text-align: left; }
+td + td + td { padding-left: 28px; }
+td.words { text-align: left; max-width: 90ch; }
 tfoot { font-weight: 600; }
 details { margin-top: 16px; padding: 12px 18px; }
 details:last-child { margin-bottom: 40px; }

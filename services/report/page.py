@@ -9,7 +9,7 @@ import plotly.offline
 
 from common.config.schema import RunConfig
 from common.config.show import show
-from services.live.state import duration
+from services.live.state import count, duration
 from services.report.drawing import Figure
 from services.report.look import SCRIPT, STYLE
 
@@ -40,6 +40,8 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <section class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</section>
 <section class="figures">
 {"".join(_figure(i, figure, empty=not summary["versions"]) for i, figure in enumerate(figures))}
+{_alerts(summary["alerts"], summary["versions"])}
+{_removal(summary["removal"])}
 {_ledger(summary["trajectories"])}
 </section>
 <details><summary>Configuration</summary><pre>{html.escape(show(config))}</pre></details>
@@ -56,11 +58,21 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 def _subtitle(summary: dict[str, Any]) -> str:
     environments = ", ".join(summary["environments"])
     state = "finished" if summary["finished"] else "not finished"
-    old = {True: "exact old log-probabilities in every batch", False: "NOT every batch had exact old log-probabilities"}
     parts = [f"{summary['model']} on {environments}", f"engine {summary['engine']}", state]
     if summary["exact"] is not None:
-        parts.append(old[summary["exact"]])
+        parts.append(_proximal(summary))
     return html.escape(" · ".join(parts))
+
+
+def _proximal(summary: dict[str, Any]) -> str:
+    """What stood in the proximal's place, by name."""
+    if summary["exact"]:
+        return "exact old log-probabilities in every batch"
+    used = (f"{method} in {versions:,}" for method, versions in summary["proximal"].items() if method != "exact")
+    said = f"NOT old log-probabilities but a surrogate: {', '.join(used)} of {summary['versions']:,} versions"
+    if summary["old_coverage"]:
+        said += f" (old ones for {_share(summary['old_coverage'])} of all tokens)"
+    return said
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -95,6 +107,65 @@ def _figure(i: int, figure: Figure, *, empty: bool) -> str:
         f'<figure{wide} aria-label="{title}"><h2>{title}</h2>{drawing}'
         f"<figcaption>{html.escape(figure.explanation)}</figcaption></figure>\n"
     )
+
+
+def _alerts(spells: Sequence[dict[str, Any]], versions: int) -> str:
+    """What the alert rules said, from when to when."""
+    rows = [
+        (spell["rule"] + (" (notice)" if spell["level"] == "notice" else ""), _when(spell), spell["says"])
+        for spell in spells
+    ]
+    body = "".join(
+        f'<tr><td>{html.escape(rule)}</td><td>{html.escape(when)}</td><td class="words">{html.escape(says)}</td></tr>'
+        for rule, when, says in rows
+    )
+    table = f"<table><tbody>{body}</tbody></table>" if rows else f"<p>None in {count(versions, 'version')}.</p>"
+    return f"""<figure class="wide"><h2>Alerts</h2>{table}
+<figcaption>Signs that discrepancy and staleness are taken for one another, or that something stood in silently for old
+log-probabilities, each with the versions at which it was on and what it said last. A notice is about what the
+configuration asks for.</figcaption>
+</figure>"""
+
+
+def _when(spell: dict[str, Any]) -> str:
+    first, last = spell["first"], spell["last"]
+    if spell["level"] == "notice":
+        return f"version {first}"
+    if spell["on"]:
+        return f"since version {first}"
+    return f"version {first}" if first == last else f"versions {first} to {last}"
+
+
+def _removal(counts: dict[str, Any] | None) -> str:
+    """Tokens masked and clipped, by cause."""
+    if counts is None:
+        return ""
+    tokens = max(1, counts["tokens"])
+    head = "<tr><th>cause</th><th>tokens</th><th>share</th><th>by it alone</th></tr>"
+    body = "".join(
+        f"<tr><td>{html.escape(cause)}</td><td>{marginal:,}</td><td>{_share(marginal / tokens)}</td>"
+        f"<td>{exclusive:,}</td></tr>"
+        for cause, (marginal, exclusive) in sorted(counts["causes"].items(), key=lambda item: -item[1][0])
+        if marginal
+    )
+    foot = "".join(
+        f"<tr><td>{name}</td><td>{number:,}</td><td>{_share(number / tokens)}</td><td>{alone}</td></tr>"
+        for name, number, alone in (
+            ("by several causes", counts["overlap"], ""),
+            ("removed", counts["removed"], f"{counts['removed'] - counts['overlap']:,}"),
+            ("active", counts["active"], ""),
+        )
+    )
+    both = counts["masked_past_clip"]
+    also = "" if both is None else f" Of the masked tokens the clip would have taken {both:,}, too."
+    return f"""<figure class="wide"><h2>Tokens removed, by cause</h2>
+<table><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>
+<figcaption>What each mask and each clip takes by itself, whatever others do, and what it alone takes: the last column
+and the tokens taken by several causes add up to all that was removed. Removed were
+{_share(counts["advantage"])} of the sum of |A|, {_share(counts["positive"])} of the tokens with A &gt; 0 and
+{_share(counts["negative"])} of those with A &lt; 0.{also} Alarming: a cause that you did not expect, or one side of the
+advantage that loses far more.</figcaption>
+</figure>"""
 
 
 def _ledger(counts: dict[str, Any]) -> str:

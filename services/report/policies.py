@@ -8,14 +8,15 @@ from plotly.subplots import make_subplots
 
 from services.report.drawing import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
 from services.report.folder import Line
+from services.report.naming import EXACT, names
 from services.report.summary import mean_by_staleness, tokens_by_staleness
 
-DISCREPANCY, RATIO = "|log π<sub>v</sub> / μ<sub>v</sub>|", "|log π<sub>θ</sub> / π<sub>v</sub>|"
 STAND_IN = "if current weights stood in for old ones"
 
 
 def factors_by_staleness(lines: Sequence[Line]) -> Figure:
     """The key figure: the two factors of the total ratio against staleness."""
+    words = names(lines)
     figure = make_subplots(
         rows=2, cols=2, row_heights=[0.74, 0.26], vertical_spacing=0.06, horizontal_spacing=0.1, shared_xaxes=True,
         specs=[[{}, {}], [{}, {}]],
@@ -25,16 +26,22 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
     first_entropy = mean_by_staleness(lines, "entropy", of="first_minibatch")
     look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7}}
     for name, values, paint, dash, width in (
-        (f"discrepancy {DISCREPANCY}", discrepancy, BLUE, "solid", 2),
-        (f"staleness ratio {RATIO}", mean_by_staleness(lines, "log_staleness_ratio_abs"), ORANGE, "solid", 6),
-        (f"discrepancy {STAND_IN}", instead, PURPLE, "dash", 2),
+        (f"{words.discrepancy} {words.discrepancy_symbol}", discrepancy, BLUE, "solid", 2),
+        (
+            f"{words.ratio} {words.ratio_symbol}",
+            mean_by_staleness(lines, "log_staleness_ratio_abs"),
+            ORANGE,
+            "solid",
+            6,
+        ),
+        (f"{words.discrepancy} {STAND_IN}", instead, PURPLE, "dash", 2),
     ):
         trace = line(ages(values), values.values(), name, paint, dash=dash, width=width, **look)
         trace.opacity = 0.6 if width > 2 else 1.0  # the dashed line runs on top of it
         figure.add_trace(trace, row=1, col=1)
     every: list[float] = []
     for name, values, per, paint, dash in (
-        ("discrepancy per nat", discrepancy, entropy, BLUE, "solid"),
+        (f"{words.discrepancy} per nat", discrepancy, entropy, BLUE, "solid"),
         ("stand-in per nat", instead, first_entropy, PURPLE, "dash"),
     ):
         relative = {s: v / per[s] for s, v in values.items() if per.get(s)}
@@ -53,13 +60,20 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
     figure.update_yaxes(title="mean |log ratio| (nats)", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="per nat of entropy (log scale)", row=1, col=2, **log_axis(every))
     figure.update_layout(height=480)
-    return Figure(
-        "Discrepancy and staleness ratio against staleness",
+    meaning = (
         "With exact old log-probabilities the discrepancy compares two engines at the same weights, so it must not "
-        "grow with staleness; the staleness ratio holds what the weights have learnt since, and may. Left: means over "
-        "the run's tokens. Right: divided by the entropy of the same tokens, because rounding weighs more where the "
-        "policy is undecided, and tokens of different staleness stem from different parts of the run. A blue line that "
-        "climbs towards the dashed one on the right would be alarming: old log-probabilities not of their version.",
+        "grow with staleness; the staleness ratio holds what the weights have learnt since, and may. "
+        if words is EXACT
+        else "A surrogate stood in the proximal's place, not the old policy (see the top of the page), so the two "
+        "factors have no names of their own: what the correction holds of the staleness, the update lacks. With old "
+        "log-probabilities the blue line would not depend on staleness. "
+    )
+    return Figure(
+        f"{words.discrepancy.capitalize()} and {words.ratio} against staleness",
+        meaning + "Left: means over the run's tokens. Right: divided by the entropy of the same tokens, because "
+        "rounding weighs more where the policy is undecided, and tokens of different staleness stem from different "
+        "parts of the run. A blue line that climbs towards the dashed one on the right would be alarming: values that "
+        "are not of the tokens' versions.",
         figure,
         wide=True,
     )
@@ -67,34 +81,37 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
 
 def discrepancy_over_versions(lines: Sequence[Line]) -> Figure:
     """Curves of |log discrepancy|, one for each staleness."""
-    figure = _curves(lines, "log_discrepancy_abs")
+    figure, words = _curves(lines, "log_discrepancy_abs"), names(lines)
     x = [e["published"] for e in lines]
     instead = [_joined(e["first_minibatch"], "log_total_ratio_abs") for e in lines]
     trace = line(x, map(_positive, instead), STAND_IN, PURPLE, dash="dash", width=1.5, showlegend=False)
     figure.add_trace(trace)
     return Figure(
-        "|log discrepancy| over versions, per staleness",
-        "Mean over each batch's tokens of one staleness; dashed, what current_recompute would have called discrepancy "
-        "on the same data. Alarming: curves of different staleness that drift apart for good, or any that rise over "
+        f"|log {words.discrepancy}| over versions, per staleness",
+        "Mean over each batch's tokens of one staleness; dashed, what current_recompute would have given on the same "
+        "data. Alarming: curves of different staleness that drift apart for good, or any that rise over "
         "the run.",
-        _over_versions(figure, f"mean {DISCREPANCY} (nats)"),
+        _over_versions(figure, f"mean {words.discrepancy_symbol} (nats)"),
     )
 
 
 def staleness_ratio_over_versions(lines: Sequence[Line]) -> Figure:
     """Curves of |log staleness ratio|, one for each staleness."""
+    words = names(lines)
+    moved = "the one that sampled the token" if words is EXACT else "the surrogate in the proximal's place"
     return Figure(
-        "|log staleness ratio| over versions, per staleness",
-        "How far the current policy has moved from the one that sampled the token. It is 0 at staleness 0 in the first "
-        "minibatch. Alarming: a steady rise, which says that the learning rate or the staleness bound is too high.",
-        _over_versions(_curves(lines, "log_staleness_ratio_abs"), f"mean {RATIO} (nats)"),
+        f"|log {words.ratio}| over versions, per staleness",
+        f"How far the current policy has moved from {moved}. It is 0 at staleness 0 in the first minibatch. Alarming: "
+        "a steady rise, which says that the learning rate or the staleness bound is too high.",
+        _over_versions(_curves(lines, "log_staleness_ratio_abs"), f"mean {words.ratio_symbol} (nats)"),
     )
 
 
 def removed_by_staleness(lines: Sequence[Line]) -> Figure:
     """Shares of tokens that mask and clip took out of the gradient."""
     figure = go.Figure()
-    for name, key, paint in (("masked (discrepancy band)", "masked", BLUE), ("clipped (PPO)", "clipped", ORANGE)):
+    words = names(lines)
+    for name, key, paint in (("masked", "masked", BLUE), ("clipped", "clipped", ORANGE)):
         shares = mean_by_staleness(lines, key)
         bars = go.Bar(x=ages(shares), y=short(100 * share for share in shares.values()), name=name)
         bars.marker = {"color": paint}
@@ -103,9 +120,9 @@ def removed_by_staleness(lines: Sequence[Line]) -> Figure:
     figure.update_xaxes(dtick=1 if len(tokens_by_staleness(lines)) < 16 else None)
     return Figure(
         "Masked and clipped tokens by staleness",
-        "The mask answers to the discrepancy and must not depend on staleness; the clip answers to the staleness ratio "
-        "and should grow with it. Alarming: a masked share that grows with staleness, or a clipped share of 0 at high "
-        "staleness: both are signs of a stand-in for the old policy.",
+        f"The mask answers to the {words.discrepancy} and must not depend on staleness; the clip answers to the "
+        f"{words.ratio} and should grow with it. Alarming: a masked share that grows with staleness, or a clipped "
+        "share of 0 at high staleness: both are signs of a stand-in for the old policy.",
         labelled(figure, "staleness (versions)", "share of tokens (%)", rangemode="tozero"),
     )
 

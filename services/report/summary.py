@@ -11,6 +11,8 @@ from common.config.schema import RunConfig
 from common.files import write
 from common.messages import WorkerAlive
 from services.report.folder import Contents, Line
+from services.report.judged import leak, removal, spells
+from services.report.naming import coverage, methods
 
 SUMMARY = "summary.json"
 PHASES = ("wait", "train", "publish", "checkpoint")
@@ -175,6 +177,8 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
     per_entropy = {s: discrepancy[s] / entropy[s] for s in discrepancy if entropy.get(s)}
     return {
         "exact": all(line["exact"] for line in lines) if lines else None,
+        "proximal": methods(lines),
+        "old_coverage": _old_coverage(lines),
         "log_discrepancy": {"mean_abs": discrepancy, "mean_abs_per_nat_of_entropy": per_entropy},
         "log_staleness_ratio": {"mean_abs": mean_by_staleness(lines, "log_staleness_ratio_abs")},
         "masked_share": mean_by_staleness(lines, "masked"),
@@ -183,7 +187,17 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
         "max_staleness_seen": max((line["staleness_max"] for line in lines), default=None),
         "multi_version_trajectories": sum(line["multi_version"] for line in lines),
         "cuts": sum(line["cuts"] for line in lines),
+        "removal": removal(lines),
+        "leak": leak(lines),
+        "alerts": spells(lines),
     }
+
+
+def _old_coverage(lines: Sequence[Line]) -> float | None:
+    """Share of the run's tokens that had their old log-prob in the proximal's place."""
+    counted = [(coverage(line), line["tokens"]) for line in lines]
+    known = [(share, tokens) for share, tokens in counted if share is not None]
+    return _share(sum(share * tokens for share, tokens in known), sum(tokens for _, tokens in known))
 
 
 def _workers(contents: Contents) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from services.learner.model import Trainee
 from services.learner.proximal import Exact, Patched, Proximal, Surrogate
 from services.learner.ranks import Ranks
 from services.learner.scored import Trained
+from services.learner.teller import Teller
 from tests.builders import a_finished, a_learner, a_row, a_segment
 from tests.models import load, train
 from tests.oracles import batch as oracle
@@ -282,3 +283,19 @@ def test_a_line_becomes_series(exact: Trained) -> None:
     assert value("removal_slope", removal="clipped") == line["slopes"]["clipped"]
     assert value("old_coverage") == 1.0
     assert value("companion", what="multiplier") == 2.0
+
+
+def test_a_teller_goes_on_from_the_history(exact: Trained, tmp_path: Path) -> None:
+    """Two versions, a restart, two more: each line is judged with those before it."""
+    history, config = tmp_path / "history.jsonl", a_learner()
+    facts: dict[str, Any] = {"seconds": 1.0, "phases": {}, "learning_rate": 1e-3, "counts": {}, "sampled_tokens": 1}
+    told: list[list[str]] = []
+    for counters in ([{"conflict": 1}, {}], [{}, {}, {}, {}]):
+        teller = Teller(Bounds.of(config), history)
+        teller.start()
+        for counter in counters:
+            line = teller.line(a_batch(), exact, fallbacks=counter, **facts)
+            told.append([alert["rule"] for alert in line["alerts"]])
+            with history.open("ab") as file:
+                file.write(msgspec.json.encode(line) + b"\n")
+    assert told == [["fallback"]] * 5 + [[]]

@@ -6,10 +6,12 @@ import pytest
 
 from services.live import state, stopwatch, view
 from services.local import supervisor
-from services.report import drawing, summary
+from services.report import drawing, naming, summary
 
 
-@pytest.mark.parametrize("module", [supervisor, state, stopwatch, summary, view, drawing], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [supervisor, state, stopwatch, summary, view, drawing, naming], ids=lambda m: m.__name__
+)
 def test_examples(module: object):
     tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert (tried.failed, tried.attempted > 0) == (0, True)

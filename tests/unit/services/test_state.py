@@ -94,10 +94,9 @@ def test_warnings_say_what_happened_in_plain_words():
         run="t", worker="worker-0", version=Version(3), digest="", accepted=False, canary_error=0.15, pause_s=0.1,
         live=0,
     )  # fmt: skip
+    lines = (a_line(0, skipped=1), a_line(1, exact=False, proximal="ewma_prox"))
     shown = seen(
-        Sight(
-            {"learner": learner(trajectories=ledger)}, (a_line(0, skipped=1), a_line(1, exact=False)), (refused,)
-        ),
+        Sight({"learner": learner(trajectories=ledger)}, lines, (refused,)),
         crashes=[Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
@@ -106,7 +105,7 @@ def test_warnings_say_what_happened_in_plain_words():
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
         "1 dead-lettered: whole in topic dead_letters, why in logs/learner.log",
         "left out 1 optimizer step: the gradient was not finite",
-        "the proximal is a surrogate: what is shown as discrepancy holds staleness, too",
+        "the proximal is ewma_prox, a surrogate: its correction and update are not discrepancy and staleness ratio",
     )
 
 
@@ -118,3 +117,12 @@ def test_at_the_end_nobody_is_expected_to_answer():
     shown = seen(Sight(services, tuple(a_line(i) for i in range(10))))
     assert shown.warnings == ()
     assert doing(shown)["learner"] == "ended"
+
+
+def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
+    alert = {"rule": "clip_idle", "level": "warning", "value": 0.0, "says": "the clip takes nothing"}
+    notice = {"rule": "discrepancy_is_one", "level": "notice", "value": 1.0, "says": "as configured"}
+    over = a_line(0, alerts=[alert | {"says": "long over"}])
+    shown = seen(Sight({"learner": learner()}, (over, a_line(1, alerts=[alert, notice]))))
+    assert shown.warnings == ("the clip takes nothing",)
+    assert seen(Sight({"learner": learner()}, (over, a_line(1)))).warnings == ()

@@ -89,6 +89,17 @@ def test_a_resumed_run_shows_its_curves_while_it_starts():
     assert any("version 5 of 20" in row for row in text(shown, 80, 24))
 
 
+def test_a_surrogate_is_named_and_its_ratios_are_not_called_discrepancy():
+    shown = a_state(5)
+    assert shown.last is not None
+    shown.last.update(exact=False, proximal="current_recompute")
+    for width, names in ((80, ("|log corr.|", "|log upd.|")), (140, ("|log correction|", "|log update|"))):
+        whole = "\n".join(text(shown, width, 40))
+        assert ("proximal: current_recompute" in whole) == (width == 140)  # frames have titles
+        assert all(name in whole for name in names)
+        assert "discr" not in whole
+
+
 def test_drops_are_shown_by_reason():
     ledger = {"offered": 9, "trained": 2, "dropped": {"deadline": 2, "engine_failed": 1}, "dead_lettered": 4}
     rows = text(a_state(5, learner=learner(trajectories=ledger)), 100, 30)
