@@ -9,9 +9,18 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.bus.port import Outgoing, Position
+from common.bus.port import Outgoing, Position, partition_of
 from common.bus.sqlite import SqliteBus
-from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, WorkerAlive, decode
+from common.messages import (
+    DEAD_LETTERS,
+    TRAJECTORIES,
+    WORKERS,
+    DeadLetter,
+    SegmentFlushed,
+    WorkerAlive,
+    decode,
+    group_id,
+)
 from common.unusable import Cause
 from services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
@@ -148,6 +157,69 @@ def test_many_records_are_published_in_batches() -> None:
 def test_an_outbox_without_anything_is_flushed() -> None:
     async def test(bus: FailingBus) -> None:
         await Outbox(bus).flushed()
+
+    run(test)
+
+
+def test_it_knows_where_its_last_trajectories_stand() -> None:
+    """And nothing of what others published, before or between."""
+
+    async def test(bus: FailingBus) -> None:
+        outbox, others = Outbox(bus), Outgoing("g000000", b"another worker's")
+        bus.publish(TRAJECTORIES, [others] * 3)
+        assert outbox.positions == {}
+        publishing = asyncio.create_task(outbox.run())
+        _put_alive(outbox, 0, lambda: None)
+        await outbox.flushed()
+        assert outbox.positions == {}
+        _put_trajectory(outbox, 0, lambda: None)
+        await outbox.flushed()
+        assert outbox.positions == {partition_of("g000000", 2): 4}
+        bus.publish(TRAJECTORIES, [others] * 5)
+        elsewhere = next(index for index in range(9) if partition_of(group_id(index), 2) != partition_of("g000000", 2))
+        record = a_finished(elsewhere, 0)
+        outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=lambda: None)
+        await outbox.flushed()
+        assert outbox.positions == {partition_of("g000000", 2): 4, partition_of(record.group, 2): 1}
+        publishing.cancel()
+
+    run(test)
+
+
+def test_what_is_put_meanwhile_is_not_waited_for() -> None:
+    """Else a worker that says something all the time would never come to an end of it."""
+
+    async def test(bus: FailingBus) -> None:
+        outbox = Outbox(bus)
+        _put_trajectory(outbox, 0, lambda: _put_trajectory(outbox, 1, lambda: None))
+        flushed = asyncio.create_task(outbox.flushed())
+        await asyncio.sleep(0)
+        bus.fails_at = 1
+        with pytest.raises(OSError, match="the disk is gone"):
+            await outbox.run()
+        await flushed
+        assert bus.numbers()[TRAJECTORIES] == [0]
+
+    run(test)
+
+
+def test_a_flush_has_no_header_that_would_end_its_trajectory() -> None:
+    """Whoever cannot read it must not take the trajectory for lost: its end is still to come."""
+
+    async def test(bus: FailingBus) -> None:
+        outbox, end = Outbox(bus), a_finished(7, 3)
+        record = SegmentFlushed(
+            end.run, end.trajectory, end.group, 0, "w", 1, end.tokens, end.segments, end.temperature
+        )  # fmt: skip
+        outbox.put_flush(record)
+        publishing = asyncio.create_task(outbox.run())
+        await outbox.flushed()
+        publishing.cancel()
+        with bus.consumer(TRAJECTORIES) as consumer:
+            (read,) = consumer.poll(limit=10, timeout_s=0)
+        assert (read.key, dict(read.headers)) == ("g000007", {})
+        assert decode(TRAJECTORIES, read.body) == record
+        assert outbox.positions == {read.partition: 1}
 
     run(test)
 

@@ -90,16 +90,24 @@ class Setting:
         self, engine: Says, *, environment: str = "lookup", seed: int = 3, sampling: Sampling = SAMPLING,
         trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3,
     ) -> Ended:  # fmt: skip
-        group = GroupOffered(
+        sampler = self.sampler(engine, trusted=trusted, attempts=attempts)
+        async with asyncio.timeout(60), sampler.sessions:
+            ended = await sampler.sample(self.group(environment, seed, sampling), 2)
+            assert sampler.tally.sampled_tokens == sum(len(answer.tokens) for answer in engine.answers)
+            return ended
+
+    def sampler(
+        self, engine: Says, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
+    ) -> Sampler:
+        """Its sessions are to be opened."""
+        sessions = SessionClient(self.url, timeout_s=30, connections=4)
+        return Sampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
+
+    def group(self, environment: str, seed: int, sampling: Sampling) -> GroupOffered:
+        return GroupOffered(
             run="test", group="g000007", index=7, version=Version(0), environment=environment, task_seed=seed,
             samples=4, sampling=sampling, time_limit_s=600.0,
         )  # fmt: skip
-        async with asyncio.timeout(60), SessionClient(self.url, timeout_s=30, connections=4) as sessions:
-            at_once = trusted or _at_once
-            sampler = Sampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), at_once)  # type: ignore[arg-type]
-            ended = await sampler.sample(group, 2)
-            assert sampler.tally.sampled_tokens == sum(len(answer.tokens) for answer in engine.answers)
-            return ended
 
     def says(self, *texts: str) -> Says:
         """An engine that says these texts."""
@@ -300,6 +308,89 @@ async def test_what_an_unverified_version_said_stays_in_the_worker(
     assert steps == lookup.solution(3)
     assert isinstance(ended, TrajectoryFinished)
     assert [segment.version for segment in ended.segments] == [1, 1, 2]
+
+
+async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all its tokens: those of the message under way are at the engine, under the name it has for it."""
+    seen: list[tuple[str, int, str | None, int]] = []
+    sampler = setting.sampler(setting.says(*lookup.solution(3)))
+
+    def look() -> None:
+        (live,) = sampler.live
+        seen.append((live.trajectory, live.attempt, live.request, sum(map(len, live.assembly.segments))))
+
+    generate, step = sampler.engine.generate, SessionClient.step
+
+    async def generated(*arguments: object, **options: object) -> Sampled:
+        look()
+        return await generate(*arguments, **options)  # type: ignore[arg-type]
+
+    async def stepped(self: SessionClient, session_id: str, number: int, text: str) -> Step:
+        look()
+        return await step(self, session_id, number, text)
+
+    monkeypatch.setattr(sampler.engine, "generate", generated)
+    monkeypatch.setattr(SessionClient, "step", stepped)
+    assert sampler.live == []
+    async with sampler.sessions:
+        ended = await sampler.sample(setting.group("lookup", 3, SAMPLING), 2)
+    assert sampler.live == []
+    assert isinstance(ended, TrajectoryFinished)
+    first, second = map(len, ended.segments)
+    assert seen == [
+        ("g000007/2", 0, "g000007/2#0.0", 0),
+        ("g000007/2", 0, None, first),
+        ("g000007/2", 0, "g000007/2#0.1", first),
+        ("g000007/2", 0, None, first + second),
+    ]
+
+
+@pytest.mark.parametrize("how", ["it is cancelled", "the engine fails", "the session fails"])
+async def test_a_trajectory_that_comes_to_nothing_is_forgotten(dialogue: Dialogue, setting: Setting, how: str) -> None:
+    with worlds(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
+        place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
+        sayings = [EngineFailed("lost")] if how == "the engine fails" else [Saying([70, 71])] * 3
+        engine = Says(sayings)
+        sampler = place.sampler(engine)
+        if how == "it is cancelled":
+            waiting = asyncio.Event()
+
+            async def wait(*_: object, **__: object) -> Sampled:
+                waiting.set()
+                return await asyncio.Future()
+
+            engine.generate = wait  # type: ignore[method-assign]
+        async with sampler.sessions:
+            sampling = asyncio.create_task(sampler.sample(place.group(environment, 3, SAMPLING), 2))
+            if how == "it is cancelled":
+                await waiting.wait()
+                assert [live.request for live in sampler.live] == ["g000007/2#0.0"]
+                sampling.cancel()
+            await asyncio.wait({sampling}, timeout=60)
+    assert sampling.cancelled() or isinstance(sampling.result(), TrajectoryDropped)
+    assert sampler.live == []
+
+
+async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the_engine(setting: Setting) -> None:
+    both = asyncio.Event()
+    engine = Says([Saying([70, 71]), Saying([70, 71])])
+    said = engine.generate
+
+    async def together(*arguments: object, **options: object) -> Sampled:
+        if len(sampler.live) == 2:
+            both.set()
+        sampled = await said(*arguments, **options)  # type: ignore[arg-type]
+        await both.wait()
+        return sampled
+
+    engine.generate = together  # type: ignore[method-assign]
+    sampler = setting.sampler(engine)
+    group = setting.group("lookup", 3, Sampling(1.0, 3, 1000, 1))
+    async with asyncio.timeout(60), sampler.sessions:
+        await asyncio.gather(sampler.sample(group, 2), sampler.sample(group, 2))
+    assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
 
 
 async def test_a_session_that_fails_is_tried_again_afresh(dialogue: Dialogue) -> None:

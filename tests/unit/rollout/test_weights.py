@@ -181,3 +181,132 @@ async def test_files_of_an_earlier_process_are_removed_and_none_are_left(store: 
     await asyncio.sleep(0)
     assert list((tmp_path / "cache").iterdir()) == []
     keeping.cancel()
+
+
+async def test_while_a_version_is_held_neither_it_nor_an_older_one_is_loaded(
+    store: SnapshotClient, tmp_path: Path
+) -> None:
+    put(store, 1, 2, 3)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    await weights.trusted(Version(1))
+    engine.events.clear()
+    async with weights.standing_still(Version(2)):
+        assert engine.events == ["pause"]
+        weights.announce(Version(2))
+    while weights._announced.is_set():
+        await asyncio.sleep(0)
+    weights.announce(Version(3))
+    await weights.trusted(Version(3))
+    assert engine.events == ["pause", "pause", "load 3: 64 bytes", "resume", "score"]
+    keeping.cancel()
+
+
+async def test_a_version_that_was_fetched_when_it_is_held_is_not_loaded_before_it_may_be_sampled_with(
+    store: SnapshotClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, 1)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    fetched = 0
+    real = weights._fetch
+
+    async def fetch(version: Version) -> StoredWeights | None:
+        nonlocal fetched
+        stored = await real(version)
+        async with weights.standing_still(Version(1)):
+            fetched += 1
+        if fetched > 1:
+            await weights.let_go(Version(0))
+        return stored
+
+    monkeypatch.setattr(weights, "_fetch", fetch)
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    while not fetched:
+        await asyncio.sleep(0.001)
+    assert engine.events == ["pause"]
+    await weights.let_go(Version(0))
+    await weights.trusted(Version(1))
+    assert engine.events == ["pause", "pause", "pause", "load 1: 64 bytes", "resume", "score"]
+    keeping.cancel()
+
+
+async def test_letting_go_of_a_version_lets_the_engine_go_on_with_it_but_not_with_an_older_one(
+    store: SnapshotClient, tmp_path: Path
+) -> None:
+    put(store, 1, 2)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    await weights.trusted(Version(1))
+    engine.events.clear()
+    async with weights.standing_still(Version(1)):
+        pass
+    await weights.let_go(Version(1))
+    assert engine.events == ["pause"]
+    await weights.let_go(Version(0))
+    assert engine.events == ["pause", "resume"]
+    async with weights.standing_still(Version(2)):
+        pass
+    await weights.let_go(Version(1))
+    assert engine.events == ["pause", "resume", "pause"]  # what it has is version 1
+    weights.announce(Version(2))
+    await weights.trusted(Version(2))
+    assert engine.events[3:] == ["pause", "load 2: 64 bytes", "resume", "score"]
+    keeping.cancel()
+
+
+async def test_an_engine_that_is_ahead_of_the_held_version_goes_on_at_once(
+    store: SnapshotClient, tmp_path: Path
+) -> None:
+    put(store, 2)
+    engine = Engine()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(2))
+    await weights.trusted(Version(2))
+    engine.events.clear()
+    async with weights.standing_still(Version(1)):
+        assert engine.events == ["pause"]
+    assert engine.events == ["pause", "resume"]
+    keeping.cancel()
+
+
+async def test_standing_still_waits_for_the_verdict(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 1)
+    engine = Engine()
+    engine.scoring.clear()
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    keeping = asyncio.create_task(weights.keep_up())
+    weights.announce(Version(1))
+    while engine.events[-1:] != ["resume"]:
+        await asyncio.sleep(0)
+
+    async def stand_still() -> None:
+        async with weights.standing_still(Version(1)):
+            assert weights.verified == 1
+
+    standing = asyncio.create_task(stand_still())
+    await asyncio.sleep(0.01)
+    assert engine.events[-1] == "resume"  # paused now, it could not be scored
+    engine.scoring.set()
+    await standing
+    assert engine.events[-2:] == ["score", "pause"]
+    keeping.cancel()
+
+
+async def test_after_a_refusal_nobody_finds_the_engine_standing_still(store: SnapshotClient, tmp_path: Path) -> None:
+    put(store, 1)
+    engine = Engine()
+    engine.off = 0.15
+    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights.announce(Version(1))
+    with pytest.raises(Refusal):
+        await weights.keep_up()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), weights.standing_still(Version(1)):
+            raise AssertionError("what the refused version said would be sent ahead")
