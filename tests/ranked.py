@@ -14,7 +14,7 @@ from common.config.objective import LossConfig
 from common.versions import Version
 from services.learner.batching import Row
 from services.learner.companions import Companions
-from services.learner.loop import take_over
+from services.learner.following import take_over
 from services.learner.model import Trainee
 from services.learner.ranks import Ranks
 from services.learner.scored import merge

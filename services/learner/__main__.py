@@ -19,8 +19,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
     import torch
 
     from services.learner.assemble import companions
+    from services.learner.following import follow
     from services.learner.lead import lead
-    from services.learner.loop import follow
     from services.learner.model import Trainee, load_model
     from services.learner.ranks import Ranks
     from services.learner.step import Step

@@ -103,6 +103,7 @@ def describe(
     }
     told: dict[str, Any] = brief(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
     told["cost"] = brief(_cost(trained.seconds, phases))
+    told["missed"] = trained.missed
     told["fallbacks"] = _fallbacks(flat, bounds) | dict(fallbacks or {})
     return line | told | {"alerts": []}
 

@@ -9,6 +9,7 @@ from common.metrics import REGISTRY
 from common.service import Server, Stop, application
 from common.snapshots.client import SnapshotClient
 from common.snapshots.writer import Writer
+from services.learner.bounds import Bounds
 from services.learner.canaries import Canaries
 from services.learner.checkpoint import Checkpoints
 from services.learner.companions import Companions
@@ -24,6 +25,7 @@ from services.learner.ranks import Ranks
 from services.learner.records import Recorder
 from services.learner.routes import route
 from services.learner.step import Step
+from services.learner.teller import Teller
 
 
 def lead(
@@ -85,6 +87,7 @@ def lead(
         checkpoints=Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep),
         open_history=lambda length: History(home / "history.jsonl", length=length),
         recorder=Recorder(home / "records") if learner.record else None,
+        teller=Teller(Bounds.of(learner), home / "history.jsonl"),
         ranks=ranks,
         stop=stop,
     )  # fmt: skip

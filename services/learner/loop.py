@@ -9,7 +9,6 @@ for what the store does not see (history, records, the log) the loop asks the st
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from common import faults
@@ -24,7 +23,8 @@ from services.learner import metrics
 from services.learner.batching import Row
 from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.companions import Companions, parted
-from services.learner.describe import Batch, describe, observe
+from services.learner.describe import Batch, observe
+from services.learner.following import NOTHING, Order, take_over
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.model import Trainee
@@ -38,6 +38,7 @@ from services.learner.routes import Route
 from services.learner.rows import deal_minibatches, to_rows
 from services.learner.scored import Trained, merge
 from services.learner.step import Step
+from services.learner.teller import Teller
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
@@ -45,34 +46,6 @@ CONFIRM_S = 2.0
 for longer than that when it wakes, so it asks before it reads on."""
 HOPELESS_BUDGETS = 2
 """So many times the admitted trajectories dropped, without one that arrived, end the run."""
-NOTHING: tuple[None] = (None,)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What rank 0 tells the others to do next; None in its place ends the run."""
-
-    version: Version
-    minibatches: list[list[Row]]
-
-
-def follow(trainee: Trainee, companions: Companions, step: Step, ranks: Ranks) -> None:
-    """Ranks other than 0: take rank 0's state over, then train on what it orders until it says that it is over."""
-    take_over(trainee, companions, ranks)
-    while (order := ranks.share(NOTHING)[0]) is not None:
-        ranks.gather(step.train(order.minibatches, order.version))
-
-
-def take_over(trainee: Trainee, companions: Companions, ranks: Ranks) -> None:
-    """Make every rank's state that of rank 0: masters, moments, and what trains along with them."""
-    steps = ranks.share(trainee.steps)
-    state = trainee.state()
-    ranks.broadcast(list(state.values()))
-    beside = companions.state()
-    ranks.broadcast(list(beside.values()))
-    if not ranks.leads:
-        trainee.restore(state, steps)
-        companions.restore(beside)
 
 
 class Loop:
@@ -96,6 +69,7 @@ class Loop:
         checkpoints: Checkpoints,
         open_history: Callable[[int], History],
         recorder: Recorder | None,
+        teller: Teller,
         ranks: Ranks,
         stop: Stop,
     ) -> None:
@@ -103,7 +77,7 @@ class Loop:
         self._step, self._trainee, self._companions = step, trainee, companions
         self._ranks, self._stop = ranks, stop
         self._planner, self._intake, self._writer, self._publisher = planner, intake, writer, publisher
-        self._route = route
+        self._route, self._teller = route, teller
         self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
@@ -136,6 +110,7 @@ class Loop:
         take_over(self._trainee, self._companions, self._ranks)
         self._confirm()
         self._history = self._open_history(history_bytes)
+        self._teller.start()
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
         self._route.start()
@@ -284,7 +259,7 @@ class Loop:
         if self._recorder is not None:
             self._recorder.record(batch, trained)
             self._confirm()  # writing it may have taken long
-        self._last_line = describe(
+        self._last_line = self._teller.line(
             batch,
             trained,
             seconds=self._seconds(),

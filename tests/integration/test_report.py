@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "history.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
     (tmp_path / "seconds.json").write_text('{"setup": 50.0, "run": 16.0}')
     bus = SqliteBus(tmp_path / "bus.sqlite")
-    bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "dead_letters": 1})
+    bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
     bus.publish(TRAJECTORIES, [Outgoing("g000000", encode(a_finished(0, sample))) for sample in range(4)])
     told = [
         message
