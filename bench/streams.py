@@ -18,8 +18,16 @@ from bench.runs import NoClaims
 from common.bus.open import connect
 from common.bus.port import Outgoing
 from common.config.schema import RunConfig
-from common.messages import TASKS, TRAJECTORIES, DropReason, GroupOffered, TrajectoryDropped, decode, encode
-from common.messages import trajectory_id as id_of
+from common.messages import (
+    TASKS,
+    TRAJECTORIES,
+    DropReason,
+    GroupOffered,
+    TrajectoryDropped,
+    decode,
+    encode,
+    trajectory_id as id_of,
+)
 from services.rollout.outbox import BATCH
 
 SENT = "sent"

@@ -114,8 +114,8 @@ def metrics() -> str:
 
 def _metrics_of(service: str) -> Iterator[ModuleType]:
     """The service's metrics.py, and what stands beside it as metrics_WHAT.py."""
-    folder = ROOT / "services" / Path(*service.split("."))
-    for path in sorted(folder.glob("metrics*.py")):
+    folder = importlib.import_module(f"services.{service}").__path__[0]
+    for path in sorted(Path(folder).glob("metrics*.py")):
         yield importlib.import_module(f"services.{service}.{path.stem}")
 
 
