@@ -54,7 +54,8 @@ class Cuts:
     def let_go(self) -> None:
         """Await nothing more: the version of the cut that stands may be sampled with again."""
         if self.open is not None:
-            self.open, self.held = None, Version(self.open.version - 1)
+            self.held = Version(self.open.version - 1)
+            self.open = None
 
     def _is_news(self, message: VersionPublished) -> bool:
         """Versions never go back: an older one's is a copy, the same one's news of a learner that was started again."""
