@@ -113,3 +113,58 @@ async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> t
         after += new[first.stop :]
         mixed_up += new[: first.stop] + old[first.stop :]
     return mean(before), mean(after), mean(mixed_up)
+
+
+async def test_partial_outputs_at_a_pause(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:
+    """What a cut sends ahead: at a pause every token that the engine has sampled is told of, with its version."""
+    model = load(folder)
+    perturb(model, by=STEP, seed=11)
+    await engine.pause()
+    await engine.load(stored(model, 11, tmp_path))
+    await engine.resume()
+    names = [f"partial{i}" for i in range(48)]  # some end before the pause, some soon after it
+    live = {name: asyncio.create_task(sample(engine, name, length=20 + 4 * i)) for i, name in enumerate(names)}
+    await asyncio.sleep(0.3)
+    await engine.pause()
+    partial = {name: await engine.partial(name) for name in names if not live[name].done()}
+    await asyncio.sleep(0.2)
+    again = {name: await engine.partial(name) for name in partial if not live[name].done()}
+    assert again == {name: partial[name] for name in again}, "it was sampled, or came, after the pause"
+    perturb(model, by=STEP, seed=12)
+    await engine.load(stored(model, 12, tmp_path))
+    assert again == {name: await engine.partial(name) for name in again}, "new weights change nothing about it"
+    await engine.resume()
+    whole = {name: (await live[name])[1] for name in names}
+    underway = {name: sampled for name, sampled in partial.items() if sampled is not None and whole[name] != sampled}
+    assert len(underway) >= 16, "the pause missed the live requests"
+    for name, sampled in underway.items():
+        length = len(sampled.tokens)
+        assert (whole[name].tokens[:length], whole[name].logprobs[:length]) == (sampled.tokens, sampled.logprobs)
+        assert not sampled.stopped
+        # the cut stands exactly behind the last token that was told of: none of version 11 was still on its way
+        assert [(s.version, s.start, s.stop) for s in sampled.spans] == [(11, 0, length)]
+        assert [(s.version, s.start) for s in whole[name].spans] == [(11, 0), (12, length)]
+
+
+async def test_a_request_that_has_just_ended_is_told_of_whole(engine: VllmEngine) -> None:
+    """Between its end at the engine and the turn of whoever awaits it, a cut must not miss it."""
+    saying = asyncio.create_task(sample(engine, "ended", length=12))
+    while "ended" not in engine._waiting or engine._waiting["ended"].output is None:
+        await asyncio.sleep(0)
+    assert not saying.done()
+    partial = await engine.partial("ended")
+    _, whole = await saying
+    assert partial == whole
+    assert len(whole.tokens) == 12
+    assert await engine.partial("ended") is None
+
+
+async def test_a_request_that_is_given_up_leaves_nothing(engine: VllmEngine) -> None:
+    saying = asyncio.create_task(sample(engine, "given up", length=200))
+    while "given up" not in engine._waiting:
+        await asyncio.sleep(0)
+    saying.cancel()
+    await asyncio.gather(saying, return_exceptions=True)
+    assert engine._waiting == {}
+    assert await engine.partial("given up") is None
+    assert len((await sample(engine, "given up", length=4))[1].tokens) == 4

@@ -152,6 +152,7 @@ async def test_when_no_version_comes_of_a_cut_the_worker_goes_on_with_the_one_it
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         announce(place.bus, 0)  # a copy of what stands before the request: it says nothing
         await stands_still(engine)
+        assert len(reached(place.bus)) == 1
         if how == "released":
             release(place.bus, 1)
         else:
@@ -251,6 +252,19 @@ async def test_a_worker_that_starts_while_a_request_stands_takes_its_version_whe
         release(place.bus, 1)
         await at_work.until(lambda: finished(place.bus) == ids(0))
         assert at_work.engine.loaded == [1]
+
+
+async def test_cuts_of_the_past_are_not_answered_however_many_there_were(place: Place) -> None:
+    announce(place.bus, 0)
+    for cut in range(200):  # more than are read at once: the 256th record is a request
+        ask(place.bus, cut, 0)
+        release(place.bus, cut)
+    announce(place.bus, 1)
+    offer(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: finished(place.bus) == ids(0))
+        assert at_work.engine.loaded == [1]
+        assert reached(place.bus) == []
 
 
 async def test_when_nothing_is_heard_any_more_the_worker_goes_on_and_says_so(
