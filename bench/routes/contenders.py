@@ -63,7 +63,7 @@ class Load:
 
     tokens: int
     """Mean length of a trajectory."""
-    groups: int = 4
+    groups: int = 3
     samples: int = 2
     max_staleness: int = 2
     micro_batch_tokens: int = 1024

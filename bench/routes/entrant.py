@@ -12,11 +12,11 @@ from statistics import median
 from typing import Any
 
 import httpx
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.routes.contenders import REFERENCE, Contender, Load, Place, run_config
 from bench.routes.fleet import Fleet
+from bench.routes.watched import END, GO, WEIGH, learn
 from common.bus.open import connect
 from common.config.schema import RunConfig
 from common.config.show import show
@@ -25,9 +25,9 @@ from tools.backends.ports import free
 LIMIT_S = 600.0
 """Nothing here takes so long unless it is broken."""
 LOOK_S = 0.003
-ROLLOUT = 1.5
-"""Seconds in which the workers make a batch, in passes and optimizer steps of the reference: the learner waits a little
-for each batch, as it does where sampling is what takes longest."""
+ROLLOUT = 2.0
+"""Seconds in which the workers make a batch, in passes and optimizer steps of the reference: sampling is what takes
+longest, and the learner waits a while for each batch."""
 PRELOADED = ["torch", "transformers", "transformers.models.qwen3.modeling_qwen3", "bench.routes.watched"]
 REPLICA = {
     "tokens": "palimpsest_replica_scored_tokens_total",
@@ -68,9 +68,9 @@ class Entrant:
         self._file = folder / f"{contender.name}.toml"
         self._file.write_text(show(self.config))
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._replica: psutil.Process | None = None
+        self._replica: int | None = None
         self._pipe, self._its_end = FORKS.Pipe()
-        self._learner = FORKS.Process(target=_learn, args=(self.config, self._its_end), daemon=True)
+        self._learner = FORKS.Process(target=learn, args=(self.config, self._its_end), daemon=True)
         self._fleet: Fleet
 
     def begin(self) -> None:
@@ -84,7 +84,7 @@ class Entrant:
         """Wait until version 0 stands; start what reads the log."""
         assert self._hear(lambda: None) == {}
         if self.contender.proximal["kind"] == "replica":
-            self._replica = psutil.Process(self._start("services.learner.replica").pid)
+            self._replica = self._start("services.learner.replica").pid
             self._answers(self.config.replica.port)
         bus = connect(self.config)
         self._fleet = Fleet(bus, run=self.config.run.id, load=self._load, vocabulary=self._vocabulary, seed=1)
@@ -93,15 +93,17 @@ class Entrant:
         """Train one version; what the learner noted, and what was seen from here."""
         before, held, flushed = self._replica_figures(), len(self._fleet.holds), self._fleet.flushed
         self._fleet.wake()
-        self._pipe.send("go")
+        self._pipe.send(GO)
         version = self._hear(lambda: self._fleet.drive(batch_s))
         self._fleet.drive(batch_s)  # hears of the version
         self._drain()
         after = self._replica_figures()
         complete = max(self._fleet.finished_at.pop(trajectory) for trajectory in version.pop("batch"))
+        began, taken = version.pop("began_at"), version.pop("taken_at")
         return version | {
             "batch_s": batch_s,
-            "pickup_s": version.pop("taken_at") - max(complete, version.pop("began_at")),
+            "wait_s": taken - began,
+            "pickup_s": taken - max(complete, began),
             "hold_s": sum(self._fleet.holds[held:]),
             "flushed": self._fleet.flushed - flushed,
             "replica": {what: after[what] - before[what] for what in after},
@@ -109,13 +111,13 @@ class Entrant:
 
     def weigh(self) -> dict[str, int]:
         """Bytes in the learner; between two turns."""
-        self._pipe.send("weigh")
+        self._pipe.send(WEIGH)
         return self._hear(lambda: None)
 
     def end(self) -> None:
         """End what was started here."""
         if self._learner.is_alive():
-            self._pipe.send("end")
+            self._pipe.send(END)
             self._learner.join(LIMIT_S)
         self._fleet.close()
         self.kill()
@@ -168,8 +170,8 @@ class Entrant:
         """Sums since it began; {} without one."""
         if self._replica is None:
             return {}
-        found, times = self._metrics(), self._replica.cpu_times()
-        return {what: found.get(name, 0.0) for what, name in REPLICA.items()} | {"cpu_s": times.user + times.system}
+        found = self._metrics()
+        return {what: found.get(name, 0.0) for what, name in REPLICA.items()} | {"cpu_s": cpu_s(self._replica)}
 
     def _metrics(self) -> dict[str, float]:
         text = httpx.get(f"http://127.0.0.1:{self.config.replica.port}/metrics", timeout=LIMIT_S).text
@@ -178,7 +180,7 @@ class Entrant:
         }
 
 
-def _learn(*arguments: Any) -> None:
-    from bench.routes.watched import learn  # only in the learner's process: it loads torch
-
-    learn(*arguments)
+def cpu_s(process: int) -> float:
+    """CPU seconds that a process has taken so far, by its number."""
+    after_its_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_its_name[11]) + int(after_its_name[12])) / os.sysconf("SC_CLK_TCK")

@@ -52,6 +52,7 @@ def _figures(versions: Sequence[Noted], weights: Mapping[str, int], base: int) -
         "early_cpu_s": _middle(versions, lambda v: v["cpu"].get("early", 0.0)),
         "replica_s": _middle(versions, replica_s),
         "replica_cpu_s": _middle(versions, lambda v: v["replica"].get("cpu_s", 0.0)),
+        "wait_s": _middle(versions, lambda v: v["wait_s"]),
         "pickup_s": _middle(versions, lambda v: v["pickup_s"]),
         "publish_s": _middle(versions, lambda v: v["seconds"]["publish"]),
         "cut_s": {part: _middle(versions, lambda v, p=part: v["cut"].get(p, 0.0)) for part in versions[0]["cut"]},

@@ -6,7 +6,7 @@ for each turn it is given and stands still in between, so that others can be mea
 
 import gc
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -61,8 +61,8 @@ class Watch:
 
     def begin(self) -> None:
         """Forget what was noted."""
-        self.seconds: Counter[str] = Counter()
-        self.cpu: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.cpu: defaultdict[str, float] = defaultdict(float)
         """CPU seconds of this process, under the same names."""
         self.counts: Counter[str] = Counter()
         self.told: dict[str, Any] = {}
@@ -161,8 +161,10 @@ class WatchedRoute:
         with self._watch.of("cut"):
             self._inner.cut(now, digest, training=training)
         after = _cut_figures()
-        self._watch.told["cut"] = {what: after[what] - before[what] for what in after}
-        self._watch.counts["scored_at_cut"] += int(self._watch.told["cut"].pop("tokens"))
+        took = {what: after[what] - before[what] for what in after}
+        self._watch.counts["scored_early"] += int(took.pop("early"))  # before anyone stood still
+        self._watch.counts["scored_at_cut"] += int(took.pop("cut"))
+        self._watch.told["cut"] = took
 
     def published(self, version: Version, digest: str) -> None:
         """See Route."""
@@ -265,9 +267,9 @@ def _scored(given: Proximal, batches: Sequence[Padded]) -> int:
 
 
 def _cut_figures() -> dict[str, float]:
-    """Sums over all cuts so far: seconds by phase, and tokens scored in them."""
+    """Sums so far: seconds of all cuts by phase, and tokens scored early and at cuts."""
     seconds = {phase: REGISTRY.get_sample_value(CUT, {"phase": phase}) or 0.0 for phase in CUT_PHASES}
-    return seconds | {"tokens": REGISTRY.get_sample_value(SCORED, {"when": "cut"}) or 0.0}
+    return seconds | {when: REGISTRY.get_sample_value(SCORED, {"when": when}) or 0.0 for when in ("early", "cut")}
 
 
 def weigh(trainee: Trainee, scores: Scores) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.routes.contenders import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
-from bench.routes.entrant import Pace
+from bench.routes.entrant import ROLLOUT, Pace, cpu_s
 from bench.routes.figures import figures, targets
 from bench.routes.fleet import PAUSE_S, Fleet
 from bench.routes.watched import weigh
@@ -181,7 +182,7 @@ def noted(**changes: Any) -> dict[str, Any]:
         "counts": {"trainable": 100, "trajectories": 2, "versions": 3},
         "cut": {"wait": 0.0, "read": 0.0, "score": 0.0, "stall": 0.0},
         "staleness": {0: 25, 1: 75},
-        "replica": {}, "hold_s": 0.0, "pickup_s": 0.0, "batch_s": 6.0, "flushed": 0,
+        "replica": {}, "hold_s": 0.0, "pickup_s": 0.0, "wait_s": 0.0, "batch_s": 6.0, "flushed": 0,
         "dropped": 0,
     }  # fmt: skip
     return {
@@ -241,12 +242,19 @@ def test_the_middle_version_counts() -> None:
 
 def test_workers_keep_the_pace_of_the_reference() -> None:
     pace = Pace(1.0)
-    assert pace.batch_s(CONTENDERS[0]) == 1.5
+    assert pace.batch_s(CONTENDERS[0]) == ROLLOUT
     for seconds in (4.0, 6.0, 5.0):
         pace.trained(REFERENCE, {"seconds": {"passes": seconds - 1, "step": 1.0}})
         pace.trained("snapshot", {"seconds": {"passes": 100.0, "step": 1.0}})
-    assert pace.batch_s(CONTENDERS[0]) == 7.5
+    assert pace.batch_s(CONTENDERS[0]) == 5 * ROLLOUT
     assert pace.batch_s(Contender("busy", {"kind": "interruption"}, rollout=0.5)) == 2.5
+
+
+def test_cpu_time_of_a_process() -> None:
+    before, own = cpu_s(os.getpid()), time.process_time()
+    while time.process_time() < own + 0.2:
+        pass
+    assert 0.15 < cpu_s(os.getpid()) - before < 60  # threads of other tests count too
 
 
 def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
