@@ -30,6 +30,8 @@ class Part:
     """Trainable tokens as one reference sees them; arrays are [tokens]."""
 
     tokens: Audited
+    places: NDArray[np.int64]
+    """Where in its row a token stands."""
     masked: NDArray[np.bool_]
     clipped: NDArray[np.bool_]
     first: bool
@@ -42,6 +44,8 @@ class Seen:
 
     mask_slope: float
     """Of the share of masked tokens, for each version of staleness."""
+    mask_slope_at_place: float
+    """The same among tokens that stand at one place of the answer: early ones are older on average."""
     clip_slope: float
     clip_first_minibatch: float
     """Share of clipped tokens there."""
@@ -67,10 +71,12 @@ class Gathered:
         tokens = Audited.joined([part.tokens for part in self.parts])
         masked = np.concatenate([part.masked for part in self.parts])
         clipped = np.concatenate([part.clipped for part in self.parts])
+        places = np.concatenate([part.places for part in self.parts])
         at_first = np.concatenate([part.clipped for part in self.parts if part.first])
         leaked = leak(tokens, TRUTH)
         return Seen(
             mask_slope=slope(masked, tokens.staleness),
+            mask_slope_at_place=slope(less_group_mean(masked, places), less_group_mean(tokens.staleness, places)),
             clip_slope=slope(clipped, tokens.staleness),
             clip_first_minibatch=float(at_first.mean()),
             leak=float(np.abs(tokens.surrogate.astype(np.float64) - tokens.old).mean()),
@@ -90,6 +96,17 @@ def slope(values: NDArray[np.generic], over: NDArray[np.generic]) -> float:
     centered = over.astype(np.float64) - over.mean()
     spread = float(centered @ centered)
     return float(centered @ values.astype(np.float64)) / spread if spread else 0.0
+
+
+def less_group_mean(values: NDArray[np.generic], groups: NDArray[np.int64]) -> Array:
+    """Each value less the mean of its group.
+
+    >>> less_group_mean(np.array([1.0, 3.0, 7.0]), np.array([0, 0, 2])).tolist()
+    [-1.0, 1.0, 0.0]
+    """
+    numbers = values.astype(np.float64)
+    means: Array = np.bincount(groups, weights=numbers) / np.bincount(groups).clip(min=1)
+    return numbers - means[groups]
 
 
 def by_staleness(values: NDArray[np.generic], staleness: NDArray[np.generic]) -> list[float]:

@@ -17,7 +17,15 @@ METHODS = (*REFERENCES, CONTROL)
 Setting = tuple[float, float]
 """c (infinite: no mask) and epsilon."""
 MAIN: Setting = (1.2, 0.2)
-SCALARS = ("mask_slope", "clip_slope", "clip_first_minibatch", "leak", "leak_rms", "discrepancy_correlation")
+SCALARS = (
+    "mask_slope",
+    "mask_slope_at_place",
+    "clip_slope",
+    "clip_first_minibatch",
+    "leak",
+    "leak_rms",
+    "discrepancy_correlation",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,23 @@ def tables(result: Result) -> dict[str, str]:
 
 def passive(result: Result) -> str:
     """What each reference makes of the same tokens."""
-    head = ("reference", "mask slope", "clip slope", "clipped, first minibatch", "mean abs. leak", "correlation")
-    keys = ("mask_slope", "clip_slope", "clip_first_minibatch", "leak", "discrepancy_correlation")
+    head = (
+        "reference",
+        "mask slope",
+        "at one place",
+        "clip slope",
+        "clipped, first minibatch",
+        "mean abs. leak",
+        "correlation",
+    )
+    keys = (
+        "mask_slope",
+        "mask_slope_at_place",
+        "clip_slope",
+        "clip_first_minibatch",
+        "leak",
+        "discrepancy_correlation",
+    )
     rows = [
         (f"`{name}`", *(_interval(each[key], 4 if "slope" in key else 3) for key in keys))
         for name, each in result["methods"].items()
@@ -29,6 +44,7 @@ def active(result: Result) -> str:
         "method",
         "final reward",
         "less exact",
+        "whole run",
         "masked",
         "clipped",
         "resets",

@@ -252,4 +252,4 @@ def _part(batch: Padded, now: Version, current: Tensor, old: Tensor, judged: Jud
         current=current.detach().numpy()[mask],
         advantages=batch.advantages[mask],
     )
-    return Part(tokens, judged.masked.numpy()[mask], judged.clipped.numpy()[mask], first)
+    return Part(tokens, np.nonzero(mask)[1], judged.masked.numpy()[mask], judged.clipped.numpy()[mask], first)

@@ -12,7 +12,7 @@ import torch
 
 from bench import mismatch
 from bench.mismatch.figures import drawings
-from bench.mismatch.measures import Gathered, Part, bootstrap, by_staleness, slope
+from bench.mismatch.measures import Gathered, Part, bootstrap, by_staleness, less_group_mean, slope
 from bench.mismatch.results import CONTROL, METHODS, Plan, tuned
 from bench.mismatch.tables import tables
 from bench.mismatch.toy import Toy
@@ -73,6 +73,12 @@ def test_slopes_and_means_by_staleness_against_numpy() -> None:
         expected = np.polyfit(staleness.astype(float), removed.astype(float), 1)[0]
         assert slope(removed, staleness) == pytest.approx(expected, abs=1e-9)
         assert by_staleness(removed, staleness) == [float(removed[staleness == s].mean()) for s in range(4)]
+        places = random.integers(4, 8, 54)
+        # the same as a regression with a constant of its own for each place
+        constants = np.stack([staleness, *(places == place for place in range(4, 8))], axis=1).astype(float)
+        expected = np.linalg.lstsq(constants, removed.astype(float), rcond=None)[0][0]
+        within = slope(less_group_mean(removed, places), less_group_mean(staleness, places))
+        assert within == pytest.approx(expected, abs=1e-9)
     assert slope(np.array([True, False]), np.array([3, 3])) == 0.0
 
 
@@ -86,7 +92,7 @@ def part(surrogate: list[float], *, first: bool, masked: list[bool], clipped: li
         current=np.array([-1.0, -2.0]),
         advantages=np.ones(2),
     )
-    return Part(tokens, np.array(masked), np.array(clipped), first)
+    return Part(tokens, np.array([4, 4]), np.array(masked), np.array(clipped), first)
 
 
 def test_what_a_reference_sees_of_four_tokens() -> None:
@@ -181,8 +187,13 @@ def test_figures_and_tables_can_be_made_of_it(measured: dict[str, Any], tmp_path
     assert written == drawings(measured)
     assert all(text.startswith("<svg ") and "nan" not in text for text in written.values())
     assert json.loads((tmp_path / "new" / "mismatch.json").read_text()) == measured
-    assert tables(measured)["passive"].count("\n") == 1 + len(METHODS) - 1
-    assert tables(measured)["active"].count("\n") == 1 + len(METHODS)
+    rows = {name: table.splitlines() for name, table in tables(measured).items()}
+    assert {name: len(lines) - 2 for name, lines in rows.items()} == {
+        "passive": len(METHODS) - 1,
+        "active": len(METHODS),
+        "thresholds": len(METHODS),
+    }
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in rows.values())
 
 
 @pytest.mark.parametrize(
