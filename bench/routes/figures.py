@@ -16,6 +16,15 @@ NO_WEIGHTS = 0.001
 """Less than so much of a copy is no weights: a few buffers."""
 ONE_COPY = 1.01
 
+LEGEND = """\
+step    s of forward and backward passes and the optimizer's step
+extra   s by which the version comes later; as a share of the step; the same in CPU time
+aside   spent while nobody waits for it: early scores, a replica's work; as a share of the step
+late    s from the moment a batch is complete until it is taken
+copies  of the bf16 model that the learner holds besides it; MB fetched from the store; tokens scored; exact values
+stall   workers stand still until the weights may change; hold: until the next version; shares of a step with publishing
+"""
+
 Noted = Mapping[str, Any]
 """Of one version: bench/routes/watched.py and Entrant.turn."""
 
@@ -57,6 +66,9 @@ def _figures(versions: Sequence[Noted], weights: Mapping[str, int], base: int) -
         "publish_s": _middle(versions, lambda v: v["seconds"]["publish"]),
         "cut_s": {part: _middle(versions, lambda v, p=part: v["cut"].get(p, 0.0)) for part in versions[0]["cut"]},
         "hold_s": _middle(versions, lambda v: v["hold_s"]),
+        "hold_parts_s": {
+            part: _middle(versions, lambda v, p=part: hold_parts_s(v)[p]) for part in ("cut", "step", "publish", "rest")
+        },
         "fetched_bytes": _each(counted, "fetched_bytes"),
         "loads": _each(counted, "loads") + _mean([v["replica"].get("loads", 0.0) for v in versions]),
         "scored_tokens": sum(_each(counted, kind) for kind in SCORED) + _mean(replica),
@@ -112,6 +124,14 @@ def stall_s(version: Noted) -> float:
     return float(version["cut"].get("stall", 0.0))
 
 
+def hold_parts_s(version: Noted) -> dict[str, float]:
+    """What the workers stood still for: the cut, the step, making the version known, and all that comes in between."""
+    if not version["hold_s"]:
+        return {"cut": 0.0, "step": 0.0, "publish": 0.0, "rest": 0.0}
+    parts = {"cut": stall_s(version), "step": version["seconds"]["step"], "publish": version["seconds"]["publish"]}
+    return parts | {"rest": version["hold_s"] - sum(parts.values())}
+
+
 def targets(routes: Mapping[str, Noted]) -> dict[str, bool]:
     """Which of the aims are met, of the routes that were measured."""
     aims: dict[str, bool] = {}
@@ -127,6 +147,7 @@ def targets(routes: Mapping[str, Noted]) -> dict[str, bool]:
 
 def show(routes: Mapping[str, Noted], met: Mapping[str, bool]) -> None:
     """A table for a person."""
+    print(LEGEND)
     print(
         f"{'':22} {'step':>6} {'extra':>7} {'of step':>8} {'CPU':>6} {'aside':>6} {'late':>6} {'copies':>7} "
         f"{'MB':>6} {'scored':>7} {'exact':>6} {'stall':>6} {'hold':>6}"

@@ -222,6 +222,8 @@ def test_figures_by_hand() -> None:
     assert interruption["extra_cpu_share"] == 1.0 / 4
     assert interruption["off_path_share"] == 0.8 / 4
     assert (interruption["stall_share"], interruption["hold_share"]) == (1 / 5, 3.5 / 5)
+    assert interruption["hold_parts_s"] == {"cut": 1.0, "step": 1.0, "publish": 1.0, "rest": 0.5}
+    assert set(reference["hold_parts_s"].values()) == {0.0}
     assert (interruption["weight_bytes_ratio"], interruption["value_bytes"]) == (0, 400)
     assert (interruption["scored_tokens"], interruption["exact_share"]) == (110, 1.0)
     assert interruption["staleness"] == {"0": 0.25, "1": 0.75}
