@@ -39,7 +39,7 @@ def measured(*arguments: str) -> dict[str, Any]:
 
 def test_the_list_names_every_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"loop", "bus", "ingest"}
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"loop", "bus", "ingest", "mismatch", "routes"}
 
 
 def assert_all_is_accounted_for(figures: dict[str, Any]) -> None:
