@@ -20,6 +20,7 @@ from bench.routes.watched import END, GO, WEIGH, learn
 from common.bus.open import connect
 from common.config.schema import RunConfig
 from common.config.show import show
+from common.lifeline import tie
 from tools.backends.ports import free
 
 LIMIT_S = 600.0
@@ -132,7 +133,12 @@ class Entrant:
 
     def _start(self, module: str) -> subprocess.Popen[bytes]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PALIMPSEST_", "AWS_"))}
-        process = subprocess.Popen([sys.executable, "-m", module, str(self._file)], env=environment)
+        parent = os.getpid()
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(self._file)],
+            env=environment,
+            preexec_fn=lambda: tie(parent),
+        )
         self._processes.append(process)
         return process
 
