@@ -30,7 +30,7 @@ class CutReport:
     flushed: int = 0
     """Flushes of live trajectories that were handled."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase: wait (for the workers), read, score."""
+    """By phase: before (scoring what was there, workers sampling on), wait (for the workers), read, score."""
     fenced: bool = False
     """Another learner has the run: nobody was asked, nothing is to be made of this version."""
 

@@ -158,10 +158,15 @@ class Interruption:
 
     def _cut(self, now: Version, digest: str, training: Collection[str]) -> CutReport:
         seconds: dict[str, float] = {}
+        with self._timed(seconds, "before"):
+            # what is here already need not be scored while workers stand still
+            self._intake.read_all(now, timeout_s=0.0)
+            before = self._early.work(self._sampled(training), now, digest)
+            settled = self._settle(now)
         self._hear(timeout_s=0.0)
         cut = self._request(now)
         asked_at = self._clock()
-        tokens = flushed = 0
+        tokens, flushed = before, settled
 
         def score(enough: bool) -> int:
             nonlocal tokens, flushed
