@@ -42,7 +42,8 @@ from services.learner.surrogates.ewma_prox import EwmaProx
 from services.learner.surrogates.ppo_ewma_async import PpoEwmaAsync
 
 CUT = "palimpsest_learner_cut_seconds_sum"
-CUT_PHASES = ("wait", "read", "score", "stall")
+CUT_PHASES = ("before", "wait", "read", "score", "stall")
+"""before: scored ahead, while workers sample on; stall: the rest, from the request until the weights may change."""
 SCORED = "palimpsest_learner_old_scored_tokens_total"
 DROPPED = "palimpsest_learner_dropped_trajectories_total"
 REASONS = ("over_staleness", "group_too_small", "deadline")
