@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,12 @@ def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dic
     resolved = sums["trained"] + sum(sums["dropped"].values()) + sums["dead_lettered"]
     assert sums["offered"] == resolved + sums["pending"]
     return sums
+
+
+def check_whole_groups(ledger: Mapping[str, Any], *, groups: int, samples: int) -> None:
+    """So many groups were trained on, whole but for what went stale: the rest of a group trains without it."""
+    stale = ledger["dropped"].get("over_staleness", 0)
+    assert groups * samples - stale <= ledger["trained"] <= groups * samples
 
 
 def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:

@@ -1,5 +1,6 @@
 """The servers of tests and trials: what they keep, whom they let in, and that nobody else's process is touched."""
 
+import contextlib
 import io
 import os
 import re
@@ -156,12 +157,13 @@ def test_up_starts_both_prints_how_to_reach_them_and_does_nothing_the_second_tim
 
 
 def test_down_leaves_alone_a_process_that_has_the_number_of_one_that_ran(folder: Path) -> None:
-    with subprocess.Popen(["sleep", "600"]) as foreign:
+    with subprocess.Popen(["sleep", "600"]) as foreign, contextlib.ExitStack() as at_last:
+        at_last.callback(foreign.kill)
         identity = Identity.of(foreign.pid)
         assert identity is not None
         for name, stale in (
             ("kafka", msgspec.structs.replace(identity, started=identity.started - 1)),
-            ("minio", msgspec.structs.replace(identity, command=["minio", "server"])),
+            ("minio", msgspec.structs.replace(identity, boot="an earlier one")),
         ):
             (folder / name).mkdir(parents=True)
             stale.write(folder / name / "process.json")
@@ -169,7 +171,6 @@ def test_down_leaves_alone_a_process_that_has_the_number_of_one_that_ran(folder:
         assert (done.returncode, done.stdout.count("did not run")) == (ExitCode.DONE, 2)
         assert foreign.poll() is None
         assert processes(folder) == []
-        foreign.kill()
 
 
 def test_a_port_that_is_taken_is_refused_by_number_and_nothing_is_left_running(folder: Path) -> None:

@@ -13,28 +13,28 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """A process that no later one can be mistaken for."""
+    """A process that no later one can be mistaken for.
+
+    Its command line is no part of this: for a moment after a process was started the kernel has none to tell.
+    """
 
     pid: int
     started: int
     """Clock ticks from the machine's start to the process's."""
     boot: str
     """This start of the machine."""
-    command: list[str]
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
         """The process that has this number now; None if there is none, or only what its parent has not yet seen end."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             return None
         state, *others = stat[stat.rindex(")") + 2 :].split()  # the name before may hold anything
         if state in "ZX":
             return None
-        words = [word.decode(errors="replace") for word in command.rstrip(b"\0").split(b"\0")]
-        return cls(pid=pid, started=int(others[18]), boot=BOOT.read_text().strip(), command=words)
+        return cls(pid=pid, started=int(others[18]), boot=BOOT.read_text().strip())
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

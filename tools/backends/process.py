@@ -113,8 +113,10 @@ class Server(ABC):
         self.record.unlink(missing_ok=True)
 
     def pause(self) -> None:
-        """Stop its clock: connections stay, nothing answers."""
+        """Stop its clock: connections stay, nothing answers from here on."""
         self._signal(signal.SIGSTOP)
+        if self.process is not None:  # its threads stop one by one; WNOWAIT: an end remains for `running` to see
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Undo `pause`."""
