@@ -120,9 +120,9 @@ class Learner:
         published = VersionPublished(RUN, self._version, str(self._version), self._now())
         self._bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
 
-    def _score(self, batch: Padded) -> Any:
+    def _score(self, batches: Sequence[Padded]) -> Any:
         self._sleep(0.3)
-        return np.full(batch.tokens.shape, score_under(self._version), dtype=np.float32)
+        return [np.full(batch.tokens.shape, score_under(self._version), dtype=np.float32) for batch in batches]
 
     def _sleep(self, most_s: float) -> None:
         Actor.here.actor.sleep(self._schedule.some(most_s))

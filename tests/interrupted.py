@@ -110,9 +110,9 @@ class Table:
     def __init__(self, version: int = 0) -> None:
         self.version, self.rows = version, 0
 
-    def __call__(self, batch: Padded) -> Float32Array:
-        self.rows += len(batch.rows)
-        return self.value(batch.tokens)
+    def __call__(self, batches: Sequence[Padded]) -> list[Float32Array]:
+        self.rows += sum(len(batch.rows) for batch in batches)
+        return [self.value(batch.tokens) for batch in batches]
 
     def value(self, tokens: Any) -> Float32Array:
         """What it says of these tokens."""

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from common.arrays import Float32Array
 from common.config.learner import OptimizerConfig
 from common.config.objective import LossConfig
 from common.versions import Version
-from services.learner.batching import Row
+from services.learner.batching import Padded, Row, micro_batches, pad
 from services.learner.companions import Companions
 from services.learner.following import take_over
 from services.learner.model import Trainee
+from services.learner.old.together import Together, resident, score_along
 from services.learner.ranks import Ranks
 from services.learner.scored import merge
 from tests.builders import a_learner, a_row
@@ -70,6 +72,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
             gradient.fill_(1e-3)
         trainee.step()  # rank 0 goes on from a checkpoint: it has moments and steps
     take_over(trainee, Companions(Resident(model)), ranks)
+    values, passes = scored_together(model, [row for minibatch in minibatches for row in minibatch], ranks)
     gradients: list[torch.Tensor] = []
     step = trainee.step
 
@@ -81,6 +84,8 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
     own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LEARNER)
     whole = merge(ranks.gather(own))
     return {
+        "values": values,
+        "passes": passes,
         "gradients": gradients,
         "masters": [master.clone() for master in trainee.masters],
         "state": {name: tensor.clone() for name, tensor in trainee.state().items()},
@@ -91,6 +96,25 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
         "scored": sorted((row.trajectory, scored.first) for scored in whole.scored for row in scored.batch.rows),
         "masked": sum(int(scored.correction.masked.sum()) for scored in whole.scored),
     }
+
+
+def scored_together(model: torch.nn.Module, rows: list[Row], ranks: Ranks) -> tuple[list[torch.Tensor], int]:
+    """What rank 0 is given for each micro-batch (other ranks: nothing), and how many passes this rank made for it."""
+    one, passes = resident(model, ranks.device), 0
+
+    def counted(batch: Padded) -> Float32Array:
+        nonlocal passes
+        passes += 1
+        return one(batch)
+
+    if not ranks.leads:
+        assert score_along(ranks, counted) == "enough"
+        return [], passes
+    batches = [pad(batch) for batch in micro_batches(rows, max_tokens=40)]
+    together = Together(ranks, counted)
+    values = [torch.from_numpy(values) for values in (*together(batches[:1]), *together(batches[1:]))]
+    ranks.share(("enough",))
+    return values, passes
 
 
 if __name__ == "__main__":

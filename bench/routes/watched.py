@@ -32,6 +32,7 @@ from services.learner.batching import Padded, Row
 from services.learner.companions import Companions
 from services.learner.model import Trainee, load_model, named_weights
 from services.learner.old.scores import Scores
+from services.learner.old.together import resident
 from services.learner.proximal import Interpolated, Proximal, Surrogate
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
@@ -233,7 +234,7 @@ def learn(config: RunConfig, pipe: Connection) -> None:
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:
-            lead.lead(config, Stop(), store, trainee, beside, step, ranks)
+            lead.lead(config, Stop(), store, trainee, beside, step, ranks, resident(trainee.model, ranks.device))
         except Over:
             pipe.close()
 

@@ -22,6 +22,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
     from services.learner.following import follow
     from services.learner.lead import lead
     from services.learner.model import Trainee, load_model
+    from services.learner.old.together import resident
     from services.learner.ranks import Ranks
     from services.learner.step import Step
 
@@ -42,10 +43,11 @@ def body(invocation: Invocation, stop: Stop) -> None:
             length=config.sampling.max_trajectory_tokens,
             seed=config.run.seed,
         )
+        one = resident(model, ranks.device)
         if ranks.leads:
-            lead(config, stop, store, trainee, beside, step, ranks)
+            lead(config, stop, store, trainee, beside, step, ranks, one)
         else:
-            follow(trainee, beside, step, ranks)
+            follow(trainee, beside, step, ranks, one)
     ranks.close()
 
 

@@ -1,4 +1,4 @@
-"""What ranks other than 0 do: take over what rank 0 has, then train on what it orders."""
+"""What ranks other than 0 do: take over what rank 0 has, then score what it hands out and train on what it orders."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,9 @@ from common.versions import Version
 from services.learner.batching import Row
 from services.learner.companions import Companions
 from services.learner.model import Trainee
+from services.learner.old.together import Pass, score_along
 from services.learner.ranks import Ranks
 from services.learner.step import Step
-
-NOTHING: tuple[None] = (None,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +19,19 @@ class Order:
     minibatches: list[list[Row]]
 
 
-def follow(trainee: Trainee, companions: Companions, step: Step, ranks: Ranks) -> None:
-    """Ranks other than 0: take rank 0's state over, then train on what it orders until it says that it is over."""
+def follow(trainee: Trainee, companions: Companions, step: Step, ranks: Ranks, one: Pass) -> None:
+    """Ranks other than 0: take rank 0's state over, then do what it says until it says nothing.
+
+    one: a forward pass by the trainee's model; it is asked for while a batch is waited for, and while workers stand
+    still before the first optimizer step.
+    """
     take_over(trainee, companions, ranks)
-    while (order := ranks.share(NOTHING)[0]) is not None:
-        ranks.gather(step.train(order.minibatches, order.version))
+
+    def cut() -> None:
+        score_along(ranks, one)
+
+    while isinstance(order := score_along(ranks, one), Order):
+        ranks.gather(step.train(order.minibatches, order.version, before_first_step=cut))
 
 
 def take_over(trainee: Trainee, companions: Companions, ranks: Ranks) -> None:

@@ -17,8 +17,8 @@ from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.loop import Loop
 from services.learner.model import Trainee
-from services.learner.old.early import resident
 from services.learner.old.scores import Scores
+from services.learner.old.together import Pass, Together
 from services.learner.planner import Planner
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
@@ -36,8 +36,9 @@ def lead(
     companions: Companions,
     step: Step,
     ranks: Ranks,
+    one: Pass,
 ) -> None:
-    """Run the loop until it is done or stopped."""
+    """Run the loop until it is done or stopped. one: a forward pass by the trainee's model."""
     learner, tasks, home = config.learner, config.tasks, config.run.home
     writer = Writer(store)
     bus = open_bus(config)
@@ -66,7 +67,7 @@ def lead(
         run=config.run.id,
         bus=bus,
         intake=intake,
-        score=resident(trainee.model, ranks.device),
+        score=Together(ranks, one),
         scores=scores,
         confirm=writer.confirm,
     )

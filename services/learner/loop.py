@@ -24,7 +24,7 @@ from services.learner.batching import Row
 from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.companions import Companions, parted
 from services.learner.describe import Batch, observe
-from services.learner.following import NOTHING, Order, take_over
+from services.learner.following import Order, take_over
 from services.learner.history import History
 from services.learner.intake import Arrived, Intake
 from services.learner.model import Trainee
@@ -32,7 +32,7 @@ from services.learner.phases import Phases
 from services.learner.planner import Batched, Planner
 from services.learner.progress import SCHEMA, Progress
 from services.learner.publisher import Publisher
-from services.learner.ranks import Ranks
+from services.learner.ranks import NOTHING, Ranks
 from services.learner.records import Recorder
 from services.learner.routes import Route
 from services.learner.rows import deal_minibatches, to_rows
@@ -239,6 +239,7 @@ class Loop:
 
             def cut() -> None:
                 self._route.cut(now, self._digest, training=training)
+                self._ranks.share(NOTHING)  # the others have scored along, and wait to step
 
             trained = merge(self._ranks.gather(self._step.train(order.minibatches, now, before_first_step=cut)))
         faults.reach("learner.after_step")

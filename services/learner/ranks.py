@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+NOTHING: tuple[object] = (None,)
+"""Shared where rank 0 has nothing to say, or nothing more."""
 TIME_LIMIT = datetime.timedelta(days=1)
 """Other ranks wait for rank 0 while it waits for data; torchrun ends them all when one dies."""
 

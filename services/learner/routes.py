@@ -15,9 +15,10 @@ from common.config.proximal import InterruptionProximal, ReplicaProximal, Snapsh
 from common.versions import Version
 from services.learner.batching import Row
 from services.learner.intake import Intake
-from services.learner.old.early import EarlyScorer, Score
+from services.learner.old.early import EarlyScorer
 from services.learner.old.interruption import Interruption
 from services.learner.old.scores import Scores
+from services.learner.old.together import Together
 from services.learner.score_reader import ScoreReader
 
 
@@ -167,15 +168,25 @@ def route(
     run: str,
     bus: Bus,
     intake: Intake,
-    score: Score,
+    score: Together,
     scores: Scores,
     confirm: Callable[[], None],
 ) -> Route:
-    """Of the configured kind. score: by the resident model; scores: the same that `intake` forgets from."""
-    most = config.micro_batch_tokens
+    """Of the configured kind. score: by the resident weights; scores: the same that `intake` forgets from."""
+
+    def early(durable: Bus | None) -> EarlyScorer:
+        return EarlyScorer(
+            score,
+            scores,
+            run=run,
+            micro_batch_tokens=config.micro_batch_tokens,
+            at_once=score.width,
+            durable=durable,
+        )
+
     match config.proximal:
         case SnapshotProximal(prefetch=True):
-            return Prefetch(intake, EarlyScorer(score, scores, run=run, micro_batch_tokens=most), scores)
+            return Prefetch(intake, early(None), scores)
         case ReplicaProximal():
             reader = ScoreReader(
                 bus,
@@ -187,9 +198,8 @@ def route(
             )
             return Replicas(intake, reader)
         case InterruptionProximal():
-            early = EarlyScorer(score, scores, run=run, micro_batch_tokens=most, durable=bus)
             cutting = Interruption(
-                bus, intake, early, scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
+                bus, intake, early(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
             )
             return Interruptions(intake, cutting, scores)
     return Nothing()

@@ -78,7 +78,7 @@ class Step:
     ) -> Trained:
         """Train on the rows of every minibatch; all ranks call it with the same ones. Raises Refusal from the source.
 
-        before_first_step: called on rank 0 when the first minibatch's gradients are there and nothing has changed yet.
+        before_first_step: called when the first minibatch's gradients are there and nothing has changed yet.
         """
         most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
         mine = [
@@ -103,7 +103,7 @@ class Step:
                 bounds = self._limits(proximal, flat, places)
                 parts = self._passes(flat, places, proximal, old, prepared, denominators, bounds, sums)
             scored += [self._told(part, first=number == 0) for part in parts]
-            if number == 0 and self._ranks.leads:
+            if number == 0:
                 with sums.timed("cut"):
                     before_first_step()
             with sums.timed("step"):

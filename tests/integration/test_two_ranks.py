@@ -72,6 +72,19 @@ def test_every_row_is_computed_by_one_rank(together: Any, case: str) -> None:
     assert (second == []) == (case == "a rank without any rows")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_scoring_is_shared_out_and_its_values_are_those_of_one_rank_bit_for_bit(
+    alone: Any, together: Any, case: str
+) -> None:
+    (whole,), (first, second) = alone[case], together[case]
+    assert len(whole["values"]) == whole["passes"] >= 2
+    for own, expected in zip(first["values"], whole["values"], strict=True):
+        assert torch.equal(own, expected)
+    # the first micro-batch is handed out alone, the others together
+    shared = whole["passes"] - 1
+    assert (first["passes"], second["passes"]) == (1 + (shared + 1) // 2, shared // 2)
+
+
 def test_a_run_with_two_ranks_goes_on_after_one_of_them_died(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=6), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2", "--learner.minibatches=2")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.arrays import Float32Array, Int32Array, unpack_int32
@@ -19,12 +18,11 @@ from common.trajectory import token_versions
 from common.versions import UNTRAINABLE, Version
 from services.learner import metrics_cuts
 from services.learner.batching import Padded, Row, micro_batches, pad
-from services.learner.model import token_logprobs
 from services.learner.old.scores import Scores, computed
 
 BY = "learner"
-Score = Callable[[Padded], Float32Array]
-"""Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""
+Score = Callable[[Sequence[Padded]], list[Float32Array]]
+"""Log-prob of every token of each micro-batch under the resident weights, [rows, tokens] float32, nats."""
 Place = tuple[int, int]
 """Partition and offset on `trajectories`."""
 
@@ -54,20 +52,6 @@ class _Waiting:
     """Up to the last token to be scored; only these are trainable in it."""
 
 
-def resident(model: torch.nn.Module, device: torch.device) -> Score:
-    """Scores by this model, whatever its weights are at the time."""
-
-    @torch.no_grad()
-    def score(batch: Padded) -> Float32Array:
-        values, _ = token_logprobs(
-            model, torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.temperatures).to(device)
-        )
-        scored: Float32Array = values.cpu().numpy()
-        return scored
-
-    return score
-
-
 def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
     """Tokens and versions of the record, to look its scores up with; it has no advantage and no behavior in it."""
     tokens = unpack_int32(record.tokens)
@@ -78,13 +62,21 @@ class EarlyScorer:
     """Each token is scored once: what `scores` knows already is passed over.
 
     `durable`: the log to publish on before a call returns; None keeps the values in this process only.
+    `at_once`: so many micro-batches are handed to `score` together.
     """
 
     def __init__(
-        self, score: Score, scores: Scores, *, run: str, micro_batch_tokens: int, durable: Bus | None = None
+        self,
+        score: Score,
+        scores: Scores,
+        *,
+        run: str,
+        micro_batch_tokens: int,
+        at_once: int = 1,
+        durable: Bus | None = None,
     ) -> None:
         self._score, self._scores, self._run = score, scores, run
-        self._micro_batch_tokens, self._durable = micro_batch_tokens, durable
+        self._micro_batch_tokens, self._at_once, self._durable = micro_batch_tokens, at_once, durable
         self._resident: tuple[Version, str] | None = None
         self._done: set[Place] = set()
         self._waiting: dict[Place, _Waiting] = {}
@@ -94,16 +86,19 @@ class EarlyScorer:
     ) -> int:
         """Score what lacks values of the resident version, whose weights have this digest; how many tokens were scored.
 
-        One micro-batch after another until nothing is left, or until `enough` says so (asked after each).
+        Micro-batches, `at_once` at a time, until nothing is left or until `enough` says so (asked each time).
         """
         self._look(sampled, now, digest)
         by_row = {waiting.row: place for place, waiting in self._waiting.items()}
         count = 0
-        for rows in micro_batches(list(by_row), max_tokens=self._micro_batch_tokens):
-            count += self._score_rows(rows, [self._waiting[by_row[row]].tokens for row in rows], now, digest)
-            for row in rows:
-                self._done.add(by_row[row])
-                del self._waiting[by_row[row]]
+        batches = micro_batches(list(by_row), max_tokens=self._micro_batch_tokens)
+        for first in range(0, len(batches), self._at_once):
+            together = batches[first : first + self._at_once]
+            for rows, values in zip(together, self._score([pad(rows) for rows in together]), strict=True):
+                count += self._keep(rows, values, [self._waiting[by_row[row]].tokens for row in rows], now, digest)
+                for row in rows:
+                    self._done.add(by_row[row])
+                    del self._waiting[by_row[row]]
             if enough():
                 break
         return count
@@ -144,8 +139,9 @@ class EarlyScorer:
             versions[start:stop] = now
         return _row(record, known.tokens[: len(versions)], versions)
 
-    def _score_rows(self, rows: Sequence[Row], tokens: Sequence[bytes], now: Version, digest: str) -> int:
-        values = self._score(pad(rows))
+    def _keep(
+        self, rows: Sequence[Row], values: Float32Array, tokens: Sequence[bytes], now: Version, digest: str
+    ) -> int:
         records: list[OldLogprobsComputed] = []
         for row, packed, scored in zip(rows, tokens, values, strict=True):
             wanted = row.versions == now

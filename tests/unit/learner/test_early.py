@@ -1,7 +1,7 @@
 """Scores made while a version is resident: of its tokens only, each once, durable before the call returns."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,8 +17,10 @@ from services.learner import metrics_cuts
 from services.learner.batching import Padded
 from services.learner.flushes import Flushed
 from services.learner.intake import Arrived
-from services.learner.old.early import EarlyScorer, as_row, resident
+from services.learner.old.early import EarlyScorer, as_row
 from services.learner.old.scores import Scores
+from services.learner.old.together import Together, resident
+from services.learner.ranks import Ranks
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Log, Table, a_flush, digest
 from tests.models import CPU, load, logprobs
@@ -159,10 +161,11 @@ def test_without_a_log_the_values_are_for_this_process_alone(log: Log) -> None:
 
 def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> None:
     class Broken(Table):
-        def __call__(self, batch: Padded) -> np.ndarray:  # type: ignore[type-arg]
-            values = super().__call__(batch)
-            values[:, 3] = np.nan
-            values[:, 5] = -np.inf
+        def __call__(self, batches: Sequence[Padded]) -> list[np.ndarray]:  # type: ignore[type-arg]
+            values = super().__call__(batches)
+            for value in values:
+                value[:, 3] = np.nan
+                value[:, 5] = -np.inf
             return values
 
     early, scores = an_early(Broken(0), log)
@@ -179,7 +182,7 @@ def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> Non
 def test_the_model_says_what_plain_transformers_say(starting_model: Path, log: Log) -> None:
     """Under the trajectory's own temperature, behind its own prefix, whatever else is in the micro-batch."""
     model, draw, scores = load(starting_model), random.Random(3), Scores()
-    early = EarlyScorer(resident(model, CPU), scores, run=RUN, micro_batch_tokens=64, durable=log)
+    early = EarlyScorer(Together(Ranks(), resident(model, CPU)), scores, run=RUN, micro_batch_tokens=64, durable=log)
     sampled = []
     for i in range(6):
         tokens = [draw.randrange(3, 250) for _ in range(9 + 2 * i)]
@@ -203,7 +206,7 @@ def test_scoring_between_backward_and_step_leaves_weights_and_gradients_as_they_
     tokens = torch.tensor([[5, 6, 7, 8]])
     model(input_ids=tokens).logits.float().square().mean().backward()
     before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if p.grad is not None]
-    early = EarlyScorer(resident(model, CPU), Scores(), run=RUN, micro_batch_tokens=64, durable=log)
+    early = EarlyScorer(Together(Ranks(), resident(model, CPU)), Scores(), run=RUN, micro_batch_tokens=64, durable=log)
     assert early.work(many(3), V0, digest(0)) == 12
     after = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     assert before

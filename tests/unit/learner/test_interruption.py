@@ -24,7 +24,9 @@ from common.snapshots.fencing import Fenced
 from common.unusable import Cause
 from common.versions import Version
 from services.learner import metrics_cuts
-from services.learner.old.early import as_row, resident
+from services.learner.old.early import as_row
+from services.learner.old.together import Together, resident
+from services.learner.ranks import Ranks
 from services.learner.roster import ROSTER_S
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, flushing, reached
@@ -244,7 +246,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     """Nothing is scored twice: the same cut again costs the workers' flushes only."""
     model = load(starting_model)
     log.said(alive("a"))
-    before = Learner(log, resident(model, CPU))
+    before = Learner(log, Together(Ranks(), resident(model, CPU)))
     log.sampled(a_finished(0, 0), a_finished(0, 1, tokens=12, segments=(a_segment(2, 11, 0),)))
     flushes = [a_flush(1, 0), a_flush(1, 1, tokens=20, segments=(a_segment(4, 20, 0),))]
     log.answers = [flushing("a", *flushes)]
@@ -253,7 +255,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     before.close()
 
     count, asked = len(log.scored()), torch.get_rng_state()
-    after = Learner(log, resident(model, CPU), before=before)
+    after = Learner(log, Together(Ranks(), resident(model, CPU)), before=before)
     log.announced(0)
     after.read()
     assert after.interruption.work(V0, digest(0)) == 0
