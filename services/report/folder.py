@@ -189,10 +189,10 @@ def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
     records = tokens = sampled = size = 0
     known: set[str] = set()
     for length, message in _messages(bus, TRAJECTORIES, run):
-        records += 1
         size += length
         if isinstance(message, SegmentFlushed):
-            continue  # its tokens come again, with the trajectory's end
+            continue  # no end: its tokens come again, with the trajectory's
+        records += 1
         known.add(message.trajectory)
         if hasattr(message, "tokens"):
             tokens += len(message.tokens) // 4

@@ -14,6 +14,7 @@ from common.messages import (
     DeadLetter,
     DropReason,
     GroupOffered,
+    SegmentFlushed,
     TrajectoryDropped,
     WorkerAlive,
     encode,
@@ -115,6 +116,22 @@ def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     assert (log.tokens, log.trainable_tokens) == (16, 8)
     assert log.bytes == 2 * len(encode(finished)) + len(encode(dropped))
     assert log.alive == (alive,)
+
+
+def test_what_is_sent_ahead_at_a_cut_is_no_trajectory_that_came_again(folder: Path):
+    bus = SqliteBus(folder / "bus.sqlite")
+    bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
+    ends = [a_finished(0, 0), a_finished(0, 1)]
+    ahead = [
+        SegmentFlushed("test", end.trajectory, end.group, 0, "worker-0", cut, end.tokens, end.segments, 1.0)
+        for end in ends
+        for cut in (1, 2)
+    ]
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", encode(record)) for record in (*ahead, *ends)])
+    bus.close()
+    log = contents(folder).log
+    assert (log.records, log.duplicates, log.tokens) == (2, 0, 16)
+    assert log.bytes == sum(len(encode(record)) for record in (*ahead, *ends))
 
 
 def test_a_folder_is_read_where_it_lies_now(folder: Path):
