@@ -84,10 +84,14 @@ def launch(invocation: Invocation) -> None:
 def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
     """Run the processes and show how they fare; whether the run is done. Raises Refusal when it cannot go on."""
     started = time.monotonic()
-    plan = Plan(config.run.id, config.learner.versions, config.rollout.canary_tolerance)
+    plan = Plan(
+        config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
+    )
     stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
     bus = open_bus(config)
-    watch = Watch(local.urls, config.run.home, bus, run=config.run.id, token=token(os.environ))
+    watch = Watch(
+        {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)
+    )
 
     def see() -> State:
         return state(

@@ -31,6 +31,8 @@ class Plan:
     run: str
     versions: int
     canary_tolerance: float
+    replicas: frozenset[str] = frozenset()
+    """Names of the services that are replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def state(
     """The state at `now`, by the clock of the sight's answers."""
     lines = sight.lines
     learner = _status(sight.services.get(LEARNER, Seen()))
-    workers = {name: seen for name, seen in sight.services.items() if name not in (LEARNER, STORE, GATEWAY)}
+    others = {LEARNER, STORE, GATEWAY} | plan.replicas
+    workers = {name: seen for name, seen in sight.services.items() if name not in others}
     ending = stopping or len(lines) >= plan.versions
     ledger = learner.get("trajectories") or (lines[-1]["trajectories"] if lines else {})
     return State(
@@ -85,7 +88,7 @@ def state(
         stopping=stopping,
         trained_versions=len(lines),
         services=tuple(
-            _service(name, seen, sight.applied, now=now, ending=ending) for name, seen in sight.services.items()
+            _service(plan, name, seen, sight.applied, now=now, ending=ending) for name, seen in sight.services.items()
         ),
         success=tuple(line["successes"].count("1") / line["batch"] for line in lines),
         reward=tuple(line["reward"] for line in lines),
@@ -147,7 +150,9 @@ def _status(seen: Seen) -> Mapping[str, Any]:
     return seen.last.status if seen.last is not None else {}
 
 
-def _service(name: str, seen: Seen, applied: Sequence[VersionApplied], *, now: float, ending: bool) -> Service:
+def _service(
+    plan: Plan, name: str, seen: Seen, applied: Sequence[VersionApplied], *, now: float, ending: bool
+) -> Service:
     status, waiting = _status(seen), _status(seen).get("waiting_for")
     if seen.last is None:
         return Service(name, "starting", True)
@@ -161,6 +166,8 @@ def _service(name: str, seen: Seen, applied: Sequence[VersionApplied], *, now: f
         doing = f"holds {count(status['versions'], 'version')}, {status['bytes'] / 2**20:.1f} MiB"
     elif name == GATEWAY:
         doing = "plays the environments"
+    elif name in plan.replicas:
+        doing = f"scores, {count(status['waiting'], 'trajectory', 'trajectories')} waiting"
     else:
         doing = f"samples with version {status['version']}, {status['live']} in flight" + _update(name, applied)
     age = now - seen.last.at
@@ -239,7 +246,9 @@ def _losses(ledger: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         found.append(f"dropped {count(sum(dropped.values()), 'trajectory', 'trajectories')}: {reasons}")
     if dead := ledger.get("dead_lettered"):
-        found.append(f"{dead:,} dead-lettered: whole in topic dead_letters, why in logs/learner.log")
+        found.append(
+            f"{dead:,} dead-lettered: `python -m services.learner dead-letters list` with the run's file says why"
+        )
     if skipped := sum(line["skipped"] for line in lines):
         found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")
     if lines and not lines[-1]["exact"]:

@@ -119,7 +119,7 @@ def _sections(state: State, width: int, height: int) -> list[Section]:
         sections += [_progress(state), _learning(state, width), _flow(state)]
         if state.last is not None:
             sections.append(_staleness(state, width, most=max(3, height - 17)))
-        sections.append(_services(state.services, most=max(4, height - 23)))
+        sections.append(_services(state.services, most=max(5, height - 23)))
     if state.warnings:
         sections.append(_warnings(state.warnings, width, most=max(2, min(6, height // 8))))
     return sections

@@ -5,7 +5,7 @@ import pytest
 from common.messages import VersionApplied
 from common.versions import Version
 from services.live.state import Plan, State, ready_at, state
-from services.live.watch import Seen, Sight
+from services.live.watch import Answer, Seen, Sight
 from services.local.supervisor import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
 
@@ -82,6 +82,18 @@ def test_who_waits_for_what():
     assert not seen(Sight({"worker-0": worker()})).setup
 
 
+def test_a_replica_is_no_worker():
+    scoring = Seen(Answer(100.0, {"version": 3, "waiting": 21, "scored_tokens": 900, "waiting_for": None}))
+    services = {"learner": learner(), "worker-0": worker(seconds=0.0, live=0, waiting_for="the engine")}
+    services |= {"replica-0": scoring, "replica-1": Seen(), "replica-2": Seen(scoring.last, trouble="ConnectError")}
+    plan = Plan("t", versions=10, canary_tolerance=0.03, replicas=frozenset({"replica-0", "replica-1", "replica-2"}))
+    shown = state(plan, Sight(services), now=130.0, started=1.0)
+    assert doing(shown)["replica-0"] == "scores, 21 trajectories waiting (30 s ago)"
+    assert (doing(shown)["replica-1"], doing(shown)["replica-2"]) == ("starting", "starting again")
+    assert (shown.setup, shown.in_flight, shown.rollout_tokens_per_s) == (True, 0, None)
+    assert "replica-0 has not answered for 30 s" in shown.warnings
+
+
 def test_the_first_worker_that_could_sample_ends_the_setup():
     services = {"worker-0": worker(at=100.0, seconds=4.0), "worker-1": worker(at=100.0, seconds=7.5), "x": Seen()}
     assert ready_at(Sight(services)) == pytest.approx(92.5)
@@ -103,7 +115,7 @@ def test_warnings_say_what_happened_in_plain_words():
         "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
         "worker-0 crashed after 1 min 0 s (signal 9) and was started again; its last words: RuntimeError: gone",
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
-        "1 dead-lettered: whole in topic dead_letters, why in logs/learner.log",
+        "1 dead-lettered: `python -m services.learner dead-letters list` with the run's file says why",
         "left out 1 optimizer step: the gradient was not finite",
         "the proximal is ewma_prox, a surrogate: its correction and update are not discrepancy and staleness ratio",
     )
