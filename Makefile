@@ -26,7 +26,8 @@ run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `m
 	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m services $(RUN) $(ARGS)
 
 test: setup ## every test, real engine and servers included
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not servers and not vllm" -n 2 -q $(ARGS)
+	@$(BIN)/python -m pytest -m "servers or vllm" $(ARGS)
 
 lint: environment ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

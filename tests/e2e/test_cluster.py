@@ -17,7 +17,7 @@ from tests.cluster import Cluster, cluster
 from tests.runs import ROOT, RunProcess, check_whole_groups
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
-VERSIONS = 40
+VERSIONS = 20
 GROUPS = 2
 
 
@@ -79,7 +79,7 @@ def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
 def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: Path) -> None:
     """With the versions as they stand in the bucket."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.rescore", str(home), "--every", "4"],
+        [sys.executable, "-m", "tools.rescore", str(home), "--every", "2"],
         cwd=ROOT,
         env={**os.environ, **servers.environment},
         capture_output=True,
@@ -87,7 +87,7 @@ def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: P
         check=True,
     )
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["tokens"] > 1_000
+    assert seen["tokens"] > 300  # six or so for each trajectory
     assert seen["same_layout_unequal"] == 0
     assert seen["alone_max_abs"] <= 2e-3
     assert max(seen["exact_discrepancy"].values()) < 0.01
