@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
-from services.live.state import State
+from services.live.state import State, subject
 from services.live.view import line, view
 
 REFRESH_S = 0.5
@@ -58,10 +58,10 @@ class Screen:
         told: set[str] = set()
         while self._going():
             state = self._look()
-            for warning in state.warnings:
-                if warning not in told:
-                    self._say(f"! {warning}")
-                    told.add(warning)
+            now = {subject(warning): warning for warning in state.warnings}
+            for new in [warning for of, warning in now.items() if of not in told]:
+                self._say(f"! {new}")
+            told = set(now)
             self._say(line(state))
             self._wait(LINE_S)
 

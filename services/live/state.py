@@ -107,6 +107,16 @@ def state(
     )
 
 
+def subject(warning: str) -> str:
+    """What it is about, while its numbers change from version to version: an alert's rule; of others, all of it.
+
+    >>> subject("clip_idle: 9 versions"), subject("dropped 3 trajectories: 3 deadline")
+    ('clip_idle', 'dropped 3 trajectories: 3 deadline')
+    """
+    rule, colon, _ = warning.partition(": ")
+    return rule if colon and " " not in rule else warning
+
+
 def ready_at(sight: Sight) -> float | None:
     """When the first worker could sample, by the clock of the answers; None before that."""
     times = [
@@ -261,4 +271,4 @@ def _losses(ledger: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
 def _alerts(lines: Sequence[Line]) -> list[str]:
     """What is wrong at the newest version by the alert rules; notices about the configuration are not among them."""
     alerts = lines[-1].get("alerts", ()) if lines else ()
-    return [alert["says"] for alert in alerts if alert["level"] == "warning"]
+    return [f"{alert['rule']}: {alert['says']}" for alert in alerts if alert["level"] == "warning"]

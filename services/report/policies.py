@@ -98,11 +98,15 @@ def discrepancy_over_versions(lines: Sequence[Line]) -> Figure:
 def staleness_ratio_over_versions(lines: Sequence[Line]) -> Figure:
     """Curves of |log staleness ratio|, one for each staleness."""
     words = names(lines)
-    moved = "the one that sampled the token" if words is EXACT else "the surrogate in the proximal's place"
+    moved = (
+        "the one that sampled the token. It is 0 at staleness 0 in the first minibatch"
+        if words is EXACT
+        else "the surrogate in the proximal's place"
+    )
     return Figure(
         f"|log {words.ratio}| over versions, per staleness",
-        f"How far the current policy has moved from {moved}. It is 0 at staleness 0 in the first minibatch. Alarming: "
-        "a steady rise, which says that the learning rate or the staleness bound is too high.",
+        f"How far the current policy has moved from {moved}. Alarming: a steady rise, which says that the learning "
+        "rate or the staleness bound is too high.",
         _over_versions(_curves(lines, "log_staleness_ratio_abs"), f"mean {words.ratio_symbol} (nats)"),
     )
 

@@ -105,6 +105,7 @@ def test_the_page_names_the_surrogate(empty: Contents) -> None:
     assert "NOT old log-probabilities but a surrogate: ewma_prox in 1 of 2 versions" in whole
     assert "Correction and update against staleness" in whole
     assert "|log correction| over versions, per staleness" in whole
+    assert "It is 0 at staleness 0" not in whole  # a moving average is not the current policy there, nor is bypass
     assert "Discrepancy and staleness ratio against staleness" not in whole
     partly = a_line(1, exact=False, proximal="bypass", old={"coverage": 0.5})
     assert "bypass in 1 of 1 versions (old ones for 50.0 % of all tokens)" in shown(empty, partly)
@@ -114,6 +115,7 @@ def test_the_page_of_an_exact_run_has_its_own_names(empty: Contents) -> None:
     whole = shown(empty, a_line(0))
     assert "exact old log-probabilities in every batch" in whole
     assert "Discrepancy and staleness ratio against staleness" in whole
+    assert "It is 0 at staleness 0 in the first minibatch" in whole
     assert "None in 1 version." in whole
     assert "What the surrogate leaks" not in whole
 

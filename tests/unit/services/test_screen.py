@@ -3,10 +3,12 @@
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 from rich.console import Console
 
+from services.live import screen
 from services.live.screen import Screen
 from services.live.state import Plan, State, state
 from services.live.watch import Sight
@@ -49,6 +51,28 @@ def test_without_a_terminal_there_are_lines_and_nothing_else():
     said = shown(terminal=False, stop=False)
     assert "\x1b" not in said
     assert said.startswith("1 min 40 s: version 4/10; success 0.500")
+
+
+def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(screen, "LINE_S", 0.0)
+
+    def alert(versions: int) -> dict[str, object]:
+        return {"rule": "clip_idle", "level": "warning", "says": f"nothing is clipped, over {versions} versions"}
+
+    def states() -> Iterator[State]:
+        for alerts in ([alert(8)], [alert(9)], [], [alert(12)]):
+            sight = Sight(servers() | {"learner": learner()}, (a_line(0, alerts=alerts),))
+            yield state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
+        over.set()
+        yield a_state()
+
+    over, told, looks = threading.Event(), io.StringIO(), states()
+    with Screen(Console(file=told, width=80), lambda: next(looks), stopping=over.is_set):
+        assert over.wait(WITHIN_S)
+    assert [row for row in told.getvalue().splitlines() if row.startswith("!")] == [
+        "! clip_idle: nothing is clipped, over 8 versions",
+        "! clip_idle: nothing is clipped, over 12 versions",
+    ]
 
 
 def test_a_terminal_is_given_back_when_the_run_ends():

@@ -136,5 +136,5 @@ def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
     notice = {"rule": "discrepancy_is_one", "level": "notice", "value": 1.0, "says": "as configured"}
     over = a_line(0, alerts=[alert | {"says": "long over"}])
     shown = seen(Sight({"learner": learner()}, (over, a_line(1, alerts=[alert, notice]))))
-    assert shown.warnings == ("the clip takes nothing",)
+    assert shown.warnings == ("clip_idle: the clip takes nothing",)
     assert seen(Sight({"learner": learner()}, (over, a_line(1)))).warnings == ()
