@@ -1,12 +1,12 @@
 """Rank 0's reading of `old_logprobs`: what replicas scored, or the learner itself before a restart, by trajectory.
 
-The topic is read from its beginning, so a restart finds every value that was ever said; those of trajectories that are
-resolved are passed over. A value counts for a token only if it is of the weights that were published under the
+A restart reads again from where values of unresolved trajectories may stand (intake.py); those of others are passed
+over. A value counts for a token only if it is of the weights that were published under the
 version's number: their digests stand on `control`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from common.arrays import pack_float32, pack_int32
 from common.bus.port import Bus, Outgoing, Record
@@ -69,12 +69,17 @@ class ScoreReader:
         self.requested = 0
         """Trajectories whose scores were asked for because they did not come."""
 
+    def start(self, offsets: Mapping[int, int]) -> None:
+        """Read on from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
+        self._reader.seek(offsets)
+        self.read()
+
     def read(self, *, timeout_s: float = 0.0) -> int:
-        """Take in everything that stands there, waiting at most so long for a first record; how many values came."""
-        while announced := self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
-            for record in announced:
-                self._announce(record)
+        """Take in everything that stands there, waiting at most so long for a first value; how many records told of
+        values or of versions."""
         taken = 0
+        while announced := self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
+            taken += sum(map(self._announce, announced))
         while records := self._reader.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 try:
@@ -175,13 +180,16 @@ class ScoreReader:
         self._scores.put(message)
         return 1
 
-    def _announce(self, record: Record) -> None:
+    def _announce(self, record: Record) -> bool:
+        """Whether it was a version of this run."""
         try:
             message = message_in(record)
         except Unusable:
-            return  # the worker that meets it buries it
-        if isinstance(message, VersionPublished) and message.run == self._run:
-            self.digests[message.version] = message.digest
+            return False  # the worker that meets it buries it
+        if not isinstance(message, VersionPublished) or message.run != self._run:
+            return False
+        self.digests[message.version] = message.digest
+        return True
 
     def _bury(self, record: Record, error: Unusable) -> None:
         """Keep a record that cannot be used, whole, once: after a restart it is met again."""

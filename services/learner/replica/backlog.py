@@ -3,7 +3,7 @@
 A record on the log is done when all its versions are: only then may its offset be committed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,14 +42,14 @@ class Backlog:
         self._works += [Work(version, row, origin) for version, row in rows.items()]
 
     def ask(self, rows: Mapping[Version, Row]) -> None:
-        """A batch waits for these. What waits here anyway comes first now; what does not is another replica's, most
+        """A batch waits for these: they come first now. What does not wait here anyway is another replica's, most
         likely a slow or dead one's."""
         for version, row in rows.items():
             same = [work for work in self._works if work.version == version and _same(work.row, row)]
             for work in same:
                 work.urgent = True
             if not same:
-                self._works.append(Work(version, row, None))
+                self._works.append(Work(version, row, None, urgent=True))
 
     def versions(self, held: Version | None) -> list[Version]:
         """Those to score, in order: what a batch waits for, then the version that is held, then the oldest."""
@@ -57,10 +57,16 @@ class Backlog:
         return sorted({work.version for work in self._works}, key=lambda v: (v not in urgent, v != held, v))
 
     def take(self, version: Version) -> list[Work]:
-        """Everything of this version; it waits no longer."""
-        taken = [work for work in self._works if work.version == version]
-        self._works = [work for work in self._works if work.version != version]
+        """What a batch waits for of this version, or else everything of it; it waits no longer."""
+        own = [work for work in self._works if work.version == version]
+        taken = [work for work in own if work.urgent] or own
+        gone = set(taken)
+        self._works = [work for work in self._works if work not in gone]
         return taken
+
+    def put_back(self, works: Iterable[Work]) -> None:
+        """These were taken and are not scored: they wait again, unless their partition was lost meanwhile."""
+        self._works += [work for work in works if work.origin is None or work.origin in self._left]
 
     def done(self, work: Work) -> Position | None:
         """The work is published, or can never be; its record's place if that was the last of it."""

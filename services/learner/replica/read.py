@@ -11,6 +11,9 @@ from common.versions import Version
 from services.learner.batching import Row
 from services.learner.old.scoring import rows_by_version
 
+LAST_VERSION = 2**31 - 1
+"""Versions of tokens are int32."""
+
 
 def to_rows(
     message: TrajectoryFinished | SegmentFlushed | OldLogprobsRequested, *, vocabulary: int
@@ -25,6 +28,8 @@ def to_rows(
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise Malformed(Cause.OUT_OF_RANGE, f"a token is not in the model's vocabulary of {vocabulary}")
     check(message.segments, len(tokens))
+    if any(segment.version > LAST_VERSION for segment in message.segments):
+        raise Malformed(Cause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")
     if message.segments and message.segments[0].start == 0:
         raise Malformed(Cause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
     if not math.isfinite(message.temperature) or message.temperature <= 0:

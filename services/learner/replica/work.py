@@ -6,7 +6,7 @@ same.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -64,7 +64,9 @@ class Replica:
         self._tokens = self._loads = 0
         self._skipped: dict[str, int] = {}
         self._resident: Resident
+        self._vocabulary: int
         self._control: Consumer
+        self._asked: Consumer
         self._trajectories: Consumer
 
     def waiting_for(self) -> str | None:
@@ -86,26 +88,22 @@ class Replica:
 
     def work(self, resident: Resident) -> None:
         """Until the run ends. Raises Refusal when the store's weights are damaged, or another model's."""
-        self._resident = resident
-        known = vocabulary(resident.model)
+        self._resident, self._vocabulary = resident, vocabulary(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
-            self._bus.consumer(OLD_LOGPROBS) as asked,
+            self._bus.consumer(OLD_LOGPROBS) as self._asked,
             self._bus.consumer(TRAJECTORIES, group=GROUP, member=self._name) as self._trajectories,
         ):
-            for news in (self._control, asked):
+            for news in (self._control, self._asked):
                 news.seek(news.ends())  # what is older than this replica is history
             self._waiting_for = None
             while not self._finished and not self._stop.requested:
                 self._hear()
-                while records := asked.poll(limit=POLL_RECORDS, timeout_s=0.0):
-                    for record in records:
-                        self._take(record, known)
+                self._put_on(self._requests())
                 records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)
                 self._keep_assignment()
                 for record in records:
-                    self._frontier.read(record.partition, record.offset)
-                    self._take(record, known)
+                    self._take(record)
                 self._sweep()
                 self._commit()
 
@@ -120,36 +118,50 @@ class Replica:
                 logger().info("run finished", version=message.version)
                 self._finished = True
 
-    def _take(self, record: Record, known: int) -> None:
-        """Put what the record wants scored on the backlog."""
-        at = Position(record.partition, record.offset)
+    def _requests(self) -> list[Mapping[Version, Row]]:
+        """What batches have asked for since the last call."""
+        requests = []
+        while records := self._asked.poll(limit=POLL_RECORDS, timeout_s=0.0):
+            requests += [rows for record in records if (rows := self._rows(record))]
+        return requests
+
+    def _put_on(self, requests: Iterable[Mapping[Version, Row]]) -> None:
+        for rows in requests:
+            self._backlog.ask(rows)
+        metrics.WAITING.set(len(self._backlog))
+
+    def _take(self, record: Record) -> None:
+        """Put what of a trajectory is to be scored on the backlog."""
+        self._frontier.read(record.partition, record.offset)
+        if rows := self._rows(record):
+            self._backlog.add(rows, Position(record.partition, record.offset))
+        else:
+            self._frontier.resolve(record.partition, record.offset)
+        metrics.WAITING.set(len(self._backlog))
+
+    def _rows(self, record: Record) -> Mapping[Version, Row]:
+        """What the record wants scored, by version."""
         try:
             message = message_in(record)
             if message.run != self._run:
                 raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
-            wanted = isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested)
-            rows = to_rows(message, vocabulary=known) if wanted else {}
+            if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
+                return {}
+            return to_rows(message, vocabulary=self._vocabulary)
         except Unusable as error:  # the learner, which reads the same records, buries it
             self._skip("unusable", 1)
             logger().warning(
-                "passed over", topic=record.topic, partition=at.partition, offset=at.offset, reason=str(error)
+                "passed over", topic=record.topic, partition=record.partition, offset=record.offset, reason=str(error)
             )
-            rows = {}
-        if record.topic == OLD_LOGPROBS:
-            self._backlog.ask(rows)
-        elif rows:
-            self._backlog.add(rows, at)
-        else:
-            self._frontier.resolve(at.partition, at.offset)
-        metrics.WAITING.set(len(self._backlog))
+            return {}
 
     def _sweep(self) -> None:
         """Score everything that waits now, version by version. What arrives meanwhile waits for the next time, so that
-        nothing waits for ever."""
-        for version in self._backlog.versions(self._resident.version):
+        nothing waits for ever; only what a batch asks for comes before the rest."""
+        while versions := self._backlog.versions(self._resident.version):
             if self._must_leave():
                 return
-            self._score(version, self._backlog.take(version))
+            self._score(versions[0], self._backlog.take(versions[0]))
             metrics.WAITING.set(len(self._backlog))
 
     def _score(self, version: Version, works: Sequence[Work]) -> None:
@@ -161,17 +173,21 @@ class Replica:
             for work in works:
                 self._resolve(work)
             return
-        of = {work.row: work for work in works}
+        left = {work.row: work for work in works}
         began = time.monotonic()
-        for scored in score(self._resident.model, list(of), device=self._device, batch_tokens=self._batch_tokens):
+        for scored in score(self._resident.model, list(left), device=self._device, batch_tokens=self._batch_tokens):
             metrics.PASS_SECONDS.observe(time.monotonic() - began)
             faults.reach("replica.before_publishing")
             self._publish(scored, version)
             faults.reach("replica.after_publishing")
             for row, _ in scored:
-                self._resolve(of[row])
+                self._resolve(left.pop(row))
             self._keep_on()
             if self._must_leave():
+                return
+            if requests := self._requests():
+                self._backlog.put_back(left.values())
+                self._put_on(requests)
                 return
             began = time.monotonic()
 

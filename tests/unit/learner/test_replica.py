@@ -1,7 +1,7 @@
 """A replica, and the learner's reading of what it says: a real log, a real store, the tiny model."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +80,9 @@ class Setup:
             bus.publish(CONTROL, [Outgoing("test", encode(published))])
         self.source = SnapshotSource(self.newest, store, CPU, loaded=lambda _: None)
 
-    def replica(self, name: str = "replica-0", stop: Stop | None = None) -> Replica:
+    def replica(self, name: str, stop: Stop, bus: SqliteBus | None = None) -> Replica:
         return Replica(
-            run="test", name=name, bus=self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop or Stop()
+            run="test", name=name, bus=bus or self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop
         )  # fmt: skip
 
     def trajectories(self, *records: TrajectoryFinished | SegmentFlushed) -> None:
@@ -103,9 +103,9 @@ def setup(starting_model: Path, store: SnapshotClient, bus: SqliteBus) -> Setup:
 class Working:
     """A replica at work in a thread; leaving asks it to stop and waits for it."""
 
-    def __init__(self, setup: Setup, name: str = "replica-0") -> None:
+    def __init__(self, setup: Setup, name: str = "replica-0", bus: SqliteBus | None = None) -> None:
         self.stop = Stop()
-        self.replica = setup.replica(name, self.stop)
+        self.replica = setup.replica(name, self.stop, bus)
         self._resident = Resident(load(setup.folder), setup.store)
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._work)
@@ -212,8 +212,24 @@ def test_what_is_asked_for_and_does_not_wait_is_scored_without_a_place_on_the_lo
     backlog.ask(of(0, trajectory="g/9"))
     backlog.ask(of(0, 0))  # one token more than what waits
     assert len(backlog) == 3
-    own, *asked = backlog.take(Version(0))
+    asked = backlog.take(Version(0))
+    assert [work.row.trajectory for work in asked] == ["g/9", "g/0"], "a batch waits for these: they come first"
+    (own,) = backlog.take(Version(0))
     assert [backlog.done(work) for work in (own, *asked)] == [Position(0, 0), None, None]
+
+
+def test_what_was_taken_and_not_scored_waits_again_unless_its_partition_was_lost() -> None:
+    backlog = Backlog()
+    backlog.add(of(0, trajectory="g/1"), Position(0, 0))
+    backlog.add(of(0, trajectory="g/2"), Position(1, 0))
+    backlog.ask(of(0, trajectory="g/3"))
+    backlog.ask(of(0, trajectory="g/2"))
+    urgent, rest = backlog.take(Version(0)), backlog.take(Version(0))
+    assert [work.row.trajectory for work in (*urgent, *rest)] == ["g/2", "g/3", "g/1"]
+    backlog.forget(0)
+    backlog.put_back([*urgent, *rest])
+    assert [work.row.trajectory for work in backlog.take(Version(0))] == ["g/2", "g/3"]
+    assert len(backlog) == 0
 
 
 def test_a_lost_partition_is_forgotten() -> None:
@@ -234,6 +250,7 @@ BAD: dict[str, dict[str, object]] = {
     "a segment beyond the tokens": {"segments": (a_segment(6, 9, 0),)},
     "the first token sampled": {"segments": (a_segment(0, 2, 0),)},
     "a negative version": {"segments": (a_segment(1, 2, -3),)},
+    "a version beyond int32": {"segments": (a_segment(1, 2, 1 << 31),)},
     "a temperature of 0": {"temperature": 0.0},
     "no temperature": {"temperature": float("nan")},
 }
@@ -351,6 +368,43 @@ def test_what_is_asked_for_is_scored_again(setup: Setup) -> None:
         )  # fmt: skip
         setup.bus.publish(OLD_LOGPROBS, [Outgoing(record.trajectory, encode(request))])
         eventually(lambda: keys(setup.said()) == {(record.trajectory, 2, 5, 0), (record.trajectory, 5, 8, 1)})
+
+
+class Asking(SqliteBus):
+    """With the first scores that somebody publishes here, a batch asks for these."""
+
+    def __init__(self, path: Path, request: OldLogprobsRequested) -> None:
+        super().__init__(path)
+        self._request: OldLogprobsRequested | None = request
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        at = super().publish(topic, records)
+        if topic == OLD_LOGPROBS and (request := self._request):
+            self._request = None
+            self.publish(OLD_LOGPROBS, [Outgoing(request.trajectory, encode(request))])
+        return at
+
+
+def test_what_is_asked_for_comes_before_the_rest_of_what_was_read(setup: Setup) -> None:
+    """The batch waits for so long only, and reading has brought in work for far longer."""
+    records = [finished(i, 0, (a_segment(2, 14, version),)) for i, version in enumerate((0,) * 12 + (1,) * 12)]
+    strange = finished(99, 0, (a_segment(2, 14, 2),))  # another replica's, which hangs
+    setup.trajectories(*records)
+    request = OldLogprobsRequested(
+        run="test", trajectory=strange.trajectory, tokens=strange.tokens, segments=strange.segments, temperature=0.7
+    )
+    asking = Asking(setup.bus.path, request)
+    with Working(setup, bus=asking):
+        eventually(lambda: len(setup.said()) == 25)
+    asking.close()
+    with setup.bus.consumer(OLD_LOGPROBS) as consumer:
+        order = [(r.partition, decode(OLD_LOGPROBS, r.body)) for r in consumer.poll(limit=99, timeout_s=0)]
+    (there,) = {partition for partition, message in order if message.trajectory == strange.trajectory}
+    own = [message for partition, message in order if partition == there]
+    asked = next(i for i, message in enumerate(own) if isinstance(message, OldLogprobsRequested))
+    assert own[asked + 1].trajectory == strange.trajectory
+    assert len(own) > asked + 2, "the others come afterwards"
+    assert committed(setup) == ends(setup)
 
 
 def test_it_ends_with_the_run_and_not_with_an_earlier_one(setup: Setup) -> None:
@@ -548,6 +602,30 @@ def test_replicas_get_longer_to_start_with_than_to_answer(setup: Setup) -> None:
     reader.close()
 
 
+def test_scores_that_come_before_their_versions_digest_are_not_waited_for_again(setup: Setup) -> None:
+    """Each topic is read by itself: on a Kafka the one may be slower than the other."""
+    record, clock = finished(0, 0, (a_segment(2, 5, 3),)), Clock()
+    perturb(setup.newest, by=0.05, seed=3)
+    weights = raw_tensors(named_weights(setup.newest))
+    manifest = setup.store.put("test", Version(3), weights, canaries(setup.newest), writer=1)
+    setup.trajectories(record)
+    with Working(setup):
+        eventually(lambda: len(setup.said()) == 1)
+    reader, scores = a_reader(setup, wait_s=8.0, clock=clock)
+
+    def look() -> None:
+        clock.now += 1.0
+        if clock.now == 2.0:
+            published = VersionPublished(run="test", version=Version(3), digest=manifest.digest, published_at=0.0)
+            setup.bus.publish(CONTROL, [Outgoing("test", encode(published))])
+
+    rows = reader.wait_for([to_row(record)], Version(4), look=look, stop=never)
+    assert rows is not None
+    assert scores.missing(rows[0]) == []
+    assert (clock.now, reader.requested) == (2.0, 0)
+    reader.close()
+
+
 def test_a_stop_ends_the_wait(setup: Setup) -> None:
     reader, _ = a_reader(setup)
     assert reader.wait_for([to_row(finished(0, 0, MIXED))], Version(2), look=lambda: None, stop=lambda: True) is None
@@ -561,12 +639,28 @@ def test_a_restart_reads_everything_from_the_beginning_but_what_is_resolved(setu
         eventually(lambda: keys(setup.said()) == set().union(*map(spans_of, records)))
     resolved = frozenset({records[0].trajectory, records[3].trajectory})
     reader, scores = a_reader(setup, resolved=resolved)
-    assert reader.read() == len(setup.said()) - 6
+    assert reader.read() == 3 + len(setup.said()) - 6, "the versions, and scores"
     assert len(scores) == 3
     # a batch that is being trained on counts as resolved already; its scores are still wanted
     rows = reader.wait_for([to_row(records[1])], Version(2), look=lambda: None, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == []
+    reader.close()
+
+
+def test_a_restart_reads_from_where_it_is_told(setup: Setup) -> None:
+    early, late = some_records()[:2]
+    setup.trajectories(early)
+    with Working(setup):
+        eventually(lambda: keys(setup.said()) == spans_of(early))
+        with setup.bus.consumer(OLD_LOGPROBS) as consumer:
+            begin = consumer.ends()
+        setup.trajectories(late)
+        eventually(lambda: keys(setup.said()) == spans_of(early) | spans_of(late))
+    reader, scores = a_reader(setup)
+    reader.start(begin)
+    assert scores.missing(reader.attach([to_row(late)])[0]) == []
+    assert len(scores.missing(reader.attach([to_row(early)])[0])) == 3
     reader.close()
 
 
