@@ -8,12 +8,14 @@ what ended as a dead letter is taken up again when a sound record of it comes in
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from common.bus.port import Bus, OffsetGone, Outgoing, Record
 from common.frontier import Frontier
 from common.logs import logger
 from common.messages import (
     DEAD_LETTERS,
+    OLD_LOGPROBS,
     REPLAYED,
     TASKS,
     TRAJECTORIES,
@@ -34,6 +36,7 @@ from common.refusal import ExitCode, Refusal
 from common.unusable import FOREIGN, Cause, Unusable
 from common.versions import Version
 from services.learner import metrics, metrics_cuts
+from services.learner.beginnings import Beginnings
 from services.learner.checks import check_finished, check_sampled
 from services.learner.flushes import Flushed, Flushes
 from services.learner.planner import Arrival, Planner
@@ -41,6 +44,7 @@ from services.learner.tasks import task
 
 POLL_RECORDS = 512
 TAKEN = (Arrival.NEW, Arrival.REVIVED)
+BEGINNING: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Intake:
         self._sampling, self._time_limit_s = sampling, time_limit_s
         self._frontier = Frontier()
         self._reader = bus.consumer(TRAJECTORIES)
+        self._beginnings, self._scores = Beginnings(), bus.consumer(OLD_LOGPROBS)
         self.arrived: dict[str, Arrived] = {}
         """Trajectories waiting to be trained on, by id."""
         self.flushed = Flushes()
@@ -96,7 +101,14 @@ class Intake:
         self.sampled_tokens = 0
         """Trainable tokens of everything that arrived."""
 
-    def start(self, offsets: Mapping[int, int], task_offsets: Mapping[int, int], *, now: float) -> None:
+    def start(
+        self,
+        offsets: Mapping[int, int],
+        task_offsets: Mapping[int, int],
+        score_offsets: Mapping[int, int] = BEGINNING,
+        *,
+        now: float,
+    ) -> None:
         """Read on from a checkpoint's offsets ({}: from the beginning) and learn what was offered after it.
 
         Raises Refusal when the log no longer reaches back that far: skipping would lose trajectories silently.
@@ -107,6 +119,8 @@ class Intake:
                 self._frontier.start(partition, offsets.get(partition, 0))
                 self._read_to[partition] = offsets.get(partition, 0)
             self._adopt(task_offsets, now)
+            self._scores.seek(score_offsets)
+            self._beginnings.start(score_offsets)
         except OffsetGone as gone:
             raise Refusal(
                 f"the log no longer holds what the checkpoint needs: {gone}. Trajectories would be lost silently, so "
@@ -118,6 +132,7 @@ class Intake:
         """Offer as many groups as the planner admits, to be sampled by `newest` or later; how many."""
         if slots := self._planner.slots():
             self._confirm()  # a learner that was replaced would offer its successor's groups a second time
+            self._beginnings.offer(self._planner.next_index, self._scores.ends())
         offers = []
         for _ in range(slots):
             index = self._planner.next_index
@@ -204,21 +219,21 @@ class Intake:
         self._frontier.resolve(flushed.partition, flushed.offset)
 
     def pending(self) -> Callable[[str], bool]:
-        """Whether a trajectory's fate is open at this moment: it is awaited, or it waits to be trained on."""
-        ended = self._planner.state().open_groups
-
-        def is_pending(trajectory: str) -> bool:
-            group, _, sample = trajectory.rpartition("/")
-            return group in ended and sample.isdecimal() and int(sample) not in ended[group]
-
-        return is_pending
+        """Whether a trajectory's fate is open: it is awaited, or it waits to be trained on."""
+        return self._planner.is_pending
 
     def offsets(self) -> dict[int, int]:
         """Where reading must start again, for a checkpoint."""
         return self._frontier.offsets()
 
+    def score_offsets(self) -> dict[int, int]:
+        """Topic `old_logprobs`: what stands before is of trajectories whose fate is settled. {}: it may be anyone's."""
+        oldest = self._planner.oldest_open()
+        return self._beginnings.offsets(self._planner.next_index if oldest is None else int(oldest[1:]))
+
     def close(self) -> None:
         """Stop reading."""
+        self._scores.close()
         self._reader.close()
 
     def _take(self, record: Record, newest: Version) -> None:

@@ -194,6 +194,14 @@ class Planner(Generic[T]):
         """Whether some trajectory of the group is pending."""
         return group in self._open
 
+    def is_pending(self, trajectory: str) -> bool:
+        """Whether the trajectory's fate is open: it is awaited, or it waits to be trained on."""
+        group, _, _ = trajectory.rpartition("/")
+        standing, sample = self._open.get(group), _sample(trajectory)
+        if standing is None or not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
+            return False
+        return sample not in standing.ended
+
     def oldest_open(self) -> str | None:
         """The group unresolved for longest."""
         return next(iter(self._open), None)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from common.versions import Version
 from services.learner.planner import LedgerState
@@ -45,6 +45,9 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     """Of running, over all processes that took part."""
     state_digest: str = ""
     """blake3 of state.safetensors, hex."""
+    score_offsets: dict[int, int] = field(default_factory=dict)
+    """Topic `old_logprobs`: what stands before is of trajectories the ledger has settled. {}, as checkpoints of earlier
+    releases have it: it may be anyone's."""
 
 
 def folder_name(version: Version, writer: int) -> str:

@@ -45,6 +45,7 @@ def progress(version: int, writer: int) -> Progress:
         task_offsets={0: 3},
         history_bytes=11,
         seconds=1.5,
+        score_offsets={0: 6, 1: 2},
     )
 
 
@@ -90,7 +91,18 @@ def test_what_was_saved_comes_back(learner: Learner) -> None:
     learner.save(4)
     got, state = learner.checkpoints.newest()
     assert (got.version, got.ledger, got.offsets, got.task_offsets) == (4, LEDGER, {0: 5, 1: 7}, {0: 3})
+    assert got.score_offsets == {0: 6, 1: 2}
     assert torch.equal(state["0.master"], tensors(4)["0.master"])
+
+
+def test_one_that_does_not_say_where_scores_are_wanted_from_is_gone_on_from_too(learner: Learner, folder: Path) -> None:
+    """Scores are read from the beginning then."""
+    learner.save(4)
+    manifest = folder / "00000004-00000002" / "manifest.json"
+    said = msgspec.json.decode(manifest.read_bytes())
+    del said["score_offsets"]
+    manifest.write_bytes(msgspec.json.encode(said))
+    assert read_progress(manifest.parent).score_offsets == {}
 
 
 def test_only_the_newest_are_kept_here_and_in_the_store(learner: Learner, folder: Path) -> None:

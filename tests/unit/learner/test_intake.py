@@ -1,18 +1,21 @@
 """The learner's reading of the log: every record accounted for."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from common import logs
 from common.arrays import pack_float32, pack_int32
-from common.bus.port import Outgoing
+from common.bus.port import Bus, Outgoing, Position
 from common.bus.sqlite import SqliteBus
 from common.messages import (
     DEAD_LETTERS,
+    OLD_LOGPROBS,
     TASKS,
     TOPICS,
     TRAJECTORIES,
@@ -25,15 +28,17 @@ from common.messages import (
     decode,
     encode,
 )
-from common.refusal import Refusal
+from common.refusal import ExitCode, Refusal
 from common.trajectory import Malformed, Segment
 from common.unusable import Cause
 from common.versions import Version
 from services.learner import metrics
 from services.learner.intake import Arrived, Intake, check_finished
+from services.learner.old.scores import computed
 from services.learner.planner import Arrival, Planner
 from tests.builders import SAMPLING, a_finished, a_segment
 from tests.interrupted import a_flush
+from tests.memory_bus import MemoryBus, Store
 
 NEWEST = Version(5)
 
@@ -47,7 +52,7 @@ def bus(tmp_path: Path) -> Iterator[SqliteBus]:
 
 
 def an_intake(
-    bus: SqliteBus, samples: int = 2, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
+    bus: Bus, samples: int = 2, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
 ) -> tuple[Intake, Planner[Arrived]]:
     planner: Planner[Arrived] = Planner(samples=samples, groups_per_batch=2, max_staleness=1, time_limit_s=60)
     intake = Intake(
@@ -197,6 +202,90 @@ def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
     intake, _ = an_intake(bus)
     with pytest.raises(Refusal, match="Trajectories would be lost silently"):
         intake.start({0: 17}, {}, now=0.0)
+
+
+def score(bus: Bus, trajectory: str) -> Position:
+    """Somebody says a trajectory's old log-probs; where they stand."""
+    told = computed(
+        run="test", trajectory=trajectory, by="replica-0", tokens=pack_int32([1, 2]), start=1, stop=2,
+        version=Version(0), digest="d", values=np.array([-1.0], dtype=np.float32),
+    )  # fmt: skip
+    (at,) = bus.publish(OLD_LOGPROBS, [Outgoing(trajectory, encode(told))])
+    return at
+
+
+def test_scores_of_what_is_settled_need_not_be_read_again(bus: SqliteBus) -> None:
+    """A batch holds two groups, two batches are open: each offer begins where the topic stood."""
+    intake, planner = started(bus)
+    assert intake.score_offsets() == {0: 0, 1: 0}
+    for group in (0, 1):
+        publish(bus, a_finished(group, 0), a_finished(group, 1))
+        score(bus, f"g{group:06d}/0")
+    ends = intake._scores.ends()
+    assert sum(ends.values()) == 2
+    intake.read_all(NEWEST, timeout_s=0)
+    assert planner.batch() is not None
+    assert intake.offer(Version(1), now=0.0) == 2
+    assert intake.score_offsets() == {0: 0, 1: 0}, "groups 2 and 3 were offered before anything was scored"
+    planner.expire(now=61.0)  # groups 2 and 3 come to nothing
+    assert planner.oldest_open() is None
+    score(bus, "g000004/0")
+    assert intake.score_offsets() == ends
+
+
+def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bus: SqliteBus) -> None:
+    """Whatever comes, ends and is scored in whatever order, over several restarts."""
+    luck = random.Random(3)
+    intake, planner = started(bus)
+    places: dict[str, list[Position]] = {}
+    least = 0
+    for _ in range(400):
+        names = [f"g{index:06d}/{sample}" for index in range(planner.next_index) for sample in (0, 1)]
+        awaited = [name for name in names[-40:] if intake.pending()(name)]
+        match luck.choice(("score", "score", "end", "end", "offer", "restart")):
+            case "score":  # late scores of settled ones come too
+                name = luck.choice(names[-12:])
+                places.setdefault(name, []).append(score(bus, name))
+            case "end" if awaited:
+                name = luck.choice(awaited)
+                planner.drop(name.partition("/")[0], name, DropReason.DEADLINE)
+            case "offer":
+                intake.offer(Version(0), now=0.0)
+            case "restart":
+                state, kept = planner.state(), intake.score_offsets()
+                if luck.random() < 0.5:  # something is offered after the checkpoint
+                    intake.offer(Version(0), now=0.0)
+                tasks = dict(intake.task_ends)
+                intake.close()
+                intake, planner = an_intake(bus)
+                planner.restore(state, now=0.0)
+                intake.start({}, tasks, kept, now=0.0)
+        begin = intake.score_offsets()
+        for name, positions in places.items():
+            if intake.pending()(name):
+                assert all(at.offset >= begin.get(at.partition, 0) for at in positions)
+        assert sum(begin.values()) >= least, "it does not go back"
+        least = sum(begin.values())
+    assert planner.next_index > 30
+    assert least > 0.8 * sum(map(len, places.values())), "nearly all that was said is passed over"
+    intake.close()
+
+
+def test_a_log_of_scores_that_was_cut_stops_the_run_unless_nothing_there_is_wanted() -> None:
+    bus = MemoryBus(Store())
+    bus.create_topics(dict.fromkeys(TOPICS, 1))
+    for _ in range(9):
+        score(bus, "g000000/0")
+    bus.store.cut(OLD_LOGPROBS, 0, before=5)
+    for wanted in ({}, {0: 5}, {0: 9}):  # {}: a checkpoint that does not say
+        intake, _ = an_intake(bus)
+        intake.start({}, {}, wanted, now=0.0)
+        assert intake.score_offsets() == wanted
+    for lost in ({0: 4}, {0: 10}, {1: 0}):
+        intake, _ = an_intake(bus)
+        with pytest.raises(Refusal, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as told:
+            intake.start({}, {}, lost, now=0.0)
+        assert told.value.code is ExitCode.DAMAGED
 
 
 finished = a_finished(0, 0)
@@ -425,6 +514,8 @@ def test_pending_is_what_is_awaited_or_waits_to_be_trained_on(bus: SqliteBus) ->
     assert not pending("g000000/1")
     assert pending("g000001/0")
     assert not pending("g000077/0")
+    assert not pending("g000001/2")
+    assert not pending("g000001/00")
     assert not pending("nonsense")
 
 
