@@ -293,8 +293,9 @@ def test_it_answers_like_every_service_and_outlasts_a_restart_of_the_store(setup
     assert status["scored_tokens"] == 80
 
 
-def test_where_nobody_would_listen_it_does_not_start(setup: Setup, starting_model: Path) -> None:
-    setup.run.write_text(RUN.format(folder=setup.run.parent / "runs", model=starting_model, kind="snapshot"))
+@pytest.mark.parametrize("kind", ["snapshot", "interruption"])
+def test_where_nobody_would_listen_it_does_not_start(setup: Setup, starting_model: Path, kind: str) -> None:
+    setup.run.write_text(RUN.format(folder=setup.run.parent / "runs", model=starting_model, kind=kind))
     replica = setup.replica("replica-0")
     assert replica.ended() == int(ExitCode.CONFIGURATION)
-    assert 'learner.proximal.kind is "snapshot": nobody would read what a replica scores' in replica.log.read_text()
+    assert f'learner.proximal.kind is "{kind}": nobody would read what a replica scores' in replica.log.read_text()

@@ -8,14 +8,11 @@ from common.refusal import Refusal
 from common.service import Server, Stop, application
 from common.snapshots.client import SnapshotClient
 
-HEARD = ("replica", "interruption")
-"""Kinds of learner.proximal that read what a replica says."""
-
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Score until the run ends or the process is asked to stop."""
     config = invocation.config
-    if config.learner.proximal.kind not in HEARD:
+    if config.learner.proximal.kind != "replica":
         raise Refusal(
             f'learner.proximal.kind is "{config.learner.proximal.kind}": nobody would read what a replica scores. Set '
             f'it to "replica", or do without this process'
