@@ -31,16 +31,18 @@ class LeastVariance:
             gradient.zero_()
 
     def settle(self, ranks: Ranks) -> float:
-        """Make the gradients those of the minibatch over all ranks; the baseline, in units of reward."""
+        """Make the gradients those of the minibatch over all ranks; the baseline, in units of reward.
+
+        A trajectory whose gradient is not finite has no say in the baseline but stays in the gradients, so that the
+        step is skipped.
+        """
         ranks.sum([*self._weighted, *self._scores])
         parts = ranks.gather((self._norms, self._rewards))
         norms = [norm for part in parts for norm in part[0]]
         rewards = [reward for part in parts for reward in part[1]]
-        finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # NaN is not either: the step is skipped
-        if not finite:
-            return 0.0
+        finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # NaN is not either
         kept = [norms[i] for i in finite]
-        baseline = minimum_variance_baseline([1.0] * len(kept), kept, [rewards[i] for i in finite])
+        baseline = minimum_variance_baseline([1.0] * len(kept), kept, [rewards[i] for i in finite]) if kept else 0.0
         subtract_baseline(self._weighted, self._scores, baseline)
         for gradient, weighted in zip(self._gradients, self._weighted, strict=True):
             gradient.copy_(weighted)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.learner.least_variance import LeastVariance
 from services.learner.losses.vcpo import (
     POWERS,
     ess,
@@ -17,6 +18,7 @@ from services.learner.losses.vcpo import (
     subtract_baseline,
     trajectory_log_ratio,
 )
+from services.learner.ranks import Ranks
 from tests.oracles import vcpo as oracle
 
 CASES = 200
@@ -191,6 +193,43 @@ def test_two_sums_give_the_gradient_with_the_baseline() -> None:
     subtract_baseline(weighted, [torch.tensor(weights @ gradients), torch.tensor([[4.0]])], 0.25)
     np.testing.assert_allclose(weighted[0], oracle.estimator(weights, gradients, rewards, 0.25).sum(0), atol=1e-12)
     assert float(weighted[1]) == 1.0
+
+
+class Measured:
+    """A model of one parameter: its gradient is what stands here."""
+
+    def __init__(self) -> None:
+        self.gradient = torch.zeros(2)
+
+    def gradients(self) -> list[Tensor]:
+        return [self.gradient]
+
+
+def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, Tensor]:
+    """Baseline and gradient of trajectories with these gradients, which hold their weights already."""
+    model = Measured()
+    least = LeastVariance(model)  # type: ignore[arg-type]
+    for gradient, reward in zip(gradients, rewards, strict=True):
+        model.gradient.copy_(torch.tensor(gradient))
+        least.add(reward)
+        assert not model.gradient.any()
+    return least.settle(Ranks()), model.gradient
+
+
+def test_gradients_that_were_measured_give_the_worked_baseline() -> None:
+    """w g of weights 1, 1, 2 and squared norms 1, 2, 1: sum w (R - 5/7) g."""
+    baseline, gradient = settled([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [1.0, 0.0, 1.0])
+    assert baseline == pytest.approx(5 / 7, rel=1e-12)
+    assert gradient.tolist() == pytest.approx([2 / 7 - 5 / 7, 4 / 7 - 5 / 7], abs=1e-6)
+
+
+@pytest.mark.parametrize("others", [[], [1.0]])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_18_8_a_gradient_that_is_not_finite_is_left_to_be_skipped(broken: float, others: list[float]) -> None:
+    """Also when no other is: zeros would be a step by momentum alone."""
+    baseline, gradient = settled([[broken, 1.0], *([other, 0.0] for other in others)], [0.5, *([1.0] * len(others))])
+    assert baseline == (1.0 if others else 0.0)
+    assert not torch.isfinite(gradient).all()
 
 
 def test_without_any_gradient_the_baseline_is_the_mean_reward() -> None:

@@ -138,7 +138,12 @@ def test_18_14_the_learning_rate_is_whole_again_after_a_step_that_was_scaled(sta
 
 def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
     """With equal rewards nothing is left of the gradient, because b is that reward."""
-    config = a_learner(vcpo={"baseline": True}, loss={"objective": "policy_gradient"}, proximal={"kind": "bypass"})
+    config = a_learner(
+        vcpo={"baseline": True},
+        loss={"objective": "policy_gradient"},
+        proximal={"kind": "bypass"},
+        discrepancy=UNCORRECTED,
+    )
     model = load(starting_model).float()
     trainee = Trainee(model, OptimizerConfig())
     even = [a_row(r.trajectory, r.tokens.tolist(), r.versions.tolist(), reward=0.7) for r in rows(model)]
