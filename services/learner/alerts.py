@@ -210,12 +210,14 @@ def _firm(found: Rise | None, ease: float) -> TypeGuard[Rise]:
 
 
 def _points(by_staleness: Mapping[str, Mapping[str, float]], key: str, *, over: str | None = None) -> list[Point]:
-    """Of a line; stalenesses without the number are left out."""
+    """Of a line; stalenesses without the number are left out. Tokens that have no ratio, so that no mask or mean has
+    judged them, do not count: a mean over none of them is written as 0."""
     points = []
     for staleness, values in by_staleness.items():
         value, whole = values.get(key), 1.0 if over is None else values.get(over)
         if value is not None and whole:
-            points.append(Point(float(staleness), values["tokens"], value / whole))
+            judged = values["tokens"] - values.get("missing", 0.0) - values.get("nonfinite", 0.0)
+            points.append(Point(float(staleness), judged, value / whole))
     return points
 
 

@@ -128,6 +128,19 @@ def test_a_staleness_of_a_handful_of_tokens_says_nothing() -> None:
     assert rules(lines)[-1] == set()
 
 
+@pytest.mark.parametrize("why", ["missing", "nonfinite"])
+def test_tokens_without_a_ratio_are_no_discrepancy_of_zero(why: str) -> None:
+    """All fresh tokens are left out of the loss for want of a number: their mean of nothing is written as 0."""
+
+    def of_none(of: float) -> Callable[[int], float]:
+        return lambda age: of if age else 0.0
+
+    lines = run(20, log_discrepancy_abs=of_none(0.01), token_masked=of_none(0.1))
+    for line in lines:
+        line["by_staleness"]["0"][why] = 200.0
+    assert rules(lines)[-1] == set()
+
+
 def still(age: int) -> float:
     return 0.0
 
