@@ -33,7 +33,11 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
         "discrepancy": {"weight": "clipped", "weight_low": 0.5, "weight_high": 2.0, "band": "off"},
     },
     "mis": {"proximal": EXACT, "discrepancy": {"weight": "ratio", "band": "off", "tokens": [0.5, 2.0]}},
-    "icepop": {"proximal": EXACT, "discrepancy": {"weight": "ratio", "band": "off", "tokens": [0.5, 5.0]}},
+    "icepop": {
+        "proximal": EXACT,
+        "discrepancy": {"weight": "ratio", "band": "off", "tokens": [0.5, 5.0]},
+        "loss": {"aggregation": "seq_mean_token_mean"},
+    },
     "geometric": {
         "proximal": EXACT,
         "discrepancy": {"weight": "off", "band": "off", "geometric": [0.999, 1.001], "veto": 1e-4},
