@@ -1,5 +1,6 @@
 """The `learner` section. The text under a key is its documentation (docs/configuration.md)."""
 
+import json
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -85,7 +86,7 @@ class LearnerConfig(Service):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "LearnerConfig":
-        kind, kl = self.proximal.kind, self.loss.kl
+        kind, kl, loss = self.proximal.kind, self.loss.kl, self.loss
         if kind in ("interp_prox_loglinear", "linear_prox") and (
             self.discrepancy.m2 != "off" or self.discrepancy.weight_normalise
         ):
@@ -93,16 +94,16 @@ class LearnerConfig(Service):
                 f"discrepancy.m2 and discrepancy.weight_normalise look at the whole minibatch before its passes, but "
                 f"a {kind} proximal is made in them: choose another kind, or switch them off"
             )
-        if self.vcpo.baseline and (
-            self.loss.objective != "policy_gradient"
-            or self.loss.opsm != "off"
-            or self.loss.entropy
-            or self.loss.epo.weight
-            or kl.weight
-        ):
+        needed = (
+            ("objective", loss.objective, "policy_gradient"), ("opsm", loss.opsm, "off"), ("entropy", loss.entropy, 0),
+            ("epo.weight", loss.epo.weight, 0), ("kl.weight", kl.weight, 0),
+        )  # fmt: skip
+        other = [
+            f"loss.{key} = {json.dumps(due)}, not {json.dumps(found)}" for key, found, due in needed if found != due
+        ]
+        if self.vcpo.baseline and other:
             raise ValueError(
-                "vcpo.baseline weighs each trajectory's gradient by its reward: it needs loss.objective = "
-                '"policy_gradient", loss.opsm = "off", and loss.entropy, loss.epo.weight and loss.kl.weight of 0'
+                f"vcpo.baseline weighs each trajectory's gradient by its reward: it needs {'; '.join(other)}"
             )
         if kl.weight and kl.place == "reward" and self.advantages.kind not in TOKEN_LEVEL:
             raise ValueError(

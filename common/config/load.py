@@ -5,6 +5,7 @@ layer it came from, so that an error names it. A misspelt key names its nearest 
 """
 
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,10 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file. examples/embedded.toml is one to start from") from None
+    except IsADirectoryError:
+        own = path / "run.toml"  # where a run keeps its own
+        kept = f"the run in it is described by {own}" if own.is_file() else "a file that describes a run is wanted"
+        raise Refusal(f"{path}: that is a folder; {kept}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
@@ -158,39 +163,55 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         for detail in error.errors():
-            key = tuple(str(part) for part in detail["loc"])
-            key = tuple(part for i, part in enumerate(key) if not _is_tag(key, i))
-            if _is_branch(key):
-                if key[-1].startswith("literal["):
-                    continue  # told with what else the key can be
-                key = key[:-1]
+            full = tuple(str(part) for part in detail["loc"])
+            tags = [part for i, part in enumerate(full) if _is_tag(full, i)]
+            key = tuple(part for i, part in enumerate(full) if not _is_tag(full, i))
+            if _is_branch(key) and key[-1].startswith("literal["):
+                continue  # told with what else the key can be
+            key = tuple(part for i, part in enumerate(key) if not _is_branch(key[: i + 1]))
             where = _origin(origins, key, detail) or str(path)
-            match detail["type"]:
-                case "extra_forbidden":
-                    problems.append(f"{where}: {_unknown(key)}")
-                case "missing":
-                    problems.append(f"{where}: {'.'.join(key)} is missing")
-                case "union_tag_invalid":
-                    kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
-                    problems.append(f"{where}: {'.'.join(key)}.kind: there is no {kind!r}; it can be {known}")
-                case "union_tag_not_found":
-                    problems.append(f"{where}: {'.'.join(key)}.kind is missing: the other keys depend on it")
-                case _:
-                    message = detail["msg"].removeprefix("Value error, ")
-                    message = message[0].lower() + message[1:]
-                    message += "".join(f", or be {word!r}" for word in _words(key))
-                    given = "" if detail["type"] == "value_error" else f", got {detail['input']!r}"
-                    problems.append(f"{where}: {'.'.join(key) + ': ' if key else ''}{message}{given}")
+            problems.append(f"{where}: {_problem(key, detail, tags[-1] if tags else None)}")
     if problems:
         raise Refusal("\n".join(problems))
     return config
 
 
+def _problem(key: Key, detail: Any, tag: str | None) -> str:
+    """What is wrong at the key. tag: the kind of the section that the key is in, where it has kinds."""
+    name, section, given = ".".join(key), _fields(key), f"got {detail['input']!r}"
+    if key[-1:] == ("[key]",):
+        return f"{'.'.join(key[:-2])}: there is no {key[-2]!r}; it can be {detail['ctx']['expected']}"
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown(key, tag)
+        case "union_tag_invalid":
+            kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
+            return f"{name}.kind: there is no {kind!r}; it can be {known}"
+        case "union_tag_not_found":
+            return f"{name}.kind is missing: the other keys depend on it"
+        case "model_type" | "model_attributes_type" if section:
+            hint = f"did you mean {name}.kind?" if "kind" in section else f"its keys are {', '.join(sorted(section))}"
+            return f"{name} is a section, {given}; {hint}"
+        case "missing" | "too_short" | "too_long" | "tuple_type" if pair := next(filter(_is_pair, (key, key[:-1])), ()):
+            return f"{'.'.join(pair)}: input should be two numbers, [low, high]{_or_words(pair)}, {given}"
+        case "missing":
+            return f"{name} is missing"
+        case "value_error":
+            said = detail["msg"].removeprefix("Value error, ")
+            return f"{name + ': ' if key else ''}{said}{_or_words(key)}"
+    said = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{name}: {said}{_or_words(key)}, {given}"
+
+
 def _origin(origins: dict[Key, str], key: Key, detail: Any) -> str | None:
-    """The flag or variable that set the key, or a section it is in."""
+    """The flag or variable that set the key, or a section it is in; of keys that contradict each other, those named."""
     if detail["type"] == "union_tag_invalid":
         key = (*key, "kind")
-    return next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), None)
+    if above := next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), None):
+        return above
+    below = {".".join(at[len(key) :]): origin for at, origin in origins.items() if at[: len(key)] == key}
+    said = detail["msg"] if detail["type"] == "value_error" else ""
+    return " and ".join(below[name] for name in below if re.search(rf"\b{re.escape(name)}(?![\w.]*\w)", said)) or None
 
 
 def _is_tag(key: Key, i: int) -> bool:
@@ -204,14 +225,19 @@ def _is_branch(key: Key) -> bool:
     return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
 
 
-def _words(key: Key) -> tuple[str, ...]:
+def _or_words(key: Key) -> str:
     """The words that may stand at a key instead of a number."""
     members = _members(_expected(key)) if key else []
     literals = [member for member in members if get_origin(member) is Literal]
-    return get_args(literals[0]) if literals and len(members) > 1 else ()
+    return "".join(f", or be {word!r}" for word in get_args(literals[0])) if literals and len(members) > 1 else ""
 
 
-def _unknown(key: Key) -> str:
+def _is_pair(key: Key) -> bool:
+    """Whether two numbers stand at the key."""
+    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected(key)))
+
+
+def _unknown(key: Key, tag: str | None = None) -> str:
     for depth in range(len(key)):
         fields = _fields(key[:depth])
         if fields is None or key[depth] in fields:
@@ -219,14 +245,18 @@ def _unknown(key: Key) -> str:
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
         name = ".".join(key[: depth + 1])
-        where = f"[{section}]" if section else "a run"
+        kinds = len(_members(_expected(key[:depth]))) > 1
+        where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
         if near:
             return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
-        return f"{name} is not a key of {where}; it has {', '.join(sorted(fields))}"
+        return f"{name} is not a key of {where}; {'they have' if kinds else 'it has'} {', '.join(sorted(fields))}"
     above = ".".join(key[:-1])
     if _fields(key[:-1]) is None:
         return f"{'.'.join(key)} is not a key: {above} has none"
-    return f"{'.'.join(key)} is not a key of this kind of {above}"
+    own = next(
+        m.model_fields for m in _members(_expected(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
+    )
+    return f'{".".join(key)} is not a key of {above} with kind = "{tag}"; that has {", ".join(sorted(own))}'
 
 
 def _fields(key: Key) -> dict[str, Any] | None:

@@ -240,9 +240,65 @@ def test_a_key_below_a_plain_value_is_refused(run: Path) -> None:
     assert refused(run, "--model.path.x=1") == "--model.path.x: model.path.x is not a key: model.path has none"
 
 
-def test_a_key_of_another_member_of_the_union_is_refused(run: Path) -> None:
-    said = refused(run, "--rollout.engine.kind=vllm", '--rollout.engine.texts=["a"]')
-    assert said == "--rollout.engine.texts: rollout.engine.texts is not a key of this kind of rollout.engine"
+def test_a_key_of_another_member_of_the_union_is_answered_with_those_of_this_one(run: Path) -> None:
+    said = refused(run, "--learner.proximal.kind=ewma_prox", "--learner.proximal.window=3")
+    assert said == (
+        "--learner.proximal.window: learner.proximal.window is not a key of learner.proximal with "
+        'kind = "ewma_prox"; that has decay, kind'
+    )
+
+
+def test_a_key_of_no_member_of_the_union_is_answered_with_those_of_all(run: Path) -> None:
+    said = refused(run, "--rollout.engine.xyzzy=1")
+    assert said.startswith("--rollout.engine.xyzzy: rollout.engine.xyzzy is not a key of any kind of rollout.engine; ")
+    assert said.endswith("they have compile, gpu_memory_utilization, kind, kv_cache_gib, max_concurrent_tokens, "
+                         "tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("learner.proximal=bypass", "is a section, got 'bypass'; did you mean learner.proximal.kind?"),
+        ("learner.advantages=grpo", "is a section, got 'grpo'; did you mean learner.advantages.kind?"),
+        ("learner.audit=0.1", "is a section, got 0.1; its keys are fraction"),
+        ("learner.vcpo=true", "is a section, got True; its keys are base, baseline, lr_scaling"),
+    ],
+)
+def test_a_value_for_a_section_is_answered_with_its_keys(run: Path, flag: str, said: str) -> None:
+    key = flag.partition("=")[0]
+    assert refused(run, f"--{flag}") == f"--{key}: {key} {said}"
+
+
+@pytest.mark.parametrize("value", ["0.5", "0.5,2", "[0.5]", "[0.5, 1, 2]", "{ low = 0.5, high = 2 }"])
+def test_what_is_no_interval_is_answered_with_its_form(run: Path, value: str) -> None:
+    said = refused(run, f"--learner.discrepancy.tokens={value}")
+    key = "learner.discrepancy.tokens"
+    assert said.startswith(f"--{key}: {key}: input should be two numbers, [low, high], or be 'off', got ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_wrong_end_of_an_interval_is_named_by_its_place(run: Path) -> None:
+    said = refused(run, "--learner.discrepancy.tokens=['a', 2]")
+    key = "learner.discrepancy.tokens"
+    assert said == f"--{key}: {key}.0: input should be a valid number, got 'a'"
+
+
+def test_a_name_that_a_table_does_not_take_is_answered_with_those_it_does(run: Path) -> None:
+    said = refused(run, "--learner.discrepancy.estimates.k9_token=0.1")
+    assert said.startswith(
+        "--learner.discrepancy.estimates.k9_token: learner.discrepancy.estimates: there is no 'k9_token'; it can be "
+        "'k1_token', 'k1_sequence_sum',"
+    )
+
+
+def test_keys_that_contradict_each_other_name_the_flags_that_set_them(run: Path) -> None:
+    run.write_text(RUN.replace("versions = 3", "versions = 3\nproximal.kind = 'bypass'"))
+    flags = ("--learner.audit.fraction=0.1", "--learner.proximal.kind=snapshot", "--learner.threads=2")
+    said = refused(run, *flags)
+    assert said.startswith("--learner.audit.fraction and --learner.proximal.kind: learner: audit.fraction compares")
+    assert refused(run, "--learner.minibatches=33").startswith("--learner.minibatches: learner.minibatches (33)")
+    more = "[learner.discrepancy]\nweight = 'clipped'\nweight_low = 3.0\n"
+    assert refused(run, more=more).startswith(f"{run}: learner.discrepancy: weight_low (3.0)")
 
 
 def test_an_unknown_member_of_a_union_is_answered_with_those_there_are(run: Path) -> None:
@@ -294,8 +350,12 @@ def test_what_is_not_text_is_refused(run: Path) -> None:
         load([str(run)], NOTHING, program="prog")
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="cannot be read"):
+def test_a_folder_is_refused_and_a_runs_own_names_the_file_in_it(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal) as refusal:
+        load([str(tmp_path)], NOTHING, program="prog")
+    assert str(refusal.value) == f"{tmp_path}: that is a folder; the run in it is described by {run}"
+    run.unlink()
+    with pytest.raises(Refusal, match="that is a folder; a file that describes a run is wanted"):
         load([str(tmp_path)], NOTHING, program="prog")
 
 

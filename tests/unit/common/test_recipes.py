@@ -84,7 +84,9 @@ def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Pa
 
 def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> None:
     assert learner(tmp_path, "", "--learner.proximal.prefetch=true").proximal.kind == "snapshot"
-    with pytest.raises(Refusal, match=r"learner\.proximal\.decay is not a key of this kind of learner\.proximal"):
+    with pytest.raises(
+        Refusal, match=r'learner\.proximal\.decay is not a key of learner\.proximal with kind = "snapshot"'
+    ):
         learner(tmp_path, "", "--learner.proximal.decay=0.5")
     chosen = learner(tmp_path, 'recipe = "ppo_ewma"', "--learner.proximal.decay=0.5").proximal
     assert chosen.model_dump() == {"kind": "ewma_prox", "decay": 0.5}
@@ -94,7 +96,8 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
     ("flags", "sentence"),
     [
         (["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"], "is made in them: choose another"),
-        (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient"'),
+        (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient", not "clipped"'),
+        (["--learner.recipe=vcpo", "--learner.loss.entropy=0.008"], "its reward: it needs loss.entropy = 0, not 0.008"),
         (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "take one of reinforce_pp"),
         (["--learner.audit.fraction=0.1"], 'proximal.kind = "snapshot" is exact already: set it to 0'),
         (["--learner.discrepancy={weight = \"clipped\", weight_low = 3.0}"], "no weight is between them"),
