@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -58,6 +59,15 @@ def main(program: Callable[[], None]) -> None:
         sys.exit(int(refusal.code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
+
+
+def tell(text: str) -> None:
+    """Print it at once. A reader that has read enough (`| head`) ends the program, without a word."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager

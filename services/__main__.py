@@ -14,7 +14,7 @@ from common.config import Invocation, load
 from common.config.schema import RunConfig
 from common.config.show import show
 from common.model_path import refuse_no_model
-from common.program import full_disk_refused, main
+from common.program import full_disk_refused, main, tell
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
 from common.sessions.token import token
@@ -50,7 +50,7 @@ def audit(asked: list[str]) -> None:
     from services.audit.command import answer
 
     answered = answer(asked, os.environ)
-    print(answered.text)
+    tell(answered.text)
     sys.exit(answered.code)
 
 

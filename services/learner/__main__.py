@@ -8,7 +8,7 @@ import sys
 
 from common.config import Invocation
 from common.lifeline import tie
-from common.program import main, service
+from common.program import main, service, tell
 from common.service import Stop
 from common.snapshots.client import SnapshotClient
 
@@ -56,7 +56,7 @@ def dead_letters() -> None:
     from services.learner.dead_letters_command import answer
 
     for line in answer(sys.argv[2:], os.environ):
-        print(line, flush=True)
+        tell(line)
 
 
 if __name__ == "__main__":

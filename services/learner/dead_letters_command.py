@@ -90,6 +90,8 @@ def _request(arguments: Sequence[str], environment: Mapping[str, str]) -> Reques
     if action not in ("list", "replay"):
         raise Refusal(USAGE)
     own = _split(rest)
+    if not own.rest:
+        raise Refusal(USAGE)
     for switch, of in (("json", "list"), ("again", "replay")):
         if switch in own.switches and action != of:
             raise Refusal(f"--{switch} belongs to `dead-letters {of}`, not to `dead-letters {action}`")

@@ -163,7 +163,7 @@ def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
     [
         ([], "usage: "),
         (["lst"], "usage: "),
-        (["list"], "usage: "),
+        (["list"], "usage: python -m services.learner dead-letters list RUN.toml [--cause=CAUSE ...]"),
         (["list", "--cause=not_finit"], "did you mean not_finite"),
         (["list", "--cause"], "needs a value"),
         (["replay", "--offset=seven"], "a whole number is wanted"),

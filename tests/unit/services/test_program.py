@@ -1,6 +1,8 @@
 """The command line, as far as it goes without starting anything."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,14 @@ def test_the_result_is_told_in_short():
         "summary: runs/r1/summary.json",
     ]
     assert words.made({"versions": 0}, Path("runs/r1")).startswith("report:")
+
+
+@pytest.mark.parametrize("command", ["services audit --help", "services.learner dead-letters --help"])
+def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
