@@ -77,7 +77,7 @@ def test_segments_give_every_token_its_own_version_and_log_prob(tokens: Tokens) 
 
 @settings(deadline=None)
 @given(st.integers(1, 30), st.data())
-def test_a_version_that_switches_at_token_j_begins_exactly_there(length: int, data: st.DataObject) -> None:
+def test_18_10_a_version_that_switches_at_token_j_begins_exactly_there(length: int, data: st.DataObject) -> None:
     j = data.draw(st.integers(1, length))
     segments = [a_segment(3, 3 + j, 4), a_segment(3 + j, 4 + length, 5)]
     count = length + 6

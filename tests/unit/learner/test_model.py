@@ -19,7 +19,7 @@ from services.learner.model import (
 from tests.models import CPU, load, logprobs, perturb
 
 
-def test_log_probs_speak_of_the_token_they_stand_at(starting_model: Path) -> None:
+def test_18_10_log_probs_speak_of_the_token_they_stand_at(starting_model: Path) -> None:
     """algorithms.md 18.10: index t is the prediction of token t, and of no other."""
     model = load(starting_model)
     row = [5, 40, 120, 7, 260]
@@ -31,7 +31,7 @@ def test_log_probs_speak_of_the_token_they_stand_at(starting_model: Path) -> Non
     assert not torch.equal(changed[0, 3:], scored[0, 3:])
 
 
-def test_the_temperature_divides_the_logits(starting_model: Path) -> None:
+def test_18_9_the_temperature_divides_the_logits(starting_model: Path) -> None:
     """algorithms.md 18.9."""
     model = load(starting_model)
     row = torch.tensor([[5, 40, 120], [5, 40, 120]])

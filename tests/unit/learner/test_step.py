@@ -37,7 +37,7 @@ def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> 
     return taken[: len(trainee.masters)]
 
 
-def test_splitting_into_micro_batches_leaves_the_gradient_as_it_is(starting_model: Path) -> None:
+def test_18_12_splitting_into_micro_batches_leaves_the_gradient_as_it_is(starting_model: Path) -> None:
     """algorithms.md 18.12."""
     whole = gradients(starting_model, [rows()])
     for tokens in (1, 20, 33):
@@ -77,7 +77,7 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
     assert float((second.current - second.proximal)[moved].abs().mean()) > 1e-2
 
 
-def test_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: Path) -> None:
+def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: Path) -> None:
     model = load(starting_model)
     trainee = Trainee(model, OptimizerConfig())
     bad = [a_row("bad", [5, 6, 7], [-1, 0, 0], advantage=float("nan"))]

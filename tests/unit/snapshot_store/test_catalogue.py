@@ -89,7 +89,7 @@ async def test_versions_are_listed_in_order_after_a_restart(tmp_path: Path) -> N
     assert list((await opened(tmp_path)).versions) == [2, 10, 100_000_000]
 
 
-async def test_leases_outlive_a_restart(tmp_path: Path) -> None:
+async def test_18_5_leases_outlive_a_restart(tmp_path: Path) -> None:
     catalogue = await opened(tmp_path)
     await catalogue.lease("learner", Version(4))
     await catalogue.lease("replica", Version(2))
@@ -97,7 +97,7 @@ async def test_leases_outlive_a_restart(tmp_path: Path) -> None:
     assert (await opened(tmp_path)).leases == {"learner": 5, "replica": 2}
 
 
-async def test_a_sweep_removes_what_is_below_every_lease(tmp_path: Path) -> None:
+async def test_18_5_a_sweep_removes_what_is_below_every_lease(tmp_path: Path) -> None:
     catalogue = await opened(tmp_path)
     for version in range(5):
         await put(catalogue, version)
