@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: help setup environment run run-cluster up down test lint check format docs clean
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: ## create .venv and the starting model, if they are missing
 	@$(PYTHON) tools/setup.py
@@ -42,7 +42,7 @@ format: environment ## write the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: environment ## make the configuration and metric references from the code
+docs: environment ## make the references of configuration, metrics and messages from the code
 	@$(BIN)/python -m tools.references
 
 up: environment ## start a Kafka and a MinIO on this machine, got first if they are missing (FOLDER=backends)

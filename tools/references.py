@@ -7,20 +7,24 @@ python -m tools.references --check   # exit 1 if one is not what the code says
 import argparse
 import ast
 import importlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common import messages
-from common.config.schema import RunConfig, ScriptedEngineConfig, VllmEngineConfig
+from common.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+HEAD = ("| key | values | default | what it does |", "|---|---|---|---|")
+TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
 SERVICES = ("learner", "learner.replica", "rollout", "env_gateway", "snapshot_store")
 
 
@@ -54,38 +58,97 @@ def configuration() -> str:
             "One TOML describes a run, and every service reads the same file. Defaults < TOML < environment "
             "(`PALIMPSEST_LEARNER__OPTIMIZER__LR=3e-6`) < flags (`--learner.optimizer.lr=3e-6`). `--check` prints the "
             "resolved run. A misspelt key is refused and its nearest neighbor named. Secrets come from the environment "
-            "only: `PALIMPSEST_GATEWAY_TOKEN`."
+            "only: `PALIMPSEST_GATEWAY_TOKEN`, `PALIMPSEST_KAFKA_USERNAME`, `PALIMPSEST_KAFKA_PASSWORD`, and the S3's "
+            "credentials ([operations.md](operations.md))."
         ),
-        "This page is made from common/config/schema.py by `make docs`.",
+        "This page is made from common/config by `make docs`.",
     ]
     parts += _section(RunConfig, ())
     return "\n\n".join(parts) + "\n"
 
 
 def _section(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
-    own = {n: f for n, f in section.model_fields.items() if not _below(f.annotation)}
     if path:
         yield f"## [{'.'.join(path)}]"
         if section.__doc__:
             yield " ".join(section.__doc__.split())
-    if own:
-        rows = [f"| `{name}` | {_default(field)} | {_cell(field.description or '')} |" for name, field in own.items()]
-        yield "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])
+    if own := {name: field for name, field in section.model_fields.items() if not _below(field.annotation)}:
+        yield _table(own)
     for name, field in section.model_fields.items():
-        for below in _below(field.annotation):
-            yield from _section(below, (*path, name))
+        below = _below(field.annotation)
+        if len(below) > 1:
+            yield from _kinds(field, (*path, name))
+        elif below:
+            yield from _section(below[0], (*path, name))
+
+
+def _kinds(field: FieldInfo, path: tuple[str, ...]) -> Iterator[str]:
+    """A section whose keys depend on its `kind`."""
+    kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in _below(field.annotation)}
+    yield f"## [{'.'.join(path)}]"
+    yield _cell(field.description or "")
+    words = ", ".join(f"`{json.dumps(kind)}`" for kind in kinds)
+    row = f"| `kind` | {words} | `{json.dumps(field.default.kind)}` | The other keys depend on it. |"
+    yield "\n".join([*HEAD, row])
+    for kind, section in kinds.items():
+        yield f"### [{'.'.join(path)}] kind = {json.dumps(kind)}"
+        yield " ".join((section.__doc__ or "").split())
+        if own := {name: field for name, field in section.model_fields.items() if name != "kind"}:
+            yield _table(own)
+
+
+def _table(fields: Mapping[str, FieldInfo]) -> str:
+    rows = [
+        f"| `{name}` | {_values(field.annotation, field.metadata)} | {_default(field)} | "
+        f"{_cell(field.description or '')} |"
+        for name, field in fields.items()
+    ]
+    return "\n".join([*HEAD, *rows])
 
 
 def _below(annotation: Any) -> list[type[BaseModel]]:
-    if annotation == VllmEngineConfig | ScriptedEngineConfig:
-        return [VllmEngineConfig, ScriptedEngineConfig]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    """The sections, of which there are several if they have kinds."""
+    return [one for one in _members(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
-def _default(field: Any) -> str:
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _values(annotation: Any, bounds: Sequence[Any] = ()) -> str:
+    """What may stand at a key, in words."""
+    inner = get_args(annotation)
+    match get_origin(annotation) or annotation:
+        case origin if origin in (Union, UnionType):
+            either = " or ".join(_values(one, bounds) for one in inner if one is not NoneType)
+            return either.replace("`, `", "` or `")
+        case origin if origin is Annotated:
+            return _values(inner[0], [bound for one in inner[1:] for bound in getattr(one, "metadata", [])])
+        case origin if origin is Literal:
+            return ", ".join(f"`{json.dumps(word)}`" for word in inner)
+        case origin if origin is dict:
+            return (
+                f"table: name = {_values(inner[1])}"
+                if inner[0] is str
+                else f"table: {_values(inner[0])} = {_values(inner[1])}"
+            )
+        case origin if origin is tuple:
+            return "`[low, high]`" if inner == (float, float) else f"list: {_values(inner[0])}"
+    return f"{TYPES[annotation]}{_bounded(bounds)}"
+
+
+def _bounded(bounds: Sequence[Any]) -> str:
+    said = {name: f"{getattr(b, name):.15g}" for b in bounds for name in ("gt", "ge", "lt", "le") if hasattr(b, name)}
+    if set(said) == {"ge", "le"}:
+        return f" from {said['ge']} to {said['le']}"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return " and".join(f" {signs[name]} {bound}" for name, bound in said.items())
+
+
+def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "*required*"
-    return "" if field.default is None else f"`{field.default!r}`".replace("PosixPath('runs')", "'runs'")
+    return "" if field.default is None else f"`{json.dumps(field.default, default=str)}`"
 
 
 def metrics() -> str:
@@ -154,11 +217,10 @@ def _record(node: ast.ClassDef, module: ModuleType) -> Iterator[str]:
         said = ast.get_docstring(_wrapped(after)) if after is not None else None
         said = " ".join((said or "").split())
         if isinstance(item, ast.AnnAssign):
-            rows.append(
-                f"| `{ast.unparse(item.target)}` | `{ast.unparse(item.annotation)}` | {said} |".replace("||", "|")
-            )
+            kind = _cell(ast.unparse(item.annotation))
+            rows.append(f"| `{ast.unparse(item.target)}` | `{kind}` | {_cell(said)} |")
         elif isinstance(item, ast.Assign):
-            rows.append(f"| `{ast.literal_eval(item.value)}` | | {said} |")
+            rows.append(f"| `{ast.literal_eval(item.value)}` | | {_cell(said)} |")
     yield "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 

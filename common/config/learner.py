@@ -67,7 +67,8 @@ class LearnerConfig(Service):
     micro_batch_tokens: Positive = 16384
     """Most tokens (padding included) in one forward pass."""
     recipe: str = ""
-    """Name of a published method: sets the sections below as that method does; what is set beside it wins."""
+    """Name of a published method (docs/algorithms/recipes.md): sets the sections below as that method does; what is set
+    beside it wins."""
     proximal: ProximalConfig = SnapshotProximal()
     """Where the clip's anchor comes from: three exact kinds, six surrogates."""
     discrepancy: DiscrepancyConfig = DiscrepancyConfig()

@@ -141,6 +141,23 @@ def test_a_key_that_is_shown_is_a_key(page: str, text: str) -> None:
     assert {key for key, _ in leaves(tomllib.loads(text))} <= set(keys(RunConfig))
 
 
+def test_the_reference_has_every_key() -> None:
+    told, section = set(), ""
+    for row in (ROOT / "docs" / "configuration.md").read_text().splitlines():
+        if heading := re.match(r"###? \[([\w.]+)\]", row):
+            section = heading[1]
+        if key := re.match(r"\| `(\w+)` \|", row):
+            told.add(f"{section}.{key[1]}")
+    assert told == set(keys(RunConfig))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_row_of_a_table_has_the_cells_of_its_head(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
 def slug(heading: str) -> str:
     """A heading's anchor, as the pages are shown."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
