@@ -38,7 +38,8 @@ def inline(page: Path) -> list[str]:
 
 
 COMMANDS = [line for _, text in blocks("sh") for line in text.splitlines() if line.partition("#")[0].strip()]
-MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(("make ", "python -m "))]
+STARTS = ("make ", "python -m ", ".venv/bin/python -m ")
+MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(STARTS)]
 
 
 def answered(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -103,7 +104,7 @@ def test_a_command_in_passing_names_what_there_is(command: str) -> None:
     match shlex.split(command):
         case ["make", *rest]:
             assert_make_knows(rest)
-        case ["python", "-m", module, *_]:
+        case ["python" | ".venv/bin/python", "-m", module, *_]:
             assert_there_is_a_program(module)
 
 
