@@ -76,7 +76,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    options = argparse.ArgumentParser(prog="python -m bench bus", description=__doc__)
+    options = argparse.ArgumentParser(
+        prog="python -m bench bus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--servers", default="", help="a Kafka that runs already")
     options.add_argument("--rounds", type=int, default=8, help="counted rounds")
     options.add_argument("--mebibytes", type=int, default=32, help="published by each client in each round")

@@ -68,7 +68,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    options = argparse.ArgumentParser(prog="python -m bench ingest", description=__doc__)
+    options = argparse.ArgumentParser(
+        prog="python -m bench ingest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--streams", type=int, default=1000)
     options.add_argument("--tokens", type=int, default=2048, help="mean length of a trajectory")
     options.add_argument("--seconds", type=float, default=30.0, help="measured, from the first batch on")

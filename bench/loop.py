@@ -27,7 +27,9 @@ KEYS = (
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """The figures of one run."""
-    options = argparse.ArgumentParser(prog="python -m bench loop", description=__doc__)
+    options = argparse.ArgumentParser(
+        prog="python -m bench loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--versions", type=int, default=60)
     options.add_argument("--run", default="examples/embedded.toml")
     known, flags = options.parse_known_args(arguments)

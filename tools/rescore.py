@@ -37,20 +37,34 @@ from transformers.utils import logging
 UNTRAINABLE = -1
 
 
+class Lacking(Exception):
+    """There is nothing to compare."""
+
+
 def main() -> None:
     """See the module's text."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        prog="python -m tools.rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--model", help="default: model.path of the run")
     arguments.add_argument("--every", type=int, default=1, help="look at every n-th recorded version only")
     options = arguments.parse_args()
+    if options.every < 1:
+        arguments.error(f"--every {options.every}: a number above 0 is wanted")
+    if not (options.run / "run.toml").is_file():
+        arguments.error(f"{options.run}: that is no run's folder (it has no run.toml)")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     config = tomllib.loads((options.run / "run.toml").read_text())
     path, attention = options.model or config["model"]["path"], config["model"]["attention"]
     with tempfile.TemporaryDirectory() as folder:
         store = snapshots(options.run, config, Path(folder))
-        print(json.dumps(rescore(options.run / "records", Models(store, path, attention), options.every)))
+        try:
+            compared = rescore(options.run / "records", Models(store, path, attention), options.every)
+        except Lacking as lacking:
+            arguments.error(str(lacking))
+    print(json.dumps(compared))
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -83,7 +97,13 @@ class Models:
         return self._loaded[1]
 
     def _load(self, version: int) -> Any:
-        manifest = json.loads((self._store / "versions" / f"{version:08d}.json").read_text())["manifest"]
+        kept = self._store / "versions" / f"{version:08d}.json"
+        if not kept.is_file():
+            raise Lacking(
+                f"version {version}, which sampled recorded tokens, is not in {self._store} any more: run with "
+                f"learner.checkpoint.keep = learner.versions, which keeps them all"
+            )
+        manifest = json.loads(kept.read_text())["manifest"]
         blob = (self._store / "objects" / manifest["object"]).read_bytes()
         tensors = {entry["name"]: decode(entry, blob) for entry in manifest["tensors"]}
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +134,9 @@ def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray) -> np.ndarra
 
 
 def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
-    """Compare every recorded token."""
+    """Compare every recorded token. Raises Lacking."""
+    if not any(records.glob("*.npz")):
+        raise Lacking(f"{records} holds no batch: record the run with learner.record = true")
     alone: list[np.ndarray] = []
     unequal, versions = 0, set()
     exact, recomputed = defaultdict(list), defaultdict(list)
@@ -139,6 +161,8 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
                 exact[staleness].append(np.abs(together[i, :length][chosen] - behavior))
                 if batch["first"]:
                     recomputed[staleness].append(np.abs(batch["current"][row, :length][chosen] - behavior))
+    if not alone:
+        raise Lacking(f"no token in {records} has an old log-prob: a surrogate stood in the proximal's place")
     differences = np.concatenate(alone)
     return {
         "tokens": len(differences),

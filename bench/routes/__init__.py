@@ -92,9 +92,13 @@ def _race(
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    options = argparse.ArgumentParser(prog="python -m bench routes", description=__doc__)
+    options = argparse.ArgumentParser(
+        prog="python -m bench routes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--parameters", choices=list(SHAPES), default="small")
     options.add_argument("--tokens", type=int, default=192, help="mean length of a trajectory")
     options.add_argument("--versions", type=int, default=5, help="counted, of each route")
-    options.add_argument("--only", nargs="+", choices=[c.name for c in CONTENDERS], help="these, and the reference")
+    names = [contender.name for contender in CONTENDERS]
+    said = f"these, and the reference; of {', '.join(names)}"
+    options.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=said)
     return options.parse_args(arguments)

@@ -1,0 +1,67 @@
+"""What the rescoring says where there is nothing to compare."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.rescore import main
+
+RUN = 'model = { path = "none", attention = "eager" }\nsnapshot_store = { storage = "folder" }\n'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "records").mkdir()
+    return tmp_path
+
+
+def record(run: Path, *, versions: list[int]) -> None:
+    """One batch of one row; a token of version -1 is not trainable."""
+    row = np.asarray([versions])
+    zeros = np.zeros(row.shape, np.float32)
+    np.savez(
+        run / "records" / "00000000.npz",
+        now=0, tokens_0=row, versions_0=row, behavior_0=zeros, proximal_0=zeros, current_0=zeros,
+        temperatures_0=zeros + 1, lengths_0=np.asarray([len(versions)]), first_0=True, exact_0=row < -1,
+    )  # fmt: skip
+
+
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The sentence that it ends with."""
+    monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_no_runs_folder_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "that is no run's folder" in said(monkeypatch, capsys, run / "records")
+    assert "--every 0: a number above 0 is wanted" in said(monkeypatch, capsys, run, "--every", "0")
+
+
+def test_a_run_that_was_not_recorded_is_told_how_to(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(monkeypatch, capsys, run).endswith("holds no batch: record the run with learner.record = true")
+
+
+def test_a_version_that_was_not_kept_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(run, versions=[-1, 4, 4])
+    told = said(monkeypatch, capsys, run)
+    assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'} any more" in told
+    assert "learner.checkpoint.keep = learner.versions" in told
+
+
+def test_a_record_without_old_log_probs_is_not_compared(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(run, versions=[-1, -1])
+    assert "has an old log-prob: a surrogate stood in the proximal's place" in said(monkeypatch, capsys, run)
