@@ -170,20 +170,21 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
                 continue  # told with what else the key can be
             key = tuple(part for i, part in enumerate(key) if not _is_branch(key[: i + 1]))
             where = _origin(origins, key, detail) or str(path)
-            problems.append(f"{where}: {_problem(key, detail, tags[-1] if tags else None)}")
+            by = origins.get((*key[:-1], "kind"))
+            problems.append(f"{where}: {_problem(key, detail, tags[-1] if tags else None, f' by {by}' if by else '')}")
     if problems:
         raise Refusal("\n".join(problems))
     return config
 
 
-def _problem(key: Key, detail: Any, tag: str | None) -> str:
-    """What is wrong at the key. tag: the kind of the section that the key is in, where it has kinds."""
+def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
+    """What is wrong at the key. tag: the kind of the section that the key is in, where it has kinds; by: who set it."""
     name, section, given = ".".join(key), _fields(key), f"got {detail['input']!r}"
     if key[-1:] == ("[key]",):
         return f"{'.'.join(key[:-2])}: there is no {key[-2]!r}; it can be {detail['ctx']['expected']}"
     match detail["type"]:
         case "extra_forbidden":
-            return _unknown(key, tag)
+            return _unknown(key, tag, by)
         case "union_tag_invalid":
             kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
             return f"{name}.kind: there is no {kind!r}; it can be {known}"
@@ -237,7 +238,7 @@ def _is_pair(key: Key) -> bool:
     return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected(key)))
 
 
-def _unknown(key: Key, tag: str | None = None) -> str:
+def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
     for depth in range(len(key)):
         fields = _fields(key[:depth])
         if fields is None or key[depth] in fields:
@@ -256,7 +257,7 @@ def _unknown(key: Key, tag: str | None = None) -> str:
     own = next(
         m.model_fields for m in _members(_expected(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
     )
-    return f'{".".join(key)} is not a key of {above} with kind = "{tag}"; that has {", ".join(sorted(own))}'
+    return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
 
 
 def _fields(key: Key) -> dict[str, Any] | None:

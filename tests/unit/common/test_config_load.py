@@ -244,7 +244,12 @@ def test_a_key_of_another_member_of_the_union_is_answered_with_those_of_this_one
     said = refused(run, "--learner.proximal.kind=ewma_prox", "--learner.proximal.window=3")
     assert said == (
         "--learner.proximal.window: learner.proximal.window is not a key of learner.proximal with "
-        'kind = "ewma_prox"; that has decay, kind'
+        'kind = "ewma_prox" by --learner.proximal.kind; that has decay, kind'
+    )
+    said = refused(run, "--learner.proximal.kind=bypass", more="proximal = { kind = 'snapshot', prefetch = true }")
+    assert said == (
+        f"{run}: learner.proximal.prefetch is not a key of learner.proximal with "
+        'kind = "bypass" by --learner.proximal.kind; that has kind'
     )
 
 
