@@ -1,5 +1,6 @@
 """From files, environment and flags to one configuration; and what every wrong thing is told."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from common.config import Invocation, RunConfig, load
 from common.refusal import ExitCode, Refusal
 
+ROOT = Path(__file__).parents[3]
 RUN = """
 [run]
 id = "first"
@@ -74,6 +76,13 @@ def test_a_variable_for_a_key_goes_before_one_for_its_section(run: Path) -> None
 def test_variables_without_the_prefix_are_left_alone(run: Path) -> None:
     config = loaded(run, RUN__SEED="7", PALIMPSEST_FAULT="learner.after_publish:3", PALIMPSEST_GATEWAY_TOKEN="secret")
     assert config.run.seed == 0
+
+
+def test_every_variable_that_the_documentation_names_can_be_set(run: Path) -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.toml")]
+    named = {name for page in pages for name in re.findall(r"PALIMPSEST_\w+[A-Z]", page.read_text())}
+    assert {"PALIMPSEST_CACHE", "PALIMPSEST_GATEWAY_TOKEN", "PALIMPSEST_KAFKA_PASSWORD"} <= named
+    loaded(run, **{name: "5" for name in named if "__" not in name})
 
 
 def test_a_flag_takes_its_value_after_a_space_too(run: Path) -> None:
