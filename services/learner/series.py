@@ -1,5 +1,6 @@
 """Puts a version's line into the learner's Prometheus series."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from services.learner import metrics
@@ -39,11 +40,14 @@ def _training(line: Line) -> None:
 
 def _tokens(line: Line) -> None:
     metrics.NONFINITE.inc(line["all"]["nonfinite"])
+    for gauge, key in (
+        (metrics.LOG_DISCREPANCY, "log_discrepancy_abs"),
+        (metrics.LOG_STALENESS_RATIO, "log_staleness_ratio_abs"),
+        (metrics.MASKED, "masked"),
+        (metrics.CLIPPED, "clipped"),
+    ):
+        _set_each(gauge, {staleness: values[key] for staleness, values in line["by_staleness"].items()})
     for staleness, values in line["by_staleness"].items():
-        metrics.LOG_DISCREPANCY.labels(staleness).set(values["log_discrepancy_abs"])
-        metrics.LOG_STALENESS_RATIO.labels(staleness).set(values["log_staleness_ratio_abs"])
-        metrics.MASKED.labels(staleness).set(values["masked"])
-        metrics.CLIPPED.labels(staleness).set(values["clipped"])
         for _ in range(int(values["tokens"])):
             metrics.STALENESS.observe(int(staleness))
     for ratio, spreads in line["ratios"].items():
@@ -83,10 +87,16 @@ def _old(line: Line) -> None:
     leak = line["leak"]
     if leak is None:
         return
-    for staleness, values in leak["by_staleness"].items():
-        _set(metrics.LEAK_RMS.labels(staleness), values["leak_rms"])
+    _set_each(metrics.LEAK_RMS, {age: values["leak_rms"] for age, values in leak["by_staleness"].items()})
     for name in WRONG:
         _set(metrics.WRONG_REASON.labels(name), leak[name])
+
+
+def _set_each(gauge: Any, values: Mapping[str, float | None]) -> None:
+    """By staleness; one that an earlier batch had tokens of and this one has not is not known any more."""
+    earlier = {sample.labels["staleness"] for metric in gauge.collect() for sample in metric.samples}
+    for staleness in earlier | values.keys():
+        _set(gauge.labels(staleness), values.get(staleness))
 
 
 def _set(gauge: Any, value: float | None) -> None:

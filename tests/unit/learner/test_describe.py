@@ -285,6 +285,20 @@ def test_a_line_becomes_series(exact: Trained) -> None:
     assert value("companion", what="multiplier") == 2.0
 
 
+def test_a_staleness_that_the_last_batch_does_not_have_is_not_known(exact: Trained) -> None:
+    def masked(staleness: str) -> float | None:
+        return REGISTRY.get_sample_value("palimpsest_learner_masked_share", {"staleness": staleness})
+
+    line = line_of(exact, a_learner())
+    observe(line)
+    assert masked("3") == line["by_staleness"]["3"]["masked"]
+    observe(line | {"by_staleness": {age: values for age, values in line["by_staleness"].items() if age != "3"}})
+    assert math.isnan(masked("3") or 0.0)
+    assert masked("0") == line["by_staleness"]["0"]["masked"]
+    observe(line)
+    assert masked("3") == line["by_staleness"]["3"]["masked"]
+
+
 def test_a_teller_goes_on_from_the_history(exact: Trained, tmp_path: Path) -> None:
     """Two versions, a restart, two more: each line is judged with those before it."""
     history, config = tmp_path / "history.jsonl", a_learner()
