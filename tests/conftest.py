@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
+
 from tests.models import build
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
