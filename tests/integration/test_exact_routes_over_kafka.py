@@ -1,0 +1,91 @@
+"""Replicas and interruption over a real Kafka: what was said over the log is what plain transformers say.
+
+The engine is scripted and slow, so that trajectories are alive while versions change.
+"""
+
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bus.kafka import Connection, KafkaBus
+from common.bus.standing import scan
+from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
+from tools.backends.kafka import Kafka
+from tools.rescore import Models, rescore
+
+pytestmark = pytest.mark.servers
+VERSIONS = 8
+LAYOUTS = 5e-3
+"""Largest difference that another padding makes to a log-prob of the small bf16 model, in nats."""
+
+
+def finished(
+    kind: str, kafka: Kafka, folder: Path, model: Path, *flags: str, environment: dict[str, str] | None = None
+) -> Path:
+    """The folder of a run that came to its end: two rollout workers, every version kept and every batch recorded."""
+    run = RunProcess(
+        scripted(folder, model, versions=VERSIONS, tokens_per_s=10.0),
+        "--bus.kind=kafka",
+        f"--bus.servers={kafka.servers}",
+        f"--run.id={kind}",
+        f"--learner.proximal.kind={kind}",
+        "--local.rollout_workers=2",
+        "--learner.record=true",
+        "--learner.checkpoint.keep=1000",
+        *flags,
+        environment=environment,
+    )
+    code, output = run.finish(within_s=300)
+    assert code == 0, output[-3000:]
+    assert not (folder / kind / "bus.sqlite").exists()
+    return folder / kind
+
+
+def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
+    with closing(KafkaBus(Connection(kafka.servers, {}), prefix=f"palimpsest.{kind}.")) as bus:
+        return [decode(topic, record.body) for record in scan(bus, topic)]
+
+
+def check(home: Path, model: Path, said: list[Any]) -> None:
+    """Every trajectory is accounted for; every trained token has one old log-prob, that of the weights it came from."""
+    check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
+    lines = history(home)
+    assert len(lines) == VERSIONS
+    for line in lines:
+        assert (line["exact"], line["all"]["missing"]) == (True, 0)
+    assert sum(line["multi_version"] for line in lines) > 0
+    seen = rescore(home / "records", Models(home / "snapshots", str(model), "eager"))
+    assert seen["tokens"] == sum(line["tokens"] for line in lines) > 300
+    assert seen["alone_max_abs"] <= LAYOUTS
+    weights: dict[tuple[str, int, int], set[str]] = defaultdict(set)
+    for score in said:
+        assert isinstance(score, OldLogprobsComputed)
+        for token in range(score.start, score.stop):
+            weights[score.trajectory, token, score.version].add(score.digest)
+    assert weights
+    assert all(len(digests) == 1 for digests in weights.values())
+
+
+def test_replicas_share_the_work(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
+    home = finished("replica", kafka_server, tmp_path, starting_model, "--local.replicas=2")
+    said = records("replica", kafka_server, OLD_LOGPROBS)
+    check(home, starting_model, said)
+    assert {score.by for score in said} <= {"replica-0", "replica-1"}
+
+
+def test_cuts_and_a_learner_that_dies_in_one(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
+    """Restarted, it finds on the log what it scored before."""
+    died = tmp_path / "died"
+    environment = {"PALIMPSEST_FAULT": "learner.after_cut:3", "PALIMPSEST_FAULT_ONCE": str(died)}
+    patient = "--learner.proximal.deadline_s=60"
+    home = finished("interruption", kafka_server, tmp_path, starting_model, patient, environment=environment)
+    assert died.exists()
+    said = records("interruption", kafka_server, OLD_LOGPROBS)
+    check(home, starting_model, said)
+    assert {score.by for score in said} == {"learner"}
+    cuts = {m.cut for m in records("interruption", kafka_server, TRAJECTORIES) if isinstance(m, SegmentFlushed)}
+    assert len(cuts) > 1, "trajectories were alive at several cuts"
