@@ -100,7 +100,7 @@ class Loop:
             self._trainee.restore(own, progress.optimizer_steps)
             self._companions.restore(beside)
             self._planner.restore(progress.ledger, now=time.monotonic())
-            self._intake.start(progress.offsets, progress.task_offsets, now=time.monotonic())
+            self._intake.start(progress.offsets, progress.task_offsets, progress.score_offsets, now=time.monotonic())
             history_bytes = progress.history_bytes
             self._version, self._trained_versions = progress.version, progress.trained_versions
             self._seconds_before = progress.seconds
@@ -295,6 +295,7 @@ class Loop:
                 ledger=self._planner.state(),
                 offsets=self._intake.offsets(),
                 task_offsets=self._intake.task_ends,
+                score_offsets=self._intake.score_offsets(),
                 history_bytes=self._history.length,
                 seconds=self._seconds(),
             ),

@@ -108,7 +108,7 @@ class Replicas(Nothing):
         self._intake, self._reader = intake, reader
 
     def start(self) -> None:
-        self._reader.read()
+        self._reader.start(self._intake.score_offsets())
 
     def work(self, now: Version, digest: str) -> int:
         self._reader.read()

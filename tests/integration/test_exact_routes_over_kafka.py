@@ -13,7 +13,7 @@ import pytest
 from common.bus.kafka import Connection, KafkaBus
 from common.bus.standing import scan
 from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
+from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tools.backends.kafka import Kafka
 from tools.rescore import Models, rescore
 
@@ -55,6 +55,7 @@ def check(home: Path, model: Path, said: list[Any]) -> None:
     check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
     lines = history(home)
     assert len(lines) == VERSIONS
+    assert any(newest_manifest(home)["score_offsets"].values()), "a restart would read all scores again"
     for line in lines:
         assert (line["exact"], line["all"]["missing"]) == (True, 0)
     assert sum(line["multi_version"] for line in lines) > 0

@@ -67,7 +67,8 @@ def missing(home: Path) -> float:
 
 
 def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
-    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2")
+    patient = "--learner.proximal.deadline_s=60"  # nobody dies here: all the time a busy machine needs
+    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient)
     code, output = run.finish(within_s=300)
     assert code == 0, output[-3000:]
     check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
