@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from services.learner.corrections import Limits, Rules, correct
 from services.learner.losses.aggregate import Denominators, aggregate
 from services.learner.losses.cispo import cispo_loss
 from services.learner.losses.clipped import ppo_loss
@@ -110,6 +112,31 @@ def test_losses_and_gradient_equal_the_oracle(name: str) -> None:
         np.testing.assert_allclose(outcome.losses.detach(), losses, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
         found = gradient(outcome, inputs)
         np.testing.assert_allclose(found, slopes, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_anchor_made_of_the_current_log_probs_holds_none_of_their_gradient(name: str) -> None:
+    ours, _ = PAIRS[name]
+    inputs = inputs_of(draw(4))
+    between = 0.5 * (inputs.behavior + inputs.current)
+    apart, made = replace(inputs, proximal=between.detach()), replace(inputs, proximal=between)
+    assert gradient(ours(apart), apart).any()
+    assert torch.equal(gradient(ours(made), made), gradient(ours(apart), apart))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_18_8_ratios_that_no_float_could_hold_have_finite_losses_and_gradients(name: str) -> None:
+    """e^1000 and more in float32, either way, for either sign of the advantage, as ratio and as discrepancy."""
+    ours, _ = PAIRS[name]
+    far = torch.tensor([-1e-3, -1e3, -1e30])
+    current, proximal, behavior, sign = torch.cartesian_prod(far, far, far, torch.tensor([-1.0, 1.0])).T[:, None]
+    mask = torch.ones(current.shape, dtype=torch.bool)
+    correction = correct(proximal, behavior, mask, missing=~mask, rules=Rules(weight="ratio"), limits=Limits())
+    inputs = Inputs(current.clone().requires_grad_(), proximal, behavior, correction.weight, sign, mask)
+    assert inputs.usable.all()
+    outcome = ours(inputs)
+    assert torch.isfinite(outcome.losses).all()
+    assert torch.isfinite(gradient(outcome, inputs)).all()
 
 
 @pytest.mark.parametrize("name", ["clipped", "dual_clip", "gspo", "minirl"])
