@@ -42,7 +42,8 @@ class Cuts:
     def heard(self, message: Control) -> None:
         """Take in the next record."""
         match message:
-            case CutRequested() if message.cut > self._last:  # an outage may put a copy of a former one behind it
+            case CutRequested() if message.cut > self._last and message.version >= self._newest:
+                # else it is a copy, which an outage may have put there, or of a learner that was replaced
                 self._last, self.open, self.held = message.cut, message, message.version
             case CutReleased() if self.open is not None and message.cut == self.open.cut:
                 self.let_go()
@@ -57,12 +58,15 @@ class Cuts:
             self.held = Version(self.open.version - 1)
             self.open = None
 
+    @property
+    def _newest(self) -> Version:
+        return self._published[0].version if self._published else NOTHING
+
     def _is_news(self, message: VersionPublished) -> bool:
         """Versions never go back: an older one's is a copy, the same one's news of a learner that was started again."""
-        newest = self._published[0].version if self._published else NOTHING
-        if message.version < newest or message in self._published:
+        if message.version < self._newest or message in self._published:
             return False
-        self._published = [message, *(self._published if message.version == newest else ())]
+        self._published = [message, *(self._published if message.version == self._newest else ())]
         return True
 
 

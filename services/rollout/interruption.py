@@ -20,8 +20,11 @@ from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
 
 HOLD_LIMIT_S = 120.0
-"""When nothing is heard for so long, the learner is taken for gone and the worker samples on. What it then samples with
+"""When the learner says nothing for so long, it is taken for gone and the worker samples on. What it then samples with
 the cut's version is not scored: a learner that comes back drops it, with a reason."""
+ANSWER_S = 5.0
+"""Between two looks at the log. When it took longer, the log or this process stood still: nobody could have been heard,
+and the learner has its time anew."""
 
 
 class Interruption:
@@ -35,6 +38,8 @@ class Interruption:
         self._cuts = Cuts()
         self._news = asyncio.Event()
         self._requested_at = 0.0
+        self._reached: int | None = None
+        self._looked_at = self._silent_since = 0.0
 
     @property
     def cut(self) -> int | None:
@@ -49,22 +54,28 @@ class Interruption:
 
     def act(self) -> None:
         """What was heard is how things stand now, not history that more follows on."""
+        self._listen()
         self._news.set()
+
+    def heard_all(self) -> None:
+        """The log answers, and nothing stands on it that was not heard: if the worker holds, the learner is silent."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at > ANSWER_S:
+            self._silent_since = now
+        self._looked_at = now
+        if self.cut is not None and self.cut == self._reached and now - self._silent_since >= HOLD_LIMIT_S:
+            self._give_up()
 
     async def serve(self) -> None:
         """Reach the cut that is asked for and let go when it is over; for ever. Raises EngineFailed."""
-        reached: int | None = None
         while True:
-            try:
-                async with asyncio.timeout(HOLD_LIMIT_S if self.cut is not None else None):
-                    await self._news.wait()
-            except TimeoutError:
-                self._give_up()
+            await self._news.wait()
             self._news.clear()
             request = self._cuts.open
-            if request is not None and request.cut != reached:
+            if request is not None and request.cut != self._reached:
                 await self._reach(request)
-                reached = request.cut
+                self._reached = request.cut
+                self._listen()
             elif request is None:
                 await self._weights.let_go(self._cuts.held)
 
@@ -114,6 +125,10 @@ class Interruption:
             if live.request == request:  # else the message ended while the engine was asked
                 return live.assembly.with_partial(partial)
 
+    def _listen(self) -> None:
+        """From now on it would be the learner's turn to say something."""
+        self._looked_at = self._silent_since = asyncio.get_running_loop().time()
+
     def _give_up(self) -> None:
         metrics.HOLDS_GIVEN_UP.inc()
         logger().warning(
@@ -121,3 +136,4 @@ class Interruption:
             consequence="samples on; what it samples with this version is not scored",
         )  # fmt: skip
         self._cuts.let_go()
+        self._news.set()

@@ -167,9 +167,11 @@ class Worker:
     async def _follow(self, control: Reader) -> None:
         """Hear of versions, of cuts and of the end."""
         known = await control.ends()  # what is older than this worker is history, not news
-        newest = Version(-1)
+        newest, read = Version(-1), dict.fromkeys(known, 0)
         while True:
-            for record in await control.poll(limit=256, timeout_s=POLL_S):
+            records = await control.poll(limit=256, timeout_s=POLL_S)
+            for record in records:
+                read[record.partition] = record.offset + 1
                 message = self._read(record)
                 match message:
                     case VersionPublished():
@@ -182,6 +184,8 @@ class Worker:
                 if record.offset + 1 >= known[record.partition]:
                     self._weights.announce(newest)
                     self._interruption.act()
+            if not records and self._interruption.cut is not None and await control.ends() == read:
+                self._interruption.heard_all()
 
     async def _take(self, tasks: Reader) -> None:
         """Take tasks as slots get free."""

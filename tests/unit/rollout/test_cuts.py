@@ -49,6 +49,9 @@ def after(*messages: Control) -> tuple[int | None, int]:
         ([published(3), request(7, 3), request(8, 3), release(7)], (8, 3)),
         ([published(3), request(7, 3), published(4), request(8, 4), release(8)], (None, 3)),
         ([published(3), request(7, 3), RunFinished("test", Version(3))], (7, 3)),
+        # of a learner that was replaced while it asked; its successor has not seen that number
+        ([published(2), published(3), request(7, 2)], (None, -1)),
+        ([published(2), published(3), request(7, 2), request(7, 3)], (7, 3)),
     ],
 )
 def test_a_request_stands_until_a_record_behind_it_says_more(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
+from common.bus.sqlite import SqliteBus, SqliteConsumer
 from common.config.schema import ScriptedEngineConfig
 from common.messages import (
     CONTROL,
@@ -286,6 +286,63 @@ async def test_when_nothing_is_heard_any_more_the_worker_goes_on_and_says_so(
         announce(place.bus, 1)
         ask(place.bus, 2, 1)  # a learner that comes back is served as ever
         await at_work.until(lambda: [answer.cut for answer in reached(place.bus)] == [1, 2])
+
+
+class Silent(SqliteBus):
+    """A log that, from a worker's answer on, does not say where `control` ends until it is told to go on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+
+    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
+        consumer = super().consumer(topic, group=group, member=member)
+        real = consumer.ends
+
+        def ends() -> dict[int, int]:
+            if topic == CONTROL and reached(self):
+                self.asked.set()
+                assert self.goes_on.wait(LIMIT_S)
+            return real()
+
+        consumer.ends = ends  # type: ignore[method-assign]
+        return consumer
+
+
+async def test_a_log_that_does_not_answer_is_not_taken_for_a_learner_that_is_gone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sampled behind the learner's back can never be scored, and an outage is to cost time only."""
+    monkeypatch.setattr(interruption, "HOLD_LIMIT_S", 0.0)
+    before = metrics.HOLDS_GIVEN_UP._value.get()
+    offer(place.bus, 0, samples=1)
+    announce(place.bus, 0)
+    engine = Limited(place, 5)
+    with closing(Silent(place.bus.path)) as bus:
+        async with working(place, engine=engine, bus=bus) as at_work:
+            await at_work.until(lambda: len(engine.sampled) == 5)
+            ask(place.bus, 1, 0)
+            await at_work.until(bus.asked.is_set)
+            await stands_still(engine)
+            announce(place.bus, 1)  # the learner is back as soon as the log is
+            bus.goes_on.set()
+            await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
+    assert engine.sampled == [0] * 5 + [1] * 3
+    assert metrics.HOLDS_GIVEN_UP._value.get() == before
+
+
+async def test_after_an_outage_the_learner_has_its_time_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "ANSWER_S", 0.0)  # every look counts as one that took too long
+    monkeypatch.setattr(interruption, "HOLD_LIMIT_S", 0.001)
+    offer(place.bus, 0, samples=1)
+    announce(place.bus, 0)
+    engine = Limited(place, 5)
+    async with working(place, engine=engine) as at_work:
+        await at_work.until(lambda: len(engine.sampled) == 5)
+        ask(place.bus, 1, 0)
+        await at_work.until(lambda: len(reached(place.bus)) == 1)
+        await stands_still(engine)
+        assert at_work.worker.status()["cut"] == 1
 
 
 async def test_a_cut_waits_for_the_verdict_on_what_is_on_the_engine(place: Place) -> None:
