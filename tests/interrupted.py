@@ -197,7 +197,7 @@ class Learner:
             self.intake.start({}, {}, now=0.0)
         else:
             self.planner.restore(before.planner.state(), now=0.0)
-            self.intake.start(before.intake.offsets(), before.intake.task_ends, now=0.0)
+            self.intake.start(before.intake.offsets(), before.intake.task_ends, before.intake.score_offsets(), now=0.0)
         self.intake.offer(Version(0), now=0.0)
         self.interruption.start()
 

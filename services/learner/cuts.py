@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from common.messages import CutReached, CutRequested
 from common.versions import Version
 
+MOST_LOST_S = 900.0
+"""Nothing waits for ever: so much time, in one cut, in which nobody could be heard is made up for."""
+
 
 @dataclass(frozen=True, slots=True)
 class CutReport:
@@ -47,11 +50,14 @@ class Cut:
     (True, False)
     >>> cut.answered, cut.late, cut.positions
     (('a',), ('b',), {0: 12})
+    >>> cut.begin_anew(now=165.0, lost_s=60.0)
+    >>> cut.waits({"a", "b"}, now=169.0), cut.waits({"a", "b"}, now=170.0)
+    (True, False)
     """
 
     def __init__(self, number: int, version: Version, *, requested_at: float, deadline_s: float) -> None:
         self.number, self.version = number, version
-        self._ends_at = requested_at + deadline_s
+        self._deadline_s, self._ends_at, self._lost_s = deadline_s, requested_at + deadline_s, 0.0
         self._asked: set[str] = set()
         self._answers: set[str] = set()
         self.positions: dict[int, int] = {}
@@ -65,6 +71,12 @@ class Cut:
         for partition, offset in answer.positions.items():
             self.positions[partition] = max(offset, self.positions.get(partition, 0))
         return True
+
+    def begin_anew(self, *, now: float, lost_s: float) -> None:
+        """For so long nobody could be heard: the workers have their whole time from now on."""
+        self._lost_s += lost_s
+        if self._lost_s <= MOST_LOST_S:
+            self._ends_at = now + self._deadline_s
 
     def waits(self, alive: Collection[str], *, now: float) -> bool:
         """Whether some worker that is alive has not answered, and there is time left.

@@ -5,6 +5,7 @@ flushes what it sampled. All of that is scored by the weights that are still res
 the weights change. Workers go on when they hear of the next version (docs/algorithms/interruption.md).
 """
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ SLICE_S = 0.2
 """While a batch is waited for, no micro-batch is begun after so long: what arrives is to be read meanwhile."""
 READ_S = 30.0
 """What workers flushed stands on the log when they say so. Only an outage of the log can hold it back for so long."""
+ANSWER_S = 5.0
+"""Between two looks at what workers say. When it took longer, the log did not answer or the learner was busy: nobody
+could be heard, and the workers have their time anew."""
 RECENT = 256
 """So many of the newest records in each partition of `workers` are read at the start, to know who is there."""
 
@@ -68,6 +72,9 @@ class Interruption:
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
         self._roster = Roster()
         self._workers: Consumer  # opened by start
+        self._heard_to: dict[int, int] = {}
+        """Topic `workers`: partition -> offset after the last record that was read."""
+        self._listened_at = 0.0
         self._first = self._next = 1
         self._open: int | None = None
         self._digests: dict[Version, str] = {}
@@ -86,15 +93,14 @@ class Interruption:
         self._first = self._next = next_number(control)
         self._digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
         pending, found = self._intake.pending(), 0
-        for message in self._standing(OLD_LOGPROBS):
+        for message in self._standing(OLD_LOGPROBS, self._intake.score_offsets()):
             if isinstance(message, OldLogprobsComputed) and pending(message.trajectory):
                 self._scores.put(message)
                 found += message.stop - message.start
         metrics_cuts.OLD_FOUND.inc(found)
         self._workers = self._bus.consumer(WORKERS)
-        for partition, end in self._workers.ends().items():
-            _seek_back(self._workers, partition, end)
-        self._hear(timeout_s=0.0)
+        self._heard_to = {p: _seek_back(self._workers, p, end) for p, end in self._workers.ends().items()}
+        self._hear_all()
         logger().debug("interruption", next_cut=self._next, found=found, workers=sorted(self._alive()))
 
     def work(self, now: Version, digest: str) -> int:
@@ -124,6 +130,7 @@ class Interruption:
             report = self._cut(now, digest, training)
         except Fenced:
             return CutReport(cut=0, version=now, fenced=True)
+        self._open = None
         metrics_cuts.CUTS.inc()
         metrics_cuts.LATE_WORKERS.inc(len(report.late))
         metrics_cuts.OLD_SCORED.labels("cut").inc(report.tokens_scored)
@@ -136,12 +143,16 @@ class Interruption:
         return report
 
     def published(self, version: Version, digest: str) -> None:
-        """A version was announced: that ended the cut."""
+        """A version was announced: that ended the hold."""
         self._digests[version] = digest
-        self._open = None
 
     def release(self) -> None:
-        """No version comes of the last cut: let the workers sample on. Does nothing when no cut is open."""
+        """Nothing comes of the cut under way: let the workers sample on. Does nothing when none is.
+
+        Once a cut has returned, it is too late for that: its version's weights change, and if the learner goes on from
+        later ones, nobody can score what is sampled with it now. The next version ends the hold, or the learner's
+        restart.
+        """
         if self._open is None:
             return
         cut, self._open = self._open, None
@@ -163,9 +174,10 @@ class Interruption:
             self._intake.read_all(now, timeout_s=0.0)
             before = self._early.work(self._sampled(training), now, digest)
             settled = self._settle(now)
-        self._hear(timeout_s=0.0)
+        self._hear_all()
         cut = self._request(now)
-        asked_at = self._clock()
+        asked_at = self._listened_at = self._clock()
+        self._roster.excuse(now=asked_at)  # to ask may have taken long
         tokens, flushed = before, settled
 
         def score(enough: bool) -> int:
@@ -180,14 +192,16 @@ class Interruption:
             timeout_s = 0.0
             while True:
                 self._hear(timeout_s=timeout_s, cut=cut)
+                self._hear_all(cut)
                 if not cut.waits(self._alive(), now=self._clock()):
                     break
                 self._intake.read_all(now, timeout_s=0.0)
                 timeout_s = 0.0 if score(enough=True) else POLL_S  # what is here already need not wait for the others
         seconds["wait"] -= seconds.get("score", 0.0)
         with self._timed(seconds, "read"):
-            caught_up = self._intake.read_until(cut.positions, now, deadline_s=READ_S)
-            self._intake.read_all(now, timeout_s=0.0)  # who was left out may have flushed all the same
+            caught_up = self._read(cut.positions, now)
+            # who was left out may have flushed all the same, and who died had finished something
+            self._read(dict.fromkeys(self._intake.offsets(), sys.maxsize), now)
         score(enough=False)
         faults.reach("learner.after_cut")
         if not caught_up:
@@ -204,6 +218,11 @@ class Interruption:
             flushed=flushed,
             seconds=seconds,
         )
+
+    def _read(self, positions: Mapping[int, int], now: Version) -> bool:
+        """Take in what stands on `trajectories` below these offsets; whether all of it came. An outage may come in
+        between once: the second look waits until the log answers."""
+        return any(self._intake.read_until(positions, now, deadline_s=READ_S) for _ in range(2))
 
     def _request(self, now: Version) -> Cut:
         self._confirm()  # the successor's workers are not to be stopped
@@ -242,15 +261,33 @@ class Interruption:
     def _alive(self) -> frozenset[str]:
         return self._roster.alive(now=self._clock())
 
+    def _hear_all(self, cut: Cut | None = None) -> None:
+        """Take in everything that stands on `workers`; while the log does not answer, wait. A poll alone may bring less
+        than there is."""
+        ends = self._workers.ends()
+        until = self._clock() + READ_S
+        while any(self._heard_to.get(p, 0) < end for p, end in ends.items()) and self._clock() < until:
+            self._hear(timeout_s=1.0, cut=cut)
+        lost_s, self._listened_at = (now := self._clock()) - self._listened_at, now
+        if lost_s <= ANSWER_S:
+            self._roster.listened(now=now)
+        else:
+            self._roster.excuse(now=now)
+            if cut is not None:
+                cut.begin_anew(now=now, lost_s=lost_s)
+
     def _hear(self, *, timeout_s: float, cut: Cut | None = None) -> None:
-        """Take in all that workers said, waiting at most so long for a first record."""
+        """Take in what workers said, waiting at most so long for a first record."""
         while records := self._workers.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
+                self._heard_to[record.partition] = record.offset + 1
                 if (message := self._message(record)) is None:
                     continue
                 self._roster.heard(message, now=self._clock())
                 if not isinstance(message, CutReached) or (cut is not None and cut.take(message)):
                     continue
+                if message.cut >= self._next:  # asked for by a learner that was replaced: the number is taken
+                    self._next = message.cut + 1
                 if message.cut >= self._first:
                     metrics_cuts.LATE_ANSWERS.inc()
                     logger().info("late answer", worker=message.worker, cut=message.cut)
@@ -258,9 +295,9 @@ class Interruption:
                 break
             timeout_s = 0.0
 
-    def _standing(self, topic: str) -> Iterator[Any]:
-        """Messages of this run that stand on the topic now."""
-        for record in scan(self._bus, topic):
+    def _standing(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
+        """Messages of this run that stand on the topic now, from these offsets on."""
+        for record in scan(self._bus, topic, start):
             if (message := self._message(record)) is not None:
                 yield message
 
@@ -293,9 +330,12 @@ class Interruption:
             seconds[phase] = seconds.get(phase, 0.0) + self._clock() - started
 
 
-def _seek_back(workers: Consumer, partition: int, end: int) -> None:
-    """Begin with the newest records of a partition."""
+def _seek_back(workers: Consumer, partition: int, end: int) -> int:
+    """Begin with the newest records of a partition; where that is."""
+    start = max(0, end - RECENT)
     try:
-        workers.seek({partition: max(0, end - RECENT)})
+        workers.seek({partition: start})
     except OffsetGone:  # the log begins later: whoever is there will be heard of soon
         workers.seek({partition: end})
+        return end
+    return start

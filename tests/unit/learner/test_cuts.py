@@ -4,7 +4,7 @@ import random
 
 from common.messages import CutReached, CutReleased, CutRequested, VersionPublished
 from common.versions import Version
-from services.learner.cuts import Cut, next_number
+from services.learner.cuts import MOST_LOST_S, Cut, next_number
 from tests.interrupted import reached
 
 
@@ -28,6 +28,15 @@ def test_the_deadline_leaves_out_who_has_not_answered() -> None:
     assert cut.waits({"a", "b"}, now=104.999)
     assert not cut.waits({"a", "b"}, now=105.0)
     assert (cut.answered, cut.late) == (("a",), ("b",))
+
+
+def test_time_in_which_nobody_could_be_heard_is_made_up_for_but_not_for_ever() -> None:
+    cut, now, outages = a_cut(), 100.0, 0
+    while cut.waits({"a"}, now=now + 4.9):
+        now += 100.0
+        cut.begin_anew(now=now, lost_s=100.0)
+        outages += 1
+    assert outages == MOST_LOST_S // 100 + 1
 
 
 def test_an_answer_to_a_former_cut_is_no_answer() -> None:

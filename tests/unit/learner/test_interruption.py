@@ -1,14 +1,16 @@
 """The learner's side of a cut, on a real log: who is waited for, what is scored, what is left when it is over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import pytest
 import torch
 
-from common.arrays import pack_int32
-from common.bus.port import Outgoing
+from common.arrays import Float32Array, pack_int32
+from common.bus.port import Outgoing, Record
+from common.bus.sqlite import SqliteConsumer
 from common.messages import (
     CONTROL,
     DEAD_LETTERS,
@@ -24,6 +26,8 @@ from common.snapshots.fencing import Fenced
 from common.unusable import Cause
 from common.versions import Version
 from services.learner import metrics_cuts
+from services.learner.batching import Padded
+from services.learner.cuts import MOST_LOST_S
 from services.learner.old.early import as_row
 from services.learner.old.together import Together, resident
 from services.learner.ranks import Ranks
@@ -343,17 +347,169 @@ def test_a_learner_that_was_replaced_stops_nobody_and_does_not_raise(log: Log) -
     assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == []
 
 
-def test_a_cut_of_which_no_version_comes_is_released_once(log: Log) -> None:
-    learner = Learner(log, Table(0))
+class OutOfMemory(Exception): ...
+
+
+def test_a_cut_that_comes_to_nothing_is_released_once(log: Log) -> None:
+    def fails(batches: Sequence[Padded]) -> list[Float32Array]:
+        raise OutOfMemory
+
+    log.said(alive("a"))
+    learner = Learner(log, fails)
     learner.interruption.release()
-    learner.interruption.cut(V0, digest(0))
+    log.answers = [flushing("a", a_flush(1, 0))]
+    with pytest.raises(OutOfMemory):
+        learner.interruption.cut(V0, digest(0))
     learner.interruption.release()
     learner.interruption.release()
     assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == [CutReleased(RUN, 1)]
+
+
+def test_once_a_cut_has_returned_nobody_is_let_sample_with_its_version_again(log: Log) -> None:
+    """If the learner ends now, the checkpoint it goes on from may be of the next version."""
+    learner = Learner(log, Table(0))
     learner.interruption.cut(V0, digest(0))
-    learner.interruption.published(V1, digest(1))
     learner.interruption.release()
-    assert len([m for m in log.messages(CONTROL) if isinstance(m, CutReleased)]) == 1, "the version ended the cut"
+    assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == []
+
+
+class Looked(Protocol):
+    """What happens when the learner looks for what workers say for the n-th time since a cut was asked for."""
+
+    def __call__(self, look: int) -> None: ...
+
+
+class FarLog(Log):
+    """A log over a network. A poll that does not wait brings nothing: what there is, is on its way."""
+
+    looked: Looked | None = None
+    looks = 0
+
+    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
+        """See Bus."""
+        consumer = super().consumer(topic, group=group, member=member)
+        poll, ends = consumer.poll, consumer.ends
+
+        def patient(*, limit: int, timeout_s: float) -> list[Record]:
+            return poll(limit=limit, timeout_s=timeout_s) if timeout_s else []
+
+        def answered() -> dict[int, int]:
+            if topic == WORKERS and self.looked is not None and requests(self):
+                self.looks += 1
+                self.looked(self.looks)
+            return ends()
+
+        consumer.poll, consumer.ends = patient, answered  # type: ignore[method-assign]
+        return consumer
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[FarLog]:
+    log = FarLog(tmp_path / "far")
+    log.announced(0)
+    yield log
+    log.close()
+
+
+def test_whoever_has_spoken_is_waited_for_though_a_poll_does_not_bring_it(far: FarLog) -> None:
+    learner = Learner(far, Table(0))
+    far.said(alive("a"), alive("b"))
+    far.answers = [flushing("a", a_flush(1, 0)), flushing("b", a_flush(2, 0, worker="b"))]
+    report = learner.interruption.cut(V0, digest(0))
+    assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
+
+
+def test_what_a_worker_that_died_had_finished_is_scored_though_a_poll_does_not_bring_it(far: FarLog) -> None:
+    learner = Learner(far, Table(0))
+    far.sampled(a_finished(0, 0))
+    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
+
+
+@pytest.mark.parametrize("out_s", [60.0, 400.0])
+def test_an_outage_of_the_log_takes_no_time_from_the_workers(out_s: float, far: FarLog) -> None:
+    """Not even twice; what they sampled by then is scored like anything else."""
+    clock = Ticking()
+    learner = Learner(far, Table(0), clock=clock)
+    far.said(alive("a"), alive("b"))
+
+    def looked(look: int) -> None:
+        match look:
+            case 1 | 3:
+                clock.now += out_s
+            case 5:
+                flushing("a", a_flush(1, 0))(far, requests(far)[-1])
+            case 7:
+                flushing("b", a_flush(2, 0, worker="b"))(far, requests(far)[-1])
+
+    far.looked = looked
+    report = learner.interruption.cut(V0, digest(0))
+    assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
+
+
+def test_a_log_that_answers_every_now_and_then_does_not_hold_the_learner_for_ever(far: FarLog) -> None:
+    clock = Ticking()
+    learner = Learner(far, Table(0), clock=clock)
+    far.said(alive("dead"))
+
+    def looked(look: int) -> None:
+        clock.now += 6.0
+
+    far.looked = looked
+    report = learner.interruption.cut(V0, digest(0))
+    assert report.late == ("dead",)
+    assert MOST_LOST_S < report.stall_s < MOST_LOST_S + 20
+
+
+def test_after_an_outage_whoever_was_there_before_it_is_waited_for(far: FarLog) -> None:
+    """The learner trained meanwhile, and no worker has come through again yet."""
+    clock = Ticking()
+    learner = Learner(far, Table(0), clock=clock)
+    far.said(alive("a"))
+    far.answers = [flushing("a")]
+    learner.interruption.cut(V0, digest(0))
+    clock.now += 60.0
+    far.answers = []
+
+    def looked(look: int) -> None:
+        if len(requests(far)) == 2 and look == far.looks >= 8:
+            flushing("a", a_flush(1, 0))(far, requests(far)[-1])
+            far.looked = None
+
+    far.looked = looked
+    report = learner.interruption.cut(V0, digest(0))
+    assert (report.answered, report.late, report.tokens_scored) == (("a",), (), 4)
+
+
+def test_a_worker_that_is_gone_for_good_is_waited_for_in_few_cuts(log: Log) -> None:
+    log.said(alive("dead"))
+    clock = Ticking(0.05)
+    learner = Learner(log, Table(0), clock=clock)
+    asked = []
+    for _ in range(4):
+        asked.append(learner.interruption.cut(V0, digest(0)).workers)
+        clock.now += 60.0
+    assert asked == [("dead",), ("dead",), (), ()]
+
+
+def test_the_number_of_a_cut_that_another_learner_asked_for_is_not_used_again(log: Log) -> None:
+    """It was being replaced; workers would take a second request of that number for a copy."""
+    log.said(alive("a"))
+    learner = Learner(log, Table(0))
+    log.said(reached("a", 1))
+    log.answers = [flushing("a", a_flush(1, 0))]
+    assert learner.interruption.cut(V0, digest(0)).cut == 2
+
+
+def test_a_restart_does_not_read_scores_of_what_was_settled_before_its_checkpoint(log: Log) -> None:
+    log.publish(OLD_LOGPROBS, [Outgoing("x", b"stands there before anything is offered")])
+    before = Learner(log, Table(0))
+    log.sampled(a_finished(0, 0))
+    before.read()
+    before.interruption.cut(V0, digest(0))
+    count = len(log.messages(DEAD_LETTERS))
+    after = Learner(log, Table(0), before=before)
+    assert len(after.scores) == 1
+    assert len(log.messages(DEAD_LETTERS)) == count, "it was not met again"
 
 
 def test_cuts_go_on_counting_over_restarts(log: Log) -> None:
