@@ -24,9 +24,20 @@ from common.messages import (
     OldLogprobsComputed,
     SegmentFlushed,
     TrajectoryFinished,
+    VersionApplied,
     VersionPublished,
+    WorkerAlive,
     decode,
 )
+
+KNOWN_S = 9.0
+"""A worker that has spoken so shortly before a cut is known of."""
+HOLD_LIMIT_S = 15.0
+"""The patience of simulated workers."""
+NOTICED_S = 10.0
+"""Outages that are longer are noticed by them."""
+MARGIN_S = 4.5
+"""What is said may be under way for so long."""
 
 
 class Violated(AssertionError):
@@ -64,10 +75,20 @@ class Judge:
     reached: list[Reached] = field(default_factory=list)
     gave_up: list[tuple[str, int, float]] = field(default_factory=list)
     """Worker's life, the version it held, and when it would wait no longer."""
+    spoke: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Worker's life -> when it said that it has a version."""
+    outages: list[tuple[float, float]] = field(default_factory=list)
+    """From when until when the log did not answer."""
     sent: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
     """Trajectory -> all token arrays that were sent of it."""
+    sent_at: dict[int, float] = field(default_factory=dict)
+    """Token -> when a record that holds it stood on the log."""
     scored: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     """Token -> versions whose weights scored it, as often as a durable record says so."""
+    scored_in_vain: set[int] = field(default_factory=set)
+    """Tokens that a learner scored after it was replaced: its successor may have done so, too."""
+    counted: list[tuple[int, int]] = field(default_factory=list)
+    """Version, and the cut after which its weights changed."""
     cuts: dict[int, frozenset[str]] = field(default_factory=dict)
     """Version -> lives of workers that were heard at the cut after which its weights changed."""
     kept: dict[str, tuple[TrajectoryFinished, Mapping[int, float], int]] = field(default_factory=dict)
@@ -77,26 +98,28 @@ class Judge:
         """An engine sampled this token."""
         self.tokens[token] = Token(by, version, at)
 
-    def note(self, topic: str, records: Sequence[Record], by: str, *, at: float) -> None:
-        """These were published, by this worker's life if any."""
+    def note(self, topic: str, records: Sequence[Record], by: str, *, at: float, replaced: bool = False) -> None:
+        """These were published, by this life of a worker or a learner, which another one has replaced."""
         for message in (decode(topic, record.body) for record in records):
             match message:
                 case SegmentFlushed() | TrajectoryFinished():
                     assert topic == TRAJECTORIES
-                    self._sent(message)
+                    self._sent(message, at)
                 case CutReached():
                     assert topic == WORKERS
                     self.reached.append(Reached(by, at, message))
+                case WorkerAlive() | VersionApplied() if message.version >= 0:
+                    self.spoke[by].append(at)
                 case OldLogprobsComputed():
                     assert topic == OLD_LOGPROBS
-                    self._scored(message)
+                    self._scored(message, replaced)
                 case CutRequested() | CutReleased() | VersionPublished():
                     assert topic == CONTROL
-                    if all(message != standing for _, standing in self.control):  # a copy says nothing
-                        self.control.append((at, message))
+                    self.control.append((at, message))
 
     def changed(self, version: int, cut: int, answered: Sequence[str], *, heard_by: float) -> None:
         """The weights of this version are gone, after this cut; by then the learner had heard of these workers."""
+        self.counted.append((version, cut))
         self.cuts[version] = frozenset(
             answer.by
             for answer in self.reached
@@ -112,6 +135,8 @@ class Judge:
         if self.problems:
             raise Violated(self.problems[0])
         self._nothing_behind_the_learners_back()
+        self._nobody_was_left_out_who_was_in_time()
+        self._nobody_gave_up_too_early()
         for token, versions in self.scored.items():
             if versions != [self.tokens[token].version]:
                 raise Violated(f"token {token} of version {self.tokens[token].version} was scored by {versions}")
@@ -138,13 +163,18 @@ class Judge:
             if token in old:
                 if old[token] != score_under(version):
                     raise Violated(f"{what} was given {old[token]}")
-                if times != 1:
+                if times != 1 and token not in self.scored_in_vain:
                     raise Violated(f"{what} has a value, and {times} records of it")
-            elif version != now and not self._is_late(self.tokens[token]):
+            elif version != now and not self._is_late(token):
                 raise Violated(f"{what} has no score at {now}, {times} records of it: {self.tokens[token]}")
 
-    def _is_late(self, token: Token) -> bool:
-        """Whether its worker was not heard in time, or had given the learner up before it was sampled."""
+    def _is_late(self, number: int) -> bool:
+        """Whether it was not on the log yet when its version's cut was asked for, and its worker was not heard in time,
+        or had given the learner up before it was sampled."""
+        token = self.tokens[number]
+        asked = {m.cut: at for at, m in self.control if isinstance(m, CutRequested)}
+        if any(self.sent_at[number] < asked[cut] for version, cut in self.counted if version == token.version):
+            return False
         if token.by not in self.cuts.get(token.version, frozenset()):
             return True
         return any(by == token.by and token.version <= held and at <= token.at for by, held, at in self.gave_up)
@@ -160,6 +190,30 @@ class Judge:
                 late = token.version < version or (token.version == version and token.at < until)
                 if answer.at < token.at and late:
                     raise Violated(f"token {number} was sampled behind {answer}: {token}, held until {until}")
+
+    def _nobody_was_left_out_who_was_in_time(self) -> None:
+        """A worker that the learner must have known of, and that had answered by the deadline, outages left aside."""
+        asked = {m.cut: (at, m) for at, m in self.control if isinstance(m, CutRequested)}
+        for version, cut in self.counted:
+            at, request = asked[cut]
+            for answer in self.reached:
+                known = any(at - KNOWN_S < spoke < at for spoke in self.spoke[answer.by])
+                in_time = self._well_s(at, answer.at) < request.deadline_s
+                if answer.message.cut == cut and known and in_time and answer.by not in self.cuts[version]:
+                    raise Violated(f"{answer} came in time for what was asked at {at}, and nobody waited")
+
+    def _nobody_gave_up_too_early(self) -> None:
+        """A worker may take the learner for gone only when a log that was well was silent for so long."""
+        for by, held, until in self.gave_up:
+            last = max(at for at, _ in self.control if at <= until - MARGIN_S)
+            last = max([last, *(back for gone, back in self.outages if back <= until and back - gone > NOTICED_S)])
+            if until - last < HOLD_LIMIT_S - MARGIN_S:
+                raise Violated(f"{by} gave up version {held} at {until}, the learner could be heard until {last}")
+
+    def _well_s(self, start: float, stop: float) -> float:
+        """So long between these times the log was well; it answers again when an outage is over."""
+        gone = sum(max(0.0, min(stop, back) - max(start, out)) for out, back in self.outages)
+        return stop - start - gone
 
     def _held(self, answer: Reached) -> tuple[int, float]:
         """The version that the worker held from its answer on, and until when."""
@@ -177,17 +231,18 @@ class Judge:
                     until.append(at)
         return version, min(until, default=float("inf"))
 
-    def _sent(self, message: SegmentFlushed | TrajectoryFinished) -> None:
+    def _sent(self, message: SegmentFlushed | TrajectoryFinished, at: float) -> None:
         tokens: list[int] = np.frombuffer(message.tokens, dtype="<i4").tolist()
         self.sent[message.trajectory].append(tokens)
         covered = dict(trainable(message))
+        self.sent_at |= {token: at for token in covered if token not in self.sent_at}
         for token, version in covered.items():
             if self.tokens[token].version != version:
                 self.problems.append(f"{message.trajectory}: {self.tokens[token]} is said to be of version {version}")
         if missing := [token for token in tokens if token in self.tokens and token not in covered]:
             self.problems.append(f"{message.trajectory}: tokens {missing} were sampled, and no segment covers them")
 
-    def _scored(self, message: OldLogprobsComputed) -> None:
+    def _scored(self, message: OldLogprobsComputed, in_vain: bool) -> None:
         digests = (
             (tokens, blake3(np.array(tokens[: message.stop], dtype="<i4").tobytes()).hexdigest())
             for tokens in self.sent[message.trajectory]
@@ -200,7 +255,10 @@ class Judge:
         for token, value in zip(tokens[message.start : message.stop], values, strict=True):
             if value != score_under(message.version):
                 self.problems.append(f"{message} was not computed by the weights of its version")
-            self.scored[token].append(message.version)
+            if in_vain:
+                self.scored_in_vain.add(token)
+            else:
+                self.scored[token].append(message.version)
 
 
 def score_under(version: int) -> float:

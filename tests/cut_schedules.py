@@ -1,7 +1,9 @@
 """Runs in simulated time: four real workers, the real learner's side of cuts, and whatever may go wrong between them.
 
-Workers and learner die and start again, acknowledgements come late, engines take long to stand still, tools take long
-to answer, sessions fail, the log holds copies of records, tasks are delivered twice. A seed repeats a run exactly.
+Workers and learner die and start again, the learner breaks in the middle of a cut, or stands still, is replaced and
+wakes; acknowledgements come late, engines take long to stand still, tools take long to answer, sessions fail, the log
+holds copies of records, gives less than stands on it, does not answer for a while, or not to one of them; tasks are
+delivered twice. A seed repeats a run exactly.
 """
 
 import asyncio
@@ -35,7 +37,7 @@ from services.rollout.worker import Worker
 from tests.cut_judge import Judge
 from tests.cut_learner import RUN, Learned, Learner
 from tests.memory_bus import MemoryBus
-from tests.simulated_time import Actor, SimulatedLoop, SimulatedStore
+from tests.simulated_time import Actor, NotYet, SimulatedLoop, SimulatedStore
 
 WORKERS_AT_WORK = 4
 VERSIONS = 3
@@ -43,6 +45,7 @@ VERSIONS = 3
 LIMIT_S = 1500.0
 """No run takes so long unless it is stuck."""
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+ALL = ""
 FIRST_TOKEN = 1000
 """Below it are tokens that nobody sampled."""
 life: ContextVar[str] = ContextVar("life", default="learner")
@@ -61,13 +64,20 @@ class Schedule:
     learned: list[Learned] = field(default_factory=lambda: [Learned()])
     """The learner's checkpoints."""
     at_work: list[Worker] = field(default_factory=list)
+    lives: list[str] = field(default_factory=list)
+    """All that began so far."""
+    silent: dict[str, float] = field(default_factory=lambda: {ALL: 0.0})
+    """Until when the log does not answer, to all or to one life."""
+    writer: int = 0
+    """Epoch of the learner that has the run."""
     over: bool = False
 
     def __post_init__(self) -> None:
-        self.store = SimulatedStore(self.loop, self._note)
+        self.store = SimulatedStore(self.loop, self._note, self._at_hand, self._silent_until)
         self.bus = MemoryBus(self.store, lease_s=60.0)
         self.bus.create_topics(dict.fromkeys(TOPICS, 1) | {TASKS: 8, TRAJECTORIES: 2, OLD_LOGPROBS: 2})
-        self.copies, self.deaths = self.chance(0.3), self.chance(0.7)
+        self.copies, self.deaths, self.outages = self.chance(0.3), self.chance(0.7), self.chance(0.3)
+        self.hesitates, self._copying = self.chance(0.3), False
 
     def chance(self, likely: float) -> bool:
         return self.random.random() < likely
@@ -84,14 +94,45 @@ class Schedule:
             await asyncio.wait({learner, *workers}, return_when=asyncio.FIRST_EXCEPTION)
             await asyncio.gather(learner, *workers)
 
+    def _goes_out(self) -> None:
+        """The log is silent for a while: to all, or only to one of them."""
+        now = self.loop.time()
+        until = now + self.random.uniform(8.0, 60.0)
+        if self.chance(0.3):
+            self.silent[self.random.choice(self.lives)] = until
+        elif self.silent[ALL] <= now:
+            self.silent[ALL] = until
+            self.judge.outages.append((now, until))
+        self.loop.call_at(until, self.store.look_again)
+
+    def _silent_until(self) -> float:
+        return max(self.silent[ALL], self.silent.get(life.get(), 0.0))
+
+    def _begins(self, name: str) -> None:
+        life.set(name)
+        self.lives.append(name)
+
     async def _learner(self) -> None:
+        actors: list[Actor] = []
         while self.learned[-1].version < VERSIONS:
-            learner = Learner(self, self.learned[-1], versions=VERSIONS)
+            self.writer += 1
+            learner = Learner(self, self.learned[-1], writer=self.writer, versions=VERSIONS)
+            self._begins(f"learner.{self.writer}")
             actor = Actor(self.loop, learner.live)
+            actors.append(actor)
+            replaced_after = None
             if self.deaths and self.chance(0.4):
-                self.loop.call_later(self.random.uniform(0.0, 60.0), actor.kill)
-            await actor.ended
-            await asyncio.sleep(self.some(90.0))
+                after = self.random.uniform(0.0, 60.0)
+                if self.chance(0.7):
+                    self.loop.call_later(after, actor.kill)
+                else:
+                    self.loop.call_later(after, actor.suspend, self.random.uniform(10.0, 90.0))
+                    replaced_after = after + self.some(60.0)
+            await asyncio.wait({actor.ended}, timeout=replaced_after)
+            if actor.ended.done():
+                actor.ended.result()
+                await asyncio.sleep(self.some(90.0))
+        await asyncio.gather(*(actor.ended for actor in actors))
         self.over = True
         for worker in self.at_work:
             worker.stop()
@@ -99,7 +140,7 @@ class Schedule:
     async def _worker(self, name: str) -> None:
         lives = itertools.count()
         while not self.over:
-            life.set(f"{name}.{next(lives)}")
+            self._begins(f"{name}.{next(lives)}")
             worker = a_worker(self, name)
             self.at_work.append(worker)
             working = asyncio.create_task(worker.work())
@@ -114,12 +155,30 @@ class Schedule:
             await asyncio.sleep(self.some(10.0))
 
     def _note(self, topic: str, records: Sequence[Record]) -> None:
-        self.judge.note(topic, records, life.get(), at=self.loop.time())
+        if self._copying:
+            return
+        by = life.get()
+        replaced = by.startswith("learner") and by != f"learner.{self.writer}"
+        self.judge.note(topic, records, by, at=self.loop.time(), replaced=replaced)
+        if topic == CONTROL and self.outages and self.chance(0.3):  # above all when workers are asked or wait
+            self.loop.call_later(self.some(5.0), self._goes_out)
         if topic == DEAD_LETTERS:
             raise AssertionError(f"buried: {records}")
-        if topic == CONTROL and self.copies and self.chance(0.2):
-            copy = [Outgoing(record.key, record.body) for record in records]
-            self.loop.call_later(self.some(30.0), self.bus.publish, topic, copy)
+        if topic in (CONTROL, TRAJECTORIES, OLD_LOGPROBS) and self.copies and self.chance(0.2):
+            self.loop.call_later(self.some(30.0), self._copy, topic, [Outgoing(r.key, r.body) for r in records])
+
+    def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
+        self._copying = True
+        try:
+            self.bus.publish(topic, records)
+        except NotYet as wait:
+            wait.subscribe(lambda: self._copy(topic, records))
+        finally:
+            self._copying = False
+
+    def _at_hand(self, limit: int) -> int:
+        """What a poll finds that does not wait: often nothing yet, or only a part."""
+        return self.random.choice([0, 1, limit]) if self.hesitates else limit
 
 
 def a_worker(schedule: Schedule, name: str) -> Worker:

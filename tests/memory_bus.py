@@ -45,6 +45,13 @@ class Store:
         """These stand on the topic now; the lock is held."""
         self.change.notify_all()
 
+    def reached(self) -> None:
+        """Somebody turns to the log, for anything but a poll: where outages are simulated, this waits."""
+
+    def at_hand(self, limit: int, timeout_s: float) -> int:
+        """How many of this many records a poll may be given that waits for so long: not those that are on their way."""
+        return limit
+
     def partitions(self, topic: str) -> list[_Partition]:
         """Raises LookupError."""
         if topic not in self.topics:
@@ -79,6 +86,7 @@ class MemoryBus:
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         if not records:
             return []
+        self.store.reached()
         standing: list[Record] = []
         with self.store.change:
             partitions = self.store.partitions(topic)
@@ -116,7 +124,7 @@ class MemoryConsumer:
         with self._store.change:
             while True:
                 self._stay_a_member()
-                records = self._read(limit)
+                records = self._read(self._store.at_hand(limit, timeout_s))
                 left = self._until - self._store.clock()
                 if records or left <= 0:
                     self._until = None
@@ -127,6 +135,7 @@ class MemoryConsumer:
         return frozenset(self._next)
 
     def seek(self, offsets: Mapping[int, int]) -> None:
+        self._store.reached()
         partitions = self._store.partitions(self._topic)
         for number, offset in offsets.items():
             if number >= len(partitions):
@@ -139,12 +148,14 @@ class MemoryConsumer:
     def commit(self, offsets: Mapping[int, int]) -> None:
         if self._group is None:
             raise ValueError(f"a consumer of {self._topic} without a group has nothing to commit to")
+        self._store.reached()
         with self._store.change:
             mine = self._share()
             commits = self._store.commits.setdefault((self._topic, self._group), {})
             commits.update({partition: offset for partition, offset in offsets.items() if partition in mine})
 
     def ends(self) -> dict[int, int]:
+        self._store.reached()
         return {number: partition.end for number, partition in enumerate(self._store.partitions(self._topic))}
 
     def close(self) -> None:

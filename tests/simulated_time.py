@@ -88,7 +88,7 @@ class Actor:
         self._back.acquire()
         self._wait = itertools.count()
         self._awaited: int | None = None
-        self._killed = False
+        self._killed = self._suspended = self._missed = False
         self.ended: asyncio.Future[None] = loop.create_future()
         """With what `body` raised."""
         self._context: Context = copy_context()
@@ -113,10 +113,23 @@ class Actor:
             self._killed = True
             self._turn()
 
+    def suspend(self, seconds: float) -> None:
+        """It gets no turn for so long."""
+        self._suspended = True
+        self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._suspended = False
+        if self._missed:
+            self._missed = False
+            self._turn()
+
     def _wake(self, number: int) -> None:
         if number == self._awaited:
             self._awaited = None
-            self._turn()
+            self._missed = self._suspended
+            if not self._suspended:
+                self._turn()
 
     def _turn(self) -> None:
         if not self.ended.done():
@@ -138,12 +151,39 @@ class Actor:
 
 
 class SimulatedStore(Store):
-    """A log in memory on the loop's clock. `note` is told of all that is published: topic, records."""
+    """A log in memory on the loop's clock.
 
-    def __init__(self, loop: SimulatedLoop, note: Callable[[str, Sequence[Record]], None]) -> None:
+    `note` is told of all that is published: topic, records. `fewer` says how many of so many records are at hand for a
+    poll that does not wait for them. Until `silent_until`, for whoever asks, polls bring nothing, and all else waits.
+    """
+
+    def __init__(
+        self,
+        loop: SimulatedLoop,
+        note: Callable[[str, Sequence[Record]], None],
+        fewer: Callable[[int], int],
+        silent_until: Callable[[], float],
+    ) -> None:
         super().__init__(clock=loop.time, change=contextlib.nullcontext())  # type: ignore[arg-type]
-        self._loop, self._note = loop, note
+        self._loop, self._note, self._fewer, self._silent_until = loop, note, fewer, silent_until
         self._waiting: dict[str, list[Callable[[], None]]] = {}
+
+    def look_again(self) -> None:
+        """Whoever waits for records has another try."""
+        for topic in list(self._waiting):
+            self._call(topic)
+
+    def reached(self) -> None:
+        while (left := self._silent_until() - self._loop.time()) > 0:
+            actor = getattr(Actor.here, "actor", None)
+            if actor is None:
+                raise NotYet(lambda again: self._loop.call_later(left, again))
+            actor.sleep(left)
+
+    def at_hand(self, limit: int, timeout_s: float) -> int:
+        if self._silent_until() > self._loop.time():
+            return 0
+        return limit if timeout_s else self._fewer(limit)
 
     def wait(self, topic: str, timeout_s: float) -> None:
         def subscribe(callback: Callable[[], None]) -> None:
@@ -157,6 +197,9 @@ class SimulatedStore(Store):
 
     def published(self, topic: str, records: Sequence[Record]) -> None:
         self._note(topic, records)
+        self._call(topic)
+
+    def _call(self, topic: str) -> None:
         for callback in self._waiting.pop(topic, ()):
             self._loop.call_soon(callback)
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import structlog
 
 from common.versions import Version
-from services.learner import intake
+from services.learner import intake, roster
 from services.learner.old import interruption as asking
 from services.rollout import interruption, worker
 from services.rollout.cuts import NOTHING, Cuts
@@ -31,7 +32,8 @@ Patch = pytest.MonkeyPatch
 def simulated(monkeypatch: Patch) -> Iterator[None]:
     """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
     for module, name, seconds in (
-        (worker, "POLL_S", 15.0),
+        (worker, "POLL_S", 5.0),
+        (interruption, "ANSWER_S", 10.0),
         (worker, "KEEP_S", 6.0),
         (worker, "ALIVE_S", 5.0),
         (asking, "POLL_S", 1.0),
@@ -134,6 +136,37 @@ def versions_are_mixed_up(patch: Patch) -> None:
     patch.setattr(Engine, "_sample", sample)
 
 
+def an_outage_takes_the_workers_time(patch: Patch) -> None:
+    patch.setattr(asking, "ANSWER_S", 1e9)
+
+
+def silence_of_all_is_taken_for_their_death(patch: Patch) -> None:
+    patch.setattr(roster, "SILENCE_S", 1e9)
+
+
+def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
+    patch.setattr(asking.Interruption, "_hear_all", lambda self, cut=None: self._hear(timeout_s=0.0, cut=cut))
+
+
+def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch) -> None:
+    patch.setattr(interruption, "ANSWER_S", 1e9)
+
+
+def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
+    real = asking.Interruption.cut
+
+    def cut(self: asking.Interruption, *args: Any, **options: Any) -> asking.CutReport:
+        report = real(self, *args, **options)
+        self._open = report.cut
+        return report
+
+    def published(self: asking.Interruption, version: Version, digest: str) -> None:
+        self._digests[version], self._open = digest, None
+
+    patch.setattr(asking.Interruption, "cut", cut)
+    patch.setattr(asking.Interruption, "published", published)
+
+
 @pytest.mark.parametrize(
     "without",
     [
@@ -144,6 +177,11 @@ def versions_are_mixed_up(patch: Patch) -> None:
         a_release_is_taken_for_any_version,
         a_copy_is_taken_for_news,
         versions_are_mixed_up,
+        an_outage_takes_the_workers_time,
+        silence_of_all_is_taken_for_their_death,
+        one_poll_is_taken_for_all_that_workers_say,
+        a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone,
+        a_cut_is_released_when_it_is_over,
     ],
     ids=lambda without: without.__name__,
 )
