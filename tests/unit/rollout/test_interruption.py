@@ -289,18 +289,19 @@ async def test_when_nothing_is_heard_any_more_the_worker_goes_on_and_says_so(
 
 
 class Silent(SqliteBus):
-    """A log that, from a worker's answer on, does not say where `control` ends until it is told to go on."""
+    """A log that does not say where `control` ends until it is told to go on."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.asked, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
         consumer = super().consumer(topic, group=group, member=member)
         real = consumer.ends
 
         def ends() -> dict[int, int]:
-            if topic == CONTROL and reached(self):
+            if topic == CONTROL:
                 self.asked.set()
                 assert self.goes_on.wait(LIMIT_S)
             return real()
@@ -321,8 +322,10 @@ async def test_a_log_that_does_not_answer_is_not_taken_for_a_learner_that_is_gon
     with closing(Silent(place.bus.path)) as bus:
         async with working(place, engine=engine, bus=bus) as at_work:
             await at_work.until(lambda: len(engine.sampled) == 5)
+            bus.goes_on.clear()
+            bus.asked.clear()
             ask(place.bus, 1, 0)
-            await at_work.until(bus.asked.is_set)
+            await at_work.until(lambda: bus.asked.is_set() and len(reached(place.bus)) == 1)
             await stands_still(engine)
             announce(place.bus, 1)  # the learner is back as soon as the log is
             bus.goes_on.set()
