@@ -11,7 +11,7 @@ from common.messages import CutReached, CutRequested
 from common.versions import Version
 
 MOST_LOST_S = 900.0
-"""Nothing waits for ever: so much time, in one cut, in which nobody could be heard is made up for."""
+"""Nothing waits for ever: when so much was made up for in one cut, no more is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class Cut:
 
     def begin_anew(self, *, now: float, lost_s: float) -> None:
         """For so long nobody could be heard: the workers have their whole time from now on."""
-        self._lost_s += lost_s
-        if self._lost_s <= MOST_LOST_S:
+        if self._lost_s < MOST_LOST_S:
             self._ends_at = now + self._deadline_s
+        self._lost_s += lost_s
 
     def waits(self, alive: Collection[str], *, now: float) -> bool:
         """Whether some worker that is alive has not answered, and there is time left.

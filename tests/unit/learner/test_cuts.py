@@ -39,6 +39,12 @@ def test_time_in_which_nobody_could_be_heard_is_made_up_for_but_not_for_ever() -
     assert outages == MOST_LOST_S // 100 + 1
 
 
+def test_a_single_outage_is_made_up_for_however_long_it_was() -> None:
+    cut = a_cut()
+    cut.begin_anew(now=10_000.0, lost_s=9_900.0)
+    assert cut.waits({"a"}, now=10_004.9)
+
+
 def test_an_answer_to_a_former_cut_is_no_answer() -> None:
     cut = a_cut()
     assert not cut.take(reached("a", 6, {0: 99}))
