@@ -83,6 +83,16 @@ def test_the_divergence_is_added_with_its_weight_and_pulls_to_the_starting_model
     assert entropies == [0.0] * 3
 
 
+def test_a_token_that_a_rule_masked_has_no_divergence() -> None:
+    objective = Objective(a_learner(discrepancy=UNCORRECTED, loss={"kl": {"weight": 0.6}}), length=3)
+    current, masked = placed(CURRENT).requires_grad_(), placed((1.0, 0.0, 1.0))
+    inputs = Inputs(current, placed(BEHAVIOR), placed(BEHAVIOR), masked, 0.0 * placed(CURRENT), MASK)
+    terms, counted = Terms(placed(ENTROPY), placed(START)), Denominators.of([2, 1], 3)
+    total = objective.loss(objective.outcome(inputs, multiplier=0.0), inputs, terms, counted, history=None)
+    (found,) = torch.autograd.grad(total, current)
+    assert (found[MASK] != 0).tolist() == [True, False, True]
+
+
 def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
     objective = {"kl": {"weight": 0.6, "place": "reward"}}
     config = a_learner(discrepancy=UNCORRECTED, loss=objective, advantages={"kind": "reinforce_pp"})

@@ -1,0 +1,56 @@
+"""Every key of learner.discrepancy and learner.loss reaches the formula that it speaks of, with its own number."""
+
+import pytest
+import torch
+
+from common.config.objective import DiscrepancyConfig
+from services.learner.corrections import Rules
+from services.learner.losses.cispo import cispo_loss
+from services.learner.losses.clipped import ppo_loss
+from services.learner.losses.gspo import gspo_loss
+from services.learner.losses.minirl import minirl_loss
+from services.learner.losses.policy_gradient import policy_gradient_loss
+from services.learner.losses.r2vpo import r2vpo_loss
+from services.learner.objective import Objective, rules
+from tests.builders import UNCORRECTED, a_learner
+from tests.conformance.test_objectives import Ours, draw, gradient, inputs_of
+
+LOSSES: dict[str, tuple[dict[str, object], Ours]] = {
+    "clipped": ({}, lambda inputs: ppo_loss(inputs, clip_low=0.11, clip_high=0.07)),
+    "clipped, dual": (
+        {"dual_clip": 1.3},
+        lambda inputs: ppo_loss(inputs, clip_low=0.11, clip_high=0.07, dual_clip=1.3),
+    ),
+    "policy_gradient": ({}, policy_gradient_loss),
+    "gspo": ({}, lambda inputs: gspo_loss(inputs, clip_low=0.11, clip_high=0.07)),
+    "cispo": ({}, lambda inputs: cispo_loss(inputs, clip_low=0.11, clip_high=0.07)),
+    "minirl": ({}, lambda inputs: minirl_loss(inputs, clip_low=0.11, clip_high=0.07)),
+    "r2vpo": ({"r2vpo": {"target": 0.5}}, lambda inputs: r2vpo_loss(inputs, multiplier=0.4, target=0.5)),
+}
+
+
+def test_a_rule_has_the_number_of_its_key() -> None:
+    section = DiscrepancyConfig(
+        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalise=True, band=1.4,
+        tokens=(0.6, 1.9), geometric=(0.98, 1.03), sequence=(0.2, 4.0), segment=(0.7, 1.1), veto=1e-3, difference=0.15,
+        estimates={"k2_token": 0.5, "k3_sequence_mean": 0.01}, m2=0.06,
+    )  # fmt: skip
+    assert rules(section) == Rules(
+        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalise=True, band=1.4,
+        tokens=(0.6, 1.9), geometric=(0.98, 1.03), sequence=(0.2, 4.0), segment=(0.7, 1.1), veto=1e-3, difference=0.15,
+        estimates={"k2_token": 0.5, "k3_sequence_mean": 0.01}, m2=0.06,
+    )  # fmt: skip
+    assert rules(UNCORRECTED) == Rules()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_objective_has_the_bounds_of_its_keys(name: str) -> None:
+    keys, ours = LOSSES[name]
+    loss = {"objective": name.split(",")[0], "clip_low": 0.11, "clip_high": 0.07} | keys
+    objective = Objective(a_learner(discrepancy=UNCORRECTED, loss=loss), length=8)
+    for seed in range(20):
+        inputs = inputs_of(draw(seed))
+        found, wanted = objective.outcome(inputs, multiplier=0.4), ours(inputs)
+        assert torch.equal(found.losses, wanted.losses)
+        assert torch.equal(gradient(found, inputs), gradient(wanted, inputs))
+        assert found.clipped.keys() == wanted.clipped.keys()
