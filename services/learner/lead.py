@@ -98,7 +98,7 @@ def lead(
             loop.start()
             done = loop.run()
         finally:
-            exact.release()  # whatever ends this learner, no worker is to stand still for it
+            exact.release()  # whatever ends this learner inside a cut, no worker is to stand still for it
     exact.close()
     intake.close()
     bus.close()
