@@ -19,6 +19,8 @@ class ExitCode(IntEnum):
     """The engine does not compute what the learner published."""
     REPLACED = 6
     """Another learner took this run over."""
+    ENGINE = 7
+    """The inference engine died. Nothing is lost by it, and the process may be started again."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; stopped cleanly."""
 
