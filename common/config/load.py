@@ -21,9 +21,15 @@ from common.config.schema import RunConfig
 from common.refusal import Refusal
 
 ENV_PREFIX = "PALIMPSEST_"
-NOT_KEYS = ("PALIMPSEST_CACHE", "PALIMPSEST_FAULT", "PALIMPSEST_GATEWAY_TOKEN", "PALIMPSEST_KAFKA_")
-"""Beginnings of environment variables that are no keys: tools/backends, common/faults.py, common/sessions/token.py,
-common/bus/kafka."""
+NOT_KEYS = (
+    "PALIMPSEST_CACHE",
+    "PALIMPSEST_ENGINE_",
+    "PALIMPSEST_FAULT",
+    "PALIMPSEST_GATEWAY_TOKEN",
+    "PALIMPSEST_KAFKA_",
+)
+"""Beginnings of environment variables that are no keys: tools/backends, what a worker tells its engine's processes,
+common/faults.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
 

@@ -213,6 +213,8 @@ class VllmEngineConfig(Section):
     """Compile the model's graph; slower to start, faster to run for large models."""
     threads: Positive = 1
     """CPU threads of the engine's forward pass (CPU engine)."""
+    amx: bool = True
+    """Use the CPU's matrix tiles (AMX) where it has them and the kernel permits it (CPU engine)."""
 
 
 class ScriptedEngineConfig(Section):

@@ -12,6 +12,7 @@ from common.config.schema import VllmEngineConfig
 from common.logs import logger
 from common.refusal import ExitCode, Refusal
 from common.versions import Version
+from services.rollout import amx
 from services.rollout.engine import EngineFailed, Sampled, Span, StoredWeights
 from services.rollout.vllm_plugin import NAME
 
@@ -231,5 +232,6 @@ def _set_environment(config: VllmEngineConfig) -> bool:
         return False
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    logger().debug("no GPU: vLLM's CPU engine", threads=config.threads)
+    os.environ[amx.VARIABLE] = "on" if config.amx else "off"
+    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=amx.settle().value)
     return True

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from services.rollout import amx
+
 NAME = "palimpsest"
 
 
 def register() -> None:
-    """Make the engine known to vLLM; harmless when called again."""
+    """Settle what the process may use of the CPU and make our engine known to vLLM; harmless when called again."""
+    amx.settle()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if NAME not in WeightTransferEngineFactory._registry:
