@@ -4,6 +4,8 @@ RUN ?= examples/embedded.toml
 ARGS ?=
 FOLDER ?= backends
 BIN := .venv/bin
+# pytest rewrites every test file: without __pycache__ it does so in each process of each call, for six seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup environment run run-cluster up down test lint check format docs clean

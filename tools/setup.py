@@ -22,7 +22,7 @@ STAMPS = ROOT / ".setup"
 MODEL = ROOT / "models" / "starting"
 UV = "uv==0.13.8"
 NEEDED_GB = 9
-INSTALLED_GB = {"cpu": 6.2, "gpu": 10.5}
+INSTALLED_GB = {"cpu": 6.6, "gpu": 11.0}
 LATEST = "torch and vLLM"
 
 
@@ -169,6 +169,9 @@ def client_settings() -> dict[str, str]:
     settings.setdefault("UV_HTTP_TIMEOUT", "180")
     settings.setdefault("UV_LINK_MODE", "hardlink")
     settings.setdefault("UV_NO_PROGRESS", "1")
+    # once here, not in each process that imports torch: where PYTHONDONTWRITEBYTECODE is set, as in many containers,
+    # that is two to eight seconds each time
+    settings.setdefault("UV_COMPILE_BYTECODE", "1")
     settings.pop("VIRTUAL_ENV", None)
     return settings
 
