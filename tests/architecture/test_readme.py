@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from common.config.schema import RunConfig
+from tests.programs import answered
 from tools import references
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +43,6 @@ STARTS = ("make ", "python -m ", ".venv/bin/python -m ")
 MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(STARTS)]
 
 
-def answered(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `python -m module ...` says."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def assert_make_knows(words: list[str]) -> None:
     """Targets have a rule and variables a default."""
     for word in words:
@@ -70,7 +65,7 @@ def test_there_are_commands_to_try() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_can_be_typed(command: str) -> None:
+def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """make's targets and variables exist; programs take the arguments: they are run with --check or --help added."""
     words = shlex.split(command, comments=True)
     match words:
@@ -87,16 +82,17 @@ def test_a_command_can_be_typed(command: str) -> None:
             assert_there_is_a_program(module)
         case _:
             raise AssertionError("this test does not know such commands")
+    monkeypatch.chdir(ROOT)
     helped = module in ("bench", "tools.rescore") or "audit" in arguments or "dead-letters" in arguments
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
-        assert "that is no run's folder" in done.stderr  # the flag is known; the folder is the reader's
+        assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's
     else:
-        assert done.returncode == 0, done.stderr
-        if "usage:" in done.stdout:  # --help passes over flags it does not know
-            assert all(word.partition("=")[0] in done.stdout for word in arguments if word.startswith("--"))
+        assert done.code == 0, done.err
+        if "usage:" in done.out:  # --help passes over flags it does not know
+            assert all(word.partition("=")[0] in done.out for word in arguments if word.startswith("--"))
         else:
-            assert tomllib.loads(done.stdout)["learner"]["versions"] > 0
+            assert tomllib.loads(done.out)["learner"]["versions"] > 0
 
 
 @pytest.mark.parametrize("command", MENTIONED)
@@ -110,9 +106,9 @@ def test_a_command_in_passing_names_what_there_is(command: str) -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
 def test_an_example_is_a_run(example: Path) -> None:
-    done = answered("services", str(example), "--check")
-    assert done.returncode == 0, done.stderr
-    written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.stdout)
+    done = answered("services", example, "--check")
+    assert done.code == 0, done.err
+    written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.out)
     assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
 
 
@@ -237,7 +233,14 @@ def test_a_function_elsewhere_would_be_noticed() -> None:
 
 def test_the_references_say_what_the_code_says() -> None:
     done = answered("tools.references", "--check")
-    assert (done.returncode, done.stdout) == (0, ""), f"{done.stdout}{done.stderr}: `make docs` writes them"
+    assert (done.code, done.out) == (0, ""), f"{done.out}{done.err}: `make docs` writes them"
+
+
+def test_a_program_says_the_same_in_a_process_of_its_own() -> None:
+    words = ["services", "examples/embedded.toml", "--check"]
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    here = answered("services", ROOT / "examples" / "embedded.toml", "--check")
+    assert (done.returncode, done.stdout, done.stderr) == (here.code, here.out, here.err)
 
 
 def test_a_stale_reference_is_noticed_and_left_as_it_is(

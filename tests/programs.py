@@ -1,0 +1,42 @@
+"""What `python -m MODULE ...` answers, in this process: a second saved for each call, and the same main block runs."""
+
+import contextlib
+import io
+import runpy
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the program ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def answered(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Answer:
+    """For programs that end by themselves before they configure logs or signals: --check, --help, bad input."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: another test has imported the module already
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                err.write(end.code)
+    return Answer(code, out.getvalue(), err.getvalue())
