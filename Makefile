@@ -6,9 +6,13 @@ FOLDER ?= backends
 BIN := .venv/bin
 # pytest rewrites every test file: without __pycache__ it does so in each process of each call, for six seconds.
 export PYTHONDONTWRITEBYTECODE :=
+PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n 2
+KEPT = --durations=25 --junitxml=.setup/durations/$@.xml
+NAMED = $(findstring tests/,$(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment run run-cluster up down test lint check format docs clean
+.PHONY: help setup environment run run-cluster up down test test-long lint check format docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,9 +31,11 @@ run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `m
 	@$(BIN)/python -m tools.backends up $(FOLDER)
 	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m services $(RUN) $(ARGS)
 
-test: setup ## every test, real engine and servers included
-	@$(BIN)/python -m pytest -m "not servers and not vllm" -n 2 -q $(ARGS)
-	@$(BIN)/python -m pytest -m "servers or vllm" $(ARGS)
+test: setup ## every test but the long ones, real engine and servers included (ARGS=tests/file.py::test runs one)
+	@$(PYTEST) $(if $(NAMED),,$(SIDE_BY_SIDE) -m "not long" $(KEPT)) $(ARGS)
+
+test-long: setup ## what is long by nature: the whole example run, thousands of schedules, soaks
+	@$(PYTEST) $(SIDE_BY_SIDE) -m long $(KEPT) $(ARGS)
 
 lint: environment ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -38,7 +44,7 @@ lint: environment ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 
 check: setup lint ## the same and the fast tests
-	@$(BIN)/python -m pytest -m "not servers and not vllm" -n 2 -q $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not servers and not vllm and not long" $(KEPT) $(ARGS)
 
 format: environment ## write the code in the house format
 	@$(BIN)/ruff format .

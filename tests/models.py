@@ -21,19 +21,29 @@ from services.learner.ranks import Ranks
 from services.learner.scored import Trained
 from services.learner.step import Step
 from services.rollout.engine import StoredWeights
+from tools import setup
 
 CPU = torch.device("cpu")
 
 
-def build(shared: Path, *, tied: bool) -> Path:
-    """Folder of the starting model; the first process to ask builds it, the others wait."""
+def build(*, tied: bool) -> Path:
+    """Folder of the starting model, not to be changed: built once for this checkout, again if its sources change.
+
+    The first process to ask builds it, the others wait.
+    """
     from tools.starting_model.__main__ import write
 
-    folder = shared / ("tied" if tied else "untied")
-    with (shared / f"{folder.name}.lock").open("w") as lock:
+    made_of = setup.made_of()
+    stamp = setup.STAMPS / "starting_model"
+    if tied and stamp.is_file() and stamp.read_text() == made_of and (setup.MODEL / "config.json").exists():
+        return setup.MODEL  # `make setup` has built the very same
+    kept = setup.STAMPS / "models"
+    kept.mkdir(exist_ok=True)
+    folder = kept / f"{made_of[:16]}-{'tied' if tied else 'untied'}"
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            write(folder, tied=tied)
+            write(folder, tied=tied)  # whole or not at all
     return folder
 
 

@@ -90,10 +90,8 @@ def environment() -> None:
 
 def starting_model() -> None:
     """The model of examples/embedded.toml: built here, never downloaded."""
-    builder = ROOT / "tools" / "starting_model"
     stamp = STAMPS / "starting_model"
-    sources = sorted(builder.glob("*.py")) + sorted((ROOT / "services/env_gateway/environments").glob("*.py"))
-    wanted = digest(*sources, extra=(STAMPS / "environment").read_text())
+    wanted = made_of()
     if stamp.is_file() and stamp.read_text() == wanted and (MODEL / "config.json").exists():
         return
     started = time.monotonic()
@@ -101,6 +99,13 @@ def starting_model() -> None:
     run([str(VENV / "bin" / "python"), "-m", "tools.starting_model", str(MODEL)], "build the starting model")
     write(stamp, wanted)
     say(f"starting model ready in {MODEL.relative_to(ROOT)} after {time.monotonic() - started:.0f} s")
+
+
+def made_of() -> str:
+    """Digest of all that the starting model follows from."""
+    builder = ROOT / "tools" / "starting_model"
+    sources = sorted(builder.glob("*.py")) + sorted((ROOT / "services/env_gateway/environments").glob("*.py"))
+    return digest(*sources, extra=(STAMPS / "environment").read_text())
 
 
 def machine() -> str:

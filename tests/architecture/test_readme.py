@@ -83,7 +83,9 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
         case _:
             raise AssertionError("this test does not know such commands")
     monkeypatch.chdir(ROOT)
-    helped = module in ("bench", "tools.rescore") or "audit" in arguments or "dead-letters" in arguments
+    helped = (
+        module in ("bench", "tools.rescore", "tests.durations") or "audit" in arguments or "dead-letters" in arguments
+    )
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's

@@ -239,8 +239,8 @@ def test_minio_keeps_objects_over_a_kill(tmp_path: Path) -> None:
     assert not minio.running
 
 
-def test_a_paused_server_answers_again_when_it_is_resumed(kafka_server: Kafka, minio_server: Minio) -> None:
-    for server in (kafka_server, minio_server):
+def test_a_paused_server_answers_again_when_it_is_resumed(own_kafka: Kafka, own_minio: Minio) -> None:
+    for server in (own_kafka, own_minio):
         server.pause()
         assert (server.running, server.answers()) == (True, False)
         server.resume()

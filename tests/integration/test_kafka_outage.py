@@ -59,11 +59,11 @@ def a_bus(kafka: Kafka, outage_limit_s: float = LIMIT_S) -> GivingUp:
 
 
 @pytest.fixture
-def kafka(kafka_server: Kafka) -> Iterator[Kafka]:
-    """The session's broker, running again after the test."""
-    yield kafka_server
-    if not kafka_server.running:
-        kafka_server.start()
+def kafka(own_kafka: Kafka) -> Iterator[Kafka]:
+    """The file's own broker, running again after the test."""
+    yield own_kafka
+    if not own_kafka.running:
+        own_kafka.start()
 
 
 def until(holds: Callable[[], bool]) -> None:
