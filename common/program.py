@@ -11,9 +11,13 @@ from common import logs
 from common.bus.port import OffsetGone
 from common.config import Invocation, load
 from common.config.show import show
-from common.files import FULL, write
+from common.files import write
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
+from common.unusable_files import file_errors_refused, usable_folder
+
+NO_FOLDER = ("env_gateway", "snapshot_store")
+"""Services that keep nothing in the run's folder, or not necessarily."""
 
 
 def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
@@ -29,11 +33,13 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
                 "run.id is empty: services started by hand need the same one each, for example --run.id=first "
                 "(`python -m services` makes one)"
             )
-        config = invocation.config
+        config, stop = invocation.config, Stop().install()
         logs.configure(name, config.logs.level, config.logs.format)
         try:
-            with full_disk_refused(), gap_refused():
-                body(invocation, Stop().install())
+            with file_errors_refused(), gap_refused():
+                if name not in NO_FOLDER:
+                    usable_folder(config.run.home, key="run.folder")
+                body(invocation, stop)
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for
             # its own child among the processes: a replaced learner leaves its sentence in the same place
@@ -44,14 +50,16 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             with contextlib.suppress(OSError):  # a folder that cannot be written must not hide the sentence
                 write(config.run.home / "refusals" / f"{process}.json", said.encode())
             raise
+        if stop.signalled:
+            sys.exit(int(ExitCode.INTERRUPTED))
 
     main(begin)
 
 
 def main(program: Callable[[], None]) -> None:
-    """Run a program: a Refusal or a full disk becomes a sentence and an exit code, anything else a traceback."""
+    """Run a program: a Refusal, or a file it cannot use, becomes a sentence and an exit code; all else a traceback."""
     try:
-        with full_disk_refused():
+        with file_errors_refused():
             program()
     except Refusal as refusal:
         with contextlib.suppress(OSError):  # where the sentence goes may be on the full disk, too
@@ -68,22 +76,6 @@ def tell(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         sys.exit(128 + signal.SIGPIPE)
-
-
-@contextlib.contextmanager
-def full_disk_refused() -> Iterator[None]:
-    """A Refusal in place of the error that a full disk raises in this block."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        what, mend = FULL[error.errno]
-        where = f" (writing {error.filename})" if error.filename else ""
-        raise Refusal(
-            f"{what}{where}: {mend} and start again; a run goes on from its last checkpoint",
-            ExitCode.UNAVAILABLE,
-        ) from None
 
 
 @contextlib.contextmanager

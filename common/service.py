@@ -63,6 +63,11 @@ class Stop:
         """Whether the stop has been asked for."""
         return self._event.is_set()
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked for it."""
+        return self._signalled
+
     def wait(self, timeout_s: float) -> bool:
         """Wait for the stop, at most so long; whether it came."""
         return self._event.wait(timeout_s)

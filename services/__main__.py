@@ -14,10 +14,11 @@ from common.config import Invocation, load
 from common.config.schema import RunConfig
 from common.config.show import show
 from common.model_path import refuse_no_model
-from common.program import full_disk_refused, main, tell
+from common.program import main, tell
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
 from common.sessions.token import token
+from common.unusable_files import file_errors_refused
 from services.live.screen import Screen
 from services.live.state import Plan, State, ready_at, state
 from services.live.stopwatch import Stopwatch
@@ -68,7 +69,7 @@ def launch(invocation: Invocation) -> None:
     again = words.resume(home, invocation.source, invocation.overrides)
     print(words.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None), flush=True)
     try:
-        with full_disk_refused():
+        with file_errors_refused():
             done = supervise(config, local, stop)
     except Refusal as refusal:
         with contextlib.suppress(OSError, Refusal):  # what ended the run must be told, whatever else fails

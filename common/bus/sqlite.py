@@ -51,6 +51,7 @@ class SqliteBus:
 
     def __init__(self, path: Path, *, lease_s: float = LEASE_S) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))  # SQLite would not say what is in the way
         self.path = path
         self._lease_s = lease_s
         self._lock = threading.RLock()

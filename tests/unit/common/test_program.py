@@ -159,10 +159,36 @@ def test_a_gap_in_the_log_is_one_sentence_and_exit_code_4(end: End) -> None:
 
 def test_another_error_is_not_explained_away(end: End) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
-        raise PermissionError(13, "no", "x")
+        raise FileNotFoundError(2, "no", "x")
 
-    with pytest.raises(PermissionError):
+    with pytest.raises(FileNotFoundError):
         end(body)
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence_and_exit_code_2(end: End, tmp_path: Path) -> None:
+    def body(_invocation: Invocation, _stop: Stop) -> None:
+        (tmp_path / "run.toml" / "below a file").write_bytes(b"x")
+
+    ended = end(body)
+    assert ended.code == 2
+    assert ended.errors.startswith(f"{tmp_path}/run.toml/below a file cannot be used: a part of that path is a file, ")
+
+
+@pytest.mark.parametrize("name", ["learner", "learner.replica", "rollout"])
+def test_a_run_folder_that_cannot_be_written_ends_a_service_before_its_body(
+    end: End, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    ended = end(never, name=name)
+    assert (ended.code, ended.output) == (2, "")
+    assert ended.errors.startswith(f"run.folder: nothing can be written to {tmp_path}/runs/first: a part of that path ")
+
+
+def test_a_log_in_a_place_that_cannot_be_used_is_one_sentence(end: End, tmp_path: Path) -> None:
+    (tmp_path / "bus.sqlite").mkdir()
+    ended = end(lambda _, __: SqliteBus(tmp_path / "bus.sqlite") and None)
+    assert ended.code == 2
+    assert ended.errors.startswith(f"{tmp_path}/bus.sqlite cannot be used: there is a folder where a file is needed")
 
 
 def test_ctrl_c_is_exit_code_130(end: End) -> None:
@@ -172,14 +198,14 @@ def test_ctrl_c_is_exit_code_130(end: End) -> None:
     assert end(body) == Ended(130, "", "")
 
 
-def test_a_service_hears_sigterm_and_exits_0(end: End) -> None:
+def test_a_service_hears_sigterm_and_exits_130(end: End) -> None:
     stopped: list[bool] = []
 
     def body(_invocation: Invocation, stop: Stop) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         stopped.append(stop.wait(10))
 
-    assert end(body) == Ended(0, "", "")
+    assert end(body) == Ended(130, "", "")
     assert stopped == [True]
 
 
