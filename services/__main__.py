@@ -22,9 +22,9 @@ from common.unusable_files import file_errors_refused
 from services.live.screen import Screen
 from services.live.state import Plan, State, ready_at, state
 from services.live.stopwatch import Stopwatch
-from services.live.watch import Watch
+from services.live.watch import Sight, Watch
 from services.local import words
-from services.local.runs import settle
+from services.local.runs import Settled, resolve, settle
 from services.local.supervisor import Local, addressed
 from services.report.folder import SECONDS, contents
 
@@ -58,15 +58,30 @@ def audit(asked: list[str]) -> None:
 def launch(invocation: Invocation) -> None:
     """Start the run, or go on with it, and stay until it is done or stopped."""
     if invocation.check:
-        print(show(invocation.config), end="")
+        print(show(resolve(invocation)), end="")
         return
     refuse_no_model(invocation.config.model.path)
     stop = Stop().install()
-    config, saved = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
-    config, flags = addressed(config)
-    local = Local(config, saved, flags)
+    settled = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
+    with settled.lock as lock:
+        if lock.warning:
+            print(lock.warning, file=sys.stderr)
+        run(invocation, settled, stop)
+
+
+def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
+    """The run that was settled, from the first process to the report; exits with 130 if it was stopped."""
+    config, flags = addressed(settled.config)
+    local = Local(config, settled.saved, flags)
     home = config.run.home
-    again = words.resume(home, invocation.source, invocation.overrides)
+    again = words.resume(
+        home,
+        invocation.source,
+        invocation.overrides,
+        kafka=config.bus.kind == "kafka",
+        by_make="MAKELEVEL" in os.environ,
+        python=words.interpreter(Path(sys.executable), Path.cwd()),
+    )
     print(words.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None), flush=True)
     try:
         with file_errors_refused():
@@ -96,12 +111,20 @@ def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
 
     def see() -> State:
         return state(
-            plan, watch.sight(), now=time.monotonic(), started=started, crashes=local.crashes, stopping=stop.requested
+            plan,
+            watch.sight(),
+            now=time.monotonic(),
+            started=started,
+            crashes=local.crashes,
+            starts_again_in=local.starts_again_in,
+            stopping=stop.requested,
         )
 
-    def look() -> None:
-        stopwatch.look(now=time.monotonic(), ready=ready_at(watch.sight()))
+    def look() -> Sight:
+        sight = watch.sight()
+        stopwatch.look(now=time.monotonic(), ready=ready_at(sight))
         stopwatch.keep()
+        return sight
 
     try:
         with watch, Screen(Console(), see, stopping=lambda: stop.requested):

@@ -184,7 +184,7 @@ def check_whole_groups(ledger: Mapping[str, Any], *, groups: int, samples: int) 
 def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
     """Kill services at random moments, each time after some further version was trained; the schedule."""
     rng = random.Random(seed)
-    services = ["learner", "rollout", "env_gateway", "snapshot_store", "torchrun"]
+    services = ["learner", "rollout", "env_gateway", "snapshot_store"]
     order = [services[i % len(services)] for i in range(kills)]
     rng.shuffle(order)
     done: list[str] = []

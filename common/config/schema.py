@@ -259,11 +259,12 @@ class LocalConfig(Section):
     rollout_workers: Positive = 1
     """Rollout worker processes."""
     learner_ranks: Positive = 1
-    """Learner processes under torchrun."""
+    """Learner processes; several are launched by torchrun."""
     replicas: Annotated[int, Field(ge=0)] = 0
     """Replica processes, if learner.proximal.kind is "replica"; at least one is started then."""
     restarts: Annotated[int, Field(ge=0)] = 5
-    """How often in a row a crashed process is started again before the run gives up."""
+    """How often a process that crashes again and again, without having worked in between, is started again before the
+    run gives up. It gives up at once when the same crash comes three times in a row."""
 
 
 class LogsConfig(Section):

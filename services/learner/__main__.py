@@ -1,4 +1,6 @@
-"""torchrun --standalone -m services.learner RUN.toml
+"""python -m services.learner RUN.toml
+
+torchrun --standalone --nproc-per-node=2 -m services.learner RUN.toml     for several ranks
 
 python -m services.learner dead-letters list RUN.toml     (and `replay`; --help says more)
 """

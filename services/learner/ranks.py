@@ -1,4 +1,4 @@
-"""The learner's processes under torchrun. The one file that imports torch.distributed.
+"""The learner's processes: one by itself, or several under torchrun. The one file that imports torch.distributed.
 
 Every rank holds the whole model and a share of each batch; gradients are summed. Rank 0 alone speaks to the log.
 """

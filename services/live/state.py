@@ -1,12 +1,14 @@
 """A run at one moment, as a person wants to know it, from what the services said. Pure."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from common.messages import VersionApplied
 from services.live.watch import Seen, Sight
-from services.local.supervisor import Crash
+from services.local.deaths import Crash
 from services.report.folder import Line
 from services.report.naming import in_words
 from services.report.summary import begins
@@ -20,6 +22,7 @@ SILENT_S = 10.0
 STARTING_S = 120.0
 """So is one that has been starting for longer."""
 LEARNER, STORE, GATEWAY = "learner", "snapshot_store", "env_gateway"
+NOTHING: Mapping[str, float] = MappingProxyType({})
 GONE = "ConnectError"
 """Trouble of a service that does not listen."""
 
@@ -72,9 +75,16 @@ class State:
 
 
 def state(
-    plan: Plan, sight: Sight, *, now: float, started: float, crashes: Sequence[Crash] = (), stopping: bool = False
+    plan: Plan,
+    sight: Sight,
+    *,
+    now: float,
+    started: float,
+    crashes: Sequence[Crash] = (),
+    starts_again_in: Mapping[str, float] = NOTHING,
+    stopping: bool = False,
 ) -> State:
-    """The state at `now`, by the clock of the sight's answers."""
+    """The state at `now`, by the clock of the sight's answers. starts_again_in: dead process -> seconds."""
     lines = sight.lines
     learner = _status(sight.services.get(LEARNER, Seen()))
     others = {LEARNER, STORE, GATEWAY} | plan.replicas
@@ -88,7 +98,10 @@ def state(
         stopping=stopping,
         trained_versions=len(lines),
         services=tuple(
-            _service(plan, name, seen, sight.applied, now=now, ending=ending) for name, seen in sight.services.items()
+            Service(name, f"starts again in {math.ceil(starts_again_in[name])} s", True)
+            if name in starts_again_in
+            else _service(plan, name, seen, sight.applied, now=now, ending=ending)
+            for name, seen in sight.services.items()
         ),
         success=tuple(line["successes"].count("1") / line["batch"] for line in lines),
         reward=tuple(line["reward"] for line in lines),
@@ -234,12 +247,7 @@ def _failures(
         for refused in sight.applied
         if not refused.accepted
     ]
-    for crash in reversed(crashes):
-        how = f"exit code {crash.exit_code}" if crash.exit_code >= 0 else f"signal {-crash.exit_code}"
-        found.append(
-            f"{crash.name} crashed after {duration(crash.at - started)} ({how}) and was started again; its last words: "
-            f"{crash.words or 'none'}"
-        )
+    found += [crash.told(duration(crash.at - started)) for crash in reversed(crashes)]
     if ending:
         return found
     for name, seen in sight.services.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 from common.lifeline import on_parents_death
 from common.refusal import ExitCode
 
-STEADY_S = 60.0
-"""A process that ran for so long has its earlier crashes forgiven."""
+MOST_READ = 1 << 16
+"""Bytes of a log's end that are read for a process's last words."""
 
 
 @dataclass(eq=False)
@@ -26,14 +27,20 @@ class Child:
     log: Path
     process: "subprocess.Popen[bytes] | None" = None
     started: float = 0.0
-    crashes: int = 0
-    restarts: int = 0
+    """time.monotonic() of its newest start."""
+    starts: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    scratch: Path | None = None
+    """A folder that is only of use while it runs; removed with what it leaves."""
+    _log_begins: int = 0
+    """Bytes that its earlier starts, or an earlier supervisor's, have left in the log."""
 
     def start(self) -> None:
-        """Run it in a process group of its own, its output appended to the log."""
+        """Run it in a process group of its own, its output appended to the log. What an earlier start left is ended."""
+        self.kill_group()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._log_begins = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -44,6 +51,7 @@ class Child:
                 preexec_fn=_die_with_parent,
             )
         self.started = time.monotonic()
+        self.starts += 1
 
     @property
     def running(self) -> bool:
@@ -67,18 +75,16 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=10)
-
-    def start_again(self) -> None:
-        """After a crash."""
-        self.kill_group()  # what the dead process left behind
-        self.crashes = 1 if time.monotonic() - self.started > STEADY_S else self.crashes + 1
-        self.restarts += 1
-        self.start()
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of its log."""
+        """The end of what this start of it has written."""
         try:
-            text = self.log.read_text(errors="replace")
+            with self.log.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_begins, end - MOST_READ))
+                text = log.read().decode(errors="replace")
         except OSError:
             return ""
         return "\n".join(text.strip().splitlines()[-lines:])

@@ -1,26 +1,31 @@
-"""Everything on one machine: the services as processes, supervised until the run is done or stopped."""
+"""Everything on one machine: the services as processes, supervised until the run is done or stopped.
+
+Which process is started again, and when, is decided in restarts.py; what is said of it, in deaths.py.
+"""
 
 import json
-import re
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common.config.schema import RunConfig
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
-from services.local.processes import HOPELESS, Child, python
+from services.live.watch import Seen, Sight
+from services.local import deaths
+from services.local.commands import LEARNER, Commands, free_port
+from services.local.deaths import Crash, last_error
+from services.local.life import Life
+from services.local.processes import HOPELESS, Child
+from services.local.restarts import Death, alike, row_with, wait_s
 
 LOOK_S = 0.5
 DRAIN_S = 25.0
 """Services get so long to stop cleanly."""
+START_DRAIN_S = 3.0
+"""One that is still starting has nothing to finish: it gets so long."""
 FOLLOW_S = 10.0
 """The learner is gone so long, at most, after a worker or replica that ended because the run did."""
-LEARNER = "learner"
-_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Failed)\b")
 
 
 def addressed(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -35,150 +40,136 @@ def addressed(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return config.model_copy(update=sections), flags
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on at this moment."""
-    with closing(socket.socket()) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Crash:
-    """A process that ended of itself and was started again."""
-
-    name: str
-    at: float
-    """time.monotonic() when it was noticed."""
-    exit_code: int
-    """Negative: the signal that ended it."""
-    words: str
-    """What its log says of it, in one line."""
-
-
 class Local:
-    """The processes of one run."""
+    """The processes of one run. `clock` counts the seconds between two starts of a process."""
 
-    def __init__(self, config: RunConfig, source: Path, flags: list[str]) -> None:
-        self._config = config
+    def __init__(
+        self, config: RunConfig, source: Path, flags: list[str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config, self._clock = config, clock
         self.home = config.run.home
-        self.crashes: list[Crash] = []
-        """Those that were followed by a new start."""
-        self._ended: dict[Child, float] = {}
-        self.learner = self._learner(source, flags)
-        self.workers = list(self._workers(source, flags))
-        self.replicas = list(self._replicas(source, flags))
-        self.servers = [
-            self._child("snapshot_store", python("-m", "services.snapshot_store", str(source), *flags)),
-            self._child("env_gateway", python("-m", "services.env_gateway", str(source), *flags)),
-        ]
+        commands = Commands(config, source, flags)
+        workers, replicas = commands.workers(), commands.replicas()
+        self.servers, self.learner = commands.servers(), commands.learner()
+        self.workers = [child for child, _ in workers.values()]
+        self.replicas = [child for child, _ in replicas.values()]
         self.urls = {
             "snapshot_store": config.store_url,
             "env_gateway": config.gateway_url,
             LEARNER: f"http://{config.learner.host}:{config.learner.port}",
-        } | {child.name: f"http://{config.rollout.host}:{port}" for child, port in self._worker_ports.items()}
-        self.replica_urls = {
-            child.name: f"http://{config.replica.host}:{port}" for child, port in self._replica_ports.items()
-        }
+        } | {name: url for name, (_, url) in workers.items()}
+        self.replica_urls = {name: url for name, (_, url) in replicas.items()}
+        self.crashes: list[Crash] = []
+        """Those that were, or will be, followed by a new start."""
+        self._versions = 0
+        """That the run has trained, as far as is known."""
+        self._lives: dict[Child, Life] = {}
+        self._rows: dict[Child, tuple[Death, ...]] = {}
+        """Deaths since the process last worked."""
+        self._due: dict[Child, float] = {}
+        """When a dead process is started again, by the clock."""
+        self._ended: dict[Child, float] = {}
 
     @property
     def children(self) -> list[Child]:
         """Every process, in the order they start in."""
         return [*self.servers, *self.workers, *self.replicas, self.learner]
 
-    def run(self, stop: Stop, look: Callable[[], None]) -> bool:
+    @property
+    def starts_again_in(self) -> Mapping[str, float]:
+        """Names of the processes that wait for their next start, and seconds until then."""
+        now = self._clock()
+        return {child.name: max(0.0, due - now) for child, due in self._due.copy().items()}
+
+    def run(self, stop: Stop, look: Callable[[], Sight]) -> bool:
         """Until the learner is done (True) or a stop is asked for (False). `look` is called twice a second.
 
         Raises Refusal when a process cannot be kept alive.
         """
-        for child in self.children:
-            child.start()
         try:
+            for child in self.children:
+                self._start(child)
             while not stop.wait(LOOK_S):
-                look()
+                self._observe(look())
                 if not self.learner.running and self.learner.exit_code == 0:
                     return True
                 for child in self.children:
-                    if not child.running and not self._may_be_done(child):
-                        self._crashed(child)
+                    if not child.running:
+                        self._tend(child)
             return False
         finally:
             self._stop()
+
+    def _start(self, child: Child) -> None:
+        child.start()
+        self._lives[child] = Life(child.started, self._versions, trains=child is self.learner)
+
+    def _observe(self, sight: Sight) -> None:
+        if sight.lines:
+            self._versions = sight.lines[-1]["published"]
+        for child, life in self._lives.items():
+            if child.running:
+                life.saw(sight.services.get(child.name, Seen()), versions=self._versions, now=time.monotonic())
+
+    def _tend(self, child: Child) -> None:
+        """A process that does not live: start it if it is time to, else see what its end means."""
+        if child in self._due:
+            if self._clock() >= self._due[child]:
+                del self._due[child]
+                self._start(child)
+        elif not self._may_be_done(child):
+            self._ended.pop(child, None)
+            self._died(child)
 
     def _may_be_done(self, child: Child) -> bool:
         """A worker or replica that ended well: they hear of the run's end before the learner's process has gone."""
         if child not in (*self.workers, *self.replicas) or child.exit_code != 0:
             return False
         ended = self._ended.setdefault(child, time.monotonic())
-        return time.monotonic() - ended < FOLLOW_S
+        return self._versions >= self._config.learner.versions or time.monotonic() - ended < FOLLOW_S
 
-    def _crashed(self, child: Child) -> None:
-        code = child.exit_code
+    def _died(self, child: Child) -> None:
         refusal = _refusal(self.home, child)
-        if code in HOPELESS or (refusal is not None and refusal[1] in HOPELESS):
-            message, code = refusal or (child.last_words(), code or 1)
+        code = refusal[1] if refusal else child.exit_code or 0
+        if code in HOPELESS:
+            message = refusal[0] if refusal else child.last_words()
             raise Refusal(f"{child.name}: {message}\nits log: {child.log}", ExitCode(code))
-        if child.crashes >= self._config.local.restarts:
-            raise Refusal(
-                f"{child.name} crashed {child.crashes + 1} times in a row (local.restarts); the last time it said:\n"
-                f"{child.last_words()}\nits log: {child.log}",
-                ExitCode.CRASHED,
-            )
-        self.crashes.append(Crash(child.name, time.monotonic(), code or 0, last_error(child.last_words(60))))
-        self._ended.pop(child, None)
-        child.start_again()
+        error = refusal[0] if refusal else last_error(child.last_words(60))
+        row = row_with(self._rows.get(child, ()), Death(code, error, self._lives[child].worked))
+        self._rows[child] = row
+        wait = wait_s(row, restarts=self._config.local.restarts)
+        if wait is None:
+            raise Refusal(self._given_up(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED)
+        self.crashes.append(Crash(child.name, time.monotonic(), code, error, wait))
+        self._due[child] = self._clock() + wait
+        if not wait:
+            self._tend(child)
+
+    def _given_up(self, child: Child, row: tuple[Death, ...]) -> str:
+        last = row[-1]
+        how = deaths.ending("It", last.exit_code, last.error)
+        if alike(row):
+            said = f"{child.name} died {len(row)} times in a row in the same way, before it could do anything. {how}."
+        else:
+            said = f"{child.name} died {len(row)} times in a row (local.restarts). The last time: {how}."
+        words = child.last_words()
+        quoted = f"\nThe end of its log:\n{words}" if words else ""
+        return f"{said} {deaths.remedy(last.exit_code, last.error)}".rstrip() + f"{quoted}\nits log: {child.log}"
 
     def _stop(self) -> None:
         """Workers, replicas and learner first: what they finish still needs the servers."""
         for group in ([*self.workers, *self.replicas, self.learner], self.servers):
             for child in group:
                 child.terminate()
-            deadline = time.monotonic() + DRAIN_S
-            while any(child.running for child in group) and time.monotonic() < deadline:
+            asked = time.monotonic()
+            while any(child.running and time.monotonic() < asked + self._patience_s(child) for child in group):
                 time.sleep(0.05)
             for child in group:
                 child.kill_group()
 
-    def _learner(self, source: Path, flags: list[str]) -> Child:
-        ranks = self._config.local.learner_ranks
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-        return self._child(LEARNER, python(*launcher, "-m", "services.learner", str(source), *flags))
-
-    def _workers(self, source: Path, flags: list[str]) -> Iterator[Child]:
-        self._worker_ports: dict[Child, int] = {}
-        for i in range(self._config.local.rollout_workers):
-            name, port = f"worker-{i}", free_port(self._config.rollout.host)
-            own = [f"--rollout.worker={name}", f"--rollout.port={port}"]
-            child = self._child(name, python("-m", "services.rollout", str(source), *flags, *own))
-            self._worker_ports[child] = port
-            yield child
-
-    def _replicas(self, source: Path, flags: list[str]) -> Iterator[Child]:
-        self._replica_ports: dict[Child, int] = {}
-        wanted = max(1, self._config.local.replicas) if self._config.learner.proximal.kind == "replica" else 0
-        for i in range(wanted):
-            name, port = f"replica-{i}", free_port(self._config.replica.host)
-            own = [f"--replica.name={name}", f"--replica.port={port}"]
-            child = self._child(name, python("-m", "services.learner.replica", str(source), *flags, *own))
-            self._replica_ports[child] = port
-            yield child
-
-    def _child(self, name: str, command: list[str]) -> Child:
-        (self.home / "refusals" / f"{name}.json").unlink(missing_ok=True)
-        return Child(name, command, self.home / "logs" / f"{name}.log")
-
-
-def last_error(words: str) -> str:
-    """The line of a log's end that says what went wrong: the last error, else the last line.
-
-    torchrun ends with a report of its own, under its own error; what the rank said stands above it.
-
-    >>> last_error("Traceback:\\nValueError: no\\nx.ChildFailedError: \\n====")
-    'ValueError: no'
-    """
-    lines = [line.strip() for line in words.splitlines() if any(map(str.isalnum, line))]
-    errors = [line for line in lines if _ERROR.match(line) and "ChildFailedError" not in line]
-    reported = [line for line in lines if line.startswith("traceback :") and "received by PID" in line]
-    return (errors or [line.removeprefix("traceback :").strip() for line in reported] or lines or [""])[-1]
+    def _patience_s(self, child: Child) -> float:
+        life = self._lives.get(child)
+        return DRAIN_S if life is not None and life.ready is not None else START_DRAIN_S
 
 
 def _refusal(home: Path, child: Child) -> tuple[str, int] | None:

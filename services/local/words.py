@@ -1,5 +1,6 @@
 """What `python -m services` says to a person, in plain words. Pure."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,13 +58,41 @@ def _elsewhere(config: RunConfig) -> dict[str, str]:
     return places
 
 
-def resume(home: Path, source: Path, overrides: Sequence[str]) -> str:
-    """The commands to go on with. A run that differs from what `make run` reads goes on by its own file alone."""
-    own = "" if source in (EMBEDDED, CLUSTER) and not overrides else "RUN= "
-    folder = shlex.quote(str(home))
-    if source == CLUSTER:  # it needs the credentials, too
-        return f'  make run-cluster {own}ARGS="--resume {folder}"'
-    return f'  make run {own}ARGS="--resume {folder}"\n  python -m services --resume {folder}'
+def resume(
+    home: Path, source: Path, overrides: Sequence[str], *, kafka: bool, by_make: bool, python: str = "python"
+) -> str:
+    """The command to go on with, to be pasted into the shell that the run was started from.
+
+    kafka: the log of the run is one; by_make: make started it; python: this interpreter, as the shell finds it.
+    """
+    again = f"--resume {shlex.quote(str(home))}"
+    if source == EMBEDDED and by_make and not overrides:
+        return f"  make run ARGS={_for_make(again)}"
+    own = home / "run.toml"
+    if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
+        run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
+        return f"  make run-cluster {run}ARGS={_for_make(again)}"
+    return f"  {shlex.quote(python)} -m services {again}"
+
+
+def interpreter(executable: Path, working_folder: Path) -> str:
+    """As one types it in the working folder. Not resolved: a virtual environment's is a symbolic link.
+
+    >>> interpreter(Path("/a/.venv/bin/python"), Path("/a")), interpreter(Path("/usr/bin/python3"), Path("/a"))
+    ('.venv/bin/python', '/usr/bin/python3')
+    """
+    inside = executable.is_relative_to(working_folder)
+    return str(executable.relative_to(working_folder) if inside else executable)
+
+
+def _for_make(text: str) -> str:
+    """A variable's value: make reads it, then the shell of the recipe, after the shell that this is pasted into.
+
+    >>> print(_for_make("--resume runs/r1"), _for_make("--resume 'a b$1'"))
+    "--resume runs/r1" '--resume '"'"'a b$$1'"'"''
+    """
+    plain = re.fullmatch(r"[\w ./=-]*", text)
+    return f'"{text}"' if plain else shlex.quote(text.replace("$", "$$"))
 
 
 def stopped(summary: Mapping[str, Any]) -> str:

@@ -154,11 +154,13 @@ def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Pat
     code, resolved = ended("services", toml, "--check")
     assert code == 0
     (home / "run.toml").write_text(resolved)
-    code, output = ended("services", toml, "--resume", home, "--learner.optimizer.lr=0.5", "--tasks.time_limit_s=9")
+    code, output = ended(
+        "services", toml, "--resume", home, "--learner.optimizer.lr=0.5", "--tasks.samples_per_group=9"
+    )
     assert code == 2
     assert output.splitlines() == [
         f"--resume {home}: that run has another configuration:",
-        "  tasks.time_limit_s: 120.0 there, 9.0 here",
+        "  tasks.samples_per_group: 4 there, 9 here",
         "  learner.optimizer.lr: 0.0001 there, 0.5 here",
         "Give those values, or leave RUN.toml out to go on with the run's own, or start a new run",
     ]

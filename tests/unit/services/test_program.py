@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from common.config import load
+from common.config.show import show
 from common.refusal import Refusal
 from services.__main__ import program
 from services.local import words
+from services.local.runs import resolve
+from tests.runs import ROOT
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
@@ -65,23 +69,55 @@ def test_help_and_check_do_not_wait_for_heavy_libraries():
     assert said.strip() == "[]"
 
 
-def test_the_run_that_make_runs_goes_on_by_make_alone():
-    said = words.resume(Path("runs/r1"), Path("examples/embedded.toml"), [])
-    assert 'make run ARGS="--resume runs/r1"' in said
-    assert "python -m services --resume runs/r1" in said
+EMBEDDED, CLUSTER, HOME = "examples/embedded.toml", "examples/cluster.toml", Path("runs/r1")
+BY_HAND = "  .venv/bin/python -m services --resume runs/r1"
+BY_CLUSTER = '  make run-cluster RUN="runs/r1/run.toml" ARGS="--resume runs/r1"'
 
 
 @pytest.mark.parametrize(
-    ("source", "overrides"), [("examples/embedded.toml", ["--learner.versions=6"]), ("mine.toml", [])]
+    ("source", "overrides", "kafka", "by_make", "command"),
+    [
+        (EMBEDDED, [], False, True, '  make run ARGS="--resume runs/r1"'),
+        (EMBEDDED, [], False, False, BY_HAND),
+        (EMBEDDED, ["--learner.versions=6"], False, True, BY_HAND),
+        ("mine.toml", [], False, True, BY_HAND),
+        ("mine.toml", [], True, True, BY_HAND),
+        (CLUSTER, [], True, True, '  make run-cluster ARGS="--resume runs/r1"'),
+        (CLUSTER, ["--run.seed=1"], True, True, BY_CLUSTER),
+        ("runs/r1/run.toml", [], True, True, BY_CLUSTER),
+        (CLUSTER, [], True, False, BY_HAND),
+    ],
 )
-def test_a_run_of_its_own_kind_goes_on_by_its_own_file(source: str, overrides: list[str]):
-    assert 'make run RUN= ARGS="--resume runs/r1"' in words.resume(Path("runs/r1"), Path(source), overrides)
+def test_a_run_goes_on_as_it_was_begun(source: str, overrides: list[str], kafka: bool, by_make: bool, command: str):
+    python = ".venv/bin/python"
+    assert command == words.resume(
+        HOME, Path(source), overrides, kafka=kafka, by_make=by_make, python=python
+    )  # fmt: skip
 
 
-def test_a_run_on_a_cluster_goes_on_with_the_clusters_command() -> None:
-    said = words.resume(Path("runs/r1"), Path("examples/cluster.toml"), [])
-    assert said == '  make run-cluster ARGS="--resume runs/r1"'
-    assert "run-cluster RUN= ARGS" in words.resume(Path("runs/r1"), Path("examples/cluster.toml"), ["--run.seed=1"])
+@pytest.mark.parametrize("name", ["plain", "with space", "it's $HOME", "a'\"b"])
+@pytest.mark.parametrize(
+    ("source", "overrides"), [(EMBEDDED, []), (CLUSTER, []), (CLUSTER, ["--run.seed=1"]), ("x", [])]
+)
+def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source: str, overrides: list[str]):
+    """Up to the program, which is asked here what it makes of its arguments. Of make's, what the recipe ends with."""
+    home = tmp_path / name / "r1"
+    home.mkdir(parents=True)
+    run = load([EMBEDDED if source == "x" else source, "--run.id=r1"], {}, program="").config
+    (home / "run.toml").write_text(show(run))
+    command = words.resume(
+        home, Path(source), overrides, kafka=source == CLUSTER, by_make=source != "x", python=".venv/bin/python"
+    ).strip()
+    if command.startswith("make "):
+        recipe = shell(f"{command} --dry-run").splitlines()[-1]
+        command = recipe[recipe.index(".venv/bin/python -m services ") :]
+    assert command.startswith(".venv/bin/python -m services ")
+    arguments = shell(command.replace(".venv/bin/python -m services", "printf '%s\\n'")).splitlines()
+    assert resolve(load(arguments, {}, program="")).run.home == home
+
+
+def shell(command: str) -> str:
+    return subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_result_is_told_in_short():

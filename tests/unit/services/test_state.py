@@ -6,7 +6,7 @@ from common.messages import VersionApplied
 from common.versions import Version
 from services.live.state import Plan, State, ready_at, state
 from services.live.watch import Answer, Seen, Sight
-from services.local.supervisor import Crash
+from services.local.deaths import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
 
 PLAN = Plan("t", versions=10, canary_tolerance=0.03)
@@ -53,6 +53,13 @@ def test_a_worker_that_is_gone_has_nothing_in_flight():
     shown = seen(Sight({"learner": learner(), "worker-0": gone}))
     assert shown.in_flight == 0
     assert doing(shown)["worker-0"] == "starting again"
+
+
+def test_a_process_that_waits_for_its_next_start_says_for_how_long():
+    gone = {"learner": learner(), "worker-0": worker(trouble="ConnectError"), "worker-1": Seen()}
+    shown = seen(Sight(gone), starts_again_in={"worker-0": 2.2, "worker-1": 0.0})
+    assert (doing(shown)["worker-0"], doing(shown)["worker-1"]) == ("starts again in 3 s", "starts again in 0 s")
+    assert doing(shown)["learner"] == "trains on the batch at version 5"
 
 
 def test_a_service_that_does_not_answer_keeps_its_last_value_and_is_reported_after_a_while():
@@ -109,11 +116,11 @@ def test_warnings_say_what_happened_in_plain_words():
     lines = (a_line(0, skipped=1), a_line(1, exact=False, proximal="ewma_prox"))
     shown = seen(
         Sight({"learner": learner(trajectories=ledger)}, lines, (refused,)),
-        crashes=[Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
+        crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
         "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
-        "worker-0 crashed after 1 min 0 s (signal 9) and was started again; its last words: RuntimeError: gone",
+        killed.told("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
         "1 dead-lettered: `python -m services.learner dead-letters list` with the run's file says why",
         "left out 1 optimizer step: the gradient was not finite",

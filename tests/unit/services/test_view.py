@@ -10,7 +10,7 @@ from common.versions import Version
 from services.live.state import Plan, State, state
 from services.live.view import bar, line, sparkline, view
 from services.live.watch import Seen, Sight
-from services.local.supervisor import Crash
+from services.local.deaths import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
 
 BY_STALENESS = {
@@ -58,7 +58,7 @@ def test_at_80_columns_everything_is_there():
         "25.0 %",
         "trains on the batch at version 5",
         "samples with version 4, 12 in flight, last update paused 172 ms",
-        "learner crashed after 49 s (exit code 1)",
+        "learner crashed after 49 s (exit code 1: E: x), and was started again",
     ):
         assert expected in whole, expected
 

@@ -1,0 +1,144 @@
+"""Which keys make a run what it is. With another value of one of them `--resume` would go on with another run.
+
+Every key of the schema is in exactly one of the two tables (a test compares them with it): who adds a key decides here.
+An entry stands for the key, or for every key of the section, of that name.
+"""
+
+from typing import Any
+
+from common.config.schema import RunConfig
+
+IDENTITY = (
+    "run.seed",
+    "model.path",
+    "model.chat_template_options",
+    "tasks.environments",
+    "tasks.samples_per_group",
+    "sampling",
+    "bus.kind",
+    "bus.path",
+    "bus.topic_prefix",
+    "bus.task_partitions",
+    "bus.trajectory_partitions",
+    "learner.groups_per_batch",
+    "learner.minibatches",
+    "learner.max_staleness",
+    "learner.recipe",
+    "learner.proximal.kind",
+    "learner.proximal.behavior_share",
+    "learner.proximal.decay",
+    "learner.proximal.window",
+    "learner.proximal.reset",
+    "learner.proximal.threshold",
+    "learner.proximal.patience",
+    "learner.proximal.cooldown",
+    # formulas: every key is a part of one
+    "learner.discrepancy",
+    "learner.loss",
+    "learner.advantages",
+    "learner.vcpo",
+    "learner.optimizer",
+)
+"""What is trained on what, by which formula, and where its record is."""
+CHANGEABLE = (
+    # names and places
+    "run.id",
+    "run.folder",
+    "rollout.worker",
+    "replica.name",
+    "snapshot_store.host",
+    "snapshot_store.port",
+    "snapshot_store.url",
+    "env_gateway.host",
+    "env_gateway.port",
+    "env_gateway.url",
+    "rollout.host",
+    "rollout.port",
+    "learner.host",
+    "learner.port",
+    "replica.host",
+    "replica.port",
+    # how the log is reached, and how it is kept: a broker refuses what its topics do not allow
+    "bus.servers",
+    "bus.security",
+    "bus.sasl_mechanism",
+    "bus.ca_file",
+    "bus.certificate_file",
+    "bus.key_file",
+    "bus.outage_limit_s",
+    "bus.replicas",
+    "bus.min_insync_replicas",
+    "bus.retention_hours",
+    "bus.max_record_bytes",
+    "bus.claim_bytes",
+    # how the store is reached, and where it keeps things: the learner refuses a store that does not know its checkpoint
+    "snapshot_store.storage",
+    "snapshot_store.folder",
+    "snapshot_store.endpoint",
+    "snapshot_store.bucket",
+    "snapshot_store.create_bucket",
+    "snapshot_store.prefix",
+    "snapshot_store.region",
+    "snapshot_store.path_style",
+    "snapshot_store.ca_file",
+    "snapshot_store.presign",
+    "snapshot_store.presigned_s",
+    "snapshot_store.claims_keep_hours",
+    "snapshot_store.compression",
+    "snapshot_store.sweep_s",
+    "learner.checkpoint",
+    # limits: how long and how much, not what
+    "tasks.time_limit_s",
+    "env_gateway.lease_s",
+    "env_gateway.step_limit_s",
+    "env_gateway.max_sessions",
+    "env_gateway.remember_s",
+    "env_gateway.request_limit_bytes",
+    "env_gateway.result_limit_bytes",
+    "env_gateway.max_processes",
+    "rollout.max_live",
+    "rollout.attempts",
+    "rollout.canary_tolerance",
+    "learner.versions",
+    "learner.proximal.wait_s",
+    "learner.proximal.deadline_s",
+    "learner.proximal.missing",
+    # how it is computed, and what is told of it
+    "env_gateway.plugins",
+    "rollout.engine",
+    "model.attention",
+    "learner.micro_batch_tokens",
+    "learner.proximal.prefetch",
+    "learner.canary_trajectories",
+    "learner.threads",
+    "learner.record",
+    "learner.audit",
+    "replica.batch_tokens",
+    "replica.threads",
+    "local",
+    "logs",
+)
+"""What may be otherwise when a run goes on."""
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Key, value before and value now of everything that makes it another run."""
+    old, new = before.model_dump(), now.model_dump()
+    return [found for entry in IDENTITY for found in _differences(entry, _at(old, entry), _at(new, entry))]
+
+
+def _at(values: Any, key: str) -> Any:
+    """None where the kind of a section does not have the key."""
+    for part in key.split("."):
+        values = values.get(part)
+    return values
+
+
+def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for name in sorted(old.keys() | new.keys())
+            for difference in _differences(f"{key}.{name}", old.get(name), new.get(name))
+        ]
+    return [] if old == new else [(key, old, new)]
