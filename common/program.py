@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from common import logs
+from common import faults, logs
 from common.bus.port import OffsetGone
 from common.config import Invocation, load
 from common.config.show import show
@@ -39,6 +39,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             with file_errors_refused(), gap_refused():
                 if name not in NO_FOLDER:
                     usable_folder(config.run.home, key="run.folder")
+                faults.reach(f"{name}.start")
                 body(invocation, stop)
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for

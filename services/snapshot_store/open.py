@@ -1,6 +1,7 @@
 """The storage that a run's configuration names."""
 
 from common.config.schema import RunConfig
+from common.unusable_files import usable_folder
 from services.snapshot_store.storage import Storage
 from services.snapshot_store.storage_disk import DiskStorage
 
@@ -8,6 +9,8 @@ from services.snapshot_store.storage_disk import DiskStorage
 async def open_storage(config: RunConfig) -> Storage:
     """Opened and looked at. Raises Refusal when it cannot be used."""
     if config.snapshot_store.storage == "folder":
+        key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
+        usable_folder(config.snapshot_folder, key=key)
         return DiskStorage(config.snapshot_folder)
     from services.snapshot_store.storage_minio import MinioStorage
 

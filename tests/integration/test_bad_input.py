@@ -124,6 +124,15 @@ def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_mo
     assert output.endswith("put a chat_template.jinja into the folder\n")
 
 
+@pytest.mark.parametrize("program", ["services", "services.rollout", "services.snapshot_store", "services.learner"])
+def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
+    """Nobody can make a folder below a file, root included."""
+    code, output = ended(program, toml, f"--run.folder={toml}")
+    assert code == 2
+    assert output.startswith(f"run.folder: nothing can be written to {toml}/scripted")
+    assert "a part of that path is a file, not a folder. Choose another place with --run.folder=FOLDER" in output
+
+
 @pytest.mark.servers
 @pytest.mark.parametrize("service", ["snapshot_store", "env_gateway"])
 def test_a_port_that_is_taken(toml: Path, taken: int, service: str) -> None:

@@ -85,3 +85,20 @@ def test_a_process_that_dies_at_its_worst_moment(tmp_path: Path, starting_model:
     check_ledger(home)
     assert len(history(home)) == 4
     assert marker.exists(), "the fault was never reached"
+
+
+def test_a_worker_that_always_dies_at_its_start_ends_the_run_with_its_cause(
+    tmp_path: Path, starting_model: Path
+) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
+    run = RunProcess(toml, "--local.restarts=99", environment={"PALIMPSEST_FAULT": "rollout.start"})
+    code, output = run.finish(within_s=600)
+    assert code == 1, output
+    said = " ".join(output.split())
+    assert "! worker-0 was ended by SIGKILL after" in said
+    assert "starts again in 1 s" in said
+    assert (
+        "worker-0 died 3 times in a row in the same way, before it could do anything. It was ended by SIGKILL" in said
+    )
+    assert f"its log: {home}/logs/worker-0.log" in said
+    assert f"-m services --resume {home}" in said
