@@ -10,6 +10,8 @@ from common.config.schema import RunConfig
 from services.local.processes import Child, python
 
 LEARNER = "learner"
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+"""What torchrun would tell one rank. The machine's own (a Slurm job's, say) are not meant for it."""
 _given: set[int] = set()
 
 
@@ -42,7 +44,9 @@ class Commands:
         """One rank is a process of its own; several are launched by torchrun, which leaves files in a folder."""
         ranks = self.config.local.learner_ranks
         if ranks == 1:
-            return self._child(LEARNER, ("services.learner",))
+            alone = self._child(LEARNER, ("services.learner",))
+            alone.environment |= ALONE
+            return alone
         scratch = self.config.run.home / "cache" / "torchrun"
         launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}")
         return self._child(LEARNER, (*launcher, "-m", "services.learner"), scratch=scratch)

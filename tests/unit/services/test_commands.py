@@ -1,0 +1,49 @@
+"""The services as commands."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import load
+from services.local.commands import Commands, free_port
+from services.local.processes import Child, python
+from services.local.supervisor import addressed
+
+RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
+
+
+def learner(tmp_path: Path, *, ranks: int) -> Child:
+    (tmp_path / "run.toml").write_text(RUN + f'run.folder = "{tmp_path}"\nlocal.learner_ranks = {ranks}\n')
+    config, flags = addressed(load([str(tmp_path / "run.toml")], {}, program="").config)
+    return Commands(config, tmp_path / "run.toml", flags).learner()
+
+
+def test_one_rank_is_a_process_of_its_own_whatever_the_machine_says_of_ranks(tmp_path: Path):
+    alone = learner(tmp_path, ranks=1)
+    assert list(alone.command[1:3]) == ["-m", "services.learner"]
+    assert alone.environment == {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+def test_several_ranks_are_launched_and_what_the_launcher_leaves_is_in_the_runs_folder(tmp_path: Path):
+    launched = learner(tmp_path, ranks=2)
+    assert "--nproc-per-node=2" in launched.command
+    assert f"--log-dir={tmp_path}/t/cache/torchrun" in launched.command
+    assert launched.scratch == tmp_path / "t" / "cache" / "torchrun"
+
+
+@pytest.mark.servers
+def test_what_a_process_leaves_beside_its_work_goes_with_it(tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    child = Child("it", python("-c", f"import os; os.makedirs({str(scratch / 'a')!r})"), tmp_path / "log")
+    child.scratch = scratch
+    child.start()
+    assert child.process is not None
+    child.process.wait()
+    assert scratch.exists()
+    child.kill_group()
+    assert not scratch.exists()
+
+
+def test_no_port_is_given_out_twice():
+    ports = [free_port("127.0.0.1") for _ in range(500)]
+    assert len(set(ports)) == 500
