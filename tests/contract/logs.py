@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class KafkaLog:
 
 
 Log = SqliteLog | MemoryLog | KafkaLog
-Spawn = Callable[..., tuple[SpawnProcess, Connection]]
+Spawn = Callable[..., tuple[ForkServerProcess, Connection]]
 
 
 def told(line: Connection) -> Any:
