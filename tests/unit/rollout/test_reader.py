@@ -9,8 +9,7 @@ import pytest
 from common.bus.port import Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from services.rollout.reader import Reader
-
-LIMIT_S = 60.0
+from tests.waiting import LIMIT_S
 
 
 class SlowConsumer:

@@ -38,11 +38,10 @@ from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Applied, Weights
 from services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING
+from tests.waiting import LIMIT_S
 
 RUN = "test"
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
-LIMIT_S = 60.0
-"""Nothing here takes so long unless it is broken."""
 
 
 class GatedEngine(ScriptedEngine):
