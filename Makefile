@@ -1,9 +1,10 @@
 # Every command a person types. `make help` lists them.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?=
 RUN ?= examples/embedded.toml
 ARGS ?=
 FOLDER ?= backends
 BIN := .venv/bin
+WITH_PYTHON = PYTHON='$(PYTHON)' GOALS='$(MAKECMDGOALS)' sh tools/python.sh
 # pytest rewrites every test file: without __pycache__ it does so in each process of each call, for six seconds.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
@@ -12,22 +13,27 @@ KEPT = --durations=25 --junitxml=.setup/durations/$@.xml
 NAMED = $(findstring tests/,$(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment run run-cluster up down test test-long lint check format docs clean
+.PHONY: help setup environment doctor run run-cluster up down test test-long lint check format docs pins clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-setup: ## create .venv and the starting model, if they are missing
-	@$(PYTHON) tools/setup.py
+setup: ## create .venv and the starting model, if they are missing (PYTHON=/path/to/python3.12)
+	@$(WITH_PYTHON) -m tools.setup
 
 environment:
-	@$(PYTHON) tools/setup.py --no-model
+	@$(WITH_PYTHON) -m tools.setup --no-model
+
+doctor: ## examine this machine: every check, what it means, what to do (RUN=file.toml ARGS="--key=value")
+	@ANY_PYTHON=1 $(WITH_PYTHON) -m tools.doctor $(RUN) $(ARGS)
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
+	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m services $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
 run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
+	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
 	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m services $(RUN) $(ARGS)
 
@@ -58,6 +64,9 @@ up: environment ## start a Kafka and a MinIO on this machine, got first if they 
 
 down: environment ## stop them; data stays
 	@$(BIN)/python -m tools.backends down $(FOLDER)
+
+pins: environment ## resolve the pinned sets in requirements/ again, for every Python (ARGS=--upgrade)
+	@$(BIN)/python -m tools.pins $(ARGS)
 
 clean: ## remove everything that setup and runs created
 	rm -rf .venv .setup models runs

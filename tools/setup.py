@@ -1,29 +1,38 @@
 """Create what a run needs and this checkout lacks: the environment and the starting model.
 
-Needs Python 3.11 and nothing else. Each part leaves a stamp of what it was made from, so that a second call costs
-nothing and a changed requirement is noticed. Downloads are cached by uv outside the checkout.
+Needs Python 3.11, 3.12 or 3.13 and nothing else. Each part leaves a stamp of what it was made from, so that a second
+call costs nothing and a changed requirement is noticed. Downloads are cached by uv outside the checkout.
 
-    python3.11 tools/setup.py            # everything `make run` needs
-    python3.11 tools/setup.py --no-model # the environment only
+    python3.12 -m tools.setup            # everything `make run` needs
+    python3.12 -m tools.setup --no-model # the environment only
 """
 
+from __future__ import annotations
+
 import argparse
+import fcntl
 import hashlib
-import os
+import json
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tools.doctor import gather, judge, support
+from tools.doctor.findings import STOPS, WARNS
+from tools.doctor.machine import kind_of_machine
+from tools.pip_settings import client_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+UV_PROGRAM = VENV / "bin" / "uv"
 STAMPS = ROOT / ".setup"
 MODEL = ROOT / "models" / "starting"
 UV = "uv==0.13.8"
-NEEDED_GB = 9
-INSTALLED_GB = {"cpu": 6.6, "gpu": 11.0}
-LATEST = "torch and vLLM"
 
 
 class Failed(Exception):
@@ -41,6 +50,9 @@ def main() -> int:
     except Failed as failure:
         print(f"setup: {failure}", file=sys.stderr)
         return 3
+    except OSError as error:
+        print(f"setup: {error}: mend that and call again; it goes on from here", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("\nsetup: stopped; the next call goes on from here", file=sys.stderr)
         return 130
@@ -49,56 +61,107 @@ def main() -> int:
 
 def environment() -> None:
     """The virtual environment with the pinned requirements of this machine's kind."""
-    if sys.version_info[:2] != (3, 11):
-        raise Failed(f"this is Python {sys.version.split()[0]}; Palimpsest needs 3.11: make PYTHON=/path/to/python3.11")
-    kind = machine()
+    kind = kind_of_machine()
     pinned = ROOT / "requirements" / f"{kind}.txt"
     stamp = STAMPS / "environment"
-    wanted = digest(pinned, ROOT / "pyproject.toml", extra=sys.version + str(ROOT))
-    if stamp.is_file() and stamp.read_text() == wanted and (VENV / "bin" / "python").exists():
+    wanted = digest(pinned, ROOT / "pyproject.toml", extra=json.dumps(origin(), sort_keys=True))
+    if holds(stamp, wanted, VENV / "bin" / "python"):
         return
-    started = time.monotonic()
-    check_disk(pinned)
-    if not (VENV / "bin" / "uv").exists():
-        say("creating .venv and installing uv into it")
-        run([sys.executable, "-m", "venv", "--clear", str(VENV)], "create .venv")
-        run([str(VENV / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", UV], "install uv")
+    examine(kind)
+    with alone():
+        if holds(stamp, wanted, VENV / "bin" / "python"):
+            return  # another setup made it
+        stamp.unlink(missing_ok=True)
+        started = time.monotonic()
+        virtual_environment()
+        install(kind, pinned)
+        write(stamp, wanted)
+        say(f"environment ready: {size_gb(VENV):.1f} GB in {time.monotonic() - started:.0f} s")
+
+
+def examine(kind: str) -> None:
+    """Say what this machine lacks, before anything is downloaded. Raises Failed with every finding that stops."""
+    findings = judge.installation(gather.facts(ROOT, kind))
+    stops = [finding.sentence for finding in findings if finding.level == STOPS]
+    for finding in findings:
+        if finding.level == WARNS:
+            say(finding.sentence)
+    if stops:
+        raise Failed("\nsetup: ".join(stops))
+
+
+def virtual_environment() -> None:
+    """.venv with uv in it, made by this Python in this folder; one that was made otherwise is replaced."""
+    record = STAMPS / "venv.json"
+    there = read(record)
+    if VENV.exists() and (reason := unusable(there)) is None:
+        return
+    if VENV.exists():
+        say(f"replacing .venv: {reason}")
+    else:
+        say(f"creating .venv with Python {platform.python_version()} and installing uv into it")
+    record.unlink(missing_ok=True)
+    run([sys.executable, "-m", "venv", "--clear", str(VENV)], "create .venv")
+    run([str(VENV / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", UV], "install uv")
+    write(record, json.dumps(origin()))
+
+
+def unusable(there: dict[str, str]) -> str | None:
+    """Why the .venv that has this record cannot be used; None if it can."""
+    here = origin()
+    if not there:
+        return "the setup that made it did not finish, or was an older one"
+    if there.get("root") != here["root"]:
+        return f"this checkout was moved (from {there.get('root')})"
+    if there.get("python") != here["python"]:
+        return f"it has Python {there.get('python')}, and {here['python']} is asked for"
+    if there.get("uv") != here["uv"]:
+        return f"it has {there.get('uv')}, and {here['uv']} is wanted"
+    try:
+        for program in ("python", "uv"):
+            subprocess.run([str(VENV / "bin" / program), "--version"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"its {program} no longer runs"
+    return None
+
+
+def origin() -> dict[str, str]:
+    """What a virtual environment is bound to."""
+    return {"root": str(ROOT), "python": platform.python_version(), "uv": UV}
+
+
+def install(kind: str, pinned: Path) -> None:
     packages = sum(1 for line in pinned.read_text().splitlines() if line and line[0].isalnum())
     say(
         f"installing {packages} packages for a machine {'with a CUDA GPU' if kind == 'gpu' else 'without a CUDA GPU'}: "
-        f"about {INSTALLED_GB[kind]} GB, most of it {LATEST}"
+        f"about {support.INSTALLED_GB[kind]} GB, most of it torch and vLLM"
     )
-    command = [
-        str(VENV / "bin" / "uv"),
-        "pip",
-        "sync",
-        "--quiet",
-        "--python",
-        str(VENV / "bin" / "python"),
-        str(pinned),
-    ]
-    install_with_progress(command, INSTALLED_GB[kind])
+    python = str(VENV / "bin" / "python")
+    install_with_progress(
+        [str(UV_PROGRAM), "pip", "sync", "--quiet", "--python", python, str(pinned)], support.INSTALLED_GB[kind]
+    )
     run(
-        [str(VENV / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(VENV / "bin" / "python"),
+        [str(UV_PROGRAM), "pip", "install", "--quiet", "--python", python,
          "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
         "install palimpsest into .venv",
-        env=client_settings(),
+        env=client_settings(VENV / "bin" / "pip"),
     )  # fmt: skip
-    write(stamp, wanted)
-    say(f"environment ready: {size_gb(VENV):.1f} GB in {time.monotonic() - started:.0f} s")
 
 
 def starting_model() -> None:
     """The model of examples/embedded.toml: built here, never downloaded."""
     stamp = STAMPS / "starting_model"
     wanted = made_of()
-    if stamp.is_file() and stamp.read_text() == wanted and (MODEL / "config.json").exists():
+    if holds(stamp, wanted, MODEL / "config.json"):
         return
-    started = time.monotonic()
-    say("building the starting model (a small Qwen3 and its tokenizer, taught the format of a tool call)")
-    run([str(VENV / "bin" / "python"), "-m", "tools.starting_model", str(MODEL)], "build the starting model")
-    write(stamp, wanted)
-    say(f"starting model ready in {MODEL.relative_to(ROOT)} after {time.monotonic() - started:.0f} s")
+    with alone():
+        if holds(stamp, wanted, MODEL / "config.json"):
+            return
+        started = time.monotonic()
+        say("building the starting model (a small Qwen3 and its tokenizer, taught the format of a tool call)")
+        run([str(VENV / "bin" / "python"), "-m", "tools.starting_model", str(MODEL)], "build the starting model")
+        write(stamp, wanted)
+        say(f"starting model ready in {MODEL.relative_to(ROOT)} after {time.monotonic() - started:.0f} s")
 
 
 def made_of() -> str:
@@ -108,36 +171,19 @@ def made_of() -> str:
     return digest(*sources, extra=(STAMPS / "environment").read_text())
 
 
-def machine() -> str:
-    """`gpu` where nvidia-smi lists a device, else `cpu`."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return "cpu"
-    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
-    return "gpu" if listed.returncode == 0 and "GPU 0" in listed.stdout else "cpu"
-
-
-def check_disk(pinned: Path) -> None:
-    free = shutil.disk_usage(ROOT).free / 1e9
-    there = size_gb(VENV) if VENV.exists() else 0.0
-    if free + there < NEEDED_GB:
-        raise Failed(
-            f"{free:.1f} GB are free on the disk of {ROOT}, {NEEDED_GB} are needed for {pinned.name}: free some and "
-            f"call again (nothing installed so far is lost)"
-        )
-
-
 def install_with_progress(command: list[str], whole_gb: float) -> None:
     """Run uv; show how much of the environment stands, every few seconds."""
     started = shown = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, env=client_settings(), stderr=subprocess.PIPE, text=True) as process:
+    free_before = shutil.disk_usage(ROOT).free
+    settings = client_settings(VENV / "bin" / "pip")
+    with subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             try:
                 process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
-                    got = free_at_start() - shutil.disk_usage(ROOT).free / 1e9
+                    got = (free_before - shutil.disk_usage(ROOT).free) / 1e9
                     say(f"  {max(got, 0):.1f} of up to {whole_gb} GB written, {shown - started:.0f} s")
         _, errors = process.communicate()
     if process.returncode != 0:
@@ -148,37 +194,17 @@ def install_with_progress(command: list[str], whole_gb: float) -> None:
         )
 
 
-_FREE_AT_START = shutil.disk_usage(ROOT).free / 1e9
-
-
-def free_at_start() -> float:
-    return _FREE_AT_START
-
-
-def client_settings() -> dict[str, str]:
-    """The environment for uv: where pip is told to look and what to trust holds for uv as well."""
-    settings = dict(os.environ)
-    listed = subprocess.run(
-        [str(VENV / "bin" / "pip"), "config", "list"], capture_output=True, text=True, check=False
-    ).stdout
-    for line in listed.splitlines():
-        name, _, quoted = line.partition("=")
-        value = quoted.strip("'\"")
-        match name.split(".")[-1]:
-            case "index-url":
-                settings.setdefault("UV_DEFAULT_INDEX", value)
-            case "extra-index-url":
-                settings.setdefault("UV_INDEX", value)
-            case "cert" if Path(value).is_file():
-                settings.setdefault("SSL_CERT_FILE", value)
-    settings.setdefault("UV_HTTP_TIMEOUT", "180")
-    settings.setdefault("UV_LINK_MODE", "hardlink")
-    settings.setdefault("UV_NO_PROGRESS", "1")
-    # once here, not in each process that imports torch: where PYTHONDONTWRITEBYTECODE is set, as in many containers,
-    # that is two to eight seconds each time
-    settings.setdefault("UV_COMPILE_BYTECODE", "1")
-    settings.pop("VIRTUAL_ENV", None)
-    return settings
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold off other setups of this checkout. The lock goes with the process."""
+    STAMPS.mkdir(exist_ok=True)
+    with (STAMPS / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another setup of this checkout is at work; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str], purpose: str, env: dict[str, str] | None = None) -> None:
@@ -190,6 +216,19 @@ def run(command: list[str], purpose: str, env: dict[str, str] | None = None) -> 
 
 def digest(*files: Path, extra: str = "") -> str:
     return hashlib.sha256(b"\0".join([f.read_bytes() for f in files] + [extra.encode()])).hexdigest()
+
+
+def holds(stamp: Path, wanted: str, made: Path) -> bool:
+    """Whether what the stamp speaks of was made from what is wanted, and is there."""
+    return stamp.is_file() and stamp.read_text() == wanted and made.exists()
+
+
+def read(record: Path) -> dict[str, str]:
+    """What a record holds; nothing where there is none or it was cut short."""
+    try:
+        return dict(json.loads(record.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def write(stamp: Path, text: str) -> None:

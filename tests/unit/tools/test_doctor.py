@@ -1,0 +1,264 @@
+"""The doctor: what each fact of a machine means for an installation or a run."""
+
+import ast
+import datetime
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.doctor import gather, judge, machine, run_file, support
+from tools.doctor.__main__ import main, table
+from tools.doctor.facts import Facts, Interpreter, Place, Port
+from tools.doctor.findings import OK, STOPS, WARNS, Finding
+
+ROOT = Path(__file__).resolve().parents[3]
+GB = 10**9
+ROOM = Place("/here", free=100 * GB)
+GOOD = Facts(
+    kind="cpu",
+    python=Interpreter((3, 12, 1)),
+    system="Linux",
+    machine="x86_64",
+    libc=("glibc", (2, 36)),
+    cpu_model="A processor",
+    cpu_flags=frozenset({"avx2", "avx512f", "amx_tile"}),
+    cpus=4,
+    amx="permitted",
+    gpus=(),
+    driver="",
+    driver_hidden=False,
+    memory=32 * GB,
+    memory_free=16 * GB,
+    memory_limited_by="the machine",
+    shared_memory=16 * GB,
+    processes_left=None,
+    open_files=1 << 20,
+    today=support.RELEASED + datetime.timedelta(days=30),
+    environment={},
+    checkout=ROOM,
+    run_folder=ROOM,
+    cache=ROOM,
+    temporary=ROOM,
+    compiler=True,
+    built_before=False,
+)
+ARM: dict[str, Any] = {
+    "machine": "aarch64",
+    "amx": "absent",
+    "cpu_flags": frozenset({"asimdhp", "asimddp", "bf16", "i8mm"}),
+}
+H100: dict[str, Any] = {"kind": "gpu", "gpus": ("H100",), "driver": "580.95.05"}
+
+WELL: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "the oldest Python": {"python": Interpreter((3, 11, 0))},
+    "the newest Python": {"python": Interpreter((3, 13, 9))},
+    "AVX2 only": {"cpu_flags": frozenset({"avx2"}), "amx": "absent"},
+    "AMX refused: the engine runs without": {"amx": "refused"},
+    "arm64": ARM,
+    "a GPU": H100,
+    "a GPU beside an old CPU": {**H100, "cpu_flags": frozenset(), "amx": "absent"},
+    "the oldest glibc": {"libc": ("glibc", (2, 28))},
+    "no compiler, but built before": {"compiler": False, "built_before": True},
+    "a proxy that leaves this machine out": {
+        "environment": {"http_proxy": "http://proxy:3128", "no_proxy": ".example.com, 127.0.0.1"}
+    },
+    "a proxy for nothing": {"environment": {"http_proxy": ""}},
+    "threads as many as processors": {"environment": {"OMP_NUM_THREADS": "4"}},
+    "a free port": {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=False),)},
+}
+BADLY: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    # what is otherwise: the check that sees it, its level, and what the sentence has to name
+    "Windows": ({"system": "Windows"}, "System", STOPS, "Linux"),
+    "an architecture without wheels": ({"machine": "ppc64le"}, "System", STOPS, "ppc64le"),
+    "musl": ({"libc": ("musl", (0, 0))}, "System", STOPS, "Alpine"),
+    "an old glibc": ({"libc": ("glibc", (2, 27))}, "System", STOPS, "2.28"),
+    "an arm64 GPU needs a later glibc": ({**ARM, **H100, "libc": ("glibc", (2, 31))}, "System", STOPS, "2.34"),
+    "an older Python": ({"python": Interpreter((3, 10, 1))}, "Python", STOPS, "3.11, 3.12 or 3.13"),
+    "a later Python": ({"python": Interpreter((3, 14, 0))}, "Python", STOPS, "3.11, 3.12 or 3.13"),
+    "PyPy": ({"python": Interpreter((3, 11, 1), implementation="pypy")}, "Python", STOPS, "pypy"),
+    "free threads": ({"python": Interpreter((3, 13, 1), free_threaded=True)}, "Python", STOPS, "free-threaded"),
+    "32 bits": ({"python": Interpreter((3, 13, 1), bits=32)}, "Python", STOPS, "32-bit"),
+    "no venv": ({"python": Interpreter((3, 12, 1), has_venv=False)}, "venv", STOPS, "python3.12-venv"),
+    "no compiler": ({"compiler": False}, "C compiler", STOPS, "apt install gcc"),
+    "no headers": ({"python": Interpreter((3, 12, 1), has_headers=False)}, "C compiler", STOPS, "python3.12-dev"),
+    "no AVX2": ({"cpu_flags": frozenset({"sse4_2"}), "amx": "absent"}, "CPU", STOPS, "AVX2"),
+    "an early arm64": ({**ARM, "cpu_flags": frozenset({"asimddp"})}, "CPU", STOPS, "bf16"),
+    "one processor": ({"cpus": 1.0}, "CPU", WARNS, "two"),
+    "a driver out of sight": ({"driver_hidden": True}, "GPU", WARNS, "nvidia-smi"),
+    "an old driver": ({**H100, "driver": "550.54.15"}, "GPU", STOPS, "580"),
+    "a clock of 1970": ({"today": datetime.date(1970, 1, 1)}, "Clock", WARNS, "timedatectl"),
+    "a clock of 2100": ({"today": datetime.date(2100, 1, 1)}, "Clock", WARNS, "timedatectl"),
+    "a checkout of another": (
+        {"checkout": replace(ROOM, writable=False, owner="ada")}, "Checkout", STOPS, "belongs to ada",
+    ),
+    "root in a checkout of another": ({"checkout": replace(ROOM, owner="ada")}, "Checkout", WARNS, "ada"),
+    "a read-only checkout": ({"checkout": replace(ROOM, read_only_mount=True)}, "Checkout", STOPS, "read-only"),
+    "no disk to install": ({"checkout": replace(ROOM, free=5 * GB)}, "Disk", STOPS, "5.0 GB free"),
+    "little disk for downloads": ({"cache": replace(ROOM, free=5 * GB)}, "Cache", WARNS, "UV_CACHE_DIR"),
+    "an unwritable cache": ({"cache": replace(ROOM, writable=False)}, "Cache", STOPS, "UV_CACHE_DIR"),
+    "an unwritable run folder": ({"run_folder": replace(ROOM, writable=False)}, "Run folder", STOPS, "run.folder"),
+    "a full run folder": ({"run_folder": replace(ROOM, free=10**8)}, "Run folder", STOPS, "0.1 GB"),
+    "a nearly full run folder": ({"run_folder": replace(ROOM, free=GB)}, "Run folder", WARNS, "1.0 GB"),
+    "an unwritable temporary folder": ({"temporary": replace(ROOM, writable=False)}, "Temporary folder", STOPS, "TMP"),
+    "a full temporary folder": ({"temporary": replace(ROOM, free=0)}, "Temporary folder", STOPS, "TMPDIR"),
+    "no memory": ({"memory_free": GB}, "Memory", STOPS, "1.0 GB free"),
+    "little memory": ({"memory_free": 4 * GB}, "Memory", WARNS, "kv_cache_gib"),
+    "a limit of the container": (
+        {"memory": 2 * GB, "memory_free": GB, "memory_limited_by": "the control group"}, "Memory", STOPS, "control",
+    ),
+    "no /dev/shm": ({"shared_memory": -1}, "/dev/shm", WARNS, "tmpfs"),
+    "a small /dev/shm": ({"shared_memory": 10**6}, "/dev/shm", WARNS, "--shm-size"),
+    "docker's /dev/shm beside two GPUs": (
+        {**H100, "gpus": ("H100", "H100"), "shared_memory": 64 * 10**6}, "/dev/shm", WARNS, "--shm-size",
+    ),
+    "no processes left": ({"processes_left": 50}, "Threads", STOPS, "ulimit -u"),
+    "few processes left": ({"processes_left": 500}, "Threads", WARNS, "ulimit -u"),
+    "hardly any files": ({"open_files": 64}, "Open files", STOPS, "ulimit -n"),
+    "few files": ({"open_files": 512}, "Open files", WARNS, "ulimit -n"),
+    "threads that are none": ({"environment": {"OMP_NUM_THREADS": "all"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
+    "no threads": ({"environment": {"OMP_NUM_THREADS": "0"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
+    "too many threads": ({"environment": {"OMP_NUM_THREADS": "64"}}, "OMP_NUM_THREADS", WARNS, "64"),
+    "a proxy for everything": ({"environment": {"http_proxy": "http://proxy:3128"}}, "Proxy", STOPS, "no_proxy"),
+    "a proxy by its other name": ({"environment": {"ALL_PROXY": "socks5://proxy"}}, "Proxy", STOPS, "ALL_PROXY"),
+    "a taken port": (
+        {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=True),)}, "Port", STOPS, "env_gateway.port",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WELL.values(), ids=WELL)
+def test_a_machine_that_is_well(change: dict[str, Any]) -> None:
+    findings = judge.everything(replace(GOOD, **change), installed=False)
+    assert [finding.sentence for finding in findings if finding.level != OK] == []
+
+
+@pytest.mark.parametrize(("change", "check", "level", "word"), BADLY.values(), ids=BADLY)
+def test_a_machine_that_lacks_something(change: dict[str, Any], check: str, level: str, word: str) -> None:
+    findings = judge.everything(replace(GOOD, **change), installed=False)
+    (found,) = [finding for finding in findings if finding.level != OK]
+    assert (found.check, found.level) == (check, level)
+    assert word in found.sentence
+    assert found.meaning.endswith(".")
+    assert found.remedy.endswith(".")
+
+
+def test_every_check_is_seen_to_fail() -> None:
+    checks = {finding.check for finding in judge.everything(GOOD, installed=False)}
+    assert checks - {check for _, check, _, _ in BADLY.values()} == set()
+
+
+def test_what_only_an_installation_needs_does_not_stop_a_run() -> None:
+    facts = replace(GOOD, compiler=False, checkout=replace(ROOM, read_only_mount=True, free=0))
+    assert {finding.level for finding in judge.everything(facts, installed=True)} == {OK}
+
+
+def test_the_table_says_below_a_finding_what_to_do() -> None:
+    lines = table([Finding("Disk", "full", STOPS, "No run.", "Free some."), Finding("CPU", "fine")])
+    assert [line.split() for line in lines[:4]] == [
+        ["stops", "Disk", "full"], ["No", "run."], ["Free", "some."], ["ok", "CPU", "fine"],
+    ]  # fmt: skip
+    assert lines[-1] == "2 checks: 1 stop a run, 0 may hinder it"
+
+
+def test_a_run_names_its_folder_and_ports_by_file_environment_and_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[run]\nfolder = "here"\nid = "a"\n[env_gateway]\nport = 7701\n[snapshot_store]\nport = 0\n')
+    words = [str(file), "--check", "--run.id", "b", "--rollout.port=7703"]
+    values = run_file.named(words, {"PALIMPSEST_RUN__FOLDER": "there", "PALIMPSEST_LEARNER__PORT": "7704"})
+    assert run_file.folder(values) == Path("there/b")
+    assert run_file.ports(values) == [
+        ("env_gateway.port", "127.0.0.1", 7701),
+        ("learner.port", "127.0.0.1", 7704),
+        ("rollout.port", "127.0.0.1", 7703),
+    ]
+
+
+def test_a_run_that_goes_on_names_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[learner]\nhost = "localhost"\nport = 7704\n[rollout]\nhost = "a"\nport = 1\n')
+    values = run_file.named([f"--resume={tmp_path}"], {})
+    assert run_file.folder(values) == tmp_path
+    assert run_file.ports(values) == [("learner.port", "127.0.0.1", 7704)]  # `a` is a name: not looked up
+
+
+@pytest.mark.parametrize("text", [None, "no = [toml", "\udcff"])
+def test_a_run_file_that_cannot_be_read_is_left_to_the_run(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "run.toml"
+    if text is not None:
+        file.write_bytes(text.encode(errors="surrogateescape"))
+    assert run_file.named([str(file)], {}) == {}
+
+
+def test_the_facts_of_this_machine_can_be_had() -> None:
+    facts = gather.facts(ROOT, "cpu")
+    assert facts.python.version == sys.version_info[:3]
+    assert facts.cpus > 0
+    assert 0 < facts.memory_free <= facts.memory
+    assert facts.amx in {"absent", "permitted", "refused"}
+    assert (facts.amx == "absent") == ("amx_tile" not in facts.cpu_flags)
+
+
+def test_a_folder_that_is_not_there_is_judged_by_the_one_above(tmp_path: Path) -> None:
+    found = gather.place(tmp_path / "runs" / "a")
+    assert found.writable
+    assert found.free > 0
+    assert found.owner == ""
+    (tmp_path / "file").write_text("")
+    assert not gather.place(tmp_path / "file" / "a").writable
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1000000000", "memory.current": "400000000", "memory.stat": "inactive_file 100000000"}, 7),
+        ({"memory.max": "max", "memory.current": "400000000"}, None),
+        ({"memory.limit_in_bytes": "1000000000", "memory.usage_in_bytes": "300000000"}, 7),
+        ({"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "300000000"}, None),
+    ],
+    ids=["second kind", "second kind, no limit", "first kind", "first kind, no limit"],
+)
+def test_the_control_groups_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    there = {name: str(tmp_path / name) for name in files}
+    monkeypatch.setattr(machine, "group", lambda _, name: there.get(name, ""))
+    whole, free, by = machine.memory()
+    if expected is None:
+        assert by == "the machine"
+    else:
+        assert (whole, free, by) == (GB, expected * 10**8, "the control group")
+
+
+def test_the_command_names_a_taken_port_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main(["--quiet", f"--env_gateway.port={port}"]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"doctor: Port: env_gateway.port = 127.0.0.1:{port} is taken" in said.err
+
+
+def test_the_whole_command_prints_every_check() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.stderr == ""
+    for check in ("System", "Python", "CPU", "GPU", "Clock", "Memory", "Run folder", "/dev/shm", "Threads", "Proxy"):
+        assert f"  {check}  " in done.stdout
+    assert done.returncode == (3 if "\nstops" in f"\n{done.stdout}" else 0)
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "tools/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_an_older_python_can_read_it(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 9))
+    assert "from __future__ import annotations" in path.read_text() or path.name == "__init__.py"

@@ -1,0 +1,150 @@
+"""Setting up: a .venv that cannot be used is replaced with a reason, pip's settings hold for uv, Python is chosen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import setup
+from tools.pip_settings import translated
+
+SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "python.sh"
+
+
+@pytest.fixture
+def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A .venv whose programs run."""
+    folder = tmp_path / ".venv"
+    (folder / "bin").mkdir(parents=True)
+    for name in ("python", "uv"):
+        program(folder / "bin" / name, "exit 0")
+    monkeypatch.setattr(setup, "VENV", folder)
+    return folder
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def python(path: Path, version: str) -> Path:
+    """What looks like a Python of this version to tools/python.sh."""
+    return program(path, f'if [ "$1" = -c ]; then echo {version}; else echo "{path.name} runs $*"; fi')
+
+
+def chosen(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What tools/python.sh does where only the programs of this folder are installed."""
+    return subprocess.run(
+        ["/bin/sh", str(SCRIPT), *words], cwd=folder, env={"PATH": str(folder), **environment},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def test_a_venv_of_this_python_and_folder_is_kept(venv: Path) -> None:
+    assert setup.unusable(setup.origin()) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"python": "3.10.2"}, "it has Python 3.10.2"),
+        ({"root": "/before"}, "was moved (from /before)"),
+        ({"uv": "uv==0.1"}, "it has uv==0.1"),
+    ],
+)
+def test_a_venv_of_another_origin_is_replaced_with_a_reason(venv: Path, changed: dict[str, str], reason: str) -> None:
+    assert reason in str(setup.unusable({**setup.origin(), **changed}))
+
+
+def test_a_venv_without_a_record_was_interrupted(venv: Path) -> None:
+    assert "did not finish" in str(setup.unusable({}))
+
+
+@pytest.mark.parametrize("name", ["python", "uv"])
+def test_a_venv_whose_programs_do_not_run_is_replaced(venv: Path, name: str) -> None:
+    (venv / "bin" / name).unlink()
+    assert f"its {name} no longer runs" in str(setup.unusable(setup.origin()))
+
+
+def test_a_record_that_was_cut_short_holds_nothing(tmp_path: Path) -> None:
+    record = tmp_path / "venv.json"
+    assert setup.read(record) == {}
+    record.write_text('{"python": "3.1')
+    assert setup.read(record) == {}
+
+
+def test_pips_settings_hold_for_uv(tmp_path: Path) -> None:
+    certificate = tmp_path / "ca.pem"
+    certificate.write_text("")
+    listed = (
+        "global.index-url='https://first.example/simple'\nglobal.extra-index-url='https://a.example https://b.example'\n"
+        f"install.find-links='\\n/wheels\\n/more'\n:env:.no-index='1'\nglobal.cert='{certificate}'\n"
+    )
+    settings = translated(listed, {"HOME": "/ada", "VIRTUAL_ENV": "/other"})
+    assert settings["UV_DEFAULT_INDEX"] == "https://first.example/simple"
+    assert settings["UV_INDEX"] == "https://a.example https://b.example"
+    assert settings["UV_FIND_LINKS"] == "/wheels,/more"
+    assert settings["UV_NO_INDEX"] == "1"
+    assert settings["SSL_CERT_FILE"] == str(certificate)
+    assert settings["HOME"] == "/ada"
+    assert "VIRTUAL_ENV" not in settings
+
+
+def test_what_was_said_to_uv_itself_goes_before_pips_settings() -> None:
+    listed = "global.index-url='https://first.example/simple'\n"
+    assert (
+        translated(listed, {"UV_DEFAULT_INDEX": "https://mine.example"})["UV_DEFAULT_INDEX"] == "https://mine.example"
+    )
+
+
+def test_the_first_python_that_runs_is_taken(tmp_path: Path) -> None:
+    program(tmp_path / "python3.11", "echo 'pyenv: python3.11: command not found' >&2; exit 127")
+    python(tmp_path / "python3.13", "3.13.2")
+    python(tmp_path / "python3", "3.9.1")
+    assert chosen(tmp_path, "-m", "tools.setup").stdout == "python3.13 runs -m tools.setup\n"
+
+
+def test_the_python_that_is_named_goes_before_all_others(tmp_path: Path) -> None:
+    python(tmp_path / "python3.11", "3.11.7")
+    mine = python(tmp_path / "mine", "3.12.1")
+    assert chosen(tmp_path, "x", PYTHON=str(mine)).stdout == "mine runs x\n"
+
+
+def test_a_named_python_that_will_not_do_is_refused(tmp_path: Path) -> None:
+    python(tmp_path / "python3.11", "3.11.7")
+    old = python(tmp_path / "old", "3.8.18")
+    for name, word in ((str(old), "is Python 3.8.18"), ("/no/such", "does not run")):
+        done = chosen(tmp_path, "x", PYTHON=name, GOALS="run")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert word in done.stderr
+        assert "make run PYTHON=" in done.stderr
+
+
+def test_without_a_python_that_will_do_the_ones_there_are_named(tmp_path: Path) -> None:
+    python(tmp_path / "python3", "3.9.18")
+    done = chosen(tmp_path, "x")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "(python3 is 3.9.18)" in done.stderr
+
+
+def test_the_doctor_takes_an_older_python_where_there_is_no_other(tmp_path: Path) -> None:
+    python(tmp_path / "python3", "3.9.18")
+    assert chosen(tmp_path, "x", ANY_PYTHON="1").stdout == "python3 runs x\n"
+
+
+def test_the_python_of_the_venv_is_kept(tmp_path: Path) -> None:
+    """Or every `make run` would replace the .venv of whoever once named another Python."""
+    python(tmp_path / "python3.11", "3.11.7")
+    base = python(tmp_path / "base", "3.12.1")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    program(tmp_path / ".venv" / "bin" / "python", f"echo {base}")
+    assert chosen(tmp_path, "x").stdout == "base runs x\n"
+
+
+def test_the_real_python_of_a_venv_is_found() -> None:
+    done = chosen(SCRIPT.parents[1], "-c", "import sys; print(sys.prefix == sys.base_prefix)", PATH=os.environ["PATH"])
+    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert sys.version_info >= (3, 11)

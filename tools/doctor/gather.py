@@ -1,0 +1,130 @@
+"""Find out the facts. Nothing here judges, and nothing here takes longer than a second or two."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import pwd
+import shutil
+import socket
+import struct
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from tools.doctor import machine
+from tools.doctor.facts import Facts, Interpreter, Place, Port
+
+ASKED = ("OMP_NUM_THREADS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
+BUILT_HERE = "pycosat"
+"""The one pinned package that has to be compiled: its project publishes no wheels."""
+
+
+def facts(root: Path, kind: str, run_folder: Path | None = None, ports: Sequence[tuple[str, str, int]] = ()) -> Facts:
+    """All that the checks look at. `ports`: key, host and number of each port that the run file fixes."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = pool.submit(machine.gpus)  # the driver may take a second to answer
+        model, flags = machine.cpu()
+        memory, memory_free, limited_by = machine.memory()
+        amx = machine.amx(flags)
+        names, driver = waiting.result()
+    return Facts(
+        kind=kind,
+        python=interpreter(),
+        system=platform.system(),
+        machine=platform.machine(),
+        libc=machine.libc(),
+        cpu_model=model,
+        cpu_flags=flags,
+        cpus=machine.cpus(),
+        amx=amx,
+        gpus=names,
+        driver=driver,
+        driver_hidden=not names and machine.driver_loaded(),
+        memory=memory,
+        memory_free=memory_free,
+        memory_limited_by=limited_by,
+        shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else -1,  # noqa: S108
+        processes_left=machine.processes_left(),
+        open_files=machine.open_files(),
+        today=datetime.datetime.now(datetime.timezone.utc).date(),  # noqa: UP017 -- Python 3.9 has no other name
+        environment={name: os.environ[name] for name in ASKED if name in os.environ},
+        checkout=place(root),
+        run_folder=place(run_folder or root / "runs"),
+        cache=place(uv_cache(os.environ)),
+        temporary=place(Path(tempfile.gettempdir())),
+        compiler=shutil.which("cc") is not None or shutil.which("gcc") is not None,
+        built_before=built_before(os.environ),
+        ports=tuple(Port(key, f"{host}:{number}", is_taken(host, number)) for key, host, number in ports),
+    )
+
+
+def interpreter() -> Interpreter:
+    """The Python that runs this."""
+    return Interpreter(
+        version=(sys.version_info[0], sys.version_info[1], sys.version_info[2]),
+        implementation=sys.implementation.name,
+        free_threaded=bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+        bits=struct.calcsize("P") * 8,
+        has_venv=find_spec("venv") is not None and find_spec("ensurepip") is not None,
+        has_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
+        path=sys.executable,
+    )
+
+
+def place(path: Path) -> Place:
+    """What can be said of a folder, or of the nearest one above it that exists."""
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        found, room = there.stat(), os.statvfs(there)
+    except OSError:
+        return Place(str(path), free=0, writable=False)
+    owner = "" if found.st_uid == os.geteuid() or found.st_mode & 0o002 else user(found.st_uid)
+    return Place(
+        str(path),
+        free=room.f_bavail * room.f_frsize,
+        writable=there.is_dir() and os.access(there, os.W_OK | os.X_OK),
+        read_only_mount=bool(room.f_flag & os.ST_RDONLY),
+        owner=owner,
+    )
+
+
+def user(number: int) -> str:
+    """A user's name, or the number where no one has it."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+def uv_cache(environment: Mapping[str, str]) -> Path:
+    """Where uv keeps what it has downloaded."""
+    if named := environment.get("UV_CACHE_DIR"):
+        return Path(named)
+    return Path(environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "uv"
+
+
+def built_before(environment: Mapping[str, str]) -> bool:
+    """Whether uv's cache has the one package that needs a compiler, built for this Python."""
+    wheel = f"*/*/{BUILT_HERE}-*-cp{sys.version_info[0]}{sys.version_info[1]}-*.whl"
+    folders = (f"sdists-*/*/{BUILT_HERE}", f"sdists-*/*/*/{BUILT_HERE}")  # of the registry, of another index
+    return any(next(uv_cache(environment).glob(f"{folder}/{wheel}"), None) for folder in folders)
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether another program listens there, or the address cannot be used at all."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False

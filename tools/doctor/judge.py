@@ -1,0 +1,44 @@
+"""From facts to findings: which checks an installation and a run have. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tools.doctor import judge_machine as machine, judge_places as places
+from tools.doctor.facts import Facts
+from tools.doctor.findings import Finding
+
+Check = Callable[[Facts], Finding]
+ALWAYS: tuple[Check, ...] = (machine.system, machine.python, machine.processor, machine.gpu, machine.clock)
+BEFORE_INSTALLING: tuple[Check, ...] = (
+    machine.venv,
+    machine.compiler,
+    places.checkout,
+    places.disk_to_install,
+    places.download_cache,
+)
+BEFORE_RUNNING: tuple[Check, ...] = (
+    places.run_folder,
+    places.temporary,
+    machine.memory,
+    machine.shared_memory,
+    machine.threads,
+    machine.open_files,
+    places.omp,
+    places.proxies,
+)
+
+
+def installation(facts: Facts) -> list[Finding]:
+    """What `make setup` needs, before anything is downloaded."""
+    return [check(facts) for check in (*ALWAYS, *BEFORE_INSTALLING)]
+
+
+def run(facts: Facts) -> list[Finding]:
+    """What a run needs once the environment is there."""
+    return [check(facts) for check in (*ALWAYS, *BEFORE_RUNNING)] + places.ports(facts)
+
+
+def everything(facts: Facts, *, installed: bool) -> list[Finding]:
+    """All checks; those of an installation only where it is still to be made."""
+    return [check(facts) for check in BEFORE_INSTALLING if not installed] + run(facts)

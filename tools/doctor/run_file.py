@@ -1,0 +1,89 @@
+"""What the doctor wants to know of a run: where it writes, and which ports it fixes. It judges no key: the run does."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PREFIX = "PALIMPSEST_"
+SWITCHES = ("--check", "--help", "-h")
+
+
+def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """The run's keys by dotted name: the file's, then the environment's, then the flags', as common/config does it."""
+    path, flags = _words(words)
+    values: dict[str, Any] = {}
+    if path is None and "resume" in flags:
+        path = Path(flags["resume"]) / "run.toml"
+    if path is not None:
+        values.update(_flat("", _read(path)))
+    for name, value in environment.items():
+        if name.startswith(PREFIX):
+            values[name[len(PREFIX) :].lower().replace("__", ".")] = value
+    return {**values, **flags}
+
+
+def folder(values: Mapping[str, Any]) -> Path:
+    """The folder that this run writes to, or that will hold its folder."""
+    if "resume" in values:
+        return Path(str(values["resume"]))
+    return Path(str(values.get("run.folder", "runs"))) / str(values.get("run.id", ""))
+
+
+def ports(values: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Key, address and number of each port that is fixed, where the address is one of a machine and no name."""
+    fixed = []
+    for key, value in sorted(values.items()):
+        section, _, name = key.rpartition(".")
+        host = str(values.get(f"{section}.host", "127.0.0.1"))
+        host = "127.0.0.1" if host == "localhost" else host
+        if name == "port" and str(value).isdecimal() and 0 < int(value) < 65536 and _is_address(host):
+            fixed.append((key, host, int(value)))
+    return fixed
+
+
+def _words(words: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
+    path, flags = None, {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word in SWITCHES:
+            continue
+        if not word.startswith("--"):
+            path = Path(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals and waiting:
+            value = waiting.pop(0)
+        flags[name] = value
+    return path, flags
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tables; nothing of a file that is not there or is no TOML: the run itself says so."""
+    try:
+        toml = importlib.import_module("tomllib")  # Python 3.11 and later
+        return dict(toml.loads(path.read_text()))
+    except (ImportError, OSError, ValueError):
+        return {}
+
+
+def _flat(prefix: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat.update(_flat(f"{prefix}{name}.", value))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
