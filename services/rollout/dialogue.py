@@ -5,8 +5,10 @@ text that stands between a model message and the next one is found by rendering 
 sentinel, and taking what comes after it; this holds for templates that rewrite earlier messages.
 """
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from common.model_path import WHOLE, refuse_absent, sentence
@@ -29,11 +31,9 @@ class Dialogue:
     @classmethod
     def load(cls, model: str, options: dict[str, Any]) -> "Dialogue":
         """The dialogue of a model folder. Raises Refusal when its tokenizer cannot be used."""
-        from transformers import AutoTokenizer
-
         refuse_absent(model)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = _tokenizer(model)
         except Exception as error:
             raise Refusal(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
         if not tokenizer.chat_template:
@@ -96,6 +96,22 @@ class Dialogue:
             messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **self._options
         )
         return tuple(self.encode(text))
+
+
+def _tokenizer(model: str) -> Any:
+    """The tokenizer of the folder, as AutoTokenizer makes it.
+
+    AutoTokenizer imports torch and what every model needs: four seconds of a core. A folder that names the general
+    class itself, as transformers 5 saves it, does without.
+    """
+    named = Path(model) / "tokenizer_config.json"
+    if named.is_file() and json.loads(named.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend.from_pretrained(model)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
 
 
 class _Tools:

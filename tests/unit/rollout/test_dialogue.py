@@ -1,14 +1,17 @@
 """Tokens in, tokens out: what the model said is never tokenised again."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.refusal import Refusal
 from common.sessions.wire import Message
 from services.rollout.dialogue import Dialogue
+from tests.runs import ROOT
 
 TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"properties": {"key": {}}}}},)
 
@@ -23,6 +26,23 @@ REWRITING = """\
 {%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+SAVED_BY_TRANSFORMERS_5 = """
+import sys
+from services.rollout.dialogue import Dialogue
+dialogue = Dialogue.load(sys.argv[1], {})
+print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
+"""
+
+
+def test_a_tokenizer_of_the_general_class_is_loaded_without_torch(starting_model: Path) -> None:
+    """And is the one that AutoTokenizer would have made."""
+    command = [sys.executable, "-c", SAVED_BY_TRANSFORMERS_5, str(starting_model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    expected = AutoTokenizer.from_pretrained(starting_model)
+    assert done.stdout.split() == ["False", type(expected).__name__]
+    assert str(Dialogue.load(str(starting_model), {})._tokenizer) == str(expected)
 
 
 def a_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
