@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import answered
 from tests.runs import ROOT, RunProcess, scripted
 
 WITHIN_S = 120.0
@@ -28,6 +29,12 @@ def ended(module: str, *arguments: str | Path, environment: dict[str, str] | Non
     )
     assert "Traceback" not in done.stdout
     return done.returncode, done.stdout
+
+
+def refused(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """The same without a process: for what is refused before a program touches logs, signals or folders."""
+    said = answered(module, *arguments, environment=environment)
+    return said.code, said.out + said.err
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def taken() -> Iterator[int]:
     ],
 )
 def test_a_flag_that_cannot_be_used(toml: Path, flag: str, says: str) -> None:
-    code, output = ended("services", toml, flag)
+    code, output = refused("services", toml, flag)
     assert code == 2
     assert output.startswith(f"{flag.partition('=')[0]}: {says}")
     assert list(toml.parent.iterdir()) == [toml], "no run was begun"
@@ -68,7 +75,7 @@ def test_a_flag_that_cannot_be_used(toml: Path, flag: str, says: str) -> None:
 def test_every_mistake_is_told_at_once_with_the_layer_it_came_from(toml: Path) -> None:
     written = toml.read_text().replace("samples_per_group = 4", 'samples_per_group = "four"')
     toml.write_text(written.replace("max_turns", "max_turn"))
-    code, output = ended(
+    code, output = refused(
         "services.learner", toml, "--learner.optimizer.lr=", environment={"PALIMPSEST_SAMPLING__TOP_P": "0.5"}
     )
     assert code == 2
@@ -108,7 +115,7 @@ def test_a_model_folder_that_cannot_be_read(
 ) -> None:
     model = tmp_path / "model"
     make(model, starting_model)
-    code, output = ended("services", toml, f"--model.path={model}")
+    code, output = refused("services", toml, f"--model.path={model}")
     assert code == 2
     assert output.startswith(says.format(model=model))
     assert not (tmp_path / "scripted").exists(), "no run was begun"
