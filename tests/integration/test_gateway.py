@@ -238,7 +238,7 @@ async def test_sigterm_finishes_the_step_under_way_and_leaves_nothing_behind(lau
         await until(lambda: not accepts(gateway.port))
         gate.touch()
         assert (await step).reward == 0.75
-    assert await asyncio.to_thread(gateway.process.wait, 30) == 0
+    assert await asyncio.to_thread(gateway.process.wait, 30) == 130
     assert psutil.wait_procs(descendants, timeout=10)[1] == []
 
 

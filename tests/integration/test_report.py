@@ -172,7 +172,6 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
     said, _ = run.communicate(timeout=WITHIN_S)
     assert run.returncode == 130, said
     assert said.index("stopping ...") < said.index("Stopped cleanly after")
-    assert f'make run RUN= ARGS="--resume {home}"' in said
     assert f"python -m services --resume {home}" in said
     stopped = json.loads((home / "summary.json").read_text())
     assert stopped["versions"] >= 1
