@@ -1,6 +1,7 @@
 """Start and stop a Kafka and a MinIO of this machine, to try a cluster's run without a cluster."""
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -29,6 +30,12 @@ def main(words: Sequence[str]) -> int:
     except Refusal as refusal:
         print(f"backends: {refusal}", file=sys.stderr)
         return refusal.code
+    except OSError as error:
+        print(
+            f"backends: {error}; name a folder that can be written to (make {options.command} FOLDER=...)",
+            file=sys.stderr,
+        )
+        return ExitCode.UNAVAILABLE
     except KeyboardInterrupt:
         print("\nbackends: interrupted; what runs goes on until `down`, the next `up` does the rest", file=sys.stderr)
         return ExitCode.INTERRUPTED
@@ -58,9 +65,9 @@ def _port(text: str) -> int:
 
 def _tell(pair: Pair, settings: dict[str, str]) -> None:
     folder = shlex.quote(_short(pair.folder))
-    print("", *exports(settings), sep="\n  ")
-    print(f"\nThese lines are in {folder}/environment. In the shell of a run: . {folder}/environment")
-    print(f"To stop both: make down{'' if pair.folder == FOLDER else f' FOLDER={folder}'}")
+    _print("\n  ".join(["", *exports(settings)]))
+    _print(f"\nThese lines are in {folder}/environment. In the shell of a run: . {folder}/environment")
+    _print(f"To stop both: make down{'' if pair.folder == FOLDER else f' FOLDER={folder}'}")
 
 
 def _short(folder: Path) -> str:
@@ -70,7 +77,15 @@ def _short(folder: Path) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"backends: {text}", flush=True)
+    _print(f"backends: {text}")
+
+
+def _print(text: str) -> None:
+    """Print; without a reader (`make up | head`) the work goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from tools.backends.minio import Minio
 from tools.backends.process import Server
 
 USUAL_PORTS = {"kafka": 9092, "minio": 9000}
+STANDS_STILL_S = 120.0
+"""A broker that recovers a segment of 1 GB from a slow disk says nothing for a minute."""
 TITLES = {"kafka": Kafka.title, "minio": Minio.title}
 
 
@@ -80,7 +82,7 @@ class Pair:
             self.say(f"{server.title} runs already: {address}")
             return
         started = time.monotonic()
-        server.start()
+        server.start(STANDS_STILL_S, self.say)
         self.say(f"{server.title} runs: {address}, after {time.monotonic() - started:.1f} s; its log is {server.log}")
 
     def _port(self, name: str, wanted: int | None) -> int | None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,13 @@ from typing import Self
 from common.lifeline import tie
 from common.refusal import ExitCode, Refusal
 from tools.backends import ports
+from tools.backends.cache import Say
 from tools.backends.identity import Identity
+from tools.backends.recovery import LogRecovery, Patience
 
 LAST_LINES = 15
 POLL_S = 0.05
+SAID_EVERY_S = 5.0
 
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
 """Starts every server: the kernel ends a tied process with the *thread* that started it, and this one stays to the end.
@@ -41,6 +44,7 @@ class Server(ABC):
         self.port = port or ports.remembered(self.folder / "port") or ports.free()
         self.detached = detached
         self.process: subprocess.Popen[bytes] | None = None
+        self.clock: Callable[[], float] = time.monotonic
 
     @abstractmethod
     def prepare(self) -> None:
@@ -73,8 +77,11 @@ class Server(ABC):
         """Whether a process that this object started lives."""
         return self.process is not None and self.process.poll() is None
 
-    def start(self, timeout_s: float = 60.0) -> None:
-        """Returns when it serves requests. Raises Refusal with the log's end when it does not."""
+    def start(self, limit_s: float = 60.0, say: Say = lambda _: None) -> None:
+        """Returns when it serves requests; `say` is told of a long recovery.
+
+        Raises Refusal with the log's end, the process killed, when it ends or nothing has moved for `limit_s` seconds.
+        """
         assert not self.running, f"{self.title} runs already"
         if not ports.is_free(self.port):
             raise Refusal(
@@ -85,10 +92,11 @@ class Server(ABC):
         (self.folder / "port").write_text(f"{self.port}\n")
         self.prepare()
         command, environment = self.command(), {**os.environ, **self.environment()}
+        begin = self.log.stat().st_size if self.log.exists() else 0
         started = _starter.submit(self._run, command, environment)
         try:
             started.result()
-            self._wait(time.monotonic() + timeout_s)
+            self._wait(limit_s, say, begin)
         except BaseException:
             started.result()
             self.kill()
@@ -147,18 +155,34 @@ class Server(ABC):
         if self.detached and (identity := Identity.of(self.process.pid)) is not None:
             identity.write(self.record)
 
-    def _wait(self, deadline: float) -> None:
-        while not self.answers():
-            if not self.running:
-                assert self.process is not None
-                raise Refusal(
-                    f"{self.title} ended with {self.process.returncode} {self._last_words()}", ExitCode.UNAVAILABLE
-                )
-            if time.monotonic() > deadline:
-                raise Refusal(
-                    f"{self.title} does not answer on port {self.port} {self._last_words()}", ExitCode.UNAVAILABLE
-                )
-            time.sleep(POLL_S)
+    def _wait(self, limit_s: float, say: Say, begin: int) -> None:
+        """Wait until it answers; `begin` is where this start's part of the log does."""
+        recovery, patience, said = LogRecovery(), Patience(limit_s, self.clock()), self.clock()
+        with self.log.open(errors="replace") as log:
+            log.seek(begin)
+            rest = ""
+            while not self.answers():
+                if not self.running:
+                    assert self.process is not None
+                    raise Refusal(
+                        f"{self.title} ended with {self.process.returncode} {self._last_words()}", ExitCode.UNAVAILABLE
+                    )
+                *lines, rest = (rest + log.read()).split("\n")
+                for line in lines:
+                    recovery.read(line)
+                if patience.ended(recovery.steps, self.clock()):
+                    raise Refusal(self._given_up(limit_s, recovery), ExitCode.UNAVAILABLE)
+                if recovery.said and self.clock() - said > SAID_EVERY_S:
+                    said = self.clock()
+                    say(f"{self.title} recovers its log: {recovery.said}")
+                time.sleep(POLL_S)
+
+    def _given_up(self, limit_s: float, recovery: LogRecovery) -> str:
+        done = f"; it stands at {recovery.said} of the recovery of its log" if recovery.said else ""
+        return (
+            f"{self.title} does not answer on port {self.port}, and nothing has moved for {limit_s:g} s{done}; it was "
+            f"ended {self._last_words()}"
+        )
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
