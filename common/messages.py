@@ -65,7 +65,7 @@ class DropReason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     """The first observation leaves no room for an answer."""
     ENGINE_FAILED = "engine_failed"
-    """The engine refused or lost the request."""
+    """The engine refused or lost a request in every attempt. (One that dies drops nothing.)"""
     OVER_STALENESS = "over_staleness"
     """Older than max_staleness when it could have been trained on (the backstop behind admission)."""
     DEADLINE = "deadline"

@@ -21,8 +21,10 @@ from common.messages import (
     CutReached,
     CutReleased,
     CutRequested,
+    DropReason,
     OldLogprobsComputed,
     SegmentFlushed,
+    TrajectoryDropped,
     TrajectoryFinished,
     VersionApplied,
     VersionPublished,
@@ -77,6 +79,8 @@ class Judge:
     """Worker's life, the version it held, and when it would wait no longer."""
     spoke: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Worker's life -> when it said that it has a version."""
+    engines_died: int = 0
+    """Engines that died under their worker."""
     outages: list[tuple[float, float]] = field(default_factory=list)
     """From when until when the log did not answer."""
     sent: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
@@ -105,6 +109,8 @@ class Judge:
                 case SegmentFlushed() | TrajectoryFinished():
                     assert topic == TRAJECTORIES
                     self._sent(message, at)
+                case TrajectoryDropped() if message.reason is DropReason.ENGINE_FAILED:
+                    self.problems.append(f"{by} dropped {message.trajectory}: {message.detail}")
                 case CutReached():
                     assert topic == WORKERS
                     self.reached.append(Reached(by, at, message))

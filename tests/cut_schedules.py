@@ -1,9 +1,9 @@
 """Runs in simulated time: four real workers, the real learner's side of cuts, and whatever may go wrong between them.
 
-Workers and learner die and start again, the learner breaks in the middle of a cut, or stands still, is replaced and
-wakes; acknowledgements come late, engines take long to stand still, tools take long to answer, sessions fail, the log
-holds copies of records, gives less than stands on it, does not answer for a while, or not to one of them; tasks are
-delivered twice. A seed repeats a run exactly.
+Workers, their engines and the learner die and start again, the learner breaks in the middle of a cut, or stands still,
+is replaced and wakes; acknowledgements come late, engines take long to stand still, tools take long to answer, sessions
+fail, the log holds copies of records, gives less than stands on it, does not answer for a while, or not to one of them;
+tasks are delivered twice. A seed repeats a run exactly.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.bus.port import Outgoing, Record
 from common.config.schema import ScriptedEngineConfig
@@ -29,7 +29,7 @@ from common.sessions.client import SessionFailed
 from common.sessions.wire import CreateSession, Message, Session, Status, Step
 from common.snapshots.manifest import SCHEMA, Canary, Manifest
 from common.versions import Version
-from services.rollout.engine import Sampled, StoredWeights
+from services.rollout.engine import EngineDead, Sampled, StoredWeights
 from services.rollout.engine_scripted import ScriptedEngine
 from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Weights
@@ -141,13 +141,18 @@ class Schedule:
         lives = itertools.count()
         while not self.over:
             self._begins(f"{name}.{next(lives)}")
-            worker = a_worker(self, name)
+            engine = Engine(self)
+            worker = a_worker(self, name, engine)
             self.at_work.append(worker)
             working = asyncio.create_task(worker.work())
             dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
+            if self.deaths and self.chance(0.3):
+                engine.dies_at = self.loop.time() + self.random.uniform(0.0, 80.0)
             await asyncio.wait({working}, timeout=dies_after)
             self.at_work.remove(worker)
-            if working.done():
+            if working.done() and isinstance(working.exception(), EngineDead):
+                self.judge.engines_died += 1
+            elif working.done():
                 working.result()
                 assert self.over, "it ended by itself"
             working.cancel()
@@ -181,9 +186,8 @@ class Schedule:
         return self.random.choice([0, 1, limit]) if self.hesitates else limit
 
 
-def a_worker(schedule: Schedule, name: str) -> Worker:
+def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
     """A worker as its process puts it together, round a scripted engine and stand-ins for gateway and store."""
-    engine = Engine(schedule)
     weights = Fetching(
         engine, schedule, schedule.folder / name, tolerance=0.05, report=lambda applied: worker.applied(applied)
     )  # type: ignore[arg-type]
@@ -193,7 +197,9 @@ def a_worker(schedule: Schedule, name: str) -> Worker:
 
 
 class Engine(ScriptedEngine):
-    """Numbers its tokens, and may take long to do what it is told."""
+    """Numbers its tokens, may take long to do what it is told, and may die."""
+
+    dies_at = float("inf")
 
     def __init__(self, schedule: Schedule) -> None:
         config = ScriptedEngineConfig(kind="scripted", texts=("",), tokens_per_s=schedule.random.uniform(1.0, 6.0))
@@ -203,7 +209,18 @@ class Engine(ScriptedEngine):
     def _numbered(self, count: int) -> list[int]:
         return list(itertools.islice(self._schedule.numbers, count))
 
+    def _alive(self) -> None:
+        if self._schedule.loop.time() >= self.dies_at:
+            raise EngineDead("the inference engine died")
+
+    async def watch(self) -> NoReturn:
+        if self.dies_at == float("inf"):
+            return await super().watch()
+        await asyncio.sleep(self.dies_at - self._schedule.loop.time() + self._schedule.some(1.0))
+        raise EngineDead("the inference engine died")
+
     def _sample(self, request: str, message: Any) -> None:
+        self._alive()
         super()._sample(request, message)
         place = len(message.versions) - 1
         now = self._schedule.loop.time()
@@ -220,10 +237,12 @@ class Engine(ScriptedEngine):
 
     async def load(self, weights: StoredWeights) -> None:
         await asyncio.sleep(self._schedule.some(1.0))
+        self._alive()
         await super().load(weights)
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         await asyncio.sleep(self._schedule.some(3.0))
+        self._alive()
         return await super().score(tokens)
 
 

@@ -237,7 +237,7 @@ class RolloutConfig(Service):
     max_live: Positive = 256
     """Trajectories in flight at once."""
     attempts: Positive = 3
-    """Sessions tried for a trajectory before it is dropped as environment_failed."""
+    """Tries at a trajectory before it is dropped as environment_failed or engine_failed."""
     canary_tolerance: PositiveFloat = 0.03
     """Largest mean |engine - learner| over the canaries' tokens, in nats, at which a version is served."""
 

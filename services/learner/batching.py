@@ -99,6 +99,11 @@ def pad(rows: Sequence[Row]) -> Padded:
     )
 
 
+def places_of_version(rows: Sequence[Row], version: Version) -> list[int]:
+    """Indexes of the rows holding any token that this version sampled."""
+    return [i for i, row in enumerate(rows) if (row.versions == version).any()]
+
+
 def versions_present(rows: Sequence[Row]) -> list[Version]:
     """Versions that sampled any token of the rows, ascending."""
     present = np.unique(np.concatenate([row.versions for row in rows])) if rows else np.array([], dtype=np.int32)

@@ -11,6 +11,7 @@ Later checkpoints have later names: versions do not go back from one writer to t
 import re
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct, field
 
 from common.versions import Version
@@ -73,3 +74,8 @@ def complete(checkpoints: Path) -> list[Path]:
     folders = [manifest.parent for manifest in checkpoints.glob(f"*/{MANIFEST}")]
     ours = {folder: place for folder in folders if (place := version_and_writer(folder.name))}
     return sorted(ours, key=ours.__getitem__) + sorted(set(folders) - ours.keys())
+
+
+def read_progress(folder: Path) -> Progress:
+    """What the checkpoint in this folder says. Raises OSError, msgspec.DecodeError, UnicodeDecodeError."""
+    return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Progress)

@@ -7,11 +7,13 @@ from common.config import Invocation
 from common.config.schema import RunConfig, ScriptedEngineConfig
 from common.metrics import REGISTRY
 from common.program import service
+from common.refusal import ExitCode, Refusal
 from common.service import Server, Stop, application
 from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
 from services.rollout.dialogue import Dialogue
-from services.rollout.engine import Engine
+from services.rollout.engine import Engine, EngineDead
+from services.rollout.seeds import engine_seed
 from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Weights
 from services.rollout.worker import Worker
@@ -63,6 +65,9 @@ async def _work(config: RunConfig, stop: Stop) -> None:
                     await engine.start()
                     if not stop.requested:
                         await worker.work()
+                except EngineDead as dead:
+                    # no task is lost: what the engine had under way was not committed, and is sampled again
+                    raise Refusal(str(dead), ExitCode.ENGINE) from None
                 finally:
                     await engine.close()
                     bus.close()
@@ -81,7 +86,8 @@ def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:
         model=config.model.path,
         max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # and one to end scoring with
         max_live=config.rollout.max_live,
-        seed=config.run.seed,
+        seed=engine_seed(config.run.seed, config.rollout.worker),
+        log=config.run.home / "logs" / f"{config.rollout.worker}.engine.log",
     )
 
 

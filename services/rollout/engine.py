@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from common.snapshots.manifest import Manifest
 from common.versions import Version
@@ -40,14 +40,24 @@ class StoredWeights:
 
 
 class EngineFailed(Exception):
-    """The engine could not serve a request, or is gone."""
+    """The engine could not serve a request; it can serve others."""
+
+
+class EngineDead(Exception):
+    """The engine is gone, and all it had under way with it. The text says what it died of and what to try."""
 
 
 class Engine(Protocol):
-    """Samples tokens under one version at a time; versions change while requests live."""
+    """Samples tokens under one version at a time; versions change while requests live.
+
+    Every method but `close` raises EngineDead when the engine is gone.
+    """
 
     async def start(self) -> None:
         """Load the model; minutes for a large one. Raises Refusal when the model cannot be served."""
+
+    async def watch(self) -> NoReturn:
+        """Wait until the engine is gone, also while nobody asks anything of it, and raise EngineDead."""
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from common import faults
 from common.config.schema import ScriptedEngineConfig
@@ -28,6 +29,10 @@ class ScriptedEngine:
         self._live: dict[str, _Message] = {}
 
     async def start(self) -> None: ...
+
+    async def watch(self) -> NoReturn:
+        await asyncio.Future()
+        raise AssertionError("nothing ends this future")
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]

@@ -5,22 +5,25 @@ The one file, with vllm_plugin.py, that imports vLLM.
 
 import asyncio
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from common.config.schema import VllmEngineConfig
 from common.logs import logger
 from common.refusal import ExitCode, Refusal
 from common.versions import Version
-from services.rollout import amx
-from services.rollout.engine import EngineFailed, Sampled, Span, StoredWeights
+from services.rollout import amx, engine_death
+from services.rollout.engine import EngineDead, EngineFailed, Sampled, Span, StoredWeights
+from services.rollout.engine_watch import Watch
 from services.rollout.vllm_plugin import NAME
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+T = TypeVar("T")
 TIME_LIMIT_S = 120.0
-"""Pause, load and resume each end within this, or the engine counts as gone."""
+"""Pause, load and resume each end within this, or the engine counts as dead."""
 _EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Named by its class, because by its short name the CPU build would put a second process in its place, which only
 spins for the first one: half the tokens a second and 20 s more to start (docs/decisions/0003)."""
@@ -29,10 +32,16 @@ spins for the first one: half the tokens a second and 20 s more to start (docs/d
 class VllmEngine:
     """See engine.py."""
 
-    def __init__(self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int) -> None:
-        self._config, self._model = config, model
+    def __init__(
+        self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int, log: Path
+    ) -> None:
+        """`log`: the file in which the engine's processes leave evidence in case they die."""
+        self._config, self._model, self._log = config, model, log
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
         self._llm: AsyncLLM | None = None
+        self._watch: Watch | None = None
+        self._death: asyncio.Task[str] | None = None
+        """Finds out what the engine died of."""
         self._scored = 0
         self._waiting: dict[str, Any] = {}
         """By request: where vLLM puts its output when it has ended."""
@@ -67,13 +76,25 @@ class VllmEngine:
             generation_config="vllm",  # the model folder's own sampling defaults (top_p, top_k) must not creep in
             **machine,
         )
+        self._watch = Watch(self._log)
         try:
-            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-            await self._started.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            with self._watch.told():
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            self._llm = llm
+            self._watch.over(llm.engine_core.resources.engine_manager.processes)
         except Exception as error:
-            raise Refusal(f"vLLM cannot serve the model {self._model}: {_first_line(error)}") from error
+            raise self._unstarted(error) from None
+        updates = llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self._within("the set-up of weight updates", updates)
         # the first request compiles what vLLM leaves to then: better here than while others wait
         await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
+        self._watch.doing = "serving"
+
+    async def watch(self) -> NoReturn:
+        if self._watch is None:
+            raise EngineFailed("the engine is not running")
+        await self._watch.gone.wait()
+        raise await self._dead()
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
@@ -160,8 +181,10 @@ class VllmEngine:
             await llm.abort(request)
             raise
         except Exception as error:
+            if self._is_dead(error):
+                raise await self._dead() from None
             await llm.abort(request)
-            raise EngineFailed(f"request {request}: {_first_line(error)}") from error
+            raise EngineFailed(f"request {request}: {_whole(error)}") from error
         finally:
             self._waiting.pop(request, None)
         if not output.finished:
@@ -183,16 +206,51 @@ class VllmEngine:
         for _ in range(1 + self._max_live // envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE):
             await asyncio.sleep(0)
 
-    async def _within(self, what: str, step: Any) -> Any:
+    async def _within(self, what: str, step: Coroutine[Any, Any, T]) -> T:
+        """The step's result. Raises EngineDead also when the engine dies or is silent meanwhile, EngineFailed else."""
+        assert self._watch is not None
+        answer, gone = asyncio.create_task(step), asyncio.create_task(self._watch.gone.wait())
         try:
-            async with asyncio.timeout(TIME_LIMIT_S):
-                return await step
-        except TimeoutError:
-            raise EngineFailed(f"{what}: the engine did not answer in {TIME_LIMIT_S:.0f} s") from None
-        except EngineFailed:
+            await asyncio.wait({answer, gone}, timeout=TIME_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if not gone.done():
+                self._watch.end(f"{what}, {TIME_LIMIT_S:.0f} s")
+            raise await self._dead()
+        except (EngineFailed, EngineDead):
             raise
         except Exception as error:
-            raise EngineFailed(f"{what}: {_first_line(error)}") from error
+            if self._is_dead(error):
+                raise await self._dead() from None
+            raise EngineFailed(f"{what}: {_whole(error)}") from error
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+    def _unstarted(self, error: Exception) -> Refusal | EngineDead:
+        """What to raise in place of the error with which vLLM did not start."""
+        assert self._watch is not None
+        evidence = self._watch.failed_start(error)
+        if evidence is None:  # it never came to a process of the engine's
+            return Refusal(engine_death.refusal(self._model, _whole(error)))
+        failure = engine_death.refused(evidence)
+        if failure is not None:
+            return Refusal(engine_death.refusal(self._model, str(failure)))
+        return EngineDead(engine_death.words(evidence))
+
+    def _is_dead(self, error: Exception) -> bool:
+        """Whether the error came because the engine is gone."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._watch is not None
+        return isinstance(error, EngineDeadError) or self._watch.gone.is_set()
+
+    async def _dead(self) -> EngineDead:
+        """What to raise now that the engine is gone."""
+        if self._death is None:
+            assert self._watch is not None
+            self._death = asyncio.create_task(asyncio.to_thread(_post_mortem, self._watch))
+        return EngineDead(await asyncio.shield(self._death))
 
     @property
     def _started(self) -> "AsyncLLM":
@@ -217,8 +275,13 @@ def _version(label: str) -> Version:
     return Version(int(label)) if label.isdigit() else Version(-1)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+def _whole(error: Exception) -> str:
+    """The error's type and its whole message: the reason is seldom in the first line."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+
+
+def _post_mortem(watch: Watch) -> str:
+    return engine_death.words(watch.inquire())
 
 
 def _set_environment(config: VllmEngineConfig) -> bool:
@@ -226,6 +289,8 @@ def _set_environment(config: VllmEngineConfig) -> bool:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    # a forked engine would inherit this process's threads in mid-step, and register no evidence of its own
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     import torch
 
     if torch.cuda.is_available():

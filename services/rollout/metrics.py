@@ -45,7 +45,10 @@ ENVIRONMENT_SECONDS = Histogram(
     "palimpsest_rollout_environment_seconds", "Waiting for the gateway, per call", buckets=SECONDS, registry=REGISTRY
 )
 ATTEMPTS_FAILED = Counter(
-    "palimpsest_rollout_failed_attempts", "Sessions that failed, by code", ["code"], registry=REGISTRY
+    "palimpsest_rollout_failed_attempts",
+    "Attempts at a trajectory that failed, by code",
+    ["code"],
+    registry=REGISTRY,
 )
 IDLE_SECONDS = Counter("palimpsest_rollout_idle_seconds", "Seconds without any trajectory in flight", registry=REGISTRY)
 DEAD_LETTERS = Counter(

@@ -43,21 +43,26 @@ class Sampler:
     """Trajectories under way, oldest first; one id may be there twice (a task that was delivered again)."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
-        """One trajectory of the group, whatever it takes; a failed session is tried again afresh."""
+        """One trajectory of the group; what fails, session or request of the engine, is tried again afresh.
+
+        Raises EngineDead: then nothing became of the trajectory, and its task is to be sampled again.
+        """
         name = trajectory_id(group.group, sample)
-        failure = ""
+        reason, failure = DropReason.ENVIRONMENT_FAILED, ""
         for attempt in range(self.attempts):
             try:
                 return await self._attempt(group, name, attempt)
             except SessionFailed as error:
                 metrics.ATTEMPTS_FAILED.labels(error.code).inc()
                 logger().warning("session failed", trajectory=name, attempt=attempt, error=str(error))
-                failure = str(error)
+                reason, failure = DropReason.ENVIRONMENT_FAILED, str(error)
+            except EngineFailed as error:
+                metrics.ATTEMPTS_FAILED.labels(DropReason.ENGINE_FAILED.value).inc()
+                logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
+                reason, failure = DropReason.ENGINE_FAILED, str(error)
             except _Unusable as error:
                 return self._dropped(group, name, error.reason, str(error))
-            except EngineFailed as error:
-                return self._dropped(group, name, DropReason.ENGINE_FAILED, str(error))
-        return self._dropped(group, name, DropReason.ENVIRONMENT_FAILED, failure)
+        return self._dropped(group, name, reason, failure)
 
     async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
         wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)

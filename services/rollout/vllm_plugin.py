@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.rollout import amx
+from services.rollout.engine_process import leave_evidence, take_signals_back
 
 NAME = "palimpsest"
 
 
 def register() -> None:
-    """Settle what the process may use of the CPU and make our engine known to vLLM; harmless when called again."""
-    amx.settle()
+    """Settle what the process may use of the CPU, leave evidence in case it dies, make our engine known to vLLM.
+
+    Harmless when called again.
+    """
+    leave_evidence(AMX=amx.settle().value)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if NAME not in WeightTransferEngineFactory._registry:
@@ -46,7 +50,8 @@ def _engine_class() -> type:
         init_info_cls = Init
         update_info_cls = Update
 
-        def init_transfer_engine(self, init_info: Init) -> None: ...
+        def init_transfer_engine(self, init_info: Init) -> None:  # noqa: ARG002 (vLLM passes it)
+            take_signals_back()  # the model is loaded, and with it every library it needs
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload

@@ -113,7 +113,10 @@ class Worker:
         )
 
     async def work(self) -> None:
-        """Until the run ends. Raises Refusal when a version is refused."""
+        """Until the run ends. Raises Refusal when a version is refused, EngineDead as soon as the engine is gone.
+
+        What the engine had under way is then neither dropped nor committed: whoever gets the tasks next samples it.
+        """
         async with (
             Reader(self._bus.consumer(CONTROL)) as control,
             Reader(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
@@ -121,7 +124,7 @@ class Worker:
             publishing = asyncio.create_task(self._outbox.run())
             jobs = (
                 self._follow(control), self._weights.keep_up(), self._interruption.serve(), self._keep(tasks),
-                self._fail(), self._tell(),
+                self._fail(), self._tell(), self._sampler.engine.watch(),
             )  # fmt: skip
             running = {publishing, *map(asyncio.create_task, jobs)}
             taking = asyncio.create_task(self._take(tasks))

@@ -1,9 +1,10 @@
 """Fixtures of the contract suites."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from common.service import Server
 from services.snapshot_store.app import create_app
 from services.snapshot_store.storage_disk import DiskStorage
 from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, MemoryLog, Spawn, SqliteLog
-from tests.processes import FORKED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,11 +61,11 @@ def bus(log: Log) -> Iterator[Bus]:
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
     """Run a function of a test file in a process of its own, with a line to it; ended with the test."""
-    started = list[ForkServerProcess]()
+    context, started = multiprocessing.get_context("spawn"), list[SpawnProcess]()
 
-    def spawn(target: Callable[..., None], *arguments: Any) -> tuple[ForkServerProcess, Connection]:
-        ours, theirs = FORKED.Pipe()
-        process = FORKED.Process(target=target, args=(*arguments, theirs), daemon=True)
+    def spawn(target: Callable[..., None], *arguments: Any) -> tuple[SpawnProcess, Connection]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
         process.start()
         theirs.close()  # so that its death ends the line
         started.append(process)

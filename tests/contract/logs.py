@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from common.bus.port import Bus, Consumer, Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from common.snapshots.client import SnapshotClient
 from tests.memory_bus import MemoryBus, Store
-from tests.waiting import LIMIT_S
 
 TOPIC, PARTITIONS, GROUP = "things", 4, "workers"
+LIMIT_S = 60.0
 """Nothing here takes so long unless it is broken."""
 KEYS = [f"g{i:06d}" for i in range(60)]
 
@@ -106,7 +106,7 @@ class KafkaLog:
 
 
 Log = SqliteLog | MemoryLog | KafkaLog
-Spawn = Callable[..., tuple[ForkServerProcess, Connection]]
+Spawn = Callable[..., tuple[SpawnProcess, Connection]]
 
 
 def told(line: Connection) -> Any:

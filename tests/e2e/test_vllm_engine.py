@@ -11,14 +11,18 @@ import pytest_asyncio
 from torch.nn import Module as Model
 
 from common.config.schema import VllmEngineConfig
+from services.rollout import amx
 from services.rollout.canary import judge
-from services.rollout.engine import Sampled
+from services.rollout.engine import EngineDead, Sampled
 from services.rollout.engine_vllm import VllmEngine
 from tests.models import load, logprobs, perturb, stored
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.04
 """Deviation of the noise between two test versions: far more than an optimizer step, so that mix-ups show."""
+ENOUGH = 16
+"""Requests that a pause has to meet in the middle."""
+Live = dict[str, "asyncio.Task[tuple[list[int], Sampled]]"]
 MEAN, MOST = 0.02, 0.2
 """Engine against transformers inside one version, nats a token, both in bf16."""
 
@@ -29,8 +33,10 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    engine = VllmEngine(VllmEngineConfig(kv_cache_gib=0.25), model=str(folder), max_tokens=256, max_live=64, seed=0)
+async def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+    log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
+    config = VllmEngineConfig(kv_cache_gib=0.25)
+    engine = VllmEngine(config, model=str(folder), max_tokens=256, max_live=64, seed=0, log=log)
     await engine.start()
     yield engine
     await engine.close()
@@ -89,6 +95,25 @@ async def kept(**_: object) -> bool:
     return True
 
 
+async def paused_in_the_middle(engine: VllmEngine, lengths: dict[str, int]) -> Live:
+    """Requests of these names and lengths; the engine stands still while enough of them have a part of their tokens.
+
+    How far they come until a pause is for the machine to say: it is tried until it fits.
+    """
+    while True:
+        live = {name: asyncio.create_task(sample(engine, name, length=length)) for name, length in lengths.items()}
+        while not all(name in engine._waiting or task.done() for name, task in live.items()):
+            await asyncio.sleep(0)
+        while sum(not task.done() for task in live.values()) >= ENOUGH:
+            await engine.pause()
+            parts = {name: await engine.partial(name) for name, task in live.items() if not task.done()}
+            if sum(part is not None and len(part.tokens) < lengths[name] for name, part in parts.items()) >= ENOUGH:
+                return live
+            await engine.resume()
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*live.values())
+
+
 async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> tuple[float, float, float]:
     """Update 32 live requests to `version`; mean error before the cut, after it, and with the versions mixed up.
 
@@ -96,13 +121,12 @@ async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> t
     """
     previous = copy.deepcopy(model)
     perturb(model, by=STEP, seed=version)
-    live = [asyncio.create_task(sample(engine, f"v{version}live{i}", length=200)) for i in range(32)]
-    await asyncio.sleep(0.3)  # somewhere in the middle; that it was is asserted below
-    await engine.pause()
+    live = await paused_in_the_middle(engine, {f"v{version}live{i}": 200 for i in range(32)})
     await engine.load(stored(model, version, folder))
     await engine.resume()
-    results = [(prompt, sampled) for prompt, sampled in await asyncio.gather(*live) if len(sampled.spans) == 2]
-    assert len(results) >= 16, "the update missed the live requests"
+    ended = await asyncio.gather(*live.values())
+    results = [(prompt, sampled) for prompt, sampled in ended if len(sampled.spans) == 2]
+    assert len(results) >= ENOUGH, "the update missed the live requests"
     before, after, mixed_up = [], [], []
     for prompt, sampled in results:
         first, second = sampled.spans
@@ -123,9 +147,7 @@ async def test_partial_outputs_at_a_pause(engine: VllmEngine, folder: Path, tmp_
     await engine.load(stored(model, 11, tmp_path))
     await engine.resume()
     names = [f"partial{i}" for i in range(48)]  # some end before the pause, some soon after it
-    live = {name: asyncio.create_task(sample(engine, name, length=20 + 4 * i)) for i, name in enumerate(names)}
-    await asyncio.sleep(0.3)
-    await engine.pause()
+    live = await paused_in_the_middle(engine, {name: 20 + 4 * i for i, name in enumerate(names)})
     partial = {name: await engine.partial(name) for name in names if not live[name].done()}
     await asyncio.sleep(0.2)
     again = {name: await engine.partial(name) for name in partial if not live[name].done()}
@@ -136,7 +158,7 @@ async def test_partial_outputs_at_a_pause(engine: VllmEngine, folder: Path, tmp_
     await engine.resume()
     whole = {name: (await live[name])[1] for name in names}
     underway = {name: sampled for name, sampled in partial.items() if sampled is not None and whole[name] != sampled}
-    assert len(underway) >= 16, "the pause missed the live requests"
+    assert len(underway) >= ENOUGH, "the pause missed the live requests"
     for name, sampled in underway.items():
         length = len(sampled.tokens)
         assert (whole[name].tokens[:length], whole[name].logprobs[:length]) == (sampled.tokens, sampled.logprobs)
@@ -168,3 +190,28 @@ async def test_a_request_that_is_given_up_leaves_nothing(engine: VllmEngine) -> 
     assert engine._waiting == {}
     assert await engine.partial("given up") is None
     assert len((await sample(engine, "given up", length=4))[1].tokens) == 4
+
+
+async def test_amx_is_used_where_there_is_any_and_the_kernel_permits_it(engine: VllmEngine) -> None:
+    """The engine's process says what it does; that it samples at all is what the tests above show."""
+    said = engine._log.read_text()
+    assert f"AMX: {amx.settle().value}\n" in said
+
+
+async def test_an_engine_that_is_killed_is_dead_for_everybody_and_says_so(engine: VllmEngine) -> None:
+    """The last test: nothing works afterwards."""
+    manager = engine._started.engine_core.resources.engine_manager
+    watching = asyncio.create_task(engine.watch())
+    live = [asyncio.create_task(sample(engine, f"lost{i}", length=200)) for i in range(16)]
+    while not all(f"lost{i}" in engine._waiting for i in range(16)):
+        await asyncio.sleep(0)
+    manager.processes[0].kill()
+    ended = await asyncio.gather(*live, watching, return_exceptions=True)
+    assert {type(error) for error in ended} == {EngineDead}
+    (text,) = {str(error) for error in ended}
+    assert text.startswith("the inference engine died of SIGKILL")
+    assert f"pid {manager.processes[0].pid}, exit code -9" in text
+    for asked in (engine.pause(), engine.resume(), engine.score((1, 2, 3)), sample(engine, "after", length=1)):
+        with pytest.raises(EngineDead, match="died of SIGKILL"):
+            await asked
+    await engine.close()

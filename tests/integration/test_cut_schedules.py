@@ -13,8 +13,10 @@ import structlog
 from common.versions import Version
 from services.learner import intake, roster
 from services.learner.old import interruption as asking
-from services.rollout import interruption, worker
+from services.rollout import interruption, trajectories, worker
 from services.rollout.cuts import NOTHING, Cuts
+from services.rollout.engine import EngineDead, EngineFailed
+from services.rollout.engine_scripted import ScriptedEngine
 from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
 from tests.cut_judge import Judge, Violated
@@ -82,7 +84,12 @@ def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that
     assert sum(judge.unscored() for judge in judges) < 0.05 * sum(len(judge.tokens) for judge in judges)
     # what is to be survived has happened
     assert all(
-        (any(judge.gave_up for judge in judges), sum(map(Judge.unscored, judges)), sum(map(Judge.deaths, judges)))
+        (
+            any(judge.gave_up for judge in judges),
+            sum(map(Judge.unscored, judges)),
+            sum(map(Judge.deaths, judges)),
+            sum(judge.engines_died for judge in judges),
+        )
     )
 
 
@@ -167,9 +174,15 @@ def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
     patch.setattr(asking.Interruption, "published", published)
 
 
+def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:
+    patch.setattr(trajectories, "EngineFailed", (EngineFailed, EngineDead))
+    patch.setattr(Engine, "watch", ScriptedEngine.watch)
+
+
 @pytest.mark.parametrize(
     "without",
     [
+        a_dead_engine_is_taken_for_one_that_fails,
         nothing_is_held,
         messages_under_way_are_left_out,
         trajectories_at_a_tool_are_left_out,

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from common.service import Server
 from common.snapshots.client import SnapshotClient
 from common.snapshots.writer import Writer
 from services.snapshot_store.app import create_app
 from services.snapshot_store.storage_disk import DiskStorage
-from tests.served import served
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SnapshotClient]:
     app = create_app(DiskStorage(tmp_path / "store"), sweep_s=3600)
     with (
-        served(app, key="snapshot_store") as url,
-        SnapshotClient(url, sleep=lambda _: None) as client,
+        Server(app, "127.0.0.1", 0, key="snapshot_store") as server,
+        SnapshotClient(f"http://127.0.0.1:{server.port}", sleep=lambda _: None) as client,
     ):
         Writer(client).begin()
         yield client

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given, strategies as st
 
-from services.learner.batching import deal, micro_batches, pad, versions_present
+from services.learner.batching import deal, micro_batches, pad, places_of_version, versions_present
 from tests.builders import a_row
 
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30)
@@ -42,6 +42,7 @@ def test_padding_is_on_the_right_and_untrainable() -> None:
 def test_versions_are_found_where_they_are() -> None:
     rows = [a_row("a", [1, 2, 3], [-1, 4, 5]), a_row("b", [1, 2], [-1, 5]), a_row("c", [1, 2], [-1, -1])]
     assert versions_present(rows) == [4, 5]
+    assert places_of_version(rows, 5) == [0, 1]
     assert versions_present([]) == []
 
 

@@ -1,5 +1,6 @@
 """A checkpoint counts whole or not at all, and only if the store took it."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,8 +18,7 @@ from common.snapshots.writer import Writer
 from common.versions import Version
 from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.planner import LedgerState
-from services.learner.progress import SCHEMA, Progress, complete, version_and_writer
-from tests.processes import FORKED
+from services.learner.progress import SCHEMA, Progress, complete, read_progress, version_and_writer
 
 LEDGER = LedgerState(
     next_index=9,
@@ -102,7 +102,7 @@ def test_one_that_does_not_say_where_scores_are_wanted_from_is_gone_on_from_too(
     said = msgspec.json.decode(manifest.read_bytes())
     del said["score_offsets"]
     manifest.write_bytes(msgspec.json.encode(said))
-    assert msgspec.json.decode(manifest.read_bytes(), type=Progress).score_offsets == {}
+    assert read_progress(manifest.parent).score_offsets == {}
 
 
 def test_only_the_newest_are_kept_here_and_in_the_store(learner: Learner, folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_successor_goes_on_from_it_and_writes_into_folders_of_its_own(
     assert successor.found == 3
     successor.save(3)
     assert names(folder) == ["00000003-00000002", "00000003-00000003"]
-    assert [version_and_writer(path.name)[1] for path in complete(folder)] == [2, 3]
+    assert [read_progress(path).writer for path in complete(folder)] == [2, 3]
 
 
 def test_a_replaced_learner_commits_nothing_removes_nothing_and_says_who_replaced_it(
@@ -200,7 +200,7 @@ def test_one_that_was_being_written_at_a_kill_counts_from_the_moment_the_store_t
     learner: Learner, store: SnapshotClient, folder: Path, fault: str
 ) -> None:
     learner.save(1)
-    process = FORKED.Process(target=_save_and_die, args=(store.url, folder, fault))
+    process = multiprocessing.get_context("spawn").Process(target=_save_and_die, args=(store.url, folder, fault))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

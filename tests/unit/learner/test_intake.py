@@ -39,7 +39,6 @@ from services.learner.planner import Arrival, Planner
 from tests.builders import SAMPLING, a_finished, a_segment
 from tests.interrupted import a_flush
 from tests.memory_bus import MemoryBus, Store
-from tests.waiting import LIMIT_S
 
 NEWEST = Version(5)
 
@@ -553,7 +552,7 @@ def test_everything_up_to_the_positions_is_taken_in(bus: SqliteBus) -> None:
     publish(bus, *(a_flush(group, sample) for group in range(4) for sample in range(2)))
     with bus.consumer(TRAJECTORIES) as consumer:
         ends = consumer.ends()
-    assert intake.read_until(ends, NEWEST, deadline_s=LIMIT_S)
+    assert intake.read_until(ends, NEWEST, deadline_s=10)
     assert len(intake.flushed) == 8
     assert intake.read_until({}, NEWEST, deadline_s=0)
     assert intake.read_until(ends, NEWEST, deadline_s=0), "what was read need not come again"

@@ -28,7 +28,6 @@ from common.versions import Version
 from services.learner import metrics_cuts
 from services.learner.batching import Padded
 from services.learner.cuts import MOST_LOST_S
-from services.learner.old import interruption
 from services.learner.old.early import as_row
 from services.learner.old.together import Together, resident
 from services.learner.ranks import Ranks
@@ -38,12 +37,6 @@ from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive,
 from tests.models import CPU, load
 
 V0, V1 = Version(0), Version(1)
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is the test's: a real wait for a worker proves nothing."""
-    monkeypatch.setattr(interruption, "POLL_S", 0.001)
 
 
 @pytest.fixture

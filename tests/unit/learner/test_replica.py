@@ -34,7 +34,6 @@ from common.service import Stop
 from common.snapshots.client import SnapshotClient
 from common.trajectory import Malformed, Segment
 from common.versions import Version
-from services.learner import score_reader
 from services.learner.batching import Row, pad
 from services.learner.model import named_weights, raw_tensors
 from services.learner.old.resident import Resident
@@ -579,9 +578,8 @@ def test_what_is_asked_for_comes_and_the_wait_is_over(setup: Setup) -> None:
     reader.close()
 
 
-def test_replicas_get_longer_to_start_with_than_to_answer(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_get_longer_to_start_with_than_to_answer(setup: Setup) -> None:
     """What stands on the log says nothing of whether a replica lives now."""
-    monkeypatch.setattr(score_reader, "POLL_S", 0.001)  # the clock is the test's: a real wait proves nothing
     clock = Clock()
     early, late = finished(0, 0, MIXED), finished(1, 0, MIXED)
     setup.trajectories(early)

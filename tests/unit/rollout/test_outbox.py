@@ -24,9 +24,9 @@ from common.messages import (
 from common.unusable import Cause
 from services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
-from tests.waiting import LIMIT_S
 
 Topic = str
+LIMIT_S = 60.0
 
 
 class FailingBus(SqliteBus):

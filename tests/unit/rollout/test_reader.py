@@ -9,7 +9,8 @@ import pytest
 from common.bus.port import Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from services.rollout.reader import Reader
-from tests.waiting import LIMIT_S
+
+LIMIT_S = 60.0
 
 
 class SlowConsumer:

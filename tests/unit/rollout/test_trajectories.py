@@ -25,7 +25,7 @@ from services.env_gateway.sessions import Limits, Sessions
 from services.env_gateway.tool_calls import render
 from services.env_gateway.worlds import World
 from services.rollout.dialogue import Dialogue
-from services.rollout.engine import EngineFailed, Sampled, Span
+from services.rollout.engine import EngineDead, EngineFailed, Sampled, Span
 from services.rollout.trajectories import Ended, Sampler, Tally
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
@@ -274,10 +274,26 @@ async def test_a_prompt_without_room_for_an_answer_is_dropped(setting: Setting) 
     assert engine.prompts == []
 
 
-async def test_an_engine_that_fails_drops_the_trajectory(setting: Setting) -> None:
-    ended = await setting.sample(Says([EngineFailed("request g000007/2#0.0: lost")]))
+async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(setting: Setting) -> None:
+    engine = Says([EngineFailed(f"request g000007/2#{attempt}.0: lost") for attempt in range(3)])
+    ended = await setting.sample(engine)
     assert isinstance(ended, TrajectoryDropped)
-    assert (ended.reason, ended.detail) == (DropReason.ENGINE_FAILED, "request g000007/2#0.0: lost")
+    assert (ended.reason, ended.detail) == (DropReason.ENGINE_FAILED, "request g000007/2#2.0: lost")
+    assert engine.requests == [f"g000007/2#{attempt}.0" for attempt in range(3)]
+
+
+async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> None:
+    said = [Saying(setting.dialogue.encode(text)) for text in lookup.solution(3)]
+    ended = await setting.sample(Says([EngineFailed("lost"), *said]))
+    assert isinstance(ended, TrajectoryFinished)
+    assert (ended.attempt, ended.success) == (1, True)
+
+
+async def test_a_dead_engine_drops_nothing(setting: Setting) -> None:
+    engine = Says([EngineDead("the inference engine died of SIGKILL")])
+    with pytest.raises(EngineDead, match="died of SIGKILL"):
+        await setting.sample(engine)
+    assert len(engine.requests) == 1, "no attempt of the same engine can mend it"
 
 
 async def test_what_an_unverified_version_said_stays_in_the_worker(
@@ -351,7 +367,7 @@ async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
 async def test_a_trajectory_that_comes_to_nothing_is_forgotten(dialogue: Dialogue, setting: Setting, how: str) -> None:
     with worlds(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
         place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
-        sayings = [EngineFailed("lost")] if how == "the engine fails" else [Saying([70, 71])] * 3
+        sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [Saying([70, 71])] * 3
         engine = Says(sayings)
         sampler = place.sampler(engine)
         if how == "it is cancelled":

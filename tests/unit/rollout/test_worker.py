@@ -1,8 +1,9 @@
 """A worker's promises: what is not trusted is not sampled, failures are loud, and it says how it fares."""
 
+import random
 import threading
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    TrajectoryDropped,
+    TrajectoryFinished,
     VersionApplied,
     VersionPublished,
     WorkerAlive,
@@ -27,7 +30,9 @@ from common.unusable import Cause
 from common.versions import Version
 from services.rollout import worker as the_worker
 from services.rollout.assembly import Contradiction
-from services.rollout.engine import Sampled
+from services.rollout.dialogue import Dialogue
+from services.rollout.engine import EngineDead, EngineFailed, Sampled
+from services.rollout.engine_scripted import ScriptedEngine
 from tests.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
@@ -198,6 +203,77 @@ async def test_what_no_attempt_can_mend_ends_the_worker(place: Place, moment: st
         with pytest.raises(RuntimeError, match="a bug"):
             await at_work.ends()
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+
+
+async def test_a_dead_engine_ends_the_worker_and_drops_nothing(place: Place) -> None:
+    offer(place.bus, 0, 1)
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        at_work.engine.shut()
+        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0, 1))
+        at_work.engine.die()
+        with pytest.raises(EngineDead, match="died of SIGKILL"):
+            await at_work.ends()
+    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+    async with working(place) as again:
+        await again.until(lambda: committed(place.bus) == 2)
+    assert finished(place.bus) == ids(0, 1)
+
+
+async def test_a_dead_engine_is_noticed_while_nothing_is_asked_of_it(place: Place) -> None:
+    announce(place.bus, 0)
+    async with working(place) as at_work:
+        await at_work.until(lambda: at_work.worker.waiting_for() == "tasks")
+        at_work.engine.die()
+        with pytest.raises(EngineDead, match="died of SIGKILL"):
+            await at_work.ends()
+
+
+class DiesAfter(GatedEngine):
+    """Its process is killed when it has begun so many messages; then some of them are waited for."""
+
+    def __init__(self, dialogue: Dialogue, messages: int) -> None:
+        super().__init__(dialogue)
+        self._left = messages
+
+    async def generate(self, *args: Any, **options: Any) -> Sampled:
+        self._left -= 1
+        if self._left == 0:
+            self.die()
+        return await super().generate(*args, **options)
+
+
+async def lives(place: Place, chances: random.Random, groups: int) -> int:
+    """Workers one after another, each with an engine that dies at some moment, until all is done; how many died."""
+    died = 0
+    while committed(place.bus) < groups:
+        async with working(place, engine=DiesAfter(place.dialogue, chances.randint(1, 12))) as at_work:
+            with suppress(EngineDead):
+                await at_work.until(lambda: committed(place.bus) == groups)
+                break
+            died += 1
+    return died
+
+
+async def test_whenever_engines_die_each_trajectory_is_finished_and_none_is_dropped(place: Place) -> None:
+    offer(place.bus, *range(10), samples=3)
+    announce(place.bus, 0)
+    assert await lives(place, random.Random(7), 10) >= 3, "too few deaths to prove anything"
+    said = messages(place.bus, TRAJECTORIES)
+    assert all(isinstance(message, TrajectoryFinished) for message in said)
+    assert sorted({message.trajectory for message in said}) == ids(*range(10), samples=range(3))
+
+
+async def test_a_dead_engine_that_counted_as_a_failed_request_would_drop_trajectories(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test before this one proves: the same deaths, told as failures of requests, cost trajectories."""
+    monkeypatch.setattr("services.rollout.trajectories.EngineFailed", (EngineFailed, EngineDead))
+    monkeypatch.setattr(DiesAfter, "watch", ScriptedEngine.watch)
+    offer(place.bus, *range(10), samples=3)
+    announce(place.bus, 0)
+    await lives(place, random.Random(7), 10)
+    assert any(isinstance(message, TrajectoryDropped) for message in messages(place.bus, TRAJECTORIES))
 
 
 async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -> None:

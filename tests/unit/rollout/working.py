@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NoReturn
 
 from common.bus.port import Outgoing
 from common.bus.sqlite import SqliteBus
@@ -32,16 +32,17 @@ from common.snapshots.client import SnapshotClient
 from common.snapshots.manifest import Canary
 from common.versions import Version
 from services.rollout.dialogue import Dialogue
-from services.rollout.engine import Sampled, StoredWeights
+from services.rollout.engine import EngineDead, Sampled, StoredWeights
 from services.rollout.engine_scripted import ScriptedEngine
 from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Applied, Weights
 from services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING
-from tests.waiting import LIMIT_S
 
 RUN = "test"
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+LIMIT_S = 60.0
+"""Nothing here takes so long unless it is broken."""
 
 
 class GatedEngine(ScriptedEngine):
@@ -60,7 +61,7 @@ class GatedEngine(ScriptedEngine):
         self.scoring = asyncio.Event()
         self.scoring.set()
         self._shut: Callable[[str], bool] = lambda _: False
-        self._opened = asyncio.Event()
+        self._opened, self._gone = asyncio.Event(), asyncio.Event()
 
     def shut(self, holds: Callable[[str], bool] = lambda _: True) -> None:
         """Requests of these trajectories wait from now on."""
@@ -70,6 +71,16 @@ class GatedEngine(ScriptedEngine):
         """Nobody waits any more."""
         self._shut = lambda _: False
         self._opened.set()
+
+    def die(self) -> None:
+        """As an engine whose process is killed: whoever waits for it hears of that."""
+        self.failure = EngineDead("the inference engine died of SIGKILL")
+        self._gone.set()
+        self.open()
+
+    async def watch(self) -> NoReturn:
+        await self._gone.wait()
+        raise EngineDead("the inference engine died of SIGKILL")
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]

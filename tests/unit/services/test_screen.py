@@ -13,7 +13,8 @@ from services.live.screen import Screen
 from services.live.state import Plan, State, state
 from services.live.watch import Sight
 from tests.unit.services.lines import a_line, learner, servers, worker
-from tests.waiting import LIMIT_S
+
+WITHIN_S = 10.0
 
 
 def a_state() -> State:
@@ -31,7 +32,7 @@ def shown(*, terminal: bool, stop: bool) -> str:
         return a_state()
 
     with Screen(console, look, stopping=stopping.is_set):
-        assert looks.wait(LIMIT_S)
+        assert looks.wait(WITHIN_S)
         until(lambda: "version 4" in file.getvalue() if not terminal else "of 10" in file.getvalue())
         if stop:
             stopping.set()
@@ -40,7 +41,7 @@ def shown(*, terminal: bool, stop: bool) -> str:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + WITHIN_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -67,7 +68,7 @@ def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch:
 
     over, told, looks = threading.Event(), io.StringIO(), states()
     with Screen(Console(file=told, width=80), lambda: next(looks), stopping=over.is_set):
-        assert over.wait(LIMIT_S)
+        assert over.wait(WITHIN_S)
     assert [row for row in told.getvalue().splitlines() if row.startswith("!")] == [
         "! clip_idle: nothing is clipped, over 8 versions",
         "! clip_idle: nothing is clipped, over 12 versions",

@@ -17,18 +17,15 @@ from common.versions import Version
 from services.live import watch
 from services.live.watch import Seen, Tail, Watch
 from tests.unit.services.lines import a_line
-from tests.waiting import LIMIT_S
+
+WITHIN_S = 10.0
 
 
 class Answering(ThreadingHTTPServer):
-    """Gives its status. While it `hangs`, not before it `goes_on`."""
+    """Gives its status, unless it hangs."""
 
     daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.hangs, self.asked, self.goes_on, self.answered = (threading.Event() for _ in range(4))
-
+    hangs = threading.Event()
     token: str | None = None
 
     @property
@@ -41,9 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.server.hangs.is_set():
-            self.server.asked.set()
-            self.server.goes_on.wait(LIMIT_S)
-            self.server.answered.set()
+            self.server.hangs.wait()
+            time.sleep(WITHIN_S)
         self.server.token = self.headers["Authorization"]
         body = b'{"waiting_for": null, "version": 3}' if self.path == "/v1/status" else b""
         self.send_response(200)
@@ -55,10 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service() -> Iterator[Answering]:
-    server = Answering()
+    server = Answering(("127.0.0.1", 0), _Handler)
+    server.hangs = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
-    server.goes_on.set()
     server.shutdown()
     server.server_close()
 
@@ -78,35 +74,29 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + WITHIN_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_service_that_hangs_keeps_its_last_answer(service: Answering, bus: SqliteBus, tmp_path: Path):
+def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
+    service: Answering, bus: SqliteBus, tmp_path: Path
+):
     urls = {"learner": service.url, "worker-0": service.url}
     with Watch(urls, tmp_path, bus, run="test", token="secret") as watching:
         until(lambda: watching.sight().services["learner"].earlier is not None)
         assert service.token == "Bearer secret"
         service.hangs.set()
         until(lambda: watching.sight().services["learner"].trouble == "ReadTimeout")
-        seen = watching.sight().services["learner"]
+        took = []
+        for _ in range(5):  # a busy machine may hold up one of them
+            began = time.monotonic()
+            seen = watching.sight().services["learner"]
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.1
         assert seen.last is not None
         assert seen.last.status == {"waiting_for": None, "version": 3}
-
-
-def test_nobody_waits_for_a_service_that_hangs(
-    service: Answering, bus: SqliteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(watch, "TIMEOUT_S", LIMIT_S)
-    with Watch({"learner": service.url}, tmp_path, bus, run="test") as watching:
-        until(lambda: watching.sight().services["learner"].last is not None)
-        service.hangs.set()
-        assert service.asked.wait(LIMIT_S)
-        assert watching.sight().services["learner"].last is not None
-        assert not service.answered.is_set(), "the look waited for the answer"
-        service.goes_on.set()
 
 
 def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):

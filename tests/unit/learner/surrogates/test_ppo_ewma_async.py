@@ -125,6 +125,7 @@ def test_a_guarded_reset_is_counted_under_its_cause() -> None:
     for share in (0.8, 0.8, 0.7, 0.7):
         average.published(theta(1), active_share=share, mean_staleness=2.0)
     assert average.resets == {Cause.BELOW_THRESHOLD: 0, Cause.BELOW_HEALTHY_LEVEL: 1}
+    assert average.healthy_level == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("window", [4, "measured"])
@@ -149,6 +150,7 @@ def test_18_3_a_checkpoint_at_any_version_goes_on_bit_for_bit(window: int | Lite
             tell(other, range(v, v + 1))
             assert state_is_equal(whole, other), f"cut at {stop}, version {v}"
             assert (whole.decay, whole.resets) == (other.decay, other.resets)
+            assert whole.healthy_level == other.healthy_level
 
 
 def test_18_3_a_rank_that_takes_the_state_over_stays_equal() -> None:

@@ -1,0 +1,95 @@
+"""Processes that die as an engine's do, and leave evidence as an engine's do; without vLLM."""
+
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from services.rollout.engine_process import leave_evidence, take_signals_back
+from services.rollout.engine_watch import Watch
+
+POSITIONS = """1 validation error for ModelConfig
+  Value error, User-specified max_model_len (4097) is greater than the derived max_model_len \
+(max_position_embeddings=2048.0 or model_max_length=None in model's config.json)."""
+
+
+def attend(die: Callable[[], None]) -> None:
+    die()
+
+
+def forward(die: Callable[[], None]) -> None:
+    attend(die)
+
+
+def run_busy_loop(die: Callable[[], None]) -> None:
+    forward(die)
+
+
+def run_engine_core(die: Callable[[], None]) -> None:
+    """As vLLM's: what is raised is logged and ends the process."""
+    leave_evidence(AMX="used")
+    try:
+        run_busy_loop(die)
+    except Exception:
+        logging.getLogger("vllm.v1.engine.core").exception("EngineCore failed to start.")
+        sys.exit(1)
+
+
+def illegal_instruction() -> None:
+    signal.raise_signal(signal.SIGILL)
+
+
+def segmentation_fault() -> None:
+    faulthandler._sigsegv()
+
+
+def signal_taken() -> None:
+    """A library has a handler of its own for SIGSEGV."""
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    take_signals_back()
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory() -> None:
+    bytearray(1 << 62)
+
+
+def python_error() -> None:
+    raise KeyError("model.layers.0.mlp.gate.weight")
+
+
+def model_refused() -> None:
+    raise ValueError(POSITIONS)
+
+
+def sleeps() -> None:
+    signal.pause()
+
+
+def begin(watch: Watch, die: Callable[[], None]) -> multiprocessing.process.BaseProcess:
+    """A process that is to die like this."""
+    process = multiprocessing.get_context("spawn").Process(target=run_engine_core, args=(die,), name="EngineCore")
+    with watch.told():
+        process.start()
+    return process
+
+
+def not_started(process: multiprocessing.process.BaseProcess) -> RuntimeError:
+    """What vLLM raises when this process has ended before it was ready."""
+    process.join()
+    return RuntimeError(
+        "Engine core initialization failed. See root cause above. "
+        f"Failed core proc(s): {{'{process.name}': {process.exitcode}}}"
+    )
+
+
+def log_of(folder: Path) -> Path:
+    return folder / "logs" / "worker-0.engine.log"
