@@ -265,8 +265,8 @@ def test_a_key_of_another_member_of_the_union_is_answered_with_those_of_this_one
 def test_a_key_of_no_member_of_the_union_is_answered_with_those_of_all(run: Path) -> None:
     said = refused(run, "--rollout.engine.xyzzy=1")
     assert said.startswith("--rollout.engine.xyzzy: rollout.engine.xyzzy is not a key of any kind of rollout.engine; ")
-    assert said.endswith("they have compile, gpu_memory_utilization, kind, kv_cache_gib, max_concurrent_tokens, "
-                         "tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
+    assert said.endswith("they have amx, compile, gpu_memory_utilization, kind, kv_cache_gib, "
+                         "max_concurrent_tokens, tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
 
 
 @pytest.mark.parametrize(
