@@ -3,7 +3,7 @@
     GET /healthz     200 while the process turns over
     GET /readyz      200 when it can do its work, else 503 with the reason
     GET /metrics     Prometheus
-    GET /v1/status   one JSON object: what it does, and what it waits for
+    GET /v1/status   one JSON object: what it does, what it waits for, and what it cannot reach (`outages`)
 
 SIGTERM and SIGINT ask for a clean stop (`Stop`); a second one ends the process at once.
 """
@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from common.logs import logger
+from common.outages import OUTAGES
 from common.refusal import ExitCode, Refusal
 
 Status = dict[str, Any]
@@ -115,7 +116,7 @@ def application(
 
     @app.get("/v1/status")
     async def current_status() -> Status:
-        return {"service": service, "waiting_for": ready(), **status()}
+        return {"service": service, "waiting_for": ready(), "outages": OUTAGES.told(), **status()}
 
     @app.exception_handler(HttpError)
     async def answer(_request: Request, error: HttpError) -> JSONResponse:
@@ -130,8 +131,16 @@ class Server:
     def __init__(self, app: FastAPI, host: str, port: int, *, key: str) -> None:
         self._socket = listen(host, port, key=key)
         self.port: int = self._socket.getsockname()[1]
-        self._server = _Uvicorn(app)
+        self._app = app
+        self._server = _Uvicorn(self._answer)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def show(self, app: FastAPI) -> None:
+        """Answer by this application from now on."""
+        self._app = app
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._socket]))
@@ -145,6 +154,18 @@ class Server:
     ) -> None:
         self._server.should_exit = True
         self._thread.join(GRACE_S + 5)
+
+
+class Starting(Server):
+    """A server for the time before a service can say more: its status is what it does at the moment.
+
+    `doing` may be set from any thread; `show` ends this.
+    """
+
+    def __init__(self, service: str, host: str, port: int, *, key: str, registry: CollectorRegistry) -> None:
+        self.doing = "its libraries to load"
+        app = application(service, registry=registry, ready=lambda: self.doing, status=lambda: {"starting": True})
+        super().__init__(app, host, port, key=key)
 
 
 def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
@@ -183,10 +204,11 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers: `Stop` has them."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: Any) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                interface="asgi3",
                 log_config=None,
                 access_log=False,
                 lifespan="on",

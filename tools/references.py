@@ -9,7 +9,7 @@ import ast
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common import messages
+from common import messages, outages
 from common.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,22 +157,26 @@ def metrics() -> str:
         "# Metrics",
         (
             "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
-            "`_bucket`, `_sum` and `_count`. This page is made from each service's metrics*.py by `make docs`."
+            "`_bucket`, `_sum` and `_count`. This page is made from common/outages.py and each service's metrics*.py "
+            "by `make docs`."
         ),
+        "## every service",
+        _series([outages]),
     ]
     for service in SERVICES:
-        found = [
-            metric
-            for module in _metrics_of(service)
-            for metric in vars(module).values()
-            if isinstance(metric, MetricWrapperBase)
-        ]
-        rows = [
-            f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
-            for metric in found
-        ]
-        parts += [f"## {service}", "\n".join(["| metric | type | labels | what it says |", "|---|---|---|---|", *rows])]
+        parts += [f"## {service}", _series(_metrics_of(service))]
     return "\n\n".join(parts) + "\n"
+
+
+def _series(modules: Iterable[ModuleType]) -> str:
+    """A table of what these modules report."""
+    rows = [
+        f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
+        for module in modules
+        for metric in vars(module).values()
+        if isinstance(metric, MetricWrapperBase)
+    ]
+    return "\n".join(["| metric | type | labels | what it says |", "|---|---|---|---|", *rows])
 
 
 def _metrics_of(service: str) -> Iterator[ModuleType]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from common import logs
 from common.config.schema import RunConfig
 from common.metrics import REGISTRY
-from common.service import Stop
+from common.service import Starting, Stop
 from common.snapshots.client import RawTensor, SnapshotClient
 from common.snapshots.manifest import Manifest
 from common.versions import Version
@@ -234,7 +234,11 @@ def learn(config: RunConfig, pipe: Connection) -> None:
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:
-            lead.lead(config, Stop(), store, trainee, beside, step, ranks, resident(trainee.model, ranks.device))
+            one = resident(trainee.model, ranks.device)
+            with Starting(
+                "learner", config.learner.host, config.learner.port, key="learner", registry=REGISTRY
+            ) as http:
+                lead.lead(config, Stop(), store, trainee, beside, step, ranks, one, http)
         except Over:
             pipe.close()
 

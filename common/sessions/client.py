@@ -3,17 +3,22 @@
 import asyncio
 import json
 import os
+import time
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import aiohttp
 
+from common.outages import GATEWAY, OUTAGES, Outages
 from common.sessions.token import token
 from common.sessions.wire import CreateSession, Lease, Session, Step, TakeStep, TextAction, Wire
 
 W = TypeVar("W", bound=Wire)
 TRIES = 6
-FIRST_PAUSE_S = 0.1
+"""Of a call that the gateway answers with "later"."""
+PATIENCE_S = 120.0
+"""An outage of the gateway that is shorter costs time, and the sessions that a gateway started again has forgotten."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.2
 """Before the second try; doubles for each further one."""
 
 
@@ -28,8 +33,8 @@ class SessionFailed(Exception):
 class SessionClient:
     """Talks to one gateway; many sessions at once. Sends the token of PALIMPSEST_GATEWAY_TOKEN, if there is one."""
 
-    def __init__(self, url: str, *, timeout_s: float, connections: int) -> None:
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, *, timeout_s: float, connections: int, outages: Outages = OUTAGES) -> None:
+        self._url, self._outages = url.rstrip("/"), outages
         secret = token(os.environ)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -78,27 +83,27 @@ class SessionClient:
     ) -> bytes:
         assert self._http is not None, "use the client as a context"
         data = sent.model_dump_json().encode() if sent is not None else None
-        problem = SessionFailed("unreachable", f"{method} {self._url}{path}: no answer")
-        for attempt in range(TRIES):
-            if attempt:
-                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-            try:
-                async with self._http.request(
-                    method,
-                    self._url + path,
-                    data=data,
-                    headers=headers,
-                ) as reply:
-                    body = await reply.read()
-                    if reply.status < 400:
-                        return body
-                    code, message, retryable = _problem(reply.status, body)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                code, message, retryable = "unreachable", f"{type(error).__name__}: {error}", True
-            problem = SessionFailed(code, f"{method} {path}: {message}")
-            if not retryable:
-                break
-        raise problem
+        tries, pause_s, late = 0, FIRST_PAUSE_S, time.monotonic() + PATIENCE_S
+        with self._outages.waiting() as outage:
+            while True:
+                tries += 1
+                try:
+                    async with self._http.request(method, self._url + path, data=data, headers=headers) as reply:
+                        body = await reply.read()
+                        if reply.status < 400:
+                            return body
+                        code, message, retryable = _problem(reply.status, body)
+                        outage.answered()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    code, message, retryable = "unreachable", f"{type(error).__name__}: {error}", True
+                left_s = late - time.monotonic()
+                if code == "unreachable":
+                    outage.failed(GATEWAY, self._url, message, until=self._outages.now() + max(0.0, left_s))
+                    retryable = left_s > pause_s or tries < TRIES
+                if not retryable or (tries >= TRIES and code != "unreachable"):
+                    raise SessionFailed(code, f"{method} {path}: {message}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def _problem(status: int, body: bytes) -> tuple[str, str, bool]:

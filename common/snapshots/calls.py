@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 
+from common.outages import OUTAGES, S3, STORE, Outages, Waiting
 from common.tls import trusting
 
 FIRST_PAUSE_S = 0.2
@@ -34,13 +36,19 @@ class Calls:
     """Requests to one store. Any number of threads may use it at once."""
 
     def __init__(
-        self, url: str, *, patience_s: float, ca_file: Path | None = None, sleep: Callable[[float], None] = time.sleep
+        self,
+        url: str,
+        *,
+        patience_s: float,
+        ca_file: Path | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        outages: Outages = OUTAGES,
     ) -> None:
         self._http = httpx.Client(base_url=url, timeout=_TIMEOUT)
         # no header but Host is signed in a presigned address; identity, so that a range counts stored bytes
         trusted = trusting(ca_file, key="snapshot_store.ca_file")
         self._direct = httpx.Client(verify=trusted, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
-        self._patience_s, self._sleep = patience_s, sleep
+        self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
         self.url = url
 
     def close(self) -> None:
@@ -54,28 +62,37 @@ class Calls:
         Raises StoreUnavailable, and OSError when the disk of the store stays full.
         """
         waiting = _Waiting(self._sleep)
-        while True:
-            try:
-                reply = send(self._http)
-                if reply.status_code < 500:
-                    return reply
-                error, limit_s = _failure(reply), self._patience_s
-            except httpx.TransportError as broken:
-                error, limit_s = StoreUnavailable(f"{type(broken).__name__}: {broken}"), self._patience_s
-            if isinstance(error, OSError):
-                limit_s = min(limit_s, FULL_PATIENCE_S)
-            if not waiting.pause(limit_s):
-                break
+        with self._outages.waiting() as outage:
+            while True:
+                of, address = STORE, self.url
+                try:
+                    reply = send(self._http)
+                    if reply.status_code < 500:
+                        return reply
+                    error, limit_s = _failure(reply), self._patience_s
+                    of, address = _away(reply) or (of, address)
+                except httpx.TransportError as broken:
+                    error, limit_s = StoreUnavailable(f"{type(broken).__name__}: {broken}"), self._patience_s
+                if isinstance(error, OSError):
+                    limit_s = min(limit_s, FULL_PATIENCE_S)
+                outage.failed(of, address, str(error), until=self._outages.now() + waiting.left(limit_s))
+                if not waiting.pause(limit_s):
+                    break
         if isinstance(error, OSError):
             raise error
         raise StoreUnavailable(f"the snapshot store at {self.url} did not answer in {limit_s:g} s: {error}")
 
     def body(self, path: str) -> Generator[bytes, None, None]:
         """The bytes under `path`, in pieces. Raises NotThere, StoreUnavailable."""
+        with self._outages.waiting() as outage:
+            yield from self._body(path, outage)
+
+    def _body(self, path: str, outage: Waiting) -> Generator[bytes, None, None]:
         had, waiting = 0, _Waiting(self._sleep)
         while True:
+            asked = [(STORE, self.url)]
             try:
-                with self._opened(path, had) as (reply, start):
+                with self._opened(path, had, asked) as (reply, start):
                     if reply.status_code == 416:  # nothing from there on: whoever reads sees what is lacking
                         return
                     if reply.status_code in (200, 206):
@@ -85,18 +102,24 @@ class Calls:
                             new, at = chunk[max(0, had - at) :], at + len(chunk)
                             if new:
                                 had, waiting = had + len(new), _Waiting(self._sleep)
+                                outage.answered()
                                 yield new
                         return
                     reply.read()
                     problem = f"{reply.status_code} {reply.text[:200]}"
+                    asked += [away] if (away := _away(reply)) else []
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
+            outage.failed(*asked[-1], problem, until=self._outages.now() + waiting.left(self._patience_s))
             if not waiting.pause(self._patience_s):
                 raise StoreUnavailable(f"GET {path}: no answer in {self._patience_s:g} s: {problem}")
 
     @contextmanager
-    def _opened(self, path: str, had: int) -> Iterator[tuple[httpx.Response, int]]:
-        """The reply, from the store or from where it points, and at which byte its body begins."""
+    def _opened(self, path: str, had: int, asked: list[tuple[str, str]]) -> Iterator[tuple[httpx.Response, int]]:
+        """The reply, from the store or from where it points, and at which byte its body begins.
+
+        Whom it asks besides the store is appended to `asked`.
+        """
         with self._http.stream("GET", path) as reply:
             if reply.status_code == 404:
                 raise NotThere(path)
@@ -104,6 +127,7 @@ class Calls:
                 yield reply, 0
                 return
             address = reply.headers["Location"]
+        asked.append((S3, str(httpx.URL(address).copy_with(raw_path=b"/")).rstrip("/")))
         # what is refused there (the address expired, the object just went) is asked of the store again
         with self._direct.stream("GET", address, headers={"Range": f"bytes={had}-"} if had else {}) as reply:
             yield reply, had if reply.status_code == 206 else 0
@@ -116,10 +140,13 @@ class _Waiting:
         self._sleep = sleep
         self._began, self._paused, self._next_s = time.monotonic(), 0.0, FIRST_PAUSE_S
 
+    def left(self, limit_s: float) -> float:
+        """Seconds until the limit."""
+        return limit_s - max(self._paused, time.monotonic() - self._began)
+
     def pause(self, limit_s: float) -> bool:
         """Pause before another try; False when that would go beyond the limit."""
-        spent = max(self._paused, time.monotonic() - self._began)
-        if spent + self._next_s > limit_s:
+        if self._next_s > self.left(limit_s):
             return False
         self._sleep(self._next_s)
         self._paused += self._next_s
@@ -133,6 +160,15 @@ def expect(reply: httpx.Response, *codes: int) -> None:
         raise StoreUnavailable(
             f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text[:300]}"
         )
+
+
+def _away(reply: httpx.Response) -> tuple[str, str] | None:
+    """The S3 behind the store, where the store says that it does not answer."""
+    try:
+        said = msgspec.json.decode(reply.content)
+        return (S3, str(said["address"])) if said["code"] == "storage_unavailable" else None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None
 
 
 def _failure(reply: httpx.Response) -> OSError | StoreUnavailable:

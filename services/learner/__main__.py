@@ -9,14 +9,26 @@ import os
 import sys
 
 from common.config import Invocation
+from common.config.schema import RunConfig
 from common.lifeline import tie
+from common.metrics import REGISTRY
 from common.program import main, service, tell
-from common.service import Stop
+from common.service import Starting, Stop
 from common.snapshots.client import SnapshotClient
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Train until the run's versions are done or the process is asked to stop."""
+    learner = invocation.config.learner
+    if os.environ.get("RANK", "0") != "0":
+        _train(invocation.config, stop, None)
+        return
+    with Starting("learner", learner.host, learner.port, key="learner", registry=REGISTRY) as server:
+        _train(invocation.config, stop, server)
+
+
+def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
+    """server: of rank 0, which alone speaks to others."""
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
@@ -28,10 +40,11 @@ def body(invocation: Invocation, stop: Stop) -> None:
     from services.learner.ranks import Ranks
     from services.learner.step import Step
 
-    config = invocation.config
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     ranks = Ranks()
+    if server is not None:
+        server.doing = "the model to be loaded"
     model = load_model(config.model.path, ranks.device, config.model.attention)
     trainee = Trainee(model, config.learner.optimizer)
     kept = config.snapshot_store
@@ -46,8 +59,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
             seed=config.run.seed,
         )
         one = resident(model, ranks.device)
-        if ranks.leads:
-            lead(config, stop, store, trainee, beside, step, ranks, one)
+        if server is not None:
+            lead(config, stop, store, trainee, beside, step, ranks, one, server)
         else:
             follow(trainee, beside, step, ranks, one)
     ranks.close()

@@ -6,7 +6,7 @@ from common.config.schema import RunConfig
 from common.logs import logger
 from common.messages import Sampling
 from common.metrics import REGISTRY
-from common.service import Server, Stop, application
+from common.service import Starting, Stop, application
 from common.snapshots.client import SnapshotClient
 from common.snapshots.writer import Writer
 from services.learner.bounds import Bounds
@@ -37,8 +37,10 @@ def lead(
     step: Step,
     ranks: Ranks,
     one: Pass,
+    server: Starting,
 ) -> None:
     """Run the loop until it is done or stopped. one: a forward pass by the trainee's model."""
+    server.doing = "the log to be opened"
     learner, tasks, home = config.learner, config.tasks, config.run.home
     writer = Writer(store)
     bus = open_bus(config)
@@ -92,13 +94,12 @@ def lead(
         ranks=ranks,
         stop=stop,
     )  # fmt: skip
-    app = application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status)
-    with Server(app, learner.host, learner.port, key="learner"):
-        try:
-            loop.start()
-            done = loop.run()
-        finally:
-            exact.release()  # whatever ends this learner inside a cut, no worker is to stand still for it
+    server.show(application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status))
+    try:
+        loop.start()
+        done = loop.run()
+    finally:
+        exact.release()  # whatever ends this learner inside a cut, no worker is to stand still for it
     exact.close()
     intake.close()
     bus.close()

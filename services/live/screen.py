@@ -2,18 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 
+from services.live.outages import in_full, over
 from services.live.state import State, subject
 from services.live.view import line, view
 
 REFRESH_S = 0.5
-LINE_S = 10.0
+LINE_S, NEWS_S = 10.0, 1.0
+"""Without a terminal: between two lines that say how the run fares, and two looks for what should be said at once."""
 LOOK_S = 0.1
 
 
@@ -55,15 +57,26 @@ class Screen:
             live.update(view(self._look(), width=size.width, height=size.height - 1), refresh=True)
 
     def _tell(self) -> None:
-        told: set[str] = set()
+        told, told_away = set[str](), set[str]()
+        over_so_far, due = 0, time.monotonic()
         while self._going():
             state = self._look()
-            now = {subject(warning): warning for warning in state.warnings}
-            for new in [warning for of, warning in now.items() if of not in told]:
-                self._say(f"! {new}")
-            told = set(now)
-            self._say(line(state))
-            self._wait(LINE_S)
+            for past in state.past[over_so_far:]:
+                self._say(over(past))
+            over_so_far = len(state.past)
+            away = {f"{outage.of} {outage.address}": in_full(outage, state.wall) for outage in state.outages}
+            told_away = self._news(away, told_away)
+            if time.monotonic() >= due:
+                told = self._news({subject(warning): warning for warning in state.warnings}, told)
+                self._say(line(state))
+                due = time.monotonic() + LINE_S
+            self._wait(min(LINE_S, NEWS_S))
+
+    def _news(self, now: Mapping[str, str], told: Collection[str]) -> set[str]:
+        """Say what was not told before; what is told by now. Both by what they are about."""
+        for new in [warning for of, warning in now.items() if of not in told]:
+            self._say(f"! {new}")
+        return set(now)
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -1,26 +1,29 @@
 """A run at one moment, as a person wants to know it, from what the services said. Pure."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from common.messages import VersionApplied
+from services.live.amounts import count, duration
+from services.live.outages import NAMES, Outage, Past
+from services.live.trained import Step, Trained
 from services.live.watch import Seen, Sight
 from services.local.deaths import Crash
 from services.report.folder import Line
 from services.report.naming import in_words
-from services.report.summary import begins
 
 RECENT = 5
 """Versions over which "recent" success and reward are means."""
-PACE = 20
-"""Versions over which the learner's pace is measured."""
 SILENT_S = 10.0
 """A service that gave no answer for longer is reported."""
-STARTING_S = 120.0
-"""So is one that has been starting for longer."""
+STARTING_S = 30.0
+"""So is one that was started so long ago and has not begun to answer: it answers before it loads anything large."""
+STALLED_S, STALLED_PACES = 60.0, 10.0
+"""There is no estimate while the newest version is older than both: seconds, and times that a version takes."""
+SILENCE = " has not answered for "
 LEARNER, STORE, GATEWAY = "learner", "snapshot_store", "env_gateway"
 NOTHING: Mapping[str, float] = MappingProxyType({})
 GONE = "ConnectError"
@@ -58,13 +61,20 @@ class State:
     stopping: bool
     trained_versions: int
     services: tuple[Service, ...]
-    success: tuple[float, ...]
+    success: Sequence[float]
     """Of each version's batch."""
-    reward: tuple[float, ...]
+    reward: Sequence[float]
     last: Line | None
     """The newest version's line."""
     left_s: float | None
-    """Estimate; None while there is no pace to go by."""
+    """Estimate; None while there is no pace to go by, or nothing to hold it to."""
+    still_s: float | None
+    """Since the newest version was trained, when nothing goes on; None while something does."""
+    outages: tuple[Outage, ...]
+    past: tuple[Past, ...]
+    """Outages that are over, oldest first."""
+    wall: float
+    """Now, in Unix seconds."""
     rollout_tokens_per_s: float | None
     learner_tokens_per_s: float | None
     in_flight: int
@@ -85,47 +95,57 @@ def state(
     stopping: bool = False,
 ) -> State:
     """The state at `now`, by the clock of the sight's answers. starts_again_in: dead process -> seconds."""
-    lines = sight.lines
+    trained, last = sight.trained, sight.trained.last
     learner = _status(sight.services.get(LEARNER, Seen()))
     others = {LEARNER, STORE, GATEWAY} | plan.replicas
     workers = {name: seen for name, seen in sight.services.items() if name not in others}
-    ending = stopping or len(lines) >= plan.versions
-    ledger = learner.get("trajectories") or (lines[-1]["trajectories"] if lines else {})
+    ending = stopping or trained.versions >= plan.versions
+    ledger = learner.get("trajectories") or (last["trajectories"] if last else {})
+    outages = () if ending else sight.outages
+    steady = _steady(trained.newest, _disturbed(sight, crashes, workers.values()))
+    still_s = None if ending else _still(trained, steady, outages, now=now, started=started)
     return State(
         plan=plan,
         elapsed_s=now - started,
         setup=not any(_status(seen).get("seconds") for seen in workers.values()),
         stopping=stopping,
-        trained_versions=len(lines),
+        trained_versions=trained.versions,
         services=tuple(
             Service(name, f"starts again in {math.ceil(starts_again_in[name])} s", True)
             if name in starts_again_in
-            else _service(plan, name, seen, sight.applied, now=now, ending=ending)
+            else _service(plan, name, seen, sight.applied, outages, now=now, ending=ending)
             for name, seen in sight.services.items()
         ),
-        success=tuple(line["successes"].count("1") / line["batch"] for line in lines),
-        reward=tuple(line["reward"] for line in lines),
-        last=lines[-1] if lines else None,
-        left_s=_left(plan, lines),
+        success=trained.success,
+        reward=trained.reward,
+        last=last,
+        left_s=_left(plan, trained, steady) if still_s is None else None,
+        still_s=still_s,
+        outages=outages,
+        past=sight.past,
+        wall=sight.clock + now,
         rollout_tokens_per_s=_sampling_rate(workers.values()),
-        learner_tokens_per_s=_training_rate(lines),
+        learner_tokens_per_s=_training_rate(steady) if still_s is None else None,
         in_flight=sum(_status(seen).get("live", 0) for seen in workers.values() if seen.trouble != GONE),
         waiting=learner.get("waiting_trajectories", 0),
         ledger=ledger,
         warnings=(
-            *_failures(plan, sight, crashes, now=now, started=started, ending=ending),
-            *_alerts(lines),
-            *_losses(ledger, lines),
+            *_failures(plan, sight, crashes, started=started),
+            *(() if ending else _silences(sight, {outage.of for outage in outages}, now=now, started=started)),
+            *_alerts(last),
+            *_losses(ledger, trained),
         ),
     )
 
 
 def subject(warning: str) -> str:
-    """What it is about, while its numbers change from version to version: an alert's rule; of others, all of it.
+    """What it is about, while its numbers change: an alert's rule, a silent service; of others, all of it.
 
     >>> subject("clip_idle: 9 versions"), subject("dropped 3 trajectories: 3 deadline")
     ('clip_idle', 'dropped 3 trajectories: 3 deadline')
     """
+    if SILENCE in warning:
+        return warning.partition(SILENCE)[0]
     rule, colon, _ = warning.partition(": ")
     return rule if colon and " " not in rule else warning
 
@@ -146,41 +166,27 @@ def recent(values: Sequence[float]) -> float | None:
     return sum(newest) / len(newest) if newest else None
 
 
-def duration(seconds: float) -> str:
-    """For people.
-
-    >>> duration(8.4), duration(130), duration(7260)
-    ('8 s', '2 min 10 s', '2 h 1 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def count(number: int, thing: str, things: str | None = None) -> str:
-    """A number of things.
-
-    >>> count(1, "version"), count(1200, "version")
-    ('1 version', '1,200 versions')
-    """
-    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
-
-
 def _status(seen: Seen) -> Mapping[str, Any]:
     return seen.last.status if seen.last is not None else {}
 
 
 def _service(
-    plan: Plan, name: str, seen: Seen, applied: Sequence[VersionApplied], *, now: float, ending: bool
+    plan: Plan,
+    name: str,
+    seen: Seen,
+    applied: Sequence[VersionApplied],
+    outages: Sequence[Outage],
+    *,
+    now: float,
+    ending: bool,
 ) -> Service:
     status, waiting = _status(seen), _status(seen).get("waiting_for")
     if seen.last is None:
-        return Service(name, "starting", True)
+        return Service(name, "starting its process", True)
     if seen.trouble == GONE:
-        return Service(name, "ended" if ending else "starting again", not ending)
+        return Service(name, "ended" if ending else "its process has ended and starts again", not ending)
+    if away := [NAMES.get(outage.of, outage.of) for outage in outages if name in outage.waiting]:
+        return Service(name, f"waits for an answer from {' and '.join(away)}", True)
     if waiting is not None:
         return Service(name, "starting" if waiting == "the start" else f"waits for {waiting}", True)
     if name == LEARNER:
@@ -202,44 +208,62 @@ def _update(worker: str, applied: Sequence[VersionApplied]) -> str:
     return f", last update paused {1e3 * newest.pause_s:.0f} ms" if newest else ""
 
 
-def _left(plan: Plan, lines: Sequence[Line]) -> float | None:
-    steady = _steady(lines)
+def _left(plan: Plan, trained: Trained, steady: Sequence[Step]) -> float | None:
+    pace = _pace(steady)
+    return None if pace is None else max(0.0, pace * (plan.versions - trained.versions))
+
+
+def _pace(steady: Sequence[Step]) -> float | None:
+    """Seconds a version."""
+    return (steady[-1].seconds - steady[0].seconds) / (len(steady) - 1) if len(steady) > 1 else None
+
+
+def _training_rate(steady: Sequence[Step]) -> float | None:
     if len(steady) < 2:
         return None
-    pace = (steady[-1]["seconds"] - steady[0]["seconds"]) / (len(steady) - 1)
-    return float(max(0.0, pace * (plan.versions - len(lines))))
+    seconds = steady[-1].seconds - steady[0].seconds
+    return sum(step.tokens for step in steady[1:]) / seconds if seconds > 0 else None
 
 
-def _training_rate(lines: Sequence[Line]) -> float | None:
-    steady = _steady(lines)
-    if len(steady) < 2:
-        return None
-    seconds: float = steady[-1]["seconds"] - steady[0]["seconds"]
-    tokens: int = sum(line["tokens"] for line in steady[1:])
-    return tokens / seconds if seconds > 0 else None
+def _steady(newest: Sequence[Step], disturbed: float) -> Sequence[Step]:
+    """The newest versions that one start of the learner trained, with nothing amiss."""
+    first = max((i for i, step in enumerate(newest) if step.begins), default=0)
+    return [step for step in newest[first:] if step.arrived > disturbed]
 
 
-def _steady(lines: Sequence[Line]) -> Sequence[Line]:
-    """The newest lines that one start wrote."""
-    newest = lines[-PACE - 1 :]
-    first = max((i for i, line in enumerate(newest) if begins(line)), default=0)
-    return newest[first:]
+def _disturbed(sight: Sight, crashes: Sequence[Crash], workers: Iterable[Seen]) -> float:
+    """When something last kept the run from its pace: an outage, a crash, a worker that began to sample only then."""
+    times = [past.ended - sight.clock for past in sight.past] + [crash.at for crash in crashes]
+    times += [
+        seen.last.at - seen.last.status["seconds"]
+        for seen in workers
+        if seen.last is not None and seen.last.status.get("seconds")
+    ]
+    return max(times, default=-math.inf)
+
+
+def _still(
+    trained: Trained, steady: Sequence[Step], outages: Sequence[Outage], *, now: float, started: float
+) -> float | None:
+    since = now - max(trained.newest[-1].arrived if trained.newest else started, started)
+    if outages:
+        return max(0.0, since)
+    pace = _pace(steady)
+    return since if pace is not None and since > max(STALLED_S, STALLED_PACES * pace) else None
 
 
 def _sampling_rate(workers: Iterable[Seen]) -> float | None:
     rates = []
     for seen in workers:
-        if seen.last is None or seen.earlier is None:
-            continue
-        tokens = seen.last.status["sampled_tokens"] - seen.earlier.status["sampled_tokens"]
+        if seen.last is None or seen.earlier is None or "sampled_tokens" not in seen.earlier.status:
+            continue  # it is starting, or was a moment ago
+        tokens = seen.last.status.get("sampled_tokens", -1) - seen.earlier.status["sampled_tokens"]
         if tokens >= 0 and seen.last.at > seen.earlier.at:
             rates.append(tokens / (seen.last.at - seen.earlier.at))
     return sum(rates) if rates else None
 
 
-def _failures(
-    plan: Plan, sight: Sight, crashes: Sequence[Crash], *, now: float, started: float, ending: bool
-) -> list[str]:
+def _failures(plan: Plan, sight: Sight, crashes: Sequence[Crash], *, started: float) -> list[str]:
     """What went wrong with processes, newest first."""
     found = [
         f"{refused.worker} refused version {refused.version}: the canary is {refused.canary_error:.3g} nats off, "
@@ -248,16 +272,22 @@ def _failures(
         if not refused.accepted
     ]
     found += [crash.told(duration(crash.at - started)) for crash in reversed(crashes)]
-    if ending:
-        return found
-    for name, seen in sight.services.items():
-        silent = now - (seen.last.at if seen.last else started)
-        if silent > (STARTING_S if seen.last is None or seen.trouble == GONE else SILENT_S):  # a start takes its time
-            found.append(f"{name} has not answered for {duration(silent)}")
     return found
 
 
-def _losses(ledger: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+def _silences(sight: Sight, told: Collection[str], *, now: float, started: float) -> list[str]:
+    """Who does not answer, but for what is told as an outage."""
+    found = []
+    for name, seen in sight.services.items():
+        silent = now - (seen.last.at if seen.last else started)
+        if name not in told and silent > (
+            STARTING_S if seen.last is None or seen.trouble == GONE else SILENT_S
+        ):  # a start takes its time
+            found.append(f"{name}{SILENCE}{duration(silent)}")
+    return found
+
+
+def _losses(ledger: Mapping[str, Any], trained: Trained) -> list[str]:
     """What went wrong with trajectories."""
     found = []
     if dropped := ledger.get("dropped"):
@@ -267,16 +297,17 @@ def _losses(ledger: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
         found.append(
             f"{dead:,} dead-lettered: `python -m services.learner dead-letters list` with the run's file says why"
         )
-    if skipped := sum(line["skipped"] for line in lines):
+    if skipped := trained.skipped:
         found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")
-    if lines and not lines[-1]["exact"]:
+    if trained.last is not None and not trained.last["exact"]:
         found.append(
-            f"the proximal is {in_words(lines[-1])}: its correction and update are not discrepancy and staleness ratio"
+            f"the proximal is {in_words(trained.last)}: its correction and update are not discrepancy and staleness "
+            f"ratio"
         )
     return found
 
 
-def _alerts(lines: Sequence[Line]) -> list[str]:
+def _alerts(last: Line | None) -> list[str]:
     """What is wrong at the newest version by the alert rules; notices about the configuration are not among them."""
-    alerts = lines[-1].get("alerts", ()) if lines else ()
+    alerts = last.get("alerts", ()) if last else ()
     return [f"{alert['rule']}: {alert['says']}" for alert in alerts if alert["level"] == "warning"]

@@ -12,13 +12,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from services.live.state import RECENT, Service, State, duration, recent
+from services.live.amounts import duration
+from services.live.outages import Outage, in_short, over, place, remedy, who_waits
+from services.live.state import RECENT, Service, State, recent
 from services.report.naming import method
 
 BARS = " ▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 ROOMY = (100, 34)
 """Columns and rows from which sections get frames."""
+OVER_S = 60.0
+"""An outage that is over is shown for so long."""
 DIM, GOOD, BAD = "dim", "green", "yellow"
 
 
@@ -59,7 +63,9 @@ def line(state: State) -> str:
     """The state in one line, for logs and pipes."""
     if state.setup:
         waits = "; ".join(f"{s.name}: {s.doing}" for s in state.services if s.waits)
-        return f"{duration(state.elapsed_s)}: starting; {waits or 'all services are up'}"
+        away = [f"no answer from {place(outage)}" for outage in state.outages]
+        said = "; ".join([*away, waits] if waits else away)
+        return f"{duration(state.elapsed_s)}: starting; {said or 'all services are up'}"
     parts = [f"version {state.trained_versions}/{state.plan.versions}"]
     if state.success:
         parts.append(f"success {recent(state.success):.3f}, reward {recent(state.reward):.3f}")
@@ -67,9 +73,12 @@ def line(state: State) -> str:
         parts.append(f"staleness {state.last['staleness_mean']:.1f} mean, {state.last['staleness_max']} max")
     parts.append(f"tokens/s {_rate(state.rollout_tokens_per_s)} rollout, {_rate(state.learner_tokens_per_s)} learner")
     parts.append(f"{state.in_flight} in flight, {state.waiting} waiting")
-    if state.left_s is not None:
+    if state.still_s is not None:
+        parts.append(_still(state.still_s))
+        parts += [in_short(outage, state.wall) for outage in state.outages]
+    elif state.left_s is not None:
         parts.append(f"about {duration(state.left_s)} left")
-    parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits]
+    parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits and not state.outages]
     return f"{duration(state.elapsed_s)}: " + "; ".join(parts)
 
 
@@ -113,6 +122,8 @@ def _fitting(sections: list[Section], height: int, *, extra: int) -> list[Sectio
 
 def _sections(state: State, width: int, height: int) -> list[Section]:
     sections = [_head(state)]
+    if state.outages or _fresh(state):
+        sections.append(_outages(state, width, most=max(1, min(10, height - 2))))
     if state.setup and not state.success:
         sections.append(_services(state.services, most=height - 5))
     else:
@@ -126,13 +137,49 @@ def _sections(state: State, width: int, height: int) -> list[Section]:
 
 
 def _head(state: State) -> Section:
-    doing = "stopping ..." if state.stopping else "starting" if state.setup else "running"
+    doing = "starting" if state.setup else "running"
+    if state.outages:
+        doing = f"no answer from {', '.join(dict.fromkeys(outage.of for outage in state.outages))}"
+    if state.stopping:
+        doing = "stopping ..."
     grid = _grid("left", "right")
     grid.add_row(
-        Text.assemble(("Palimpsest ", "bold"), state.plan.run, "  ", (doing, BAD if state.stopping else "cyan")),
+        Text.assemble(
+            ("Palimpsest ", "bold"), state.plan.run, "  ", (doing, BAD if state.stopping or state.outages else "cyan")
+        ),
         Text(duration(state.elapsed_s), style=DIM),
     )
     return Section("", grid, 1, 0)
+
+
+def _fresh(state: State) -> list[str]:
+    """Outages that were over a moment ago."""
+    return [over(past) for past in state.past if state.wall - past.ended < OVER_S]
+
+
+def _outages(state: State, width: int, *, most: int) -> Section:
+    """Those that go on, before anything else; then those that are just over."""
+    rows = [row for outage in state.outages for row in _rows(outage, state.wall, width)]
+    if len(rows) > most:  # what and since when, of each, is more than all of the first
+        rows = [in_short(outage, state.wall) for outage in state.outages]
+    body = Text("\n".join(rows[:most]), style=f"bold {BAD}", no_wrap=True, overflow="ellipsis")
+    for fresh in _fresh(state)[: max(0, most - len(rows))]:
+        rows.append(fresh)
+        body.append(("\n" if body else "") + fresh, style=GOOD)
+    return Section("outages", body, min(most, len(rows)), 0)
+
+
+def _rows(outage: Outage, now: float, width: int) -> list[str]:
+    said = (in_short(outage, now), who_waits(outage), remedy(outage))
+    return [
+        row
+        for i, text in enumerate(said)
+        for row in textwrap.wrap(text, width, initial_indent="  " if i else "", subsequent_indent="  ")
+    ]
+
+
+def _still(seconds: float) -> str:
+    return f"stands still for {duration(seconds)}"
 
 
 def _progress(state: State) -> Section:
@@ -141,7 +188,9 @@ def _progress(state: State) -> Section:
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1)
     grid.add_column(no_wrap=True)
-    left = f"about {duration(state.left_s)} left" if state.left_s is not None else "estimating the time"
+    left = f"about {duration(state.left_s)} left" if state.left_s is not None else "measuring the pace"
+    if state.still_s is not None:
+        left = _still(state.still_s)
     grid.add_row(
         Text.assemble("version ", (str(state.trained_versions), "bold"), f" of {state.plan.versions}"),
         ProgressBar(total=state.plan.versions, completed=min(state.trained_versions, state.plan.versions)),

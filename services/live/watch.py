@@ -4,21 +4,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
-import msgspec
 
 from common.bus.port import Bus, Consumer, Outgoing
+from common.logs import logger
 from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
+from common.outages import GATEWAY, OUTAGES, STORE
+from common.refusal import Refusal
+from common.snapshots.calls import StoreUnavailable
 from common.unusable import Unusable
-from services.report.folder import HISTORY, Line
+from services.live.outages import Course, Outage, Past, merged
+from services.live.trained import Tail, Trained
+from services.report.folder import HISTORY
 
 EVERY_S = 1.0
 TIMEOUT_S = 2.0
+SILENT_S = 8.0
+"""A store or gateway that has answered and does not for so long is away, whether anybody waits for it or not."""
+STALE_S = 10.0
+"""What a service said of outages counts no longer than this when it says no more."""
 WINDOW = 15
 """Answers remembered of each service, for rates."""
 
@@ -49,10 +58,15 @@ class Sight:
     """Everything that is known, at one moment."""
 
     services: Mapping[str, Seen]
-    lines: tuple[Line, ...] = ()
-    """Of history.jsonl."""
+    trained: Trained = field(default_factory=Trained)
+    """By history.jsonl."""
     applied: tuple[VersionApplied, ...] = ()
-    """Updates of all workers since the run began."""
+    """Each worker's newest update, and every update that was refused, in the order of the log."""
+    outages: tuple[Outage, ...] = ()
+    past: tuple[Past, ...] = ()
+    """Outages that are over, oldest first."""
+    clock: float = 0.0
+    """Unix seconds at time.monotonic() = 0: what outages are told in."""
 
 
 class Watch:
@@ -63,7 +77,10 @@ class Watch:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._seen = {name: Seen() for name in urls}
         self._tail = Tail(home / HISTORY)
-        self._applied: list[VersionApplied] = []
+        self._newest: dict[str, VersionApplied] = {}
+        self._refused: list[VersionApplied] = []
+        self._course = Course()
+        OUTAGES.logged = False  # this process has no log but the terminal, and the view says it there
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._threads = [
@@ -73,9 +90,12 @@ class Watch:
 
     def sight(self) -> Sight:
         """What is known now."""
+        now, wall = time.monotonic(), time.time()
         with self._lock:
-            self._tail.read()
-            return Sight(dict(self._seen), tuple(self._tail.lines), tuple(self._applied))
+            seen, trained = dict(self._seen), self._tail.read(now)
+            self._course.look(wall, self._outages(seen, now, wall))
+            applied = (*self._refused, *(update for update in self._newest.values() if update.accepted))
+            return Sight(seen, trained, applied, self._course.current, self._course.past, wall - now)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -107,7 +127,33 @@ class Watch:
                     self._seen[name] = seen
                 self._closed.wait(EVERY_S)
 
+    def _outages(self, seen: Mapping[str, Seen], now: float, wall: float) -> tuple[Outage, ...]:
+        """What the services and this process cannot reach, and the servers that do not answer here."""
+        told = {
+            name: one.last.status.get("outages", ())
+            for name, one in seen.items()
+            if one.last is not None and (one.trouble is None or now - one.last.at < STALE_S)
+        }
+        own = [replace(each, waiting=()) for each in merged({"": OUTAGES.told()})]
+        own += [
+            Outage(name, self._urls[name], one.last.at + wall - now, problem=one.trouble)
+            for name, one in seen.items()
+            if name in (STORE, GATEWAY) and one.last and one.trouble and now - one.last.at > SILENT_S
+        ]
+        starting = {name for name, one in seen.items() if one.last is None}
+        return tuple(outage for outage in merged(told, own) if outage.of not in starting)
+
     def _read(self) -> None:
+        """Read the log; whatever becomes of it, this view is not worth the run's end."""
+        while not self._closed.is_set():
+            self._newest, self._refused = {}, []
+            try:
+                self._follow()
+            except (Refusal, StoreUnavailable, LookupError) as problem:
+                logger().debug("the view reads the log anew", problem=str(problem))
+                self._closed.wait(EVERY_S)
+
+    def _follow(self) -> None:
         with self._bus.consumer(WORKERS) as consumer:
             self._hear(consumer)
             while not self._closed.wait(EVERY_S):
@@ -115,7 +161,6 @@ class Watch:
             self._hear(consumer)  # what came last
 
     def _hear(self, consumer: Consumer) -> None:
-        heard = []
         for record in consumer.poll(limit=1024, timeout_s=0.0):
             try:
                 message = message_in(record)
@@ -124,37 +169,6 @@ class Watch:
                 self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
                 continue
             if isinstance(message, VersionApplied):
-                heard.append(message)
-        with self._lock:
-            self._applied += heard
-
-
-class Tail:
-    """Follows a history file that grows, and that a restart of the learner cuts back."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._last = b""
-        self._last_at = 0
-        self.lines: list[Line] = []
-        """So far."""
-
-    def read(self) -> None:
-        """Take in whole lines that were added; after a cut, begin anew."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._last_at)
-                body = file.read()
-                if not body.startswith(self._last):
-                    self._last, self._last_at = b"", 0
-                    self.lines.clear()
-                    file.seek(0)
-                    body = file.read()
-        except FileNotFoundError:
-            return
-        *whole, _ = body[len(self._last) :].split(b"\n")
-        at = self._last_at + len(self._last)
-        for line in whole:
-            self.lines.append(msgspec.json.decode(line))
-            self._last, self._last_at = line + b"\n", at
-            at += len(self._last)
+                with self._lock:
+                    self._newest[message.worker] = message
+                    self._refused += [] if message.accepted else [message]

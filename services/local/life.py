@@ -42,7 +42,9 @@ class Life:
     def _answers(self, seen: Seen) -> bool:
         """Whether this start, not the one before it, said that it is past its start."""
         answer = seen.last
-        if answer is None or answer.at < self.started or answer.status.get("waiting_for") in STARTS:
+        if answer is None or answer.at < self.started:
+            return False
+        if answer.status.get("starting") or answer.status.get("waiting_for") in STARTS:
             return False
         service = answer.status.get("service")
         return service not in WORK or bool(answer.status.get(WORK[service]))

@@ -105,8 +105,8 @@ class Local:
         self._lives[child] = Life(child.started, self._versions, trains=child is self.learner)
 
     def _observe(self, sight: Sight) -> None:
-        if sight.lines:
-            self._versions = sight.lines[-1]["published"]
+        if sight.trained.last is not None:
+            self._versions = sight.trained.last["published"]
         for child, life in self._lives.items():
             if child.running:
                 life.saw(sight.services.get(child.name, Seen()), versions=self._versions, now=time.monotonic())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.schema import RunConfig
-from services.live.state import count, duration
+from services.live.amounts import count, duration
 
 USAGE = """\
 usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]

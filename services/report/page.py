@@ -9,7 +9,7 @@ import plotly.offline
 
 from common.config.schema import RunConfig
 from common.config.show import show
-from services.live.state import count, duration
+from services.live.amounts import count, duration
 from services.report.drawing import Figure
 from services.report.look import SCRIPT, STYLE
 

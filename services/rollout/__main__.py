@@ -8,7 +8,7 @@ from common.config.schema import RunConfig, ScriptedEngineConfig
 from common.metrics import REGISTRY
 from common.program import service
 from common.refusal import ExitCode, Refusal
-from common.service import Server, Stop, application
+from common.service import Starting, Stop, application
 from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
 from services.rollout.dialogue import Dialogue
@@ -26,13 +26,16 @@ ENVIRONMENT_MARGIN_S = 30.0
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Work until the run ends or the process is asked to stop."""
-    asyncio.run(_work(invocation.config, stop))
+    rollout = invocation.config.rollout
+    with Starting("rollout", rollout.host, rollout.port, key="rollout", registry=REGISTRY) as server:
+        asyncio.run(_work(invocation.config, stop, server))
 
 
-async def _work(config: RunConfig, stop: Stop) -> None:
+async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     rollout = config.rollout
     dialogue = Dialogue.load(config.model.path, dict(config.model.chat_template_options))
     engine = _engine(config, dialogue)
+    server.doing = "the log to be opened"
     bus = open_bus(config)
     sessions = SessionClient(
         config.gateway_url,
@@ -59,18 +62,17 @@ async def _work(config: RunConfig, stop: Stop) -> None:
                 loop.call_soon_threadsafe(worker.stop)
 
             stop.on_request(leave)
-            app = application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status)
-            with Server(app, rollout.host, rollout.port, key="rollout"):
-                try:
-                    await engine.start()
-                    if not stop.requested:
-                        await worker.work()
-                except EngineDead as dead:
-                    # no task is lost: what the engine had under way was not committed, and is sampled again
-                    raise Refusal(str(dead), ExitCode.ENGINE) from None
-                finally:
-                    await engine.close()
-                    bus.close()
+            server.show(application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status))
+            try:
+                await engine.start()
+                if not stop.requested:
+                    await worker.work()
+            except EngineDead as dead:
+                # no task is lost: what the engine had under way was not committed, and is sampled again
+                raise Refusal(str(dead), ExitCode.ENGINE) from None
+            finally:
+                await engine.close()
+                bus.close()
 
 
 def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:

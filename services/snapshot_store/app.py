@@ -107,6 +107,8 @@ def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIM
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:
         metrics.STORAGE_FAILURES.inc()
         body = {"code": "storage_unavailable", "message": str(error), "retryable": True}
+        if error.address:
+            body["address"] = error.address
         return JSONResponse(body, 503, {"Retry-After": "1"})
 
     @app.exception_handler(OSError)

@@ -49,6 +49,11 @@ class DigestMismatch(ValueError):
 class Unavailable(Exception):
     """The place for bytes does not answer, or refuses; the message says which. Trying again later may help."""
 
+    def __init__(self, message: str, *, address: str = "") -> None:
+        super().__init__(message)
+        self.address = address
+        """Of the S3; empty when it is none."""
+
 
 def parts(key: str) -> list[str]:
     """The parts of a key between its slashes. Raises ValueError unless each is a plain name.

@@ -12,6 +12,7 @@ of one name go before the next upload under it, too.
 import asyncio
 import errno
 import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,7 @@ from urllib3.exceptions import HTTPError
 
 from common.config.schema import SnapshotStoreConfig
 from common.logs import logger
+from common.outages import OUTAGES, S3
 from common.refusal import Refusal
 from services.snapshot_store import storage_refusals
 from services.snapshot_store.feed import Feed
@@ -56,6 +58,8 @@ class MinioStorage:
         self._once = client(config, provider, connections=THREADS, tries=1)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
         self._putting: Counter[str] = Counter()
+        self._outage = OUTAGES.waiting()
+        """Left by the first call that succeeds: whoever asked the store asks again until one does."""
 
     async def open(self) -> None:
         """See that the bucket can be used, and make it if that is wanted. Raises Refusal."""
@@ -94,6 +98,7 @@ class MinioStorage:
             raise
         except Exception:
             if feed.failure is not None:
+                self._outage.answered()
                 raise feed.failure from None  # the sender's fault, or its digest's, not the S3's
             raise
         finally:
@@ -170,23 +175,34 @@ class MinioStorage:
         """The call's result, from a thread. The S3's errors become those of the port."""
 
         def said() -> T:
+            began = time.time()
             try:
-                return call()
+                found = call()
+                self._outage.answered()
+                return found
             except S3Error as error:
                 if error.code in FULL:
+                    self._outage.answered()
                     number = FULL[error.code]
                     raise OSError(number, os.strerror(number), f"{self._bucket}/{name}") from None
-                raise Unavailable(f"{self._config.endpoint}: {error.code}: {error.message} ({name})") from error
+                raise self._unavailable(began, f"{error.code}: {error.message} ({name})") from error
             except (MinioException, HTTPError, ET.ParseError, NoCredentials) as error:
-                raise Unavailable(f"{self._config.endpoint}: {type(error).__name__}: {error}") from error
+                raise self._unavailable(began, f"{type(error).__name__}: {error}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, said)
+
+    def _unavailable(self, began: float, problem: str) -> Unavailable:
+        """What to raise for a call that began then, noted as an outage."""
+        endpoint = self._config.endpoint
+        self._outage.failed(S3, endpoint, problem, since=began)
+        return Unavailable(f"{endpoint}: {problem}", address=endpoint)
 
     def _put(self, name: str, body: BinaryIO, size: int) -> None:
         # one part at a time: the client's own threads would stay behind after an upload that failed
         done = self._client.put_object(self._bucket, name, body, size, part_size=PART, num_parallel_uploads=1)
         if not done.etag:  # an S3 may say 200 and then, in the body, that it could not put the parts together
-            raise Unavailable(f"{self._config.endpoint} did not put the parts of {name} together")
+            problem = f"{self._config.endpoint} did not put the parts of {name} together"
+            raise Unavailable(problem, address=self._config.endpoint)
 
     def _create(self, name: str, body: bytes) -> bool:
         creator = uuid.uuid4().hex

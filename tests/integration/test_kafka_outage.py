@@ -16,6 +16,7 @@ from common import faults
 from common.bus.kafka import Connection, KafkaBus
 from common.bus.kafka.consumer import KafkaConsumer
 from common.bus.port import Consumer, Outgoing, Record
+from common.outages import KAFKA, OUTAGES, Outages
 from common.refusal import ExitCode, Refusal
 from tests.contract.logs import GROUP, LIMIT_S, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
 from tools.backends.kafka import Kafka
@@ -165,10 +166,16 @@ def test_nothing_is_lost_or_skipped_while_the_broker_is_killed_and_started(kafka
         kafka.kill()
         kafka.start()
         stream.goes_on()
+        assert OUTAGES.told() == []
         kafka.kill()
         assert bus.gave_up.wait(LIMIT_S)  # what was being sent then is not on the log
+        until(lambda: any(outage["until"] for outage in OUTAGES.told()))
+        (outage,) = OUTAGES.told()
+        assert (outage["of"], outage["address"]) == (KAFKA, kafka.servers)
+        assert outage["since"] < time.time() < outage["until"]
         kafka.start()
         stream.goes_on()
+        until(lambda: OUTAGES.told() == [])
     found = first_readings(stream.alone)
     assert {n for numbers in found.values() for n in numbers} >= set(stream.acknowledged)
     assert all(numbers == sorted(numbers) for numbers in found.values())
@@ -230,6 +237,24 @@ def test_an_outage_beyond_the_limit_ends_everything_but_a_poll(kafka: Kafka) -> 
         kafka.start()
         bus.publish(TOPIC, things("c"))
         assert bodies(take(reader, 1)) == bodies(take(member, 1)) == ["c"]
+
+
+def test_a_reader_that_only_waits_tells_of_a_broker_that_is_gone_and_of_its_return(kafka: Kafka) -> None:
+    outages = Outages()
+    bus = KafkaBus(Connection(kafka.servers, {}, outages=outages), prefix=f"outage.{uuid.uuid4().hex[:8]}.")
+    bus.create_topics({TOPIC: PARTITIONS})
+    with closing(bus), bus.consumer(TOPIC) as reader:
+        bus.publish(TOPIC, things("a"))
+        take(reader, 1)
+        poll_until(lambda: outages.told() == [], reader)
+        kafka.kill()
+        poll_until(lambda: outages.told() != [], reader)
+        (outage,) = outages.told()
+        assert (outage["of"], outage["address"], outage["until"]) == (KAFKA, kafka.servers, None)
+        kafka.start()
+        poll_until(lambda: outages.told() == [], reader)
+        bus.publish(TOPIC, things("b"))
+        assert bodies(take(reader, 1)) == ["b"]
 
 
 class Unseeing(KafkaConsumer):

@@ -20,9 +20,12 @@ from common.bus.kafka.consumer import KafkaConsumer
 from common.bus.kafka.topics import Settings, make_topics, partition_count
 from common.bus.port import Outgoing, Position, partition_of
 from common.logs import logger
+from common.outages import KAFKA
 
 GIVE_UP_S = 20.0
 """kafka-python itself tries for so long; then we say so and send again."""
+SOON_S = 3.0
+"""A send without an outcome for so long raises the question whether anybody is there."""
 LEASE_S = 10.0
 """A group member not heard of for so long is gone."""
 ENDING_S = 10.0
@@ -78,19 +81,22 @@ class KafkaBus:
             self._fits(topic, record)
         positions: dict[int, Position] = {}
         left = list(range(len(records)))
-        began = time.monotonic()
-        while left:
-            problem = self._send(topic, count, records, left, positions)
-            left = [i for i in left if i not in positions]
-            if left and faults.active("bus.unchecked_sends"):
-                return [positions.get(i, Position(-1, -1)) for i in range(len(records))]
-            if left:
-                assert problem is not None
-                waited, reason = time.monotonic() - began, self._connection.reason(problem)
-                logger().warning("sent again", topic=topic, records=len(left), waited_s=round(waited), problem=reason)
-                if waited > self._connection.outage_limit_s:
-                    raise self._connection.silent(f"write to {topic}", waited, reason)
-                time.sleep(PAUSE_S)
+        began, outages = time.monotonic(), self._connection.outages
+        with outages.waiting() as outage:
+            until = outages.now() + self._connection.outage_limit_s
+            while left:
+                problem = self._send(topic, count, records, left, positions, until)
+                left = [i for i in left if i not in positions]
+                if left and faults.active("bus.unchecked_sends"):
+                    return [positions.get(i, Position(-1, -1)) for i in range(len(records))]
+                if left:
+                    assert problem is not None
+                    waited, why = time.monotonic() - began, self._connection.reason(problem)
+                    outage.failed(KAFKA, self._connection.servers, why, until=until)
+                    logger().warning("sent again", topic=topic, records=len(left), waited_s=round(waited), problem=why)
+                    if waited > self._connection.outage_limit_s:
+                        raise self._connection.silent(f"write to {topic}", waited, why)
+                    time.sleep(PAUSE_S)
         return [positions[i] for i in range(len(records))]
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> KafkaConsumer:
@@ -105,9 +111,18 @@ class KafkaBus:
         _close(self._producer, self._give_up_s)
 
     def _send(
-        self, topic: str, count: int, records: Sequence[Outgoing], left: list[int], positions: dict[int, Position]
+        self,
+        topic: str,
+        count: int,
+        records: Sequence[Outgoing],
+        left: list[int],
+        positions: dict[int, Position],
+        until: float,
     ) -> Exception | None:
-        """Send these and wait for each one's outcome; fills in where the acknowledged stand. The last problem."""
+        """Send these and wait for each one's outcome; fills in where the acknowledged stand. The last problem.
+
+        `until`: when `publish` gives up, in Unix seconds.
+        """
         producer, problem, sent = self._producer, None, []
         try:
             for i in left:
@@ -124,6 +139,8 @@ class KafkaBus:
         except (errors.KafkaTimeoutError, errors.IllegalStateError) as error:
             problem = error  # no room or no metadata in time, or closed by another thread: the rest is sent again
         late = time.monotonic() + 2 * self._give_up_s
+        if not self._soon(sent):
+            self._connection.prober.suspect(until)
         for i, future in zip(left, sent, strict=False):
             try:
                 done = future.get(timeout=max(0.0, late - time.monotonic()))
@@ -137,6 +154,14 @@ class KafkaBus:
             problem = errors.KafkaTimeoutError(f"no outcome in {2 * self._give_up_s:.0f} s")
             self._begin_anew(producer)
         return problem
+
+    def _soon(self, sent: "Sequence[Any]") -> bool:
+        """Wait a little; whether all have an outcome by then."""
+        deadline = time.monotonic() + SOON_S
+        for future in sent:
+            with contextlib.suppress(errors.KafkaError):
+                future.get(timeout=max(0.0, deadline - time.monotonic()))
+        return all(future.is_done for future in sent)
 
     def _begin_anew(self, stuck: Any) -> None:
         """Another producer, for this one neither sends what it has nor gives it up.

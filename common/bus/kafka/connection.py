@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 from kafka import errors
 
 from common.bus.kafka.knock import NotLetIn, NotThere, knock
+from common.bus.kafka.prober import Prober
 from common.config.schema import BusConfig
 from common.logs import logger
+from common.outages import KAFKA, OUTAGES, Outages
 from common.refusal import ExitCode, Refusal
 from common.tls import trusting
 
@@ -44,6 +46,12 @@ class Connection:
     """Keyword arguments of kafka-python's clients: protocol, certificates, credentials."""
     outage_limit_s: float = 600.0
     start_limit_s: float = START_S
+    outages: Outages = field(default=OUTAGES, repr=False)
+    prober: Prober = field(init=False, repr=False)
+    """To be told of every silence."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prober", Prober(self.servers, self.knock, self.outages))
 
     def arguments(self) -> dict[str, Any]:
         """For a client: bootstrap, retries of connections, identity."""
@@ -81,21 +89,24 @@ class Connection:
         when the broker does not let us."""
         limit_s = self.outage_limit_s if limit_s is None else limit_s
         began = said = time.monotonic()
-        while True:
-            try:
-                return call()
-            except DENIED as error:
-                raise self.denied(error) from None
-            except (errors.RetriableError, errors.BrokerNotAvailableError, OSError) as error:
-                problem: Exception = error
-            now = time.monotonic()
-            if now - began > limit_s:
-                raise self.silent(doing, now - began, self.reason(problem)) from None
-            if now - said > SAY_S:
-                said = now
-                reason = self.reason(problem)
-                logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
-            time.sleep(PAUSE_S)
+        with self.outages.waiting() as outage:
+            until = self.outages.now() + limit_s
+            while True:
+                try:
+                    return call()
+                except DENIED as error:
+                    raise self.denied(error) from None
+                except (errors.RetriableError, errors.BrokerNotAvailableError, OSError) as error:
+                    problem: Exception = error
+                outage.failed(KAFKA, self.servers, _words(problem), until=until)
+                now = time.monotonic()
+                if now - began > limit_s:
+                    raise self.silent(doing, now - began, self.reason(problem)) from None
+                if now - said > SAY_S:
+                    said = now
+                    reason = self.reason(problem)
+                    logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
+                time.sleep(PAUSE_S)
 
     def reason(self, problem: Exception) -> str:
         """What lies behind a client's failure, asked at the brokers. Raises Refusal when they do not let us in."""

@@ -25,6 +25,8 @@ IDLE_LIMIT_S = 120.0
 """A member that does not poll for so long, though its process lives, gives its partitions up."""
 STUCK_S = IDLE_LIMIT_S + 30.0
 """No sharing-out of a group takes so long: the slowest member is out of it by then."""
+QUIET_S = 5.0
+"""A broker that has said nothing for so long may be away."""
 HEARTBEATS = 3.3
 """Heartbeats in a lease."""
 
@@ -110,6 +112,8 @@ class KafkaConsumer:
                 self._stay_a_member()
             if limit and (records := self._hand_out(limit)):
                 return records
+            if self._quiet():
+                self._connection.prober.suspect()
             if time.monotonic() >= deadline:
                 return []
 
@@ -189,6 +193,15 @@ class KafkaConsumer:
             return
         for tp, records in fetched.items():
             self._waiting.setdefault(tp.partition, deque()).extend(records)
+
+    def _quiet(self) -> bool:
+        """Whether no broker is connected, or none has answered for a while: one answers every fetch in half a second.
+
+        kafka-python says so nowhere in public, and a poll that finds nobody there just brings nothing.
+        """
+        connections = list(self._client._manager._conns.values())  # another thread opens and closes them
+        heard = max((getattr(one.transport, "last_read", 0.0) for one in connections if one.connected), default=0.0)
+        return time.monotonic() - heard > QUIET_S
 
     def _stay_a_member(self) -> None:
         """Poll without fetching."""

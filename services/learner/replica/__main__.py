@@ -2,10 +2,11 @@
 
 from common.bus.open import open_bus
 from common.config import Invocation
+from common.config.schema import RunConfig
 from common.metrics import REGISTRY
 from common.program import service
 from common.refusal import Refusal
-from common.service import Server, Stop, application
+from common.service import Starting, Stop, application
 from common.snapshots.client import SnapshotClient
 
 
@@ -17,6 +18,12 @@ def body(invocation: Invocation, stop: Stop) -> None:
             f'learner.proximal.kind is "{config.learner.proximal.kind}": nobody would read what a replica scores. Set '
             f'it to "replica", or do without this process'
         )
+    own = config.replica
+    with Starting("replica", own.host, own.port, key="replica", registry=REGISTRY) as server:
+        _score(config, stop, server)
+
+
+def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
@@ -27,15 +34,14 @@ def body(invocation: Invocation, stop: Stop) -> None:
     torch.set_num_threads(config.replica.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = config.replica
+    server.doing = "the log to be opened"
     bus = open_bus(config)
     replica = Replica(
         run=config.run.id, name=own.name, bus=bus, device=device, batch_tokens=own.batch_tokens, stop=stop
     )
     app = application("replica", registry=REGISTRY, ready=replica.waiting_for, status=replica.status)
-    with (
-        SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store,
-        Server(app, own.host, own.port, key="replica"),
-    ):
+    server.show(app)
+    with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
             replica.work(Resident(load_model(config.model.path, device, config.model.attention), store))
         finally:

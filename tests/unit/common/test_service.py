@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
 from common.refusal import ExitCode, Refusal
-from common.service import HttpError, Server, Status, Stop, application, listen
+from common.service import HttpError, Server, Starting, Status, Stop, application, listen
 
 HOST = "127.0.0.1"
 
@@ -81,7 +81,7 @@ async def test_a_service_that_works_answers_200() -> None:
 async def test_the_status_names_the_service_what_it_waits_for_and_what_it_does() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/v1/status")
-    assert reply.json() == {"service": "thing", "waiting_for": "the first version", "live": 3}
+    assert reply.json() == {"service": "thing", "waiting_for": "the first version", "outages": [], "live": 3}
 
 
 async def test_the_metrics_are_those_of_the_registry() -> None:
@@ -130,6 +130,19 @@ def test_a_server_answers_inside_its_block_and_is_gone_afterwards() -> None:
         assert httpx.get(url).json() == {"service": "thing"}
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+def test_a_service_that_starts_says_what_it_does_until_it_can_say_more() -> None:
+    with Starting("thing", HOST, 0, key="thing", registry=CollectorRegistry()) as server:
+        url = f"http://{HOST}:{server.port}"
+        server.doing = "the model to be loaded"
+        assert httpx.get(f"{url}/v1/status").json() == {
+            "service": "thing", "waiting_for": "the model to be loaded", "outages": [], "starting": True
+        }  # fmt: skip
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        server.show(an_app(Work()))
+        assert httpx.get(f"{url}/v1/status").json()["live"] == 3
 
 
 def test_a_port_that_a_server_has_left_can_be_taken_again() -> None:

@@ -442,6 +442,7 @@ async def test_a_gateway_that_never_answers_costs_the_trajectory_and_no_reward_i
     dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
+    monkeypatch.setattr(client, "PATIENCE_S", 0)
     nobody = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
     ended = await nobody.sample(nobody.says())
     assert isinstance(ended, TrajectoryDropped)

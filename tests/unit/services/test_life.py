@@ -64,3 +64,10 @@ def test_versions_that_are_trained_again_after_a_checkpoint_are_none_more() -> N
     for versions in (5, 6, 7):
         life.saw(READY["learner"], versions=versions, now=STARTED + versions)
     assert not life.worked
+
+
+def test_a_service_that_only_says_what_it_loads_is_not_ready() -> None:
+    for service in ("learner", "rollout", "snapshot_store"):
+        life = Life(STARTED, versions=0)
+        life.saw(said(service, starting=True, waiting_for="the model to be loaded"), versions=0, now=STARTED + 2)
+        assert life.ready is None

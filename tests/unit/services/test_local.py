@@ -8,6 +8,7 @@ import pytest
 from common.config import load
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
+from services.live.trained import Trained
 from services.live.watch import Sight
 from services.local import supervisor
 from services.local.processes import Child, python
@@ -75,7 +76,7 @@ def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path,
         looks += not run.workers[0].running
         if looks == 10:
             done.path.touch()
-        return Sight({}, ({"published": 3},))
+        return Sight({}, Trained(1, last={"published": 3}))
 
     run = supervised(tmp_path, worker="pass", learner=done.learner)
     assert run.run(Stop(), all_versions_are_trained)

@@ -11,6 +11,7 @@ from rich.console import Console
 from services.live import screen
 from services.live.screen import Screen
 from services.live.state import Plan, State, state
+from services.live.trained import gathered
 from services.live.watch import Sight
 from tests.unit.services.lines import a_line, learner, servers, worker
 
@@ -18,7 +19,7 @@ WITHIN_S = 10.0
 
 
 def a_state() -> State:
-    sight = Sight(servers() | {"learner": learner(), "worker-0": worker()}, tuple(a_line(i) for i in range(4)))
+    sight = Sight(servers() | {"learner": learner(), "worker-0": worker()}, gathered(a_line(i) for i in range(4)))
     return state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
 
 
@@ -61,7 +62,7 @@ def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch:
 
     def states() -> Iterator[State]:
         for alerts in ([alert(8)], [alert(9)], [], [alert(12)]):
-            sight = Sight(servers() | {"learner": learner()}, (a_line(0, alerts=alerts),))
+            sight = Sight(servers() | {"learner": learner()}, gathered([a_line(0, alerts=alerts)]))
             yield state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
         over.set()
         yield a_state()

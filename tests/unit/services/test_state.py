@@ -5,6 +5,7 @@ import pytest
 from common.messages import VersionApplied
 from common.versions import Version
 from services.live.state import Plan, State, ready_at, state
+from services.live.trained import gathered
 from services.live.watch import Answer, Seen, Sight
 from services.local.deaths import Crash
 from tests.unit.services.lines import a_line, learner, servers, worker
@@ -23,7 +24,7 @@ def doing(shown: State) -> dict[str, str]:
 def test_time_left_follows_from_the_pace_since_the_last_start():
     lines = [a_line(0, seconds=30.0), a_line(1, seconds=90.0, phases={"wait": 50.0, "train": 1.0})]
     lines += [a_line(2, seconds=92.0), a_line(3, seconds=94.0)]
-    shown = seen(Sight(servers() | {"learner": learner()}, tuple(lines)))
+    shown = seen(Sight(servers() | {"learner": learner()}, gathered(lines)))
     assert shown.left_s == pytest.approx(6 * 2.0)
     assert shown.learner_tokens_per_s == pytest.approx(20 / 4.0)
     assert shown.trained_versions == 4
@@ -31,7 +32,7 @@ def test_time_left_follows_from_the_pace_since_the_last_start():
 
 def test_there_is_no_estimate_before_there_is_a_pace():
     first = a_line(0, phases={"wait": 30.0, "train": 1.0})
-    assert seen(Sight({"learner": learner()}, (first,))).left_s is None
+    assert seen(Sight({"learner": learner()}, gathered((first,)))).left_s is None
     assert seen(Sight({"learner": learner()})).learner_tokens_per_s is None
 
 
@@ -52,7 +53,7 @@ def test_a_worker_that_is_gone_has_nothing_in_flight():
     gone = worker(trouble="ConnectError")
     shown = seen(Sight({"learner": learner(), "worker-0": gone}))
     assert shown.in_flight == 0
-    assert doing(shown)["worker-0"] == "starting again"
+    assert doing(shown)["worker-0"] == "its process has ended and starts again"
 
 
 def test_a_process_that_waits_for_its_next_start_says_for_how_long():
@@ -83,7 +84,7 @@ def test_who_waits_for_what():
         "env_gateway": "plays the environments",
         "learner": "waits for trajectories: 3 of 32 groups are complete",
         "worker-0": "waits for the engine",
-        "worker-1": "starting",
+        "worker-1": "starting its process",
     }
     assert shown.setup
     assert not seen(Sight({"worker-0": worker()})).setup
@@ -96,7 +97,8 @@ def test_a_replica_is_no_worker():
     plan = Plan("t", versions=10, canary_tolerance=0.03, replicas=frozenset({"replica-0", "replica-1", "replica-2"}))
     shown = state(plan, Sight(services), now=130.0, started=1.0)
     assert doing(shown)["replica-0"] == "scores, 21 trajectories waiting (30 s ago)"
-    assert (doing(shown)["replica-1"], doing(shown)["replica-2"]) == ("starting", "starting again")
+    assert doing(shown)["replica-1"] == "starting its process"
+    assert doing(shown)["replica-2"] == "its process has ended and starts again"
     assert (shown.setup, shown.in_flight, shown.rollout_tokens_per_s) == (True, 0, None)
     assert "replica-0 has not answered for 30 s" in shown.warnings
 
@@ -115,7 +117,7 @@ def test_warnings_say_what_happened_in_plain_words():
     )  # fmt: skip
     lines = (a_line(0, skipped=1), a_line(1, exact=False, proximal="ewma_prox"))
     shown = seen(
-        Sight({"learner": learner(trajectories=ledger)}, lines, (refused,)),
+        Sight({"learner": learner(trajectories=ledger)}, gathered(lines), (refused,)),
         crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
@@ -133,7 +135,7 @@ def test_at_the_end_nobody_is_expected_to_answer():
         "learner": learner(at=50.0, trouble="ConnectError"),
         "worker-0": worker(at=50.0, trouble="ConnectError"),
     }
-    shown = seen(Sight(services, tuple(a_line(i) for i in range(10))))
+    shown = seen(Sight(services, gathered(a_line(i) for i in range(10))))
     assert shown.warnings == ()
     assert doing(shown)["learner"] == "ended"
 
@@ -142,6 +144,6 @@ def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
     alert = {"rule": "clip_idle", "level": "warning", "value": 0.0, "says": "the clip takes nothing"}
     notice = {"rule": "discrepancy_is_one", "level": "notice", "value": 1.0, "says": "as configured"}
     over = a_line(0, alerts=[alert | {"says": "long over"}])
-    shown = seen(Sight({"learner": learner()}, (over, a_line(1, alerts=[alert, notice]))))
+    shown = seen(Sight({"learner": learner()}, gathered((over, a_line(1, alerts=[alert, notice])))))
     assert shown.warnings == ("clip_idle: the clip takes nothing",)
-    assert seen(Sight({"learner": learner()}, (over, a_line(1)))).warnings == ()
+    assert seen(Sight({"learner": learner()}, gathered((over, a_line(1))))).warnings == ()

@@ -8,6 +8,7 @@ from rich.console import Console
 from common.messages import VersionApplied
 from common.versions import Version
 from services.live.state import Plan, State, state
+from services.live.trained import gathered
 from services.live.view import bar, line, sparkline, view
 from services.live.watch import Seen, Sight
 from services.local.deaths import Crash
@@ -24,7 +25,7 @@ def a_state(lines: int = 5, **services: Seen) -> State:
     history += [a_line(lines - 1, successes="0111", reward=0.9, tokens=BY_STALENESS)] if lines else []
     update = VersionApplied("t", "worker-0", Version(4), "", True, 0.01, 0.172, 9)
     seen = servers() | {"learner": learner(), "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400))}
-    sight = Sight(seen | services, tuple(history), (update,))
+    sight = Sight(seen | services, gathered(history), (update,))
     return state(
         Plan("night-run", 20, 0.03), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")]
     )

@@ -15,7 +15,7 @@ from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encod
 from common.unusable import Cause
 from common.versions import Version
 from services.live import watch
-from services.live.watch import Seen, Tail, Watch
+from services.live.watch import Seen, Watch
 from tests.unit.services.lines import a_line
 
 WITHIN_S = 10.0
@@ -107,37 +107,14 @@ def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path)
 def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
     update = VersionApplied("t", "worker-0", Version(1), "", True, 0.01, 0.2, 3)
     with Watch({}, tmp_path, bus, run="test") as watching:
-        assert watching.sight().lines == ()
+        assert watching.sight().trained.versions == 0
         bus.publish(WORKERS, [Outgoing("worker-0", encode(update)), Outgoing("worker-0", b"not a record")])
         (tmp_path / "history.jsonl").write_bytes(msgspec.json.encode(a_line(0)) + b"\n")
         until(lambda: watching.sight().applied == (update,))
-        assert [line["version"] for line in watching.sight().lines] == [0]
+        until(lambda: watching.sight().trained.versions == 1)
+        assert watching.sight().trained.last == a_line(0)
     with bus.consumer(DEAD_LETTERS) as letters:
         (record,) = letters.poll(limit=9, timeout_s=0)
     letter = decode(DEAD_LETTERS, record.body)
     assert (letter.run, letter.topic, letter.offset, letter.body) == ("test", WORKERS, 1, b"not a record")
     assert letter.cause is Cause.UNDECODABLE
-
-
-def test_a_tail_takes_whole_lines_only(tmp_path: Path):
-    path = tmp_path / "history.jsonl"
-    tail = Tail(path)
-    tail.read()
-    path.write_bytes(b'{"version": 0}\n{"version"')
-    tail.read()
-    assert tail.lines == [{"version": 0}]
-    with path.open("ab") as file:
-        file.write(b': 1}\n{"version": 2}\n')
-    tail.read()
-    assert tail.lines == [{"version": 0}, {"version": 1}, {"version": 2}]
-
-
-@pytest.mark.parametrize("after", [[0], [0, 11], [0, 1, 12], []])
-def test_a_tail_begins_anew_when_a_restart_cut_the_history_back(tmp_path: Path, after: list[int]):
-    path = tmp_path / "history.jsonl"
-    tail = Tail(path)
-    path.write_bytes(b"".join(b'{"version": %d}\n' % i for i in range(4)))
-    tail.read()
-    path.write_bytes(b"".join(b'{"version": %d}\n' % i for i in after))
-    tail.read()
-    assert [line["version"] for line in tail.lines] == after

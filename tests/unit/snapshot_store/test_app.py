@@ -228,6 +228,7 @@ async def test_the_status_says_what_stands(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/status")).json() == {
         "service": "snapshot_store",
         "waiting_for": None,
+        "outages": [],
         "versions": 2,
         "oldest": 3,
         "newest": 5,

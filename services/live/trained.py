@@ -1,0 +1,111 @@
+"""What the view keeps of a run's history: a line has some 20 kB and a run tens of thousands of them."""
+
+import math
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from services.report.folder import Line
+from services.report.summary import begins
+
+PACE = 20
+"""Versions over which the learner's pace is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the pace needs of one version."""
+
+    seconds: float
+    """Of the run, when the version was trained."""
+    tokens: int
+    begins: bool
+    """It is the first after a start of the learner."""
+    arrived: float
+    """time.monotonic() when its line was read; -inf when it stood there before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The versions trained so far."""
+
+    versions: int = 0
+    success: Sequence[float] = ()
+    """Of each version's batch, like `reward`."""
+    reward: Sequence[float] = ()
+    skipped: int = 0
+    """Optimizer steps left out so far."""
+    newest: tuple[Step, ...] = ()
+    """The newest PACE + 1 versions."""
+    last: Line | None = None
+    """The newest version's line."""
+
+
+class Gathered:
+    """Takes lines in, one after another; keeps two numbers of each, and more of the newest."""
+
+    def __init__(self) -> None:
+        self._success, self._reward, self._skipped = array("d"), array("d"), 0
+        self._newest: deque[Step] = deque(maxlen=PACE + 1)
+        self._last: Line | None = None
+
+    def add(self, line: Line, *, arrived: float) -> None:
+        """The next version's line."""
+        self._success.append(line["successes"].count("1") / line["batch"])
+        self._reward.append(line["reward"])
+        self._skipped += line["skipped"]
+        self._newest.append(Step(line["seconds"], line["tokens"], begins(line), arrived))
+        self._last = line
+
+    def so_far(self) -> Trained:
+        """A copy that later lines do not change."""
+        return Trained(
+            len(self._success), self._success[:], self._reward[:], self._skipped, tuple(self._newest), self._last
+        )
+
+
+def gathered(lines: Iterable[Line], *, arrived: float = math.inf) -> Trained:
+    """Of these lines."""
+    taken = Gathered()
+    for line in lines:
+        taken.add(line, arrived=arrived)
+    return taken.so_far()
+
+
+class Tail:
+    """Follows a history file that grows, and that a restart of the learner cuts back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin()
+        self._first = True
+
+    def _begin(self) -> None:
+        self._last, self._last_at = b"", 0
+        self._gathered = Gathered()
+
+    def read(self, now: float) -> Trained:
+        """Take in whole lines that were added; after a cut, begin anew. `now`: by time.monotonic()."""
+        arrived = -math.inf if self._first else now
+        self._first = False
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._last_at)
+                if file.read(len(self._last)) != self._last:
+                    self._begin()
+                    file.seek(0)
+                    arrived = -math.inf
+                at = file.tell()
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._gathered.add(msgspec.json.decode(line), arrived=arrived)
+                    self._last, self._last_at = line, at
+                    at += len(line)
+        except FileNotFoundError:
+            pass
+        return self._gathered.so_far()

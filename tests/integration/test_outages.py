@@ -1,0 +1,139 @@
+"""A store and a gateway that go away and come back: who asks them notes it, and that it is over."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from common.bus.sqlite import SqliteBus
+from common.messages import WORKERS
+from common.outages import GATEWAY, OUTAGES, S3, STORE
+from common.service import HttpError, Server, application
+from common.sessions.client import SessionClient
+from common.snapshots.client import SnapshotClient
+from services.live.watch import Watch
+from tools.backends.ports import free
+
+GUARD_S = 600.0
+HOST = "127.0.0.1"
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + GUARD_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def service(name: str) -> FastAPI:
+    return application(name, registry=CollectorRegistry(), ready=lambda: None, status=dict)
+
+
+def a_store(*, storage_away: bool = False) -> FastAPI:
+    app = service("snapshot_store")
+
+    @app.get("/v1/versions")
+    async def versions() -> dict[str, list[int]]:
+        if storage_away:
+            raise HttpError(503, "storage_unavailable", "http://s3:1: no answer", address="http://s3:1")
+        return {"versions": []}
+
+    return app
+
+
+@contextmanager
+def calling(call: Callable[[], object]) -> Iterator[None]:
+    """`call` runs on a thread of its own and has ended well after the block."""
+    ended: list[object] = []
+    thread = threading.Thread(target=lambda: ended.append(call()), daemon=True)
+    thread.start()
+    yield
+    thread.join(GUARD_S)
+    assert len(ended) == 1
+
+
+def entries() -> list[tuple[str, str]]:
+    return [(told["of"], told["address"]) for told in OUTAGES.told()]
+
+
+def test_a_store_that_goes_away_is_told_until_it_is_back() -> None:
+    port = free()
+    url = f"http://{HOST}:{port}"
+    with SnapshotClient(url) as client:
+        with Server(a_store(), HOST, port, key="snapshot_store"):
+            assert client.versions() == []
+            assert entries() == []
+        with calling(client.versions):
+            until(lambda: entries() == [(STORE, url)])
+            (told,) = OUTAGES.told()
+            assert told["since"] < time.time() < told["until"]
+            with Server(a_store(), HOST, port, key="snapshot_store"):
+                until(lambda: entries() == [])
+
+
+def test_a_store_whose_s3_is_away_names_the_s3() -> None:
+    port = free()
+    with SnapshotClient(f"http://{HOST}:{port}") as client:
+        with Server(a_store(storage_away=True), HOST, port, key="snapshot_store"):
+            waits = calling(client.versions)
+            waits.__enter__()
+            until(lambda: entries() == [(S3, "http://s3:1")])
+        until(lambda: entries() == [(STORE, f"http://{HOST}:{port}")])
+        with Server(a_store(), HOST, port, key="snapshot_store"):
+            waits.__exit__(None, None, None)
+    assert entries() == []
+
+
+def test_a_gateway_that_goes_away_is_told_until_it_is_back() -> None:
+    port = free()
+    url = f"http://{HOST}:{port}"
+
+    def a_gateway() -> FastAPI:
+        app = service("env_gateway")
+
+        @app.delete("/v1/sessions/s")
+        async def close() -> None:
+            pass
+
+        return app
+
+    async def close() -> None:
+        async with SessionClient(url, timeout_s=GUARD_S, connections=2) as client:
+            await client.close("s")
+
+    with calling(lambda: asyncio.run(close())):
+        until(lambda: entries() == [(GATEWAY, url)])
+        with Server(a_gateway(), HOST, port, key="env_gateway"):
+            until(lambda: entries() == [])
+
+
+def test_a_status_tells_what_its_process_cannot_reach() -> None:
+    with Server(service("learner"), HOST, 0, key="learner") as server, OUTAGES.waiting() as call:
+        call.failed(S3, "http://s3:1", "no answer", until=9e9)
+        told = httpx.get(f"http://{HOST}:{server.port}/v1/status").json()["outages"]
+        assert told == OUTAGES.told()
+        assert told[0]["of"] == S3
+
+
+def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.live.watch.EVERY_S", 0.05)
+    bus = SqliteBus(tmp_path / "bus.sqlite")
+    bus.create_topics({WORKERS: 1})
+    with Server(service("learner"), HOST, 0, key="learner") as server:
+        urls = {"learner": f"http://{HOST}:{server.port}"}
+        with Watch(urls, tmp_path, bus, run="t") as watching:
+            with OUTAGES.waiting() as call:
+                call.failed(S3, "http://s3:1", "no answer", since=time.time() - 60.0)
+                until(lambda: [outage.waiting for outage in watching.sight().outages] == [("learner",)])
+            until(lambda: [past.of for past in watching.sight().past] == [S3])
+            assert watching.sight().outages == ()
+    bus.close()

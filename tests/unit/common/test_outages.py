@@ -1,0 +1,99 @@
+"""The register of what cannot be reached."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from prometheus_client import generate_latest
+
+from common.metrics import REGISTRY
+from common.outages import KAFKA, STORE, Outages
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def gauge(of: str) -> float:
+    series = f'palimpsest_outage{{of="{of}"}} '
+    (line,) = [line for line in generate_latest(REGISTRY).decode().splitlines() if line.startswith(series)]
+    return float(line.removeprefix(series))
+
+
+def test_an_outage_begins_with_the_first_call_and_ends_with_the_last() -> None:
+    clock = Clock()
+    outages = Outages(clock=clock)
+    one, other = outages.waiting(), outages.waiting()
+    clock.now = 1001.0
+    one.failed(STORE, "http://s:1", "ConnectError", until=1120.0)
+    clock.now = 1005.0
+    other.failed(STORE, "http://s:1", "ReadTimeout", until=1060.0)
+    (told,) = outages.told()
+    assert told == {
+        "of": STORE, "address": "http://s:1", "since": 1000.0, "until": 1060.0, "problem": "ReadTimeout"
+    }  # fmt: skip
+    other.answered()
+    (told,) = outages.told()
+    assert (told["since"], told["until"]) == (1000.0, 1120.0)
+    one.answered()
+    assert outages.told() == []
+
+
+def test_a_call_that_is_given_up_leaves_the_outage() -> None:
+    outages = Outages()
+
+    def given_up() -> None:
+        with outages.waiting() as call:
+            call.failed(KAFKA, "k:1", "refused")
+            raise ValueError("given up")
+
+    with pytest.raises(ValueError, match="given up"):
+        given_up()
+    assert outages.told() == []
+
+
+def test_a_call_that_finds_the_fault_elsewhere_waits_for_that_only() -> None:
+    outages = Outages()
+    with outages.waiting() as call:
+        call.failed(STORE, "http://s:1", "ConnectError")
+        call.failed("S3", "http://s3:1", "503")
+        assert [told["of"] for told in outages.told()] == ["S3"]
+
+
+def test_the_next_failure_after_an_answer_is_another_outage() -> None:
+    clock = Clock()
+    outages = Outages(clock=clock)
+    call = outages.waiting()
+    call.failed(KAFKA, "k:1", "refused")
+    clock.now = 1050.0
+    call.answered()
+    clock.now = 1060.0
+    call.failed(KAFKA, "k:1", "refused")
+    assert [told["since"] for told in outages.told()] == [1050.0]  # since the last answer
+
+
+def test_the_gauge_is_1_during_an_outage_and_0_after_it() -> None:
+    outages = Outages()
+    with outages.waiting() as one, outages.waiting() as other:
+        one.failed(KAFKA, "k:1", "refused")
+        other.failed(KAFKA, "k:2", "refused")
+        one.answered()
+        assert gauge(KAFKA) == 1
+    assert gauge(KAFKA) == 0
+
+
+def test_many_threads_enter_and_leave_and_nothing_stays() -> None:
+    outages = Outages()
+
+    def calls(number: int) -> None:
+        for i in range(200):
+            with outages.waiting() as call:
+                call.failed(KAFKA if (number + i) % 2 else STORE, "a", "x", until=float(i))
+                outages.told()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(calls, range(8)))
+    assert outages.told() == []
