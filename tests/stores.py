@@ -1,4 +1,4 @@
-"""The snapshot store as a process of its own, however often it is started."""
+"""The snapshot store for tests: served in this process, or a process of its own, however often it is started."""
 
 import os
 import subprocess
@@ -10,11 +10,13 @@ from types import MappingProxyType
 
 import httpx
 
+from common.service import Server
+from services.snapshot_store.app import CLAIMS_KEEP_S, create_app
+from services.snapshot_store.storage import Storage
+from services.snapshot_store.storage_disk import DiskStorage
 from tests.runs import ROOT
+from tests.waiting import LIMIT_S
 from tools.backends.ports import free
-
-LIMIT_S = 60.0
-"""Nothing here takes so long unless it is broken."""
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -23,6 +25,31 @@ def eventually(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class ServedStore(Server):
+    """The store's application in this process, for tests that never kill it: `with ServedStore(...)` it answers."""
+
+    def __init__(self, storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> None:
+        app = create_app(storage, sweep_s=sweep_s, claims_keep_s=claims_keep_s)
+        super().__init__(app, "127.0.0.1", 0, key="snapshot_store")
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def metric(self, name: str) -> float:
+        """The present value of palimpsest_store_`name`, of all stores of this process."""
+        return metric_of(self.url, name)
+
+
+class FolderStore(ServedStore):
+    """One that keeps everything in a folder."""
+
+    def __init__(self, folder: Path, *, sweep_s: float) -> None:
+        super().__init__(DiskStorage(folder), sweep_s=sweep_s)
+        self.folder = folder
+
+    def objects(self) -> dict[str, int]:
+        """Every file below objects/, hidden ones too, with its size."""
+        return {path.name: path.stat().st_size for path in self.folder.glob("objects/*")}
 
 
 class StoreProcess:
@@ -79,7 +106,12 @@ class StoreProcess:
 
     def metric(self, name: str) -> float:
         """The present value of palimpsest_store_`name`."""
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith(f"palimpsest_store_{name} "):
-                return float(line.split()[1])
-        raise AssertionError(name)
+        return metric_of(self.url, name)
+
+
+def metric_of(url: str, name: str) -> float:
+    """The present value of palimpsest_store_`name` at a store."""
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if line.startswith(f"palimpsest_store_{name} "):
+            return float(line.split()[1])
+    raise AssertionError(name)

@@ -1,121 +1,76 @@
-"""The snapshot store as a process of its own over a real MinIO, through outages, damage and sweeps."""
+"""The snapshot store over a real MinIO, through outages, damage and sweeps; a process of its own where it is killed."""
 
 import os
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from blake3 import blake3
 
-from common.snapshots.client import ClaimMissing, RawTensor, SnapshotClient, VersionMissing
-from common.snapshots.manifest import Canary, Damaged, Manifest
-from common.snapshots.writer import Writer
+from common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
+from common.snapshots.manifest import Damaged
 from common.versions import Version
 from tests.backends import s3_client
-from tests.stores import LIMIT_S, StoreProcess, eventually
+from tests.minio_stores import CANARIES, MEBIBYTE, Process, Store, a_writer, plain, put, some, tamper
+from tests.stored_weights import fetched
+from tests.stores import LIMIT_S, eventually
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.servers
 
-MEBIBYTE = 1 << 20
-CANARIES = (Canary((1, 2, 3), (1, 2), (-0.5, -1.25), ()),)
-RUN = """
-run.id = "t"
-run.folder = "{folder}"
-model.path = "none"
-tasks.environments = {{ lookup = 1.0 }}
-learner.versions = 1
-snapshot_store.sweep_s = 0.05
-snapshot_store.storage = "s3"
-snapshot_store.endpoint = "{endpoint}"
-snapshot_store.prefix = "{prefix}"
-snapshot_store.bucket = "runs"
-snapshot_store.create_bucket = true
-"""
 
+@pytest.fixture
+def serve(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Store]]:
+    """Serves stores; settings: of [snapshot_store]."""
+    with ExitStack() as served:
 
-class Store(StoreProcess):
-    """Over one prefix of the bucket."""
+        def start(*, minio: Minio = minio_server, claims_keep_s: float = 3600.0, **settings: Any) -> Store:
+            monkeypatch.setenv("MINIO_ACCESS_KEY", minio.access_key)
+            monkeypatch.setenv("MINIO_SECRET_KEY", minio.secret_key)
+            return served.enter_context(Store(minio, claims_keep_s=claims_keep_s, **settings))
 
-    def __init__(self, home: Path, minio: Minio, *more: str) -> None:
-        self.minio, self.prefix = minio, f"{uuid.uuid4().hex}/"
-        run = home / "run.toml"
-        run.write_text(RUN.format(folder=home / "runs", endpoint=minio.endpoint, prefix=self.prefix))
-        credentials = {"MINIO_ACCESS_KEY": minio.access_key, "MINIO_SECRET_KEY": minio.secret_key}
-        super().__init__(run, *more, environment=credentials)
-
-    def objects(self, under: str = "objects/") -> dict[str, int]:
-        """What the bucket holds for this store, with its size."""
-        start = self.prefix + under
-        listed = s3_client(self.minio).list_objects("runs", start, recursive=True)
-        return {(entry.object_name or "")[len(start) :]: entry.size or 0 for entry in listed}
+        yield start
 
 
 @pytest.fixture
-def run_store(tmp_path: Path, minio_server: Minio) -> Iterator[Callable[..., Store]]:
-    """Starts stores."""
-    made: list[Store] = []
+def store(serve: Callable[..., Store]) -> Store:
+    return serve()
 
-    def start(*more: str, minio: Minio = minio_server) -> Store:
-        made.append(Store(tmp_path, minio, *more))
+
+@pytest.fixture
+def start_process(tmp_path: Path, minio_server: Minio) -> Iterator[Callable[..., Process]]:
+    """Starts stores as processes."""
+    made: list[Process] = []
+
+    def start(*more: str) -> Process:
+        made.append(Process(tmp_path, minio_server, *more))
         made[-1].start()
         made[-1].ready()
         return made[-1]
 
     yield start
-    for store in made:
-        store.kill()
+    for process in made:
+        process.kill()
 
 
 @pytest.fixture
-def store(run_store: Callable[..., Store]) -> Store:
-    return run_store()
-
-
-@pytest.fixture
-def own_minio(tmp_path: Path) -> Iterator[Minio]:
-    """One that a test may kill."""
-    with Minio(tmp_path / "minio") as minio:
-        yield minio
-
-
-def some(seed: int, *, parts: int = 3, size: int = 1000) -> list[RawTensor]:
-    """Tensors that no compression makes smaller."""
-    numbers = np.random.default_rng(seed)
-    return [
-        RawTensor(f"part {i}", "uint8", (size,), numbers.integers(0, 256, size, dtype=np.uint8)) for i in range(parts)
-    ]
-
-
-def plain(tensors: list[RawTensor]) -> list[tuple[str, bytes]]:
-    return [(tensor.name, tensor.raw.tobytes()) for tensor in tensors]
-
-
-def put(client: SnapshotClient, version: int, tensors: list[RawTensor]) -> Manifest:
-    return client.put("t", Version(version), iter(tensors), CANARIES, writer=a_writer(client))
-
-
-def a_writer(client: SnapshotClient) -> int:
-    """The epoch of one that may write from now on."""
-    writer = Writer(client, "tests")
-    writer.begin()
-    return writer.epoch
-
-
-def fetched(client: SnapshotClient, version: int) -> list[RawTensor]:
-    return list(client.tensors(client.manifest(Version(version))))
+def own_minio(own_minio: Minio) -> Minio:
+    """One that a test may kill; it runs."""
+    if not own_minio.running:
+        own_minio.start()
+    return own_minio
 
 
 @pytest.mark.parametrize("presign", [True, False])
 def test_versions_come_back_bit_for_bit_from_the_next_process_too(
-    run_store: Callable[..., Store], presign: bool
+    start_process: Callable[..., Process], presign: bool
 ) -> None:
-    store = run_store(f"--snapshot_store.presign={str(presign).lower()}")
+    store = start_process(f"--snapshot_store.presign={str(presign).lower()}")
     with SnapshotClient(store.url) as client:
         manifests = [put(client, version, some(version, size=13 * MEBIBYTE)) for version in range(2)]
         store.kill()
@@ -131,18 +86,19 @@ def test_versions_come_back_bit_for_bit_from_the_next_process_too(
 
 
 def test_a_minio_killed_in_the_middle_of_an_upload_costs_only_time(
-    run_store: Callable[..., Store], own_minio: Minio
+    serve: Callable[..., Store], own_minio: Minio
 ) -> None:
-    store, tensors, seen = run_store(minio=own_minio), some(1, parts=5, size=16 * MEBIBYTE), []
+    store, tensors, seen = serve(minio=own_minio), some(1, parts=5, size=16 * MEBIBYTE), []
     killed, again = threading.Event(), threading.Event()
+    data = own_minio.folder / "data"
 
     def fail_once() -> None:
-        """As soon as parts have arrived, and for two seconds."""
-        parts = own_minio.folder / "data" / ".minio.sys" / "multipart"
+        """As soon as parts have arrived, and until the store has noticed."""
+        parts, failures = data / ".minio.sys" / "multipart", store.metric("storage_failures_total")
         eventually(lambda: any(path.is_file() and path.name.startswith("part.") for path in parts.rglob("*")))
         own_minio.kill()
         killed.set()
-        time.sleep(2.0)
+        eventually(lambda: store.metric("storage_failures_total") > failures)
         own_minio.start()
         seen.append((store.objects(), store.objects("versions/")))
         again.set()
@@ -159,8 +115,9 @@ def test_a_minio_killed_in_the_middle_of_an_upload_costs_only_time(
     assert seen[0][1] == {}, "no manifest before its object"
 
 
-def test_an_outage_during_everything_else_costs_only_time(run_store: Callable[..., Store], own_minio: Minio) -> None:
-    store = run_store(minio=own_minio)
+def test_an_outage_during_everything_else_costs_only_time(serve: Callable[..., Store], own_minio: Minio) -> None:
+    store = serve(minio=own_minio)
+    failures = store.metric("storage_failures_total")
     with SnapshotClient(store.url) as client:
         put(client, 0, some(0))
         body = os.urandom(100_000)
@@ -181,7 +138,7 @@ def test_an_outage_during_everything_else_costs_only_time(run_store: Callable[..
         threads = [threading.Thread(target=call) for call in calls]
         for thread in threads:
             thread.start()
-        eventually(lambda: store.metric("storage_failures_total") >= 8)
+        eventually(lambda: store.metric("storage_failures_total") >= failures + 8)
         own_minio.start()
         for thread in threads:
             thread.join(LIMIT_S)
@@ -192,19 +149,27 @@ def test_an_outage_during_everything_else_costs_only_time(run_store: Callable[..
         eventually(lambda: client.versions() == [1])  # sweeping outlived the outage
 
 
-def test_a_silent_minio_costs_only_time(run_store: Callable[..., Store], own_minio: Minio) -> None:
-    store = run_store(minio=own_minio)
+def test_a_silent_minio_costs_only_time(serve: Callable[..., Store], own_minio: Minio) -> None:
+    store, asked = serve(minio=own_minio), threading.Event()
     with SnapshotClient(store.url) as client:
         put(client, 0, some(0))
+        manifest = client.manifest(Version(0))
+        client._calls._http.event_hooks = {"request": [lambda request: asked.set()]}
         own_minio.pause()
-        timer = threading.Timer(5.0, own_minio.resume)
-        timer.start()
-        assert plain(fetched(client, 0)) == plain(some(0))
-        timer.join()
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                reading = thread.submit(lambda: list(client.tensors(manifest)))
+                assert asked.wait(LIMIT_S)
+                assert not wait([reading], timeout=1.0).done, "who says this while it is silent?"
+                own_minio.resume()
+                assert plain(reading.result(LIMIT_S)) == plain(some(0))
+        finally:
+            own_minio.resume()
 
 
-def test_a_store_killed_in_the_middle_of_an_upload_leaves_no_parts(store: Store) -> None:
+def test_a_store_killed_in_the_middle_of_an_upload_leaves_no_parts(start_process: Callable[..., Process]) -> None:
     """The one that starts removes them, or the next upload of the same bytes does."""
+    store = start_process()
     body = b"".join(bytes(tensor.raw.data) for tensor in some(3, parts=1, size=80 * MEBIBYTE))
     digest = blake3(body).hexdigest()
     client = s3_client(store.minio)
@@ -227,16 +192,9 @@ def test_a_store_killed_in_the_middle_of_an_upload_leaves_no_parts(store: Store)
     assert unfinished() == 0
 
 
-def tamper(store: Store, manifest: Manifest, change: Callable[[bytes], bytes]) -> None:
-    """Change an object behind the store's back."""
-    client, name = s3_client(store.minio), f"{store.prefix}objects/{manifest.object}"
-    body = change(client.get_object("runs", name).data)
-    client._put_object("runs", name, body)
-
-
-@pytest.mark.parametrize("presign", ["true", "false"])
-def test_a_truncated_object_is_damage(run_store: Callable[..., Store], presign: str) -> None:
-    store = run_store(f"--snapshot_store.presign={presign}")
+@pytest.mark.parametrize("presign", [True, False])
+def test_a_truncated_object_is_damage(serve: Callable[..., Store], presign: bool) -> None:
+    store = serve(presign=presign)
     with SnapshotClient(store.url) as client:
         manifest = put(client, 5, some(1))
         tamper(store, manifest, lambda body: body[:-1])
@@ -266,14 +224,15 @@ def test_versions_below_every_lease_are_swept_from_the_bucket(store: Store) -> N
         assert client.versions() == [2, 3]
 
 
-def test_claims_pass_through_the_bucket_and_end_with_their_time(run_store: Callable[..., Store]) -> None:
-    store = run_store("--bus.retention_hours=0.0001", "--snapshot_store.claims_keep_hours=0.0006")
-    body = os.urandom(3 * MEBIBYTE)
+def test_claims_pass_through_the_bucket_and_end_with_their_time(serve: Callable[..., Store]) -> None:
+    store, body = serve(), os.urandom(3 * MEBIBYTE)
     with SnapshotClient(store.url) as client:
         digest = client.put_claim(body)
         assert digest == blake3(body).hexdigest()
         assert client.claim(digest) == body
         assert store.objects("claims/") == {digest: len(body)}
+    impatient = serve(prefix=store.prefix, claims_keep_s=0.1)
+    with SnapshotClient(impatient.url) as client:
         eventually(lambda: store.objects("claims/") == {})
         with pytest.raises(ClaimMissing, match=digest):
             client.claim(digest)
@@ -287,30 +246,34 @@ def test_a_claim_that_was_changed_in_the_bucket_is_damage(store: Store) -> None:
             client.claim(digest)
 
 
-def test_an_address_that_expired_is_asked_for_again(
-    run_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_that_expired_is_asked_for_again(serve: Callable[..., Store]) -> None:
     """The reader takes longer than an address holds, and its connection breaks after that."""
-    store, tensors = run_store("--snapshot_store.presigned_s=10"), some(1, parts=24, size=4 * MEBIBYTE)
+    store, tensors = serve(presigned_s=10), some(1, parts=24, size=4 * MEBIBYTE)
+    store.storage._config = store.storage._config.model_copy(update={"presigned_s": 2})
+    sent = store.metric("sent_bytes_total")
     with SnapshotClient(store.url) as client:
         put(client, 0, tensors)
-        reading = client.tensors(client.manifest(Version(0)))
+        manifest = client.manifest(Version(0))
+        reading = client.tensors(manifest)
         had = [next(reading)]
-        time.sleep(11.0)
+        later = httpx.get(f"{store.url}/v1/objects/{manifest.object}").headers["Location"]
+        eventually(lambda: httpx.get(later, headers={"Range": "bytes=0-0"}).status_code == 403)
+        redirected = store.metric("redirected_reads_total")
         breaking = client._calls._direct._transport._pool  # type: ignore[attr-defined]
         for connection in breaking.connections:
             connection._connection._network_stream._sock.shutdown(2)
         had.extend(reading)
         assert plain(had) == plain(tensors)
-    assert store.metric("redirected_reads_total") == 2
-    assert store.metric("sent_bytes_total") == 0
+    assert store.metric("redirected_reads_total") > redirected
+    assert store.metric("sent_bytes_total") == sent
 
 
-def test_everything_works_over_tls_with_a_ca_of_ones_own(run_store: Callable[..., Store], tmp_path: Path) -> None:
+def test_everything_works_over_tls_with_a_ca_of_ones_own(serve: Callable[..., Store], tmp_path: Path) -> None:
     with Minio(tmp_path / "tls", tls=True) as minio:
-        store = run_store(f"--snapshot_store.ca_file={minio.ca_file}", minio=minio)
+        store = serve(ca_file=minio.ca_file, minio=minio)
+        sent = store.metric("sent_bytes_total")
         with SnapshotClient(store.url, ca_file=minio.ca_file) as client:
             put(client, 0, some(0, parts=3, size=13 * MEBIBYTE))
             assert plain(fetched(client, 0)) == plain(some(0, parts=3, size=13 * MEBIBYTE))
             assert client.claim(client.put_claim(b"body")) == b"body"
-        assert store.metric("sent_bytes_total") == 0
+        assert store.metric("sent_bytes_total") == sent

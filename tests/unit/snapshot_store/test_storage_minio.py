@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
@@ -25,6 +26,7 @@ from services.snapshot_store import feed
 from services.snapshot_store.storage import DigestMismatch, Unavailable
 from services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
 from tests.backends import s3_client
+from tests.stores import LIMIT_S
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.servers
@@ -171,23 +173,30 @@ async def test_parts_that_a_killed_store_left_are_removed_by_the_next_upload(sto
     assert unfinished(storage, "a") == 0
 
 
-async def test_the_event_loop_turns_while_an_upload_is_under_way(storage: MinioStorage) -> None:
-    done = asyncio.Event()
+async def test_the_event_loop_turns_while_the_s3_is_waited_for(
+    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, ours, waited = asyncio.get_running_loop(), threading.get_ident(), set[str]()
 
-    async def watch() -> float:
-        loop, worst = asyncio.get_running_loop(), 0.0
-        while not done.is_set():
-            before = loop.time()
-            await asyncio.sleep(0.005)
-            worst = max(worst, loop.time() - before)
-        return worst
+    def watch(name: str) -> None:
+        real = getattr(storage._client, name)
 
-    watching = asyncio.create_task(watch())
-    await storage.put("a", chunks(*[bytes(1 << 20)] * 100))
-    async for _ in storage.stream("a"):
-        pass
-    done.set()
-    assert await watching < 1.0
+        def call(*arguments: Any, **more: Any) -> object:
+            assert threading.get_ident() != ours, f"{name} holds the loop up"
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(LIMIT_S)  # it turns meanwhile
+            waited.add(name)
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(storage._client, name, call)
+
+    calls = ("put_object", "get_object", "stat_object", "remove_object")
+    for name in calls:
+        watch(name)
+    await storage.put("a", chunks(*[bytes(1 << 20)] * 30))
+    assert await storage.size("a") == 30 << 20
+    assert sum([len(piece) async for piece in storage.stream("a")]) == 30 << 20
+    await storage.delete("a")
+    assert waited == set(calls)
 
 
 async def test_without_credentials_an_s3_is_refused(
