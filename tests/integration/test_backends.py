@@ -16,10 +16,10 @@ import kafka as kafka_python
 import msgspec
 import pytest
 from kafka.admin import NewTopic
-from kafka.errors import KafkaError
 
 from common.refusal import ExitCode, Refusal
 from tests.backends import kafka_client, s3_client
+from tests.waiting import LIMIT_S
 from tools.backends import ports
 from tools.backends.identity import Identity
 from tools.backends.kafka import Kafka
@@ -28,7 +28,6 @@ from tools.backends.minio import Minio
 pytestmark = pytest.mark.servers
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 60.0
 TOPIC = "records"
 IN_A_THREAD_THAT_ENDS = """
 import sys, threading, time
@@ -102,21 +101,6 @@ def records(settings: dict[str, object], count: int) -> list[bytes]:
     assert consumer.end_offsets([partition]) == {partition: count}
     consumer.close()
     return found
-
-
-def topics(settings: dict[str, object], limit_ms: int = 30000) -> set[str]:
-    """The topics that a client with these settings is told of."""
-    consumer = kafka_python.KafkaConsumer(bootstrap_timeout_ms=limit_ms, **settings)
-    try:
-        return {name for name in consumer.topics() if not name.startswith("__")}
-    finally:
-        consumer.close()
-
-
-def assert_refused(settings: dict[str, object]) -> None:
-    """The client never gets to ask anything; it tries again until its time is over."""
-    with pytest.raises(KafkaError):
-        topics(settings, limit_ms=1500)
 
 
 def test_up_starts_both_prints_how_to_reach_them_and_does_nothing_the_second_time(folder: Path) -> None:
@@ -212,8 +196,9 @@ def test_a_server_outlives_the_thread_that_started_it_and_not_the_process(tmp_pa
     until(lambda: not server.alive)
 
 
-def test_kafka_keeps_acknowledged_records_over_a_kill(tmp_path: Path) -> None:
+def test_kafka_answers_again_after_a_pause_and_keeps_acknowledged_records_over_a_kill(tmp_path: Path) -> None:
     with Kafka(tmp_path) as kafka:
+        answers_again_after_a_pause(kafka)
         settings = kafka_client(kafka)
         create_topic(settings)
         values = [os.urandom(1000) for _ in range(300)]
@@ -226,9 +211,10 @@ def test_kafka_keeps_acknowledged_records_over_a_kill(tmp_path: Path) -> None:
     assert not kafka.running
 
 
-def test_minio_keeps_objects_over_a_kill(tmp_path: Path) -> None:
+def test_minio_answers_again_after_a_pause_and_keeps_objects_over_a_kill(tmp_path: Path) -> None:
     body = os.urandom(3 << 20)
     with Minio(tmp_path) as minio:
+        answers_again_after_a_pause(minio)
         client = s3_client(minio)
         client.make_bucket("kept")
         client.put_object("kept", "object", io.BytesIO(body), len(body))
@@ -239,12 +225,11 @@ def test_minio_keeps_objects_over_a_kill(tmp_path: Path) -> None:
     assert not minio.running
 
 
-def test_a_paused_server_answers_again_when_it_is_resumed(own_kafka: Kafka, own_minio: Minio) -> None:
-    for server in (own_kafka, own_minio):
-        server.pause()
-        assert (server.running, server.answers()) == (True, False)
-        server.resume()
-        until(server.answers)
+def answers_again_after_a_pause(server: Kafka | Minio) -> None:
+    server.pause()
+    assert (server.running, server.answers()) == (True, False)
+    server.resume()
+    until(server.answers)
 
 
 def test_a_server_that_cannot_start_is_refused_with_the_end_of_its_log(tmp_path: Path) -> None:
@@ -254,36 +239,6 @@ def test_a_server_that_cannot_start_is_refused_with_the_end_of_its_log(tmp_path:
         kafka.start()
     assert refusal.value.code == ExitCode.UNAVAILABLE
     assert not kafka.running
-
-
-def test_sasl_over_tls_lets_in_the_user_only(tmp_path: Path) -> None:
-    with Kafka(tmp_path, security="sasl_tls") as kafka:
-        settings = kafka_client(kafka)
-        create_topic(settings)
-        for mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
-            append(kafka_client(kafka, mechanism), [mechanism.encode()])
-            assert_refused(kafka_client(kafka, mechanism) | {"sasl_plain_password": "wrong"})
-        assert records(settings, 3) == [b"PLAIN", b"SCRAM-SHA-256", b"SCRAM-SHA-512"]
-        for without in ({"security_protocol": "PLAINTEXT"}, {"security_protocol": "SSL"}, {"ssl_cafile": None}):
-            assert_refused(settings | without)
-
-
-def test_sasl_without_tls_refuses_a_client_without_credentials(tmp_path: Path) -> None:
-    with Kafka(tmp_path, security="sasl_plaintext") as kafka:
-        settings = kafka_client(kafka)
-        assert topics(settings) == set()
-        assert_refused({"bootstrap_servers": kafka.servers})
-
-
-def test_tls_refuses_a_client_without_the_certificate_it_requires(tmp_path: Path) -> None:
-    with Kafka(tmp_path, security="tls", require_certificate=True) as kafka:
-        settings = kafka_client(kafka)
-        assert topics(settings) == set()
-        assert_refused(settings | {"ssl_certfile": None, "ssl_keyfile": None})
-        kafka.stop()
-        kafka.require_certificate = False
-        kafka.start()
-        assert topics(kafka_client(kafka)) == set()
 
 
 def test_minio_over_tls_is_checked_against_its_authority(tmp_path: Path) -> None:

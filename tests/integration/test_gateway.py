@@ -29,6 +29,7 @@ from tests.unit.env_gateway.running import (
     refusal,
     until,
 )
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.servers
 
@@ -97,7 +98,11 @@ async def test_a_step_whose_client_gave_up_is_applied_once_and_answered_later(la
         body = {"step": 0, "action": {"type": "text", "text": str(gate)}}
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{gateway.url}/v1/sessions/{session.session_id}/step", json=body, timeout=0.2)
+                httpx.post(
+                    f"{gateway.url}/v1/sessions/{session.session_id}/step",
+                    json=body,
+                    timeout=httpx.Timeout(LIMIT_S, read=0.2),
+                )
         gate.touch()
         end = await sessions.step(session.session_id, 0, str(gate))
     assert (end.status, end.reward) == (Status.TERMINATED, 0.75)
@@ -114,7 +119,7 @@ async def test_environments_that_fail_end_as_errors_and_the_gateway_goes_on(laun
         "Exits": "environment_crashed",
         "Segfaults": "environment_crashed",
     }
-    gateway = answering(launch, plugged_in(*failing), "--env_gateway.step_limit_s=1.5")
+    gateway = answering(launch, plugged_in(*failing), "--env_gateway.step_limit_s=10")
     async with client(gateway.url) as sessions:
         ends = await asyncio.gather(*(played(sessions, name.lower(), 0, ["go on"]) for name in failing))
         for end, (name, code) in zip(ends, failing.items(), strict=True):
@@ -125,7 +130,7 @@ async def test_environments_that_fail_end_as_errors_and_the_gateway_goes_on(laun
             assert gateway.metric(sample) == 1
         assert (await played(sessions, "lookup", 1, lookup.solution(1))).reward == 1.0
     (nursery,) = psutil.Process(gateway.process.pid).children()
-    assert psutil.wait_procs(nursery.children(recursive=True), timeout=10)[1] == []
+    assert psutil.wait_procs(nursery.children(recursive=True), timeout=LIMIT_S)[1] == []
 
 
 async def test_an_environment_that_cannot_begin_is_refused_and_asked_again_it_is_tried_again(launch: Launch) -> None:
@@ -147,7 +152,7 @@ async def test_more_sessions_than_processes_wait_and_are_then_refused(launch: La
             for seed in range(2)
         ]
         wanted = {"environment": "counts", "seed": 2}
-        refused = httpx.post(f"{gateway.url}/v1/sessions", json=wanted, timeout=30)
+        refused = httpx.post(f"{gateway.url}/v1/sessions", json=wanted, timeout=LIMIT_S)
         assert (refused.status_code, refused.json()["code"]) == (429, "capacity")
         waiting = asyncio.create_task(sessions.create(CreateSession(**wanted), idempotency_key="2"))
         await sessions.close(held[0].session_id)
@@ -238,8 +243,8 @@ async def test_sigterm_finishes_the_step_under_way_and_leaves_nothing_behind(lau
         await until(lambda: not accepts(gateway.port))
         gate.touch()
         assert (await step).reward == 0.75
-    assert await asyncio.to_thread(gateway.process.wait, 30) == 130
-    assert psutil.wait_procs(descendants, timeout=10)[1] == []
+    assert await asyncio.to_thread(gateway.process.wait, LIMIT_S) == 130
+    assert psutil.wait_procs(descendants, timeout=LIMIT_S)[1] == []
 
 
 async def test_a_killed_gateway_leaves_no_process_even_if_they_hang(launch: Launch, tmp_path: Path) -> None:
@@ -256,7 +261,7 @@ async def test_a_killed_gateway_leaves_no_process_even_if_they_hang(launch: Laun
         gateway.process.wait()
         for task in hanging:
             task.cancel()
-    assert psutil.wait_procs(descendants, timeout=10)[1] == []
+    assert psutil.wait_procs(descendants, timeout=LIMIT_S)[1] == []
 
 
 async def test_a_gateway_killed_while_a_module_is_being_loaded_leaves_no_process(
@@ -267,7 +272,7 @@ async def test_a_gateway_killed_while_a_module_is_being_loaded_leaves_no_process
     (nursery,) = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    assert psutil.wait_procs([nursery], timeout=10)[1] == []
+    assert psutil.wait_procs([nursery], timeout=LIMIT_S)[1] == []
 
 
 async def test_the_environment_of_the_documentation_works_as_it_stands(launch: Launch, tmp_path: Path) -> None:

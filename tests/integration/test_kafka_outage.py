@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from common.bus.kafka.consumer import KafkaConsumer
 from common.bus.port import Consumer, Outgoing, Record
 from common.outages import KAFKA, OUTAGES, Outages
 from common.refusal import ExitCode, Refusal
-from tests.contract.logs import GROUP, LIMIT_S, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
+from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
+from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers
@@ -28,7 +30,7 @@ GIVE_UP_S = 4.0
 LEASE_S = 5.0
 ATTEMPTS = 30
 HANGS_S = 3.0
-"""A lone member has its partitions in a tenth of this."""
+"""A lone member has its partitions in a tenth of this; one that is only slow is tried again."""
 SOME = 50
 """Calls of `publish` between two events."""
 
@@ -68,7 +70,7 @@ def kafka(own_kafka: Kafka) -> Iterator[Kafka]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 2 * LIMIT_S
+    deadline = time.monotonic() + LIMIT_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -235,6 +237,7 @@ def test_an_outage_beyond_the_limit_ends_everything_but_a_poll(kafka: Kafka) -> 
                 work.result()
             assert told.value.code is ExitCode.UNAVAILABLE
         kafka.start()
+        bus._connection = replace(bus._connection, outage_limit_s=LIMIT_S)  # however long it takes to come back
         bus.publish(TOPIC, things("c"))
         assert bodies(take(reader, 1)) == bodies(take(member, 1)) == ["c"]
 
@@ -282,12 +285,12 @@ def test_a_membership_that_hangs_in_the_client_is_begun_anew(kafka: Kafka) -> No
                 client, began = member._client, time.monotonic()
                 while not everything(member) and time.monotonic() - began < HANGS_S:
                     member.poll(limit=1, timeout_s=0.01)
-                if everything(member):
+                if everything(member) or client.group_metadata().state != MemberState.REBALANCING:
                     continue  # the client was lucky: two times in three
-                assert client.group_metadata().state == MemberState.REBALANCING
                 member._stuck_s = 1.0
                 poll_until(lambda: everything(member), member)
-                assert member._client is not client
+                if member._client is client:
+                    continue  # it was only slow
                 bus.publish(TOPIC, things("a"))
                 assert bodies(take(member, 1)) == ["a"]
                 return
@@ -301,7 +304,9 @@ def test_a_producer_that_keeps_its_records_is_begun_anew(
     if not watched:
         monkeypatch.setattr(KafkaBus, "_begin_anew", lambda *_: None)
     bus = KafkaBus(
-        Connection(kafka.servers, {}, outage_limit_s=3.0), prefix=f"stuck.{uuid.uuid4().hex}.", give_up_s=1.0
+        Connection(kafka.servers, {}, outage_limit_s=LIMIT_S if watched else 3.0),
+        prefix=f"stuck.{uuid.uuid4().hex}.",
+        give_up_s=1.0,
     )
     bus.create_topics({TOPIC: PARTITIONS})
     with closing(bus), ThreadPoolExecutor(2) as threads:

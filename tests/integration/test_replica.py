@@ -41,6 +41,7 @@ from tests.builders import a_finished, a_row, a_segment
 from tests.models import canaries, load, logprobs, perturb
 from tests.runs import ROOT
 from tests.stores import StoreProcess
+from tests.waiting import LIMIT_S
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
@@ -56,15 +57,13 @@ learner.proximal.kind = "{kind}"
 replica.batch_tokens = 96
 """
 VERSIONS = 3
-START_S = 240.0
-"""A process that loads torch takes long where many do."""
 LAYOUT_NOISE = 2e-3
 """nats; what another padding or other rows in the pass do to bf16."""
 
 
 def eventually(holds: Callable[[], bool]) -> None:
     """Look until it does."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + LIMIT_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -109,7 +108,7 @@ class ReplicaProcess:
     def ended(self) -> int:
         """Wait for its end; how it ended."""
         assert self.process is not None
-        return self.process.wait(START_S)
+        return self.process.wait(LIMIT_S)
 
     def kill(self) -> None:
         if self.process is not None:
