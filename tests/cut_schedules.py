@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
+
 from common.bus.port import Outgoing, Record
 from common.config.schema import ScriptedEngineConfig
 from common.messages import (
@@ -29,6 +31,8 @@ from common.sessions.client import SessionFailed
 from common.sessions.wire import CreateSession, Message, Session, Status, Step
 from common.snapshots.manifest import SCHEMA, Canary, Manifest
 from common.versions import Version
+from services.learner.old import interruption as asking
+from services.rollout import interruption, worker as worker_module
 from services.rollout.engine import EngineDead, Sampled, StoredWeights
 from services.rollout.engine_scripted import ScriptedEngine
 from services.rollout.trajectories import Sampler, Tally
@@ -64,6 +68,8 @@ class Schedule:
     learned: list[Learned] = field(default_factory=lambda: [Learned()])
     """The learner's checkpoints."""
     at_work: list[Worker] = field(default_factory=list)
+    falls: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
+    """Worker's life -> it dies when this is done."""
     lives: list[str] = field(default_factory=list)
     """All that began so far."""
     silent: dict[str, float] = field(default_factory=lambda: {ALL: 0.0})
@@ -148,9 +154,12 @@ class Schedule:
             dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
             if self.deaths and self.chance(0.3):
                 engine.dies_at = self.loop.time() + self.random.uniform(0.0, 80.0)
-            await asyncio.wait({working}, timeout=dies_after)
+            falls = self.falls[life.get()] = self.loop.create_future()
+            await asyncio.wait({working, falls}, timeout=dies_after, return_when=asyncio.FIRST_COMPLETED)
             self.at_work.remove(worker)
-            if working.done() and isinstance(working.exception(), EngineDead):
+            if falls.done():
+                pass  # it dies at a place, in the middle of something
+            elif working.done() and isinstance(working.exception(), EngineDead):
                 self.judge.engines_died += 1
             elif working.done():
                 working.result()
@@ -180,6 +189,17 @@ class Schedule:
             wait.subscribe(lambda: self._copy(topic, records))
         finally:
             self._copying = False
+
+    def manifest(self, version: Version) -> Manifest:
+        """Of weights that come from nowhere."""
+        return Manifest(
+            schema=SCHEMA, run=RUN, writer=1, version=version, digest=str(version), encoding="base", object="",
+            object_size=0, tensors=(), canaries=(CANARY,),
+        )  # fmt: skip
+
+    def reward(self) -> float:
+        """Of a session that ends."""
+        return 0.5
 
     def _at_hand(self, limit: int) -> int:
         """What a poll finds that does not wait: often nothing yet, or only a part."""
@@ -251,13 +271,9 @@ class Fetching(Weights):
 
     async def _fetch(self, version: Version) -> StoredWeights:
         await asyncio.sleep(self._store.some(5.0))  # type: ignore[attr-defined]
-        manifest = Manifest(
-            schema=SCHEMA, run=RUN, writer=1, version=version, digest=str(version), encoding="base", object="",
-            object_size=0, tensors=(), canaries=(CANARY,),
-        )  # fmt: skip
         path = self._folder / f"{version}.raw"
         path.touch()
-        return StoredWeights(manifest, path)
+        return StoredWeights(self._store.manifest(version), path)  # type: ignore[attr-defined]
 
 
 class Dialogue:
@@ -300,11 +316,24 @@ class Sessions:
             raise SessionFailed("environment_raised", "no")
         if number + 1 < int(session_id):
             return Step(step=number, status=Status.RUNNING)
-        return Step(step=number, status=Status.TERMINATED, reward=0.5, success=False)
+        return Step(step=number, status=Status.TERMINATED, reward=self._schedule.reward(), success=False)
 
     async def finalize(self, session_id: str) -> Step:
         await asyncio.sleep(self._schedule.some(5.0))
-        return Step(step=0, status=Status.TRUNCATED, reward=0.5, success=False)
+        return Step(step=0, status=Status.TRUNCATED, reward=self._schedule.reward(), success=False)
+
+
+def make_rare(patch: pytest.MonkeyPatch) -> None:
+    """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
+    for module, name, seconds in (
+        (worker_module, "POLL_S", 5.0),
+        (interruption, "ANSWER_S", 10.0),
+        (worker_module, "KEEP_S", 6.0),
+        (worker_module, "ALIVE_S", 5.0),
+        (asking, "POLL_S", 1.0),
+        (interruption, "HOLD_LIMIT_S", 15.0),
+    ):
+        patch.setattr(module, name, seconds)
 
 
 def latency(chances: random.Random) -> Callable[[], float]:

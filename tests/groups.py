@@ -21,7 +21,11 @@ LONGEST_FIRST = (
     "tests/integration/",
 )
 """Beginnings of paths. Tests that start servers and match none come next, then all others in the order of the files."""
-ALONE = ("tests/integration/test_cut_schedules.py", "tests/architecture/test_readme.py")
+ALONE = (
+    "tests/integration/test_cut_schedules.py",
+    "tests/integration/test_learner_schedules.py",
+    "tests/architecture/test_readme.py",
+)
 """Files whose tests are long, share nothing, and are dealt out one by one."""
 
 

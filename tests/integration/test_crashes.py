@@ -6,26 +6,29 @@ import psutil
 import pytest
 
 from tests.runs import RunProcess, chaos, check_ledger, history, newest_manifest, scripted, wait_for
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.servers
 SEED = 20261121
 
 
-def test_ten_kills_at_random_points(tmp_path: Path, starting_model: Path) -> None:
+def test_every_service_killed_at_a_random_point(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=400), tmp_path / "scripted"
     run = RunProcess(toml, "--local.restarts=20")
     try:
-        schedule = chaos(run, home, seed=SEED, kills=10)
+        schedule = chaos(run, home, seed=SEED, kills=4)
         trained = len(history(home))
-        wait_for(lambda: len(history(home)) > trained + 3, run, within_s=120, name="three versions after the last kill")
+        wait_for(
+            lambda: len(history(home)) > trained + 3, run, within_s=LIMIT_S, name="three versions after the last kill"
+        )
         run.process.terminate()
-        code, output = run.finish(within_s=90)
+        code, output = run.finish(within_s=LIMIT_S)
     finally:
         run.kill_everything()
     print("\n".join(schedule))
     assert code == 130, output[-3000:]
     ledger = check_ledger(home)
-    assert ledger["trained"] >= 13 * 16
+    assert ledger["trained"] >= 7 * 16
 
 
 def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Path, starting_model: Path) -> None:
@@ -34,13 +37,13 @@ def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Pa
         arguments = (toml,) if versions == 2 else (toml, "--resume", home)
         run = RunProcess(*arguments)
         try:
-            wait_for(lambda n=versions: len(history(home)) >= n, run, within_s=120, name=f"version {versions}")
+            wait_for(lambda n=versions: len(history(home)) >= n, run, within_s=LIMIT_S, name=f"version {versions}")
         finally:
             run.kill_everything()
             run.process.wait()
         check_ledger(home)
     run = RunProcess("--resume", home)
-    code, output = run.finish(within_s=180)
+    code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
     check_ledger(home)
     assert len(history(home)) == 12
@@ -52,12 +55,12 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, startin
     toml, home = scripted(tmp_path, starting_model, versions=8), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2")
     try:
-        wait_for(lambda: len(history(home)) >= 2, run, within_s=120, name="version 2")
+        wait_for(lambda: len(history(home)) >= 2, run, within_s=LIMIT_S, name="version 2")
         ranks = run.services()["learner"]
         run.kill("torchrun")
-        gone, alive = psutil.wait_procs(ranks, timeout=10)
+        gone, alive = psutil.wait_procs(ranks, timeout=LIMIT_S)
         assert (len(gone), alive) == (2, [])
-        code, output = run.finish(within_s=180)
+        code, output = run.finish(within_s=LIMIT_S)
     finally:
         run.kill_everything()
     assert code == 0, output[-3000:]
@@ -65,22 +68,13 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, startin
     assert len(history(home)) == 8
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "learner.after_step:2",
-        "learner.inside_checkpoint:2",
-        "learner.before_publishing:2",
-        "learner.before_announcing:3",
-        "learner.after_publishing:2",
-        "rollout.before_publish:20",
-    ],
-)
-def test_a_process_that_dies_at_its_worst_moment(tmp_path: Path, starting_model: Path, fault: str) -> None:
+def test_a_learner_that_dies_inside_a_checkpoint(tmp_path: Path, starting_model: Path) -> None:
+    """Of all places where a process may die, one with real processes; test_learner_schedules.py tries every one."""
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     marker = tmp_path / "it happened"
-    run = RunProcess(toml, environment={"PALIMPSEST_FAULT": fault, "PALIMPSEST_FAULT_ONCE": str(marker)})
-    code, output = run.finish(within_s=240)
+    fault = {"PALIMPSEST_FAULT": "learner.inside_checkpoint:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
+    run = RunProcess(toml, environment=fault)
+    code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
     check_ledger(home)
     assert len(history(home)) == 4
@@ -92,7 +86,7 @@ def test_a_worker_that_always_dies_at_its_start_ends_the_run_with_its_cause(
 ) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     run = RunProcess(toml, "--local.restarts=99", environment={"PALIMPSEST_FAULT": "rollout.start"})
-    code, output = run.finish(within_s=600)
+    code, output = run.finish(within_s=LIMIT_S)
     assert code == 1, output
     said = " ".join(output.split())
     assert "! worker-0 was ended by SIGKILL after" in said

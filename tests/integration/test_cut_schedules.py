@@ -1,5 +1,6 @@
 """Whatever happens when: every token that is trained on was scored once, by the weights that sampled it."""
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,35 +14,34 @@ import structlog
 from common.versions import Version
 from services.learner import intake, roster
 from services.learner.old import interruption as asking
-from services.rollout import interruption, trajectories, worker
+from services.rollout import interruption, trajectories
 from services.rollout.cuts import NOTHING, Cuts
 from services.rollout.engine import EngineDead, EngineFailed
 from services.rollout.engine_scripted import ScriptedEngine
 from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
 from tests.cut_judge import Judge, Violated
-from tests.cut_schedules import Engine, Schedule, latency, life
+from tests.cut_schedules import Engine, Schedule, latency, life, make_rare
+from tests.runs import ROOT
 from tests.simulated_time import SimulatedLoop, run
 
-SCHEDULES, CHUNK = 1000, 100
+CHUNK = 100
+CHUNKS = [
+    0,  # `make check`
+    *(pytest.param(first, marks=pytest.mark.servers) for first in (100, 200)),  # only `make test`
+    *(pytest.param(first, marks=pytest.mark.long) for first in range(300, 1000, CHUNK)),
+]
+"""The first seed of each."""
 ENOUGH = 100
 """A mechanism whose lack shows in none of so many schedules would hardly be tried by the others."""
 
 Patch = pytest.MonkeyPatch
+THIS = Path(__file__).relative_to(ROOT)
 
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: Patch) -> Iterator[None]:
-    """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
-    for module, name, seconds in (
-        (worker, "POLL_S", 5.0),
-        (interruption, "ANSWER_S", 10.0),
-        (worker, "KEEP_S", 6.0),
-        (worker, "ALIVE_S", 5.0),
-        (asking, "POLL_S", 1.0),
-        (interruption, "HOLD_LIMIT_S", 15.0),
-    ):
-        monkeypatch.setattr(module, name, seconds)
+    make_rare(monkeypatch)
     with structlog.testing.capture_logs():
         yield
 
@@ -75,7 +75,7 @@ def judged(seed: int, folder: Path) -> Judge:
     return run(main, latency(chances))
 
 
-@pytest.mark.parametrize("first", range(0, SCHEDULES, CHUNK))
+@pytest.mark.parametrize("first", CHUNKS)
 def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that_sampled_it(
     first: int, tmp_path: Path
 ) -> None:
@@ -91,6 +91,11 @@ def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that
             sum(judge.engines_died for judge in judges),
         )
     )
+
+
+@pytest.mark.skipif("SEED" not in os.environ, reason="repeats one schedule: SEED=17 names it")
+def test_18_6_one_schedule(tmp_path: Path) -> None:
+    judged_all([int(os.environ["SEED"])], tmp_path)
 
 
 def nothing_is_held(patch: Patch) -> None:
@@ -207,4 +212,12 @@ def test_18_6_the_lack_of_a_mechanism_does_not_go_unnoticed(
 
 
 def judged_all(seeds: Iterable[int], folder: Path) -> list[Judge]:
-    return [judged(seed, folder) for seed in seeds]
+    """The accounts of all these; a failure says how to repeat its schedule alone."""
+    judges = []
+    for seed in seeds:
+        try:
+            judges.append(judged(seed, folder))
+        except BaseException as error:
+            error.add_note(f"schedule {seed}; alone: SEED={seed} make test ARGS='{THIS}::test_18_6_one_schedule'")
+            raise
+    return judges

@@ -1,12 +1,9 @@
-"""Runs by interruption with real processes: whoever dies, hangs or comes back in the middle of a cut.
+"""Runs by interruption with real processes, one of which dies in the middle of a cut.
 
 The engine is scripted and slow, so that trajectories are alive at every cut; the learner's scores are checked token by
 token against plain transformers under the stored weights of the version that sampled it.
 """
 
-import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import pytest
 
 from common.bus.sqlite import SqliteBus
 from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
+from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
+from tests.waiting import LIMIT_S
 from tools.rescore import Models, rescore
 
 pytestmark = pytest.mark.servers
@@ -67,9 +65,9 @@ def missing(home: Path) -> float:
 
 
 def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
-    patient = "--learner.proximal.deadline_s=60"  # nobody dies here: all the time a busy machine needs
+    patient = "--learner.proximal.deadline_s=600"  # nobody dies here: all the time a busy machine needs
     run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient)
-    code, output = run.finish(within_s=300)
+    code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
     check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
     lines = history(home)
@@ -82,57 +80,17 @@ def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, start
     assert check_scores(home, starting_model)["tokens"] > 500
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["rollout.at_cut:2", "rollout.after_flush:2", "learner.at_cut:3", "learner.after_cut:3", "learner.after_step:3"],
-)
-def test_a_death_in_the_middle_of_a_cut_costs_time_only(fault: str, tmp_path: Path, starting_model: Path) -> None:
-    environment = {"PALIMPSEST_FAULT": fault, "PALIMPSEST_FAULT_ONCE": str(tmp_path / "died")}
+def test_a_worker_that_dies_in_the_middle_of_a_cut_costs_time_only(tmp_path: Path, starting_model: Path) -> None:
+    """Of all places in a cut, one with real processes; test_learner_schedules.py tries every one, and workers that are
+    not heard of for a while, and learners that are stopped."""
+    environment = {"PALIMPSEST_FAULT": "rollout.at_cut:2", "PALIMPSEST_FAULT_ONCE": str(tmp_path / "died")}
     run, home = interrupted(tmp_path, starting_model, environment=environment)
-    code, output = run.finish(within_s=300)
+    code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
     assert (tmp_path / "died").exists()
     ledger = check_ledger(home)
-    # overtaken while a worker started anew, and what that left of their groups
+    # overtaken while the worker started anew, and what that left of their groups
     assert set(ledger["dropped"]) <= {"over_staleness", "group_too_small"}
     assert ledger["trained"] + sum(ledger["dropped"].values()) >= VERSIONS * 16
     assert all(line["exact"] for line in history(home))
-    check_scores(home, starting_model)
-
-
-def test_a_worker_that_hangs_is_left_out_and_what_it_sends_late_is_not_trained_on_as_if_it_were_exact(
-    tmp_path: Path, starting_model: Path
-) -> None:
-    environment = {"PALIMPSEST_FAULT": "rollout.at_cut:2:STOP", "PALIMPSEST_FAULT_ONCE": str(tmp_path / "stopped")}
-    run, home = interrupted(tmp_path, starting_model, "--learner.proximal.deadline_s=1.0", environment=environment)
-    try:
-        wait_for((tmp_path / "stopped").exists, run, within_s=120, name="a worker that stands still")
-        before = len(history(home))
-        wait_for(lambda: len(history(home)) > before, run, within_s=60, name="a version without that worker")
-        for worker in run.services()["rollout"]:
-            os.kill(worker.pid, signal.SIGCONT)
-        code, output = run.finish(within_s=300)
-    finally:
-        run.kill_everything()
-    assert code == 0, output[-3000:]
-    check_ledger(home)
-    check_scores(home, starting_model)
-    for line in history(home):
-        assert line["exact"]  # what came too late is missing, and nothing else stands in its place
-
-
-def test_an_ended_run_leaves_no_worker_standing_still(tmp_path: Path, starting_model: Path) -> None:
-    """Stopped in the middle and taken up again: workers hear of a release or of a version."""
-    run, home = interrupted(tmp_path, starting_model)
-    try:
-        wait_for(lambda: len(history(home)) >= 3, run, within_s=120, name="version 3")
-        run.process.terminate()
-        assert run.finish(within_s=90)[0] == 130
-    finally:
-        run.kill_everything()
-    again = RunProcess("--resume", home)
-    code, output = again.finish(within_s=300)
-    assert code == 0, output[-3000:]
-    check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
-    assert json.loads((home / "summary.json").read_text())["finished"] is True
     check_scores(home, starting_model)

@@ -1,0 +1,57 @@
+"""What learners that replaced each other must leave behind: judged from the run's folder."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from common.bus.sqlite import SqliteBus
+from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
+from services.learner.progress import complete
+from tests.runs import check_ledger, history
+
+Things = set[tuple[str, int, int]]
+"""In the store: `version` or `checkpoint`, its version, its writer."""
+
+
+def stored(home: Path, writer: int | None = None) -> Things:
+    """Versions and committed checkpoints; those of one writer, or all."""
+    manifests = [json.loads(path.read_bytes())["manifest"] for path in home.glob("snapshots/versions/*.json")]
+    commits = [path.stem.split("-") for path in home.glob("snapshots/checkpoints/*.json")]
+    things = {("version", manifest["version"], manifest["writer"]) for manifest in manifests} | {
+        ("checkpoint", int(version), int(writer)) for version, writer in commits
+    }
+    return {thing for thing in things if writer in (None, thing[2])}
+
+
+def check_whole(home: Path, before: Mapping[int, Things], *, samples: int = 4, max_staleness: int = 3) -> None:
+    """What the learners leave is what one would have; `before`: what each had stored when it was replaced."""
+    for writer, things in before.items():
+        assert stored(home, writer) == things, f"writer {writer} stored something after it was replaced"
+    check_ledger(home, samples=samples, max_staleness=max_staleness)
+    lines = history(home)
+    trained = [line["trajectories"]["trained"] for line in lines]
+    assert trained == list(accumulate(line["batch"] for line in lines))
+    commits = {path.stem: json.loads(path.read_bytes())["digest"] for path in home.glob("snapshots/checkpoints/*.json")}
+    manifests = {path.name: (path / "manifest.json").read_bytes() for path in complete(home / "checkpoints")}
+    assert commits == {name: blake3(manifest).hexdigest() for name, manifest in manifests.items()}
+    writers = [writer for _, _, writer in sorted(stored(home), key=lambda thing: thing[1:])]
+    assert writers == sorted(writers), "a replaced learner stored a later version than its successor's first"
+    bus = SqliteBus(home / "bus.sqlite")
+    said = [decode(CONTROL, record.body) for record in everything(bus, CONTROL)]
+    told = [message for message in said if isinstance(message, VersionPublished | RunFinished)]
+    announced = [message.version for message in told if isinstance(message, VersionPublished)]
+    assert announced == sorted(announced), "an older version was announced after a newer one"
+    assert [isinstance(message, RunFinished) for message in told] == [False] * len(announced) + [True]
+    assert list(everything(bus, DEAD_LETTERS)) == []
+    bus.close()
+
+
+def everything(bus: SqliteBus, topic: str) -> Iterator[Any]:
+    """Every record of the topic."""
+    with bus.consumer(topic) as consumer:
+        while found := consumer.poll(limit=1000, timeout_s=0):
+            yield from found
