@@ -4,12 +4,14 @@
                                                   all processes, if PALIMPSEST_FAULT_ONCE names a file to remember it by
     PALIMPSEST_FAULT=learner.after_step:3:STOP    the same, but stand still (SIGSTOP) until somebody sends SIGCONT
     PALIMPSEST_FAULT=rollout.skip_head            behave wrongly there (the place asks `active`)
+    PALIMPSEST_FAULT=rollout.skip_head:/FILE      the same, while this file exists
 
 Without the variable a place costs one dictionary look-up.
 """
 
 import os
 import signal
+from pathlib import Path
 
 VARIABLE = "PALIMPSEST_FAULT"
 ONCE = "PALIMPSEST_FAULT_ONCE"
@@ -18,7 +20,11 @@ _reached: dict[str, int] = {}
 
 def active(place: str) -> bool:
     """Whether the fault of this place is switched on."""
-    return any(fault.partition(":")[0] == place for fault in os.environ.get(VARIABLE, "").split(","))
+    for fault in os.environ.get(VARIABLE, "").split(","):
+        name, _, file = fault.partition(":")
+        if name == place:
+            return not file.startswith("/") or Path(file).exists()
+    return False
 
 
 def reach(place: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from services.audit.command import answer
+from tests.waiting import LIMIT_S, LOOK_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +66,9 @@ lr = 1e-4
 """
 
 
-def scripted(folder: Path, model: Path, *, versions: int, tokens_per_s: float = 500.0, time_limit_s: int = 120) -> Path:
+def scripted(
+    folder: Path, model: Path, *, versions: int, tokens_per_s: float = 500.0, time_limit_s: int = 3600
+) -> Path:
     """A run file for a run without a real engine; everything else is real."""
     path = folder / "scripted.toml"
     path.write_text(
@@ -91,7 +94,7 @@ class RunProcess:
             start_new_session=True,
         )
 
-    def finish(self, *, within_s: float) -> tuple[int, str]:
+    def finish(self, *, within_s: float = LIMIT_S) -> tuple[int, str]:
         """Exit code and output; the whole group is killed if it takes longer."""
         try:
             output, _ = self.process.communicate(timeout=within_s)
@@ -133,13 +136,17 @@ class RunProcess:
                 process.send_signal(signal.SIGKILL)
 
 
-def wait_for(what: Callable[[], bool], run: RunProcess, *, within_s: float, name: str) -> None:
+def wait_for(what: Callable[[], bool], run: RunProcess, *, name: str, within_s: float = LIMIT_S) -> None:
     """Look until it holds; the run must not end before."""
     deadline = time.monotonic() + within_s
     while not what():
-        assert run.process.poll() is None, f"the run ended with {run.process.returncode} while waiting for {name}"
+        if run.process.poll() is not None:
+            if what():  # it came with the run's last breath
+                return
+            output, _ = run.process.communicate()
+            raise AssertionError(f"the run ended with {run.process.returncode} before {name}:\n{output[-4000:]}")
         assert time.monotonic() < deadline, f"{name} did not come within {within_s:.0f} s"
-        time.sleep(0.02)
+        time.sleep(LOOK_S)
 
 
 def history(home: Path, length: int | None = None) -> list[dict[str, Any]]:
@@ -175,10 +182,20 @@ def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dic
     return sums
 
 
+NEVER_TRAINED = frozenset({"over_staleness", "group_too_small"})
+"""Reasons that the learner drops for where nothing fails: a trajectory overtaken, and what is left of its group."""
+
+
 def check_whole_groups(ledger: Mapping[str, Any], *, groups: int, samples: int) -> None:
-    """So many groups were trained on, whole but for what went stale: the rest of a group trains without it."""
-    stale = ledger["dropped"].get("over_staleness", 0)
-    assert groups * samples - stale <= ledger["trained"] <= groups * samples
+    """So many groups were trained on, whole but for what went stale: the rest of a group trains without it.
+
+    How many went stale depends on the machine, so only this is asserted: a group is trained on with two trajectories at
+    the least, none is missing from one without a drop, and every drop is of a kind that needs no failure.
+    """
+    dropped: dict[str, int] = ledger["dropped"]
+    assert set(dropped) <= NEVER_TRAINED
+    assert 2 * groups <= ledger["trained"] <= groups * samples
+    assert groups * samples - ledger["trained"] <= dropped.get("over_staleness", 0)
 
 
 def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
@@ -190,8 +207,8 @@ def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
     done: list[str] = []
     for service in order:
         trained = len(history(home))
-        wait_for(lambda n=trained: len(history(home)) > n, run, within_s=120, name=f"version after {done[-1:]}")
+        wait_for(lambda n=trained: len(history(home)) > n, run, name=f"version after {done[-1:]}")
         time.sleep(rng.random())  # anywhere inside a version, that is the point
-        wait_for(lambda s=service: run.kill(s), run, within_s=60, name=f"a {service} to kill")
+        wait_for(lambda s=service: run.kill(s), run, name=f"a {service} to kill")
         done.append(f"{service} at {trained + 1}")
     return done

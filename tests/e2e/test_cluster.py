@@ -1,36 +1,50 @@
 """The main job on the real engine over a real Kafka and a real MinIO: examples/cluster.toml, shortened.
 
-Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change.
+Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change. One
+of its two workers is killed on the way.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common.config import load
-from tests.cluster import Cluster, cluster
-from tests.runs import ROOT, RunProcess, check_whole_groups
+from tests.cluster import Cluster
+from tests.runs import ROOT, RunProcess, check_whole_groups, history, wait_for
+from tests.waiting import LIMIT_S
+from tools.backends.kafka import Kafka
+from tools.backends.minio import Minio
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 20
 GROUPS = 2
+KILLED_AT = 5
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end, and what the killed worker had started."""
+
+    home: Path
+    orphans: list[psutil.Process]
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("cluster")) as both:
-        yield both
+def servers(kafka_server: Kafka, minio_server: Minio) -> Cluster:
+    return Cluster(kafka_server, minio_server)
 
 
 @pytest.fixture(scope="module")
-def home(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
-    """A run with every version kept and every batch recorded."""
+def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Finished:
+    """With every version kept and every batch recorded."""
     folder = tmp_path_factory.mktemp("runs")
+    home = folder / "cluster"
     run = RunProcess(
         "examples/cluster.toml",
         *servers.flags,
@@ -45,10 +59,35 @@ def home(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, starting_mo
         "--tasks.environments={slow_lookup = 1.0}",
         environment=servers.environment,
     )
-    code, output = run.finish(within_s=1200)
+    try:
+        wait_for(lambda: len(history(home)) >= KILLED_AT, run, name=f"version {KILLED_AT}")
+        orphans = killed(run, "worker-1")
+        code, output = run.finish(within_s=2 * LIMIT_S)
+    finally:
+        run.kill_everything()
     assert code == 0, output[-4000:]
     print(output[-1500:])
-    return folder / "cluster"
+    return Finished(home, orphans)
+
+
+def killed(run: RunProcess, name: str) -> list[psutil.Process]:
+    """SIGKILL this worker once it has an engine; the processes that it had started."""
+    found: list[psutil.Process] = []
+
+    def has_an_engine() -> bool:
+        found[:] = [p for p in run.services().get("rollout", []) if f"--rollout.worker={name}" in p.cmdline()]
+        return len(found) == 1 and bool(found[0].children(recursive=True))
+
+    wait_for(has_an_engine, run, name=f"an engine of {name}")
+    (worker,) = found
+    engines = worker.children(recursive=True)
+    worker.kill()
+    return engines
+
+
+@pytest.fixture(scope="module")
+def home(finished: Finished) -> Path:
+    return finished.home
 
 
 def test_it_is_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> None:
@@ -59,18 +98,22 @@ def test_it_is_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> Non
     assert not (home / "snapshots").exists()
 
 
+def test_a_killed_worker_leaves_no_engine_behind(finished: Finished) -> None:
+    assert finished.orphans
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in finished.orphans)
+
+
 def test_the_ledger_balances(servers: Cluster, home: Path) -> None:
     said = servers.audit(home)
     assert said["sound"], said["findings"]
     check_whole_groups(said["trajectories"], groups=VERSIONS * GROUPS, samples=8)
-    assert set(said["trajectories"]["dropped"]) <= {"over_staleness"}  # overtaken while their tool was at work
     assert said["dead_letters"] == {}
 
 
 def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
     seen = json.loads((home / "summary.json").read_text())
     assert seen["versions"] == VERSIONS
-    assert 2 <= seen["max_staleness_seen"] <= 3
+    assert 1 <= seen["max_staleness_seen"] <= 3
     assert seen["multi_version_trajectories"] > 0
     assert seen["exact"] is True
     assert seen["refused_versions"] == 0
@@ -87,7 +130,7 @@ def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: P
         check=True,
     )
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["tokens"] > 300  # six or so for each trajectory
+    assert seen["tokens"] == sum(line["tokens"] for line in history(home)[::2])
     assert seen["same_layout_unequal"] == 0
     assert seen["alone_max_abs"] <= 2e-3
     assert max(seen["exact_discrepancy"].values()) < 0.01

@@ -1,4 +1,7 @@
-"""Every route to old log-probs and every surrogate, each in a short run on the real engine with the same seed."""
+"""Every exact route to old log-probs in a short run on the real engine, all with the same seed.
+
+Surrogates: integration/test_surrogate_runs.py.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import RunProcess, check_ledger, history
+from tests.runs import RunProcess, check_ledger, check_whole_groups, history
 from tools.rescore import Models, rescore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
@@ -14,9 +17,6 @@ VERSIONS = 5
 GROUPS = 2
 SAMPLES = 8
 EXACT = ("snapshot", "replica", "interruption")
-SURROGATES = (
-    "bypass", "current_recompute", "interp_prox_loglinear", "linear_prox", "ewma_prox", "ppo_ewma_async",
-)  # fmt: skip
 AT_ONCE = 2
 """Runs side by side: an engine's start leaves half of the machine idle."""
 
@@ -27,7 +27,6 @@ def homes(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> dic
     folder = tmp_path_factory.mktemp("routes")
 
     def run(kind: str) -> tuple[int, str]:
-        audit = ["--learner.audit.fraction=1.0"] if kind in SURROGATES else []
         process = RunProcess(
             "examples/embedded.toml",
             f"--run.folder={folder}",
@@ -40,12 +39,11 @@ def homes(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> dic
             "--tasks.environments={slow_lookup = 1.0}",
             "--learner.record=true",
             "--learner.checkpoint.keep=1000",
-            *audit,
         )
-        return process.finish(within_s=600)
+        return process.finish()
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        outcomes = dict(zip((*EXACT, *SURROGATES), pool.map(run, (*EXACT, *SURROGATES)), strict=True))
+        outcomes = dict(zip(EXACT, pool.map(run, EXACT), strict=True))
     for kind, (code, output) in outcomes.items():
         assert code == 0, f"{kind}: {output[-4000:]}"
     return {kind: folder / kind for kind in outcomes}
@@ -60,7 +58,6 @@ def test_exact_routes_agree_with_plain_transformers(kind: str, homes: dict[str, 
     seen = rescored(homes[kind], starting_model)
     lines = history(homes[kind])
     assert all(line["exact"] for line in lines)
-    assert seen["tokens"] > 300
     assert seen["versions"] > 1
     assert seen["alone_max_abs"] <= 2e-3
     if kind == "snapshot":
@@ -70,26 +67,6 @@ def test_exact_routes_agree_with_plain_transformers(kind: str, homes: dict[str, 
     assert sum(line["multi_version"] for line in lines) > 0
 
 
-@pytest.mark.parametrize("kind", [*EXACT, *SURROGATES])
+@pytest.mark.parametrize("kind", EXACT)
 def test_every_trajectory_is_accounted_for(kind: str, homes: dict[str, Path]) -> None:
-    ledger = check_ledger(homes[kind], samples=SAMPLES)
-    assert set(ledger["dropped"]) <= {"over_staleness"}
-    assert ledger["trained"] + ledger["dropped"].get("over_staleness", 0) >= VERSIONS * GROUPS * SAMPLES
-
-
-@pytest.mark.parametrize("kind", SURROGATES)
-def test_a_surrogate_is_never_called_exact(kind: str, homes: dict[str, Path]) -> None:
-    for line in history(homes[kind]):
-        assert (line["exact"], line["proximal"]) == (False, kind)
-
-
-def test_bypass_sees_no_discrepancy(homes: dict[str, Path]) -> None:
-    for line in history(homes["bypass"]):
-        assert line["all"]["log_discrepancy_abs"] == 0.0
-
-
-def test_current_recompute_leaves_the_clip_nothing_to_do(homes: dict[str, Path]) -> None:
-    """One optimizer step a version: the anchor is the policy itself, at every staleness."""
-    for line in history(homes["current_recompute"]):
-        assert line["all"]["log_staleness_ratio_abs"] < 1e-4
-        assert line["all"]["clipped"] == 0.0
+    check_whole_groups(check_ledger(homes[kind], samples=SAMPLES), groups=VERSIONS * GROUPS, samples=SAMPLES)

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import mean
@@ -10,6 +11,7 @@ import pytest
 import pytest_asyncio
 from torch.nn import Module as Model
 
+from common import faults
 from common.config.schema import VllmEngineConfig
 from services.rollout import amx
 from services.rollout.canary import judge
@@ -32,12 +34,22 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("starting_model" if request.param == "tied" else "untied_model")
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, an update leaves a tied head at the old weights, as the CPU build does by itself."""
+    return tmp_path_factory.mktemp("faults") / "broken"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+async def engine(folder: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
     config = VllmEngineConfig(kv_cache_gib=0.25)
     engine = VllmEngine(config, model=str(folder), max_tokens=256, max_live=64, seed=0, log=log)
-    await engine.start()
+    os.environ[faults.VARIABLE] = f"rollout.skip_head:{broken}"  # the engine's process inherits it
+    try:
+        await engine.start()
+    finally:
+        del os.environ[faults.VARIABLE]
     yield engine
     await engine.close()
 
@@ -75,6 +87,25 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     prompt, sampled = await sample(engine, "cold", length=48, temperature=0.6)
     assert sum(errors(model, prompt, sampled)) / 48 > 5 * MEAN
     await updates_in_flight(engine, model, tmp_path)
+
+
+async def test_an_update_that_leaves_the_tied_head_behind_is_refused(
+    engine: VllmEngine, folder: Path, broken: Path, tmp_path: Path
+) -> None:
+    """Only the canaries notice; integration/test_bad_data.py proves that a refusal ends the run."""
+    model = load(folder)
+    for version, works in ((21, False), (22, True)):
+        perturb(model, by=STEP, seed=version)
+        weights = stored(model, version, tmp_path)
+        if not works:
+            broken.touch()
+        await engine.pause()
+        await engine.load(weights)
+        await engine.resume()
+        broken.unlink(missing_ok=True)
+        scores = [await engine.score(canary.tokens) for canary in weights.manifest.canaries]
+        untied = not model.config.tie_word_embeddings
+        assert judge(scores, weights.manifest.canaries, tolerance=MEAN).accepted == (works or untied)
 
 
 async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) -> None:

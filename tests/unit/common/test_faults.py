@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,10 @@ def test_a_process_dies_when_it_comes_to_the_place_for_the_nth_time(
 def test_a_fault_is_active_when_it_is_named(monkeypatch: pytest.MonkeyPatch, fault: str, expected: bool) -> None:
     monkeypatch.setenv(faults.VARIABLE, fault)
     assert faults.active("place") is expected
+
+
+def test_a_fault_can_be_active_while_a_file_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(faults.VARIABLE, f"place:{tmp_path / 'on'}")
+    assert not faults.active("place")
+    (tmp_path / "on").touch()
+    assert faults.active("place")
