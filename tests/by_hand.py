@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,10 +11,11 @@ from typing import Any
 import httpx
 
 from common import faults
-from services.local.supervisor import free_port
+from tests import waiting
 from tests.runs import ROOT
+from tools.backends import ports  # those that no client is lent: a killed service comes back on its own
 
-WITHIN_S = 240.0
+WITHIN_S = waiting.LIMIT_S
 KEEP_ALL = "--learner.checkpoint.keep=1000"
 """So that nothing that a replaced learner stored would have gone by the time the test looks."""
 Process = subprocess.Popen[bytes]
@@ -29,14 +29,15 @@ class Services:
     ) -> None:
         self.home = home
         self._flags, self._environment = flags, environment
-        self.ports = {name: free_port("127.0.0.1") for name in ("snapshot_store", "env_gateway", "rollout")}
+        self.ports = {name: ports.free() for name in ("snapshot_store", "env_gateway", "rollout")}
         self._toml = toml
         self._started: dict[str, Process] = {}
+        home.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, module: str, *flags: str, fault: str = "", launcher: Sequence[str] = ()) -> Process:
         """A service under this name."""
         common = [*self._flags, *(f"--{name}.port={self.ports[name]}" for name in ("snapshot_store", "env_gateway"))]
-        with self.log(name).open("wb") as log:
+        with self.log(name).open("ab") as log:
             self._started[name] = subprocess.Popen(
                 [sys.executable, *launcher, "-m", f"services.{module}", str(self._toml), *common, *flags],
                 cwd=ROOT,
@@ -48,12 +49,12 @@ class Services:
 
     def learner(self, name: str, *flags: str, fault: str = "") -> Process:
         """A learner of this run under this name."""
-        self.ports[name] = free_port("127.0.0.1")
+        self.ports[name] = ports.free()
         return self.start(name, "learner", f"--learner.port={self.ports[name]}", KEEP_ALL, *flags, fault=fault)
 
     def ranks(self, name: str, count: int, *, fault: str = "") -> Process:
         """A learner of several ranks, under torchrun."""
-        self.ports[name] = free_port("127.0.0.1")
+        self.ports[name] = ports.free()
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
         flags = (f"--learner.port={self.ports[name]}", KEEP_ALL)
         return self.start(name, "learner", *flags, fault=fault, launcher=launcher)
@@ -71,12 +72,28 @@ class Services:
 
     def until(self, what: Callable[[], bool], name: str) -> None:
         """Look until it holds."""
-        deadline = time.monotonic() + WITHIN_S
-        while not what():
-            if time.monotonic() > deadline:
-                said = {name: self.log(name).read_text()[-1500:] for name in self._started}
-                raise AssertionError(f"{name} did not come within {WITHIN_S:.0f} s: {said}")
-            time.sleep(0.05)
+        waiting.until(what, name, tell=lambda: str({name: self._end_of_log(name) for name in self._started}))
+
+    def kill(self, name: str) -> None:
+        """SIGKILL it, and forget it: it may be started again under its name."""
+        process = self._started.pop(name)
+        process.kill()
+        process.wait()
+
+    def process(self, name: str) -> Process:
+        """The one that was started last under this name."""
+        return self._started[name]
+
+    def died(self) -> dict[str, str]:
+        """Who ended badly of itself, and the end of its log."""
+        return {name: self._end_of_log(name) for name, process in self._started.items() if process.poll()}
+
+    def forget(self, name: str) -> int:
+        """Wait for the end of one that is to end; its exit code."""
+        return self._started.pop(name).wait(timeout=WITHIN_S)
+
+    def _end_of_log(self, name: str) -> str:
+        return self.log(name).read_text()[-1500:]
 
     def end(self) -> None:
         for process in self._started.values():

@@ -33,7 +33,6 @@ from common.unusable import Cause
 from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
-WITHIN_S = 240.0
 PLUGINS = "tests.unit.env_gateway.plugins.awkward"
 AWKWARD = {
     "raises": "Raises",
@@ -108,7 +107,7 @@ def start() -> Iterator[Start]:
 
 def trained(home: Path, versions: int, run: RunProcess) -> None:
     """Wait until so many versions are trained."""
-    wait_for(lambda: len(history(home)) >= versions, run, within_s=WITHIN_S, name=f"version {versions}")
+    wait_for(lambda: len(history(home)) >= versions, run, name=f"version {versions}")
 
 
 def records(home: Path, topic: str) -> Iterator[Any]:
@@ -127,7 +126,7 @@ def letters(home: Path) -> list[Any]:
 
 def refused(run: RunProcess, code: int, *says: str) -> str:
     """The run ends with this exit code, these words, and no traceback; all it said."""
-    ended, output = run.finish(within_s=WITHIN_S)
+    ended, output = run.finish()
     assert ended == code, output
     for words in says:
         assert words in output, output
@@ -137,7 +136,7 @@ def refused(run: RunProcess, code: int, *says: str) -> str:
 
 def done(run: RunProcess, home: Path, versions: int) -> dict[str, Any]:
     """The run comes to its end, and its ledger balances; its summary."""
-    code, output = run.finish(within_s=WITHIN_S)
+    code, output = run.finish()
     assert code == 0, output
     ledger = check_ledger(home)
     assert len(history(home)) == versions
@@ -194,14 +193,14 @@ def test_garbage_on_the_log_and_from_environments_is_accounted_for(
         "--env_gateway.step_limit_s=0.5",
         "--rollout.attempts=2",
     )
-    wait_for(lambda: len(list(home.glob("logs/*.log"))) == 4, run, within_s=WITHIN_S, name="the services")
+    wait_for(lambda: len(list(home.glob("logs/*.log"))) == 4, run, name="the services")
     bus = SqliteBus(home / "bus.sqlite")
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"\x00 garbage", {"trajectory": "g000000/1"})])
     trained(home, 1, run)
     for topic in (TRAJECTORIES, CONTROL, TASKS, WORKERS):
         bus.publish(topic, [Outgoing("g²", b"\xff garbage", {"trajectory": "g²/²"}), Outgoing("", b"")])
     bus.close()
-    wait_for(lambda: len(letters(home)) == 9, run, within_s=WITHIN_S, name="the dead letters")
+    wait_for(lambda: len(letters(home)) == 9, run, name="the dead letters")
     summary = done(run, home, 24)
 
     assert Counter(letter.topic for letter in letters(home)) == {TRAJECTORIES: 3, CONTROL: 2, TASKS: 2, WORKERS: 2}

@@ -1,6 +1,8 @@
 """The run over a real Kafka and a real MinIO, with everything killed under it: nothing is lost, nothing counted twice,
 and the weights at the end are those of the run that nothing happened to.
 
+One run meets every fault, one after another; `--faults=killed,paused` (pytest) leaves the others out.
+
 Rollouts are scripted and the staleness bound is 0, so that every token's version, and with it the weights, follows
 from the seed alone: what a fault changes in the training, the digest of the last version shows.
 """
@@ -8,9 +10,8 @@ from the seed alone: what a fault changes in the training, the digest of the las
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +31,72 @@ from common.messages import TRAJECTORIES, encode
 from common.trajectory import Segment
 from common.unusable import Cause
 from common.versions import Version
-from services.local.supervisor import free_port
 from tests.builders import a_finished, a_segment
 from tests.by_hand import Services
 from tests.cluster import Cluster, cluster
-from tests.runs import RunProcess, history, scripted, wait_for
+from tests.runs import history, scripted
+from tools.backends import ports
 
 pytestmark = pytest.mark.servers
-VERSIONS = 20
-OUTAGE_S = 30.0
-PAUSE_S = 20.0
-WITHIN_S = 400.0
+VERSIONS = 24
+"""The faults wait for 15; the rest is for what is trained while this test looks elsewhere."""
+OUTAGE_S = 12.0
+"""Longer than a consumer's lease (10 s), so that its partitions are another's when the log is back."""
+WORKERS = ("worker-0", "worker-1")
 REPEATABLE = (
     "--learner.max_staleness=0",
     f"--learner.versions={VERSIONS}",
-    "--tasks.time_limit_s=900",  # an outage must not drop anything: the clean run does not either
+    "--tasks.time_limit_s=3600",  # an outage must not drop anything: the clean run does not either
     "--rollout.attempts=100",
 )
 
 
-@dataclass
-class Going:
-    """A run that goes on."""
+class Faulty:
+    """A run over several machines, each service started by itself: nobody but this test starts one again."""
 
-    cluster: Cluster
-    process: RunProcess
-    home: Path
+    def __init__(self, cluster: Cluster, toml: Path, name: str) -> None:
+        self.cluster, self.name = cluster, name
+        folder = toml.parent / name
+        self.home = folder / name
+        flags = (*cluster.flags, *REPEATABLE, f"--run.id={name}", f"--run.folder={folder}")
+        self.services = Services(toml, self.home, *flags, environment=cluster.environment)
+        config = load([str(toml), *flags], {}, program="").config
+        write(self.home / "run.toml", show(config).encode())  # as `python -m services` would: the audit reads it
+        self.learners = self.repeated = 0
+        for server in ("snapshot_store", "env_gateway"):
+            self.server(server)
+        for worker in WORKERS:
+            self.worker(worker)
+        self.learner = self.another_learner()
+
+    def server(self, name: str) -> None:
+        """The store or the gateway, started."""
+        self.services.start(name, name)
+
+    def worker(self, name: str) -> None:
+        """A rollout worker, started."""
+        self.services.start(name, "rollout", f"--rollout.worker={name}", f"--rollout.port={ports.free()}")
+
+    def another_learner(self) -> str:
+        """A learner of two ranks, started; its name."""
+        self.learners += 1
+        name = f"learner-{self.learners}"
+        self.services.ranks(name, 2)
+        return name
+
+    def ranks(self) -> list[psutil.Process]:
+        """The present learner's two."""
+        family = psutil.Process(self.services.process(self.learner).pid).children(recursive=True)
+        return [process for process in family if "services.learner" in process.cmdline()]
 
     def versions(self, more: int) -> None:
-        """Wait until so many further versions are trained."""
+        """Wait until so many further versions are trained. Nobody may end badly of itself meanwhile."""
         wanted = len(history(self.home)) + more
-        wait_for(lambda: len(history(self.home)) >= wanted, self.process, within_s=WITHIN_S, name=f"version {wanted}")
+        assert wanted <= VERSIONS, "the run is too short for so many faults"
+        self.services.until(
+            lambda: bool(self.services.died()) or len(history(self.home)) >= wanted, f"version {wanted}"
+        )
+        assert self.services.died() == {}
 
     def sound(self) -> dict[str, Any]:
         """What the audit says now; nothing may be wrong."""
@@ -68,77 +104,81 @@ class Going:
         assert said["sound"], said["findings"]
         return said
 
-    def finished(self) -> tuple[dict[str, Any], str]:
-        """Wait for the end: the audit's words, and the digest of the last version."""
-        code, output = self.process.finish(within_s=WITHIN_S)
-        assert code == 0, output[-3000:]
-        said = self.sound()
-        assert said["trajectories"] == {
-            "offered": 16 * VERSIONS, "trained": 16 * VERSIONS, "dropped": {}, "dead_lettered": 0, "pending": 0
-        }  # fmt: skip
-        last = said["versions"][-1]
-        assert last["version"] == VERSIONS
-        return said, last["digest"]
+    def finished(self) -> dict[str, Any]:
+        """Wait for the end; what the audit says then."""
+        self.versions(VERSIONS - len(history(self.home)))
+        assert self.services.forget(self.learner) == 0
+        return self.sound()
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of this file alone: its tests stop them."""
+    """Of this file alone: its test stops them."""
     with cluster(tmp_path_factory.mktemp("cluster")) as both:
         yield both
 
 
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
-    """The run file of them all."""
+    """The run file of both runs."""
     return scripted(tmp_path_factory.mktemp("runs"), starting_model, versions=VERSIONS, tokens_per_s=50.0)
 
 
 @pytest.fixture(scope="module")
 def clean(servers: Cluster, toml: Path) -> str:
-    """Digest of the last version of the run that nothing happens to."""
-    return begin(servers, toml, "clean").finished()[1]
+    """Digest of the last version of the run that nothing happens to, under the supervisor."""
+    code, output = servers.run(toml, *REPEATABLE, "--run.id=clean").finish()
+    assert code == 0, output[-3000:]
+    return digest(servers.audit(toml.parent / "clean"))
 
 
-def begin(servers: Cluster, toml: Path, name: str) -> Going:
-    process = servers.run(toml, *REPEATABLE, f"--run.id={name}")
-    return Going(servers, process, toml.parent / name)
+def digest(said: dict[str, Any]) -> str:
+    """That of the last version, when every trajectory was trained on and nothing else is on the ledger."""
+    assert said["sound"], said["findings"]
+    assert said["trajectories"] == {
+        "offered": 16 * VERSIONS, "trained": 16 * VERSIONS, "dropped": {}, "dead_lettered": 0, "pending": 0
+    }  # fmt: skip
+    last = said["versions"][-1]
+    assert last["version"] == VERSIONS
+    found: str = last["digest"]
+    return found
 
 
-def killed(run: Going, service: str) -> None:
-    wait_for(lambda: run.process.kill(service), run.process, within_s=60, name=f"a {service} to kill")
+def killed_services(run: Faulty) -> None:
+    """Both workers at once, then the gateway, the store, the learner: each is started again."""
+    for name in WORKERS:
+        run.services.kill(name)
+    for name in WORKERS:
+        run.worker(name)
+    for name in ("env_gateway", "snapshot_store"):
+        run.versions(1)
+        run.services.kill(name)
+        run.server(name)
+    run.versions(1)
+    run.services.kill(run.learner)
+    run.learner = run.another_learner()
 
 
-def test_killed_services_change_nothing(servers: Cluster, toml: Path, clean: str) -> None:
-    run = begin(servers, toml, "killed")
-    for service in ("rollout", "env_gateway", "snapshot_store", "learner"):
-        run.versions(2)
-        killed(run, service)
-    run.versions(2)
-    (one, *others) = run.process.services()["learner"]
-    assert len(others) == 1
+def a_killed_rank(run: Faulty) -> None:
+    """One of two: the other must not go on without it."""
+    (one, _) = run.ranks()
     one.kill()
-    run.versions(1)
-    run.sound()
-    assert run.finished()[1] == clean
+    assert run.services.forget(run.learner) != 0
+    run.learner = run.another_learner()
 
 
-def test_outages_of_the_log_and_of_the_object_store_change_nothing(servers: Cluster, toml: Path, clean: str) -> None:
-    run = begin(servers, toml, "outages")
-    run.versions(2)
-    servers.kafka.kill()
+def outages(run: Faulty) -> None:
+    """Of the log, long and short, and of the object store: they cost time, not processes."""
+    run.cluster.kafka.kill()
     time.sleep(OUTAGE_S)
-    servers.kafka.start()
-    run.versions(2)
-    servers.kafka.kill()
-    servers.kafka.start()
+    run.cluster.kafka.start()
     run.versions(1)
-    servers.minio.stop()
+    run.cluster.kafka.kill()
+    run.cluster.kafka.start()
+    run.versions(1)
+    run.cluster.minio.stop()
     time.sleep(OUTAGE_S)
-    servers.minio.start()
-    assert run.finished()[1] == clean
-    crashed = [path.name for path in (run.home / "logs").glob("*.log") if "Traceback" in path.read_text()]
-    assert crashed == [], "an outage costs time, not processes"
+    run.cluster.minio.start()
 
 
 def poison(run: str, group: str) -> Iterator[tuple[Cause, Outgoing]]:
@@ -165,58 +205,55 @@ def poison(run: str, group: str) -> Iterator[tuple[Cause, Outgoing]]:
     yield Cause.MISSING_CLAIM, Outgoing(group, b"", {CLAIM: "0" * 64})
 
 
-def test_poison_and_repeated_records_change_nothing(servers: Cluster, toml: Path, clean: str) -> None:
-    run = begin(servers, toml, "poison")
-    run.versions(3)
-    with closing(KafkaBus(Connection(servers.kafka.servers, {}), prefix="palimpsest.poison.")) as bus:
-        bad = list(poison("poison", "g000000"))
+def bad_records(run: Faulty) -> list[Cause]:
+    """Poison, then everything that was said so far twice more, in any order; the causes of the poison."""
+    with closing(KafkaBus(Connection(run.cluster.kafka.servers, {}), prefix=f"palimpsest.{run.name}.")) as bus:
+        bad = list(poison(run.name, "g000000"))
         bus.publish(TRAJECTORIES, [record for _, record in bad])
-        run.versions(2)
+        run.versions(1)
         records = [Outgoing(r.key, r.body, r.headers) for r in scan(bus, TRAJECTORIES)]
-        records = [record for record in records if record not in [outgoing for _, outgoing in bad]]
-        again = records * 2  # each twice more, in any order
+        again = [record for record in records if record not in [outgoing for _, outgoing in bad]] * 2
         random.Random(7).shuffle(again)
         bus.publish(TRAJECTORIES, again)
+        run.repeated = len(again)
+    run.versions(1)
+    return [cause for cause, _ in bad]
+
+
+def a_learner_that_stood_still(run: Faulty) -> None:
+    """It wakes when another has taken over, and ends."""
+    ranks = run.ranks()
+    for rank in ranks:
+        rank.suspend()
+    first, run.learner = run.learner, run.another_learner()
     run.versions(2)
-    said, digest = run.finished()
-    assert digest == clean
-    assert said["dead_letters"] == {cause.value: n for cause, n in Counter(cause for cause, _ in bad).items()}
-    assert said["duplicates"] >= len(again)
+    for rank in ranks:
+        rank.resume()
+    assert run.services.forget(first) != 0
+    assert "another learner took this run over" in run.services.log(first).read_text()
 
 
-def test_a_learner_that_stood_still_while_another_took_over_changes_nothing(
-    servers: Cluster, toml: Path, clean: str
-) -> None:
-    """Each service by itself, as on several machines: nobody supervises the two learners."""
-    home = toml.parent / "paused"
-    flags = (*servers.flags, *REPEATABLE, "--run.id=paused")
-    services = Services(toml, home, *flags, environment=servers.environment)
-    config = load([str(toml), *flags], {}, program="").config
-    write(home / "run.toml", show(config).encode())  # as `python -m services` would: the audit reads it
+FAULTS: dict[str, Callable[[Faulty], list[Cause] | None]] = {
+    "killed": killed_services,
+    "rank": a_killed_rank,
+    "outages": outages,
+    "records": bad_records,
+    "paused": a_learner_that_stood_still,
+}
+
+
+def test_faults_change_nothing(servers: Cluster, toml: Path, clean: str, pytestconfig: pytest.Config) -> None:
+    chosen = pytestconfig.getoption("--faults")
+    run, buried = Faulty(servers, toml, "faulty"), list[Cause]()
     try:
-        for name in ("snapshot_store", "env_gateway"):
-            services.start(name, name)
-        for worker in ("worker-0", "worker-1"):
-            services.start(worker, "rollout", f"--rollout.worker={worker}", f"--rollout.port={free_port('127.0.0.1')}")
-        first = services.ranks("first", 2)
-        services.until(lambda: len(history(home)) >= 3, "the third version")
-        ranks = psutil.Process(first.pid).children(recursive=True)
-        for rank in ranks:
-            rank.suspend()
-        still = time.monotonic()
-        trained = len(history(home))
-        second = services.ranks("second", 2)
-        services.until(lambda: len(history(home)) > trained + 1, "two versions of the second")
-        time.sleep(max(0.0, PAUSE_S - (time.monotonic() - still)))
-        for rank in ranks:
-            rank.resume()
-        assert first.wait(timeout=WITHIN_S) != 0
-        assert second.wait(timeout=WITHIN_S) == 0, services.log("second").read_text()[-3000:]
-        assert "another learner took this run over" in services.log("first").read_text()
+        for name in chosen.split(",") if chosen else FAULTS:
+            run.versions(1)
+            print(f"version {len(history(run.home))}: {name}")  # a failure shows which came last
+            buried += FAULTS[name](run) or []
+        said = run.finished()
     finally:
-        services.end()
-    said = servers.audit(home)
-    assert said["sound"], said["findings"]
-    assert said["trajectories"]["trained"] == 16 * VERSIONS
-    assert said["versions"][-1]["digest"] == clean
-    assert said["writer"] == 2
+        run.services.end()
+    assert digest(said) == clean
+    assert said["writer"] == run.learners
+    assert said["dead_letters"] == {cause.value: n for cause, n in Counter(buried).items()}
+    assert said["duplicates"] >= run.repeated

@@ -12,7 +12,7 @@ from services.env_gateway.environments import lookup
 from services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
 from services.env_gateway.tool_calls import render
 from services.learner.tasks import task
-from tests.runs import RunProcess, check_ledger, history, scripted
+from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
 
 pytestmark = pytest.mark.servers
 CHAIN_SUM = "reasoning_gym.chain_sum"
@@ -44,12 +44,13 @@ def test_every_environment_of_a_mixed_run_is_trained_on(tmp_path: Path, starting
     toml, home = scripted(tmp_path, starting_model, versions=VERSIONS), tmp_path / "scripted"
     run = RunProcess(toml, FLAG, TEXTS, "--sampling.max_trajectory_tokens=400")
     try:
-        code, output = run.finish(within_s=300)
+        code, output = run.finish()
     finally:
         run.kill_everything()
     assert code == 0, output[-3000:]
     ledger = check_ledger(home)
-    assert (ledger["trained"], ledger["dropped"], ledger["dead_lettered"]) == (VERSIONS * 16, {}, 0)
+    check_whole_groups(ledger, groups=VERSIONS * 4, samples=4)
+    assert ledger["dead_lettered"] == 0
     published = finished(home)
     trained = defaultdict(list)
     for line in history(home):

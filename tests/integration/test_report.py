@@ -20,6 +20,7 @@ from common.versions import Version
 from services.__main__ import conclude
 from tests.builders import a_finished
 from tests.unit.services.lines import a_line
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = (
@@ -48,7 +49,6 @@ rollout.engine = {{ kind = "scripted", texts = ["1", "2", "3"], tokens_per_s = 2
 learner.versions = {versions}
 learner.groups_per_batch = 4
 """
-WITHIN_S = 180.0
 
 
 class _Loaded(HTMLParser):
@@ -162,14 +162,14 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.servers
 def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, starting_model: Path):
     file, home = tmp_path / "short.toml", tmp_path / "short"
-    file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=60))
+    file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
     run = start(file)
     assert run.stdout is not None
     while not (home / "history.jsonl").exists() or not (home / "history.jsonl").read_bytes():
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=WITHIN_S)
+    said, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 130, said
     assert said.index("stopping ...") < said.index("Stopped cleanly after")
     assert f"python -m services --resume {home}" in said
@@ -182,7 +182,7 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
 
     more = stopped["versions"] + 2
     again = start("--resume", home, f"--learner.versions={more}")
-    said, _ = again.communicate(timeout=WITHIN_S)
+    said, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, said
     assert f"Going on with run short, kept in {home}" in said
     assert f"{more} versions in" in said

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.ranked import CASES
-from tests.runs import ROOT, RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
+from tests.runs import ROOT, RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted, wait_for
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.servers
-LIMIT_S = 300
 
 
 def launched(model: Path, folder: Path, *, ranks: int) -> dict[str, list[dict[str, Any]]]:
@@ -89,17 +89,19 @@ def test_a_run_with_two_ranks_goes_on_after_one_of_them_died(tmp_path: Path, sta
     toml, home = scripted(tmp_path, starting_model, versions=6), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2", "--learner.minibatches=2")
     try:
-        wait_for(lambda: len(history(home)) >= 2, run, within_s=LIMIT_S, name="version 2")
+        wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
         learners = run.services()["learner"]
         assert len(learners) == 2
         learners[-1].kill()
-        code, output = run.finish(within_s=LIMIT_S)
+        code, output = run.finish()
     finally:
         run.kill_everything()
     assert code == 0, output[-3000:]
     ledger = check_ledger(home)
-    assert (ledger["trained"], ledger["dropped"], ledger["dead_lettered"]) == (6 * 16, {}, 0)
+    check_whole_groups(ledger, groups=6 * 4, samples=4)
+    assert ledger["dead_lettered"] == 0
     assert newest_manifest(home)["optimizer_steps"] == 12
     lines = history(home)
-    assert [len(line["successes"]) for line in lines] == [16] * 6
+    assert len(lines) == 6
+    assert sum(len(line["successes"]) for line in lines) == ledger["trained"]
     assert all(line["exact"] and line["skipped"] == 0 for line in lines)
