@@ -11,12 +11,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from tests import failures
 from tests.failures import pytest_runtest_makereport, pytest_runtest_setup
-from tests.groups import pytest_collection_modifyitems
+from tests.groups import pytest_collection_finish, pytest_collection_modifyitems
 from tests.shared_servers import shared
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
 
-__all__ = ["pytest_collection_modifyitems", "pytest_runtest_makereport", "pytest_runtest_setup"]
+__all__ = [
+    "pytest_collection_finish",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_makereport",
+    "pytest_runtest_setup",
+]
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SESSION = os.getppid() if WORKER else os.getpid()
 """The process that ends with the session: pytest's, and not that of one of its workers."""

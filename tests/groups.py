@@ -38,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)  # stable: within a group nothing changes
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail where xdist runs the tests and has not taken the groups up: tests that share a server would meet."""
+    if not getattr(session.config.option, "loadgroup", False):
+        return
+    for item in session.items:
+        group = group_of(item)
+        if group is not None and not item.nodeid.endswith(f"@{group}"):
+            raise pytest.UsageError(f"pytest-xdist does not know the group of {item.nodeid}: see pytest in dev.in")
+
+
 def group_of(item: pytest.Item) -> str | None:
     """The name of the test's group; None: it is a unit by itself."""
     path = _path(item)
