@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     REPLACED = 6
     """Another learner took this run over."""
     ENGINE = 7
-    """The inference engine died. Nothing is lost by it, and the process may be started again."""
+    """The inference engine died, or refused what its worker needs. Nothing is lost, and the process may start again."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; stopped cleanly."""
 

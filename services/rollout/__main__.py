@@ -13,6 +13,7 @@ from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
 from services.rollout.dialogue import Dialogue
 from services.rollout.engine import Engine, EngineDead
+from services.rollout.engine_needs import needed
 from services.rollout.seeds import engine_seed
 from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Weights
@@ -64,7 +65,8 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             stop.on_request(leave)
             server.show(application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status))
             try:
-                await engine.start()
+                with needed("to start"):
+                    await engine.start()
                 if not stop.requested:
                     await worker.work()
             except EngineDead as dead:

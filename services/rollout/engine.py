@@ -40,7 +40,7 @@ class StoredWeights:
 
 
 class EngineFailed(Exception):
-    """The engine could not serve a request; it can serve others."""
+    """The engine lives and could not do one thing: a request, or a step that its worker needs (engine_needs.py)."""
 
 
 class EngineDead(Exception):
@@ -53,8 +53,11 @@ class Engine(Protocol):
     Every method but `close` raises EngineDead when the engine is gone.
     """
 
+    def status(self) -> dict[str, str]:
+        """For /v1/status, also before the start: its `kind`, and what it has decided about this machine."""
+
     async def start(self) -> None:
-        """Load the model; minutes for a large one. Raises Refusal when the model cannot be served."""
+        """Load the model; minutes for a large one. Raises Refusal when the model cannot be served, EngineFailed."""
 
     async def watch(self) -> NoReturn:
         """Wait until the engine is gone, also while nobody asks anything of it, and raise EngineDead."""

@@ -65,6 +65,10 @@ _MEMORY = (
     "(local.rollout_workers), or give the machine or the container more memory"
 )
 _UNKNOWN = "read the traceback in its log; if nothing there is about this machine or this model, report it to vLLM"
+_AGAIN = (
+    "start again: the worker comes back with a new engine, and what was under way is sampled again. If that step is "
+    "refused again, report its error, with the traceback in logs/WORKER.engine.log, to vLLM"
+)
 _CACHE = (
     "raise rollout.engine.kv_cache_gib (on a GPU rollout.engine.gpu_memory_utilization), or lower "
     "sampling.max_trajectory_tokens"
@@ -106,6 +110,19 @@ def refused(evidence: Evidence) -> Failure | None:
 def refusal(model: str, error: str) -> str:
     """What a person reads when vLLM refuses the model; `error` with its type and its whole message."""
     return "\n".join([f"vLLM cannot serve the model {model}: {error}", *_advice(error)])
+
+
+def refused_step(what: str, error: str) -> str:
+    """What a person reads when a living engine refuses a step that its worker needs; `error` whole.
+
+    >>> print(refused_step("an update to version 3", "weight update: RuntimeError: CUDA out of memory"))
+    the inference engine refused an update to version 3
+    its error: weight update: RuntimeError: CUDA out of memory
+    what to try: lower rollout.engine.kv_cache_gib (on a GPU rollout.engine.gpu_memory_utilization), start fewer \
+workers (local.rollout_workers), or give the machine or the container more memory
+    """
+    advice = _advice(error) or [f"what to try: {_AGAIN}"]
+    return "\n".join([f"the inference engine refused {what}", f"its error: {error}", *advice])
 
 
 def words(evidence: Evidence) -> str:

@@ -28,6 +28,9 @@ class ScriptedEngine:
         self._closed = False
         self._live: dict[str, _Message] = {}
 
+    def status(self) -> dict[str, str]:
+        return {"kind": "scripted"}
+
     async def start(self) -> None: ...
 
     async def watch(self) -> NoReturn:

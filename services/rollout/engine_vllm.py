@@ -38,6 +38,8 @@ class VllmEngine:
         """`log`: the file in which the engine's processes leave evidence in case they die."""
         self._config, self._model, self._log = config, model, log
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
+        self._amx: amx.Amx | None = None
+        """What the CPU engine does about AMX; None: not started, or on a GPU."""
         self._llm: AsyncLLM | None = None
         self._watch: Watch | None = None
         self._death: asyncio.Task[str] | None = None
@@ -46,8 +48,11 @@ class VllmEngine:
         self._waiting: dict[str, Any] = {}
         """By request: where vLLM puts its output when it has ended."""
 
+    def status(self) -> dict[str, str]:
+        return {"kind": "vllm"} | ({"amx": self._amx.value} if self._amx is not None else {})
+
     async def start(self) -> None:
-        on_cpu = _set_environment(self._config)
+        self._amx = _set_environment(self._config)
         try:
             from vllm.config import WeightTransferConfig
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -57,7 +62,7 @@ class VllmEngine:
             raise Refusal(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
         machine: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(self._config.kv_cache_gib * 2**30), "distributed_executor_backend": _EXECUTOR}
-            if on_cpu
+            if self._amx is not None
             else {"gpu_memory_utilization": self._config.gpu_memory_utilization}
         )
         arguments = AsyncEngineArgs(
@@ -284,8 +289,8 @@ def _post_mortem(watch: Watch) -> str:
     return engine_death.words(watch.inquire())
 
 
-def _set_environment(config: VllmEngineConfig) -> bool:
-    """vLLM reads its settings from the environment; must happen before its import. Whether this is the CPU build."""
+def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
+    """vLLM reads its settings from the environment; must happen before its import. None: the engine uses a GPU."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -294,9 +299,10 @@ def _set_environment(config: VllmEngineConfig) -> bool:
     import torch
 
     if torch.cuda.is_available():
-        return False
+        return None
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     os.environ[amx.VARIABLE] = "on" if config.amx else "off"
-    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=amx.settle().value)
-    return True
+    settled = amx.settle()
+    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=settled.value)
+    return settled

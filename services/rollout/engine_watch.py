@@ -13,6 +13,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from services.rollout import memory_kills
 from services.rollout.engine_death import Evidence
 from services.rollout.engine_process import VARIABLE
 
@@ -20,7 +21,6 @@ EXIT_S = 10.0
 """A process that has told of its end, or was told to end, gets so long to be gone."""
 _FAILED_TO_START = re.compile(r"Failed core proc\(s\): (\{.*?\})")
 """In the error of a vLLM whose engine's process ended before it was ready: names and exit codes."""
-_VMSTAT = Path("/proc/vmstat")
 
 
 class Watch:
@@ -30,7 +30,8 @@ class Watch:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         self._already = log.stat().st_size if log.exists() else 0
-        self._killed = _killed_for_memory()
+        self._counter = memory_kills.counter()
+        self._killed = memory_kills.count(self._counter)
         self._processes: Sequence[BaseProcess] = ()
         self._silent = ""
         self.doing = "starting"
@@ -96,7 +97,7 @@ class Watch:
                 log = file.read().decode(errors="replace")
         except OSError:
             log = ""
-        killed = max(0, _killed_for_memory() - self._killed)
+        killed = max(0, memory_kills.count(self._counter) - self._killed)
         return Evidence(self.doing, exit_code, pid, log, str(self._log), self._silent, killed)
 
 
@@ -106,12 +107,3 @@ def _joined(process: BaseProcess) -> bool:
     while process.exitcode is None and (left := deadline - time.monotonic()) > 0:
         process.join(min(left, 0.1))
     return process.exitcode is not None
-
-
-def _killed_for_memory() -> int:
-    """Processes that the kernel has ended for want of memory since the machine started, as far as it tells."""
-    try:
-        counted = re.search(r"^oom_kill (\d+)$", _VMSTAT.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(counted[1]) if counted else 0

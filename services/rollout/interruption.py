@@ -16,6 +16,7 @@ from services.rollout import metrics
 from services.rollout.assembly import Assembly, Live
 from services.rollout.cuts import Cuts, flush
 from services.rollout.engine import Engine
+from services.rollout.engine_needs import needed
 from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
 
@@ -67,17 +68,19 @@ class Interruption:
             self._give_up()
 
     async def serve(self) -> None:
-        """Reach the cut that is asked for and let go when it is over; for ever. Raises EngineFailed."""
+        """Reach the cut that is asked for and let go when it is over; for ever. Raises Refusal if the engine does."""
         while True:
             await self._news.wait()
             self._news.clear()
             request = self._cuts.open
             if request is not None and request.cut != self._reached:
-                await self._reach(request)
+                with needed(f"cut {request.cut} of version {request.version}"):
+                    await self._reach(request)
                 self._reached = request.cut
                 self._listen()
             elif request is None:
-                await self._weights.let_go(self._cuts.held)
+                with needed("to go on after a cut"):
+                    await self._weights.let_go(self._cuts.held)
 
     async def _reach(self, request: CutRequested) -> None:
         """Stand still, and say so once all that was sampled is on the log."""

@@ -23,6 +23,7 @@ from common.versions import Version
 from services.rollout import metrics
 from services.rollout.canary import judge
 from services.rollout.engine import Engine, StoredWeights
+from services.rollout.engine_needs import needed
 
 
 class Applied:
@@ -102,7 +103,10 @@ class Weights:
         self._announced.set()  # what was held may be loaded now
 
     async def keep_up(self) -> None:
-        """Apply what is announced, newest first, for ever. Raises Refusal when a version is refused."""
+        """Apply what is announced, newest first, for ever.
+
+        Raises Refusal when a version is refused: by its canaries, or by an engine that does not take it on.
+        """
         while True:
             await self._announced.wait()
             self._announced.clear()
@@ -151,13 +155,15 @@ class Weights:
     async def _apply(self, weights: StoredWeights) -> None:
         manifest = weights.manifest
         started = time.monotonic()
-        await self._engine.pause()
-        await self._engine.load(weights)
-        self._loaded = manifest.version
-        await self._resume_unless_held()
+        with needed(f"an update to version {manifest.version}"):
+            await self._engine.pause()
+            await self._engine.load(weights)
+            self._loaded = manifest.version
+            await self._resume_unless_held()
         pause_s = time.monotonic() - started
         metrics.PAUSE_SECONDS.observe(pause_s)
-        scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))
+        with needed(f"to score the canaries of version {manifest.version}"):
+            scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))
         verdict = judge(scores, manifest.canaries, tolerance=self._tolerance)
         metrics.CANARY_ERROR.set(verdict.error)
         metrics.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()

@@ -95,7 +95,11 @@ class Worker:
         """For /v1/status."""
         alive = self.alive()
         fields = {name: getattr(alive, name) for name in alive.__struct_fields__}
-        return fields | {"finished": self._counts.finished, "cut": self._interruption.cut}
+        return fields | {
+            "finished": self._counts.finished,
+            "cut": self._interruption.cut,
+            "engine": self._sampler.engine.status(),
+        }
 
     def applied(self, applied: Applied) -> None:
         """Tell the log what came of an update."""
@@ -113,8 +117,10 @@ class Worker:
         )
 
     async def work(self) -> None:
-        """Until the run ends. Raises Refusal when a version is refused, EngineDead as soon as the engine is gone.
+        """Until the run ends.
 
+        Raises Refusal when a version is refused, or the engine refuses an update or a cut; EngineDead as soon as the
+        engine is gone.
         What the engine had under way is then neither dropped nor committed: whoever gets the tasks next samples it.
         """
         async with (

@@ -227,6 +227,7 @@ async def test_amx_is_used_where_there_is_any_and_the_kernel_permits_it(engine: 
     """The engine's process says what it does; that it samples at all is what the tests above show."""
     said = engine._log.read_text()
     assert f"AMX: {amx.settle().value}\n" in said
+    assert engine.status() == {"kind": "vllm", "amx": amx.settle().value}
 
 
 async def test_an_engine_that_is_killed_is_dead_for_everybody_and_says_so(engine: VllmEngine) -> None:

@@ -314,6 +314,7 @@ async def test_updates_are_told_and_so_is_how_the_worker_fares(place: Place, mon
     async with working(place) as at_work:
         at_work.engine.shut()
         await at_work.until(lambda: at_work.engine.live == 2)
+        assert at_work.worker.status()["engine"] == {"kind": "scripted"}
         announce(place.bus, 1)
         await at_work.until(lambda: at_work.weights.verified == 1)
         told = len(messages(place.bus, WORKERS))
