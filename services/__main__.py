@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.bus.open import open_bus
+from common.bus.port import Bus
 from common.config import Invocation, load
 from common.config.schema import RunConfig
 from common.config.show import show
@@ -24,6 +24,7 @@ from services.live.state import Plan, State, ready_at, state
 from services.live.stopwatch import Stopwatch
 from services.live.watch import Sight, Watch
 from services.local import words
+from services.local.opening import opened
 from services.local.runs import Settled, resolve, settle
 from services.local.supervisor import Local, addressed
 from services.report.folder import SECONDS, contents
@@ -83,13 +84,19 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         python=words.interpreter(Path(sys.executable), Path.cwd()),
     )
     print(words.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None), flush=True)
+    bus = None
     try:
         with file_errors_refused():
-            done = supervise(config, local, stop)
+            bus = opened(config, stop, say=lambda line: print(line, flush=True))
+            done = bus is not None and supervise(config, local, stop, bus)
     except Refusal as refusal:
-        with contextlib.suppress(OSError, Refusal):  # what ended the run must be told, whatever else fails
-            conclude(home)
+        if bus is not None:
+            with contextlib.suppress(OSError, Refusal):  # what ended the run must be told, whatever else fails
+                conclude(home)
         raise Refusal(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
+    if bus is None:  # the summary would wait for the log in its turn
+        print(f"{words.STOPPED_BEFORE}\n{again}")
+        sys.exit(int(ExitCode.INTERRUPTED))
     summary = conclude(home)
     if not done:
         print(f"{words.stopped(summary)}\n{again}\n{words.made(summary, home)}")
@@ -97,14 +104,13 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
     print(words.made(summary, home))
 
 
-def supervise(config: RunConfig, local: Local, stop: Stop) -> bool:
+def supervise(config: RunConfig, local: Local, stop: Stop, bus: Bus) -> bool:
     """Run the processes and show how they fare; whether the run is done. Raises Refusal when it cannot go on."""
     started = time.monotonic()
     plan = Plan(
         config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
     )
     stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
-    bus = open_bus(config)
     watch = Watch(
         {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)
     )

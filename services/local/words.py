@@ -8,6 +8,7 @@ from typing import Any
 
 from common.config.schema import RunConfig
 from services.live.amounts import count, duration
+from services.live.outages import clock
 
 USAGE = """\
 usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
@@ -30,6 +31,7 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
 5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
 SIGTERM."""
+STOPPED_BEFORE = "Stopped before anything was started. Go on with:"
 EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
 """What `make run` and `make run-cluster` run unless they are told otherwise."""
 
@@ -56,6 +58,17 @@ def _elsewhere(config: RunConfig) -> dict[str, str]:
         store = config.snapshot_store
         places["S3"] = f"{store.endpoint}, {store.bucket}/{config.object_prefix}"
     return places
+
+
+def waits_for_kafka(servers: str, problem: str, until: float | None) -> str:
+    """Before there is anything to show. until: in Unix seconds.
+
+    >>> waits_for_kafka("k:9092", "k:9092: Connection refused", None)
+    'waiting for Kafka at k:9092 (k:9092: Connection refused): start the broker, or correct bus.servers; Ctrl-C stops'
+    """
+    why = f" ({problem})" if problem else ""
+    limit = f" until {clock(until)}" if until is not None else ""
+    return f"waiting for Kafka at {servers}{why}{limit}: start the broker, or correct bus.servers; Ctrl-C stops"
 
 
 def resume(

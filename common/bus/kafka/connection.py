@@ -105,7 +105,8 @@ class Connection:
                 if now - said > SAY_S:
                     said = now
                     reason = self.reason(problem)
-                    logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
+                    if self.outages.logged:
+                        logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
                 time.sleep(PAUSE_S)
 
     def reason(self, problem: Exception) -> str:
@@ -177,8 +178,9 @@ def _context(config: BusConfig) -> ssl.SSLContext:
 
 
 def _words(problem: Exception) -> str:
-    """kafka-python's own errors name their kind themselves."""
-    return f"{problem}" if isinstance(problem, errors.KafkaError | NotLetIn) else f"{type(problem).__name__}: {problem}"
+    """kafka-python's own errors name their kind themselves, and what a knock finds needs none."""
+    named = isinstance(problem, errors.KafkaError | NotLetIn | NotThere)
+    return f"{problem}" if named else f"{type(problem).__name__}: {problem}"
 
 
 def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str:
