@@ -21,10 +21,9 @@ from common.bus.port import Bus, Consumer, Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from common.snapshots.client import SnapshotClient
 from tests.memory_bus import MemoryBus, Store
+from tests.waiting import LIMIT_S
 
 TOPIC, PARTITIONS, GROUP = "things", 4, "workers"
-LIMIT_S = 60.0
-"""Nothing here takes so long unless it is broken."""
 KEYS = [f"g{i:06d}" for i in range(60)]
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 
 from common.service import Server
 from common.snapshots.calls import Calls, NotThere, StoreUnavailable
+from tests.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000
 BROKEN_AT = 1_000_000
@@ -125,7 +126,7 @@ def test_many_threads_share_one_client() -> None:
         calls = Calls(f"http://127.0.0.1:{server.port}", patience_s=60.0)
 
         def work(number: int) -> list[bytes]:
-            together.wait(60)
+            together.wait(LIMIT_S)
             sent = [b"%d.%d" % (number, i) * 1000 for i in range(20)]
             return [
                 reply

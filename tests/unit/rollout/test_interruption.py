@@ -39,6 +39,7 @@ from tests.unit.rollout.working import (
     ids,
     messages,
     offer,
+    turns,
     working,
 )
 
@@ -108,7 +109,7 @@ async def stands_still(engine: Limited) -> None:
     """Though it may sample, it does not."""
     count = len(engine.sampled)
     engine.allow(1000)
-    await asyncio.sleep(0.1)
+    await turns()
     assert len(engine.sampled) == count
 
 
@@ -235,7 +236,7 @@ async def test_a_worker_that_starts_while_a_request_stands_answers_and_waits_wit
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         (answer,) = reached(place.bus)
         assert (answer.cut, answer.version, answer.positions, answer.flushed) == (2, -1, {}, 0)
-        await asyncio.sleep(0.1)
+        await at_work.looked()
         assert (at_work.engine.loaded, at_work.engine.asked) == ([], [])
         announce(place.bus, 2)
         await at_work.until(lambda: finished(place.bus) == ids(0))
@@ -270,7 +271,7 @@ async def test_cuts_of_the_past_are_not_answered_however_many_there_were(place: 
 async def test_when_nothing_is_heard_any_more_the_worker_goes_on_and_says_so(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interruption, "HOLD_LIMIT_S", 0.2)
+    monkeypatch.setattr(interruption, "HOLD_LIMIT_S", 0.0)
     before = metrics.HOLDS_GIVEN_UP._value.get()
     offer(place.bus, 0, samples=1)
     announce(place.bus, 0)
@@ -344,6 +345,7 @@ async def test_after_an_outage_the_learner_has_its_time_anew(place: Place, monke
         await at_work.until(lambda: len(engine.sampled) == 5)
         ask(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
+        await at_work.looked()
         await stands_still(engine)
         assert at_work.worker.status()["cut"] == 1
 
@@ -362,7 +364,7 @@ async def test_a_cut_waits_for_the_verdict_on_what_is_on_the_engine(place: Place
         await at_work.until(lambda: engine.sampled == [0, 0, 1, 1])
         ask(place.bus, 1, 1)
         await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
-        await asyncio.sleep(0.1)
+        await at_work.looked()
         assert (flushes(place.bus), reached(place.bus)) == ([], [])
         engine.scoring.set()
         await at_work.until(lambda: len(reached(place.bus)) == 1)
@@ -396,10 +398,11 @@ class SlowDisk(SqliteBus):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.goes_on = threading.Event()
+        self.publishing, self.goes_on = threading.Event(), threading.Event()
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         if topic == TRAJECTORIES:
+            self.publishing.set()
             assert self.goes_on.wait(LIMIT_S)
         return super().publish(topic, records)
 
@@ -413,7 +416,8 @@ async def test_a_worker_answers_when_all_that_it_sampled_is_durable(place: Place
             await at_work.until(lambda: at_work.worker.status()["finished"] == 2)
             ask(place.bus, 1, 0)
             await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
-            await asyncio.sleep(0.1)
+            await at_work.until(bus.publishing.is_set)
+            await at_work.looked()
             assert reached(place.bus) == []
             bus.goes_on.set()
             await at_work.until(lambda: len(reached(place.bus)) == 1)

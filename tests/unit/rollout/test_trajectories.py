@@ -29,6 +29,7 @@ from services.rollout.engine import EngineDead, EngineFailed, Sampled, Span
 from services.rollout.trajectories import Ended, Sampler, Tally
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
+from tests.waiting import LIMIT_S
 
 SAMPLING = Sampling(temperature=0.7, max_turn_tokens=120, max_trajectory_tokens=1000, max_turns=6)
 BROKEN = EnvironmentFailed("environment_raised", "ValueError: no")
@@ -91,7 +92,7 @@ class Setting:
         trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3,
     ) -> Ended:  # fmt: skip
         sampler = self.sampler(engine, trusted=trusted, attempts=attempts)
-        async with asyncio.timeout(60), sampler.sessions:
+        async with asyncio.timeout(LIMIT_S), sampler.sessions:
             ended = await sampler.sample(self.group(environment, seed, sampling), 2)
             assert sampler.tally.sampled_tokens == sum(len(answer.tokens) for answer in engine.answers)
             return ended
@@ -100,7 +101,7 @@ class Setting:
         self, engine: Says, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
     ) -> Sampler:
         """Its sessions are to be opened."""
-        sessions = SessionClient(self.url, timeout_s=30, connections=4)
+        sessions = SessionClient(self.url, timeout_s=LIMIT_S, connections=4)
         return Sampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
 
     def group(self, environment: str, seed: int, sampling: Sampling) -> GroupOffered:
@@ -384,7 +385,7 @@ async def test_a_trajectory_that_comes_to_nothing_is_forgotten(dialogue: Dialogu
                 await waiting.wait()
                 assert [live.request for live in sampler.live] == ["g000007/2#0.0"]
                 sampling.cancel()
-            await asyncio.wait({sampling}, timeout=60)
+            await asyncio.wait({sampling}, timeout=LIMIT_S)
     assert sampling.cancelled() or isinstance(sampling.result(), TrajectoryDropped)
     assert sampler.live == []
 
@@ -404,7 +405,7 @@ async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the
     engine.generate = together  # type: ignore[method-assign]
     sampler = setting.sampler(engine)
     group = setting.group("lookup", 3, Sampling(1.0, 3, 1000, 1))
-    async with asyncio.timeout(60), sampler.sessions:
+    async with asyncio.timeout(LIMIT_S), sampler.sessions:
         await asyncio.gather(sampler.sample(group, 2), sampler.sample(group, 2))
     assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
 

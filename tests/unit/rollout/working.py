@@ -38,11 +38,10 @@ from services.rollout.trajectories import Sampler, Tally
 from services.rollout.weights import Applied, Weights
 from services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING
+from tests.waiting import LIMIT_S
 
 RUN = "test"
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
-LIMIT_S = 60.0
-"""Nothing here takes so long unless it is broken."""
 
 
 class GatedEngine(ScriptedEngine):
@@ -156,6 +155,26 @@ class Working:
         async with asyncio.timeout(LIMIT_S):
             await asyncio.wait({self.ending})
         self.ending.result()
+
+    async def looked(self, times: int = 3) -> None:
+        """Wait until a worker that holds has read the whole log so often, and found nothing new; or holds no more."""
+        interruption, left = self.worker._interruption, times
+        heard_all = interruption.heard_all
+
+        def counted() -> None:
+            nonlocal left
+            heard_all()
+            left -= 1
+
+        interruption.heard_all = counted  # type: ignore[method-assign]
+        await self.until(lambda: left <= 0 or interruption.cut is None)
+        interruption.heard_all = heard_all  # type: ignore[method-assign]
+
+
+async def turns(count: int = 200) -> None:
+    """Let everything that could go on in this event loop do so, many times over."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 @asynccontextmanager

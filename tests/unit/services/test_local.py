@@ -13,9 +13,10 @@ from services.live.watch import Sight
 from services.local import supervisor
 from services.local.processes import Child, python
 from services.local.supervisor import Local, addressed
+from tests.waiting import LIMIT_S
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
-LASTS = "import time; time.sleep(600)"
+LASTS = f"import time; time.sleep({2 * LIMIT_S})"
 
 
 class Done:
@@ -47,7 +48,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.servers
-def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(tmp_path: Path):
+def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor, "FOLLOW_S", LIMIT_S)
     done = Done(tmp_path / "done")
     run = supervised(tmp_path, worker=f"open({str(done.path)!r}, 'w')", learner=done.learner)
     assert run.run(Stop(), look)
@@ -87,7 +91,7 @@ def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path,
 def test_a_crash_is_remembered_with_its_last_error(tmp_path: Path):
     done = Done(tmp_path / "done")
     worker = f"import pathlib; p = pathlib.Path({str(tmp_path / 'once')!r}); f = p.exists(); p.touch()\n"
-    worker += f"if not f: raise ValueError('no luck')\nopen({str(done.path)!r}, 'w'); import time; time.sleep(600)"
+    worker += f"if not f: raise ValueError('no luck')\nopen({str(done.path)!r}, 'w'); {LASTS}"
     run = supervised(tmp_path, worker=worker, learner=done.learner)
     assert run.run(Stop(), look)
     (crash,) = run.crashes
