@@ -9,7 +9,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import pytest
 from common import faults
 from common.bus.port import Outgoing, Position, Record
 from common.messages import CONTROL, RunFinished, decode
-from common.service import Stop
+from common.service import Starting, Stop
 from common.snapshots.client import SnapshotClient
 from common.snapshots.fencing import Fenced
 from common.snapshots.manifest import Manifest, unseal
@@ -188,7 +188,7 @@ class Life:
             step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
             step.life = self
             try:
-                lead(config, self.stop, store, trainee, beside, step, ranks, resident(model, ranks.device))
+                lead(config, self.stop, store, trainee, beside, step, ranks, resident(model, ranks.device), Unheard())
             except Fenced:
                 assert self.still.done(), "it was replaced, and nobody meant to"
             else:
@@ -223,6 +223,16 @@ class Log(MemoryBus):
         return positions
 
 
+class Unheard(Starting):
+    """In place of the learner's HTTP server: nobody asks."""
+
+    def __init__(self) -> None:
+        self.doing = ""
+
+    def show(self, app: object) -> None:
+        """See Starting."""
+
+
 class Store(SnapshotClient):
     """The same with what is stored."""
 
@@ -253,7 +263,6 @@ def simulated(schedule: LearnerSchedule) -> Iterator[None]:
     clock = SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leading, "open_bus", lambda _: Log(schedule.alive[life.get()]))
-        patch.setattr(leading, "Server", lambda *_, **__: nullcontext())
         patch.setattr(looping, "time", clock)
         patch.setattr(looping, "POLL_S", 2.0)
         patch.setattr(intake, "time", clock)

@@ -71,6 +71,8 @@ class Screen:
                 self._say(line(state))
                 due = time.monotonic() + LINE_S
             self._wait(min(LINE_S, NEWS_S))
+        if not self._stopping():  # what came since the last line, just before the end, is said as well
+            self._news({subject(warning): warning for warning in self._look().warnings}, told)
 
     def _news(self, now: Mapping[str, str], told: Collection[str]) -> set[str]:
         """Say what was not told before; what is told by now. Both by what they are about."""

@@ -1,7 +1,7 @@
 """The main job on the real engine over a real Kafka and a real MinIO: examples/cluster.toml, shortened.
 
-Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change. One
-of its two workers is killed on the way.
+Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change. On
+the way one of its two workers is killed, and later the engine of the other.
 """
 
 import json
@@ -24,7 +24,8 @@ from tools.backends.minio import Minio
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 20
 GROUPS = 2
-KILLED_AT = 5
+KILLED_AT, ENGINE_KILLED_AT = 5, 9
+"""Versions trained when the worker, and when the engine, is killed."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Finished:
 
     home: Path
     orphans: list[psutil.Process]
+    output: str
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +64,46 @@ def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, startin
     try:
         wait_for(lambda: len(history(home)) >= KILLED_AT, run, name=f"version {KILLED_AT}")
         orphans = killed(run, "worker-1")
+        wait_for(lambda: len(history(home)) >= ENGINE_KILLED_AT, run, name=f"version {ENGINE_KILLED_AT}")
+        kill_engine(run, "worker-0")
         code, output = run.finish(within_s=2 * LIMIT_S)
     finally:
         run.kill_everything()
     assert code == 0, output[-4000:]
     print(output[-1500:])
-    return Finished(home, orphans)
+    return Finished(home, orphans, output)
 
 
 def killed(run: RunProcess, name: str) -> list[psutil.Process]:
     """SIGKILL this worker once it has an engine; the processes that it had started."""
-    found: list[psutil.Process] = []
+    worker, engine = worker_with_engine(run, name)
+    started = worker.children(recursive=True)
+    assert engine in started
+    worker.kill()
+    return started
+
+
+def kill_engine(run: RunProcess, name: str) -> None:
+    """SIGKILL the engine of this worker once it has one; the worker is left alone."""
+    worker_with_engine(run, name)[1].kill()
+
+
+def worker_with_engine(run: RunProcess, name: str) -> tuple[psutil.Process, psutil.Process]:
+    """The worker's process and its engine's, as soon as both are there."""
+    found: list[tuple[psutil.Process, psutil.Process]] = []
 
     def has_an_engine() -> bool:
-        found[:] = [p for p in run.services().get("rollout", []) if f"--rollout.worker={name}" in p.cmdline()]
-        return len(found) == 1 and bool(found[0].children(recursive=True))
+        try:
+            for worker in run.services().get("rollout", []):
+                if f"--rollout.worker={name}" in worker.cmdline():
+                    children = worker.children(recursive=True)
+                    found.extend((worker, child) for child in children if "EngineCore" in "".join(child.cmdline()))
+        except psutil.Error:  # one of them is gone meanwhile
+            return False
+        return bool(found)
 
     wait_for(has_an_engine, run, name=f"an engine of {name}")
-    (worker,) = found
-    engines = worker.children(recursive=True)
-    worker.kill()
-    return engines
+    return found[-1]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +122,12 @@ def test_it_is_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> Non
 def test_a_killed_worker_leaves_no_engine_behind(finished: Finished) -> None:
     assert finished.orphans
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in finished.orphans)
+
+
+def test_a_killed_engine_is_named_and_costs_no_trajectory(finished: Finished, servers: Cluster) -> None:
+    assert "worker-0 crashed" in finished.output
+    assert "the inference engine died of SIGKILL" in finished.output
+    assert "engine_failed" not in servers.audit(finished.home)["trajectories"]["dropped"]
 
 
 def test_the_ledger_balances(servers: Cluster, home: Path) -> None:
