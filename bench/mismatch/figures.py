@@ -1,5 +1,6 @@
 """The figures of docs/results.md, drawn from the measured numbers alone. Pure."""
 
+from math import fsum  # rounds the same on every Python
 from typing import Any
 
 from bench.mismatch.svg import INK, Panel, document, legend
@@ -123,7 +124,7 @@ STEP = 0.05
 
 
 def _moving(values: list[float]) -> list[float]:
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - MOVING) : i + 1])]
+    return [fsum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - MOVING) : i + 1])]
 
 
 def _above(value: float) -> float:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import fsum
 from typing import Any
 
 from bench.mismatch.measures import NOTHING, Interval, Seen, bootstrap
@@ -140,7 +141,7 @@ def tuned(by_setting: Mapping[Setting, Sequence[float]]) -> dict[str, Any]:
 
     def best(of: Iterable[int]) -> Setting:
         chosen = list(of)
-        return max(by_setting, key=lambda setting: sum(by_setting[setting][seed] for seed in chosen))
+        return max(by_setting, key=lambda setting: fsum(by_setting[setting][seed] for seed in chosen))
 
     band, clip = best(seeds)
     own = [by_setting[best(other for other in seeds if other != seed)][seed] for seed in seeds]
