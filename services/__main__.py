@@ -97,7 +97,13 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
     if bus is None:  # the summary would wait for the log in its turn
         print(f"{words.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
-    summary = conclude(home)
+    try:
+        summary = conclude(home)
+    except Refusal as refusal:
+        if done:
+            raise
+        print(f"{words.STOPPED}\n{again}\nThere is no report: {refusal}")  # how to go on is worth more than why not
+        sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
         print(f"{words.stopped(summary)}\n{again}\n{words.made(summary, home)}")
         sys.exit(int(ExitCode.INTERRUPTED))

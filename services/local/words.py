@@ -31,6 +31,7 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
 5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
 SIGTERM."""
+STOPPED = "Stopped cleanly. Go on with:"
 STOPPED_BEFORE = "Stopped before anything was started. Go on with:"
 EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
 """What `make run` and `make run-cluster` run unless they are told otherwise."""
