@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
@@ -25,6 +26,10 @@ __all__ = [
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SESSION = os.getppid() if WORKER else os.getpid()
 """The process that ends with the session: pytest's, and not that of one of its workers."""
+
+
+settings.register_profile("palimpsest", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("palimpsest")  # the same examples every time, however slow the machine is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
