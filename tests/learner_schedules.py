@@ -67,6 +67,9 @@ class LearnerSchedule(Schedule):
     trained: list[tuple[int, Version, Row]] = field(default_factory=list)
     """Learner, resident version, and each row it trained on."""
     visits: "Counter[tuple[str, str]]" = field(default_factory=Counter)
+    dead: set[str] = field(default_factory=set)
+    """Workers' lives that ended at a place. Their coroutines still unwind; the log takes nothing from them and keeps
+    none of them waiting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +92,11 @@ class LearnerSchedule(Schedule):
 
     def reward(self) -> float:
         return self.random.choice([0.0, 1.0])
+
+    def _silent_until(self) -> float:
+        if life.get() in self.dead:
+            raise Killed
+        return super()._silent_until()
 
     async def _learner(self) -> None:
         ended = []
@@ -125,7 +133,7 @@ class LearnerSchedule(Schedule):
         if one is not None:
             one.meets(fault.how)
         elif fault.how is How.DIES:
-            self.silent[name] = FOREVER_S  # nothing that it still says is heard
+            self.dead.add(name)
             self.falls[name].set_result(None)
             raise asyncio.CancelledError
         else:

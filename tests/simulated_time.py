@@ -22,7 +22,7 @@ class Stuck(AssertionError):
 
 
 class Killed(BaseException):
-    """An actor's end, in the middle of a wait."""
+    """An actor's end, in the middle of a wait; or what a call meets whose process is dead."""
 
 
 class NotYet(BaseException):
@@ -65,6 +65,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             settle, outcome = future.set_result, func(*args)
         except NotYet as wait:
             wait.subscribe(lambda: self._attempt(future, func, args))
+            return
+        except Killed:  # a dead process waits for none of its calls
+            future.cancel()
             return
         except Exception as error:
             settle, outcome = future.set_exception, error
@@ -154,7 +157,8 @@ class SimulatedStore(Store):
     """A log in memory on the loop's clock.
 
     `note` is told of all that is published: topic, records. `fewer` says how many of so many records are at hand for a
-    poll that does not wait for them. Until `silent_until`, for whoever asks, polls bring nothing, and all else waits.
+    poll that does not wait for them. Until `silent_until`, for whoever asks, polls bring nothing, and all else waits;
+    it raises Killed for a process that is dead.
     """
 
     def __init__(

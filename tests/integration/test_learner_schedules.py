@@ -1,5 +1,6 @@
 """Wherever a process dies, stands still or is stopped, the run goes on, and what is left is what one learner leaves."""
 
+import asyncio
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -10,16 +11,19 @@ import pytest
 import structlog
 
 from common import faults
+from common.messages import CONTROL
 from common.snapshots.writer import Writer
 from services.learner import history
 from services.learner.intake import Intake
 from services.learner.loop import Loop
 from services.learner.planner import Planner
-from tests.cut_schedules import make_rare
+from services.rollout.reader import Reader
+from tests.cut_schedules import LIMIT_S, life, make_rare
 from tests.learner_faults import ANYWHERE, Fault, How, places
 from tests.learner_judge import judged
 from tests.learner_schedules import LearnerSchedule
 from tests.runs import ROOT
+from tests.simulated_time import SimulatedLoop, run
 
 LEARNERS = [place for place in places() if place.startswith("learner.")]
 WORKERS = [place for place in places() if place.startswith("rollout.")]
@@ -70,6 +74,25 @@ def test_a_learner_that_dies_stands_still_or_is_stopped_costs_time_only(
 @pytest.mark.parametrize("place", WORKERS)
 def test_a_worker_that_dies_or_is_not_heard_of_costs_time_only(place: str, how: How, tmp_path: Path) -> None:
     meets(tmp_path, 0, worker=Fault(place, 1, how))
+
+
+def test_a_worker_that_dies_does_not_wait_for_the_log(tmp_path: Path) -> None:
+    """Of the simulation: a worker that lives waits for its call to return before it ends (reader.py)."""
+
+    async def dies(loop: SimulatedLoop) -> float:
+        life.set("worker-0.0")
+        schedule = LearnerSchedule(loop, random.Random(0), tmp_path, of_worker=Fault("here", 1, How.DIES))
+        schedule.falls[life.get()] = loop.create_future()
+        schedule.silent[life.get()] = 10.0
+        calling = asyncio.create_task(Reader(schedule.bus.consumer(CONTROL)).ends())
+        await asyncio.sleep(5.0)
+        with pytest.raises(asyncio.CancelledError):
+            schedule.reach("here")
+        calling.cancel()
+        await asyncio.wait({calling})
+        return loop.time()
+
+    assert run(dies, lambda: 0.1) < LIMIT_S
 
 
 def meets(folder: Path, seed: int, *, learner: Fault | None = None, worker: Fault | None = None) -> None:
