@@ -6,6 +6,8 @@ from pathlib import Path
 from common.refusal import Refusal
 
 WHOLE = "it takes a whole model folder, with config, weights and tokenizer, as `save_pretrained` writes it"
+_OF_A_TOKENIZER = ("token", "vocab", "piece", "tekken")
+"""Parts of the file names under which the families keep their tokenizers."""
 
 
 def refuse_absent(path: str) -> None:
@@ -26,6 +28,13 @@ def refuse_no_model(path: str) -> None:
         raise Refusal(f"model.path: {path} holds no model (there is no {config}): {WHOLE}") from None
     except (OSError, ValueError) as error:
         raise Refusal(f"model.path: {config} cannot be read ({error}): {WHOLE}") from None
+
+
+def refuse_no_tokenizer(path: str) -> None:
+    """Raises Refusal when the path is a folder without a tokenizer: transformers makes an empty one of it."""
+    folder = Path(path)
+    if folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in _OF_A_TOKENIZER):
+        raise Refusal(f"model.path: {path} has no usable tokenizer (no tokenizer.json or its like): {WHOLE}")
 
 
 def sentence(error: Exception) -> str:

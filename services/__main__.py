@@ -13,7 +13,7 @@ from common.bus.port import Bus
 from common.config import Invocation, load
 from common.config.schema import RunConfig
 from common.config.show import show
-from common.model_path import refuse_no_model
+from common.model_path import refuse_no_model, refuse_no_tokenizer
 from common.program import main, tell
 from common.refusal import ExitCode, Refusal
 from common.service import Stop
@@ -62,6 +62,7 @@ def launch(invocation: Invocation) -> None:
         print(show(resolve(invocation)), end="")
         return
     refuse_no_model(invocation.config.model.path)
+    refuse_no_tokenizer(invocation.config.model.path)
     stop = Stop().install()
     settled = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
     with settled.lock as lock:

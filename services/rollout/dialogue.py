@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.model_path import WHOLE, refuse_absent, sentence
+from common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from common.refusal import Refusal
 from common.sessions.wire import Message
 
@@ -32,6 +32,7 @@ class Dialogue:
     def load(cls, model: str, options: dict[str, Any]) -> "Dialogue":
         """The dialogue of a model folder. Raises Refusal when its tokenizer cannot be used."""
         refuse_absent(model)
+        refuse_no_tokenizer(model)
         try:
             tokenizer = _tokenizer(model)
         except Exception as error:

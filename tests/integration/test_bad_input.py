@@ -102,12 +102,17 @@ def garbage(folder: Path, starting: Path) -> None:
     (folder / "config.json").write_bytes(b"\x00\xff not JSON")
 
 
+def without_tokenizer(folder: Path, starting: Path) -> None:
+    shutil.copytree(starting, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (absent, "model.path: {model} does not exist; `make setup` builds"),
         (empty, "model.path: {model} holds no model (there is no {model}/config.json): it takes a whole model folder"),
         (garbage, "model.path: {model}/config.json cannot be read ("),
+        (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): it takes a"),
     ],
 )
 def test_a_model_folder_that_cannot_be_read(

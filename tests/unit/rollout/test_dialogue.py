@@ -1,5 +1,6 @@
 """Tokens in, tokens out: what the model said is never tokenised again."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,7 @@ def test_a_tokenizer_that_cannot_hold_a_dialogue_is_refused(tmp_path: Path, temp
         Dialogue.load(str(tmp_path), {})
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, starting_model: Path) -> None:
+    shutil.copy(starting_model / "config.json", tmp_path)  # with it transformers makes an empty tokenizer, no error
     with pytest.raises(Refusal, match=r"model\.path: .* has no usable tokenizer"):
         Dialogue.load(str(tmp_path), {})
