@@ -8,7 +8,7 @@ LIMIT_S = 900.0
 LOOK_S = 0.02
 
 
-def until(holds: Callable[[], bool], name: str, *, tell: Callable[[], str] = str) -> None:
+def until(holds: Callable[[], bool], name: str = "what the test waits for", *, tell: Callable[[], str] = str) -> None:
     """Look until it holds. Fails with `name` and what `tell` returns once LIMIT_S is over."""
     deadline = time.monotonic() + LIMIT_S
     while not holds():

@@ -19,17 +19,10 @@ from common.service import HttpError, Server, application
 from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
 from services.live.watch import Watch
+from tests.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
-GUARD_S = 600.0
 HOST = "127.0.0.1"
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + GUARD_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def service(name: str) -> FastAPI:
@@ -55,7 +48,7 @@ def calling(call: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=lambda: ended.append(call()), daemon=True)
     thread.start()
     yield
-    thread.join(GUARD_S)
+    thread.join(LIMIT_S)
     assert len(ended) == 1
 
 
@@ -107,7 +100,7 @@ def test_a_gateway_that_goes_away_is_told_until_it_is_back() -> None:
         return app
 
     async def close() -> None:
-        async with SessionClient(url, timeout_s=GUARD_S, connections=2) as client:
+        async with SessionClient(url, timeout_s=LIMIT_S, connections=2) as client:
             await client.close("s")
 
     with calling(lambda: asyncio.run(close())):
