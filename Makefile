@@ -50,7 +50,7 @@ lint: environment ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 
 check: setup lint ## the same and the fast tests
-	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not servers and not vllm and not long" $(KEPT) $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not thorough and not servers and not vllm and not long" --hypothesis-profile=few $(KEPT) $(ARGS)
 
 format: environment ## write the code in the house format
 	@$(BIN)/ruff format .

@@ -88,8 +88,10 @@ class Outages:
 
     def _leave(self, key: tuple[str, str], call: int) -> None:
         with self._lock:
-            entry = self._entries[key]
-            del entry.waiting[call]
+            entry = self._entries.get(key)
+            if entry is None:  # the register was emptied meanwhile
+                return
+            entry.waiting.pop(call, None)
             if entry.waiting:
                 return
             del self._entries[key]

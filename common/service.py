@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from common.logs import logger
-from common.outages import OUTAGES
+from common.outages import OUTAGES, Outages
 from common.refusal import ExitCode, Refusal
 
 Status = dict[str, Any]
@@ -96,6 +96,7 @@ def application(
     registry: CollectorRegistry,
     ready: Callable[[], str | None],
     status: Callable[[], Status],
+    outages: Outages = OUTAGES,
     **options: Any,
 ) -> FastAPI:
     """A FastAPI app with the four common routes. `ready` gives None, or what is not ready yet."""
@@ -116,7 +117,7 @@ def application(
 
     @app.get("/v1/status")
     async def current_status() -> Status:
-        return {"service": service, "waiting_for": ready(), "outages": OUTAGES.told(), **status()}
+        return {"service": service, "waiting_for": ready(), "outages": outages.told(), **status()}
 
     @app.exception_handler(HttpError)
     async def answer(_request: Request, error: HttpError) -> JSONResponse:

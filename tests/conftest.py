@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
 
+from common.outages import OUTAGES
 from tests import failures
 from tests.failures import pytest_runtest_makereport, pytest_runtest_setup
 from tests.groups import pytest_collection_finish, pytest_collection_modifyitems
@@ -29,6 +30,7 @@ SESSION = os.getppid() if WORKER else os.getpid()
 
 
 settings.register_profile("palimpsest", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", settings.get_profile("palimpsest"), max_examples=15)  # of `make check`
 settings.load_profile("palimpsest")  # the same examples every time, however slow the machine is
 
 
@@ -42,6 +44,12 @@ def _logs_are_found(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where a failed test's logs are."""
     folder = _shared(tmp_path_factory)
     failures.folders[:] = [tmp_path_factory.getbasetemp(), folder / "kafka", folder / "minio"]
+
+
+@pytest.fixture(autouse=True)
+def _no_outage_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test begins with an empty register of outages: a client that another test left behind may still be in it."""
+    monkeypatch.setattr(OUTAGES, "_entries", {})
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ LONGEST_FIRST = (
     "tests/integration/test_kafka_outage.py",
     "tests/integration/",
 )
-"""Beginnings of paths. Tests that start servers and match none come next, then all others in the order of the files."""
+"""Beginnings of paths. Tests that are marked and match none come next, then all others in the order of the files."""
 ALONE = (
     "tests/integration/test_cut_schedules.py",
     "tests/integration/test_learner_schedules.py",
@@ -59,7 +59,7 @@ def group_of(item: pytest.Item) -> str | None:
 
 
 def _rank(item: pytest.Item) -> int:
-    if not (item.get_closest_marker("servers") or item.get_closest_marker("vllm")):
+    if not any(item.get_closest_marker(marker) for marker in ("servers", "vllm", "thorough")):
         return len(LONGEST_FIRST) + 1
     path = _path(item)
     return next((rank for rank, start in enumerate(LONGEST_FIRST) if path.startswith(start)), len(LONGEST_FIRST))

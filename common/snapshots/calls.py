@@ -44,9 +44,9 @@ class Calls:
         sleep: Callable[[float], None] = time.sleep,
         outages: Outages = OUTAGES,
     ) -> None:
-        self._http = httpx.Client(base_url=url, timeout=_TIMEOUT)
+        trusted = trusting(ca_file, key="snapshot_store.ca_file")  # once: to read certificates takes 40 ms
+        self._http = httpx.Client(base_url=url, verify=trusted, timeout=_TIMEOUT)
         # no header but Host is signed in a presigned address; identity, so that a range counts stored bytes
-        trusted = trusting(ca_file, key="snapshot_store.ca_file")
         self._direct = httpx.Client(verify=trusted, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
         self.url = url

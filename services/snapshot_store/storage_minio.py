@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError
 
 from common.config.schema import SnapshotStoreConfig
 from common.logs import logger
-from common.outages import OUTAGES, S3
+from common.outages import OUTAGES, S3, Outages
 from common.refusal import Refusal
 from services.snapshot_store import storage_refusals
 from services.snapshot_store.feed import Feed
@@ -51,14 +51,14 @@ CREATOR = "x-amz-meta-creator"
 class MinioStorage:
     """See storage.py. `open` first."""
 
-    def __init__(self, config: SnapshotStoreConfig, *, prefix: str) -> None:
+    def __init__(self, config: SnapshotStoreConfig, *, prefix: str, outages: Outages = OUTAGES) -> None:
         self._config, self._prefix, self._bucket = config, prefix, config.bucket
         provider = credentials()
         self._client = client(config, provider, connections=THREADS, tries=2)
         self._once = client(config, provider, connections=THREADS, tries=1)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
         self._putting: Counter[str] = Counter()
-        self._outage = OUTAGES.waiting()
+        self._outage = outages.waiting()
         """Left by the first call that succeeds: whoever asked the store asks again until one does."""
 
     async def open(self) -> None:

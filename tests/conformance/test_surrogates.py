@@ -31,6 +31,8 @@ from tests.builders import a_row
 from tests.models import CPU, Resident, load
 from tests.oracles import surrogates as oracle
 
+pytestmark = pytest.mark.thorough
+
 NOW = Version(8)
 DRAWS = 200
 KINDS: list[dict[str, object]] = [

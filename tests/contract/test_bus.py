@@ -103,6 +103,7 @@ def publish_many(log: Log, name: str, line: Connection) -> None:
     line.send("done")
 
 
+@pytest.mark.thorough
 def test_several_processes_publish_at_once_without_loss_and_each_key_in_order(log: Log, spawn: Spawn) -> None:
     names = ["one", "two", "three"]
     lines = [spawn(publish_many, log, name)[1] for name in names]

@@ -3,6 +3,8 @@
 from contextlib import closing
 from multiprocessing.connection import Connection
 
+import pytest
+
 from common.bus.port import Bus, Outgoing, Record
 from tests.contract.logs import (
     GROUP,
@@ -20,6 +22,8 @@ from tests.contract.logs import (
     things,
     told,
 )
+
+pytestmark = pytest.mark.thorough
 
 
 def test_a_group_member_that_waits_hears_of_news_too(bus: Bus) -> None:

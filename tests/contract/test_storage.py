@@ -21,6 +21,8 @@ from services.snapshot_store.storage_disk import DiskStorage
 from services.snapshot_store.storage_minio import MinioStorage
 from tools.backends.minio import Minio
 
+pytestmark = pytest.mark.thorough
+
 
 @dataclass(frozen=True)
 class Disk:

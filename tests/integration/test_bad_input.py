@@ -13,6 +13,8 @@ import pytest
 from tests.programs import answered
 from tests.runs import ROOT, RunProcess, scripted
 
+pytestmark = pytest.mark.thorough
+
 WITHIN_S = 120.0
 
 

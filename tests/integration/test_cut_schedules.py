@@ -25,10 +25,11 @@ from tests.cut_schedules import Engine, Schedule, latency, life, make_rare
 from tests.runs import ROOT
 from tests.simulated_time import SimulatedLoop, run
 
+pytestmark = pytest.mark.thorough
+
 CHUNK = 100
 CHUNKS = [
-    0,  # `make check`
-    *(pytest.param(first, marks=pytest.mark.servers) for first in (100, 200)),  # only `make test`
+    *(0, 100, 200),
     *(pytest.param(first, marks=pytest.mark.long) for first in range(300, 1000, CHUNK)),
 ]
 """The first seed of each."""

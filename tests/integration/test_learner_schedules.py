@@ -25,6 +25,8 @@ from tests.learner_schedules import LearnerSchedule
 from tests.runs import ROOT
 from tests.simulated_time import SimulatedLoop, run
 
+pytestmark = pytest.mark.thorough
+
 LEARNERS = [place for place in places() if place.startswith("learner.")]
 WORKERS = [place for place in places() if place.startswith("rollout.")]
 VISITS = 3
@@ -34,7 +36,7 @@ ENOUGH = 30
 Patch = pytest.MonkeyPatch
 CHUNK = 20
 CHUNKS = [
-    pytest.param(0, marks=pytest.mark.servers),  # only `make test`
+    0,
     *(pytest.param(first, marks=pytest.mark.long) for first in range(CHUNK, 400, CHUNK)),
 ]
 """The first seed of each."""
@@ -60,7 +62,6 @@ def test_a_learner_meets_something_anywhere(place: str, how: How, tmp_path: Path
     meets(tmp_path, 0, learner=Fault(place, 2, how))
 
 
-@pytest.mark.servers  # only `make test`
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("how", How)
 @pytest.mark.parametrize("place", LEARNERS)

@@ -22,6 +22,8 @@ from services.live.watch import Watch
 from tests.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
+pytestmark = pytest.mark.thorough
+
 HOST = "127.0.0.1"
 
 

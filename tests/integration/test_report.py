@@ -22,6 +22,8 @@ from tests.builders import a_finished
 from tests.unit.services.lines import a_line
 from tests.waiting import LIMIT_S
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = (
     "Success and reward over versions",

@@ -13,6 +13,8 @@ from services.audit.judge import judge
 from services.audit.ledger import below
 from tests.unit.audit.simulated import Simulated
 
+pytestmark = pytest.mark.thorough
+
 
 def a_run(seed: int, steps: int) -> Evidence:
     run = Simulated(random.Random(seed))

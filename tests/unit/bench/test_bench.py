@@ -20,6 +20,8 @@ from services.learner.intake import check_finished
 from tests.builders import SAMPLING
 from tools.backends.kafka import Kafka
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[3]
 SMALL_RUN = ("--streams=24", "--tokens=64", "--seconds=1", "--pace=0.05", "--processes=2", "--duplicates=0.1")
 INGEST_KEYS = {

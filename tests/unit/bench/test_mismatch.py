@@ -19,6 +19,8 @@ from bench.mismatch.toy import Toy
 from bench.mismatch.training import Observed, observe
 from services.learner.leak import Audited, Thresholds
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[3]
 MAIN = Thresholds(band=1.2, clip_low=0.2, clip_high=0.2)
 TINY = Toy(hidden=8, window=2, prompts=4, group=4, minibatches=2, versions=4)

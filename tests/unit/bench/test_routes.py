@@ -49,6 +49,8 @@ from services.learner.old.scores import Scores
 from services.learner.surrogates.ewma_prox import EwmaProx
 from tests.builders import SAMPLING
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[3]
 LOAD = Load(tokens=64)
 FAST = 0.05

@@ -56,6 +56,7 @@ def test_the_next_batch_replaces_the_last(starting_model: Path) -> None:
     assert [canary.tokens for canary in canaries.made()] == [tuple(rows(4)[1].tokens.tolist())]
 
 
+@pytest.mark.thorough
 def test_they_stay_a_trifle(starting_model: Path) -> None:
     canaries = Canaries(load(starting_model), CPU, trajectories=32)
     canaries.choose(rows(6, length=MOST_TOKENS // 4))

@@ -20,6 +20,8 @@ from services.learner.checkpoint import Checkpoints, NoCheckpoint
 from services.learner.planner import LedgerState
 from services.learner.progress import SCHEMA, Progress, complete, read_progress, version_and_writer
 
+pytestmark = pytest.mark.thorough
+
 LEDGER = LedgerState(
     next_index=9,
     open_groups={"g000008": {2: "deadline"}},

@@ -10,6 +10,8 @@ from services.learner.critic import Critic
 from services.learner.model import Trainee, token_logprobs
 from tests.models import load
 
+pytestmark = pytest.mark.thorough
+
 ROWS = torch.tensor([[5, 40, 120, 7, 260, 33], [9, 40, 17, 8, 0, 0]])
 MASK = torch.tensor([[False, True, True, False, False, True], [False, True, True, True, False, False]])
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=5)

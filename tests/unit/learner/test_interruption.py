@@ -446,6 +446,7 @@ def test_an_outage_of_the_log_takes_no_time_from_the_workers(out_s: float, far: 
     assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
 
 
+@pytest.mark.thorough
 def test_a_log_that_answers_every_now_and_then_does_not_hold_the_learner_for_ever(far: FarLog) -> None:
     clock = Ticking()
     learner = Learner(far, Table(0), clock=clock)
@@ -480,6 +481,7 @@ def test_after_an_outage_whoever_was_there_before_it_is_waited_for(far: FarLog) 
     assert (report.answered, report.late, report.tokens_scored) == (("a",), (), 4)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_is_gone_for_good_is_waited_for_in_few_cuts(log: Log) -> None:
     log.said(alive("dead"))
     clock = Ticking(0.05)

@@ -49,6 +49,8 @@ from tests.builders import a_finished, a_row, a_segment
 from tests.models import CPU, canaries, load, perturb
 from tests.stores import eventually
 
+pytestmark = pytest.mark.thorough
+
 TOPICS = {TASKS: 1, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, OLD_LOGPROBS: 2, DEAD_LETTERS: 1}
 BATCH_TOKENS = 64
 LAYOUT_NOISE = 2e-3

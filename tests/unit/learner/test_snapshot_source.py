@@ -22,6 +22,8 @@ from services.learner.proximal import Exact, Patched
 from tests.builders import a_row
 from tests.models import CPU, canaries, load, logprobs, perturb
 
+pytestmark = pytest.mark.thorough
+
 VERSIONS = (0, 1, 2)
 NOW = Version(2)
 

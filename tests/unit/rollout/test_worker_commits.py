@@ -25,6 +25,8 @@ from tests.unit.rollout.working import (
     working,
 )
 
+pytestmark = pytest.mark.thorough
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
