@@ -113,6 +113,7 @@ def test_18_11_removals_by_one_cause_and_by_several_make_up_all_that_is_masked()
         assert {t.dtype for t in (got.masked, *got.causes.values(), *single.values())} == {torch.bool}
 
 
+@pytest.mark.thorough
 def test_18_11_a_rule_removes_the_same_whatever_the_others_do() -> None:
     for seed in range(DRAWS):
         data = draw(seed)
@@ -180,6 +181,7 @@ def test_nothing_has_a_gradient() -> None:
     assert got.weight.dtype == torch.float32
 
 
+@pytest.mark.thorough
 def test_every_rule_at_once_is_the_union_of_the_oracles() -> None:
     rules = {name: bound for name, bound in ALL.items() if name != "m2"}
     for seed in range(DRAWS):

@@ -129,6 +129,7 @@ def publish_keys(log: Log, line: Connection) -> None:
         line.send([at.partition for at in bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])])
 
 
+@pytest.mark.thorough
 def test_a_key_lands_in_the_same_partition_whichever_process_publishes(log: Log, bus: Bus, spawn: Spawn) -> None:
     ours = [at.partition for at in bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])]
     assert set(ours) == set(range(PARTITIONS))
@@ -143,6 +144,7 @@ def publish_forever(log: Log, line: Connection) -> None:
             line.send(batch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("after", [0, 7])
 def test_a_publisher_killed_in_the_middle_leaves_all_that_it_was_told_of_in_order(
     log: Log, spawn: Spawn, after: int
@@ -213,6 +215,7 @@ def publish_one(log: Log, line: Connection) -> None:
         line.send("published")
 
 
+@pytest.mark.thorough
 def test_a_poll_returns_before_its_time_is_over_when_another_process_publishes(
     log: Log, bus: Bus, spawn: Spawn
 ) -> None:

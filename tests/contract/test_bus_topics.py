@@ -44,6 +44,7 @@ def open_new(log: Log, line: Connection) -> None:
     line.send("done")
 
 
+@pytest.mark.thorough
 def test_several_processes_may_open_a_new_log_at_once(log: Log, spawn: Spawn) -> None:
     new = log.another()
     lines = [spawn(open_new, new)[1] for _ in range(3)]

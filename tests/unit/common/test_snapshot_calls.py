@@ -119,6 +119,7 @@ def test_what_is_nowhere_is_not_there() -> None:
         calls.close()
 
 
+@pytest.mark.thorough
 def test_many_threads_share_one_client() -> None:
     elsewhere, together = Elsewhere([]), threading.Barrier(8)
     elsewhere.app.put("/v1/echo")(echo)

@@ -216,6 +216,7 @@ def test_choosing_goes_by_every_letter_and_by_cause() -> None:
     assert list(replay(None, [], again=True)) == []  # type: ignore[arg-type]  # nothing chosen: no bus is touched
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("bus")
 def test_the_program_answers_without_torch(toml: Path) -> None:
     code = (

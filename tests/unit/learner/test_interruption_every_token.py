@@ -18,6 +18,8 @@ from services.learner.old.early import as_row
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, reached
 
+pytestmark = pytest.mark.thorough
+
 VERSIONS = 4
 GROUPS, SAMPLES = 3, 2
 Token = tuple[str, tuple[int, ...]]

@@ -22,6 +22,8 @@ from services.learner.surrogates.make import surrogate
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, logprobs, perturb, train
 
+pytestmark = pytest.mark.thorough
+
 NOW = Version(4)
 
 

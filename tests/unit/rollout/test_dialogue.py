@@ -37,6 +37,7 @@ print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
 """
 
 
+@pytest.mark.thorough
 def test_a_tokenizer_of_the_general_class_is_loaded_without_torch(starting_model: Path) -> None:
     """And is the one that AutoTokenizer would have made."""
     command = [sys.executable, "-c", SAVED_BY_TRANSFORMERS_5, str(starting_model)]

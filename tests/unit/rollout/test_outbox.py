@@ -92,6 +92,7 @@ puts = st.lists(st.lists(st.sampled_from(sorted(PUTS)), max_size=8), min_size=1,
 """Bursts of records; between two of them the outbox gets a turn."""
 
 
+@pytest.mark.thorough
 @given(bursts=puts, fails_at=st.none() | st.integers(0, 6))
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_put_is_done_when_it_is_durable_and_only_then(bursts: list[list[Topic]], fails_at: int) -> None:

@@ -207,6 +207,7 @@ def sayings(draw: st.DrawFn, dialogue: Dialogue) -> Saying:
     return Saying(tokens, stopped=draw(st.booleans()), versions=versions)
 
 
+@pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_whatever_is_said_tokens_stay_as_sampled(gateway: str, dialogue: Dialogue, data: st.DataObject) -> None:

@@ -255,6 +255,7 @@ async def lives(place: Place, chances: random.Random, groups: int) -> int:
     return died
 
 
+@pytest.mark.thorough
 async def test_whenever_engines_die_each_trajectory_is_finished_and_none_is_dropped(place: Place) -> None:
     offer(place.bus, *range(10), samples=3)
     announce(place.bus, 0)
@@ -290,6 +291,7 @@ async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("max_live", [1, 3, 7])
 async def test_there_are_never_more_live_trajectories_than_slots(place: Place, max_live: int) -> None:
     offer(place.bus, *range(6), samples=4)

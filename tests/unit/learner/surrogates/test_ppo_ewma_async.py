@@ -50,6 +50,7 @@ def test_18_3_a_fixed_window_gives_a_fixed_beta(window: int, decay: float) -> No
     assert average.average.center_of_mass == pytest.approx(window / 2, abs=0.1)
 
 
+@pytest.mark.thorough
 def test_a_measured_window_equals_the_oracle() -> None:
     changes = 0
     for seed in range(200):
