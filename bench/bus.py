@@ -29,7 +29,7 @@ from bench.clients import Client, clients
 from bench.records import Maker
 from common.bus.port import Outgoing
 from common.messages import group_id
-from tools.backends.installed import kafka_version
+from tools.backends.downloads import kafka_version
 from tools.backends.kafka import Kafka
 
 SAMPLES = 8

@@ -14,11 +14,11 @@ import confluent_kafka
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from bench.runs import NoClaims, run
+from common.bus.factory import connect
 from common.bus.kafka.bus import BATCH_BYTES
-from common.bus.open import connect
 from common.bus.port import Consumer, Outgoing, partition_of
 from common.messages import TRAJECTORIES
-from services.learner.intake import POLL_RECORDS
+from services.learner.ingest.trajectory_reader import POLL_RECORDS
 from services.rollout.outbox import BATCH
 
 PARTITIONS = 4

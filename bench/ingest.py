@@ -2,8 +2,8 @@
 
 python -m bench ingest [--streams 1000] [--tokens 2048] [--seconds 30] [--pace 0.5] [--bus sqlite|kafka]
 
-Processes beside this one drive the streams (bench/streams.py): out of order, some records twice, some trajectories
-given up. This process is the learner without its model: one intake and one planner as services/learner/lead.py puts
+Processes beside this one drive the streams (bench/simulated_streams.py): out of order, some records twice, some trajectories
+given up. This process is the learner without its model: one intake and one planner as services/learner/coordinator.py puts
 them together, batches taken and resolved as services/learner/loop.py does, their offsets asked for as for a
 checkpoint. Rates and CPU time are those of this process, from the first batch on; the admission of the planner bounds
 what is in flight, so its memory has to be flat.
@@ -29,14 +29,14 @@ import numpy as np
 from bench.meter import Meter, Metered
 from bench.records import TURNS
 from bench.runs import run
-from bench.streams import Streams, drive
+from bench.simulated_streams import Streams, drive
 from common import logs
-from common.bus.open import open_bus
+from common.bus.factory import open_bus
 from common.config.schema import RunConfig
 from common.messages import Sampling
 from common.versions import Version
-from services.learner.intake import Arrived, Intake
-from services.learner.planner import Planner
+from services.learner.buffer.ledger import Planner
+from services.learner.ingest.trajectory_reader import Arrived, Intake
 from tools.backends.kafka import Kafka
 
 MAX_STALENESS = 3

@@ -5,7 +5,7 @@ from array import array
 from types import TracebackType
 from typing import Self
 
-from bench.streams import SENT
+from bench.simulated_streams import SENT
 from common.bus.port import Bus, Consumer, Record
 from common.messages import TRAJECTORIES
 

@@ -23,11 +23,11 @@ class NoClaims:
     """Where long bodies would go, for runs in which none is long enough."""
 
     def put_claim(self, body: bytes) -> str:
-        """See common/bus/claims.py; not expected here."""
+        """See common/bus/claim_check.py; not expected here."""
         raise AssertionError(f"a record of {len(body)} bytes goes to the object store")
 
     def claim(self, digest: str) -> bytes:
-        """See common/bus/claims.py; not expected here."""
+        """See common/bus/claim_check.py; not expected here."""
         raise AssertionError(f"a record's body is elsewhere: {digest}")
 
     def close(self) -> None:

@@ -11,9 +11,9 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
-from common.bus.claims import LOST
+from common.bus.claim_check import LOST
 from common.bus.port import Record
-from common.score_messages import (
+from common.cut_messages import (
     CutReached as CutReached,
     CutReleased as CutReleased,
     CutRequested as CutRequested,
@@ -21,8 +21,8 @@ from common.score_messages import (
     OldLogprobsRequested as OldLogprobsRequested,
     SegmentFlushed as SegmentFlushed,
 )
+from common.rejected_record import Cause, Unusable
 from common.trajectory import Segment
-from common.unusable import Cause, Unusable
 from common.versions import Version
 
 TASKS = "tasks"

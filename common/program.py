@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from common import faults, logs
+from common import failpoints, logs
 from common.bus.port import OffsetGone
 from common.config import Invocation, load
-from common.config.show import show
+from common.config.to_toml import show
+from common.file_errors import file_errors_refused, usable_folder
 from common.files import write
-from common.refusal import ExitCode, Refusal
 from common.service import Stop
-from common.unusable_files import file_errors_refused, usable_folder
+from common.user_error import ExitCode, Refusal
 
 NO_FOLDER = ("env_gateway", "snapshot_store")
 """Services that keep nothing in the run's folder, or not necessarily."""
@@ -39,7 +39,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             with file_errors_refused(), gap_refused():
                 if name not in NO_FOLDER:
                     usable_folder(config.run.home, key="run.folder")
-                faults.reach(f"{name}.start")
+                failpoints.reach(f"{name}.start")
                 body(invocation, stop)
         except Refusal as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for

@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from common.logs import logger
 from common.outages import OUTAGES, Outages
-from common.refusal import ExitCode, Refusal
+from common.user_error import ExitCode, Refusal
 
 Status = dict[str, Any]
 GRACE_S = 10

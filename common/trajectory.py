@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from common.arrays import Float32Array, Int32Array, unpack_float32
-from common.unusable import Cause, Unusable
+from common.rejected_record import Cause, Unusable
 from common.versions import UNTRAINABLE, Version
 
 

@@ -12,20 +12,20 @@ from rich.console import Console
 from common.bus.port import Bus
 from common.config import Invocation, load
 from common.config.schema import RunConfig
-from common.config.show import show
+from common.config.to_toml import show
+from common.file_errors import file_errors_refused
 from common.model_path import refuse_no_model, refuse_no_tokenizer
 from common.program import main, tell
-from common.refusal import ExitCode, Refusal
 from common.service import Stop
 from common.sessions.token import token
-from common.unusable_files import file_errors_refused
+from common.user_error import ExitCode, Refusal
+from services.live.poller import Sight, Watch
 from services.live.screen import Screen
 from services.live.state import Plan, State, ready_at, state
 from services.live.stopwatch import Stopwatch
-from services.live.watch import Sight, Watch
-from services.local import words
-from services.local.opening import opened
-from services.local.runs import Settled, resolve, settle
+from services.local import console_text
+from services.local.bus_opening import opened
+from services.local.run_setup import Settled, resolve, settle
 from services.local.supervisor import Local, addressed
 from services.report.folder import SECONDS, contents
 
@@ -34,15 +34,15 @@ def program() -> None:
     """What the command line asks for."""
     match sys.argv[1:]:
         case []:
-            raise Refusal(words.USAGE)
+            raise Refusal(console_text.USAGE)
         case ["report", folder] if not folder.startswith("-"):
-            print(words.made(conclude(Path(folder)), Path(folder)))
+            print(console_text.made(conclude(Path(folder)), Path(folder)))
         case ["audit", *asked]:
             audit(asked)
         case ["report", *_]:
-            raise Refusal(words.USAGE)
+            raise Refusal(console_text.USAGE)
         case arguments if {"--help", "-h"} & set(arguments):
-            print(words.USAGE)
+            print(console_text.USAGE)
         case arguments:
             launch(load(arguments, os.environ, program="python -m services"))
 
@@ -76,15 +76,18 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
     config, flags = addressed(settled.config)
     local = Local(config, settled.saved, flags)
     home = config.run.home
-    again = words.resume(
+    again = console_text.resume(
         home,
         invocation.source,
         invocation.overrides,
         kafka=config.bus.kind == "kafka",
         by_make="MAKELEVEL" in os.environ,
-        python=words.interpreter(Path(sys.executable), Path.cwd()),
+        python=console_text.interpreter(Path(sys.executable), Path.cwd()),
     )
-    print(words.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None), flush=True)
+    print(
+        console_text.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
+        flush=True,
+    )
     bus = None
     try:
         with file_errors_refused():
@@ -96,19 +99,21 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
                 conclude(home)
         raise Refusal(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
     if bus is None:  # the summary would wait for the log in its turn
-        print(f"{words.STOPPED_BEFORE}\n{again}")
+        print(f"{console_text.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
     try:
         summary = conclude(home)
     except Refusal as refusal:
         if done:
             raise
-        print(f"{words.STOPPED}\n{again}\nThere is no report: {refusal}")  # how to go on is worth more than why not
+        print(
+            f"{console_text.STOPPED}\n{again}\nThere is no report: {refusal}"
+        )  # how to go on is worth more than why not
         sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
-        print(f"{words.stopped(summary)}\n{again}\n{words.made(summary, home)}")
+        print(f"{console_text.stopped(summary)}\n{again}\n{console_text.made(summary, home)}")
         sys.exit(int(ExitCode.INTERRUPTED))
-    print(words.made(summary, home))
+    print(console_text.made(summary, home))
 
 
 def supervise(config: RunConfig, local: Local, stop: Stop, bus: Bus) -> bool:

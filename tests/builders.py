@@ -8,7 +8,7 @@ from common.config.objective import DiscrepancyConfig
 from common.messages import Ending, Sampling, TrajectoryFinished, group_id, trajectory_id
 from common.trajectory import Segment
 from common.versions import UNTRAINABLE, Version
-from services.learner.batching import Row
+from services.learner.batch.batching import Row
 
 UNCORRECTED = DiscrepancyConfig(band="off", weight="off")
 """Neither mask nor weight."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from common import faults
+from common import failpoints
 from tests import waiting
 from tests.runs import ROOT
 from tools.backends import ports  # those that no client is lent: a killed service comes back on its own
@@ -41,7 +41,7 @@ class Services:
             self._started[name] = subprocess.Popen(
                 [sys.executable, *launcher, "-m", f"services.{module}", str(self._toml), *common, *flags],
                 cwd=ROOT,
-                env={**os.environ, **self._environment, faults.VARIABLE: fault},
+                env={**os.environ, **self._environment, failpoints.VARIABLE: fault},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

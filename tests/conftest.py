@@ -14,7 +14,7 @@ from common.outages import OUTAGES
 from tests import failures
 from tests.failures import pytest_runtest_makereport, pytest_runtest_setup
 from tests.groups import pytest_collection_finish, pytest_collection_modifyitems
-from tests.shared_servers import shared
+from tests.servers.shared_servers import shared
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
 

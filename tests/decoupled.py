@@ -6,8 +6,8 @@ from torch import Tensor, zeros_like
 
 from services.learner.corrections import Correction, Limits, Rules, correct
 from services.learner.losses.aggregate import Denominators, aggregate
-from services.learner.losses.clipped import ppo_loss
-from services.learner.losses.port import Inputs
+from services.learner.losses.ppo_clip import ppo_loss
+from services.learner.losses.types import Inputs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from common.bus.sqlite import SqliteBus
 from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
-from services.learner.progress import complete
+from services.learner.checkpointing.manifest import complete
 from tests.runs import check_ledger, history
 
 Things = set[tuple[str, int, int]]

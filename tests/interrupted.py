@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from common.arrays import Float32Array, pack_int32
+from common.bus.offline import scan
 from common.bus.port import Outgoing, Position
 from common.bus.sqlite import SqliteBus
-from common.bus.standing import scan
 from common.messages import (
     CONTROL,
     OLD_LOGPROBS,
@@ -31,12 +31,12 @@ from common.messages import (
 )
 from common.trajectory import Segment
 from common.versions import Version
-from services.learner.batching import Padded
-from services.learner.intake import Arrived, Intake
-from services.learner.old.early import EarlyScorer, Score
-from services.learner.old.interruption import Interruption
-from services.learner.old.scores import Scores
-from services.learner.planner import Planner
+from services.learner.batch.batching import Padded
+from services.learner.buffer.ledger import Planner
+from services.learner.ingest.trajectory_reader import Arrived, Intake
+from services.learner.old_logprobs.eager_scorer import EarlyScorer, Score
+from services.learner.old_logprobs.interruption.coordinator import Interruption
+from services.learner.old_logprobs.score_store import Scores
 from tests.builders import SAMPLING, a_segment
 
 RUN = "test"

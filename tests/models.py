@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 from common.config.learner import LearnerConfig
 from common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
 from common.versions import Version
-from services.learner.batching import Padded, Row
-from services.learner.canaries import Canaries
-from services.learner.companions import Companions
-from services.learner.model import Trainee, named_weights, raw_tensors, token_logprobs
-from services.learner.proximal import Exact, Source
-from services.learner.ranks import Ranks
-from services.learner.scored import Trained
-from services.learner.step import Step
-from services.rollout.engine import StoredWeights
+from services.learner.batch.batching import Padded, Row
+from services.learner.distributed import Ranks
+from services.learner.model.policy import token_logprobs
+from services.learner.model.trainable import Trainee
+from services.learner.model.weights import named_weights, raw_tensors
+from services.learner.proximal.types import Exact, Source
+from services.learner.publishing.canaries import Canaries
+from services.learner.training.results import Trained
+from services.learner.training.state import Companions
+from services.learner.training.trainer import Step
+from services.rollout.engine.port import StoredWeights
 from tools import setup
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from common.arrays import Float32Array
 from common.config.learner import OptimizerConfig
 from common.config.objective import LossConfig
 from common.versions import Version
-from services.learner.batching import Padded, Row, micro_batches, pad
-from services.learner.companions import Companions
-from services.learner.following import take_over
-from services.learner.model import Trainee
-from services.learner.old.together import Together, resident, score_along
-from services.learner.ranks import Ranks
-from services.learner.scored import merge
+from services.learner.batch.batching import Padded, Row, micro_batches, pad
+from services.learner.distributed import Ranks
+from services.learner.model.trainable import Trainee
+from services.learner.old_logprobs.distributed_scorer import Together, resident, score_along
+from services.learner.training.follower import take_over
+from services.learner.training.results import merge
+from services.learner.training.state import Companions
 from tests.builders import a_learner, a_row
 from tests.models import Resident, load, perturb, train
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.arrays import pack_float32, pack_int32
-from common.bus.open import open_bus
+from common.bus.factory import open_bus
 from common.bus.port import Bus, Outgoing
 from common.config.schema import RunConfig
 from common.messages import (

@@ -193,10 +193,10 @@ def wire() -> str:
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
         (
             "Token and log-prob arrays are packed little-endian (int32, float32). This page is made from "
-            "common/messages.py, common/score_messages.py, common/trajectory.py and common/unusable.py by `make docs`."
+            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py by `make docs`."
         ),
     ]
-    beside = (("common.score_messages", None), ("common.trajectory", {"Segment"}), ("common.unusable", {"Cause"}))
+    beside = (("common.cut_messages", None), ("common.trajectory", {"Segment"}), ("common.rejected_record", {"Cause"}))
     for module, names in ((messages, None), *((importlib.import_module(name), names) for name, names in beside)):
         for node in _classes(module, names):
             parts += _record(node, module)

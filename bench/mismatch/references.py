@@ -16,10 +16,10 @@ from common.config.proximal import (
     ProximalConfig,
 )
 from common.versions import Version
-from services.learner.batching import Padded, versions_present
-from services.learner.model import token_logprobs
-from services.learner.proximal import Exact, Source
-from services.learner.surrogates.make import surrogate
+from services.learner.batch.batching import Padded, versions_present
+from services.learner.model.policy import token_logprobs
+from services.learner.proximal.surrogates.factory import surrogate
+from services.learner.proximal.types import Exact, Source
 
 EXACT = "exact"
 SURROGATES: dict[str, ProximalConfig] = {
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 class Stored:
-    """Exact: each token by the weights of its own version, out of the store. See services/learner/proximal.py."""
+    """Exact: each token by the weights of its own version, out of the store. See services/learner/proximal/types.py."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

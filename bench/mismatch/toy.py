@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.versions import UNTRAINABLE, Version
 from services.learner.advantages import group_advantages
-from services.learner.batching import Padded, Row, pad
+from services.learner.batch.batching import Padded, Row, pad
 
 
 @dataclass(frozen=True, slots=True)

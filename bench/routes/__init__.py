@@ -20,9 +20,9 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from bench.routes.contenders import CONTENDERS, REFERENCE, SHAPES, Load, build_model
-from bench.routes.entrant import FORKS, PRELOADED, Entrant, Pace
 from bench.routes.figures import figures, show, targets
+from bench.routes.variant_run import FORKS, PRELOADED, Entrant, Pace
+from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Load, build_model
 
 GUESS_S = 1.0
 """A step, until the reference was seen to train."""

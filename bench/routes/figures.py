@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.routes.contenders import REFERENCE
+from bench.routes.variants import REFERENCE
 
 ON_THE_PATH = ("proximal", "between", "known", "cut", "tick", "distance", "published")
 """Between the batch and its version: the source; an interpolation inside the passes; waiting for scores; a cut; a
@@ -26,7 +26,7 @@ stall   workers stand still until the weights may change; hold: until the next v
 """
 
 Noted = Mapping[str, Any]
-"""Of one version: bench/routes/watched.py and Entrant.turn."""
+"""Of one version: bench/routes/instrumented_learner.py and Entrant.turn."""
 
 
 def figures(measured: Mapping[str, Sequence[Noted]], weights: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

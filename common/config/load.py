@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from common.config.proximal import SnapshotProximal
 from common.config.recipes import beneath, unknown
 from common.config.schema import RunConfig
-from common.refusal import Refusal
+from common.user_error import Refusal
 
 ENV_PREFIX = "PALIMPSEST_"
 NOT_KEYS = (
@@ -29,7 +29,7 @@ NOT_KEYS = (
     "PALIMPSEST_KAFKA_",
 )
 """Beginnings of environment variables that are no keys: tools/backends, what a worker tells its engine's processes,
-common/faults.py, common/sessions/token.py, common/bus/kafka."""
+common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
 

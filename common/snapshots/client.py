@@ -18,7 +18,6 @@ import msgspec
 from blake3 import blake3
 
 from common.files import named
-from common.snapshots.calls import Calls, NotThere, StoreUnavailable, expect
 from common.snapshots.codec import Bytes, decode_base, encode_base
 from common.snapshots.fencing import raise_if_refused
 from common.snapshots.manifest import (
@@ -32,6 +31,7 @@ from common.snapshots.manifest import (
     unseal,
     version_digest,
 )
+from common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable, expect
 from common.versions import Version
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import httpx
 
-from common.refusal import ExitCode, Refusal
+from common.user_error import ExitCode, Refusal
 
 
 class Fenced(Refusal):

@@ -8,8 +8,8 @@ import msgspec
 
 from common.config import load
 from common.config.schema import RunConfig
-from common.refusal import ExitCode, Refusal
-from services.audit import words
+from common.user_error import ExitCode, Refusal
+from services.audit import rendering
 from services.audit.judge import judge
 from services.audit.read import read
 from services.report.folder import settled_in
@@ -27,10 +27,10 @@ class Answer:
 def answer(arguments: Sequence[str], environment: Mapping[str, str]) -> Answer:
     """Audit the run that is named. Raises Refusal."""
     if {"--help", "-h"} & set(arguments):
-        return Answer(words.USAGE, 0)
+        return Answer(rendering.USAGE, 0)
     rest = [argument for argument in arguments if argument not in ("--quick", "--json")]
     if not rest:
-        raise Refusal(words.USAGE)
+        raise Refusal(rendering.USAGE)
     config, home = _named(rest, environment)
     try:
         evidence = read(config, home, quick="--quick" in arguments)
@@ -38,9 +38,9 @@ def answer(arguments: Sequence[str], environment: Mapping[str, str]) -> Answer:
         raise Refusal(f"the snapshot store's storage cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
     judgement = judge(evidence)
     if "--json" in arguments:
-        text = msgspec.json.encode(words.for_machines(evidence, judgement)).decode()
+        text = msgspec.json.encode(rendering.for_machines(evidence, judgement)).decode()
     else:
-        text = "\n".join(words.told(evidence, judgement))
+        text = "\n".join(rendering.told(evidence, judgement))
     return Answer(text, 0 if judgement.sound else 1)
 
 
@@ -52,7 +52,7 @@ def _named(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Ru
         store = config.snapshot_store
         store = store.model_copy(update={"folder": store.folder or folder / "snapshots"})
         return config.model_copy(update={"snapshot_store": store}), folder
-    config = load(arguments, environment, program=words.PROGRAM).config
+    config = load(arguments, environment, program=rendering.PROGRAM).config
     if not config.run.id:
         raise Refusal("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
     return config, config.run.home

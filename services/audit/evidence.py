@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.versions import Version
-from services.learner.planner import LedgerState
+from services.learner.buffer.ledger import LedgerState
 
 FINISHED = "finished"
 """How a trajectory ended that came back whole; any other way is a drop reason."""

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from common.bus.offline import scan, standing_bus
 from common.bus.port import Bus, Record
-from common.bus.standing import scan, standing_bus
 from common.config.schema import RunConfig
 from common.messages import (
     CONTROL,
@@ -33,8 +33,8 @@ from common.messages import (
     message_in,
     trajectory_id,
 )
+from common.rejected_record import FOREIGN, Unusable
 from common.trajectory import Malformed
-from common.unusable import FOREIGN, Unusable
 from common.versions import Version
 from services.audit.evidence import (
     FINISHED,
@@ -50,8 +50,8 @@ from services.audit.evidence import (
     Offer,
 )
 from services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
-from services.learner.checks import check_finished
-from services.snapshot_store.standing import StorageClaims, standing_storage
+from services.learner.ingest.validation import check_finished
+from services.snapshot_store.offline import StorageClaims, standing_storage
 
 ANY_VERSION = Version(1 << 62)
 """Whether a version had been published when a trajectory came is judged from the history, not here."""

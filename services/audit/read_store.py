@@ -11,7 +11,7 @@ from blake3 import blake3
 from common.snapshots.manifest import Damaged, Manifest, unseal
 from common.versions import Version
 from services.audit.evidence import Checkpoint, Finding, Kind, Stored
-from services.learner.progress import (
+from services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
     SCHEMA,

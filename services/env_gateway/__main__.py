@@ -8,12 +8,11 @@ from common.config.schema import EnvGatewayConfig, RunConfig
 from common.program import service
 from common.service import Stop, serve
 from common.sessions.token import VARIABLE, token
-from services.env_gateway import plugins
-from services.env_gateway.access import refuse_open_door
+from services.env_gateway import plugins, registry
 from services.env_gateway.app import create_app
-from services.env_gateway.environments import registry
-from services.env_gateway.processes.frames import Blueprint
+from services.env_gateway.auth import refuse_open_door
 from services.env_gateway.processes.pool import Pool
+from services.env_gateway.processes.protocol import Blueprint
 from services.env_gateway.sessions import Limits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0

@@ -25,9 +25,9 @@ from starlette.requests import ClientDisconnect
 from common.metrics import REGISTRY
 from common.service import HttpError, application
 from common.sessions.wire import CreateSession, EnvironmentInfo, Lease, Session, SessionState, Step, TakeStep, Wire
-from services.env_gateway import direct, metrics
-from services.env_gateway.access import Guard
-from services.env_gateway.environments.registry import Entry, Registry
+from services.env_gateway import instruments, raw_routes
+from services.env_gateway.auth import Guard
+from services.env_gateway.registry import Entry, Registry
 from services.env_gateway.sessions import Sessions
 
 W = TypeVar("W", bound=Wire)
@@ -108,10 +108,10 @@ def _add_session_routes(app: FastAPI, sessions: Sessions, limit: int) -> None:
         """Renew the lease."""
         return sessions.heartbeat(request.path_params["session_id"]).model_dump_json().encode()
 
-    direct.post(app, "/v1/sessions/{session_id}/heartbeat", heartbeat, gives=Lease)
-    direct.post(app, "/v1/sessions/{session_id}/finalize", finalize, gives=Step)
-    direct.post(app, "/v1/sessions", create, takes=CreateSession, gives=Session, status=201)
-    direct.post(app, "/v1/sessions/{session_id}/step", step, takes=TakeStep, gives=Step)
+    raw_routes.post(app, "/v1/sessions/{session_id}/heartbeat", heartbeat, gives=Lease)
+    raw_routes.post(app, "/v1/sessions/{session_id}/finalize", finalize, gives=Step)
+    raw_routes.post(app, "/v1/sessions", create, takes=CreateSession, gives=Session, status=201)
+    raw_routes.post(app, "/v1/sessions/{session_id}/step", step, takes=TakeStep, gives=Step)
 
     @app.get("/v1/sessions/{session_id}")
     async def state(session_id: str) -> SessionState:
@@ -129,7 +129,7 @@ def _answer_errors_alike(app: FastAPI) -> None:
 
     @app.exception_handler(HttpError)
     async def refused(_request: Request, error: HttpError) -> JSONResponse:
-        metrics.REFUSED.labels(error.body["code"]).inc()
+        instruments.REFUSED.labels(error.body["code"]).inc()
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -2,7 +2,7 @@
 
 from common.sessions.wire import Message, Status, Step, StepError
 from services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
-from services.env_gateway.tool_calls import remark
+from services.env_gateway.environments.tool_calls import remark
 
 
 def continued(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:

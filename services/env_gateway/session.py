@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from common.service import HttpError
 from common.sessions.wire import CreateSession, SessionState, Status, Step
-from services.env_gateway.worlds import World
+from services.env_gateway.hosts import World
 
 
 @dataclass(slots=True)

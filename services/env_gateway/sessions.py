@@ -12,13 +12,13 @@ from typing import Any
 from common.service import HttpError
 from common.sessions import wire
 from common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
-from services.env_gateway import metrics, replies
+from services.env_gateway import instruments, replies
 from services.env_gateway.environments.port import EnvironmentFailed, Reply
-from services.env_gateway.environments.registry import Entry, Registry
-from services.env_gateway.ledger import Ledger
+from services.env_gateway.environments.tool_calls import turn
+from services.env_gateway.hosts import NoRoom
+from services.env_gateway.registry import Entry, Registry
 from services.env_gateway.session import Session
-from services.env_gateway.tool_calls import turn
-from services.env_gateway.worlds import NoRoom
+from services.env_gateway.session_store import Ledger
 
 REMEMBERED_PER_SESSION = 8
 """So many ended sessions are remembered for each that may be live."""
@@ -74,7 +74,7 @@ class Sessions:
             self._expire_if_due(session)
             stored = session.stored(taken.step, action)
             if stored is not None:
-                metrics.REPLAYS.labels("step").inc()
+                instruments.REPLAYS.labels("step").inc()
                 return stored
             return session.replied(action, await self._step(session, taken))
 
@@ -144,7 +144,7 @@ class Sessions:
         async with session.lock:
             pass
         if session.opened is not None:
-            metrics.REPLAYS.labels("create").inc()
+            instruments.REPLAYS.labels("create").inc()
             return session.opened
         if session.ending is not None:
             raise session.gone()
@@ -160,11 +160,11 @@ class Sessions:
         except EnvironmentFailed as failure:
             if self._draining:
                 raise _draining() from None
-            metrics.FAILURES.labels(entry.name, failure.code).inc()
+            instruments.FAILURES.labels(entry.name, failure.code).inc()
             raise HttpError(502, failure.code, str(failure)) from None
         if self._draining:
             raise _draining()
-        metrics.of(entry.name).reset_seconds.observe(self._clock() - began)
+        instruments.of(entry.name).reset_seconds.observe(self._clock() - began)
         self._ledger.begun(session)
         session.lease_until = self._renewed()
         reply = wire.Session(
@@ -182,7 +182,7 @@ class Sessions:
     async def _step(self, session: Session, taken: TakeStep) -> Step:
         """Hand the step to the environment; whatever comes of it is a reply."""
         assert session.world is not None, "a live session has a world"
-        counted, began, read = metrics.of(session.wanted.environment), self._clock(), turn(taken.action)
+        counted, began, read = instruments.of(session.wanted.environment), self._clock(), turn(taken.action)
         try:
             outcome = await session.world.step(read)
             if isinstance(outcome, Reply):

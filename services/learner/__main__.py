@@ -10,8 +10,8 @@ import sys
 
 from common.config import Invocation
 from common.config.schema import RunConfig
-from common.lifeline import tie
 from common.metrics import REGISTRY
+from common.parent_death import tie
 from common.program import main, service, tell
 from common.service import Starting, Stop
 from common.snapshots.client import SnapshotClient
@@ -32,13 +32,14 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
-    from services.learner.assemble import companions
-    from services.learner.following import follow
-    from services.learner.lead import lead
-    from services.learner.model import Trainee, load_model
-    from services.learner.old.together import resident
-    from services.learner.ranks import Ranks
-    from services.learner.step import Step
+    from services.learner.coordinator import lead
+    from services.learner.distributed import Ranks
+    from services.learner.model.policy import load_model
+    from services.learner.model.trainable import Trainee
+    from services.learner.old_logprobs.distributed_scorer import resident
+    from services.learner.training.build import companions
+    from services.learner.training.follower import follow
+    from services.learner.training.trainer import Step
 
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
@@ -68,7 +69,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
 
 def dead_letters() -> None:
     """List or replay them."""
-    from services.learner.dead_letters_command import answer
+    from services.learner.dead_letters.command import answer
 
     for line in answer(sys.argv[2:], os.environ):
         tell(line)

@@ -11,34 +11,34 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import faults
+from common import failpoints
 from common.config.learner import LearnerConfig
 from common.logs import logger
-from common.refusal import ExitCode, Refusal
 from common.service import Status, Stop
 from common.snapshots.fencing import Fenced
 from common.snapshots.writer import Writer
+from common.user_error import ExitCode, Refusal
 from common.versions import Version
-from services.learner import metrics
-from services.learner.batching import Row
-from services.learner.checkpoint import Checkpoints, NoCheckpoint
-from services.learner.companions import Companions, parted
-from services.learner.describe import Batch, observe
-from services.learner.following import Order, take_over
-from services.learner.history import History
-from services.learner.intake import Arrived, Intake
-from services.learner.model import Trainee
-from services.learner.phases import Phases
-from services.learner.planner import Batched, Planner
-from services.learner.progress import SCHEMA, Progress
-from services.learner.publisher import Publisher
-from services.learner.ranks import NOTHING, Ranks
-from services.learner.records import Recorder
-from services.learner.routes import Route
-from services.learner.rows import deal_minibatches, to_rows
-from services.learner.scored import Trained, merge
-from services.learner.step import Step
-from services.learner.teller import Teller
+from services.learner import instruments
+from services.learner.batch.batching import Row
+from services.learner.batch.collate import deal_minibatches, to_rows
+from services.learner.buffer.ledger import Batched, Planner
+from services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
+from services.learner.checkpointing.manifest import SCHEMA, Progress
+from services.learner.distributed import NOTHING, Ranks
+from services.learner.ingest.trajectory_reader import Arrived, Intake
+from services.learner.model.trainable import Trainee
+from services.learner.observability.alerts import Teller
+from services.learner.observability.batch_dump import Recorder
+from services.learner.observability.history import History
+from services.learner.observability.version_record import Batch, observe
+from services.learner.old_logprobs.routes import Route
+from services.learner.publishing.publisher import Publisher
+from services.learner.timing import Phases
+from services.learner.training.follower import Order, take_over
+from services.learner.training.results import Trained, merge
+from services.learner.training.state import Companions, parted
+from services.learner.training.trainer import Step
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
@@ -114,7 +114,7 @@ class Loop:
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
         self._route.start()
-        metrics.VERSION.set(self._version)
+        instruments.VERSION.set(self._version)
 
     def run(self) -> bool:
         """Train until the run's versions are done or a stop is asked for; whether they are done. Raises Fenced."""
@@ -166,7 +166,7 @@ class Loop:
             dropped_before = self._dropped()
             while not self._stop.requested:
                 self._confirm_now_and_then()
-                faults.reach("learner.before_reading")
+                failpoints.reach("learner.before_reading")
                 # everything there is, before choosing: the oldest groups must not wait behind what was read first
                 self._intake.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()
@@ -178,8 +178,8 @@ class Loop:
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._give_up_on_nothing(self._dropped() - dropped_before)
                 self._waiting_for = f"trajectories: {self._planner.complete()} of {wanted} groups are complete"
-                metrics.PENDING.set(self._pending())
-                metrics.WAITING.set(self._planner.waiting())
+                instruments.PENDING.set(self._pending())
+                instruments.WAITING.set(self._planner.waiting())
         return None
 
     def _give_up_on_nothing(self, dropped: int) -> None:
@@ -198,7 +198,7 @@ class Loop:
         for trajectory in self._planner.expire(now=time.monotonic()):
             logger().warning("dropped", trajectory=trajectory, reason="deadline")
             self._intake.forget(trajectory)
-            metrics.DROPPED.labels("deadline").inc()
+            instruments.DROPPED.labels("deadline").inc()
         oldest = {
             name: self._version if arrived.oldest is None else arrived.oldest
             for name, arrived in self._intake.arrived.items()
@@ -208,7 +208,7 @@ class Loop:
             ("group_too_small", self._planner.drop_small()),
         ):
             for arrived in dropped:
-                metrics.DROPPED.labels(reason).inc()
+                instruments.DROPPED.labels(reason).inc()
                 logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
                 self._intake.resolve(arrived)
 
@@ -242,7 +242,7 @@ class Loop:
                 self._ranks.share(NOTHING)  # the others have scored along, and wait to step
 
             trained = merge(self._ranks.gather(self._step.train(order.minibatches, now, before_first_step=cut)))
-        faults.reach("learner.after_step")
+        failpoints.reach("learner.after_step")
         self._confirm()
         for group in batch:
             for arrived in group.items:
@@ -273,11 +273,11 @@ class Loop:
         observe(self._last_line)
 
     def _publish(self) -> None:
-        faults.reach("learner.before_publishing")
+        failpoints.reach("learner.before_publishing")
         self._digest = self._publisher.publish(self._version, now=time.time()).digest
         self._route.published(self._version, self._digest)
-        faults.reach("learner.after_publishing")
-        metrics.VERSION.set(self._version)
+        failpoints.reach("learner.after_publishing")
+        instruments.VERSION.set(self._version)
         kept = self._checkpoints.oldest_version()
         needed = min(self._version, kept if kept is not None else Version(0))
         self._publisher.keep_from(Version(needed - self._config.max_staleness))

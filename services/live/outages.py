@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.outages import GATEWAY, KAFKA, S3, STORE
-from services.live.amounts import duration, listed
+from common.text import duration, listed
 
 SHOWN_S = 3.0
 """A shorter outage is not worth a word."""

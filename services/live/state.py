@@ -7,13 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 from common.messages import VersionApplied
-from services.live.amounts import count, duration
+from common.text import count, duration
+from services.live.history_tail import Step, Trained
 from services.live.outages import NAMES, Outage, Past
-from services.live.trained import Step, Trained
-from services.live.watch import Seen, Sight
-from services.local.deaths import Crash
+from services.live.poller import Seen, Sight
+from services.local.exit_reasons import Crash
 from services.report.folder import Line
-from services.report.naming import in_words
+from services.report.labels import in_words
 
 RECENT = 5
 """Versions over which "recent" success and reward are means."""

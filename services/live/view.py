@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from services.live.amounts import duration
+from common.text import duration
 from services.live.outages import Outage, in_short, over, place, remedy, who_waits
 from services.live.state import RECENT, Service, State, recent
-from services.report.naming import method
+from services.report.labels import method
 
 BARS = " ▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"

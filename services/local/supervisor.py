@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common.config.schema import RunConfig
-from common.refusal import ExitCode, Refusal
 from common.service import Stop
-from services.live.watch import Seen, Sight
-from services.local import deaths
+from common.user_error import ExitCode, Refusal
+from services.live.poller import Seen, Sight
+from services.local import exit_reasons
 from services.local.commands import LEARNER, Commands, free_port
-from services.local.deaths import Crash, last_error
-from services.local.life import Life
+from services.local.exit_reasons import Crash, last_error
+from services.local.process_start import Life
 from services.local.processes import HOPELESS, Child
-from services.local.restarts import Death, alike, row_with, wait_s
+from services.local.restart_policy import Death, alike, row_with, wait_s
 
 LOOK_S = 0.5
 DRAIN_S = 25.0
@@ -147,14 +147,14 @@ class Local:
 
     def _given_up(self, child: Child, row: tuple[Death, ...]) -> str:
         last = row[-1]
-        how = deaths.ending("It", last.exit_code, last.error)
+        how = exit_reasons.ending("It", last.exit_code, last.error)
         if alike(row):
             said = f"{child.name} died {len(row)} times in a row in the same way, before it could do anything. {how}."
         else:
             said = f"{child.name} died {len(row)} times in a row (local.restarts). The last time: {how}."
         words = child.last_words()
         quoted = f"\nThe end of its log:\n{words}" if words else ""
-        return f"{said} {deaths.remedy(last.exit_code, last.error)}".rstrip() + f"{quoted}\nits log: {child.log}"
+        return f"{said} {exit_reasons.remedy(last.exit_code, last.error)}".rstrip() + f"{quoted}\nits log: {child.log}"
 
     def _stop(self) -> None:
         """Workers, replicas and learner first: what they finish still needs the servers."""

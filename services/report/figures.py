@@ -1,7 +1,7 @@
 """The report's figures, in the order of the page. Pure."""
 
-from services.report import learning, policies, progress, spread
-from services.report.drawing import Figure
+from services.report import distributions, learning, policies, progress
+from services.report.charts import Figure
 from services.report.folder import Contents
 
 
@@ -19,4 +19,7 @@ def figures(contents: Contents) -> list[Figure]:
         progress.timeline(lines, log.applied, contents.config.rollout.canary_tolerance),
         progress.where_the_time_went(lines),
     ]
-    return [*always, *(figure for figure in (spread.spreads(lines), spread.leaks(lines)) if figure is not None)]
+    return [
+        *always,
+        *(figure for figure in (distributions.spreads(lines), distributions.leaks(lines)) if figure is not None),
+    ]

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from common.bus.offline import scan, standing_bus
 from common.bus.port import Bus
-from common.bus.standing import scan, standing_bus
 from common.config import load
 from common.config.schema import RunConfig
 from common.messages import (
@@ -29,17 +29,17 @@ from common.messages import (
     WorkerAlive,
     message_in,
 )
-from common.refusal import ExitCode, Refusal
+from common.rejected_record import Unusable
 from common.trajectory import trainable
-from common.unusable import Unusable
-from services.learner.planner import LedgerState
-from services.learner.progress import MANIFEST, complete
-from services.local.runs import SAVED
-from services.snapshot_store.standing import StorageClaims, standing_storage
+from common.user_error import ExitCode, Refusal
+from services.learner.buffer.ledger import LedgerState
+from services.learner.checkpointing.manifest import MANIFEST, complete
+from services.local.run_setup import SAVED
+from services.snapshot_store.offline import StorageClaims, standing_storage
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]
-"""One version trained, as services/learner/describe.py writes it."""
+"""One version trained, as services/learner/observability/version_record.py writes it."""
 
 
 class Seconds(Struct, frozen=True):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
-from services.report.drawing import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
+from services.report.charts import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
 from services.report.folder import Line
 from services.report.summary import begins
 

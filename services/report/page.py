@@ -8,10 +8,10 @@ from typing import Any
 import plotly.offline
 
 from common.config.schema import RunConfig
-from common.config.show import show
-from services.live.amounts import count, duration
-from services.report.drawing import Figure
-from services.report.look import SCRIPT, STYLE
+from common.config.to_toml import show
+from common.text import count, duration
+from services.report.charts import Figure
+from services.report.style import SCRIPT, STYLE
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """The browser itself refuses to load anything."""

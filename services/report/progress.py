@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from common.messages import VersionApplied
-from services.report.drawing import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
+from services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
 from services.report.folder import Line
 from services.report.learning import mark_starts
 from services.report.summary import begins

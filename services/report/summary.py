@@ -10,9 +10,9 @@ import msgspec
 from common.config.schema import RunConfig
 from common.files import write
 from common.messages import WorkerAlive
+from services.report.aggregates import leak, removal, spells
 from services.report.folder import Contents, Line
-from services.report.judged import leak, removal, spells
-from services.report.naming import coverage, methods
+from services.report.labels import coverage, methods
 
 SUMMARY = "summary.json"
 PHASES = ("wait", "train", "publish", "checkpoint")

@@ -2,20 +2,20 @@
 
 import asyncio
 
-from common.bus.open import open_bus
+from common.bus.factory import open_bus
 from common.config import Invocation
 from common.config.schema import RunConfig, ScriptedEngineConfig
 from common.metrics import REGISTRY
 from common.program import service
-from common.refusal import ExitCode, Refusal
 from common.service import Starting, Stop, application
 from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
-from services.rollout.dialogue import Dialogue
-from services.rollout.engine import Engine, EngineDead
-from services.rollout.engine_needs import needed
+from common.user_error import ExitCode, Refusal
+from services.rollout.chat_renderer import Dialogue
+from services.rollout.engine.port import Engine, EngineDead
+from services.rollout.engine.required import needed
 from services.rollout.seeds import engine_seed
-from services.rollout.trajectories import Sampler, Tally
+from services.rollout.trajectory_sampler import Sampler, Tally
 from services.rollout.weights import Weights
 from services.rollout.worker import Worker
 
@@ -80,10 +80,10 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
 def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:
     chosen = config.rollout.engine
     if isinstance(chosen, ScriptedEngineConfig):
-        from services.rollout.engine_scripted import ScriptedEngine
+        from services.rollout.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(chosen, encode=dialogue.encode)
-    from services.rollout.engine_vllm import VllmEngine
+    from services.rollout.engine.vllm import VllmEngine
 
     return VllmEngine(
         chosen,

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from common.files import whole
 from common.logs import logger
-from common.refusal import ExitCode, Refusal
 from common.snapshots.client import SnapshotClient, VersionMissing
 from common.snapshots.manifest import Damaged, Manifest
+from common.user_error import ExitCode, Refusal
 from common.versions import Version
-from services.rollout import metrics
+from services.rollout import instruments
 from services.rollout.canary import judge
-from services.rollout.engine import Engine, StoredWeights
-from services.rollout.engine_needs import needed
+from services.rollout.engine.port import Engine, StoredWeights
+from services.rollout.engine.required import needed
 
 
 class Applied:
@@ -125,13 +125,13 @@ class Weights:
             return
         await self._engine.resume()
         if self._still_since is not None:
-            metrics.HOLD_SECONDS.observe(time.monotonic() - self._still_since)
+            instruments.HOLD_SECONDS.observe(time.monotonic() - self._still_since)
             self._still_since = None
 
     async def _fetch(self, version: Version) -> StoredWeights | None:
         path = self._folder / f"{version}.raw"
         try:
-            with metrics.FETCH_SECONDS.time():
+            with instruments.FETCH_SECONDS.time():
                 manifest = await asyncio.to_thread(self._download, version, path)
         except VersionMissing as missing:
             # swept because a newer one stands: its announcement is on the way
@@ -161,16 +161,16 @@ class Weights:
             self._loaded = manifest.version
             await self._resume_unless_held()
         pause_s = time.monotonic() - started
-        metrics.PAUSE_SECONDS.observe(pause_s)
+        instruments.PAUSE_SECONDS.observe(pause_s)
         with needed(f"to score the canaries of version {manifest.version}"):
             scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))
         verdict = judge(scores, manifest.canaries, tolerance=self._tolerance)
-        metrics.CANARY_ERROR.set(verdict.error)
-        metrics.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()
+        instruments.CANARY_ERROR.set(verdict.error)
+        instruments.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()
         self._report(Applied(manifest, accepted=verdict.accepted, canary_error=verdict.error, pause_s=pause_s))
         if not verdict.accepted:
             raise Refusal(f"version {manifest.version} is refused: {verdict.reason()}", ExitCode.CANARY)
-        metrics.VERSION.set(manifest.version)
+        instruments.VERSION.set(manifest.version)
         async with self._change:
             self.verified = manifest.version
             self._change.notify_all()

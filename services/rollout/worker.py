@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.bus.port import Bus, Record
-from common.frontier import Frontier
 from common.logs import logger
 from common.messages import (
     CONTROL,
@@ -22,15 +21,16 @@ from common.messages import (
     message_in,
     trajectory_id,
 )
+from common.offset_tracker import Frontier
+from common.rejected_record import Cause, Unusable
 from common.service import Status
-from common.unusable import Cause, Unusable
 from common.versions import Version
-from services.rollout import metrics
-from services.rollout.interruption import Interruption
+from services.rollout import instruments
+from services.rollout.async_consumer import Reader
+from services.rollout.cut_responder import Interruption
 from services.rollout.outbox import Outbox
-from services.rollout.reader import Reader
-from services.rollout.sense import check
-from services.rollout.trajectories import Sampler
+from services.rollout.trajectory_sampler import Sampler
+from services.rollout.validation import check
 from services.rollout.weights import Applied, Weights
 
 GROUP = "rollout"
@@ -236,7 +236,7 @@ class Worker:
             cause=error.cause.value, reason=str(error),
         )  # fmt: skip
         self._outbox.put_dead_letter(dead_letter(self._run, record, error, now=time.time()), done=done)
-        metrics.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
+        instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
 
     async def _begin(self, record: Record) -> None:
         """Start a task's trajectories, each as soon as there is a slot."""
@@ -289,10 +289,10 @@ class Worker:
     def _count_live(self, change: int) -> None:
         now = time.monotonic()
         self._counts.live += change
-        metrics.LIVE.set(self._counts.live)
+        instruments.LIVE.set(self._counts.live)
         if self._counts.live and self._counts.idle_since is not None:
             self._counts.idle_s += now - self._counts.idle_since
-            metrics.IDLE_SECONDS.inc(now - self._counts.idle_since)
+            instruments.IDLE_SECONDS.inc(now - self._counts.idle_since)
             self._counts.idle_since = None
         elif not self._counts.live and self._counts.ready:
             self._counts.idle_since = now

@@ -7,8 +7,8 @@ from common.config.schema import RunConfig
 from common.program import service
 from common.service import Stop, serve
 from services.snapshot_store.app import create_app, open_catalogue
-from services.snapshot_store.open import open_storage
 from services.snapshot_store.storage import Storage
+from services.snapshot_store.storage_factory import open_storage
 
 
 def body(invocation: Invocation, stop: Stop) -> None:

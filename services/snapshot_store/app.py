@@ -24,13 +24,13 @@ from fastapi.responses import JSONResponse
 from common.files import FULL
 from common.logs import logger
 from common.metrics import REGISTRY
-from common.refusal import ExitCode, Refusal
 from common.service import HttpError, Status, application
 from common.snapshots.manifest import Damaged, unseal
+from common.user_error import ExitCode, Refusal
 from common.versions import Version
-from services.snapshot_store import app_bodies, app_writers, metrics
-from services.snapshot_store.catalogue import Catalogue, Conflict
-from services.snapshot_store.claims import Claims
+from services.snapshot_store import instruments, routes_blobs, routes_writers
+from services.snapshot_store.catalog import Catalogue, Conflict
+from services.snapshot_store.claim_check import Claims
 from services.snapshot_store.storage import Storage, Unavailable
 
 Number = Annotated[int, Path(ge=0)]
@@ -98,14 +98,14 @@ def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIM
         status=status,
         lifespan=lifespan,
     )
-    app_bodies.routes(app, storage, catalogue, claims)
+    routes_blobs.routes(app, storage, catalogue, claims)
     _versions(app, catalogue)
     _leases(app, catalogue)
-    app_writers.routes(app, catalogue.writers)
+    routes_writers.routes(app, catalogue.writers)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:
-        metrics.STORAGE_FAILURES.inc()
+        instruments.STORAGE_FAILURES.inc()
         body = {"code": "storage_unavailable", "message": str(error), "retryable": True}
         if error.address:
             body["address"] = error.address
@@ -129,18 +129,18 @@ def _versions(app: FastAPI, catalogue: Catalogue) -> None:
         try:
             manifest = unseal(body)
         except Damaged as damage:
-            metrics.REFUSED.labels("damaged_manifest").inc()
+            instruments.REFUSED.labels("damaged_manifest").inc()
             raise HttpError(422, "damaged_manifest", str(damage)) from None
         if manifest.version != number:
             raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
         try:
-            with app_writers.refused():
+            with routes_writers.refused():
                 new = await catalogue.put_version(manifest, body)
         except Conflict as conflict:
-            metrics.REFUSED.labels("version_conflict").inc()
+            instruments.REFUSED.labels("version_conflict").inc()
             raise HttpError(409, "version_conflict", str(conflict)) from None
         except KeyError:
-            metrics.REFUSED.labels("object_missing").inc()
+            instruments.REFUSED.labels("object_missing").inc()
             raise HttpError(
                 424, "object_missing", f"object {manifest.object} is not here whole: send it first", retryable=True
             ) from None
@@ -169,7 +169,7 @@ def _leases(app: FastAPI, catalogue: Catalogue) -> None:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HttpError(422, "bad_lease", str(error)) from None
         await catalogue.lease(holder, Version(lease.lowest))
-        metrics.OLDEST_NEEDED.set(min(catalogue.leases.values()))
+        instruments.OLDEST_NEEDED.set(min(catalogue.leases.values()))
         return {"lowest": lease.lowest}
 
 
@@ -179,17 +179,17 @@ async def _sweep(catalogue: Catalogue, claims: Claims, every_s: float, claims_ke
         await asyncio.sleep(every_s)
         try:
             if gone := await catalogue.sweep():
-                metrics.SWEPT_VERSIONS.inc(len(gone))
+                instruments.SWEPT_VERSIONS.inc(len(gone))
                 logger().debug("swept", versions=gone)
                 _observe(catalogue)
             if time.monotonic() >= look:
                 look = time.monotonic() + claims_keep_s / CLAIM_LOOKS
-                metrics.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
+                instruments.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
         except Unavailable as error:
             logger().warning("not swept", reason=str(error))  # what is due stays due
 
 
 def _observe(catalogue: Catalogue) -> None:
     manifests = catalogue.versions.values()
-    metrics.VERSIONS.set(len(manifests))
-    metrics.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))
+    instruments.VERSIONS.set(len(manifests))
+    instruments.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))

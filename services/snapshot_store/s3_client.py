@@ -19,8 +19,8 @@ from minio.credentials.providers import (
 from urllib3.exceptions import HTTPError
 
 from common.config.schema import SnapshotStoreConfig
-from common.refusal import Refusal
 from common.tls import trusting
+from common.user_error import Refusal
 
 CONNECT_S, READ_S = 5.0, 20.0
 METADATA_S = 2.0

@@ -29,11 +29,11 @@ from urllib3.exceptions import HTTPError
 from common.config.schema import SnapshotStoreConfig
 from common.logs import logger
 from common.outages import OUTAGES, S3, Outages
-from common.refusal import Refusal
-from services.snapshot_store import storage_refusals
-from services.snapshot_store.feed import Feed
+from common.user_error import Refusal
+from services.snapshot_store import storage_errors
 from services.snapshot_store.s3_client import NoCredentials, client, credentials
 from services.snapshot_store.storage import Unavailable, parts
+from services.snapshot_store.upload_reader import Feed
 
 T = TypeVar("T")
 SMALL = 8 << 20
@@ -72,11 +72,11 @@ class MinioStorage:
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._look)
         except S3Error as error:
-            raise storage_refusals.refused(self._config, error.code or "", error.message or "") from None
+            raise storage_errors.refused(self._config, error.code or "", error.message or "") from None
         except NoCredentials as error:
-            raise storage_refusals.without_credentials(str(error)) from None
+            raise storage_errors.without_credentials(str(error)) from None
         except (MinioException, HTTPError, ET.ParseError) as error:
-            raise storage_refusals.unreachable(self._config, f"{type(error).__name__}: {error}") from None
+            raise storage_errors.unreachable(self._config, f"{type(error).__name__}: {error}") from None
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
         name = self._name(key)
@@ -242,7 +242,7 @@ class MinioStorage:
         won = [self._create(probe, b""), self._create(probe, b"")]
         self._client.remove_object(self._bucket, probe)
         if won != [True, False]:
-            raise storage_refusals.not_conditional(self._config)
+            raise storage_errors.not_conditional(self._config)
 
     def _abandon(self, name: str) -> None:
         """Remove the parts of unfinished uploads under names that begin so."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from common import faults
+from common import failpoints
 from common.snapshots.manifest import Damaged
 from common.versions import Version
 from services.snapshot_store.storage import Storage
@@ -94,7 +94,7 @@ class Writers:
 
     async def check(self, epoch: int) -> None:
         """Raise Fenced or UnknownWriter unless this is the newest. Hold the lock until what it guards is written."""
-        if faults.active("store.skip_fencing"):
+        if failpoints.active("store.skip_fencing"):
             return
         newest = await self.newest()
         if newest is None or not 0 < epoch <= newest.epoch:

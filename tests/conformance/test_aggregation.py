@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from services.learner.losses.aggregate import Denominators, Mode, aggregate
-from services.learner.losses.divergence import kl_loss
 from services.learner.losses.entropy import epo_loss
+from services.learner.losses.kl import kl_loss
 from tests.conformance.test_objectives import CASES, PAIRS, inputs_of
 from tests.oracles import aggregation as oracle
 from tests.oracles.objectives import Data

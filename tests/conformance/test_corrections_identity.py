@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from services.learner.corrections import Limits, Rules, correct, log_ratio
-from services.learner.losses.clipped import ppo_loss
-from services.learner.losses.port import Inputs
+from services.learner.losses.ppo_clip import ppo_loss
+from services.learner.losses.types import Inputs
 
 Array = NDArray[np.float64]
 DRAWS = 200

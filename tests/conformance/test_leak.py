@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from services.learner.leak import Audited, Thresholds, clipped, leak, leak_by_staleness, masked
+from services.learner.observability.surrogate_error import Audited, Thresholds, clipped, leak, leak_by_staleness, masked
 from tests.oracles import surrogates as oracle
 
 DRAWS = 200

@@ -12,12 +12,12 @@ from torch import Tensor
 from services.learner.corrections import Limits, Rules, correct
 from services.learner.losses.aggregate import Denominators, aggregate
 from services.learner.losses.cispo import cispo_loss
-from services.learner.losses.clipped import ppo_loss
 from services.learner.losses.gspo import gspo_loss
 from services.learner.losses.minirl import minirl_loss
 from services.learner.losses.policy_gradient import policy_gradient_loss
-from services.learner.losses.port import Inputs, Outcome
+from services.learner.losses.ppo_clip import ppo_loss
 from services.learner.losses.r2vpo import r2vpo_loss
+from services.learner.losses.types import Inputs, Outcome
 from tests.oracles import objectives as oracle
 
 CASES = 200

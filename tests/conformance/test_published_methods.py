@@ -9,9 +9,9 @@ import torch
 from common.config.learner import LearnerConfig
 from common.config.recipes import NEIGHBOURS, RECIPES, TABLE, beneath
 from services.learner.corrections import Limits, correct
-from services.learner.losses.port import Inputs
-from services.learner.objective import Objective
-from services.learner.surrogates.linear_prox import linear
+from services.learner.losses.objective import Objective
+from services.learner.losses.types import Inputs
+from services.learner.proximal.surrogates.linear_prox import linear
 from tests.builders import a_learner
 
 BEHAVIOR, OLD, CURRENT = -1.20, -1.10, -0.90

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.batching import pad
-from services.learner.bounds import Bounds
+from services.learner.batch.batching import pad
 from services.learner.corrections import Limits, correct
-from services.learner.leak import Thresholds
-from services.learner.losses.port import Inputs
-from services.learner.objective import Objective
-from services.learner.proximal import Anchor
-from services.learner.removals import CLIPS, NO_CURRENT, TOKEN_MASKS, past_clip, removal, token_masked
-from services.learner.scored import Scored, counts
-from services.learner.statistics import Tokens
+from services.learner.losses.objective import Objective
+from services.learner.losses.types import Inputs
+from services.learner.observability.removals import CLIPS, NO_CURRENT, TOKEN_MASKS, past_clip, removal, token_masked
+from services.learner.observability.surrogate_error import Thresholds
+from services.learner.observability.thresholds import Bounds
+from services.learner.observability.token_statistics import Tokens
+from services.learner.proximal.types import Anchor
+from services.learner.training.results import Scored, counts
 from tests.builders import a_learner, a_row
 from tests.oracles import batch as oracle
 

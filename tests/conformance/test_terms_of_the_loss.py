@@ -14,16 +14,16 @@ from torch import Tensor
 
 from common.config.learner import LearnerConfig, OptimizerConfig
 from common.versions import Version
-from services.learner.batching import pad
-from services.learner.companions import Companions
+from services.learner.batch.batching import pad
+from services.learner.distributed import Ranks
 from services.learner.losses.aggregate import Denominators
-from services.learner.losses.port import Inputs
-from services.learner.model import Trainee
-from services.learner.objective import Objective, Terms
-from services.learner.prepare import prepare
-from services.learner.ranks import Ranks
-from services.learner.scored import Trained
-from services.learner.surrogates.bypass import Bypass
+from services.learner.losses.objective import Objective, Terms
+from services.learner.losses.types import Inputs
+from services.learner.model.trainable import Trainee
+from services.learner.proximal.surrogates.bypass import Bypass
+from services.learner.training.preparation import prepare
+from services.learner.training.results import Trained
+from services.learner.training.state import Companions
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, perturb, train
 

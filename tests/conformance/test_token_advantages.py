@@ -11,7 +11,7 @@ from services.learner.advantages import Part, group_advantages, token_advantages
 from services.learner.advantages.gae import generalised_advantages
 from services.learner.advantages.reinforce import returns_to_go
 from services.learner.advantages.whiten import Moments, merged, whitened
-from services.learner.critic import value_loss
+from services.learner.model.critic import value_loss
 from tests.oracles import advantages as oracle
 
 CASES = 200

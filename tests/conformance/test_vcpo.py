@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner.least_variance import LeastVariance
+from services.learner.distributed import Ranks
 from services.learner.losses.vcpo import (
     POWERS,
     ess,
@@ -18,7 +18,7 @@ from services.learner.losses.vcpo import (
     subtract_baseline,
     trajectory_log_ratio,
 )
-from services.learner.ranks import Ranks
+from services.learner.training.min_variance_baseline import LeastVariance
 from tests.oracles import vcpo as oracle
 
 CASES = 200

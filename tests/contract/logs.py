@@ -15,12 +15,12 @@ from typing import Any
 from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from common.bus.claims import ClaimCheck
+from common.bus.claim_check import ClaimCheck
 from common.bus.kafka import Connection as KafkaConnection, KafkaBus
 from common.bus.port import Bus, Consumer, Outgoing, Record
 from common.bus.sqlite import SqliteBus
 from common.snapshots.client import SnapshotClient
-from tests.memory_bus import MemoryBus, Store
+from tests.simulation.memory_bus import MemoryBus, Store
 from tests.waiting import LIMIT_S
 
 TOPIC, PARTITIONS, GROUP = "things", 4, "workers"

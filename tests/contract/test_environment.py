@@ -9,10 +9,10 @@ import pytest_asyncio
 
 from services.env_gateway.environments.port import Opening, Outcome, Score, Turn
 from services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
-from services.env_gateway.environments.registry import FAMILIES, Registry, built_in, reasoning_gym
+from services.env_gateway.environments.tool_calls import read, render
+from services.env_gateway.hosts import World
 from services.env_gateway.processes.pool import Pool
-from services.env_gateway.tool_calls import read, render
-from services.env_gateway.worlds import World
+from services.env_gateway.registry import FAMILIES, Registry, built_in, reasoning_gym
 
 GENERATED = tuple(
     f"reasoning_gym.{dataset}"

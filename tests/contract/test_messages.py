@@ -43,8 +43,8 @@ from common.messages import (
     decode,
     encode,
 )
+from common.rejected_record import Cause, Unusable
 from common.trajectory import Segment
-from common.unusable import Cause, Unusable
 from common.versions import Version
 
 GOLDEN = Path(__file__).parent / "golden"

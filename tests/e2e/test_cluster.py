@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from common.config import load
-from tests.cluster import Cluster
 from tests.runs import ROOT, RunProcess, check_whole_groups, history, wait_for
+from tests.servers.cluster import Cluster
 from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio

@@ -11,12 +11,12 @@ import pytest
 import pytest_asyncio
 from torch.nn import Module as Model
 
-from common import faults
+from common import failpoints
 from common.config.schema import VllmEngineConfig
-from services.rollout import amx
 from services.rollout.canary import judge
-from services.rollout.engine import EngineDead, Sampled
-from services.rollout.engine_vllm import VllmEngine
+from services.rollout.engine import amx
+from services.rollout.engine.port import EngineDead, Sampled
+from services.rollout.engine.vllm import VllmEngine
 from tests.models import load, logprobs, perturb, stored
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -45,11 +45,11 @@ async def engine(folder: Path, broken: Path, tmp_path_factory: pytest.TempPathFa
     log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
     config = VllmEngineConfig(kv_cache_gib=0.25)
     engine = VllmEngine(config, model=str(folder), max_tokens=256, max_live=64, seed=0, log=log)
-    os.environ[faults.VARIABLE] = f"rollout.skip_head:{broken}"  # the engine's process inherits it
+    os.environ[failpoints.VARIABLE] = f"rollout.skip_head:{broken}"  # the engine's process inherits it
     try:
         await engine.start()
     finally:
-        del os.environ[faults.VARIABLE]
+        del os.environ[failpoints.VARIABLE]
     yield engine
     await engine.close()
 

@@ -17,13 +17,13 @@ import msgspec
 import pytest
 from kafka.admin import NewTopic
 
-from common.refusal import ExitCode, Refusal
-from tests.backends import kafka_client, s3_client
+from common.user_error import ExitCode, Refusal
+from tests.servers.backends import kafka_client, s3_client
 from tests.waiting import LIMIT_S
 from tools.backends import ports
-from tools.backends.identity import Identity
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
+from tools.backends.process_identity import Identity
 
 pytestmark = pytest.mark.servers
 

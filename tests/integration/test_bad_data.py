@@ -29,7 +29,7 @@ from common.messages import (
     TrajectoryFinished,
     decode,
 )
-from common.unusable import Cause
+from common.rejected_record import Cause
 from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers

@@ -20,21 +20,21 @@ import psutil
 import pytest
 
 from common.arrays import pack_float32
-from common.bus.claims import CLAIM
+from common.bus.claim_check import CLAIM
 from common.bus.kafka import Connection, KafkaBus
+from common.bus.offline import scan
 from common.bus.port import Outgoing
-from common.bus.standing import scan
 from common.config import load
-from common.config.show import show
+from common.config.to_toml import show
 from common.files import write
 from common.messages import TRAJECTORIES, encode
+from common.rejected_record import Cause
 from common.trajectory import Segment
-from common.unusable import Cause
 from common.versions import Version
 from tests.builders import a_finished, a_segment
 from tests.by_hand import Services
-from tests.cluster import Cluster, cluster
 from tests.runs import history, scripted
+from tests.servers.cluster import Cluster, cluster
 from tools.backends import ports
 
 pytestmark = pytest.mark.servers

@@ -12,18 +12,18 @@ import pytest
 import structlog
 
 from common.versions import Version
-from services.learner import intake, roster
-from services.learner.old import interruption as asking
-from services.rollout import interruption, trajectories
-from services.rollout.cuts import NOTHING, Cuts
-from services.rollout.engine import EngineDead, EngineFailed
-from services.rollout.engine_scripted import ScriptedEngine
+from services.learner.ingest import trajectory_reader
+from services.learner.old_logprobs.interruption import coordinator as asking, liveness
+from services.rollout import cut_responder, trajectory_sampler
+from services.rollout.cut_state import NOTHING, Cuts
+from services.rollout.engine.port import EngineDead, EngineFailed
+from services.rollout.engine.scripted import ScriptedEngine
 from services.rollout.outbox import Outbox
 from services.rollout.weights import Weights
-from tests.cut_judge import Judge, Violated
-from tests.cut_schedules import Engine, Schedule, latency, life, make_rare
 from tests.runs import ROOT
-from tests.simulated_time import SimulatedLoop, run
+from tests.simulation.cut_judge import Judge, Violated
+from tests.simulation.cut_schedules import Engine, Schedule, latency, life, make_rare
+from tests.simulation.simulated_time import SimulatedLoop, run
 
 pytestmark = pytest.mark.thorough
 
@@ -51,14 +51,14 @@ def simulated(monkeypatch: Patch) -> Iterator[None]:
 def noted(schedule: Schedule) -> Iterator[None]:
     """The judge is told when a worker gives the learner up, and the learner's patience is simulated, too."""
     with Patch.context() as patch:
-        real = interruption.Interruption._give_up
+        real = cut_responder.Interruption._give_up
 
-        def give_up(self: interruption.Interruption) -> None:
+        def give_up(self: cut_responder.Interruption) -> None:
             schedule.judge.gave_up.append((life.get(), self._cuts.held, schedule.loop.time()))
             real(self)
 
-        patch.setattr(interruption.Interruption, "_give_up", give_up)
-        patch.setattr(intake, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
+        patch.setattr(cut_responder.Interruption, "_give_up", give_up)
+        patch.setattr(trajectory_reader, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
         yield
 
 
@@ -119,8 +119,8 @@ def messages_under_way_are_left_out(patch: Patch) -> None:
 
 
 def trajectories_at_a_tool_are_left_out(patch: Patch) -> None:
-    real = interruption.flush
-    patch.setattr(interruption, "flush", lambda live, *a, **k: real(live, *a, **k) if live.request else None)
+    real = cut_responder.flush
+    patch.setattr(cut_responder, "flush", lambda live, *a, **k: real(live, *a, **k) if live.request else None)
 
 
 def it_answers_before_its_records_are_durable(patch: Patch) -> None:
@@ -156,7 +156,7 @@ def an_outage_takes_the_workers_time(patch: Patch) -> None:
 
 
 def silence_of_all_is_taken_for_their_death(patch: Patch) -> None:
-    patch.setattr(roster, "SILENCE_S", 1e9)
+    patch.setattr(liveness, "SILENCE_S", 1e9)
 
 
 def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
@@ -164,7 +164,7 @@ def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
 
 
 def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch) -> None:
-    patch.setattr(interruption, "ANSWER_S", 1e9)
+    patch.setattr(cut_responder, "ANSWER_S", 1e9)
 
 
 def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
@@ -183,7 +183,7 @@ def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
 
 
 def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:
-    patch.setattr(trajectories, "EngineFailed", (EngineFailed, EngineDead))
+    patch.setattr(trajectory_sampler, "EngineFailed", (EngineFailed, EngineDead))
     patch.setattr(Engine, "watch", ScriptedEngine.watch)
 
 

@@ -10,8 +10,8 @@ from common.bus.sqlite import SqliteBus
 from common.messages import TRAJECTORIES, TrajectoryFinished, decode
 from services.env_gateway.environments import lookup
 from services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
-from services.env_gateway.tool_calls import render
-from services.learner.tasks import task
+from services.env_gateway.environments.tool_calls import render
+from services.learner.buffer.task_sampler import task
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
 
 pytestmark = pytest.mark.servers

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.bus.kafka import Connection, KafkaBus
-from common.bus.standing import scan
+from common.bus.offline import scan
 from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tools.backends.kafka import Kafka

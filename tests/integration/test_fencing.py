@@ -20,7 +20,7 @@ from tests.runs import history, newest_manifest, scripted
 
 pytestmark = pytest.mark.servers
 PLACE = "learner.after_step"
-"""Where learners are stopped (common/faults.py), the second time they come there."""
+"""Where learners are stopped (common/failpoints.py), the second time they come there."""
 VERSIONS = 6
 
 

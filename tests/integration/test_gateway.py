@@ -16,7 +16,7 @@ from common.sessions.client import SessionClient, SessionFailed
 from common.sessions.token import VARIABLE
 from common.sessions.wire import CreateSession, Status, Step
 from services.env_gateway.environments import lookup
-from services.env_gateway.tool_calls import render
+from services.env_gateway.environments.tool_calls import render
 from tests.unit.env_gateway.running import (
     ROOT,
     Launch,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from kafka.structs import MemberState
 
-from common import faults
+from common import failpoints
 from common.bus.kafka import Connection, KafkaBus
 from common.bus.kafka.consumer import KafkaConsumer
 from common.bus.port import Consumer, Outgoing, Record
 from common.outages import KAFKA, OUTAGES, Outages
-from common.refusal import ExitCode, Refusal
+from common.user_error import ExitCode, Refusal
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
 from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
@@ -208,11 +208,11 @@ def test_with_outcomes_unchecked_the_same_outage_loses_records(kafka: Kafka, mon
     with closing(a_bus(kafka)) as bus:
         bus.publish(TOPIC, things("before"))
         kafka.kill()
-        monkeypatch.setenv(faults.VARIABLE, "bus.unchecked_sends")
+        monkeypatch.setenv(failpoints.VARIABLE, "bus.unchecked_sends")
         bus.publish(TOPIC, things("during"))
         assert bus.gave_up.is_set()
         kafka.start()
-        monkeypatch.delenv(faults.VARIABLE)
+        monkeypatch.delenv(failpoints.VARIABLE)
         bus.publish(TOPIC, things("after"))
         with bus.consumer(TOPIC) as consumer:
             assert bodies(take(consumer, sum(consumer.ends().values()))) == ["before", "after"]

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import structlog
 
-from common import faults
+from common import failpoints
 from common.messages import CONTROL
 from common.snapshots.writer import Writer
-from services.learner import history
-from services.learner.intake import Intake
+from services.learner.buffer.ledger import Planner
+from services.learner.ingest.trajectory_reader import Intake
 from services.learner.loop import Loop
-from services.learner.planner import Planner
-from services.rollout.reader import Reader
-from tests.cut_schedules import LIMIT_S, life, make_rare
-from tests.learner_faults import ANYWHERE, Fault, How, places
-from tests.learner_judge import judged
-from tests.learner_schedules import LearnerSchedule
+from services.learner.observability import history
+from services.rollout.async_consumer import Reader
 from tests.runs import ROOT
-from tests.simulated_time import SimulatedLoop, run
+from tests.simulation.cut_schedules import LIMIT_S, life, make_rare
+from tests.simulation.learner_faults import ANYWHERE, Fault, How, places
+from tests.simulation.learner_judge import judged
+from tests.simulation.learner_schedules import LearnerSchedule
+from tests.simulation.simulated_time import SimulatedLoop, run
 
 pytestmark = pytest.mark.thorough
 
@@ -128,7 +128,7 @@ def by_chance(seed: int, folder: Path) -> LearnerSchedule:
 
 
 def the_store_takes_from_everybody(patch: Patch) -> None:
-    patch.setenv(faults.VARIABLE, "store.skip_fencing")
+    patch.setenv(failpoints.VARIABLE, "store.skip_fencing")
 
 
 def the_learner_does_not_ask_whose_the_run_is(patch: Patch) -> None:

@@ -15,10 +15,10 @@ from blake3 import blake3
 from common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
 from common.snapshots.manifest import Damaged
 from common.versions import Version
-from tests.backends import s3_client
-from tests.minio_stores import CANARIES, MEBIBYTE, Process, Store, a_writer, plain, put, some, tamper
-from tests.stored_weights import fetched
-from tests.stores import LIMIT_S, eventually
+from tests.servers.backends import s3_client
+from tests.servers.minio_stores import CANARIES, MEBIBYTE, Process, Store, a_writer, plain, put, some, tamper
+from tests.servers.stored_weights import fetched
+from tests.servers.stores import LIMIT_S, eventually
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.servers

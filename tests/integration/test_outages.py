@@ -18,7 +18,7 @@ from common.outages import GATEWAY, OUTAGES, S3, STORE
 from common.service import HttpError, Server, application
 from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
-from services.live.watch import Watch
+from services.live.poller import Watch
 from tests.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
@@ -123,7 +123,7 @@ def test_a_status_tells_what_its_process_cannot_reach() -> None:
 def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.live.watch.EVERY_S", 0.05)
+    monkeypatch.setattr("services.live.poller.EVERY_S", 0.05)
     address = "http://s3:2"
     bus = SqliteBus(tmp_path / "bus.sqlite")
     bus.create_topics({WORKERS: 1})

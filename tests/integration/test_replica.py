@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common.arrays import pack_int32
-from common.bus.open import open_bus
+from common.bus.factory import open_bus
 from common.bus.port import Bus, Outgoing
 from common.config import load as load_config
 from common.messages import (
@@ -29,18 +29,18 @@ from common.messages import (
     decode,
     encode,
 )
-from common.refusal import ExitCode
 from common.snapshots.client import SnapshotClient
 from common.snapshots.writer import Writer
+from common.user_error import ExitCode
 from common.versions import Version
-from services.learner.batching import Row
-from services.learner.model import named_weights, raw_tensors
-from services.learner.old.scores import Scores, spans
-from services.learner.score_reader import ScoreReader
+from services.learner.batch.batching import Row
+from services.learner.model.weights import named_weights, raw_tensors
+from services.learner.old_logprobs.score_reader import ScoreReader
+from services.learner.old_logprobs.score_store import Scores, spans
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import canaries, load, logprobs, perturb
 from tests.runs import ROOT
-from tests.stores import StoreProcess
+from tests.servers.stores import StoreProcess
 from tests.waiting import LIMIT_S
 from tools.backends.ports import free
 

@@ -19,7 +19,7 @@ from common.messages import TASKS, TRAJECTORIES, WORKERS, VersionApplied, Worker
 from common.versions import Version
 from services.__main__ import conclude
 from tests.builders import a_finished
-from tests.unit.services.lines import a_line
+from tests.history_lines import a_line
 from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.thorough

@@ -11,8 +11,8 @@ from common.snapshots.client import SnapshotClient, StoreUnavailable, VersionCon
 from common.snapshots.manifest import Damaged
 from common.snapshots.writer import Writer
 from common.versions import Version
-from tests.stored_weights import CANARIES, a_tensor, fetched, flip, plain, put, some_tensors
-from tests.stores import FolderStore, eventually
+from tests.servers.stored_weights import CANARIES, a_tensor, fetched, flip, plain, put, some_tensors
+from tests.servers.stores import FolderStore, eventually
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers

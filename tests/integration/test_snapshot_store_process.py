@@ -20,8 +20,8 @@ from blake3 import blake3
 from common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable
 from common.snapshots.writer import Writer
 from common.versions import Version
-from tests.stored_weights import MEBIBYTE, fetched, flip, large, plain, put, some_tensors
-from tests.stores import LIMIT_S, FolderStore, StoreProcess, eventually
+from tests.servers.stored_weights import MEBIBYTE, fetched, flip, large, plain, put, some_tensors
+from tests.servers.stores import LIMIT_S, FolderStore, StoreProcess, eventually
 
 pytestmark = pytest.mark.servers
 

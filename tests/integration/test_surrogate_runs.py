@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.config import load
-from common.config.show import show
+from common.config.to_toml import show
 from common.files import write
 from common.service import Server, Stop
 from services.learner.__main__ import body

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.refusal import ExitCode, Refusal
-from tools.backends.pair import Pair, exports
+from common.user_error import ExitCode, Refusal
+from tools.backends.dev_stack import Pair, exports
 
 FOLDER = Path(__file__).resolve().parents[2] / "backends"
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from common.refusal import ExitCode, Refusal
-from tools.backends import installed, ports, secret
+from common.user_error import ExitCode, Refusal
+from tools.backends import downloads, ports, secret
 from tools.backends.process import Server
 
 Security = Literal["plaintext", "tls", "sasl_plaintext", "sasl_tls"]
@@ -127,7 +127,7 @@ class Kafka(Server):
 
     def _java(self) -> list[str]:
         log4j = Path(__file__).with_name("log4j2.xml")
-        return [installed.java(), *FAST_JVM, f"-Dlog4j2.configurationFile={log4j}", "-cp", f"{installed.kafka()}/*"]
+        return [downloads.java(), *FAST_JVM, f"-Dlog4j2.configurationFile={log4j}", "-cp", f"{downloads.kafka()}/*"]
 
     def _format(self, settings: Path) -> None:
         command = [*self._java(), "kafka.tools.StorageTool", "format", "-c", str(settings), "-t", uuid.uuid4().hex[:22]]

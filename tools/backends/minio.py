@@ -5,7 +5,7 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.backends import installed, ports, secret
+from tools.backends import downloads, ports, secret
 from tools.backends.process import Server
 
 USER = "palimpsest"
@@ -61,7 +61,7 @@ class Minio(Server):
     def command(self) -> list[str]:
         """See process.py."""
         return [
-            str(installed.minio()),
+            str(downloads.minio()),
             "server",
             "--quiet",
             "--address",

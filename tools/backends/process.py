@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.lifeline import tie
-from common.refusal import ExitCode, Refusal
+from common.parent_death import tie
+from common.user_error import ExitCode, Refusal
 from tools.backends import ports
 from tools.backends.cache import Say
-from tools.backends.identity import Identity
+from tools.backends.process_identity import Identity
 from tools.backends.recovery import LogRecovery, Patience
 
 LAST_LINES = 15

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from common.sessions.wire import Message
 from services.env_gateway.environments.port import Environment, Family, Reply
-from services.env_gateway.environments.registry import CLASSES, FAMILIES
-from services.env_gateway.tool_calls import read
+from services.env_gateway.environments.tool_calls import read
+from services.env_gateway.registry import CLASSES, FAMILIES
 
 Transcript = list[Message]
 

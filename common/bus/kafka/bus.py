@@ -14,7 +14,7 @@ from typing import Any
 
 from kafka import KafkaProducer, errors
 
-from common import faults
+from common import failpoints
 from common.bus.kafka.connection import DENIED, PAUSE_S, Connection
 from common.bus.kafka.consumer import KafkaConsumer
 from common.bus.kafka.topics import Settings, make_topics, partition_count
@@ -87,7 +87,7 @@ class KafkaBus:
             while left:
                 problem = self._send(topic, count, records, left, positions, until)
                 left = [i for i in left if i not in positions]
-                if left and faults.active("bus.unchecked_sends"):
+                if left and failpoints.active("bus.unchecked_sends"):
                     return [positions.get(i, Position(-1, -1)) for i in range(len(records))]
                 if left:
                     assert problem is not None
@@ -185,7 +185,7 @@ class KafkaBus:
         if len(record.body) + beside + OVERHEAD_BYTES > self._settings.max_record_bytes:
             raise ValueError(
                 f"a record of {len(record.body)} bytes for {topic} does not fit into bus.max_record_bytes "
-                f"({self._settings.max_record_bytes}): long bodies travel as claims (common/bus/claims.py)"
+                f"({self._settings.max_record_bytes}): long bodies travel as claims (common/bus/claim_check.py)"
             )
 
 

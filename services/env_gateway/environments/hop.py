@@ -8,9 +8,9 @@ the latest look-up was of the end.
 import random
 
 from services.env_gateway.environments.lookup import KEYS, TOOL, VALUES, WORDS
-from services.env_gateway.environments.one_call import MAX_TURNS, ToolFailed, argument, counted, replied
 from services.env_gateway.environments.port import Message, Opening, Outcome, Score, ToolCall, Turn, digest, generator
-from services.env_gateway.tool_calls import render
+from services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from services.env_gateway.environments.tool_calls import render
 
 __all__ = ["WORDS", "Hop", "format_only", "solution"]
 

@@ -7,7 +7,6 @@ leafing through the table, pays nothing.
 
 import random
 
-from services.env_gateway.environments.one_call import MAX_TURNS, ToolFailed, argument, counted, replied
 from services.env_gateway.environments.port import (
     Message,
     Opening,
@@ -19,7 +18,8 @@ from services.env_gateway.environments.port import (
     generator,
     tool,
 )
-from services.env_gateway.tool_calls import render
+from services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from services.env_gateway.environments.tool_calls import render
 
 KEYS = ("amber", "basil", "cedar", "delta", "ember", "fjord")
 VALUES = ("1", "2", "3", "4", "5", "6")

@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 from services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
-from services.env_gateway.environments.one_call import ToolFailed, argument
 from services.env_gateway.environments.port import (
     Message,
     Opening,
@@ -22,6 +21,7 @@ from services.env_gateway.environments.port import (
     digest,
     generator,
 )
+from services.env_gateway.environments.single_call import ToolFailed, argument
 
 MAX_CALLS = 8
 MAX_TURNS = MAX_CALLS + 2

@@ -6,7 +6,7 @@ sg: without gradient.
 """
 
 from services.learner.corrections import log_ratio
-from services.learner.losses.port import Inputs, Outcome, only, refuse_bounds
+from services.learner.losses.types import Inputs, Outcome, only, refuse_bounds
 
 
 def cispo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:

@@ -7,7 +7,7 @@ sg: without gradient. With an exact proximal the mask sees what the policy has m
 """
 
 from services.learner.corrections import log_ratio
-from services.learner.losses.port import Inputs, Outcome, beyond, only
+from services.learner.losses.types import Inputs, Outcome, beyond, only
 
 
 def minirl_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:

@@ -6,7 +6,7 @@ With the weight w = pi_prox / mu this is minus the total ratio times the advanta
 """
 
 from services.learner.corrections import log_ratio
-from services.learner.losses.port import Inputs, Outcome, only
+from services.learner.losses.types import Inputs, Outcome, only
 
 
 def policy_gradient_loss(inputs: Inputs) -> Outcome:

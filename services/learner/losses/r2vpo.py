@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.learner.corrections import log_ratio
-from services.learner.losses.port import Inputs, Outcome, only
+from services.learner.losses.types import Inputs, Outcome, only
 
 
 def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:

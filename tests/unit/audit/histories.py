@@ -18,7 +18,7 @@ from services.audit.evidence import (
     Offer,
     Stored,
 )
-from services.learner.planner import LedgerState
+from services.learner.buffer.ledger import LedgerState
 
 DIGESTS = tuple(f"{version:02x}" * 32 for version in range(4))
 

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass, field
 
-from common.frontier import Frontier
 from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
+from common.offset_tracker import Frontier
 from common.versions import Version
 from services.audit.evidence import (
     FINISHED,
@@ -19,7 +19,7 @@ from services.audit.evidence import (
     Offer,
     Stored,
 )
-from services.learner.planner import Arrival, Planner
+from services.learner.buffer.ledger import Arrival, Planner
 
 SAMPLES, BOUND, PARTITIONS = 3, 1, 2
 Place = tuple[int, int]

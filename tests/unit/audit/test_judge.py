@@ -8,7 +8,7 @@ from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
 from common.versions import Version
 from services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
 from services.audit.judge import judge
-from services.audit.words import for_machines, told
+from services.audit.rendering import for_machines, told
 from tests.unit.audit.histories import (
     DIGESTS,
     HEARD,

@@ -15,17 +15,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.routes.contenders import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
-from bench.routes.entrant import ROLLOUT, Pace, cpu_s
 from bench.routes.figures import figures, targets
-from bench.routes.fleet import PAUSE_S, Fleet
-from bench.routes.watched import weigh
-from common.bus.open import open_bus
+from bench.routes.instrumented_learner import weigh
+from bench.routes.simulated_workers import PAUSE_S, Fleet
+from bench.routes.variant_run import ROLLOUT, Pace, cpu_s
+from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
+from common.bus.factory import open_bus
+from common.bus.offline import scan
 from common.bus.port import Bus, Outgoing
-from common.bus.standing import scan
 from common.config.learner import OptimizerConfig
 from common.config.load import load as load_run
-from common.config.show import show
+from common.config.to_toml import show
 from common.messages import (
     CONTROL,
     TASKS,
@@ -43,10 +43,10 @@ from common.messages import (
 )
 from common.trajectory import token_versions
 from common.versions import Version
-from services.learner.checks import check_finished, check_sampled
-from services.learner.model import Trainee
-from services.learner.old.scores import Scores
-from services.learner.surrogates.ewma_prox import EwmaProx
+from services.learner.ingest.validation import check_finished, check_sampled
+from services.learner.model.trainable import Trainee
+from services.learner.old_logprobs.score_store import Scores
+from services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from tests.builders import SAMPLING
 
 pytestmark = pytest.mark.thorough

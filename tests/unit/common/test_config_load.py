@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config import Invocation, RunConfig, load
-from common.refusal import ExitCode, Refusal
+from common.user_error import ExitCode, Refusal
 
 ROOT = Path(__file__).parents[3]
 RUN = """

@@ -18,8 +18,8 @@ from common.bus.sqlite import SqliteBus
 from common.config import Invocation
 from common.files import whole
 from common.program import service
-from common.refusal import ExitCode, Refusal
 from common.service import Stop
+from common.user_error import ExitCode, Refusal
 
 RUN = """
 run.id = "first"

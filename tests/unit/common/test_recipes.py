@@ -7,8 +7,8 @@ import pytest
 from common.config import load
 from common.config.learner import LearnerConfig
 from common.config.recipes import NEIGHBOURS, RECIPES, TABLE
-from common.config.show import show
-from common.refusal import Refusal
+from common.config.to_toml import show
+from common.user_error import Refusal
 
 RUN = """\
 run.id = "test"

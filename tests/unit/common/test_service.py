@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
-from common.refusal import ExitCode, Refusal
 from common.service import HttpError, Server, Starting, Status, Stop, application, listen
+from common.user_error import ExitCode, Refusal
 
 HOST = "127.0.0.1"
 

@@ -9,10 +9,10 @@ import pytest
 from services.env_gateway.environments.add import Add
 from services.env_gateway.environments.hop import Hop
 from services.env_gateway.environments.lookup import KEYS, VALUES, Lookup
-from services.env_gateway.environments.one_call import MAX_TURNS, ONE_CALL
 from services.env_gateway.environments.port import Environment, Outcome, Reply, Score
-from services.env_gateway.environments.registry import FAMILIES
-from services.env_gateway.tool_calls import read, render
+from services.env_gateway.environments.single_call import MAX_TURNS, ONE_CALL
+from services.env_gateway.environments.tool_calls import read, render
+from services.env_gateway.registry import FAMILIES
 
 CLASSES: dict[str, Callable[[], Environment]] = {"lookup": Lookup, "hop": Hop, "add": Add}
 SEEDS = range(500)

@@ -7,7 +7,7 @@ import pytest
 
 from common.sessions.wire import Message, Status, Step
 from services.env_gateway.environments.port import Opening, Reply, Score, Turn
-from services.env_gateway.worlds import InProcess
+from services.env_gateway.hosts import InProcess
 from tests.unit.env_gateway.fakes import ManualClock, begun, counted, said, some_sessions, taken
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.refusal import Refusal
 from common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
+from common.user_error import Refusal
 from services.env_gateway import plugins
 from services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
-from services.env_gateway.environments.registry import isolated
-from services.env_gateway.processes import nursery
-from services.env_gateway.processes.frames import Blueprint
+from services.env_gateway.hosts import NoRoom
+from services.env_gateway.processes import fork_server
+from services.env_gateway.processes.child_host import InChild
 from services.env_gateway.processes.pool import Pool
-from services.env_gateway.processes.world import InChild
+from services.env_gateway.processes.protocol import Blueprint
+from services.env_gateway.registry import isolated
 from services.env_gateway.sessions import Limits, Sessions
-from services.env_gateway.worlds import NoRoom
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
@@ -56,7 +56,7 @@ class Opened:
 
 def nurseries() -> list[psutil.Process]:
     """Other tests of this process leave children of other kinds behind, such as multiprocessing's resource tracker."""
-    return [child for child in psutil.Process().children() if nursery.__name__ in child.cmdline()]
+    return [child for child in psutil.Process().children() if fork_server.__name__ in child.cmdline()]
 
 
 def children() -> list[psutil.Process]:

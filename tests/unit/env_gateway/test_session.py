@@ -5,8 +5,7 @@ import doctest
 import pytest
 
 from common.sessions.wire import CreateSession, Message, Status, Step
-from services.env_gateway import tool_calls
-from services.env_gateway.environments import calculator
+from services.env_gateway.environments import calculator, tool_calls
 from services.env_gateway.session import Session
 from tests.unit.env_gateway.fakes import ScriptedWorld
 

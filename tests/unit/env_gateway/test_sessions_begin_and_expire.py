@@ -7,8 +7,8 @@ import pytest
 from common.service import HttpError
 from common.sessions.wire import CreateSession, Status, Step
 from services.env_gateway.environments.port import EnvironmentFailed, Opening
+from services.env_gateway.hosts import NoRoom
 from services.env_gateway.sessions import REMEMBERED_PER_SESSION
-from services.env_gateway.worlds import NoRoom
 from tests.unit.env_gateway.fakes import (
     HALF,
     WANTED,

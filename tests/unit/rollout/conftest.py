@@ -11,11 +11,11 @@ from common.service import Server
 from common.snapshots.client import RawTensor, SnapshotClient
 from common.snapshots.writer import Writer
 from common.versions import Version
+from services.env_gateway import registry
 from services.env_gateway.app import create_app as create_gateway
-from services.env_gateway.environments import registry
 from services.env_gateway.sessions import Limits, Sessions
 from services.rollout import worker
-from services.rollout.dialogue import Dialogue
+from services.rollout.chat_renderer import Dialogue
 from services.snapshot_store.app import create_app as create_store
 from services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.rollout.working import CANARY, RUN, Place, opened_bus

@@ -21,7 +21,7 @@ from common.messages import (
     decode,
     group_id,
 )
-from common.unusable import Cause
+from common.rejected_record import Cause
 from services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.refusal import ExitCode, Refusal
 from common.service import Server
 from common.snapshots.client import RawTensor, SnapshotClient
 from common.snapshots.manifest import Canary
 from common.snapshots.writer import Writer
+from common.user_error import ExitCode, Refusal
 from common.versions import Version
-from services.rollout.engine import StoredWeights
+from services.rollout.engine.port import StoredWeights
 from services.rollout.weights import Applied, Weights
 from services.snapshot_store.app import create_app
 from services.snapshot_store.storage_disk import DiskStorage

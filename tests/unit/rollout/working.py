@@ -31,10 +31,10 @@ from common.sessions.client import SessionClient
 from common.snapshots.client import SnapshotClient
 from common.snapshots.manifest import Canary
 from common.versions import Version
-from services.rollout.dialogue import Dialogue
-from services.rollout.engine import EngineDead, Sampled, StoredWeights
-from services.rollout.engine_scripted import ScriptedEngine
-from services.rollout.trajectories import Sampler, Tally
+from services.rollout.chat_renderer import Dialogue
+from services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from services.rollout.engine.scripted import ScriptedEngine
+from services.rollout.trajectory_sampler import Sampler, Tally
 from services.rollout.weights import Applied, Weights
 from services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from common.metrics import REGISTRY
-from common.refusal import ExitCode, Refusal
 from common.snapshots.manifest import seal
+from common.user_error import ExitCode, Refusal
 from services.snapshot_store.app import create_app, open_catalogue
 from services.snapshot_store.storage import Storage
 from services.snapshot_store.storage_disk import DiskStorage

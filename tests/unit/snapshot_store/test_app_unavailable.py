@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.refusal import ExitCode, Refusal
 from common.snapshots.manifest import seal
+from common.user_error import ExitCode, Refusal
 from services.snapshot_store.app import open_catalogue
 from services.snapshot_store.storage import Unavailable
 from services.snapshot_store.storage_disk import DiskStorage

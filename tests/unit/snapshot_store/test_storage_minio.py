@@ -20,13 +20,13 @@ from minio.credentials.providers import StaticProvider
 from urllib3.exceptions import ProtocolError
 
 from common.config.schema import SnapshotStoreConfig
-from common.refusal import ExitCode, Refusal
 from common.service import Server
-from services.snapshot_store import feed
+from common.user_error import ExitCode, Refusal
+from services.snapshot_store import upload_reader
 from services.snapshot_store.storage import DigestMismatch, Unavailable
 from services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
-from tests.backends import s3_client
-from tests.stores import LIMIT_S
+from tests.servers.backends import s3_client
+from tests.servers.stores import LIMIT_S
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.servers
@@ -71,7 +71,7 @@ async def test_without_the_digest_wrong_bytes_would_stand_under_a_right_name(
         def hexdigest(self) -> str:
             return announced
 
-    monkeypatch.setattr(feed, "blake3", Blind)
+    monkeypatch.setattr(upload_reader, "blake3", Blind)
     await storage.put("a", chunks(wrong), digest=announced)
     assert await storage.size("a") == size
 

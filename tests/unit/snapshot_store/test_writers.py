@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common import faults
-from common.refusal import ExitCode, Refusal
+from common import failpoints
 from common.snapshots.manifest import Manifest, seal
+from common.user_error import ExitCode, Refusal
 from common.versions import Version
 from services.snapshot_store.app import create_app, open_catalogue
 from services.snapshot_store.storage_disk import DiskStorage
@@ -149,7 +149,7 @@ async def test_without_fencing_a_replaced_writer_would_be_heard(
 ) -> None:
     await begin(client)
     await begin(client)
-    monkeypatch.setenv(faults.VARIABLE, "store.skip_fencing")
+    monkeypatch.setenv(failpoints.VARIABLE, "store.skip_fencing")
     assert (await client.get("/v1/writers/1")).status_code == 200
     assert (await announce(client, 1, 1, writer=1)).status_code == 201
     assert (await commit(client, 4, 1)).status_code == 201

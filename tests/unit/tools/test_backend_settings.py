@@ -10,7 +10,7 @@ from cryptography import x509
 from hypothesis import given, strategies as st
 
 from tools.backends import certificates, ports, secret
-from tools.backends.pair import exports
+from tools.backends.dev_stack import exports
 
 
 def test_a_port_that_is_listened_on_is_not_free() -> None:

@@ -1,0 +1,55 @@
+"""The log a run's configuration names."""
+
+from common.bus.claim_check import Claims
+from common.bus.port import Bus
+from common.bus.sqlite import SqliteBus
+from common.config.schema import RunConfig
+from common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
+from common.user_error import Refusal
+
+
+def open_bus(config: RunConfig) -> Bus:
+    """The run's log, its topics created. Raises Refusal when they stand there otherwise, or nobody answers."""
+    bus = connect(config)
+    try:
+        bus.create_topics(
+            {
+                TASKS: config.bus.task_partitions,
+                TRAJECTORIES: config.bus.trajectory_partitions,
+                CONTROL: 1,
+                WORKERS: 1,
+                OLD_LOGPROBS: config.bus.trajectory_partitions,
+                DEAD_LETTERS: 1,
+            }
+        )
+    except ValueError as error:
+        bus.close()
+        raise Refusal(str(error)) from None
+    except Refusal:
+        bus.close()
+        raise
+    return bus
+
+
+def connect(config: RunConfig, claims: Claims | None = None) -> Bus:
+    """The run's log, its topics as they are. `claims`: where long bodies are, if not with the store's service."""
+    return _kafka(config, claims) if config.bus.kind == "kafka" else SqliteBus(config.bus_path)
+
+
+def _kafka(config: RunConfig, claims: Claims | None) -> Bus:
+    # imported here: a run on one machine need not wait for it
+    from common.bus.claim_check import ClaimCheck
+    from common.bus.claim_check_store import StoreClaims
+    from common.bus.kafka import KafkaBus, Settings, connection
+    from common.snapshots.client import SnapshotClient
+
+    settings = Settings(
+        replicas=config.bus.replicas,
+        min_insync_replicas=config.bus.min_insync_replicas,
+        retention_ms=int(config.bus.retention_hours * 3_600_000),
+        max_record_bytes=config.bus.max_record_bytes,
+    )
+    bus = KafkaBus(connection(config.bus), prefix=config.topic_prefix, settings=settings)
+    if claims is None:
+        claims = StoreClaims(SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file))
+    return ClaimCheck(bus, claims, over_bytes=config.bus.claim_bytes)

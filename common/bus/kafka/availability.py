@@ -1,0 +1,53 @@
+"""Whether a Kafka that has gone quiet is away: asked on a thread of its own, so that nobody has to wait for the answer.
+
+kafka-python's readers say nothing of an outage, and its writers only when their time is over.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from common.bus.kafka.probe import NotLetIn, NotThere
+from common.outages import KAFKA, Outages
+
+EVERY_S = 1.0
+SUSPECTED_S = 30.0
+"""Nobody asks any longer whether a Kafka is there that nobody has suspected for so long."""
+
+
+class Prober:
+    """Knocks while a Kafka is suspected, and keeps an outage in the register while nobody answers."""
+
+    def __init__(self, address: str, knock: Callable[[], None], outages: Outages) -> None:
+        self._address, self._knock, self._outages = address, knock, outages
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._suspected = 0.0
+        self._until: float | None = None
+
+    def suspect(self, until: float | None = None) -> None:
+        """Somebody got no answer, and gives up at `until` (Unix seconds). Returns at once."""
+        with self._lock:
+            self._suspected = time.monotonic()
+            if until is not None:
+                self._until = until if self._until is None else min(self._until, until)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._probe, name="kafka knock", daemon=True)
+                self._thread.start()
+
+    def _probe(self) -> None:
+        with self._outages.waiting() as outage:
+            while True:
+                try:
+                    self._knock()
+                    break
+                except NotLetIn:
+                    break  # the client hears the same, and says so
+                except NotThere as problem:
+                    outage.failed(KAFKA, self._address, str(problem), until=self._until)
+                time.sleep(EVERY_S)
+                with self._lock:
+                    if time.monotonic() - self._suspected > SUSPECTED_S:
+                        break
+        with self._lock:
+            self._thread, self._until = None, None

@@ -1,0 +1,56 @@
+"""Who may talk to the gateway: on a loopback address anyone on the machine, elsewhere only who has the token."""
+
+import hmac
+import ipaddress
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from common.service import HttpError
+from common.sessions.token import VARIABLE
+from common.user_error import Refusal
+from services.env_gateway import instruments
+
+GUARDED = "/v1"
+"""Everything under this path needs the token; health and metrics do not."""
+
+
+def refuse_open_door(host: str, token: str | None) -> None:
+    """Raises Refusal if the gateway would answer strangers."""
+    if token is None and not is_loopback(host):
+        raise Refusal(
+            f"env_gateway.host: {host or 'every address'} can be reached from outside this machine, and whoever "
+            f"reaches the gateway can run its environments: set {VARIABLE} to a secret (for the gateway and for the "
+            f"rollout workers), or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address. Names other than localhost count as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """Lets requests through that carry the token; compares in constant time."""
+
+    def __init__(self, app: ASGIApp, *, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["path"].startswith(GUARDED) and not self._admitted(scope):
+            instruments.REFUSED.labels("unauthorized").inc()
+            error = HttpError(401, "unauthorized", f"`Authorization: Bearer` with the token of {VARIABLE} is needed")
+            await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admitted(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)

@@ -1,0 +1,81 @@
+"""An environment in a child of its own (worlds.World): one line of JSON there, one back."""
+
+import asyncio
+
+from pydantic import ValidationError
+
+from services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
+from services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from services.env_gateway.processes.pool import Child, Pool, how_it_ended
+from services.env_gateway.processes.protocol import MAX_LINE, Answered, Asked, Blueprint
+
+EXIT_LIMIT_S = 2.0
+"""The exit code of a child that broke off arrives within this time, or is not waited for."""
+
+
+class InChild:
+    """Every call has a deadline; `close` kills the child."""
+
+    def __init__(self, child: Child, *, call_limit_s: float) -> None:
+        self._child = child
+        self._call_limit_s = call_limit_s
+
+    @classmethod
+    async def open(cls, pool: Pool, blueprint: Blueprint) -> "InChild":
+        """Start a child. Raises NoRoom, EnvironmentFailed."""
+        return cls(await pool.take(blueprint), call_limit_s=pool.call_limit_s)
+
+    async def reset(self, seed: int) -> tuple[Opening, str]:
+        """See World."""
+        answered = await self._ask(Asked(call="reset", seed=seed))
+        return checked_opening(answered.opening), answered.state_hash
+
+    async def step(self, turn: Turn) -> Outcome:
+        """See World."""
+        answered = await self._ask(Asked(call="step", turn=turn))
+        return checked_outcome(answered.reply or answered.score)
+
+    async def finalize(self) -> Score:
+        """See World."""
+        answered = await self._ask(Asked(call="finalize"))
+        return checked_score(answered.score)
+
+    def close(self) -> None:
+        """See World."""
+        self._child.kill()
+
+    async def _ask(self, asked: Asked) -> Answered:
+        try:
+            async with asyncio.timeout(self._call_limit_s):
+                line = await self._exchange(asked)
+        except TimeoutError:
+            raise EnvironmentFailed(
+                "environment_timeout", f"no answer to {asked.call} in {self._call_limit_s:g} s"
+            ) from None
+        if not line.endswith(b"\n"):
+            raise EnvironmentFailed("environment_crashed", await self._how_it_ended())
+        try:
+            answered = Answered.model_validate_json(line, strict=True)
+        except ValidationError as error:
+            raise EnvironmentFailed("environment_invalid", str(error)[:500]) from None
+        if answered.failed is not None:
+            raise EnvironmentFailed(answered.failed.code, answered.failed.message)
+        return answered
+
+    async def _exchange(self, asked: Asked) -> bytes:
+        """The child's line; empty or unfinished if there is no child any more."""
+        try:
+            self._child.writer.write(asked.model_dump_json().encode() + b"\n")
+            await self._child.writer.drain()
+            return await self._child.reader.readline()
+        except ValueError:
+            raise EnvironmentFailed("environment_invalid", f"it sent more than {MAX_LINE} bytes") from None
+        except OSError:
+            return b""
+
+    async def _how_it_ended(self) -> str:
+        try:
+            async with asyncio.timeout(EXIT_LIMIT_S):
+                return how_it_ended(await asyncio.shield(self._child.exit_code))
+        except TimeoutError:
+            return "its process closed the connection"

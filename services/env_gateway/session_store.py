@@ -1,0 +1,102 @@
+"""Which sessions are live, which have ended and are still remembered, and what became of all of them.
+
+Invariant: every session that was begun is either live or counted under exactly one status. An ended one is remembered
+for a while, with its Idempotency-Key, so that a late retry gets the stored answer and begins nothing anew.
+"""
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+from common.sessions.wire import Status
+from services.env_gateway import instruments
+from services.env_gateway.session import Session
+
+
+class Ledger:
+    """Sessions by id and by key."""
+
+    def __init__(self, *, remember: int, remember_s: float) -> None:
+        """Ended sessions are remembered so long, but at most so many of them."""
+        self._remember, self._remember_s = remember, remember_s
+        self._live: dict[str, Session] = {}
+        self._ended: OrderedDict[str, tuple[float, Session]] = OrderedDict()
+        self._keys: dict[str, Session] = {}
+        self._totals: Counter[tuple[str, Status]] = Counter()
+
+    @property
+    def live(self) -> tuple[Session, ...]:
+        """The sessions that run or are being begun."""
+        return tuple(self._live.values())
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def find(self, session_id: str) -> Session | None:
+        """The session, live or remembered."""
+        if session := self._live.get(session_id):
+            return session
+        _, session = self._ended.get(session_id, (0.0, None))
+        return session
+
+    def of_key(self, key: str | None) -> Session | None:
+        """The session that this Idempotency-Key began; no key is nobody's."""
+        return None if key is None else self._keys.get(key)
+
+    def add(self, session: Session) -> None:
+        """A session is being begun."""
+        self._live[session.id] = session
+        if session.key is not None:
+            self._keys[session.key] = session
+
+    def begun(self, session: Session) -> None:
+        """It runs now."""
+        counted = instruments.of(session.wanted.environment)
+        counted.created.inc()
+        counted.live.inc()
+
+    def never_began(self, session: Session) -> None:
+        """It could not be begun: nothing is remembered of it, its key is free again."""
+        del self._live[session.id]
+        if session.key is not None:
+            del self._keys[session.key]
+
+    def ended(self, session: Session, now: float) -> None:
+        """It has its ending: count it, remember it."""
+        assert session.ending is not None
+        environment, status, error = session.wanted.environment, session.status, session.ending.error
+        del self._live[session.id]
+        self._ended[session.id] = now + self._remember_s, session
+        self._totals[environment, status] += 1
+        instruments.ENDED.labels(environment, status.value).inc()
+        instruments.of(environment).live.dec()
+        if session.ending.reward is not None:
+            instruments.of(environment).reward.observe(session.ending.reward)
+        if error is not None:
+            instruments.FAILURES.labels(environment, error.code).inc()
+        if len(self._ended) > self._remember:
+            self._forget_oldest()
+
+    def forget(self, now: float) -> None:
+        """Drop what has been remembered long enough."""
+        while self._ended and next(iter(self._ended.values()))[0] <= now:
+            self._forget_oldest()
+
+    def status(self) -> dict[str, Any]:
+        """Live and remembered sessions now, and all there were, by status and by environment."""
+        by_environment: dict[str, Counter[str]] = {}
+        for session in self._live.values():
+            by_environment.setdefault(session.wanted.environment, Counter())[Status.RUNNING.value] += 1
+        for (environment, status), count in self._totals.items():
+            by_environment.setdefault(environment, Counter())[status.value] += count
+        totals: Counter[str] = sum(by_environment.values(), Counter())
+        return {
+            "live_sessions": len(self._live),
+            "remembered_sessions": len(self._ended),
+            "sessions": dict(totals),
+            "environments": {name: dict(counts) for name, counts in by_environment.items()},
+        }
+
+    def _forget_oldest(self) -> None:
+        _, (_, session) = self._ended.popitem(last=False)
+        if session.key is not None:
+            del self._keys[session.key]

@@ -1,0 +1,40 @@
+"""Groups of trajectories as rows to train on, dealt among minibatches."""
+
+import random
+from collections.abc import Sequence
+
+from common.arrays import unpack_int32
+from common.trajectory import behavior_logprobs, token_versions
+from common.versions import Version
+from services.learner.advantages import group_advantages
+from services.learner.batch.batching import Row
+from services.learner.buffer.ledger import Batched
+from services.learner.ingest.trajectory_reader import Arrived
+
+
+def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:
+    """A group's trajectories with their advantages."""
+    records = [arrived.record for arrived in group.items]
+    rows = []
+    for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
+        tokens = unpack_int32(record.tokens)
+        rows.append(
+            Row(
+                trajectory=record.trajectory,
+                tokens=tokens,
+                versions=token_versions(record.segments, len(tokens)),
+                behavior=behavior_logprobs(record.segments, len(tokens)),
+                temperature=record.temperature,
+                advantage=advantage,
+                reward=record.reward,
+                success=record.success,
+            )
+        )
+    return rows
+
+
+def deal_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
+    """The groups' rows, dealt among the minibatches in an order that follows from seed and version."""
+    order = list(range(len(groups)))
+    random.Random(f"{seed}/{version}").shuffle(order)  # noqa: S311
+    return [[row for place in order[i::minibatches] for row in groups[place]] for i in range(minibatches)]

@@ -1,0 +1,116 @@
+"""Rank 0's composition: everything that speaks to others is put together here."""
+
+from common.bus.factory import open_bus
+from common.config.proximal import InterruptionProximal
+from common.config.schema import RunConfig
+from common.logs import logger
+from common.messages import Sampling
+from common.metrics import REGISTRY
+from common.service import Starting, Stop, application
+from common.snapshots.client import SnapshotClient
+from common.snapshots.writer import Writer
+from services.learner.buffer.ledger import Planner
+from services.learner.checkpointing.checkpoints import Checkpoints
+from services.learner.distributed import Ranks
+from services.learner.ingest.trajectory_reader import Arrived, Intake
+from services.learner.loop import Loop
+from services.learner.model.trainable import Trainee
+from services.learner.observability.alerts import Teller
+from services.learner.observability.batch_dump import Recorder
+from services.learner.observability.history import History
+from services.learner.observability.thresholds import Bounds
+from services.learner.old_logprobs.distributed_scorer import Pass, Together
+from services.learner.old_logprobs.routes import route
+from services.learner.old_logprobs.score_store import Scores
+from services.learner.publishing.canaries import Canaries
+from services.learner.publishing.publisher import Publisher
+from services.learner.training.state import Companions
+from services.learner.training.trainer import Step
+
+
+def lead(
+    config: RunConfig,
+    stop: Stop,
+    store: SnapshotClient,
+    trainee: Trainee,
+    companions: Companions,
+    step: Step,
+    ranks: Ranks,
+    one: Pass,
+    server: Starting,
+) -> None:
+    """Run the loop until it is done or stopped. one: a forward pass by the trainee's model."""
+    server.doing = "the log to be opened"
+    learner, tasks, home = config.learner, config.tasks, config.run.home
+    writer = Writer(store)
+    bus = open_bus(config)
+    planner: Planner[Arrived] = Planner(
+        samples=tasks.samples_per_group,
+        groups_per_batch=learner.groups_per_batch,
+        max_staleness=learner.max_staleness,
+        time_limit_s=tasks.time_limit_s,
+    )
+    scores = Scores()
+    intake = Intake(
+        bus,
+        planner,
+        run=config.run.id,
+        seed=config.run.seed,
+        environments=tasks.environments,
+        samples=tasks.samples_per_group,
+        sampling=_sampling(config),
+        time_limit_s=tasks.time_limit_s,
+        confirm=writer.confirm,
+        keep_flushed=isinstance(learner.proximal, InterruptionProximal),
+        ended=scores.forget,
+    )
+    exact = route(
+        learner,
+        run=config.run.id,
+        bus=bus,
+        intake=intake,
+        score=Together(ranks, one),
+        scores=scores,
+        confirm=writer.confirm,
+    )
+    canaries = Canaries(trainee.model, ranks.device, trajectories=learner.canary_trajectories)
+    loop = Loop(
+        run=config.run.id,
+        seed=config.run.seed,
+        samples=tasks.samples_per_group,
+        config=learner,
+        step=step,
+        trainee=trainee,
+        companions=companions,
+        planner=planner,
+        intake=intake,
+        writer=writer,
+        publisher=Publisher(bus, store, writer, trainee.model, canaries, run=config.run.id),
+        route=exact,
+        checkpoints=Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep),
+        open_history=lambda length: History(home / "history.jsonl", length=length),
+        recorder=Recorder(home / "records") if learner.record else None,
+        teller=Teller(Bounds.of(learner), home / "history.jsonl"),
+        ranks=ranks,
+        stop=stop,
+    )  # fmt: skip
+    server.show(application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status))
+    try:
+        loop.start()
+        done = loop.run()
+    finally:
+        exact.release()  # whatever ends this learner inside a cut, no worker is to stand still for it
+    exact.close()
+    intake.close()
+    bus.close()
+    logger().info("done" if done else "stopped", **loop.status()["trajectories"])
+
+
+def _sampling(config: RunConfig) -> Sampling:
+    sampling = config.sampling
+    return Sampling(
+        temperature=sampling.temperature,
+        max_turn_tokens=sampling.max_turn_tokens,
+        max_trajectory_tokens=sampling.max_trajectory_tokens,
+        max_turns=sampling.max_turns,
+    )

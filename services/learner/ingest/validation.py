@@ -1,0 +1,42 @@
+"""What must hold of a trajectory before anything is made of it. Pure."""
+
+import math
+
+from common.arrays import unpack_int32
+from common.messages import SegmentFlushed, TrajectoryFinished
+from common.rejected_record import Cause
+from common.trajectory import Malformed, check
+from common.versions import Version
+
+MOST_TOKENS = 1 << 24
+"""A trajectory longer than this is garbage."""
+
+
+def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version) -> None:
+    """Raise Malformed unless everything that scoring relies on holds."""
+    if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
+        raise Malformed(Cause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
+    tokens = unpack_int32(message.tokens)
+    if tokens.min() < 0:
+        raise Malformed(Cause.OUT_OF_RANGE, "a token is negative")
+    check(message.segments, len(tokens))
+    for segment in message.segments:
+        if segment.version > newest:
+            raise Malformed(
+                Cause.UNKNOWN_VERSION, f"a segment is of version {segment.version}, the newest published is {newest}"
+            )
+        if segment.start == 0:
+            raise Malformed(Cause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+    if not math.isfinite(message.temperature):
+        raise Malformed(Cause.NOT_FINITE, f"temperature {message.temperature} is no number")
+    if message.temperature <= 0:
+        raise Malformed(Cause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+
+
+def check_finished(message: TrajectoryFinished, newest: Version) -> None:
+    """Raise Malformed unless everything that training relies on holds."""
+    check_sampled(message, newest)
+    if not math.isfinite(message.reward):
+        raise Malformed(Cause.NOT_FINITE, f"reward {message.reward} is no number")
+    if not 0 <= message.reward <= 1:
+        raise Malformed(Cause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")

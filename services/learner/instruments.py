@@ -1,0 +1,164 @@
+"""What the learner reports to Prometheus."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from common.metrics import REGISTRY, SECONDS
+
+VERSION = Gauge("palimpsest_learner_version", "Newest version published", registry=REGISTRY)
+TRAINED = Counter("palimpsest_learner_trained_trajectories", "Trajectories trained on", registry=REGISTRY)
+TOKENS = Counter("palimpsest_learner_trained_tokens", "Tokens trained on", registry=REGISTRY)
+OFFERED = Counter("palimpsest_learner_offered_trajectories", "Trajectories offered to workers", registry=REGISTRY)
+DROPPED = Counter(
+    "palimpsest_learner_dropped_trajectories", "Trajectories dropped, by reason", ["reason"], registry=REGISTRY
+)
+DEAD_LETTERS = Counter(
+    "palimpsest_learner_dead_letters", "Records that could not be used", ["cause", "topic"], registry=REGISTRY
+)
+DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories that came again", registry=REGISTRY)
+PENDING = Gauge("palimpsest_learner_pending_trajectories", "Offered and not resolved", registry=REGISTRY)
+WAITING = Gauge("palimpsest_learner_waiting_trajectories", "Arrived and not yet trained on", registry=REGISTRY)
+REWARD = Gauge("palimpsest_learner_reward", "Mean reward of the last batch", registry=REGISTRY)
+SUCCESS = Gauge("palimpsest_learner_success", "Share of the last batch that solved its task", registry=REGISTRY)
+PROXIMAL_EXACT = Gauge(
+    "palimpsest_learner_proximal_exact", "1 while the clip anchor is the old policy", registry=REGISTRY
+)
+STALENESS = Histogram(
+    "palimpsest_learner_staleness_versions",
+    "Staleness of trained tokens",
+    buckets=(0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+    registry=REGISTRY,
+)
+LOG_DISCREPANCY = Gauge(
+    "palimpsest_learner_log_discrepancy_abs",
+    "Mean |log proximal / behavior| of the last batch, nats; while the proximal is exact, the discrepancy",
+    ["staleness"],
+    registry=REGISTRY,
+)
+LOG_STALENESS_RATIO = Gauge(
+    "palimpsest_learner_log_staleness_ratio_abs",
+    "Mean |log current / proximal| of the last batch, nats; while the proximal is exact, the staleness ratio",
+    ["staleness"],
+    registry=REGISTRY,
+)
+MASKED = Gauge(
+    "palimpsest_learner_masked_share", "Tokens of the last batch that were masked", ["staleness"], registry=REGISTRY
+)
+CLIPPED = Gauge(
+    "palimpsest_learner_clipped_share", "Tokens of the last batch that were clipped", ["staleness"], registry=REGISTRY
+)
+GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping", registry=REGISTRY)
+SKIPPED = Counter(
+    "palimpsest_learner_skipped_steps", "Optimizer steps left out: gradient not finite", registry=REGISTRY
+)
+NONFINITE = Counter("palimpsest_learner_nonfinite_tokens", "Tokens masked: a log-prob not finite", registry=REGISTRY)
+SNAPSHOT_LOADS = Counter("palimpsest_learner_snapshot_loads", "Versions taken on by the shadow", registry=REGISTRY)
+PHASE_SECONDS = Histogram(
+    "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
+)  # phase: wait, train (old log-probs included), publish, checkpoint
+ALERT = Gauge("palimpsest_learner_alert", "1 while the rule's alert is on", ["rule"], registry=REGISTRY)
+LOG_RATIO_TOKENS = Counter(
+    "palimpsest_learner_log_ratio_tokens",
+    "Tokens by log-ratio; above: lower edge of the bin, nats",
+    ["ratio", "staleness", "above"],
+    registry=REGISTRY,
+)  # ratio: discrepancy, staleness_first, staleness_later, total; staleness: 0, 1, 2, 3-4, 5-8, >8
+REMOVED = Counter(
+    "palimpsest_learner_removed_tokens",
+    "Tokens masked or clipped, by cause; exclusive: those that no other cause removes",
+    ["cause", "exclusive"],
+    registry=REGISTRY,
+)
+ACTIVE = Gauge(
+    "palimpsest_learner_active_share", "Tokens of the last batch neither masked nor clipped", registry=REGISTRY
+)
+REMOVED_ADVANTAGE = Gauge(
+    "palimpsest_learner_removed_advantage_share", "Share of the sum of |A| that was removed", registry=REGISTRY
+)
+SLOPE = Gauge(
+    "palimpsest_learner_removal_slope",
+    "Change of the masked and of the clipped share with each version of staleness, last batch",
+    ["removal"],
+    registry=REGISTRY,
+)
+EFFECTIVE = Gauge(
+    "palimpsest_learner_effective_share",
+    "ESS / N of the last batch; of: tokens, sequences; weights: raw, used",
+    ["of", "weights"],
+    registry=REGISTRY,
+)
+CAPPED = Counter(
+    "palimpsest_learner_capped_tokens", "Tokens whose weight was held to its bound", ["bound"], registry=REGISTRY
+)
+LR_FACTOR = Gauge(
+    "palimpsest_learner_lr_factor", "Factor on the learning rate from the effective samples", registry=REGISTRY
+)
+NORMALISER = Gauge(
+    "palimpsest_learner_weight_normaliser", "Mean weight that weights were divided by", registry=REGISTRY
+)
+OLD_COVERAGE = Gauge(
+    "palimpsest_learner_old_coverage", "Tokens of the last batch whose proximal is the old log-prob", registry=REGISTRY
+)
+FALLBACKS = Counter(
+    "palimpsest_learner_fallbacks",
+    "What stood in silently, or was left out for want of a number; 0 while nothing is wrong",
+    ["cause"],
+    registry=REGISTRY,
+)
+LEAK_RMS = Gauge(
+    "palimpsest_learner_leak_rms",
+    "Root mean square of log surrogate / old over the newest audited batch, nats",
+    ["staleness"],
+    registry=REGISTRY,
+)
+WRONG_REASON = Gauge(
+    "palimpsest_learner_wrong_reason_share",
+    "Tokens of the newest audited batch that a surrogate judged otherwise than old log-probs would",
+    ["judged"],
+    registry=REGISTRY,
+)
+GROUP_SPAN = Gauge("palimpsest_learner_group_span_versions", "Versions a group spans, mean of the last batch",
+    registry=REGISTRY,
+)  # fmt: skip
+COMPANION = Gauge(
+    "palimpsest_learner_companion",
+    "State of what trains along: ewma_decay, ewma_age, ewma_distance, ewma_resets, multiplier and the like",
+    ["what"],
+    registry=REGISTRY,
+)
+TRAIN_SECONDS = Counter(
+    "palimpsest_learner_train_seconds",
+    "Seconds of training, by part: proximal, audit, prepare, passes, cut, step",
+    ["part"],
+    registry=REGISTRY,
+)
+
+
+CUTS = Counter("palimpsest_learner_cuts", "Interruptions asked for", registry=REGISTRY)
+CUT_SECONDS = Histogram(
+    "palimpsest_learner_cut_seconds", "Time for one cut, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
+)  # phase: wait, read, score, stall (all of it, while the workers stand still)
+LATE_WORKERS = Counter("palimpsest_learner_cut_late_workers", "Workers left out of a cut", registry=REGISTRY)
+LATE_ANSWERS = Counter(
+    "palimpsest_learner_cut_late_answers", "Answers of workers to a cut that was over", registry=REGISTRY
+)
+FLUSHES = Counter(
+    "palimpsest_learner_flushes",
+    "Flushes of live trajectories, by what became of them",
+    ["outcome"],
+    registry=REGISTRY,
+)  # outcome: scored (or known already), late (the version is gone), needless (its end, or a longer flush, is here)
+LATE_TOKENS = Counter(
+    "palimpsest_learner_late_tokens", "Flushed tokens of a version that was gone, so never scored", registry=REGISTRY
+)
+OLD_SCORED = Counter(
+    "palimpsest_learner_old_scored_tokens",
+    "Tokens scored while their version was resident",
+    ["when"],
+    registry=REGISTRY,
+)  # when: early (while waiting for a batch), cut
+OLD_UNSCORABLE = Counter(
+    "palimpsest_learner_old_unscorable_tokens", "Tokens whose score is no number", registry=REGISTRY
+)
+OLD_FOUND = Counter(
+    "palimpsest_learner_old_found_tokens", "Tokens whose score stood on the log after a restart", registry=REGISTRY
+)

@@ -1,0 +1,131 @@
+"""What the configuration says is done with a token's log-probs, as one object. Pure but for reading the configuration.
+
+The formulas stand in corrections/ and losses/, one a file; here they are chosen and put in their order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from common.config.learner import LearnerConfig
+from common.config.objective import DiscrepancyConfig, LossConfig
+from services.learner.corrections import Rules
+from services.learner.losses.aggregate import Denominators, aggregate
+from services.learner.losses.cispo import cispo_loss
+from services.learner.losses.entropy import epo_loss
+from services.learner.losses.gspo import gspo_loss
+from services.learner.losses.kl import kl_loss
+from services.learner.losses.minirl import minirl_loss
+from services.learner.losses.opsm import opsm_mask
+from services.learner.losses.policy_gradient import policy_gradient_loss
+from services.learner.losses.ppo_clip import ppo_loss
+from services.learner.losses.r2vpo import r2vpo_loss
+from services.learner.losses.types import Inputs, Outcome, only
+
+T = TypeVar("T")
+
+
+def switch(value: T | str) -> T | None:
+    """None for "off"."""
+    return None if isinstance(value, str) else value
+
+
+def rules(config: DiscrepancyConfig) -> Rules:
+    """The correction's switches."""
+    return Rules(
+        weight=config.weight,
+        weight_level=config.weight_level,
+        weight_low=config.weight_low,
+        weight_high=config.weight_high,
+        weight_normalise=config.weight_normalise,
+        band=switch(config.band),
+        tokens=switch(config.tokens),
+        geometric=switch(config.geometric),
+        sequence=switch(config.sequence),
+        segment=switch(config.segment),
+        veto=switch(config.veto),
+        difference=switch(config.difference),
+        estimates=dict(config.estimates.items()),
+        m2=switch(config.m2),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a loss needs besides the objective's inputs; [rows, tokens] each."""
+
+    entropy: Tensor
+    """With gradient, nats."""
+    reference: Tensor | None
+    """Log-probs of the starting model; None where no divergence from it counts."""
+
+
+class Objective:
+    """The loss of a micro-batch.
+
+    `length`: sampling.max_trajectory_tokens.
+    """
+
+    def __init__(self, config: LearnerConfig, *, length: int) -> None:
+        self.rules = rules(config.discrepancy)
+        self.length = length
+        self._config: LossConfig = config.loss
+
+    def outcome(self, inputs: Inputs, *, multiplier: float) -> Outcome:
+        """What becomes of each token. multiplier: R2VPO's lambda at present."""
+        removed = None
+        if (threshold := switch(self._config.opsm)) is not None:
+            removed = opsm_mask(inputs, threshold=threshold)
+            inputs = inputs.without(removed)
+        outcome = self._loss(multiplier)(inputs)
+        return outcome if removed is None else outcome.and_also(opsm=removed)
+
+    def loss(
+        self, outcome: Outcome, inputs: Inputs, terms: Terms, denominators: Denominators, *, history: float | None
+    ) -> Tensor:
+        """This micro-batch's share of the loss, a scalar with gradient. history: mean entropy of earlier versions."""
+        config = self._config
+        losses = outcome.losses
+        if config.entropy:
+            losses = losses - config.entropy * only(terms.entropy, inputs.mask)
+        if terms.reference is not None and config.kl.place == "loss":
+            losses = losses + config.kl.weight * kl_loss(
+                inputs.current,
+                terms.reference,
+                inputs.behavior,
+                inputs.usable,
+                estimator=config.kl.estimator,
+                unbiased=config.kl.unbiased,
+            )
+        total = aggregate(losses, inputs.mask, config.aggregation, denominators)
+        if config.epo.weight:
+            total = total + epo_loss(
+                terms.entropy,
+                inputs.mask,
+                history=history,
+                low=config.epo.low,
+                high=config.epo.high,
+                weight=config.epo.weight,
+                sequences=denominators.sequences,
+            )
+        return total
+
+    def _loss(self, multiplier: float) -> Callable[[Inputs], Outcome]:
+        config = self._config
+        low, high = config.clip_low, config.clip_high
+        match config.objective:
+            case "clipped":
+                return partial(ppo_loss, clip_low=low, clip_high=high, dual_clip=switch(config.dual_clip))
+            case "policy_gradient":
+                return policy_gradient_loss
+            case "gspo":
+                return partial(gspo_loss, clip_low=low, clip_high=high)
+            case "cispo":
+                return partial(cispo_loss, clip_low=low, clip_high=high)
+            case "minirl":
+                return partial(minirl_loss, clip_low=low, clip_high=high)
+            case "r2vpo":
+                return partial(r2vpo_loss, multiplier=multiplier, target=config.r2vpo.target)

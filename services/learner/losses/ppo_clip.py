@@ -1,0 +1,34 @@
+"""Decoupled clipped objective (docs/paper.md, "objective"; docs/algorithms/ppo-clip.md, docs/algorithms/dual-clip.md).
+
+    C = min(r A, clip(r, 1 - low, 1 + high) A)        with a dual clip c, where A < 0: max(C, c A)
+    loss = -w C
+
+r = pi_theta / pi_prox is the update, w the (detached) discrepancy correction. With an exact proximal r is the staleness
+ratio and the clip anchor of every token is its own version.
+"""
+
+import torch
+
+from services.learner.corrections import log_ratio
+from services.learner.losses.types import Inputs, Outcome, beyond, only
+
+
+def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Outcome:
+    """The token has no gradient where the clip ("clip_high", "clip_low") or the dual clip ("dual") is what counts.
+
+    dual_clip: with a negative advantage no token's loss is more than this many times it; None: off. Raises ValueError
+    for bounds that are none.
+    """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}: it bounds ratios above 1, give more than 1")
+    usable = inputs.usable
+    log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
+    update, advantages = log_update.exp(), only(inputs.advantages, usable)
+    high, low = beyond(update.detach(), advantages, clip_low=clip_low, clip_high=clip_high)
+    value = torch.where(high, (1 + clip_high) * advantages, update * advantages)
+    value = torch.where(low, (1 - clip_low) * advantages, value)
+    clipped = {"clip_high": high, "clip_low": low}
+    if dual_clip is not None:
+        clipped["dual"] = (advantages < 0) & (update.detach() > dual_clip)
+        value = torch.where(clipped["dual"], dual_clip * advantages, value)
+    return Outcome(only(-inputs.weight * value, usable), clipped, log_update.detach())

@@ -1,0 +1,49 @@
+"""The model as it computes: loaded, and the log-prob that it gives to each token."""
+
+import torch
+from torch import Tensor
+
+from common.model_path import WHOLE, refuse_no_model, sentence
+from common.user_error import Refusal
+
+
+def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:
+    """The causal LM of a folder or hub id, in bf16 and evaluation mode. Raises Refusal."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    refuse_no_model(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+    except Exception as error:
+        raise Refusal(
+            f"model.path: {path} is not a causal language model that can be loaded ({sentence(error)}): {WHOLE}"
+        ) from None
+    # Dropout stays off in training too: the current policy must be the one that sampled
+    module: torch.nn.Module = model.to(device).eval()
+    return module
+
+
+def token_logprobs(model: torch.nn.Module, tokens: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token given those before it, and the entropy it was drawn with.
+
+    tokens [rows, length] int64, padded on the right (attention is causal: padding changes nothing before it);
+    temperatures [rows, 1] float32. Both results [rows, length] float32, nats, index t speaking of token t; 0 at t = 0.
+    The shift between logits and tokens happens here and nowhere else.
+    """
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperatures[:, :, None]
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens[:, 1:, None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return _from_second(chosen), _from_second(entropy)
+
+
+def _from_second(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (1, 0))
+
+
+def vocabulary(model: torch.nn.Module) -> int:
+    """Number of token ids the model knows."""
+    embedding: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.num_embeddings

@@ -1,0 +1,48 @@
+"""Every trained batch with all its log-probs and its layout, for checking and for study.
+
+    records/00000012.npz    of the version trained at
+
+For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length]; exact_i (the
+proximal is the old log-prob) and missing_i (there is no proximal), bool [rows, length]; temperatures_i [rows, 1];
+trajectories_i and lengths_i (in tokens) [rows]; `first_i`, whether current is the version trained at; `now`, that
+version. tools/rescore.py reads them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.files import whole
+from services.learner.observability.version_record import Batch
+from services.learner.training.results import Trained
+
+
+class Recorder:
+    """Writes into one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def record(self, batch: Batch, trained: Trained) -> None:
+        """One file for the version; written again after a restart that trains it again."""
+        arrays: dict[str, NDArray[Any]] = {"now": np.array(batch.version)}
+        for i, scored in enumerate(trained.scored):
+            padded = scored.batch
+            arrays |= {
+                f"tokens_{i}": padded.tokens,
+                f"versions_{i}": padded.versions,
+                f"behavior_{i}": padded.behavior,
+                f"proximal_{i}": scored.proximal.numpy(),
+                f"exact_{i}": scored.anchor.exact.numpy(),
+                f"missing_{i}": scored.anchor.missing.numpy(),
+                f"current_{i}": scored.current.numpy(),
+                f"temperatures_{i}": padded.temperatures,
+                f"advantages_{i}": scored.advantages.numpy(),
+                f"lengths_{i}": np.array([len(row.tokens) for row in padded.rows]),
+                f"trajectories_{i}": np.array([row.trajectory for row in padded.rows]),
+                f"first_{i}": np.array(scored.first),
+            }
+        with whole(self._folder / f"{batch.version:08d}.npz") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -1,0 +1,68 @@
+"""How many tokens and trajectories a batch is worth, by the weights they have in the loss. Pure."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.learner.observability.token_statistics import BOUND, LogRatios, Tokens, effective_sample_share, ess_share
+
+Array = NDArray[Any]
+
+
+def effective(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: bool) -> dict[str, float]:
+    """ESS / N, as shares; NaN where nothing has a weight.
+
+    weight: [tokens], the correction's factor, 0 where masked; trajectory: [tokens], its number. by_total: the objective
+    takes the total ratio whatever the weight is (MiniRL).
+
+    `tokens_raw`, `sequences_raw`: of the total ratios as they are, for a trajectory the product over its tokens.
+    `tokens_used`: of the weights as they are used, so truncated and masked, times the staleness ratio before any clip.
+    `sequences_used`: of their means over each trajectory. Only the raw ones say how far the samples are off; truncated
+    weights look better than they are.
+    """
+    ratios, kept = LogRatios.of(tokens), tokens.finite
+    total, used = np.zeros(len(kept)), np.zeros(len(kept))
+    total[kept] = ratios.total
+    used[kept] = np.exp(ratios.total) if by_total else weight[kept] * np.exp(ratios.staleness)
+    used[weight == 0] = 0.0
+    _, number = np.unique(trajectory, return_inverse=True)
+    lengths: Array = np.bincount(number)
+    with np.errstate(divide="ignore"):
+        return {
+            "tokens_raw": effective_sample_share(tokens),
+            "tokens_used": ess_share(np.log(used)),
+            "sequences_raw": ess_share(np.bincount(number, weights=total, minlength=len(lengths))),
+            "sequences_used": ess_share(
+                np.log(np.bincount(number, weights=used, minlength=len(lengths)) / np.maximum(lengths, 1))
+            ),
+        }
+
+
+def caps(
+    tokens: Tokens,
+    weight: Array,
+    trajectory: Array,
+    *,
+    low: float | None,
+    high: float | None,
+    of_sequence: bool,
+) -> dict[str, int] | None:
+    """Kept tokens whose weight was raised to `low` or lowered to `high`; None when there is no bound.
+
+    of_sequence: the weight is the product of the trajectory's discrepancies, its log within +-20 as the loss has it.
+    """
+    if low is None and high is None:
+        return None
+    finite = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & ~tokens.missing
+    apart = tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite]
+    log_weight: Array = np.zeros(len(finite))
+    log_weight[finite] = np.clip(apart, -BOUND, BOUND)
+    if of_sequence and len(trajectory):
+        _, number = np.unique(trajectory, return_inverse=True)
+        log_weight = np.clip(np.bincount(number, weights=log_weight), -BOUND, BOUND)[number]
+    kept = weight > 0
+    return {
+        "low": 0 if low is None else int((kept & (log_weight < np.log(low))).sum()),
+        "high": 0 if high is None else int((kept & (log_weight > np.log(high))).sum()),
+    }

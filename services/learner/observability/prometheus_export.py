@@ -1,0 +1,104 @@
+"""Puts a version's line into the learner's Prometheus series."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from services.learner import instruments
+from services.learner.observability.histograms import EDGES, group
+
+Line = dict[str, Any]
+WRONG = (
+    "masked_wrongly", "kept_wrongly", "clipped_wrongly", "unclipped_wrongly", "removed_wrongly", "trained_wrongly",
+)  # fmt: skip
+
+
+def observe(line: Line) -> None:
+    """Once for each line. Alerts are alarm.py's."""
+    _training(line)
+    _tokens(line)
+    _removal(line)
+    _effective(line)
+    _old(line)
+
+
+def _training(line: Line) -> None:
+    successes: str = line["successes"]
+    instruments.TRAINED.inc(line["batch"])
+    instruments.TOKENS.inc(line["tokens"])
+    instruments.REWARD.set(line["reward"])
+    instruments.SUCCESS.set(successes.count("1") / len(successes))
+    instruments.PROXIMAL_EXACT.set(float(line["exact"]))
+    instruments.PENDING.set(line["trajectories"]["pending"])
+    instruments.SKIPPED.inc(line["skipped"])
+    if line["grad_norm"] is not None:
+        instruments.GRAD_NORM.set(line["grad_norm"])
+    for what, value in line["gauges"].items():
+        instruments.COMPANION.labels(what).set(value)
+    for part, spent in line["train_seconds"].items():
+        instruments.TRAIN_SECONDS.labels(part).inc(spent)
+
+
+def _tokens(line: Line) -> None:
+    instruments.NONFINITE.inc(line["all"]["nonfinite"])
+    for gauge, key in (
+        (instruments.LOG_DISCREPANCY, "log_discrepancy_abs"),
+        (instruments.LOG_STALENESS_RATIO, "log_staleness_ratio_abs"),
+        (instruments.MASKED, "masked"),
+        (instruments.CLIPPED, "clipped"),
+    ):
+        _set_each(gauge, {staleness: values[key] for staleness, values in line["by_staleness"].items()})
+    for staleness, values in line["by_staleness"].items():
+        for _ in range(int(values["tokens"])):
+            instruments.STALENESS.observe(int(staleness))
+    for ratio, spreads in line["ratios"].items():
+        for staleness, told in spreads.items():
+            if staleness == "all":
+                continue
+            for above, count in zip(("-inf", *map(str, EDGES)), told["bins"], strict=True):
+                instruments.LOG_RATIO_TOKENS.labels(ratio, group(int(staleness)), above).inc(count)
+
+
+def _removal(line: Line) -> None:
+    removal = line["removal"]
+    for cause, (marginal, exclusive) in removal["causes"].items():
+        instruments.REMOVED.labels(cause, "no").inc(marginal)
+        instruments.REMOVED.labels(cause, "yes").inc(exclusive)
+    if removal["tokens"]:
+        instruments.ACTIVE.set(removal["active"] / removal["tokens"])
+    _set(instruments.REMOVED_ADVANTAGE, removal["advantage"])
+    for name, slope in line["slopes"].items():
+        _set(instruments.SLOPE.labels(name), slope)
+
+
+def _effective(line: Line) -> None:
+    for name, share in line["ess_shares"].items():
+        _set(instruments.EFFECTIVE.labels(*name.split("_")), share)
+    for bound, count in (line["caps"] or {}).items():
+        instruments.CAPPED.labels(bound).inc(count)
+    instruments.LR_FACTOR.set(line["lr_factor"])
+    instruments.NORMALISER.set(line["normaliser"])
+    _set(instruments.GROUP_SPAN, line["versions"]["group_span_mean"])
+
+
+def _old(line: Line) -> None:
+    _set(instruments.OLD_COVERAGE, line["old"]["coverage"])
+    for cause, count in line["fallbacks"].items():
+        instruments.FALLBACKS.labels(cause).inc(count)
+    leak = line["leak"]
+    if leak is None:
+        return
+    _set_each(instruments.LEAK_RMS, {age: values["leak_rms"] for age, values in leak["by_staleness"].items()})
+    for name in WRONG:
+        _set(instruments.WRONG_REASON.labels(name), leak[name])
+
+
+def _set_each(gauge: Any, values: Mapping[str, float | None]) -> None:
+    """By staleness; one that an earlier batch had tokens of and this one has not is not known any more."""
+    earlier = {sample.labels["staleness"] for metric in gauge.collect() for sample in metric.samples}
+    for staleness in earlier | values.keys():
+        _set(gauge.labels(staleness), values.get(staleness))
+
+
+def _set(gauge: Any, value: float | None) -> None:
+    """What nobody knows is NaN, not the last value."""
+    gauge.set(float("nan") if value is None else value)

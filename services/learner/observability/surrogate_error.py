@@ -1,0 +1,188 @@
+"""What a surrogate does wrong, where the old log-probs are known too (docs/algorithms/audit.md). Pure.
+
+Let e = surrogate - old, the leak. Then for every token
+
+    log surrogate/behavior = log discrepancy + e        log current/surrogate = log staleness ratio - e
+
+so their sum is the same and only the split is wrong: what leaks is taken from one constraint and given to the other.
+Each constraint is judged by itself, as if the other were off; `removed_wrongly` and `trained_wrongly` judge both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.learner.observability.token_table import Flat
+
+Array = NDArray[Any]
+BOUND = 20.0
+"""Log-ratios are clamped to +-20 nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """Trainable tokens, one after another, of which both are known; arrays are [tokens], log-probs in nats."""
+
+    staleness: Array
+    behavior: Array
+    surrogate: Array
+    """What stood in the proximal's place."""
+    old: Array
+    """Exact."""
+    current: Array
+    advantages: Array
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Audited]") -> "Audited":
+        """All of them in one."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def where(self, chosen: Array) -> "Audited":
+        """Those chosen, by a bool for each token."""
+        return Audited(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """The two constraints; None: that one is off. Raises ValueError for numbers that are no bounds of a ratio."""
+
+    band: float | None
+    """c: masked when the discrepancy is outside [1/c, c]."""
+    clip_low: float | None
+    """Clipped below 1 - clip_low when the advantage is negative."""
+    clip_high: float | None
+    """Clipped above 1 + clip_high when the advantage is positive."""
+
+    def __post_init__(self) -> None:
+        if self.band is not None and self.band <= 1:
+            raise ValueError(f"a band of {self.band} lets nothing through: give a number above 1, or None")
+        if self.clip_low is not None and not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low is {self.clip_low}: a ratio is clipped at 1 - clip_low, so it is in [0, 1]")
+        if self.clip_high is not None and self.clip_high <= 0:
+            raise ValueError(f"clip_high is {self.clip_high}: a ratio is clipped at 1 + clip_high, so it is above 0")
+
+
+def masked(proximal: Array, behavior: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Whether the band removes the token when this stands in the proximal's place; [tokens]."""
+    if thresholds.band is None:
+        return np.zeros(proximal.shape, dtype=np.bool_)
+    outside: NDArray[np.bool_] = np.abs(_log_ratio(proximal, behavior)) > np.log(thresholds.band)
+    return outside
+
+
+def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Whether the clip takes the token's gradient when this stands in the proximal's place; [tokens]."""
+    log_update = _log_ratio(current, proximal)
+    gone = np.zeros(proximal.shape, dtype=np.bool_)
+    if thresholds.clip_high is not None:
+        gone |= (advantages > 0) & (log_update > np.log1p(thresholds.clip_high))
+    if thresholds.clip_low is not None and thresholds.clip_low < 1:  # a ratio is never below 0
+        gone |= (advantages < 0) & (log_update < np.log1p(-thresholds.clip_low))
+    return gone
+
+
+def leak(tokens: Audited, thresholds: Thresholds) -> dict[str, float]:
+    """Counts, means and shares over the tokens; NaN where there is nothing to take a mean of.
+
+    `nonfinite` counts tokens of which a number is not finite; all else is without them.
+    `leak_mean`, `leak_rms`: of e, nats. `correlation`: of the log-discrepancy seen with the true one, over the tokens;
+    NaN where one of them is a constant (bypass: always 0).
+    `masked_wrongly`: share of the tokens masked though their true discrepancy is inside the band; `kept_wrongly`: the
+    other way round. `clipped_wrongly`, `unclipped_wrongly`: the same of the clip. `removed_wrongly`: masked or clipped
+    though neither is due; `trained_wrongly`: neither though one is due.
+    """
+    finite = np.all([np.isfinite(getattr(tokens, f.name)) for f in fields(tokens)], axis=0)
+    kept = tokens.where(finite)
+    leaked = _log_ratio(kept.surrogate, kept.old)
+    masks = masked(kept.surrogate, kept.behavior, thresholds), masked(kept.old, kept.behavior, thresholds)
+    clips = (
+        clipped(kept.current, kept.surrogate, kept.advantages, thresholds),
+        clipped(kept.current, kept.old, kept.advantages, thresholds),
+    )
+    gone = masks[0] | clips[0], masks[1] | clips[1]
+    return {
+        "tokens": float(len(finite)),
+        "nonfinite": float((~finite).sum()),
+        "leak_mean": _mean(leaked),
+        "leak_rms": _mean(leaked**2) ** 0.5,
+        "correlation": _correlation(_log_ratio(kept.surrogate, kept.behavior), _log_ratio(kept.old, kept.behavior)),
+        "masked_wrongly": _mean(masks[0] & ~masks[1]),
+        "kept_wrongly": _mean(~masks[0] & masks[1]),
+        "clipped_wrongly": _mean(clips[0] & ~clips[1]),
+        "unclipped_wrongly": _mean(~clips[0] & clips[1]),
+        "removed_wrongly": _mean(gone[0] & ~gone[1]),
+        "trained_wrongly": _mean(~gone[0] & gone[1]),
+    }
+
+
+def leak_by_staleness(tokens: Audited, thresholds: Thresholds) -> dict[int, dict[str, float]]:
+    """Staleness -> the same over its tokens."""
+    return {
+        int(staleness): leak(tokens.where(tokens.staleness == staleness), thresholds)
+        for staleness in np.unique(tokens.staleness)
+    }
+
+
+def _log_ratio(numerator: Array, denominator: Array) -> NDArray[np.float64]:
+    difference: NDArray[np.float64] = numerator.astype(np.float64) - denominator
+    return np.clip(difference, -BOUND, BOUND)
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _correlation(seen: Array, true: Array) -> float:
+    """Pearson's; NaN when one of them does not vary."""
+    if len(seen) < 2 or np.ptp(seen) == 0 or np.ptp(true) == 0:
+        return float("nan")
+    a, b = seen - seen.mean(), true - true.mean()
+    return float((a @ b) / np.sqrt((a @ a) * (b @ b)))
+
+
+OF_MASK, OF_CLIP = ("masked_wrongly", "kept_wrongly"), ("clipped_wrongly", "unclipped_wrongly")
+OF_BOTH = ("removed_wrongly", "trained_wrongly")
+AT_STALENESS = ("tokens", "leak_mean", "leak_rms", *OF_BOTH)
+"""What is told of each staleness."""
+
+
+def leaks(batch: Flat, thresholds: Thresholds) -> dict[str, Any] | None:
+    """Over the tokens whose old log-prob was scored beside the surrogate's; None when the batch was not audited.
+
+    leak.py's numbers, and `by_staleness` with some of them. Shares of a constraint that is off, or that is none of
+    single tokens, are None: `masked_wrongly` and `kept_wrongly` without a band, `clipped_wrongly` and
+    `unclipped_wrongly` without a clip, the other two without either.
+    """
+    if not batch.audited.any():
+        return None
+    audited = audited_tokens(batch)
+    unjudged: tuple[str, ...] = ()
+    no_clip = thresholds.clip_low is None and thresholds.clip_high is None
+    if thresholds.band is None:
+        unjudged += OF_MASK
+    if no_clip:
+        unjudged += OF_CLIP
+    if thresholds.band is None and no_clip:
+        unjudged += OF_BOTH
+    silent = dict.fromkeys(unjudged)
+    by_staleness = {
+        str(staleness): {name: values[name] for name in AT_STALENESS if name not in silent}
+        for staleness, values in leak_by_staleness(audited, thresholds).items()
+    }
+    return leak(audited, thresholds) | silent | {"by_staleness": by_staleness}
+
+
+def audited_tokens(batch: Flat) -> Audited:
+    """Those of which both are known."""
+    tokens = batch.tokens.where(batch.audited & ~np.isnan(batch.tokens.old))
+    return Audited(
+        staleness=tokens.staleness,
+        behavior=tokens.behavior,
+        surrogate=tokens.proximal,
+        old=tokens.old,
+        current=tokens.current,
+        advantages=tokens.advantages,
+    )

@@ -1,0 +1,180 @@
+"""Old log-probs made early: while a version is resident, what it has sampled and what has arrived is scored.
+
+No copy of the model is needed for that, only the moment: the learner holds the weights of the version until its first
+optimizer step. What is scored is kept in `Scores`, and on the log too where it must outlive the process.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.arrays import Float32Array, Int32Array, unpack_int32
+from common.bus.port import Bus, Outgoing
+from common.messages import OLD_LOGPROBS, OldLogprobsComputed, SegmentFlushed, TrajectoryFinished, encode
+from common.trajectory import token_versions
+from common.versions import UNTRAINABLE, Version
+from services.learner import instruments
+from services.learner.batch.batching import Padded, Row, micro_batches, pad
+from services.learner.old_logprobs.score_store import Scores, computed
+
+BY = "learner"
+Score = Callable[[Sequence[Padded]], list[Float32Array]]
+"""Log-prob of every token of each micro-batch under the resident weights, [rows, tokens] float32, nats."""
+Place = tuple[int, int]
+"""Partition and offset on `trajectories`."""
+
+
+class Sampled(Protocol):
+    """A trajectory, finished or not, and where it stands on the log."""
+
+    @property
+    def record(self) -> TrajectoryFinished | SegmentFlushed:
+        """Checked (checks.py)."""
+
+    @property
+    def partition(self) -> int:
+        """Of `trajectories`."""
+
+    @property
+    def offset(self) -> int:
+        """In the partition."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """What of a trajectory is still to be scored."""
+
+    tokens: bytes
+    row: Row
+    """Up to the last token to be scored; only these are trainable in it."""
+
+
+def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
+    """Tokens and versions of the record, to look its scores up with; it has no advantage and no behavior in it."""
+    tokens = unpack_int32(record.tokens)
+    return _row(record, tokens, token_versions(record.segments, len(tokens)))
+
+
+class EarlyScorer:
+    """Each token is scored once: what `scores` knows already is passed over.
+
+    `durable`: the log to publish on before a call returns; None keeps the values in this process only.
+    `at_once`: so many micro-batches are handed to `score` together.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        scores: Scores,
+        *,
+        run: str,
+        micro_batch_tokens: int,
+        at_once: int = 1,
+        durable: Bus | None = None,
+    ) -> None:
+        self._score, self._scores, self._run = score, scores, run
+        self._micro_batch_tokens, self._at_once, self._durable = micro_batch_tokens, at_once, durable
+        self._resident: tuple[Version, str] | None = None
+        self._done: set[Place] = set()
+        self._waiting: dict[Place, _Waiting] = {}
+
+    def work(
+        self, sampled: Iterable[Sampled], now: Version, digest: str, *, enough: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Score what lacks values of the resident version, whose weights have this digest; how many tokens were scored.
+
+        Micro-batches, `at_once` at a time, until nothing is left or until `enough` says so (asked each time).
+        """
+        self._look(sampled, now, digest)
+        by_row = {waiting.row: place for place, waiting in self._waiting.items()}
+        count = 0
+        batches = micro_batches(list(by_row), max_tokens=self._micro_batch_tokens)
+        for first in range(0, len(batches), self._at_once):
+            together = batches[first : first + self._at_once]
+            for rows, values in zip(together, self._score([pad(rows) for rows in together]), strict=True):
+                count += self._keep(rows, values, [self._waiting[by_row[row]].tokens for row in rows], now, digest)
+                for row in rows:
+                    self._done.add(by_row[row])
+                    del self._waiting[by_row[row]]
+            if enough():
+                break
+        return count
+
+    def is_done(self, one: Sampled) -> bool:
+        """Whether it was looked at and nothing of the resident version is left to be scored in it."""
+        return (one.partition, one.offset) in self._done
+
+    def _look(self, sampled: Iterable[Sampled], now: Version, digest: str) -> None:
+        """Bring `_waiting` up to date: what is new comes in, what is no longer asked for goes."""
+        if self._resident != (now, digest):
+            self._resident = (now, digest)
+            self._done.clear()
+            self._waiting.clear()
+        asked = {(one.partition, one.offset): one.record for one in sampled}
+        self._done &= asked.keys()
+        for place in self._waiting.keys() - asked.keys():
+            del self._waiting[place]
+        for place, record in asked.items():
+            if place in self._done or place in self._waiting:
+                continue
+            rest = self._rest(record, now, digest)
+            if rest is None:
+                self._done.add(place)
+            else:
+                self._waiting[place] = _Waiting(record.tokens, rest)
+
+    def _rest(self, record: TrajectoryFinished | SegmentFlushed, now: Version, digest: str) -> Row | None:
+        """What of it is to be scored; None: nothing."""
+        if all(segment.version != now for segment in record.segments):
+            return None
+        known = self._scores.attach(as_row(record), {now: digest})
+        spans = [(start, stop) for start, stop, version in self._scores.missing(known) if version == now]
+        if not spans:
+            return None
+        versions = np.full(spans[-1][1], UNTRAINABLE, dtype=np.int32)  # attention is causal: what follows is not needed
+        for start, stop in spans:
+            versions[start:stop] = now
+        return _row(record, known.tokens[: len(versions)], versions)
+
+    def _keep(
+        self, rows: Sequence[Row], values: Float32Array, tokens: Sequence[bytes], now: Version, digest: str
+    ) -> int:
+        records: list[OldLogprobsComputed] = []
+        for row, packed, scored in zip(rows, tokens, values, strict=True):
+            wanted = row.versions == now
+            numbers = wanted & ~np.isnan(scored[: len(wanted)])
+            instruments.OLD_UNSCORABLE.inc(int(wanted.sum() - numbers.sum()))
+            records += [
+                computed(
+                    run=self._run, trajectory=row.trajectory, by=BY, tokens=packed, start=start, stop=stop,
+                    version=now, digest=digest, values=scored[start:stop],
+                )
+                for start, stop in _runs(numbers)
+            ]  # fmt: skip
+        if self._durable is not None:
+            self._durable.publish(OLD_LOGPROBS, [Outgoing(record.trajectory, encode(record)) for record in records])
+        for record in records:
+            self._scores.put(record)
+        return sum(record.stop - record.start for record in records)
+
+
+def _row(record: TrajectoryFinished | SegmentFlushed, tokens: Int32Array, versions: Int32Array) -> Row:
+    return Row(
+        trajectory=record.trajectory,
+        tokens=tokens,
+        versions=versions,
+        behavior=np.zeros(len(tokens), dtype=np.float32),
+        temperature=record.temperature,
+        advantage=0.0,
+        reward=0.0,
+        success=False,
+    )
+
+
+def _runs(chosen: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Longest runs of True, as [start, stop)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False]))))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

@@ -1,0 +1,142 @@
+"""What becomes of tokens whose old log-probs are not to be had: as the run's `missing` says, counted, and never silent.
+
+fail                          end the run, saying what is missing
+drop                          leave them out of the loss
+surrogate:bypass              the behavior log-probs in their place
+surrogate:current_recompute   those of the weights before the version's first optimizer step
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.config.proximal import MissingPolicy
+from common.logs import logger
+from common.user_error import ExitCode, Refusal
+from common.versions import Version
+from services.learner.batch.batching import Padded
+from services.learner.proximal.types import Exact, Patched
+
+Holes = list[NDArray[np.bool_]]
+"""For each micro-batch [rows, tokens]: trainable, and its old log-prob is not to be had."""
+MOST_NAMED = 5
+SURROGATE = "surrogate:"
+
+
+class Why(StrEnum):
+    """Why an old log-prob is missing."""
+
+    VERSION_GONE = "version_gone"
+    """The store does not hold the version's weights any more."""
+    NOT_SCORED = "not_scored"
+    """No replica scored the token in time."""
+    TOO_LATE = "too_late"
+    """The token came after its version's weights had changed."""
+
+
+class Misses:
+    """Tokens without an old log-prob since the process began. All zero while nothing goes wrong."""
+
+    def __init__(self) -> None:
+        self.tokens: Counter[tuple[str, str]] = Counter()
+        """(why, policy) -> tokens."""
+        self._taken: Counter[tuple[str, str]] = Counter()
+
+    def add(self, why: Why, policy: MissingPolicy, tokens: int) -> None:
+        """So many tokens went the policy's way."""
+        self.tokens[why.value, policy] += tokens
+
+    def take(self) -> dict[tuple[str, str], int]:
+        """Those since the last call."""
+        new = self.tokens - self._taken
+        self._taken = self.tokens.copy()
+        return dict(new)
+
+
+def settle(
+    values: list[Tensor],
+    holes: Holes,
+    batches: Sequence[Padded],
+    *,
+    policy: MissingPolicy,
+    why: Why,
+    misses: Misses,
+    recompute: Callable[[Padded, NDArray[np.bool_], Tensor], None],
+) -> Exact | Patched:
+    """The proximal log-probs of a batch some of whose old ones may be missing. Raises Refusal when policy is `fail`.
+
+    values: for each micro-batch [rows, tokens] float32, the old log-probs, 0 where untrainable or missing;
+    recompute: writes the present weights' log-probs of a micro-batch where they are wanted.
+    """
+    tokens = sum(int(hole.sum()) for hole in holes)
+    if not tokens:
+        return Exact(values)
+    misses.add(why, policy, tokens)
+    versions, trajectories = _concerned(holes, batches)
+    logger().warning(
+        "old log-probs missing", why=why.value, policy=policy, tokens=tokens, trajectories=trajectories,
+        versions=_listed(versions),
+    )  # fmt: skip
+    if policy == "fail":
+        raise Refusal(_sentence(why, tokens, versions, trajectories), _CODE[why])
+    absent = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
+    if policy == "drop":
+        return Exact(values, absent)
+    for batch, hole, lacking, value in zip(batches, holes, absent, values, strict=True):
+        if policy == "surrogate:bypass":
+            value.copy_(torch.where(lacking, torch.from_numpy(batch.behavior).to(value.device), value))
+        else:
+            recompute(batch, hole, value)
+    return Patched(values, absent, policy.removeprefix(SURROGATE))
+
+
+def _concerned(holes: Holes, batches: Sequence[Padded]) -> tuple[list[Version], int]:
+    """Versions with holes, ascending, and the number of trajectories."""
+    versions = np.unique(np.concatenate([batch.versions[hole] for batch, hole in zip(batches, holes, strict=True)]))
+    return [Version(int(v)) for v in versions], sum(int(hole.any(axis=1).sum()) for hole in holes)
+
+
+def _listed(versions: Sequence[Version]) -> str:
+    named = ", ".join(map(str, versions[:MOST_NAMED]))
+    return named if len(versions) <= MOST_NAMED else f"{named} and {len(versions) - MOST_NAMED} more"
+
+
+def _count(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
+_CODE = {
+    Why.VERSION_GONE: ExitCode.DAMAGED,
+    Why.NOT_SCORED: ExitCode.UNAVAILABLE,
+    Why.TOO_LATE: ExitCode.UNAVAILABLE,
+}
+
+
+def _sentence(why: Why, tokens: int, versions: Sequence[Version], trajectories: int) -> str:
+    one = len(versions) == 1
+    named = f"version{'' if one else 's'} {_listed(versions)}"
+    where = f"{_count(tokens, 'token')} in {_count(trajectories, 'trajectory', 'trajectories')}"
+    otherwise = 'or let a run do without such tokens (learner.proximal.missing = "drop")'
+    match why:
+        case Why.VERSION_GONE:
+            return (
+                f"old log-probs cannot be computed: {named} {'is' if one else 'are'} not in the store any more, though "
+                f"the batch holds {where} sampled by {'it' if one else 'them'}, inside learner.max_staleness. Was the "
+                f"store's folder changed by hand? Restore it from a copy and start again with --resume, {otherwise}"
+            )
+        case Why.NOT_SCORED:
+            return (
+                f"no replica scored {where} sampled by {named} within learner.proximal.wait_s. Look at the replicas' "
+                f"logs, start more of them (local.replicas, or python -m services.learner.replica) and start again "
+                f"with --resume, {otherwise}"
+            )
+        case Why.TOO_LATE:
+            return (
+                f"{where} sampled by {named} came when those weights had changed already, so they cannot be scored any "
+                f"more. Give workers longer to stop (learner.proximal.deadline_s), {otherwise}"
+            )

@@ -1,0 +1,40 @@
+"""A model that is one version at a time, by the weights in the store."""
+
+import torch
+
+from common.snapshots.client import SnapshotClient
+from common.snapshots.manifest import Damaged
+from common.user_error import ExitCode, Refusal
+from common.versions import Version
+from services.learner.model.weights import take_on
+
+
+class Resident:
+    """Its weights are whatever version it was told to be last."""
+
+    def __init__(self, model: torch.nn.Module, store: SnapshotClient) -> None:
+        self.model, self._store = model, store
+        self.version: Version | None = None
+        """None before the first, and while it changes."""
+        self.digest = ""
+        """Of its version's weights."""
+
+    def become(self, version: Version) -> bool:
+        """Be this version from now on; whether its weights had to be loaded.
+
+        Raises VersionMissing if the store does not have it, Refusal if it is damaged or another model's.
+        """
+        if version == self.version:
+            return False
+        try:
+            manifest = self._store.manifest(version)
+            self.version = None  # neither version while it changes
+            take_on(self.model, self._store.tensors(manifest))
+        except (Damaged, ValueError) as damage:
+            raise Refusal(
+                f"old log-probs cannot be computed: snapshot {version} is damaged: {damage}. Restore the store's "
+                f"folder from a copy, then start again with --resume",
+                ExitCode.DAMAGED,
+            ) from None
+        self.version, self.digest = version, manifest.digest
+        return True

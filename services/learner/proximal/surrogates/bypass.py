@@ -1,0 +1,23 @@
+"""Surrogate: the behavior log-probs (docs/algorithms/bypass.md).
+
+The discrepancy is then 1 by construction and the clip acts on the total ratio. No forward pass, no memory.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from common.versions import Version
+from services.learner.batch.batching import Padded
+from services.learner.proximal.types import Surrogate
+
+
+class Bypass:
+    """See proximal.py."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the same at every version
+        """What the engines reported; 0 where untrainable."""
+        return Surrogate([torch.from_numpy(batch.behavior).to(self._device) for batch in batches], method="bypass")

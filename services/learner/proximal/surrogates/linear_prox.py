@@ -1,0 +1,52 @@
+"""Surrogate: a mixture of the behavior and the current probability (docs/algorithms/linear-prox.md).
+
+    proximal = log(alpha exp(behavior) + (1 - alpha) exp(current))
+
+alpha is one number, whatever the staleness. No forward pass: it is made anew from each optimizer step's own log-probs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.versions import Version
+from services.learner.batch.batching import Padded
+from services.learner.proximal.types import Interpolated
+
+
+class LinearProx:
+    """See proximal.py."""
+
+    def __init__(self, device: torch.device, *, behavior_share: float) -> None:
+        """behavior_share: alpha, in [0, 1]. Raises ValueError outside."""
+        if not 0 <= behavior_share <= 1:
+            raise ValueError(f"behavior_share is {behavior_share}: the share of a mixture is in [0, 1]")
+        self._device, self._share = device, behavior_share
+
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Interpolated:  # noqa: ARG002  alpha is a constant
+        """Made when the current log-probs are there."""
+        behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]
+        masks = [torch.from_numpy(batch.mask).to(self._device) for batch in batches]
+        return Interpolated(
+            lambda place, current: torch.where(
+                masks[place],
+                linear(behavior[place], current, behavior_share=self._share),
+                torch.zeros((), device=self._device, dtype=current.dtype),
+            ),
+            method="linear_prox",
+        )
+
+
+def linear(behavior: Tensor, current: Tensor, *, behavior_share: float) -> Tensor:
+    """log(alpha e^behavior + (1 - alpha) e^current), without gradient; [rows, tokens], nats.
+
+    At the ends it is the one or the other bit for bit.
+    """
+    now = current.detach()
+    return torch.logaddexp(_log(behavior_share) + behavior.to(now.dtype), _log(1 - behavior_share) + now)
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share else -math.inf

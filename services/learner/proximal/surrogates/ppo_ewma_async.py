@@ -1,0 +1,119 @@
+"""Surrogate: a moving average whose age is that of the data, and that can be reset (docs/algorithms/ppo-ewma-async.md).
+
+As ewma_prox, with beta from a window of versions or from the staleness that was measured, and with a reset by reset.py.
+Every rank is told the same numbers and does the same arithmetic, so that their averages stay equal without a word.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.versions import Version
+from services.learner.batch.batching import Padded
+from services.learner.proximal.surrogates.forward_pass import Shadow, score
+from services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
+from services.learner.proximal.surrogates.weight_average import Average, refuse_others, staleness_decay, window_decay
+from services.learner.proximal.types import Surrogate
+
+MEASURING_DECAY = 0.9
+"""Of the running mean of staleness: about ten versions."""
+SETTLING = 3
+"""An average has its age after about so many times it; until then beta is not changed again."""
+
+
+class PpoEwmaAsync:
+    """See proximal.py, Source and Follows."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        masters: Sequence[Tensor],
+        device: torch.device,
+        *,
+        window: int | Literal["measured"],
+        rule: Rule,
+    ) -> None:
+        """masters: float32 weights of the version that the model is; window: W. Raises ValueError."""
+        self.average = Average(masters)
+        self.resets = dict.fromkeys(Cause, 0)
+        """Cause -> resets so far."""
+        self.mean_staleness = 0.0
+        """Running mean over versions, corrected for its start; before any was measured 0, the age of new weights."""
+        self._measured = 0.0
+        """Weight of that mean."""
+        self._window = window
+        self._target = 0.0 if window == "measured" else window / 2
+        """Mean age that beta aims at."""
+        self._settled = 0
+        """Versions since beta was changed."""
+        self._rule, self._seen = rule, Seen()
+        self._decay = 0.0 if window == "measured" else window_decay(window)
+        self._shadow, self._device = Shadow(model), device
+
+    @property
+    def decay(self) -> float:
+        """beta in force."""
+        return self._decay
+
+    @property
+    def healthy_level(self) -> float | None:
+        """Active share that a guarded reset compares with; None before the first version."""
+        return self._seen.level
+
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
+        """By the average, cast to the model's dtype."""
+        model = self._shadow.with_weights(self.average.means)
+        return Surrogate(score(model, batches, self._device), method="ppo_ewma_async")
+
+    def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:
+        """One tick, or a reset in its place. NaN for either number: the version had no trainable token."""
+        seen, cause = decide(self._seen, active_share, self._rule)
+        self._measure(mean_staleness)
+        self._seen = seen
+        if cause is None:
+            self.average.take(masters, decay=self._decay)
+        else:
+            self.resets[cause] += 1
+            self.average.reset(masters)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average's, the measurement and what the reset remembers; of one shape whatever has happened."""
+        healthy = [*self._seen.healthy, *[math.nan] * (HEALTHY_VERSIONS - len(self._seen.healthy))]
+        since = -1 if self._seen.since is None else self._seen.since
+        pace = [self.mean_staleness, self._measured, self._target, float(self._settled)]
+        return self.average.state() | {
+            "pace": torch.tensor(pace, dtype=torch.float64),
+            "healthy": torch.tensor(healthy, dtype=torch.float64),
+            "seen": torch.tensor([self._seen.low, since], dtype=torch.int64),
+            "resets": torch.tensor([self.resets[cause] for cause in Cause], dtype=torch.int64),
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on exactly from there; a window that is not measured is the present configuration's."""
+        refuse_others(self.state(), tensors)
+        self.average.restore({name: tensors[name] for name in self.average.state()})
+        self.mean_staleness, self._measured, target, settled = tensors["pace"].tolist()
+        if self._window == "measured":
+            self._target, self._settled = target, int(settled)
+            self._decay = staleness_decay(target)
+        low, since = tensors["seen"].tolist()
+        healthy = tuple(share for share in tensors["healthy"].tolist() if not math.isnan(share))
+        self._seen = Seen(healthy, low, None if since < 0 else since)
+        self.resets = dict(zip(Cause, tensors["resets"].tolist(), strict=True))
+
+    def _measure(self, mean_staleness: float) -> None:
+        """Take this version's staleness in, and change beta when the average has settled since the last change."""
+        if mean_staleness < 0 or math.isinf(mean_staleness):
+            raise ValueError(f"a mean staleness of {mean_staleness} cannot be: it is a number of versions, 0 or more")
+        if not math.isnan(mean_staleness):
+            self._measured = MEASURING_DECAY * self._measured + 1
+            self.mean_staleness += (mean_staleness - self.mean_staleness) / self._measured
+        if self._window != "measured":
+            return
+        self._settled += 1
+        if self._settled >= math.ceil(SETTLING * self._target) and self._target != self.mean_staleness:
+            self._target, self._settled = self.mean_staleness, 0
+            self._decay = staleness_decay(self._target)

@@ -1,0 +1,37 @@
+"""From records on the log to rows that can be scored. Pure."""
+
+import math
+from collections.abc import Mapping
+
+from common.arrays import unpack_int32
+from common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
+from common.rejected_record import Cause
+from common.trajectory import Malformed, check
+from common.versions import Version
+from services.learner.batch.batching import Row
+from services.learner.old_logprobs.scoring import rows_by_version
+
+LAST_VERSION = 2**31 - 1
+"""Versions of tokens are int32."""
+
+
+def to_rows(
+    message: TrajectoryFinished | SegmentFlushed | OldLogprobsRequested, *, vocabulary: int
+) -> Mapping[Version, Row]:
+    """The rows to score, by version; none if nothing was sampled.
+
+    Raises Malformed for what no model can score: a bad record must not end every replica that reads it.
+    """
+    if len(message.tokens) % 4 or not message.tokens:
+        raise Malformed(Cause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
+    tokens = unpack_int32(message.tokens)
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise Malformed(Cause.OUT_OF_RANGE, f"a token is not in the model's vocabulary of {vocabulary}")
+    check(message.segments, len(tokens))
+    if any(segment.version > LAST_VERSION for segment in message.segments):
+        raise Malformed(Cause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")
+    if message.segments and message.segments[0].start == 0:
+        raise Malformed(Cause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+    if not math.isfinite(message.temperature) or message.temperature <= 0:
+        raise Malformed(Cause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+    return rows_by_version(message.trajectory, tokens, message.segments, message.temperature)

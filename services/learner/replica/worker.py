@@ -1,0 +1,265 @@
+"""A replica: trajectories in, old log-probs out, whatever the learner does meanwhile (docs/algorithms/replica.md).
+
+Replicas share the trajectories as members of one group. An offset is committed after everything of its record has been
+published, so a replica that dies leaves nothing unscored; what it had published already is said twice, and means the
+same.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from common import failpoints
+from common.arrays import Float32Array
+from common.bus.port import Bus, Consumer, Outgoing, Position, Record
+from common.logs import logger
+from common.messages import (
+    CONTROL,
+    OLD_LOGPROBS,
+    TRAJECTORIES,
+    OldLogprobsRequested,
+    RunFinished,
+    SegmentFlushed,
+    TrajectoryFinished,
+    encode,
+    message_in,
+)
+from common.offset_tracker import Frontier
+from common.rejected_record import Cause, Unusable
+from common.service import Status, Stop
+from common.snapshots.client import VersionMissing
+from common.versions import Version
+from services.learner.batch.batching import Row
+from services.learner.model.policy import vocabulary
+from services.learner.old_logprobs.score_store import computed_of
+from services.learner.old_logprobs.scoring import score
+from services.learner.old_logprobs.versioned_model import Resident
+from services.learner.replica import instruments
+from services.learner.replica.queue import Backlog, Work
+from services.learner.replica.records import to_rows
+
+GROUP = "replica"
+POLL_S = 0.25
+POLL_RECORDS = 256
+COMMIT_S = 0.25
+DRAIN_S = 10.0
+"""What was read is still scored for so long when the process is asked to stop."""
+
+
+class Replica:
+    """Works until the run is finished or it is asked to stop."""
+
+    def __init__(self, *, run: str, name: str, bus: Bus, device: torch.device, batch_tokens: int, stop: Stop) -> None:
+        self._run, self._name, self._bus = run, name, bus
+        self._device, self._batch_tokens, self._stop = device, batch_tokens, stop
+        self._backlog, self._frontier = Backlog(), Frontier()
+        self._committed: dict[int, int] = {}
+        self._committed_at = float("-inf")
+        self._mine: frozenset[int] = frozenset()
+        self._leave_by: float | None = None
+        self._finished = False
+        self._waiting_for: str | None = "the model"
+        self._tokens = self._loads = 0
+        self._skipped: dict[str, int] = {}
+        self._resident: Resident
+        self._vocabulary: int
+        self._control: Consumer
+        self._asked: Consumer
+        self._trajectories: Consumer
+
+    def waiting_for(self) -> str | None:
+        """What keeps it from working; None while it works."""
+        return self._waiting_for
+
+    def status(self) -> Status:
+        """For /v1/status."""
+        return {
+            "run": self._run,
+            "replica": self._name,
+            "version": self._resident.version if self._waiting_for is None else None,
+            "partitions": sorted(self._mine),
+            "waiting": len(self._backlog),
+            "scored_tokens": self._tokens,
+            "loads": self._loads,
+            "skipped": dict(self._skipped),
+        }
+
+    def work(self, resident: Resident) -> None:
+        """Until the run ends. Raises Refusal when the store's weights are damaged, or another model's."""
+        self._resident, self._vocabulary = resident, vocabulary(resident.model)
+        with (
+            self._bus.consumer(CONTROL) as self._control,
+            self._bus.consumer(OLD_LOGPROBS) as self._asked,
+            self._bus.consumer(TRAJECTORIES, group=GROUP, member=self._name) as self._trajectories,
+        ):
+            for news in (self._control, self._asked):
+                news.seek(news.ends())  # what is older than this replica is history
+            self._waiting_for = None
+            while not self._finished and not self._stop.requested:
+                self._hear()
+                self._put_on(self._requests())
+                records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)
+                self._keep_assignment()
+                for record in records:
+                    self._take(record)
+                self._sweep()
+                self._commit()
+
+    def _hear(self) -> None:
+        """Whether the run is over."""
+        for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
+            try:
+                message = message_in(record)
+            except Unusable:
+                continue  # the worker that meets it buries it
+            if isinstance(message, RunFinished) and message.run == self._run:
+                logger().info("run finished", version=message.version)
+                self._finished = True
+
+    def _requests(self) -> list[Mapping[Version, Row]]:
+        """What batches have asked for since the last call."""
+        requests = []
+        while records := self._asked.poll(limit=POLL_RECORDS, timeout_s=0.0):
+            requests += [rows for record in records if (rows := self._rows(record))]
+        return requests
+
+    def _put_on(self, requests: Iterable[Mapping[Version, Row]]) -> None:
+        for rows in requests:
+            self._backlog.ask(rows)
+        instruments.WAITING.set(len(self._backlog))
+
+    def _take(self, record: Record) -> None:
+        """Put what of a trajectory is to be scored on the backlog."""
+        self._frontier.read(record.partition, record.offset)
+        if rows := self._rows(record):
+            self._backlog.add(rows, Position(record.partition, record.offset))
+        else:
+            self._frontier.resolve(record.partition, record.offset)
+        instruments.WAITING.set(len(self._backlog))
+
+    def _rows(self, record: Record) -> Mapping[Version, Row]:
+        """What the record wants scored, by version."""
+        try:
+            message = message_in(record)
+            if message.run != self._run:
+                raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+            if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
+                return {}
+            return to_rows(message, vocabulary=self._vocabulary)
+        except Unusable as error:  # the learner, which reads the same records, buries it
+            self._skip("unusable", 1)
+            logger().warning(
+                "passed over", topic=record.topic, partition=record.partition, offset=record.offset, reason=str(error)
+            )
+            return {}
+
+    def _sweep(self) -> None:
+        """Score everything that waits now, version by version. What arrives meanwhile waits for the next time, so that
+        nothing waits for ever; only what a batch asks for comes before the rest."""
+        while versions := self._backlog.versions(self._resident.version):
+            if self._must_leave():
+                return
+            self._score(versions[0], self._backlog.take(versions[0]))
+            instruments.WAITING.set(len(self._backlog))
+
+    def _score(self, version: Version, works: Sequence[Work]) -> None:
+        try:
+            self._become(version)
+        except VersionMissing as missing:
+            logger().warning("version missing", version=version, trajectories=len(works), reason=str(missing))
+            self._skip("version_missing", len(works))
+            for work in works:
+                self._resolve(work)
+            return
+        left = {work.row: work for work in works}
+        began = time.monotonic()
+        for scored in score(self._resident.model, list(left), device=self._device, batch_tokens=self._batch_tokens):
+            instruments.PASS_SECONDS.observe(time.monotonic() - began)
+            failpoints.reach("replica.before_publishing")
+            self._publish(scored, version)
+            failpoints.reach("replica.after_publishing")
+            for row, _ in scored:
+                self._resolve(left.pop(row))
+            self._keep_on()
+            if self._must_leave():
+                return
+            if requests := self._requests():
+                self._backlog.put_back(left.values())
+                self._put_on(requests)
+                return
+            began = time.monotonic()
+
+    def _become(self, version: Version) -> None:
+        began = time.monotonic()
+        if self._resident.become(version):
+            seconds = time.monotonic() - began
+            self._loads += 1
+            instruments.LOADS.inc()
+            instruments.LOAD_SECONDS.observe(seconds)
+            instruments.VERSION.set(version)
+            logger().info("version", version=version, load_ms=round(1e3 * seconds, 1))
+
+    def _publish(self, scored: Sequence[tuple[Row, Float32Array]], version: Version) -> None:
+        outgoing = []
+        for row, values in scored:
+            if np.isnan(values).any():
+                self._skip("not_finite", 1)
+                logger().error("log-probs are no numbers", trajectory=row.trajectory, version=version)
+                continue
+            outgoing += [
+                Outgoing(row.trajectory, encode(computed))
+                for computed in computed_of(
+                    row, values, run=self._run, by=self._name, version=version, digest=self._resident.digest
+                )
+            ]
+            self._tokens += row.trainable
+            instruments.TOKENS.inc(row.trainable)
+        self._bus.publish(OLD_LOGPROBS, outgoing)
+        instruments.PUBLISHED.inc(len(outgoing))
+
+    def _resolve(self, work: Work) -> None:
+        at = self._backlog.done(work)
+        if at is not None and at.partition in self._mine:
+            self._frontier.resolve(at.partition, at.offset)
+
+    def _keep_on(self) -> None:
+        """Between two passes: stay a member of the group, hear of the run's end, remember what is done."""
+        self._hear()
+        self._trajectories.poll(limit=0, timeout_s=0.0)
+        self._keep_assignment()
+        if time.monotonic() - self._committed_at > COMMIT_S:
+            self._commit()
+
+    def _keep_assignment(self) -> None:
+        """Let go of partitions that are another replica's now."""
+        mine = self._trajectories.assignment()
+        for partition in self._mine - mine:
+            self._frontier.forget(partition)
+            self._backlog.forget(partition)
+            self._committed.pop(partition, None)
+        self._mine = mine
+
+    def _commit(self) -> None:
+        offsets = self._frontier.offsets()
+        if offsets != self._committed:
+            self._trajectories.commit(offsets)
+            self._committed = offsets
+        self._committed_at = time.monotonic()
+
+    def _must_leave(self) -> bool:
+        """The run is over, or the time to drain is."""
+        if self._finished:
+            return True
+        if not self._stop.requested:
+            return False
+        if self._leave_by is None:
+            self._leave_by = time.monotonic() + DRAIN_S
+            self._waiting_for = "what it has read, before it stops"
+            logger().info("draining", waiting=len(self._backlog))
+        return time.monotonic() > self._leave_by
+
+    def _skip(self, reason: str, trajectories: int) -> None:
+        self._skipped[reason] = self._skipped.get(reason, 0) + trajectories
+        instruments.SKIPPED.labels(reason).inc(trajectories)

@@ -1,0 +1,68 @@
+"""From the configuration to what a rank trains with: the source of the proximal, and the policy's companions."""
+
+import copy
+
+import torch
+
+from common.config.learner import LearnerConfig
+from common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
+from common.snapshots.client import SnapshotClient
+from services.learner import instruments
+from services.learner.model.critic import Critic
+from services.learner.model.trainable import Trainee
+from services.learner.old_logprobs.missing import Misses, Why
+from services.learner.old_logprobs.precomputed_source import AttachedSource
+from services.learner.old_logprobs.snapshot_source import SnapshotSource
+from services.learner.proximal.surrogates.factory import surrogate
+from services.learner.proximal.types import Source
+from services.learner.training.state import Companions
+
+
+def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Companions:
+    """Of a model at its start; `restore` takes them further."""
+    model = trainee.model
+    gae = config.advantages.kind == "gae"
+    critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
+    misses = Misses()
+    return Companions(
+        source=_source(config, trainee, store, device, misses),
+        misses=misses,
+        auditor=_snapshot(model, store, device) if config.audit.fraction else None,
+        critic=Critic(model, critic) if gae else None,
+        start=copy.deepcopy(model).requires_grad_(False) if config.loss.kl.weight else None,
+        multiplier=config.loss.r2vpo.multiplier,
+    )
+
+
+def _source(
+    config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device, misses: Misses
+) -> Source:
+    model, proximal = trainee.model, config.proximal
+    match proximal:
+        case SnapshotProximal():
+            return _snapshot(model, store, device, missing=proximal.missing, misses=misses)
+        case ReplicaProximal():
+            return AttachedSource(model, device, missing=proximal.missing, why=Why.NOT_SCORED, misses=misses)
+        case InterruptionProximal():
+            return AttachedSource(model, device, missing=proximal.missing, why=Why.TOO_LATE, misses=misses)
+    return surrogate(
+        proximal,
+        model=model,
+        masters=trainee.masters,
+        device=device,
+        max_staleness=config.max_staleness,
+    )
+
+
+def _snapshot(
+    model: torch.nn.Module,
+    store: SnapshotClient,
+    device: torch.device,
+    *,
+    missing: MissingPolicy = "drop",
+    misses: Misses | None = None,
+) -> SnapshotSource:
+    """An audit leaves out what it cannot score; it never ends a run."""
+    return SnapshotSource(
+        model, store, device, loaded=lambda _: instruments.SNAPSHOT_LOADS.inc(), missing=missing, misses=misses
+    )

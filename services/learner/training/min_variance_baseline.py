@@ -1,0 +1,49 @@
+"""VCPO's baseline of least variance: the gradient of each trajectory by itself, put together afterwards.
+
+The baseline weighs trajectories by the size of their gradients, so it is known only when all of them are: two sums are
+kept until then, of w g and of w g R, at the price of two more copies of the gradient and a pass for each trajectory.
+"""
+
+import torch
+
+from services.learner.distributed import Ranks
+from services.learner.losses.vcpo import minimum_variance_baseline, subtract_baseline
+from services.learner.model.trainable import Trainee
+
+
+class LeastVariance:
+    """Of one minibatch."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self._gradients = trainee.gradients()
+        self._weighted = [torch.zeros_like(gradient) for gradient in self._gradients]
+        self._scores = [torch.zeros_like(gradient) for gradient in self._gradients]
+        self._norms: list[float] = []
+        self._rewards: list[float] = []
+
+    def add(self, reward: float) -> None:
+        """Take in the gradients of one trajectory whose advantages were 1; they are zero afterwards."""
+        self._norms.append(sum(float(gradient.double().square().sum()) for gradient in self._gradients))
+        self._rewards.append(reward)
+        for gradient, weighted, score in zip(self._gradients, self._weighted, self._scores, strict=True):
+            weighted.add_(gradient, alpha=reward)
+            score.add_(gradient)
+            gradient.zero_()
+
+    def settle(self, ranks: Ranks) -> float:
+        """Make the gradients those of the minibatch over all ranks; the baseline, in units of reward.
+
+        A trajectory whose gradient is not finite has no say in the baseline but stays in the gradients, so that the
+        step is skipped.
+        """
+        ranks.sum([*self._weighted, *self._scores])
+        parts = ranks.gather((self._norms, self._rewards))
+        norms = [norm for part in parts for norm in part[0]]
+        rewards = [reward for part in parts for reward in part[1]]
+        finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # NaN is not either
+        kept = [norms[i] for i in finite]
+        baseline = minimum_variance_baseline([1.0] * len(kept), kept, [rewards[i] for i in finite]) if kept else 0.0
+        subtract_baseline(self._weighted, self._scores, baseline)
+        for gradient, weighted in zip(self._gradients, self._weighted, strict=True):
+            gradient.copy_(weighted)
+        return baseline

@@ -1,0 +1,75 @@
+"""What must be known of a whole batch before its first optimizer step, besides the proximal: advantages, the critic's
+values, and the starting model's log-probs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.learner import LearnerConfig
+from services.learner.advantages import TOKEN_KINDS, Part, token_advantages
+from services.learner.batch.batching import Padded
+from services.learner.corrections import log_ratio
+from services.learner.distributed import Ranks
+from services.learner.losses.kl import estimate
+from services.learner.model.policy import token_logprobs
+from services.learner.training.state import Companions
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """For each micro-batch; [rows, tokens] float32 on the learner's device."""
+
+    advantages: list[Tensor]
+    reference: list[Tensor]
+    """Log-probs of the starting model, nats; [] where no divergence from it counts."""
+    values: list[Tensor]
+    """The critic's; [] without one."""
+    returns: list[Tensor]
+    """What the critic should say; [] without one."""
+
+
+@torch.no_grad()
+def prepare(
+    companions: Companions, batches: Sequence[Padded], config: LearnerConfig, ranks: Ranks, device: torch.device
+) -> Prepared:
+    """For this rank's micro-batches of the whole version; all ranks call it."""
+    reference, values = [], []
+    for batch in batches:
+        tokens = torch.from_numpy(batch.tokens).to(device)
+        if companions.start is not None:
+            temperatures = torch.from_numpy(batch.temperatures).to(device)
+            reference.append(token_logprobs(companions.start, tokens, temperatures)[0])
+        if companions.critic is not None:
+            values.append(companions.critic.values(tokens))
+    kind = config.advantages.kind
+    if kind not in TOKEN_KINDS:
+        return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])
+    parts = [
+        Part(
+            mask=batch.mask,
+            rewards=np.array([row.advantage for row in batch.rows], dtype=np.float32),
+            token_rewards=_divergence(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
+            values=values[i].cpu().numpy() if values else None,
+        )
+        for i, batch in enumerate(batches)
+    ]
+    estimated = token_advantages(
+        kind, parts, gamma=config.advantages.gamma, lam=config.advantages.lam, gather=ranks.gather
+    )
+    return Prepared(
+        [torch.from_numpy(part.advantages).to(device) for part in estimated],
+        reference,
+        values,
+        [torch.from_numpy(part.returns).to(device) for part in estimated],
+    )
+
+
+def _divergence(reference: Tensor, batch: Padded, config: LearnerConfig) -> np.ndarray:
+    """What each token's reward is lessened by: KL(mu || start), from samples of mu. [rows, tokens]"""
+    mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior)
+    apart = log_ratio(reference.cpu(), behavior, mask & torch.isfinite(reference.cpu()))
+    lessened: np.ndarray = (-config.loss.kl.weight * estimate(apart, config.loss.kl.estimator)).numpy()
+    return lessened

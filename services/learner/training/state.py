@@ -1,0 +1,90 @@
+"""What trains along with the policy, and what is kept beside it: everything with a state that a checkpoint must hold.
+
+The source of the proximal (a moving average has a state), the critic, the starting model that a divergence is measured
+from, R2VPO's multiplier and EPO's history of entropies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from services.learner.losses.entropy import EntropyHistory
+from services.learner.model.critic import Critic
+from services.learner.old_logprobs.missing import Misses
+from services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from services.learner.proximal.types import Follows, Source
+
+PREFIX = "companions."
+
+
+@dataclass
+class Companions:
+    """Of one rank."""
+
+    source: Source
+    auditor: Source | None = None
+    """Exact; scores a share of the batches beside a surrogate."""
+    critic: Critic | None = None
+    start: torch.nn.Module | None = None
+    """The model as it was at version 0; None where no divergence from it counts."""
+    multiplier: float = 0.0
+    """R2VPO's lambda."""
+    entropies: EntropyHistory = field(default_factory=EntropyHistory)
+    misses: Misses = field(default_factory=Misses)
+    """What became of tokens that the source had no old log-prob for."""
+
+    @property
+    def follower(self) -> Follows | None:
+        """The source, if it has a state."""
+        return self.source if isinstance(self.source, Follows) else None
+
+    def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
+        """How they stand, for the metrics. masters: float32 weights of the policy."""
+        told = {"multiplier": self.multiplier, "entropy_history": self.entropies.mean or 0.0}
+        if isinstance(self.source, EwmaProx | PpoEwmaAsync):
+            told |= {
+                "ewma_decay": self.source.decay,
+                "ewma_age": self.source.average.center_of_mass,
+                "ewma_weight": self.source.average.weight,
+                "ewma_distance": self.source.average.distance(masters),
+            }
+        if isinstance(self.source, PpoEwmaAsync):
+            told["ewma_resets"] = float(sum(self.source.resets.values()))
+        return told
+
+    def state(self) -> dict[str, Tensor]:
+        """By name, for a checkpoint."""
+        history = self.entropies.state()
+        parts = {
+            "source": self.follower.state() if self.follower else {},
+            "critic": self.critic.state() if self.critic else {},
+            "scalars": {
+                "multiplier": torch.tensor(self.multiplier, dtype=torch.float64),
+                "entropies": torch.tensor([history["total"], history["count"]], dtype=torch.float64),
+            },
+        }
+        return {f"{PREFIX}{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint. Raises ValueError when it is of another configuration."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, own = name.removeprefix(PREFIX).partition(".")
+            parts.setdefault(part, {})[own] = tensor
+        if self.follower:
+            self.follower.restore(parts.get("source", {}))
+        if self.critic:
+            self.critic.restore(parts.get("critic", {}))
+        scalars = parts["scalars"]
+        self.multiplier = float(scalars["multiplier"])
+        total, count = scalars["entropies"].tolist()
+        self.entropies.restore({"total": total, "count": count})
+
+
+def parted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint's tensors: the trainee's, and the companions'."""
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return own, {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}

@@ -1,0 +1,292 @@
+"""One version's training: the reference pass, then one optimizer step for each minibatch.
+
+The reference pass comes before the first optimizer step and is used by all of them: the clip anchor of a token is its
+own version, however many minibatches there are.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.learner import LearnerConfig
+from common.versions import Version
+from services.learner.batch.batching import Padded, Row, deal, micro_batches, pad
+from services.learner.corrections import Correction, Limits, correct, limits
+from services.learner.distributed import Ranks
+from services.learner.losses.aggregate import Denominators
+from services.learner.losses.objective import Objective, Terms, switch
+from services.learner.losses.r2vpo import next_multiplier, squared_deviation
+from services.learner.losses.types import Inputs
+from services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
+from services.learner.model.policy import token_logprobs
+from services.learner.model.trainable import Trainee
+from services.learner.proximal.types import Anchor, Interpolated, Proximal
+from services.learner.training.min_variance_baseline import LeastVariance
+from services.learner.training.preparation import Prepared, prepare
+from services.learner.training.results import Scored, Trained, counts, mean_entropies
+from services.learner.training.state import Companions
+
+
+def nothing() -> None:
+    """No cut is needed before the weights change."""
+
+
+@dataclass
+class _Sums:
+    """Over the minibatches of a version, on this rank."""
+
+    loss: float = 0.0
+    norms: list[float] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    baselines: list[float] = field(default_factory=list)
+    normalisers: list[float] = field(default_factory=list)
+    squares: float = 0.0
+    """Sum of (r - 1)^2 over usable tokens."""
+    usable: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the block's seconds under this name."""
+        started = time.monotonic()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - started
+
+
+class Step:
+    """Trains on batches; one for each rank."""
+
+    def __init__(
+        self, trainee: Trainee, companions: Companions, ranks: Ranks, config: LearnerConfig, *, length: int, seed: int
+    ) -> None:
+        """length: sampling.max_trajectory_tokens; seed: decides, with the version, which batches are audited."""
+        self._trainee, self._companions, self._ranks, self._config = trainee, companions, ranks, config
+        self._objective = Objective(config, length=length)
+        self._seed = seed
+        self._device = next(trainee.model.parameters()).device
+
+    def train(
+        self,
+        minibatches: Sequence[Sequence[Row]],
+        now: Version,
+        *,
+        before_first_step: Callable[[], None] = nothing,
+    ) -> Trained:
+        """Train on the rows of every minibatch; all ranks call it with the same ones. Raises Refusal from the source.
+
+        before_first_step: called when the first minibatch's gradients are there and nothing has changed yet.
+        """
+        most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
+        mine = [
+            [pad(rows) for rows in micro_batches(deal(minibatch, self._ranks.size)[self._ranks.rank], max_tokens=most)]
+            for minibatch in minibatches
+        ]
+        flat = [batch for batches in mine for batch in batches]
+        sums = _Sums()
+        with sums.timed("proximal"):
+            proximal = self._companions.source.proximal(flat, now)
+        with sums.timed("audit"):
+            old = self._audited(flat, now)
+        with sums.timed("prepare"):
+            prepared = prepare(self._companions, flat, self._config, self._ranks, self._device)
+        scored: list[Scored] = []
+        place = 0
+        for number, (batches, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
+            places = range(place, place + len(batches))
+            place += len(batches)
+            denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
+            with sums.timed("passes"):
+                bounds = self._limits(proximal, flat, places)
+                parts = self._passes(flat, places, proximal, old, prepared, denominators, bounds, sums)
+            scored += [self._told(part, first=number == 0) for part in parts]
+            if number == 0:
+                with sums.timed("cut"):
+                    before_first_step()
+            with sums.timed("step"):
+                self._step(parts, sums)
+            sums.normalisers.append(bounds.normaliser)
+        return self._finished(scored, proximal, len(minibatches), sums, now)
+
+    def _audited(self, batches: Sequence[Padded], now: Version) -> list[Tensor] | None:
+        """Exact values beside a surrogate's, for the share of the batches that is audited."""
+        auditor, fraction = self._companions.auditor, self._config.audit.fraction
+        if auditor is None or np.random.default_rng([self._seed, now]).random() >= fraction:
+            return None
+        exact = auditor.proximal(batches, now)
+        known = []
+        for place, batch in enumerate(batches):
+            mask = torch.from_numpy(batch.mask).to(self._device)
+            anchor = exact.anchor(place, torch.zeros(mask.shape, device=self._device), mask)
+            known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
+        return known
+
+    def _limits(self, proximal: Proximal, batches: Sequence[Padded], places: range) -> Limits:
+        """What a rule must know of the whole minibatch before its forward passes."""
+        rules = self._objective.rules
+        if isinstance(proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalise):
+            return Limits()
+        parts = []
+        for place in places:
+            mask, behavior = self._on_device(batches[place].mask, batches[place].behavior)
+            anchor = proximal.anchor(place, behavior, mask)
+            parts.append((anchor.logprobs, behavior, mask, anchor.missing))
+        return limits(parts, rules, gather=self._ranks.gather)
+
+    def _passes(
+        self,
+        batches: Sequence[Padded],
+        places: range,
+        proximal: Proximal,
+        old: list[Tensor] | None,
+        prepared: Prepared,
+        denominators: Denominators,
+        bounds: Limits,
+        sums: _Sums,
+    ) -> "list[_Part]":
+        """Forward and backward of every micro-batch of a minibatch."""
+        single = LeastVariance(self._trainee) if self._config.vcpo.baseline else None
+        parts = []
+        for place in places:
+            part = self._pass(batches[place], place, proximal, prepared, denominators, bounds, sums)
+            part.old = old[place] if old is not None else None
+            parts.append(part)
+            if single is not None:
+                single.add(batches[place].rows[0].reward)
+            if self._companions.critic is not None:
+                self._companions.critic.loss(
+                    part.tokens,
+                    part.inputs.mask,
+                    prepared.returns[place],
+                    prepared.values[place],
+                    clip=switch(self._config.advantages.critic.clip),
+                    denominator=float(max(1, denominators.tokens)),
+                ).backward()  # type: ignore[no-untyped-call]
+        if single is not None:
+            sums.baselines.append(single.settle(self._ranks))
+        return parts
+
+    def _pass(
+        self,
+        batch: Padded,
+        place: int,
+        proximal: Proximal,
+        prepared: Prepared,
+        denominators: Denominators,
+        bounds: Limits,
+        sums: _Sums,
+    ) -> "_Part":
+        """Forward and backward of one micro-batch."""
+        tokens, temperatures, mask, behavior = self._on_device(
+            batch.tokens, batch.temperatures, batch.mask, batch.behavior
+        )
+        current, entropy = token_logprobs(self._trainee.model, tokens, temperatures)
+        anchor = proximal.anchor(place, current.detach(), mask)
+        correction = correct(
+            anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
+        )
+        advantages = torch.ones_like(behavior) if self._config.vcpo.baseline else prepared.advantages[place]
+        inputs = Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask)
+        outcome = self._objective.outcome(inputs, multiplier=self._companions.multiplier)
+        loss = self._objective.loss(
+            outcome,
+            inputs,
+            Terms(entropy, prepared.reference[place] if prepared.reference else None),
+            denominators,
+            history=self._companions.entropies.mean,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums.loss += float(loss.detach())
+        usable = inputs.usable
+        sums.squares += float(squared_deviation(outcome.log_update)[usable].double().sum())
+        sums.usable += int(usable.sum())
+        return _Part(batch, tokens, anchor, inputs, entropy.detach(), correction, outcome.clipped)
+
+    def _step(self, parts: "Sequence[_Part]", sums: _Sums) -> None:
+        """One optimizer step, all ranks together."""
+        config = self._config.vcpo
+        factor = 1.0
+        if config.lr_scaling != "off":
+            ratios = [
+                trajectory_log_ratio(p.inputs.current, p.inputs.behavior, p.inputs.mask)[p.inputs.mask.any(-1)].cpu()
+                for p in parts
+            ]
+            share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.gather)
+            factor = lr_factor(share, config.base, POWERS[config.lr_scaling])
+        sums.factors.append(factor)
+        if not config.baseline:  # else they are summed already
+            self._ranks.sum(self._trainee.gradients())
+        sums.norms.append(self._trainee.step(lr_factor=factor))
+        if self._companions.critic is not None:
+            self._ranks.sum(self._companions.critic.gradients())
+            self._companions.critic.step()
+
+    def _finished(
+        self, scored: list[Scored], proximal: Proximal, minibatches: int, sums: _Sums, now: Version
+    ) -> Trained:
+        """Everything that follows from the version as a whole, on every rank alike."""
+        own = (*counts(scored, now), sums.squares, sums.usable, *mean_entropies(scored))
+        totals = [sum(values) for values in zip(*self._ranks.gather(own), strict=True)]
+        tokens, active, age, squares, usable, entropy, trajectories = totals
+        share, staleness = (active / tokens, age / tokens) if tokens else (float("nan"), float("nan"))
+        companions, r2vpo = self._companions, self._config.loss.r2vpo
+        if companions.follower is not None:
+            companions.follower.published(self._trainee.masters, active_share=share, mean_staleness=staleness)
+        mean_square = squares / usable if usable else float("nan")
+        companions.multiplier = next_multiplier(companions.multiplier, mean_square, r2vpo.target, r2vpo.rate)
+        if trajectories:
+            companions.entropies.add(entropy / trajectories)
+        missed: dict[str, int] = {}
+        for part in self._ranks.gather(companions.misses.take()):
+            for (why, policy), number in part.items():
+                missed[f"{why}/{policy}"] = missed.get(f"{why}/{policy}", 0) + number
+        finite = [norm for norm in sums.norms if norm == norm and norm != float("inf")]
+        return Trained(
+            scored,
+            method=proximal.method,
+            loss=sums.loss / minibatches,
+            grad_norm=max(finite, default=float("nan")),
+            skipped=len(sums.norms) - len(finite),
+            active_share=share,
+            lr_factor=min(sums.factors),
+            baseline=sum(sums.baselines) / len(sums.baselines) if sums.baselines else None,
+            normaliser=sum(sums.normalisers) / len(sums.normalisers),
+            seconds=sums.seconds,
+            gauges=companions.gauges(self._trainee.masters),
+            missed=missed,
+        )
+
+    def _told(self, part: "_Part", *, first: bool) -> Scored:
+        anchor = part.anchor
+        return Scored(
+            batch=part.batch,
+            anchor=Anchor(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
+            current=part.inputs.current.detach().cpu(),
+            entropy=part.entropy.cpu(),
+            correction=part.correction.cpu(),
+            clipped={cause: where.cpu() for cause, where in part.clipped.items()},
+            advantages=part.inputs.advantages.cpu(),
+            old=part.old,
+            first=first,
+        )
+
+    def _on_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        return [torch.from_numpy(array).to(self._device) for array in arrays]
+
+
+@dataclass(eq=False)
+class _Part:
+    """A micro-batch between its passes and the step."""
+
+    batch: Padded
+    tokens: Tensor
+    anchor: Anchor
+    inputs: Inputs
+    entropy: Tensor
+    correction: Correction
+    clipped: dict[str, Tensor]
+    old: Tensor | None = None

@@ -1,0 +1,174 @@
+"""What the services of a run say of themselves, asked from threads: whoever looks never waits for them."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from common.bus.port import Bus, Consumer, Outgoing
+from common.logs import logger
+from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
+from common.outages import GATEWAY, OUTAGES, STORE
+from common.rejected_record import Unusable
+from common.snapshots.retrying_http import StoreUnavailable
+from common.user_error import Refusal
+from services.live.history_tail import Tail, Trained
+from services.live.outages import Course, Outage, Past, merged
+from services.report.folder import HISTORY
+
+EVERY_S = 1.0
+TIMEOUT_S = 2.0
+SILENT_S = 8.0
+"""A store or gateway that has answered and does not for so long is away, whether anybody waits for it or not."""
+STALE_S = 10.0
+"""What a service said of outages counts no longer than this when it says no more."""
+WINDOW = 15
+"""Answers remembered of each service, for rates."""
+
+Status = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A service's /v1/status and when it came, by time.monotonic()."""
+
+    at: float
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of a service. The last answer stays when later requests fail."""
+
+    last: Answer | None = None
+    earlier: Answer | None = None
+    """One from some seconds before the last, of the same process: for rates."""
+    trouble: str | None = None
+    """Why the newest request had no answer; None when it had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Everything that is known, at one moment."""
+
+    services: Mapping[str, Seen]
+    trained: Trained = field(default_factory=Trained)
+    """By history.jsonl."""
+    applied: tuple[VersionApplied, ...] = ()
+    """Each worker's newest update, and every update that was refused, in the order of the log."""
+    outages: tuple[Outage, ...] = ()
+    past: tuple[Past, ...] = ()
+    """Outages that are over, oldest first."""
+    clock: float = 0.0
+    """Unix seconds at time.monotonic() = 0: what outages are told in."""
+
+
+class Watch:
+    """Threads that ask; `with Watch(...)` starts and ends them."""
+
+    def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, run: str, token: str | None = None) -> None:
+        self._urls, self._bus, self._run = dict(urls), bus, run
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._seen = {name: Seen() for name in urls}
+        self._tail = Tail(home / HISTORY)
+        self._newest: dict[str, VersionApplied] = {}
+        self._refused: list[VersionApplied] = []
+        self._course = Course()
+        OUTAGES.logged = False  # this process has no log but the terminal, and the view says it there
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._threads = [
+            *(threading.Thread(target=self._ask, args=(name,), name=f"ask {name}", daemon=True) for name in urls),
+            threading.Thread(target=self._read, name="read", daemon=True),
+        ]
+
+    def sight(self) -> Sight:
+        """What is known now."""
+        now, wall = time.monotonic(), time.time()
+        with self._lock:
+            seen, trained = dict(self._seen), self._tail.read(now)
+            self._course.look(wall, self._outages(seen, now, wall))
+            applied = (*self._refused, *(update for update in self._newest.values() if update.accepted))
+            return Sight(seen, trained, applied, self._course.current, self._course.past, wall - now)
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(EVERY_S + TIMEOUT_S)
+
+    def _ask(self, name: str) -> None:
+        answers: deque[Answer] = deque(maxlen=WINDOW)
+        with httpx.Client(timeout=TIMEOUT_S, trust_env=False, headers=self._headers) as http:
+            while not self._closed.is_set():
+                seen = self._seen[name]
+                try:
+                    status = http.get(f"{self._urls[name]}/v1/status").raise_for_status().json()
+                except (httpx.HTTPError, ValueError) as error:
+                    seen = replace(seen, trouble=type(error).__name__)
+                    if isinstance(error, httpx.ConnectError):
+                        answers.clear()  # the process is gone: its successor counts anew
+                else:
+                    answers.append(Answer(time.monotonic(), status))
+                    seen = Seen(answers[-1], answers[0] if len(answers) > 1 else None)
+                with self._lock:
+                    self._seen[name] = seen
+                self._closed.wait(EVERY_S)
+
+    def _outages(self, seen: Mapping[str, Seen], now: float, wall: float) -> tuple[Outage, ...]:
+        """What the services and this process cannot reach, and the servers that do not answer here."""
+        told = {
+            name: one.last.status.get("outages", ())
+            for name, one in seen.items()
+            if one.last is not None and (one.trouble is None or now - one.last.at < STALE_S)
+        }
+        own = [replace(each, waiting=()) for each in merged({"": OUTAGES.told()})]
+        own += [
+            Outage(name, self._urls[name], one.last.at + wall - now, problem=one.trouble)
+            for name, one in seen.items()
+            if name in (STORE, GATEWAY) and one.last and one.trouble and now - one.last.at > SILENT_S
+        ]
+        starting = {name for name, one in seen.items() if one.last is None}
+        return tuple(outage for outage in merged(told, own) if outage.of not in starting)
+
+    def _read(self) -> None:
+        """Read the log; whatever becomes of it, this view is not worth the run's end."""
+        while not self._closed.is_set():
+            self._newest, self._refused = {}, []
+            try:
+                self._follow()
+            except (Refusal, StoreUnavailable, LookupError) as problem:
+                logger().debug("the view reads the log anew", problem=str(problem))
+                self._closed.wait(EVERY_S)
+
+    def _follow(self) -> None:
+        with self._bus.consumer(WORKERS) as consumer:
+            self._hear(consumer)
+            while not self._closed.wait(EVERY_S):
+                self._hear(consumer)
+            self._hear(consumer)  # what came last
+
+    def _hear(self, consumer: Consumer) -> None:
+        for record in consumer.poll(limit=1024, timeout_s=0.0):
+            try:
+                message = message_in(record)
+            except Unusable as error:
+                letter = encode(dead_letter(self._run, record, error, now=time.time()))
+                self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
+                continue
+            if isinstance(message, VersionApplied):
+                with self._lock:
+                    self._newest[message.worker] = message
+                    self._refused += [] if message.accepted else [message]

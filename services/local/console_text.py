@@ -1,0 +1,128 @@
+"""What `python -m services` says to a person, in plain words. Pure."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config.schema import RunConfig
+from common.text import count, duration
+from services.live.outages import clock
+
+USAGE = """\
+usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
+       python -m services --resume FOLDER [--SECTION.KEY=VALUE ...]
+       python -m services report FOLDER
+       python -m services audit FOLDER
+
+Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
+of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
+
+  RUN.toml             describes the run; examples/embedded.toml is one to start from
+  --check              print the resolved run, every default filled in, and stop
+  --resume FOLDER      go on with the run in this folder (runs/ID); without RUN.toml, as it was configured
+  --learner.versions=50
+                       any key of the run (docs/configuration.md lists them); environment variables work as well:
+                       PALIMPSEST_LEARNER__VERSIONS=50
+  report FOLDER        make summary.json and report.html of a run again, also while it goes on
+  audit FOLDER         count the run anew from all it has left and say what disagrees; `audit --help` tells more
+
+Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
+5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
+SIGTERM."""
+STOPPED = "Stopped cleanly. Go on with:"
+STOPPED_BEFORE = "Stopped before anything was started. Go on with:"
+EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
+"""What `make run` and `make run-cluster` run unless they are told otherwise."""
+
+
+def begun(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
+    """Where the run is kept and what answers where."""
+    home = config.run.home
+    places = {**urls, **_elsewhere(config)}
+    widest = max(map(len, places))
+    said = [f"{'Going on with run' if resumed else 'Run'} {config.run.id}, kept in {home}"]
+    said += [f"  {name:{widest}}  {place}" for name, place in places.items()]
+    said.append(f"Each answers /v1/status and /metrics; what they log is in {home / 'logs'}.")
+    if config.rollout.engine.kind == "vllm":
+        said.append("The engine takes half a minute to a minute to start; versions follow after that.")
+    return "\n".join([*said, "Ctrl-C stops cleanly, and the run can go on later.", ""])
+
+
+def _elsewhere(config: RunConfig) -> dict[str, str]:
+    """What of the run is not in its folder."""
+    places = {}
+    if config.bus.kind == "kafka":
+        places["Kafka"] = f"{config.bus.servers}, topics {config.topic_prefix}*"
+    if config.snapshot_store.storage == "s3":
+        store = config.snapshot_store
+        places["S3"] = f"{store.endpoint}, {store.bucket}/{config.object_prefix}"
+    return places
+
+
+def waits_for_kafka(servers: str, problem: str, until: float | None) -> str:
+    """Before there is anything to show. until: in Unix seconds.
+
+    >>> waits_for_kafka("k:9092", "k:9092: Connection refused", None)
+    'waiting for Kafka at k:9092 (k:9092: Connection refused): start the broker, or correct bus.servers; Ctrl-C stops'
+    """
+    why = f" ({problem})" if problem else ""
+    limit = f" until {clock(until)}" if until is not None else ""
+    return f"waiting for Kafka at {servers}{why}{limit}: start the broker, or correct bus.servers; Ctrl-C stops"
+
+
+def resume(
+    home: Path, source: Path, overrides: Sequence[str], *, kafka: bool, by_make: bool, python: str = "python"
+) -> str:
+    """The command to go on with, to be pasted into the shell that the run was started from.
+
+    kafka: the log of the run is one; by_make: make started it; python: this interpreter, as the shell finds it.
+    """
+    again = f"--resume {shlex.quote(str(home))}"
+    if source == EMBEDDED and by_make and not overrides:
+        return f"  make run ARGS={_for_make(again)}"
+    own = home / "run.toml"
+    if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
+        run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
+        return f"  make run-cluster {run}ARGS={_for_make(again)}"
+    return f"  {shlex.quote(python)} -m services {again}"
+
+
+def interpreter(executable: Path, working_folder: Path) -> str:
+    """As one types it in the working folder. Not resolved: a virtual environment's is a symbolic link.
+
+    >>> interpreter(Path("/a/.venv/bin/python"), Path("/a")), interpreter(Path("/usr/bin/python3"), Path("/a"))
+    ('.venv/bin/python', '/usr/bin/python3')
+    """
+    inside = executable.is_relative_to(working_folder)
+    return str(executable.relative_to(working_folder) if inside else executable)
+
+
+def _for_make(text: str) -> str:
+    """A variable's value: make reads it, then the shell of the recipe, after the shell that this is pasted into.
+
+    >>> print(_for_make("--resume runs/r1"), _for_make("--resume 'a b$1'"))
+    "--resume runs/r1" '--resume '"'"'a b$$1'"'"''
+    """
+    plain = re.fullmatch(r"[\w ./=-]*", text)
+    return f'"{text}"' if plain else shlex.quote(text.replace("$", "$$"))
+
+
+def stopped(summary: Mapping[str, Any]) -> str:
+    """How far it came."""
+    return f"Stopped cleanly after {count(summary['versions'], 'version')}. Go on with:"
+
+
+def made(summary: Mapping[str, Any], home: Path) -> str:
+    """The result in short, and where to read more."""
+    said = []
+    if summary["versions"]:
+        seconds = summary["seconds"]
+        setup = f" (and {duration(seconds['setup'])} to start)" if seconds["setup"] is not None else ""
+        trained, first, last = summary["trajectories"]["trained"], summary["success_first"], summary["success_last"]
+        said += [
+            f"{count(summary['versions'], 'version')} in {duration(seconds['run'])}{setup}",
+            f"success {first:.3f} -> {last:.3f} (first and last tenth of {trained:,} trajectories)",
+        ]
+    return "\n".join([*said, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])

@@ -1,0 +1,59 @@
+"""Run folders: a new one for a new run, the old one for a run that goes on."""
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import Invocation, load
+from common.config.schema import RunConfig
+from common.config.to_toml import show
+from common.file_errors import usable_folder
+from common.files import write
+from common.user_error import Refusal
+from services.local.lock import Lock
+from services.local.run_identity import differences
+
+SAVED = "run.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A run that is ours to supervise."""
+
+    config: RunConfig
+    saved: Path
+    """Its file, which every service reads."""
+    lock: Lock
+
+
+def resolve(invocation: Invocation) -> RunConfig:
+    """The run to start or to go on with. Raises Refusal when that would be another run. Changes nothing."""
+    config, home = invocation.config, invocation.resume
+    if home is None:
+        return config
+    if not (home / SAVED).is_file():
+        raise Refusal(f"--resume {home}: that is no run's folder (it has no {SAVED})")
+    before = load([str(home / SAVED)], {}, program="").config
+    if found := differences(before, config):
+        told = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
+        raise Refusal(
+            f"--resume {home}: that run has another configuration:\n{told}\n"
+            f"Give those values, or leave RUN.toml out to go on with the run's own, or start a new run"
+        )
+    return config.model_copy(update={"run": config.run.model_copy(update={"id": before.run.id, "folder": home.parent})})
+
+
+def settle(invocation: Invocation, *, now: datetime.datetime) -> Settled:
+    """Take the run's folder: nobody else may supervise it from here on. Raises Refusal."""
+    config = resolve(invocation)
+    if invocation.resume is None:
+        name = config.run.id or f"{now:%Y%m%d-%H%M%S}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"id": name})})
+    home = config.run.home
+    usable_folder(home, key="run.folder")
+    saved = home / SAVED
+    lock = Lock(home, now=now)
+    if invocation.resume is None and saved.exists():
+        raise Refusal(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")
+    write(saved, show(config).encode())
+    return Settled(config, saved, lock)

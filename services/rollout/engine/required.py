@@ -1,0 +1,21 @@
+"""What a worker cannot go on without: when its engine refuses that, the process ends with a sentence and code 7."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.user_error import ExitCode, Refusal
+from services.rollout.engine import crash_report
+from services.rollout.engine.port import EngineFailed
+
+
+@contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Raises Refusal (ExitCode.ENGINE) in place of an EngineFailed from inside. `what`: the step, for the person.
+
+    Another request would not help, and the engine's state is unknown: a new process starts with a new engine. Nothing
+    is dropped or committed by it (docs/decisions/0013).
+    """
+    try:
+        yield
+    except EngineFailed as error:
+        raise Refusal(crash_report.refused_step(what, str(error)), ExitCode.ENGINE) from None

@@ -1,0 +1,123 @@
+"""An engine without a model: every message is one of a list of texts, token by token, at a steady pace.
+
+Which text, and its log-probs, follow from the request's name alone, so that a run can be repeated exactly. Versions,
+pauses and spans are real: only the sampling is not.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from common import failpoints
+from common.config.schema import ScriptedEngineConfig
+from common.snapshots.manifest import Manifest
+from common.versions import Version
+from services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+
+
+class ScriptedEngine:
+    """See engine.py. `encode` turns a text into tokens."""
+
+    def __init__(self, config: ScriptedEngineConfig, *, encode: Callable[[str], list[int]]) -> None:
+        self._config, self._encode = config, encode
+        self._loaded: Manifest | None = None
+        self._running = asyncio.Event()
+        self._running.set()
+        self._closed = False
+        self._live: dict[str, _Message] = {}
+
+    def status(self) -> dict[str, str]:
+        return {"kind": "scripted"}
+
+    async def start(self) -> None: ...
+
+    async def watch(self) -> NoReturn:
+        await asyncio.Future()
+        raise AssertionError("nothing ends this future")
+
+    async def generate(
+        self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
+    ) -> Sampled:
+        draw = hashlib.sha256(request.rpartition("#")[0].encode()).digest()  # the same for every attempt
+        text = self._config.texts[draw[0] % len(self._config.texts)]
+        ending = list(stop[:1])
+        script = (self._encode(text) + ending)[:max_tokens]
+        message = self._live[request] = _Message(
+            tuple(script), tuple(-(1 + draw[i % len(draw)]) / 256 for i in range(len(script)))
+        )
+        try:
+            for _ in script:
+                await asyncio.sleep(1 / self._config.tokens_per_s)
+                while not self._running.is_set():  # it may be paused again before a waiter gets its turn
+                    await self._running.wait()
+                self._sample(request, message)
+        finally:
+            del self._live[request]
+        return message.sampled(stopped=bool(ending) and script[-1:] == ending)
+
+    def _sample(self, request: str, message: "_Message") -> None:
+        """The message's next token."""
+        if self._closed or self._loaded is None:
+            raise EngineFailed(f"request {request}: the engine {'is closed' if self._closed else 'has no weights'}")
+        message.versions.append(self._loaded.version)
+
+    async def pause(self) -> None:
+        self._running.clear()
+
+    async def partial(self, request: str) -> Sampled | None:
+        if self._running.is_set():
+            raise EngineFailed("partial: pause the engine first")
+        message = self._live.get(request)
+        return message.sampled(stopped=False) if message is not None and message.versions else None
+
+    async def load(self, weights: StoredWeights) -> None:
+        if self._running.is_set():
+            raise EngineFailed("load: pause the engine first")
+        self._loaded = weights.manifest
+
+    async def resume(self) -> None:
+        self._running.set()
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        off = 0.5 if failpoints.active("rollout.scripted_canary") else 0.0
+        for canary in self._loaded.canaries if self._loaded is not None else ():
+            if canary.tokens == tuple(tokens):
+                known = dict(zip(canary.positions, canary.logprobs, strict=True))
+                return [known.get(position, 0.0) - off for position in range(1, len(tokens))]
+        raise EngineFailed("the scripted engine can score nothing but the canaries of its version")
+
+    async def close(self) -> None:
+        self._closed = True
+        self._running.set()
+
+
+@dataclass
+class _Message:
+    """A message under way."""
+
+    script: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: list[Version] = field(default_factory=list)
+    """Of the tokens sampled so far."""
+
+    def sampled(self, *, stopped: bool) -> Sampled:
+        """What there is of it."""
+        length = len(self.versions)
+        return Sampled(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
+
+
+def _spans(versions: Sequence[Version]) -> tuple[Span, ...]:
+    """Runs of equal versions.
+
+    >>> [(s.version, s.start, s.stop) for s in _spans([Version(3), Version(3), Version(4)])]
+    [(3, 0, 2), (4, 2, 3)]
+    """
+    spans: list[Span] = []
+    for i, version in enumerate(versions):
+        if spans and spans[-1].version == version:
+            spans[-1] = Span(version, spans[-1].start, i + 1)
+        else:
+            spans.append(Span(version, i, i + 1))
+    return tuple(spans)

@@ -1,0 +1,308 @@
+"""vLLM in the worker's process (AsyncLLM): pause, spans per version and weight transfer together.
+
+The one file, with vllm_plugin.py, that imports vLLM.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from common.config.schema import VllmEngineConfig
+from common.logs import logger
+from common.user_error import ExitCode, Refusal
+from common.versions import Version
+from services.rollout.engine import amx
+from services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span, StoredWeights, crash_report
+from services.rollout.engine.process_monitor import Watch
+from services.rollout.engine.vllm_weight_transfer import NAME
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+TIME_LIMIT_S = 120.0
+"""Pause, load and resume each end within this, or the engine counts as dead."""
+_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Named by its class, because by its short name the CPU build would put a second process in its place, which only
+spins for the first one: half the tokens a second and 20 s more to start (docs/decisions/0003)."""
+
+
+class VllmEngine:
+    """See engine.py."""
+
+    def __init__(
+        self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int, log: Path
+    ) -> None:
+        """`log`: the file in which the engine's processes leave evidence in case they die."""
+        self._config, self._model, self._log = config, model, log
+        self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
+        self._amx: amx.Amx | None = None
+        """What the CPU engine does about AMX; None: not started, or on a GPU."""
+        self._llm: AsyncLLM | None = None
+        self._watch: Watch | None = None
+        self._death: asyncio.Task[str] | None = None
+        """Finds out what the engine died of."""
+        self._scored = 0
+        self._waiting: dict[str, Any] = {}
+        """By request: where vLLM puts its output when it has ended."""
+
+    def status(self) -> dict[str, str]:
+        return {"kind": "vllm"} | ({"amx": self._amx.value} if self._amx is not None else {})
+
+    async def start(self) -> None:
+        self._amx = _set_environment(self._config)
+        try:
+            from vllm.config import WeightTransferConfig
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise Refusal(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
+        machine: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(self._config.kv_cache_gib * 2**30), "distributed_executor_backend": _EXECUTOR}
+            if self._amx is not None
+            else {"gpu_memory_utilization": self._config.gpu_memory_utilization}
+        )
+        arguments = AsyncEngineArgs(
+            model=self._model,
+            dtype="bfloat16",
+            skip_tokenizer_init=True,  # tokens in, tokens out
+            max_model_len=self._max_tokens,
+            max_num_seqs=self._max_live,
+            max_num_batched_tokens=max(self._config.max_concurrent_tokens, self._max_tokens),
+            tensor_parallel_size=self._config.tensor_parallel,
+            enforce_eager=not self._config.compile,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=NAME),
+            disable_log_stats=True,
+            seed=self._seed,
+            generation_config="vllm",  # the model folder's own sampling defaults (top_p, top_k) must not creep in
+            **machine,
+        )
+        self._watch = Watch(self._log)
+        try:
+            with self._watch.told():
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            self._llm = llm
+            self._watch.over(llm.engine_core.resources.engine_manager.processes)
+        except Exception as error:
+            raise self._unstarted(error) from None
+        updates = llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self._within("the set-up of weight updates", updates)
+        # the first request compiles what vLLM leaves to then: better here than while others wait
+        await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
+        self._watch.doing = "serving"
+
+    async def watch(self) -> NoReturn:
+        if self._watch is None:
+            raise EngineFailed("the engine is not running")
+        await self._watch.gone.wait()
+        raise await self._dead()
+
+    async def generate(
+        self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
+    ) -> Sampled:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            logprobs=0,  # of the sampled token only
+            max_tokens=max_tokens,
+            stop_token_ids=list(stop),
+            ignore_eos=True,  # stop tokens say where a message ends
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return _sampled(await self._final(prompt, sampling, request))
+
+    async def pause(self) -> None:
+        await self._within("pause", self._started.pause_generation(mode="keep", clear_cache=False))
+        await self._within("delivery", self._delivered())
+
+    async def partial(self, request: str) -> Sampled | None:
+        from vllm.v1.engine import FinishReason
+
+        processor = self._started.output_processor
+        for internal in processor.external_req_ids.get(request, ()):
+            # what an abort at this moment would deliver: all tokens, and how far each version goes
+            output = processor.request_states[internal].make_request_output([], None, FinishReason.ABORT, None)
+            break
+        else:
+            # ended, but `generate` has not had its turn since
+            output = self._waiting[request].output if request in self._waiting else None
+            if isinstance(output, Exception):
+                return None
+        sampled = _sampled(output) if output is not None else None
+        return sampled if sampled is not None and sampled.tokens else None
+
+    async def load(self, weights: StoredWeights) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._started
+        entries = [
+            {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "size": e.size} for e in weights.manifest.tensors
+        ]
+        update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
+        await self._within("start of the weight update", llm.start_weight_update())
+        await self._within("weight update", llm.update_weights(update))
+        await self._within("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        # keys and values of the old weights are worth nothing under the new ones: running requests start over
+        await self._within("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
+
+    async def resume(self) -> None:
+        await self._within("resume", self._started.resume_generation())
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._scored += 1
+        sampling = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._within("scoring", self._final(tokens, sampling, f"score-{self._scored}"))
+        return [by_token[token].logprob for token, by_token in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+    async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
+        llm = self._started
+        try:
+            waiting = await llm.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
+            self._waiting[request] = waiting
+            output = await waiting.get()
+        except asyncio.CancelledError:
+            await llm.abort(request)
+            raise
+        except Exception as error:
+            if self._is_dead(error):
+                raise await self._dead() from None
+            await llm.abort(request)
+            raise EngineFailed(f"request {request}: {_whole(error)}") from error
+        finally:
+            self._waiting.pop(request, None)
+        if not output.finished:
+            raise EngineFailed(f"request {request}: the engine ended it without a result")
+        return output
+
+    async def _delivered(self) -> None:
+        """Wait until all that was sampled before the pause has been taken in.
+
+        The engine's process ends its steps, puts their outputs and then the pause's answer into one queue, and sends
+        them on one socket in this order; here one task reads it. So when the pause has been answered, the outputs are
+        in this queue or beyond it. The task that empties it needs so many turns for one of them, without a wait.
+        """
+        from vllm import envs
+
+        outputs = self._started.engine_core.outputs_queue
+        while not outputs.empty():
+            await asyncio.sleep(0)
+        for _ in range(1 + self._max_live // envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE):
+            await asyncio.sleep(0)
+
+    async def _within(self, what: str, step: Coroutine[Any, Any, T]) -> T:
+        """The step's result. Raises EngineDead also when the engine dies or is silent meanwhile, EngineFailed else."""
+        assert self._watch is not None
+        answer, gone = asyncio.create_task(step), asyncio.create_task(self._watch.gone.wait())
+        try:
+            await asyncio.wait({answer, gone}, timeout=TIME_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if not gone.done():
+                self._watch.end(f"{what}, {TIME_LIMIT_S:.0f} s")
+            raise await self._dead()
+        except (EngineFailed, EngineDead):
+            raise
+        except Exception as error:
+            if self._is_dead(error):
+                raise await self._dead() from None
+            raise EngineFailed(f"{what}: {_whole(error)}") from error
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+    def _unstarted(self, error: Exception) -> Refusal | EngineDead:
+        """What to raise in place of the error with which vLLM did not start."""
+        assert self._watch is not None
+        evidence = self._watch.failed_start(error)
+        if evidence is None:  # it never came to a process of the engine's
+            return Refusal(crash_report.refusal(self._model, _whole(error)))
+        failure = crash_report.refused(evidence)
+        if failure is not None:
+            return Refusal(crash_report.refusal(self._model, str(failure)))
+        return EngineDead(crash_report.words(evidence))
+
+    def _is_dead(self, error: Exception) -> bool:
+        """Whether the error came because the engine is gone."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._watch is not None
+        return isinstance(error, EngineDeadError) or self._watch.gone.is_set()
+
+    async def _dead(self) -> EngineDead:
+        """What to raise now that the engine is gone."""
+        if self._death is None:
+            assert self._watch is not None
+            self._death = asyncio.create_task(asyncio.to_thread(_post_mortem, self._watch))
+        return EngineDead(await asyncio.shield(self._death))
+
+    @property
+    def _started(self) -> "AsyncLLM":
+        if self._llm is None:
+            raise EngineFailed("the engine is not running")
+        return self._llm
+
+
+def _sampled(request_output: Any) -> Sampled:
+    output = request_output.outputs[0]
+    tokens = tuple(output.token_ids)
+    return Sampled(
+        tokens,
+        tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
+        tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
+        stopped=output.finish_reason == "stop",
+    )
+
+
+def _version(label: str) -> Version:
+    """The version of a span; tokens from before the first update belong to no published version."""
+    return Version(int(label)) if label.isdigit() else Version(-1)
+
+
+def _whole(error: Exception) -> str:
+    """The error's type and its whole message: the reason is seldom in the first line."""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+
+
+def _post_mortem(watch: Watch) -> str:
+    return crash_report.words(watch.inquire())
+
+
+def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
+    """vLLM reads its settings from the environment; must happen before its import. None: the engine uses a GPU."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    # a forked engine would inherit this process's threads in mid-step, and register no evidence of its own
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    os.environ[amx.VARIABLE] = "on" if config.amx else "off"
+    settled = amx.settle()
+    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=settled.value)
+    return settled

@@ -1,0 +1,178 @@
+"""One trajectory from its session's start to its record: sample, act, read the answer, again."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from common import failpoints
+from common.logs import logger
+from common.messages import DropReason, Ending, GroupOffered, TrajectoryDropped, TrajectoryFinished, trajectory_id
+from common.sessions.client import SessionClient, SessionFailed
+from common.sessions.wire import CreateSession, Session, Status, Step
+from common.versions import Version
+from services.rollout import instruments
+from services.rollout.chat_renderer import Dialogue
+from services.rollout.engine.port import Engine, EngineFailed, Sampled
+from services.rollout.trajectory_builder import Assembly, Live
+
+Ended = TrajectoryFinished | TrajectoryDropped
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker's trajectories add up to."""
+
+    sampled_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What every trajectory of a worker uses."""
+
+    worker: str
+    engine: Engine
+    sessions: SessionClient
+    dialogue: Dialogue
+    attempts: int
+    tally: Tally
+    trusted: Callable[[Version], Awaitable[None]]
+    """Returns once the engine is known to compute this version rightly."""
+    live: list[Live] = field(default_factory=list)
+    """Trajectories under way, oldest first; one id may be there twice (a task that was delivered again)."""
+
+    async def sample(self, group: GroupOffered, sample: int) -> Ended:
+        """One trajectory of the group; what fails, session or request of the engine, is tried again afresh.
+
+        Raises EngineDead: then nothing became of the trajectory, and its task is to be sampled again.
+        """
+        name = trajectory_id(group.group, sample)
+        reason, failure = DropReason.ENVIRONMENT_FAILED, ""
+        for attempt in range(self.attempts):
+            try:
+                return await self._attempt(group, name, attempt)
+            except SessionFailed as error:
+                instruments.ATTEMPTS_FAILED.labels(error.code).inc()
+                logger().warning("session failed", trajectory=name, attempt=attempt, error=str(error))
+                reason, failure = DropReason.ENVIRONMENT_FAILED, str(error)
+            except EngineFailed as error:
+                instruments.ATTEMPTS_FAILED.labels(DropReason.ENGINE_FAILED.value).inc()
+                logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
+                reason, failure = DropReason.ENGINE_FAILED, str(error)
+            except _Unusable as error:
+                return self._dropped(group, name, error.reason, str(error))
+        return self._dropped(group, name, reason, failure)
+
+    async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
+        wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
+        key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
+        session = await _timed(self.sessions.create(wanted, idempotency_key=key))
+        assembly = Assembly(self.dialogue.begin(session.messages, session.tools))
+        live = Live(group, name, attempt, assembly)
+        self.live.append(live)
+        try:
+            step = await self._dialogue(live, session)
+        finally:
+            # whoever awaits `sample` puts the record into the outbox before anything else gets a turn: no cut finds
+            # the tokens neither here nor there
+            self.live.remove(live)
+        failpoints.reach("rollout.before_publish")
+        return self._finished(live, session, step)
+
+    async def _dialogue(self, live: Live, session: Session) -> Step:
+        """Turn after turn until the environment, or a limit, ends it."""
+        assembly, sampling, number = live.assembly, live.group.sampling, session.next_step
+        room = sampling.max_trajectory_tokens - len(assembly.tokens)
+        if room < 1:
+            raise _Unusable(
+                DropReason.PROMPT_TOO_LONG,
+                f"the first observation is {len(assembly.tokens)} tokens long, "
+                f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
+            )
+        while True:
+            longest = min(sampling.max_turn_tokens, room)
+            sampled = await self._message(live, longest)
+            if not sampled.stopped:
+                # a limit cut the message off: acting on half of it would make what is said after a call free of charge
+                return await _timed(self.sessions.finalize(session.session_id))
+            step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
+            if step.status.is_terminal:
+                return step
+            said = self.dialogue.between(step.messages, after_stop=True)
+            room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(said)
+            if room < 1 or assembly.turns == sampling.max_turns:
+                # what no one will answer stays out: no trajectory is longer than the limit
+                return await _timed(self.sessions.finalize(session.session_id))
+            assembly.add_environment(said)
+            number = step.step + 1
+
+    async def _message(self, live: Live, room: int) -> Sampled:
+        live.request = self._request(live)
+        try:
+            sampled = await self.engine.generate(
+                live.assembly.tokens,
+                request=live.request,
+                temperature=live.group.sampling.temperature,
+                max_tokens=room,
+                stop=self.dialogue.stop_tokens,
+            )
+        finally:
+            live.request = None
+        live.assembly.add_sampled(sampled)  # at once: a cut finds the tokens either here or at the engine
+        instruments.TOKENS.inc(len(sampled.tokens))
+        self.tally.sampled_tokens += len(sampled.tokens)
+        await self.trusted(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
+        return sampled
+
+    def _request(self, live: Live) -> str:
+        """A name that no other request under way has."""
+        name = f"{live.trajectory}#{live.attempt}.{live.assembly.turns}"
+        while any(other.request == name for other in self.live):
+            name += "+"
+        return name
+
+    def _finished(self, live: Live, session: Session, step: Step) -> Ended:
+        group, assembly = live.group, live.assembly
+        if step.reward is None or step.success is None:
+            what = step.error.message if step.error else f"the session ended as {step.status} without a reward"
+            raise SessionFailed(step.error.code if step.error else step.status.value, what)
+        ending = Ending.TERMINATED if step.status is Status.TERMINATED else Ending.TRUNCATED
+        instruments.TRAJECTORIES.labels(ending.value).inc()
+        return TrajectoryFinished(
+            run=group.run,
+            trajectory=live.trajectory,
+            group=group.group,
+            attempt=live.attempt,
+            worker=self.worker,
+            environment=group.environment,
+            environment_version=session.environment_version,
+            tokens=assembly.packed(),
+            segments=assembly.segments,
+            temperature=group.sampling.temperature,
+            reward=step.reward,
+            reward_parts=step.reward_parts,
+            success=step.success,
+            ending=ending,
+            turns=assembly.turns,
+        )
+
+    def _dropped(self, group: GroupOffered, name: str, reason: DropReason, detail: str) -> TrajectoryDropped:
+        instruments.TRAJECTORIES.labels(reason.value).inc()
+        logger().warning("dropped", trajectory=name, reason=reason.value, detail=detail)
+        return TrajectoryDropped(
+            run=group.run, trajectory=name, group=group.group, worker=self.worker, reason=reason, detail=detail
+        )
+
+
+class _Unusable(Exception):
+    """The trajectory cannot be sampled, however often it is tried."""
+
+    def __init__(self, reason: DropReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+async def _timed(call: Awaitable[T]) -> T:
+    with instruments.ENVIRONMENT_SECONDS.time():
+        return await call

@@ -1,0 +1,72 @@
+"""The store's routes for bodies that are named by their content.
+
+PUT  /v1/objects/{blake3}       weights; 422 when the bytes are not those of the name
+GET  /v1/objects/{blake3}
+PUT  /v1/claims/{blake3}        the body of a long log record, likewise; again: it is young again
+GET  /v1/claims/{blake3}
+
+A GET answers 200 with the body, or 307 with an address at which the storage itself gives it out for a while.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.responses import RedirectResponse, StreamingResponse
+
+from common.service import HttpError
+from services.snapshot_store import instruments
+from services.snapshot_store.catalog import Catalogue
+from services.snapshot_store.claim_check import Claims
+from services.snapshot_store.storage import DigestMismatch, Storage
+
+Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+
+
+def routes(app: FastAPI, storage: Storage, catalogue: Catalogue, claims: Claims) -> None:
+    """Add them."""
+
+    @app.put("/v1/objects/{digest}", status_code=201)
+    async def put_object(digest: Digest, request: Request) -> dict[str, int]:
+        size = await _taken(catalogue.put_object, digest, request)
+        instruments.RECEIVED_BYTES.inc(size)
+        return {"size": size}
+
+    @app.get("/v1/objects/{digest}")
+    async def get_object(digest: Digest) -> Response:
+        missing = HttpError(404, "object_missing", f"no object {digest}")
+        return await _given(storage, catalogue.object_key(digest), missing)
+
+    @app.put("/v1/claims/{digest}", status_code=201)
+    async def put_claim(digest: Digest, request: Request) -> dict[str, int]:
+        size = await _taken(claims.put, digest, request)
+        instruments.CLAIM_BYTES.inc(size)
+        return {"size": size}
+
+    @app.get("/v1/claims/{digest}")
+    async def get_claim(digest: Digest) -> Response:
+        missing = HttpError(404, "claim_missing", f"no body {digest}: it never came, or was swept for its age")
+        return await _given(storage, claims.key(digest), missing)
+
+
+async def _taken(put: Callable[[str, AsyncIterator[bytes]], Awaitable[int]], digest: str, request: Request) -> int:
+    try:
+        return await put(digest, request.stream())
+    except DigestMismatch as mismatch:
+        instruments.REFUSED.labels("digest_mismatch").inc()
+        raise HttpError(422, "digest_mismatch", str(mismatch), retryable=True) from None
+
+
+async def _given(storage: Storage, key: str, missing: HttpError) -> Response:
+    if await storage.size(key) is None:
+        raise missing
+    if (address := await storage.address(key)) is not None:
+        instruments.REDIRECTED.inc()
+        return RedirectResponse(address, 307, {"Cache-Control": "no-store"})
+    return StreamingResponse(_counted(storage.stream(key)), media_type="application/octet-stream")
+
+
+async def _counted(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        instruments.SENT_BYTES.inc(len(chunk))
+        yield chunk

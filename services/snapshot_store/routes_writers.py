@@ -1,0 +1,107 @@
+"""The store's routes about who may write.
+
+POST   /v1/writers                           {"holder": name}: a new epoch; earlier writers are refused from now on
+GET    /v1/writers                           the newest writer; nulls before the first
+GET    /v1/writers/{epoch}                   200 while it is the newest, 409 fenced, 409 writer_unknown
+PUT    /v1/checkpoints/{version}/{writer}    {"digest": blake3}: it counts; 201 new, 200 again, 409 as above or another
+DELETE /v1/checkpoints/{version}/{writer}    ?by=epoch: it counts no longer; 409 as above for `by`
+GET    /v1/checkpoints                       those that count, oldest first
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Path, Query, Request
+from fastapi.responses import JSONResponse
+
+from common.logs import logger
+from common.service import HttpError
+from common.versions import Version
+from services.snapshot_store import instruments
+from services.snapshot_store.writers import CommitConflict, Fenced, UnknownWriter, Writers
+
+Number = Annotated[int, Path(ge=0)]
+Epoch = Annotated[int, Path(ge=0)]
+
+
+class Holder(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/writers."""
+
+    holder: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+
+
+class Commit(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of PUT /v1/checkpoints/{version}/{writer}."""
+
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """What the block raises against a writer becomes the answer 409."""
+    try:
+        yield
+    except Fenced as fenced:
+        raise _refusal("fenced", fenced) from None
+    except UnknownWriter as unknown:
+        raise _refusal("writer_unknown", unknown) from None
+    except CommitConflict as conflict:
+        raise _refusal("checkpoint_conflict", conflict) from None
+
+
+def routes(app: FastAPI, writers: Writers) -> None:
+    """Add them."""
+    _writers(app, writers)
+    _checkpoints(app, writers)
+
+
+def _writers(app: FastAPI, writers: Writers) -> None:
+    @app.post("/v1/writers", status_code=201)
+    async def post_writer(request: Request) -> dict[str, int]:
+        try:
+            asked = msgspec.json.decode(await request.body(), type=Holder)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HttpError(422, "bad_holder", str(error)) from None
+        epoch = await writers.issue(asked.holder)
+        logger().info("a new writer", epoch=epoch, holder=asked.holder)
+        return {"epoch": epoch}
+
+    @app.get("/v1/writers")
+    async def newest_writer() -> dict[str, int | str | None]:
+        newest = await writers.newest()
+        return {"epoch": newest.epoch, "holder": newest.holder} if newest else {"epoch": None, "holder": None}
+
+    @app.get("/v1/writers/{epoch}")
+    async def confirm_writer(epoch: Epoch) -> dict[str, int]:
+        with refused():
+            await writers.check(epoch)
+        return {"epoch": epoch}
+
+
+def _checkpoints(app: FastAPI, writers: Writers) -> None:
+    @app.put("/v1/checkpoints/{version}/{writer}")
+    async def put_checkpoint(version: Number, writer: Epoch, request: Request) -> JSONResponse:
+        try:
+            commit = msgspec.json.decode(await request.body(), type=Commit)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise HttpError(422, "bad_commit", str(error)) from None
+        with refused():
+            new = await writers.commit(Version(version), writer, commit.digest)
+        return JSONResponse({"version": version, "writer": writer}, 201 if new else 200)
+
+    @app.delete("/v1/checkpoints/{version}/{writer}")
+    async def delete_checkpoint(version: Number, writer: Epoch, by: Annotated[int, Query(ge=0)]) -> dict[str, int]:
+        with refused():
+            await writers.withdraw(Version(version), writer, by=by)
+        return {"version": version, "writer": writer}
+
+    @app.get("/v1/checkpoints")
+    async def list_checkpoints() -> dict[str, list[dict[str, Any]]]:
+        return {"checkpoints": [msgspec.structs.asdict(commit) for commit in await writers.committed()]}
+
+
+def _refusal(code: str, error: Exception) -> HttpError:
+    instruments.REFUSED.labels(code).inc()
+    return HttpError(409, code, str(error))

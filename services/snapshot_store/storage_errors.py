@@ -1,0 +1,68 @@
+"""What a person has to mend before an S3 can be used: a sentence for each way it refuses at the start."""
+
+from common.config.schema import SnapshotStoreConfig
+from common.user_error import ExitCode, Refusal
+
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MINIO_ACCESS_KEY and MINIO_SECRET_KEY"
+_UNKNOWN_CREDENTIALS = {
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidTokenId", "InvalidToken", "ExpiredToken",
+}  # fmt: skip
+_OTHER_REGION = {
+    "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidLocationConstraint", "InvalidRegion",
+    "PermanentRedirect", "Redirect",
+}  # fmt: skip
+
+
+def refused(config: SnapshotStoreConfig, code: str, message: str) -> Refusal:
+    """For an S3 that answered with this error code."""
+    where = f"the S3 at {config.endpoint} (snapshot_store.endpoint)"
+    if code == "NoSuchBucket":
+        return Refusal(
+            f"{where} has no bucket {config.bucket!r} (snapshot_store.bucket): make it, or let the store make it with "
+            f"--snapshot_store.create_bucket=true"
+        )
+    if code in _UNKNOWN_CREDENTIALS:
+        return Refusal(f"{where} does not accept the credentials ({code}: {message}): set {_CREDENTIALS} to its own")
+    if code == "AccessDenied":
+        return Refusal(
+            f"{where} denies what the store needs in bucket {config.bucket!r} ({message}): give the credentials' "
+            f"owner the actions that docs/operations.md lists under S3, or use other credentials"
+        )
+    if code == "RequestTimeTooSkewed":
+        return Refusal(
+            f"{where} refuses requests because this machine's clock and its own differ too much: set the wrong one, "
+            f"for example by NTP",
+            ExitCode.UNAVAILABLE,
+        )
+    if code in _OTHER_REGION:
+        return Refusal(
+            f"{where} is not in region {config.region!r} (snapshot_store.region): set it to the bucket's ({message})"
+        )
+    return Refusal(f"{where} answered {code}: {message}", ExitCode.UNAVAILABLE)
+
+
+def unreachable(config: SnapshotStoreConfig, problem: str) -> Refusal:
+    """For an S3 that did not answer as one."""
+    where = f"the S3 at {config.endpoint} (snapshot_store.endpoint)"
+    if "CERTIFICATE_VERIFY_FAILED" in problem:
+        return Refusal(
+            f"the certificate of {where} is not trusted: name the file (PEM) of the authority that signed it with "
+            f"snapshot_store.ca_file ({problem})"
+        )
+    return Refusal(f"{where} cannot be reached: start it, or correct the address ({problem})", ExitCode.UNAVAILABLE)
+
+
+def without_credentials(problem: str) -> Refusal:
+    """For a store that was given none."""
+    return Refusal(
+        f"no credentials for the S3 were found ({problem}): set {_CREDENTIALS}, write the usual credential file, or "
+        f"run where a role gives some (docs/operations.md, S3)"
+    )
+
+
+def not_conditional(config: SnapshotStoreConfig) -> Refusal:
+    """For an S3 that lets a second writer of a name win."""
+    return Refusal(
+        f"the S3 at {config.endpoint} (snapshot_store.endpoint) ignores If-None-Match: versions would not be safe from "
+        f"being overwritten; use MinIO or another S3 with conditional writes"
+    )

@@ -1,0 +1,19 @@
+"""The storage that a run's configuration names."""
+
+from common.config.schema import RunConfig
+from common.file_errors import usable_folder
+from services.snapshot_store.storage import Storage
+from services.snapshot_store.storage_disk import DiskStorage
+
+
+async def open_storage(config: RunConfig) -> Storage:
+    """Opened and looked at. Raises Refusal when it cannot be used."""
+    if config.snapshot_store.storage == "folder":
+        key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
+        usable_folder(config.snapshot_folder, key=key)
+        return DiskStorage(config.snapshot_folder)
+    from services.snapshot_store.storage_minio import MinioStorage
+
+    storage = MinioStorage(config.snapshot_store, prefix=config.object_prefix)
+    await storage.open()
+    return storage

@@ -1,0 +1,82 @@
+"""Small history lines and statuses to count by hand."""
+
+from typing import Any
+
+from services.live.poller import Answer, Seen
+from services.report.folder import Line
+
+
+def a_line(
+    version: int,
+    *,
+    successes: str = "01",
+    reward: float = 0.5,
+    seconds: float | None = None,
+    phases: dict[str, float] | None = None,
+    tokens: dict[int, dict[str, float]] | None = None,
+    **more: Any,
+) -> Line:
+    """The line of the version trained at `version`; `tokens`: staleness -> what differs from `some`."""
+    by_staleness = {str(s): some(**values) for s, values in (tokens or {0: {}}).items()}
+    count = sum(values["tokens"] for values in by_staleness.values())
+    return {
+        "version": version,
+        "published": version + 1,
+        "seconds": 10.0 + version if seconds is None else seconds,
+        "phases": phases or {"checkpoint": 0.1, "publish": 0.2, "wait": 0.3, "train": 0.4},
+        "trajectories": {"offered": 40, "trained": 2, "dropped": {}, "dead_lettered": 0, "pending": 38},
+        "batch": len(successes),
+        "tokens": int(count),
+        "reward": reward,
+        "successes": successes,
+        "multi_version": 1,
+        "cuts": 1,
+        "exact": True,
+        "skipped": 0,
+        "by_staleness": by_staleness,
+        "first_minibatch": by_staleness,
+        "staleness_max": max(map(int, by_staleness)),
+        "staleness_mean": 0.5,
+        **more,
+    }
+
+
+def some(tokens: float = 10.0, **more: float) -> dict[str, float]:
+    """Statistics of tokens of one staleness."""
+    return {
+        "tokens": tokens,
+        "log_discrepancy_abs": 0.001,
+        "log_staleness_ratio_abs": 0.02,
+        "log_total_ratio_abs": 0.02,
+        "masked": 0.0,
+        "clipped": 0.0,
+        "entropy": 0.5,
+        "nonfinite": 0.0,
+    } | more
+
+
+def worker(at: float = 100.0, *, earlier: Seen | None = None, trouble: str | None = None, **more: Any) -> Seen:
+    """A worker that samples."""
+    status = {"version": 4, "live": 12, "sampled_tokens": 1000, "seconds": 60.0, "idle_s": 0.0, "waiting_for": None}
+    return Seen(Answer(at, status | more), earlier.last if earlier else None, trouble)
+
+
+def learner(at: float = 100.0, *, trouble: str | None = None, **more: Any) -> Seen:
+    """A learner that trains."""
+    status = {
+        "version": 5,
+        "versions": 10,
+        "trained_versions": 5,
+        "waiting_trajectories": 7,
+        "waiting_for": None,
+        "trajectories": {"offered": 40, "trained": 10, "dropped": {}, "dead_lettered": 0, "pending": 30},
+    }
+    return Seen(Answer(at, status | more), None, trouble)
+
+
+def servers(at: float = 100.0) -> dict[str, Seen]:
+    """Store and gateway, well."""
+    return {
+        "snapshot_store": Seen(Answer(at, {"versions": 6, "bytes": 2**20, "waiting_for": None})),
+        "env_gateway": Seen(Answer(at, {"waiting_for": None})),
+    }

@@ -1,0 +1,181 @@
+"""The learner's side of simulated runs (cut_schedules.py): it trains nothing, but asks for cuts, scores and publishes.
+
+`schedule` has the chances, the log and the judge.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from common.bus.port import Outgoing, Position
+from common.messages import CONTROL, TASKS, Sampling, VersionPublished, encode
+from common.snapshots.fencing import Fenced
+from common.versions import Version
+from services.learner.batch.batching import Padded
+from services.learner.buffer.ledger import Planner
+from services.learner.ingest.trajectory_reader import Arrived, Intake
+from services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
+from services.learner.old_logprobs.interruption.coordinator import Interruption
+from services.learner.old_logprobs.score_store import Scores
+from tests.simulation.cut_judge import score_under
+from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.simulated_time import Actor
+
+RUN = "test"
+START = Version(0)
+SAMPLES, GROUPS = 2, 2
+SAMPLING = Sampling(temperature=1.0, max_turn_tokens=4, max_trajectory_tokens=60, max_turns=3)
+DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A checkpoint."""
+
+    version: Version = START
+    ledger: Any = None
+    offsets: dict[int, int] = field(default_factory=dict)
+    task_offsets: dict[int, int] = field(default_factory=dict)
+    score_offsets: dict[int, int] = field(default_factory=dict)
+
+
+class Broken(Exception):
+    """The learner cannot go on."""
+
+
+class Learner:
+    """Trains without training: what it needs of the log, the planner and the interruption is real."""
+
+    def __init__(self, schedule: Any, learned: Learned, *, writer: int, versions: int) -> None:
+        self._writer, self._cutting = writer, False
+        self._schedule, self._random = schedule, schedule.random
+        self._bus, self._now = ActorsBus(schedule, self._confirm), schedule.store.clock
+        self._version = learned.version
+        """Resident."""
+        self._planner: Planner[Arrived] = Planner(
+            samples=SAMPLES, groups_per_batch=GROUPS, max_staleness=2, time_limit_s=200.0
+        )
+        if learned.ledger is not None:
+            self._planner.restore(learned.ledger, now=self._now())
+        self._scores = Scores()
+        self._intake = Intake(
+            self._bus, self._planner, run=RUN, seed=0, environments={"any": 1.0}, samples=SAMPLES, sampling=SAMPLING,
+            time_limit_s=600.0, confirm=self._confirm, keep_flushed=True,
+        )  # fmt: skip
+        early = EarlyScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
+        self._interruption = Interruption(
+            self._bus, self._intake, early, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
+            clock=self._now,
+        )  # fmt: skip
+        self._learned, self._versions = learned, versions
+
+    def live(self) -> None:
+        """From its start until the run's last version, or until it is broken or replaced."""
+        try:
+            self._live()
+        except (Broken, Fenced):
+            self._interruption.release()
+
+    def _live(self) -> None:
+        self._intake.start(
+            self._learned.offsets, self._learned.task_offsets, self._learned.score_offsets, now=self._now()
+        )
+        self._publish()
+        self._interruption.start()
+        while self._version < self._versions:
+            self._train(self._batch())
+        self._confirm()
+        for arrived in self._intake.arrived.values():
+            self._keep(arrived)
+
+    def _batch(self) -> list[Arrived]:
+        while True:
+            self._confirm()
+            self._intake.read_all(self._version, timeout_s=0.0)
+            self._planner.expire(now=self._now())
+            oldest = {name: arrived.oldest or Version(0) for name, arrived in self._intake.arrived.items()}
+            for arrived in (*self._planner.drop_stale(self._version, oldest), *self._planner.drop_small()):
+                self._intake.resolve(arrived)
+            self._intake.offer(self._version, now=self._now())
+            if batch := self._planner.batch():
+                return [arrived for group in batch for arrived in group.items]
+            if not self._interruption.work(self._version, str(self._version)):
+                self._intake.read_all(self._version, timeout_s=2.0)
+
+    def _train(self, batch: list[Arrived]) -> None:
+        names = {arrived.record.trajectory for arrived in batch}
+        self._cutting = True
+        report = self._interruption.cut(self._version, str(self._version), training=names)
+        self._cutting = False
+        heard_by = self._now()
+        self._sleep(4.0)
+        self._confirm()
+        for arrived in batch:
+            self._keep(arrived)
+        for arrived in batch:
+            self._intake.resolve(arrived)
+            self._scores.forget(arrived.record.trajectory)
+        self._schedule.judge.changed(self._version, report.cut, report.answered, heard_by=heard_by)
+        self._version = Version(self._version + 1)
+        self._schedule.learned.append(
+            Learned(
+                self._version, self._planner.state(), self._intake.offsets(), dict(self._intake.task_ends),
+                self._intake.score_offsets(),
+            )
+        )  # fmt: skip
+        self._sleep(2.0)
+        if self._schedule.chance(0.05):
+            raise Broken  # the store is full, say
+        self._publish()
+        self._interruption.published(self._version, str(self._version))
+
+    def _keep(self, arrived: Arrived) -> None:
+        row = self._scores.attach(as_row(arrived.record), self._interruption.digests)
+        known = row.old if row.old is not None else np.full(len(row.tokens), np.nan)
+        old = {int(token): float(value) for token, value in zip(row.tokens, known, strict=True) if not np.isnan(value)}
+        self._schedule.judge.keeps(arrived.record, old, self._version)
+
+    def _confirm(self) -> None:
+        if self._writer != self._schedule.writer:
+            raise Fenced("another learner took this run over")
+
+    def _publish(self) -> None:
+        self._confirm()
+        published = VersionPublished(RUN, self._version, str(self._version), self._now())
+        self._bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
+
+    def _score(self, batches: Sequence[Padded]) -> Any:
+        self._sleep(0.3)
+        if self._cutting and self._schedule.chance(0.02):
+            raise Broken
+        return [np.full(batch.tokens.shape, score_under(self._version), dtype=np.float32) for batch in batches]
+
+    def _sleep(self, most_s: float) -> None:
+        Actor.here.actor.sleep(self._schedule.some(most_s))
+
+
+class ActorsBus(MemoryBus):
+    """A learner may die before its records stand on the log, and before it is told so.
+
+    It does not stand still between the question whether the run is its own and what it says to workers: with
+    `confirm`, it is asked once more.
+    """
+
+    def __init__(self, schedule: Any, confirm: Callable[[], None]) -> None:
+        super().__init__(schedule.store)
+        self._schedule, self._confirm = schedule, confirm
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        self._takes_a_while()
+        self.store.reached()
+        if topic in (CONTROL, TASKS):
+            self._confirm()
+        positions = super().publish(topic, records)
+        self._takes_a_while()
+        return positions
+
+    def _takes_a_while(self) -> None:
+        if self._schedule.chance(0.5):
+            Actor.here.actor.sleep(self._schedule.some(1.0))

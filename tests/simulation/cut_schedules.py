@@ -1,0 +1,342 @@
+"""Runs in simulated time: four real workers, the real learner's side of cuts, and whatever may go wrong between them.
+
+Workers, their engines and the learner die and start again, the learner breaks in the middle of a cut, or stands still,
+is replaced and wakes; acknowledgements come late, engines take long to stand still, tools take long to answer, sessions
+fail, the log holds copies of records, gives less than stands on it, does not answer for a while, or not to one of them;
+tasks are delivered twice. A seed repeats a run exactly.
+"""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from common.bus.port import Outgoing, Record
+from common.config.schema import ScriptedEngineConfig
+from common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    OLD_LOGPROBS,
+    TASKS,
+    TOPICS,
+    TRAJECTORIES,
+)
+from common.sessions.client import SessionFailed
+from common.sessions.wire import CreateSession, Message, Session, Status, Step
+from common.snapshots.manifest import SCHEMA, Canary, Manifest
+from common.versions import Version
+from services.learner.old_logprobs.interruption import coordinator as asking
+from services.rollout import cut_responder, worker as worker_module
+from services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from services.rollout.engine.scripted import ScriptedEngine
+from services.rollout.trajectory_sampler import Sampler, Tally
+from services.rollout.weights import Weights
+from services.rollout.worker import Worker
+from tests.simulation.cut_judge import Judge
+from tests.simulation.cut_learner import RUN, Learned, Learner
+from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.simulated_time import Actor, NotYet, SimulatedLoop, SimulatedStore
+
+WORKERS_AT_WORK = 4
+VERSIONS = 3
+"""So many are trained in a run."""
+LIMIT_S = 1500.0
+"""No run takes so long unless it is stuck."""
+CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
+ALL = ""
+FIRST_TOKEN = 1000
+"""Below it are tokens that nobody sampled."""
+life: ContextVar[str] = ContextVar("life", default="learner")
+"""On whose behalf something is done: a worker's name and which one of its processes."""
+
+
+@dataclass
+class Schedule:
+    """One run: its chances, its log, its judge."""
+
+    loop: SimulatedLoop
+    random: random.Random
+    folder: Path
+    judge: Judge = field(default_factory=Judge)
+    numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(FIRST_TOKEN))
+    learned: list[Learned] = field(default_factory=lambda: [Learned()])
+    """The learner's checkpoints."""
+    at_work: list[Worker] = field(default_factory=list)
+    falls: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
+    """Worker's life -> it dies when this is done."""
+    lives: list[str] = field(default_factory=list)
+    """All that began so far."""
+    silent: dict[str, float] = field(default_factory=lambda: {ALL: 0.0})
+    """Until when the log does not answer, to all or to one life."""
+    writer: int = 0
+    """Epoch of the learner that has the run."""
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.store = SimulatedStore(self.loop, self._note, self._at_hand, self._silent_until)
+        self.bus = MemoryBus(self.store, lease_s=60.0)
+        self.bus.create_topics(dict.fromkeys(TOPICS, 1) | {TASKS: 8, TRAJECTORIES: 2, OLD_LOGPROBS: 2})
+        self.copies, self.deaths, self.outages = self.chance(0.3), self.chance(0.7), self.chance(0.3)
+        self.hesitates, self._copying = self.chance(0.3), False
+
+    def chance(self, likely: float) -> bool:
+        return self.random.random() < likely
+
+    def some(self, most_s: float) -> float:
+        """Seconds: mostly few."""
+        return most_s * self.random.random() ** 3
+
+    async def run(self) -> None:
+        """Until the learner has trained its versions and the workers have stopped."""
+        workers = [asyncio.create_task(self._worker(f"worker-{i}")) for i in range(WORKERS_AT_WORK)]
+        learner = asyncio.create_task(self._learner())
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.wait({learner, *workers}, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.gather(learner, *workers)
+
+    def _goes_out(self) -> None:
+        """The log is silent for a while: to all, or only to one of them."""
+        now = self.loop.time()
+        until = now + self.random.uniform(8.0, 60.0)
+        if self.chance(0.3):
+            self.silent[self.random.choice(self.lives)] = until
+        elif self.silent[ALL] <= now:
+            self.silent[ALL] = until
+            self.judge.outages.append((now, until))
+        self.loop.call_at(until, self.store.look_again)
+
+    def _silent_until(self) -> float:
+        return max(self.silent[ALL], self.silent.get(life.get(), 0.0))
+
+    def _begins(self, name: str) -> None:
+        life.set(name)
+        self.lives.append(name)
+
+    async def _learner(self) -> None:
+        actors: list[Actor] = []
+        while self.learned[-1].version < VERSIONS:
+            self.writer += 1
+            learner = Learner(self, self.learned[-1], writer=self.writer, versions=VERSIONS)
+            self._begins(f"learner.{self.writer}")
+            actor = Actor(self.loop, learner.live)
+            actors.append(actor)
+            replaced_after = None
+            if self.deaths and self.chance(0.4):
+                after = self.random.uniform(0.0, 60.0)
+                if self.chance(0.7):
+                    self.loop.call_later(after, actor.kill)
+                else:
+                    self.loop.call_later(after, actor.suspend, self.random.uniform(10.0, 90.0))
+                    replaced_after = after + self.some(60.0)
+            await asyncio.wait({actor.ended}, timeout=replaced_after)
+            if actor.ended.done():
+                actor.ended.result()
+                await asyncio.sleep(self.some(90.0))
+        await asyncio.gather(*(actor.ended for actor in actors))
+        self.over = True
+        for worker in self.at_work:
+            worker.stop()
+
+    async def _worker(self, name: str) -> None:
+        lives = itertools.count()
+        while not self.over:
+            self._begins(f"{name}.{next(lives)}")
+            engine = Engine(self)
+            worker = a_worker(self, name, engine)
+            self.at_work.append(worker)
+            working = asyncio.create_task(worker.work())
+            dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
+            if self.deaths and self.chance(0.3):
+                engine.dies_at = self.loop.time() + self.random.uniform(0.0, 80.0)
+            falls = self.falls[life.get()] = self.loop.create_future()
+            await asyncio.wait({working, falls}, timeout=dies_after, return_when=asyncio.FIRST_COMPLETED)
+            self.at_work.remove(worker)
+            if falls.done():
+                pass  # it dies at a place, in the middle of something
+            elif working.done() and isinstance(working.exception(), EngineDead):
+                self.judge.engines_died += 1
+            elif working.done():
+                working.result()
+                assert self.over, "it ended by itself"
+            working.cancel()
+            await asyncio.wait({working})
+            await asyncio.sleep(self.some(10.0))
+
+    def _note(self, topic: str, records: Sequence[Record]) -> None:
+        if self._copying:
+            return
+        by = life.get()
+        replaced = by.startswith("learner") and by != f"learner.{self.writer}"
+        self.judge.note(topic, records, by, at=self.loop.time(), replaced=replaced)
+        if topic == CONTROL and self.outages and self.chance(0.3):  # above all when workers are asked or wait
+            self.loop.call_later(self.some(5.0), self._goes_out)
+        if topic == DEAD_LETTERS:
+            raise AssertionError(f"buried: {records}")
+        if topic in (CONTROL, TRAJECTORIES, OLD_LOGPROBS) and self.copies and self.chance(0.2):
+            self.loop.call_later(self.some(30.0), self._copy, topic, [Outgoing(r.key, r.body) for r in records])
+
+    def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
+        self._copying = True
+        try:
+            self.bus.publish(topic, records)
+        except NotYet as wait:
+            wait.subscribe(lambda: self._copy(topic, records))
+        finally:
+            self._copying = False
+
+    def manifest(self, version: Version) -> Manifest:
+        """Of weights that come from nowhere."""
+        return Manifest(
+            schema=SCHEMA, run=RUN, writer=1, version=version, digest=str(version), encoding="base", object="",
+            object_size=0, tensors=(), canaries=(CANARY,),
+        )  # fmt: skip
+
+    def reward(self) -> float:
+        """Of a session that ends."""
+        return 0.5
+
+    def _at_hand(self, limit: int) -> int:
+        """What a poll finds that does not wait: often nothing yet, or only a part."""
+        return self.random.choice([0, 1, limit]) if self.hesitates else limit
+
+
+def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
+    """A worker as its process puts it together, round a scripted engine and stand-ins for gateway and store."""
+    weights = Fetching(
+        engine, schedule, schedule.folder / name, tolerance=0.05, report=lambda applied: worker.applied(applied)
+    )  # type: ignore[arg-type]
+    sampler = Sampler(name, engine, Sessions(schedule), Dialogue(schedule), 2, Tally(), weights.trusted)  # type: ignore[arg-type]
+    worker = Worker(run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5)
+    return worker
+
+
+class Engine(ScriptedEngine):
+    """Numbers its tokens, may take long to do what it is told, and may die."""
+
+    dies_at = float("inf")
+
+    def __init__(self, schedule: Schedule) -> None:
+        config = ScriptedEngineConfig(kind="scripted", texts=("",), tokens_per_s=schedule.random.uniform(1.0, 6.0))
+        super().__init__(config, encode=lambda _: self._numbered(schedule.random.randint(1, 4)))
+        self._schedule, self._slow = schedule, schedule.chance(0.2)
+
+    def _numbered(self, count: int) -> list[int]:
+        return list(itertools.islice(self._schedule.numbers, count))
+
+    def _alive(self) -> None:
+        if self._schedule.loop.time() >= self.dies_at:
+            raise EngineDead("the inference engine died")
+
+    async def watch(self) -> NoReturn:
+        if self.dies_at == float("inf"):
+            return await super().watch()
+        await asyncio.sleep(self.dies_at - self._schedule.loop.time() + self._schedule.some(1.0))
+        raise EngineDead("the inference engine died")
+
+    def _sample(self, request: str, message: Any) -> None:
+        self._alive()
+        super()._sample(request, message)
+        place = len(message.versions) - 1
+        now = self._schedule.loop.time()
+        self._schedule.judge.sampled(message.script[place], life.get(), message.versions[place], at=now)
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._schedule.some(8.0 if self._slow else 0.5))
+        await super().pause()
+
+    async def partial(self, request: str) -> Sampled | None:
+        if self._schedule.chance(0.2):
+            await asyncio.sleep(self._schedule.some(1.0))
+        return await super().partial(request)
+
+    async def load(self, weights: StoredWeights) -> None:
+        await asyncio.sleep(self._schedule.some(1.0))
+        self._alive()
+        await super().load(weights)
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        await asyncio.sleep(self._schedule.some(3.0))
+        self._alive()
+        return await super().score(tokens)
+
+
+class Fetching(Weights):
+    """Versions come from nowhere, after a while."""
+
+    async def _fetch(self, version: Version) -> StoredWeights:
+        await asyncio.sleep(self._store.some(5.0))  # type: ignore[attr-defined]
+        path = self._folder / f"{version}.raw"
+        path.touch()
+        return StoredWeights(self._store.manifest(version), path)  # type: ignore[attr-defined]
+
+
+class Dialogue:
+    """Texts say nothing; every stop token has a number, too."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return (next(self._schedule.numbers),)
+
+    def begin(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[int, ...]:
+        return (1, 2, 3)
+
+    def between(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
+        return (4, 5)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return ""
+
+
+class Sessions:
+    """A gateway whose tools mostly answer soon, and sometimes not at all."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+
+    async def create(self, wanted: CreateSession, *, idempotency_key: str) -> Session:
+        await asyncio.sleep(self._schedule.some(2.0))
+        return Session(
+            session_id=str(self._schedule.random.randint(1, 3)), lease_expires_in_s=600.0, messages=(), tools=(),
+            next_step=0, initial_state_hash="", environment_version="1",
+        )  # fmt: skip
+
+    async def step(self, session_id: str, number: int, text: str) -> Step:
+        """The session's id tells how many turns it has."""
+        await asyncio.sleep(self._schedule.some(25.0))
+        if self._schedule.chance(0.05):
+            raise SessionFailed("environment_raised", "no")
+        if number + 1 < int(session_id):
+            return Step(step=number, status=Status.RUNNING)
+        return Step(step=number, status=Status.TERMINATED, reward=self._schedule.reward(), success=False)
+
+    async def finalize(self, session_id: str) -> Step:
+        await asyncio.sleep(self._schedule.some(5.0))
+        return Step(step=0, status=Status.TRUNCATED, reward=self._schedule.reward(), success=False)
+
+
+def make_rare(patch: pytest.MonkeyPatch) -> None:
+    """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
+    for module, name, seconds in (
+        (worker_module, "POLL_S", 5.0),
+        (cut_responder, "ANSWER_S", 10.0),
+        (worker_module, "KEEP_S", 6.0),
+        (worker_module, "ALIVE_S", 5.0),
+        (asking, "POLL_S", 1.0),
+        (cut_responder, "HOLD_LIMIT_S", 15.0),
+    ):
+        patch.setattr(module, name, seconds)
+
+
+def latency(chances: random.Random) -> Callable[[], float]:
+    """Seconds between a coroutine and its thread: acknowledgements above all. Some schedules have a slow log."""
+    usual = chances.choice([0.02, 0.02, 0.2])
+    return lambda: usual * chances.random() if chances.random() < 0.95 else 4.0 * chances.random()

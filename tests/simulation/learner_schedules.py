@@ -1,0 +1,280 @@
+"""Whole learners in simulated time: they die, stand still or are stopped at a given place, and others take over.
+
+A learner is everything that services/learner/coordinator.py puts together, over a log in memory and a real snapshot store on
+a folder. Its model is a table, so that it trains in milliseconds. The workers are those of cut_schedules.py. A seed
+repeats a run exactly.
+"""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common import failpoints
+from common.bus.port import Outgoing, Position, Record
+from common.messages import CONTROL, RunFinished, decode
+from common.service import Starting, Stop
+from common.snapshots.client import SnapshotClient
+from common.snapshots.fencing import Fenced
+from common.snapshots.manifest import Manifest, unseal
+from common.versions import Version
+from services.learner import coordinator as leading, loop as looping
+from services.learner.batch.batching import Row
+from services.learner.coordinator import lead
+from services.learner.distributed import Ranks
+from services.learner.ingest import trajectory_reader
+from services.learner.model.trainable import Trainee
+from services.learner.old_logprobs.distributed_scorer import resident
+from services.learner.old_logprobs.interruption.coordinator import Interruption
+from services.learner.training.build import companions
+from services.learner.training.results import Trained
+from services.learner.training.trainer import Step
+from tests.fenced import Things, stored
+from tests.servers.direct_store import URL, DirectStore
+from tests.simulation.cut_judge import Judge
+from tests.simulation.cut_schedules import Schedule, life
+from tests.simulation.learner_faults import ANYWHERE, FIRST_SAMPLED, VOCABULARY, Fault, How, Table, configured
+from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.simulated_time import Actor, Killed
+
+FOREVER_S = 1e7
+
+
+class Deaf(Judge):
+    """These runs are judged by what they leave."""
+
+    def note(self, *_: Any, **__: Any) -> None: ...
+    def sampled(self, *_: Any, **__: Any) -> None: ...
+
+
+@dataclass
+class LearnerSchedule(Schedule):
+    """One run; `plan`: what becomes of the learners, one after another, and then of no more; `of_worker`: of the first
+    worker that comes there."""
+
+    plan: list[Fault] = field(default_factory=list)
+    of_worker: Fault | None = None
+    home: Path = Path()
+    stored: DirectStore = None  # type: ignore[assignment]
+    replaced: dict[int, Things] = field(default_factory=dict)
+    """Learner -> what it had stored when it was replaced."""
+    trained: list[tuple[int, Version, Row]] = field(default_factory=list)
+    """Learner, resident version, and each row it trained on."""
+    visits: "Counter[tuple[str, str]]" = field(default_factory=Counter)
+    dead: set[str] = field(default_factory=set)
+    """Workers' lives that ended at a place. Their coroutines still unwind; the log takes nothing from them and keeps
+    none of them waiting."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judge = Deaf()
+        self.numbers = itertools.cycle(range(FIRST_SAMPLED, VOCABULARY))  # type: ignore[assignment]
+        self.config = configured(self.folder)
+        self.alive: dict[str, Life] = {}
+
+    def manifest(self, version: Version) -> Manifest:
+        return unseal((self.home / "snapshots" / "versions" / f"{version:08d}.json").read_bytes())
+
+    def _note(self, topic: str, records: Sequence[Record]) -> None:
+        super()._note(topic, records)
+        if topic == CONTROL and any(isinstance(decode(topic, record.body), RunFinished) for record in records):
+            self.over = True  # workers end by themselves
+
+    def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
+        if topic != CONTROL:  # the order in which learners spoke is judged by it
+            super()._copy(topic, records)
+
+    def reward(self) -> float:
+        return self.random.choice([0.0, 1.0])
+
+    def _silent_until(self) -> float:
+        if life.get() in self.dead:
+            raise Killed
+        return super()._silent_until()
+
+    async def _learner(self) -> None:
+        ended = []
+        while not any(one.finished for one in self.alive.values()):
+            self.writer += 1
+            fault = self.plan[self.writer - 1] if self.writer <= len(self.plan) else None
+            self._begins(f"learner.{self.writer}")
+            one = self.alive[life.get()] = Life(self, self.writer, fault)
+            one.begin()
+            ended.append(one.ended)
+            if fault is not None and fault.place == ANYWHERE:
+                self.loop.call_later(self.random.uniform(0.0, 150.0), one.kill)
+            await asyncio.wait({one.ended, one.still}, return_when=asyncio.FIRST_COMPLETED)
+            if one.ended.done():
+                one.ended.result()
+            else:
+                self.replaced[one.writer] = stored(self.home, one.writer)
+                self.loop.call_later(self.random.uniform(10.0, 150.0), one.wake)
+            await asyncio.sleep(self.some(20.0))
+        await asyncio.gather(*ended)
+        self.over = True
+        for worker in self.at_work:
+            worker.stop()
+
+    def reach(self, place: str) -> None:
+        """Somebody comes to this place."""
+        name = life.get()
+        self.visits[name, place] += 1
+        one = self.alive.get(name)
+        fault = one.fault if one is not None else self.of_worker
+        if fault is None or fault.happened or (place, self.visits[name, place]) != (fault.place, fault.visit):
+            return
+        fault.happened = True
+        if one is not None:
+            one.meets(fault.how)
+        elif fault.how is How.DIES:
+            self.dead.add(name)
+            self.falls[name].set_result(None)
+            raise asyncio.CancelledError
+        else:
+            self.silent[name] = self.loop.time() + self.random.uniform(10.0, 40.0)
+            self.loop.call_at(self.silent[name], self.store.look_again)
+
+
+class Life:
+    """One learner process."""
+
+    def __init__(self, schedule: LearnerSchedule, writer: int, fault: Fault | None) -> None:
+        self.schedule, self.writer, self.fault = schedule, writer, fault
+        self.stop, self.finished = Stop(), False
+        self.still: asyncio.Future[None] = schedule.loop.create_future()
+        """Done when it stands still."""
+        self._dead = False
+        self._waking: list[Callable[[], None]] = []
+
+    def begin(self) -> None:
+        """From now on it lives; `ended` raises what it should not have met."""
+        self._actor = Actor(self.schedule.loop, self._live)
+        self.ended = self._actor.ended
+
+    def meets(self, how: How) -> None:
+        """On its own thread: die, stand still until somebody calls `wake`, or be asked to stop."""
+        if how is How.DIES:
+            self._dead = True
+            raise Killed
+        if how is How.IS_STOPPED:
+            self.stop.request()
+            return
+        self.schedule.loop.call_soon(self.still.set_result, None)
+        self._actor.sleep(FOREVER_S, self._waking.append)
+
+    def wake(self) -> None:
+        """It goes on where it stood still."""
+        for callback in self._waking:
+            callback()
+
+    def kill(self) -> None:
+        """It dies where it waits, unless it has ended or has said that the run is over."""
+        if not (self.ended.done() or self.schedule.over):
+            assert self.fault is not None
+            self.fault.happened = self._dead = True
+            self._actor.kill()
+
+    def pause(self) -> None:
+        """What is said to others takes a while. Nothing is said by the dead."""
+        if self._dead:
+            raise Killed
+        if self.schedule.chance(0.3):
+            self._actor.sleep(self.schedule.some(1.0))
+
+    def _live(self) -> None:
+        config = self.schedule.config
+        ranks, model = Ranks(), Table()
+        trainee = Trainee(model, config.learner.optimizer)
+        with Store(self) as store:
+            beside = companions(config.learner, trainee, store, ranks.device)
+            step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
+            step.life = self
+            try:
+                lead(config, self.stop, store, trainee, beside, step, ranks, resident(model, ranks.device), Unheard())
+            except Fenced:
+                assert self.still.done(), "it was replaced, and nobody meant to"
+            else:
+                assert self.writer == self.schedule.writer, "it was replaced, and went on to the end"
+                self.finished = not self.stop.requested
+
+
+class Watched(Step):
+    """What it trains on is kept for the verdict."""
+
+    life: Life
+
+    def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> Trained:
+        """See Step."""
+        trained = self.life.schedule.trained
+        trained += [(self.life.writer, now, row) for minibatch in minibatches for row in minibatch]
+        return super().train(minibatches, now, **options)
+
+
+class Log(MemoryBus):
+    """A learner may die before its records stand on the log, and before it is told so."""
+
+    def __init__(self, one: Life) -> None:
+        super().__init__(one.schedule.store)
+        self._life = one
+
+    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
+        """See Bus."""
+        self._life.pause()
+        positions = super().publish(topic, records)
+        self._life.pause()
+        return positions
+
+
+class Unheard(Starting):
+    """In place of the learner's HTTP server: nobody asks."""
+
+    def __init__(self) -> None:
+        self.doing = ""
+
+    def show(self, app: object) -> None:
+        """See Starting."""
+
+
+class Store(SnapshotClient):
+    """The same with what is stored."""
+
+    def __init__(self, one: Life) -> None:
+        super().__init__(URL)
+        one.schedule.stored.connect(self)
+        self._life = one
+
+    def put(self, *arguments: Any, **options: Any) -> Manifest:
+        """See SnapshotClient."""
+        self._life.pause()
+        manifest = super().put(*arguments, **options)
+        self._life.pause()
+        return manifest
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """See SnapshotClient."""
+        self._life.pause()
+        answer = super().ask(method, path, body)
+        if method != "GET":  # a right to write that was just confirmed is used at once
+            self._life.pause()
+        return answer
+
+
+@contextmanager
+def simulated(schedule: LearnerSchedule) -> Iterator[None]:
+    """Learners of this schedule are put together from its parts, and live in its time."""
+    clock = SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leading, "open_bus", lambda _: Log(schedule.alive[life.get()]))
+        patch.setattr(looping, "time", clock)
+        patch.setattr(looping, "POLL_S", 2.0)
+        patch.setattr(trajectory_reader, "time", clock)
+        patch.setitem(Interruption.__init__.__kwdefaults__, "clock", schedule.loop.time)
+        patch.setattr(failpoints, "reach", schedule.reach)
+        yield

@@ -1,0 +1,32 @@
+"""A log looked at from outside: nothing is made. tests/contract/test_bus_offline.py has what is read of it."""
+
+from pathlib import Path
+
+import pytest
+
+from common.bus.factory import open_bus
+from common.bus.offline import standing_bus
+from common.bus.sqlite import SqliteBus
+from common.config import load
+from common.config.schema import RunConfig
+from common.user_error import Refusal
+
+RUN = 'run.id = "test"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return load([str(path), f"--run.folder={tmp_path}"], {}, program="").config
+
+
+def test_a_log_that_is_not_there_is_refused_and_not_made(config: RunConfig) -> None:
+    with pytest.raises(Refusal, match="no such log"):
+        standing_bus(config)
+    assert not config.bus_path.exists()
+    SqliteBus(config.bus_path).close()
+    with pytest.raises(Refusal, match="run test has no log yet"):
+        standing_bus(config)
+    open_bus(config).close()
+    standing_bus(config).close()

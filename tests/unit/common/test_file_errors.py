@@ -1,0 +1,58 @@
+"""What the system says of a file that cannot be used, and what is made of it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from common.file_errors import file_errors_refused, refused, usable_folder
+from common.user_error import ExitCode, Refusal
+
+TABLE = [
+    (errno.ENOSPC, ExitCode.UNAVAILABLE, "the disk is full (writing /there/x): free some space"),
+    (errno.EDQUOT, ExitCode.UNAVAILABLE, "the disk quota is used up"),
+    (errno.EFBIG, ExitCode.UNAVAILABLE, "a file has grown to the size limit (ulimit -f)"),
+    (errno.EACCES, ExitCode.CONFIGURATION, "/there/x cannot be used: permission denied (/ is root's, drwx"),
+    (errno.EPERM, ExitCode.CONFIGURATION, "/there/x cannot be used: the system does not permit it (/ is root's, drwx"),
+    (errno.EROFS, ExitCode.CONFIGURATION, "/there/x cannot be used: the file system is read-only. Choose another"),
+    (errno.ENOTDIR, ExitCode.CONFIGURATION, "/there/x cannot be used: a part of that path is a file"),
+    (errno.EEXIST, ExitCode.CONFIGURATION, "/there/x cannot be used: there is a file where a folder is needed"),
+    (errno.EISDIR, ExitCode.CONFIGURATION, "/there/x cannot be used: there is a folder where a file is needed"),
+    (errno.ENAMETOOLONG, ExitCode.CONFIGURATION, "/there/x cannot be used: the name is too long"),
+    (errno.ELOOP, ExitCode.CONFIGURATION, "/there/x cannot be used: its symbolic links lead in a circle"),
+]
+
+
+@pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
+def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str) -> None:
+    with pytest.raises(Refusal) as found, file_errors_refused():
+        raise OSError(number, os.strerror(number), "/there/x")
+    assert found.value.code is code
+    assert str(found.value).startswith(said)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.EIO])
+def test_another_error_stays_what_it_is(number: int) -> None:
+    assert refused(OSError(number, os.strerror(number), "/there/x")) is None
+
+
+def test_an_error_that_names_no_file_is_not_one_of_a_file() -> None:
+    assert refused(PermissionError(errno.EACCES, "of a socket")) is None
+
+
+def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
+    usable_folder(tmp_path / "a" / "b", key="run.folder")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["a file/below", "a file", "/proc/palimpsest", "/sys/palimpsest", "/dev/null/below"])
+def test_a_folder_that_cannot_be_used_names_key_and_folder(tmp_path: Path, place: str) -> None:
+    """The same for root, who has every right: nobody can make a folder there."""
+    (tmp_path / "a file").touch()
+    with pytest.raises(Refusal) as found:
+        usable_folder(tmp_path / place, key="run.folder")
+    assert str(found.value).startswith(f"run.folder: nothing can be written to {tmp_path / place}: ")
+    assert "--run.folder=FOLDER" in str(found.value)
+    assert found.value.code is ExitCode.CONFIGURATION

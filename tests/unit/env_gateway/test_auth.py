@@ -1,0 +1,41 @@
+"""Whom the gateway lets in."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import load
+from common.sessions.token import VARIABLE, token
+from common.user_error import Refusal
+from services.env_gateway.auth import is_loopback, refuse_open_door
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    assert is_loopback(host)
+    refuse_open_door(host, None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "gateway.example", "localhost.example"])
+def test_any_other_address_needs_one(host: str) -> None:
+    with pytest.raises(Refusal, match=VARIABLE):
+        refuse_open_door(host, None)
+    refuse_open_door(host, "secret")
+
+
+def test_the_token_is_read_without_the_newline_of_a_secret_file() -> None:
+    assert token({VARIABLE: "secret\n"}) == "secret"
+    assert token({VARIABLE: ""}) is None
+    assert token({}) is None
+
+
+@pytest.mark.parametrize("bad", ["two words", "naïve", "a\nb"])
+def test_a_token_that_cannot_stand_in_a_header_is_refused(bad: str) -> None:
+    with pytest.raises(Refusal, match=VARIABLE):
+        token({VARIABLE: bad})
+
+
+def test_the_token_is_not_taken_for_a_key_of_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text('model.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 1\n')
+    assert load([str(run)], {VARIABLE: "secret"}, program="x").config.learner.versions == 1

@@ -1,0 +1,143 @@
+"""Token-level advantages by hand, and what is refused. Against oracles: tests/conformance/test_token_advantages.py."""
+
+import numpy as np
+import pytest
+
+from services.learner.advantages import Part, token_advantages
+from services.learner.advantages.gae import generalised_advantages
+from services.learner.advantages.reinforce import returns_to_go
+from services.learner.advantages.trainable_tokens import discounted_sums, last_slots, pack, slots, unpack
+from services.learner.advantages.whiten import Moments, whitened
+
+MASK = np.array([[False, True, False, True, True], [True, False, False, False, False], [False] * 5])
+REWARDS = np.array([1.0, 2.0, 3.0])
+
+
+def alone(own: Moments) -> list[Moments]:
+    return [own]
+
+
+def test_packing_moves_trainable_tokens_together_and_back() -> None:
+    values = np.arange(15.0).reshape(3, 5)
+    packed = pack("values", values, MASK)
+    assert packed.tolist() == [[1.0, 3.0, 4.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert unpack(packed, MASK).tolist() == np.where(MASK, values, 0.0).tolist()
+    assert slots(MASK).sum(axis=1).tolist() == [3, 1, 0]
+    assert last_slots(MASK).tolist() == [[False, False, True], [True, False, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("places", [0, 1, 2, 3, 7, 8, 9, 100])
+def test_sums_by_doubling_are_those_of_the_recursion(places: int) -> None:
+    values = np.random.default_rng(places).normal(0, 1, (2, places))
+    expected, running = np.zeros_like(values), np.zeros(2)
+    for t in reversed(range(places)):
+        running = values[:, t] + 0.9 * running
+        expected[:, t] = running
+    np.testing.assert_allclose(discounted_sums(values, 0.9), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_each_token_costs_is_taken_off_all_tokens_before_it() -> None:
+    """A KL penalty inside the reward: a token answers for its own and for those behind it."""
+    costs = np.array([[9.0, 0.1, 9.0, 0.2, 0.4]] * 3)
+    returns = returns_to_go(MASK, REWARDS, gamma=1.0, token_rewards=-costs)
+    assert returns[0].tolist() == pytest.approx([0.0, 0.3, 0.0, 0.4, 0.6])
+    assert returns[1].tolist() == pytest.approx([-7.0, 0.0, 0.0, 0.0, 0.0])
+    assert returns[2].tolist() == [0.0] * 5
+
+
+def test_gae_by_hand() -> None:
+    """V = (.5, .6, .8), gamma .9, lambda .5: errors .2, .12 + 0 ... from the last token backwards."""
+    values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]])
+    ours = generalised_advantages(MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5)
+    last = 1.0 - 0.8
+    middle = (0.9 * 0.8 - 0.6) + 0.45 * last
+    first = (0.9 * 0.6 - 0.5) + 0.45 * middle
+    assert ours[0].tolist() == pytest.approx([0.0, first, 0.0, middle, last])
+
+
+def test_a_truncated_trajectory_goes_on_at_the_value_of_its_last_token() -> None:
+    values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]] * 3)
+    none = np.zeros(3)
+    ours = generalised_advantages(MASK, none, values, gamma=0.9, lam=0.0, truncated=np.array([True, False, True]))
+    assert ours[0].tolist() == pytest.approx([0.0, 0.9 * 0.6 - 0.5, 0.0, 0.9 * 0.8 - 0.6, 0.9 * 0.8 - 0.8])
+    assert ours[1].tolist() == [-7.0, 0.0, 0.0, 0.0, 0.0]
+    assert ours[2].tolist() == [0.0] * 5
+
+
+def test_an_undiscounted_truncation_without_a_reward_teaches_the_last_token_nothing() -> None:
+    """The value stands in for itself, so neither policy nor critic is told that the limit was bad."""
+    values = np.array([[0.0, 0.5, 0.0, 0.6, 0.8]])
+    ours = generalised_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95, truncated=np.array([True]))
+    assert ours[0, 4] == 0.0
+    over = generalised_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
+    assert over[0, 4] == -0.8
+
+
+def test_reinforce_whitens_over_tokens_not_trajectories() -> None:
+    """Three tokens of return 1 and one of 5: mean 2, unbiased deviation 2."""
+    part = Part(MASK, np.array([1.0, 5.0, 100.0]))
+    (ours,) = token_advantages("reinforce_pp", [part], gamma=1.0, lam=1.0, gather=alone)
+    assert ours.advantages[0].tolist() == pytest.approx([0.0, -0.5, 0.0, -0.5, -0.5])
+    assert ours.advantages[1].tolist() == pytest.approx([1.5, 0.0, 0.0, 0.0, 0.0])
+    assert ours.advantages[2].tolist() == [0.0] * 5
+    assert ours.returns[:2].max(axis=1).tolist() == [1.0, 5.0]
+
+
+def test_gae_returns_are_what_the_critic_should_have_said() -> None:
+    values = np.random.default_rng(0).normal(0, 1, MASK.shape).astype(np.float32)
+    (ours,) = token_advantages("gae", [Part(MASK, REWARDS, values=values)], gamma=1.0, lam=1.0, gather=alone)
+    assert ours.returns[MASK].tolist() == pytest.approx([1.0, 1.0, 1.0, 2.0])
+    assert not ours.returns[~MASK].any()
+
+
+def test_a_batch_without_trainable_tokens_gives_zeros() -> None:
+    empty = np.zeros((2, 3), dtype=bool)
+    part = Part(empty, np.ones(2), values=np.ones((2, 3)))
+    for kind in ("reinforce_pp", "gae"):
+        (ours,) = token_advantages(kind, [part], gamma=1.0, lam=1.0, gather=alone)
+        assert not ours.advantages.any()
+        assert ours.advantages.shape == (2, 3)
+
+
+def test_a_rank_without_rows_speaks_all_the_same() -> None:
+    heard: list[Moments] = []
+
+    def gather(own: Moments) -> list[Moments]:
+        heard.append(own)
+        return [own, Moments(4, 0.5, 1.0, 0.0, 1.0)]
+
+    assert token_advantages("reinforce_pp", [], gamma=1.0, lam=1.0, gather=gather) == []
+    assert [own.count for own in heard] == [0]
+
+
+def test_a_single_trainable_token_whitens_to_0() -> None:
+    assert whitened([(np.array([[4.0, 5.0]]), np.array([[False, True]]))], gather=alone)[0].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"mask": MASK.astype(int)}, "the mask is int64"),
+        ({"mask": MASK[0]}, r"of shape \(5,\): it must be bool, \[rows, tokens\]"),
+        ({"rewards": REWARDS[:2]}, r"rewards has shape \(2,\): one for each of 3 rows is due"),
+        ({"rewards": np.array([1.0, np.nan, 0.0])}, "rewards: nan is no reward"),
+        ({"token_rewards": np.zeros((3, 4))}, r"token_rewards has shape \(3, 4\), the mask \(3, 5\)"),
+        ({"token_rewards": np.full((3, 5), np.inf)}, "token_rewards: 4 of 4 trainable tokens are not finite"),
+        ({"values": np.where(MASK, np.nan, 0.0)}, "values: 4 of 4 trainable tokens are not finite"),
+        ({"truncated": np.zeros(2, dtype=bool)}, r"truncated is bool of shape \(2,\): bool, \[rows\] is due"),
+        ({"truncated": np.zeros(3)}, "truncated is float64"),
+        ({"gamma": 1.5}, "gamma is 1.5: it must be from 0 to 1"),
+        ({"lam": -0.1}, "lam is -0.1: it must be from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
+    given = {"mask": MASK, "rewards": REWARDS, "values": np.zeros(MASK.shape), "gamma": 1.0, "lam": 1.0} | changed
+    with pytest.raises(ValueError, match=says):
+        generalised_advantages(**given)
+
+
+def test_gae_without_values_and_foreign_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="gae needs the critic's values"):
+        token_advantages("gae", [Part(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
+    with pytest.raises(ValueError, match="grpo gives no advantages to tokens"):
+        token_advantages("grpo", [Part(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)

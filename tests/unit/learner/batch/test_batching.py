@@ -1,0 +1,60 @@
+"""Layout and padding."""
+
+import numpy as np
+from hypothesis import given, strategies as st
+
+from services.learner.batch.batching import deal, micro_batches, pad, places_of_version, versions_present
+from tests.builders import a_row
+
+lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30)
+
+
+def rows_of(sizes: list[int]) -> list:
+    return [a_row(f"r{i:03d}", list(range(n)), [-1] + [i % 3] * (n - 1)) for i, n in enumerate(sizes)]
+
+
+@given(lengths, st.integers(10, 200))
+def test_every_row_is_in_one_micro_batch_within_the_budget(sizes: list[int], budget: int) -> None:
+    batches = micro_batches(rows_of(sizes), max_tokens=budget)
+    assert sorted(row.trajectory for batch in batches for row in batch) == [f"r{i:03d}" for i in range(len(sizes))]
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(row.tokens) for row in batch) <= budget
+
+
+@given(lengths, st.randoms(use_true_random=False))
+def test_the_layout_does_not_depend_on_the_order_of_arrival(sizes: list[int], random) -> None:
+    rows = rows_of(sizes)
+    before = [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100)]
+    random.shuffle(rows)
+    assert [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100)] == before
+
+
+def test_padding_is_on_the_right_and_untrainable() -> None:
+    padded = pad([a_row("a", [5, 6], [-1, 2], behavior=[0.0, -0.5]), a_row("b", [7, 8, 9], [-1, 3, 3], advantage=-2.0)])
+    assert padded.tokens.tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert padded.versions.tolist() == [[-1, 2, -1], [-1, 3, 3]]
+    assert padded.mask.tolist() == [[False, True, False], [False, True, True]]
+    assert padded.behavior.tolist() == [[0.0, -0.5, 0.0], [-1.0, -1.0, -1.0]]
+    assert padded.advantages.tolist() == [[1.0] * 3, [-2.0] * 3]
+    assert padded.temperatures.shape == (2, 1)
+
+
+def test_versions_are_found_where_they_are() -> None:
+    rows = [a_row("a", [1, 2, 3], [-1, 4, 5]), a_row("b", [1, 2], [-1, 5]), a_row("c", [1, 2], [-1, -1])]
+    assert versions_present(rows) == [4, 5]
+    assert places_of_version(rows, 5) == [0, 1]
+    assert versions_present([]) == []
+
+
+@given(lengths, st.integers(1, 5))
+def test_every_row_is_dealt_to_one_rank_and_the_shares_are_even(sizes: list[int], ranks: int) -> None:
+    shares = deal(rows_of(sizes), ranks)
+    assert sorted(row.trajectory for share in shares for row in share) == [f"r{i:03d}" for i in range(len(sizes))]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    tokens = [sum(len(row.tokens) for row in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(sizes)
+
+
+def test_a_row_counts_its_trainable_tokens() -> None:
+    assert a_row("a", [1, 2, 3, 4], [-1, 0, -1, 1]).trainable == 2
+    assert np.array_equal(a_row("a", [1, 2], [-1, 0]).versions, [-1, 0])

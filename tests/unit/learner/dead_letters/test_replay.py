@@ -1,0 +1,232 @@
+"""Dead letters: listed as they stand, and sent again exactly once."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.bus.factory import open_bus
+from common.bus.offline import scan
+from common.bus.port import Bus, Outgoing, Position, Record
+from common.config import load
+from common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, dead_letter, decode, encode
+from common.rejected_record import Cause, Unusable
+from common.user_error import Refusal
+from common.versions import Version
+from services.learner.buffer.ledger import Planner
+from services.learner.dead_letters.command import answer
+from services.learner.dead_letters.replay import Buried, chosen, read, replay
+from services.learner.ingest.trajectory_reader import Arrived, Intake
+from tests.builders import SAMPLING, a_finished
+
+ROOT = Path(__file__).parents[3]
+RUN = """\
+run.id = "test"
+run.folder = "{folder}"
+model.path = "m"
+tasks.environments = {{ lookup = 1.0 }}
+learner.versions = 3
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def bus(toml: Path) -> Iterator[Bus]:
+    bus = open_bus(load([str(toml)], {}, program="").config)
+    yield bus
+    bus.close()
+
+
+def bury(bus: Bus, topic: str, record: Outgoing, cause: Cause, reason: str = "why", *, run: str = "test") -> Position:
+    """A record on its topic, and the letter that a reader writes of it."""
+    (at,) = bus.publish(topic, [record])
+    again(bus, topic, record, at, cause, reason, run=run)
+    return at
+
+
+def again(
+    bus: Bus, topic: str, record: Outgoing, at: Position, cause: Cause, reason: str = "why", *, run: str = "test"
+) -> None:
+    read = Record(topic, at.partition, at.offset, record.key, record.body, record.headers)
+    letter = dead_letter(run, read, Unusable(cause, reason), now=1_700_000_000.0)
+    bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
+
+
+def said(*arguments: str | Path) -> list[str]:
+    """What the command prints."""
+    return list(answer([str(argument) for argument in arguments], {}))
+
+
+GARBAGE = Outgoing("g000007", b"\x00garbage", {"trajectory": "g000007/3", "own": "header"})
+
+
+def test_a_record_sent_again_is_the_original_and_names_its_letter(bus: Bus, toml: Path) -> None:
+    bury(bus, TASKS, Outgoing("x", b"?"), Cause.UNDECODABLE)
+    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
+    lines = said("replay", toml, "--offset=1")
+    (first, second) = scan(bus, TRAJECTORIES)
+    assert (second.key, second.body, second.partition) == ("g000007", b"\x00garbage", at.partition)
+    assert second.headers == {"trajectory": "g000007/3", "own": "header", "replayed": "0/1"}
+    assert first.headers == GARBAGE.headers
+    assert lines == [
+        f"dead letter 1 (undecodable): 8 bytes, key g000007, sent to trajectories[{at.partition}]@{second.offset}",
+        "sent 1 record",
+    ]
+    assert len(list(scan(bus, TASKS))) == 1, "nothing else was sent"
+
+
+def test_nothing_is_sent_twice_unless_it_is_asked_for(bus: Bus, toml: Path) -> None:
+    bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
+    bury(bus, CONTROL, Outgoing("test", b"?"), Cause.UNKNOWN_SCHEMA)
+    assert said("replay", toml)[-1] == "sent 2 records"
+    hint = "had been sent before; --again sends such once more"
+    assert said("replay", toml) == [f"nothing to send: 2 records {hint}"]
+    bury(bus, TRAJECTORIES, Outgoing("g000008", b"??"), Cause.NOT_FINITE)
+    assert said("replay", toml)[-1] == f"sent 1 record; 2 records {hint}"
+    assert len(list(scan(bus, TRAJECTORIES))) == 4
+    assert said("replay", toml, "--again", "--cause=unknown_schema")[-1] == "sent 1 record"
+    assert [record.headers.get("replayed") for record in scan(bus, CONTROL)] == [None, "0/1", "0/1"]
+
+
+def test_several_letters_of_one_record_are_one(bus: Bus, toml: Path) -> None:
+    """Every reader of a topic writes its own, and a reader that starts again one more."""
+    at = bury(bus, CONTROL, Outgoing("test", b"?"), Cause.UNDECODABLE)
+    again(bus, CONTROL, Outgoing("test", b"?"), at, Cause.UNDECODABLE)
+    (one,), unreadable = read(bus, "test")
+    assert (one.at, one.again, one.replayed, unreadable) == (Position(0, 0), (Position(0, 1),), (), [])
+    assert said("replay", toml, "--offset=1")[-1] == "sent 1 record"
+    again(bus, CONTROL, Outgoing("test", b"?"), at, Cause.UNDECODABLE)  # written after it was sent again
+    assert said("replay", toml)[0].startswith("nothing to send")
+    ((one,), _) = read(bus, "test")
+    assert one.replayed == (Position(0, 1),)
+
+
+def test_what_a_reader_added_is_not_sent(bus: Bus, toml: Path) -> None:
+    headers = {"claim": "c3" * 32, "claim_lost": "no such body"}
+    bury(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), Cause.MISSING_CLAIM)
+    said("replay", toml)
+    (_, sent) = scan(bus, TRAJECTORIES)
+    assert sent.headers == {"claim": "c3" * 32, "replayed": "0/0"}
+
+
+def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
+    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE, "trajectories: no\nrecord")
+    bury(bus, TRAJECTORIES, Outgoing("g000007", b"x" * 1234), Cause.NOT_FINITE, "segment 0: not finite")
+    bury(bus, TRAJECTORIES, Outgoing("g000007", b"y"), Cause.NOT_FINITE, "segment 1: not finite")
+    bury(bus, TASKS, Outgoing("elsewhere", b"z"), Cause.NOT_FINITE, run="another")
+    bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
+    said("replay", toml, "--offset=0")
+    where = f"trajectories[{at.partition}]"
+    assert said("list", toml)[:-1] == [
+        "offset  when (UTC)           record             key      bytes  sent  cause        reason",
+        f"     0  2023-11-14 22:13:20  {where}@0  g000007      8  yes   undecodable  trajectories: no\\nrecord",
+        f"     1  2023-11-14 22:13:20  {where}@1  g000007   1234        not_finite   segment 0: not finite",
+        f"     2  2023-11-14 22:13:20  {where}@2  g000007      1        not_finite   segment 1: not finite",
+        "",
+        "3 records: 2 not_finite, 1 undecodable",
+    ]
+    assert said("list", toml)[-1].startswith("1 record on dead_letters cannot be read")
+    assert [line.split()[0] for line in said("list", toml, "--cause=not_finite")[1:3]] == ["1", "2"]
+    assert said("list", toml, "--cause=missing_claim")[0] == "no dead letters"
+    assert said("replay", toml, "--cause=missing_claim") == ["nothing to send: there is no such dead letter"]
+
+
+def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
+    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
+    bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
+    (line,) = said("list", toml, "--json")
+    listed = json.loads(line)
+    assert listed["causes"] == {"undecodable": 1}
+    assert [one["offset"] for one in listed["unreadable"]] == [1]
+    assert listed["records"] == [
+        {
+            "offset": 0, "letters": [0], "buried_at": 1_700_000_000.0, "topic": TRAJECTORIES,
+            "position": {"partition": at.partition, "offset": at.offset}, "key": "g000007",
+            "headers": {"trajectory": "g000007/3", "own": "header"}, "cause": "undecodable", "reason": "why",
+            "bytes": 8, "replayed": [],
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "usage: "),
+        (["lst"], "usage: "),
+        (["list"], "usage: python -m services.learner dead-letters list RUN.toml [--cause=CAUSE ...]"),
+        (["list", "--cause=not_finit"], "did you mean not_finite"),
+        (["list", "--cause"], "needs a value"),
+        (["replay", "--offset=seven"], "a whole number is wanted"),
+        (["replay", "--offset=7"], "no dead letter 7"),
+        (["replay", "--json"], "belongs to `dead-letters list`"),
+        (["list", "--again"], "belongs to `dead-letters replay`"),
+        (["list", "--run.id="], "run.id is empty"),
+        (["list", "--run.id=other"], "no such log"),
+        (["list", "--learner.vers=3"], "did you mean learner.versions"),
+    ],
+)
+@pytest.mark.usefixtures("bus")
+def test_what_cannot_be_done_is_refused_with_a_sentence(toml: Path, arguments: list[str], says: str) -> None:
+    run = [toml] if len(arguments) > 1 else []
+    with pytest.raises(Refusal) as refused:
+        said(*arguments[:1], *run, *arguments[1:])
+    assert says in str(refused.value)
+
+
+def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
+    """The whole way: a body that could not be used, sent again once it can be, takes the place of its dead letter."""
+    planner: Planner[Arrived] = Planner(samples=2, groups_per_batch=1, max_staleness=0, time_limit_s=60)
+    intake = Intake(
+        bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
+        confirm=lambda: None,
+    )  # fmt: skip
+    intake.start({}, {}, now=0.0)
+    intake.offer(Version(0), now=0.0)
+    early = a_finished(0, 1, segments=(a_finished(0, 1).segments[0],))
+    bus.publish(TRAJECTORIES, [Outgoing(early.group, encode(early), {"trajectory": early.trajectory})])
+    intake.read_all(Version(-1), timeout_s=0)  # as if version 0 had not been published
+    assert planner.counts()["dead_lettered"] == 1
+    assert said("replay", toml, "--cause=unknown_version")[-1] == "sent 1 record"
+    intake.read_all(Version(0), timeout_s=0)
+    assert planner.counts()["dead_lettered"] == 0
+    assert list(intake.arrived) == ["g000000/1"]
+    intake.close()
+
+
+def test_choosing_goes_by_every_letter_and_by_cause() -> None:
+    letter = decode(
+        DEAD_LETTERS,
+        encode(dead_letter("test", Record(TASKS, 0, 5, "k", b"", {}), Unusable(Cause.WRONG_RUN, "?"), now=0.0)),
+    )
+    one = Buried(letter, Position(0, 3), again=(Position(0, 9),))
+    assert chosen([one], offsets=[9], causes=[]) == [one]
+    assert chosen([one], offsets=[9], causes=[Cause.UNDECODABLE]) == []
+    assert chosen([one], offsets=[4], causes=[]) == []
+    assert chosen([one], offsets=[], causes=[Cause.WRONG_RUN]) == [one]
+    assert list(replay(None, [], again=True)) == []  # type: ignore[arg-type]  # nothing chosen: no bus is touched
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("bus")
+def test_the_program_answers_without_torch(toml: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['learner', 'dead-letters', 'list', {str(toml)!r}]\n"
+        "try:\n    runpy.run_module('services.learner', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ)
+    )
+    assert (done.returncode, done.stdout) == (0, "no dead letters\n"), done.stderr

@@ -1,0 +1,176 @@
+"""The value model: what it speaks of, that it learns, and that it goes on from a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config.learner import OptimizerConfig
+from services.learner.model.critic import Critic
+from services.learner.model.policy import token_logprobs
+from services.learner.model.trainable import Trainee
+from tests.models import load
+
+pytestmark = pytest.mark.thorough
+
+ROWS = torch.tensor([[5, 40, 120, 7, 260, 33], [9, 40, 17, 8, 0, 0]])
+MASK = torch.tensor([[False, True, True, False, False, True], [False, True, True, True, False, False]])
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=5)
+
+
+def a_critic(folder: Path, config: OptimizerConfig = OPTIMIZER, *, head: float = 0.0) -> Critic:
+    """One whose head's masters are noise of this deviation, so that values differ."""
+    critic = Critic(load(folder), config)
+    state = critic.state()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if name.endswith(".master") and tensor.shape[0] == 1 and tensor.ndim == 2:
+            tensor.copy_(head * torch.randn(tensor.shape, generator=generator))
+    critic.restore(state)
+    return critic
+
+
+def train(critic: Critic, returns: torch.Tensor, steps: int) -> None:
+    for _ in range(steps):
+        loss = critic.loss(ROWS, MASK, returns, critic.values(ROWS), clip=None, denominator=float(MASK.sum()))
+        loss.backward()
+        critic.step()
+
+
+def test_a_new_critic_says_0_everywhere(starting_model: Path) -> None:
+    values = Critic(load(starting_model), OPTIMIZER).values(ROWS)
+    assert values.shape == ROWS.shape
+    assert values.dtype == torch.float32
+    assert not values.any()
+
+
+def test_18_10_a_value_speaks_of_the_state_before_its_token(starting_model: Path) -> None:
+    """Index t does not move when token t or a later one changes, and does when an earlier one does."""
+    critic = a_critic(starting_model, head=0.1)
+    values = critic.values(ROWS)
+    assert values[:, 0].tolist() == [0.0, 0.0]
+    assert (values[:, 1:].abs() > 1e-4).all()
+    changed = ROWS.clone()
+    changed[0, 3] = 200
+    again = critic.values(changed)
+    assert torch.equal(again[0, :4], values[0, :4])
+    assert (again[0, 4:] != values[0, 4:]).all()
+
+
+def test_values_are_the_head_on_the_models_last_hidden_state(starting_model: Path, untied_model: Path) -> None:
+    """The state that plain transformers gives, shifted once; with and without a vocabulary's head of its own."""
+    for folder in (starting_model, untied_model):
+        critic = a_critic(folder, head=0.1)
+        model = load(folder)
+        with torch.no_grad():
+            hidden = model(input_ids=ROWS, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        (weight,) = [m for m in critic.trainee.masters if m.shape == (1, hidden.shape[-1])]
+        expected = (hidden.float() @ weight[0])[:, :-1]
+        assert torch.allclose(critic.values(ROWS)[:, 1:], expected, rtol=1e-4, atol=1e-5)
+        assert sum(m.numel() for m in critic.trainee.masters) == (
+            sum(p.numel() for p in model.base_model.parameters()) + hidden.shape[-1] + 1
+        )
+
+
+def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) -> None:
+    critic = a_critic(starting_model, head=0.1)
+    short = critic.values(ROWS[1:, :4])
+    assert critic.values(ROWS)[1, :4].tolist() == pytest.approx(short[0].tolist(), abs=2e-3)
+
+
+def test_the_policy_hears_nothing_of_the_critic(starting_model: Path) -> None:
+    """A copy: neither weights nor gradients are shared, also when the policy's own are being collected."""
+    model = load(starting_model)
+    policy = Trainee(model, OPTIMIZER)
+    before, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
+    critic = Critic(model, OPTIMIZER)
+    train(critic, torch.ones(ROWS.shape), 3)
+    assert not any(gradient.any() for gradient in policy.gradients())
+    after, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
+    assert torch.equal(before, after)
+
+
+def test_the_critic_learns_a_constant_return(starting_model: Path) -> None:
+    critic = Critic(load(starting_model), OptimizerConfig(lr=1e-2))
+    train(critic, torch.full(ROWS.shape, 0.7), 60)
+    assert critic.values(ROWS)[MASK].tolist() == pytest.approx([0.7] * int(MASK.sum()), abs=0.05)
+
+
+def test_the_critic_learns_to_tell_trajectories_apart(starting_model: Path) -> None:
+    """More than the bias of the head: the decoder's weights learn too."""
+    critic = Critic(load(starting_model), OptimizerConfig(lr=3e-3))
+    returns = torch.tensor([[1.0], [-1.0]]).expand(ROWS.shape)
+    decoder = critic.trainee.masters[0].clone()
+    train(critic, returns, 80)
+    values = critic.values(ROWS)
+    assert values[0][MASK[0]].tolist() == pytest.approx([1.0] * 3, abs=0.2)
+    assert values[1][MASK[1]].tolist() == pytest.approx([-1.0] * 3, abs=0.2)
+    assert not torch.equal(critic.trainee.masters[0], decoder)
+
+
+def test_18_12_splitting_into_micro_batches_leaves_the_gradient_unchanged(starting_model: Path) -> None:
+    returns = torch.randn(ROWS.shape, generator=torch.Generator().manual_seed(1))
+    denominator = float(MASK.sum())
+
+    def gradient(pieces: list[slice]) -> list[torch.Tensor]:
+        model = load(starting_model).float()  # so that only the split can make a difference
+        critic = Critic(model, OPTIMIZER)
+        with torch.no_grad():
+            critic._valued.head.weight.fill_(0.01)
+        for piece in pieces:
+            before = critic.values(ROWS[piece])
+            critic.loss(ROWS[piece], MASK[piece], returns[piece], before, clip=0.2, denominator=denominator).backward()
+        return [g.clone() for g in critic.gradients()]
+
+    whole, split = gradient([slice(0, 2)]), gradient([slice(0, 1), slice(1, 2)])
+    assert any(g.any() for g in whole)
+    for a, b in zip(whole, split, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_values_clipped_beyond_their_range_have_no_gradient(starting_model: Path) -> None:
+    """All values have moved up by .5 from the old ones towards a return far below: only the clip holds the loss."""
+    critic = a_critic(starting_model, head=0.1)
+    values = critic.values(ROWS)
+    returns = values + 10.0
+    loss = critic.loss(ROWS, MASK, returns, values - 0.5, clip=0.2, denominator=1.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.5 * 10.3**2 * 6, rel=1e-5)
+    assert not any(g.any() for g in critic.gradients())
+    critic.loss(ROWS, MASK, returns, values - 0.5, clip=None, denominator=1.0).backward()
+    assert any(g.any() for g in critic.gradients())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(starting_model: Path) -> None:
+    critic = Critic(load(starting_model), OPTIMIZER)
+    before = {name: tensor.clone() for name, tensor in critic.state().items()}
+    train(critic, torch.full(ROWS.shape, float("nan")), 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.state().items())
+    train(critic, torch.ones(ROWS.shape), 1)
+    assert critic.trainee.steps == 1
+
+
+def test_a_restored_critic_goes_on_bit_for_bit(starting_model: Path) -> None:
+    returns = torch.randn(ROWS.shape, generator=torch.Generator().manual_seed(2))
+    straight = Critic(load(starting_model), OPTIMIZER)
+    train(straight, returns, 3)
+    state = {name: tensor.clone() for name, tensor in straight.state().items()}
+    other = Critic(load(starting_model), OPTIMIZER)
+    other.restore(state)
+    assert torch.equal(other.values(ROWS), straight.values(ROWS))
+    train(straight, returns, 2)
+    train(other, returns, 2)
+    assert other.trainee.steps == 5
+    assert torch.equal(other.values(ROWS), straight.values(ROWS))
+    for name, tensor in straight.state().items():
+        assert torch.equal(other.state()[name], tensor), name
+
+
+def test_another_models_state_is_refused(starting_model: Path) -> None:
+    critic = Critic(load(starting_model), OPTIMIZER)
+    with pytest.raises(ValueError, match="it is no critic's state"):
+        critic.restore(critic.trainee.state())
+    state = critic.state()
+    del state["0.master"], state["0.exp_avg"], state["0.exp_avg_sq"]
+    with pytest.raises(ValueError, match="parameters stand in it"):
+        critic.restore(state)

@@ -1,0 +1,43 @@
+"""One line for each version, in the file that the newest learner has put there."""
+
+from pathlib import Path
+
+import pytest
+
+from common.user_error import ExitCode, Refusal
+from services.learner.observability.history import History
+
+
+def test_history_is_cut_back_to_what_the_checkpoint_counts(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl", length=0)
+    history.add({"version": 0})
+    counted = history.length
+    history.add({"version": 1})
+    history.close()
+    again = History(tmp_path / "history.jsonl", length=counted)
+    assert again.length == counted
+    again.add({"version": 1, "again": True})
+    again.close()
+    assert (tmp_path / "history.jsonl").read_text() == '{"version":0}\n{"version":1,"again":true}\n'
+
+
+def test_what_a_replaced_learner_still_writes_nobody_reads(tmp_path: Path) -> None:
+    replaced = History(tmp_path / "history.jsonl", length=0)
+    replaced.add({"version": 0})
+    successor = History(tmp_path / "history.jsonl", length=replaced.length)
+    replaced.add({"version": 1, "by": "the replaced one"})
+    successor.add({"version": 1, "by": "its successor"})
+    replaced.add({"version": 2, "by": "the replaced one"})
+    text = (tmp_path / "history.jsonl").read_text()
+    assert text == '{"version":0}\n{"version":1,"by":"its successor"}\n'
+    assert successor.length == len(text)
+
+
+@pytest.mark.parametrize("there", [None, b"", b'{"version":0}'])
+def test_a_history_shorter_than_the_checkpoint_counts_is_refused(tmp_path: Path, there: bytes | None) -> None:
+    path = tmp_path / "history.jsonl"
+    if there is not None:
+        path.write_bytes(there)
+    with pytest.raises(Refusal, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as refused:
+        History(path, length=14)
+    assert refused.value.code is ExitCode.DAMAGED

@@ -1,0 +1,174 @@
+"""Missing old log-probs: the policy decides, everything is counted, and no other policy's numbers pass for old ones."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.config.proximal import MissingPolicy
+from common.user_error import ExitCode, Refusal
+from services.learner.batch.batching import Padded, pad
+from services.learner.old_logprobs.missing import Misses, Why, settle
+from services.learner.proximal.types import Exact, Patched
+from tests.builders import a_row
+
+CURRENT = -7.0
+RECOMPUTED = "surrogate:current_recompute"
+BYPASSED = "surrogate:bypass"
+
+
+def batches() -> list[Padded]:
+    """Two micro-batches: versions 0 to 2, behavior -1, -2, ... along each row."""
+    rows = [
+        a_row("g0/0", [1, 2, 3, 4, 5], [-1, 0, 0, 1, 1], behavior=[0.0, -1.0, -2.0, -3.0, -4.0]),
+        a_row("g0/1", [1, 2, 3], [-1, 0, 2], behavior=[0.0, -5.0, -6.0]),
+    ]
+    return [pad(rows), pad([a_row("g1/0", [1, 2, 3], [-1, 2, 2], behavior=[0.0, -8.0, -9.0])])]
+
+
+def holes(*versions: int) -> list[NDArray[np.bool_]]:
+    return [np.isin(batch.versions, versions) for batch in batches()]
+
+
+def exact() -> list[Tensor]:
+    """Old log-probs -0.5 everywhere they are needed."""
+    return [torch.from_numpy(np.where(batch.mask, np.float32(-0.5), np.float32(0))) for batch in batches()]
+
+
+def recompute(batch: Padded, wanted: NDArray[np.bool_], values: Tensor) -> None:
+    values[torch.from_numpy(wanted)] = CURRENT
+
+
+def forbidden(batch: Padded, wanted: NDArray[np.bool_], values: Tensor) -> None:
+    raise AssertionError("nobody asked for a forward pass")
+
+
+def settled(
+    missing: list[NDArray[np.bool_]],
+    policy: MissingPolicy,
+    *,
+    why: Why = Why.VERSION_GONE,
+    misses: Misses | None = None,
+    pass_: Callable[[Padded, NDArray[np.bool_], Tensor], None] = forbidden,
+) -> Exact | Patched:
+    values = [value.masked_fill(torch.from_numpy(hole), 0.0) for value, hole in zip(exact(), missing, strict=True)]
+    return settle(
+        values, missing, batches(), policy=policy, why=why, misses=misses or Misses(), recompute=pass_
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
+def test_18_15_nothing_is_counted_while_nothing_is_missing(policy: MissingPolicy) -> None:
+    misses = Misses()
+    proximal = settled(holes(), policy, misses=misses)
+    assert isinstance(proximal, Exact)
+    assert proximal.absent is None
+    assert all(map(torch.equal, proximal.logprobs, exact()))
+    assert not misses.tokens
+    assert misses.take() == {}
+
+
+@pytest.mark.parametrize("why", list(Why))
+@pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
+def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: Why, policy: MissingPolicy) -> None:
+    misses = Misses()
+    for _ in range(2):
+        try:
+            settled(holes(1, 2), policy, why=why, misses=misses, pass_=recompute)
+        except Refusal:
+            assert policy == "fail"
+    assert misses.tokens == {(why.value, policy): 10}
+    assert misses.take() == {(why.value, policy): 10}
+    assert misses.take() == {}
+
+
+def test_dropped_tokens_are_absent_and_have_no_value() -> None:
+    proximal = settled(holes(1), "drop")
+    assert isinstance(proximal, Exact)
+    mask = torch.from_numpy(batches()[0].mask)
+    anchor = proximal.anchor(0, torch.zeros(2, 5), mask)
+    assert anchor.missing.tolist() == [[False, False, False, True, True], [False] * 5]
+    assert anchor.exact.tolist() == [[False, True, True, False, False], [False, True, True, False, False]]
+    assert anchor.logprobs.tolist() == [[0, -0.5, -0.5, 0, 0], [0, -0.5, -0.5, 0, 0]]
+    whole = proximal.anchor(1, torch.zeros(1, 3), torch.from_numpy(batches()[1].mask))
+    assert not whole.missing.any()
+    assert whole.exact.tolist() == [[False, True, True]]
+
+
+def test_bypass_puts_the_behavior_there_and_says_so() -> None:
+    proximal = settled(holes(1), BYPASSED)
+    assert isinstance(proximal, Patched)
+    assert proximal.method == "bypass"
+    anchor = proximal.anchor(0, torch.zeros(2, 5), torch.from_numpy(batches()[0].mask))
+    assert anchor.logprobs.tolist() == [[0, -0.5, -0.5, -3.0, -4.0], [0, -0.5, -0.5, 0, 0]]
+    assert anchor.exact.tolist() == [[False, True, True, False, False], [False, True, True, False, False]]
+    assert not anchor.missing.any()
+
+
+def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
+    proximal = settled(holes(1), RECOMPUTED, pass_=recompute)
+    assert isinstance(proximal, Patched)
+    assert proximal.method == "current_recompute"
+    assert [part.tolist() for part in proximal.logprobs] == [
+        [[0, -0.5, -0.5, CURRENT, CURRENT], [0, -0.5, -0.5, 0, 0]], [[0, -0.5, -0.5]],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("why", "words", "code"),
+    [
+        (Why.VERSION_GONE, "version 1 is not in the store any more.* 2 tokens in 1 trajectory", ExitCode.DAMAGED),
+        (Why.NOT_SCORED, "no replica scored 2 tokens in 1 trajectory sampled by version 1", ExitCode.UNAVAILABLE),
+        (Why.TOO_LATE, "2 tokens in 1 trajectory sampled by version 1 came when", ExitCode.UNAVAILABLE),
+    ],
+)
+def test_failing_names_version_trajectories_and_remedy(why: Why, words: str, code: ExitCode) -> None:
+    with pytest.raises(Refusal, match=words) as refusal:
+        settled(holes(1), "fail", why=why)
+    assert refusal.value.code is code
+    assert 'learner.proximal.missing = "drop"' in str(refusal.value)
+
+
+def test_failing_counts_trajectories_over_all_micro_batches() -> None:
+    with pytest.raises(Refusal, match=r"versions 0, 2 are not .* 6 tokens in 3 trajectories"):
+        settled(holes(0, 2), "fail")
+
+
+def test_many_versions_are_not_all_named() -> None:
+    rows = [a_row(f"g0/{v}", [1, 2], [-1, v]) for v in range(9)]
+    batch = pad(rows)
+    with pytest.raises(Refusal, match="versions 0, 1, 2, 3, 4 and 4 more are not"):
+        settle(
+            [torch.zeros(9, 2)], [batch.mask], [batch], policy="fail", why=Why.VERSION_GONE, misses=Misses(),
+            recompute=forbidden,
+        )  # fmt: skip
+
+
+def test_18_15_random_holes_against_a_table_by_token() -> None:
+    """Every token: known -> its value; missing -> what the policy says, and marked."""
+    rng = np.random.default_rng(3)
+    for draw in range(200):
+        rows = [
+            a_row(
+                f"g0/{i}", [1] * length, [-1, *rng.integers(-1, 4, length - 1)], behavior=list(-rng.random(length) - 1)
+            )
+            for i, length in enumerate(rng.integers(2, 8, 3))
+        ]
+        batch = pad(rows)
+        hole = batch.mask & (rng.random(batch.mask.shape) < 0.3)
+        old = np.where(batch.mask & ~hole, -rng.random(batch.mask.shape), 0).astype(np.float32)
+        policy: MissingPolicy = ("drop", BYPASSED, RECOMPUTED)[draw % 3]  # type: ignore[assignment]
+        misses = Misses()
+        proximal = settle(
+            [torch.from_numpy(old.copy())], [hole], [batch], policy=policy, why=Why.NOT_SCORED, misses=misses,
+            recompute=recompute,
+        )  # fmt: skip
+        anchor = proximal.anchor(0, torch.zeros(batch.mask.shape), torch.from_numpy(batch.mask))
+        stand_in = {"drop": 0.0 * old, BYPASSED: batch.behavior, RECOMPUTED: np.full_like(old, CURRENT)}[policy]
+        assert np.array_equal(anchor.logprobs.numpy(), np.where(hole, stand_in, old))
+        assert np.array_equal(anchor.missing.numpy(), hole & (policy == "drop"))
+        assert np.array_equal(anchor.exact.numpy(), batch.mask & ~hole)
+        assert sum(misses.tokens.values()) == hole.sum()

@@ -1,0 +1,119 @@
+"""Scores that came with the rows: taken as they are, the present version's made here, the rest by the policy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.config.proximal import MissingPolicy
+from common.user_error import ExitCode, Refusal
+from common.versions import Version
+from services.learner.batch.batching import Row, pad
+from services.learner.model.policy import token_logprobs
+from services.learner.old_logprobs.missing import Misses, Why
+from services.learner.old_logprobs.precomputed_source import AttachedSource
+from services.learner.proximal.types import Exact, Patched
+from tests.builders import a_row
+from tests.models import CPU, load
+
+NOW = Version(3)
+
+
+@pytest.fixture(scope="module")
+def model(starting_model: Path) -> torch.nn.Module:
+    return load(starting_model)
+
+
+def source(model: torch.nn.Module, missing: MissingPolicy = "fail", misses: Misses | None = None) -> AttachedSource:
+    return AttachedSource(model, CPU, missing=missing, why=Why.NOT_SCORED, misses=misses or Misses())
+
+
+def with_old(row: Row, old: list[float]) -> Row:
+    return replace(row, old=np.array(old, dtype=np.float32))
+
+
+def rows(*, complete: bool = True) -> list[Row]:
+    """Versions 1 and 3 (the present one); -0.125 is what came for version 1."""
+    nan, last = float("nan"), -0.5 if complete else float("nan")
+    return [
+        with_old(a_row("a", [5, 6, 7, 8, 9], [-1, 1, 1, 3, 3]), [nan, -0.125, -0.25, nan, nan]),
+        with_old(a_row("b", [5, 6, 7], [-1, 1, 1], behavior=[0, -2.0, -3.0]), [nan, -0.375, last]),
+        a_row("c", [9, 8, 7, 6], [-1, 3, -1, 3]),
+    ]
+
+
+def scored(model: torch.nn.Module, *chosen: Row) -> torch.Tensor:
+    batch = pad(chosen)
+    with torch.no_grad():
+        values, _ = token_logprobs(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
+    return values
+
+
+def test_known_values_stay_and_the_present_version_is_scored_here(model: torch.nn.Module) -> None:
+    misses = Misses()
+    proximal = source(model, misses=misses).proximal([pad(rows())], NOW)
+    assert isinstance(proximal, Exact)
+    (values,) = proximal.logprobs
+    own = scored(model, rows()[0], rows()[2])  # only rows with tokens of the present version share the pass
+    assert values[0].tolist() == [0.0, -0.125, -0.25, *own[0, 3:5].tolist()]
+    assert values[1].tolist() == [0.0, -0.375, -0.5, 0.0, 0.0]
+    assert values[2].tolist() == [0.0, float(own[1, 1]), 0.0, float(own[1, 3]), 0.0]
+    assert not misses.tokens
+
+
+def test_18_4_at_staleness_0_it_gives_the_bits_of_the_model(model: torch.nn.Module) -> None:
+    batch = pad([a_row("a", [5, 6, 7, 8], [-1, 3, 3, 3]), a_row("b", [5, 9, 9], [-1, 3, 3])])
+    (values,) = source(model).proximal([batch], NOW).logprobs
+    mask = torch.from_numpy(batch.mask)
+    assert torch.equal(values[mask], scored(model, *batch.rows)[mask])
+    assert (values[~mask] == 0).all()
+
+
+def test_when_everything_is_known_no_pass_is_made() -> None:
+    class Untouchable(torch.nn.Module):
+        def forward(self, *_: object, **__: object) -> None:
+            raise AssertionError("a forward pass")
+
+    known = with_old(a_row("a", [5, 6, 7], [-1, 1, 3]), [0.0, -0.5, -0.75])
+    (values,) = source(Untouchable()).proximal([pad([known])], NOW).logprobs
+    assert values.tolist() == [[0.0, -0.5, -0.75]]
+
+
+def test_a_probability_that_underflowed_is_known(model: torch.nn.Module) -> None:
+    """-inf is the old log-prob: it goes on as it is, to be masked and counted as not finite, and is never replaced."""
+    known = with_old(a_row("a", [5, 6, 7], [-1, 1, 1]), [0.0, -0.5, -np.inf])
+    proximal = source(model).proximal([pad([known])], NOW)
+    assert isinstance(proximal, Exact)
+    assert proximal.logprobs[0].tolist() == [[0.0, -0.5, -np.inf]]
+
+
+def test_without_a_score_the_run_ends(model: torch.nn.Module) -> None:
+    with pytest.raises(Refusal, match="no replica scored 1 token in 1 trajectory sampled by version 1") as refusal:
+        source(model).proximal([pad(rows(complete=False))], NOW)
+    assert refusal.value.code is ExitCode.UNAVAILABLE
+
+
+def test_18_15_without_a_score_a_token_is_dropped_and_counted(model: torch.nn.Module) -> None:
+    misses = Misses()
+    proximal = source(model, "drop", misses).proximal([pad(rows(complete=False))], NOW)
+    assert isinstance(proximal, Exact)
+    assert proximal.absent is not None
+    assert proximal.absent[0].nonzero().tolist() == [[1, 2]]
+    assert proximal.logprobs[0][1].tolist() == [0.0, -0.375, 0.0, 0.0, 0.0]
+    assert misses.tokens == {("not_scored", "drop"): 1}
+
+
+def test_18_15_without_a_score_a_surrogate_stands_there_and_says_so(model: torch.nn.Module) -> None:
+    misses = Misses()
+    bypassed = source(model, "surrogate:bypass", misses).proximal([pad(rows(complete=False))], NOW)
+    recomputed = source(model, "surrogate:current_recompute", misses).proximal([pad(rows(complete=False))], NOW)
+    assert isinstance(bypassed, Patched)
+    assert isinstance(recomputed, Patched)
+    assert float(bypassed.logprobs[0][1, 2]) == -3.0
+    assert float(recomputed.logprobs[0][1, 2]) == float(scored(model, rows()[1])[0, 2])
+    for patched in (bypassed, recomputed):
+        assert patched.patched[0].nonzero().tolist() == [[1, 2]]
+        assert float(patched.logprobs[0][1, 1]) == -0.375
+    assert misses.tokens == {("not_scored", "surrogate:bypass"): 1, ("not_scored", "surrogate:current_recompute"): 1}

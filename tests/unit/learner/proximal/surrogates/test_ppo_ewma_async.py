@@ -1,0 +1,188 @@
+"""A moving average that follows the staleness and can be reset: what it does at each version (algorithms.md 4.7)."""
+
+import itertools
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load as load_tensors, save as save_tensors
+from torch import Tensor
+
+from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from services.learner.proximal.surrogates.reset_rule import Cause, Rule
+from tests.models import CPU
+from tests.oracles import surrogates as oracle
+
+OFF = Rule("off", threshold=0.9, patience=3, cooldown=8)
+PAPER = Rule("paper", threshold=0.9, patience=3, cooldown=8)
+GUARDED = Rule("guarded", threshold=0.95, patience=2, cooldown=3)
+
+
+def source(window: int | Literal["measured"], rule: Rule = OFF, *, start: float = 0.0) -> PpoEwmaAsync:
+    """Over a model of three weights; its passes are tested elsewhere, with a real one."""
+    model = torch.nn.Linear(3, 1, bias=False)
+    return PpoEwmaAsync(model, theta(start), CPU, window=window, rule=rule)
+
+
+def theta(value: float) -> list[Tensor]:
+    return [torch.full((1, 3), float(value))]
+
+
+def state_is_equal(a: PpoEwmaAsync, b: PpoEwmaAsync) -> bool:
+    """Bit for bit, NaN included."""
+    mine, its = a.state(), b.state()
+    return mine.keys() == its.keys() and all(
+        torch.equal(torch.nan_to_num(mine[name], -7.0), torch.nan_to_num(its[name], -7.0)) for name in mine
+    )
+
+
+@pytest.mark.parametrize(("window", "decay"), [(0, 0.0), (1, 1 / 3), (4, 2 / 3), (8, 0.8), (16, 0.8889)])
+def test_18_3_a_fixed_window_gives_a_fixed_beta(window: int, decay: float) -> None:
+    average = source(window)
+    for version in range(1, 80):
+        average.published(theta(version), active_share=1.0, mean_staleness=float(version))
+        assert average.decay == pytest.approx(decay, abs=5e-5)
+        assert average.average.center_of_mass == pytest.approx(
+            oracle.center_of_mass(average.decay, version + 1) if window else 0.0, abs=1e-9
+        )
+    assert average.average.center_of_mass == pytest.approx(window / 2, abs=0.1)
+
+
+@pytest.mark.thorough
+def test_a_measured_window_equals_the_oracle() -> None:
+    changes = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        measured = (generator.uniform(0, 6) * np.minimum(1, np.arange(40) / 10) + generator.random(40)).tolist()
+        expected = oracle.paces(measured)
+        thetas = generator.normal(0, 1, 41).astype(np.float32).astype(np.float64)
+        average = source("measured", start=float(thetas[0]))
+        for t, staleness in enumerate(measured):
+            average.published(theta(float(thetas[t + 1])), active_share=1.0, mean_staleness=staleness)
+            assert average.decay == pytest.approx(expected[t], rel=1e-9, abs=1e-12), f"seed {seed}, version {t}"
+        means, weights, ages = oracle.averages([np.array(value) for value in thetas], expected)
+        assert float(average.average.means[0][0, 0]) == pytest.approx(float(means[-1]), abs=2e-6)
+        assert average.average.weight == pytest.approx(weights[-1], rel=1e-9)
+        assert average.average.center_of_mass == pytest.approx(ages[-1], rel=1e-9)
+        changes += len(set(expected))
+    assert changes > 500
+
+
+def test_a_measured_window_ends_at_the_staleness_itself() -> None:
+    average = source("measured")
+    for version in range(200):
+        average.published(theta(version), active_share=1.0, mean_staleness=3.0)
+    assert average.mean_staleness == pytest.approx(3.0)
+    assert average.decay == pytest.approx(0.75)
+    assert average.average.center_of_mass == pytest.approx(3.0, abs=1e-6)
+
+
+def test_beta_is_not_changed_before_the_average_has_settled() -> None:
+    average = source("measured")
+    seen = []
+    for version in range(1, 60):
+        average.published(theta(version), active_share=1.0, mean_staleness=version / 10)
+        seen.append(average.decay)
+    since, held = 0, []
+    for before, after in itertools.pairwise(seen):
+        since += 1
+        if after != before:
+            held.append((since, before / (1 - before)))
+            since = 0
+    assert len(held) > 5
+    assert all(versions >= math.ceil(3 * mass - 1e-9) for versions, mass in held)
+
+
+def test_staleness_that_is_not_known_is_left_out() -> None:
+    average = source("measured")
+    average.published(theta(1), active_share=1.0, mean_staleness=1.0)
+    average.published(theta(2), active_share=1.0, mean_staleness=math.nan)
+    assert average.mean_staleness == 1.0
+    with pytest.raises(ValueError, match=r"mean staleness of -1\.0"):
+        average.published(theta(3), active_share=1.0, mean_staleness=-1.0)
+    with pytest.raises(ValueError, match="active share of 2"):
+        average.published(theta(3), active_share=2.0, mean_staleness=1.0)
+    assert average.average.means[0].tolist() != theta(3)[0].tolist()
+    assert average.average.versions == 3
+
+
+def test_the_papers_reset_begins_with_the_version_just_trained() -> None:
+    average = source(4, PAPER)
+    for version in range(1, 4):
+        average.published(theta(version), active_share=0.9, mean_staleness=2.0)
+    assert average.average.means[0].tolist() != theta(3)[0].tolist()
+    average.published(theta(7), active_share=0.89, mean_staleness=2.0)
+    assert average.average.means[0].tolist() == theta(7)[0].tolist()
+    assert (average.average.weight, average.average.center_of_mass, average.average.versions) == (1.0, 0.0, 1)
+    assert average.resets == {Cause.BELOW_THRESHOLD: 1, Cause.BELOW_HEALTHY_LEVEL: 0}
+    average.published(theta(8), active_share=1.0, mean_staleness=2.0)
+    assert float(average.average.means[0][0, 0]) == pytest.approx((8 + 2 / 3 * 7) / (5 / 3))  # at the old beta
+
+
+def test_a_guarded_reset_is_counted_under_its_cause() -> None:
+    average = source(4, GUARDED)
+    for share in (0.8, 0.8, 0.7, 0.7):
+        average.published(theta(1), active_share=share, mean_staleness=2.0)
+    assert average.resets == {Cause.BELOW_THRESHOLD: 0, Cause.BELOW_HEALTHY_LEVEL: 1}
+    assert average.healthy_level == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("window", [4, "measured"])
+@pytest.mark.parametrize("rule", [OFF, PAPER, GUARDED], ids=lambda rule: rule.reset)
+def test_18_3_a_checkpoint_at_any_version_goes_on_bit_for_bit(window: int | Literal["measured"], rule: Rule) -> None:
+    generator = np.random.default_rng(7)
+    told = [
+        (theta(v), float(generator.choice([0.97, 0.8, 0.5])), float(generator.uniform(0, 4))) for v in range(30)
+    ]  # fmt: skip
+
+    def tell(average: PpoEwmaAsync, versions: range) -> None:
+        for v in versions:
+            masters, active_share, mean_staleness = told[v]
+            average.published(masters, active_share=active_share, mean_staleness=mean_staleness)
+
+    for stop in (0, 1, 5, 12, 20):
+        whole, other = source(window, rule), source(window, rule, start=9.0)
+        tell(whole, range(stop))
+        other.restore(load_tensors(save_tensors(whole.state())))
+        for v in range(stop, 30):
+            tell(whole, range(v, v + 1))
+            tell(other, range(v, v + 1))
+            assert state_is_equal(whole, other), f"cut at {stop}, version {v}"
+            assert (whole.decay, whole.resets) == (other.decay, other.resets)
+            assert whole.healthy_level == other.healthy_level
+
+
+def test_18_3_a_rank_that_takes_the_state_over_stays_equal() -> None:
+    """State is of one shape whatever has happened, so that it can be overwritten in place by another rank's."""
+    first, second = source("measured", GUARDED), source("measured", GUARDED, start=5.0)
+    for share in (0.9, 0.5, 0.5, 0.9):
+        first.published(theta(2), active_share=share, mean_staleness=1.5)
+    received = second.state()
+    for name, tensor in first.state().items():
+        received[name].copy_(tensor)
+    second.restore(received)
+    assert state_is_equal(first, second)
+    for version in range(20):
+        for average in (first, second):
+            average.published(theta(version), active_share=0.6, mean_staleness=2.5)
+        assert state_is_equal(first, second)
+
+
+def test_a_checkpoint_without_it_or_of_another_surrogate_is_refused() -> None:
+    average = source(4)
+    with pytest.raises(ValueError, match="a reset that nobody sees"):
+        average.restore({})
+    with pytest.raises(ValueError, match="healthy, pace, resets is not in it"):
+        average.restore(average.average.state())
+    with pytest.raises(ValueError, match="belongs to another"):
+        average.average.restore(average.state())
+
+
+def test_a_window_set_anew_holds_after_a_restart() -> None:
+    before, after = source(4), source(8)
+    before.published(theta(1), active_share=1.0, mean_staleness=1.0)
+    after.restore(before.state())
+    assert after.decay == pytest.approx(0.8)
+    assert torch.equal(after.average.means[0], before.average.means[0])

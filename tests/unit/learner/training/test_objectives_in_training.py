@@ -1,0 +1,190 @@
+"""Every recipe through a version's training, on the small real model; and what must not depend on the proximal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.config.learner import LearnerConfig, OptimizerConfig
+from common.config.recipes import RECIPES, beneath
+from common.versions import Version
+from services.learner.batch.batching import Padded, Row
+from services.learner.distributed import Ranks
+from services.learner.model.critic import Critic
+from services.learner.model.trainable import Trainee
+from services.learner.proximal.surrogates.factory import surrogate
+from services.learner.proximal.types import Exact, Source
+from services.learner.training.results import Trained
+from services.learner.training.state import Companions
+from tests.builders import UNCORRECTED, a_learner, a_row
+from tests.models import CPU, Resident, load, logprobs, perturb, train
+
+pytestmark = pytest.mark.thorough
+
+NOW = Version(4)
+
+
+def rows(model: torch.nn.Module) -> list[Row]:
+    """Two turns with a tool's answer between them, of versions 1 to 4, sampled by an engine that is a little off."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(8):
+        length = 9 + i % 4
+        tokens = torch.randint(3, 250, (length,), generator=generator).tolist()
+        versions = [-1, -1, 1 + i % 4, 1 + i % 4, -1, -1] + [4] * (length - 6)
+        own = [0.0, *logprobs(model, tokens)]
+        noise = (0.1 * torch.randn(length, generator=generator)).tolist()
+        behavior = [min(0.0, a + b) for a, b in zip(own, noise, strict=True)]
+        made.append(a_row(f"g{i // 4}/{i % 4}", tokens, versions, behavior=behavior, advantage=(-1.0) ** i))
+    return made
+
+
+class Other:
+    """Exact, by another model: the old policy of every version."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._resident = Resident(model)
+
+    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:
+        found = self._resident.proximal(batches, now)
+        masks = [torch.from_numpy(batch.mask) for batch in batches]
+        zero = torch.zeros(())
+        return Exact([torch.where(mask, values, zero) for mask, values in zip(masks, found.logprobs, strict=True)])
+
+
+def trained(folder: Path, config: LearnerConfig, source: str | Source = "", **beside: Any) -> tuple[Trained, Trainee]:
+    model = load(folder).float()
+    trainee = Trainee(model, OptimizerConfig(lr=1e-3))
+    older = load(folder).float()
+    perturb(older, by=0.02, seed=5)
+    if not isinstance(source, str):
+        made = source
+    elif config.proximal.kind == "snapshot":
+        made = Other(older)
+    else:
+        made = surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+    if config.advantages.kind == "gae":
+        beside["critic"] = Critic(model, OptimizerConfig(lr=1e-3))
+    if config.loss.kl.weight:
+        beside["start"] = older
+    all_rows = rows(model)
+    batches = [all_rows[:4], all_rows[4:]]
+    return train(trainee, made, Ranks(), batches, NOW, config=config, multiplier=1.0, **beside), trainee
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_a_version(name: str, starting_model: Path) -> None:
+    config = a_learner(**beneath(name, {}))
+    result, trainee = trained(starting_model, config)
+    assert result.skipped == 0
+    assert trainee.steps == 2
+    assert result.loss == result.loss
+    assert result.exact is (config.proximal.kind == "snapshot")
+    assert 0 <= result.active_share <= 1
+    tokens = [scored.tokens(NOW) for scored in result.scored]
+    assert sum(len(part.staleness) for part in tokens) == sum(row.trainable for row in rows(load(starting_model)))
+    for part in tokens:
+        touched = part.masked | part.clipped
+        by_cause = sum(part.causes.values(), start=0 * part.masked.astype(int))
+        assert ((by_cause > 0) == touched).all()
+
+
+SURROGATES = (
+    "bypass", "current_recompute", "interp_prox_loglinear", "linear_prox", "ewma_prox", "ppo_ewma_async",
+)  # fmt: skip
+
+
+def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
+    """Of the first minibatch, with every threshold off; the model has moved since the surrogate was made."""
+    config = a_learner(
+        proximal={"kind": kind},
+        discrepancy=UNCORRECTED.model_copy(update={"weight": "ratio"}),
+        loss={"objective": "policy_gradient"},
+    )
+    model = load(folder).float()
+    trainee = Trainee(model, OptimizerConfig())
+    older = load(folder).float()
+    perturb(older, by=0.05, seed=seed)
+    source: Source = (
+        Other(older)
+        if kind == "snapshot"
+        else surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+    )
+    taken: list[Tensor] = []
+    trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
+    train(trainee, source, Ranks(), [rows(model)], NOW, config=config)
+    return taken[: len(trainee.masters)]
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_18_1_with_all_thresholds_off_every_proximal_gives_the_same_gradient(kind: str, starting_model: Path) -> None:
+    """Exact, recompute and bypass above all: what differs is only which constraint sees what."""
+    exact = gradients(starting_model, "snapshot", seed=3)
+    size = max(float(gradient.abs().max()) for gradient in exact)
+    assert size > 1e-3
+    for ours, theirs in zip(exact, gradients(starting_model, kind, seed=3), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * size)
+
+
+def test_18_14_the_learning_rate_is_whole_again_after_a_step_that_was_scaled(starting_model: Path) -> None:
+    config = a_learner(vcpo={"lr_scaling": "linear"}, proximal={"kind": "bypass"}, discrepancy=UNCORRECTED)
+    result, trainee = trained(starting_model, config)
+    assert 0 < result.lr_factor < 1
+    assert trainee.learning_rate == OptimizerConfig(lr=1e-3).lr
+    trainee.step()
+    assert trainee.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
+    """With equal rewards nothing is left of the gradient, because b is that reward."""
+    config = a_learner(
+        vcpo={"baseline": True},
+        loss={"objective": "policy_gradient"},
+        proximal={"kind": "bypass"},
+        discrepancy=UNCORRECTED,
+    )
+    model = load(starting_model).float()
+    trainee = Trainee(model, OptimizerConfig())
+    even = [a_row(r.trajectory, r.tokens.tolist(), r.versions.tolist(), reward=0.7) for r in rows(model)]
+    result = train(trainee, Resident(model), Ranks(), [even], NOW, config=config)
+    assert result.baseline == pytest.approx(0.7)
+    assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
+
+
+def test_companions_go_on_from_a_checkpoint_exactly(starting_model: Path) -> None:
+    config = a_learner(
+        proximal={"kind": "ppo_ewma_async"},
+        advantages={"kind": "gae"},
+        loss={"r2vpo": {"rate": 0.5}, "epo": {"weight": 0.1}},
+    )
+    model = load(starting_model).float()
+    trainee = Trainee(model, OptimizerConfig(lr=1e-3))
+
+    def made() -> Companions:
+        source = surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        return Companions(source, critic=Critic(model, OptimizerConfig(lr=1e-3)), multiplier=1.0)
+
+    first = made()
+    train(trainee, first.source, Ranks(), [rows(model)], NOW, config=config, critic=first.critic)
+    first.multiplier = 0.25
+    first.entropies.add(1.5)
+    second = made()
+    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    for name, tensor in first.state().items():
+        assert torch.allclose(tensor, second.state()[name], rtol=0, atol=0, equal_nan=True), name
+
+
+def test_audited_batches_have_both_numbers(starting_model: Path) -> None:
+    older = load(starting_model).float()
+    perturb(older, by=0.02, seed=5)
+    config = a_learner(proximal={"kind": "current_recompute"}, audit={"fraction": 1.0})
+    result, _ = trained(starting_model, config, auditor=Other(older))
+    for scored in result.scored:
+        tokens = scored.tokens(NOW)
+        assert (tokens.old == tokens.old).all()
+        assert (tokens.old != tokens.proximal).any()
+    unaudited, _ = trained(starting_model, config.model_copy(update={"audit": a_learner().audit}), auditor=Other(older))
+    assert all((scored.tokens(NOW).old != scored.tokens(NOW).old).all() for scored in unaudited.scored)

@@ -1,0 +1,204 @@
+"""Outages as a person reads of them: merged from what the services tell, in words, and over."""
+
+import io
+import math
+import time
+
+import pytest
+from rich.console import Console
+
+from services.live.history_tail import gathered
+from services.live.outages import Course, Outage, Past, clock, in_full, merged, over
+from services.live.poller import Seen, Sight
+from services.live.state import Plan, State, state
+from services.live.view import line, view
+from services.local.exit_reasons import Crash
+from tests.history_lines import a_line, learner, servers, worker
+
+PLAN = Plan("night-run", versions=20, canary_tolerance=0.03)
+WALL = 1_790_000_000.0
+"""Unix seconds when the run's clock shows 0."""
+KAFKA = Outage("Kafka", "k:9092", WALL + 50.0, WALL + 650.0, "refused", ("learner", "worker-0"))
+
+
+def told(
+    of: str = "Kafka", address: str = "k:9092", since: float = 5.0, until: float | None = None
+) -> dict[str, object]:
+    return {"of": of, "address": address, "since": since, "until": until, "problem": "refused"}
+
+
+@pytest.mark.parametrize(
+    ("services", "expected"),
+    [
+        ({}, ()),
+        ({"learner": []}, ()),
+        ({"learner": [told()]}, (Outage("Kafka", "k:9092", 5.0, None, "refused", ("learner",)),)),
+        (
+            {"learner": [told(since=7.0, until=90.0)], "worker-0": [told(since=6.0, until=80.0)]},
+            (Outage("Kafka", "k:9092", 6.0, 80.0, "refused", ("learner", "worker-0")),),
+        ),
+        (
+            {"learner": [told(since=7.0, until=90.0)], "worker-0": [told(since=9.0)]},
+            (Outage("Kafka", "k:9092", 7.0, 90.0, "refused", ("learner", "worker-0")),),
+        ),
+        (
+            {"worker-0": [told(of="env_gateway", address="g", since=8.0), told(since=3.0)]},
+            (
+                Outage("Kafka", "k:9092", 3.0, None, "refused", ("worker-0",)),
+                Outage("env_gateway", "g", 8.0, None, "refused", ("worker-0",)),
+            ),
+        ),
+    ],
+)
+def test_what_the_services_tell_is_merged(
+    services: dict[str, list[dict[str, object]]], expected: tuple[Outage, ...]
+) -> None:
+    assert merged(services) == expected
+
+
+def test_what_is_seen_from_outside_adds_nobody_who_waits() -> None:
+    assert merged({"learner": [told(since=7.0)]}, [Outage("Kafka", "k:9092", 4.0)]) == (
+        Outage("Kafka", "k:9092", 4.0, None, "refused", ("learner",)),
+    )
+
+
+def test_an_outage_is_told_when_it_lasts_and_is_over_once() -> None:
+    course, outage = Course(), Outage("Kafka", "k", 10.0)
+    seen: list[tuple[int, int]] = []
+    for now, outages in [(11, [outage]), (14, [outage]), (16, [outage]), (18, []), (20, []), (30, []), (40, [])]:
+        course.look(float(now), outages)
+        seen.append((len(course.current), len(course.past)))
+    assert seen == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
+    assert course.past == (Past("Kafka", "k", 10.0, 16.0),)
+
+
+def test_an_outage_of_a_moment_is_never_told() -> None:
+    course = Course()
+    for now, outages in [(11.0, [Outage("Kafka", "k", 10.0)]), (12.0, []), (20.0, []), (30.0, [])]:
+        course.look(now, outages)
+        assert (course.current, course.past) == ((), ())
+
+
+def test_an_outage_that_nobody_told_of_for_a_moment_goes_on() -> None:
+    course = Course()
+    for now, outages in [(15.0, [Outage("Kafka", "k", 10.0)]), (17.0, []), (17.5, [Outage("Kafka", "k", 17.0)])]:
+        course.look(now, outages)
+    assert [outage.since for outage in course.current] == [10.0]
+    assert course.past == ()
+
+
+def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() -> None:
+    assert in_full(KAFKA, WALL + 145.0) == (
+        f"no answer from Kafka at k:9092 since {clock(WALL + 50.0)} (1 min 35 s) (refused); learner and worker-0 wait "
+        f"for it until {clock(WALL + 650.0)} (bus.outage_limit_s); then the run ends with code 3 and can go on later "
+        f"with --resume. Start the broker: the run then goes on by itself"
+    )
+    assert over(Past("Kafka", "k:9092", WALL, WALL + 100.0)) == (
+        f"Kafka at k:9092 answers again: it was away for 1 min 40 s, from {clock(WALL)} to {clock(WALL + 100.0)}"
+    )
+    assert clock(WALL) == time.strftime("%H:%M:%S", time.localtime(WALL))
+
+
+def seen(
+    *outages: Outage,
+    past: tuple[Past, ...] = (),
+    lines: int = 5,
+    arrived: float = math.inf,
+    now: float = 145.0,
+    crashes: tuple[Crash, ...] = (),
+    **services: Seen,
+) -> State:
+    running = servers(now) | {"learner": learner(now), "worker-0": worker(now, seconds=now)} | services
+    trained = gathered((a_line(i) for i in range(lines)), arrived=arrived)
+    sight = Sight(running, trained, outages=outages, past=past, clock=WALL)
+    return state(PLAN, sight, now=now, started=1.0, crashes=crashes)
+
+
+def text(shown: State, width: int, height: int) -> list[str]:
+    console = Console(width=width, height=height, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(view(shown, width=width, height=height))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_during_an_outage_no_time_left_is_promised() -> None:
+    shown = seen(KAFKA, arrived=45.0)
+    assert (shown.left_s, shown.still_s) == (None, 100.0)
+    said = line(shown)
+    assert "left" not in said
+    assert "stands still for 1 min 40 s; no answer from Kafka at k:9092 since" in said
+    whole = "\n".join(text(shown, 100, 40))
+    assert "about" not in whole
+    assert "stands still for 1 min 40 s" in whole
+    assert "waits for an answer from Kafka" in whole
+
+
+def test_a_narrow_terminal_shows_the_outage_first() -> None:
+    rows = text(seen(KAFKA, arrived=45.0), 60, 12)
+    assert len(rows) <= 12
+    assert max(map(len, rows)) <= 60
+    assert "no answer from Kafka" in rows[0]
+    assert rows[1].startswith("no answer from Kafka at k:9092 since")
+    whole = " ".join(row.strip() for row in rows)
+    assert "learner and worker-0 wait for it until" in whole
+    assert "Start the broker" in whole
+    assert "stands still for 1 min 40 s" in whole
+
+
+@pytest.mark.parametrize("width", [40, 60, 140])
+def test_outages_never_outgrow_the_terminal(width: int) -> None:
+    outages = [KAFKA, Outage("S3", "http://s3:9000", WALL, None, "", ()), Outage("env_gateway", "http://g", WALL)]
+    past = tuple(Past("Kafka", "k", WALL, WALL + 140.0) for _ in range(3))
+    for height in range(1, 40):
+        rows = text(seen(*outages, past=past), width, height)
+        assert len(rows) <= height
+        assert max(map(len, rows)) <= width
+
+
+def test_that_it_is_over_is_shown_for_a_while() -> None:
+    past = (Past("Kafka", "k:9092", WALL + 20.0, WALL + 140.0),)
+    assert any("Kafka at k:9092 answers again" in row for row in text(seen(past=past), 80, 24))
+    assert not any("answers again" in row for row in text(seen(past=past, now=500.0), 80, 24))
+
+
+@pytest.mark.parametrize(
+    ("past", "crashes", "arrived", "known"),
+    [
+        ((), (), 100.0, True),
+        ((Past("Kafka", "k", WALL + 20.0, WALL + 90.0),), (), 100.0, True),
+        ((Past("Kafka", "k", WALL + 20.0, WALL + 110.0),), (), 100.0, False),
+        ((), (Crash("worker-0", 90.0, -9, ""),), 100.0, True),
+        ((), (Crash("worker-0", 110.0, -9, ""),), 100.0, False),
+        ((), (), -math.inf, False),
+    ],
+)
+def test_the_pace_is_measured_anew_after_a_disturbance(
+    past: tuple[Past, ...], crashes: tuple[Crash, ...], arrived: float, known: bool
+) -> None:
+    assert (seen(past=past, crashes=crashes, arrived=arrived).left_s is not None) == known
+
+
+def test_a_worker_that_began_to_sample_only_now_makes_the_pace_another() -> None:
+    late = worker(145.0, seconds=20.0)
+    assert seen(arrived=100.0, **{"worker-1": late}).left_s is None
+    assert seen(arrived=130.0, **{"worker-1": late}).left_s is not None
+
+
+def test_without_a_new_version_for_long_there_is_no_estimate() -> None:
+    assert seen(arrived=100.0, now=150.0).left_s is not None
+    shown = seen(arrived=100.0, now=170.0)
+    assert shown.left_s is None
+    assert "stands still for 1 min 10 s" in line(shown)
+
+
+def test_an_outage_of_a_server_is_not_told_twice() -> None:
+    silent = servers(100.0)["snapshot_store"]
+    store = Outage("snapshot_store", "http://s", WALL + 100.0)
+    assert seen(store, snapshot_store=Seen(silent.last, trouble="ReadTimeout")).warnings == ()
+    assert seen(snapshot_store=Seen(silent.last, trouble="ReadTimeout")).warnings == (
+        "snapshot_store has not answered for 45 s",
+    )
+
+
+def test_at_the_end_nothing_is_an_outage() -> None:
+    assert seen(KAFKA, lines=20).outages == ()

@@ -1,0 +1,120 @@
+"""Watching services that answer, hang and go; following a history that grows and is cut back."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.bus.port import Outgoing
+from common.bus.sqlite import SqliteBus
+from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
+from common.rejected_record import Cause
+from common.versions import Version
+from services.live import poller
+from services.live.poller import Seen, Watch
+from tests.history_lines import a_line
+
+WITHIN_S = 10.0
+
+
+class Answering(ThreadingHTTPServer):
+    """Gives its status, unless it hangs."""
+
+    daemon_threads = True
+    hangs = threading.Event()
+    token: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answering
+
+    def do_GET(self) -> None:
+        if self.server.hangs.is_set():
+            self.server.hangs.wait()
+            time.sleep(WITHIN_S)
+        self.server.token = self.headers["Authorization"]
+        body = b'{"waiting_for": null, "version": 3}' if self.path == "/v1/status" else b""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def service() -> Iterator[Answering]:
+    server = Answering(("127.0.0.1", 0), _Handler)
+    server.hangs = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[SqliteBus]:
+    bus = SqliteBus(tmp_path / "bus.sqlite")
+    bus.create_topics({WORKERS: 1, DEAD_LETTERS: 1})
+    yield bus
+    bus.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poller, "EVERY_S", 0.02)
+    monkeypatch.setattr(poller, "TIMEOUT_S", 0.2)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
+    service: Answering, bus: SqliteBus, tmp_path: Path
+):
+    urls = {"learner": service.url, "worker-0": service.url}
+    with Watch(urls, tmp_path, bus, run="test", token="secret") as watching:
+        until(lambda: watching.sight().services["learner"].earlier is not None)
+        assert service.token == "Bearer secret"
+        service.hangs.set()
+        until(lambda: watching.sight().services["learner"].trouble == "ReadTimeout")
+        took = []
+        for _ in range(5):  # a busy machine may hold up one of them
+            began = time.monotonic()
+            seen = watching.sight().services["learner"]
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.1
+        assert seen.last is not None
+        assert seen.last.status == {"waiting_for": None, "version": 3}
+
+
+def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
+    with Watch({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
+        until(lambda: watching.sight().services["learner"] == Seen(trouble="ConnectError"))
+
+
+def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
+    update = VersionApplied("t", "worker-0", Version(1), "", True, 0.01, 0.2, 3)
+    with Watch({}, tmp_path, bus, run="test") as watching:
+        assert watching.sight().trained.versions == 0
+        bus.publish(WORKERS, [Outgoing("worker-0", encode(update)), Outgoing("worker-0", b"not a record")])
+        (tmp_path / "history.jsonl").write_bytes(msgspec.json.encode(a_line(0)) + b"\n")
+        until(lambda: watching.sight().applied == (update,))
+        until(lambda: watching.sight().trained.versions == 1)
+        assert watching.sight().trained.last == a_line(0)
+    with bus.consumer(DEAD_LETTERS) as letters:
+        (record,) = letters.poll(limit=9, timeout_s=0)
+    letter = decode(DEAD_LETTERS, record.body)
+    assert (letter.run, letter.topic, letter.offset, letter.body) == ("test", WORKERS, 1, b"not a record")
+    assert letter.cause is Cause.UNDECODABLE

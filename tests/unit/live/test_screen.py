@@ -1,0 +1,88 @@
+"""The screen on a terminal and without one."""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from rich.console import Console
+
+from services.live import screen
+from services.live.history_tail import gathered
+from services.live.poller import Sight
+from services.live.screen import Screen
+from services.live.state import Plan, State, state
+from tests.history_lines import a_line, learner, servers, worker
+
+WITHIN_S = 10.0
+
+
+def a_state() -> State:
+    sight = Sight(servers() | {"learner": learner(), "worker-0": worker()}, gathered(a_line(i) for i in range(4)))
+    return state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
+
+
+def shown(*, terminal: bool, stop: bool) -> str:
+    stopping, looks = threading.Event(), threading.Event()
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=80, height=24, legacy_windows=False)
+
+    def look() -> State:
+        looks.set()
+        return a_state()
+
+    with Screen(console, look, stopping=stopping.is_set):
+        assert looks.wait(WITHIN_S)
+        until(lambda: "version 4" in file.getvalue() if not terminal else "of 10" in file.getvalue())
+        if stop:
+            stopping.set()
+            until(lambda: "stopping" in file.getvalue())
+    return file.getvalue()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_without_a_terminal_there_are_lines_and_nothing_else():
+    said = shown(terminal=False, stop=False)
+    assert "\x1b" not in said
+    assert said.startswith("1 min 40 s: version 4/10; success 0.500")
+
+
+def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(screen, "LINE_S", 0.0)
+
+    def alert(versions: int) -> dict[str, object]:
+        return {"rule": "clip_idle", "level": "warning", "says": f"nothing is clipped, over {versions} versions"}
+
+    def states() -> Iterator[State]:
+        for alerts in ([alert(8)], [alert(9)], [], [alert(12)]):
+            sight = Sight(servers() | {"learner": learner()}, gathered([a_line(0, alerts=alerts)]))
+            yield state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
+        over.set()
+        yield a_state()
+
+    over, told, looks = threading.Event(), io.StringIO(), states()
+    with Screen(Console(file=told, width=80), lambda: next(looks), stopping=over.is_set):
+        assert over.wait(WITHIN_S)
+    assert [row for row in told.getvalue().splitlines() if row.startswith("!")] == [
+        "! clip_idle: nothing is clipped, over 8 versions",
+        "! clip_idle: nothing is clipped, over 12 versions",
+    ]
+
+
+def test_a_terminal_is_given_back_when_the_run_ends():
+    said = shown(terminal=True, stop=False)
+    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1  # the cursor is hidden, then shown
+    assert "stopping" not in said
+
+
+def test_a_stop_is_acknowledged_at_once_and_gives_the_terminal_back_first():
+    said = shown(terminal=True, stop=True)
+    assert said.index("\x1b[?25h") < said.index("stopping ... (")
+    assert "stopping ..." in shown(terminal=False, stop=True)

@@ -1,0 +1,83 @@
+"""How a process ended, as a person reads it."""
+
+import pytest
+
+from services.local.exit_reasons import Crash, ending, last_error, remedy
+
+KILLED_RANK = """Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============
+services.learner FAILED
+  exitcode  : -9 (pid: 12)
+  traceback : Signal 9 (SIGKILL) received by PID 12
+============"""
+RANK_RAISED = """ValueError: loss is no number
+x.ChildFailedError:
+  traceback : To enable traceback see: https://pytorch.org/docs
+===="""
+PYDANTIC = """Traceback (most recent call last):
+  File "engine.py", line 3, in <module>
+pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, max_model_len (9000) is greater than the derived one (4096) [type=value_error]
+    For further information visit https://errors.pydantic.dev
+
+17:00:01 [info     ] stopped"""
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ("one\ntwo\n", ""),
+        ("17:00:01 [info     ] listening              address=http://127.0.0.1:1", ""),
+        ('{"event": "listening", "level": "info"}', ""),
+        ("17:00:01 [error    ] the store does not answer", "the store does not answer"),
+        ("17:00:01 [warning  ] dropped\nValueError: no\n17:00:02 [info     ] bye", "ValueError: no"),
+        ("KeyError: 'first'\nIndexError: the last", "IndexError: the last"),
+        ("Fatal Python error: Segmentation fault\n\nCurrent thread 0x1", "Fatal Python error: Segmentation fault"),
+        ("/usr/bin/python: No module named services", "/usr/bin/python: No module named services"),
+        (KILLED_RANK, "a rank was ended by SIGKILL (the machine ran out of memory, or somebody killed it)"),
+        (RANK_RAISED, "ValueError: loss is no number"),
+    ],
+)
+def test_what_a_log_says_went_wrong(log: str, words: str) -> None:
+    assert last_error(log) == words
+
+
+def test_an_error_is_quoted_with_its_whole_message() -> None:
+    assert last_error(PYDANTIC).startswith(
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, max_model_len (9000) is greater"
+    )
+    assert "stopped" not in last_error(PYDANTIC)
+    assert len(last_error("ValueError: " + "x" * 10_000)) < 500
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words", "said"),
+    [
+        (-9, "", "it was ended by SIGKILL (the machine ran out of memory, or somebody killed it)"),
+        (-4, "", "it was ended by SIGILL (an instruction that this processor, or the kernel, does not allow)"),
+        (
+            -11,
+            "E: x",
+            "it was ended by SIGSEGV (native code touched memory that is not its own; the last error in its log: E: x)",
+        ),
+        (-35, "", "it was ended by signal 35 (see `man 7 signal`)"),
+        (0, "", "it ended although the run goes on (exit code 0)"),
+        (1, "", "it crashed (exit code 1: it wrote no error)"),
+        (7, "the engine died", "it crashed (exit code 7: the engine died)"),
+        (130, "", "it was asked to stop although the run goes on (exit code 130: SIGTERM or SIGINT)"),
+    ],
+)
+def test_how_it_ended(exit_code: int, words: str, said: str) -> None:
+    assert ending("it", exit_code, words) == said
+
+
+def test_a_crash_says_when_it_is_made_up_for() -> None:
+    assert Crash("it", 0.0, 1, "E", 0.0).told("9 s").endswith("(exit code 1: E), and was started again")
+    assert Crash("it", 0.0, 1, "E", 4.0).told("9 s").endswith("(exit code 1: E); starts again in 4 s")
+
+
+def test_what_to_do_about_a_signal_is_said_of_a_rank_too() -> None:
+    assert remedy(-9, "") == remedy(1, last_error(KILLED_RANK)) != ""
+    assert remedy(1, "ValueError: no") == ""

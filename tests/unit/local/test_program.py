@@ -1,0 +1,148 @@
+"""The command line, as far as it goes without starting anything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import load
+from common.config.to_toml import show
+from common.user_error import Refusal
+from services.__main__ import program
+from services.local import console_text
+from services.local.run_setup import resolve
+from tests.runs import ROOT
+
+RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    (tmp_path / "mine.toml").write_text(RUN + f'run.folder = "{tmp_path}"\n')
+    return tmp_path / "mine.toml"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["services", *map(str, arguments)])
+    program()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["examples/embedded.toml", "--help"]])
+def test_help_explains_every_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    call(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    for form in ("RUN.toml", "--check", "--resume FOLDER", "--SECTION.KEY=VALUE", "report FOLDER"):
+        assert form in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["report"], ["report", "--help"], ["report", "a", "b"]])
+def test_what_cannot_be_understood_is_answered_with_the_usage(monkeypatch: pytest.MonkeyPatch, arguments: list[str]):
+    with pytest.raises(Refusal, match="usage: python -m services"):
+        call(monkeypatch, *arguments)
+
+
+def test_check_prints_the_resolved_run_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_file: Path
+):
+    call(monkeypatch, run_file, "--check", "--learner.versions=7")
+    said = capsys.readouterr().out
+    assert "versions = 7" in said
+    assert "canary_tolerance" in said
+    assert list(run_file.parent.iterdir()) == [run_file]
+
+
+def test_a_report_is_of_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with pytest.raises(Refusal, match="no run's folder"):
+        call(monkeypatch, "report", tmp_path)
+
+
+def test_help_and_check_do_not_wait_for_heavy_libraries():
+    heavy = ("torch", "transformers", "vllm", "plotly")
+    code = f"import sys, services.__main__; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+
+
+EMBEDDED, CLUSTER, HOME = "examples/embedded.toml", "examples/cluster.toml", Path("runs/r1")
+BY_HAND = "  .venv/bin/python -m services --resume runs/r1"
+BY_CLUSTER = '  make run-cluster RUN="runs/r1/run.toml" ARGS="--resume runs/r1"'
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "kafka", "by_make", "command"),
+    [
+        (EMBEDDED, [], False, True, '  make run ARGS="--resume runs/r1"'),
+        (EMBEDDED, [], False, False, BY_HAND),
+        (EMBEDDED, ["--learner.versions=6"], False, True, BY_HAND),
+        ("mine.toml", [], False, True, BY_HAND),
+        ("mine.toml", [], True, True, BY_HAND),
+        (CLUSTER, [], True, True, '  make run-cluster ARGS="--resume runs/r1"'),
+        (CLUSTER, ["--run.seed=1"], True, True, BY_CLUSTER),
+        ("runs/r1/run.toml", [], True, True, BY_CLUSTER),
+        (CLUSTER, [], True, False, BY_HAND),
+    ],
+)
+def test_a_run_goes_on_as_it_was_begun(source: str, overrides: list[str], kafka: bool, by_make: bool, command: str):
+    python = ".venv/bin/python"
+    assert command == console_text.resume(
+        HOME, Path(source), overrides, kafka=kafka, by_make=by_make, python=python
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's $HOME", "a'\"b"])
+@pytest.mark.parametrize(
+    ("source", "overrides"), [(EMBEDDED, []), (CLUSTER, []), (CLUSTER, ["--run.seed=1"]), ("x", [])]
+)
+def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source: str, overrides: list[str]):
+    """Up to the program, which is asked here what it makes of its arguments. Of make's, what the recipe ends with."""
+    home = tmp_path / name / "r1"
+    home.mkdir(parents=True)
+    run = load([EMBEDDED if source == "x" else source, "--run.id=r1"], {}, program="").config
+    (home / "run.toml").write_text(show(run))
+    command = console_text.resume(
+        home, Path(source), overrides, kafka=source == CLUSTER, by_make=source != "x", python=".venv/bin/python"
+    ).strip()
+    if command.startswith("make "):
+        recipe = shell(f"{command} --dry-run").splitlines()[-1]
+        command = recipe[recipe.index(".venv/bin/python -m services ") :]
+    assert command.startswith(".venv/bin/python -m services ")
+    arguments = shell(command.replace(".venv/bin/python -m services", "printf '%s\\n'")).splitlines()
+    assert resolve(load(arguments, {}, program="")).run.home == home
+
+
+def shell(command: str) -> str:
+    """What it prints. `make test` marks its children, and a make among them would say which folder it enters."""
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_result_is_told_in_short():
+    summary = json.loads(
+        """{"versions": 200, "seconds": {"setup": 31.2, "run": 195.0}, "trajectories": {"trained": 51200},
+            "success_first": 0.0246, "success_last": 0.9912}"""
+    )
+    assert console_text.made(summary, Path("runs/r1")).splitlines() == [
+        "200 versions in 3 min 15 s (and 31 s to start)",
+        "success 0.025 -> 0.991 (first and last tenth of 51,200 trajectories)",
+        "report: runs/r1/report.html",
+        "summary: runs/r1/summary.json",
+    ]
+    assert console_text.made({"versions": 0}, Path("runs/r1")).startswith("report:")
+
+
+@pytest.mark.parametrize("command", ["services audit --help", "services.learner dead-letters --help"])
+def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

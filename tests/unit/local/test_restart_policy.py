@@ -1,0 +1,62 @@
+"""Which deaths are followed by a new start, and after how long."""
+
+import pytest
+
+from services.local.restart_policy import LONGEST_WAIT_S, Death, alike, row_with, wait_s
+
+KILLED, RAISED, OTHER = Death(-9, "", False), Death(1, "ValueError: no", False), Death(1, "OSError: no", False)
+WORKED = Death(-9, "", True)
+
+
+def outcome(*deaths: Death, restarts: int = 5) -> float | None:
+    row: tuple[Death, ...] = ()
+    for death in deaths:
+        row = row_with(row, death)
+    return wait_s(row, restarts=restarts)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "restarts", "waits"),
+    [
+        ([KILLED], 5, 0.0),
+        ([KILLED, KILLED], 5, 1.0),
+        ([KILLED, KILLED, KILLED], 99, None),
+        ([KILLED, RAISED, OTHER], 5, 2.0),
+        ([KILLED, RAISED, KILLED, RAISED, KILLED], 5, 8.0),
+        ([KILLED, RAISED, KILLED, RAISED, KILLED, RAISED], 5, None),
+        ([RAISED, KILLED, KILLED, KILLED], 99, None),
+        ([KILLED] * 2 + [WORKED], 5, 0.0),
+        ([KILLED] * 2 + [WORKED, KILLED], 5, 1.0),
+        ([KILLED] * 2 + [WORKED, KILLED, KILLED], 99, None),
+        ([WORKED] * 100, 5, 0.0),
+        ([KILLED], 0, None),
+        ([KILLED, OTHER], 1, None),
+        ([KILLED, RAISED] * 10, 99, LONGEST_WAIT_S),
+    ],
+)
+def test_a_row_of_deaths(deaths: list[Death], restarts: int, waits: float | None) -> None:
+    assert outcome(*deaths, restarts=restarts) == waits
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (Death(1, "OSError: port 4711 at 0x7ffe", False), Death(1, "OSError: port 9 at 0x1", False), True),
+        (Death(1, "ValueError: no", False), Death(1, "ValueError: yes", False), False),
+        (Death(-9, "", False), Death(-11, "", False), False),
+        (Death(-9, "", True), Death(-9, "", False), True),
+    ],
+)
+def test_likeness(one: Death, other: Death, same: bool) -> None:
+    assert one.is_like(other) is same
+    assert alike([one, other, one]) is same
+
+
+def test_every_row_without_work_ends() -> None:
+    """Whatever the deaths are: at most `restarts` new starts."""
+    for restarts in range(8):
+        row: tuple[Death, ...] = ()
+        starts = 1
+        while wait_s(row := row_with(row, Death(1, "ab"[starts % 2], False)), restarts=restarts) is not None:
+            starts += 1
+        assert starts == restarts + 1

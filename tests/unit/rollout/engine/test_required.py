@@ -1,0 +1,116 @@
+"""A living engine that refuses what its worker needs: a sentence and code 7, and nothing is lost."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from common.bus.port import Outgoing
+from common.messages import CONTROL, TRAJECTORIES, CutReleased, CutRequested, encode
+from common.user_error import ExitCode, Refusal
+from common.versions import Version
+from services.rollout.engine.port import EngineFailed, Sampled, StoredWeights
+from services.rollout.engine.required import needed
+from tests.unit.rollout.engine.test_crash_report import documented
+from tests.unit.rollout.working import (
+    RUN,
+    GatedEngine,
+    Place,
+    announce,
+    committed,
+    finished,
+    ids,
+    messages,
+    offer,
+    working,
+)
+
+ERROR = "weight update: RuntimeError: [enforce fail at alloc_cpu.cpp:124] not enough memory\nyou tried to allocate 9 GB"
+
+
+class Refuses(GatedEngine):
+    """Refuses the step that is named from then on, and lives."""
+
+    step = ""
+
+    def _may(self, step: str) -> None:
+        if step == self.step:
+            raise EngineFailed(ERROR)
+
+    async def pause(self) -> None:
+        self._may("pause")
+        await super().pause()
+
+    async def load(self, weights: StoredWeights) -> None:
+        self._may("load")
+        await super().load(weights)
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        self._may("score")
+        return await super().score(tokens)
+
+    async def partial(self, request: str) -> Sampled | None:
+        self._may("partial")
+        return await super().partial(request)
+
+    async def resume(self) -> None:
+        self._may("resume")
+        await super().resume()
+
+
+def ask(place: Place, cut: int) -> None:
+    place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(0), 5.0)))])
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ("pause", "an update to version 1"),
+        ("load", "an update to version 1"),
+        ("resume", "an update to version 1"),
+        ("score", "to score the canaries of version 1"),
+        ("pause", "cut 4 of version 0"),
+        ("partial", "cut 4 of version 0"),
+        ("resume", "to go on after a cut"),
+    ],
+)
+async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_nothing(
+    place: Place, step: str, what: str
+) -> None:
+    offer(place.bus, 0)
+    announce(place.bus, 0)
+    engine = Refuses(place.dialogue)
+    async with working(place, engine=engine) as at_work:
+        engine.shut()
+        await at_work.until(lambda: engine.live == 2)
+        if "cut" not in what:
+            engine.step = step
+            announce(place.bus, 1)
+        elif step != "resume":
+            engine.step = step
+            ask(place, 4)
+        else:
+            ask(place, 4)
+            await at_work.until(lambda: at_work.worker.status()["cut"] == 4)
+            engine.step = step
+            place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4)))])
+        with pytest.raises(Refusal) as refused:
+            await at_work.ends()
+    assert refused.value.code is ExitCode.ENGINE
+    assert str(refused.value).startswith(f"the inference engine refused {what}\nits error: {ERROR}\nwhat to try: ")
+    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
+    if "cut" in what:
+        announce(place.bus, 1)
+    async with working(place) as again:
+        await again.until(lambda: committed(place.bus) == 1)
+    assert finished(place.bus) == ids(0)
+
+
+def test_the_text_of_a_refused_step_is_the_documented_one() -> None:
+    with pytest.raises(Refusal) as refused, needed("an update to version 12"):
+        raise EngineFailed("weight update: ValueError: model.norm.weight: 4096 bytes are missing")
+    assert str(refused.value) == documented("A step that a living engine refuses")
+
+
+def test_other_errors_are_passed_on() -> None:
+    with pytest.raises(KeyError), needed("an update to version 12"):
+        raise KeyError("a mistake of ours")

@@ -1,0 +1,118 @@
+"""What cuts rely on in an engine: it stands still when it says so, and tells of messages under way."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from common.config.schema import ScriptedEngineConfig
+from common.snapshots.manifest import SCHEMA, Manifest
+from common.versions import Version
+from services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+from services.rollout.engine.scripted import ScriptedEngine
+
+WORDS = tuple(range(100, 120))
+
+
+def weights(version: int) -> StoredWeights:
+    manifest = Manifest(
+        schema=SCHEMA, run="test", writer=1, version=Version(version), digest="", encoding="base", object="",
+        object_size=0, tensors=(), canaries=(),
+    )  # fmt: skip
+    return StoredWeights(manifest, Path())
+
+
+class Stepped(ScriptedEngine):
+    """Says when it has sampled a token."""
+
+    def __init__(self) -> None:
+        config = ScriptedEngineConfig(kind="scripted", texts=("text",), tokens_per_s=1e6)
+        super().__init__(config, encode=lambda _: list(WORDS))
+        self.sampled = 0
+
+    def _sample(self, request: str, message: object) -> None:
+        super()._sample(request, message)
+        self.sampled += 1
+
+    async def until(self, tokens: int) -> None:
+        while self.sampled < tokens:
+            await asyncio.sleep(0)
+
+    async def update(self, version: int) -> None:
+        await self.pause()
+        await self.load(weights(version))
+        await self.resume()
+
+
+def say(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "asyncio.Task[Sampled]":
+    return asyncio.create_task(engine.generate([1], request=request, temperature=1.0, max_tokens=64, stop=[2]))
+
+
+async def test_a_message_under_way_is_told_of_exactly() -> None:
+    engine = Stepped()
+    await engine.update(3)
+    saying = say(engine)
+    await engine.until(4)
+    await engine.update(5)
+    await engine.until(9)
+    await engine.pause()
+    partial, count = await engine.partial("g000000/0#0.0"), engine.sampled
+    assert partial is not None
+    assert (partial.tokens, partial.stopped) == (WORDS[:count], False)
+    assert partial.spans == (Span(Version(3), 0, 4), Span(Version(5), 4, count))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert await engine.partial("g000000/0#0.0") == partial  # nothing was sampled since
+    await engine.resume()
+    whole = await saying
+    assert (whole.tokens[:count], whole.logprobs[:count]) == (partial.tokens, partial.logprobs)
+    assert (whole.tokens, whole.stopped) == ((*WORDS, 2), True)
+
+
+async def test_nothing_is_told_of_a_message_that_has_not_begun_or_has_ended() -> None:
+    engine = Stepped()
+    await engine.update(0)
+    await engine.pause()
+    begun = say(engine, "g000000/0#0.1")
+    await asyncio.sleep(0)
+    assert await engine.partial("g000000/0#0.1") is None
+    assert await engine.partial("nobody's") is None
+    await engine.resume()
+    await begun
+    await engine.pause()
+    assert await engine.partial("g000000/0#0.1") is None
+
+
+async def test_a_message_that_was_given_up_is_forgotten() -> None:
+    engine = Stepped()
+    await engine.update(0)
+    saying = say(engine)
+    await engine.until(3)
+    saying.cancel()
+    await asyncio.gather(saying, return_exceptions=True)
+    await engine.pause()
+    assert await engine.partial("g000000/0#0.0") is None
+
+
+async def test_partial_messages_are_told_of_only_while_it_stands_still() -> None:
+    engine = Stepped()
+    await engine.update(0)
+    with pytest.raises(EngineFailed, match="pause the engine first"):
+        await engine.partial("g000000/0#0.0")
+
+
+async def test_who_waits_for_the_engine_samples_nothing_when_it_is_paused_again_at_once() -> None:
+    engine = Stepped()
+    await engine.update(0)
+    saying = say(engine)
+    await engine.until(3)
+    await engine.pause()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    count = engine.sampled
+    await engine.resume()
+    await engine.pause()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert engine.sampled == count
+    saying.cancel()

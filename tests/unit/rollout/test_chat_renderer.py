@@ -1,0 +1,129 @@
+"""Tokens in, tokens out: what the model said is never tokenised again."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common.sessions.wire import Message
+from common.user_error import Refusal
+from services.rollout.chat_renderer import Dialogue
+from tests.runs import ROOT
+
+TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"properties": {"key": {}}}}},)
+
+# A template of the kind that rewrites what came before: reasoning is cut from earlier messages, and the last one gets
+# an empty one if it has none.
+REWRITING = """\
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- set said = message.content.split('</think>')[-1] %}
+{{- '<|im_start|>assistant\n' + ('<think></think>' if loop.last else '') + said + '<|im_end|>\n' }}
+{%- elif message.role == 'tool' %}{{- '<|im_start|>user\n[' + message.content + ']<|im_end|>\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+SAVED_BY_TRANSFORMERS_5 = """
+import sys
+from services.rollout.chat_renderer import Dialogue
+dialogue = Dialogue.load(sys.argv[1], {})
+print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
+"""
+
+
+@pytest.mark.thorough
+def test_a_tokenizer_of_the_general_class_is_loaded_without_torch(starting_model: Path) -> None:
+    """And is the one that AutoTokenizer would have made."""
+    command = [sys.executable, "-c", SAVED_BY_TRANSFORMERS_5, str(starting_model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    expected = AutoTokenizer.from_pretrained(starting_model)
+    assert done.stdout.split() == ["False", type(expected).__name__]
+    assert str(Dialogue.load(str(starting_model), {})._tokenizer) == str(expected)
+
+
+def a_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_prompt_ends_where_the_model_begins(dialogue: Dialogue) -> None:
+    prompt = dialogue.begin([Message(role="user", content="What is the value of amber?")], TOOLS)
+    whole = dialogue._tokenizer.decode(prompt, skip_special_tokens=False)
+    assert whole.endswith("<|im_start|>user\nWhat is the value of amber?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: Dialogue) -> None:
+    answer = [Message(role="tool", content="4")]
+    stopped = dialogue.between(answer, after_stop=True)
+    cut_short = dialogue.between(answer, after_stop=False)
+    assert cut_short == (*dialogue.stop_tokens, *stopped)
+    text = dialogue._tokenizer.decode(cut_short, skip_special_tokens=False)
+    assert text == (
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: Dialogue) -> None:
+    first = [Message(role="user", content="What is the value of amber?")]
+    call = '<tool_call>\n{"name": "lookup", "arguments": {"key": "amber"}}\n</tool_call>'
+    said = [*dialogue.encode(call), *dialogue.stop_tokens]
+    answer = [Message(role="tool", content="4")]
+    pieces = [*dialogue.begin(first, TOOLS), *said, *dialogue.between(answer, after_stop=True)]
+    messages = [*first, Message(role="assistant", content=call), *answer]
+    rendered = dialogue._tokenizer.apply_chat_template(
+        [m.model_dump() for m in messages], tools=list(TOOLS), tokenize=False, add_generation_prompt=True
+    )
+    assert pieces == dialogue.encode(rendered)
+
+
+def test_a_template_that_rewrites_earlier_messages_does_no_harm() -> None:
+    dialogue = Dialogue(a_tokenizer(REWRITING), options={})
+    between = dialogue.between([Message(role="tool", content="4")], after_stop=False)
+    assert dialogue._tokenizer.decode(between) == "<|im_end|>\n<|im_start|>user\n[4]<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_several_tool_answers_come_in_order(dialogue: Dialogue) -> None:
+    tokens = dialogue.between([Message(role="tool", content="4"), Message(role="tool", content="5")], after_stop=True)
+    text = dialogue._tokenizer.decode(tokens)
+    assert text.index("\n4\n") < text.index("\n5\n")
+
+
+def test_the_environment_gets_the_text_without_the_stop_token(dialogue: Dialogue) -> None:
+    assert dialogue.text([*dialogue.encode("Größe 4\n"), *dialogue.stop_tokens]) == "Größe 4\n"
+
+
+def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(dialogue: Dialogue) -> None:
+    tokens = dialogue.encode("amber")
+    assert dialogue.text(tokens) == "amber"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no tools here') }}", "cannot render a tool's answer"),
+        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
+    ],
+)
+def test_a_tokenizer_that_cannot_hold_a_dialogue_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
+    a_tokenizer(template).save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=says):
+        Dialogue.load(str(tmp_path), {})
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, starting_model: Path) -> None:
+    shutil.copy(starting_model / "config.json", tmp_path)  # with it transformers makes an empty tokenizer, no error
+    with pytest.raises(Refusal, match=r"model\.path: .* has no usable tokenizer"):
+        Dialogue.load(str(tmp_path), {})

@@ -1,0 +1,76 @@
+"""Whatever is sampled and cut in whatever way: segments cover sampled tokens exactly once (style.md, section 7)."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from common.arrays import unpack_float32, unpack_int32
+from common.trajectory import check, cuts, token_versions
+from common.versions import UNTRAINABLE, Version
+from services.rollout.engine.port import Sampled, Span
+from services.rollout.trajectory_builder import Assembly, Contradiction
+
+
+def sampled(versions: list[int], first: int = 0) -> Sampled:
+    """One token for each version; token and log-prob tell their place."""
+    spans: list[Span] = []
+    for i, version in enumerate(versions):
+        if spans and spans[-1].version == version:
+            spans[-1] = Span(Version(version), spans[-1].start, i + 1)
+        else:
+            spans.append(Span(Version(version), i, i + 1))
+    tokens = tuple(1000 + first + i for i in range(len(versions)))
+    return Sampled(tokens, tuple(-(first + i) / 8 for i in range(len(versions))), tuple(spans), stopped=True)
+
+
+turns = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 3), min_size=1, max_size=8).map(sorted),  # versions only ever rise
+        st.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(st.integers(1, 5), turns)
+def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[tuple[list[int], int]]) -> None:
+    assembly = Assembly(range(prompt))
+    expected_tokens, expected_versions = list(range(prompt)), [UNTRAINABLE] * prompt
+    expected_cuts = []
+    for versions, answer in dialogue:
+        message = sampled(versions, first=len(expected_tokens))
+        expected_cuts += [len(expected_tokens) + i for i in range(1, len(versions)) if versions[i] != versions[i - 1]]
+        assembly.add_sampled(message)
+        assembly.add_environment([7] * answer)
+        expected_tokens += [*message.tokens, *[7] * answer]
+        expected_versions += [*versions, *[UNTRAINABLE] * answer]
+    assert unpack_int32(assembly.packed()).tolist() == expected_tokens == assembly.tokens
+    check(assembly.segments, len(expected_tokens))
+    assert token_versions(assembly.segments, len(expected_tokens)).tolist() == expected_versions
+    assert assembly.turns == len(dialogue)
+    separate = [cut for cut in cuts(assembly.segments) if expected_versions[cut - 1] != UNTRAINABLE]
+    assert set(expected_cuts) <= set(separate)
+    for segment in assembly.segments:  # each log-prob stands at its own token
+        assert unpack_float32(segment.behavior_logprobs).tolist() == [
+            -(expected_tokens[t] - 1000) / 8 for t in range(segment.start, segment.stop)
+        ]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Sampled((1, 2), (-1.0,), (Span(Version(0), 0, 2),), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1),), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 3),), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 1, 2),), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1), Span(Version(1), 0, 2)), stopped=True),
+        Sampled((1, 2), (-1.0, -1.0), (Span(Version(-1), 0, 2),), stopped=True),
+    ],
+)
+def test_spans_that_do_not_cover_the_tokens_are_refused(bad: Sampled) -> None:
+    assembly = Assembly([5])
+    with pytest.raises(Contradiction):
+        assembly.add_sampled(bad)
+    assert assembly.tokens == [5]
+    assert assembly.segments == ()

@@ -1,0 +1,338 @@
+"""Versions and leases over a folder: what is kept, what goes, and what a crash leaves."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from common.snapshots.manifest import Damaged, seal
+from common.versions import Version
+from services.snapshot_store.catalog import Catalogue, Conflict
+from services.snapshot_store.storage_disk import DiskStorage
+from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, digest_of
+
+
+async def opened(folder: Path) -> Catalogue:
+    """The catalogue as a store that starts now has it."""
+    catalogue = Catalogue(DiskStorage(folder))
+    await catalogue.open()
+    if await catalogue.writers.newest() is None:
+        await catalogue.writers.issue("learner")
+    return catalogue
+
+
+async def upload(catalogue: Catalogue, content: int) -> None:
+    await catalogue.put_object(digest_of(content), chunks(an_object(content)))
+
+
+async def announce(catalogue: Catalogue, version: int, content: int) -> bool:
+    manifest = a_manifest(version, content)
+    return await catalogue.put_version(manifest, seal(manifest))
+
+
+async def put(catalogue: Catalogue, version: int, content: int | None = None) -> bool:
+    """A version with weights of its own, unless told which."""
+    content = version if content is None else content
+    await upload(catalogue, content)
+    return await announce(catalogue, version, content)
+
+
+def objects(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("objects/*")}
+
+
+async def test_a_version_put_is_there_with_its_manifest_and_its_bytes(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    assert await put(catalogue, 3)
+    assert list(catalogue.versions) == [3]
+    assert await catalogue.body(Version(3)) == seal(a_manifest(3, 3))
+    assert await DiskStorage(tmp_path).read(catalogue.object_key(digest_of(3))) == an_object(3)
+
+
+async def test_the_same_weights_again_are_no_new_version(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    assert [await put(catalogue, 3), await put(catalogue, 3)] == [True, False]
+
+
+async def test_other_weights_under_a_taken_number_are_a_conflict_that_names_both(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await put(catalogue, 3, content=1)
+    with pytest.raises(Conflict) as conflict:
+        await put(catalogue, 3, content=2)
+    for content in (1, 2):
+        assert a_manifest(3, content).digest[:16] in str(conflict.value)
+    assert catalogue.versions[Version(3)] == a_manifest(3, 1)
+
+
+async def test_a_version_without_its_object_is_refused(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    with pytest.raises(KeyError):
+        await announce(catalogue, 3, content=3)
+    assert catalogue.versions == {}
+
+
+async def test_a_version_whose_object_is_not_whole_is_refused(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await upload(catalogue, 3)
+    (tmp_path / "objects" / digest_of(3)).write_bytes(an_object(3)[:-1])
+    with pytest.raises(KeyError):
+        await announce(catalogue, 3, content=3)
+
+
+async def test_versions_are_listed_in_order_after_a_restart(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    for version in (10, 2, 100_000_000):
+        await put(catalogue, version)
+    assert list((await opened(tmp_path)).versions) == [2, 10, 100_000_000]
+
+
+async def test_18_5_leases_outlive_a_restart(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await catalogue.lease("learner", Version(4))
+    await catalogue.lease("replica", Version(2))
+    await catalogue.lease("learner", Version(5))
+    assert (await opened(tmp_path)).leases == {"learner": 5, "replica": 2}
+
+
+async def test_18_5_a_sweep_removes_what_is_below_every_lease(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    for version in range(5):
+        await put(catalogue, version)
+    await catalogue.lease("learner", Version(3))
+    await catalogue.lease("replica", Version(2))
+    assert await catalogue.sweep() == [0, 1]
+    assert list(catalogue.versions) == [2, 3, 4]
+    assert objects(tmp_path) == {digest_of(content) for content in (2, 3, 4)}
+    assert await catalogue.body(Version(1)) is None
+    assert list((await opened(tmp_path)).versions) == [2, 3, 4]
+
+
+async def test_without_its_lease_a_version_would_be_swept(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    for version in range(3):
+        await put(catalogue, version)
+    await catalogue.lease("learner", Version(2))
+    await catalogue.lease("replica", Version(0))
+    assert await catalogue.sweep() == []
+    catalogue._leases.pop("replica")
+    assert await catalogue.sweep() == [0, 1]
+
+
+async def test_weights_that_two_versions_share_stay_while_one_of_them_does(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await put(catalogue, 0, content=7)
+    await put(catalogue, 1, content=7)
+    await catalogue.lease("learner", Version(1))
+    assert await catalogue.sweep() == [0]
+    assert objects(tmp_path) == {digest_of(7)}
+
+
+async def test_weights_put_twice_go_with_their_version(tmp_path: Path) -> None:
+    """A client that lost the answer sends everything again: that must not keep the bytes for ever."""
+    catalogue = await opened(tmp_path)
+    await put(catalogue, 0)
+    await put(catalogue, 0)
+    await put(catalogue, 1)
+    await catalogue.lease("learner", Version(1))
+    assert await catalogue.sweep() == [0]
+    assert objects(tmp_path) == {digest_of(1)}
+
+
+async def test_weights_that_lost_a_conflict_are_swept(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await put(catalogue, 0, content=1)
+    with pytest.raises(Conflict):
+        await put(catalogue, 0, content=2)
+    await catalogue.sweep()
+    assert objects(tmp_path) == {digest_of(1)}
+
+
+async def test_a_store_that_died_before_the_manifest_came_sweeps_the_object(tmp_path: Path) -> None:
+    await upload(await opened(tmp_path), 5)
+    catalogue = await opened(tmp_path)
+    await catalogue.sweep()
+    assert objects(tmp_path) == set()
+
+
+async def test_a_store_that_died_while_it_swept_finishes_at_the_next_sweep(tmp_path: Path) -> None:
+    """Removing takes the manifest first: what a crash leaves is an object that nobody names."""
+    catalogue = await opened(tmp_path)
+    await put(catalogue, 0)
+    await put(catalogue, 1)
+    (tmp_path / "versions" / "00000000.json").unlink()
+    catalogue = await opened(tmp_path)
+    assert list(catalogue.versions) == [1]
+    assert await catalogue.sweep() == []
+    assert objects(tmp_path) == {digest_of(1)}
+
+
+class DiesWhileSweeping(DiskStorage):
+    """The process ends at its second deletion."""
+
+    deletions = 0
+
+    async def delete(self, key: str) -> None:
+        self.deletions += 1
+        if self.deletions == 2:
+            raise SystemExit
+        await super().delete(key)
+
+
+async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    for version in range(3):
+        await put(catalogue, version)
+    await catalogue.lease("learner", Version(2))
+    dying = Catalogue(DiesWhileSweeping(tmp_path))
+    await dying.open()
+    with pytest.raises(SystemExit):
+        await dying.sweep()
+    after = await opened(tmp_path)
+    assert {manifest.object for manifest in after.versions.values()} <= objects(tmp_path)
+    assert after.versions.keys() == {1, 2}
+
+
+async def test_an_upload_under_way_is_not_swept(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+
+    async def sweeping() -> AsyncIterator[bytes]:
+        yield an_object(5)[:4]
+        await catalogue.sweep()
+        yield an_object(5)[4:]
+
+    await catalogue.put_object(digest_of(5), sweeping())
+    assert await announce(catalogue, 5, content=5)
+
+
+async def test_an_upload_that_waits_for_its_manifest_is_not_swept(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await upload(catalogue, 5)
+    await catalogue.sweep()
+    assert await announce(catalogue, 5, content=5)
+
+
+async def test_if_uploads_were_not_noted_a_sweep_would_take_them(tmp_path: Path) -> None:
+    catalogue = await opened(tmp_path)
+    await upload(catalogue, 5)
+    catalogue._uploading.clear()
+    await catalogue.sweep()
+    with pytest.raises(KeyError):
+        await announce(catalogue, 5, content=5)
+
+
+class WaitsAfterLooking(DiskStorage):
+    """Lets others go on between `size` and what follows it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.looked, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def size(self, key: str) -> int | None:
+        size = await super().size(key)
+        self.looked.set()
+        await self.go_on.wait()
+        return size
+
+
+async def test_no_sweep_comes_between_looking_for_the_object_and_standing_by_it(tmp_path: Path) -> None:
+    await upload(await opened(tmp_path), 5)
+    storage = WaitsAfterLooking(tmp_path)
+    restarted = Catalogue(storage)  # it has not seen the upload
+    await restarted.open()
+    announcing = asyncio.create_task(announce(restarted, 5, content=5))
+    await storage.looked.wait()
+    sweeping = asyncio.create_task(restarted.sweep())
+    for _ in range(100):  # as far as it can get
+        await asyncio.sleep(0)
+    storage.go_on.set()
+    assert await announcing
+    await sweeping
+    assert objects(tmp_path) == {digest_of(5)}
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+async def test_a_damaged_manifest_is_named_when_the_store_opens(tmp_path: Path, place: int) -> None:
+    await put(await opened(tmp_path), 7)
+    path = tmp_path / "versions" / "00000007.json"
+    body = bytearray(path.read_bytes())
+    body[place] ^= 0xFF
+    path.write_bytes(body)
+    with pytest.raises(Damaged, match=r"^version 7 \(versions/00000007\.json\): "):
+        await opened(tmp_path)
+
+
+async def test_a_manifest_under_another_number_is_named_when_the_store_opens(tmp_path: Path) -> None:
+    await put(await opened(tmp_path), 7)
+    (tmp_path / "versions" / "00000007.json").rename(tmp_path / "versions" / "00000008.json")
+    with pytest.raises(Damaged, match=r"^version 8 \(versions/00000008\.json\): the manifest in it is of version 7$"):
+        await opened(tmp_path)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"learner": "x"}', b"\xff"])
+async def test_damaged_leases_are_named_when_the_store_opens(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "leases.json").write_bytes(body)
+    with pytest.raises(Damaged, match=r"^leases\.json: "):
+        await opened(tmp_path)
+
+
+async def test_files_that_are_no_versions_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions" / "README").write_text("mine")
+    catalogue = await opened(tmp_path)
+    await catalogue.sweep()
+    assert (tmp_path / "versions" / "README").exists()
+
+
+NUMBERS = st.integers(0, 5)
+ACTS = st.one_of(
+    st.tuples(st.just("put"), NUMBERS, st.integers(0, 3)),
+    st.tuples(st.just("upload"), st.integers(0, 3), st.just(0)),
+    st.tuples(st.just("lease"), st.sampled_from(["learner", "replica"]), NUMBERS),
+    st.tuples(st.just("sweep"), st.just(0), st.just(0)),
+    st.tuples(st.just("restart"), st.just(0), st.just(0)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ACTS, max_size=14))
+def test_whatever_happens_what_is_needed_is_whole_and_the_rest_goes(acts: list[tuple[str, int | str, int]]) -> None:
+    async def play(folder: Path) -> None:
+        catalogue = await opened(folder)
+        standing: dict[int, int] = {}
+        leases: dict[str, int] = {}
+        waiting: set[int] = set()
+        for act, first, second in acts:
+            match act:
+                case "put":
+                    number = int(first)
+                    try:
+                        assert await put(catalogue, number, second) == (number not in standing)
+                    except Conflict:
+                        assert standing[number] != second
+                    waiting.discard(second)
+                    standing.setdefault(number, second)
+                case "upload":
+                    await upload(catalogue, int(first))
+                    waiting.add(int(first))
+                case "lease":
+                    await catalogue.lease(str(first), Version(second))
+                    leases[str(first)] = second
+                case "sweep":
+                    await catalogue.sweep()
+                    newest = max(standing, default=0)
+                    if leases:
+                        lowest = min(leases.values())
+                        standing = {v: c for v, c in standing.items() if v >= lowest or v == newest}
+                    assert objects(folder) == {digest_of(content) for content in {*standing.values(), *waiting}}
+                case "restart":
+                    catalogue = await opened(folder)
+                    waiting.clear()
+            assert catalogue.versions == {v: a_manifest(v, standing[v]) for v in sorted(standing)}
+            assert {digest_of(content) for content in standing.values()} <= objects(folder)
+            assert catalogue.leases == leases
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(play(Path(folder)))

@@ -1,0 +1,19 @@
+"""The examples in docstrings hold."""
+
+import doctest
+
+import pytest
+
+from services.live import state, stopwatch, view
+from services.local import console_text, exit_reasons, restart_policy
+from services.report import charts, labels, summary
+
+
+@pytest.mark.parametrize(
+    "module",
+    [exit_reasons, restart_policy, console_text, state, stopwatch, summary, view, charts, labels],
+    ids=lambda m: m.__name__,
+)
+def test_examples(module: object):
+    tried = doctest.testmod(module)  # type: ignore[arg-type]
+    assert (tried.failed, tried.attempted > 0) == (0, True)

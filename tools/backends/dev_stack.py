@@ -1,0 +1,137 @@
+"""Kafka and MinIO in one folder, for a person: they go on when the command that started them has ended."""
+
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.user_error import ExitCode, Refusal
+from tools.backends import cache, downloads, ports
+from tools.backends.cache import Say
+from tools.backends.kafka import Kafka
+from tools.backends.minio import Minio
+from tools.backends.process import Server
+from tools.backends.process_identity import Identity
+
+USUAL_PORTS = {"kafka": 9092, "minio": 9000}
+STANDS_STILL_S = 120.0
+"""A broker that recovers a segment of 1 GB from a slow disk says nothing for a minute."""
+TITLES = {"kafka": Kafka.title, "minio": Minio.title}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two servers of a folder: each has data, log, port and process record in a folder of its own below it."""
+
+    folder: Path
+    say: Say
+
+    def up(self, kafka_port: int | None, minio_port: int | None) -> dict[str, str]:
+        """Both run afterwards; returns what a run's environment needs to reach them, and writes it to a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with cache.locked(self.folder / "lock", self._waits):
+            downloads.kafka(self.say)
+            downloads.minio(self.say)
+            kafka = Kafka(self.folder / "kafka", port=self._port("kafka", kafka_port), detached=True)
+            self._up(kafka, kafka.servers)
+            minio = Minio(self.folder / "minio", port=self._port("minio", minio_port), detached=True)
+            self._up(minio, minio.endpoint)
+            settings = {
+                "AWS_ACCESS_KEY_ID": minio.access_key,
+                "AWS_SECRET_ACCESS_KEY": minio.secret_key,
+                "PALIMPSEST_BUS__SERVERS": kafka.servers,
+                "PALIMPSEST_SNAPSHOT_STORE__ENDPOINT": minio.endpoint,
+            }
+            self._write(settings)
+        return settings
+
+    def down(self) -> None:
+        """Neither runs afterwards; what they keep stays. No other process is touched, whatever the records say."""
+        if not self.folder.is_dir():
+            self.say(f"nothing was started in {self.folder}")
+            return
+        with cache.locked(self.folder / "lock", self._waits):
+            for name, title in TITLES.items():
+                started = time.monotonic()
+                if (process := self._process(name)) is None:
+                    self.say(f"{title} did not run")
+                else:
+                    process.end()
+                    self.say(f"{title} stopped after {time.monotonic() - started:.1f} s")
+                self._record(name).unlink(missing_ok=True)
+
+    def status(self) -> bool:
+        """Say how both are; whether both run."""
+        running = [self._say_status(name, title) for name, title in TITLES.items()]
+        return all(running)
+
+    @property
+    def environment(self) -> Path:
+        """The file with the settings, for a shell to read."""
+        return self.folder / "environment"
+
+    def _up(self, server: Server, address: str) -> None:
+        if (process := self._process(server.folder.name)) is not None:
+            if not server.answers():
+                raise Refusal(
+                    f"{server.title} runs (process {process.pid}) but does not answer at {address}: look into "
+                    f"{server.log}, or stop it with `down` and call again",
+                    ExitCode.UNAVAILABLE,
+                )
+            self.say(f"{server.title} runs already: {address}")
+            return
+        started = time.monotonic()
+        server.start(STANDS_STILL_S, self.say)
+        self.say(f"{server.title} runs: {address}, after {time.monotonic() - started:.1f} s; its log is {server.log}")
+
+    def _port(self, name: str, wanted: int | None) -> int | None:
+        """The port to start it on; None for the one its folder remembers."""
+        there = ports.remembered(self.folder / name / "port")
+        if self._process(name) is not None:
+            if wanted is not None and wanted != there:
+                raise Refusal(
+                    f"{TITLES[name]} runs already, on port {there}: stop it with `down` to move it to {wanted}"
+                )
+            return None
+        if wanted is not None or there is not None:
+            return wanted
+        usual = USUAL_PORTS[name]
+        if ports.is_free(usual):
+            return usual
+        self.say(f"port {usual} is taken: {TITLES[name]} gets another")
+        return None
+
+    def _say_status(self, name: str, title: str) -> bool:
+        if (process := self._process(name)) is None:
+            self.say(f"{title} does not run")
+            return False
+        port = ports.remembered(self.folder / name / "port")
+        self.say(f"{title} runs on port {port} of {ports.HOST} (process {process.pid})")
+        return True
+
+    def _process(self, name: str) -> Identity | None:
+        """The server's process, if it lives."""
+        process = Identity.read(self._record(name))
+        return process if process is not None and process.alive else None
+
+    def _record(self, name: str) -> Path:
+        return self.folder / name / "process.json"
+
+    def _write(self, settings: dict[str, str]) -> None:
+        partial = self.environment.with_suffix(".partial")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.writelines(f"{line}\n" for line in exports(settings))
+        partial.replace(self.environment)
+
+    def _waits(self) -> None:
+        self.say(f"another `up` or `down` is at work in {self.folder}; waiting for it")
+
+
+def exports(settings: dict[str, str]) -> list[str]:
+    """Lines that set these in a shell.
+
+    >>> exports({"NAME": "two words"})
+    ["export NAME='two words'"]
+    """
+    return [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
