@@ -29,13 +29,13 @@ doctor: ## examine this machine: every check, what it means, what to do (RUN=fil
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
 	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
-	@$(BIN)/python -m services $(RUN) $(ARGS)
+	@$(BIN)/python -m palimpsest.services $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
 run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
 	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
-	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m services $(RUN) $(ARGS)
+	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m palimpsest.services $(RUN) $(ARGS)
 
 test: setup ## every test but the long ones, real engine and servers included (ARGS=tests/file.py::test runs one)
 	@$(PYTEST) $(if $(NAMED),,$(SIDE_BY_SIDE) -m "not long" $(KEPT)) $(ARGS)

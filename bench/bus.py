@@ -27,8 +27,8 @@ from typing import Any
 
 from bench.clients import Client, clients
 from bench.records import Maker
-from common.bus.port import Outgoing
-from common.messages import group_id
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.messages import group_id
 from tools.backends.downloads import kafka_version
 from tools.backends.kafka import Kafka
 

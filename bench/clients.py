@@ -14,12 +14,12 @@ import confluent_kafka
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from bench.runs import NoClaims, run
-from common.bus.factory import connect
-from common.bus.kafka.bus import BATCH_BYTES
-from common.bus.port import Consumer, Outgoing, partition_of
-from common.messages import TRAJECTORIES
-from services.learner.ingest.trajectory_reader import POLL_RECORDS
-from services.rollout.outbox import BATCH
+from palimpsest.common.bus.factory import connect
+from palimpsest.common.bus.kafka.bus import BATCH_BYTES
+from palimpsest.common.bus.port import Consumer, Outgoing, partition_of
+from palimpsest.common.messages import TRAJECTORIES
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS
+from palimpsest.services.rollout.outbox import BATCH
 
 PARTITIONS = 4
 WAIT_S = 60.0

@@ -30,13 +30,13 @@ from bench.meter import Meter, Metered
 from bench.records import TURNS
 from bench.runs import run
 from bench.simulated_streams import Streams, drive
-from common import logs
-from common.bus.factory import open_bus
-from common.config.schema import RunConfig
-from common.messages import Sampling
-from common.versions import Version
-from services.learner.buffer.ledger import Planner
-from services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.common import logs
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import Sampling
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
 from tools.backends.kafka import Kafka
 
 MAX_STALENESS = 3

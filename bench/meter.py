@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from bench.simulated_streams import SENT
-from common.bus.port import Bus, Consumer, Record
-from common.messages import TRAJECTORIES
+from palimpsest.common.bus.port import Bus, Consumer, Record
+from palimpsest.common.messages import TRAJECTORIES
 
 
 class Meter:

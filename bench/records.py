@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from common.bus.port import Outgoing
-from common.messages import Ending, TrajectoryFinished, encode, trajectory_id
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.messages import Ending, TrajectoryFinished, encode, trajectory_id
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 
 TURNS = 4
 VOCABULARY = 150_000

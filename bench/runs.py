@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig
 
 
 def run(folder: Path, bus: dict[str, Any]) -> RunConfig:

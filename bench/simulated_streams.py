@@ -15,10 +15,10 @@ from multiprocessing.synchronize import Event
 
 from bench.records import Maker
 from bench.runs import NoClaims
-from common.bus.factory import connect
-from common.bus.port import Outgoing
-from common.config.schema import RunConfig
-from common.messages import (
+from palimpsest.common.bus.factory import connect
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import (
     TASKS,
     TRAJECTORIES,
     DropReason,
@@ -28,7 +28,7 @@ from common.messages import (
     encode,
     trajectory_id as id_of,
 )
-from services.rollout.outbox import BATCH
+from palimpsest.services.rollout.outbox import BATCH
 
 SENT = "sent"
 """Header: when it was first handed to the log, Unix seconds."""

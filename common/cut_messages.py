@@ -5,8 +5,8 @@ They are part of common/messages.py, which says what a record is, and are import
 
 from msgspec import Struct
 
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 
 
 class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segment_flushed/1"):

@@ -9,8 +9,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.files import FULL
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.files import FULL
+from palimpsest.common.user_error import ExitCode, Refusal
 
 RIGHTS = frozenset((errno.EACCES, errno.EPERM))
 """No right to it: whose it is belongs to the sentence."""

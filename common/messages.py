@@ -11,9 +11,9 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
-from common.bus.claim_check import LOST
-from common.bus.port import Record
-from common.cut_messages import (
+from palimpsest.common.bus.claim_check import LOST
+from palimpsest.common.bus.port import Record
+from palimpsest.common.cut_messages import (
     CutReached as CutReached,
     CutReleased as CutReleased,
     CutRequested as CutRequested,
@@ -21,9 +21,9 @@ from common.cut_messages import (
     OldLogprobsRequested as OldLogprobsRequested,
     SegmentFlushed as SegmentFlushed,
 )
-from common.rejected_record import Cause, Unusable
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 
 TASKS = "tasks"
 TRAJECTORIES = "trajectories"

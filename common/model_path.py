@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from common.user_error import Refusal
+from palimpsest.common.user_error import Refusal
 
 WHOLE = "it takes a whole model folder, with config, weights and tokenizer, as `save_pretrained` writes it"
 _OF_A_TOKENIZER = ("token", "vocab", "piece", "tekken")

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from prometheus_client import Gauge
 
-from common.logs import logger
-from common.metrics import REGISTRY
+from palimpsest.common.logs import logger
+from palimpsest.common.metrics import REGISTRY
 
 KAFKA, STORE, S3, GATEWAY = "Kafka", "snapshot_store", "S3", "env_gateway"
 """What may be away, as `of` names it."""

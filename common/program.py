@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from common import failpoints, logs
-from common.bus.port import OffsetGone
-from common.config import Invocation, load
-from common.config.to_toml import show
-from common.file_errors import file_errors_refused, usable_folder
-from common.files import write
-from common.service import Stop
-from common.user_error import ExitCode, Refusal
+from palimpsest.common import failpoints, logs
+from palimpsest.common.bus.port import OffsetGone
+from palimpsest.common.config import Invocation, load
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.file_errors import file_errors_refused, usable_folder
+from palimpsest.common.files import write
+from palimpsest.common.service import Stop
+from palimpsest.common.user_error import ExitCode, Refusal
 
 NO_FOLDER = ("env_gateway", "snapshot_store")
 """Services that keep nothing in the run's folder, or not necessarily."""
@@ -24,14 +24,14 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
     """Run a service's body with its run and a Stop; exits the process (docs/operations.md, "exit codes")."""
 
     def begin() -> None:
-        invocation = load(sys.argv[1:], os.environ, program=f"python -m services.{name}")
+        invocation = load(sys.argv[1:], os.environ, program=f"python -m palimpsest.services.{name}")
         if invocation.check:
             print(show(invocation.config), end="")
             return
         if not invocation.config.run.id:
             raise Refusal(
                 "run.id is empty: services started by hand need the same one each, for example --run.id=first "
-                "(`python -m services` makes one)"
+                "(`python -m palimpsest.services` makes one)"
             )
         config, stop = invocation.config, Stop().install()
         logs.configure(name, config.logs.level, config.logs.format)

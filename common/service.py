@@ -24,9 +24,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from common.logs import logger
-from common.outages import OUTAGES, Outages
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.logs import logger
+from palimpsest.common.outages import OUTAGES, Outages
+from palimpsest.common.user_error import ExitCode, Refusal
 
 Status = dict[str, Any]
 GRACE_S = 10
@@ -194,7 +194,7 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise Refusal(
                 f"port {port} on {host} is in use: stop the program that holds it (`ss -ltnp`), or choose "
-                f"another with --{key}.port=PORT (0 = any free one, under `python -m services`)",
+                f"another with --{key}.port=PORT (0 = any free one, under `python -m palimpsest.services`)",
                 ExitCode.UNAVAILABLE,
             ) from None
         raise Refusal(f"cannot listen on {host}:{port} ({key}.host, {key}.port): {error}") from None

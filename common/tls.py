@@ -3,7 +3,7 @@
 import ssl
 from pathlib import Path
 
-from common.user_error import Refusal
+from palimpsest.common.user_error import Refusal
 
 
 def trusting(ca_file: Path | None, *, key: str) -> ssl.SSLContext:

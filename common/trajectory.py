@@ -11,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 from msgspec import Struct
 
-from common.arrays import Float32Array, Int32Array, unpack_float32
-from common.rejected_record import Cause, Unusable
-from common.versions import UNTRAINABLE, Version
+from palimpsest.common.arrays import Float32Array, Int32Array, unpack_float32
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.versions import UNTRAINABLE, Version
 
 
 class Segment(Struct, frozen=True, forbid_unknown_fields=True):

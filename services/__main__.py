@@ -1,4 +1,4 @@
-"""python -m services RUN.toml: everything on one machine."""
+"""python -m palimpsest.services RUN.toml: everything on one machine."""
 
 import contextlib
 import datetime
@@ -9,25 +9,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.bus.port import Bus
-from common.config import Invocation, load
-from common.config.schema import RunConfig
-from common.config.to_toml import show
-from common.file_errors import file_errors_refused
-from common.model_path import refuse_no_model, refuse_no_tokenizer
-from common.program import main, tell
-from common.service import Stop
-from common.sessions.token import token
-from common.user_error import ExitCode, Refusal
-from services.live.poller import Sight, Watch
-from services.live.screen import Screen
-from services.live.state import Plan, State, ready_at, state
-from services.live.stopwatch import Stopwatch
-from services.local import console_text
-from services.local.bus_opening import opened
-from services.local.run_setup import Settled, resolve, settle
-from services.local.supervisor import Local, addressed
-from services.report.folder import SECONDS, contents
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.config import Invocation, load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.file_errors import file_errors_refused
+from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
+from palimpsest.common.program import main, tell
+from palimpsest.common.service import Stop
+from palimpsest.common.sessions.token import token
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.live.poller import Sight, Watch
+from palimpsest.services.live.screen import Screen
+from palimpsest.services.live.state import Plan, State, ready_at, state
+from palimpsest.services.live.stopwatch import Stopwatch
+from palimpsest.services.local import console_text
+from palimpsest.services.local.bus_opening import opened
+from palimpsest.services.local.run_setup import Settled, resolve, settle
+from palimpsest.services.local.supervisor import Local, addressed
+from palimpsest.services.report.folder import SECONDS, contents
 
 
 def program() -> None:
@@ -44,12 +44,12 @@ def program() -> None:
         case arguments if {"--help", "-h"} & set(arguments):
             print(console_text.USAGE)
         case arguments:
-            launch(load(arguments, os.environ, program="python -m services"))
+            launch(load(arguments, os.environ, program="python -m palimpsest.services"))
 
 
 def audit(asked: list[str]) -> None:
     """Say what is wrong with a run; exits 1 if anything is."""
-    from services.audit.command import answer
+    from palimpsest.services.audit.command import answer
 
     answered = answer(asked, os.environ)
     tell(answered.text)
@@ -154,8 +154,8 @@ def supervise(config: RunConfig, local: Local, stop: Stop, bus: Bus) -> bool:
 
 def conclude(folder: Path) -> dict[str, object]:
     """Make summary and report of what the folder holds; the summary."""
-    from services.report.summary import write_summary
-    from services.report.write import write_report  # plotly arrives here
+    from palimpsest.services.report.summary import write_summary
+    from palimpsest.services.report.write import write_report  # plotly arrives here
 
     held = contents(folder)
     summary = write_summary(held)

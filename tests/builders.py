@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from common.arrays import pack_float32, pack_int32
-from common.config.learner import LearnerConfig
-from common.config.objective import DiscrepancyConfig
-from common.messages import Ending, Sampling, TrajectoryFinished, group_id, trajectory_id
-from common.trajectory import Segment
-from common.versions import UNTRAINABLE, Version
-from services.learner.batch.batching import Row
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.objective import DiscrepancyConfig
+from palimpsest.common.messages import Ending, Sampling, TrajectoryFinished, group_id, trajectory_id
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import Row
 
 UNCORRECTED = DiscrepancyConfig(band="off", weight="off")
 """Neither mask nor weight."""

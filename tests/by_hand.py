@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from common import failpoints
+from palimpsest.common import failpoints
 from tests import waiting
 from tests.runs import ROOT
 from tools.backends import ports  # those that no client is lent: a killed service comes back on its own

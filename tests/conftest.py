@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
 
-from common.outages import OUTAGES
+from palimpsest.common.outages import OUTAGES
 from tests import failures
 from tests.failures import pytest_runtest_makereport, pytest_runtest_setup
 from tests.groups import pytest_collection_finish, pytest_collection_modifyitems

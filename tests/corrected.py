@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.learner.corrections import Correction, Gather, Limits, Rules, correct, limits
-from services.learner.corrections.rules import ESTIMATES
+from palimpsest.services.learner.corrections import Correction, Gather, Limits, Rules, correct, limits
+from palimpsest.services.learner.corrections.rules import ESTIMATES
 from tests.oracles.corrections import Draw
 
 ALL: dict[str, Any] = {

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, zeros_like
 
-from services.learner.corrections import Correction, Limits, Rules, correct
-from services.learner.losses.aggregate import Denominators, aggregate
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.types import Inputs
+from palimpsest.services.learner.corrections import Correction, Limits, Rules, correct
+from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.types import Inputs
 
 
 @dataclass(frozen=True)

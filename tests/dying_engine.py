@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
-from services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
+from palimpsest.services.rollout.engine.process_monitor import Watch
 
 POSITIONS = """1 validation error for ModelConfig
   Value error, User-specified max_model_len (4097) is greater than the derived max_model_len \

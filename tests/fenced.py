@@ -8,9 +8,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from common.bus.sqlite import SqliteBus
-from common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
-from services.learner.checkpointing.manifest import complete
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
+from palimpsest.services.learner.checkpointing.manifest import complete
 from tests.runs import check_ledger, history
 
 Things = set[tuple[str, int, int]]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from services.live.poller import Answer, Seen
-from services.report.folder import Line
+from palimpsest.services.live.poller import Answer, Seen
+from palimpsest.services.report.folder import Line
 
 
 def a_line(

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from common.arrays import Float32Array, pack_int32
-from common.bus.offline import scan
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.messages import (
+from palimpsest.common.arrays import Float32Array, pack_int32
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TOPICS,
@@ -29,14 +29,14 @@ from common.messages import (
     group_id,
     trajectory_id,
 )
-from common.trajectory import Segment
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.buffer.ledger import Planner
-from services.learner.ingest.trajectory_reader import Arrived, Intake
-from services.learner.old_logprobs.eager_scorer import EarlyScorer, Score
-from services.learner.old_logprobs.interruption.coordinator import Interruption
-from services.learner.old_logprobs.score_store import Scores
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, Score
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
+from palimpsest.services.learner.old_logprobs.score_store import Scores
 from tests.builders import SAMPLING, a_segment
 
 RUN = "test"

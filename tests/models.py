@@ -9,20 +9,20 @@ import torch
 from blake3 import blake3
 from transformers import AutoModelForCausalLM
 
-from common.config.learner import LearnerConfig
-from common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
-from common.versions import Version
-from services.learner.batch.batching import Padded, Row
-from services.learner.distributed import Ranks
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
-from services.learner.model.weights import named_weights, raw_tensors
-from services.learner.proximal.types import Exact, Source
-from services.learner.publishing.canaries import Canaries
-from services.learner.training.results import Trained
-from services.learner.training.state import Companions
-from services.learner.training.trainer import Step
-from services.rollout.engine.port import StoredWeights
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.proximal.types import Exact, Source
+from palimpsest.services.learner.publishing.canaries import Canaries
+from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.rollout.engine.port import StoredWeights
 from tools import setup
 
 CPU = torch.device("cpu")

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from common.arrays import Float32Array
-from common.config.learner import OptimizerConfig
-from common.config.objective import LossConfig
-from common.versions import Version
-from services.learner.batch.batching import Padded, Row, micro_batches, pad
-from services.learner.distributed import Ranks
-from services.learner.model.trainable import Trainee
-from services.learner.old_logprobs.distributed_scorer import Together, resident, score_along
-from services.learner.training.follower import take_over
-from services.learner.training.results import merge
-from services.learner.training.state import Companions
+from palimpsest.common.arrays import Float32Array
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.objective import LossConfig
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident, score_along
+from palimpsest.services.learner.training.follower import take_over
+from palimpsest.services.learner.training.results import merge
+from palimpsest.services.learner.training.state import Companions
 from tests.builders import a_learner, a_row
 from tests.models import Resident, load, perturb, train
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from services.audit.command import answer
+from palimpsest.services.audit.command import answer
 from tests.waiting import LIMIT_S, LOOK_S
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def scripted(
 
 
 class RunProcess:
-    """`python -m services ...` in a process group of its own."""
+    """`python -m palimpsest.services ...` in a process group of its own."""
 
     def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         self.started = time.monotonic()

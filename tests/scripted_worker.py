@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.arrays import pack_float32, pack_int32
-from common.bus.factory import open_bus
-from common.bus.port import Bus, Outgoing
-from common.config.schema import RunConfig
-from common.messages import (
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import (
     CONTROL,
     TASKS,
     TRAJECTORIES,
@@ -28,8 +28,8 @@ from common.messages import (
     encode,
     trajectory_id,
 )
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 
 PROMPT, HALF = 12, 6
 """Tokens of a prompt, and of each half of what is sampled."""

@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common import messages, outages
-from common.config.schema import RunConfig
+from palimpsest.common import messages, outages
+from palimpsest.common.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = ("| key | values | default | what it does |", "|---|---|---|---|")
@@ -196,7 +196,11 @@ def wire() -> str:
             "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py by `make docs`."
         ),
     ]
-    beside = (("common.cut_messages", None), ("common.trajectory", {"Segment"}), ("common.rejected_record", {"Cause"}))
+    beside = (
+        ("palimpsest.common.cut_messages", None),
+        ("palimpsest.common.trajectory", {"Segment"}),
+        ("palimpsest.common.rejected_record", {"Cause"}),
+    )
     for module, names in ((messages, None), *((importlib.import_module(name), names) for name, names in beside)):
         for node in _classes(module, names):
             parts += _record(node, module)

@@ -24,7 +24,7 @@ from bench.mismatch.figures import drawings
 from bench.mismatch.results import MAIN, Plan, result
 from bench.mismatch.toy import Toy
 from bench.mismatch.training import Finished, Observed, Run, observe, train
-from services.learner.observability.surrogate_error import Thresholds
+from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 Job = Run | tuple[Toy, int]
 """An active run, or the toy and seed of a passive one."""

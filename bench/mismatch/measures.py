@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from services.learner.observability.surrogate_error import Audited, Thresholds, leak
+from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds, leak
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000

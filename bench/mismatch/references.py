@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.mismatch.toy import Policy, Store, Toy
-from common.config.proximal import (
+from palimpsest.common.config.proximal import (
     BypassProximal,
     CurrentRecomputeProximal,
     EwmaProximal,
@@ -15,11 +15,11 @@ from common.config.proximal import (
     PpoEwmaAsyncProximal,
     ProximalConfig,
 )
-from common.versions import Version
-from services.learner.batch.batching import Padded, versions_present
-from services.learner.model.policy import token_logprobs
-from services.learner.proximal.surrogates.factory import surrogate
-from services.learner.proximal.types import Exact, Source
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, versions_present
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.types import Exact, Source
 
 EXACT = "exact"
 SURROGATES: dict[str, ProximalConfig] = {

@@ -10,7 +10,7 @@ from bench.mismatch.measures import NOTHING, Interval, Seen, bootstrap
 from bench.mismatch.references import EXACT, REFERENCES, SURROGATES
 from bench.mismatch.toy import Toy
 from bench.mismatch.training import LAST, WEIGHT_BOUND, Finished, Observed, Run
-from services.learner.observability.surrogate_error import Thresholds
+from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 CONTROL = "exact_staleness_0"
 """Exact, everything sampled by the newest version."""

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.versions import UNTRAINABLE, Version
-from services.learner.advantages import group_advantages
-from services.learner.batch.batching import Padded, Row, pad
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.advantages import group_advantages
+from palimpsest.services.learner.batch.batching import Padded, Row, pad
 
 
 @dataclass(frozen=True, slots=True)

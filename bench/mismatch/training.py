@@ -15,17 +15,17 @@ from torch import Tensor
 from bench.mismatch.measures import Gathered, Part, Seen
 from bench.mismatch.references import CPU, DECAYS, EXACT, REFERENCES, Stored, masters, source
 from bench.mismatch.toy import Batch, Policy, Store, Toy, new_policy, sample
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.corrections import Limits, Rules, correct
-from services.learner.losses.aggregate import Denominators, aggregate
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.types import Inputs, Outcome
-from services.learner.model.policy import token_logprobs
-from services.learner.observability.surrogate_error import Audited, Thresholds
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.types import Exact, Proximal, Source, Surrogate
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.corrections import Limits, Rules, correct
+from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.types import Inputs, Outcome
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.types import Exact, Proximal, Source, Surrogate
 
 WEIGHT_BOUND = 5.0
 """Weights (the discrepancy) are truncated here."""

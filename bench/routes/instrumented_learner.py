@@ -19,30 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import logs
-from common.config.schema import RunConfig
-from common.metrics import REGISTRY
-from common.service import Starting, Stop
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.snapshots.manifest import Manifest
-from common.versions import Version
-from services.learner import coordinator
-from services.learner.batch.batching import Padded, Row
-from services.learner.distributed import Ranks
-from services.learner.model.policy import load_model
-from services.learner.model.trainable import Trainee
-from services.learner.model.weights import named_weights
-from services.learner.old_logprobs.distributed_scorer import resident
-from services.learner.old_logprobs.routes import Route, route
-from services.learner.old_logprobs.score_store import Scores
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.types import Interpolated, Proximal, Surrogate
-from services.learner.publishing.publisher import Publisher
-from services.learner.training.build import companions
-from services.learner.training.results import Trained
-from services.learner.training.state import Companions
-from services.learner.training.trainer import Step
+from palimpsest.common import logs
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.service import Starting, Stop
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import coordinator
+from palimpsest.services.learner.batch.batching import Padded, Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.policy import load_model
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.weights import named_weights
+from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
+from palimpsest.services.learner.old_logprobs.routes import Route, route
+from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.types import Interpolated, Proximal, Surrogate
+from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.training.build import companions
+from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.trainer import Step
 
 CUT = "palimpsest_learner_cut_seconds_sum"
 CUT_PHASES = ("before", "wait", "read", "score", "stall")

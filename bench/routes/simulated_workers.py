@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 
 from bench.routes.variants import Load
-from common.arrays import Float32Array, Int32Array, pack_float32, pack_int32
-from common.bus.port import Bus, Outgoing
-from common.messages import (
+from palimpsest.common.arrays import Float32Array, Int32Array, pack_float32, pack_int32
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.messages import (
     CONTROL,
     TASKS,
     TRAJECTORIES,
@@ -38,9 +38,9 @@ from common.messages import (
     encode,
     trajectory_id,
 )
-from common.trajectory import Segment
-from common.versions import UNTRAINABLE, Version
-from services.rollout.cut_state import Cuts
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.rollout.cut_state import Cuts
 
 POLL_RECORDS = 512
 MESSAGE = 0.2

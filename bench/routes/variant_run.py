@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.routes.instrumented_learner import END, GO, WEIGH, learn
 from bench.routes.simulated_workers import Fleet
 from bench.routes.variants import REFERENCE, Contender, Load, Place, run_config
-from common.bus.factory import connect
-from common.config.schema import RunConfig
-from common.config.to_toml import show
-from common.parent_death import tie
+from palimpsest.common.bus.factory import connect
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.parent_death import tie
 from tools.backends.ports import free
 
 LIMIT_S = 600.0
@@ -76,7 +76,7 @@ class Entrant:
 
     def begin(self) -> None:
         """Start the store, and the learner when that answers."""
-        self._start("services.snapshot_store")
+        self._start("palimpsest.services.snapshot_store")
         self._answers(self.config.snapshot_store.port)
         self._learner.start()
         self._its_end.close()  # so that its death is noticed
@@ -85,7 +85,7 @@ class Entrant:
         """Wait until version 0 stands; start what reads the log."""
         assert self._hear(lambda: None) == {}
         if self.contender.proximal["kind"] == "replica":
-            self._replica = self._start("services.learner.replica").pid
+            self._replica = self._start("palimpsest.services.learner.replica").pid
             self._answers(self.config.replica.port)
         bus = connect(self.config)
         self._fleet = Fleet(bus, run=self.config.run.id, load=self._load, vocabulary=self._vocabulary, seed=1)

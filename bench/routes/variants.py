@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig
 
 REFERENCE = "bypass"
 """A step without old log-probs."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
-from common.bus.port import Bus, Consumer, Outgoing, Position, Record
+from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
 
 CLAIM = "claim"
 """Header of a record whose body is elsewhere: blake3 of the body, hex."""

@@ -1,8 +1,8 @@
 """Long records' bodies in the snapshot store, through its service."""
 
-from common.bus.claim_check import ClaimLost
-from common.snapshots.client import ClaimMissing, SnapshotClient
-from common.snapshots.manifest import Damaged
+from palimpsest.common.bus.claim_check import ClaimLost
+from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient
+from palimpsest.common.snapshots.manifest import Damaged
 
 
 class StoreClaims:

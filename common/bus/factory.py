@@ -1,11 +1,11 @@
 """The log a run's configuration names."""
 
-from common.bus.claim_check import Claims
-from common.bus.port import Bus
-from common.bus.sqlite import SqliteBus
-from common.config.schema import RunConfig
-from common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
-from common.user_error import Refusal
+from palimpsest.common.bus.claim_check import Claims
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
+from palimpsest.common.user_error import Refusal
 
 
 def open_bus(config: RunConfig) -> Bus:
@@ -38,10 +38,10 @@ def connect(config: RunConfig, claims: Claims | None = None) -> Bus:
 
 def _kafka(config: RunConfig, claims: Claims | None) -> Bus:
     # imported here: a run on one machine need not wait for it
-    from common.bus.claim_check import ClaimCheck
-    from common.bus.claim_check_store import StoreClaims
-    from common.bus.kafka import KafkaBus, Settings, connection
-    from common.snapshots.client import SnapshotClient
+    from palimpsest.common.bus.claim_check import ClaimCheck
+    from palimpsest.common.bus.claim_check_store import StoreClaims
+    from palimpsest.common.bus.kafka import KafkaBus, Settings, connection
+    from palimpsest.common.snapshots.client import SnapshotClient
 
     settings = Settings(
         replicas=config.bus.replicas,

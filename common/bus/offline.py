@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from common.bus.claim_check import Claims
-from common.bus.factory import connect
-from common.bus.port import Bus, OffsetGone, Record
-from common.config.schema import RunConfig
-from common.messages import TOPICS
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus.claim_check import Claims
+from palimpsest.common.bus.factory import connect
+from palimpsest.common.bus.port import Bus, OffsetGone, Record
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import TOPICS
+from palimpsest.common.user_error import ExitCode, Refusal
 
 READ_RECORDS = 1024
 SILENT_S = 60.0

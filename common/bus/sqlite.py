@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
+from palimpsest.common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
 
 LEASE_S = 10.0
 """A group member not heard of for so long is gone."""

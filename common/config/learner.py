@@ -5,9 +5,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
-from common.config.proximal import EXACT, ProximalConfig, SnapshotProximal
-from common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
+from palimpsest.common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
+from palimpsest.common.config.proximal import EXACT, ProximalConfig, SnapshotProximal
+from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
 TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Kinds of advantages that differ from token to token."""

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from common.config.proximal import SnapshotProximal
-from common.config.recipes import beneath, unknown
-from common.config.schema import RunConfig
-from common.user_error import Refusal
+from palimpsest.common.config.proximal import SnapshotProximal
+from palimpsest.common.config.recipes import beneath, unknown
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.user_error import Refusal
 
 ENV_PREFIX = "PALIMPSEST_"
 NOT_KEYS = (

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.config.section import PositiveFloat, Section, Share
+from palimpsest.common.config.section import PositiveFloat, Section, Share
 
 Off = Literal["off"]
 

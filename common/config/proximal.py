@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config.section import Positive, PositiveFloat, Section, Share
+from palimpsest.common.config.section import Positive, PositiveFloat, Section, Share
 
 EXACT = ("snapshot", "replica", "interruption")
 """Kinds whose values are old log-probs."""
@@ -29,7 +29,7 @@ class SnapshotProximal(Section):
 
 
 class ReplicaProximal(Section):
-    """Exact: other processes (`python -m services.learner.replica`) score trajectories as they arrive."""
+    """Exact: other processes (`python -m palimpsest.services.learner.replica`) score trajectories as they arrive."""
 
     kind: Literal["replica"]
     wait_s: PositiveFloat = 60.0

@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from common.config.learner import LearnerConfig
-from common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
 
 class Run(Section):
     """What this run is called and where it keeps its files."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$|^$")] = ""
-    """Name of the run. Empty: made from the time it starts (`python -m services` only; by hand, give one)."""
+    """Name of the run. Empty: made from the time it starts (`python -m palimpsest.services` only; by hand, give one)."""
     folder: FilePath = Path("runs")
     """Each run keeps its log, snapshots, checkpoints and report in `folder/id`."""
     seed: int = 0
@@ -254,7 +254,7 @@ class ReplicaConfig(Service):
 
 
 class LocalConfig(Section):
-    """Everything on one machine (`python -m services`)."""
+    """Everything on one machine (`python -m palimpsest.services`)."""
 
     rollout_workers: Positive = 1
     """Rollout worker processes."""

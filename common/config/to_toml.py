@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig
 
 
 def show(config: RunConfig) -> str:

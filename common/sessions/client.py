@@ -9,9 +9,9 @@ from typing import Any, Self, TypeVar
 
 import aiohttp
 
-from common.outages import GATEWAY, OUTAGES, Outages
-from common.sessions.token import token
-from common.sessions.wire import CreateSession, Lease, Session, Step, TakeStep, TextAction, Wire
+from palimpsest.common.outages import GATEWAY, OUTAGES, Outages
+from palimpsest.common.sessions.token import token
+from palimpsest.common.sessions.wire import CreateSession, Lease, Session, Step, TakeStep, TextAction, Wire
 
 W = TypeVar("W", bound=Wire)
 TRIES = 6

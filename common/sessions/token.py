@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from common.user_error import Refusal
+from palimpsest.common.user_error import Refusal
 
 VARIABLE = "PALIMPSEST_GATEWAY_TOKEN"
 

@@ -17,10 +17,10 @@ import httpx
 import msgspec
 from blake3 import blake3
 
-from common.files import named
-from common.snapshots.codec import Bytes, decode_base, encode_base
-from common.snapshots.fencing import raise_if_refused
-from common.snapshots.manifest import (
+from palimpsest.common.files import named
+from palimpsest.common.snapshots.codec import Bytes, decode_base, encode_base
+from palimpsest.common.snapshots.fencing import raise_if_refused
+from palimpsest.common.snapshots.manifest import (
     ITEMSIZE,
     SCHEMA,
     Canary,
@@ -31,8 +31,8 @@ from common.snapshots.manifest import (
     unseal,
     version_digest,
 )
-from common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable, expect
-from common.versions import Version
+from palimpsest.common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable, expect
+from palimpsest.common.versions import Version
 
 __all__ = [
     "ClaimMissing",

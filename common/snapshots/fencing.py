@@ -2,7 +2,7 @@
 
 import httpx
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 
 
 class Fenced(Refusal):

@@ -10,7 +10,7 @@ import msgspec
 from blake3 import blake3
 from msgspec import Struct
 
-from common.versions import Version
+from palimpsest.common.versions import Version
 
 SCHEMA = 1
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from common.outages import OUTAGES, S3, STORE, Outages, Waiting
-from common.tls import trusting
+from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
+from palimpsest.common.tls import trusting
 
 FIRST_PAUSE_S = 0.2
 """Before the second try; doubles, up to LONGEST_PAUSE_S."""

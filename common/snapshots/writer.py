@@ -7,8 +7,8 @@ import os
 import socket
 from dataclasses import dataclass
 
-from common.snapshots.client import SnapshotClient
-from common.versions import Version
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.versions import Version
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`python -m services audit ...`: what is asked, and the answer."""
+"""`python -m palimpsest.services audit ...`: what is asked, and the answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import msgspec
 
-from common.config import load
-from common.config.schema import RunConfig
-from common.user_error import ExitCode, Refusal
-from services.audit import rendering
-from services.audit.judge import judge
-from services.audit.read import read
-from services.report.folder import settled_in
-from services.snapshot_store.storage import Unavailable
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.audit import rendering
+from palimpsest.services.audit.judge import judge
+from palimpsest.services.audit.read import read
+from palimpsest.services.report.folder import settled_in
+from palimpsest.services.snapshot_store.storage import Unavailable
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from common.versions import Version
-from services.learner.buffer.ledger import LedgerState
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import LedgerState
 
 FINISHED = "finished"
 """How a trajectory ended that came back whole; any other way is a drop reason."""

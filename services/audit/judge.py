@@ -7,12 +7,12 @@ itself. What depends on records that the log no longer holds is left out, and a 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
-from services.audit.evidence import Evidence, Finding, Kind
-from services.audit.ledger import judge_ends, judge_sums, recount
-from services.audit.recount import Recount
-from services.audit.trained import judge_history, judge_training
-from services.audit.versions import judge_versions
+from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
+from palimpsest.services.audit.evidence import Evidence, Finding, Kind
+from palimpsest.services.audit.ledger import judge_ends, judge_sums, recount
+from palimpsest.services.audit.recount import Recount
+from palimpsest.services.audit.trained import judge_history, judge_training
+from palimpsest.services.audit.versions import judge_versions
 
 _NEEDS = {
     TASKS: "what was offered is not recounted",

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
-from services.audit.evidence import FINISHED, Checkpoint, Evidence, Finding, Heard, Kind, Offer
-from services.audit.recount import Recount, trajectories
-from services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, LedgerState
+from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
+from palimpsest.services.audit.evidence import FINISHED, Checkpoint, Evidence, Finding, Heard, Kind, Offer
+from palimpsest.services.audit.recount import Recount, trajectories
+from palimpsest.services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, LedgerState
 
 BY_WORKERS = (DropReason.ENVIRONMENT_FAILED, DropReason.PROMPT_TOO_LONG, DropReason.ENGINE_FAILED)
 """Reasons that a worker gives in a record of its own."""

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from common.bus.offline import scan, standing_bus
-from common.bus.port import Bus, Record
-from common.config.schema import RunConfig
-from common.messages import (
+from palimpsest.common.bus.offline import scan, standing_bus
+from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     TASKS,
@@ -33,10 +33,10 @@ from common.messages import (
     message_in,
     trajectory_id,
 )
-from common.rejected_record import FOREIGN, Unusable
-from common.trajectory import Malformed
-from common.versions import Version
-from services.audit.evidence import (
+from palimpsest.common.rejected_record import FOREIGN, Unusable
+from palimpsest.common.trajectory import Malformed
+from palimpsest.common.versions import Version
+from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
     Bounds,
@@ -49,9 +49,9 @@ from services.audit.evidence import (
     Log,
     Offer,
 )
-from services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
-from services.learner.ingest.validation import check_finished
-from services.snapshot_store.offline import StorageClaims, standing_storage
+from palimpsest.services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
+from palimpsest.services.learner.ingest.validation import check_finished
+from palimpsest.services.snapshot_store.offline import StorageClaims, standing_storage
 
 ANY_VERSION = Version(1 << 62)
 """Whether a version had been published when a trajectory came is judged from the history, not here."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from common.snapshots.manifest import Damaged, Manifest, unseal
-from common.versions import Version
-from services.audit.evidence import Checkpoint, Finding, Kind, Stored
-from services.learner.checkpointing.manifest import (
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.versions import Version
+from palimpsest.services.audit.evidence import Checkpoint, Finding, Kind, Stored
+from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
     SCHEMA,
@@ -21,8 +21,8 @@ from services.learner.checkpointing.manifest import (
     folder_name,
     version_and_writer,
 )
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.writers import Committed, Writers
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.writers import Committed, Writers
 
 CHUNK = 1 << 20
 _VERSION = re.compile(r"versions/(\d+)\.json")

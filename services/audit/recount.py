@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.audit.evidence import Heard, Offer
+from palimpsest.services.audit.evidence import Heard, Offer
 
 
 @dataclass(frozen=True, slots=True)

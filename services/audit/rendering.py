@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from common.messages import trajectory_id
-from services.audit.evidence import Evidence, Stored
-from services.audit.judge import Judgement
-from services.audit.ledger import pending_by_sums
-from services.audit.versions import needed_from
+from palimpsest.common.messages import trajectory_id
+from palimpsest.services.audit.evidence import Evidence, Stored
+from palimpsest.services.audit.judge import Judgement
+from palimpsest.services.audit.ledger import pending_by_sums
+from palimpsest.services.audit.versions import needed_from
 
-PROGRAM = "python -m services audit"
+PROGRAM = "python -m palimpsest.services audit"
 USAGE = f"""\
 usage: {PROGRAM} FOLDER [--quick] [--json]
        {PROGRAM} RUN.toml [--quick] [--json] [--SECTION.KEY=VALUE ...]
@@ -109,7 +109,7 @@ def _trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
         yield f"  {counted.repeats:,} records on the log are of trajectories that had come before: passed over"
     if causes := evidence.log.causes:
         said = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
-        yield f"  dead letters: {said} (`python -m services.learner dead-letters list` tells more)"
+        yield f"  dead letters: {said} (`python -m palimpsest.services.learner dead-letters list` tells more)"
 
 
 def _checkpoint(evidence: Evidence) -> Iterator[str]:

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from common.messages import TASKS, TRAJECTORIES
-from services.audit.evidence import FINISHED, Evidence, Finding, Heard, Kind, Line
-from services.audit.recount import Recount, trajectories
+from palimpsest.common.messages import TASKS, TRAJECTORIES
+from palimpsest.services.audit.evidence import FINISHED, Evidence, Finding, Heard, Kind, Line
+from palimpsest.services.audit.recount import Recount, trajectories
 
 
 def judge_history(evidence: Evidence) -> Iterator[Finding]:

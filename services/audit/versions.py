@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from services.audit.evidence import Evidence, Finding, Kind
+from palimpsest.services.audit.evidence import Evidence, Finding, Kind
 
 
 def needed_from(evidence: Evidence) -> int:

@@ -1,19 +1,19 @@
-"""python -m services.env_gateway RUN.toml"""
+"""python -m palimpsest.services.env_gateway RUN.toml"""
 
 import os
 from collections.abc import Iterable
 
-from common.config import Invocation
-from common.config.schema import EnvGatewayConfig, RunConfig
-from common.program import service
-from common.service import Stop, serve
-from common.sessions.token import VARIABLE, token
-from services.env_gateway import plugins, registry
-from services.env_gateway.app import create_app
-from services.env_gateway.auth import refuse_open_door
-from services.env_gateway.processes.pool import Pool
-from services.env_gateway.processes.protocol import Blueprint
-from services.env_gateway.sessions import Limits, Sessions
+from palimpsest.common.config import Invocation
+from palimpsest.common.config.schema import EnvGatewayConfig, RunConfig
+from palimpsest.common.program import service
+from palimpsest.common.service import Stop, serve
+from palimpsest.common.sessions.token import VARIABLE, token
+from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway.app import create_app
+from palimpsest.services.env_gateway.auth import refuse_open_door
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0
 """A session waits so long for a free process before it is refused with 429."""

@@ -22,13 +22,22 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from common.metrics import REGISTRY
-from common.service import HttpError, application
-from common.sessions.wire import CreateSession, EnvironmentInfo, Lease, Session, SessionState, Step, TakeStep, Wire
-from services.env_gateway import instruments, raw_routes
-from services.env_gateway.auth import Guard
-from services.env_gateway.registry import Entry, Registry
-from services.env_gateway.sessions import Sessions
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.service import HttpError, application
+from palimpsest.common.sessions.wire import (
+    CreateSession,
+    EnvironmentInfo,
+    Lease,
+    Session,
+    SessionState,
+    Step,
+    TakeStep,
+    Wire,
+)
+from palimpsest.services.env_gateway import instruments, raw_routes
+from palimpsest.services.env_gateway.auth import Guard
+from palimpsest.services.env_gateway.registry import Entry, Registry
+from palimpsest.services.env_gateway.sessions import Sessions
 
 W = TypeVar("W", bound=Wire)
 SWEEP_S = 1.0

@@ -6,10 +6,10 @@ import ipaddress
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common.service import HttpError
-from common.sessions.token import VARIABLE
-from common.user_error import Refusal
-from services.env_gateway import instruments
+from palimpsest.common.service import HttpError
+from palimpsest.common.sessions.token import VARIABLE
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.env_gateway import instruments
 
 GUARDED = "/v1"
 """Everything under this path needs the token; health and metrics do not."""

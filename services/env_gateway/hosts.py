@@ -2,8 +2,15 @@
 
 from typing import Protocol
 
-from services.env_gateway.environments.port import Environment, EnvironmentFailed, Opening, Outcome, Score, Turn
-from services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from palimpsest.services.env_gateway.environments.port import (
+    Environment,
+    EnvironmentFailed,
+    Opening,
+    Outcome,
+    Score,
+    Turn,
+)
+from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
 
 
 class NoRoom(Exception):

@@ -4,7 +4,7 @@ from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from common.metrics import REGISTRY, SECONDS
+from palimpsest.common.metrics import REGISTRY, SECONDS
 
 CREATED = Counter("palimpsest_gateway_sessions_created", "Sessions begun", ["environment"], registry=REGISTRY)
 ENDED = Counter(

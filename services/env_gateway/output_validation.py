@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from services.env_gateway.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score
 
 ROLES = ("system", "user", "assistant", "tool")
 

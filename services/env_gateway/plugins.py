@@ -4,10 +4,10 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from common.user_error import Refusal
-from services.env_gateway.processes.pool import Pool
-from services.env_gateway.processes.protocol import Blueprint
-from services.env_gateway.registry import REASONING_GYM, Entry, Registry, isolated
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.registry import REASONING_GYM, Entry, Registry, isolated
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from common.sessions.wire import Wire
+from palimpsest.common.sessions.wire import Wire
 
 
 class Direct(APIRoute):

@@ -5,13 +5,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from services.env_gateway.environments import add, hop, lookup
-from services.env_gateway.environments.port import Environment, Family
-from services.env_gateway.environments.reasoning_gym_tasks import DATASETS, ReasoningGymTask
-from services.env_gateway.hosts import InProcess, World
-from services.env_gateway.processes.child_host import InChild
-from services.env_gateway.processes.pool import Pool
-from services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.environments import add, hop, lookup
+from palimpsest.services.env_gateway.environments.port import Environment, Family
+from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, ReasoningGymTask
+from palimpsest.services.env_gateway.hosts import InProcess, World
+from palimpsest.services.env_gateway.processes.child_host import InChild
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.processes.protocol import Blueprint
 
 FAMILIES: Mapping[str, Family] = {"lookup": lookup, "hop": hop, "add": add}
 """The built-in families, with what is needed to prepare a model for each."""

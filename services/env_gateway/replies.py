@@ -1,8 +1,8 @@
 """What an environment returned, as the replies that go to the client."""
 
-from common.sessions.wire import Message, Status, Step, StepError
-from services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
-from services.env_gateway.environments.tool_calls import remark
+from palimpsest.common.sessions.wire import Message, Status, Step, StepError
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
+from palimpsest.services.env_gateway.environments.tool_calls import remark
 
 
 def continued(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from common.service import HttpError
-from common.sessions.wire import CreateSession, SessionState, Status, Step
-from services.env_gateway.hosts import World
+from palimpsest.common.service import HttpError
+from palimpsest.common.sessions.wire import CreateSession, SessionState, Status, Step
+from palimpsest.services.env_gateway.hosts import World
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ for a while, with its Idempotency-Key, so that a late retry gets the stored answ
 from collections import Counter, OrderedDict
 from typing import Any
 
-from common.sessions.wire import Status
-from services.env_gateway import instruments
-from services.env_gateway.session import Session
+from palimpsest.common.sessions.wire import Status
+from palimpsest.services.env_gateway import instruments
+from palimpsest.services.env_gateway.session import Session
 
 
 class Ledger:

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.service import HttpError
-from common.sessions import wire
-from common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
-from services.env_gateway import instruments, replies
-from services.env_gateway.environments.port import EnvironmentFailed, Reply
-from services.env_gateway.environments.tool_calls import turn
-from services.env_gateway.hosts import NoRoom
-from services.env_gateway.registry import Entry, Registry
-from services.env_gateway.session import Session
-from services.env_gateway.session_store import Ledger
+from palimpsest.common.service import HttpError
+from palimpsest.common.sessions import wire
+from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
+from palimpsest.services.env_gateway import instruments, replies
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply
+from palimpsest.services.env_gateway.environments.tool_calls import turn
+from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.registry import Entry, Registry
+from palimpsest.services.env_gateway.session import Session
+from palimpsest.services.env_gateway.session_store import Ledger
 
 REMEMBERED_PER_SESSION = 8
 """So many ended sessions are remembered for each that may be live."""

@@ -1,20 +1,20 @@
-"""python -m services.learner RUN.toml
+"""python -m palimpsest.services.learner RUN.toml
 
-torchrun --standalone --nproc-per-node=2 -m services.learner RUN.toml     for several ranks
+torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml     for several ranks
 
-python -m services.learner dead-letters list RUN.toml     (and `replay`; --help says more)
+python -m palimpsest.services.learner dead-letters list RUN.toml     (and `replay`; --help says more)
 """
 
 import os
 import sys
 
-from common.config import Invocation
-from common.config.schema import RunConfig
-from common.metrics import REGISTRY
-from common.parent_death import tie
-from common.program import main, service, tell
-from common.service import Starting, Stop
-from common.snapshots.client import SnapshotClient
+from palimpsest.common.config import Invocation
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.parent_death import tie
+from palimpsest.common.program import main, service, tell
+from palimpsest.common.service import Starting, Stop
+from palimpsest.common.snapshots.client import SnapshotClient
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
@@ -32,14 +32,14 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
-    from services.learner.coordinator import lead
-    from services.learner.distributed import Ranks
-    from services.learner.model.policy import load_model
-    from services.learner.model.trainable import Trainee
-    from services.learner.old_logprobs.distributed_scorer import resident
-    from services.learner.training.build import companions
-    from services.learner.training.follower import follow
-    from services.learner.training.trainer import Step
+    from palimpsest.services.learner.coordinator import lead
+    from palimpsest.services.learner.distributed import Ranks
+    from palimpsest.services.learner.model.policy import load_model
+    from palimpsest.services.learner.model.trainable import Trainee
+    from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
+    from palimpsest.services.learner.training.build import companions
+    from palimpsest.services.learner.training.follower import follow
+    from palimpsest.services.learner.training.trainer import Step
 
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
@@ -69,7 +69,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
 
 def dead_letters() -> None:
     """List or replay them."""
-    from services.learner.dead_letters.command import answer
+    from palimpsest.services.learner.dead_letters.command import answer
 
     for line in answer(sys.argv[2:], os.environ):
         tell(line)

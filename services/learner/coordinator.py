@@ -1,31 +1,31 @@
 """Rank 0's composition: everything that speaks to others is put together here."""
 
-from common.bus.factory import open_bus
-from common.config.proximal import InterruptionProximal
-from common.config.schema import RunConfig
-from common.logs import logger
-from common.messages import Sampling
-from common.metrics import REGISTRY
-from common.service import Starting, Stop, application
-from common.snapshots.client import SnapshotClient
-from common.snapshots.writer import Writer
-from services.learner.buffer.ledger import Planner
-from services.learner.checkpointing.checkpoints import Checkpoints
-from services.learner.distributed import Ranks
-from services.learner.ingest.trajectory_reader import Arrived, Intake
-from services.learner.loop import Loop
-from services.learner.model.trainable import Trainee
-from services.learner.observability.alerts import Teller
-from services.learner.observability.batch_dump import Recorder
-from services.learner.observability.history import History
-from services.learner.observability.thresholds import Bounds
-from services.learner.old_logprobs.distributed_scorer import Pass, Together
-from services.learner.old_logprobs.routes import route
-from services.learner.old_logprobs.score_store import Scores
-from services.learner.publishing.canaries import Canaries
-from services.learner.publishing.publisher import Publisher
-from services.learner.training.state import Companions
-from services.learner.training.trainer import Step
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.config.proximal import InterruptionProximal
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import Sampling
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.loop import Loop
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.observability.alerts import Teller
+from palimpsest.services.learner.observability.batch_dump import Recorder
+from palimpsest.services.learner.observability.history import History
+from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, Together
+from palimpsest.services.learner.old_logprobs.routes import route
+from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.publishing.canaries import Canaries
+from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.trainer import Step
 
 
 def lead(

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from common.metrics import REGISTRY, SECONDS
+from palimpsest.common.metrics import REGISTRY, SECONDS
 
 VERSION = Gauge("palimpsest_learner_version", "Newest version published", registry=REGISTRY)
 TRAINED = Counter("palimpsest_learner_trained_trajectories", "Trajectories trained on", registry=REGISTRY)

@@ -11,34 +11,34 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import failpoints
-from common.config.learner import LearnerConfig
-from common.logs import logger
-from common.service import Status, Stop
-from common.snapshots.fencing import Fenced
-from common.snapshots.writer import Writer
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner import instruments
-from services.learner.batch.batching import Row
-from services.learner.batch.collate import deal_minibatches, to_rows
-from services.learner.buffer.ledger import Batched, Planner
-from services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
-from services.learner.checkpointing.manifest import SCHEMA, Progress
-from services.learner.distributed import NOTHING, Ranks
-from services.learner.ingest.trajectory_reader import Arrived, Intake
-from services.learner.model.trainable import Trainee
-from services.learner.observability.alerts import Teller
-from services.learner.observability.batch_dump import Recorder
-from services.learner.observability.history import History
-from services.learner.observability.version_record import Batch, observe
-from services.learner.old_logprobs.routes import Route
-from services.learner.publishing.publisher import Publisher
-from services.learner.timing import Phases
-from services.learner.training.follower import Order, take_over
-from services.learner.training.results import Trained, merge
-from services.learner.training.state import Companions, parted
-from services.learner.training.trainer import Step
+from palimpsest.common import failpoints
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.logs import logger
+from palimpsest.common.service import Status, Stop
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.batch.collate import deal_minibatches, to_rows
+from palimpsest.services.learner.buffer.ledger import Batched, Planner
+from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
+from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
+from palimpsest.services.learner.distributed import NOTHING, Ranks
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.observability.alerts import Teller
+from palimpsest.services.learner.observability.batch_dump import Recorder
+from palimpsest.services.learner.observability.history import History
+from palimpsest.services.learner.observability.version_record import Batch, observe
+from palimpsest.services.learner.old_logprobs.routes import Route
+from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.timing import Phases
+from palimpsest.services.learner.training.follower import Order, take_over
+from palimpsest.services.learner.training.results import Trained, merge
+from palimpsest.services.learner.training.state import Companions, parted
+from palimpsest.services.learner.training.trainer import Step
 
 POLL_S = 0.1
 CONFIRM_S = 2.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from services.learner import instruments
+from palimpsest.services.learner import instruments
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from services.report.folder import Line
-from services.report.summary import begins
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.summary import begins
 
 PACE = 20
 """Versions over which the learner's pace is measured."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.outages import GATEWAY, KAFKA, S3, STORE
-from common.text import duration, listed
+from palimpsest.common.outages import GATEWAY, KAFKA, S3, STORE
+from palimpsest.common.text import duration, listed
 
 SHOWN_S = 3.0
 """A shorter outage is not worth a word."""

@@ -11,16 +11,16 @@ from typing import Any, Self
 
 import httpx
 
-from common.bus.port import Bus, Consumer, Outgoing
-from common.logs import logger
-from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
-from common.outages import GATEWAY, OUTAGES, STORE
-from common.rejected_record import Unusable
-from common.snapshots.retrying_http import StoreUnavailable
-from common.user_error import Refusal
-from services.live.history_tail import Tail, Trained
-from services.live.outages import Course, Outage, Past, merged
-from services.report.folder import HISTORY
+from palimpsest.common.bus.port import Bus, Consumer, Outgoing
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
+from palimpsest.common.outages import GATEWAY, OUTAGES, STORE
+from palimpsest.common.rejected_record import Unusable
+from palimpsest.common.snapshots.retrying_http import StoreUnavailable
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.live.history_tail import Tail, Trained
+from palimpsest.services.live.outages import Course, Outage, Past, merged
+from palimpsest.services.report.folder import HISTORY
 
 EVERY_S = 1.0
 TIMEOUT_S = 2.0

@@ -9,9 +9,9 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
-from services.live.outages import in_full, over
-from services.live.state import State, subject
-from services.live.view import line, view
+from palimpsest.services.live.outages import in_full, over
+from palimpsest.services.live.state import State, subject
+from palimpsest.services.live.view import line, view
 
 REFRESH_S = 0.5
 LINE_S, NEWS_S = 10.0, 1.0

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from common.messages import VersionApplied
-from common.text import count, duration
-from services.live.history_tail import Step, Trained
-from services.live.outages import NAMES, Outage, Past
-from services.live.poller import Seen, Sight
-from services.local.exit_reasons import Crash
-from services.report.folder import Line
-from services.report.labels import in_words
+from palimpsest.common.messages import VersionApplied
+from palimpsest.common.text import count, duration
+from palimpsest.services.live.history_tail import Step, Trained
+from palimpsest.services.live.outages import NAMES, Outage, Past
+from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.local.exit_reasons import Crash
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.labels import in_words
 
 RECENT = 5
 """Versions over which "recent" success and reward are means."""
@@ -295,7 +295,7 @@ def _losses(ledger: Mapping[str, Any], trained: Trained) -> list[str]:
         found.append(f"dropped {count(sum(dropped.values()), 'trajectory', 'trajectories')}: {reasons}")
     if dead := ledger.get("dead_lettered"):
         found.append(
-            f"{dead:,} dead-lettered: `python -m services.learner dead-letters list` with the run's file says why"
+            f"{dead:,} dead-lettered: `python -m palimpsest.services.learner dead-letters list` with the run's file says why"
         )
     if skipped := trained.skipped:
         found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")

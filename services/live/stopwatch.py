@@ -4,8 +4,8 @@ from pathlib import Path
 
 import msgspec
 
-from common.files import write
-from services.report.folder import Seconds, read_seconds
+from palimpsest.common.files import write
+from palimpsest.services.report.folder import Seconds, read_seconds
 
 SAVE_S = 5.0
 

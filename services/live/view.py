@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.text import duration
-from services.live.outages import Outage, in_short, over, place, remedy, who_waits
-from services.live.state import RECENT, Service, State, recent
-from services.report.labels import method
+from palimpsest.common.text import duration
+from palimpsest.services.live.outages import Outage, in_short, over, place, remedy, who_waits
+from palimpsest.services.live.state import RECENT, Service, State, recent
+from palimpsest.services.report.labels import method
 
 BARS = " ▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from common.bus.factory import open_bus
-from common.bus.port import Bus
-from common.config.schema import RunConfig
-from common.outages import KAFKA, OUTAGES
-from common.service import Stop
-from services.local import console_text
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.outages import KAFKA, OUTAGES
+from palimpsest.common.service import Stop
+from palimpsest.services.local import console_text
 
 LOOK_S = 0.1
 SAY_S = 2.0

@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config.schema import RunConfig
-from services.local.processes import Child, python
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.services.local.processes import Child, python
 
 LEARNER = "learner"
 ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
@@ -44,23 +44,27 @@ class Commands:
         """One rank is a process of its own; several are launched by torchrun, which leaves files in a folder."""
         ranks = self.config.local.learner_ranks
         if ranks == 1:
-            alone = self._child(LEARNER, ("services.learner",))
+            alone = self._child(LEARNER, ("palimpsest.services.learner",))
             alone.environment |= ALONE
             return alone
         scratch = self.config.run.home / "cache" / "torchrun"
         launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}")
-        return self._child(LEARNER, (*launcher, "-m", "services.learner"), scratch=scratch)
+        return self._child(LEARNER, (*launcher, "-m", "palimpsest.services.learner"), scratch=scratch)
 
     def workers(self) -> dict[str, tuple[Child, str]]:
         """Name -> the process and where it answers."""
         names = [f"worker-{i}" for i in range(self.config.local.rollout_workers)]
-        return self._numbered(names, "services.rollout", host=self.config.rollout.host, named="rollout.worker")
+        return self._numbered(
+            names, "palimpsest.services.rollout", host=self.config.rollout.host, named="rollout.worker"
+        )
 
     def replicas(self) -> dict[str, tuple[Child, str]]:
         """Name -> the process and where it answers."""
         wanted = max(1, self.config.local.replicas) if self.config.learner.proximal.kind == "replica" else 0
         names = [f"replica-{i}" for i in range(wanted)]
-        return self._numbered(names, "services.learner.replica", host=self.config.replica.host, named="replica.name")
+        return self._numbered(
+            names, "palimpsest.services.learner.replica", host=self.config.replica.host, named="replica.name"
+        )
 
     def _numbered(self, names: Iterable[str], module: str, *, host: str, named: str) -> dict[str, tuple[Child, str]]:
         made = {}

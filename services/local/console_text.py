@@ -1,4 +1,4 @@
-"""What `python -m services` says to a person, in plain words. Pure."""
+"""What `python -m palimpsest.services` says to a person, in plain words. Pure."""
 
 import re
 import shlex
@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config.schema import RunConfig
-from common.text import count, duration
-from services.live.outages import clock
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.text import count, duration
+from palimpsest.services.live.outages import clock
 
 USAGE = """\
-usage: python -m services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
-       python -m services --resume FOLDER [--SECTION.KEY=VALUE ...]
-       python -m services report FOLDER
-       python -m services audit FOLDER
+usage: python -m palimpsest.services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
+       python -m palimpsest.services --resume FOLDER [--SECTION.KEY=VALUE ...]
+       python -m palimpsest.services report FOLDER
+       python -m palimpsest.services audit FOLDER
 
 Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
 of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
@@ -86,7 +86,7 @@ def resume(
     if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
         run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
         return f"  make run-cluster {run}ARGS={_for_make(again)}"
-    return f"  {shlex.quote(python)} -m services {again}"
+    return f"  {shlex.quote(python)} -m palimpsest.services {again}"
 
 
 def interpreter(executable: Path, working_folder: Path) -> str:

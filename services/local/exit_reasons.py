@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.user_error import ExitCode
+from palimpsest.common.user_error import ExitCode
 
 MEANINGS = {
     "SIGABRT": "native code gave up: its log says why",

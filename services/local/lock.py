@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 
 LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -88,7 +88,7 @@ def _refused(home: Path, holder: dict[str, Any]) -> str:
         who = f"process {holder['pid']} of {holder['user']} on {holder['host']} (since {holder['since']})"
     return (
         f"the run in {home} is alive: {who} supervises it. Let it go on, or stop it first (Ctrl-C in its terminal, or "
-        f"`kill {holder.get('pid', 'PID')}`); `python -m services report {home}` and `audit` work beside it. For a run "
+        f"`kill {holder.get('pid', 'PID')}`); `python -m palimpsest.services report {home}` and `audit` work beside it. For a run "
         f"of its own choose another --run.id"
     )
 

@@ -6,7 +6,7 @@ start-up, however long, and no waiting forgives a crash.
 
 from dataclasses import dataclass
 
-from services.live.poller import Seen
+from palimpsest.services.live.poller import Seen
 
 STEADY_S = 600.0
 """Any but the learner, ready for so long, has worked, even if no version came in that time."""

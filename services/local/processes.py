@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.parent_death import on_parents_death
-from common.user_error import ExitCode
+from palimpsest.common.parent_death import on_parents_death
+from palimpsest.common.user_error import ExitCode
 
 MOST_READ = 1 << 16
 """Bytes of a log's end that are read for a process's last words."""

@@ -6,7 +6,7 @@ An entry stands for the key, or for every key of the section, of that name.
 
 from typing import Any
 
-from common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig
 
 IDENTITY = (
     "run.seed",

@@ -4,14 +4,14 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Invocation, load
-from common.config.schema import RunConfig
-from common.config.to_toml import show
-from common.file_errors import usable_folder
-from common.files import write
-from common.user_error import Refusal
-from services.local.lock import Lock
-from services.local.run_identity import differences
+from palimpsest.common.config import Invocation, load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.file_errors import usable_folder
+from palimpsest.common.files import write
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.local.lock import Lock
+from palimpsest.services.local.run_identity import differences
 
 SAVED = "run.toml"
 

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from common.config.schema import RunConfig
-from common.service import Stop
-from common.user_error import ExitCode, Refusal
-from services.live.poller import Seen, Sight
-from services.local import exit_reasons
-from services.local.commands import LEARNER, Commands, free_port
-from services.local.exit_reasons import Crash, last_error
-from services.local.process_start import Life
-from services.local.processes import HOPELESS, Child
-from services.local.restart_policy import Death, alike, row_with, wait_s
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.service import Stop
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.local import exit_reasons
+from palimpsest.services.local.commands import LEARNER, Commands, free_port
+from palimpsest.services.local.exit_reasons import Crash, last_error
+from palimpsest.services.local.process_start import Life
+from palimpsest.services.local.processes import HOPELESS, Child
+from palimpsest.services.local.restart_policy import Death, alike, row_with, wait_s
 
 LOOK_S = 0.5
 DRAIN_S = 25.0

@@ -6,10 +6,10 @@ from itertools import pairwise
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from services.report.aggregates import WRONGS, leak
-from services.report.charts import BLUE, GRAY, ORANGE, Figure, color, line, short
-from services.report.folder import Line
-from services.report.labels import names
+from palimpsest.services.report.aggregates import WRONGS, leak
+from palimpsest.services.report.charts import BLUE, GRAY, ORANGE, Figure, color, line, short
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.labels import names
 
 EDGES = ("-2", "-1", "-.5", "-.2", "-.1", "-.05", "-.02", "-.01", ".01", ".02", ".05", ".1", ".2", ".5", "1", "2")
 BINS = (f"< {EDGES[0]}", *(f"{low} to {high}" for low, high in pairwise(EDGES)), f"> {EDGES[-1]}")

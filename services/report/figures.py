@@ -1,8 +1,8 @@
 """The report's figures, in the order of the page. Pure."""
 
-from services.report import distributions, learning, policies, progress
-from services.report.charts import Figure
-from services.report.folder import Contents
+from palimpsest.services.report import distributions, learning, policies, progress
+from palimpsest.services.report.charts import Figure
+from palimpsest.services.report.folder import Contents
 
 
 def figures(contents: Contents) -> list[Figure]:

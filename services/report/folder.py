@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from common.bus.offline import scan, standing_bus
-from common.bus.port import Bus
-from common.config import load
-from common.config.schema import RunConfig
-from common.messages import (
+from palimpsest.common.bus.offline import scan, standing_bus
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import (
     DEAD_LETTERS,
     TASKS,
     TRAJECTORIES,
@@ -29,13 +29,13 @@ from common.messages import (
     WorkerAlive,
     message_in,
 )
-from common.rejected_record import Unusable
-from common.trajectory import trainable
-from common.user_error import ExitCode, Refusal
-from services.learner.buffer.ledger import LedgerState
-from services.learner.checkpointing.manifest import MANIFEST, complete
-from services.local.run_setup import SAVED
-from services.snapshot_store.offline import StorageClaims, standing_storage
+from palimpsest.common.rejected_record import Unusable
+from palimpsest.common.trajectory import trainable
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.learner.buffer.ledger import LedgerState
+from palimpsest.services.learner.checkpointing.manifest import MANIFEST, complete
+from palimpsest.services.local.run_setup import SAVED
+from palimpsest.services.snapshot_store.offline import StorageClaims, standing_storage
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]

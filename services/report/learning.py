@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
-from services.report.charts import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
-from services.report.folder import Line
-from services.report.summary import begins
+from palimpsest.services.report.charts import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.summary import begins
 
 
 def over_versions(lines: Sequence[Line]) -> Figure:

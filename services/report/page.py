@@ -7,11 +7,11 @@ from typing import Any
 
 import plotly.offline
 
-from common.config.schema import RunConfig
-from common.config.to_toml import show
-from common.text import count, duration
-from services.report.charts import Figure
-from services.report.style import SCRIPT, STYLE
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.text import count, duration
+from palimpsest.services.report.charts import Figure
+from palimpsest.services.report.style import SCRIPT, STYLE
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """The browser itself refuses to load anything."""

@@ -6,10 +6,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from services.report.charts import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
-from services.report.folder import Line
-from services.report.labels import EXACT, names
-from services.report.summary import mean_by_staleness, tokens_by_staleness
+from palimpsest.services.report.charts import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.labels import EXACT, names
+from palimpsest.services.report.summary import mean_by_staleness, tokens_by_staleness
 
 STAND_IN = "if current weights stood in for old ones"
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from common.messages import VersionApplied
-from services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
-from services.report.folder import Line
-from services.report.learning import mark_starts
-from services.report.summary import begins
+from palimpsest.common.messages import VersionApplied
+from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.learning import mark_starts
+from palimpsest.services.report.summary import begins
 
 PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
           ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip

@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from common.config.schema import RunConfig
-from common.files import write
-from common.messages import WorkerAlive
-from services.report.aggregates import leak, removal, spells
-from services.report.folder import Contents, Line
-from services.report.labels import coverage, methods
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.files import write
+from palimpsest.common.messages import WorkerAlive
+from palimpsest.services.report.aggregates import leak, removal, spells
+from palimpsest.services.report.folder import Contents, Line
+from palimpsest.services.report.labels import coverage, methods
 
 SUMMARY = "summary.json"
 PHASES = ("wait", "train", "publish", "checkpoint")

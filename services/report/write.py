@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from common.files import write
-from services.report.figures import figures
-from services.report.folder import Contents
-from services.report.page import page
+from palimpsest.common.files import write
+from palimpsest.services.report.figures import figures
+from palimpsest.services.report.folder import Contents
+from palimpsest.services.report.page import page
 
 REPORT = "report.html"
 

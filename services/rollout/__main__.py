@@ -1,23 +1,23 @@
-"""python -m services.rollout RUN.toml"""
+"""python -m palimpsest.services.rollout RUN.toml"""
 
 import asyncio
 
-from common.bus.factory import open_bus
-from common.config import Invocation
-from common.config.schema import RunConfig, ScriptedEngineConfig
-from common.metrics import REGISTRY
-from common.program import service
-from common.service import Starting, Stop, application
-from common.sessions.client import SessionClient
-from common.snapshots.client import SnapshotClient
-from common.user_error import ExitCode, Refusal
-from services.rollout.chat_renderer import Dialogue
-from services.rollout.engine.port import Engine, EngineDead
-from services.rollout.engine.required import needed
-from services.rollout.seeds import engine_seed
-from services.rollout.trajectory_sampler import Sampler, Tally
-from services.rollout.weights import Weights
-from services.rollout.worker import Worker
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.config import Invocation
+from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.program import service
+from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.engine.port import Engine, EngineDead
+from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.seeds import engine_seed
+from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
+from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.worker import Worker
 
 FIRST_CANARY_TOKENS = 64
 """The learner's first version comes with a random sequence of this length."""
@@ -80,10 +80,10 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
 def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:
     chosen = config.rollout.engine
     if isinstance(chosen, ScriptedEngineConfig):
-        from services.rollout.engine.scripted import ScriptedEngine
+        from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(chosen, encode=dialogue.encode)
-    from services.rollout.engine.vllm import VllmEngine
+    from palimpsest.services.rollout.engine.vllm import VllmEngine
 
     return VllmEngine(
         chosen,

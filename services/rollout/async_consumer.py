@@ -6,7 +6,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
-from common.bus.port import Consumer, Record
+from palimpsest.common.bus.port import Consumer, Record
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.snapshots.manifest import Canary
+from palimpsest.common.snapshots.manifest import Canary
 
 MOVED = 1e-3
 """Tokens that the last step moved by less, in nats, say nothing about whether it was taken on."""

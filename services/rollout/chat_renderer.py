@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
-from common.sessions.wire import Message
-from common.user_error import Refusal
+from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
+from palimpsest.common.sessions.wire import Message
+from palimpsest.common.user_error import Refusal
 
 _SENTINEL = "\u241epalimpsest\u241e"
 

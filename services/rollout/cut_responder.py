@@ -9,16 +9,16 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from common import failpoints
-from common.logs import logger
-from common.messages import Control, CutReached, CutRequested
-from services.rollout import instruments
-from services.rollout.cut_state import Cuts, flush
-from services.rollout.engine.port import Engine
-from services.rollout.engine.required import needed
-from services.rollout.outbox import Outbox
-from services.rollout.trajectory_builder import Assembly, Live
-from services.rollout.weights import Weights
+from palimpsest.common import failpoints
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import Control, CutReached, CutRequested
+from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.cut_state import Cuts, flush
+from palimpsest.services.rollout.engine.port import Engine
+from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.services.rollout.weights import Weights
 
 HOLD_LIMIT_S = 120.0
 """When the learner says nothing for so long, it is taken for gone and the worker samples on. What it then samples with

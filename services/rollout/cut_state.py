@@ -4,9 +4,9 @@ A request stands until a record behind it says how things go on: a newer version
 was started again and knows of no request), or a release.
 """
 
-from common.messages import Control, CutReleased, CutRequested, SegmentFlushed, VersionPublished
-from common.versions import Version
-from services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.common.messages import Control, CutReleased, CutRequested, SegmentFlushed, VersionPublished
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.trajectory_builder import Assembly, Live
 
 NOTHING = Version(-1)
 """Held while any version may be sampled with."""

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from common.metrics import REGISTRY, SECONDS
+from palimpsest.common.metrics import REGISTRY, SECONDS
 
 TOKENS = Counter("palimpsest_rollout_sampled_tokens", "Tokens sampled", registry=REGISTRY)
 TRAJECTORIES = Counter(

@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from common.bus.port import Bus, Outgoing, Position
-from common.messages import DEAD_LETTERS, TRAJECTORIES, WORKERS, DeadLetter, FromWorker, SegmentFlushed, encode
+from palimpsest.common.bus.port import Bus, Outgoing, Position
+from palimpsest.common.messages import (
+    DEAD_LETTERS,
+    TRAJECTORIES,
+    WORKERS,
+    DeadLetter,
+    FromWorker,
+    SegmentFlushed,
+    encode,
+)
 
 BATCH = 256
 

@@ -6,10 +6,10 @@ Tokens are only ever appended: what the engine saw as prefix is what the learner
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.arrays import pack_float32, pack_int32
-from common.messages import GroupOffered
-from common.trajectory import Segment
-from services.rollout.engine.port import Sampled
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.messages import GroupOffered
+from palimpsest.common.trajectory import Segment
+from palimpsest.services.rollout.engine.port import Sampled
 
 
 class Contradiction(ValueError):

@@ -5,16 +5,23 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from common import failpoints
-from common.logs import logger
-from common.messages import DropReason, Ending, GroupOffered, TrajectoryDropped, TrajectoryFinished, trajectory_id
-from common.sessions.client import SessionClient, SessionFailed
-from common.sessions.wire import CreateSession, Session, Status, Step
-from common.versions import Version
-from services.rollout import instruments
-from services.rollout.chat_renderer import Dialogue
-from services.rollout.engine.port import Engine, EngineFailed, Sampled
-from services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.common import failpoints
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
+    DropReason,
+    Ending,
+    GroupOffered,
+    TrajectoryDropped,
+    TrajectoryFinished,
+    trajectory_id,
+)
+from palimpsest.common.sessions.client import SessionClient, SessionFailed
+from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.engine.port import Engine, EngineFailed, Sampled
+from palimpsest.services.rollout.trajectory_builder import Assembly, Live
 
 Ended = TrajectoryFinished | TrajectoryDropped
 T = TypeVar("T")

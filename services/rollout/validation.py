@@ -5,8 +5,8 @@ A record that decodes can still ask for what no learner asks for; acted on, it w
 
 import math
 
-from common.messages import Control, CutReleased, CutRequested, GroupOffered
-from common.rejected_record import Cause, Unusable
+from palimpsest.common.messages import Control, CutReleased, CutRequested, GroupOffered
+from palimpsest.common.rejected_record import Cause, Unusable
 
 
 def check(message: GroupOffered | Control) -> None:

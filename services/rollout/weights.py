@@ -14,16 +14,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from common.files import whole
-from common.logs import logger
-from common.snapshots.client import SnapshotClient, VersionMissing
-from common.snapshots.manifest import Damaged, Manifest
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.rollout import instruments
-from services.rollout.canary import judge
-from services.rollout.engine.port import Engine, StoredWeights
-from services.rollout.engine.required import needed
+from palimpsest.common.files import whole
+from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.manifest import Damaged, Manifest
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.canary import judge
+from palimpsest.services.rollout.engine.port import Engine, StoredWeights
+from palimpsest.services.rollout.engine.required import needed
 
 
 class Applied:

@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from common.bus.port import Bus, Record
-from common.logs import logger
-from common.messages import (
+from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
     CONTROL,
     TASKS,
     GroupOffered,
@@ -21,17 +21,17 @@ from common.messages import (
     message_in,
     trajectory_id,
 )
-from common.offset_tracker import Frontier
-from common.rejected_record import Cause, Unusable
-from common.service import Status
-from common.versions import Version
-from services.rollout import instruments
-from services.rollout.async_consumer import Reader
-from services.rollout.cut_responder import Interruption
-from services.rollout.outbox import Outbox
-from services.rollout.trajectory_sampler import Sampler
-from services.rollout.validation import check
-from services.rollout.weights import Applied, Weights
+from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.service import Status
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.async_consumer import Reader
+from palimpsest.services.rollout.cut_responder import Interruption
+from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.trajectory_sampler import Sampler
+from palimpsest.services.rollout.validation import check
+from palimpsest.services.rollout.weights import Applied, Weights
 
 GROUP = "rollout"
 POLL_S = 0.25

@@ -1,14 +1,14 @@
-"""python -m services.snapshot_store RUN.toml"""
+"""python -m palimpsest.services.snapshot_store RUN.toml"""
 
 import asyncio
 
-from common.config import Invocation
-from common.config.schema import RunConfig
-from common.program import service
-from common.service import Stop, serve
-from services.snapshot_store.app import create_app, open_catalogue
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_factory import open_storage
+from palimpsest.common.config import Invocation
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.program import service
+from palimpsest.common.service import Stop, serve
+from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage_factory import open_storage
 
 
 def body(invocation: Invocation, stop: Stop) -> None:

@@ -21,17 +21,17 @@ import msgspec
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from common.files import FULL
-from common.logs import logger
-from common.metrics import REGISTRY
-from common.service import HttpError, Status, application
-from common.snapshots.manifest import Damaged, unseal
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.snapshot_store import instruments, routes_blobs, routes_writers
-from services.snapshot_store.catalog import Catalogue, Conflict
-from services.snapshot_store.claim_check import Claims
-from services.snapshot_store.storage import Storage, Unavailable
+from palimpsest.common.files import FULL
+from palimpsest.common.logs import logger
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.service import HttpError, Status, application
+from palimpsest.common.snapshots.manifest import Damaged, unseal
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_writers
+from palimpsest.services.snapshot_store.catalog import Catalogue, Conflict
+from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
 Number = Annotated[int, Path(ge=0)]
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

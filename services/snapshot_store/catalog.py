@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from common.snapshots.manifest import Damaged, Manifest, unseal
-from common.versions import Version
-from services.snapshot_store.retention import removable
-from services.snapshot_store.storage import Storage, Unavailable
-from services.snapshot_store.writers import Fenced, UnknownWriter, Writers
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.retention import removable
+from palimpsest.services.snapshot_store.storage import Storage, Unavailable
+from palimpsest.services.snapshot_store.writers import Fenced, UnknownWriter, Writers
 
 _NUMBER = re.compile(r"versions/(\d+)\.json")
 

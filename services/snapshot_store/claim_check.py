@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage import Storage
 
 _PREFIX = "claims/"
 

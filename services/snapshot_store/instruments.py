@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge
 
-from common.metrics import REGISTRY
+from palimpsest.common.metrics import REGISTRY
 
 VERSIONS = Gauge("palimpsest_store_versions", "Versions in the store", registry=REGISTRY)
 STORED_BYTES = Gauge("palimpsest_store_bytes", "Bytes of weights in the store", registry=REGISTRY)

@@ -4,12 +4,12 @@ import asyncio
 
 from blake3 import blake3
 
-from common.bus.claim_check import ClaimLost
-from common.config.schema import RunConfig
-from services.snapshot_store.claim_check import Claims
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_disk import DiskStorage
-from services.snapshot_store.storage_factory import open_storage
+from palimpsest.common.bus.claim_check import ClaimLost
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.storage_factory import open_storage
 
 
 async def standing_storage(config: RunConfig) -> Storage:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from common.versions import Version
+from palimpsest.common.versions import Version
 
 
 def removable(versions: Collection[Version], leases: Mapping[str, Version]) -> set[Version]:

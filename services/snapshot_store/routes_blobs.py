@@ -14,11 +14,11 @@ from typing import Annotated
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
-from common.service import HttpError
-from services.snapshot_store import instruments
-from services.snapshot_store.catalog import Catalogue
-from services.snapshot_store.claim_check import Claims
-from services.snapshot_store.storage import DigestMismatch, Storage
+from palimpsest.common.service import HttpError
+from palimpsest.services.snapshot_store import instruments
+from palimpsest.services.snapshot_store.catalog import Catalogue
+from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 
 Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 

@@ -16,11 +16,11 @@ import msgspec
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.responses import JSONResponse
 
-from common.logs import logger
-from common.service import HttpError
-from common.versions import Version
-from services.snapshot_store import instruments
-from services.snapshot_store.writers import CommitConflict, Fenced, UnknownWriter, Writers
+from palimpsest.common.logs import logger
+from palimpsest.common.service import HttpError
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store import instruments
+from palimpsest.services.snapshot_store.writers import CommitConflict, Fenced, UnknownWriter, Writers
 
 Number = Annotated[int, Path(ge=0)]
 Epoch = Annotated[int, Path(ge=0)]

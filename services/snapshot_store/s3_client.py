@@ -18,9 +18,9 @@ from minio.credentials.providers import (
 )
 from urllib3.exceptions import HTTPError
 
-from common.config.schema import SnapshotStoreConfig
-from common.tls import trusting
-from common.user_error import Refusal
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.tls import trusting
+from palimpsest.common.user_error import Refusal
 
 CONNECT_S, READ_S = 5.0, 20.0
 METADATA_S = 2.0

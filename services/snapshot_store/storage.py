@@ -7,7 +7,7 @@ from typing import Protocol
 class Storage(Protocol):
     """Named byte strings. A name is there whole or not at all.
 
-    Every method raises Unavailable while the place does not answer, OSError (common.files.FULL) while it is full, and
+    Every method raises Unavailable while the place does not answer, OSError (palimpsest.common.files.FULL) while it is full, and
     ValueError for a name that is not a key.
     """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from common.files import named, sync_folder
-from services.snapshot_store.storage import DigestMismatch, parts
+from palimpsest.common.files import named, sync_folder
+from palimpsest.services.snapshot_store.storage import DigestMismatch, parts
 
 CHUNK = 1 << 20
 

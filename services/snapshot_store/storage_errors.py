@@ -1,7 +1,7 @@
 """What a person has to mend before an S3 can be used: a sentence for each way it refuses at the start."""
 
-from common.config.schema import SnapshotStoreConfig
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.user_error import ExitCode, Refusal
 
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MINIO_ACCESS_KEY and MINIO_SECRET_KEY"
 _UNKNOWN_CREDENTIALS = {

@@ -1,9 +1,9 @@
 """The storage that a run's configuration names."""
 
-from common.config.schema import RunConfig
-from common.file_errors import usable_folder
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.file_errors import usable_folder
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 
 async def open_storage(config: RunConfig) -> Storage:
@@ -12,7 +12,7 @@ async def open_storage(config: RunConfig) -> Storage:
         key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
         usable_folder(config.snapshot_folder, key=key)
         return DiskStorage(config.snapshot_folder)
-    from services.snapshot_store.storage_minio import MinioStorage
+    from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 
     storage = MinioStorage(config.snapshot_store, prefix=config.object_prefix)
     await storage.open()

@@ -26,14 +26,14 @@ from xml.etree import ElementTree as ET
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
-from common.config.schema import SnapshotStoreConfig
-from common.logs import logger
-from common.outages import OUTAGES, S3, Outages
-from common.user_error import Refusal
-from services.snapshot_store import storage_errors
-from services.snapshot_store.s3_client import NoCredentials, client, credentials
-from services.snapshot_store.storage import Unavailable, parts
-from services.snapshot_store.upload_reader import Feed
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.logs import logger
+from palimpsest.common.outages import OUTAGES, S3, Outages
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.snapshot_store import storage_errors
+from palimpsest.services.snapshot_store.s3_client import NoCredentials, client, credentials
+from palimpsest.services.snapshot_store.storage import Unavailable, parts
+from palimpsest.services.snapshot_store.upload_reader import Feed
 
 T = TypeVar("T")
 SMALL = 8 << 20

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from blake3 import blake3
 
-from services.snapshot_store.storage import DigestMismatch
+from palimpsest.services.snapshot_store.storage import DigestMismatch
 
 
 class Feed:

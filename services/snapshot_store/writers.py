@@ -15,10 +15,10 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from common import failpoints
-from common.snapshots.manifest import Damaged
-from common.versions import Version
-from services.snapshot_store.storage import Storage
+from palimpsest.common import failpoints
+from palimpsest.common.snapshots.manifest import Damaged
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.storage import Storage
 
 T = TypeVar("T")
 _EPOCH = re.compile(r"writers/(\d+)\.json")

@@ -33,18 +33,18 @@ def test_the_import_contracts_hold() -> None:
 
 
 LIGHT = (
-    "common.config",
-    "common.messages",
-    "common.bus.factory",
-    "common.snapshots.client",
-    "common.sessions.client",
-    "services.snapshot_store.__main__",
-    "services.env_gateway.__main__",
-    "services.learner.__main__",
-    "services.learner.replica.__main__",
-    "services.learner.dead_letters.command",
-    "services.rollout.__main__",
-    "services.audit.command",
+    "palimpsest.common.config",
+    "palimpsest.common.messages",
+    "palimpsest.common.bus.factory",
+    "palimpsest.common.snapshots.client",
+    "palimpsest.common.sessions.client",
+    "palimpsest.services.snapshot_store.__main__",
+    "palimpsest.services.env_gateway.__main__",
+    "palimpsest.services.learner.__main__",
+    "palimpsest.services.learner.replica.__main__",
+    "palimpsest.services.learner.dead_letters.command",
+    "palimpsest.services.rollout.__main__",
+    "palimpsest.services.audit.command",
     "services.__main__",
 )
 IMPORTS = """

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig
 from tests.programs import answered
 from tools import references
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner.losses.aggregate import Denominators, Mode, aggregate
-from services.learner.losses.entropy import epo_loss
-from services.learner.losses.kl import kl_loss
+from palimpsest.services.learner.losses.aggregate import Denominators, Mode, aggregate
+from palimpsest.services.learner.losses.entropy import epo_loss
+from palimpsest.services.learner.losses.kl import kl_loss
 from tests.conformance.test_objectives import CASES, PAIRS, inputs_of
 from tests.oracles import aggregation as oracle
 from tests.oracles.objectives import Data

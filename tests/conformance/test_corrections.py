@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import Limits, Rules, correct
-from services.learner.corrections.token_rules import divergence_estimate
+from palimpsest.services.learner.corrections import Limits, Rules, correct
+from palimpsest.services.learner.corrections.token_rules import divergence_estimate
 from tests.corrected import corrected, row
 from tests.oracles.corrections import draw, removed_tokens, token_weight
 from tests.oracles.sequence_rules import sequence_weight

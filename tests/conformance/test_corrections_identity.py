@@ -7,9 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from services.learner.corrections import Limits, Rules, correct, log_ratio
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.types import Inputs
+from palimpsest.services.learner.corrections import Limits, Rules, correct, log_ratio
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.types import Inputs
 
 Array = NDArray[np.float64]
 DRAWS = 200

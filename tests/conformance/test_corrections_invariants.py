@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import Limits, Rules, alone, correct, overlap
-from services.learner.corrections.rules import ESTIMATES
+from palimpsest.services.learner.corrections import Limits, Rules, alone, correct, overlap
+from palimpsest.services.learner.corrections.rules import ESTIMATES
 from tests.corrected import ALL, corrected, row
 from tests.oracles.corrections import Draw, draw, removed_tokens
 from tests.oracles.sequence_rules import removed_rows

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import Gather, Limits, Rules, correct, limits
-from services.learner.corrections.m2po import m2_rule, m2_threshold
+from palimpsest.services.learner.corrections import Gather, Limits, Rules, correct, limits
+from palimpsest.services.learner.corrections.m2po import m2_rule, m2_threshold
 from tests.corrected import ALL, alone_on_its_machine, corrected, joined, on_ranks, row, tensors
 from tests.oracles.corrections import draw, m2_kept
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import Limits, Rules, correct
-from services.learner.corrections.ratios import log_mean, log_product
-from services.learner.corrections.sequence_rules import estimate_rule, runs
+from palimpsest.services.learner.corrections import Limits, Rules, correct
+from palimpsest.services.learner.corrections.ratios import log_mean, log_product
+from palimpsest.services.learner.corrections.sequence_rules import estimate_rule, runs
 from tests.corrected import corrected, row, tensors
 from tests.oracles.corrections import draw
 from tests.oracles.sequence_rules import geometric_mean, product, ratios_of, removed_rows

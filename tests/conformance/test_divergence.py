@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.losses.kl import Estimator, estimate, k1, k2, k3, kl_loss
+from palimpsest.services.learner.losses.kl import Estimator, estimate, k1, k2, k3, kl_loss
 from tests.oracles import divergence as oracle
 
 CASES = 200

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner.losses.entropy import EntropyHistory, epo_loss, hinge, trajectory_entropy
+from palimpsest.services.learner.losses.entropy import EntropyHistory, epo_loss, hinge, trajectory_entropy
 from tests.oracles import objectives as oracle
 
 CASES = 200

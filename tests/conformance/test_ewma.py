@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
-from services.learner.proximal.surrogates.weight_average import Average, staleness_decay, window_decay
+from palimpsest.services.learner.proximal.surrogates.weight_average import Average, staleness_decay, window_decay
 from tests.oracles.surrogates import averages, center_of_mass
 
 DRAWS = 200

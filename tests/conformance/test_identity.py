@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.corrections import log_ratio
+from palimpsest.services.learner.corrections import log_ratio
 from tests.decoupled import clipped_loss, discrepancy_band
 
 BEHAVIOR, OLD, CURRENT, ASYNC = -1.20, -1.10, -0.90, -0.95

@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from services.learner.observability.surrogate_error import Audited, Thresholds, clipped, leak, leak_by_staleness, masked
+from palimpsest.services.learner.observability.surrogate_error import (
+    Audited,
+    Thresholds,
+    clipped,
+    leak,
+    leak_by_staleness,
+    masked,
+)
 from tests.oracles import surrogates as oracle
 
 DRAWS = 200

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner.corrections import Limits, Rules, correct
-from services.learner.losses.aggregate import Denominators, aggregate
-from services.learner.losses.cispo import cispo_loss
-from services.learner.losses.gspo import gspo_loss
-from services.learner.losses.minirl import minirl_loss
-from services.learner.losses.policy_gradient import policy_gradient_loss
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.r2vpo import r2vpo_loss
-from services.learner.losses.types import Inputs, Outcome
+from palimpsest.services.learner.corrections import Limits, Rules, correct
+from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
+from palimpsest.services.learner.losses.cispo import cispo_loss
+from palimpsest.services.learner.losses.gspo import gspo_loss
+from palimpsest.services.learner.losses.minirl import minirl_loss
+from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
+from palimpsest.services.learner.losses.types import Inputs, Outcome
 from tests.oracles import objectives as oracle
 
 CASES = 200

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.losses.opsm import opsm_mask
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.types import Inputs, Outcome
+from palimpsest.services.learner.losses.opsm import opsm_mask
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.types import Inputs, Outcome
 from tests.conformance.test_objectives import CASES, PAIRS, draw, gradient, inputs_of
 from tests.oracles import objectives as oracle
 

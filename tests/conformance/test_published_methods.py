@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from common.config.learner import LearnerConfig
-from common.config.recipes import NEIGHBOURS, RECIPES, TABLE, beneath
-from services.learner.corrections import Limits, correct
-from services.learner.losses.objective import Objective
-from services.learner.losses.types import Inputs
-from services.learner.proximal.surrogates.linear_prox import linear
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE, beneath
+from palimpsest.services.learner.corrections import Limits, correct
+from palimpsest.services.learner.losses.objective import Objective
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.proximal.surrogates.linear_prox import linear
 from tests.builders import a_learner
 
 BEHAVIOR, OLD, CURRENT = -1.20, -1.10, -0.90

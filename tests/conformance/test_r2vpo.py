@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.losses.policy_gradient import policy_gradient_loss
-from services.learner.losses.r2vpo import next_multiplier, r2vpo_loss, squared_deviation
+from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
+from palimpsest.services.learner.losses.r2vpo import next_multiplier, r2vpo_loss, squared_deviation
 from tests.conformance.test_objectives import CASES, draw, gradient, inputs_of, one
 
 

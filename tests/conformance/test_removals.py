@@ -4,16 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.batch.batching import pad
-from services.learner.corrections import Limits, correct
-from services.learner.losses.objective import Objective
-from services.learner.losses.types import Inputs
-from services.learner.observability.removals import CLIPS, NO_CURRENT, TOKEN_MASKS, past_clip, removal, token_masked
-from services.learner.observability.surrogate_error import Thresholds
-from services.learner.observability.thresholds import Bounds
-from services.learner.observability.token_statistics import Tokens
-from services.learner.proximal.types import Anchor
-from services.learner.training.results import Scored, counts
+from palimpsest.services.learner.batch.batching import pad
+from palimpsest.services.learner.corrections import Limits, correct
+from palimpsest.services.learner.losses.objective import Objective
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.observability.removals import (
+    CLIPS,
+    NO_CURRENT,
+    TOKEN_MASKS,
+    past_clip,
+    removal,
+    token_masked,
+)
+from palimpsest.services.learner.observability.surrogate_error import Thresholds
+from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.proximal.types import Anchor
+from palimpsest.services.learner.training.results import Scored, counts
 from tests.builders import a_learner, a_row
 from tests.oracles import batch as oracle
 

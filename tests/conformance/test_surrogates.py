@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config.learner import LearnerConfig, OptimizerConfig
-from common.config.proximal import ProximalConfig
-from common.versions import Version
-from services.learner.batch.batching import Padded, pad
-from services.learner.corrections import log_ratio
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
-from services.learner.observability.surrogate_error import Thresholds, clipped, masked
-from services.learner.proximal import surrogates
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.factory import surrogate
-from services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
-from services.learner.proximal.surrogates.linear_prox import LinearProx
-from services.learner.proximal.types import Exact, Interpolated, Source, Surrogate
+from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.common.config.proximal import ProximalConfig
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, pad
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, clipped, masked
+from palimpsest.services.learner.proximal import surrogates
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
+from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
+from palimpsest.services.learner.proximal.types import Exact, Interpolated, Source, Surrogate
 from tests.builders import a_row
 from tests.models import CPU, Resident, load
 from tests.oracles import surrogates as oracle

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from common.config.objective import DiscrepancyConfig
-from services.learner.corrections import Rules
-from services.learner.losses.cispo import cispo_loss
-from services.learner.losses.gspo import gspo_loss
-from services.learner.losses.minirl import minirl_loss
-from services.learner.losses.objective import Objective, rules
-from services.learner.losses.policy_gradient import policy_gradient_loss
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.r2vpo import r2vpo_loss
+from palimpsest.common.config.objective import DiscrepancyConfig
+from palimpsest.services.learner.corrections import Rules
+from palimpsest.services.learner.losses.cispo import cispo_loss
+from palimpsest.services.learner.losses.gspo import gspo_loss
+from palimpsest.services.learner.losses.minirl import minirl_loss
+from palimpsest.services.learner.losses.objective import Objective, rules
+from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
 from tests.builders import UNCORRECTED, a_learner
 from tests.conformance.test_objectives import Ours, draw, gradient, inputs_of
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config.learner import LearnerConfig, OptimizerConfig
-from common.versions import Version
-from services.learner.batch.batching import pad
-from services.learner.distributed import Ranks
-from services.learner.losses.aggregate import Denominators
-from services.learner.losses.objective import Objective, Terms
-from services.learner.losses.types import Inputs
-from services.learner.model.trainable import Trainee
-from services.learner.proximal.surrogates.bypass import Bypass
-from services.learner.training.preparation import prepare
-from services.learner.training.results import Trained
-from services.learner.training.state import Companions
+from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import pad
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.losses.aggregate import Denominators
+from palimpsest.services.learner.losses.objective import Objective, Terms
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
+from palimpsest.services.learner.training.preparation import prepare
+from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.state import Companions
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, perturb, train
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from services.learner.advantages import Part, group_advantages, token_advantages
-from services.learner.advantages.gae import generalised_advantages
-from services.learner.advantages.reinforce import returns_to_go
-from services.learner.advantages.whiten import Moments, merged, whitened
-from services.learner.model.critic import value_loss
+from palimpsest.services.learner.advantages import Part, group_advantages, token_advantages
+from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.reinforce import returns_to_go
+from palimpsest.services.learner.advantages.whiten import Moments, merged, whitened
+from palimpsest.services.learner.model.critic import value_loss
 from tests.oracles import advantages as oracle
 
 CASES = 200

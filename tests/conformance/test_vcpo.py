@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner.distributed import Ranks
-from services.learner.losses.vcpo import (
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.losses.vcpo import (
     POWERS,
     ess,
     lr_factor,
@@ -18,7 +18,7 @@ from services.learner.losses.vcpo import (
     subtract_baseline,
     trajectory_log_ratio,
 )
-from services.learner.training.min_variance_baseline import LeastVariance
+from palimpsest.services.learner.training.min_variance_baseline import LeastVariance
 from tests.oracles import vcpo as oracle
 
 CASES = 200

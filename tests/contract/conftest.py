@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from common.bus.port import Bus
-from common.service import Server
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.service import Server
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, MemoryLog, Spawn, SqliteLog
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from common.bus.claim_check import ClaimCheck
-from common.bus.kafka import Connection as KafkaConnection, KafkaBus
-from common.bus.port import Bus, Consumer, Outgoing, Record
-from common.bus.sqlite import SqliteBus
-from common.snapshots.client import SnapshotClient
+from palimpsest.common.bus.claim_check import ClaimCheck
+from palimpsest.common.bus.kafka import Connection as KafkaConnection, KafkaBus
+from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Record
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.snapshots.client import SnapshotClient
 from tests.simulation.memory_bus import MemoryBus, Store
 from tests.waiting import LIMIT_S
 

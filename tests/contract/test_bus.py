@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from common.bus.port import Bus, OffsetGone, Outgoing, Position, Record
+from palimpsest.common.bus.port import Bus, OffsetGone, Outgoing, Position, Record
 from tests.contract.logs import (
     KEYS,
     LIMIT_S,

@@ -5,7 +5,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from common.bus.port import Bus, Outgoing, Record
+from palimpsest.common.bus.port import Bus, Outgoing, Record
 from tests.contract.logs import (
     GROUP,
     KEYS,

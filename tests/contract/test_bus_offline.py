@@ -1,7 +1,7 @@
 """A log looked at from outside, on every adapter: everything that stands is read once."""
 
-from common.bus.offline import scan
-from common.bus.port import Bus, Outgoing
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Outgoing
 from tests.contract.logs import TOPIC, Log
 
 

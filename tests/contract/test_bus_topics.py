@@ -5,7 +5,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from common.bus.port import Bus, Position
+from palimpsest.common.bus.port import Bus, Position
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, Log, Spawn, bodies, read_all, things, told
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from services.env_gateway.environments.port import Opening, Outcome, Score, Turn
-from services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
-from services.env_gateway.environments.tool_calls import read, render
-from services.env_gateway.hosts import World
-from services.env_gateway.processes.pool import Pool
-from services.env_gateway.registry import FAMILIES, Registry, built_in, reasoning_gym
+from palimpsest.services.env_gateway.environments.port import Opening, Outcome, Score, Turn
+from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
+from palimpsest.services.env_gateway.environments.tool_calls import read, render
+from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.registry import FAMILIES, Registry, built_in, reasoning_gym
 
 GENERATED = tuple(
     f"reasoning_gym.{dataset}"

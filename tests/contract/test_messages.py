@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common import messages
-from common.bus.port import Record
-from common.messages import (
+from palimpsest.common import messages
+from palimpsest.common.bus.port import Record
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -43,9 +43,9 @@ from common.messages import (
     decode,
     encode,
 )
-from common.rejected_record import Cause, Unusable
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGEST = "c3" * 32

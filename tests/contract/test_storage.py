@@ -15,10 +15,10 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from common.config.schema import SnapshotStoreConfig
-from services.snapshot_store.storage import DigestMismatch, Storage
-from services.snapshot_store.storage_disk import DiskStorage
-from services.snapshot_store.storage_minio import MinioStorage
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.thorough

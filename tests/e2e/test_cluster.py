@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.config import load
+from palimpsest.common.config import load
 from tests.runs import ROOT, RunProcess, check_whole_groups, history, wait_for
 from tests.servers.cluster import Cluster
 from tests.waiting import LIMIT_S

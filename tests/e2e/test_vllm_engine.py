@@ -11,12 +11,12 @@ import pytest
 import pytest_asyncio
 from torch.nn import Module as Model
 
-from common import failpoints
-from common.config.schema import VllmEngineConfig
-from services.rollout.canary import judge
-from services.rollout.engine import amx
-from services.rollout.engine.port import EngineDead, Sampled
-from services.rollout.engine.vllm import VllmEngine
+from palimpsest.common import failpoints
+from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.services.rollout.canary import judge
+from palimpsest.services.rollout.engine import amx
+from palimpsest.services.rollout.engine.port import EngineDead, Sampled
+from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.models import load, logprobs, perturb, stored
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]

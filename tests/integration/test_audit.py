@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.port import Outgoing
-from common.bus.sqlite import SqliteBus
-from common.messages import DEAD_LETTERS, TRAJECTORIES, decode
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import DEAD_LETTERS, TRAJECTORIES, decode
 from tests.runs import ROOT, RunProcess, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
     wait_for(lambda: len(letters(bus)) == 2, process, name="two dead letters")
     live = audit(home)
     assert live.returncode == 0, live.stdout
-    sent = program("services.learner", "dead-letters", "replay", home / "run.toml", "--cause=undecodable")
+    sent = program("palimpsest.services.learner", "dead-letters", "replay", home / "run.toml", "--cause=undecodable")
     assert sent.stdout.splitlines()[-1] == "sent 2 records", sent.stdout
     wait_for(lambda: len(letters(bus)) == 4, process, name="the same two again")
     worker.resume()
@@ -71,7 +71,9 @@ def test_nothing_is_wrong_with_a_run_that_nobody_meddled_with(run: Path) -> None
     assert lines[-1] == "Nothing is wrong."
     (sums,) = [line for line in lines if line.startswith("trajectories")]
     assert "= 480 trained + 0 dropped + " in sums
-    assert "  dead letters: 4 undecodable (`python -m services.learner dead-letters list` tells more)" in lines
+    assert (
+        "  dead letters: 4 undecodable (`python -m palimpsest.services.learner dead-letters list` tells more)" in lines
+    )
     (checkpoint,) = [line for line in lines if line.startswith("checkpoint")]
     assert "is in force: version 30, 30 versions trained, by writer 1 of 1" in checkpoint
     assert not [line for line in lines if line.startswith("note")]

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from kafka.admin import NewTopic
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tests.servers.backends import kafka_client, s3_client
 from tests.waiting import LIMIT_S
 from tools.backends import ports

@@ -78,7 +78,10 @@ def test_every_mistake_is_told_at_once_with_the_layer_it_came_from(toml: Path) -
     written = toml.read_text().replace("samples_per_group = 4", 'samples_per_group = "four"')
     toml.write_text(written.replace("max_turns", "max_turn"))
     code, output = refused(
-        "services.learner", toml, "--learner.optimizer.lr=", environment={"PALIMPSEST_SAMPLING__TOP_P": "0.5"}
+        "palimpsest.services.learner",
+        toml,
+        "--learner.optimizer.lr=",
+        environment={"PALIMPSEST_SAMPLING__TOP_P": "0.5"},
     )
     assert code == 2
     renormalised = next(line for line in output.splitlines() if "the engine would renormalise" in line)
@@ -132,13 +135,16 @@ def test_a_model_folder_that_cannot_be_read(
 def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_model: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(starting_model, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
-    code, output = ended("services.rollout", toml, f"--model.path={model}")
+    code, output = ended("palimpsest.services.rollout", toml, f"--model.path={model}")
     assert code == 2
     assert output.startswith(f"model.path: the tokenizer of {model} has no chat template")
     assert output.endswith("put a chat_template.jinja into the folder\n")
 
 
-@pytest.mark.parametrize("program", ["services", "services.rollout", "services.snapshot_store", "services.learner"])
+@pytest.mark.parametrize(
+    "program",
+    ["services", "palimpsest.services.rollout", "palimpsest.services.snapshot_store", "palimpsest.services.learner"],
+)
 def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
     """Nobody can make a folder below a file, root included."""
     code, output = ended(program, toml, f"--run.folder={toml}")
@@ -161,7 +167,7 @@ def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
     code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
     assert code == 3, output
     assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that holds it" in output
-    assert f"python -m services --resume {toml.parent / 'scripted'}" in output
+    assert f"python -m palimpsest.services --resume {toml.parent / 'scripted'}" in output
     assert "Traceback" not in output
 
 

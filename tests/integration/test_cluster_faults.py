@@ -19,18 +19,18 @@ import msgspec
 import psutil
 import pytest
 
-from common.arrays import pack_float32
-from common.bus.claim_check import CLAIM
-from common.bus.kafka import Connection, KafkaBus
-from common.bus.offline import scan
-from common.bus.port import Outgoing
-from common.config import load
-from common.config.to_toml import show
-from common.files import write
-from common.messages import TRAJECTORIES, encode
-from common.rejected_record import Cause
-from common.trajectory import Segment
-from common.versions import Version
+from palimpsest.common.arrays import pack_float32
+from palimpsest.common.bus.claim_check import CLAIM
+from palimpsest.common.bus.kafka import Connection, KafkaBus
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.config import load
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.files import write
+from palimpsest.common.messages import TRAJECTORIES, encode
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
 from tests.builders import a_finished, a_segment
 from tests.by_hand import Services
 from tests.runs import history, scripted
@@ -61,7 +61,9 @@ class Faulty:
         flags = (*cluster.flags, *REPEATABLE, f"--run.id={name}", f"--run.folder={folder}")
         self.services = Services(toml, self.home, *flags, environment=cluster.environment)
         config = load([str(toml), *flags], {}, program="").config
-        write(self.home / "run.toml", show(config).encode())  # as `python -m services` would: the audit reads it
+        write(
+            self.home / "run.toml", show(config).encode()
+        )  # as `python -m palimpsest.services` would: the audit reads it
         self.learners = self.repeated = 0
         for server in ("snapshot_store", "env_gateway"):
             self.server(server)
@@ -87,7 +89,7 @@ class Faulty:
     def ranks(self) -> list[psutil.Process]:
         """The present learner's two."""
         family = psutil.Process(self.services.process(self.learner).pid).children(recursive=True)
-        return [process for process in family if "services.learner" in process.cmdline()]
+        return [process for process in family if "palimpsest.services.learner" in process.cmdline()]
 
     def versions(self, more: int) -> None:
         """Wait until so many further versions are trained. Nobody may end badly of itself meanwhile."""

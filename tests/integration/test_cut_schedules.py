@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import structlog
 
-from common.versions import Version
-from services.learner.ingest import trajectory_reader
-from services.learner.old_logprobs.interruption import coordinator as asking, liveness
-from services.rollout import cut_responder, trajectory_sampler
-from services.rollout.cut_state import NOTHING, Cuts
-from services.rollout.engine.port import EngineDead, EngineFailed
-from services.rollout.engine.scripted import ScriptedEngine
-from services.rollout.outbox import Outbox
-from services.rollout.weights import Weights
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.ingest import trajectory_reader
+from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking, liveness
+from palimpsest.services.rollout import cut_responder, trajectory_sampler
+from palimpsest.services.rollout.cut_state import NOTHING, Cuts
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed
+from palimpsest.services.rollout.engine.scripted import ScriptedEngine
+from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.weights import Weights
 from tests.runs import ROOT
 from tests.simulation.cut_judge import Judge, Violated
 from tests.simulation.cut_schedules import Engine, Schedule, latency, life, make_rare

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.sqlite import SqliteBus
-from common.messages import TRAJECTORIES, TrajectoryFinished, decode
-from services.env_gateway.environments import lookup
-from services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
-from services.env_gateway.environments.tool_calls import render
-from services.learner.buffer.task_sampler import task
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import TRAJECTORIES, TrajectoryFinished, decode
+from palimpsest.services.env_gateway.environments import lookup
+from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
+from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.services.learner.buffer.task_sampler import task
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
 
 pytestmark = pytest.mark.servers

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from common.bus.kafka import Connection, KafkaBus
-from common.bus.offline import scan
-from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.common.bus.kafka import Connection, KafkaBus
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tools.backends.kafka import Kafka
 from tools.rescore import Models, rescore

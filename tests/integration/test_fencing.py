@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.files import write
+from palimpsest.common.files import write
 from tests.by_hand import WITHIN_S, Process, Services
 from tests.fenced import check_whole, stored
 from tests.runs import history, newest_manifest, scripted
@@ -28,7 +28,7 @@ VERSIONS = 6
 def services(tmp_path: Path, starting_model: Path) -> Iterator[Services]:
     toml = scripted(tmp_path, starting_model, versions=VERSIONS)
     made = Services(toml, tmp_path / "scripted")
-    write(made.home / "run.toml", toml.read_bytes())  # as `python -m services` would: the audit reads it
+    write(made.home / "run.toml", toml.read_bytes())  # as `python -m palimpsest.services` would: the audit reads it
     yield made
     made.end()
 

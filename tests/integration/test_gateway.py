@@ -12,11 +12,11 @@ import httpx
 import psutil
 import pytest
 
-from common.sessions.client import SessionClient, SessionFailed
-from common.sessions.token import VARIABLE
-from common.sessions.wire import CreateSession, Status, Step
-from services.env_gateway.environments import lookup
-from services.env_gateway.environments.tool_calls import render
+from palimpsest.common.sessions.client import SessionClient, SessionFailed
+from palimpsest.common.sessions.token import VARIABLE
+from palimpsest.common.sessions.wire import CreateSession, Status, Step
+from palimpsest.services.env_gateway.environments import lookup
+from palimpsest.services.env_gateway.environments.tool_calls import render
 from tests.unit.env_gateway.running import (
     ROOT,
     Launch,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.bus.sqlite import SqliteBus
-from common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
 from tests.waiting import LIMIT_S
 from tools.rescore import Models, rescore

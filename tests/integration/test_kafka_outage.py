@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from kafka.structs import MemberState
 
-from common import failpoints
-from common.bus.kafka import Connection, KafkaBus
-from common.bus.kafka.consumer import KafkaConsumer
-from common.bus.port import Consumer, Outgoing, Record
-from common.outages import KAFKA, OUTAGES, Outages
-from common.user_error import ExitCode, Refusal
+from palimpsest.common import failpoints
+from palimpsest.common.bus.kafka import Connection, KafkaBus
+from palimpsest.common.bus.kafka.consumer import KafkaConsumer
+from palimpsest.common.bus.port import Consumer, Outgoing, Record
+from palimpsest.common.outages import KAFKA, OUTAGES, Outages
+from palimpsest.common.user_error import ExitCode, Refusal
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
 from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka

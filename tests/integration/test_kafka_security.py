@@ -16,14 +16,14 @@ from kafka.admin import (
     ResourceType,
 )
 
-from common.bus.factory import open_bus
-from common.bus.kafka import Connection, KafkaBus, connection
-from common.bus.kafka.connection import PASSWORD, USERNAME
-from common.bus.port import Bus, Outgoing
-from common.config import load
-from common.config.schema import RunConfig
-from common.messages import TASKS, TRAJECTORIES
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.kafka import Connection, KafkaBus, connection
+from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.messages import TASKS, TRAJECTORIES
+from palimpsest.common.user_error import ExitCode, Refusal
 from tests.contract.logs import take
 from tools.backends.kafka import USER, Kafka, Security
 from tools.backends.ports import free

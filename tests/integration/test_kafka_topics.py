@@ -12,23 +12,31 @@ import pytest
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
-from common.bus.claim_check import CLAIM, ClaimCheck
-from common.bus.claim_check_store import StoreClaims
-from common.bus.kafka import Connection, KafkaBus, Settings, WrongTopic
-from common.bus.kafka.consumer import KafkaConsumer
-from common.bus.port import Bus, OffsetGone, Outgoing
-from common.config.schema import SnapshotStoreConfig
-from common.messages import DEAD_LETTERS, TOPICS, TRAJECTORIES, DeadLetter, TrajectoryFinished, decode, encode
-from common.rejected_record import Cause
-from common.service import Server
-from common.snapshots.client import SnapshotClient
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.buffer.ledger import Planner
-from services.learner.ingest.trajectory_reader import Arrived, Intake
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
-from services.snapshot_store.storage_minio import MinioStorage
+from palimpsest.common.bus.claim_check import CLAIM, ClaimCheck
+from palimpsest.common.bus.claim_check_store import StoreClaims
+from palimpsest.common.bus.kafka import Connection, KafkaBus, Settings, WrongTopic
+from palimpsest.common.bus.kafka.consumer import KafkaConsumer
+from palimpsest.common.bus.port import Bus, OffsetGone, Outgoing
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.messages import (
+    DEAD_LETTERS,
+    TOPICS,
+    TRAJECTORIES,
+    DeadLetter,
+    TrajectoryFinished,
+    decode,
+    encode,
+)
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 from tests.builders import SAMPLING, a_finished, a_segment
 from tests.contract.logs import LIMIT_S, TOPIC, bodies, take, things
 from tests.servers.backends import s3_client

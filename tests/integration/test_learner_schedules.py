@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import structlog
 
-from common import failpoints
-from common.messages import CONTROL
-from common.snapshots.writer import Writer
-from services.learner.buffer.ledger import Planner
-from services.learner.ingest.trajectory_reader import Intake
-from services.learner.loop import Loop
-from services.learner.observability import history
-from services.rollout.async_consumer import Reader
+from palimpsest.common import failpoints
+from palimpsest.common.messages import CONTROL
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Intake
+from palimpsest.services.learner.loop import Loop
+from palimpsest.services.learner.observability import history
+from palimpsest.services.rollout.async_consumer import Reader
 from tests.runs import ROOT
 from tests.simulation.cut_schedules import LIMIT_S, life, make_rare
 from tests.simulation.learner_faults import ANYWHERE, Fault, How, places

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
-from common.snapshots.manifest import Damaged
-from common.versions import Version
+from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.manifest import Damaged
+from palimpsest.common.versions import Version
 from tests.servers.backends import s3_client
 from tests.servers.minio_stores import CANARIES, MEBIBYTE, Process, Store, a_writer, plain, put, some, tamper
 from tests.servers.stored_weights import fetched

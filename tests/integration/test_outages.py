@@ -12,13 +12,13 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from common.bus.sqlite import SqliteBus
-from common.messages import WORKERS
-from common.outages import GATEWAY, OUTAGES, S3, STORE
-from common.service import HttpError, Server, application
-from common.sessions.client import SessionClient
-from common.snapshots.client import SnapshotClient
-from services.live.poller import Watch
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import WORKERS
+from palimpsest.common.outages import GATEWAY, OUTAGES, S3, STORE
+from palimpsest.common.service import HttpError, Server, application
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.services.live.poller import Watch
 from tests.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
@@ -123,7 +123,7 @@ def test_a_status_tells_what_its_process_cannot_reach() -> None:
 def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.live.poller.EVERY_S", 0.05)
+    monkeypatch.setattr("palimpsest.services.live.poller.EVERY_S", 0.05)
     address = "http://s3:2"
     bus = SqliteBus(tmp_path / "bus.sqlite")
     bus.create_topics({WORKERS: 1})

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.arrays import pack_int32
-from common.bus.factory import open_bus
-from common.bus.port import Bus, Outgoing
-from common.config import load as load_config
-from common.messages import (
+from palimpsest.common.arrays import pack_int32
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.config import load as load_config
+from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TRAJECTORIES,
@@ -29,14 +29,14 @@ from common.messages import (
     decode,
     encode,
 )
-from common.snapshots.client import SnapshotClient
-from common.snapshots.writer import Writer
-from common.user_error import ExitCode
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.model.weights import named_weights, raw_tensors
-from services.learner.old_logprobs.score_reader import ScoreReader
-from services.learner.old_logprobs.score_store import Scores, spans
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_store import Scores, spans
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import canaries, load, logprobs, perturb
 from tests.runs import ROOT
@@ -70,7 +70,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 class ReplicaProcess:
-    """`python -m services.learner.replica`, its port kept over restarts."""
+    """`python -m palimpsest.services.learner.replica`, its port kept over restarts."""
 
     def __init__(self, run: Path, store: str, name: str) -> None:
         self.run, self.store, self.name, self.port = run, store, name, free()
@@ -82,7 +82,7 @@ class ReplicaProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "services.learner.replica", str(self.run), f"--replica.name={self.name}",
+                    sys.executable, "-m", "palimpsest.services.learner.replica", str(self.run), f"--replica.name={self.name}",
                     f"--replica.port={self.port}", f"--snapshot_store.url={self.store}",
                 ],
                 env={**kept, "PYTHONPATH": str(ROOT), "PALIMPSEST_FAULT": fault},

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common.snapshots import client as client_module
-from common.snapshots.client import SnapshotClient, StoreUnavailable, VersionConflict, VersionMissing
-from common.snapshots.manifest import Damaged
-from common.snapshots.writer import Writer
-from common.versions import Version
+from palimpsest.common.snapshots import client as client_module
+from palimpsest.common.snapshots.client import SnapshotClient, StoreUnavailable, VersionConflict, VersionMissing
+from palimpsest.common.snapshots.manifest import Damaged
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
 from tests.servers.stored_weights import CANARIES, a_tensor, fetched, flip, plain, put, some_tensors
 from tests.servers.stores import FolderStore, eventually
 from tools.backends.ports import free

@@ -17,9 +17,9 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable
-from common.snapshots.writer import Writer
-from common.versions import Version
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient, StoreUnavailable
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
 from tests.servers.stored_weights import MEBIBYTE, fetched, flip, large, plain, put, some_tensors
 from tests.servers.stores import LIMIT_S, FolderStore, StoreProcess, eventually
 

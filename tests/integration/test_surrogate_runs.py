@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from common.config import load
-from common.config.to_toml import show
-from common.files import write
-from common.service import Server, Stop
-from services.learner.__main__ import body
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.config import load
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.files import write
+from palimpsest.common.service import Server, Stop
+from palimpsest.services.learner.__main__ import body
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.runs import check_ledger, history, scripted
 from tests.scripted_worker import HALF, ScriptedWorker
 

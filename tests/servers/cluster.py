@@ -39,7 +39,7 @@ class Cluster:
         return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
 
     def run(self, toml: Path, *flags: str) -> RunProcess:
-        """`python -m services` with two rollout workers and a learner of two ranks."""
+        """`python -m palimpsest.services` with two rollout workers and a learner of two ranks."""
         both = ("--local.rollout_workers=2", "--local.learner_ranks=2")
         return RunProcess(toml, *self.flags, *both, *flags, environment=self.environment)
 

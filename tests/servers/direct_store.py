@@ -14,10 +14,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from common.snapshots.client import SnapshotClient
-from services.snapshot_store import storage_disk
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.services.snapshot_store import storage_disk
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 NEVER_S = 1e9
 URL = "http://store"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from common.config.schema import SnapshotStoreConfig
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.snapshots.manifest import Canary, Manifest
-from common.snapshots.writer import Writer
-from common.versions import Version
-from services.snapshot_store.storage_minio import MinioStorage
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.manifest import Canary, Manifest
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 from tests.servers.backends import s3_client
 from tests.servers.stores import ServedStore, StoreProcess
 from tools.backends.minio import Minio

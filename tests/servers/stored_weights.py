@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.snapshots.manifest import Canary, Manifest
-from common.versions import Version
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.manifest import Canary, Manifest
+from palimpsest.common.versions import Version
 
 CANARIES = (Canary((1, 2, 3), (1, 2), (-0.5, -1.25), ()),)
 ITEMSIZES = {"bfloat16": 2, "float32": 4, "int64": 8, "uint8": 1, "bool": 1}

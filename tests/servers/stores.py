@@ -10,10 +10,10 @@ from types import MappingProxyType
 
 import httpx
 
-from common.service import Server
-from services.snapshot_store.app import CLAIMS_KEEP_S, create_app
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.service import Server
+from palimpsest.services.snapshot_store.app import CLAIMS_KEEP_S, create_app
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.runs import ROOT
 from tests.waiting import LIMIT_S
 from tools.backends.ports import free
@@ -53,7 +53,7 @@ class FolderStore(ServedStore):
 
 
 class StoreProcess:
-    """`python -m services.snapshot_store`, always on the same port and over the same run file."""
+    """`python -m palimpsest.services.snapshot_store`, always on the same port and over the same run file."""
 
     def __init__(self, run: Path, *flags: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.port = free()
@@ -65,7 +65,7 @@ class StoreProcess:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PALIMPSEST_", "AWS_"))}
         port = f"--snapshot_store.port={self.port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.snapshot_store", str(self._run), port, *self._flags],
+            [sys.executable, "-m", "palimpsest.services.snapshot_store", str(self._run), port, *self._flags],
             env={**kept, **self._environment, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
-from common.bus.port import Record
-from common.messages import (
+from palimpsest.common.bus.port import Record
+from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TRAJECTORIES,

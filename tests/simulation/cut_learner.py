@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from common.bus.port import Outgoing, Position
-from common.messages import CONTROL, TASKS, Sampling, VersionPublished, encode
-from common.snapshots.fencing import Fenced
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.buffer.ledger import Planner
-from services.learner.ingest.trajectory_reader import Arrived, Intake
-from services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
-from services.learner.old_logprobs.interruption.coordinator import Interruption
-from services.learner.old_logprobs.score_store import Scores
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.messages import CONTROL, TASKS, Sampling, VersionPublished, encode
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
+from palimpsest.services.learner.old_logprobs.score_store import Scores
 from tests.simulation.cut_judge import score_under
 from tests.simulation.memory_bus import MemoryBus
 from tests.simulation.simulated_time import Actor

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from common.bus.port import Outgoing, Record
-from common.config.schema import ScriptedEngineConfig
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing, Record
+from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -27,17 +27,17 @@ from common.messages import (
     TOPICS,
     TRAJECTORIES,
 )
-from common.sessions.client import SessionFailed
-from common.sessions.wire import CreateSession, Message, Session, Status, Step
-from common.snapshots.manifest import SCHEMA, Canary, Manifest
-from common.versions import Version
-from services.learner.old_logprobs.interruption import coordinator as asking
-from services.rollout import cut_responder, worker as worker_module
-from services.rollout.engine.port import EngineDead, Sampled, StoredWeights
-from services.rollout.engine.scripted import ScriptedEngine
-from services.rollout.trajectory_sampler import Sampler, Tally
-from services.rollout.weights import Weights
-from services.rollout.worker import Worker
+from palimpsest.common.sessions.client import SessionFailed
+from palimpsest.common.sessions.wire import CreateSession, Message, Session, Status, Step
+from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking
+from palimpsest.services.rollout import cut_responder, worker as worker_module
+from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from palimpsest.services.rollout.engine.scripted import ScriptedEngine
+from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
+from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.worker import Worker
 from tests.simulation.cut_judge import Judge
 from tests.simulation.cut_learner import RUN, Learned, Learner
 from tests.simulation.memory_bus import MemoryBus

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from common.config import load
-from common.config.schema import RunConfig
-from common.files import write
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.files import write
 from tests.runs import ROOT
 from tests.simulation.cut_learner import RUN
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.versions import UNTRAINABLE, Version
-from services.learner.batch.batching import pad
-from services.learner.model.weights import take_on
-from services.learner.old_logprobs.distributed_scorer import resident
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import pad
+from palimpsest.services.learner.model.weights import take_on
+from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
 from tests.fenced import check_whole
 from tests.runs import history
 from tests.servers.direct_store import URL, direct_store

@@ -17,25 +17,25 @@ from typing import Any
 
 import pytest
 
-from common import failpoints
-from common.bus.port import Outgoing, Position, Record
-from common.messages import CONTROL, RunFinished, decode
-from common.service import Starting, Stop
-from common.snapshots.client import SnapshotClient
-from common.snapshots.fencing import Fenced
-from common.snapshots.manifest import Manifest, unseal
-from common.versions import Version
-from services.learner import coordinator as leading, loop as looping
-from services.learner.batch.batching import Row
-from services.learner.coordinator import lead
-from services.learner.distributed import Ranks
-from services.learner.ingest import trajectory_reader
-from services.learner.model.trainable import Trainee
-from services.learner.old_logprobs.distributed_scorer import resident
-from services.learner.old_logprobs.interruption.coordinator import Interruption
-from services.learner.training.build import companions
-from services.learner.training.results import Trained
-from services.learner.training.trainer import Step
+from palimpsest.common import failpoints
+from palimpsest.common.bus.port import Outgoing, Position, Record
+from palimpsest.common.messages import CONTROL, RunFinished, decode
+from palimpsest.common.service import Starting, Stop
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.snapshots.manifest import Manifest, unseal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import coordinator as leading, loop as looping
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.coordinator import lead
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.ingest import trajectory_reader
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
+from palimpsest.services.learner.training.build import companions
+from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.trainer import Step
 from tests.fenced import Things, stored
 from tests.servers.direct_store import URL, DirectStore
 from tests.simulation.cut_judge import Judge

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
+from palimpsest.common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
 
 LEASE_S = 10.0
 

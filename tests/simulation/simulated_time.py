@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from typing import Any
 
-from common.bus.port import Record
+from palimpsest.common.bus.port import Record
 from tests.simulation.memory_bus import Store
 
 

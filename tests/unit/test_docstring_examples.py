@@ -4,9 +4,9 @@ import doctest
 
 import pytest
 
-from services.live import state, stopwatch, view
-from services.local import console_text, exit_reasons, restart_policy
-from services.report import charts, labels, summary
+from palimpsest.services.live import state, stopwatch, view
+from palimpsest.services.local import console_text, exit_reasons, restart_policy
+from palimpsest.services.report import charts, labels, summary
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends.dev_stack import Pair, exports
 
 FOLDER = Path(__file__).resolve().parents[2] / "backends"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 
 Say = Callable[[str], None]
 

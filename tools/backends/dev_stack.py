@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends import cache, downloads, ports
 from tools.backends.cache import Say
 from tools.backends.kafka import Kafka

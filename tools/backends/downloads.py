@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from common.parent_death import tie
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.parent_death import tie
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends import cache
 from tools.backends.cache import Say
 

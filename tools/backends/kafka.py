@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends import downloads, ports, secret
 from tools.backends.process import Server
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.parent_death import tie
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.parent_death import tie
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends import ports
 from tools.backends.cache import Say
 from tools.backends.process_identity import Identity

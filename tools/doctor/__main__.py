@@ -18,7 +18,7 @@ from tools.doctor.machine import kind_of_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 UNAVAILABLE = 3
-"""common.user_error.ExitCode.UNAVAILABLE, which an older Python cannot import."""
+"""palimpsest.common.user_error.ExitCode.UNAVAILABLE, which an older Python cannot import."""
 
 
 def main(words: Sequence[str]) -> int:

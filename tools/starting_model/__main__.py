@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import Dialogue
 from tools.starting_model.tokenizer import build
 from tools.starting_model.warm_start import STEPS, untrained, warm_start
 

@@ -3,10 +3,10 @@
 import random
 from collections.abc import Iterator
 
-from common.sessions.wire import Message
-from services.env_gateway.environments.port import Environment, Family, Reply
-from services.env_gateway.environments.tool_calls import read
-from services.env_gateway.registry import CLASSES, FAMILIES
+from palimpsest.common.sessions.wire import Message
+from palimpsest.services.env_gateway.environments.port import Environment, Family, Reply
+from palimpsest.services.env_gateway.environments.tool_calls import read
+from palimpsest.services.env_gateway.registry import CLASSES, FAMILIES
 
 Transcript = list[Message]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import Dialogue
 from tools.starting_model.transcripts import Transcript, transcripts
 
 STEPS, BATCH, LEARNING_RATE = 60, 64, 3e-3

@@ -1,7 +1,7 @@
 """The log on Apache Kafka, by kafka-python. Nothing outside this folder imports it."""
 
-from common.bus.kafka.bus import KafkaBus
-from common.bus.kafka.connection import Connection, connection
-from common.bus.kafka.topics import Settings, WrongTopic
+from palimpsest.common.bus.kafka.bus import KafkaBus
+from palimpsest.common.bus.kafka.connection import Connection, connection
+from palimpsest.common.bus.kafka.topics import Settings, WrongTopic
 
 __all__ = ["Connection", "KafkaBus", "Settings", "WrongTopic", "connection"]

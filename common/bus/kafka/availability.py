@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from common.bus.kafka.probe import NotLetIn, NotThere
-from common.outages import KAFKA, Outages
+from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere
+from palimpsest.common.outages import KAFKA, Outages
 
 EVERY_S = 1.0
 SUSPECTED_S = 30.0

@@ -14,13 +14,13 @@ from typing import Any
 
 from kafka import KafkaProducer, errors
 
-from common import failpoints
-from common.bus.kafka.connection import DENIED, PAUSE_S, Connection
-from common.bus.kafka.consumer import KafkaConsumer
-from common.bus.kafka.topics import Settings, make_topics, partition_count
-from common.bus.port import Outgoing, Position, partition_of
-from common.logs import logger
-from common.outages import KAFKA
+from palimpsest.common import failpoints
+from palimpsest.common.bus.kafka.connection import DENIED, PAUSE_S, Connection
+from palimpsest.common.bus.kafka.consumer import KafkaConsumer
+from palimpsest.common.bus.kafka.topics import Settings, make_topics, partition_count
+from palimpsest.common.bus.port import Outgoing, Position, partition_of
+from palimpsest.common.logs import logger
+from palimpsest.common.outages import KAFKA
 
 GIVE_UP_S = 20.0
 """kafka-python itself tries for so long; then we say so and send again."""

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from kafka import errors
 
-from common.bus.kafka.availability import Prober
-from common.bus.kafka.probe import NotLetIn, NotThere, knock
-from common.config.schema import BusConfig
-from common.logs import logger
-from common.outages import KAFKA, OUTAGES, Outages
-from common.tls import trusting
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus.kafka.availability import Prober
+from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere, knock
+from palimpsest.common.config.schema import BusConfig
+from palimpsest.common.logs import logger
+from palimpsest.common.outages import KAFKA, OUTAGES, Outages
+from palimpsest.common.tls import trusting
+from palimpsest.common.user_error import ExitCode, Refusal
 
 T = TypeVar("T")
 USERNAME, PASSWORD = "PALIMPSEST_KAFKA_USERNAME", "PALIMPSEST_KAFKA_PASSWORD"

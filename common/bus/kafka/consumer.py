@@ -14,9 +14,9 @@ from typing import Any, Self
 from kafka import ConsumerRebalanceListener, KafkaConsumer as Client, TopicPartition, errors
 from kafka.structs import MemberState, OffsetAndMetadata
 
-from common.bus.kafka.connection import DENIED, Connection
-from common.bus.port import OffsetGone, Record
-from common.logs import logger
+from palimpsest.common.bus.kafka.connection import DENIED, Connection
+from palimpsest.common.bus.port import OffsetGone, Record
+from palimpsest.common.logs import logger
 
 FETCH_RECORDS = 500
 FEW_RECORDS = 64

@@ -12,8 +12,8 @@ from typing import Any
 from kafka import errors
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
-from common.bus.kafka.connection import Connection
-from common.bus.port import PARTITIONS_STAY
+from palimpsest.common.bus.kafka.connection import Connection
+from palimpsest.common.bus.port import PARTITIONS_STAY
 
 KNOWN_S = 3.0
 """A new topic is known to all brokers after this time."""

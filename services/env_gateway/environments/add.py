@@ -7,10 +7,19 @@ the calculator pays nothing: the task is to use the tool, and a fixed answer wou
 
 import random
 
-from services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
-from services.env_gateway.environments.port import Message, Opening, Outcome, Score, ToolCall, Turn, digest, generator
-from services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
-from services.env_gateway.environments.tool_calls import render
+from palimpsest.services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
+from palimpsest.services.env_gateway.environments.port import (
+    Message,
+    Opening,
+    Outcome,
+    Score,
+    ToolCall,
+    Turn,
+    digest,
+    generator,
+)
+from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from palimpsest.services.env_gateway.environments.tool_calls import render
 
 WORDS: tuple[str, ...] = tuple(str(number) for number in range(19))
 """The digits: sums go up to 18."""

@@ -8,7 +8,7 @@ Whole numbers stay exact; a division that does not come out even, and anything w
 import math
 import re
 
-from services.env_gateway.environments.port import tool
+from palimpsest.services.env_gateway.environments.port import tool
 
 MAX_LENGTH = 200
 MAX_DEPTH = 32

@@ -7,10 +7,19 @@ the latest look-up was of the end.
 
 import random
 
-from services.env_gateway.environments.lookup import KEYS, TOOL, VALUES, WORDS
-from services.env_gateway.environments.port import Message, Opening, Outcome, Score, ToolCall, Turn, digest, generator
-from services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
-from services.env_gateway.environments.tool_calls import render
+from palimpsest.services.env_gateway.environments.lookup import KEYS, TOOL, VALUES, WORDS
+from palimpsest.services.env_gateway.environments.port import (
+    Message,
+    Opening,
+    Outcome,
+    Score,
+    ToolCall,
+    Turn,
+    digest,
+    generator,
+)
+from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from palimpsest.services.env_gateway.environments.tool_calls import render
 
 __all__ = ["WORDS", "Hop", "format_only", "solution"]
 

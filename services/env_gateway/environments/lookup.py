@@ -7,7 +7,7 @@ leafing through the table, pays nothing.
 
 import random
 
-from services.env_gateway.environments.port import (
+from palimpsest.services.env_gateway.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -18,8 +18,8 @@ from services.env_gateway.environments.port import (
     generator,
     tool,
 )
-from services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
-from services.env_gateway.environments.tool_calls import render
+from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from palimpsest.services.env_gateway.environments.tool_calls import render
 
 KEYS = ("amber", "basil", "cedar", "delta", "ember", "fjord")
 VALUES = ("1", "2", "3", "4", "5", "6")

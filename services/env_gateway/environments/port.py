@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from common.sessions.wire import Message, ToolCall
+from palimpsest.common.sessions.wire import Message, ToolCall
 
 __all__ = [
     "Environment",

@@ -9,8 +9,8 @@ import math
 import re
 from typing import Any
 
-from services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
-from services.env_gateway.environments.port import (
+from palimpsest.services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
+from palimpsest.services.env_gateway.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -21,7 +21,7 @@ from services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from services.env_gateway.environments.single_call import ToolFailed, argument
+from palimpsest.services.env_gateway.environments.single_call import ToolFailed, argument
 
 MAX_CALLS = 8
 MAX_TURNS = MAX_CALLS + 2

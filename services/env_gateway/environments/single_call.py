@@ -1,6 +1,6 @@
 """What the small built-in families share: one tool call a message counts, and six messages are the most."""
 
-from services.env_gateway.environments.port import Malformed, Message, Reply, ToolCall, Turn
+from palimpsest.services.env_gateway.environments.port import Malformed, Message, Reply, ToolCall, Turn
 
 MAX_TURNS = 6
 ONE_CALL = "one call per message"

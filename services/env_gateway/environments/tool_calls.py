@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from common.sessions.wire import Action, MessageAction, TextAction, ToolCall, ToolCallsAction
-from services.env_gateway.environments.port import Malformed, Turn
+from palimpsest.common.sessions.wire import Action, MessageAction, TextAction, ToolCall, ToolCallsAction
+from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"

@@ -6,10 +6,10 @@ import socket
 import sys
 from typing import Any
 
-from services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
-from services.env_gateway.hosts import raised
-from services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
-from services.env_gateway.processes.protocol import RUNNING, Answered, Asked, Blueprint, Described, Failed
+from palimpsest.services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
+from palimpsest.services.env_gateway.hosts import raised
+from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from palimpsest.services.env_gateway.processes.protocol import RUNNING, Answered, Asked, Blueprint, Described, Failed
 
 CALLS = ("reset", "step", "finalize", "state_hash")
 

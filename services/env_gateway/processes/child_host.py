@@ -4,10 +4,10 @@ import asyncio
 
 from pydantic import ValidationError
 
-from services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
-from services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
-from services.env_gateway.processes.pool import Child, Pool, how_it_ended
-from services.env_gateway.processes.protocol import MAX_LINE, Answered, Asked, Blueprint
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
+from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from palimpsest.services.env_gateway.processes.pool import Child, Pool, how_it_ended
+from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, Answered, Asked, Blueprint
 
 EXIT_LIMIT_S = 2.0
 """The exit code of a child that broke off arrives within this time, or is not waited for."""

@@ -1,4 +1,4 @@
-"""python -m services.env_gateway.processes.fork_server CONTROL PARENT [MODULE ...]
+"""python -m palimpsest.services.env_gateway.processes.fork_server CONTROL PARENT [MODULE ...]
 
 Loads the modules, then forks a child for every Start that comes over the control socket. A child is killed, with what
 it started, when its leash ends; when it has ended, its exit code goes up the leash. All ends with the control socket.
@@ -14,9 +14,9 @@ import socket
 import sys
 import traceback
 
-from common.parent_death import tie, untie
-from services.env_gateway.processes import child
-from services.env_gateway.processes.protocol import Start
+from palimpsest.common.parent_death import tie, untie
+from palimpsest.services.env_gateway.processes import child
+from palimpsest.services.env_gateway.processes.protocol import Start
 
 MAX_START = 65536
 

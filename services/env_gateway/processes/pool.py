@@ -10,9 +10,9 @@ from contextlib import suppress
 
 from pydantic import ValidationError
 
-from services.env_gateway.environments.port import EnvironmentFailed
-from services.env_gateway.hosts import NoRoom
-from services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Blueprint, Described, Start
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
+from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Blueprint, Described, Start
 
 START_LIMIT_S = 120.0
 DESCRIBE_LIMIT_S = 60.0
@@ -56,7 +56,12 @@ class Pool:
             self._end_nursery()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                command = [sys.executable, "-m", "services.env_gateway.processes.fork_server", str(theirs.fileno())]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "palimpsest.services.env_gateway.processes.fork_server",
+                    str(theirs.fileno()),
+                ]
                 self._nursery = subprocess.Popen(
                     [*command, str(os.getpid()), *self._modules],
                     pass_fds=[theirs.fileno()],

@@ -1,7 +1,7 @@
 """From rewards to advantages. Pure; docs/paper.md, "advantages", and docs/algorithms has a page for each method."""
 
-from services.learner.advantages.group_level import ESTIMATORS, dr_grpo, group_advantages, grpo, rloo
-from services.learner.advantages.token_level import TOKEN_KINDS, Estimated, Part, token_advantages
+from palimpsest.services.learner.advantages.group_level import ESTIMATORS, dr_grpo, group_advantages, grpo, rloo
+from palimpsest.services.learner.advantages.token_level import TOKEN_KINDS, Estimated, Part, token_advantages
 
 __all__ = [
     "ESTIMATORS",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from services.learner.advantages.trainable_tokens import (
+from palimpsest.services.learner.advantages.trainable_tokens import (
     Array,
     Floats,
     Mask,

@@ -1,6 +1,6 @@
 """Return-to-go of each trainable token, as REINFORCE++ takes it. Pure; docs/algorithms/reinforce-pp.md."""
 
-from services.learner.advantages.trainable_tokens import (
+from palimpsest.services.learner.advantages.trainable_tokens import (
     Array,
     Floats,
     Mask,

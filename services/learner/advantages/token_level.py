@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.arrays import Float32Array
-from services.learner.advantages.gae import generalised_advantages
-from services.learner.advantages.reinforce import returns_to_go
-from services.learner.advantages.trainable_tokens import Array, Floats, Mask
-from services.learner.advantages.whiten import Moments, whitened
+from palimpsest.common.arrays import Float32Array
+from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.reinforce import returns_to_go
+from palimpsest.services.learner.advantages.trainable_tokens import Array, Floats, Mask
+from palimpsest.services.learner.advantages.whiten import Moments, whitened
 
 TOKEN_KINDS = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Kinds whose advantages differ from token to token, so that they cannot be made before the batch is there."""

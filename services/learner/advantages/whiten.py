@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.learner.advantages.trainable_tokens import Array, Floats, Mask, check_mask, trainable
+from palimpsest.services.learner.advantages.trainable_tokens import Array, Floats, Mask, check_mask, trainable
 
 EPSILON = 1e-8
 """Added to the variance: rounding noise in place of a signal stays small."""

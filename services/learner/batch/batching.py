@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.arrays import Float32Array, Int32Array
-from common.versions import UNTRAINABLE, Version
+from palimpsest.common.arrays import Float32Array, Int32Array
+from palimpsest.common.versions import UNTRAINABLE, Version
 
 
 @dataclass(frozen=True, slots=True, eq=False)

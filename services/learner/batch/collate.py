@@ -3,13 +3,13 @@
 import random
 from collections.abc import Sequence
 
-from common.arrays import unpack_int32
-from common.trajectory import behavior_logprobs, token_versions
-from common.versions import Version
-from services.learner.advantages import group_advantages
-from services.learner.batch.batching import Row
-from services.learner.buffer.ledger import Batched
-from services.learner.ingest.trajectory_reader import Arrived
+from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.trajectory import behavior_logprobs, token_versions
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.advantages import group_advantages
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.buffer.ledger import Batched
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived
 
 
 def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:

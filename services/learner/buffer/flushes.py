@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.arrays import unpack_int32
-from common.messages import SegmentFlushed
-from common.trajectory import token_versions
+from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.messages import SegmentFlushed
+from palimpsest.common.trajectory import token_versions
 
 
 @dataclass(frozen=True, slots=True)

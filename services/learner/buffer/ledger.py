@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 
 from msgspec import Struct
 
-from common.messages import DropReason, group_id, trajectory_id
-from common.versions import Version
+from palimpsest.common.messages import DropReason, group_id, trajectory_id
+from palimpsest.common.versions import Version
 
 T = TypeVar("T")
 

@@ -16,13 +16,13 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load as load_tensors, save as save_tensors
 
-from common import failpoints
-from common.files import sync_folder, write
-from common.logs import logger
-from common.snapshots.writer import Committed, Writer
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.checkpointing.manifest import (
+from palimpsest.common import failpoints
+from palimpsest.common.files import sync_folder, write
+from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.writer import Committed, Writer
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
     SCHEMA,

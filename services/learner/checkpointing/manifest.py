@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, field
 
-from common.versions import Version
-from services.learner.buffer.ledger import LedgerState
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import LedgerState
 
 SCHEMA = 1
 STATE, MANIFEST, PROPOSED = "state.safetensors", "manifest.json", "proposed.json"

@@ -1,8 +1,8 @@
 """What the discrepancy (and only the discrepancy) does to a token: its weight and its mask. Pure, without gradients."""
 
-from services.learner.corrections.combine import alone, correct, limits, overlap
-from services.learner.corrections.ratios import LOG_RATIO_BOUND, log_ratio
-from services.learner.corrections.rules import Correction, Gather, Limits, Rules
+from palimpsest.services.learner.corrections.combine import alone, correct, limits, overlap
+from palimpsest.services.learner.corrections.ratios import LOG_RATIO_BOUND, log_ratio
+from palimpsest.services.learner.corrections.rules import Correction, Gather, Limits, Rules
 
 __all__ = [
     "LOG_RATIO_BOUND",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from services.learner.corrections import m2po, sequence_rules, token_rules
-from services.learner.corrections.ratios import log_ratio
-from services.learner.corrections.rules import ESTIMATES, Correction, Gather, Limits, Rules
-from services.learner.corrections.weights import weights
+from palimpsest.services.learner.corrections import m2po, sequence_rules, token_rules
+from palimpsest.services.learner.corrections.ratios import log_ratio
+from palimpsest.services.learner.corrections.rules import ESTIMATES, Correction, Gather, Limits, Rules
+from palimpsest.services.learner.corrections.weights import weights
 
 Part = tuple[Tensor, Tensor, Tensor, Tensor]
 """proximal, behavior, mask, missing: [rows, tokens] each, of one micro-batch."""

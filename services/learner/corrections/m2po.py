@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from services.learner.corrections.rules import Gather
+from palimpsest.services.learner.corrections.rules import Gather
 
 
 def m2_threshold(log_discrepancies: Tensor, bound: float, *, gather: Gather) -> float:

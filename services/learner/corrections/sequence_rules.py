@@ -8,9 +8,9 @@ tokens fails no rule. A bound that is met exactly keeps the row.
 import torch
 from torch import Tensor
 
-from services.learner.corrections.ratios import below, log_mean, log_product, outside, row_counts, row_sums
-from services.learner.corrections.rules import Interval
-from services.learner.corrections.token_rules import divergence_estimate
+from palimpsest.services.learner.corrections.ratios import below, log_mean, log_product, outside, row_counts, row_sums
+from palimpsest.services.learner.corrections.rules import Interval
+from palimpsest.services.learner.corrections.token_rules import divergence_estimate
 
 
 def veto_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, bound: float) -> Tensor:

@@ -7,8 +7,8 @@ A bound that is met exactly keeps the token.
 import torch
 from torch import Tensor
 
-from services.learner.corrections.ratios import above, below
-from services.learner.corrections.rules import Interval
+from palimpsest.services.learner.corrections.ratios import above, below
+from palimpsest.services.learner.corrections.rules import Interval
 
 
 def band_rule(log_discrepancy: Tensor, usable: Tensor, band: float) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from services.learner.corrections.ratios import log_product
+from palimpsest.services.learner.corrections.ratios import log_product
 
 
 def weights(

@@ -12,11 +12,11 @@ record sent again stands in the same partition behind it, and the search begins 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from common.bus.claim_check import LOST
-from common.bus.offline import scan
-from common.bus.port import Bus, Outgoing, Position
-from common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
-from common.rejected_record import Cause
+from palimpsest.common.bus.claim_check import LOST
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Outgoing, Position
+from palimpsest.common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
+from palimpsest.common.rejected_record import Cause
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from common.bus.port import Bus, OffsetGone, Outgoing, Record
-from common.logs import logger
-from common.messages import (
+from palimpsest.common.bus.port import Bus, OffsetGone, Outgoing, Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
     DEAD_LETTERS,
     OLD_LOGPROBS,
     REPLAYED,
@@ -31,16 +31,16 @@ from common.messages import (
     message_in,
     trajectory_id,
 )
-from common.offset_tracker import Frontier
-from common.rejected_record import FOREIGN, Cause, Unusable
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner import instruments
-from services.learner.buffer.flushes import Flushed, Flushes
-from services.learner.buffer.ledger import Arrival, Planner
-from services.learner.buffer.task_sampler import task
-from services.learner.ingest.validation import check_finished, check_sampled
-from services.learner.ingest.watermarks import Beginnings
+from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.rejected_record import FOREIGN, Cause, Unusable
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.buffer.flushes import Flushed, Flushes
+from palimpsest.services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.buffer.task_sampler import task
+from palimpsest.services.learner.ingest.validation import check_finished, check_sampled
+from palimpsest.services.learner.ingest.watermarks import Beginnings
 
 POLL_RECORDS = 512
 TAKEN = (Arrival.NEW, Arrival.REVIVED)

@@ -2,11 +2,11 @@
 
 import math
 
-from common.arrays import unpack_int32
-from common.messages import SegmentFlushed, TrajectoryFinished
-from common.rejected_record import Cause
-from common.trajectory import Malformed, check
-from common.versions import Version
+from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.messages import SegmentFlushed, TrajectoryFinished
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Malformed, check
+from palimpsest.common.versions import Version
 
 MOST_TOKENS = 1 << 24
 """A trajectory longer than this is garbage."""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from services.learner.losses.types import only
+from palimpsest.services.learner.losses.types import only
 
 Mode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "dr_grpo"]
 

@@ -5,8 +5,8 @@
 sg: without gradient.
 """
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import Inputs, Outcome, only, refuse_bounds
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, only, refuse_bounds
 
 
 def cispo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from services.learner.losses.types import only
+from palimpsest.services.learner.losses.types import only
 
 
 class EntropyHistory:

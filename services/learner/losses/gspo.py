@@ -9,8 +9,8 @@ equal ones, their mean over the trajectory has the value and the gradient of the
 
 import torch
 
-from services.learner.corrections.ratios import log_mean, log_ratio
-from services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.corrections.ratios import log_mean, log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
 
 
 def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import only
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import only
 
 Estimator = Literal["k1", "k2", "k3"]
 

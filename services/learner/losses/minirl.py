@@ -6,8 +6,8 @@
 sg: without gradient. With an exact proximal the mask sees what the policy has moved by, and nothing of the engine.
 """
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
 
 
 def minirl_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:

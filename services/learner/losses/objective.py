@@ -10,20 +10,20 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from common.config.learner import LearnerConfig
-from common.config.objective import DiscrepancyConfig, LossConfig
-from services.learner.corrections import Rules
-from services.learner.losses.aggregate import Denominators, aggregate
-from services.learner.losses.cispo import cispo_loss
-from services.learner.losses.entropy import epo_loss
-from services.learner.losses.gspo import gspo_loss
-from services.learner.losses.kl import kl_loss
-from services.learner.losses.minirl import minirl_loss
-from services.learner.losses.opsm import opsm_mask
-from services.learner.losses.policy_gradient import policy_gradient_loss
-from services.learner.losses.ppo_clip import ppo_loss
-from services.learner.losses.r2vpo import r2vpo_loss
-from services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.objective import DiscrepancyConfig, LossConfig
+from palimpsest.services.learner.corrections import Rules
+from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
+from palimpsest.services.learner.losses.cispo import cispo_loss
+from palimpsest.services.learner.losses.entropy import epo_loss
+from palimpsest.services.learner.losses.gspo import gspo_loss
+from palimpsest.services.learner.losses.kl import kl_loss
+from palimpsest.services.learner.losses.minirl import minirl_loss
+from palimpsest.services.learner.losses.opsm import opsm_mask
+from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
+from palimpsest.services.learner.losses.ppo_clip import ppo_loss
+from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
+from palimpsest.services.learner.losses.types import Inputs, Outcome, only
 
 T = TypeVar("T")
 

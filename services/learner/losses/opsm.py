@@ -7,8 +7,8 @@ It is no objective: it takes tokens off the inputs of any.
 
 from torch import Tensor
 
-from services.learner.corrections.ratios import log_mean, log_ratio
-from services.learner.losses.types import Inputs
+from palimpsest.services.learner.corrections.ratios import log_mean, log_ratio
+from palimpsest.services.learner.losses.types import Inputs
 
 
 def opsm_mask(inputs: Inputs, *, threshold: float) -> Tensor:

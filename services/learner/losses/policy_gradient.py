@@ -5,8 +5,8 @@
 With the weight w = pi_prox / mu this is minus the total ratio times the advantage, whatever the proximal is.
 """
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, only
 
 
 def policy_gradient_loss(inputs: Inputs) -> Outcome:

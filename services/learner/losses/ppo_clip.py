@@ -9,8 +9,8 @@ ratio and the clip anchor of every token is its own version.
 
 import torch
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
 
 
 def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Outcome:

@@ -9,8 +9,8 @@ gradient -w r (A - 2 lambda (r - 1)).
 import torch
 from torch import Tensor
 
-from services.learner.corrections import log_ratio
-from services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.losses.types import Inputs, Outcome, only
 
 
 def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from services.learner.corrections import log_ratio
+from palimpsest.services.learner.corrections import log_ratio
 
 Gather = Callable[[tuple[float, ...]], list[tuple[float, ...]]]
 """Every rank's value, on every rank."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config.learner import OptimizerConfig
-from services.learner.model.trainable import Trainee
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.services.learner.model.trainable import Trainee
 
 STEPS = "steps"
 

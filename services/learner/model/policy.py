@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from common.model_path import WHOLE, refuse_no_model, sentence
-from common.user_error import Refusal
+from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
+from palimpsest.common.user_error import Refusal
 
 
 def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config.learner import OptimizerConfig
+from palimpsest.common.config.learner import OptimizerConfig
 
 
 class Trainee:

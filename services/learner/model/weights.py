@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from common.snapshots.client import RawTensor
+from palimpsest.common.snapshots.client import RawTensor
 
 Weights = dict[str, Tensor]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from common.config.proximal import EXACT
-from services.learner.observability.staleness_slope import Point, Rise, rise
+from palimpsest.common.config.proximal import EXACT
+from palimpsest.services.learner.observability.staleness_slope import Point, Rise, rise
 
 Line = Mapping[str, Any]
 WINDOW = 20

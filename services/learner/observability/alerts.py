@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from common.logs import logger
-from services.learner import instruments
-from services.learner.observability.alert_rules import RULES, WINDOW, judge
-from services.learner.observability.thresholds import Bounds
-from services.learner.observability.version_record import Batch, describe
-from services.learner.training.results import Trained
+from palimpsest.common.logs import logger
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.observability.alert_rules import RULES, WINDOW, judge
+from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.version_record import Batch, describe
+from palimpsest.services.learner.training.results import Trained
 
 Line = dict[str, Any]
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.files import whole
-from services.learner.observability.version_record import Batch
-from services.learner.training.results import Trained
+from palimpsest.common.files import whole
+from palimpsest.services.learner.observability.version_record import Batch
+from palimpsest.services.learner.training.results import Trained
 
 
 class Recorder:

@@ -5,7 +5,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.learner.observability.token_statistics import BOUND, LogRatios, Tokens, effective_sample_share, ess_share
+from palimpsest.services.learner.observability.token_statistics import (
+    BOUND,
+    LogRatios,
+    Tokens,
+    effective_sample_share,
+    ess_share,
+)
 
 Array = NDArray[Any]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from common.files import named, write
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.files import named, write
+from palimpsest.common.user_error import ExitCode, Refusal
 
 
 class History:

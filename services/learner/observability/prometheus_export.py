@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from services.learner import instruments
-from services.learner.observability.histograms import EDGES, group
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.observability.histograms import EDGES, group
 
 Line = dict[str, Any]
 WRONG = (

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.learner.observability.surrogate_error import Thresholds, clipped
-from services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, clipped
+from palimpsest.services.learner.observability.token_statistics import Tokens
 
 Array = NDArray[Any]
 CLIPS = ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.learner.observability.token_table import Flat
+from palimpsest.services.learner.observability.token_table import Flat
 
 Array = NDArray[Any]
 BOUND = 20.0

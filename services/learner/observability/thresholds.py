@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from common.config.learner import LearnerConfig
-from common.config.objective import DiscrepancyConfig
-from common.config.proximal import EXACT
-from services.learner.observability.surrogate_error import Thresholds
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.objective import DiscrepancyConfig
+from palimpsest.common.config.proximal import EXACT
+from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 TOKEN_CLIPS = ("clipped", "minirl")
 """Objectives that clip each token by the sign of its advantage."""

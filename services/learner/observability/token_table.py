@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.versions import Version
-from services.learner.observability.token_statistics import Tokens
-from services.learner.training.results import Scored
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.training.results import Scored
 
 Array = NDArray[Any]
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from common.messages import TrajectoryFinished
-from common.trajectory import cuts
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.observability.effective_samples import caps, effective
-from services.learner.observability.histograms import spread
-from services.learner.observability.prometheus_export import observe
-from services.learner.observability.removals import past_clip, removal, token_masked
-from services.learner.observability.staleness_slope import Point, slope
-from services.learner.observability.surrogate_error import Thresholds, leaks
-from services.learner.observability.thresholds import Bounds
-from services.learner.observability.token_statistics import (
+from palimpsest.common.messages import TrajectoryFinished
+from palimpsest.common.trajectory import cuts
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.observability.effective_samples import caps, effective
+from palimpsest.services.learner.observability.histograms import spread
+from palimpsest.services.learner.observability.prometheus_export import observe
+from palimpsest.services.learner.observability.removals import past_clip, removal, token_masked
+from palimpsest.services.learner.observability.staleness_slope import Point, slope
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, leaks
+from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.token_statistics import (
     LogRatios,
     Tokens,
     by_staleness,
@@ -29,8 +29,8 @@ from services.learner.observability.token_statistics import (
     effective_sample_share,
     summary,
 )
-from services.learner.observability.token_table import Flat
-from services.learner.training.results import Trained
+from palimpsest.services.learner.observability.token_table import Flat
+from palimpsest.services.learner.training.results import Trained
 
 __all__ = ["Batch", "brief", "describe", "observe", "of_tokens", "of_versions"]
 

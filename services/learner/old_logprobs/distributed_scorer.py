@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from common.arrays import Float32Array
-from services.learner.batch.batching import Padded
-from services.learner.distributed import NOTHING, Ranks
-from services.learner.model.policy import token_logprobs
+from palimpsest.common.arrays import Float32Array
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.distributed import NOTHING, Ranks
+from palimpsest.services.learner.model.policy import token_logprobs
 
 Pass = Callable[[Padded], Float32Array]
 """Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""

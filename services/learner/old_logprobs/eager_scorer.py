@@ -11,14 +11,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.arrays import Float32Array, Int32Array, unpack_int32
-from common.bus.port import Bus, Outgoing
-from common.messages import OLD_LOGPROBS, OldLogprobsComputed, SegmentFlushed, TrajectoryFinished, encode
-from common.trajectory import token_versions
-from common.versions import UNTRAINABLE, Version
-from services.learner import instruments
-from services.learner.batch.batching import Padded, Row, micro_batches, pad
-from services.learner.old_logprobs.score_store import Scores, computed
+from palimpsest.common.arrays import Float32Array, Int32Array, unpack_int32
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.messages import OLD_LOGPROBS, OldLogprobsComputed, SegmentFlushed, TrajectoryFinished, encode
+from palimpsest.common.trajectory import token_versions
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad
+from palimpsest.services.learner.old_logprobs.score_store import Scores, computed
 
 BY = "learner"
 Score = Callable[[Sequence[Padded]], list[Float32Array]]

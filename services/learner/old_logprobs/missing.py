@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config.proximal import MissingPolicy
-from common.logs import logger
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.logs import logger
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.proximal.types import Exact, Patched
 
 Holes = list[NDArray[np.bool_]]
 """For each micro-batch [rows, tokens]: trainable, and its old log-prob is not to be had."""
@@ -132,7 +132,7 @@ def _sentence(why: Why, tokens: int, versions: Sequence[Version], trajectories: 
         case Why.NOT_SCORED:
             return (
                 f"no replica scored {where} sampled by {named} within learner.proximal.wait_s. Look at the replicas' "
-                f"logs, start more of them (local.replicas, or python -m services.learner.replica) and start again "
+                f"logs, start more of them (local.replicas, or python -m palimpsest.services.learner.replica) and start again "
                 f"with --resume, {otherwise}"
             )
         case Why.TOO_LATE:

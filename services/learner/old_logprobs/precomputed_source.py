@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.config.proximal import MissingPolicy
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.old_logprobs.missing import Holes, Misses, Why, settle
-from services.learner.old_logprobs.scoring import fill, known
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.old_logprobs.missing import Holes, Misses, Why, settle
+from palimpsest.services.learner.old_logprobs.scoring import fill, known
+from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
 class AttachedSource:

@@ -9,17 +9,17 @@ surrogates    nothing
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from common.bus.port import Bus
-from common.config.learner import LearnerConfig
-from common.config.proximal import InterruptionProximal, ReplicaProximal, SnapshotProximal
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.ingest.trajectory_reader import Intake
-from services.learner.old_logprobs.distributed_scorer import Together
-from services.learner.old_logprobs.eager_scorer import EarlyScorer
-from services.learner.old_logprobs.interruption.coordinator import Interruption
-from services.learner.old_logprobs.score_reader import ScoreReader
-from services.learner.old_logprobs.score_store import Scores
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.proximal import InterruptionProximal, ReplicaProximal, SnapshotProximal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.ingest.trajectory_reader import Intake
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Together
+from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_store import Scores
 
 
 class Route(Protocol):

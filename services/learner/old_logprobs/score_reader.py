@@ -8,11 +8,11 @@ version's number: their digests stand on `control`.
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from common.arrays import pack_float32, pack_int32
-from common.bus.offline import scan
-from common.bus.port import Bus, Outgoing, Record
-from common.logs import logger
-from common.messages import (
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Outgoing, Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -24,12 +24,12 @@ from common.messages import (
     encode,
     message_in,
 )
-from common.rejected_record import Cause, Unusable
-from common.trajectory import Segment
-from common.versions import Version
-from services.learner import instruments
-from services.learner.batch.batching import Row
-from services.learner.old_logprobs.score_store import Missing, Scores
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.old_logprobs.score_store import Missing, Scores
 
 POLL_RECORDS = 512
 POLL_S = 0.1

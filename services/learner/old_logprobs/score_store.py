@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 from blake3 import blake3
 
-from common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
-from common.messages import OldLogprobsComputed
-from common.rejected_record import Cause
-from common.trajectory import Malformed
-from common.versions import UNTRAINABLE, Version
-from services.learner.batch.batching import Row
+from palimpsest.common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
+from palimpsest.common.messages import OldLogprobsComputed
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Malformed
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import Row
 
 Missing = tuple[int, int, Version]
 """Tokens [start, stop), sampled by this version, whose old log-probs are not known."""

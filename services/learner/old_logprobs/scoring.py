@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.arrays import Float32Array, Int32Array
-from common.trajectory import Segment, token_versions
-from common.versions import UNTRAINABLE, Version
-from services.learner.batch.batching import Padded, Row, micro_batches, pad, versions_present
-from services.learner.model.policy import token_logprobs
+from palimpsest.common.arrays import Float32Array, Int32Array
+from palimpsest.common.trajectory import Segment, token_versions
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad, versions_present
+from palimpsest.services.learner.model.policy import token_logprobs
 
 
 def known(batch: Padded, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:

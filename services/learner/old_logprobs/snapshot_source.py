@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common.config.proximal import MissingPolicy
-from common.snapshots.client import SnapshotClient, VersionMissing
-from common.versions import Version
-from services.learner.batch.batching import Padded, versions_present
-from services.learner.old_logprobs.missing import Misses, Why, settle
-from services.learner.old_logprobs.scoring import fill, known
-from services.learner.old_logprobs.versioned_model import Resident
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, versions_present
+from palimpsest.services.learner.old_logprobs.missing import Misses, Why, settle
+from palimpsest.services.learner.old_logprobs.scoring import fill, known
+from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
 class SnapshotSource:

@@ -2,11 +2,11 @@
 
 import torch
 
-from common.snapshots.client import SnapshotClient
-from common.snapshots.manifest import Damaged
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.model.weights import take_on
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.manifest import Damaged
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.model.weights import take_on
 
 
 class Resident:

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from common.snapshots.manifest import Canary
-from common.versions import UNTRAINABLE
-from services.learner.batch.batching import Row, pad
-from services.learner.model.policy import token_logprobs, vocabulary
+from palimpsest.common.snapshots.manifest import Canary
+from palimpsest.common.versions import UNTRAINABLE
+from palimpsest.services.learner.batch.batching import Row, pad
+from palimpsest.services.learner.model.policy import token_logprobs, vocabulary
 
 MOST_TOKENS = 8192
 """Over all canaries, prompts included: scoring them must stay a trifle."""

@@ -2,16 +2,16 @@
 
 import torch
 
-from common import failpoints
-from common.bus.port import Bus, Outgoing
-from common.logs import logger
-from common.messages import CONTROL, RunFinished, VersionPublished, encode
-from common.snapshots.client import SnapshotClient
-from common.snapshots.manifest import Manifest
-from common.snapshots.writer import Writer
-from common.versions import Version
-from services.learner.model.weights import named_weights, raw_tensors
-from services.learner.publishing.canaries import Canaries
+from palimpsest.common import failpoints
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import CONTROL, RunFinished, VersionPublished, encode
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.publishing.canaries import Canaries
 
 LEASE = "learner"
 

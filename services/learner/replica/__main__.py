@@ -1,13 +1,13 @@
-"""python -m services.learner.replica RUN.toml --replica.name=replica-0 --replica.port=PORT"""
+"""python -m palimpsest.services.learner.replica RUN.toml --replica.name=replica-0 --replica.port=PORT"""
 
-from common.bus.factory import open_bus
-from common.config import Invocation
-from common.config.schema import RunConfig
-from common.metrics import REGISTRY
-from common.program import service
-from common.service import Starting, Stop, application
-from common.snapshots.client import SnapshotClient
-from common.user_error import Refusal
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.config import Invocation
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.program import service
+from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.user_error import Refusal
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
@@ -27,9 +27,9 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
-    from services.learner.model.policy import load_model
-    from services.learner.old_logprobs.versioned_model import Resident
-    from services.learner.replica.worker import Replica
+    from palimpsest.services.learner.model.policy import load_model
+    from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+    from palimpsest.services.learner.replica.worker import Replica
 
     torch.set_num_threads(config.replica.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from common.metrics import REGISTRY, SECONDS
+from palimpsest.common.metrics import REGISTRY, SECONDS
 
 TOKENS = Counter("palimpsest_replica_scored_tokens", "Tokens scored", registry=REGISTRY)
 PUBLISHED = Counter("palimpsest_replica_published_scores", "Records of old log-probs published", registry=REGISTRY)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.bus.port import Position
-from common.versions import Version
-from services.learner.batch.batching import Row
+from palimpsest.common.bus.port import Position
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
 
 
 @dataclass(slots=True, eq=False)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 
-from common.arrays import unpack_int32
-from common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
-from common.rejected_record import Cause
-from common.trajectory import Malformed, check
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.old_logprobs.scoring import rows_by_version
+from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Malformed, check
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
 
 LAST_VERSION = 2**31 - 1
 """Versions of tokens are int32."""

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from common import failpoints
-from common.arrays import Float32Array
-from common.bus.port import Bus, Consumer, Outgoing, Position, Record
-from common.logs import logger
-from common.messages import (
+from palimpsest.common import failpoints
+from palimpsest.common.arrays import Float32Array
+from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TRAJECTORIES,
@@ -26,19 +26,19 @@ from common.messages import (
     encode,
     message_in,
 )
-from common.offset_tracker import Frontier
-from common.rejected_record import Cause, Unusable
-from common.service import Status, Stop
-from common.snapshots.client import VersionMissing
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.model.policy import vocabulary
-from services.learner.old_logprobs.score_store import computed_of
-from services.learner.old_logprobs.scoring import score
-from services.learner.old_logprobs.versioned_model import Resident
-from services.learner.replica import instruments
-from services.learner.replica.queue import Backlog, Work
-from services.learner.replica.records import to_rows
+from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.service import Status, Stop
+from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.model.policy import vocabulary
+from palimpsest.services.learner.old_logprobs.score_store import computed_of
+from palimpsest.services.learner.old_logprobs.scoring import score
+from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+from palimpsest.services.learner.replica import instruments
+from palimpsest.services.learner.replica.queue import Backlog, Work
+from palimpsest.services.learner.replica.records import to_rows
 
 GROUP = "replica"
 POLL_S = 0.25

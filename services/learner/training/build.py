@@ -4,18 +4,18 @@ import copy
 
 import torch
 
-from common.config.learner import LearnerConfig
-from common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
-from common.snapshots.client import SnapshotClient
-from services.learner import instruments
-from services.learner.model.critic import Critic
-from services.learner.model.trainable import Trainee
-from services.learner.old_logprobs.missing import Misses, Why
-from services.learner.old_logprobs.precomputed_source import AttachedSource
-from services.learner.old_logprobs.snapshot_source import SnapshotSource
-from services.learner.proximal.surrogates.factory import surrogate
-from services.learner.proximal.types import Source
-from services.learner.training.state import Companions
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.old_logprobs.missing import Misses, Why
+from palimpsest.services.learner.old_logprobs.precomputed_source import AttachedSource
+from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
+from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.types import Source
+from palimpsest.services.learner.training.state import Companions
 
 
 def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Companions:

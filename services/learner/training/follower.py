@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.distributed import Ranks
-from services.learner.model.trainable import Trainee
-from services.learner.old_logprobs.distributed_scorer import Pass, score_along
-from services.learner.training.state import Companions
-from services.learner.training.trainer import Step
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, score_along
+from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.trainer import Step
 
 
 @dataclass(frozen=True, slots=True)

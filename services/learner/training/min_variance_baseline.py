@@ -6,9 +6,9 @@ kept until then, of w g and of w g R, at the price of two more copies of the gra
 
 import torch
 
-from services.learner.distributed import Ranks
-from services.learner.losses.vcpo import minimum_variance_baseline, subtract_baseline
-from services.learner.model.trainable import Trainee
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.losses.vcpo import minimum_variance_baseline, subtract_baseline
+from palimpsest.services.learner.model.trainable import Trainee
 
 
 class LeastVariance:

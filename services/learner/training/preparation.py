@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.learner import LearnerConfig
-from services.learner.advantages import TOKEN_KINDS, Part, token_advantages
-from services.learner.batch.batching import Padded
-from services.learner.corrections import log_ratio
-from services.learner.distributed import Ranks
-from services.learner.losses.kl import estimate
-from services.learner.model.policy import token_logprobs
-from services.learner.training.state import Companions
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.services.learner.advantages import TOKEN_KINDS, Part, token_advantages
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.losses.kl import estimate
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.training.state import Companions
 
 
 @dataclass(frozen=True, slots=True)

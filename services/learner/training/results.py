@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.corrections import Correction
-from services.learner.observability.token_statistics import Tokens
-from services.learner.proximal.types import Anchor
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.corrections import Correction
+from palimpsest.services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.proximal.types import Anchor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

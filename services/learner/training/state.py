@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from services.learner.losses.entropy import EntropyHistory
-from services.learner.model.critic import Critic
-from services.learner.old_logprobs.missing import Misses
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.types import Follows, Source
+from palimpsest.services.learner.losses.entropy import EntropyHistory
+from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.old_logprobs.missing import Misses
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.types import Follows, Source
 
 PREFIX = "companions."
 

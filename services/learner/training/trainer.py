@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.learner import LearnerConfig
-from common.versions import Version
-from services.learner.batch.batching import Padded, Row, deal, micro_batches, pad
-from services.learner.corrections import Correction, Limits, correct, limits
-from services.learner.distributed import Ranks
-from services.learner.losses.aggregate import Denominators
-from services.learner.losses.objective import Objective, Terms, switch
-from services.learner.losses.r2vpo import next_multiplier, squared_deviation
-from services.learner.losses.types import Inputs
-from services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
-from services.learner.proximal.types import Anchor, Interpolated, Proximal
-from services.learner.training.min_variance_baseline import LeastVariance
-from services.learner.training.preparation import Prepared, prepare
-from services.learner.training.results import Scored, Trained, counts, mean_entropies
-from services.learner.training.state import Companions
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, Row, deal, micro_batches, pad
+from palimpsest.services.learner.corrections import Correction, Limits, correct, limits
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.losses.aggregate import Denominators
+from palimpsest.services.learner.losses.objective import Objective, Terms, switch
+from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.proximal.types import Anchor, Interpolated, Proximal
+from palimpsest.services.learner.training.min_variance_baseline import LeastVariance
+from palimpsest.services.learner.training.preparation import Prepared, prepare
+from palimpsest.services.learner.training.results import Scored, Trained, counts, mean_entropies
+from palimpsest.services.learner.training.state import Companions
 
 
 def nothing() -> None:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from services.rollout.engine.crash_evidence import ERROR
+from palimpsest.services.rollout.engine.crash_evidence import ERROR
 
 FRAMES = 5
 """So many calls of the stack are told, the innermost first."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from common.snapshots.manifest import Manifest
-from common.versions import Version
+from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.versions import Version
 
 
 @dataclass(frozen=True, slots=True)

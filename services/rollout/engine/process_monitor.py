@@ -13,9 +13,9 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from services.rollout.engine import oom_kills
-from services.rollout.engine.crash_evidence import VARIABLE
-from services.rollout.engine.crash_report import Evidence
+from palimpsest.services.rollout.engine import oom_kills
+from palimpsest.services.rollout.engine.crash_evidence import VARIABLE
+from palimpsest.services.rollout.engine.crash_report import Evidence
 
 EXIT_S = 10.0
 """A process that has told of its end, or was told to end, gets so long to be gone."""

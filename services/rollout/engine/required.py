@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.user_error import ExitCode, Refusal
-from services.rollout.engine import crash_report
-from services.rollout.engine.port import EngineFailed
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.rollout.engine import crash_report
+from palimpsest.services.rollout.engine.port import EngineFailed
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from common import failpoints
-from common.config.schema import ScriptedEngineConfig
-from common.snapshots.manifest import Manifest
-from common.versions import Version
-from services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+from palimpsest.common import failpoints
+from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
 
 
 class ScriptedEngine:

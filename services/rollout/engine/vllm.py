@@ -9,14 +9,14 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from common.config.schema import VllmEngineConfig
-from common.logs import logger
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.rollout.engine import amx
-from services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span, StoredWeights, crash_report
-from services.rollout.engine.process_monitor import Watch
-from services.rollout.engine.vllm_weight_transfer import NAME
+from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.common.logs import logger
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine import amx, crash_report
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span, StoredWeights
+from palimpsest.services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

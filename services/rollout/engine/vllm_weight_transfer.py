@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from services.rollout.engine import amx
-from services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
+from palimpsest.services.rollout.engine import amx
+from palimpsest.services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
 
 NAME = "palimpsest"
 
@@ -70,7 +70,7 @@ def _engine_class() -> type:
         def finish_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-            from common import failpoints
+            from palimpsest.common import failpoints
 
             finalize_layerwise_reload(self.model, self.model_config)
             if not failpoints.active("rollout.skip_head"):

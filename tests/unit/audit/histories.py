@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from common.messages import TASKS, TRAJECTORIES, group_id, trajectory_id
-from common.versions import Version
-from services.audit.evidence import (
+from palimpsest.common.messages import TASKS, TRAJECTORIES, group_id, trajectory_id
+from palimpsest.common.versions import Version
+from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
     Bounds,
@@ -18,7 +18,7 @@ from services.audit.evidence import (
     Offer,
     Stored,
 )
-from services.learner.buffer.ledger import LedgerState
+from palimpsest.services.learner.buffer.ledger import LedgerState
 
 DIGESTS = tuple(f"{version:02x}" * 32 for version in range(4))
 

@@ -3,10 +3,10 @@
 import random
 from dataclasses import dataclass, field
 
-from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
-from common.offset_tracker import Frontier
-from common.versions import Version
-from services.audit.evidence import (
+from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
+from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.versions import Version
+from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
     Bounds,
@@ -19,7 +19,7 @@ from services.audit.evidence import (
     Offer,
     Stored,
 )
-from services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.buffer.ledger import Arrival, Planner
 
 SAMPLES, BOUND, PARTITIONS = 3, 1, 2
 Place = tuple[int, int]

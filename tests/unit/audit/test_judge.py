@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
-from common.versions import Version
-from services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
-from services.audit.judge import judge
-from services.audit.rendering import for_machines, told
+from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
+from palimpsest.common.versions import Version
+from palimpsest.services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
+from palimpsest.services.audit.judge import judge
+from palimpsest.services.audit.rendering import for_machines, told
 from tests.unit.audit.histories import (
     DIGESTS,
     HEARD,

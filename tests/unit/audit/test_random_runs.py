@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from services.audit.evidence import FINISHED, Evidence, Kind
-from services.audit.judge import judge
-from services.audit.ledger import below
+from palimpsest.services.audit.evidence import FINISHED, Evidence, Kind
+from palimpsest.services.audit.judge import judge
+from palimpsest.services.audit.ledger import below
 from tests.unit.audit.simulated import Simulated
 
 pytestmark = pytest.mark.thorough

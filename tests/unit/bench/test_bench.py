@@ -13,10 +13,10 @@ from bench import bus
 from bench.records import Maker
 from bench.runs import run
 from bench.simulated_streams import Streams, _Driver
-from common.bus.port import Outgoing
-from common.messages import TRAJECTORIES, GroupOffered, TrajectoryFinished, decode, group_id
-from common.versions import Version
-from services.learner.ingest.trajectory_reader import check_finished
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.messages import TRAJECTORIES, GroupOffered, TrajectoryFinished, decode, group_id
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.ingest.trajectory_reader import check_finished
 from tests.builders import SAMPLING
 from tools.backends.kafka import Kafka
 

@@ -17,7 +17,7 @@ from bench.mismatch.results import CONTROL, METHODS, Plan, tuned
 from bench.mismatch.tables import tables
 from bench.mismatch.toy import Toy
 from bench.mismatch.training import Observed, observe
-from services.learner.observability.surrogate_error import Audited, Thresholds
+from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds
 
 pytestmark = pytest.mark.thorough
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from bench.mismatch.references import REFERENCES, Stored, source
 from bench.mismatch.toy import Batch, Store, Toy, Weights, new_policy, rounded, sample
 from bench.mismatch.training import Run, Trainer, current_logprobs, judge, train
-from common.versions import UNTRAINABLE, Version
-from services.learner.observability.surrogate_error import Thresholds
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.observability.surrogate_error import Thresholds
 from tests.oracles import toy_gru
 
 SMALL = Toy(hidden=12, window=3, versions=8)

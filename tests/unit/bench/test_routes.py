@@ -20,13 +20,13 @@ from bench.routes.instrumented_learner import weigh
 from bench.routes.simulated_workers import PAUSE_S, Fleet
 from bench.routes.variant_run import ROLLOUT, Pace, cpu_s
 from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
-from common.bus.factory import open_bus
-from common.bus.offline import scan
-from common.bus.port import Bus, Outgoing
-from common.config.learner import OptimizerConfig
-from common.config.load import load as load_run
-from common.config.to_toml import show
-from common.messages import (
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.load import load as load_run
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.messages import (
     CONTROL,
     TASKS,
     TRAJECTORIES,
@@ -41,12 +41,12 @@ from common.messages import (
     encode,
     group_id,
 )
-from common.trajectory import token_versions
-from common.versions import Version
-from services.learner.ingest.validation import check_finished, check_sampled
-from services.learner.model.trainable import Trainee
-from services.learner.old_logprobs.score_store import Scores
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.common.trajectory import token_versions
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.ingest.validation import check_finished, check_sampled
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from tests.builders import SAMPLING
 
 pytestmark = pytest.mark.thorough

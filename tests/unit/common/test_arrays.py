@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.arrays import pack_float32, pack_int32, unpack_float32, unpack_int32
+from palimpsest.common.arrays import pack_float32, pack_int32, unpack_float32, unpack_int32
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 FLOAT32 = st.floats(width=32, allow_nan=False)

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, strategies as st
 from kafka import errors
 
-from common.bus.kafka import Connection, Settings, connection
-from common.bus.kafka.connection import PASSWORD, USERNAME
-from common.bus.kafka.probe import NotLetIn, NotThere, knock
-from common.bus.kafka.topics import _problems, _suffices
-from common.config.schema import BusConfig
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus.kafka import Connection, Settings, connection
+from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
+from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere, knock
+from palimpsest.common.bus.kafka.topics import _problems, _suffices
+from palimpsest.common.config.schema import BusConfig
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends.certificates import make
 
 SASL = BusConfig(kind="kafka", servers="a:1", security="sasl_plaintext", sasl_mechanism="PLAIN")
@@ -181,8 +181,8 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_l
 
 NOBODY = """
 import logging
-from common import logs
-from common.bus.kafka import Connection, KafkaBus
+from palimpsest.common import logs
+from palimpsest.common.bus.kafka import Connection, KafkaBus
 
 logging.basicConfig()  # as libraries do that a service loads
 logs.configure("rollout", "info", "text")
@@ -195,7 +195,9 @@ KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=
 def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> None:
     ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     *_, said = ended.stderr.splitlines()
-    assert said.startswith("common.user_error.Refusal: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect")
+    assert said.startswith(
+        "palimpsest.common.user_error.Refusal: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect"
+    )
     assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.factory import open_bus
-from common.bus.offline import standing_bus
-from common.bus.sqlite import SqliteBus
-from common.config import load
-from common.config.schema import RunConfig
-from common.user_error import Refusal
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.offline import standing_bus
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.user_error import Refusal
 
 RUN = 'run.id = "test"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 

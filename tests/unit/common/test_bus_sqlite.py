@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from common.bus import sqlite
-from common.bus.factory import open_bus
-from common.bus.port import Outgoing, partition_of
-from common.bus.sqlite import SqliteBus
-from common.config import RunConfig
-from common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TOPICS, TRAJECTORIES, WORKERS
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus import sqlite
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.port import Outgoing, partition_of
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config import RunConfig
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TOPICS, TRAJECTORIES, WORKERS
+from palimpsest.common.user_error import ExitCode, Refusal
 
 UNSTORABLE: Any = object()
 HALF_BAD = [Outgoing("k", b"first"), Outgoing("k", b"second"), Outgoing("k", UNSTORABLE)]

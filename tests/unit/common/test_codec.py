@@ -5,7 +5,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings, strategies as st
 
-from common.snapshots.codec import decode_base, encode_base
+from palimpsest.common.snapshots.codec import decode_base, encode_base
 
 SMALL = np.frombuffer(bytes([10, 20, 11, 21, 12, 22]), dtype=np.uint8)
 """Three 2-byte numbers."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Invocation, RunConfig, load
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.config import Invocation, RunConfig, load
+from palimpsest.common.user_error import ExitCode, Refusal
 
 ROOT = Path(__file__).parents[3]
 RUN = """

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.config import RunConfig
-from common.config.to_toml import show
+from palimpsest.common.config import RunConfig
+from palimpsest.common.config.to_toml import show
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 POSITIVE = st.floats(min_value=0, max_value=1e300, exclude_min=True, allow_nan=False)

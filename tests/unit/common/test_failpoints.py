@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common import failpoints
+from palimpsest.common import failpoints
 
 REACHES = """
-from common import faults
+from palimpsest.common import faults
 for i in range(5):
     print(i, flush=True)
     faults.reach("place")

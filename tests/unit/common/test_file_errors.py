@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common.file_errors import file_errors_refused, refused, usable_folder
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.file_errors import file_errors_refused, refused, usable_folder
+from palimpsest.common.user_error import ExitCode, Refusal
 
 TABLE = [
     (errno.ENOSPC, ExitCode.UNAVAILABLE, "the disk is full (writing /there/x): free some space"),

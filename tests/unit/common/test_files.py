@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common import files
-from common.files import whole, write
+from palimpsest.common import files
+from palimpsest.common.files import whole, write
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     path = tmp_path / "file"
     write(path, b"old")
     dies = (
-        "import os, pathlib, signal, sys; from common.files import whole\n"
+        "import os, pathlib, signal, sys; from palimpsest.common.files import whole\n"
         "with whole(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -5,7 +5,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings, strategies as st
 
-from common.snapshots.manifest import (
+from palimpsest.common.snapshots.manifest import (
     ITEMSIZE,
     SCHEMA,
     Canary,
@@ -16,7 +16,7 @@ from common.snapshots.manifest import (
     unseal,
     version_digest,
 )
-from common.versions import Version
+from palimpsest.common.versions import Version
 
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 ENTRIES = st.builds(

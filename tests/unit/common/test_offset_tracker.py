@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings, strategies as st
 
-from common.offset_tracker import Frontier
+from palimpsest.common.offset_tracker import Frontier
 
 
 @dataclass

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prometheus_client import generate_latest
 
-from common.metrics import REGISTRY
-from common.outages import KAFKA, STORE, Outages
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.outages import KAFKA, STORE, Outages
 
 
 class Clock:

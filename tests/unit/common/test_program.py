@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import structlog
 
-from common.bus.port import OffsetGone, Outgoing
-from common.bus.sqlite import SqliteBus
-from common.config import Invocation
-from common.files import whole
-from common.program import service
-from common.service import Stop
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.bus.port import OffsetGone, Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config import Invocation
+from palimpsest.common.files import whole
+from palimpsest.common.program import service
+from palimpsest.common.service import Stop
+from palimpsest.common.user_error import ExitCode, Refusal
 
 RUN = """
 run.id = "first"
@@ -230,7 +230,10 @@ def test_check_shows_the_run_and_the_body_never_runs(end: End) -> None:
 def test_the_exit_code_is_that_of_the_process(tmp_path: Path) -> None:
     absent = tmp_path / "none.toml"
     done = subprocess.run(
-        [sys.executable, "-m", "services.snapshot_store", str(absent)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "palimpsest.services.snapshot_store", str(absent)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{absent}: no such file. examples/embedded.toml is one to start from\n"

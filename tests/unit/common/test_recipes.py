@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
-from common.config.learner import LearnerConfig
-from common.config.recipes import NEIGHBOURS, RECIPES, TABLE
-from common.config.to_toml import show
-from common.user_error import Refusal
+from palimpsest.common.config import load
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.user_error import Refusal
 
 RUN = """\
 run.id = "test"

@@ -9,8 +9,8 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
-from common.service import Server
-from common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable
 from tests.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000

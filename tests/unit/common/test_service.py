@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
-from common.service import HttpError, Server, Starting, Status, Stop, application, listen
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.service import HttpError, Server, Starting, Status, Stop, application, listen
+from palimpsest.common.user_error import ExitCode, Refusal
 
 HOST = "127.0.0.1"
 
@@ -211,7 +211,7 @@ def test_after_a_stop_from_inside_the_first_signal_is_still_a_clean_one() -> Non
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
     never_done = (
-        "from common.service import Stop\n"
+        "from palimpsest.common.service import Stop\n"
         "stop = Stop().install()\n"
         "print('listening', flush=True)\n"
         "stop.wait(60)\n"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.trajectory import Malformed, Segment, behavior_logprobs, check, cuts, token_versions, trainable
-from common.versions import UNTRAINABLE, Version
+from palimpsest.common.trajectory import Malformed, Segment, behavior_logprobs, check, cuts, token_versions, trainable
+from palimpsest.common.versions import UNTRAINABLE, Version
 
 
 def packed(*values: float) -> bytes:

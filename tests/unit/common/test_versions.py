@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.versions import Version, staleness
+from palimpsest.common.versions import Version, staleness
 
 
 @pytest.mark.parametrize(("now", "sampled", "expected"), [(0, 0, 0), (7, 7, 0), (7, 5, 2), (1000, 1, 999)])

@@ -4,12 +4,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from common.metrics import REGISTRY
-from common.sessions.wire import CreateSession, Session, Step, TakeStep, TextAction
-from services.env_gateway.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score, Turn
-from services.env_gateway.hosts import World
-from services.env_gateway.registry import Entry
-from services.env_gateway.sessions import Limits, Sessions
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.sessions.wire import CreateSession, Session, Step, TakeStep, TextAction
+from palimpsest.services.env_gateway.environments.port import (
+    EnvironmentFailed,
+    Message,
+    Opening,
+    Outcome,
+    Reply,
+    Score,
+    Turn,
+)
+from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.registry import Entry
+from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
 WANTED = CreateSession(environment="fake", seed=3)
 HALF = Score(0.5, False, {"half": 0.5})

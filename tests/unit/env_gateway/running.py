@@ -60,7 +60,7 @@ def free_port() -> int:
 
 @contextmanager
 def launching(folder: Path) -> Iterator[Launch]:
-    """Start `python -m services.env_gateway` with these flags; ended with the context."""
+    """Start `python -m palimpsest.services.env_gateway` with these flags; ended with the context."""
     started: list[subprocess.Popen[str]] = []
     run = folder / "run.toml"
     run.write_text(RUN)
@@ -69,7 +69,7 @@ def launching(folder: Path) -> Iterator[Launch]:
         path = os.pathsep.join([str(ROOT), str(AWKWARD), str(folder)])
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PALIMPSEST_")}
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.env_gateway", str(run), *flags],
+            [sys.executable, "-m", "palimpsest.services.env_gateway", str(run), *flags],
             env={**inherited, "PYTHONPATH": path, **environment},
             stderr=subprocess.PIPE,
             text=True,

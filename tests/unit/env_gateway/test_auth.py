@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
-from common.sessions.token import VARIABLE, token
-from common.user_error import Refusal
-from services.env_gateway.auth import is_loopback, refuse_open_door
+from palimpsest.common.config import load
+from palimpsest.common.sessions.token import VARIABLE, token
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.env_gateway.auth import is_loopback, refuse_open_door
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.user_error import ExitCode, Refusal
-from services.env_gateway.plugins import blueprints, check_tasks
-from services.env_gateway.registry import built_in
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.env_gateway.plugins import blueprints, check_tasks
+from palimpsest.services.env_gateway.registry import built_in
 
 
 @pytest.mark.parametrize(

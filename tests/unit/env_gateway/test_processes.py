@@ -8,17 +8,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
-from common.user_error import Refusal
-from services.env_gateway import plugins
-from services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
-from services.env_gateway.hosts import NoRoom
-from services.env_gateway.processes import fork_server
-from services.env_gateway.processes.child_host import InChild
-from services.env_gateway.processes.pool import Pool
-from services.env_gateway.processes.protocol import Blueprint
-from services.env_gateway.registry import isolated
-from services.env_gateway.sessions import Limits, Sessions
+from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.env_gateway import plugins
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
+from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.processes import fork_server
+from palimpsest.services.env_gateway.processes.child_host import InChild
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.registry import isolated
+from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"

@@ -4,9 +4,9 @@ import doctest
 
 import pytest
 
-from common.sessions.wire import CreateSession, Message, Status, Step
-from services.env_gateway.environments import calculator, tool_calls
-from services.env_gateway.session import Session
+from palimpsest.common.sessions.wire import CreateSession, Message, Status, Step
+from palimpsest.services.env_gateway.environments import calculator, tool_calls
+from palimpsest.services.env_gateway.session import Session
 from tests.unit.env_gateway.fakes import ScriptedWorld
 
 

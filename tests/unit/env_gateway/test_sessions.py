@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from common.service import HttpError
-from common.sessions.wire import Message, Session, Status, Step
-from services.env_gateway.environments.port import Reply, Score
+from palimpsest.common.service import HttpError
+from palimpsest.common.sessions.wire import Message, Session, Status, Step
+from palimpsest.services.env_gateway.environments.port import Reply, Score
 from tests.unit.env_gateway.fakes import (
     HALF,
     WANTED,

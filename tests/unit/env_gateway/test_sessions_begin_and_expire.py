@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from common.service import HttpError
-from common.sessions.wire import CreateSession, Status, Step
-from services.env_gateway.environments.port import EnvironmentFailed, Opening
-from services.env_gateway.hosts import NoRoom
-from services.env_gateway.sessions import REMEMBERED_PER_SESSION
+from palimpsest.common.service import HttpError
+from palimpsest.common.sessions.wire import CreateSession, Status, Step
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
+from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.sessions import REMEMBERED_PER_SESSION
 from tests.unit.env_gateway.fakes import (
     HALF,
     WANTED,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from common.service import Server
-from common.snapshots.client import SnapshotClient
-from common.snapshots.writer import Writer
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.live.history_tail import PACE, Tail, Trained
-from services.report.folder import Line
+from palimpsest.services.live.history_tail import PACE, Tail, Trained
+from palimpsest.services.report.folder import Line
 from tests.history_lines import a_line
 
 

@@ -7,12 +7,12 @@ import time
 import pytest
 from rich.console import Console
 
-from services.live.history_tail import gathered
-from services.live.outages import Course, Outage, Past, clock, in_full, merged, over
-from services.live.poller import Seen, Sight
-from services.live.state import Plan, State, state
-from services.live.view import line, view
-from services.local.exit_reasons import Crash
+from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.outages import Course, Outage, Past, clock, in_full, merged, over
+from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.live.state import Plan, State, state
+from palimpsest.services.live.view import line, view
+from palimpsest.services.local.exit_reasons import Crash
 from tests.history_lines import a_line, learner, servers, worker
 
 PLAN = Plan("night-run", versions=20, canary_tolerance=0.03)

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.bus.port import Outgoing
-from common.bus.sqlite import SqliteBus
-from common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
-from common.rejected_record import Cause
-from common.versions import Version
-from services.live import poller
-from services.live.poller import Seen, Watch
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.versions import Version
+from palimpsest.services.live import poller
+from palimpsest.services.live.poller import Seen, Watch
 from tests.history_lines import a_line
 
 WITHIN_S = 10.0

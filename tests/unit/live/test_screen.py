@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from services.live import screen
-from services.live.history_tail import gathered
-from services.live.poller import Sight
-from services.live.screen import Screen
-from services.live.state import Plan, State, state
+from palimpsest.services.live import screen
+from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.poller import Sight
+from palimpsest.services.live.screen import Screen
+from palimpsest.services.live.state import Plan, State, state
 from tests.history_lines import a_line, learner, servers, worker
 
 WITHIN_S = 10.0

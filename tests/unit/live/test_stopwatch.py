@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from services.live.stopwatch import Stopwatch
-from services.report.folder import Seconds, read_seconds
+from palimpsest.services.live.stopwatch import Stopwatch
+from palimpsest.services.report.folder import Seconds, read_seconds
 
 
 def test_starts_add_up(tmp_path: Path):

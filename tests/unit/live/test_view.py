@@ -5,13 +5,13 @@ import io
 import pytest
 from rich.console import Console
 
-from common.messages import VersionApplied
-from common.versions import Version
-from services.live.history_tail import gathered
-from services.live.poller import Seen, Sight
-from services.live.state import Plan, State, state
-from services.live.view import bar, line, sparkline, view
-from services.local.exit_reasons import Crash
+from palimpsest.common.messages import VersionApplied
+from palimpsest.common.versions import Version
+from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.live.state import Plan, State, state
+from palimpsest.services.live.view import bar, line, sparkline, view
+from palimpsest.services.local.exit_reasons import Crash
 from tests.history_lines import a_line, learner, servers, worker
 
 BY_STALENESS = {

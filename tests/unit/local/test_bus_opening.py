@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.port import Bus
-from common.bus.sqlite import SqliteBus
-from common.config import load
-from common.config.schema import RunConfig
-from common.outages import OUTAGES
-from common.service import Stop
-from common.user_error import ExitCode, Refusal
-from services.local import bus_opening
-from services.local.bus_opening import opened
+from palimpsest.common.bus.port import Bus
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.outages import OUTAGES
+from palimpsest.common.service import Stop
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.local import bus_opening
+from palimpsest.services.local.bus_opening import opened
 from tests.runs import ROOT
 from tests.waiting import LIMIT_S
 
@@ -121,6 +121,6 @@ def test_a_ctrl_c_while_the_broker_is_away_ends_the_program_with_the_command_to_
         said = run.stdout.read()
     assert waiting.startswith(f"waiting for Kafka at {NOBODY} ({NOBODY}: Connection refused) until ")
     assert said.startswith("Stopped before anything was started. Go on with:\n")
-    assert f"-m services --resume {tmp_path / 't'}\n" in said
+    assert f"-m palimpsest.services --resume {tmp_path / 't'}\n" in said
     assert "no answer" not in said, "the log's own lines stay out of the terminal"
     assert run.returncode == int(ExitCode.INTERRUPTED)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
-from services.local.commands import Commands, free_port
-from services.local.processes import Child, python
-from services.local.supervisor import addressed
+from palimpsest.common.config import load
+from palimpsest.services.local.commands import Commands, free_port
+from palimpsest.services.local.processes import Child, python
+from palimpsest.services.local.supervisor import addressed
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
@@ -20,7 +20,7 @@ def learner(tmp_path: Path, *, ranks: int) -> Child:
 
 def test_one_rank_is_a_process_of_its_own_whatever_the_machine_says_of_ranks(tmp_path: Path):
     alone = learner(tmp_path, ranks=1)
-    assert list(alone.command[1:3]) == ["-m", "services.learner"]
+    assert list(alone.command[1:3]) == ["-m", "palimpsest.services.learner"]
     assert alone.environment == {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 

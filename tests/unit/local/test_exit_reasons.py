@@ -2,12 +2,12 @@
 
 import pytest
 
-from services.local.exit_reasons import Crash, ending, last_error, remedy
+from palimpsest.services.local.exit_reasons import Crash, ending, last_error, remedy
 
 KILLED_RANK = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============
-services.learner FAILED
+palimpsest.services.learner FAILED
   exitcode  : -9 (pid: 12)
   traceback : Signal 9 (SIGKILL) received by PID 12
 ============"""

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from common.user_error import ExitCode, Refusal
-from services.local.lock import LOCK, Lock
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.local.lock import LOCK, Lock
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
 HOLDS = """
 import datetime, pathlib, sys, time
-from services.local.lock import Lock
+from palimpsest.services.local.lock import Lock
 lock = Lock(pathlib.Path(sys.argv[1]), now=datetime.datetime(2026, 11, 28, 11, 0, tzinfo=datetime.UTC))
 print("held", flush=True)
 time.sleep(600)

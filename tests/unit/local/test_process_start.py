@@ -2,8 +2,8 @@
 
 import pytest
 
-from services.live.poller import Answer, Seen
-from services.local.process_start import STEADY_S, Life
+from palimpsest.services.live.poller import Answer, Seen
+from palimpsest.services.local.process_start import STEADY_S, Life
 
 STARTED = 100.0
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
-from common.config.to_toml import show
-from common.user_error import Refusal
-from services.__main__ import program
-from services.local import console_text
-from services.local.run_setup import resolve
+from palimpsest.common.config import load
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.__main__ import program
+from palimpsest.services.local import console_text
+from palimpsest.services.local.run_setup import resolve
 from tests.runs import ROOT
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
@@ -43,7 +43,7 @@ def test_help_explains_every_form(
 
 @pytest.mark.parametrize("arguments", [[], ["report"], ["report", "--help"], ["report", "a", "b"]])
 def test_what_cannot_be_understood_is_answered_with_the_usage(monkeypatch: pytest.MonkeyPatch, arguments: list[str]):
-    with pytest.raises(Refusal, match="usage: python -m services"):
+    with pytest.raises(Refusal, match="usage: python -m palimpsest.services"):
         call(monkeypatch, *arguments)
 
 
@@ -70,7 +70,7 @@ def test_help_and_check_do_not_wait_for_heavy_libraries():
 
 
 EMBEDDED, CLUSTER, HOME = "examples/embedded.toml", "examples/cluster.toml", Path("runs/r1")
-BY_HAND = "  .venv/bin/python -m services --resume runs/r1"
+BY_HAND = "  .venv/bin/python -m palimpsest.services --resume runs/r1"
 BY_CLUSTER = '  make run-cluster RUN="runs/r1/run.toml" ARGS="--resume runs/r1"'
 
 
@@ -110,9 +110,9 @@ def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source
     ).strip()
     if command.startswith("make "):
         recipe = shell(f"{command} --dry-run").splitlines()[-1]
-        command = recipe[recipe.index(".venv/bin/python -m services ") :]
-    assert command.startswith(".venv/bin/python -m services ")
-    arguments = shell(command.replace(".venv/bin/python -m services", "printf '%s\\n'")).splitlines()
+        command = recipe[recipe.index(".venv/bin/python -m palimpsest.services ") :]
+    assert command.startswith(".venv/bin/python -m palimpsest.services ")
+    arguments = shell(command.replace(".venv/bin/python -m palimpsest.services", "printf '%s\\n'")).splitlines()
     assert resolve(load(arguments, {}, program="")).run.home == home
 
 
@@ -137,7 +137,7 @@ def test_the_result_is_told_in_short():
     assert console_text.made({"versions": 0}, Path("runs/r1")).startswith("report:")
 
 
-@pytest.mark.parametrize("command", ["services audit --help", "services.learner dead-letters --help"])
+@pytest.mark.parametrize("command", ["services audit --help", "palimpsest.services.learner dead-letters --help"])
 def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str):
     reader, writer = os.pipe()
     os.close(reader)

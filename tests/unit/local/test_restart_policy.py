@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.local.restart_policy import LONGEST_WAIT_S, Death, alike, row_with, wait_s
+from palimpsest.services.local.restart_policy import LONGEST_WAIT_S, Death, alike, row_with, wait_s
 
 KILLED, RAISED, OTHER = Death(-9, "", False), Death(1, "ValueError: no", False), Death(1, "OSError: no", False)
 WORKED = Death(-9, "", True)

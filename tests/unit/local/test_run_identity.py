@@ -8,12 +8,12 @@ from typing import Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from common.config import load
-from common.config.schema import RunConfig
-from common.config.to_toml import show
-from common.user_error import Refusal
-from services.local.run_identity import CHANGEABLE, IDENTITY, differences
-from services.local.run_setup import resolve
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.to_toml import show
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.local.run_identity import CHANGEABLE, IDENTITY, differences
+from palimpsest.services.local.run_setup import resolve
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 KAFKA = 'bus.kind = "kafka"\nbus.servers = "one:9092"\n'

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load
-from common.service import Stop
-from common.user_error import ExitCode, Refusal
-from services.live.history_tail import Trained
-from services.live.poller import Sight
-from services.local import supervisor
-from services.local.processes import Child, python
-from services.local.supervisor import Local, addressed
+from palimpsest.common.config import load
+from palimpsest.common.service import Stop
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.live.history_tail import Trained
+from palimpsest.services.live.poller import Sight
+from palimpsest.services.local import supervisor
+from palimpsest.services.local.processes import Child, python
+from palimpsest.services.local.supervisor import Local, addressed
 from tests.waiting import LIMIT_S
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'

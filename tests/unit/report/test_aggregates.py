@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from services.report.aggregates import leak, removal, spells
-from services.report.figures import figures
-from services.report.folder import Contents, Line, settled_in
-from services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
-from services.report.page import page
-from services.report.summary import summarize
+from palimpsest.services.report.aggregates import leak, removal, spells
+from palimpsest.services.report.figures import figures
+from palimpsest.services.report.folder import Contents, Line, settled_in
+from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
+from palimpsest.services.report.page import page
+from palimpsest.services.report.summary import summarize
 from tests.history_lines import a_line
 
 REMOVAL = {

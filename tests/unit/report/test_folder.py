@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.bus.port import Outgoing
-from common.bus.sqlite import SqliteBus
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
@@ -19,11 +19,11 @@ from common.messages import (
     WorkerAlive,
     encode,
 )
-from common.rejected_record import Cause
-from common.user_error import Refusal
-from common.versions import Version
-from services.learner.checkpointing.manifest import folder_name
-from services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.user_error import Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.checkpointing.manifest import folder_name
+from palimpsest.services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
 from tests.builders import SAMPLING, a_finished
 from tests.history_lines import a_line
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common.messages import VersionApplied, WorkerAlive
-from common.versions import Version
-from services.learner.buffer.ledger import LedgerState
-from services.report.folder import Checkpoint, Contents, Line, Log, Seconds, settled_in
-from services.report.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
+from palimpsest.common.messages import VersionApplied, WorkerAlive
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import LedgerState
+from palimpsest.services.report.folder import Checkpoint, Contents, Line, Log, Seconds, settled_in
+from palimpsest.services.report.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
 from tests.history_lines import a_line
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.service import Server
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.snapshots.writer import Writer
-from common.versions import Version
-from services.env_gateway import registry
-from services.env_gateway.app import create_app as create_gateway
-from services.env_gateway.sessions import Limits, Sessions
-from services.rollout import worker
-from services.rollout.chat_renderer import Dialogue
-from services.snapshot_store.app import create_app as create_store
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
+from palimpsest.services.env_gateway import registry
+from palimpsest.services.env_gateway.app import create_app as create_gateway
+from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.rollout import worker
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.snapshot_store.app import create_app as create_store
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.rollout.working import CANARY, RUN, Place, opened_bus
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.port import Outgoing, Record
-from common.bus.sqlite import SqliteBus
-from services.rollout.async_consumer import Reader
+from palimpsest.common.bus.port import Outgoing, Record
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.services.rollout.async_consumer import Reader
 
 LIMIT_S = 60.0
 

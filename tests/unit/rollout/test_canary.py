@@ -6,8 +6,8 @@ import random
 import pytest
 from hypothesis import given, strategies as st
 
-from common.snapshots.manifest import Canary
-from services.rollout.canary import LEANING, judge
+from palimpsest.common.snapshots.manifest import Canary
+from palimpsest.services.rollout.canary import LEANING, judge
 
 TOLERANCE = 0.03
 ROUNDING = 0.002

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.sessions.wire import Message
-from common.user_error import Refusal
-from services.rollout.chat_renderer import Dialogue
+from palimpsest.common.sessions.wire import Message
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.rollout.chat_renderer import Dialogue
 from tests.runs import ROOT
 
 TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"properties": {"key": {}}}}},)
@@ -31,7 +31,7 @@ REWRITING = """\
 
 SAVED_BY_TRANSFORMERS_5 = """
 import sys
-from services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import Dialogue
 dialogue = Dialogue.load(sys.argv[1], {})
 print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
 """

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import pytest
 
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus, SqliteConsumer
-from common.config.schema import ScriptedEngineConfig
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus, SqliteConsumer
+from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     TRAJECTORIES,
@@ -25,10 +25,10 @@ from common.messages import (
     VersionPublished,
     encode,
 )
-from common.rejected_record import Cause
-from common.user_error import Refusal
-from common.versions import Version
-from services.rollout import cut_responder, instruments
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.user_error import Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import cut_responder, instruments
 from tests.unit.rollout.working import (
     LIMIT_S,
     RUN,

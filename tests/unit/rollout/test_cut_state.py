@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from common.arrays import pack_float32, unpack_int32
-from common.messages import Control, CutReleased, CutRequested, GroupOffered, RunFinished, VersionPublished
-from common.trajectory import Segment
-from common.versions import Version
-from services.rollout.cut_state import Cuts, flush
-from services.rollout.engine.port import Sampled, Span
-from services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.common.arrays import pack_float32, unpack_int32
+from palimpsest.common.messages import Control, CutReleased, CutRequested, GroupOffered, RunFinished, VersionPublished
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.cut_state import Cuts, flush
+from palimpsest.services.rollout.engine.port import Sampled, Span
+from palimpsest.services.rollout.trajectory_builder import Assembly, Live
 from tests.builders import SAMPLING
 
 

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.bus.port import Outgoing, Position, partition_of
-from common.bus.sqlite import SqliteBus
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing, Position, partition_of
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
     DEAD_LETTERS,
     TRAJECTORIES,
     WORKERS,
@@ -21,8 +21,8 @@ from common.messages import (
     decode,
     group_id,
 )
-from common.rejected_record import Cause
-from services.rollout.outbox import BATCH, Outbox
+from palimpsest.common.rejected_record import Cause
+from palimpsest.services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
 
 Topic = str

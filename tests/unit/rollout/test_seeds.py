@@ -1,6 +1,6 @@
 """The seeds of the workers' engines."""
 
-from services.rollout.seeds import engine_seed
+from palimpsest.services.rollout.seeds import engine_seed
 
 
 def test_each_worker_has_a_seed_of_its_own_and_keeps_it() -> None:

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from common.arrays import unpack_float32, unpack_int32
-from common.trajectory import check, cuts, token_versions
-from common.versions import UNTRAINABLE, Version
-from services.rollout.engine.port import Sampled, Span
-from services.rollout.trajectory_builder import Assembly, Contradiction
+from palimpsest.common.arrays import unpack_float32, unpack_int32
+from palimpsest.common.trajectory import check, cuts, token_versions
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.rollout.engine.port import Sampled, Span
+from palimpsest.services.rollout.trajectory_builder import Assembly, Contradiction
 
 
 def sampled(versions: list[int], first: int = 0) -> Sampled:

@@ -9,24 +9,24 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.arrays import unpack_float32, unpack_int32
-from common.messages import DropReason, Ending, GroupOffered, Sampling, TrajectoryDropped, TrajectoryFinished
-from common.service import Server
-from common.sessions import client
-from common.sessions.client import SessionClient
-from common.sessions.wire import Step
-from common.trajectory import check, token_versions
-from common.versions import UNTRAINABLE, Version
-from services.env_gateway.app import create_app
-from services.env_gateway.environments import hop, lookup
-from services.env_gateway.environments.port import EnvironmentFailed
-from services.env_gateway.environments.tool_calls import render
-from services.env_gateway.hosts import World
-from services.env_gateway.registry import Entry
-from services.env_gateway.sessions import Limits, Sessions
-from services.rollout.chat_renderer import Dialogue
-from services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span
-from services.rollout.trajectory_sampler import Ended, Sampler, Tally
+from palimpsest.common.arrays import unpack_float32, unpack_int32
+from palimpsest.common.messages import DropReason, Ending, GroupOffered, Sampling, TrajectoryDropped, TrajectoryFinished
+from palimpsest.common.service import Server
+from palimpsest.common.sessions import client
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.wire import Step
+from palimpsest.common.trajectory import check, token_versions
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.env_gateway.app import create_app
+from palimpsest.services.env_gateway.environments import hop, lookup
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
+from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.registry import Entry
+from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span
+from palimpsest.services.rollout.trajectory_sampler import Ended, Sampler, Tally
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
 from tests.waiting import LIMIT_S

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.service import Server
-from common.snapshots.client import RawTensor, SnapshotClient
-from common.snapshots.manifest import Canary
-from common.snapshots.writer import Writer
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.rollout.engine.port import StoredWeights
-from services.rollout.weights import Applied, Weights
-from services.snapshot_store.app import create_app
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.manifest import Canary
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine.port import StoredWeights
+from palimpsest.services.rollout.weights import Applied, Weights
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.rollout.working import turns
 
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     TASKS,
@@ -25,14 +25,14 @@ from common.messages import (
     WorkerAlive,
     encode,
 )
-from common.rejected_record import Cause
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.rollout import worker as the_worker
-from services.rollout.chat_renderer import Dialogue
-from services.rollout.engine.port import EngineDead, EngineFailed, Sampled
-from services.rollout.engine.scripted import ScriptedEngine
-from services.rollout.trajectory_builder import Contradiction
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import worker as the_worker
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled
+from palimpsest.services.rollout.engine.scripted import ScriptedEngine
+from palimpsest.services.rollout.trajectory_builder import Contradiction
 from tests.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
@@ -269,7 +269,7 @@ async def test_a_dead_engine_that_counted_as_a_failed_request_would_drop_traject
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the test before this one proves: the same deaths, told as failures of requests, cost trajectories."""
-    monkeypatch.setattr("services.rollout.trajectory_sampler.EngineFailed", (EngineFailed, EngineDead))
+    monkeypatch.setattr("palimpsest.services.rollout.trajectory_sampler.EngineFailed", (EngineFailed, EngineDead))
     monkeypatch.setattr(DiesAfter, "watch", ScriptedEngine.watch)
     offer(place.bus, *range(10), samples=3)
     announce(place.bus, 0)

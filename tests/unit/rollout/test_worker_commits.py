@@ -7,11 +7,11 @@ from contextlib import closing
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, WORKERS, DropReason, TrajectoryDropped
-from common.versions import Version
-from services.rollout import worker as the_worker
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, WORKERS, DropReason, TrajectoryDropped
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout import worker as the_worker
 from tests.unit.rollout.working import (
     Place,
     announce,

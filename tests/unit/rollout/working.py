@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NoReturn
 
-from common.bus.port import Outgoing
-from common.bus.sqlite import SqliteBus
-from common.config.schema import ScriptedEngineConfig
-from common.messages import (
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     TASKS,
@@ -27,16 +27,16 @@ from common.messages import (
     encode,
     group_id,
 )
-from common.sessions.client import SessionClient
-from common.snapshots.client import SnapshotClient
-from common.snapshots.manifest import Canary
-from common.versions import Version
-from services.rollout.chat_renderer import Dialogue
-from services.rollout.engine.port import EngineDead, Sampled, StoredWeights
-from services.rollout.engine.scripted import ScriptedEngine
-from services.rollout.trajectory_sampler import Sampler, Tally
-from services.rollout.weights import Applied, Weights
-from services.rollout.worker import GROUP, Worker
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.manifest import Canary
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from palimpsest.services.rollout.engine.scripted import ScriptedEngine
+from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
+from palimpsest.services.rollout.weights import Applied, Weights
+from palimpsest.services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING
 from tests.waiting import LIMIT_S
 

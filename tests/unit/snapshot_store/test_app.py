@@ -9,12 +9,12 @@ import httpx
 import msgspec
 import pytest
 
-from common.metrics import REGISTRY
-from common.snapshots.manifest import seal
-from common.user_error import ExitCode, Refusal
-from services.snapshot_store.app import create_app, open_catalogue
-from services.snapshot_store.storage import Storage
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.snapshots.manifest import seal
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.storage import Storage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
 
 SELDOM = 3600.0

@@ -7,11 +7,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.snapshots.manifest import seal
-from common.user_error import ExitCode, Refusal
-from services.snapshot_store.app import open_catalogue
-from services.snapshot_store.storage import Unavailable
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.snapshots.manifest import seal
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.snapshot_store.app import open_catalogue
+from palimpsest.services.snapshot_store.storage import Unavailable
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.test_app import announce, assert_error, metric, send, store
 from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.snapshots.manifest import Damaged, seal
-from common.versions import Version
-from services.snapshot_store.catalog import Catalogue, Conflict
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.common.snapshots.manifest import Damaged, seal
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.catalog import Catalogue, Conflict
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, digest_of
 
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from services.snapshot_store.claim_check import Claims
-from services.snapshot_store.storage import DigestMismatch
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.storage import DigestMismatch
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.test_app import assert_error, metric, store
 from tests.unit.snapshot_store.weights import chunks
 

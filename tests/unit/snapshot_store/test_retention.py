@@ -2,8 +2,8 @@
 
 from hypothesis import given, settings, strategies as st
 
-from common.versions import Version
-from services.snapshot_store.retention import removable
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.retention import removable
 
 VERSIONS = st.sets(st.integers(0, 30).map(Version), max_size=12)
 LEASES = st.dictionaries(st.sampled_from(["learner", "replica", "worker"]), st.integers(0, 32).map(Version), max_size=3)

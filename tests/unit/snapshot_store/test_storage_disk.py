@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from services.snapshot_store import storage_disk
-from services.snapshot_store.storage import DigestMismatch
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store import storage_disk
+from palimpsest.services.snapshot_store.storage import DigestMismatch
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 
 async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
@@ -43,7 +43,7 @@ async def test_what_fails_leaves_no_file_of_any_name(tmp_path: Path) -> None:
 
 DIES = """
 import asyncio, os, pathlib, signal, sys
-from services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 async def half():
     yield bytes(1 << 20)

@@ -19,12 +19,12 @@ from minio import MinioAdmin, time as clock
 from minio.credentials.providers import StaticProvider
 from urllib3.exceptions import ProtocolError
 
-from common.config.schema import SnapshotStoreConfig
-from common.service import Server
-from common.user_error import ExitCode, Refusal
-from services.snapshot_store import upload_reader
-from services.snapshot_store.storage import DigestMismatch, Unavailable
-from services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
+from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.service import Server
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.snapshot_store import upload_reader
+from palimpsest.services.snapshot_store.storage import DigestMismatch, Unavailable
+from palimpsest.services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
 from tests.servers.backends import s3_client
 from tests.servers.stores import LIMIT_S
 from tools.backends.minio import Minio

@@ -11,13 +11,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common import failpoints
-from common.snapshots.manifest import Manifest, seal
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.snapshot_store.app import create_app, open_catalogue
-from services.snapshot_store.storage_disk import DiskStorage
-from services.snapshot_store.writers import Committed, Fenced, UnknownWriter, Writers
+from palimpsest.common import failpoints
+from palimpsest.common.snapshots.manifest import Manifest, seal
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.writers import Committed, Fenced, UnknownWriter, Writers
 from tests.unit.snapshot_store.test_app import assert_error, metric, send
 from tests.unit.snapshot_store.weights import a_manifest
 

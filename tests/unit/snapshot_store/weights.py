@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 import numpy as np
 from blake3 import blake3
 
-from common.snapshots.codec import encode_base
-from common.snapshots.manifest import SCHEMA, Manifest, TensorEntry, version_digest
-from common.versions import Version
+from palimpsest.common.snapshots.codec import encode_base
+from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, TensorEntry, version_digest
+from palimpsest.common.versions import Version
 
 
 def an_object(content: int) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends import cache
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, Refusal
 from tools.backends.process import Server
 from tools.backends.recovery import LogRecovery, Patience
 

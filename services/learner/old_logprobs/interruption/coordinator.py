@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from common import failpoints
-from common.bus.offline import scan
-from common.bus.port import Bus, Consumer, OffsetGone, Outgoing, Record
-from common.logs import logger
-from common.messages import (
+from palimpsest.common import failpoints
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Consumer, OffsetGone, Outgoing, Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -29,16 +29,16 @@ from common.messages import (
     encode,
     message_in,
 )
-from common.rejected_record import Cause, Unusable
-from common.snapshots.fencing import Fenced
-from common.versions import Version
-from services.learner import instruments
-from services.learner.buffer.flushes import Flushed
-from services.learner.ingest.trajectory_reader import POLL_RECORDS, Intake
-from services.learner.old_logprobs.eager_scorer import EarlyScorer, Sampled, as_row
-from services.learner.old_logprobs.interruption.cut import Cut, CutReport, next_number
-from services.learner.old_logprobs.interruption.liveness import Roster
-from services.learner.old_logprobs.score_store import Scores, check_computed
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.buffer.flushes import Flushed
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, Intake
+from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, Sampled, as_row
+from palimpsest.services.learner.old_logprobs.interruption.cut import Cut, CutReport, next_number
+from palimpsest.services.learner.old_logprobs.interruption.liveness import Roster
+from palimpsest.services.learner.old_logprobs.score_store import Scores, check_computed
 
 POLL_S = 0.05
 """Pause while workers are waited for and nothing is there to be scored."""

@@ -7,8 +7,8 @@ change. Cuts are numbered over the whole run: an answer to a former one says not
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from common.messages import CutReached, CutRequested
-from common.versions import Version
+from palimpsest.common.messages import CutReached, CutRequested
+from palimpsest.common.versions import Version
 
 MOST_LOST_S = 900.0
 """Nothing waits for ever: when so much was made up for in one cut, no more is."""

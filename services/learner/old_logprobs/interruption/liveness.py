@@ -5,7 +5,7 @@ until it is heard of again. One that says it has no version yet has sampled noth
 at all is heard of, the log does not answer, or nobody listens: that is not the workers' silence, and does not count.
 """
 
-from common.messages import FromWorker, WorkerAlive
+from palimpsest.common.messages import FromWorker, WorkerAlive
 
 ROSTER_S = 10.0
 """So long after its last record a worker counts as alive."""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.proximal.surrogates.forward_pass import score
-from services.learner.proximal.types import Surrogate
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.proximal.surrogates.forward_pass import score
+from palimpsest.services.learner.proximal.types import Surrogate
 
 
 class CurrentRecompute:

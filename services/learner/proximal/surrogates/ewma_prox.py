@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.proximal.surrogates.forward_pass import Shadow, score
-from services.learner.proximal.surrogates.weight_average import Average
-from services.learner.proximal.types import Surrogate
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
+from palimpsest.services.learner.proximal.surrogates.weight_average import Average
+from palimpsest.services.learner.proximal.types import Surrogate
 
 
 class EwmaProx:

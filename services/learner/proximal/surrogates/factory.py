@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.config.proximal import (
+from palimpsest.common.config.proximal import (
     BypassProximal,
     CurrentRecomputeProximal,
     EwmaProximal,
@@ -14,14 +14,14 @@ from common.config.proximal import (
     PpoEwmaAsyncProximal,
     ProximalConfig,
 )
-from services.learner.proximal.surrogates.bypass import Bypass
-from services.learner.proximal.surrogates.current_recompute import CurrentRecompute
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
-from services.learner.proximal.surrogates.linear_prox import LinearProx
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.surrogates.reset_rule import Rule
-from services.learner.proximal.types import Source
+from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
+from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
+from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.surrogates.reset_rule import Rule
+from palimpsest.services.learner.proximal.types import Source
 
 
 def surrogate(

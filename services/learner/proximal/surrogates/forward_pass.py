@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from services.learner.batch.batching import Padded
-from services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.model.policy import token_logprobs
 
 
 @torch.no_grad()

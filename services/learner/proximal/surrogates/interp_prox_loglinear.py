@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.proximal.types import Interpolated
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.proximal.types import Interpolated
 
 
 class Loglinear:

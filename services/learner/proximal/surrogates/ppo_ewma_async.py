@@ -11,12 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.versions import Version
-from services.learner.batch.batching import Padded
-from services.learner.proximal.surrogates.forward_pass import Shadow, score
-from services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
-from services.learner.proximal.surrogates.weight_average import Average, refuse_others, staleness_decay, window_decay
-from services.learner.proximal.types import Surrogate
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
+from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
+from palimpsest.services.learner.proximal.surrogates.weight_average import (
+    Average,
+    refuse_others,
+    staleness_decay,
+    window_decay,
+)
+from palimpsest.services.learner.proximal.types import Surrogate
 
 MEASURING_DECAY = 0.9
 """Of the running mean of staleness: about ten versions."""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from common.config.objective import AdvantageConfig
-from services.learner.advantages import (
+from palimpsest.common.config.objective import AdvantageConfig
+from palimpsest.services.learner.advantages import (
     ESTIMATORS,
     dr_grpo,
     group_advantages,

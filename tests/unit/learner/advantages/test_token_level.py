@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from services.learner.advantages import Part, token_advantages
-from services.learner.advantages.gae import generalised_advantages
-from services.learner.advantages.reinforce import returns_to_go
-from services.learner.advantages.trainable_tokens import discounted_sums, last_slots, pack, slots, unpack
-from services.learner.advantages.whiten import Moments, whitened
+from palimpsest.services.learner.advantages import Part, token_advantages
+from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.reinforce import returns_to_go
+from palimpsest.services.learner.advantages.trainable_tokens import discounted_sums, last_slots, pack, slots, unpack
+from palimpsest.services.learner.advantages.whiten import Moments, whitened
 
 MASK = np.array([[False, True, False, True, True], [True, False, False, False, False], [False] * 5])
 REWARDS = np.array([1.0, 2.0, 3.0])

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given, strategies as st
 
-from services.learner.batch.batching import deal, micro_batches, pad, places_of_version, versions_present
+from palimpsest.services.learner.batch.batching import deal, micro_batches, pad, places_of_version, versions_present
 from tests.builders import a_row
 
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30)

@@ -1,6 +1,6 @@
 """Flushes in hand: of one sampling the last one, of two samplings both."""
 
-from services.learner.buffer.flushes import Flushed, Flushes
+from palimpsest.services.learner.buffer.flushes import Flushed, Flushes
 from tests.builders import a_segment
 from tests.interrupted import a_flush
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.messages import DropReason, group_id, trajectory_id
-from common.versions import Version
-from services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.common.messages import DropReason, group_id, trajectory_id
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import Arrival, Planner
 
 SAMPLES = 3
 

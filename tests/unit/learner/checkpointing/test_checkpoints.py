@@ -10,15 +10,21 @@ import msgspec
 import pytest
 import torch
 
-from common import failpoints
-from common.snapshots.client import SnapshotClient
-from common.snapshots.fencing import Fenced
-from common.snapshots.writer import Writer
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.buffer.ledger import LedgerState
-from services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
-from services.learner.checkpointing.manifest import SCHEMA, Progress, complete, read_progress, version_and_writer
+from palimpsest.common import failpoints
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import LedgerState
+from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
+from palimpsest.services.learner.checkpointing.manifest import (
+    SCHEMA,
+    Progress,
+    complete,
+    read_progress,
+    version_and_writer,
+)
 
 pytestmark = pytest.mark.thorough
 

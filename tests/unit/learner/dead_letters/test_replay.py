@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from common.bus.factory import open_bus
-from common.bus.offline import scan
-from common.bus.port import Bus, Outgoing, Position, Record
-from common.config import load
-from common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, dead_letter, decode, encode
-from common.rejected_record import Cause, Unusable
-from common.user_error import Refusal
-from common.versions import Version
-from services.learner.buffer.ledger import Planner
-from services.learner.dead_letters.command import answer
-from services.learner.dead_letters.replay import Buried, chosen, read, replay
-from services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.port import Bus, Outgoing, Position, Record
+from palimpsest.common.config import load
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, dead_letter, decode, encode
+from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.user_error import Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.dead_letters.command import answer
+from palimpsest.services.learner.dead_letters.replay import Buried, chosen, read, replay
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
 from tests.builders import SAMPLING, a_finished
 
 ROOT = Path(__file__).parents[3]
@@ -163,7 +163,7 @@ def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
     [
         ([], "usage: "),
         (["lst"], "usage: "),
-        (["list"], "usage: python -m services.learner dead-letters list RUN.toml [--cause=CAUSE ...]"),
+        (["list"], "usage: python -m palimpsest.services.learner dead-letters list RUN.toml [--cause=CAUSE ...]"),
         (["list", "--cause=not_finit"], "did you mean not_finite"),
         (["list", "--cause"], "needs a value"),
         (["replay", "--offset=seven"], "a whole number is wanted"),
@@ -222,7 +222,7 @@ def test_the_program_answers_without_torch(toml: Path) -> None:
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['learner', 'dead-letters', 'list', {str(toml)!r}]\n"
-        "try:\n    runpy.run_module('services.learner', run_name='__main__')\n"
+        "try:\n    runpy.run_module('palimpsest.services.learner', run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "assert 'torch' not in sys.modules"
     )

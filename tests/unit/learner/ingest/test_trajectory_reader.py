@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from common import logs
-from common.arrays import pack_float32, pack_int32
-from common.bus.port import Bus, Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.messages import (
+from palimpsest.common import logs
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.bus.port import Bus, Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
     DEAD_LETTERS,
     OLD_LOGPROBS,
     TASKS,
@@ -28,14 +28,14 @@ from common.messages import (
     decode,
     encode,
 )
-from common.rejected_record import Cause
-from common.trajectory import Malformed, Segment
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner import instruments
-from services.learner.buffer.ledger import Arrival, Planner
-from services.learner.ingest.trajectory_reader import Arrived, Intake, check_finished
-from services.learner.old_logprobs.score_store import computed
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Malformed, Segment
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake, check_finished
+from palimpsest.services.learner.old_logprobs.score_store import computed
 from tests.builders import SAMPLING, a_finished, a_segment
 from tests.interrupted import a_flush
 from tests.simulation.memory_bus import MemoryBus, Store

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.learner import OptimizerConfig
-from services.learner.model.critic import Critic
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
 from tests.models import load
 
 pytestmark = pytest.mark.thorough

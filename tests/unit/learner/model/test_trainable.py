@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.learner import OptimizerConfig
-from common.user_error import Refusal
-from services.learner.model.policy import load_model, token_logprobs
-from services.learner.model.trainable import Trainee
-from services.learner.model.weights import named_weights, raw_tensors, take_on
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.user_error import Refusal
+from palimpsest.services.learner.model.policy import load_model, token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors, take_on
 from tests.models import CPU, load, logprobs, perturb
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.learner.observability.alert_rules import LEAST_VERSIONS, PERSISTS, RULES, WINDOW, Alert, judge
+from palimpsest.services.learner.observability.alert_rules import LEAST_VERSIONS, PERSISTS, RULES, WINDOW, Alert, judge
 
 Line = dict[str, Any]
 REAL = Path(__file__).with_name("exact_run.jsonl")

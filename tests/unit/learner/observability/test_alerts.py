@@ -7,9 +7,9 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from common.metrics import REGISTRY
-from services.learner.observability.alert_rules import LEAST_VERSIONS, PERSISTS, WINDOW
-from services.learner.observability.alerts import Alarm
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.services.learner.observability.alert_rules import LEAST_VERSIONS, PERSISTS, WINDOW
+from palimpsest.services.learner.observability.alerts import Alarm
 from tests.unit.learner.observability.test_alert_rules import Line, a_line, run, with_same
 
 

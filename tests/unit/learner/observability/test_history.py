@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.user_error import ExitCode, Refusal
-from services.learner.observability.history import History
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.learner.observability.history import History
 
 
 def test_history_is_cut_back_to_what_the_checkpoint_counts(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from services.learner.observability.token_statistics import (
+from palimpsest.services.learner.observability.token_statistics import (
     LogRatios,
     Tokens,
     by_staleness,

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.learner import LearnerConfig, OptimizerConfig
-from common.metrics import REGISTRY
-from common.versions import Version
-from services.learner.batch.batching import Padded, Row
-from services.learner.distributed import Ranks
-from services.learner.model.trainable import Trainee
-from services.learner.observability.alert_rules import judge
-from services.learner.observability.alerts import Teller
-from services.learner.observability.surrogate_error import Thresholds, audited_tokens, leak
-from services.learner.observability.thresholds import Bounds
-from services.learner.observability.token_table import Flat
-from services.learner.observability.version_record import Batch, brief, describe, observe, of_versions
-from services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
-from services.learner.training.results import Trained
+from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.observability.alert_rules import judge
+from palimpsest.services.learner.observability.alerts import Teller
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, audited_tokens, leak
+from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.token_table import Flat
+from palimpsest.services.learner.observability.version_record import Batch, brief, describe, observe, of_versions
+from palimpsest.services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
+from palimpsest.services.learner.training.results import Trained
 from tests.builders import a_finished, a_learner, a_row, a_segment
 from tests.models import load, train
 from tests.oracles import batch as oracle

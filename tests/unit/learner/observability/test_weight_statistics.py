@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from services.learner.observability.effective_samples import caps, effective
-from services.learner.observability.histograms import EDGES, GROUPS, QUANTILES, group, spread
-from services.learner.observability.staleness_slope import Point, rise, slope
-from services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.observability.effective_samples import caps, effective
+from palimpsest.services.learner.observability.histograms import EDGES, GROUPS, QUANTILES, group, spread
+from palimpsest.services.learner.observability.staleness_slope import Point, rise, slope
+from palimpsest.services.learner.observability.token_statistics import Tokens
 from tests.oracles import batch as oracle
 
 DRAWS = 200

@@ -10,17 +10,17 @@ import pytest
 import torch
 from blake3 import blake3
 
-from common.arrays import unpack_float32
-from common.messages import OLD_LOGPROBS
-from common.versions import Version
-from services.learner import instruments
-from services.learner.batch.batching import Padded
-from services.learner.buffer.flushes import Flushed
-from services.learner.distributed import Ranks
-from services.learner.ingest.trajectory_reader import Arrived
-from services.learner.old_logprobs.distributed_scorer import Together, resident
-from services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
-from services.learner.old_logprobs.score_store import Scores
+from palimpsest.common.arrays import unpack_float32
+from palimpsest.common.messages import OLD_LOGPROBS
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.buffer.flushes import Flushed
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.ingest.trajectory_reader import Arrived
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident
+from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
+from palimpsest.services.learner.old_logprobs.score_store import Scores
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Log, Table, a_flush, digest
 from tests.models import CPU, load, logprobs

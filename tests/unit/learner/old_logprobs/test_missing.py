@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config.proximal import MissingPolicy
-from common.user_error import ExitCode, Refusal
-from services.learner.batch.batching import Padded, pad
-from services.learner.old_logprobs.missing import Misses, Why, settle
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.services.learner.batch.batching import Padded, pad
+from palimpsest.services.learner.old_logprobs.missing import Misses, Why, settle
+from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
 
 CURRENT = -7.0

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.proximal import MissingPolicy
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.batch.batching import Row, pad
-from services.learner.model.policy import token_logprobs
-from services.learner.old_logprobs.missing import Misses, Why
-from services.learner.old_logprobs.precomputed_source import AttachedSource
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row, pad
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.old_logprobs.missing import Misses, Why
+from palimpsest.services.learner.old_logprobs.precomputed_source import AttachedSource
+from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
 from tests.models import CPU, load
 

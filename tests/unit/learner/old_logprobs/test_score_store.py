@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from common.arrays import pack_float32, pack_int32
-from common.messages import OldLogprobsComputed
-from common.rejected_record import Cause
-from common.trajectory import Malformed
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.old_logprobs.score_store import (
+from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.messages import OldLogprobsComputed
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.trajectory import Malformed
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.old_logprobs.score_store import (
     Scores,
     check_computed,
     computed,

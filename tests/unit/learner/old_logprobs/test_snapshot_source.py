@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.learner import OptimizerConfig
-from common.config.proximal import MissingPolicy
-from common.snapshots.client import SnapshotClient
-from common.user_error import ExitCode, Refusal
-from common.versions import UNTRAINABLE, Version
-from services.learner.batch.batching import Row, pad
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
-from services.learner.model.weights import named_weights, raw_tensors
-from services.learner.old_logprobs.missing import Misses
-from services.learner.old_logprobs.snapshot_source import SnapshotSource
-from services.learner.proximal.types import Exact, Patched
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import Row, pad
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.old_logprobs.missing import Misses
+from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
+from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
 from tests.models import CPU, canaries, load, logprobs, perturb
 

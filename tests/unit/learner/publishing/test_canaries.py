@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.learner.batch.batching import Row
-from services.learner.publishing.canaries import MOST_TOKENS, Canaries
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.publishing.canaries import MOST_TOKENS, Canaries
 from tests.builders import a_row
 from tests.models import CPU, load, logprobs, perturb
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.arrays import pack_int32, unpack_float32
-from common.bus.port import Outgoing, Position
-from common.bus.sqlite import SqliteBus
-from common.config import load as load_config
-from common.messages import (
+from palimpsest.common.arrays import pack_int32, unpack_float32
+from palimpsest.common.bus.port import Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.config import load as load_config
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -29,22 +29,22 @@ from common.messages import (
     encode,
     group_id,
 )
-from common.service import Stop
-from common.snapshots.client import SnapshotClient
-from common.trajectory import Malformed, Segment
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.learner.batch.batching import Row, pad
-from services.learner.model.weights import named_weights, raw_tensors
-from services.learner.old_logprobs.score_reader import ScoreReader
-from services.learner.old_logprobs.score_store import Scores
-from services.learner.old_logprobs.scoring import rows_by_version
-from services.learner.old_logprobs.snapshot_source import SnapshotSource
-from services.learner.old_logprobs.versioned_model import Resident
-from services.learner.replica.queue import Backlog
-from services.learner.replica.records import to_rows
-from services.learner.replica.worker import Replica
-from services.local.supervisor import Local, addressed
+from palimpsest.common.service import Stop
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.trajectory import Malformed, Segment
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row, pad
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
+from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
+from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+from palimpsest.services.learner.replica.queue import Backlog
+from palimpsest.services.learner.replica.records import to_rows
+from palimpsest.services.learner.replica.worker import Replica
+from palimpsest.services.local.supervisor import Local, addressed
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import CPU, canaries, load, perturb
 from tests.servers.stores import eventually
@@ -480,7 +480,7 @@ def test_a_run_on_one_machine_starts_replicas_when_it_needs_them(
     config, flags = addressed(load_config([str(tmp_path / "run.toml")], {}, program="").config)
     local = Local(config, tmp_path / "run.toml", flags)
     assert [child.name for child in local.replicas] == [f"replica-{i}" for i in range(started)]
-    assert all("services.learner.replica" in child.command for child in local.replicas)
+    assert all("palimpsest.services.learner.replica" in child.command for child in local.replicas)
     assert len(local.replica_urls) == len(set(local.replica_urls.values())) == started
     assert [child for child in local.children if child in local.replicas] == local.replicas
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config.learner import LearnerConfig, OptimizerConfig
-from common.config.recipes import RECIPES, beneath
-from common.versions import Version
-from services.learner.batch.batching import Padded, Row
-from services.learner.distributed import Ranks
-from services.learner.model.critic import Critic
-from services.learner.model.trainable import Trainee
-from services.learner.proximal.surrogates.factory import surrogate
-from services.learner.proximal.types import Exact, Source
-from services.learner.training.results import Trained
-from services.learner.training.state import Companions
+from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.common.config.recipes import RECIPES, beneath
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.types import Exact, Source
+from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.state import Companions
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, logprobs, perturb, train
 

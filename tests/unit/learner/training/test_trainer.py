@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config.learner import OptimizerConfig
-from common.config.objective import DiscrepancyConfig, LossConfig
-from common.versions import Version
-from services.learner.batch.batching import Row
-from services.learner.distributed import Ranks
-from services.learner.model.policy import token_logprobs
-from services.learner.model.trainable import Trainee
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.objective import DiscrepancyConfig, LossConfig
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.trainable import Trainee
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import Resident, load, train
 

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from services.rollout.engine.amx import Amx, decide, settle
+from palimpsest.services.rollout.engine.amx import Amx, decide, settle
 from tests.refuse_amx import refuse
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.rollout.engine.crash_report import Evidence, Failure, cause, refusal, refused, stack, words
-from services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.crash_report import Evidence, Failure, cause, refusal, refused, stack, words
+from palimpsest.services.rollout.engine.process_monitor import Watch
 from tests import dying_engine as dying
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "operations.md"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.rollout.engine.oom_kills import count, counted, counter, places
+from palimpsest.services.rollout.engine.oom_kills import count, counted, counter, places
 
 V2_HOST = (
     "0::/user.slice/user-1000.slice/session-3.scope\n",

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from common.bus.port import Outgoing
-from common.messages import CONTROL, TRAJECTORIES, CutReleased, CutRequested, encode
-from common.user_error import ExitCode, Refusal
-from common.versions import Version
-from services.rollout.engine.port import EngineFailed, Sampled, StoredWeights
-from services.rollout.engine.required import needed
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.messages import CONTROL, TRAJECTORIES, CutReleased, CutRequested, encode
+from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, StoredWeights
+from palimpsest.services.rollout.engine.required import needed
 from tests.unit.rollout.engine.test_crash_report import documented
 from tests.unit.rollout.working import (
     RUN,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config.schema import ScriptedEngineConfig
-from common.snapshots.manifest import SCHEMA, Manifest
-from common.versions import Version
-from services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
-from services.rollout.engine.scripted import ScriptedEngine
+from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.snapshots.manifest import SCHEMA, Manifest
+from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 
 WORDS = tuple(range(100, 120))
 

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 import torch
 
-from common.arrays import Float32Array, pack_int32
-from common.bus.port import Outgoing, Record
-from common.bus.sqlite import SqliteConsumer
-from common.messages import (
+from palimpsest.common.arrays import Float32Array, pack_int32
+from palimpsest.common.bus.port import Outgoing, Record
+from palimpsest.common.bus.sqlite import SqliteConsumer
+from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     OLD_LOGPROBS,
@@ -22,16 +22,16 @@ from common.messages import (
     SegmentFlushed,
     encode,
 )
-from common.rejected_record import Cause
-from common.snapshots.fencing import Fenced
-from common.versions import Version
-from services.learner import instruments
-from services.learner.batch.batching import Padded
-from services.learner.distributed import Ranks
-from services.learner.old_logprobs.distributed_scorer import Together, resident
-from services.learner.old_logprobs.eager_scorer import as_row
-from services.learner.old_logprobs.interruption.cut import MOST_LOST_S
-from services.learner.old_logprobs.interruption.liveness import ROSTER_S
+from palimpsest.common.rejected_record import Cause
+from palimpsest.common.snapshots.fencing import Fenced
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident
+from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
+from palimpsest.services.learner.old_logprobs.interruption.cut import MOST_LOST_S
+from palimpsest.services.learner.old_logprobs.interruption.liveness import ROSTER_S
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, flushing, reached
 from tests.models import CPU, load

@@ -2,9 +2,9 @@
 
 import random
 
-from common.messages import CutReached, CutReleased, CutRequested, VersionPublished
-from common.versions import Version
-from services.learner.old_logprobs.interruption.cut import MOST_LOST_S, Cut, next_number
+from palimpsest.common.messages import CutReached, CutReleased, CutRequested, VersionPublished
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.old_logprobs.interruption.cut import MOST_LOST_S, Cut, next_number
 from tests.interrupted import reached
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from common.arrays import pack_int32, unpack_float32
-from common.messages import CutRequested, SegmentFlushed, TrajectoryFinished, group_id, trajectory_id
-from common.trajectory import Segment
-from common.versions import Version
-from services.learner.old_logprobs.eager_scorer import as_row
+from palimpsest.common.arrays import pack_int32, unpack_float32
+from palimpsest.common.messages import CutRequested, SegmentFlushed, TrajectoryFinished, group_id, trajectory_id
+from palimpsest.common.trajectory import Segment
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, reached
 

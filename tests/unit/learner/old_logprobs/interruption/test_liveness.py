@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.messages import FromWorker, VersionApplied
-from common.versions import Version
-from services.learner.old_logprobs.interruption.liveness import ROSTER_S, Roster
+from palimpsest.common.messages import FromWorker, VersionApplied
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.old_logprobs.interruption.liveness import ROSTER_S, Roster
 from tests.interrupted import alive, reached
 
 APPLIED = VersionApplied("test", "a", Version(3), "d", False, 0.5, 0.1, 4)

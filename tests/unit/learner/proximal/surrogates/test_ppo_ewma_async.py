@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.surrogates.reset_rule import Cause, Rule
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.surrogates.reset_rule import Cause, Rule
 from tests.models import CPU
 from tests.oracles import surrogates as oracle
 

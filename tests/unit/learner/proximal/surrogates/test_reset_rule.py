@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
+from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
 from tests.oracles import surrogates as oracle
 
 PAPER = Rule("paper", threshold=0.9, patience=3, cooldown=8)

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config.learner import LearnerConfig
-from common.config.proximal import PpoEwmaAsyncProximal
-from common.versions import Version
-from services.learner.batch.batching import Padded, pad
-from services.learner.proximal.surrogates.bypass import Bypass
-from services.learner.proximal.surrogates.current_recompute import CurrentRecompute
-from services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from services.learner.proximal.surrogates.factory import surrogate
-from services.learner.proximal.surrogates.forward_pass import Shadow
-from services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear, current_share
-from services.learner.proximal.surrogates.linear_prox import LinearProx
-from services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from services.learner.proximal.types import Source
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.proximal import PpoEwmaAsyncProximal
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Padded, pad
+from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
+from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow
+from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear, current_share
+from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.types import Source
 from tests.builders import a_row
 from tests.models import CPU, Resident, load, perturb
 

@@ -1,0 +1,1 @@
+"""Exact old log-probs for asynchronous reinforcement learning of language-model agents."""
