@@ -25,17 +25,17 @@ environment:
 	@$(WITH_PYTHON) -m tools.setup --no-model
 
 doctor: ## examine this machine: every check, what it means, what to do (RUN=file.toml ARGS="--key=value")
-	@ANY_PYTHON=1 $(WITH_PYTHON) -m tools.doctor $(RUN) $(ARGS)
+	@ANY_PYTHON=1 $(WITH_PYTHON) -m palimpsest.doctor $(RUN) $(ARGS)
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
-	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
-	@$(BIN)/python -m palimpsest.services $(RUN) $(ARGS)
+	@$(BIN)/python -m palimpsest.doctor --quiet $(RUN) $(ARGS)
+	@$(BIN)/palimpsest run $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
 run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
-	@$(BIN)/python -m tools.doctor --quiet $(RUN) $(ARGS)
+	@$(BIN)/python -m palimpsest.doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
-	@. $(abspath $(FOLDER))/environment && $(BIN)/python -m palimpsest.services $(RUN) $(ARGS)
+	@. $(abspath $(FOLDER))/environment && $(BIN)/palimpsest run $(RUN) $(ARGS)
 
 test: setup ## every test but the long ones, real engine and servers included (ARGS=tests/file.py::test runs one)
 	@$(PYTEST) $(if $(NAMED),,$(SIDE_BY_SIDE) -m "not long" $(KEPT)) $(ARGS)

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     known, flags = options.parse_known_args(arguments)
     with tempfile.TemporaryDirectory(prefix="palimpsest-bench-") as folder:
         command = [
-            sys.executable, "-m", "services", known.run, "--run.id=bench", f"--run.folder={folder}",
+            sys.executable, "-m", "palimpsest", "run", known.run, "--run.id=bench", f"--run.folder={folder}",
             f"--learner.versions={known.versions}", *flags,
         ]  # fmt: skip
         print("running:", " ".join(command[1:]), flush=True)

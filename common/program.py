@@ -31,7 +31,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         if not invocation.config.run.id:
             raise Refusal(
                 "run.id is empty: services started by hand need the same one each, for example --run.id=first "
-                "(`python -m palimpsest.services` makes one)"
+                "(`palimpsest run` makes one)"
             )
         config, stop = invocation.config, Stop().install()
         logs.configure(name, config.logs.level, config.logs.format)

@@ -194,7 +194,7 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise Refusal(
                 f"port {port} on {host} is in use: stop the program that holds it (`ss -ltnp`), or choose "
-                f"another with --{key}.port=PORT (0 = any free one, under `python -m palimpsest.services`)",
+                f"another with --{key}.port=PORT (0 = any free one, under `palimpsest run`)",
                 ExitCode.UNAVAILABLE,
             ) from None
         raise Refusal(f"cannot listen on {host}:{port} ({key}.host, {key}.port): {error}") from None

@@ -39,7 +39,7 @@ class Services:
         common = [*self._flags, *(f"--{name}.port={self.ports[name]}" for name in ("snapshot_store", "env_gateway"))]
         with self.log(name).open("ab") as log:
             self._started[name] = subprocess.Popen(
-                [sys.executable, *launcher, "-m", f"services.{module}", str(self._toml), *common, *flags],
+                [sys.executable, *launcher, "-m", f"palimpsest.services.{module}", str(self._toml), *common, *flags],
                 cwd=ROOT,
                 env={**os.environ, **self._environment, failpoints.VARIABLE: fault},
                 stdout=log,

@@ -80,12 +80,12 @@ def scripted(
 
 
 class RunProcess:
-    """`python -m palimpsest.services ...` in a process group of its own."""
+    """`palimpsest run ...` in a process group of its own."""
 
     def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services", *map(str, arguments)],
+            [sys.executable, "-m", "palimpsest", "run", *map(str, arguments)],
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdout=subprocess.PIPE,
@@ -113,7 +113,7 @@ class RunProcess:
             except psutil.Error:
                 continue
             for name in ("rollout", "env_gateway", "snapshot_store", "learner.replica", "learner"):
-                if f"services.{name}" in line:
+                if f"palimpsest.services.{name}" in line:
                     launcher = "torch.distributed.run" in line
                     found.setdefault("torchrun" if launcher else name, []).append(child)
         return found

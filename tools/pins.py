@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.doctor import support
+from palimpsest.doctor import support
 from tools.pip_settings import client_settings
 from tools.setup import ROOT, UV_PROGRAM, VENV
 

@@ -13,7 +13,7 @@ supported() { # whether this version is
     case $1 in 3.11.* | 3.12.* | 3.13.*) ;; *) return 1 ;; esac
 }
 
-enough() { # whether this version can at least run tools.doctor
+enough() { # whether this version can at least run palimpsest.doctor
     case $1 in 3.9.* | 3.1[0-9].*) test -n "$ANY_PYTHON" ;; *) return 1 ;; esac
 }
 

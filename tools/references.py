@@ -180,10 +180,10 @@ def _series(modules: Iterable[ModuleType]) -> str:
 
 
 def _metrics_of(service: str) -> Iterator[ModuleType]:
-    """The service's metrics.py, and what stands beside it as metrics_WHAT.py."""
-    folder = importlib.import_module(f"services.{service}").__path__[0]
-    for path in sorted(Path(folder).glob("metrics*.py")):
-        yield importlib.import_module(f"services.{service}.{path.stem}")
+    """The service's instruments.py."""
+    folder = importlib.import_module(f"palimpsest.services.{service}").__path__[0]
+    for path in sorted(Path(folder).glob("instruments.py")):
+        yield importlib.import_module(f"palimpsest.services.{service}.{path.stem}")
 
 
 def wire() -> str:

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.doctor import gather, judge, support
-from tools.doctor.findings import STOPS, WARNS
-from tools.doctor.machine import kind_of_machine
+from palimpsest.doctor import gather, judge, support
+from palimpsest.doctor.findings import STOPS, WARNS
+from palimpsest.doctor.machine import kind_of_machine
 from tools.pip_settings import client_settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ class Run(Section):
     """What this run is called and where it keeps its files."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$|^$")] = ""
-    """Name of the run. Empty: made from the time it starts (`python -m palimpsest.services` only; by hand, give one)."""
+    """Name of the run. Empty: made from the time it starts (`palimpsest run` only; by hand, give one)."""
     folder: FilePath = Path("runs")
     """Each run keeps its log, snapshots, checkpoints and report in `folder/id`."""
     seed: int = 0
@@ -254,7 +254,7 @@ class ReplicaConfig(Service):
 
 
 class LocalConfig(Section):
-    """Everything on one machine (`python -m palimpsest.services`)."""
+    """Everything on one machine (`palimpsest run`)."""
 
     rollout_workers: Positive = 1
     """Rollout worker processes."""

@@ -24,4 +24,4 @@ class Service(Section):
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Port = 0
-    """Port to listen on; 0 = any free one (`python -m palimpsest.services` only; by hand, give one)."""
+    """Port to listen on; 0 = any free one (`palimpsest run` only; by hand, give one)."""

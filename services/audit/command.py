@@ -1,4 +1,4 @@
-"""`python -m palimpsest.services audit ...`: what is asked, and the answer."""
+"""`palimpsest audit ...`: what is asked, and the answer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from palimpsest.services.audit.judge import Judgement
 from palimpsest.services.audit.ledger import pending_by_sums
 from palimpsest.services.audit.versions import needed_from
 
-PROGRAM = "python -m palimpsest.services audit"
+PROGRAM = "palimpsest audit"
 USAGE = f"""\
 usage: {PROGRAM} FOLDER [--quick] [--json]
        {PROGRAM} RUN.toml [--quick] [--json] [--SECTION.KEY=VALUE ...]
@@ -109,7 +109,7 @@ def _trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
         yield f"  {counted.repeats:,} records on the log are of trajectories that had come before: passed over"
     if causes := evidence.log.causes:
         said = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
-        yield f"  dead letters: {said} (`python -m palimpsest.services.learner dead-letters list` tells more)"
+        yield f"  dead letters: {said} (`palimpsest dead-letters list` tells more)"
 
 
 def _checkpoint(evidence: Evidence) -> Iterator[str]:

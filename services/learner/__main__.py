@@ -2,7 +2,7 @@
 
 torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml     for several ranks
 
-python -m palimpsest.services.learner dead-letters list RUN.toml     (and `replay`; --help says more)
+palimpsest dead-letters list RUN.toml     (and `replay`; --help says more)
 """
 
 import os

@@ -294,9 +294,7 @@ def _losses(ledger: Mapping[str, Any], trained: Trained) -> list[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         found.append(f"dropped {count(sum(dropped.values()), 'trajectory', 'trajectories')}: {reasons}")
     if dead := ledger.get("dead_lettered"):
-        found.append(
-            f"{dead:,} dead-lettered: `python -m palimpsest.services.learner dead-letters list` with the run's file says why"
-        )
+        found.append(f"{dead:,} dead-lettered: `palimpsest dead-letters list` with the run's file says why")
     if skipped := trained.skipped:
         found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")
     if trained.last is not None and not trained.last["exact"]:

@@ -38,7 +38,7 @@ class Commands:
 
     def servers(self) -> list[Child]:
         """Store and gateway."""
-        return [self._child(name, (f"services.{name}",)) for name in ("snapshot_store", "env_gateway")]
+        return [self._child(name, (f"palimpsest.services.{name}",)) for name in ("snapshot_store", "env_gateway")]
 
     def learner(self) -> Child:
         """One rank is a process of its own; several are launched by torchrun, which leaves files in a folder."""

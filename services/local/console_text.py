@@ -1,4 +1,4 @@
-"""What `python -m palimpsest.services` says to a person, in plain words. Pure."""
+"""What `palimpsest run` says to a person, in plain words. Pure."""
 
 import re
 import shlex
@@ -11,10 +11,8 @@ from palimpsest.common.text import count, duration
 from palimpsest.services.live.outages import clock
 
 USAGE = """\
-usage: python -m palimpsest.services RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
-       python -m palimpsest.services --resume FOLDER [--SECTION.KEY=VALUE ...]
-       python -m palimpsest.services report FOLDER
-       python -m palimpsest.services audit FOLDER
+usage: palimpsest run RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
+       palimpsest run --resume FOLDER [--SECTION.KEY=VALUE ...]
 
 Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
 of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
@@ -25,8 +23,6 @@ of its own, until the run's last version is published. Ctrl-C stops cleanly; --r
   --learner.versions=50
                        any key of the run (docs/configuration.md lists them); environment variables work as well:
                        PALIMPSEST_LEARNER__VERSIONS=50
-  report FOLDER        make summary.json and report.html of a run again, also while it goes on
-  audit FOLDER         count the run anew from all it has left and say what disagrees; `audit --help` tells more
 
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
 5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
@@ -86,7 +82,7 @@ def resume(
     if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
         run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
         return f"  make run-cluster {run}ARGS={_for_make(again)}"
-    return f"  {shlex.quote(python)} -m palimpsest.services {again}"
+    return f"  {shlex.quote(python)} -m palimpsest run {again}"
 
 
 def interpreter(executable: Path, working_folder: Path) -> str:

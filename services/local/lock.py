@@ -88,7 +88,7 @@ def _refused(home: Path, holder: dict[str, Any]) -> str:
         who = f"process {holder['pid']} of {holder['user']} on {holder['host']} (since {holder['since']})"
     return (
         f"the run in {home} is alive: {who} supervises it. Let it go on, or stop it first (Ctrl-C in its terminal, or "
-        f"`kill {holder.get('pid', 'PID')}`); `python -m palimpsest.services report {home}` and `audit` work beside it. For a run "
+        f"`kill {holder.get('pid', 'PID')}`); `palimpsest report {home}` and `audit` work beside it. For a run "
         f"of its own choose another --run.id"
     )
 

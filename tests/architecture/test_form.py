@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 80
 SELF_EXPLAINING = {"close"}
-PRINTS = {"__main__.py", "supervisor.py", "view.py", "screen.py", "program.py"}
+PRINTS = {"__main__.py", "run.py", "rescore.py", "supervisor.py", "view.py", "screen.py", "program.py"}
 """Files that talk to a person on the terminal; everything else logs."""
 BINARY = {".bin", ".png", ".lock"}
 
@@ -51,7 +51,7 @@ def matches(pattern: str, *tops: str) -> list[str]:
 def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
     sizes = {
         str(p.relative_to(ROOT)): len(p.read_text().splitlines())
-        for p in tracked("common", "services", "tools", "bench")
+        for p in tracked("palimpsest", "common", "services", "tools", "bench")
         if p.suffix == ".py"
     }
     assert {where: size for where, size in sizes.items() if size > MOST_LINES} == {}
@@ -60,7 +60,7 @@ def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
 def test_no_function_is_longer_than_a_screen_or_two() -> None:
     found = {
         f"{where}: {node.name}": size
-        for where, tree in code("common", "services", "tools", "bench")
+        for where, tree in code("palimpsest", "common", "services", "tools", "bench")
         for node in ast.walk(tree)
         if isinstance(node, Function) and (size := (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
     }
@@ -80,15 +80,17 @@ def undocumented(where: str, body: list[ast.stmt], inside: str = "") -> Iterator
 
 
 def test_everything_public_says_what_holds() -> None:
-    found = [name for where, tree in code("common", "services") for name in undocumented(where, tree.body)]
-    found += [where for where, tree in code("common", "services") if not ast.get_docstring(tree)]
+    found = [
+        name for where, tree in code("palimpsest", "common", "services") for name in undocumented(where, tree.body)
+    ]
+    found += [where for where, tree in code("palimpsest", "common", "services") if not ast.get_docstring(tree)]
     assert found == []
 
 
 def test_services_log_instead_of_printing() -> None:
     found = [
         f"{where}:{node.lineno}"
-        for where, tree in code("common", "services")
+        for where, tree in code("palimpsest", "common", "services")
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
         if Path(where).name not in PRINTS
@@ -97,7 +99,12 @@ def test_services_log_instead_of_printing() -> None:
 
 
 def test_nothing_is_left_to_do_in_comments() -> None:
-    assert matches(r"\b(TODO|FIXME|XXX|HACK)\b", "common", "services", "tools", "bench", "deploy", "Makefile") == []
+    assert (
+        matches(
+            r"\b(TODO|FIXME|XXX|HACK)\b", "palimpsest", "common", "services", "tools", "bench", "deploy", "Makefile"
+        )
+        == []
+    )
 
 
 def test_no_package_registry_is_named() -> None:

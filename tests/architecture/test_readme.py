@@ -15,13 +15,14 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from palimpsest import cli
 from palimpsest.common.config.schema import RunConfig
 from tests.programs import answered
 from tools import references
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOPS = "common|services|tests|tools|docs|examples|bench|requirements"
+TOPS = "palimpsest|common|services|tests|tools|docs|examples|bench|requirements"
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
@@ -39,7 +40,7 @@ def inline(page: Path) -> list[str]:
 
 
 COMMANDS = [line for _, text in blocks("sh") for line in text.splitlines() if line.partition("#")[0].strip()]
-STARTS = ("make ", "python -m ", ".venv/bin/python -m ")
+STARTS = ("make ", "python -m ", ".venv/bin/python -m ", "palimpsest ", ".venv/bin/palimpsest ")
 MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(STARTS)]
 
 
@@ -73,9 +74,13 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
             assert_make_knows(rest)
             flags = [flag for word in rest if word.startswith("ARGS=") for flag in shlex.split(word[5:])]
             if flags and "run" in rest:
-                module, arguments = "services", [*([] if "--resume" in flags else ["examples/embedded.toml"]), *flags]
+                file = [] if "--resume" in flags else ["examples/embedded.toml"]
+                module, arguments = "palimpsest", ["run", *file, *flags]
             else:
                 return
+        case [".venv/bin/palimpsest", name, *rest]:
+            assert name in cli.COMMANDS
+            module, arguments = "palimpsest", [name, *rest]
         case [".venv/bin/python", "-m", module, *arguments]:
             assert_there_is_a_program(module)
         case [".venv/bin/torchrun", "--standalone", "-m", module, *arguments]:
@@ -83,9 +88,7 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
         case _:
             raise AssertionError("this test does not know such commands")
     monkeypatch.chdir(ROOT)
-    helped = (
-        module in ("bench", "tools.rescore", "tests.durations") or "audit" in arguments or "dead-letters" in arguments
-    )
+    helped = module in ("bench", "tests.durations") or (module == "palimpsest" and arguments[0] not in ("run", "check"))
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's
@@ -104,11 +107,13 @@ def test_a_command_in_passing_names_what_there_is(command: str) -> None:
             assert_make_knows(rest)
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             assert_there_is_a_program(module)
+        case ["palimpsest" | ".venv/bin/palimpsest", name, *_]:
+            assert name in cli.COMMANDS
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
 def test_an_example_is_a_run(example: Path) -> None:
-    done = answered("services", example, "--check")
+    done = answered("palimpsest", "run", example, "--check")
     assert done.code == 0, done.err
     written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.out)
     assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
@@ -239,9 +244,9 @@ def test_the_references_say_what_the_code_says() -> None:
 
 
 def test_a_program_says_the_same_in_a_process_of_its_own() -> None:
-    words = ["services", "examples/embedded.toml", "--check"]
+    words = ["palimpsest", "run", "examples/embedded.toml", "--check"]
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    here = answered("services", ROOT / "examples" / "embedded.toml", "--check")
+    here = answered("palimpsest", "run", ROOT / "examples" / "embedded.toml", "--check")
     assert (done.returncode, done.stdout, done.stderr) == (here.code, here.out, here.err)
 
 

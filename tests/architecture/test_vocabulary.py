@@ -51,7 +51,7 @@ def banned(identifier: str) -> str | None:
 
 
 def parsed() -> Iterator[tuple[str, ast.Module]]:
-    for top in ("common", "services"):
+    for top in ("palimpsest", "common", "services"):
         for path in sorted((ROOT / top).rglob("*.py")):
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
 

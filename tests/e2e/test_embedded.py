@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from palimpsest.rescore import Models, rescore
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history
 from tests.waiting import LIMIT_S
-from tools.rescore import Models, rescore
 
 pytestmark = pytest.mark.vllm
 EMBEDDED = "examples/embedded.toml"

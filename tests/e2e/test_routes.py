@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from palimpsest.rescore import Models, rescore
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history
-from tools.rescore import Models, rescore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 5

@@ -60,7 +60,7 @@ def program(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[
 
 
 def audit(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return program("services", "audit", home, *flags)
+    return program("palimpsest", "audit", home, *flags)
 
 
 def test_nothing_is_wrong_with_a_run_that_nobody_meddled_with(run: Path) -> None:
@@ -71,16 +71,14 @@ def test_nothing_is_wrong_with_a_run_that_nobody_meddled_with(run: Path) -> None
     assert lines[-1] == "Nothing is wrong."
     (sums,) = [line for line in lines if line.startswith("trajectories")]
     assert "= 480 trained + 0 dropped + " in sums
-    assert (
-        "  dead letters: 4 undecodable (`python -m palimpsest.services.learner dead-letters list` tells more)" in lines
-    )
+    assert "  dead letters: 4 undecodable (`palimpsest dead-letters list` tells more)" in lines
     (checkpoint,) = [line for line in lines if line.startswith("checkpoint")]
     assert "is in force: version 30, 30 versions trained, by writer 1 of 1" in checkpoint
     assert not [line for line in lines if line.startswith("note")]
 
 
 def test_it_is_named_by_its_run_file_as_well_and_told_to_machines(run: Path) -> None:
-    done = program("services", "audit", run / "run.toml", "--json", "--quick")
+    done = program("palimpsest", "audit", run / "run.toml", "--json", "--quick")
     told = json.loads(done.stdout)
     assert (done.returncode, told["sound"], told["trajectories"]["trained"]) == (0, True, 480)
     assert told["dead_letters"] == {"undecodable": 4}

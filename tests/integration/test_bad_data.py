@@ -165,7 +165,7 @@ def test_a_run_goes_on_after_a_full_disk_and_a_damaged_store(
     run = start(toml, f"--run.folder={disk.folder}", "--learner.optimizer.weight_decay=50.0")
     trained(home, 3, run)
     disk.fill(run)
-    go_on = f"python -m palimpsest.services --resume {home}"
+    go_on = f"palimpsest run --resume {home}"
     refused(run, 3, disk.says, f"(writing {disk.folder}/", "and start again", go_on)
     disk.free()
     assert 2 <= len(history(home, newest_manifest(home)["history_bytes"])) < 30
@@ -243,7 +243,7 @@ def test_an_engine_that_computes_something_else_ends_the_run(
     run = start(toml, environment={"PALIMPSEST_FAULT": "rollout.scripted_canary"})
     refused(
         run, 5, "worker-0: version 0 is refused: on the canaries the engine is 0.5000 nats off what the learner",
-        "(rollout.canary_tolerance)", f"python -m palimpsest.services --resume {home}",
+        "(rollout.canary_tolerance)", f"palimpsest run --resume {home}",
     )  # fmt: skip
     summary = json.loads((home / "summary.json").read_text())
     assert (summary["refused_versions"], summary["canary_error_max"]) == (1, pytest.approx(0.5))

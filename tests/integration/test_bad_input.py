@@ -68,7 +68,7 @@ def taken() -> Iterator[int]:
     ],
 )
 def test_a_flag_that_cannot_be_used(toml: Path, flag: str, says: str) -> None:
-    code, output = refused("services", toml, flag)
+    code, output = refused("palimpsest", "run", toml, flag)
     assert code == 2
     assert output.startswith(f"{flag.partition('=')[0]}: {says}")
     assert list(toml.parent.iterdir()) == [toml], "no run was begun"
@@ -125,7 +125,7 @@ def test_a_model_folder_that_cannot_be_read(
 ) -> None:
     model = tmp_path / "model"
     make(model, starting_model)
-    code, output = refused("services", toml, f"--model.path={model}")
+    code, output = refused("palimpsest", "run", toml, f"--model.path={model}")
     assert code == 2
     assert output.startswith(says.format(model=model))
     assert not (tmp_path / "scripted").exists(), "no run was begun"
@@ -143,7 +143,7 @@ def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_mo
 
 @pytest.mark.parametrize(
     "program",
-    ["services", "palimpsest.services.rollout", "palimpsest.services.snapshot_store", "palimpsest.services.learner"],
+    ["palimpsest", "palimpsest.services.rollout", "palimpsest.services.snapshot_store", "palimpsest.services.learner"],
 )
 def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
     """Nobody can make a folder below a file, root included."""
@@ -156,7 +156,7 @@ def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
 @pytest.mark.servers
 @pytest.mark.parametrize("service", ["snapshot_store", "env_gateway"])
 def test_a_port_that_is_taken(toml: Path, taken: int, service: str) -> None:
-    code, output = ended(f"services.{service}", toml, f"--{service}.port={taken}")
+    code, output = ended(f"palimpsest.services.{service}", toml, f"--{service}.port={taken}")
     assert code == 3
     assert output.startswith(f"port {taken} on 127.0.0.1 is in use: stop the program that holds it")
     assert f"--{service}.port=PORT" in output
@@ -167,24 +167,24 @@ def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
     code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
     assert code == 3, output
     assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that holds it" in output
-    assert f"python -m palimpsest.services --resume {toml.parent / 'scripted'}" in output
+    assert f"palimpsest run --resume {toml.parent / 'scripted'}" in output
     assert "Traceback" not in output
 
 
 def test_a_folder_without_a_run_cannot_be_gone_on_with(toml: Path, tmp_path: Path) -> None:
     for arguments in (("--resume", tmp_path), (toml, "--resume", tmp_path)):
-        code, output = ended("services", *arguments)
+        code, output = ended("palimpsest", "run", *arguments)
         assert (code, output) == (2, f"--resume {tmp_path}: that is no run's folder (it has no run.toml)\n")
 
 
 def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Path) -> None:
     home = tmp_path / "scripted"
     home.mkdir()
-    code, resolved = ended("services", toml, "--check")
+    code, resolved = ended("palimpsest", "run", toml, "--check")
     assert code == 0
     (home / "run.toml").write_text(resolved)
     code, output = ended(
-        "services", toml, "--resume", home, "--learner.optimizer.lr=0.5", "--tasks.samples_per_group=9"
+        "palimpsest", "run", toml, "--resume", home, "--learner.optimizer.lr=0.5", "--tasks.samples_per_group=9"
     )
     assert code == 2
     assert output.splitlines() == [
@@ -194,6 +194,6 @@ def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Pat
         "Give those values, or leave RUN.toml out to go on with the run's own, or start a new run",
     ]
     assert list(home.iterdir()) == [home / "run.toml"]
-    code, output = ended("services", toml)
+    code, output = ended("palimpsest", "run", toml)
     assert code == 2
     assert output.startswith(f"{home} is another run already: go on with it by --resume {home}, or choose another")

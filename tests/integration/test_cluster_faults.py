@@ -61,9 +61,7 @@ class Faulty:
         flags = (*cluster.flags, *REPEATABLE, f"--run.id={name}", f"--run.folder={folder}")
         self.services = Services(toml, self.home, *flags, environment=cluster.environment)
         config = load([str(toml), *flags], {}, program="").config
-        write(
-            self.home / "run.toml", show(config).encode()
-        )  # as `python -m palimpsest.services` would: the audit reads it
+        write(self.home / "run.toml", show(config).encode())  # as `palimpsest run` would: the audit reads it
         self.learners = self.repeated = 0
         for server in ("snapshot_store", "env_gateway"):
             self.server(server)

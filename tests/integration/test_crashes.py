@@ -95,4 +95,4 @@ def test_a_worker_that_always_dies_at_its_start_ends_the_run_with_its_cause(
         "worker-0 died 3 times in a row in the same way, before it could do anything. It was ended by SIGKILL" in said
     )
     assert f"its log: {home}/logs/worker-0.log" in said
-    assert f"-m palimpsest.services --resume {home}" in said
+    assert f"-m palimpsest run --resume {home}" in said

@@ -13,9 +13,9 @@ import pytest
 from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.offline import scan
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.rescore import Models, rescore
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tools.backends.kafka import Kafka
-from tools.rescore import Models, rescore
 
 pytestmark = pytest.mark.servers
 VERSIONS = 8

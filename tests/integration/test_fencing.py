@@ -28,7 +28,7 @@ VERSIONS = 6
 def services(tmp_path: Path, starting_model: Path) -> Iterator[Services]:
     toml = scripted(tmp_path, starting_model, versions=VERSIONS)
     made = Services(toml, tmp_path / "scripted")
-    write(made.home / "run.toml", toml.read_bytes())  # as `python -m palimpsest.services` would: the audit reads it
+    write(made.home / "run.toml", toml.read_bytes())  # as `palimpsest run` would: the audit reads it
     yield made
     made.end()
 

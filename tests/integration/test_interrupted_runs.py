@@ -11,9 +11,9 @@ import pytest
 
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.rescore import Models, rescore
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
 from tests.waiting import LIMIT_S
-from tools.rescore import Models, rescore
 
 pytestmark = pytest.mark.servers
 VERSIONS = 8

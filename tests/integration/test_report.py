@@ -17,7 +17,7 @@ from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TASKS, TRAJECTORIES, WORKERS, VersionApplied, WorkerAlive, encode
 from palimpsest.common.versions import Version
-from palimpsest.services.__main__ import conclude
+from palimpsest.run import conclude
 from tests.builders import a_finished
 from tests.history_lines import a_line
 from tests.waiting import LIMIT_S
@@ -157,7 +157,7 @@ def test_a_run_stopped_before_its_first_version_has_both_too(tmp_path: Path):
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "services", *map(str, arguments)]
+    command = [sys.executable, "-u", "-m", "palimpsest", "run", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -174,7 +174,7 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
     said, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 130, said
     assert said.index("stopping ...") < said.index("Stopped cleanly after")
-    assert f"python -m palimpsest.services --resume {home}" in said
+    assert f"palimpsest run --resume {home}" in said
     stopped = json.loads((home / "summary.json").read_text())
     assert stopped["versions"] >= 1
     assert not stopped["finished"]

@@ -39,14 +39,14 @@ class Cluster:
         return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
 
     def run(self, toml: Path, *flags: str) -> RunProcess:
-        """`python -m palimpsest.services` with two rollout workers and a learner of two ranks."""
+        """`palimpsest run` with two rollout workers and a learner of two ranks."""
         both = ("--local.rollout_workers=2", "--local.learner_ranks=2")
         return RunProcess(toml, *self.flags, *both, *flags, environment=self.environment)
 
     def audit(self, home: Path) -> dict[str, Any]:
         """What the audit says of a run, for machines; `sound` is whether it found nothing wrong."""
         done = subprocess.run(
-            [sys.executable, "-m", "services", "audit", str(home), "--json"],
+            [sys.executable, "-m", "palimpsest", "audit", str(home), "--json"],
             cwd=ROOT,
             env={**os.environ, **self.environment},
             capture_output=True,

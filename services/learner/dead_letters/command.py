@@ -1,4 +1,4 @@
-"""`python -m palimpsest.services.learner dead-letters ...`: what is asked, and the answer in plain words."""
+"""`palimpsest dead-letters ...`: what is asked, and the answer in plain words."""
 
 import datetime
 import difflib
@@ -17,7 +17,7 @@ from palimpsest.common.rejected_record import Cause
 from palimpsest.common.user_error import Refusal
 from palimpsest.services.learner.dead_letters.replay import Buried, Unreadable, chosen, read, replay
 
-PROGRAM = "python -m palimpsest.services.learner dead-letters"
+PROGRAM = "palimpsest dead-letters"
 USAGE = f"""\
 usage: {PROGRAM} list RUN.toml [--cause=CAUSE ...] [--offset=N ...] [--json] [--SECTION.KEY=VALUE ...]
        {PROGRAM} replay RUN.toml [--cause=CAUSE ...] [--offset=N ...] [--again] [--SECTION.KEY=VALUE ...]
@@ -26,7 +26,7 @@ list    every record that could not be used, with its cause; it works while the 
 replay  send such records to their topic again, as they were, for readers to take up: once what was in their way is
         mended. A trajectory counts if its group is still open; later it is passed over as a duplicate
 
-  RUN.toml         describes the run; a run of `python -m palimpsest.services` has its own in runs/ID/run.toml
+  RUN.toml         describes the run; a run of `palimpsest run` has its own in runs/ID/run.toml
   --cause=CAUSE    only these: {", ".join(list(Cause)[:5])},
                    {", ".join(list(Cause)[5:])}
   --offset=N       only the record with this dead letter: the number that `list` shows

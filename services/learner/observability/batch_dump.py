@@ -5,7 +5,7 @@
 For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length]; exact_i (the
 proximal is the old log-prob) and missing_i (there is no proximal), bool [rows, length]; temperatures_i [rows, 1];
 trajectories_i and lengths_i (in tokens) [rows]; `first_i`, whether current is the version trained at; `now`, that
-version. tools/rescore.py reads them.
+version. palimpsest/rescore.py reads them.
 """
 
 from pathlib import Path

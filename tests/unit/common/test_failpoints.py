@@ -9,11 +9,11 @@ import pytest
 from palimpsest.common import failpoints
 
 REACHES = """
-from palimpsest.common import faults
+from palimpsest.common import failpoints
 for i in range(5):
     print(i, flush=True)
-    faults.reach("place")
-    faults.reach("other")
+    failpoints.reach("place")
+    failpoints.reach("other")
 """
 
 

@@ -124,7 +124,7 @@ def test_warnings_say_what_happened_in_plain_words():
         "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
         killed.told("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
-        "1 dead-lettered: `python -m palimpsest.services.learner dead-letters list` with the run's file says why",
+        "1 dead-lettered: `palimpsest dead-letters list` with the run's file says why",
         "left out 1 optimizer step: the gradient was not finite",
         "the proximal is ewma_prox, a surrogate: its correction and update are not discrepancy and staleness ratio",
     )

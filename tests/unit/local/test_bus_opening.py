@@ -113,7 +113,7 @@ def test_a_ctrl_c_while_the_broker_is_away_ends_the_program_with_the_command_to_
     tmp_path: Path, starting_model: Path
 ) -> None:
     """As a person meets it: the line, Ctrl-C, the command."""
-    command = [sys.executable, "-u", "-m", "services", str(run_file(tmp_path, starting_model))]
+    command = [sys.executable, "-u", "-m", "palimpsest", "run", str(run_file(tmp_path, starting_model))]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         waiting = next(line for line in run.stdout if line.startswith("waiting for Kafka"))
@@ -121,6 +121,6 @@ def test_a_ctrl_c_while_the_broker_is_away_ends_the_program_with_the_command_to_
         said = run.stdout.read()
     assert waiting.startswith(f"waiting for Kafka at {NOBODY} ({NOBODY}: Connection refused) until ")
     assert said.startswith("Stopped before anything was started. Go on with:\n")
-    assert f"-m palimpsest.services --resume {tmp_path / 't'}\n" in said
+    assert f"-m palimpsest run --resume {tmp_path / 't'}\n" in said
     assert "no answer" not in said, "the log's own lines stay out of the terminal"
     assert run.returncode == int(ExitCode.INTERRUPTED)

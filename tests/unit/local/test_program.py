@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest import cli
+from palimpsest.cli import dispatch
 from palimpsest.common.config import load
 from palimpsest.common.config.to_toml import show
 from palimpsest.common.user_error import Refusal
-from palimpsest.services.__main__ import program
 from palimpsest.services.local import console_text
 from palimpsest.services.local.run_setup import resolve
 from tests.runs import ROOT
@@ -27,30 +29,49 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["services", *map(str, arguments)])
-    program()
+    monkeypatch.setattr(sys, "argv", ["palimpsest", *map(str, arguments)])
+    dispatch()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["examples/embedded.toml", "--help"]])
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["run", "-h"], ["run", "examples/embedded.toml", "--help"]])
 def test_help_explains_every_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ):
     call(monkeypatch, *arguments)
     said = capsys.readouterr().out
-    for form in ("RUN.toml", "--check", "--resume FOLDER", "--SECTION.KEY=VALUE", "report FOLDER"):
+    for form in ("RUN.toml", "--check", "--resume FOLDER", "--SECTION.KEY=VALUE"):
         assert form in said
 
 
-@pytest.mark.parametrize("arguments", [[], ["report"], ["report", "--help"], ["report", "a", "b"]])
-def test_what_cannot_be_understood_is_answered_with_the_usage(monkeypatch: pytest.MonkeyPatch, arguments: list[str]):
-    with pytest.raises(Refusal, match="usage: python -m palimpsest.services"):
-        call(monkeypatch, *arguments)
+@pytest.mark.parametrize("name", ["report", "check"])
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_a_command_explains_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str]
+):
+    call(monkeypatch, name, *arguments)
+    assert capsys.readouterr().out.startswith(f"usage: palimpsest {name} ")
+
+
+def test_a_run_without_a_file_is_answered_with_the_usage(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(Refusal, match="usage: palimpsest run"):
+        call(monkeypatch, "run")
+
+
+def test_every_command_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    call(monkeypatch)
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\S", said, re.MULTILINE) for name in cli.COMMANDS)
+
+
+def test_a_misspelt_command_names_its_neighbour(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(Refusal, match=r"palimpsest adit: there is no such command; did you mean `palimpsest audit`\?"):
+        call(monkeypatch, "adit")
 
 
 def test_check_prints_the_resolved_run_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_file: Path
 ):
-    call(monkeypatch, run_file, "--check", "--learner.versions=7")
+    call(monkeypatch, "run", run_file, "--check", "--learner.versions=7")
     said = capsys.readouterr().out
     assert "versions = 7" in said
     assert "canary_tolerance" in said
@@ -64,13 +85,13 @@ def test_a_report_is_of_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_help_and_check_do_not_wait_for_heavy_libraries():
     heavy = ("torch", "transformers", "vllm", "plotly")
-    code = f"import sys, services.__main__; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, palimpsest.cli, palimpsest.run; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
 
 
 EMBEDDED, CLUSTER, HOME = "examples/embedded.toml", "examples/cluster.toml", Path("runs/r1")
-BY_HAND = "  .venv/bin/python -m palimpsest.services --resume runs/r1"
+BY_HAND = "  .venv/bin/palimpsest run --resume runs/r1"
 BY_CLUSTER = '  make run-cluster RUN="runs/r1/run.toml" ARGS="--resume runs/r1"'
 
 
@@ -110,9 +131,9 @@ def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source
     ).strip()
     if command.startswith("make "):
         recipe = shell(f"{command} --dry-run").splitlines()[-1]
-        command = recipe[recipe.index(".venv/bin/python -m palimpsest.services ") :]
-    assert command.startswith(".venv/bin/python -m palimpsest.services ")
-    arguments = shell(command.replace(".venv/bin/python -m palimpsest.services", "printf '%s\\n'")).splitlines()
+        command = recipe[recipe.index(".venv/bin/palimpsest run ") :]
+    assert command.startswith(".venv/bin/palimpsest run ")
+    arguments = shell(command.replace(".venv/bin/palimpsest run", "printf '%s\\n'")).splitlines()
     assert resolve(load(arguments, {}, program="")).run.home == home
 
 
@@ -137,12 +158,16 @@ def test_the_result_is_told_in_short():
     assert console_text.made({"versions": 0}, Path("runs/r1")).startswith("report:")
 
 
-@pytest.mark.parametrize("command", ["services audit --help", "palimpsest.services.learner dead-letters --help"])
+@pytest.mark.parametrize("command", ["audit --help", "dead-letters --help"])
 def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", *command.split()], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "palimpsest", *command.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

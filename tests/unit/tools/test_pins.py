@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from palimpsest.doctor import support
 from tools import pins
-from tools.doctor import support
 
 KINDS = ("cpu", "gpu", "light")
 PIN = re.compile(r'^[a-z0-9][a-z0-9-]*==[A-Za-z0-9.!+]+( ; platform_machine == "(x86_64|aarch64)")?$')

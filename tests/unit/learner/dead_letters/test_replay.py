@@ -23,7 +23,7 @@ from palimpsest.services.learner.dead_letters.replay import Buried, chosen, read
 from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
 from tests.builders import SAMPLING, a_finished
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 RUN = """\
 run.id = "test"
 run.folder = "{folder}"
@@ -163,7 +163,7 @@ def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
     [
         ([], "usage: "),
         (["lst"], "usage: "),
-        (["list"], "usage: python -m palimpsest.services.learner dead-letters list RUN.toml [--cause=CAUSE ...]"),
+        (["list"], "usage: palimpsest dead-letters list RUN.toml [--cause=CAUSE ...]"),
         (["list", "--cause=not_finit"], "did you mean not_finite"),
         (["list", "--cause"], "needs a value"),
         (["replay", "--offset=seven"], "a whole number is wanted"),

@@ -12,7 +12,7 @@ from palimpsest.services.rollout.engine.crash_report import Evidence, Failure, c
 from palimpsest.services.rollout.engine.process_monitor import Watch
 from tests import dying_engine as dying
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "operations.md"
+DOCUMENT = Path(__file__).parents[4] / "docs" / "operations.md"
 SECTION = "When the engine dies"
 
 

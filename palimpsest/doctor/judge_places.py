@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tools.doctor import support
-from tools.doctor.facts import Facts, Place, Port
-from tools.doctor.findings import GB, MB, OK, STOPS, WARNS, Finding
+from palimpsest.doctor import support
+from palimpsest.doctor.facts import Facts, Place, Port
+from palimpsest.doctor.findings import GB, MB, OK, STOPS, WARNS, Finding
 
 LEAST_FREE, LITTLE_FREE = 200 * MB, 2 * GB
 """Disk below which no run begins, and below which a long run may fill it."""

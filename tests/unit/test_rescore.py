@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.rescore import main
+from palimpsest.rescore import command
 
 RUN = 'model = { path = "none", attention = "eager" }\nsnapshot_store = { storage = "folder" }\n'
 
@@ -33,7 +33,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     """The sentence that it ends with."""
     monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        main()
+        command(sys.argv[1:])
     assert end.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tools.doctor import support
-from tools.doctor.facts import Facts
-from tools.doctor.findings import GB, MB, STOPS, WARNS, Finding, dotted
+from palimpsest.doctor import support
+from palimpsest.doctor.facts import Facts
+from palimpsest.doctor.findings import GB, MB, STOPS, WARNS, Finding, dotted
 
 LEAST_MEMORY, LITTLE_MEMORY = 3 * GB, 6 * GB
 """Of examples/embedded.toml."""

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools.doctor import machine
-from tools.doctor.facts import Facts, Interpreter, Place, Port
+from palimpsest.doctor import machine
+from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
 
 ASKED = ("OMP_NUM_THREADS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 BUILT_HERE = "pycosat"

@@ -1,6 +1,6 @@
 """Check a recorded run's old log-probs with plain transformers, and nothing of Palimpsest's own code.
 
-    python -m tools.rescore runs/ID [--model FOLDER] [--every 10]
+    palimpsest rescore runs/ID [--model FOLDER] [--every 10]
 
 The run must have been recorded (learner.record = true), and its store must still hold the versions: keep them with
 learner.checkpoint.keep = learner.versions. For every trained token that has an old log-prob: load the version that
@@ -20,7 +20,7 @@ import json
 import tempfile
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,15 +41,15 @@ class Lacking(Exception):
     """There is nothing to compare."""
 
 
-def main() -> None:
-    """See the module's text."""
+def command(words: Sequence[str]) -> None:
+    """Compare, and print one JSON line. Exits with 2 for arguments that cannot be used."""
     arguments = argparse.ArgumentParser(
-        prog="python -m tools.rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="palimpsest rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--model", help="default: model.path of the run")
     arguments.add_argument("--every", type=int, default=1, help="look at every n-th recorded version only")
-    options = arguments.parse_args()
+    options = arguments.parse_args(words)
     if options.every < 1:
         arguments.error(f"--every {options.every}: a number above 0 is wanted")
     if not (options.run / "run.toml").is_file():
@@ -194,7 +194,3 @@ def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:
     return {str(s): float(np.concatenate(parts).mean()) for s, parts in sorted(by_staleness.items())}
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tools.doctor import judge_machine as machine, judge_places as places
-from tools.doctor.facts import Facts
-from tools.doctor.findings import Finding
+from palimpsest.doctor import judge_machine as machine, judge_places as places
+from palimpsest.doctor.facts import Facts
+from palimpsest.doctor.findings import Finding
 
 Check = Callable[[Facts], Finding]
 ALWAYS: tuple[Check, ...] = (machine.system, machine.python, machine.processor, machine.gpu, machine.clock)

@@ -1,10 +1,11 @@
-"""python -m palimpsest.services RUN.toml: everything on one machine."""
+"""`palimpsest run`: everything on one machine."""
 
 import contextlib
 import datetime
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,6 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import show
 from palimpsest.common.file_errors import file_errors_refused
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
-from palimpsest.common.program import main, tell
 from palimpsest.common.service import Stop
 from palimpsest.common.sessions.token import token
 from palimpsest.common.user_error import ExitCode, Refusal
@@ -30,30 +30,14 @@ from palimpsest.services.local.supervisor import Local, addressed
 from palimpsest.services.report.folder import SECONDS, contents
 
 
-def program() -> None:
-    """What the command line asks for."""
-    match sys.argv[1:]:
-        case []:
-            raise Refusal(console_text.USAGE)
-        case ["report", folder] if not folder.startswith("-"):
-            print(console_text.made(conclude(Path(folder)), Path(folder)))
-        case ["audit", *asked]:
-            audit(asked)
-        case ["report", *_]:
-            raise Refusal(console_text.USAGE)
-        case arguments if {"--help", "-h"} & set(arguments):
-            print(console_text.USAGE)
-        case arguments:
-            launch(load(arguments, os.environ, program="python -m palimpsest.services"))
-
-
-def audit(asked: list[str]) -> None:
-    """Say what is wrong with a run; exits 1 if anything is."""
-    from palimpsest.services.audit.command import answer
-
-    answered = answer(asked, os.environ)
-    tell(answered.text)
-    sys.exit(answered.code)
+def command(arguments: Sequence[str]) -> None:
+    """Start a run of this machine, or go on with one."""
+    if not arguments:
+        raise Refusal(console_text.USAGE)
+    if {"--help", "-h"} & set(arguments):
+        print(console_text.USAGE)
+        return
+    launch(load(arguments, os.environ, program="palimpsest run"))
 
 
 def launch(invocation: Invocation) -> None:
@@ -161,7 +145,3 @@ def conclude(folder: Path) -> dict[str, object]:
     summary = write_summary(held)
     write_report(held, summary)
     return summary
-
-
-if __name__ == "__main__":
-    main(program)

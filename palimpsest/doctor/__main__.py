@@ -1,8 +1,8 @@
 """Whether this machine can run Palimpsest, and why not.
 
-python3 -m tools.doctor                      # every check with its value
-python3 -m tools.doctor my.toml --run.id=a   # of this run: its folder, its ports
-python3 -m tools.doctor --quiet my.toml      # only what stops it, or may; `make run` begins with this
+python3 -m palimpsest.doctor                      # every check with its value
+python3 -m palimpsest.doctor my.toml --run.id=a   # of this run: its folder, its ports
+python3 -m palimpsest.doctor --quiet my.toml      # only what stops it, or may; `make run` begins with this
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.doctor import gather, judge, run_file
-from tools.doctor.findings import OK, STOPS, Finding
-from tools.doctor.machine import kind_of_machine
+from palimpsest.doctor import gather, judge, run_file
+from palimpsest.doctor.findings import OK, STOPS, Finding
+from palimpsest.doctor.machine import kind_of_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 UNAVAILABLE = 3

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tools.doctor import gather, judge, machine, run_file, support
-from tools.doctor.__main__ import main, table
-from tools.doctor.facts import Facts, Interpreter, Place, Port
-from tools.doctor.findings import OK, STOPS, WARNS, Finding
+from palimpsest.doctor import gather, judge, machine, run_file, support
+from palimpsest.doctor.__main__ import main, table
+from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
+from palimpsest.doctor.findings import OK, STOPS, WARNS, Finding
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 ROOM = Place("/here", free=100 * GB)
 GOOD = Facts(
@@ -247,7 +247,7 @@ def test_the_command_names_a_taken_port_and_stops(capsys: pytest.CaptureFixture[
 
 def test_the_whole_command_prints_every_check() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tools.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "palimpsest.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.stderr == ""
     for check in ("System", "Python", "CPU", "GPU", "Clock", "Memory", "Run folder", "/dev/shm", "Threads", "Proxy"):
@@ -256,7 +256,7 @@ def test_the_whole_command_prints_every_check() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "tools/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
+    "path", [*sorted((ROOT / "palimpsest/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
     ids=lambda path: path.name,
 )  # fmt: skip
 def test_an_older_python_can_read_it(path: Path) -> None:
