@@ -2,11 +2,11 @@
 
 python -m bench ingest [--streams 1000] [--tokens 2048] [--seconds 30] [--pace 0.5] [--bus sqlite|kafka]
 
-Processes beside this one drive the streams (bench/simulated_streams.py): out of order, some records twice, some trajectories
-given up. This process is the learner without its model: one intake and one planner as services/learner/coordinator.py puts
-them together, batches taken and resolved as services/learner/loop.py does, their offsets asked for as for a
-checkpoint. Rates and CPU time are those of this process, from the first batch on; the admission of the planner bounds
-what is in flight, so its memory has to be flat.
+Processes beside this one drive the streams (bench/simulated_streams.py): out of order, some records twice, some
+trajectories given up. This process is the learner without its model: one intake and one planner as
+services/learner/coordinator.py puts them together, batches taken and resolved as services/learner/loop.py does, their
+offsets asked for as for a checkpoint. Rates and CPU time are those of this process, from the first batch on; the
+admission of the planner bounds what is in flight, so its memory has to be flat.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import Sampling
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 from tools.backends.kafka import Kafka
 
 MAX_STALENESS = 3
@@ -122,13 +122,13 @@ class Learner:
         self._bus = Metered(open_bus(config), self._meter)
         samples = config.tasks.samples_per_group
         # twice as many trajectories are admitted as there are streams: none is idle while a batch is being completed
-        self._planner: Planner[Arrived] = Planner(
+        self._planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=samples,
             groups_per_batch=max(1, 2 * streams // ((MAX_STALENESS + 1) * samples)),
             max_staleness=MAX_STALENESS,
             time_limit_s=TIME_LIMIT_S,
         )
-        self._intake = Intake(
+        self._intake = TrajectoryReader(
             self._bus,
             self._planner,
             run=config.run.id,
@@ -164,7 +164,7 @@ class Learner:
         self._intake.read_all(self._version, timeout_s=POLL_S)
         self._drop_unusable()
         self._intake.offer(self._version, now=time.monotonic())
-        while batch := self._planner.batch():
+        while batch := self._planner.take_batch():
             for arrived in [arrived for group in batch for arrived in group.items]:
                 self._intake.resolve(arrived)
                 self._trained += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from palimpsest.common.files import FULL
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 RIGHTS = frozenset((errno.EACCES, errno.EPERM))
 """No right to it: whose it is belongs to the sentence."""
@@ -29,7 +29,7 @@ BLOCKED = {
 
 @contextlib.contextmanager
 def file_errors_refused() -> Iterator[None]:
-    """A Refusal in place of an error of this block that says that a file cannot be written or used."""
+    """A UserError in place of an error of this block that says that a file cannot be written or used."""
     try:
         yield
     except OSError as error:
@@ -38,23 +38,24 @@ def file_errors_refused() -> Iterator[None]:
         raise refusal from None
 
 
-def refused(error: OSError) -> Refusal | None:
+def refused(error: OSError) -> UserError | None:
     """The sentence for this error; None if it is none of a file that cannot be used."""
     path = error.filename if isinstance(error.filename, str | os.PathLike) else None
     if error.errno in FULL:
         what, mend = FULL[error.errno]
         where = f" (writing {error.filename})" if error.filename else ""
         said = f"{what}{where}: {mend} and start again; a run goes on from its last checkpoint"
-        return Refusal(said, ExitCode.UNAVAILABLE)
+        return UserError(said, ExitCode.UNAVAILABLE)
     if error.errno not in BLOCKED or path is None:
         return None
     what, mend = BLOCKED[error.errno]
     whose = f" ({owner(Path(path))})" if error.errno in RIGHTS else ""
-    return Refusal(f"{path} cannot be used: {what}{whose}. Choose another place, or {mend}")
+    return UserError(f"{path} cannot be used: {what}{whose}. Choose another place, or {mend}")
 
 
 def usable_folder(folder: Path, *, key: str) -> None:
-    """Make the folder if it is missing. Raises Refusal, with the key that names it, when nothing can be put into it."""
+    """Make the folder if it is missing. Raises UserError, with the key that names it, when nothing can be put into
+    it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}.partial"
@@ -65,7 +66,7 @@ def usable_folder(folder: Path, *, key: str) -> None:
             raise
         what, mend = BLOCKED.get(error.errno or 0, (error.strerror or str(error), "mend that"))
         whose = f" ({owner(folder)})" if error.errno in RIGHTS else ""
-        raise Refusal(
+        raise UserError(
             f"{key}: nothing can be written to {folder}: {what}{whose}. Choose another place with "
             f"--{key}=FOLDER, or {mend}"
         ) from None

@@ -16,12 +16,12 @@ FULL = {
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write. It appears under `path` when the block ends well; after an error nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with named(path), partial.open("wb") as file:
+        with with_filename(path), partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,12 +34,12 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 def write(path: Path, body: bytes) -> None:
     """Write a whole file."""
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(body)
 
 
 @contextmanager
-def named(path: Path | str) -> Iterator[None]:
+def with_filename(path: Path | str) -> Iterator[None]:
     """An OSError in this block that names no file, as those of writes do, names this one."""
     try:
         yield

@@ -21,7 +21,7 @@ from palimpsest.common.cut_messages import (
     OldLogprobsRequested as OldLogprobsRequested,
     SegmentFlushed as SegmentFlushed,
 )
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 
@@ -191,7 +191,7 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
     key: str
     headers: dict[str, str]
     body: bytes
-    cause: Cause
+    cause: RejectCause
     reason: str
     """What was wrong, for a person."""
     buried_at: float
@@ -204,7 +204,7 @@ FromWorker = WorkerAlive | VersionApplied | CutReached
 OldLogprobs = OldLogprobsRequested | OldLogprobsComputed
 
 
-class Undecodable(Unusable):
+class Undecodable(RejectedRecord):
     """Bytes on the log that are not a record of this topic; the message says why."""
 
 
@@ -241,19 +241,20 @@ def decode(topic: str, body: bytes) -> Any:
         tag = _tag(body)
         if tag is not None and tag not in _TAGS[topic]:
             raise Undecodable(
-                Cause.UNKNOWN_SCHEMA, f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}"
+                RejectCause.UNKNOWN_SCHEMA,
+                f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}",
             ) from error
-        raise Undecodable(Cause.UNDECODABLE, f"{topic}: {error}") from error
+        raise Undecodable(RejectCause.UNDECODABLE, f"{topic}: {error}") from error
 
 
 def message_in(record: Record) -> Any:
-    """The message of this record; raises Unusable. Whatever makes a record as such unusable is told here."""
+    """The message of this record; raises RejectedRecord. Whatever makes a record as such unusable is told here."""
     if LOST in record.headers:
-        raise Unusable(Cause.MISSING_CLAIM, f"{record.topic}: its body is lost: {record.headers[LOST]}")
+        raise RejectedRecord(RejectCause.MISSING_CLAIM, f"{record.topic}: its body is lost: {record.headers[LOST]}")
     return decode(record.topic, record.body)
 
 
-def dead_letter(run: str, record: Record, error: Unusable, *, now: float) -> DeadLetter:
+def dead_letter(run: str, record: Record, error: RejectedRecord, *, now: float) -> DeadLetter:
     """The dead letter of a record that cannot be used. `now`: Unix seconds."""
     return DeadLetter(
         run=run,

@@ -3,13 +3,13 @@
 import heapq
 
 
-class Frontier:
+class OffsetTracker:
     """Offsets read and offsets resolved, per partition.
 
     The frontier of a partition is its lowest offset that was read and is not resolved, or the offset after the last
     one read. Everything below it is done with for ever.
 
-    >>> frontier = Frontier()
+    >>> frontier = OffsetTracker()
     >>> for offset in (4, 5, 6):
     ...     frontier.read(0, offset)
     >>> frontier.resolve(0, 5)

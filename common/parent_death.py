@@ -9,7 +9,7 @@ _libc = ctypes.CDLL(None)
 """Loaded here: between fork and exec is no time for it."""
 
 
-def tie(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent, which has this id, is gone."""
     on_parents_death(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above

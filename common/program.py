@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from palimpsest.common import failpoints, logs
 from palimpsest.common.bus.port import OffsetGone
 from palimpsest.common.config import Invocation, load
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import file_errors_refused, usable_folder
 from palimpsest.common.files import write
 from palimpsest.common.service import Stop
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 NO_FOLDER = ("env_gateway", "snapshot_store")
 """Services that keep nothing in the run's folder, or not necessarily."""
@@ -26,10 +26,10 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
     def begin() -> None:
         invocation = load(sys.argv[1:], os.environ, program=f"python -m palimpsest.services.{name}")
         if invocation.check:
-            print(show(invocation.config), end="")
+            print(to_toml(invocation.config), end="")
             return
         if not invocation.config.run.id:
-            raise Refusal(
+            raise UserError(
                 "run.id is empty: services started by hand need the same one each, for example --run.id=first "
                 "(`palimpsest run` makes one)"
             )
@@ -41,7 +41,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
                     usable_folder(config.run.home, key="run.folder")
                 failpoints.reach(f"{name}.start")
                 body(invocation, stop)
-        except Refusal as refusal:
+        except UserError as refusal:
             # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for
             # its own child among the processes: a replaced learner leaves its sentence in the same place
             named = {"rollout": config.rollout.worker, "learner.replica": config.replica.name}
@@ -58,11 +58,12 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
 
 
 def main(program: Callable[[], None]) -> None:
-    """Run a program: a Refusal, or a file it cannot use, becomes a sentence and an exit code; all else a traceback."""
+    """Run a program: a UserError, or a file it cannot use, becomes a sentence and an exit code; all else a
+    traceback."""
     try:
         with file_errors_refused():
             program()
-    except Refusal as refusal:
+    except UserError as refusal:
         with contextlib.suppress(OSError):  # where the sentence goes may be on the full disk, too
             print(refusal, file=sys.stderr)
         sys.exit(int(refusal.code))
@@ -70,7 +71,7 @@ def main(program: Callable[[], None]) -> None:
         sys.exit(int(ExitCode.INTERRUPTED))
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """Print it at once. A reader that has read enough (`| head`) ends the program, without a word."""
     try:
         print(text, flush=True)
@@ -81,11 +82,11 @@ def tell(text: str) -> None:
 
 @contextlib.contextmanager
 def gap_refused() -> Iterator[None]:
-    """A Refusal in place of the error of a reader whose next record is gone."""
+    """A UserError in place of the error of a reader whose next record is gone."""
     try:
         yield
     except OffsetGone as gone:
-        raise Refusal(
+        raise UserError(
             f"the log no longer holds what comes next: {gone}. Records would be lost silently, so the program stops "
             f"here: restore the log, or start a new run; what is kept how long: bus.retention_hours",
             ExitCode.DAMAGED,

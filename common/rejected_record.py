@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 
-class Cause(StrEnum):
+class RejectCause(StrEnum):
     """Why a record could not be used."""
 
     UNDECODABLE = "undecodable"
@@ -29,13 +29,13 @@ class Cause(StrEnum):
     """The body of a long record is gone from the object store."""
 
 
-FOREIGN = frozenset({Cause.WRONG_RUN, Cause.NEVER_OFFERED})
+FOREIGN = frozenset({RejectCause.WRONG_RUN, RejectCause.NEVER_OFFERED})
 """Causes of sound records that have no place in this run: they take nothing from it."""
 
 
-class Unusable(ValueError):
+class RejectedRecord(ValueError):
     """A record that cannot be used: its cause, and the sentence."""
 
-    def __init__(self, cause: Cause, reason: str) -> None:
+    def __init__(self, cause: RejectCause, reason: str) -> None:
         super().__init__(reason)
         self.cause = cause

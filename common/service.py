@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import OUTAGES, Outages
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 Status = dict[str, Any]
 GRACE_S = 10
@@ -183,7 +183,7 @@ def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
 
 
 def listen(host: str, port: int, *, key: str) -> socket.socket:
-    """A listening socket; Refusal names the key to change when the port is taken."""
+    """A listening socket; UserError names the key to change when the port is taken."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -192,12 +192,12 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise Refusal(
+            raise UserError(
                 f"port {port} on {host} is in use: stop the program that holds it (`ss -ltnp`), or choose "
                 f"another with --{key}.port=PORT (0 = any free one, under `palimpsest run`)",
                 ExitCode.UNAVAILABLE,
             ) from None
-        raise Refusal(f"cannot listen on {host}:{port} ({key}.host, {key}.port): {error}") from None
+        raise UserError(f"cannot listen on {host}:{port} ({key}.host, {key}.port): {error}") from None
     listening.set_inheritable(False)
     return listening
 

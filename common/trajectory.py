@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from palimpsest.common.arrays import Float32Array, Int32Array, unpack_float32
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.versions import UNTRAINABLE, Version
 
 
@@ -29,7 +29,7 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
         return self.stop - self.start
 
 
-class Malformed(Unusable):
+class Malformed(RejectedRecord):
     """A trajectory that contradicts itself; the message says where."""
 
 
@@ -39,24 +39,26 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
     for i, segment in enumerate(segments):
         where = f"segment {i} [{segment.start}, {segment.stop}) of version {segment.version}"
         if segment.version < 0:
-            raise Malformed(Cause.NEGATIVE_VERSION, f"{where}: versions start at 0")
+            raise Malformed(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
         if segment.start < end:
-            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the one before it ends")
+            raise Malformed(
+                RejectCause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the one before it ends"
+            )
         if segment.stop <= segment.start:
-            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: holds no token")
+            raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: holds no token")
         if segment.stop > tokens:
-            raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: ends after the last of {tokens} tokens")
+            raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: ends after the last of {tokens} tokens")
         if len(segment.behavior_logprobs) != 4 * len(segment):
             raise Malformed(
-                Cause.LENGTH_MISMATCH,
+                RejectCause.LENGTH_MISMATCH,
                 f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs "
                 f"(4 a token are due)",
             )
         logprobs = unpack_float32(segment.behavior_logprobs)
         if not np.isfinite(logprobs).all():
-            raise Malformed(Cause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
+            raise Malformed(RejectCause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
         if (logprobs > 1e-3).any():  # a little above 0 is rounding in the engine's log-softmax
-            raise Malformed(Cause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
+            raise Malformed(RejectCause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
         end = segment.stop
 
 

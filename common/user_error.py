@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
     """Ctrl-C or SIGTERM; stopped cleanly."""
 
 
-class Refusal(Exception):
+class UserError(Exception):
     """Stops the program with this sentence and this exit code, without a traceback."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:

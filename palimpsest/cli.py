@@ -8,9 +8,9 @@ from pathlib import Path
 
 from palimpsest.common import program
 from palimpsest.common.config import load
-from palimpsest.common.config.to_toml import show
-from palimpsest.common.program import tell
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.program import print_line
+from palimpsest.common.user_error import UserError
 
 Command = Callable[[Sequence[str]], None]
 
@@ -25,11 +25,11 @@ def run(arguments: Sequence[str]) -> None:
 def check(arguments: Sequence[str]) -> None:
     """Print a run's configuration with every default filled in."""
     if not arguments or {"--help", "-h"} & set(arguments):
-        tell(
+        print_line(
             "usage: palimpsest check RUN.toml [--SECTION.KEY=VALUE ...]\n\nPrint the run with every default filled in."
         )
         return
-    tell(show(load([*arguments, "--check"], os.environ, program="palimpsest check").config).rstrip("\n"))
+    print_line(to_toml(load([*arguments, "--check"], os.environ, program="palimpsest check").config).rstrip("\n"))
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -39,26 +39,28 @@ def report(arguments: Sequence[str]) -> None:
 
     match arguments:
         case [folder] if not folder.startswith("-"):
-            tell(console_text.made(conclude(Path(folder)), Path(folder)))
+            print_line(console_text.format_result(conclude(Path(folder)), Path(folder)))
         case _:
-            tell("usage: palimpsest report FOLDER\n\nMake summary.json and report.html again, also while it goes on.")
+            print_line(
+                "usage: palimpsest report FOLDER\n\nMake summary.json and report.html again, also while it goes on."
+            )
 
 
 def audit(arguments: Sequence[str]) -> None:
     """Count a run anew; exits with 1 if anything disagrees."""
-    from palimpsest.services.audit.command import answer
+    from palimpsest.services.audit.command import run_command
 
-    answered = answer(arguments, os.environ)
-    tell(answered.text)
+    answered = run_command(arguments, os.environ)
+    print_line(answered.text)
     sys.exit(answered.code)
 
 
 def dead_letters(arguments: Sequence[str]) -> None:
     """List or replay the records that could not be used."""
-    from palimpsest.services.learner.dead_letters.command import answer
+    from palimpsest.services.learner.dead_letters.command import run_command
 
-    for line in answer(arguments, os.environ):
-        tell(line)
+    for line in run_command(arguments, os.environ):
+        print_line(line)
 
 
 def rescore(arguments: Sequence[str]) -> None:
@@ -94,16 +96,16 @@ def usage() -> str:
 
 
 def dispatch() -> None:
-    """Run the command that the command line names. Raises Refusal."""
+    """Run the command that the command line names. Raises UserError."""
     match sys.argv[1:]:
         case [] | ["--help" | "-h", *_]:
-            tell(usage())
+            print_line(usage())
         case [name, *arguments] if name in COMMANDS:
             COMMANDS[name][0](arguments)
         case [name, *_]:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             meant = f"did you mean `palimpsest {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
-            raise Refusal(f"palimpsest {name}: there is no such command; {meant}")
+            raise UserError(f"palimpsest {name}: there is no such command; {meant}")
 
 
 def main() -> None:

@@ -13,27 +13,27 @@ from rich.console import Console
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import file_errors_refused
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
 from palimpsest.common.sessions.token import token
-from palimpsest.common.user_error import ExitCode, Refusal
-from palimpsest.services.live.poller import Sight, Watch
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.live.poller import RunObservation, Watch
 from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.live.stopwatch import Stopwatch
 from palimpsest.services.local import console_text
 from palimpsest.services.local.bus_opening import opened
-from palimpsest.services.local.run_setup import Settled, resolve, settle
-from palimpsest.services.local.supervisor import Local, addressed
+from palimpsest.services.local.run_setup import Settled, prepare_run, resolve
+from palimpsest.services.local.supervisor import Supervisor, assign_ports
 from palimpsest.services.report.folder import SECONDS, contents
 
 
 def command(arguments: Sequence[str]) -> None:
     """Start a run of this machine, or go on with one."""
     if not arguments:
-        raise Refusal(console_text.USAGE)
+        raise UserError(console_text.USAGE)
     if {"--help", "-h"} & set(arguments):
         print(console_text.USAGE)
         return
@@ -43,12 +43,12 @@ def command(arguments: Sequence[str]) -> None:
 def launch(invocation: Invocation) -> None:
     """Start the run, or go on with it, and stay until it is done or stopped."""
     if invocation.check:
-        print(show(resolve(invocation)), end="")
+        print(to_toml(resolve(invocation)), end="")
         return
     refuse_no_model(invocation.config.model.path)
     refuse_no_tokenizer(invocation.config.model.path)
     stop = Stop().install()
-    settled = settle(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
+    settled = prepare_run(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
     with settled.lock as lock:
         if lock.warning:
             print(lock.warning, file=sys.stderr)
@@ -57,8 +57,8 @@ def launch(invocation: Invocation) -> None:
 
 def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
     """The run that was settled, from the first process to the report; exits with 130 if it was stopped."""
-    config, flags = addressed(settled.config)
-    local = Local(config, settled.saved, flags)
+    config, flags = assign_ports(settled.config)
+    local = Supervisor(config, settled.saved, flags)
     home = config.run.home
     again = console_text.resume(
         home,
@@ -69,7 +69,7 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         python=console_text.interpreter(Path(sys.executable), Path.cwd()),
     )
     print(
-        console_text.begun(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
+        console_text.format_start(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
         flush=True,
     )
     bus = None
@@ -77,17 +77,17 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         with file_errors_refused():
             bus = opened(config, stop, say=lambda line: print(line, flush=True))
             done = bus is not None and supervise(config, local, stop, bus)
-    except Refusal as refusal:
+    except UserError as refusal:
         if bus is not None:
-            with contextlib.suppress(OSError, Refusal):  # what ended the run must be told, whatever else fails
+            with contextlib.suppress(OSError, UserError):  # what ended the run must be told, whatever else fails
                 conclude(home)
-        raise Refusal(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
+        raise UserError(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
     if bus is None:  # the summary would wait for the log in its turn
         print(f"{console_text.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
     try:
         summary = conclude(home)
-    except Refusal as refusal:
+    except UserError as refusal:
         if done:
             raise
         print(
@@ -95,13 +95,13 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         )  # how to go on is worth more than why not
         sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
-        print(f"{console_text.stopped(summary)}\n{again}\n{console_text.made(summary, home)}")
+        print(f"{console_text.stopped(summary)}\n{again}\n{console_text.format_result(summary, home)}")
         sys.exit(int(ExitCode.INTERRUPTED))
-    print(console_text.made(summary, home))
+    print(console_text.format_result(summary, home))
 
 
-def supervise(config: RunConfig, local: Local, stop: Stop, bus: Bus) -> bool:
-    """Run the processes and show how they fare; whether the run is done. Raises Refusal when it cannot go on."""
+def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> bool:
+    """Run the processes and show how they fare; whether the run is done. Raises UserError when it cannot go on."""
     started = time.monotonic()
     plan = Plan(
         config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
@@ -122,7 +122,7 @@ def supervise(config: RunConfig, local: Local, stop: Stop, bus: Bus) -> bool:
             stopping=stop.requested,
         )
 
-    def look() -> Sight:
+    def look() -> RunObservation:
         sight = watch.sight()
         stopwatch.look(now=time.monotonic(), ready=ready_at(sight))
         stopwatch.keep()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from palimpsest.common.arrays import Float32Array, pack_int32
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Outgoing, Position
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import (
@@ -31,12 +31,12 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
-from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, Score
-from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, Score
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from tests.builders import SAMPLING, a_segment
 
 RUN = "test"
@@ -70,7 +70,7 @@ class Log(SqliteBus):
 
     def messages(self, topic: str) -> list[Any]:
         """All that stands on a topic."""
-        return [decode(topic, record.body) for record in scan(self, topic)]
+        return [decode(topic, record.body) for record in read_existing(self, topic)]
 
     def sampled(self, *records: TrajectoryFinished | SegmentFlushed) -> dict[int, int]:
         """Publish trajectories; the positions a worker would tell of."""
@@ -110,7 +110,7 @@ class Table:
     def __init__(self, version: int = 0) -> None:
         self.version, self.rows = version, 0
 
-    def __call__(self, batches: Sequence[Padded]) -> list[Float32Array]:
+    def __call__(self, batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         self.rows += sum(len(batch.rows) for batch in batches)
         return [self.value(batch.tokens) for batch in batches]
 
@@ -180,16 +180,16 @@ class Learner:
         micro_batch_tokens: int = 10_000,
     ) -> None:
         """`before`: the learner whose checkpoint it goes on from."""
-        self.scores = Scores()
-        self.planner: Planner[Arrived] = Planner(
+        self.scores = ScoreStore()
+        self.planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=samples, groups_per_batch=groups, max_staleness=0, time_limit_s=60
         )
-        self.intake = Intake(
+        self.intake = TrajectoryReader(
             log, self.planner, run=RUN, seed=0, environments={"lookup": 1.0}, samples=samples, sampling=SAMPLING,
-            time_limit_s=60, confirm=confirm, keep_flushed=True, ended=self.scores.forget,
+            time_limit_s=60, confirm=confirm, keep_flushed=True, on_resolved=self.scores.forget,
         )  # fmt: skip
-        self.early = EarlyScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
-        self.interruption = Interruption(
+        self.early = EagerScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
+        self.interruption = CutCoordinator(
             log, self.intake, self.early, self.scores, run=RUN, deadline_s=deadline_s, confirm=confirm,
             clock=clock or Ticking(),
         )  # fmt: skip

@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest, TensorEntry, version_digest
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, Row
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.proximal.types import Exact, Source
 from palimpsest.services.learner.publishing.canaries import Canaries
-from palimpsest.services.learner.training.results import Trained
-from palimpsest.services.learner.training.state import Companions
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.training.results import StepResult
+from palimpsest.services.learner.training.state import TrainingState
+from palimpsest.services.learner.training.trainer import Trainer
 from palimpsest.services.rollout.engine.port import StoredWeights
 from tools import setup
 
@@ -101,7 +101,7 @@ class Resident:
         self.model, self.asked = model, 0
 
     @torch.no_grad()
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
         self.asked += 1
         return Exact(
             [
@@ -112,18 +112,18 @@ class Resident:
 
 
 def train(
-    trainee: Trainee,
+    trainee: TrainablePolicy,
     source: Source,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     minibatches: Sequence[Sequence[Row]],
     now: Version,
     *,
     config: LearnerConfig,
     length: int = 64,
     **beside: Any,
-) -> Trained:
+) -> StepResult:
     """One version's training with this source; `beside`: other companions."""
-    step = Step(trainee, Companions(source, **beside), ranks, config, length=length, seed=0)
+    step = Trainer(trainee, TrainingState(source, **beside), ranks, config, length=length, seed=0)
     return step.train(minibatches, now)
 
 

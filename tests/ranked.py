@@ -13,13 +13,13 @@ from palimpsest.common.arrays import Float32Array
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.objective import LossConfig
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident, score_along
-from palimpsest.services.learner.training.follower import take_over
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
+from palimpsest.services.learner.training.follower import broadcast_state
 from palimpsest.services.learner.training.results import merge
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.state import TrainingState
 from tests.builders import a_learner, a_row
 from tests.models import Resident, load, perturb, train
 
@@ -56,22 +56,22 @@ CASES = {
 def main(model: Path, folder: Path) -> None:
     """Train each case from the same start; leave one file for each case and rank."""
     torch.set_num_threads(1)
-    ranks = Ranks()
+    ranks = ProcessGroup()
     for case, minibatches in CASES.items():
         torch.save(trained(model, minibatches, ranks), folder / f"{case} {ranks.rank}.pt")
     ranks.close()
 
 
-def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[str, Any]:
+def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:
     """What this rank has afterwards. In float32 arithmetic, so that only the split can make a difference."""
     model = load(folder).float()
     perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # what rank 0 has must win
-    trainee = Trainee(model, OPTIMIZER)
-    if ranks.leads:
+    trainee = TrainablePolicy(model, OPTIMIZER)
+    if ranks.is_rank0:
         for gradient in trainee.gradients():
             gradient.fill_(1e-3)
         trainee.step()  # rank 0 goes on from a checkpoint: it has moments and steps
-    take_over(trainee, Companions(Resident(model)), ranks)
+    broadcast_state(trainee, TrainingState(Resident(model)), ranks)
     values, passes = scored_together(model, [row for minibatch in minibatches for row in minibatch], ranks)
     gradients: list[torch.Tensor] = []
     step = trainee.step
@@ -82,7 +82,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
 
     trainee.step = noted  # type: ignore[method-assign]
     own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LEARNER)
-    whole = merge(ranks.gather(own))
+    whole = merge(ranks.all_gather_object(own))
     return {
         "values": values,
         "passes": passes,
@@ -98,22 +98,22 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: Ranks) -> dict[st
     }
 
 
-def scored_together(model: torch.nn.Module, rows: list[Row], ranks: Ranks) -> tuple[list[torch.Tensor], int]:
+def scored_together(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> tuple[list[torch.Tensor], int]:
     """What rank 0 is given for each micro-batch (other ranks: nothing), and how many passes this rank made for it."""
-    one, passes = resident(model, ranks.device), 0
+    one, passes = model_scorer(model, ranks.device), 0
 
-    def counted(batch: Padded) -> Float32Array:
+    def counted(batch: PaddedBatch) -> Float32Array:
         nonlocal passes
         passes += 1
         return one(batch)
 
-    if not ranks.leads:
-        assert score_along(ranks, counted) == "enough"
+    if not ranks.is_rank0:
+        assert serve_scoring(ranks, counted) == "enough"
         return [], passes
     batches = [pad(batch) for batch in micro_batches(rows, max_tokens=40)]
-    together = Together(ranks, counted)
+    together = DistributedScorer(ranks, counted)
     values = [torch.from_numpy(values) for values in (*together(batches[:1]), *together(batches[1:]))]
-    ranks.share(("enough",))
+    ranks.broadcast_object(("enough",))
     return values, passes
 
 

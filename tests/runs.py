@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from palimpsest.services.audit.command import answer
+from palimpsest.services.audit.command import run_command
 from tests.waiting import LIMIT_S, LOOK_S
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,7 @@ def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dic
 
     Stricter than the audit in one thing: a group that is offered again, though with the same task, is not let pass.
     """
-    audited = answer([str(home), "--json"], {})
+    audited = run_command([str(home), "--json"], {})
     told: dict[str, Any] = json.loads(audited.text)
     assert told["findings"] == []
     assert (audited.code, told["sound"]) == (0, True)

@@ -193,7 +193,8 @@ def wire() -> str:
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
         (
             "Token and log-prob arrays are packed little-endian (int32, float32). This page is made from "
-            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py by `make docs`."
+            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py by "
+            "`make docs`."
         ),
     ]
     beside = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds, leak
+from palimpsest.services.learner.observability.surrogate_error import AuditedTokens, Thresholds, surrogate_error
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
@@ -29,7 +29,7 @@ NOTHING = Interval(None, None, None)
 class Part:
     """Trainable tokens as one reference sees them; arrays are [tokens]."""
 
-    tokens: Audited
+    tokens: AuditedTokens
     places: NDArray[np.int64]
     """Where in its row a token stands."""
     masked: NDArray[np.bool_]
@@ -68,12 +68,12 @@ class Gathered:
         """What they say together. Raises ValueError for no parts."""
         if not self.parts:
             raise ValueError("no tokens were gathered: the run has to have more versions than its window")
-        tokens = Audited.joined([part.tokens for part in self.parts])
+        tokens = AuditedTokens.joined([part.tokens for part in self.parts])
         masked = np.concatenate([part.masked for part in self.parts])
         clipped = np.concatenate([part.clipped for part in self.parts])
         places = np.concatenate([part.places for part in self.parts])
         at_first = np.concatenate([part.clipped for part in self.parts if part.first])
-        leaked = leak(tokens, TRUTH)
+        leaked = surrogate_error(tokens, TRUTH)
         return Seen(
             mask_slope=slope(masked, tokens.staleness),
             mask_slope_at_place=slope(less_group_mean(masked, places), less_group_mean(tokens.staleness, places)),

@@ -16,9 +16,9 @@ from palimpsest.common.config.proximal import (
     ProximalConfig,
 )
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, versions_present
+from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Exact, Source
 
 EXACT = "exact"
@@ -46,7 +46,7 @@ class Stored:
         self._store = store
 
     @torch.no_grad()
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:  # noqa: ARG002  a token's version says all
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:  # noqa: ARG002  a token's version says all
         """One pass for each version, over the rows that hold any of its tokens."""
         tokens = torch.cat([torch.from_numpy(batch.tokens) for batch in batches])
         versions = torch.cat([torch.from_numpy(batch.versions) for batch in batches])
@@ -64,7 +64,9 @@ def source(reference: str, *, store: Store, policy: Policy, toy: Toy) -> Source:
     """The source of that name for a policy whose first version is in the store. Raises KeyError for no such name."""
     if reference == EXACT:
         return Stored(store)
-    return surrogate(SURROGATES[reference], model=policy, masters=masters(policy), device=CPU, max_staleness=toy.window)
+    return build_surrogate(
+        SURROGATES[reference], model=policy, masters=masters(policy), device=CPU, max_staleness=toy.window
+    )
 
 
 def masters(policy: Policy) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.advantages import group_advantages
-from palimpsest.services.learner.batch.batching import Padded, Row, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Store:
 class Batch:
     """What one version is trained on."""
 
-    minibatches: list[Padded]
+    minibatches: list[PaddedBatch]
     """Whole groups; [rows, tokens] of prompt and answer."""
     rewards: NDArray[np.float64]
     """[rows]"""
@@ -234,7 +234,7 @@ def _minibatches(
     versions: NDArray[np.int32],
     behavior: NDArray[np.float32],
     rewards: NDArray[np.float64],
-) -> list[Padded]:
+) -> list[PaddedBatch]:
     advantages = [
         advantage
         for group in rewards.reshape(toy.prompts, toy.group).tolist()

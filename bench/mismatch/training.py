@@ -16,13 +16,13 @@ from bench.mismatch.measures import Gathered, Part, Seen
 from bench.mismatch.references import CPU, DECAYS, EXACT, REFERENCES, Stored, masters, source
 from bench.mismatch.toy import Batch, Policy, Store, Toy, new_policy, sample
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import Limits, Rules, correct
 from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
 from palimpsest.services.learner.losses.ppo_clip import ppo_loss
 from palimpsest.services.learner.losses.types import Inputs, Outcome
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds
+from palimpsest.services.learner.observability.surrogate_error import AuditedTokens, Thresholds
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Exact, Proximal, Source, Surrogate
@@ -76,7 +76,7 @@ class Judged(NamedTuple):
     """bool: lost its gradient to the clip, so was not masked."""
 
 
-def judge(batch: Padded, current: Tensor, proximal: Proximal, place: int, thresholds: Thresholds) -> Judged:
+def judge(batch: PaddedBatch, current: Tensor, proximal: Proximal, place: int, thresholds: Thresholds) -> Judged:
     """Correction and objective of one minibatch. current: [rows, tokens], nats, with gradient where one is wanted."""
     if thresholds.clip_low is None or thresholds.clip_high is None:
         raise ValueError("the objective has a clip: give clip_low and clip_high")
@@ -90,7 +90,7 @@ def judge(batch: Padded, current: Tensor, proximal: Proximal, place: int, thresh
     return Judged(anchor.logprobs, outcome, correction.masked, outcome.touched)
 
 
-def current_logprobs(policy: Policy, batch: Padded) -> Tensor:
+def current_logprobs(policy: Policy, batch: PaddedBatch) -> Tensor:
     """Of the live policy, [rows, tokens], nats, with gradient."""
     return token_logprobs(policy, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))[0]
 
@@ -110,7 +110,7 @@ class Trainer:
         """The next version's batch."""
         return sample(self.store, self.toy, self.now, self._random)
 
-    def step(self, batch: Padded, judged: Judged) -> None:
+    def step(self, batch: PaddedBatch, judged: Judged) -> None:
         """One optimizer step."""
         mask = torch.from_numpy(batch.mask)
         denominators = Denominators(tokens=int(mask.sum()), sequences=len(mask), length=mask.shape[1])
@@ -135,7 +135,7 @@ class Shares:
     staleness: int = 0
     """Sum over the tokens, versions."""
 
-    def add(self, batch: Padded, judged: Judged, now: Version) -> None:
+    def add(self, batch: PaddedBatch, judged: Judged, now: Version) -> None:
         """A minibatch's."""
         self.tokens += int(batch.mask.sum())
         self.masked += int(judged.masked.sum())
@@ -242,9 +242,9 @@ def _leaks(average: Surrogate, old: Exact, batch: Batch) -> list[Tensor]:
     return [(guess - true).abs()[mask] for guess, true, mask in both]
 
 
-def _part(batch: Padded, now: Version, current: Tensor, old: Tensor, judged: Judged, *, first: bool) -> Part:
+def _part(batch: PaddedBatch, now: Version, current: Tensor, old: Tensor, judged: Judged, *, first: bool) -> Part:
     mask = batch.mask
-    tokens = Audited(
+    tokens = AuditedTokens(
         staleness=now - batch.versions[mask],
         behavior=batch.behavior[mask],
         surrogate=judged.anchor.numpy()[mask],

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.routes.figures import figures, show, targets
-from bench.routes.variant_run import FORKS, PRELOADED, Entrant, Pace
+from bench.routes.variant_run import FORKS, PRELOADED, Pace, VariantRun
 from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Load, build_model
 
 GUESS_S = 1.0
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         parameters = build_model(shape, folder / "model")
         entrants = []
         for contender in chosen:
-            entrant = Entrant(contender, load, folder=folder, model=folder / "model", vocabulary=shape.vocabulary)
+            entrant = VariantRun(contender, load, folder=folder, model=folder / "model", vocabulary=shape.vocabulary)
             stack.callback(entrant.kill)
             entrants.append(entrant)
         measured, weights = _race(entrants, warm_up=load.max_staleness + 1, versions=options.versions)
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 def _race(
-    entrants: Sequence[Entrant], *, warm_up: int, versions: int
+    entrants: Sequence[VariantRun], *, warm_up: int, versions: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, int]]]:
     """What was noted of every counted version, and what each learner holds in the end."""
     for entrant in entrants:

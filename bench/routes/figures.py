@@ -26,7 +26,7 @@ stall   workers stand still until the weights may change; hold: until the next v
 """
 
 Noted = Mapping[str, Any]
-"""Of one version: bench/routes/instrumented_learner.py and Entrant.turn."""
+"""Of one version: bench/routes/instrumented_learner.py and VariantRun.turn."""
 
 
 def figures(measured: Mapping[str, Sequence[Noted]], weights: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

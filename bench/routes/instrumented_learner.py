@@ -27,22 +27,22 @@ from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import coordinator
-from palimpsest.services.learner.batch.batching import Padded, Row
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import load_model
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights
-from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
+from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from palimpsest.services.learner.old_logprobs.routes import Route, route
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Interpolated, Proximal, Surrogate
 from palimpsest.services.learner.publishing.publisher import Publisher
-from palimpsest.services.learner.training.build import companions
-from palimpsest.services.learner.training.results import Trained
-from palimpsest.services.learner.training.state import Companions
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.training.build import build_training_state
+from palimpsest.services.learner.training.results import StepResult
+from palimpsest.services.learner.training.state import TrainingState
+from palimpsest.services.learner.training.trainer import Trainer
 
 CUT = "palimpsest_learner_cut_seconds_sum"
 CUT_PHASES = ("before", "wait", "read", "score", "stall")
@@ -101,7 +101,7 @@ class CountingStore(SnapshotClient):
         return super().tensors(manifest)
 
 
-class WatchedStep(Step):
+class WatchedStep(Trainer):
     """A step that notes what it did."""
 
     watch: Watch
@@ -112,7 +112,7 @@ class WatchedStep(Step):
         now: Version,
         *,
         before_first_step: Callable[[], None] = lambda: None,
-    ) -> Trained:
+    ) -> StepResult:
         """See Step."""
         with self.watch.of("train"):
             trained = super().train(minibatches, now, before_first_step=before_first_step)
@@ -157,7 +157,7 @@ class WatchedRoute:
         self._turns.wait()
         self._watch.told |= {"taken_at": time.monotonic(), "batch": [row.trajectory for row in rows]}
         with self._watch.of("known"):
-            return self._inner.known(rows, now, look=look, stop=stop)
+            return self._inner.attach_old_logprobs(rows, now, heartbeat=look, stop=stop)
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         """See Route."""
@@ -211,20 +211,22 @@ def learn(config: RunConfig, pipe: Connection) -> None:
     logs.configure(config.run.id, config.logs.level, config.logs.format)
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    watch, ranks = Watch(), Ranks()
+    watch, ranks = Watch(), ProcessGroup()
     turns = Turns(pipe, watch)
-    trainee = Trainee(load_model(config.model.path, ranks.device, config.model.attention), config.learner.optimizer)
+    trainee = TrainablePolicy(
+        load_model(config.model.path, ranks.device, config.model.attention), config.learner.optimizer
+    )
     with ExitStack() as stack:
         store = stack.enter_context(CountingStore(config.store_url, compression=config.snapshot_store.compression))
-        beside = companions(config.learner, trainee, store, ranks.device)
+        beside = build_training_state(config.learner, trainee, store, ranks.device)
         step = WatchedStep(
             trainee, beside, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
         )
         store.watch = step.watch = watch
-        scores = Scores()
+        scores = ScoreStore()
         turns.weigh = lambda: weigh(trainee, scores)
         watch_source(stack, beside, watch)
-        stack.enter_context(patch.object(coordinator, "Scores", lambda: scores))
+        stack.enter_context(patch.object(coordinator, "ScoreStore", lambda: scores))
         stack.enter_context(
             patch.object(
                 coordinator, "route", lambda config, **beside: WatchedRoute(route(config, **beside), watch, turns)
@@ -238,26 +240,26 @@ def learn(config: RunConfig, pipe: Connection) -> None:
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:
-            one = resident(trainee.model, ranks.device)
+            one = model_scorer(trainee.model, ranks.device)
             with Starting(
                 "learner", config.learner.host, config.learner.port, key="learner", registry=REGISTRY
             ) as http:
-                coordinator.lead(config, Stop(), store, trainee, beside, step, ranks, one, http)
+                coordinator.run_coordinator(config, Stop(), store, trainee, beside, step, ranks, one, http)
         except Over:
             pipe.close()
 
 
-def watch_source(stack: ExitStack, beside: Companions, watch: Watch) -> None:
+def watch_source(stack: ExitStack, beside: TrainingState, watch: Watch) -> None:
     """Put a clock on the source of the proximal, and on what it does when a version was trained."""
     source = beside.source
     whole = source.proximal
 
-    def proximal(batches: Sequence[Padded], now: Version) -> Proximal:
+    def proximal(batches: Sequence[PaddedBatch], now: Version) -> Proximal:
         with watch.of("proximal"):
             given = whole(batches, now)
         watch.counts["scored_in_step"] += _scored(given, batches)
         if isinstance(given, Interpolated):  # made inside the passes, which are timed as a whole
-            given = replace(given, between=partial(watch.calling, "between", given.between))
+            given = replace(given, interpolate=partial(watch.calling, "interpolate", given.interpolate))
         return given
 
     stack.enter_context(patch.object(source, "proximal", proximal))
@@ -269,7 +271,7 @@ def watch_source(stack: ExitStack, beside: Companions, watch: Watch) -> None:
         stack.enter_context(patch.object(source.average, "distance", distance))
 
 
-def _scored(given: Proximal, batches: Sequence[Padded]) -> int:
+def _scored(given: Proximal, batches: Sequence[PaddedBatch]) -> int:
     """Trainable tokens for which a forward pass gave the value."""
     if isinstance(given, Interpolated) or (isinstance(given, Surrogate) and given.method == "bypass"):
         return 0
@@ -282,7 +284,7 @@ def _cut_figures() -> dict[str, float]:
     return seconds | {when: REGISTRY.get_sample_value(SCORED, {"when": when}) or 0.0 for when in ("early", "cut")}
 
 
-def weigh(trainee: Trainee, scores: Scores) -> dict[str, int]:
+def weigh(trainee: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
     """Bytes: of one bf16 copy of the model, of every tensor in this process that is not the trainee's own, and of the
     old log-probs that are kept."""
     own = {tensor.untyped_storage().data_ptr() for tensor in _of(trainee)}
@@ -300,7 +302,7 @@ def weigh(trainee: Trainee, scores: Scores) -> dict[str, int]:
     }
 
 
-def _of(trainee: Trainee) -> Iterator[Tensor]:
+def _of(trainee: TrainablePolicy) -> Iterator[Tensor]:
     """Model, masters, gradients, moments."""
     yield from trainee.model.parameters()
     yield from trainee.model.buffers()

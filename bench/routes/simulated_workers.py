@@ -40,7 +40,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.rollout.cut_state import Cuts
+from palimpsest.services.rollout.cut_state import CutState
 
 POLL_RECORDS = 512
 MESSAGE = 0.2
@@ -113,7 +113,7 @@ class Worker:
     applied: Version | None = None
 
 
-class Fleet:
+class SimulatedWorkers:
     """The workers of one run, driven by whoever calls `drive`."""
 
     def __init__(self, bus: Bus, *, run: str, load: Load, vocabulary: int, seed: int, workers: int = 2) -> None:
@@ -126,7 +126,7 @@ class Fleet:
         self._control = self._closing.enter_context(bus.consumer(CONTROL))
         self._waiting: deque[tuple[GroupOffered, int]] = deque()
         self._live: list[Live] = []
-        self._cuts = Cuts()
+        self._cuts = CutState()
         self._version = Version(-1)
         self._last = self._alive_at = float("-inf")
         self._asked_at = 0.0

@@ -15,12 +15,12 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.routes.instrumented_learner import END, GO, WEIGH, learn
-from bench.routes.simulated_workers import Fleet
-from bench.routes.variants import REFERENCE, Contender, Load, Place, run_config
+from bench.routes.simulated_workers import SimulatedWorkers
+from bench.routes.variants import REFERENCE, Load, Place, Variant, run_config
 from palimpsest.common.bus.factory import connect
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import show
-from palimpsest.common.parent_death import tie
+from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.parent_death import die_with_parent
 from tools.backends.ports import free
 
 LIMIT_S = 600.0
@@ -53,26 +53,26 @@ class Pace:
         if name == REFERENCE:
             self._steps.append(version["seconds"]["passes"] + version["seconds"]["step"])
 
-    def batch_s(self, contender: Contender) -> float:
+    def batch_s(self, contender: Variant) -> float:
         """Seconds in which its workers are to make a batch."""
         return median(self._steps) * (ROLLOUT if contender.rollout is None else contender.rollout)
 
 
-class Entrant:
+class VariantRun:
     """Started in two steps, `begin` and `ready`, so that all can start at once."""
 
-    def __init__(self, contender: Contender, load: Load, *, folder: Path, model: Path, vocabulary: int) -> None:
+    def __init__(self, contender: Variant, load: Load, *, folder: Path, model: Path, vocabulary: int) -> None:
         self.contender, self._load, self._vocabulary = contender, load, vocabulary
         store_port = free()
         place = Place(folder, model, store_port, free(store_port))
         self.config: RunConfig = run_config(contender, load, place)
         self._file = folder / f"{contender.name}.toml"
-        self._file.write_text(show(self.config))
+        self._file.write_text(to_toml(self.config))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._replica: int | None = None
         self._pipe, self._its_end = FORKS.Pipe()
         self._learner = FORKS.Process(target=learn, args=(self.config, self._its_end), daemon=True)
-        self._fleet: Fleet
+        self._fleet: SimulatedWorkers
 
     def begin(self) -> None:
         """Start the store, and the learner when that answers."""
@@ -88,7 +88,9 @@ class Entrant:
             self._replica = self._start("palimpsest.services.learner.replica").pid
             self._answers(self.config.replica.port)
         bus = connect(self.config)
-        self._fleet = Fleet(bus, run=self.config.run.id, load=self._load, vocabulary=self._vocabulary, seed=1)
+        self._fleet = SimulatedWorkers(
+            bus, run=self.config.run.id, load=self._load, vocabulary=self._vocabulary, seed=1
+        )
 
     def turn(self, batch_s: float) -> dict[str, Any]:
         """Train one version; what the learner noted, and what was seen from here."""
@@ -137,7 +139,7 @@ class Entrant:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(self._file)],
             env=environment,
-            preexec_fn=lambda: tie(parent),
+            preexec_fn=lambda: die_with_parent(parent),
         )
         self._processes.append(process)
         return process

@@ -14,7 +14,7 @@ REFERENCE = "bypass"
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Variant:
     """A way to a proximal."""
 
     name: str
@@ -25,17 +25,17 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender(REFERENCE, {"kind": "bypass"}),
-    Contender("snapshot", {"kind": "snapshot"}),
-    Contender("snapshot_prefetch", {"kind": "snapshot", "prefetch": True}),
-    Contender("replica", {"kind": "replica"}),
-    Contender("interruption", {"kind": "interruption"}),
-    Contender("interruption_busy", {"kind": "interruption"}, rollout=0.5),
-    Contender("current_recompute", {"kind": "current_recompute"}),
-    Contender("interp_prox_loglinear", {"kind": "interp_prox_loglinear"}),
-    Contender("linear_prox", {"kind": "linear_prox"}),
-    Contender("ewma_prox", {"kind": "ewma_prox"}),
-    Contender("ppo_ewma_async", {"kind": "ppo_ewma_async"}),
+    Variant(REFERENCE, {"kind": "bypass"}),
+    Variant("snapshot", {"kind": "snapshot"}),
+    Variant("snapshot_prefetch", {"kind": "snapshot", "prefetch": True}),
+    Variant("replica", {"kind": "replica"}),
+    Variant("interruption", {"kind": "interruption"}),
+    Variant("interruption_busy", {"kind": "interruption"}, rollout=0.5),
+    Variant("current_recompute", {"kind": "current_recompute"}),
+    Variant("interp_prox_loglinear", {"kind": "interp_prox_loglinear"}),
+    Variant("linear_prox", {"kind": "linear_prox"}),
+    Variant("ewma_prox", {"kind": "ewma_prox"}),
+    Variant("ppo_ewma_async", {"kind": "ppo_ewma_async"}),
 )
 
 
@@ -108,7 +108,7 @@ def build_model(shape: Shape, folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def run_config(contender: Contender, load: Load, place: Place) -> RunConfig:
+def run_config(contender: Variant, load: Load, place: Place) -> RunConfig:
     """The run of this contender. Its checkpoints never come: they cost every contender the same."""
     longest = 2 * load.tokens
     return RunConfig.model_validate(

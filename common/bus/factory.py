@@ -5,11 +5,11 @@ from palimpsest.common.bus.port import Bus
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 
 def open_bus(config: RunConfig) -> Bus:
-    """The run's log, its topics created. Raises Refusal when they stand there otherwise, or nobody answers."""
+    """The run's log, its topics created. Raises UserError when they stand there otherwise, or nobody answers."""
     bus = connect(config)
     try:
         bus.create_topics(
@@ -24,8 +24,8 @@ def open_bus(config: RunConfig) -> Bus:
         )
     except ValueError as error:
         bus.close()
-        raise Refusal(str(error)) from None
-    except Refusal:
+        raise UserError(str(error)) from None
+    except UserError:
         bus.close()
         raise
     return bus

@@ -8,17 +8,17 @@ from palimpsest.common.bus.factory import connect
 from palimpsest.common.bus.port import Bus, OffsetGone, Record
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import TOPICS
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 READ_RECORDS = 1024
 SILENT_S = 60.0
 """A record that is there and does not come for so long will not come."""
 
 
-def standing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
-    """The log of a run that has begun; see `connect`. Raises Refusal when there is none."""
+def open_existing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
+    """The log of a run that has begun; see `connect`. Raises UserError when there is none."""
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
-        raise Refusal(
+        raise UserError(
             f"{config.bus_path}: no such log; name the run that is meant by its run.toml (runs/ID/run.toml), or by "
             f"--run.id and --run.folder"
         )
@@ -29,11 +29,11 @@ def standing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
                 pass
     except LookupError as error:
         bus.close()
-        raise Refusal(f"run {config.run.id} has no log yet, or another one is meant: {error}") from None
+        raise UserError(f"run {config.run.id} has no log yet, or another one is meant: {error}") from None
     return bus
 
 
-def scan(bus: Bus, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Record]:
+def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Record]:
     """Every record that stands on the topic when this begins.
 
     `start`: partition -> offset to begin at. Where the log has moved on, and in other partitions, its first record is
@@ -51,7 +51,7 @@ def scan(bus: Bus, topic: str, start: Mapping[int, int] | None = None) -> Iterat
             if records:
                 heard = time.monotonic()
             elif time.monotonic() - heard > SILENT_S:
-                raise Refusal(
+                raise UserError(
                     f"{topic}: records up to {ends} stand there, but none came for {SILENT_S:.0f} s: is the log well?",
                     ExitCode.UNAVAILABLE,
                 )

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from palimpsest.common.config.proximal import SnapshotProximal
-from palimpsest.common.config.recipes import beneath, unknown
+from palimpsest.common.config.recipes import apply_recipe, unknown
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 ENV_PREFIX = "PALIMPSEST_"
 NOT_KEYS = (
@@ -49,7 +49,7 @@ class Invocation:
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> Invocation:
-    """Read the run that the arguments name. Raises Refusal with every problem found, or with the usage."""
+    """Read the run that the arguments name. Raises UserError with every problem found, or with the usage."""
     path: Path | None = None
     check, resume = False, None
     overrides: list[tuple[Key, str, str]] = []
@@ -60,12 +60,12 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         if argument == "--check":
             check = True
         elif argument in ("--help", "-h"):
-            raise Refusal(usage(program))
+            raise UserError(usage(program))
         elif argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             if not equals:
                 if not waiting:
-                    raise Refusal(f"{argument} needs a value: {argument}=VALUE")
+                    raise UserError(f"{argument} needs a value: {argument}=VALUE")
                 value = waiting.pop(0)
             if name == "resume":
                 resume = Path(value)
@@ -75,13 +75,13 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         elif path is None:
             path = Path(argument)
         else:
-            raise Refusal(f"one run file is wanted, but {path} and {argument} were given")
+            raise UserError(f"one run file is wanted, but {path} and {argument} were given")
     if path is None and resume is not None:
         path = resume / "run.toml"  # where a run keeps its own
         if not path.is_file():
-            raise Refusal(f"--resume {resume}: that is no run's folder (it has no {path.name})")
+            raise UserError(f"--resume {resume}: that is no run's folder (it has no {path.name})")
     if path is None:
-        raise Refusal(usage(program))
+        raise UserError(usage(program))
     values, origins = _toml(path)
     problems = [
         problem
@@ -115,15 +115,15 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such file. examples/embedded.toml is one to start from") from None
+        raise UserError(f"{path}: no such file. examples/embedded.toml is one to start from") from None
     except IsADirectoryError:
         own = path / "run.toml"  # where a run keeps its own
         kept = f"the run in it is described by {own}" if own.is_file() else "a file that describes a run is wanted"
-        raise Refusal(f"{path}: that is a folder; {kept}") from None
+        raise UserError(f"{path}: that is a folder; {kept}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
-        raise Refusal(f"{path}: not TOML: {error}") from None
+        raise UserError(f"{path}: not TOML: {error}") from None
     return values, {}
 
 
@@ -153,7 +153,7 @@ def _follow_recipe(values: dict[str, Any], origins: dict[Key, str], path: Path) 
         return []
     if problem := unknown(name):
         return [f"{origins.get(('learner', 'recipe'), path)}: {problem}"]
-    values["learner"] = beneath(name, learner)
+    values["learner"] = apply_recipe(name, learner)
     return []
 
 
@@ -179,7 +179,7 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
             by = origins.get((*key[:-1], "kind"))
             problems.append(f"{where}: {_problem(key, detail, tags[-1] if tags else None, f' by {by}' if by else '')}")
     if problems:
-        raise Refusal("\n".join(problems))
+        raise UserError("\n".join(problems))
     return config
 
 

@@ -103,7 +103,7 @@ def unknown(name: str) -> str | None:
     return f"there is no recipe {name!r}; {hint}"
 
 
-def beneath(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+def apply_recipe(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """The run's own `learner` keys over the recipe's. A kind of proximal that the run chooses brings its own keys.
 
     >>> beneath("dapo", {"versions": 3, "loss": {"clip_high": 0.5}})["loss"]

@@ -8,7 +8,7 @@ from typing import Any
 from palimpsest.common.config.schema import RunConfig
 
 
-def show(config: RunConfig) -> str:
+def to_toml(config: RunConfig) -> str:
     """The whole run with every default filled in; reading it back gives the same run."""
     lines: list[str] = []
     _table(config.model_dump(), (), lines)

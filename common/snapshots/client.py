@@ -17,7 +17,7 @@ import httpx
 import msgspec
 from blake3 import blake3
 
-from palimpsest.common.files import named
+from palimpsest.common.files import with_filename
 from palimpsest.common.snapshots.codec import Bytes, decode_base, encode_base
 from palimpsest.common.snapshots.fencing import raise_if_refused
 from palimpsest.common.snapshots.manifest import (
@@ -31,7 +31,7 @@ from palimpsest.common.snapshots.manifest import (
     unseal,
     version_digest,
 )
-from palimpsest.common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable, expect
+from palimpsest.common.snapshots.retrying_http import NotThere, RetryingHttp, StoreUnavailable, expect
 from palimpsest.common.versions import Version
 
 __all__ = [
@@ -86,7 +86,7 @@ class SnapshotClient:
         patience_s: float = PATIENCE_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._calls = Calls(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
+        self._calls = RetryingHttp(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
         self._compression = compression
 
     @property
@@ -116,7 +116,7 @@ class SnapshotClient:
         """
         with tempfile.TemporaryFile(prefix="palimpsest-put-") as temporary:
             file = cast("IO[bytes]", temporary)
-            with named(tempfile.gettempdir()):
+            with with_filename(tempfile.gettempdir()):
                 entries, digest, size = self._encode(tensors, file)
             manifest = Manifest(
                 schema=SCHEMA,

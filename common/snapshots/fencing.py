@@ -2,15 +2,15 @@
 
 import httpx
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 
-class Fenced(Refusal):
+class Fenced(UserError):
     """Another learner took the run over: this one must not write, announce or train any further."""
 
 
 def raise_if_refused(reply: httpx.Response) -> None:
-    """Raise Fenced, or a Refusal when the store never issued the epoch. Any other reply is let pass."""
+    """Raise Fenced, or a UserError when the store never issued the epoch. Any other reply is let pass."""
     if reply.status_code != 409:
         return
     said = reply.json()
@@ -21,7 +21,7 @@ def raise_if_refused(reply: httpx.Response) -> None:
             ExitCode.REPLACED,
         )
     if said["code"] == "writer_unknown":
-        raise Refusal(
+        raise UserError(
             f"the snapshot store at {reply.request.url.copy_with(path='/')} is not the one this learner began with: "
             f"{said['message']}. Was it emptied, or put back from an older copy? Restore it, or start a new run",
             ExitCode.DAMAGED,

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
-from palimpsest.common.tls import trusting
+from palimpsest.common.tls import tls_context
 
 FIRST_PAUSE_S = 0.2
 """Before the second try; doubles, up to LONGEST_PAUSE_S."""
@@ -32,7 +32,7 @@ class NotThere(LookupError):
     """The store does not hold this."""
 
 
-class Calls:
+class RetryingHttp:
     """Requests to one store. Any number of threads may use it at once."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Calls:
         sleep: Callable[[float], None] = time.sleep,
         outages: Outages = OUTAGES,
     ) -> None:
-        trusted = trusting(ca_file, key="snapshot_store.ca_file")  # once: to read certificates takes 40 ms
+        trusted = tls_context(ca_file, key="snapshot_store.ca_file")  # once: to read certificates takes 40 ms
         self._http = httpx.Client(base_url=url, verify=trusted, timeout=_TIMEOUT)
         # no header but Host is signed in a presigned address; identity, so that a range counts stored bytes
         self._direct = httpx.Client(verify=trusted, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})

@@ -8,7 +8,7 @@ import msgspec
 
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.audit import rendering
 from palimpsest.services.audit.judge import judge
 from palimpsest.services.audit.read import read
@@ -24,23 +24,23 @@ class Answer:
     code: int
 
 
-def answer(arguments: Sequence[str], environment: Mapping[str, str]) -> Answer:
-    """Audit the run that is named. Raises Refusal."""
+def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Answer:
+    """Audit the run that is named. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         return Answer(rendering.USAGE, 0)
     rest = [argument for argument in arguments if argument not in ("--quick", "--json")]
     if not rest:
-        raise Refusal(rendering.USAGE)
+        raise UserError(rendering.USAGE)
     config, home = _named(rest, environment)
     try:
         evidence = read(config, home, quick="--quick" in arguments)
     except Unavailable as silent:
-        raise Refusal(f"the snapshot store's storage cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
+        raise UserError(f"the snapshot store's storage cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
     judgement = judge(evidence)
     if "--json" in arguments:
-        text = msgspec.json.encode(rendering.for_machines(evidence, judgement)).decode()
+        text = msgspec.json.encode(rendering.to_json(evidence, judgement)).decode()
     else:
-        text = "\n".join(rendering.told(evidence, judgement))
+        text = "\n".join(rendering.to_text(evidence, judgement))
     return Answer(text, 0 if judgement.sound else 1)
 
 
@@ -54,5 +54,5 @@ def _named(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Ru
         return config.model_copy(update={"snapshot_store": store}), folder
     config = load(arguments, environment, program=rendering.PROGRAM).config
     if not config.run.id:
-        raise Refusal("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
+        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
     return config, config.run.home

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from palimpsest.common.bus.offline import scan, standing_bus
+from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import (
@@ -33,7 +33,7 @@ from palimpsest.common.messages import (
     message_in,
     trajectory_id,
 )
-from palimpsest.common.rejected_record import FOREIGN, Unusable
+from palimpsest.common.rejected_record import FOREIGN, RejectedRecord
 from palimpsest.common.trajectory import Malformed
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
@@ -51,7 +51,7 @@ from palimpsest.services.audit.evidence import (
 )
 from palimpsest.services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
 from palimpsest.services.learner.ingest.validation import check_finished
-from palimpsest.services.snapshot_store.offline import StorageClaims, standing_storage
+from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
 ANY_VERSION = Version(1 << 62)
 """Whether a version had been published when a trajectory came is judged from the history, not here."""
@@ -80,12 +80,12 @@ class _Topics:
         with self.bus.consumer(topic) as consumer:
             stands = {p: Bounds(end, end) for p, end in consumer.ends().items()}
         self.bounds[topic] = stands
-        for record in scan(self.bus, topic):
+        for record in read_existing(self.bus, topic):
             known = stands[record.partition]
             stands[record.partition] = Bounds(min(known.first, record.offset), max(known.end, record.offset + 1))
             try:
                 message = message_in(record)
-            except Unusable:
+            except RejectedRecord:
                 message = None
             yield record, message if message is not None and message.run == self.run else None
 
@@ -95,11 +95,11 @@ class _Topics:
 
 
 def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
-    """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises Refusal, Unavailable."""
+    """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises UserError, Unavailable."""
     path, kept = home / "history.jsonl", config.checkpoint_folder
     with asyncio.Runner() as runner:
-        storage = runner.run(standing_storage(config))
-        with closing(standing_bus(config, StorageClaims(storage, runner))) as bus:
+        storage = runner.run(open_offline(config))
+        with closing(open_existing_bus(config, StorageClaims(storage, runner))) as bus:
             candidates = runner.run(read_candidates(kept, storage))
             body = path.read_bytes() if path.exists() else b""
             checkpoints = runner.run(choose(kept, storage, candidates, quick=quick))

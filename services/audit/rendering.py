@@ -25,7 +25,7 @@ inconsistency in a sentence. It touches nothing and needs no service, so it work
 Exit codes: 0 nothing is wrong, 1 something is, 2 there is no such run, 3 its log or store does not answer."""
 
 
-def told(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+def to_text(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
     """The audit, line by line."""
     yield f"Run {evidence.run}"
     yield ""
@@ -47,7 +47,7 @@ def told(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
         yield f"{number}. {finding.kind}: {finding.sentence}"
 
 
-def for_machines(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
+def to_json(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
     """The same as values."""
     checkpoint, counted = evidence.checkpoint, judgement.recount
     return {

@@ -10,9 +10,9 @@ from palimpsest.common.service import Stop, serve
 from palimpsest.common.sessions.token import VARIABLE, token
 from palimpsest.services.env_gateway import plugins, registry
 from palimpsest.services.env_gateway.app import create_app
-from palimpsest.services.env_gateway.auth import refuse_open_door
+from palimpsest.services.env_gateway.auth import require_token_off_loopback
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0
@@ -22,7 +22,7 @@ WAIT_FOR_PROCESS_S = 2.0
 def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until stopped."""
     config, secret = invocation.config.env_gateway, token(os.environ)
-    refuse_open_door(config.host, secret)
+    require_token_off_loopback(config.host, secret)
     os.environ.pop(VARIABLE, None)  # environments are other people's code
     wanted = plugins.blueprints(config.plugins, taken=registry.built_in())
     pool = Pool(
@@ -55,7 +55,7 @@ def _limits(config: EnvGatewayConfig) -> Limits:
     )
 
 
-def _modules(config: RunConfig, plugged_in: Iterable[Blueprint]) -> tuple[str, ...]:
+def _modules(config: RunConfig, plugged_in: Iterable[EnvironmentSpec]) -> tuple[str, ...]:
     """What children find loaded: every plugin, and reasoning-gym (seconds, 100 MB) if the run trains on it."""
     wanted = any(name.startswith(registry.REASONING_GYM) for name in config.tasks.environments)
     return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if wanted else []))

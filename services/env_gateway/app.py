@@ -35,7 +35,7 @@ from palimpsest.common.sessions.wire import (
     Wire,
 )
 from palimpsest.services.env_gateway import instruments, raw_routes
-from palimpsest.services.env_gateway.auth import Guard
+from palimpsest.services.env_gateway.auth import BearerAuth
 from palimpsest.services.env_gateway.registry import Entry, Registry
 from palimpsest.services.env_gateway.sessions import Sessions
 
@@ -75,7 +75,7 @@ def create_app(
         lifespan=lifespan,
     )
     if token is not None:
-        app.add_middleware(Guard, token=token)
+        app.add_middleware(BearerAuth, token=token)
     _answer_errors_alike(app)
     _add_environment_routes(app, registry)
     _add_session_routes(app, sessions, request_limit_bytes)

@@ -8,17 +8,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from palimpsest.common.service import HttpError
 from palimpsest.common.sessions.token import VARIABLE
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import instruments
 
 GUARDED = "/v1"
 """Everything under this path needs the token; health and metrics do not."""
 
 
-def refuse_open_door(host: str, token: str | None) -> None:
-    """Raises Refusal if the gateway would answer strangers."""
+def require_token_off_loopback(host: str, token: str | None) -> None:
+    """Raises UserError if the gateway would answer strangers."""
     if token is None and not is_loopback(host):
-        raise Refusal(
+        raise UserError(
             f"env_gateway.host: {host or 'every address'} can be reached from outside this machine, and whoever "
             f"reaches the gateway can run its environments: set {VARIABLE} to a secret (for the gateway and for the "
             f"rollout workers), or listen on 127.0.0.1"
@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Guard:
+class BearerAuth:
     """Lets requests through that carry the token; compares in constant time."""
 
     def __init__(self, app: ASGIApp, *, token: str) -> None:

@@ -13,11 +13,11 @@ from palimpsest.services.env_gateway.environments.port import (
 from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
 
 
-class NoRoom(Exception):
+class AtCapacity(Exception):
     """As many sessions of this kind run as may run at once."""
 
 
-class World(Protocol):
+class EnvironmentHost(Protocol):
     """An environment at a distance: the same calls, checked results, and an end that always succeeds.
 
     A call that cannot be relied on to come back has a deadline, and raises EnvironmentFailed when that has passed.

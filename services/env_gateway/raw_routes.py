@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from palimpsest.common.sessions.wire import Wire
 
 
-class Direct(APIRoute):
+class RawRoute(APIRoute):
     """A route whose endpoint takes the request and gives the reply's JSON as bytes."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
@@ -34,7 +34,7 @@ def post(
     content = {"application/json": {"schema": takes.model_json_schema()}} if takes else None
     app.router.routes.insert(
         0,
-        Direct(
+        RawRoute(
             path,
             endpoint,
             methods=["POST"],

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from palimpsest.services.env_gateway.environments import add, hop, lookup
-from palimpsest.services.env_gateway.environments.port import Environment, Family
+from palimpsest.services.env_gateway.environments.port import Environment, TaskFamily
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, ReasoningGymTask
-from palimpsest.services.env_gateway.hosts import InProcess, World
+from palimpsest.services.env_gateway.hosts import EnvironmentHost, InProcess
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 
-FAMILIES: Mapping[str, Family] = {"lookup": lookup, "hop": hop, "add": add}
+FAMILIES: Mapping[str, TaskFamily] = {"lookup": lookup, "hop": hop, "add": add}
 """The built-in families, with what is needed to prepare a model for each."""
 
 REASONING_GYM = "reasoning_gym."
@@ -30,8 +30,8 @@ class Entry:
     description: str
     isolated: bool
     """Whether each session has a process of its own."""
-    open: Callable[[], Awaitable[World]]
-    """A world for a new session. Raises NoRoom, EnvironmentFailed."""
+    open: Callable[[], Awaitable[EnvironmentHost]]
+    """A world for a new session. Raises AtCapacity, EnvironmentFailed."""
 
 
 Registry = Mapping[str, Entry]
@@ -54,7 +54,7 @@ def reasoning_gym(pool: Pool) -> dict[str, Entry]:
         f"{REASONING_GYM}{dataset}": isolated(
             pool,
             f"{REASONING_GYM}{dataset}",
-            Blueprint(path=path, arguments=(dataset,)),
+            EnvironmentSpec(path=path, arguments=(dataset,)),
             version=ReasoningGymTask.version,
             description=f"reasoning-gym's {dataset}, with a calculator",
         )
@@ -62,12 +62,12 @@ def reasoning_gym(pool: Pool) -> dict[str, Entry]:
     }
 
 
-def isolated(pool: Pool, name: str, blueprint: Blueprint, *, version: str, description: str) -> Entry:
+def isolated(pool: Pool, name: str, blueprint: EnvironmentSpec, *, version: str, description: str) -> Entry:
     """An environment whose sessions have a child each."""
     return Entry(name, version, description, True, partial(InChild.open, pool, blueprint))
 
 
-async def _in_process(made: Callable[[], Environment]) -> World:
+async def _in_process(made: Callable[[], Environment]) -> EnvironmentHost:
     return InProcess(made())
 
 

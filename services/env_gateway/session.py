@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from palimpsest.common.service import HttpError
 from palimpsest.common.sessions.wire import CreateSession, SessionState, Status, Step
-from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.hosts import EnvironmentHost
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Session:
     lease_until: float
     on_end: Callable[["Session"], None]
     """Called once, when it ends."""
-    world: World | None = None
+    world: EnvironmentHost | None = None
     """Where the environment runs, while it does."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     opened: bytes | None = None

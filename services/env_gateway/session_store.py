@@ -12,7 +12,7 @@ from palimpsest.services.env_gateway import instruments
 from palimpsest.services.env_gateway.session import Session
 
 
-class Ledger:
+class SessionStore:
     """Sessions by id and by key."""
 
     def __init__(self, *, remember: int, remember_s: float) -> None:

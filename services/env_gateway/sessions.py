@@ -15,10 +15,10 @@ from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, 
 from palimpsest.services.env_gateway import instruments, replies
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply
 from palimpsest.services.env_gateway.environments.tool_calls import turn
-from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.registry import Entry, Registry
 from palimpsest.services.env_gateway.session import Session
-from palimpsest.services.env_gateway.session_store import Ledger
+from palimpsest.services.env_gateway.session_store import SessionStore
 
 REMEMBERED_PER_SESSION = 8
 """So many ended sessions are remembered for each that may be live."""
@@ -39,13 +39,13 @@ class Sessions:
 
     def __init__(self, registry: Registry, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._limits, self._clock = registry, limits, clock
-        self._ledger = Ledger(remember=REMEMBERED_PER_SESSION * limits.max_sessions, remember_s=limits.remember_s)
+        self._ledger = SessionStore(remember=REMEMBERED_PER_SESSION * limits.max_sessions, remember_s=limits.remember_s)
         self._draining = False
 
     async def create(self, wanted: CreateSession, key: str | None) -> bytes:
         """Begin a session, or give the one that this key began. Raises HttpError (404, 409, 410, 429, 502, 503)."""
         if earlier := self._ledger.of_key(key):
-            return await self._again(earlier, wanted)
+            return await self._replay_create(earlier, wanted)
         entry = self._registry.get(wanted.environment)
         if entry is None:
             raise HttpError(404, "unknown_environment", f"no environment {wanted.environment!r}; GET /v1/envs has all")
@@ -137,7 +137,7 @@ class Sessions:
         """What /v1/status says of sessions."""
         return {"draining": self._draining, **self._ledger.status()}
 
-    async def _again(self, session: Session, wanted: CreateSession) -> bytes:
+    async def _replay_create(self, session: Session, wanted: CreateSession) -> bytes:
         """A creation that was asked for before, and may still be under way."""
         if session.wanted != wanted:
             raise HttpError(409, "key_conflict", "this Idempotency-Key began another session")
@@ -155,7 +155,7 @@ class Sessions:
         try:
             session.world = await entry.open()
             opening, state_hash = await session.world.reset(session.wanted.seed)
-        except NoRoom as full:
+        except AtCapacity as full:
             raise HttpError(429, "capacity", str(full), retryable=True) from None
         except EnvironmentFailed as failure:
             if self._draining:

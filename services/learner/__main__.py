@@ -11,8 +11,8 @@ import sys
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.parent_death import tie
-from palimpsest.common.program import main, service, tell
+from palimpsest.common.parent_death import die_with_parent
+from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 
@@ -32,26 +32,26 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     # torch arrives here: `--check` and a mistake in the run file need not wait for it
     import torch
 
-    from palimpsest.services.learner.coordinator import lead
-    from palimpsest.services.learner.distributed import Ranks
+    from palimpsest.services.learner.coordinator import run_coordinator
+    from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.model.policy import load_model
-    from palimpsest.services.learner.model.trainable import Trainee
-    from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
-    from palimpsest.services.learner.training.build import companions
-    from palimpsest.services.learner.training.follower import follow
-    from palimpsest.services.learner.training.trainer import Step
+    from palimpsest.services.learner.model.trainable import TrainablePolicy
+    from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+    from palimpsest.services.learner.training.build import build_training_state
+    from palimpsest.services.learner.training.follower import run_follower
+    from palimpsest.services.learner.training.trainer import Trainer
 
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    ranks = Ranks()
+    ranks = ProcessGroup()
     if server is not None:
         server.doing = "the model to be loaded"
     model = load_model(config.model.path, ranks.device, config.model.attention)
-    trainee = Trainee(model, config.learner.optimizer)
+    trainee = TrainablePolicy(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
-        beside = companions(config.learner, trainee, store, ranks.device)
-        step = Step(
+        beside = build_training_state(config.learner, trainee, store, ranks.device)
+        step = Trainer(
             trainee,
             beside,
             ranks,
@@ -59,20 +59,20 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
             length=config.sampling.max_trajectory_tokens,
             seed=config.run.seed,
         )
-        one = resident(model, ranks.device)
+        one = model_scorer(model, ranks.device)
         if server is not None:
-            lead(config, stop, store, trainee, beside, step, ranks, one, server)
+            run_coordinator(config, stop, store, trainee, beside, step, ranks, one, server)
         else:
-            follow(trainee, beside, step, ranks, one)
+            run_follower(trainee, beside, step, ranks, one)
     ranks.close()
 
 
 def dead_letters() -> None:
     """List or replay them."""
-    from palimpsest.services.learner.dead_letters.command import answer
+    from palimpsest.services.learner.dead_letters.command import run_command
 
-    for line in answer(sys.argv[2:], os.environ):
-        tell(line)
+    for line in run_command(sys.argv[2:], os.environ):
+        print_line(line)
 
 
 if __name__ == "__main__":
@@ -81,5 +81,5 @@ if __name__ == "__main__":
         sys.exit()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun starts ranks in sessions of their own: killed, it would leave them training beside their successors
-        tie(os.getppid())
+        die_with_parent(os.getppid())
     service("learner", body)

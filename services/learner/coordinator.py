@@ -9,34 +9,34 @@ from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Starting, Stop, application
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.services.learner.buffer.ledger import Planner
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 from palimpsest.services.learner.loop import Loop
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.observability.alerts import Teller
-from palimpsest.services.learner.observability.batch_dump import Recorder
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.observability.alerts import VersionReporter
+from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
-from palimpsest.services.learner.observability.thresholds import Bounds
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, Together
+from palimpsest.services.learner.observability.thresholds import RunThresholds
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, Pass
 from palimpsest.services.learner.old_logprobs.routes import route
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.publishing.canaries import Canaries
 from palimpsest.services.learner.publishing.publisher import Publisher
-from palimpsest.services.learner.training.state import Companions
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.training.state import TrainingState
+from palimpsest.services.learner.training.trainer import Trainer
 
 
-def lead(
+def run_coordinator(
     config: RunConfig,
     stop: Stop,
     store: SnapshotClient,
-    trainee: Trainee,
-    companions: Companions,
-    step: Step,
-    ranks: Ranks,
-    one: Pass,
+    trainee: TrainablePolicy,
+    companions: TrainingState,
+    step: Trainer,
+    ranks: ProcessGroup,
+    forward: Pass,
     server: Starting,
 ) -> None:
     """Run the loop until it is done or stopped. one: a forward pass by the trainee's model."""
@@ -44,14 +44,14 @@ def lead(
     learner, tasks, home = config.learner, config.tasks, config.run.home
     writer = Writer(store)
     bus = open_bus(config)
-    planner: Planner[Arrived] = Planner(
+    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
         samples=tasks.samples_per_group,
         groups_per_batch=learner.groups_per_batch,
         max_staleness=learner.max_staleness,
         time_limit_s=tasks.time_limit_s,
     )
-    scores = Scores()
-    intake = Intake(
+    scores = ScoreStore()
+    intake = TrajectoryReader(
         bus,
         planner,
         run=config.run.id,
@@ -62,14 +62,14 @@ def lead(
         time_limit_s=tasks.time_limit_s,
         confirm=writer.confirm,
         keep_flushed=isinstance(learner.proximal, InterruptionProximal),
-        ended=scores.forget,
+        on_resolved=scores.forget,
     )
     exact = route(
         learner,
         run=config.run.id,
         bus=bus,
         intake=intake,
-        score=Together(ranks, one),
+        score=DistributedScorer(ranks, forward),
         scores=scores,
         confirm=writer.confirm,
     )
@@ -89,8 +89,8 @@ def lead(
         route=exact,
         checkpoints=Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep),
         open_history=lambda length: History(home / "history.jsonl", length=length),
-        recorder=Recorder(home / "records") if learner.record else None,
-        teller=Teller(Bounds.of(learner), home / "history.jsonl"),
+        recorder=BatchDump(home / "records") if learner.record else None,
+        teller=VersionReporter(RunThresholds.of(learner), home / "history.jsonl"),
         ranks=ranks,
         stop=stop,
     )  # fmt: skip

@@ -19,7 +19,7 @@ TIME_LIMIT = datetime.timedelta(days=1)
 """Other ranks wait for rank 0 while it waits for data; torchrun ends them all when one dies."""
 
 
-class Ranks:
+class ProcessGroup:
     """This process among its peers."""
 
     def __init__(self) -> None:
@@ -33,11 +33,11 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIME_LIMIT)
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, value: T | None) -> T:
+    def broadcast_object(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""
         if self.size > 1:
             box: list[T | None] = [value]
@@ -52,7 +52,7 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks."""
         if self.size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -62,7 +62,7 @@ class Ranks:
                 tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
                 start += tensor.numel()
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, on every rank, in rank order."""
         if self.size == 1:
             return [value]

@@ -17,28 +17,28 @@ from palimpsest.common.logs import logger
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.batch.collate import deal_minibatches, to_rows
-from palimpsest.services.learner.buffer.ledger import Batched, Planner
+from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
+from palimpsest.services.learner.buffer.ledger import ReadyGroup, TrajectoryLedger
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
-from palimpsest.services.learner.distributed import NOTHING, Ranks
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.observability.alerts import Teller
-from palimpsest.services.learner.observability.batch_dump import Recorder
+from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.observability.alerts import VersionReporter
+from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
-from palimpsest.services.learner.observability.version_record import Batch, observe
+from palimpsest.services.learner.observability.version_record import Batch, export_to_prometheus
 from palimpsest.services.learner.old_logprobs.routes import Route
 from palimpsest.services.learner.publishing.publisher import Publisher
-from palimpsest.services.learner.timing import Phases
-from palimpsest.services.learner.training.follower import Order, take_over
-from palimpsest.services.learner.training.results import Trained, merge
-from palimpsest.services.learner.training.state import Companions, parted
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.timing import PhaseTimer
+from palimpsest.services.learner.training.follower import TrainOrder, broadcast_state
+from palimpsest.services.learner.training.results import StepResult, merge
+from palimpsest.services.learner.training.state import TrainingState, split_checkpoint
+from palimpsest.services.learner.training.trainer import Trainer
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
@@ -58,19 +58,19 @@ class Loop:
         seed: int,
         samples: int,
         config: LearnerConfig,
-        step: Step,
-        trainee: Trainee,
-        companions: Companions,
-        planner: Planner[Arrived],
-        intake: Intake,
+        step: Trainer,
+        trainee: TrainablePolicy,
+        companions: TrainingState,
+        planner: TrajectoryLedger[ReceivedTrajectory],
+        intake: TrajectoryReader,
         writer: Writer,
         publisher: Publisher,
         route: Route,
         checkpoints: Checkpoints,
         open_history: Callable[[int], History],
-        recorder: Recorder | None,
-        teller: Teller,
-        ranks: Ranks,
+        recorder: BatchDump | None,
+        teller: VersionReporter,
+        ranks: ProcessGroup,
         stop: Stop,
     ) -> None:
         self._run, self._seed, self._samples, self._config = run, seed, samples, config
@@ -82,7 +82,7 @@ class Loop:
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._confirmed = self._started
-        self._phases = Phases()
+        self._phases = PhaseTimer()
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
         self._waiting_for: str | None = "the start"
@@ -96,7 +96,7 @@ class Loop:
             self._intake.start({}, {}, now=time.monotonic())
             history_bytes = 0
         else:
-            own, beside = parted(tensors)
+            own, beside = split_checkpoint(tensors)
             self._trainee.restore(own, progress.optimizer_steps)
             self._companions.restore(beside)
             self._planner.restore(progress.ledger, now=time.monotonic())
@@ -107,7 +107,7 @@ class Loop:
             logger().info(
                 "resumed", version=self._version, trained_versions=self._trained_versions, writer=self._writer.epoch
             )
-        take_over(self._trainee, self._companions, self._ranks)
+        broadcast_state(self._trainee, self._companions, self._ranks)
         self._confirm()
         self._history = self._open_history(history_bytes)
         self._teller.start()
@@ -121,9 +121,9 @@ class Loop:
         try:
             done = self._train_on()
         except Fenced:
-            self._ranks.share(NOTHING)  # wherever this rank hears of it, the others wait for an order
+            self._ranks.broadcast_object(NOTHING)  # wherever this rank hears of it, the others wait for an order
             raise
-        self._ranks.share(NOTHING)
+        self._ranks.broadcast_object(NOTHING)
         return done
 
     def _train_on(self) -> bool:
@@ -158,7 +158,7 @@ class Loop:
             "last": self._last_line,
         }
 
-    def _next_batch(self) -> tuple[list[Batched[Arrived]], list[list[Row]]] | None:
+    def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
         """The next groups to train on, and their rows; None when a stop is asked for."""
         wanted = self._config.groups_per_batch
         with self._phases.of("wait"):
@@ -171,9 +171,9 @@ class Loop:
                 self._intake.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()
                 self._intake.offer(self._version, now=time.monotonic())
-                if (ready := self._planner.ready()) and (rows := self._known(ready)) is not None:
+                if (ready := self._planner.peek_batch()) and (rows := self._known(ready)) is not None:
                     self._waiting_for = None
-                    self._planner.batch()  # only now: a stop that came meanwhile leaves everything as it was
+                    self._planner.take_batch()  # only now: a stop that came meanwhile leaves everything as it was
                     return ready, rows
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._give_up_on_nothing(self._dropped() - dropped_before)
@@ -187,7 +187,7 @@ class Loop:
         budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * self._samples
         if dropped >= HOPELESS_BUDGETS * budget and not self._planner.waiting():
             reasons = self._planner.counts()["dropped"]
-            raise Refusal(
+            raise UserError(
                 f"{dropped} trajectories in a row were dropped and none came back: {reasons}. The workers' logs tell "
                 f"why each was (usually the environment or its gateway); mend that and go on with --resume",
                 ExitCode.UNAVAILABLE,
@@ -212,14 +212,14 @@ class Loop:
                 logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
                 self._intake.resolve(arrived)
 
-    def _known(self, batch: list[Batched[Arrived]]) -> list[list[Row]] | None:
+    def _known(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """The rows of each group with what is known of their old log-probs; None when a stop came first."""
         groups = [to_rows(group, self._config.advantages.kind) for group in batch]
         self._waiting_for = "old log-probs of the batch"
-        known = self._route.known(
+        known = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
             self._version,
-            look=self._confirm_now_and_then,
+            heartbeat=self._confirm_now_and_then,
             stop=lambda: self._stop.requested,
         )
         if known is None:
@@ -227,21 +227,23 @@ class Loop:
         rows = iter(known)
         return [[next(rows) for _ in group] for group in groups]
 
-    def _train(self, batch: list[Batched[Arrived]], rows: list[list[Row]]) -> None:
+    def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
         """One version: train, account for it, make it durable, publish it."""
         now = self._version
         durable = self._config.checkpoint.every == 1  # else a crash brings these trajectories back, to be scored again
         training = frozenset(row.trajectory for group in rows for row in group if durable)
-        order = Order(now, deal_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
+        order = TrainOrder(now, split_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])
-            self._ranks.share((order,))
+            self._ranks.broadcast_object((order,))
 
             def cut() -> None:
                 self._route.cut(now, self._digest, training=training)
-                self._ranks.share(NOTHING)  # the others have scored along, and wait to step
+                self._ranks.broadcast_object(NOTHING)  # the others have scored along, and wait to step
 
-            trained = merge(self._ranks.gather(self._step.train(order.minibatches, now, before_first_step=cut)))
+            trained = merge(
+                self._ranks.all_gather_object(self._step.train(order.minibatches, now, before_first_step=cut))
+            )
         failpoints.reach("learner.after_step")
         self._confirm()
         for group in batch:
@@ -256,7 +258,7 @@ class Loop:
         with self._phases.of("publish"):
             self._publish()
 
-    def _account(self, batch: Batch, trained: Trained) -> None:
+    def _account(self, batch: Batch, trained: StepResult) -> None:
         if self._recorder is not None:
             self._recorder.record(batch, trained)
             self._confirm()  # writing it may have taken long
@@ -270,7 +272,7 @@ class Loop:
             sampled_tokens=self._intake.sampled_tokens,
         )
         self._history.add(self._last_line)
-        observe(self._last_line)
+        export_to_prometheus(self._last_line)
 
     def _publish(self) -> None:
         failpoints.reach("learner.before_publishing")

@@ -9,7 +9,7 @@ from palimpsest.services.learner import instruments
 
 
 @dataclass
-class Phases:
+class PhaseTimer:
     """Seconds of the present version, by what they were spent on."""
 
     spent: dict[str, float] = field(default_factory=dict)

@@ -15,9 +15,9 @@ from palimpsest.common.bus.port import Bus, Consumer, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
 from palimpsest.common.outages import GATEWAY, OUTAGES, STORE
-from palimpsest.common.rejected_record import Unusable
+from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.snapshots.retrying_http import StoreUnavailable
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.live.history_tail import Tail, Trained
 from palimpsest.services.live.outages import Course, Outage, Past, merged
 from palimpsest.services.report.folder import HISTORY
@@ -43,7 +43,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ServiceObservation:
     """What is known of a service. The last answer stays when later requests fail."""
 
     last: Answer | None = None
@@ -54,10 +54,10 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class RunObservation:
     """Everything that is known, at one moment."""
 
-    services: Mapping[str, Seen]
+    services: Mapping[str, ServiceObservation]
     trained: Trained = field(default_factory=Trained)
     """By history.jsonl."""
     applied: tuple[VersionApplied, ...] = ()
@@ -75,7 +75,7 @@ class Watch:
     def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, run: str, token: str | None = None) -> None:
         self._urls, self._bus, self._run = dict(urls), bus, run
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._seen = {name: Seen() for name in urls}
+        self._seen = {name: ServiceObservation() for name in urls}
         self._tail = Tail(home / HISTORY)
         self._newest: dict[str, VersionApplied] = {}
         self._refused: list[VersionApplied] = []
@@ -88,14 +88,14 @@ class Watch:
             threading.Thread(target=self._read, name="read", daemon=True),
         ]
 
-    def sight(self) -> Sight:
+    def sight(self) -> RunObservation:
         """What is known now."""
         now, wall = time.monotonic(), time.time()
         with self._lock:
             seen, trained = dict(self._seen), self._tail.read(now)
             self._course.look(wall, self._outages(seen, now, wall))
             applied = (*self._refused, *(update for update in self._newest.values() if update.accepted))
-            return Sight(seen, trained, applied, self._course.current, self._course.past, wall - now)
+            return RunObservation(seen, trained, applied, self._course.current, self._course.past, wall - now)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -122,12 +122,12 @@ class Watch:
                         answers.clear()  # the process is gone: its successor counts anew
                 else:
                     answers.append(Answer(time.monotonic(), status))
-                    seen = Seen(answers[-1], answers[0] if len(answers) > 1 else None)
+                    seen = ServiceObservation(answers[-1], answers[0] if len(answers) > 1 else None)
                 with self._lock:
                     self._seen[name] = seen
                 self._closed.wait(EVERY_S)
 
-    def _outages(self, seen: Mapping[str, Seen], now: float, wall: float) -> tuple[Outage, ...]:
+    def _outages(self, seen: Mapping[str, ServiceObservation], now: float, wall: float) -> tuple[Outage, ...]:
         """What the services and this process cannot reach, and the servers that do not answer here."""
         told = {
             name: one.last.status.get("outages", ())
@@ -149,7 +149,7 @@ class Watch:
             self._newest, self._refused = {}, []
             try:
                 self._follow()
-            except (Refusal, StoreUnavailable, LookupError) as problem:
+            except (UserError, StoreUnavailable, LookupError) as problem:
                 logger().debug("the view reads the log anew", problem=str(problem))
                 self._closed.wait(EVERY_S)
 
@@ -164,7 +164,7 @@ class Watch:
         for record in consumer.poll(limit=1024, timeout_s=0.0):
             try:
                 message = message_in(record)
-            except Unusable as error:
+            except RejectedRecord as error:
                 letter = encode(dead_letter(self._run, record, error, now=time.time()))
                 self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, letter)])
                 continue

@@ -10,7 +10,7 @@ from palimpsest.common.messages import VersionApplied
 from palimpsest.common.text import count, duration
 from palimpsest.services.live.history_tail import Step, Trained
 from palimpsest.services.live.outages import NAMES, Outage, Past
-from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local.exit_reasons import Crash
 from palimpsest.services.report.folder import Line
 from palimpsest.services.report.labels import in_words
@@ -86,7 +86,7 @@ class State:
 
 def state(
     plan: Plan,
-    sight: Sight,
+    sight: RunObservation,
     *,
     now: float,
     started: float,
@@ -96,7 +96,7 @@ def state(
 ) -> State:
     """The state at `now`, by the clock of the sight's answers. starts_again_in: dead process -> seconds."""
     trained, last = sight.trained, sight.trained.last
-    learner = _status(sight.services.get(LEARNER, Seen()))
+    learner = _status(sight.services.get(LEARNER, ServiceObservation()))
     others = {LEARNER, STORE, GATEWAY} | plan.replicas
     workers = {name: seen for name, seen in sight.services.items() if name not in others}
     ending = stopping or trained.versions >= plan.versions
@@ -150,7 +150,7 @@ def subject(warning: str) -> str:
     return rule if colon and " " not in rule else warning
 
 
-def ready_at(sight: Sight) -> float | None:
+def ready_at(sight: RunObservation) -> float | None:
     """When the first worker could sample, by the clock of the answers; None before that."""
     times = [
         seen.last.at - seen.last.status["seconds"]
@@ -166,14 +166,14 @@ def recent(values: Sequence[float]) -> float | None:
     return sum(newest) / len(newest) if newest else None
 
 
-def _status(seen: Seen) -> Mapping[str, Any]:
+def _status(seen: ServiceObservation) -> Mapping[str, Any]:
     return seen.last.status if seen.last is not None else {}
 
 
 def _service(
     plan: Plan,
     name: str,
-    seen: Seen,
+    seen: ServiceObservation,
     applied: Sequence[VersionApplied],
     outages: Sequence[Outage],
     *,
@@ -231,7 +231,7 @@ def _steady(newest: Sequence[Step], disturbed: float) -> Sequence[Step]:
     return [step for step in newest[first:] if step.arrived > disturbed]
 
 
-def _disturbed(sight: Sight, crashes: Sequence[Crash], workers: Iterable[Seen]) -> float:
+def _disturbed(sight: RunObservation, crashes: Sequence[Crash], workers: Iterable[ServiceObservation]) -> float:
     """When something last kept the run from its pace: an outage, a crash, a worker that began to sample only then."""
     times = [past.ended - sight.clock for past in sight.past] + [crash.at for crash in crashes]
     times += [
@@ -252,7 +252,7 @@ def _still(
     return since if pace is not None and since > max(STALLED_S, STALLED_PACES * pace) else None
 
 
-def _sampling_rate(workers: Iterable[Seen]) -> float | None:
+def _sampling_rate(workers: Iterable[ServiceObservation]) -> float | None:
     rates = []
     for seen in workers:
         if seen.last is None or seen.earlier is None or "sampled_tokens" not in seen.earlier.status:
@@ -263,7 +263,7 @@ def _sampling_rate(workers: Iterable[Seen]) -> float | None:
     return sum(rates) if rates else None
 
 
-def _failures(plan: Plan, sight: Sight, crashes: Sequence[Crash], *, started: float) -> list[str]:
+def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, started: float) -> list[str]:
     """What went wrong with processes, newest first."""
     found = [
         f"{refused.worker} refused version {refused.version}: the canary is {refused.canary_error:.3g} nats off, "
@@ -275,7 +275,7 @@ def _failures(plan: Plan, sight: Sight, crashes: Sequence[Crash], *, started: fl
     return found
 
 
-def _silences(sight: Sight, told: Collection[str], *, now: float, started: float) -> list[str]:
+def _silences(sight: RunObservation, told: Collection[str], *, now: float, started: float) -> list[str]:
     """Who does not answer, but for what is told as an outage."""
     found = []
     for name, seen in sight.services.items():

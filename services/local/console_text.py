@@ -33,7 +33,7 @@ EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml"
 """What `make run` and `make run-cluster` run unless they are told otherwise."""
 
 
-def begun(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
+def format_start(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
     """Where the run is kept and what answers where."""
     home = config.run.home
     places = {**urls, **_elsewhere(config)}
@@ -110,7 +110,7 @@ def stopped(summary: Mapping[str, Any]) -> str:
     return f"Stopped cleanly after {count(summary['versions'], 'version')}. Go on with:"
 
 
-def made(summary: Mapping[str, Any], home: Path) -> str:
+def format_result(summary: Mapping[str, Any], home: Path) -> str:
     """The result in short, and where to read more."""
     said = []
     if summary["versions"]:

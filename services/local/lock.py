@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class Lock:
     """The run in this folder is ours from here to the end of the process, or of the `with` block.
 
-    Raises Refusal when another supervisor has it.
+    Raises UserError when another supervisor has it.
     """
 
     def __init__(self, home: Path, *, now: datetime) -> None:
@@ -38,7 +38,7 @@ class Lock:
         except BlockingIOError:
             holder = _holder(self._path)
             os.close(self._handle)
-            raise Refusal(_refused(home, holder), ExitCode.UNAVAILABLE) from None
+            raise UserError(_refused(home, holder), ExitCode.UNAVAILABLE) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

@@ -6,7 +6,7 @@ start-up, however long, and no waiting forgives a crash.
 
 from dataclasses import dataclass
 
-from palimpsest.services.live.poller import Seen
+from palimpsest.services.live.poller import ServiceObservation
 
 STEADY_S = 600.0
 """Any but the learner, ready for so long, has worked, even if no version came in that time."""
@@ -29,7 +29,7 @@ class Life:
     trains: bool = False
     """Whether it is the learner: every version that comes is its work, heard of by an answer or not."""
 
-    def saw(self, seen: Seen, *, versions: int, now: float) -> None:
+    def saw(self, seen: ServiceObservation, *, versions: int, now: float) -> None:
         """Take in what the process said newest. versions: that the run has trained by now."""
         if self._answers(seen):
             self.ready = now if self.ready is None else self.ready
@@ -39,7 +39,7 @@ class Life:
         elif self.ready is not None:
             self.worked = self.worked or went_on or now - self.ready >= STEADY_S
 
-    def _answers(self, seen: Seen) -> bool:
+    def _answers(self, seen: ServiceObservation) -> bool:
         """Whether this start, not the one before it, said that it is past its start."""
         answer = seen.last
         if answer is None or answer.at < self.started:

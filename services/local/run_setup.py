@@ -6,10 +6,10 @@ from pathlib import Path
 
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.local.lock import Lock
 from palimpsest.services.local.run_identity import differences
 
@@ -27,24 +27,24 @@ class Settled:
 
 
 def resolve(invocation: Invocation) -> RunConfig:
-    """The run to start or to go on with. Raises Refusal when that would be another run. Changes nothing."""
+    """The run to start or to go on with. Raises UserError when that would be another run. Changes nothing."""
     config, home = invocation.config, invocation.resume
     if home is None:
         return config
     if not (home / SAVED).is_file():
-        raise Refusal(f"--resume {home}: that is no run's folder (it has no {SAVED})")
+        raise UserError(f"--resume {home}: that is no run's folder (it has no {SAVED})")
     before = load([str(home / SAVED)], {}, program="").config
     if found := differences(before, config):
         told = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
-        raise Refusal(
+        raise UserError(
             f"--resume {home}: that run has another configuration:\n{told}\n"
             f"Give those values, or leave RUN.toml out to go on with the run's own, or start a new run"
         )
     return config.model_copy(update={"run": config.run.model_copy(update={"id": before.run.id, "folder": home.parent})})
 
 
-def settle(invocation: Invocation, *, now: datetime.datetime) -> Settled:
-    """Take the run's folder: nobody else may supervise it from here on. Raises Refusal."""
+def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> Settled:
+    """Take the run's folder: nobody else may supervise it from here on. Raises UserError."""
     config = resolve(invocation)
     if invocation.resume is None:
         name = config.run.id or f"{now:%Y%m%d-%H%M%S}"
@@ -54,6 +54,6 @@ def settle(invocation: Invocation, *, now: datetime.datetime) -> Settled:
     saved = home / SAVED
     lock = Lock(home, now=now)
     if invocation.resume is None and saved.exists():
-        raise Refusal(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")
-    write(saved, show(config).encode())
+        raise UserError(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")
+    write(saved, to_toml(config).encode())
     return Settled(config, saved, lock)

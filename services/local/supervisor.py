@@ -10,8 +10,8 @@ from pathlib import Path
 
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.service import Stop
-from palimpsest.common.user_error import ExitCode, Refusal
-from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local import exit_reasons
 from palimpsest.services.local.commands import LEARNER, Commands, free_port
 from palimpsest.services.local.exit_reasons import Crash, last_error
@@ -28,7 +28,7 @@ FOLLOW_S = 10.0
 """The learner is gone so long, at most, after a worker or replica that ended because the run did."""
 
 
-def addressed(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def assign_ports(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The run with free ports in place of 0, and the flags that say so to every service."""
     flags = [f"--run.id={config.run.id}", f"--run.folder={config.run.folder}"]
     sections = {}
@@ -40,7 +40,7 @@ def addressed(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return config.model_copy(update=sections), flags
 
 
-class Local:
+class Supervisor:
     """The processes of one run. `clock` counts the seconds between two starts of a process."""
 
     def __init__(
@@ -81,10 +81,10 @@ class Local:
         now = self._clock()
         return {child.name: max(0.0, due - now) for child, due in self._due.copy().items()}
 
-    def run(self, stop: Stop, look: Callable[[], Sight]) -> bool:
+    def run(self, stop: Stop, look: Callable[[], RunObservation]) -> bool:
         """Until the learner is done (True) or a stop is asked for (False). `look` is called twice a second.
 
-        Raises Refusal when a process cannot be kept alive.
+        Raises UserError when a process cannot be kept alive.
         """
         try:
             for child in self.children:
@@ -104,12 +104,14 @@ class Local:
         child.start()
         self._lives[child] = Life(child.started, self._versions, trains=child is self.learner)
 
-    def _observe(self, sight: Sight) -> None:
+    def _observe(self, sight: RunObservation) -> None:
         if sight.trained.last is not None:
             self._versions = sight.trained.last["published"]
         for child, life in self._lives.items():
             if child.running:
-                life.saw(sight.services.get(child.name, Seen()), versions=self._versions, now=time.monotonic())
+                life.saw(
+                    sight.services.get(child.name, ServiceObservation()), versions=self._versions, now=time.monotonic()
+                )
 
     def _tend(self, child: Child) -> None:
         """A process that does not live: start it if it is time to, else see what its end means."""
@@ -133,13 +135,13 @@ class Local:
         code = refusal[1] if refusal else child.exit_code or 0
         if code in HOPELESS:
             message = refusal[0] if refusal else child.last_words()
-            raise Refusal(f"{child.name}: {message}\nits log: {child.log}", ExitCode(code))
+            raise UserError(f"{child.name}: {message}\nits log: {child.log}", ExitCode(code))
         error = refusal[0] if refusal else last_error(child.last_words(60))
         row = row_with(self._rows.get(child, ()), Death(code, error, self._lives[child].worked))
         self._rows[child] = row
         wait = wait_s(row, restarts=self._config.local.restarts)
         if wait is None:
-            raise Refusal(self._given_up(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED)
+            raise UserError(self._given_up(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED)
         self.crashes.append(Crash(child.name, time.monotonic(), code, error, wait))
         self._due[child] = self._clock() + wait
         if not wait:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from palimpsest.common.bus.offline import scan, standing_bus
+from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
@@ -29,13 +29,13 @@ from palimpsest.common.messages import (
     WorkerAlive,
     message_in,
 )
-from palimpsest.common.rejected_record import Unusable
+from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.trajectory import trainable
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.checkpointing.manifest import MANIFEST, complete
 from palimpsest.services.local.run_setup import SAVED
-from palimpsest.services.snapshot_store.offline import StorageClaims, standing_storage
+from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]
@@ -93,7 +93,7 @@ class Contents:
 
 
 def contents(folder: Path) -> Contents:
-    """Read the folder. Raises Refusal when it is no run's folder or its history is damaged."""
+    """Read the folder. Raises UserError when it is no run's folder or its history is damaged."""
     config = settled_in(folder)
     checkpoint = newest_checkpoint(config.checkpoint_folder)  # before the history, which only grows
     return Contents(
@@ -109,7 +109,7 @@ def contents(folder: Path) -> Contents:
 def settled_in(folder: Path) -> RunConfig:
     """The run's configuration, its files looked for in this folder wherever it lies now."""
     if not (folder / SAVED).is_file():
-        raise Refusal(f"{folder}: that is no run's folder (it has no {SAVED})")
+        raise UserError(f"{folder}: that is no run's folder (it has no {SAVED})")
     config = load([str(folder / SAVED)], {}, program="").config
     checkpoint = config.learner.checkpoint
     checkpoint = checkpoint.model_copy(update={"folder": checkpoint.folder or folder / "checkpoints"})
@@ -124,7 +124,7 @@ def settled_in(folder: Path) -> RunConfig:
 def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
     """The lines of the first `length` bytes (default: all). A last line that is not whole is left out.
 
-    Raises Refusal for a line before it that cannot be read.
+    Raises UserError for a line before it that cannot be read.
     """
     try:
         body = path.read_bytes()[:length]
@@ -135,7 +135,7 @@ def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
         try:
             yield msgspec.json.decode(line)
         except msgspec.DecodeError as error:
-            raise Refusal(f"{path}, line {number}: {error}", ExitCode.DAMAGED) from None
+            raise UserError(f"{path}, line {number}: {error}", ExitCode.DAMAGED) from None
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -160,8 +160,8 @@ def _read_log(config: RunConfig) -> Log:
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
         return Log()
     with asyncio.Runner() as runner:
-        storage = runner.run(standing_storage(config))
-        with closing(standing_bus(config, StorageClaims(storage, runner))) as bus:
+        storage = runner.run(open_offline(config))
+        with closing(open_existing_bus(config, StorageClaims(storage, runner))) as bus:
             return _read(bus, config)
 
 
@@ -209,10 +209,10 @@ def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
 
 def _messages(bus: Bus, topic: str, run: str) -> Iterator[tuple[int, Any]]:
     """Length and message of each of the run's records; those that cannot be read are the dead letters' matter."""
-    for record in scan(bus, topic):
+    for record in read_existing(bus, topic):
         try:
             message = message_in(record)
-        except Unusable:
+        except RejectedRecord:
             continue
         if message.run == run:
             yield len(record.body), message

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.offline
 
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.text import count, duration
 from palimpsest.services.report.charts import Figure
 from palimpsest.services.report.style import SCRIPT, STYLE
@@ -44,7 +44,7 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 {_removal(summary["removal"])}
 {_ledger(summary["trajectories"])}
 </section>
-<details><summary>Configuration</summary><pre>{html.escape(show(config))}</pre></details>
+<details><summary>Configuration</summary><pre>{html.escape(to_toml(config))}</pre></details>
 <details><summary>Summary</summary><pre>{html.escape(json.dumps(summary, indent=2))}</pre></details>
 </main>
 <script>{plotly.offline.get_plotlyjs()}</script>

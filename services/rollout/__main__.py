@@ -10,13 +10,13 @@ from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop, application
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.user_error import ExitCode, Refusal
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine, EngineDead
 from palimpsest.services.rollout.engine.required import needed
 from palimpsest.services.rollout.seeds import engine_seed
-from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
-from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
+from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
 
 FIRST_CANARY_TOKENS = 64
@@ -34,7 +34,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     rollout = config.rollout
-    dialogue = Dialogue.load(config.model.path, dict(config.model.chat_template_options))
+    dialogue = ChatRenderer.load(config.model.path, dict(config.model.chat_template_options))
     engine = _engine(config, dialogue)
     server.doing = "the log to be opened"
     bus = open_bus(config)
@@ -45,14 +45,16 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     )
     async with sessions:
         with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
-            weights = Weights(
+            weights = WeightSync(
                 engine,
                 store,
                 config.run.home / "cache" / rollout.worker,
                 tolerance=rollout.canary_tolerance,
                 report=lambda applied: worker.applied(applied),
             )
-            sampler = Sampler(rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.trusted)
+            sampler = TrajectorySampler(
+                rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.trusted
+            )
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
                 max_live=rollout.max_live,
@@ -71,13 +73,13 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                     await worker.work()
             except EngineDead as dead:
                 # no task is lost: what the engine had under way was not committed, and is sampled again
-                raise Refusal(str(dead), ExitCode.ENGINE) from None
+                raise UserError(str(dead), ExitCode.ENGINE) from None
             finally:
                 await engine.close()
                 bus.close()
 
 
-def _engine(config: RunConfig, dialogue: Dialogue) -> Engine:
+def _engine(config: RunConfig, dialogue: ChatRenderer) -> Engine:
     chosen = config.rollout.engine
     if isinstance(chosen, ScriptedEngineConfig):
         from palimpsest.services.rollout.engine.scripted import ScriptedEngine

@@ -11,7 +11,7 @@ from palimpsest.common.bus.port import Consumer, Record
 T = TypeVar("T")
 
 
-class Reader:
+class AsyncConsumer:
     """Its consumer's calls run in a thread, one at a time; leaving the block waits for the call under way.
 
     A consumer must not be closed under a thread that still reads, and a cancelled coroutine does not end its thread.

@@ -13,12 +13,12 @@ from typing import Any
 
 from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from palimpsest.common.sessions.wire import Message
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 _SENTINEL = "\u241epalimpsest\u241e"
 
 
-class Dialogue:
+class ChatRenderer:
     """Renders for one model."""
 
     def __init__(self, tokenizer: Any, *, options: dict[str, Any]) -> None:
@@ -29,21 +29,21 @@ class Dialogue:
         self._special = frozenset(tokenizer.all_special_ids)
 
     @classmethod
-    def load(cls, model: str, options: dict[str, Any]) -> "Dialogue":
-        """The dialogue of a model folder. Raises Refusal when its tokenizer cannot be used."""
+    def load(cls, model: str, options: dict[str, Any]) -> "ChatRenderer":
+        """The dialogue of a model folder. Raises UserError when its tokenizer cannot be used."""
         refuse_absent(model)
         refuse_no_tokenizer(model)
         try:
             tokenizer = _tokenizer(model)
         except Exception as error:
-            raise Refusal(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
+            raise UserError(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
         if not tokenizer.chat_template:
-            raise Refusal(
+            raise UserError(
                 f"model.path: the tokenizer of {model} has no chat template, so a dialogue has no form: use an "
                 f"instruction-tuned model, or put a chat_template.jinja into the folder"
             )
         if tokenizer.eos_token_id is None:
-            raise Refusal(f"model.path: the tokenizer of {model} names no eos token, so no message would ever end")
+            raise UserError(f"model.path: the tokenizer of {model} names no eos token, so no message would ever end")
         dialogue = cls(tokenizer, options=options)
         dialogue.check()
         return dialogue
@@ -52,7 +52,7 @@ class Dialogue:
         """Tokens of the first prompt, up to where the model's first message starts."""
         return self._begin(tuple(messages), _Tools(tools))
 
-    def between(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
+    def render_turn_separator(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
         """Tokens from the end of a model message to the start of the next.
 
         `after_stop`: the model ended its message itself, so the stop token is already there.
@@ -71,11 +71,11 @@ class Dialogue:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def check(self) -> None:
-        """Render a small dialogue. Raises Refusal when the template cannot take tool output."""
+        """Render a small dialogue. Raises UserError when the template cannot take tool output."""
         try:
-            self.between([Message(role="tool", content="ok")], after_stop=True)
+            self.render_turn_separator([Message(role="tool", content="ok")], after_stop=True)
         except Exception as error:
-            raise Refusal(f"model.path: its chat template cannot render a tool's answer: {error}") from None
+            raise UserError(f"model.path: its chat template cannot render a tool's answer: {error}") from None
 
     def _begin_uncached(self, messages: tuple[Message, ...], tools: "_Tools") -> tuple[int, ...]:
         return self._render(_plain(messages), tools.schemas)

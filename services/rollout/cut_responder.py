@@ -13,12 +13,12 @@ from palimpsest.common import failpoints
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Control, CutReached, CutRequested
 from palimpsest.services.rollout import instruments
-from palimpsest.services.rollout.cut_state import Cuts, flush
+from palimpsest.services.rollout.cut_state import CutState, flush
 from palimpsest.services.rollout.engine.port import Engine
 from palimpsest.services.rollout.engine.required import needed
 from palimpsest.services.rollout.outbox import Outbox
-from palimpsest.services.rollout.trajectory_builder import Assembly, Live
-from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
+from palimpsest.services.rollout.weights import WeightSync
 
 HOLD_LIMIT_S = 120.0
 """When the learner says nothing for so long, it is taken for gone and the worker samples on. What it then samples with
@@ -28,15 +28,22 @@ ANSWER_S = 5.0
 and the learner has its time anew."""
 
 
-class Interruption:
+class CutResponder:
     """Serves the cuts of one worker. `live`: its trajectories under way."""
 
     def __init__(
-        self, *, run: str, worker: str, engine: Engine, live: Sequence[Live], weights: Weights, outbox: Outbox
+        self,
+        *,
+        run: str,
+        worker: str,
+        engine: Engine,
+        live: Sequence[InFlightTrajectory],
+        weights: WeightSync,
+        outbox: Outbox,
     ) -> None:
         self._run, self._worker = run, worker
         self._engine, self._live, self._weights, self._outbox = engine, live, weights, outbox
-        self._cuts = Cuts()
+        self._cuts = CutState()
         self._news = asyncio.Event()
         self._requested_at = 0.0
         self._reached: int | None = None
@@ -53,7 +60,7 @@ class Interruption:
             self._requested_at = time.monotonic()
         self._cuts.heard(message)
 
-    def act(self) -> None:
+    def apply(self) -> None:
         """What was heard is how things stand now, not history that more follows on."""
         self._listen()
         self._news.set()
@@ -68,7 +75,7 @@ class Interruption:
             self._give_up()
 
     async def serve(self) -> None:
-        """Reach the cut that is asked for and let go when it is over; for ever. Raises Refusal if the engine does."""
+        """Reach the cut that is asked for and let go when it is over; for ever. Raises UserError if the engine does."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -80,11 +87,11 @@ class Interruption:
                 self._listen()
             elif request is None:
                 with needed("to go on after a cut"):
-                    await self._weights.let_go(self._cuts.held)
+                    await self._weights.release_hold(self._cuts.held)
 
     async def _reach(self, request: CutRequested) -> None:
         """Stand still, and say so once all that was sampled is on the log."""
-        async with self._weights.standing_still(request.version):
+        async with self._weights.paused_for_cut(request.version):
             pause_s = time.monotonic() - self._requested_at
             version = self._weights.verified
             failpoints.reach("rollout.at_cut")
@@ -110,7 +117,7 @@ class Interruption:
         """Send ahead what every live trajectory has; of how many there was anything to send."""
         flushed = 0
         for live in tuple(self._live):
-            so_far = await self._so_far(live)
+            so_far = await self._partial_trajectory(live)
             if live not in self._live:
                 continue  # it ended meanwhile: its record is in the outbox, whole
             record = flush(live, so_far, request=request, worker=self._worker)
@@ -120,7 +127,7 @@ class Interruption:
                 flushed += 1
         return flushed
 
-    async def _so_far(self, live: Live) -> Assembly:
+    async def _partial_trajectory(self, live: InFlightTrajectory) -> TrajectoryBuilder:
         """The trajectory with its message under way, as far as it has come."""
         while True:
             request = live.request

@@ -6,13 +6,13 @@ was started again and knows of no request), or a release.
 
 from palimpsest.common.messages import Control, CutReleased, CutRequested, SegmentFlushed, VersionPublished
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 NOTHING = Version(-1)
 """Held while any version may be sampled with."""
 
 
-class Cuts:
+class CutState:
     """The last request, and whether it still stands. Records are to be heard in the order of the log.
 
     >>> cuts = Cuts()
@@ -70,7 +70,9 @@ class Cuts:
         return True
 
 
-def flush(live: Live, so_far: Assembly, *, request: CutRequested, worker: str) -> SegmentFlushed | None:
+def flush(
+    live: InFlightTrajectory, so_far: TrajectoryBuilder, *, request: CutRequested, worker: str
+) -> SegmentFlushed | None:
     """The record of a live trajectory for this cut. None: it has no token of the cut's version but what was sent ahead.
 
     so_far: its tokens, those of the message under way included.

@@ -16,7 +16,7 @@ class Contradiction(ValueError):
     """The engine's spans do not cover what it sampled."""
 
 
-class Assembly:
+class TrajectoryBuilder:
     """A trajectory as it grows.
 
     Invariant: every sampled token is covered by exactly one segment, no other token is.
@@ -70,9 +70,9 @@ class Assembly:
         )
         self._turns += 1
 
-    def with_partial(self, partial: Sampled | None) -> "Assembly":
+    def with_partial(self, partial: Sampled | None) -> "TrajectoryBuilder":
         """A trajectory of its own: this one and the message under way, as far as it has come. Raises Contradiction."""
-        so_far = Assembly(self._tokens)
+        so_far = TrajectoryBuilder(self._tokens)
         so_far._segments, so_far._turns = list(self._segments), self._turns
         if partial is not None:
             so_far.add_sampled(partial)
@@ -84,13 +84,13 @@ class Assembly:
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class InFlightTrajectory:
     """A trajectory under way, from its session's start until its record is put into the outbox."""
 
     group: GroupOffered
     trajectory: str
     attempt: int
-    assembly: Assembly
+    assembly: TrajectoryBuilder
     """Everything but the message under way."""
     request: str | None = None
     """The message under way, as the engine knows it."""

@@ -19,9 +19,9 @@ from palimpsest.common.sessions.client import SessionClient, SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine, EngineFailed, Sampled
-from palimpsest.services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 Ended = TrajectoryFinished | TrajectoryDropped
 T = TypeVar("T")
@@ -35,18 +35,18 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
+class TrajectorySampler:
     """What every trajectory of a worker uses."""
 
     worker: str
     engine: Engine
     sessions: SessionClient
-    dialogue: Dialogue
+    dialogue: ChatRenderer
     attempts: int
     tally: Tally
-    trusted: Callable[[Version], Awaitable[None]]
+    wait_verified: Callable[[Version], Awaitable[None]]
     """Returns once the engine is known to compute this version rightly."""
-    live: list[Live] = field(default_factory=list)
+    live: list[InFlightTrajectory] = field(default_factory=list)
     """Trajectories under way, oldest first; one id may be there twice (a task that was delivered again)."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
@@ -75,8 +75,8 @@ class Sampler:
         wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
         key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
         session = await _timed(self.sessions.create(wanted, idempotency_key=key))
-        assembly = Assembly(self.dialogue.begin(session.messages, session.tools))
-        live = Live(group, name, attempt, assembly)
+        assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
+        live = InFlightTrajectory(group, name, attempt, assembly)
         self.live.append(live)
         try:
             step = await self._dialogue(live, session)
@@ -87,7 +87,7 @@ class Sampler:
         failpoints.reach("rollout.before_publish")
         return self._finished(live, session, step)
 
-    async def _dialogue(self, live: Live, session: Session) -> Step:
+    async def _dialogue(self, live: InFlightTrajectory, session: Session) -> Step:
         """Turn after turn until the environment, or a limit, ends it."""
         assembly, sampling, number = live.assembly, live.group.sampling, session.next_step
         room = sampling.max_trajectory_tokens - len(assembly.tokens)
@@ -106,7 +106,7 @@ class Sampler:
             step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
             if step.status.is_terminal:
                 return step
-            said = self.dialogue.between(step.messages, after_stop=True)
+            said = self.dialogue.render_turn_separator(step.messages, after_stop=True)
             room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(said)
             if room < 1 or assembly.turns == sampling.max_turns:
                 # what no one will answer stays out: no trajectory is longer than the limit
@@ -114,7 +114,7 @@ class Sampler:
             assembly.add_environment(said)
             number = step.step + 1
 
-    async def _message(self, live: Live, room: int) -> Sampled:
+    async def _message(self, live: InFlightTrajectory, room: int) -> Sampled:
         live.request = self._request(live)
         try:
             sampled = await self.engine.generate(
@@ -129,17 +129,17 @@ class Sampler:
         live.assembly.add_sampled(sampled)  # at once: a cut finds the tokens either here or at the engine
         instruments.TOKENS.inc(len(sampled.tokens))
         self.tally.sampled_tokens += len(sampled.tokens)
-        await self.trusted(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
+        await self.wait_verified(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
         return sampled
 
-    def _request(self, live: Live) -> str:
+    def _request(self, live: InFlightTrajectory) -> str:
         """A name that no other request under way has."""
         name = f"{live.trajectory}#{live.attempt}.{live.assembly.turns}"
         while any(other.request == name for other in self.live):
             name += "+"
         return name
 
-    def _finished(self, live: Live, session: Session, step: Step) -> Ended:
+    def _finished(self, live: InFlightTrajectory, session: Session, step: Step) -> Ended:
         group, assembly = live.group, live.assembly
         if step.reward is None or step.success is None:
             what = step.error.message if step.error else f"the session ended as {step.status} without a reward"

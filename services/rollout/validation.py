@@ -6,17 +6,17 @@ A record that decodes can still ask for what no learner asks for; acted on, it w
 import math
 
 from palimpsest.common.messages import Control, CutReleased, CutRequested, GroupOffered
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
 
-def check(message: GroupOffered | Control) -> None:
-    """Raise Unusable for a version or a cut below 0, or an offer that nothing can be sampled for."""
+def validate(message: GroupOffered | Control) -> None:
+    """Raise RejectedRecord for a version or a cut below 0, or an offer that nothing can be sampled for."""
     if isinstance(message, CutRequested | CutReleased) and message.cut < 0:
-        raise Unusable(Cause.OUT_OF_RANGE, f"cut {message.cut}: cuts are counted from 0")
+        raise RejectedRecord(RejectCause.OUT_OF_RANGE, f"cut {message.cut}: cuts are counted from 0")
     if isinstance(message, CutReleased):
         return
     if message.version < 0:
-        raise Unusable(Cause.NEGATIVE_VERSION, f"version {message.version}: versions start at 0")
+        raise RejectedRecord(RejectCause.NEGATIVE_VERSION, f"version {message.version}: versions start at 0")
     if not isinstance(message, GroupOffered):
         return
     sampling = message.sampling
@@ -30,6 +30,6 @@ def check(message: GroupOffered | Control) -> None:
     }
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise Unusable(Cause.NOT_FINITE, f"group {message.group}: {name} is {number}")
+            raise RejectedRecord(RejectCause.NOT_FINITE, f"group {message.group}: {name} is {number}")
         if number <= 0:
-            raise Unusable(Cause.OUT_OF_RANGE, f"group {message.group}: {name} is {number}, not above 0")
+            raise RejectedRecord(RejectCause.OUT_OF_RANGE, f"group {message.group}: {name} is {number}, not above 0")

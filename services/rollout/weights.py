@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from palimpsest.common.files import whole
+from palimpsest.common.files import atomic_write
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged, Manifest
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.canary import judge
@@ -26,7 +26,7 @@ from palimpsest.services.rollout.engine.port import Engine, StoredWeights
 from palimpsest.services.rollout.engine.required import needed
 
 
-class Applied:
+class UpdateResult:
     """What came of an update."""
 
     def __init__(self, manifest: Manifest, *, accepted: bool, canary_error: float, pause_s: float) -> None:
@@ -34,7 +34,7 @@ class Applied:
         self.canary_error, self.pause_s = canary_error, pause_s
 
 
-class Weights:
+class WeightSync:
     """Keeps an engine at the newest version announced that may be sampled with."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Weights:
         folder: Path,
         *,
         tolerance: float,
-        report: Callable[[Applied], None],
+        report: Callable[[UpdateResult], None],
     ) -> None:
         self._engine, self._store, self._folder = engine, store, folder
         self._tolerance, self._report = tolerance, report
@@ -78,7 +78,7 @@ class Weights:
         await self.trusted(Version(0))
 
     @asynccontextmanager
-    async def standing_still(self, version: Version) -> AsyncIterator[None]:
+    async def paused_for_cut(self, version: Version) -> AsyncIterator[None]:
         """Inside, the engine stands still, and everything it has sampled is verified.
 
         Afterwards nothing is sampled with `version` or an older one: the engine stands still until a newer version is
@@ -93,7 +93,7 @@ class Weights:
             yield
             await self._resume_unless_held()
 
-    async def let_go(self, held: Version) -> None:
+    async def release_hold(self, held: Version) -> None:
         """From now on nothing is sampled with `held` or an older one, but what is newer may be."""
         if held >= self._held:
             return
@@ -102,10 +102,10 @@ class Weights:
             await self._resume_unless_held()
         self._announced.set()  # what was held may be loaded now
 
-    async def keep_up(self) -> None:
+    async def sync_loop(self) -> None:
         """Apply what is announced, newest first, for ever.
 
-        Raises Refusal when a version is refused: by its canaries, or by an engine that does not take it on.
+        Raises UserError when a version is refused: by its canaries, or by an engine that does not take it on.
         """
         while True:
             await self._announced.wait()
@@ -138,7 +138,7 @@ class Weights:
             logger().info("version skipped", version=version, reason=str(missing))
             return None
         except Damaged as damage:
-            raise Refusal(
+            raise UserError(
                 f"the snapshot store gave damaged weights: {damage}. This worker serves nothing it cannot verify: "
                 f"restore the store's folder from a copy, then start again",
                 ExitCode.DAMAGED,
@@ -147,7 +147,7 @@ class Weights:
 
     def _download(self, version: Version, path: Path) -> Manifest:
         manifest = self._store.manifest(version)
-        with whole(path) as file:
+        with atomic_write(path) as file:
             for part in _bytes(self._store, manifest):
                 file.write(part)
         return manifest
@@ -167,9 +167,9 @@ class Weights:
         verdict = judge(scores, manifest.canaries, tolerance=self._tolerance)
         instruments.CANARY_ERROR.set(verdict.error)
         instruments.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()
-        self._report(Applied(manifest, accepted=verdict.accepted, canary_error=verdict.error, pause_s=pause_s))
+        self._report(UpdateResult(manifest, accepted=verdict.accepted, canary_error=verdict.error, pause_s=pause_s))
         if not verdict.accepted:
-            raise Refusal(f"version {manifest.version} is refused: {verdict.reason()}", ExitCode.CANARY)
+            raise UserError(f"version {manifest.version} is refused: {verdict.reason()}", ExitCode.CANARY)
         instruments.VERSION.set(manifest.version)
         async with self._change:
             self.verified = manifest.version

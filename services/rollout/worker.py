@@ -21,17 +21,17 @@ from palimpsest.common.messages import (
     message_in,
     trajectory_id,
 )
-from palimpsest.common.offset_tracker import Frontier
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.offset_tracker import OffsetTracker
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
-from palimpsest.services.rollout.async_consumer import Reader
-from palimpsest.services.rollout.cut_responder import Interruption
+from palimpsest.services.rollout.async_consumer import AsyncConsumer
+from palimpsest.services.rollout.cut_responder import CutResponder
 from palimpsest.services.rollout.outbox import Outbox
-from palimpsest.services.rollout.trajectory_sampler import Sampler
-from palimpsest.services.rollout.validation import check
-from palimpsest.services.rollout.weights import Applied, Weights
+from palimpsest.services.rollout.trajectory_sampler import TrajectorySampler
+from palimpsest.services.rollout.validation import validate
+from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 
 GROUP = "rollout"
 POLL_S = 0.25
@@ -54,15 +54,17 @@ class _Counts:
 class Worker:
     """Runs until the run is finished or it is asked to stop."""
 
-    def __init__(self, *, run: str, name: str, bus: Bus, sampler: Sampler, weights: Weights, max_live: int) -> None:
+    def __init__(
+        self, *, run: str, name: str, bus: Bus, sampler: TrajectorySampler, weights: WeightSync, max_live: int
+    ) -> None:
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
-        self._interruption = Interruption(
+        self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
         )
-        self._frontier = Frontier()
+        self._frontier = OffsetTracker()
         self._committed: dict[int, int] = {}
         self._stopping = asyncio.Event()
         self._counts = _Counts()
@@ -101,7 +103,7 @@ class Worker:
             "engine": self._sampler.engine.status(),
         }
 
-    def applied(self, applied: Applied) -> None:
+    def applied(self, applied: UpdateResult) -> None:
         """Tell the log what came of an update."""
         self._outbox.put_from_worker(
             VersionApplied(
@@ -119,18 +121,18 @@ class Worker:
     async def work(self) -> None:
         """Until the run ends.
 
-        Raises Refusal when a version is refused, or the engine refuses an update or a cut; EngineDead as soon as the
+        Raises UserError when a version is refused, or the engine refuses an update or a cut; EngineDead as soon as the
         engine is gone.
         What the engine had under way is then neither dropped nor committed: whoever gets the tasks next samples it.
         """
         async with (
-            Reader(self._bus.consumer(CONTROL)) as control,
-            Reader(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
+            AsyncConsumer(self._bus.consumer(CONTROL)) as control,
+            AsyncConsumer(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
         ):
             publishing = asyncio.create_task(self._outbox.run())
             jobs = (
-                self._follow(control), self._weights.keep_up(), self._interruption.serve(), self._keep(tasks),
-                self._fail(), self._tell(), self._sampler.engine.watch(),
+                self._consume_control(control), self._weights.sync_loop(), self._interruption.serve(),
+                self._commit_loop(tasks), self._raise_failures(), self._heartbeat_loop(), self._sampler.engine.watch(),
             )  # fmt: skip
             running = {publishing, *map(asyncio.create_task, jobs)}
             taking = asyncio.create_task(self._take(tasks))
@@ -143,22 +145,22 @@ class Worker:
                 await self._commit(tasks)
             except Exception:
                 taking.cancel()
-                await self._say_last(publishing)
+                await self._flush_outbox(publishing)
                 raise
             finally:
                 await _cancelled({*running, taking, stopping, *self._live})
 
-    async def _tell(self) -> None:
+    async def _heartbeat_loop(self) -> None:
         """Say how the worker fares, now and then."""
         while True:
             await asyncio.sleep(ALIVE_S)
             self._outbox.put_from_worker(self.alive())
 
-    async def _fail(self) -> None:
+    async def _raise_failures(self) -> None:
         """A trajectory met something that no attempt can mend: the worker must not go on as if it had not."""
         raise await self._failed.get()
 
-    async def _say_last(self, publishing: "asyncio.Task[None]") -> None:
+    async def _flush_outbox(self, publishing: "asyncio.Task[None]") -> None:
         """What is in the outbox (a refused version, above all) should still be heard of."""
         if not publishing.done():
             with suppress(TimeoutError):
@@ -171,9 +173,9 @@ class Worker:
         logger().info("draining", live=self._counts.live)
         if self._live:
             await asyncio.wait(self._live, timeout=DRAIN_S)
-        await self._say_last(publishing)
+        await self._flush_outbox(publishing)
 
-    async def _follow(self, control: Reader) -> None:
+    async def _consume_control(self, control: AsyncConsumer) -> None:
         """Hear of versions, of cuts and of the end."""
         known = await control.ends()  # what is older than this worker is history, not news
         newest, read = Version(-1), dict.fromkeys(known, 0)
@@ -192,11 +194,11 @@ class Worker:
                     self._interruption.heard(message)
                 if record.offset + 1 >= known[record.partition]:
                     self._weights.announce(newest)
-                    self._interruption.act()
+                    self._interruption.apply()
             if not records and self._interruption.cut is not None and await control.ends() == read:
                 self._interruption.heard_all()
 
-    async def _take(self, tasks: Reader) -> None:
+    async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots get free."""
         self._waiting_for = "the first version"
         await self._weights.first()
@@ -209,7 +211,7 @@ class Worker:
             for record in await tasks.poll(limit=1, timeout_s=POLL_S):
                 await self._begin(record)
 
-    async def _keep(self, tasks: Reader) -> None:
+    async def _commit_loop(self, tasks: AsyncConsumer) -> None:
         """Commit what is done and stay a member of the group, also while no task can be taken."""
         await self._weights.first()
         while True:
@@ -222,14 +224,14 @@ class Worker:
         try:
             message = message_in(record)
             if message.run != self._run:
-                raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
-            check(message)
-        except Unusable as error:
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+            validate(message)
+        except RejectedRecord as error:
             self._bury(record, error, done)
             return None
         return message
 
-    def _bury(self, record: Record, error: Unusable, done: Callable[[], None]) -> None:
+    def _bury(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
         """Keep a record that cannot be used, whole, with its cause; work goes on without it."""
         logger().error(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
@@ -278,7 +280,7 @@ class Worker:
             self._count_live(-1)
             self._slots.release()
 
-    async def _commit(self, tasks: Reader) -> None:
+    async def _commit(self, tasks: AsyncConsumer) -> None:
         for partition in set(self._committed) - tasks.assignment():
             self._frontier.forget(partition)
         offsets = self._frontier.offsets()

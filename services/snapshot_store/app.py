@@ -26,11 +26,11 @@ from palimpsest.common.logs import logger
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import HttpError, Status, application
 from palimpsest.common.snapshots.manifest import Damaged, unseal
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_writers
-from palimpsest.services.snapshot_store.catalog import Catalogue, Conflict
-from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
+from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
 Number = Annotated[int, Path(ge=0)]
@@ -46,19 +46,19 @@ class Lease(msgspec.Struct, forbid_unknown_fields=True):
     lowest: int
 
 
-async def open_catalogue(storage: Storage) -> Catalogue:
-    """The catalogue over this storage. Raises Refusal when what stands there is damaged or cannot be read."""
-    catalogue = Catalogue(storage)
+async def open_catalogue(storage: Storage) -> Catalog:
+    """The catalogue over this storage. Raises UserError when what stands there is damaged or cannot be read."""
+    catalogue = Catalog(storage)
     try:
         await catalogue.open()
     except Damaged as damage:
-        raise Refusal(
+        raise UserError(
             f"the snapshot store's folder is damaged: {damage}. Restore that file from a copy, or remove it: a version "
             f"is given up with its manifest, every holder's claims with the leases",
             ExitCode.DAMAGED,
         ) from None
     except Unavailable as error:
-        raise Refusal(
+        raise UserError(
             f"the snapshot store's storage cannot be read: {error}; start the store again when it answers",
             ExitCode.UNAVAILABLE,
         ) from None
@@ -67,7 +67,7 @@ async def open_catalogue(storage: Storage) -> Catalogue:
 
 def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> FastAPI:
     """The store's application; it reads the catalogue when it starts and sweeps while it runs."""
-    catalogue, claims = Catalogue(storage), Claims(storage)
+    catalogue, claims = Catalog(storage), ClaimCheckBlobs(storage)
     state = {"open": False}
 
     @asynccontextmanager
@@ -122,7 +122,7 @@ def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIM
     return app
 
 
-def _versions(app: FastAPI, catalogue: Catalogue) -> None:
+def _versions(app: FastAPI, catalogue: Catalog) -> None:
     @app.put("/v1/versions/{number}")
     async def put_version(number: Number, request: Request) -> Response:
         body = await request.body()
@@ -159,7 +159,7 @@ def _versions(app: FastAPI, catalogue: Catalogue) -> None:
         return {"versions": [{"version": v, "digest": m.digest} for v, m in catalogue.versions.items()]}
 
 
-def _leases(app: FastAPI, catalogue: Catalogue) -> None:
+def _leases(app: FastAPI, catalogue: Catalog) -> None:
     @app.put("/v1/leases/{holder}")
     async def put_lease(holder: str, request: Request) -> dict[str, int]:
         if not _HOLDER.fullmatch(holder):
@@ -173,7 +173,7 @@ def _leases(app: FastAPI, catalogue: Catalogue) -> None:
         return {"lowest": lease.lowest}
 
 
-async def _sweep(catalogue: Catalogue, claims: Claims, every_s: float, claims_keep_s: float) -> None:
+async def _sweep(catalogue: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:
     look = 0.0
     while True:
         await asyncio.sleep(every_s)
@@ -189,7 +189,7 @@ async def _sweep(catalogue: Catalogue, claims: Claims, every_s: float, claims_ke
             logger().warning("not swept", reason=str(error))  # what is due stays due
 
 
-def _observe(catalogue: Catalogue) -> None:
+def _observe(catalogue: Catalog) -> None:
     manifests = catalogue.versions.values()
     instruments.VERSIONS.set(len(manifests))
     instruments.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))

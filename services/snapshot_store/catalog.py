@@ -28,7 +28,7 @@ class Conflict(Exception):
     """The number belongs to other weights."""
 
 
-class Catalogue:
+class Catalog:
     """Versions and leases over a Storage."""
 
     def __init__(self, storage: Storage) -> None:

@@ -14,7 +14,7 @@ from palimpsest.services.snapshot_store.storage import Storage
 _PREFIX = "claims/"
 
 
-class Claims:
+class ClaimCheckBlobs:
     """Bodies over a Storage."""
 
     def __init__(self, storage: Storage) -> None:

@@ -6,14 +6,14 @@ from blake3 import blake3
 
 from palimpsest.common.bus.claim_check import ClaimLost
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_factory import open_storage
 
 
-async def standing_storage(config: RunConfig) -> Storage:
-    """The run's storage; nothing in it is tidied up. Raises Refusal."""
+async def open_offline(config: RunConfig) -> Storage:
+    """The run's storage; nothing in it is tidied up. Raises UserError."""
     if config.snapshot_store.storage == "folder":
         return DiskStorage(config.snapshot_folder, tidy=False)
     return await open_storage(config)
@@ -31,7 +31,7 @@ class StorageClaims:
 
     def claim(self, digest: str) -> bytes:
         """See Claims."""
-        body = self._runner.run(self._storage.read(Claims.key(digest)))
+        body = self._runner.run(self._storage.read(ClaimCheckBlobs.key(digest)))
         if body is None or blake3(body).hexdigest() != digest:
             raise ClaimLost(f"the body {digest} is not in the store, or not whole")
         return body

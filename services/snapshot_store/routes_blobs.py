@@ -16,14 +16,14 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.service import HttpError
 from palimpsest.services.snapshot_store import instruments
-from palimpsest.services.snapshot_store.catalog import Catalogue
-from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.catalog import Catalog
+from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 
 Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 
 
-def routes(app: FastAPI, storage: Storage, catalogue: Catalogue, claims: Claims) -> None:
+def routes(app: FastAPI, storage: Storage, catalogue: Catalog, claims: ClaimCheckBlobs) -> None:
     """Add them."""
 
     @app.put("/v1/objects/{digest}", status_code=201)

@@ -19,8 +19,8 @@ from minio.credentials.providers import (
 from urllib3.exceptions import HTTPError
 
 from palimpsest.common.config.schema import SnapshotStoreConfig
-from palimpsest.common.tls import trusting
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.tls import tls_context
+from palimpsest.common.user_error import UserError
 
 CONNECT_S, READ_S = 5.0, 20.0
 METADATA_S = 2.0
@@ -53,7 +53,7 @@ def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int,
         maxsize=connections,
         timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
         retries=retries,
-        ssl_context=trusting(config.ca_file, key="snapshot_store.ca_file"),
+        ssl_context=tls_context(config.ca_file, key="snapshot_store.ca_file"),
     )
     try:
         if url.scheme not in ("http", "https") or url.path not in ("", "/"):
@@ -66,7 +66,7 @@ def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int,
             http_client=pool,
         )
     except ValueError as error:
-        raise Refusal(f"snapshot_store.endpoint = {config.endpoint!r} cannot be used: {error}") from None
+        raise UserError(f"snapshot_store.endpoint = {config.endpoint!r} cannot be used: {error}") from None
     if config.path_style:
         made.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
     else:

@@ -7,8 +7,8 @@ from typing import Protocol
 class Storage(Protocol):
     """Named byte strings. A name is there whole or not at all.
 
-    Every method raises Unavailable while the place does not answer, OSError (palimpsest.common.files.FULL) while it is full, and
-    ValueError for a name that is not a key.
+    Every method raises Unavailable while the place does not answer, OSError (palimpsest.common.files.FULL) while it is
+    full, and ValueError for a name that is not a key.
     """
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from palimpsest.common.files import named, sync_folder
+from palimpsest.common.files import sync_folder, with_filename
 from palimpsest.services.snapshot_store.storage import DigestMismatch, parts
 
 CHUNK = 1 << 20
@@ -35,7 +35,7 @@ class DiskStorage:
         partial = self._partial(path)
         hasher, size = blake3(), 0
         try:
-            with named(path), partial.open("wb") as file:
+            with with_filename(path), partial.open("wb") as file:
                 async for chunk in chunks:
                     hasher.update(chunk)
                     size += len(chunk)
@@ -55,7 +55,7 @@ class DiskStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._partial(path)
         try:
-            with named(path), partial.open("wb") as file:
+            with with_filename(path), partial.open("wb") as file:
                 file.write(body)
                 file.flush()
                 os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 
 async def open_storage(config: RunConfig) -> Storage:
-    """Opened and looked at. Raises Refusal when it cannot be used."""
+    """Opened and looked at. Raises UserError when it cannot be used."""
     if config.snapshot_store.storage == "folder":
         key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
         usable_folder(config.snapshot_folder, key=key)

@@ -29,11 +29,11 @@ from urllib3.exceptions import HTTPError
 from palimpsest.common.config.schema import SnapshotStoreConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import OUTAGES, S3, Outages
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.snapshot_store import storage_errors
 from palimpsest.services.snapshot_store.s3_client import NoCredentials, client, credentials
 from palimpsest.services.snapshot_store.storage import Unavailable, parts
-from palimpsest.services.snapshot_store.upload_reader import Feed
+from palimpsest.services.snapshot_store.upload_reader import UploadReader
 
 T = TypeVar("T")
 SMALL = 8 << 20
@@ -62,17 +62,17 @@ class MinioStorage:
         """Left by the first call that succeeds: whoever asked the store asks again until one does."""
 
     async def open(self) -> None:
-        """See that the bucket can be used, and make it if that is wanted. Raises Refusal."""
+        """See that the bucket can be used, and make it if that is wanted. Raises UserError."""
         try:
             parts(self._prefix + "x")
         except ValueError:
-            raise Refusal(
+            raise UserError(
                 f"snapshot_store.prefix = {self._prefix!r} cannot begin an object's name: plain names with / between"
             ) from None
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._look)
         except S3Error as error:
-            raise storage_errors.refused(self._config, error.code or "", error.message or "") from None
+            raise storage_errors.s3_error(self._config, error.code or "", error.message or "") from None
         except NoCredentials as error:
             raise storage_errors.without_credentials(str(error)) from None
         except (MinioException, HTTPError, ET.ParseError) as error:
@@ -80,7 +80,7 @@ class MinioStorage:
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
         name = self._name(key)
-        feed = Feed(chunks, digest)
+        feed = UploadReader(chunks, digest)
         body = await feed.short(SMALL)
         if body is not None:
             await self._do(name, lambda: self._put(name, BytesIO(body), len(body)))

@@ -8,7 +8,7 @@ from blake3 import blake3
 from palimpsest.services.snapshot_store.storage import DigestMismatch
 
 
-class Feed:
+class UploadReader:
     """Made on the event loop that the sender belongs to. Holds no more than what was asked for and one piece."""
 
     def __init__(self, chunks: AsyncIterator[bytes], digest: str | None) -> None:

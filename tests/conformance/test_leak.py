@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from palimpsest.services.learner.observability.surrogate_error import (
-    Audited,
+    AuditedTokens,
     Thresholds,
     clipped,
-    leak,
     leak_by_staleness,
     masked,
+    surrogate_error,
 )
 from tests.oracles import surrogates as oracle
 
@@ -23,13 +23,13 @@ WRONGS = (
 )  # fmt: skip
 
 
-def tokens(**values: object) -> Audited:
+def tokens(**values: object) -> AuditedTokens:
     """Tokens of these values; float32 as they come from a batch, staleness int."""
     arrays = {name: np.atleast_1d(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
-    return Audited(**arrays | {"staleness": arrays["staleness"].astype(np.int32)})
+    return AuditedTokens(**arrays | {"staleness": arrays["staleness"].astype(np.int32)})
 
 
-def drawn(seed: int) -> Audited:
+def drawn(seed: int) -> AuditedTokens:
     generator = np.random.default_rng(seed)
     count = int(generator.integers(1, 80))
     behavior = -generator.exponential(1.0, count)
@@ -67,7 +67,9 @@ def test_the_correlation_is_pearsons() -> None:
             continue
         seen = data.surrogate.astype(np.float64) - data.behavior
         true = data.old.astype(np.float64) - data.behavior
-        assert leak(data, THRESHOLDS)["correlation"] == pytest.approx(np.corrcoef(seen, true)[0, 1], abs=1e-9)
+        assert surrogate_error(data, THRESHOLDS)["correlation"] == pytest.approx(
+            np.corrcoef(seen, true)[0, 1], abs=1e-9
+        )
 
 
 A = {"staleness": 4, "behavior": -1.20, "old": -1.10, "current": -0.90, "advantages": 1.0}
@@ -86,7 +88,7 @@ A = {"staleness": 4, "behavior": -1.20, "old": -1.10, "current": -0.90, "advanta
 )
 def test_18_2_example_a_one_token_with_opposite_diagnoses(surrogate: float, leaked: float, wrong: set[str]) -> None:
     """c = 1.2, epsilon = 0.2, A > 0. It is trained in no case: the errors of the two constraints cancel."""
-    found = leak(tokens(**A, surrogate=surrogate), Thresholds(band=1.2, clip_low=0.2, clip_high=0.2))
+    found = surrogate_error(tokens(**A, surrogate=surrogate), Thresholds(band=1.2, clip_low=0.2, clip_high=0.2))
     assert found["leak_mean"] == pytest.approx(leaked, abs=2e-6)
     assert found["leak_rms"] == pytest.approx(abs(leaked), abs=2e-6)
     assert {name for name in WRONGS if found[name] == 1.0} == wrong
@@ -99,12 +101,12 @@ def test_18_2_the_leak_moves_from_one_factor_to_the_other() -> None:
     e = data.surrogate - data.old
     np.testing.assert_allclose(seen, true + e, atol=1e-6)
     np.testing.assert_allclose(data.current - data.surrogate, data.current - data.old - e, atol=1e-6)
-    assert leak(data, THRESHOLDS)["leak_mean"] == pytest.approx(float(e.mean()), abs=1e-6)
+    assert surrogate_error(data, THRESHOLDS)["leak_mean"] == pytest.approx(float(e.mean()), abs=1e-6)
 
 
 def test_of_an_exact_proximal_there_is_nothing_to_say() -> None:
     data = drawn(4)
-    exact = leak(dataclasses.replace(data, surrogate=data.old), THRESHOLDS)
+    exact = surrogate_error(dataclasses.replace(data, surrogate=data.old), THRESHOLDS)
     assert exact["correlation"] == pytest.approx(1.0)
     assert {name: exact[name] for name in (*WRONGS, "leak_mean", "leak_rms")} == dict.fromkeys(
         (*WRONGS, "leak_mean", "leak_rms"), 0.0
@@ -113,18 +115,18 @@ def test_of_an_exact_proximal_there_is_nothing_to_say() -> None:
 
 def test_a_surrogate_without_any_discrepancy_has_no_correlation() -> None:
     data = drawn(5)
-    assert math.isnan(leak(dataclasses.replace(data, surrogate=data.behavior), THRESHOLDS)["correlation"])
+    assert math.isnan(surrogate_error(dataclasses.replace(data, surrogate=data.behavior), THRESHOLDS)["correlation"])
 
 
 def test_constraints_that_are_off_do_nothing_wrong() -> None:
     data = drawn(6)
-    everything = leak(data, Thresholds(band=None, clip_low=None, clip_high=None))
+    everything = surrogate_error(data, Thresholds(band=None, clip_low=None, clip_high=None))
     assert [everything[name] for name in WRONGS] == [0.0] * len(WRONGS)
     assert everything["leak_rms"] > 0.1
-    clip = leak(data, Thresholds(band=None, clip_low=0.2, clip_high=0.2))
+    clip = surrogate_error(data, Thresholds(band=None, clip_low=0.2, clip_high=0.2))
     assert clip["masked_wrongly"] == 0.0
     assert clip["clipped_wrongly"] + clip["unclipped_wrongly"] > 0
-    band = leak(data, Thresholds(band=1.2, clip_low=None, clip_high=None))
+    band = surrogate_error(data, Thresholds(band=1.2, clip_low=None, clip_high=None))
     assert band["clipped_wrongly"] + band["unclipped_wrongly"] == 0.0
     assert band["masked_wrongly"] > 0
 
@@ -135,8 +137,8 @@ def test_18_8_a_token_that_is_not_finite_is_counted_and_left_out(where: str, wha
     data = drawn(7)
     values = getattr(data, where).copy()
     values[2] = what
-    found = leak(dataclasses.replace(data, **{where: values}), THRESHOLDS)
-    without = leak(data.where(np.arange(len(values)) != 2), THRESHOLDS)
+    found = surrogate_error(dataclasses.replace(data, **{where: values}), THRESHOLDS)
+    without = surrogate_error(data.where(np.arange(len(values)) != 2), THRESHOLDS)
     assert found["nonfinite"] == 1.0
     assert found["tokens"] == len(values)
     assert {name: found[name] for name in found if name not in ("tokens", "nonfinite")} == {
@@ -146,7 +148,7 @@ def test_18_8_a_token_that_is_not_finite_is_counted_and_left_out(where: str, wha
 
 def test_no_tokens_give_no_numbers() -> None:
     nothing = drawn(8).where(np.zeros(len(drawn(8).staleness), dtype=bool))
-    found = leak(nothing, THRESHOLDS)
+    found = surrogate_error(nothing, THRESHOLDS)
     assert (found["tokens"], found["nonfinite"]) == (0.0, 0.0)
     assert all(math.isnan(value) for name, value in found.items() if name not in ("tokens", "nonfinite"))
     assert leak_by_staleness(nothing, THRESHOLDS) == {}
@@ -154,11 +156,11 @@ def test_no_tokens_give_no_numbers() -> None:
 
 def test_parts_joined_are_the_whole() -> None:
     a, b = drawn(9), drawn(10)
-    both = Audited.joined([a, b])
+    both = AuditedTokens.joined([a, b])
     assert len(both.old) == len(a.old) + len(b.old)
-    sums = [leak(part, THRESHOLDS) for part in (a, b)]
+    sums = [surrogate_error(part, THRESHOLDS) for part in (a, b)]
     mean = sum(part["leak_mean"] * part["tokens"] for part in sums) / sum(part["tokens"] for part in sums)
-    assert leak(both, THRESHOLDS)["leak_mean"] == pytest.approx(mean)
+    assert surrogate_error(both, THRESHOLDS)["leak_mean"] == pytest.approx(mean)
 
 
 def test_the_constraints_at_their_edges() -> None:

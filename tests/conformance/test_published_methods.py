@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE, beneath
+from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE, apply_recipe
 from palimpsest.services.learner.corrections import Limits, correct
 from palimpsest.services.learner.losses.objective import Objective
 from palimpsest.services.learner.losses.types import Inputs
@@ -50,7 +50,7 @@ def through(config: LearnerConfig, *, behavior: float, proximal: float, current:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_row_of_the_unifying_table_is_masked_importance_sampling_with_its_two_factors(name: str) -> None:
-    config = a_learner(**beneath(name, {}))
+    config = a_learner(**apply_recipe(name, {}))
     discrepancy, staleness = ROWS[name]
     found = through(config, behavior=BEHAVIOR, proximal=ANCHORS[config.proximal.kind], current=CURRENT)
     assert found == pytest.approx((math.exp(discrepancy), math.exp(staleness), math.exp(discrepancy + staleness)))
@@ -59,14 +59,14 @@ def test_a_row_of_the_unifying_table_is_masked_importance_sampling_with_its_two_
 @pytest.mark.parametrize("name", TABLE)
 def test_a_row_masks_by_its_discrepancy_only_where_it_has_one(name: str) -> None:
     """Three times as likely under every anchor but the behavior policy's own."""
-    config = a_learner(**beneath(name, {}))
+    config = a_learner(**apply_recipe(name, {}))
     anchor = BEHAVIOR if config.proximal.kind == "bypass" else BEHAVIOR + math.log(3)
     weight, _, gradient = through(config, behavior=BEHAVIOR, proximal=anchor, current=anchor + 0.01)
     assert (weight, gradient == 0.0) == ((0.0, True) if ROWS[name][0] else (1.0, False))
 
 
 def test_the_mixture_of_the_table_has_its_share_on_the_behavior_policy() -> None:
-    share = a_learner(**beneath("linear_prox", {})).proximal.model_dump()["behavior_share"]
+    share = a_learner(**apply_recipe("linear_prox", {})).proximal.model_dump()["behavior_share"]
     behavior, current = torch.tensor(BEHAVIOR), torch.tensor(CURRENT)
     assert float(linear(behavior, current, behavior_share=share)) == pytest.approx(MIXTURE)
 
@@ -107,7 +107,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_neighbour_has_the_numbers_of_its_publication(name: str) -> None:
     assert name in NEIGHBOURS
-    config = a_learner(**beneath(name, {}))
+    config = a_learner(**apply_recipe(name, {}))
     for key, wanted in PUBLISHED[name].items():
         found: Any = config
         for part in key.split("."):

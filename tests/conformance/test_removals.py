@@ -17,10 +17,10 @@ from palimpsest.services.learner.observability.removals import (
     token_masked,
 )
 from palimpsest.services.learner.observability.surrogate_error import Thresholds
-from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.token_statistics import Tokens
-from palimpsest.services.learner.proximal.types import Anchor
-from palimpsest.services.learner.training.results import Scored, counts
+from palimpsest.services.learner.proximal.types import ProximalValues
+from palimpsest.services.learner.training.results import MicroBatchResult, counts
 from tests.builders import a_learner, a_row
 from tests.oracles import batch as oracle
 
@@ -38,7 +38,7 @@ EVERYTHING = {
 CLIP = Thresholds(band=1.3, clip_low=0.2, clip_high=0.2)
 
 
-def scored(seed: int, **loss: object) -> Scored:
+def scored(seed: int, **loss: object) -> MicroBatchResult:
     """A micro-batch of three rows through the real correction and the real objective."""
     generator = np.random.default_rng(seed)
     length = 12
@@ -65,9 +65,9 @@ def scored(seed: int, **loss: object) -> Scored:
     advantages = torch.from_numpy(batch.advantages)
     inputs = Inputs(current.requires_grad_(), proximal, behavior, correction.weight, advantages, mask)
     outcome = objective.outcome(inputs, multiplier=0.0)
-    return Scored(
+    return MicroBatchResult(
         batch=batch,
-        anchor=Anchor(torch.where(missing, 0.0, proximal), missing, mask & ~missing),
+        anchor=ProximalValues(torch.where(missing, 0.0, proximal), missing, mask & ~missing),
         current=current.detach(),
         entropy=torch.zeros(mask.shape),
         correction=correction,
@@ -200,15 +200,15 @@ def test_masks_of_trajectories_are_none_of_single_tokens() -> None:
     ],
 )
 def test_what_a_run_compares_ratios_with(sections: dict[str, object], band: float | None, clip: float | None) -> None:
-    bounds = Bounds.of(a_learner(**sections))
+    bounds = RunThresholds.of(a_learner(**sections))
     assert (bounds.thresholds.band, bounds.thresholds.clip_high) == (band, clip)
     assert bounds.exact
     assert (bounds.weight_low, bounds.weight_high) == (None, None)
 
 
 def test_weights_have_bounds_by_their_kind() -> None:
-    truncated = Bounds.of(a_learner(discrepancy={"weight": "truncated", "weight_high": 3.0}))
+    truncated = RunThresholds.of(a_learner(discrepancy={"weight": "truncated", "weight_high": 3.0}))
     assert (truncated.weight_low, truncated.weight_high, truncated.of_sequence) == (None, 3.0, False)
-    clipped = Bounds.of(a_learner(discrepancy={"weight": "clipped", "weight_level": "sequence"}))
+    clipped = RunThresholds.of(a_learner(discrepancy={"weight": "clipped", "weight_level": "sequence"}))
     assert (clipped.weight_low, clipped.weight_high, clipped.of_sequence) == (0.5, 2.0, True)
-    assert not Bounds.of(a_learner(proximal={"kind": "bypass"})).exact
+    assert not RunThresholds.of(a_learner(proximal={"kind": "bypass"})).exact

@@ -17,14 +17,14 @@ from torch import Tensor
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.common.config.proximal import ProximalConfig
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, pad
 from palimpsest.services.learner.corrections import log_ratio
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.surrogate_error import Thresholds, clipped, masked
 from palimpsest.services.learner.proximal import surrogates
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
 from palimpsest.services.learner.proximal.types import Exact, Interpolated, Source, Surrogate
@@ -52,7 +52,7 @@ def section(keys: dict[str, object]) -> ProximalConfig:
     return LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
 
 
-def moved(trainee: Trainee, seed: int) -> None:
+def moved(trainee: TrainablePolicy, seed: int) -> None:
     """One optimizer step along random gradients: the next version."""
     generator = torch.Generator().manual_seed(seed)
     for gradient in trainee.gradients():
@@ -62,11 +62,13 @@ def moved(trainee: Trainee, seed: int) -> None:
 
 def trained(
     folder: Path, keys: dict[str, object], *, versions: int = 3, max_staleness: int = 8, lr: float = 3e-3
-) -> tuple[Trainee, Source]:
+) -> tuple[TrainablePolicy, Source]:
     """The source and the model that it followed for some versions."""
     model = load(folder)
-    trainee = Trainee(model, OptimizerConfig(lr=lr, epsilon=1e-3))
-    source = surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=max_staleness)
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=lr, epsilon=1e-3))
+    source = build_surrogate(
+        section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=max_staleness
+    )
     for version in range(versions):
         moved(trainee, version)
         if hasattr(source, "published"):
@@ -74,7 +76,7 @@ def trained(
     return trainee, source
 
 
-def batches(folder: Path, *, seed: int = 0) -> list[Padded]:
+def batches(folder: Path, *, seed: int = 0) -> list[PaddedBatch]:
     """Two micro-batches of unequal rows with gaps; staleness 0 to 8; behavior near the starting model's log-probs."""
     generator = np.random.default_rng(seed)
     model, made = load(folder), []
@@ -102,7 +104,7 @@ def batches(folder: Path, *, seed: int = 0) -> list[Padded]:
 
 
 @torch.no_grad()
-def current(trainee: Trainee, batch: Padded) -> Tensor:
+def current(trainee: TrainablePolicy, batch: PaddedBatch) -> Tensor:
     values, _ = token_logprobs(trainee.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
     return values
 
@@ -232,7 +234,7 @@ def test_18_2_example_a(
     assert math.exp(A["current"] - got) == pytest.approx(staleness, abs=5e-6)
 
 
-def drawn(seed: int) -> tuple[Padded, Tensor, NDArray[np.bool_]]:
+def drawn(seed: int) -> tuple[PaddedBatch, Tensor, NDArray[np.bool_]]:
     """A batch of random behavior, its current log-probs in float64, and its mask."""
     generator = np.random.default_rng(seed)
     length = int(generator.integers(2, 12))
@@ -347,7 +349,7 @@ def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_m
     """Weights 1, beta, beta^2 on theta(2), theta(1), theta(0), in float32, cast for the pass."""
     decay, made = 0.6, batches(starting_model)
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
     source = EwmaProx(model, trainee.masters, CPU, decay=decay)
     thetas = [[master.double().clone() for master in trainee.masters]]
     plain = load(starting_model)
@@ -385,8 +387,8 @@ def test_18_4_at_staleness_0_they_are_the_snapshot_bit_for_bit(
     """max_staleness 0: what the resident weights give is the old log-prob; the ratio before the first step is 1."""
     folder = request.getfixturevalue(kind)
     model = load(folder)
-    trainee = Trainee(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
-    source = surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=0)
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
+    source = build_surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=0)
     made = batches(folder)
     for version in range(3):
         exact, got = Resident(model).proximal(made, Version(version)), source.proximal(made, Version(version))

@@ -15,15 +15,15 @@ from torch import Tensor
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import pad
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
 from palimpsest.services.learner.losses.objective import Objective, Terms
 from palimpsest.services.learner.losses.types import Inputs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
-from palimpsest.services.learner.training.preparation import prepare
-from palimpsest.services.learner.training.results import Trained
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.preparation import prepare_batch
+from palimpsest.services.learner.training.results import StepResult
+from palimpsest.services.learner.training.state import TrainingState
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, perturb, train
 
@@ -141,8 +141,8 @@ def test_a_divergence_in_the_reward_is_what_the_engine_paid_for_leaving_the_star
         loss={"kl": {"weight": 0.1, "estimator": "k1", "place": "reward"}}, advantages={"kind": "reinforce_pp"}
     )
     batch = pad([a_row("a", [0, 1, 2, 1], [-1, 3, -1, 3], behavior=[0.0, -0.3, 0.0, -2.0], advantage=0.8)])
-    companions = Companions(Bypass(CPU), start=Constant([0.5, 0.3, 0.2]))
-    prepared = prepare(companions, [batch], config, Ranks(), CPU)
+    companions = TrainingState(Bypass(CPU), start=Constant([0.5, 0.3, 0.2]))
+    prepared = prepare_batch(companions, [batch], config, ProcessGroup(), CPU)
     (returns,), (advantages,) = prepared.returns, prepared.advantages
     paid = [-0.3 - math.log(0.3), -2.0 - math.log(0.3)]
     expected = [0.8 - 0.1 * (paid[0] + paid[1]), 0.8 - 0.1 * paid[1]]
@@ -151,7 +151,7 @@ def test_a_divergence_in_the_reward_is_what_the_engine_paid_for_leaving_the_star
     assert advantages[0].tolist() == pytest.approx([0.0, away / math.sqrt(2), 0.0, -away / math.sqrt(2)], rel=1e-3)
 
 
-def trained(folder: Path, config: LearnerConfig) -> Trained:
+def trained(folder: Path, config: LearnerConfig) -> StepResult:
     """Two minibatches of which the weights have moved since they were sampled."""
     model, older = load(folder).float(), load(folder).float()
     perturb(older, by=0.02, seed=5)
@@ -160,8 +160,10 @@ def trained(folder: Path, config: LearnerConfig) -> Trained:
         a_row(f"r{i}", torch.randint(3, 250, (7,), generator=generator).tolist(), [-1, -1, 0, 0, -1, 1, 1])
         for i in range(4)
     ]
-    trainee = Trainee(model, OptimizerConfig(lr=1e-3))
-    return train(trainee, Resident(older), Ranks(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5)
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
+    return train(
+        trainee, Resident(older), ProcessGroup(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5
+    )
 
 
 def test_r2vpos_multiplier_follows_the_mean_square_of_the_whole_version(starting_model: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.services.learner.advantages import Part, group_advantages, token_advantages
+from palimpsest.services.learner.advantages import MicroBatchRewards, group_advantages, token_advantages
 from palimpsest.services.learner.advantages.gae import generalised_advantages
 from palimpsest.services.learner.advantages.reinforce import returns_to_go
 from palimpsest.services.learner.advantages.whiten import Moments, merged, whitened
@@ -214,7 +214,7 @@ def test_token_advantages_are_the_oracles_put_together(kind: str) -> None:
         gamma, lam = drawn[0].gamma, drawn[0].lam
         given = [np.array(group_advantages(kind, [*d.rewards, 0.5]))[:-1] for d in drawn]
         parts = [
-            Part(d.mask, r, token_rewards=d.own, values=d.values, truncated=d.truncated)
+            MicroBatchRewards(d.mask, r, token_rewards=d.own, values=d.values, truncated=d.truncated)
             for d, r in zip(drawn, given, strict=True)
         ]
         ours = token_advantages(kind, parts, gamma=gamma, lam=lam, gather=alone)

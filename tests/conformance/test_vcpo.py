@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.vcpo import (
     POWERS,
     ess,
@@ -18,7 +18,7 @@ from palimpsest.services.learner.losses.vcpo import (
     subtract_baseline,
     trajectory_log_ratio,
 )
-from palimpsest.services.learner.training.min_variance_baseline import LeastVariance
+from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from tests.oracles import vcpo as oracle
 
 CASES = 200
@@ -208,12 +208,12 @@ class Measured:
 def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, Tensor]:
     """Baseline and gradient of trajectories with these gradients, which hold their weights already."""
     model = Measured()
-    least = LeastVariance(model)  # type: ignore[arg-type]
+    least = MinimumVarianceBaseline(model)  # type: ignore[arg-type]
     for gradient, reward in zip(gradients, rewards, strict=True):
         model.gradient.copy_(torch.tensor(gradient))
         least.add(reward)
         assert not model.gradient.any()
-    return least.settle(Ranks()), model.gradient
+    return least.settle(ProcessGroup()), model.gradient
 
 
 def test_gradients_that_were_measured_give_the_worked_baseline() -> None:

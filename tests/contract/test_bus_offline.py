@@ -1,6 +1,6 @@
 """A log looked at from outside, on every adapter: everything that stands is read once."""
 
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing
 from tests.contract.logs import TOPIC, Log
 
@@ -13,14 +13,14 @@ def fill(bus: Bus, records: int) -> dict[int, int]:
 
 
 def test_everything_that_stands_is_read_once(bus: Bus) -> None:
-    assert list(scan(bus, TOPIC)) == []
+    assert list(read_existing(bus, TOPIC)) == []
     fill(bus, 5000)  # several polls' worth
-    assert sorted(int(record.body) for record in scan(bus, TOPIC)) == list(range(5000))
+    assert sorted(int(record.body) for record in read_existing(bus, TOPIC)) == list(range(5000))
 
 
 def test_what_comes_meanwhile_is_left_for_the_next_time(bus: Bus) -> None:
     fill(bus, 10)
-    reading = scan(bus, TOPIC)
+    reading = read_existing(bus, TOPIC)
     first = next(reading)
     fill(bus, 10)
     assert len([first, *reading]) == 10
@@ -28,7 +28,7 @@ def test_what_comes_meanwhile_is_left_for_the_next_time(bus: Bus) -> None:
 
 def test_it_begins_where_it_is_told_and_at_the_front_elsewhere(bus: Bus) -> None:
     ends = fill(bus, 60)
-    found = list(scan(bus, TOPIC, {0: ends[0] - 2, 1: ends[1]}))
+    found = list(read_existing(bus, TOPIC, {0: ends[0] - 2, 1: ends[1]}))
     assert [record.offset for record in found if record.partition == 0] == [ends[0] - 2, ends[0] - 1]
     assert [record.offset for record in found if record.partition == 1] == []
     assert [record.offset for record in found if record.partition == 2] == list(range(ends[2]))
@@ -38,6 +38,6 @@ def test_what_retention_took_does_not_keep_it_waiting(log: Log, bus: Bus) -> Non
     ends = fill(bus, 60)
     log.cut(0, ends[0])
     log.cut(1, 5)
-    found = list(scan(bus, TOPIC, {1: 2}))
+    found = list(read_existing(bus, TOPIC, {1: 2}))
     assert [record.offset for record in found if record.partition == 0] == []
     assert [record.offset for record in found if record.partition == 1] == list(range(5, ends[1]))

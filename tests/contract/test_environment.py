@@ -10,7 +10,7 @@ import pytest_asyncio
 from palimpsest.services.env_gateway.environments.port import Opening, Outcome, Score, Turn
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
 from palimpsest.services.env_gateway.environments.tool_calls import read, render
-from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.registry import FAMILIES, Registry, built_in, reasoning_gym
 
@@ -45,9 +45,9 @@ async def registry() -> AsyncIterator[Registry]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def opened(registry: Registry) -> AsyncIterator[Callable[[str], Any]]:
-    worlds: list[World] = []
+    worlds: list[EnvironmentHost] = []
 
-    async def opened(name: str) -> World:
+    async def opened(name: str) -> EnvironmentHost:
         worlds.append(await registry[name].open())
         return worlds[-1]
 
@@ -56,7 +56,7 @@ async def opened(registry: Registry) -> AsyncIterator[Callable[[str], Any]]:
         world.close()
 
 
-async def play(world: World, seed: int, texts: list[str]) -> Transcript:
+async def play(world: EnvironmentHost, seed: int, texts: list[str]) -> Transcript:
     opening, state_hash = await world.reset(seed)
     outcomes: list[Outcome] = []
     for text in texts:

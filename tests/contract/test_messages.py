@@ -43,7 +43,7 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 
@@ -112,7 +112,7 @@ SCORED = OldLogprobsComputed(
 )  # fmt: skip
 LETTER = DeadLetter(
     run="first", topic="trajectories", partition=2, offset=99, key="g000007", headers={"trajectory": "g000007/3"},
-    body=b"\x00\xff", cause=Cause.UNDECODABLE, reason="not msgpack", buried_at=1700000000.5,
+    body=b"\x00\xff", cause=RejectCause.UNDECODABLE, reason="not msgpack", buried_at=1700000000.5,
 )  # fmt: skip
 WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
@@ -217,7 +217,7 @@ def test_an_unknown_tag_is_refused(tag: object) -> None:
     for topic, record in WRITTEN.values():
         with pytest.raises(Undecodable, match=topic) as refused:
             decode(topic, msgspec.msgpack.encode({**fields(record), "type": tag}))
-        assert refused.value.cause is (Cause.UNKNOWN_SCHEMA if isinstance(tag, str) else Cause.UNDECODABLE)
+        assert refused.value.cause is (RejectCause.UNKNOWN_SCHEMA if isinstance(tag, str) else RejectCause.UNDECODABLE)
 
 
 @pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS, OLD_LOGPROBS])
@@ -233,7 +233,7 @@ def test_a_record_of_another_topic_is_refused() -> None:
         for other in set(TOPICS) - {topic}:
             with pytest.raises(Undecodable) as refused:
                 decode(other, encode(record))
-            assert refused.value.cause is Cause.UNKNOWN_SCHEMA
+            assert refused.value.cause is RejectCause.UNKNOWN_SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_bytes_with_more_behind_them_are_refused(name: str) -> None:
 def test_garbage_is_refused_and_nothing_else_happens(topic: str, body: bytes) -> None:
     with pytest.raises(Undecodable) as refused:
         decode(topic, body)
-    assert refused.value.cause is Cause.UNDECODABLE
+    assert refused.value.cause is RejectCause.UNDECODABLE
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
@@ -298,9 +298,9 @@ def test_very_deep_garbage_is_refused() -> None:
 
 def test_a_dead_letter_keeps_the_record_whole() -> None:
     record = Record("tasks", 3, 17, "g000007", b"\x00\xff", {"trajectory": "x"})
-    assert dead_letter("first", record, Unusable(Cause.NOT_FINITE, "why"), now=5.5) == DeadLetter(
+    assert dead_letter("first", record, RejectedRecord(RejectCause.NOT_FINITE, "why"), now=5.5) == DeadLetter(
         run="first", topic="tasks", partition=3, offset=17, key="g000007", headers={"trajectory": "x"},
-        body=b"\x00\xff", cause=Cause.NOT_FINITE, reason="why", buried_at=5.5,
+        body=b"\x00\xff", cause=RejectCause.NOT_FINITE, reason="why", buried_at=5.5,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from kafka.admin import NewTopic
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tests.servers.backends import kafka_client, s3_client
 from tests.waiting import LIMIT_S
 from tools.backends import ports
@@ -235,7 +235,7 @@ def answers_again_after_a_pause(server: Kafka | Minio) -> None:
 def test_a_server_that_cannot_start_is_refused_with_the_end_of_its_log(tmp_path: Path) -> None:
     kafka = Kafka(tmp_path / "kafka")
     (kafka.folder / "data").mkdir()  # and nothing in it
-    with pytest.raises(Refusal, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as refusal:
+    with pytest.raises(UserError, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as refusal:
         kafka.start()
     assert refusal.value.code == ExitCode.UNAVAILABLE
     assert not kafka.running

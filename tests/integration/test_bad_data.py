@@ -29,7 +29,7 @@ from palimpsest.common.messages import (
     TrajectoryFinished,
     decode,
 )
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
@@ -207,7 +207,7 @@ def test_garbage_on_the_log_and_from_environments_is_accounted_for(
     assert {letter.body for letter in letters(home)} == set(GARBAGE)
     assert all(letter.reason.startswith(f"{letter.topic}: ") for letter in letters(home))
     assert summary["dead_letters"] == {CONTROL: 2, TASKS: 2, TRAJECTORIES: 3, WORKERS: 2}
-    assert {letter.cause for letter in letters(home)} == {Cause.UNDECODABLE}
+    assert {letter.cause for letter in letters(home)} == {RejectCause.UNDECODABLE}
     assert summary["trajectories"]["dead_lettered"] <= 1, "the one that the garbage names, unless it came in time"
 
     sound = (record.body for record in records(home, TRAJECTORIES) if record.body not in GARBAGE)

@@ -22,13 +22,13 @@ import pytest
 from palimpsest.common.arrays import pack_float32
 from palimpsest.common.bus.claim_check import CLAIM
 from palimpsest.common.bus.kafka import Connection, KafkaBus
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.config import load
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.files import write
 from palimpsest.common.messages import TRAJECTORIES, encode
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from tests.builders import a_finished, a_segment
@@ -61,7 +61,7 @@ class Faulty:
         flags = (*cluster.flags, *REPEATABLE, f"--run.id={name}", f"--run.folder={folder}")
         self.services = Services(toml, self.home, *flags, environment=cluster.environment)
         config = load([str(toml), *flags], {}, program="").config
-        write(self.home / "run.toml", show(config).encode())  # as `palimpsest run` would: the audit reads it
+        write(self.home / "run.toml", to_toml(config).encode())  # as `palimpsest run` would: the audit reads it
         self.learners = self.repeated = 0
         for server in ("snapshot_store", "env_gateway"):
             self.server(server)
@@ -181,7 +181,7 @@ def outages(run: Faulty) -> None:
     run.cluster.minio.start()
 
 
-def poison(run: str, group: str) -> Iterator[tuple[Cause, Outgoing]]:
+def poison(run: str, group: str) -> Iterator[tuple[RejectCause, Outgoing]]:
     """Records that no one can use, and what each has to be buried as. `group`: one that was offered."""
     index = int(group[1:])
 
@@ -190,28 +190,28 @@ def poison(run: str, group: str) -> Iterator[tuple[Cause, Outgoing]]:
         return Outgoing(group, encode(msgspec.structs.replace(record, **changes)))
 
     sound = encode(a_finished(index, 0, run=run))
-    yield Cause.UNDECODABLE, Outgoing(group, b"\xff\x00garbage")
-    yield Cause.UNDECODABLE, Outgoing(group, b"")
-    yield Cause.UNDECODABLE, Outgoing(group, sound[:-7])
-    yield Cause.UNKNOWN_SCHEMA, Outgoing(group, sound.replace(b"trajectory_finished/1", b"trajectory_finished/9"))
-    yield Cause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("nan"), -1.0, -1.0])))
-    yield Cause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("-inf"), -1.0, -1.0])))
-    yield Cause.LENGTH_MISMATCH, finished(Segment(2, 6, Version(0), pack_float32([-1.0] * 3)))
-    yield Cause.LENGTH_MISMATCH, finished(a_segment(2, 99, 0))
-    yield Cause.NEGATIVE_VERSION, finished(a_segment(2, 6, -3))
-    yield Cause.UNKNOWN_VERSION, finished(a_segment(2, 6, 10_000))
-    yield Cause.WRONG_RUN, finished(a_segment(2, 6, 0), run="another")
-    yield Cause.NEVER_OFFERED, Outgoing("g900000", encode(a_finished(900_000, 0, run=run)))
-    yield Cause.MISSING_CLAIM, Outgoing(group, b"", {CLAIM: "0" * 64})
+    yield RejectCause.UNDECODABLE, Outgoing(group, b"\xff\x00garbage")
+    yield RejectCause.UNDECODABLE, Outgoing(group, b"")
+    yield RejectCause.UNDECODABLE, Outgoing(group, sound[:-7])
+    yield RejectCause.UNKNOWN_SCHEMA, Outgoing(group, sound.replace(b"trajectory_finished/1", b"trajectory_finished/9"))
+    yield RejectCause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("nan"), -1.0, -1.0])))
+    yield RejectCause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("-inf"), -1.0, -1.0])))
+    yield RejectCause.LENGTH_MISMATCH, finished(Segment(2, 6, Version(0), pack_float32([-1.0] * 3)))
+    yield RejectCause.LENGTH_MISMATCH, finished(a_segment(2, 99, 0))
+    yield RejectCause.NEGATIVE_VERSION, finished(a_segment(2, 6, -3))
+    yield RejectCause.UNKNOWN_VERSION, finished(a_segment(2, 6, 10_000))
+    yield RejectCause.WRONG_RUN, finished(a_segment(2, 6, 0), run="another")
+    yield RejectCause.NEVER_OFFERED, Outgoing("g900000", encode(a_finished(900_000, 0, run=run)))
+    yield RejectCause.MISSING_CLAIM, Outgoing(group, b"", {CLAIM: "0" * 64})
 
 
-def bad_records(run: Faulty) -> list[Cause]:
+def bad_records(run: Faulty) -> list[RejectCause]:
     """Poison, then everything that was said so far twice more, in any order; the causes of the poison."""
     with closing(KafkaBus(Connection(run.cluster.kafka.servers, {}), prefix=f"palimpsest.{run.name}.")) as bus:
         bad = list(poison(run.name, "g000000"))
         bus.publish(TRAJECTORIES, [record for _, record in bad])
         run.versions(1)
-        records = [Outgoing(r.key, r.body, r.headers) for r in scan(bus, TRAJECTORIES)]
+        records = [Outgoing(r.key, r.body, r.headers) for r in read_existing(bus, TRAJECTORIES)]
         again = [record for record in records if record not in [outgoing for _, outgoing in bad]] * 2
         random.Random(7).shuffle(again)
         bus.publish(TRAJECTORIES, again)
@@ -233,7 +233,7 @@ def a_learner_that_stood_still(run: Faulty) -> None:
     assert "another learner took this run over" in run.services.log(first).read_text()
 
 
-FAULTS: dict[str, Callable[[Faulty], list[Cause] | None]] = {
+FAULTS: dict[str, Callable[[Faulty], list[RejectCause] | None]] = {
     "killed": killed_services,
     "rank": a_killed_rank,
     "outages": outages,
@@ -244,7 +244,7 @@ FAULTS: dict[str, Callable[[Faulty], list[Cause] | None]] = {
 
 def test_faults_change_nothing(servers: Cluster, toml: Path, clean: str, pytestconfig: pytest.Config) -> None:
     chosen = pytestconfig.getoption("--faults")
-    run, buried = Faulty(servers, toml, "faulty"), list[Cause]()
+    run, buried = Faulty(servers, toml, "faulty"), list[RejectCause]()
     try:
         for name in chosen.split(",") if chosen else FAULTS:
             run.versions(1)

@@ -15,11 +15,11 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest import trajectory_reader
 from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking, liveness
 from palimpsest.services.rollout import cut_responder, trajectory_sampler
-from palimpsest.services.rollout.cut_state import NOTHING, Cuts
+from palimpsest.services.rollout.cut_state import NOTHING, CutState
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.outbox import Outbox
-from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.weights import WeightSync
 from tests.runs import ROOT
 from tests.simulation.cut_judge import Judge, Violated
 from tests.simulation.cut_schedules import Engine, Schedule, latency, life, make_rare
@@ -51,13 +51,13 @@ def simulated(monkeypatch: Patch) -> Iterator[None]:
 def noted(schedule: Schedule) -> Iterator[None]:
     """The judge is told when a worker gives the learner up, and the learner's patience is simulated, too."""
     with Patch.context() as patch:
-        real = cut_responder.Interruption._give_up
+        real = cut_responder.CutResponder._give_up
 
-        def give_up(self: cut_responder.Interruption) -> None:
+        def give_up(self: cut_responder.CutResponder) -> None:
             schedule.judge.gave_up.append((life.get(), self._cuts.held, schedule.loop.time()))
             real(self)
 
-        patch.setattr(cut_responder.Interruption, "_give_up", give_up)
+        patch.setattr(cut_responder.CutResponder, "_give_up", give_up)
         patch.setattr(trajectory_reader, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
         yield
 
@@ -102,13 +102,13 @@ if "SEED" in os.environ:
 
 
 def nothing_is_held(patch: Patch) -> None:
-    real = Weights._resume_unless_held
+    real = WeightSync._resume_unless_held
 
-    async def resume(self: Weights) -> None:
+    async def resume(self: WeightSync) -> None:
         self._held = NOTHING
         await real(self)
 
-    patch.setattr(Weights, "_resume_unless_held", resume)
+    patch.setattr(WeightSync, "_resume_unless_held", resume)
 
 
 def messages_under_way_are_left_out(patch: Patch) -> None:
@@ -131,14 +131,14 @@ def it_answers_before_its_records_are_durable(patch: Patch) -> None:
 
 
 def a_release_is_taken_for_any_version(patch: Patch) -> None:
-    def let_go(self: Cuts) -> None:
+    def let_go(self: CutState) -> None:
         self.open, self.held = None, NOTHING
 
-    patch.setattr(Cuts, "let_go", let_go)
+    patch.setattr(CutState, "let_go", let_go)
 
 
 def a_copy_is_taken_for_news(patch: Patch) -> None:
-    patch.setattr(Cuts, "_is_news", lambda self, message: True)
+    patch.setattr(CutState, "_is_news", lambda self, message: True)
 
 
 def versions_are_mixed_up(patch: Patch) -> None:
@@ -160,7 +160,9 @@ def silence_of_all_is_taken_for_their_death(patch: Patch) -> None:
 
 
 def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
-    patch.setattr(asking.Interruption, "_hear_all", lambda self, cut=None: self._hear(timeout_s=0.0, cut=cut))
+    patch.setattr(
+        asking.CutCoordinator, "_poll_workers_to_end", lambda self, cut=None: self._poll_workers(timeout_s=0.0, cut=cut)
+    )
 
 
 def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch) -> None:
@@ -168,18 +170,18 @@ def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch)
 
 
 def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
-    real = asking.Interruption.cut
+    real = asking.CutCoordinator.cut
 
-    def cut(self: asking.Interruption, *args: Any, **options: Any) -> asking.CutReport:
+    def cut(self: asking.CutCoordinator, *args: Any, **options: Any) -> asking.CutReport:
         report = real(self, *args, **options)
         self._open = report.cut
         return report
 
-    def published(self: asking.Interruption, version: Version, digest: str) -> None:
+    def published(self: asking.CutCoordinator, version: Version, digest: str) -> None:
         self._digests[version], self._open = digest, None
 
-    patch.setattr(asking.Interruption, "cut", cut)
-    patch.setattr(asking.Interruption, "published", published)
+    patch.setattr(asking.CutCoordinator, "cut", cut)
+    patch.setattr(asking.CutCoordinator, "published", published)
 
 
 def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from palimpsest.common.bus.kafka import Connection, KafkaBus
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from palimpsest.rescore import Models, rescore
 from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
@@ -47,7 +47,7 @@ def finished(
 
 def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
     with closing(KafkaBus(Connection(kafka.servers, {}), prefix=f"palimpsest.{kind}.")) as bus:
-        return [decode(topic, record.body) for record in scan(bus, topic)]
+        return [decode(topic, record.body) for record in read_existing(bus, topic)]
 
 
 def check(home: Path, model: Path, said: list[Any]) -> None:

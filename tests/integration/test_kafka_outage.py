@@ -18,7 +18,7 @@ from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.kafka.consumer import KafkaConsumer
 from palimpsest.common.bus.port import Consumer, Outgoing, Record
 from palimpsest.common.outages import KAFKA, OUTAGES, Outages
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
 from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
@@ -238,7 +238,7 @@ def test_an_outage_beyond_the_limit_ends_everything_but_a_poll(kafka: Kafka) -> 
             while not all(work.done() for work in ended):
                 assert reader.poll(limit=10, timeout_s=0.2) == []
         for work in ended:
-            with pytest.raises(Refusal, match=rf"Kafka at {kafka.servers} \(bus.servers\) did not let us") as told:
+            with pytest.raises(UserError, match=rf"Kafka at {kafka.servers} \(bus.servers\) did not let us") as told:
                 work.result()
             assert told.value.code is ExitCode.UNAVAILABLE
         kafka.start()
@@ -320,7 +320,7 @@ def test_a_producer_that_keeps_its_records_is_begun_anew(
         stuck._sender.run_once = lambda: time.sleep(0.01)  # as kafka-python's own may come to do after an outage
         sent = [threads.submit(bus.publish, TOPIC, things(body)) for body in "bc"]
         if not watched:
-            with pytest.raises(Refusal, match=f"did not let us write to {TOPIC}"):
+            with pytest.raises(UserError, match=f"did not let us write to {TOPIC}"):
                 sent[0].result()
             return
         assert sorted(future.result()[0].offset for future in sent) == [1, 2]

@@ -23,7 +23,7 @@ from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import TASKS, TRAJECTORIES
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tests.contract.logs import take
 from tools.backends.kafka import USER, Kafka, Security
 from tools.backends.ports import free
@@ -147,7 +147,7 @@ def at_once() -> Iterator[None]:
 
 def refused(config: RunConfig) -> str:
     """What a run with this configuration is told, at once."""
-    with at_once(), pytest.raises(Refusal) as caught:
+    with at_once(), pytest.raises(UserError) as caught:
         open_bus(config).close()
     assert caught.value.code is ExitCode.CONFIGURATION
     return str(caught.value)
@@ -204,7 +204,7 @@ def test_each_right_in_the_manual_is_needed(
     with (
         at_once(),
         pytest.raises(
-            Refusal, match=r"refuses us: .*AuthorizationFailed.*rights that docs/operations.md lists"
+            UserError, match=r"refuses us: .*AuthorizationFailed.*rights that docs/operations.md lists"
         ) as told,
         closing(open_bus(configured(home, guarded, run=run))) as bus,
     ):
@@ -261,7 +261,7 @@ def test_nobody_there_is_waited_for_and_then_named(home: Path, kafka_server: Kaf
     closed = f"127.0.0.1:{free()}"
     for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "no such host is known")):
         nobody = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
-        with pytest.raises(Refusal, match=rf"Kafka at {servers} \(bus.servers\) .*{said}") as told:
+        with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\) .*{said}") as told:
             KafkaBus(nobody, prefix="t.")
         assert told.value.code is ExitCode.UNAVAILABLE
 

@@ -27,13 +27,13 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.service import Server
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
@@ -157,10 +157,12 @@ def test_too_few_replicas_and_other_partitions_are_refused(
             replicated.create_topics({"more": 1})
 
 
-def an_intake(bus: Bus) -> tuple[Intake, Planner[Arrived]]:
+def an_intake(bus: Bus) -> tuple[TrajectoryReader, TrajectoryLedger[ReceivedTrajectory]]:
     """The learner's own reading of the log."""
-    planner: Planner[Arrived] = Planner(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
-    intake = Intake(
+    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
+        samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60
+    )
+    intake = TrajectoryReader(
         bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
         confirm=lambda: None,
     )  # fmt: skip
@@ -188,7 +190,7 @@ def test_a_learner_whose_next_record_is_gone_stops_and_says_so(
     with closing(intake), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
         intake.read_all(Version(0), timeout_s=LIMIT_S)
     again, _ = an_intake(bus)
-    with closing(again), pytest.raises(Refusal, match="would be lost silently") as told:
+    with closing(again), pytest.raises(UserError, match="would be lost silently") as told:
         again.start({0: 0}, {}, now=0.0)
     assert told.value.code is ExitCode.DAMAGED
 
@@ -281,11 +283,11 @@ def test_a_long_trajectory_goes_through_whole_and_a_lost_one_is_buried(
                 read_until(intake, 1)
             with bus.consumer(DEAD_LETTERS) as consumer:
                 letter: DeadLetter = decode(DEAD_LETTERS, take(consumer, 1)[0].body)
-            assert letter.cause is Cause.MISSING_CLAIM
+            assert letter.cause is RejectCause.MISSING_CLAIM
             assert (letter.topic, letter.offset) == (TRAJECTORIES, 0)
 
 
-def read_until(intake: Intake, arrived: int) -> None:
+def read_until(intake: TrajectoryReader, arrived: int) -> None:
     """Read until so many trajectories are there."""
     for _ in range(int(LIMIT_S)):
         intake.read_all(Version(0), timeout_s=1.0)

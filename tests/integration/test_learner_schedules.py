@@ -13,11 +13,11 @@ import structlog
 from palimpsest.common import failpoints
 from palimpsest.common.messages import CONTROL
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Intake
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
-from palimpsest.services.rollout.async_consumer import Reader
+from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from tests.runs import ROOT
 from tests.simulation.cut_schedules import LIMIT_S, life, make_rare
 from tests.simulation.learner_faults import ANYWHERE, Fault, How, places
@@ -85,7 +85,7 @@ def test_a_worker_that_dies_does_not_wait_for_the_log(tmp_path: Path) -> None:
         schedule = LearnerSchedule(loop, random.Random(0), tmp_path, of_worker=Fault("here", 1, How.DIES))
         schedule.falls[life.get()] = loop.create_future()
         schedule.silent[life.get()] = 10.0
-        calling = asyncio.create_task(Reader(schedule.bus.consumer(CONTROL)).ends())
+        calling = asyncio.create_task(AsyncConsumer(schedule.bus.consumer(CONTROL)).ends())
         await asyncio.sleep(5.0)
         with pytest.raises(asyncio.CancelledError):
             schedule.reach("here")
@@ -147,15 +147,15 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
 
 
 def what_was_read_counts_as_done(patch: Patch) -> None:
-    patch.setattr(Intake, "offsets", lambda self: dict(self._read_to))
+    patch.setattr(TrajectoryReader, "offsets", lambda self: dict(self._read_to))
 
 
 def groups_offered_after_the_checkpoint_are_not_looked_for(patch: Patch) -> None:
-    patch.setattr(Intake, "_adopt", lambda self, task_offsets, now: None)
+    patch.setattr(TrajectoryReader, "_adopt", lambda self, task_offsets, now: None)
 
 
 def the_ledger_is_not_restored(patch: Patch) -> None:
-    patch.setattr(Planner, "restore", lambda self, state, *, now: None)
+    patch.setattr(TrajectoryLedger, "restore", lambda self, state, *, now: None)
 
 
 def the_history_is_not_cut(patch: Patch) -> None:

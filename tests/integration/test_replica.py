@@ -36,7 +36,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
-from palimpsest.services.learner.old_logprobs.score_store import Scores, spans
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, spans
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import canaries, load, logprobs, perturb
 from tests.runs import ROOT
@@ -82,7 +82,8 @@ class ReplicaProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "palimpsest.services.learner.replica", str(self.run), f"--replica.name={self.name}",
+                    sys.executable, "-m", "palimpsest.services.learner.replica", str(self.run),
+                    f"--replica.name={self.name}",
                     f"--replica.port={self.port}", f"--snapshot_store.url={self.store}",
                 ],
                 env={**kept, "PYTHONPATH": str(ROOT), "PALIMPSEST_FAULT": fault},
@@ -157,9 +158,9 @@ class Setup:
             records = consumer.poll(limit=100_000, timeout_s=0.0)
         return [decode(OLD_LOGPROBS, record.body) for record in records]
 
-    def attached(self, messages: list[TrajectoryFinished]) -> tuple[list[Row], Scores]:
+    def attached(self, messages: list[TrajectoryFinished]) -> tuple[list[Row], ScoreStore]:
         """What the learner makes of the topic."""
-        scores = Scores()
+        scores = ScoreStore()
         reader = ScoreReader(
             self.bus, scores, run="t", wait_s=1.0, wanted=lambda _: True, confirm=lambda: None
         )  # fmt: skip
@@ -168,7 +169,7 @@ class Setup:
         reader.close()
         return rows, scores
 
-    def check(self, messages: list[TrajectoryFinished]) -> Scores:
+    def check(self, messages: list[TrajectoryFinished]) -> ScoreStore:
         """Every trainable token has the old log-prob of its own version."""
         rows, scores = self.attached(messages)
         for row in rows:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from palimpsest.common.config import load
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.files import write
 from palimpsest.common.service import Server, Stop
 from palimpsest.services.learner.__main__ import body
@@ -45,7 +45,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         )
         toml = scripted(folder, starting_model, versions=VERSIONS)
         invocation = load([str(toml), *flags], {}, program="")
-        write(invocation.config.run.home / "run.toml", show(invocation.config).encode())
+        write(invocation.config.run.home / "run.toml", to_toml(invocation.config).encode())
         with ScriptedWorker(invocation.config):
             body(invocation, Stop())
     return invocation.config.run.home

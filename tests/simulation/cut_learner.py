@@ -13,12 +13,12 @@ from palimpsest.common.bus.port import Outgoing, Position
 from palimpsest.common.messages import CONTROL, TASKS, Sampling, VersionPublished, encode
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
-from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
-from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from tests.simulation.cut_judge import score_under
 from tests.simulation.memory_bus import MemoryBus
 from tests.simulation.simulated_time import Actor
@@ -54,18 +54,18 @@ class Learner:
         self._bus, self._now = ActorsBus(schedule, self._confirm), schedule.store.clock
         self._version = learned.version
         """Resident."""
-        self._planner: Planner[Arrived] = Planner(
+        self._planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=SAMPLES, groups_per_batch=GROUPS, max_staleness=2, time_limit_s=200.0
         )
         if learned.ledger is not None:
             self._planner.restore(learned.ledger, now=self._now())
-        self._scores = Scores()
-        self._intake = Intake(
+        self._scores = ScoreStore()
+        self._intake = TrajectoryReader(
             self._bus, self._planner, run=RUN, seed=0, environments={"any": 1.0}, samples=SAMPLES, sampling=SAMPLING,
             time_limit_s=600.0, confirm=self._confirm, keep_flushed=True,
         )  # fmt: skip
-        early = EarlyScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
-        self._interruption = Interruption(
+        early = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
+        self._interruption = CutCoordinator(
             self._bus, self._intake, early, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
             clock=self._now,
         )  # fmt: skip
@@ -90,7 +90,7 @@ class Learner:
         for arrived in self._intake.arrived.values():
             self._keep(arrived)
 
-    def _batch(self) -> list[Arrived]:
+    def _batch(self) -> list[ReceivedTrajectory]:
         while True:
             self._confirm()
             self._intake.read_all(self._version, timeout_s=0.0)
@@ -99,12 +99,12 @@ class Learner:
             for arrived in (*self._planner.drop_stale(self._version, oldest), *self._planner.drop_small()):
                 self._intake.resolve(arrived)
             self._intake.offer(self._version, now=self._now())
-            if batch := self._planner.batch():
+            if batch := self._planner.take_batch():
                 return [arrived for group in batch for arrived in group.items]
             if not self._interruption.work(self._version, str(self._version)):
                 self._intake.read_all(self._version, timeout_s=2.0)
 
-    def _train(self, batch: list[Arrived]) -> None:
+    def _train(self, batch: list[ReceivedTrajectory]) -> None:
         names = {arrived.record.trajectory for arrived in batch}
         self._cutting = True
         report = self._interruption.cut(self._version, str(self._version), training=names)
@@ -131,7 +131,7 @@ class Learner:
         self._publish()
         self._interruption.published(self._version, str(self._version))
 
-    def _keep(self, arrived: Arrived) -> None:
+    def _keep(self, arrived: ReceivedTrajectory) -> None:
         row = self._scores.attach(as_row(arrived.record), self._interruption.digests)
         known = row.old if row.old is not None else np.full(len(row.tokens), np.nan)
         old = {int(token): float(value) for token, value in zip(row.tokens, known, strict=True) if not np.isnan(value)}
@@ -146,7 +146,7 @@ class Learner:
         published = VersionPublished(RUN, self._version, str(self._version), self._now())
         self._bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
 
-    def _score(self, batches: Sequence[Padded]) -> Any:
+    def _score(self, batches: Sequence[PaddedBatch]) -> Any:
         self._sleep(0.3)
         if self._cutting and self._schedule.chance(0.02):
             raise Broken

@@ -35,8 +35,8 @@ from palimpsest.services.learner.old_logprobs.interruption import coordinator as
 from palimpsest.services.rollout import cut_responder, worker as worker_module
 from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
-from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
-from palimpsest.services.rollout.weights import Weights
+from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
+from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
 from tests.simulation.cut_judge import Judge
 from tests.simulation.cut_learner import RUN, Learned, Learner
@@ -211,7 +211,7 @@ def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
     weights = Fetching(
         engine, schedule, schedule.folder / name, tolerance=0.05, report=lambda applied: worker.applied(applied)
     )  # type: ignore[arg-type]
-    sampler = Sampler(name, engine, Sessions(schedule), Dialogue(schedule), 2, Tally(), weights.trusted)  # type: ignore[arg-type]
+    sampler = TrajectorySampler(name, engine, Sessions(schedule), ChatRenderer(schedule), 2, Tally(), weights.trusted)  # type: ignore[arg-type]
     worker = Worker(run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5)
     return worker
 
@@ -266,7 +266,7 @@ class Engine(ScriptedEngine):
         return await super().score(tokens)
 
 
-class Fetching(Weights):
+class Fetching(WeightSync):
     """Versions come from nowhere, after a while."""
 
     async def _fetch(self, version: Version) -> StoredWeights:
@@ -276,7 +276,7 @@ class Fetching(Weights):
         return StoredWeights(self._store.manifest(version), path)  # type: ignore[attr-defined]
 
 
-class Dialogue:
+class ChatRenderer:
     """Texts say nothing; every stop token has a number, too."""
 
     def __init__(self, schedule: Schedule) -> None:

@@ -66,7 +66,7 @@ def places() -> list[str]:
     found = set()
     for service in ("learner", "rollout"):
         for path in (ROOT / "services" / service).rglob("*.py"):
-            found |= set(re.findall(r"faults\.reach\(\"([^\"]+)\"\)", path.read_text()))
+            found |= set(re.findall(r"failpoints\.reach\(\"([^\"]+)\"\)", path.read_text()))
     return sorted(found)
 
 

@@ -12,8 +12,8 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import pad
-from palimpsest.services.learner.model.weights import take_on
-from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
+from palimpsest.services.learner.model.weights import load_weights
+from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from tests.fenced import check_whole
 from tests.runs import history
 from tests.servers.direct_store import URL, direct_store
@@ -74,8 +74,8 @@ def old_logprobs_are_exact(schedule: LearnerSchedule, client: SnapshotClient) ->
     tables: dict[Version, Any] = {}
     for version in client.versions():
         model = Table()
-        take_on(model, list[RawTensor](client.tensors(client.manifest(version))))
-        tables[version] = resident(model, torch.device("cpu"))
+        load_weights(model, list[RawTensor](client.tensors(client.manifest(version))))
+        tables[version] = model_scorer(model, torch.device("cpu"))
     for _, _, row in schedule.trained:
         for version in set(row.versions.tolist()) - {UNTRAINABLE}:
             expected = tables[version](pad([row]))[0][: len(row.tokens)]

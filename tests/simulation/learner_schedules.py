@@ -1,8 +1,8 @@
 """Whole learners in simulated time: they die, stand still or are stopped at a given place, and others take over.
 
-A learner is everything that services/learner/coordinator.py puts together, over a log in memory and a real snapshot store on
-a folder. Its model is a table, so that it trains in milliseconds. The workers are those of cut_schedules.py. A seed
-repeats a run exactly.
+A learner is everything that services/learner/coordinator.py puts together, over a log in memory and a real snapshot
+store on a folder. Its model is a table, so that it trains in milliseconds. The workers are those of cut_schedules.py. A
+seed repeats a run exactly.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from palimpsest.common.snapshots.manifest import Manifest, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import coordinator as leading, loop as looping
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.coordinator import lead
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.coordinator import run_coordinator
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.ingest import trajectory_reader
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.old_logprobs.distributed_scorer import resident
-from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
-from palimpsest.services.learner.training.build import companions
-from palimpsest.services.learner.training.results import Trained
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
+from palimpsest.services.learner.training.build import build_training_state
+from palimpsest.services.learner.training.results import StepResult
+from palimpsest.services.learner.training.trainer import Trainer
 from tests.fenced import Things, stored
 from tests.servers.direct_store import URL, DirectStore
 from tests.simulation.cut_judge import Judge
@@ -190,14 +190,16 @@ class Life:
 
     def _live(self) -> None:
         config = self.schedule.config
-        ranks, model = Ranks(), Table()
-        trainee = Trainee(model, config.learner.optimizer)
+        ranks, model = ProcessGroup(), Table()
+        trainee = TrainablePolicy(model, config.learner.optimizer)
         with Store(self) as store:
-            beside = companions(config.learner, trainee, store, ranks.device)
+            beside = build_training_state(config.learner, trainee, store, ranks.device)
             step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
             step.life = self
             try:
-                lead(config, self.stop, store, trainee, beside, step, ranks, resident(model, ranks.device), Unheard())
+                run_coordinator(
+                    config, self.stop, store, trainee, beside, step, ranks, model_scorer(model, ranks.device), Unheard()
+                )
             except Fenced:
                 assert self.still.done(), "it was replaced, and nobody meant to"
             else:
@@ -205,12 +207,12 @@ class Life:
                 self.finished = not self.stop.requested
 
 
-class Watched(Step):
+class Watched(Trainer):
     """What it trains on is kept for the verdict."""
 
     life: Life
 
-    def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> Trained:
+    def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> StepResult:
         """See Step."""
         trained = self.life.schedule.trained
         trained += [(self.life.writer, now, row) for minibatch in minibatches for row in minibatch]
@@ -275,6 +277,6 @@ def simulated(schedule: LearnerSchedule) -> Iterator[None]:
         patch.setattr(looping, "time", clock)
         patch.setattr(looping, "POLL_S", 2.0)
         patch.setattr(trajectory_reader, "time", clock)
-        patch.setitem(Interruption.__init__.__kwdefaults__, "clock", schedule.loop.time)
+        patch.setitem(CutCoordinator.__init__.__kwdefaults__, "clock", schedule.loop.time)
         patch.setattr(failpoints, "reach", schedule.reach)
         yield

@@ -256,7 +256,8 @@ def test_the_whole_command_prints_every_check() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "palimpsest/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
+    "path",
+    [*sorted((ROOT / "palimpsest/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
     ids=lambda path: path.name,
 )  # fmt: skip
 def test_an_older_python_can_read_it(path: Path) -> None:

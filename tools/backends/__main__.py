@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from palimpsest.common.user_error import ExitCode, Refusal
-from tools.backends.dev_stack import Pair, exports
+from palimpsest.common.user_error import ExitCode, UserError
+from tools.backends.dev_stack import DevStack, exports
 
 FOLDER = Path(__file__).resolve().parents[2] / "backends"
 
@@ -18,7 +18,7 @@ def main(words: Sequence[str]) -> int:
     """Obey the words; returns the exit code."""
     options = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pair = Pair(options.folder.absolute(), _say)
+    pair = DevStack(options.folder.absolute(), _say)
     try:
         match options.command:
             case "up":
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
                 pair.down()
             case _:
                 return ExitCode.DONE if pair.status() else ExitCode.UNAVAILABLE
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"backends: {refusal}", file=sys.stderr)
         return refusal.code
     except OSError as error:
@@ -63,7 +63,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _tell(pair: Pair, settings: dict[str, str]) -> None:
+def _tell(pair: DevStack, settings: dict[str, str]) -> None:
     folder = shlex.quote(_short(pair.folder))
     _print("\n  ".join(["", *exports(settings)]))
     _print(f"\nThese lines are in {folder}/environment. In the shell of a run: . {folder}/environment")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def made(name: str, make: Callable[[Path], None], say: Say) -> Path:
                 make(partial)
                 partial.rename(target)
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"{name} cannot be kept in {folder()} ({error}); name another folder in PALIMPSEST_CACHE",
             ExitCode.UNAVAILABLE,
         ) from None

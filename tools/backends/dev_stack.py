@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import cache, downloads, ports
 from tools.backends.cache import Say
 from tools.backends.kafka import Kafka
@@ -21,7 +21,7 @@ TITLES = {"kafka": Kafka.title, "minio": Minio.title}
 
 
 @dataclass(frozen=True)
-class Pair:
+class DevStack:
     """The two servers of a folder: each has data, log, port and process record in a folder of its own below it."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Pair:
     def _up(self, server: Server, address: str) -> None:
         if (process := self._process(server.folder.name)) is not None:
             if not server.answers():
-                raise Refusal(
+                raise UserError(
                     f"{server.title} runs (process {process.pid}) but does not answer at {address}: look into "
                     f"{server.log}, or stop it with `down` and call again",
                     ExitCode.UNAVAILABLE,
@@ -90,7 +90,7 @@ class Pair:
         there = ports.remembered(self.folder / name / "port")
         if self._process(name) is not None:
             if wanted is not None and wanted != there:
-                raise Refusal(
+                raise UserError(
                     f"{TITLES[name]} runs already, on port {there}: stop it with `down` to move it to {wanted}"
                 )
             return None

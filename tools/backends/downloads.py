@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from palimpsest.common.parent_death import tie
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.parent_death import die_with_parent
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import cache
 from tools.backends.cache import Say
 
@@ -57,7 +57,7 @@ def kafka_version() -> str:
 def program(name: str, why: str, package: str) -> str:
     """Where the program of this name is."""
     if (path := shutil.which(name)) is None:
-        raise Refusal(f"{why} needs `{name}`, which is not on the PATH: install {package}", ExitCode.UNAVAILABLE)
+        raise UserError(f"{why} needs `{name}`, which is not on the PATH: install {package}", ExitCode.UNAVAILABLE)
     return path
 
 
@@ -105,14 +105,14 @@ def _check_java() -> None:
     told = subprocess.run([java(), "-version"], capture_output=True, text=True, check=False).stderr
     found = re.search(r'version "(\d+)', told)
     if found is not None and int(found[1]) < OLDEST_JAVA:
-        raise Refusal(f"Kafka needs Java {OLDEST_JAVA} or later; `java` here is {found[1]}", ExitCode.UNAVAILABLE)
+        raise UserError(f"Kafka needs Java {OLDEST_JAVA} or later; `java` here is {found[1]}", ExitCode.UNAVAILABLE)
 
 
 def _check_go(go: str) -> None:
     told = subprocess.run([go, "version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"go(\d+)\.(\d+)", told)
     if found is not None and (int(found[1]), int(found[2])) < OLDEST_GO:
-        raise Refusal(
+        raise UserError(
             f"MinIO needs Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later; `go` here is {found[0]}", ExitCode.UNAVAILABLE
         )
 
@@ -128,7 +128,7 @@ def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], prog
             stdout=output,
             stderr=output,
             env={**os.environ, **settings},
-            preexec_fn=lambda: tie(parent),
+            preexec_fn=lambda: die_with_parent(parent),
         ) as process:
             try:
                 while process.poll() is None:
@@ -142,7 +142,7 @@ def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], prog
                 raise
         if process.returncode != 0:
             told = "\n  ".join(_lines(output)[-LAST_LINES:])
-            raise Refusal(
+            raise UserError(
                 f"{failure}:\n  {told}\nmend that and call again: what is already downloaded is kept",
                 ExitCode.UNAVAILABLE,
             )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import downloads, ports, secret
 from tools.backends.process import Server
 
@@ -135,7 +135,7 @@ class Kafka(Server):
             command += ["--add-scram", f"{mechanism}=[name={USER},password={self.password}]"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise Refusal(
+            raise UserError(
                 f"Kafka could not make its data folder in {self.folder}:\n{done.stdout}{done.stderr}",
                 ExitCode.UNAVAILABLE,
             )

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from palimpsest.common.parent_death import tie
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.parent_death import die_with_parent
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import ports
 from tools.backends.cache import Say
 from tools.backends.process_identity import Identity
@@ -80,11 +80,12 @@ class Server(ABC):
     def start(self, limit_s: float = 60.0, say: Say = lambda _: None) -> None:
         """Returns when it serves requests; `say` is told of a long recovery.
 
-        Raises Refusal with the log's end, the process killed, when it ends or nothing has moved for `limit_s` seconds.
+        Raises UserError with the log's end, the process killed, when it ends or nothing has moved for `limit_s`
+        seconds.
         """
         assert not self.running, f"{self.title} runs already"
         if not ports.is_free(self.port):
-            raise Refusal(
+            raise UserError(
                 f"{self.title} cannot start: port {self.port} of {ports.HOST} is taken; end what listens "
                 f"there, or name another port",
                 ExitCode.UNAVAILABLE,
@@ -150,7 +151,7 @@ class Server(ABC):
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is ours to hand on
-                preexec_fn=None if self.detached else lambda: tie(parent),
+                preexec_fn=None if self.detached else lambda: die_with_parent(parent),
             )
         if self.detached and (identity := Identity.of(self.process.pid)) is not None:
             identity.write(self.record)
@@ -164,14 +165,14 @@ class Server(ABC):
             while not self.answers():
                 if not self.running:
                     assert self.process is not None
-                    raise Refusal(
+                    raise UserError(
                         f"{self.title} ended with {self.process.returncode} {self._last_words()}", ExitCode.UNAVAILABLE
                     )
                 *lines, rest = (rest + log.read()).split("\n")
                 for line in lines:
                     recovery.read(line)
                 if patience.ended(recovery.steps, self.clock()):
-                    raise Refusal(self._given_up(limit_s, recovery), ExitCode.UNAVAILABLE)
+                    raise UserError(self._given_up(limit_s, recovery), ExitCode.UNAVAILABLE)
                 if recovery.said and self.clock() - said > SAID_EVERY_S:
                     said = self.clock()
                     say(f"{self.title} recovers its log: {recovery.said}")

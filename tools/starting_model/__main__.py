@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from tools.starting_model.tokenizer import build
 from tools.starting_model.warm_start import STEPS, untrained, warm_start
 
@@ -26,7 +26,7 @@ def write(folder: Path, *, tied: bool) -> None:
     """Build into `folder`; the same bytes every time on one kind of machine."""
     torch.set_num_threads(1)
     tokenizer = build()
-    dialogue = Dialogue(tokenizer, options={})
+    dialogue = ChatRenderer(tokenizer, options={})
     model = untrained(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, tied=tied, seed=SEED)
     loss = warm_start(model, dialogue, steps=STEPS, seed=SEED)
     partial = folder.with_name(folder.name + ".partial")

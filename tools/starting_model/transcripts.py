@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 
 from palimpsest.common.sessions.wire import Message
-from palimpsest.services.env_gateway.environments.port import Environment, Family, Reply
+from palimpsest.services.env_gateway.environments.port import Environment, Reply, TaskFamily
 from palimpsest.services.env_gateway.environments.tool_calls import read
 from palimpsest.services.env_gateway.registry import CLASSES, FAMILIES
 
@@ -21,7 +21,7 @@ def transcripts(count: int, seed: int) -> Iterator[tuple[Transcript, list[dict[s
 
 
 def _transcript(
-    environment: Environment, family: Family, seed: int, rng: random.Random
+    environment: Environment, family: TaskFamily, seed: int, rng: random.Random
 ) -> tuple[Transcript, list[dict[str, object]]]:
     opening = environment.reset(seed)
     dialogue = list(opening.messages)

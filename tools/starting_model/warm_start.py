@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from tools.starting_model.transcripts import Transcript, transcripts
 
 STEPS, BATCH, LEARNING_RATE = 60, 64, 3e-3
@@ -39,7 +39,7 @@ def untrained(vocabulary: int, eos: int, pad: int, *, tied: bool, seed: int) -> 
     )
 
 
-def warm_start(model: Qwen3ForCausalLM, dialogue: Dialogue, *, steps: int, seed: int) -> float:
+def warm_start(model: Qwen3ForCausalLM, dialogue: ChatRenderer, *, steps: int, seed: int) -> float:
     """Supervised steps on dialogues with random arguments; the last loss, nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     rows = [_row(dialogue, *each) for each in transcripts(steps * BATCH, seed)]
@@ -55,7 +55,7 @@ def warm_start(model: Qwen3ForCausalLM, dialogue: Dialogue, *, steps: int, seed:
     return float(loss.detach())
 
 
-def _row(dialogue: Dialogue, messages: Transcript, tools: list[dict[str, object]]) -> tuple[list[int], list[float]]:
+def _row(dialogue: ChatRenderer, messages: Transcript, tools: list[dict[str, object]]) -> tuple[list[int], list[float]]:
     """Tokens as the rollout worker would put them together, and which of them the model says."""
     first = next(i for i, message in enumerate(messages) if message.role == "assistant")
     tokens = list(dialogue.begin(messages[:first], tools))
@@ -66,7 +66,7 @@ def _row(dialogue: Dialogue, messages: Transcript, tools: list[dict[str, object]
             tokens += message
             said += [1.0] * len(message)
         else:
-            between = dialogue.between([messages[i]], after_stop=True)
+            between = dialogue.render_turn_separator([messages[i]], after_stop=True)
             tokens += between
             said += [0.0] * len(between)
     return tokens, said

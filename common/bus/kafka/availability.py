@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere
+from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable
 from palimpsest.common.outages import KAFKA, Outages
 
 EVERY_S = 1.0
@@ -41,9 +41,9 @@ class Prober:
                 try:
                     self._knock()
                     break
-                except NotLetIn:
+                except BrokerRefused:
                     break  # the client hears the same, and says so
-                except NotThere as problem:
+                except BrokerUnreachable as problem:
                     outage.failed(KAFKA, self._address, str(problem), until=self._until)
                 time.sleep(EVERY_S)
                 with self._lock:

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from kafka import errors
 
 from palimpsest.common.bus.kafka.availability import Prober
-from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere, knock
+from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
 from palimpsest.common.config.schema import BusConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import KAFKA, OUTAGES, Outages
-from palimpsest.common.tls import trusting
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.tls import tls_context
+from palimpsest.common.user_error import ExitCode, UserError
 
 T = TypeVar("T")
 USERNAME, PASSWORD = "PALIMPSEST_KAFKA_USERNAME", "PALIMPSEST_KAFKA_PASSWORD"
@@ -32,7 +32,7 @@ DENIED = (
     errors.SaslAuthenticationFailedError,
     errors.UnsupportedSaslMechanismError,
     errors.IllegalSaslStateError,
-    NotLetIn,
+    BrokerRefused,
 )
 """No waiting mends these."""
 
@@ -64,7 +64,7 @@ class Connection:
         }
 
     def client(self, make: Callable[..., T], *, limit_s: float | None = None, **arguments: Any) -> T:
-        """A client of this kind. Raises Refusal when no broker answers for `limit_s` (default: the time a process has
+        """A client of this kind. Raises UserError when no broker answers for `limit_s` (default: the time a process has
         to start), or none lets us in."""
         settings = {**self.arguments(), **arguments}
 
@@ -72,20 +72,22 @@ class Connection:
             self.knock()  # a client that finds nobody leaves a thread behind
             return make(**settings)
 
-        return self.patiently(made, doing="connect", limit_s=self.start_limit_s if limit_s is None else limit_s)
+        return self.retry_until_answered(
+            made, doing="connect", limit_s=self.start_limit_s if limit_s is None else limit_s
+        )
 
     def knock(self) -> None:
-        """Be let in by one of the brokers. Raises NotThere; NotLetIn if there is one and it does not let us."""
+        """Be let in by one of the brokers. Raises NotThere; BrokerRefused if there is one and it does not let us."""
         problems = []
         for server in self.servers.split(","):
             try:
-                return knock(server, self.options)
-            except NotThere as problem:
+                return probe_broker(server, self.options)
+            except BrokerUnreachable as problem:
                 problems.append(str(problem))
-        raise NotThere("; ".join(problems))
+        raise BrokerUnreachable("; ".join(problems))
 
-    def patiently(self, call: Callable[[], T], *, doing: str, limit_s: float | None = None) -> T:
-        """Call until it succeeds. Raises Refusal after `limit_s` (default: the run's limit of outages), or at once
+    def retry_until_answered(self, call: Callable[[], T], *, doing: str, limit_s: float | None = None) -> T:
+        """Call until it succeeds. Raises UserError after `limit_s` (default: the run's limit of outages), or at once
         when the broker does not let us."""
         limit_s = self.outage_limit_s if limit_s is None else limit_s
         began = said = time.monotonic()
@@ -110,25 +112,25 @@ class Connection:
                 time.sleep(PAUSE_S)
 
     def reason(self, problem: Exception) -> str:
-        """What lies behind a client's failure, asked at the brokers. Raises Refusal when they do not let us in."""
+        """What lies behind a client's failure, asked at the brokers. Raises UserError when they do not let us in."""
         try:
             self.knock()
-        except NotThere as found:
+        except BrokerUnreachable as found:
             return str(found)
-        except NotLetIn as found:
+        except BrokerRefused as found:
             raise self.denied(found) from None
         return _words(problem)
 
-    def silent(self, doing: str, seconds: float, problem: str) -> Refusal:
+    def silent(self, doing: str, seconds: float, problem: str) -> UserError:
         """What to say when an outage has lasted too long."""
-        return Refusal(
+        return UserError(
             f"Kafka at {self.servers} (bus.servers) did not let us {doing} for {seconds:.0f} s: {problem}. Is the "
             f"broker up, the address right, and bus.security ({self._protocol()}) what its listener wants? Start it "
             f"and start again; a run goes on from its last checkpoint",
             ExitCode.UNAVAILABLE,
         )
 
-    def denied(self, error: Exception) -> Refusal:
+    def denied(self, error: Exception) -> UserError:
         """What to say when the broker refuses us."""
         if isinstance(error, errors.AuthorizationError):
             remedy = "Give the user the rights that docs/operations.md lists (ACLs on topics and groups)"
@@ -137,7 +139,7 @@ class Connection:
                 f"Check bus.security ({self._protocol()}), bus.sasl_mechanism ({self._mechanism()}), {USERNAME} and "
                 f"{PASSWORD}"
             )
-        return Refusal(
+        return UserError(
             f"Kafka at {self.servers} (bus.servers) refuses us: {_words(error)}. {remedy}", ExitCode.CONFIGURATION
         )
 
@@ -149,7 +151,7 @@ class Connection:
 
 
 def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -> Connection:
-    """The connection that a run's configuration describes. Raises Refusal for what is missing."""
+    """The connection that a run's configuration describes. Raises UserError for what is missing."""
     options: dict[str, Any] = {"security_protocol": PROTOCOLS[config.security]}
     if config.security.startswith("sasl"):
         options |= {
@@ -164,13 +166,13 @@ def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -
 
 def _context(config: BusConfig) -> ssl.SSLContext:
     """Whom we trust, and the certificate that we show."""
-    context = trusting(config.ca_file, key="bus.ca_file")
+    context = tls_context(config.ca_file, key="bus.ca_file")
     if config.certificate_file is None:
         return context
     try:
         context.load_cert_chain(config.certificate_file, config.key_file)
     except OSError as problem:  # ssl.SSLError is one, too
-        raise Refusal(
+        raise UserError(
             f"bus.certificate_file = {str(config.certificate_file)!r} and bus.key_file = {str(config.key_file)!r} are "
             f"no certificate (PEM) with its private key: {problem.strerror or problem}"
         ) from None
@@ -179,14 +181,14 @@ def _context(config: BusConfig) -> ssl.SSLContext:
 
 def _words(problem: Exception) -> str:
     """kafka-python's own errors name their kind themselves, and what a knock finds needs none."""
-    named = isinstance(problem, errors.KafkaError | NotLetIn | NotThere)
+    named = isinstance(problem, errors.KafkaError | BrokerRefused | BrokerUnreachable)
     return f"{problem}" if named else f"{type(problem).__name__}: {problem}"
 
 
 def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str:
     file = environment.get(f"{name}_FILE")
     if name not in environment and file is None:
-        raise Refusal(
+        raise UserError(
             f"bus.security is {config.security}, so the environment must hold {name}, or {name}_FILE with the path of "
             f"a file that does"
         )
@@ -194,7 +196,7 @@ def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str
     try:
         found = environment[name] if name in environment else Path(environment[where]).read_text().strip()
     except OSError as error:
-        raise Refusal(f"{where} = {file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{where} = {file}: cannot be read ({error.strerror})") from None
     if not found:
-        raise Refusal(f"{where} is empty: it must hold what the brokers know us by")
+        raise UserError(f"{where} is empty: it must hold what the brokers know us by")
     return found

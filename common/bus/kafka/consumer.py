@@ -143,7 +143,7 @@ class KafkaConsumer:
         if not mine:
             return
         try:
-            self._connection.patiently(
+            self._connection.retry_until_answered(
                 lambda: self._client.commit(mine, timeout_ms=10_000), doing=f"commit to {self._topic}"
             )
         except (errors.CommitFailedError, errors.RebalanceInProgressError, errors.UnknownMemberIdError,
@@ -153,7 +153,9 @@ class KafkaConsumer:
 
     def ends(self) -> dict[int, int]:
         tps = self._all()
-        found = self._connection.patiently(lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}")
+        found = self._connection.retry_until_answered(
+            lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}"
+        )
         return {tp.partition: offset for tp, offset in sorted(found.items())}
 
     def close(self) -> None:
@@ -218,7 +220,7 @@ class KafkaConsumer:
         if not self._subscribed:
             self._all()
             self._client.subscribe([self._named], listener=self._listener)
-            self._connection.patiently(self._client.topics, doing=f"look at {self._topic}")
+            self._connection.retry_until_answered(self._client.topics, doing=f"look at {self._topic}")
             self._subscribed, self._stable_at = True, time.monotonic()
         elif self._client.group_metadata().state == MemberState.STABLE:
             self._stable_at = time.monotonic()
@@ -244,7 +246,7 @@ class KafkaConsumer:
 
     def _committed(self, partition: int) -> int | None:
         tp = TopicPartition(self._named, partition)
-        committed: int | None = self._connection.patiently(
+        committed: int | None = self._connection.retry_until_answered(
             lambda: self._client.committed(tp, timeout_ms=10_000), doing=f"look at {self._topic}"
         )
         return committed
@@ -285,5 +287,7 @@ class KafkaConsumer:
 
     def _firsts(self) -> dict[int, int]:
         tps = self._all()
-        found = self._connection.patiently(lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}")
+        found = self._connection.retry_until_answered(
+            lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}"
+        )
         return {tp.partition: offset for tp, offset in found.items()}

@@ -23,16 +23,16 @@ NO_LOGIN_HERE = 34
 UNKNOWN_MECHANISM = 33
 
 
-class NotThere(ConnectionError):
+class BrokerUnreachable(ConnectionError):
     """No broker that lets us in, so far."""
 
 
-class NotLetIn(Exception):
+class BrokerRefused(Exception):
     """A broker is there and does not let us in, however often we ask."""
 
 
-def knock(server: str, options: Mapping[str, Any]) -> None:
-    """Be let in by this broker (`host:port`), with these options of kafka-python; raises NotThere or NotLetIn."""
+def probe_broker(server: str, options: Mapping[str, Any]) -> None:
+    """Be let in by this broker (`host:port`), with these options of kafka-python; raises NotThere or BrokerRefused."""
     try:
         with contextlib.closing(_connected(server)) as plain:
             if options.get("ssl_context") is None:
@@ -40,12 +40,12 @@ def knock(server: str, options: Mapping[str, Any]) -> None:
             else:
                 with contextlib.closing(_encrypted(plain, server, options["ssl_context"])) as line:
                     _let_in(line, server, options)
-    except NotThere:
+    except BrokerUnreachable:
         raise
     except _HungUp as problem:
         raise _hung_up(server, options, problem) from None
     except (OSError, errors.KafkaError) as problem:
-        raise NotThere(f"{server}: {_words(problem)}") from None
+        raise BrokerUnreachable(f"{server}: {_words(problem)}") from None
 
 
 class _HungUp(Exception):
@@ -68,7 +68,7 @@ class _Line:
         except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, errors.KafkaProtocolError) as problem:
             raise _HungUp(_words(problem)) from None
         except ssl.SSLError as problem:  # the first answer to a certificate that is not wanted, or missing
-            raise NotLetIn(
+            raise BrokerRefused(
                 f"it does not accept our certificate ({_words(problem)}): check bus.certificate_file and bus.key_file"
             ) from None
         raise _HungUp("it ended the connection")
@@ -79,21 +79,21 @@ def _connected(server: str) -> socket.socket:
     try:
         return socket.create_connection((host, port), timeout=ANSWER_S)
     except socket.gaierror as problem:
-        raise NotThere(f"{server}: no such host is known ({problem.strerror})") from None
+        raise BrokerUnreachable(f"{server}: no such host is known ({problem.strerror})") from None
 
 
 def _encrypted(plain: socket.socket, server: str, context: ssl.SSLContext) -> ssl.SSLSocket:
     try:
         return context.wrap_socket(plain, server_hostname=collect_hosts(server)[0][0])
     except ssl.SSLCertVerificationError as problem:
-        raise NotLetIn(
+        raise BrokerRefused(
             f"its certificate is not to be trusted ({problem.verify_message}): bus.ca_file must hold the authority "
             f"that signed it, and bus.servers a name that is in it"
         ) from None
     except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError) as problem:
         raise _HungUp(_words(problem)) from None
     except ssl.SSLError as problem:
-        raise NotLetIn(
+        raise BrokerRefused(
             f"no TLS comes about ({_words(problem)}): check bus.security, bus.certificate_file and bus.key_file"
         ) from None
 
@@ -106,15 +106,15 @@ def _let_in(line: socket.socket, server: str, options: Mapping[str, Any]) -> Non
     if mechanism is None:
         with contextlib.suppress(_HungUp):  # not every broker answers this one where nobody logs in
             if asked.ask(handshake).error_code in {0, UNKNOWN_MECHANISM}:
-                raise NotLetIn(
+                raise BrokerRefused(
                     "it wants a login: bus.security must be sasl_plaintext or sasl_tls, with bus.sasl_mechanism"
                 )
         return
     answer = asked.ask(handshake)
     if answer.error_code == NO_LOGIN_HERE:
-        raise NotLetIn("it knows no logins there: bus.security must be plaintext or tls")
+        raise BrokerRefused("it knows no logins there: bus.security must be plaintext or tls")
     if answer.error_code == UNKNOWN_MECHANISM:
-        raise NotLetIn(
+        raise BrokerRefused(
             f"it knows no login by {mechanism}, only by {', '.join(sorted(answer.mechanisms))}: set bus.sasl_mechanism"
         )
     _log_in(asked, server, options)
@@ -125,23 +125,23 @@ def _log_in(asked: _Line, server: str, options: Mapping[str, Any]) -> None:
     while not login.is_done():
         answer = asked.ask(SaslAuthenticateRequest(version=1, auth_bytes=login.auth_bytes()))
         if answer.error_code:
-            raise NotLetIn(
+            raise BrokerRefused(
                 f"the login of {options['sasl_plain_username']!r} failed: {answer.error_message or 'no reason given'}"
             )
         try:
             login.receive(answer.auth_bytes)
         except ValueError as problem:
-            raise NotLetIn(f"it does not prove that it knows our password: {problem}") from None
+            raise BrokerRefused(f"it does not prove that it knows our password: {problem}") from None
 
 
 def _hung_up(server: str, options: Mapping[str, Any], problem: _HungUp) -> Exception:
     """What to make of a broker that hangs up: it may be ending, or spoken to in the wrong way."""
     if options.get("ssl_context") is None:
         if _speaks_tls(server):
-            return NotLetIn("it speaks TLS there: bus.security must be tls or sasl_tls, with bus.ca_file")
+            return BrokerRefused("it speaks TLS there: bus.security must be tls or sasl_tls, with bus.ca_file")
     elif _speaks_plainly(server):
-        return NotLetIn("it speaks without TLS there: bus.security must be plaintext or sasl_plaintext")
-    return NotThere(f"{server}: {problem}")
+        return BrokerRefused("it speaks without TLS there: bus.security must be plaintext or sasl_plaintext")
+    return BrokerUnreachable(f"{server}: {problem}")
 
 
 def _speaks_tls(server: str) -> bool:

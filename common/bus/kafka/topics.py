@@ -45,7 +45,8 @@ class WrongTopic(ValueError):
 
 
 def make_topics(connection: Connection, settings: Settings, partitions: Mapping[str, int]) -> None:
-    """Make those that are missing, check all. Raises WrongTopic, naming every problem; Refusal when nobody answers."""
+    """Make those that are missing, check all. Raises WrongTopic, naming every problem; UserError when nobody
+    answers."""
     admin = connection.client(KafkaAdminClient)
     try:
         standing = _describe(connection, admin, list(partitions))
@@ -89,7 +90,7 @@ def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, m
                 ) from None
         admin.wait_for_topics(list(missing))
 
-    connection.patiently(make, doing="make topics", limit_s=connection.start_limit_s)
+    connection.retry_until_answered(make, doing="make topics", limit_s=connection.start_limit_s)
 
 
 def _describe(connection: Connection, admin: KafkaAdminClient, names: list[str]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _describe(connection: Connection, admin: KafkaAdminClient, names: list[str])
                 raise error(f"topic {topic['name']}")
         return standing
 
-    return connection.patiently(describe, doing="look at topics", limit_s=connection.start_limit_s)
+    return connection.retry_until_answered(describe, doing="look at topics", limit_s=connection.start_limit_s)
 
 
 def _check(
@@ -114,7 +115,7 @@ def _check(
     standing: Mapping[str, Any],
 ) -> None:
     known_by = time.monotonic() + KNOWN_S
-    options = connection.patiently(
+    options = connection.retry_until_answered(
         lambda: _options(admin, list(standing), known_by), doing="look at topics", limit_s=connection.start_limit_s
     )
     problems = [

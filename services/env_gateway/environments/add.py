@@ -18,7 +18,13 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from palimpsest.services.env_gateway.environments.single_call import (
+    MAX_TURNS,
+    ToolFailed,
+    argument,
+    first_call,
+    replied,
+)
 from palimpsest.services.env_gateway.environments.tool_calls import render
 
 WORDS: tuple[str, ...] = tuple(str(number) for number in range(19))
@@ -43,7 +49,7 @@ class Add:
         self._turns += 1
         if turn.answer is not None:
             return self._score(turn.answer)
-        call = counted(turn)
+        call = first_call(turn)
         result = self._result(call) if call is not None else None
         if self._first_call_right is None:
             self._first_call_right = self._calculated

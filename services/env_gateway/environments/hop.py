@@ -18,7 +18,13 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ToolFailed, argument, counted, replied
+from palimpsest.services.env_gateway.environments.single_call import (
+    MAX_TURNS,
+    ToolFailed,
+    argument,
+    first_call,
+    replied,
+)
 from palimpsest.services.env_gateway.environments.tool_calls import render
 
 __all__ = ["WORDS", "Hop", "format_only", "solution"]
@@ -42,7 +48,7 @@ class Hop:
         self._turns += 1
         if turn.answer is not None:
             return self._score(turn.answer)
-        call = counted(turn)
+        call = first_call(turn)
         result = self._looked_up(call) if call is not None else None
         if not isinstance(result, str):
             self._calls.append(None)

@@ -18,13 +18,13 @@ __all__ = [
     "Environment",
     "EnvironmentFailed",
     "FailureCode",
-    "Family",
     "Malformed",
     "Message",
     "Opening",
     "Outcome",
     "Reply",
     "Score",
+    "TaskFamily",
     "ToolCall",
     "Turn",
     "digest",
@@ -114,7 +114,7 @@ class Environment(Protocol):
         """Equal for equal states, in any process."""
 
 
-class Family(Protocol):
+class TaskFamily(Protocol):
     """A built-in family of tasks, and what is needed to prepare a model for it."""
 
     WORDS: tuple[str, ...]

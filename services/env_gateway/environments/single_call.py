@@ -10,7 +10,7 @@ class ToolFailed(Exception):
     """The call cannot be carried out; the text is what the model is told."""
 
 
-def counted(turn: Turn) -> ToolCall | None:
+def first_call(turn: Turn) -> ToolCall | None:
     """The attempt of this turn that counts, which is the first; None if that one is malformed."""
     first = turn.attempts[0]
     return None if isinstance(first, Malformed) else first

@@ -9,30 +9,37 @@ from typing import Any
 from palimpsest.services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
 from palimpsest.services.env_gateway.hosts import raised
 from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
-from palimpsest.services.env_gateway.processes.protocol import RUNNING, Answered, Asked, Blueprint, Described, Failed
+from palimpsest.services.env_gateway.processes.protocol import (
+    RUNNING,
+    Described,
+    EnvironmentSpec,
+    Failed,
+    Request,
+    Response,
+)
 
 CALLS = ("reset", "step", "finalize", "state_hash")
 
 
-def serve(blueprint: Blueprint, channel: socket.socket) -> None:
+def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     """Be one session's environment."""
     asked_lines, answers = channel.makefile("rb"), channel.makefile("wb")
     channel.sendall(RUNNING)
     environment: Environment | None = None
     for line in asked_lines:
-        asked = Asked.model_validate_json(line)
+        asked = Request.model_validate_json(line)
         try:
             environment = environment or blueprint.build()
             answer = _answer(environment, asked)
         except EnvironmentFailed as failed:
-            answer = Answered(failed=Failed(code="environment_invalid", message=str(failed)))
+            answer = Response(failed=Failed(code="environment_invalid", message=str(failed)))
         except BaseException as error:
-            answer = Answered(failed=Failed(code="environment_raised", message=str(raised(error))))
+            answer = Response(failed=Failed(code="environment_raised", message=str(raised(error))))
         answers.write(answer.model_dump_json().encode() + b"\n")
         answers.flush()
 
 
-def describe(blueprint: Blueprint, channel: socket.socket) -> None:
+def describe(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     """Look at the environment's class and say whether it can be used."""
     try:
         described = _described(blueprint.load())
@@ -53,18 +60,18 @@ def _described(loaded: Any) -> Described:
     return Described(version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0])
 
 
-def _answer(environment: Environment, asked: Asked) -> Answered:
+def _answer(environment: Environment, asked: Request) -> Response:
     match asked.call:
         case "reset":
             _seed(asked.seed)
             opening = checked_opening(environment.reset(asked.seed))
-            return Answered(opening=opening, state_hash=str(environment.state_hash()))
+            return Response(opening=opening, state_hash=str(environment.state_hash()))
         case "step":
             assert asked.turn is not None
             outcome = checked_outcome(environment.step(asked.turn))
-            return Answered(reply=outcome) if isinstance(outcome, Reply) else Answered(score=outcome)
+            return Response(reply=outcome) if isinstance(outcome, Reply) else Response(score=outcome)
         case "finalize":
-            return Answered(score=checked_score(environment.finalize()))
+            return Response(score=checked_score(environment.finalize()))
 
 
 def _seed(seed: int) -> None:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
 from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
 from palimpsest.services.env_gateway.processes.pool import Child, Pool, how_it_ended
-from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, Answered, Asked, Blueprint
+from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, EnvironmentSpec, Request, Response
 
 EXIT_LIMIT_S = 2.0
 """The exit code of a child that broke off arrives within this time, or is not waited for."""
@@ -21,30 +21,30 @@ class InChild:
         self._call_limit_s = call_limit_s
 
     @classmethod
-    async def open(cls, pool: Pool, blueprint: Blueprint) -> "InChild":
-        """Start a child. Raises NoRoom, EnvironmentFailed."""
+    async def open(cls, pool: Pool, blueprint: EnvironmentSpec) -> "InChild":
+        """Start a child. Raises AtCapacity, EnvironmentFailed."""
         return cls(await pool.take(blueprint), call_limit_s=pool.call_limit_s)
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
         """See World."""
-        answered = await self._ask(Asked(call="reset", seed=seed))
+        answered = await self._ask(Request(call="reset", seed=seed))
         return checked_opening(answered.opening), answered.state_hash
 
     async def step(self, turn: Turn) -> Outcome:
         """See World."""
-        answered = await self._ask(Asked(call="step", turn=turn))
+        answered = await self._ask(Request(call="step", turn=turn))
         return checked_outcome(answered.reply or answered.score)
 
     async def finalize(self) -> Score:
         """See World."""
-        answered = await self._ask(Asked(call="finalize"))
+        answered = await self._ask(Request(call="finalize"))
         return checked_score(answered.score)
 
     def close(self) -> None:
         """See World."""
         self._child.kill()
 
-    async def _ask(self, asked: Asked) -> Answered:
+    async def _ask(self, asked: Request) -> Response:
         try:
             async with asyncio.timeout(self._call_limit_s):
                 line = await self._exchange(asked)
@@ -55,14 +55,14 @@ class InChild:
         if not line.endswith(b"\n"):
             raise EnvironmentFailed("environment_crashed", await self._how_it_ended())
         try:
-            answered = Answered.model_validate_json(line, strict=True)
+            answered = Response.model_validate_json(line, strict=True)
         except ValidationError as error:
             raise EnvironmentFailed("environment_invalid", str(error)[:500]) from None
         if answered.failed is not None:
             raise EnvironmentFailed(answered.failed.code, answered.failed.message)
         return answered
 
-    async def _exchange(self, asked: Asked) -> bytes:
+    async def _exchange(self, asked: Request) -> bytes:
         """The child's line; empty or unfinished if there is no child any more."""
         try:
             self._child.writer.write(asked.model_dump_json().encode() + b"\n")

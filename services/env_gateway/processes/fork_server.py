@@ -14,14 +14,14 @@ import socket
 import sys
 import traceback
 
-from palimpsest.common.parent_death import tie, untie
+from palimpsest.common.parent_death import die_with_parent, untie
 from palimpsest.services.env_gateway.processes import child
 from palimpsest.services.env_gateway.processes.protocol import Start
 
 MAX_START = 65536
 
 
-class Nursery:
+class ForkServer:
     """The children that live, by process id, each with its leash."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -72,7 +72,7 @@ class Nursery:
         """Never returns."""
         code = 1
         try:
-            tie(parent)
+            die_with_parent(parent)
             os.setsid()  # a process group, to be killed as one
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -116,14 +116,14 @@ class Nursery:
 
 def main(control: int, parent: int, modules: list[str]) -> None:
     """Run until the gateway closes the control socket, or dies."""
-    tie(parent)
+    die_with_parent(parent)
     os.setsid()  # out of the terminal's reach
     for module in modules:
         with contextlib.suppress(BaseException):  # the child that needs it reports it; the others go on
             importlib.import_module(module)
     untie()  # from here on the control socket tells, and leaves time to kill the children
     gc.freeze()  # children share these pages until they write to them
-    Nursery(_socket(control)).run()
+    ForkServer(_socket(control)).run()
 
 
 def _socket(descriptor: int) -> socket.socket:

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pydantic import ValidationError
 
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
-from palimpsest.services.env_gateway.hosts import NoRoom
-from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Blueprint, Described, Start
+from palimpsest.services.env_gateway.hosts import AtCapacity
+from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Described, EnvironmentSpec, Start
 
 START_LIMIT_S = 120.0
 DESCRIBE_LIMIT_S = 60.0
@@ -66,18 +66,18 @@ class Pool:
                     [*command, str(os.getpid()), *self._modules],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=_surroundings(),
+                    env=_child_environment(),
                 )
             ours.setblocking(False)
             self._control = ours
 
-    async def take(self, blueprint: Blueprint) -> Child:
-        """A new child; its place is free again when it is gone. Raises NoRoom, EnvironmentFailed."""
+    async def take(self, blueprint: EnvironmentSpec) -> Child:
+        """A new child; its place is free again when it is gone. Raises AtCapacity, EnvironmentFailed."""
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._free.acquire()
         except TimeoutError:
-            raise NoRoom(f"{self._limit} sessions have a process of their own already") from None
+            raise AtCapacity(f"{self._limit} sessions have a process of their own already") from None
         try:
             child = await self._connected(*await self._asked_for(Start(blueprint=blueprint)))
         except BaseException as error:
@@ -92,7 +92,7 @@ class Pool:
             raise
         return child
 
-    def describe(self, blueprint: Blueprint) -> Described:
+    def describe(self, blueprint: EnvironmentSpec) -> Described:
         """Have a child look at an environment's class. Blocks: for the time before sessions begin."""
         channel, leash = self._forked(Start(blueprint=blueprint, describe=True))
         with leash, channel, channel.makefile("rb") as said:
@@ -203,7 +203,7 @@ def how_it_ended(exit_code: int | None) -> str:
     return f"its process ended with exit code {exit_code}"
 
 
-def _surroundings() -> dict[str, str]:
+def _child_environment() -> dict[str, str]:
     """The nursery's environment variables.
 
     Equal hashes make sets iterate alike in every gateway, so that a seed is the same task in all; one BLAS thread,

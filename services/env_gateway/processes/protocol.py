@@ -15,7 +15,7 @@ RUNNING = b"running\n"
 """A child's first line, before it loads its environment."""
 
 
-class Blueprint(Wire):
+class EnvironmentSpec(Wire):
     """How a child makes its environment."""
 
     path: str
@@ -41,12 +41,12 @@ class Blueprint(Wire):
 class Start(Wire):
     """To the nursery, along with the child's channel and its leash."""
 
-    blueprint: Blueprint
+    blueprint: EnvironmentSpec
     describe: bool = False
     """Only look at the class, answer with Described, and end."""
 
 
-class Asked(Wire):
+class Request(Wire):
     """To a child: one call of the environment."""
 
     call: Literal["reset", "step", "finalize"]
@@ -61,7 +61,7 @@ class Failed(Wire):
     message: str
 
 
-class Answered(Wire):
+class Response(Wire):
     """From a child: what came of the call; exactly one of these."""
 
     opening: Opening | None = None

@@ -1,13 +1,18 @@
 """From rewards to advantages. Pure; docs/paper.md, "advantages", and docs/algorithms has a page for each method."""
 
 from palimpsest.services.learner.advantages.group_level import ESTIMATORS, dr_grpo, group_advantages, grpo, rloo
-from palimpsest.services.learner.advantages.token_level import TOKEN_KINDS, Estimated, Part, token_advantages
+from palimpsest.services.learner.advantages.token_level import (
+    TOKEN_KINDS,
+    Estimated,
+    MicroBatchRewards,
+    token_advantages,
+)
 
 __all__ = [
     "ESTIMATORS",
     "TOKEN_KINDS",
     "Estimated",
-    "Part",
+    "MicroBatchRewards",
     "dr_grpo",
     "group_advantages",
     "grpo",

@@ -16,7 +16,7 @@ TOKEN_KINDS = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class MicroBatchRewards:
     """What one micro-batch brings along; arrays are [rows, tokens] where not said otherwise."""
 
     mask: Mask
@@ -42,12 +42,17 @@ class Estimated:
 
 
 def token_advantages(
-    kind: str, parts: Sequence[Part], *, gamma: float, lam: float, gather: Callable[[Moments], list[Moments]]
+    kind: str,
+    parts: Sequence[MicroBatchRewards],
+    *,
+    gamma: float,
+    lam: float,
+    gather: Callable[[Moments], list[Moments]],
 ) -> list[Estimated]:
     """Advantages of the whole batch of a version: all its minibatches, whitened together.
 
-    kind: one of TOKEN_KINDS; parts: this rank's, in whatever order; gather: every rank's value (`Ranks.gather`); every
-    rank calls this. Raises ValueError for another kind, for gae without values, and as `returns_to_go` does.
+    kind: one of TOKEN_KINDS; parts: this rank's, in whatever order; gather: every rank's value (`ProcessGroup.gather`);
+    every rank calls this. Raises ValueError for another kind, for gae without values, and as `returns_to_go` does.
     """
     if kind not in TOKEN_KINDS:
         raise ValueError(f"{kind} gives no advantages to tokens: take one of {', '.join(TOKEN_KINDS)}")
@@ -59,7 +64,7 @@ def token_advantages(
     ]
 
 
-def _estimates(kind: str, part: Part, *, gamma: float, lam: float) -> tuple[Array, Array]:
+def _estimates(kind: str, part: MicroBatchRewards, *, gamma: float, lam: float) -> tuple[Array, Array]:
     """Advantages before whitening, and returns."""
     if kind != "gae":
         returns = returns_to_go(part.mask, part.rewards, gamma=gamma, token_rewards=part.token_rewards)

@@ -56,8 +56,8 @@ def whitened(parts: Sequence[tuple[Floats, Mask]], *, gather: Callable[[Moments]
     """(x - mean) / sqrt(var + 1e-8) over the trainable tokens of all parts of all ranks, var unbiased. float64
 
     parts: values and mask of each micro-batch of this rank, [rows, tokens] both; untrainable tokens become 0. gather:
-    every rank's value, on every rank (`Ranks.gather`), so all ranks call this, with no parts if they have none. Equal
-    values become exactly 0. Raises ValueError for a value that is not finite.
+    every rank's value, on every rank (`ProcessGroup.gather`), so all ranks call this, with no parts if they have none.
+    Equal values become exactly 0. Raises ValueError for a value that is not finite.
     """
     for _, mask in parts:
         check_mask(mask)

@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Padded:
+class PaddedBatch:
     """Rows of one forward pass, padded on the right. Arrays are [rows, longest]."""
 
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
     return batches
 
 
-def pad(rows: Sequence[Row]) -> Padded:
+def pad(rows: Sequence[Row]) -> PaddedBatch:
     """The rows as rectangular arrays. Padding is token 0 and untrainable."""
     longest = max(len(row.tokens) for row in rows)
     shape = (len(rows), longest)
@@ -88,7 +88,7 @@ def pad(rows: Sequence[Row]) -> Padded:
         behavior[i, :length] = row.behavior
         if row.old is not None:
             old[i, :length] = row.old
-    return Padded(
+    return PaddedBatch(
         rows=tuple(rows),
         tokens=tokens,
         versions=versions,
@@ -110,7 +110,7 @@ def versions_present(rows: Sequence[Row]) -> list[Version]:
     return [Version(int(v)) for v in present if v != UNTRAINABLE]
 
 
-def deal(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
+def partition_by_rank(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
     """Shares of about equal length for each rank: longest first, dealt in turn."""
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.trajectory))
     return [ordered[rank::ranks] for rank in range(ranks)]

@@ -8,11 +8,11 @@ from palimpsest.common.trajectory import behavior_logprobs, token_versions
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.advantages import group_advantages
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.buffer.ledger import Batched
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived
+from palimpsest.services.learner.buffer.ledger import ReadyGroup
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 
 
-def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:
+def to_rows(group: ReadyGroup[ReceivedTrajectory], advantages: str) -> list[Row]:
     """A group's trajectories with their advantages."""
     records = [arrived.record for arrived in group.items]
     rows = []
@@ -33,7 +33,7 @@ def to_rows(group: Batched[Arrived], advantages: str) -> list[Row]:
     return rows
 
 
-def deal_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
+def split_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
     """The groups' rows, dealt among the minibatches in an order that follows from seed and version."""
     order = list(range(len(groups)))
     random.Random(f"{seed}/{version}").shuffle(order)  # noqa: S311

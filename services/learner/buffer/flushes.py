@@ -23,7 +23,7 @@ class Flushed:
     offset: int
 
 
-class Flushes:
+class FlushBuffer:
     """Those in hand; `add`, `remove` and `forget` say which records need no further attention."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ DEAD_LETTERED = "dead_lettered"
 TRAINED = "trained"
 
 
-class Arrival(StrEnum):
+class ArrivalStatus(StrEnum):
     """What the ledger makes of a trajectory that was heard of."""
 
     NEW = "new"
@@ -65,10 +65,10 @@ class _Group(Generic[T]):
         return [s for s in range(self.samples) if s not in self.arrived and s not in self.ended]
 
 
-class Planner(Generic[T]):
+class TrajectoryLedger(Generic[T]):
     """Holds arrived trajectories (of any type T) until they are trained on.
 
-    >>> planner = Planner(samples=2, groups_per_batch=1, max_staleness=1, time_limit_s=60)
+    >>> planner = TrajectoryLedger(samples=2, groups_per_batch=1, max_staleness=1, time_limit_s=60)
     >>> [planner.offer(now=0.0) for _ in range(planner.slots())]
     ['g000000', 'g000001']
     >>> planner.slots()
@@ -96,7 +96,7 @@ class Planner(Generic[T]):
         """Index of the next group to offer."""
         return self._next_index
 
-    def slots(self) -> int:
+    def free_slots(self) -> int:
         """Groups that may be offered now: (max_staleness + 1) * groups_per_batch - unresolved."""
         return max(0, (self._max_staleness + 1) * self._batch - len(self._open))
 
@@ -108,21 +108,21 @@ class Planner(Generic[T]):
         self._next_index += 1
         return group
 
-    def arrive(self, group: str, trajectory: str, item: T) -> Arrival:
+    def arrive(self, group: str, trajectory: str, item: T) -> ArrivalStatus:
         """A finished trajectory came back."""
         revived = self._revive(group, trajectory)
-        if (known := self._known(group, trajectory)) is not Arrival.NEW:
+        if (known := self._known(group, trajectory)) is not ArrivalStatus.NEW:
             return known
         self._open[group].arrived[_sample(trajectory)] = item
-        return Arrival.REVIVED if revived else Arrival.NEW
+        return ArrivalStatus.REVIVED if revived else ArrivalStatus.NEW
 
-    def drop(self, group: str, trajectory: str, reason: DropReason) -> Arrival:
+    def drop(self, group: str, trajectory: str, reason: DropReason) -> ArrivalStatus:
         """A trajectory was given up."""
         revived = self._revive(group, trajectory)
         known = self._end(group, trajectory, reason.value)
-        return Arrival.REVIVED if revived and known is Arrival.NEW else known
+        return ArrivalStatus.REVIVED if revived and known is ArrivalStatus.NEW else known
 
-    def dead_letter(self, group: str, trajectory: str) -> Arrival:
+    def dead_letter(self, group: str, trajectory: str) -> ArrivalStatus:
         """A trajectory's record cannot be used."""
         return self._end(group, trajectory, DEAD_LETTERED)
 
@@ -163,16 +163,16 @@ class Planner(Generic[T]):
                     self._end(name, trajectory_id(name, sample), DropReason.GROUP_TOO_SMALL.value)
         return dropped
 
-    def ready(self) -> "list[Batched[T]] | None":
+    def peek_batch(self) -> "list[ReadyGroup[T]] | None":
         """The oldest complete groups, as many as a batch has; None while they are too few. Changes nothing."""
         ready = sorted((g for g in self._open.values() if not g.awaited), key=lambda g: g.index)[: self._batch]
         if len(ready) < self._batch:
             return None
-        return [Batched(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
+        return [ReadyGroup(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
 
-    def batch(self) -> "list[Batched[T]] | None":
+    def take_batch(self) -> "list[ReadyGroup[T]] | None":
         """The groups that are ready, now counted as trained."""
-        batch = self.ready()
+        batch = self.peek_batch()
         for ready in batch or []:
             group = self._open[ready.group]
             for sample in list(group.arrived):
@@ -231,15 +231,19 @@ class Planner(Generic[T]):
         self._trained, self._dropped = state.trained, dict(state.dropped)
         self._dead_lettered, self._offered = state.dead_lettered, state.offered
 
-    def _known(self, group: str, trajectory: str) -> Arrival:
+    def _known(self, group: str, trajectory: str) -> ArrivalStatus:
         standing = self._open.get(group)
         sample = _sample(trajectory)
         if standing is None:
             offered = 0 <= sample < self._samples and self._was_offered(group)
-            return Arrival.DUPLICATE if offered and trajectory == trajectory_id(group, sample) else Arrival.UNKNOWN
+            return (
+                ArrivalStatus.DUPLICATE
+                if offered and trajectory == trajectory_id(group, sample)
+                else ArrivalStatus.UNKNOWN
+            )
         if not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
-            return Arrival.UNKNOWN
-        return Arrival.DUPLICATE if sample in standing.arrived or sample in standing.ended else Arrival.NEW
+            return ArrivalStatus.UNKNOWN
+        return ArrivalStatus.DUPLICATE if sample in standing.arrived or sample in standing.ended else ArrivalStatus.NEW
 
     def _was_offered(self, group: str) -> bool:
         index = int(group[1:]) if group[1:].isdecimal() else -1
@@ -256,8 +260,8 @@ class Planner(Generic[T]):
         self._dead_lettered -= 1
         return True
 
-    def _end(self, group: str, trajectory: str, how: str) -> Arrival:
-        if (known := self._known(group, trajectory)) is not Arrival.NEW:
+    def _end(self, group: str, trajectory: str, how: str) -> ArrivalStatus:
+        if (known := self._known(group, trajectory)) is not ArrivalStatus.NEW:
             return known
         standing = self._open[group]
         standing.ended[_sample(trajectory)] = how
@@ -270,11 +274,11 @@ class Planner(Generic[T]):
                 self._dropped[how] = self._dropped.get(how, 0) + 1
         if not standing.pending:
             del self._open[group]
-        return Arrival.NEW
+        return ArrivalStatus.NEW
 
 
 @dataclass(frozen=True, slots=True)
-class Batched(Generic[T]):
+class ReadyGroup(Generic[T]):
     """A complete group's trajectories."""
 
     group: str

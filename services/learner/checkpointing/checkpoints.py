@@ -20,7 +20,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.files import sync_folder, write
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.writer import Committed, Writer
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
@@ -47,7 +47,7 @@ class Checkpoints:
         """Those that count, oldest first; as the newest writer this learner alone changes them."""
 
     def newest(self) -> tuple[Progress, dict[str, torch.Tensor]]:
-        """The newest one that holds. Raises NoCheckpoint; Refusal when folder and store contradict each other.
+        """The newest one that holds. Raises NoCheckpoint; UserError when folder and store contradict each other.
 
         A damaged one is passed over, loudly: the one before it is a consistent state too, and the log still holds what
         came in between.
@@ -61,7 +61,7 @@ class Checkpoints:
             except (OSError, ValueError, msgspec.DecodeError) as error:
                 logger().error("checkpoint passed over", folder=str(folder), reason=str(error))
         if self._committed:
-            raise Refusal(
+            raise UserError(
                 f"none of this run's {len(self._committed)} checkpoints can be read in {self._folder} (the log says "
                 f"why): restore that folder from a copy, or start a new run; beginning again would train twice",
                 ExitCode.DAMAGED,
@@ -119,7 +119,7 @@ class Checkpoints:
         newest = max(((commit.version, commit.writer) for commit in self._committed), default=(Version(-1), 0))
         places = [(folder, version_and_writer(folder.name)) for folder in complete(self._folder)]
         if lost := [folder for folder, place in places if place is None or place > newest]:
-            raise Refusal(
+            raise UserError(
                 f"{self._folder} holds checkpoint {lost[-1].name}, which the snapshot store does not know: the store "
                 f"was emptied, put back from an older copy, or is another run's. Restore it, or start a new run with "
                 f"another --run.id",

@@ -48,7 +48,8 @@ def correct(
 
 
 def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
-    """Of a minibatch: parts are this rank's micro-batches, perhaps none; `gather` (Ranks.gather) brings all ranks'.
+    """Of a minibatch: parts are this rank's micro-batches, perhaps none; `gather` (ProcessGroup.gather) brings all
+    ranks'.
 
     All ranks call it with the same rules and get the same numbers. Raises ValueError as `correct`.
     """

@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from palimpsest.common.bus.offline import standing_bus
+from palimpsest.common.bus.offline import open_existing_bus
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import DEAD_LETTERS
-from palimpsest.common.rejected_record import Cause
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.dead_letters.replay import Buried, Unreadable, chosen, read, replay
 
 PROGRAM = "palimpsest dead-letters"
@@ -27,8 +27,8 @@ replay  send such records to their topic again, as they were, for readers to tak
         mended. A trajectory counts if its group is still open; later it is passed over as a duplicate
 
   RUN.toml         describes the run; a run of `palimpsest run` has its own in runs/ID/run.toml
-  --cause=CAUSE    only these: {", ".join(list(Cause)[:5])},
-                   {", ".join(list(Cause)[5:])}
+  --cause=CAUSE    only these: {", ".join(list(RejectCause)[:5])},
+                   {", ".join(list(RejectCause)[5:])}
   --offset=N       only the record with this dead letter: the number that `list` shows
   --json           for machines
   --again          also what was sent before
@@ -41,7 +41,7 @@ class Request:
 
     action: str
     config: RunConfig
-    causes: tuple[Cause, ...] = ()
+    causes: tuple[RejectCause, ...] = ()
     offsets: tuple[int, ...] = ()
     json: bool = False
     again: bool = False
@@ -56,18 +56,18 @@ class _Own:
     rest: list[str] = field(default_factory=list)
 
 
-def answer(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Do what is asked; the lines to print, each when it has come true. Raises Refusal."""
+def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """Do what is asked; the lines to print, each when it has come true. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         yield USAGE
         return
     request = _request(arguments, environment)
-    bus = standing_bus(request.config)
+    bus = open_existing_bus(request.config)
     try:
         buried, unreadable = read(bus, request.config.run.id)
         some = chosen(buried, offsets=request.offsets, causes=request.causes)
         if missing := set(request.offsets) - {at.offset for one in buried for at in one.letters}:
-            raise Refusal(f"run {request.config.run.id} has no dead letter {min(missing)}; `list` shows those it has")
+            raise UserError(f"run {request.config.run.id} has no dead letter {min(missing)}; `list` shows those it has")
         if request.action == "replay":
             for sent in replay(bus, some, again=request.again):
                 letter = sent.buried.letter
@@ -88,16 +88,16 @@ def answer(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator
 def _request(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
     action, *rest = arguments or [""]
     if action not in ("list", "replay"):
-        raise Refusal(USAGE)
+        raise UserError(USAGE)
     own = _split(rest)
     if not own.rest:
-        raise Refusal(USAGE)
+        raise UserError(USAGE)
     for switch, of in (("json", "list"), ("again", "replay")):
         if switch in own.switches and action != of:
-            raise Refusal(f"--{switch} belongs to `dead-letters {of}`, not to `dead-letters {action}`")
+            raise UserError(f"--{switch} belongs to `dead-letters {of}`, not to `dead-letters {action}`")
     config = load(own.rest, environment, program=f"{PROGRAM} {action}").config
     if not config.run.id:
-        raise Refusal("run.id is empty: name the run that is meant, for example --run.id=first, or give its run.toml")
+        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its run.toml")
     return Request(
         action=action,
         config=config,
@@ -117,24 +117,24 @@ def _split(arguments: Sequence[str]) -> _Own:
             own.switches.add(name)
         elif argument.startswith("--") and name in own.values:
             if not equals and not waiting:
-                raise Refusal(f"{argument} needs a value: {argument}=VALUE")
+                raise UserError(f"{argument} needs a value: {argument}=VALUE")
             own.values[name].append(value if equals else waiting.pop(0))
         else:
             own.rest.append(argument)
     return own
 
 
-def _cause(text: str) -> Cause:
-    if text in list(Cause):
-        return Cause(text)
-    near = difflib.get_close_matches(text, list(Cause), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(Cause)}"
-    raise Refusal(f"--cause={text}: there is no such cause; {hint}")
+def _cause(text: str) -> RejectCause:
+    if text in list(RejectCause):
+        return RejectCause(text)
+    near = difflib.get_close_matches(text, list(RejectCause), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RejectCause)}"
+    raise UserError(f"--cause={text}: there is no such cause; {hint}")
 
 
 def _offset(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise Refusal(f"--offset={text}: a whole number is wanted, as `list` shows it")
+        raise UserError(f"--offset={text}: a whole number is wanted, as `list` shows it")
     return int(text)
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from palimpsest.common.bus.claim_check import LOST
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Position
 from palimpsest.common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
     """The run's buried records, the oldest letter first, and what on `dead_letters` cannot be read itself."""
     found: dict[tuple[str, int, int], Buried] = {}
     unreadable = []
-    for record in scan(bus, DEAD_LETTERS):
+    for record in read_existing(bus, DEAD_LETTERS):
         at = Position(record.partition, record.offset)
         try:
             letter: DeadLetter = decode(DEAD_LETTERS, record.body)
@@ -73,7 +73,7 @@ def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
     return _with_replays(bus, list(found.values())), unreadable
 
 
-def chosen(buried: Iterable[Buried], *, offsets: Iterable[int], causes: Iterable[Cause]) -> list[Buried]:
+def chosen(buried: Iterable[Buried], *, offsets: Iterable[int], causes: Iterable[RejectCause]) -> list[Buried]:
     """Those with one of these letters and one of these causes; none named: any."""
     offsets, causes = set(offsets), set(causes)
     return [
@@ -102,7 +102,7 @@ def _with_replays(bus: Bus, buried: list[Buried]) -> list[Buried]:
         behind: dict[int, int] = {}
         for letter in (one.letter for one in buried if one.letter.topic == topic):
             behind[letter.partition] = min(behind.get(letter.partition, letter.offset + 1), letter.offset + 1)
-        for record in scan(bus, topic, behind):
+        for record in read_existing(bus, topic, behind):
             if (name := record.headers.get(REPLAYED)) is not None:
                 sent.setdefault((topic, name), []).append(Position(record.partition, record.offset))
     return [

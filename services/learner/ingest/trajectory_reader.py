@@ -31,24 +31,24 @@ from palimpsest.common.messages import (
     message_in,
     trajectory_id,
 )
-from palimpsest.common.offset_tracker import Frontier
-from palimpsest.common.rejected_record import FOREIGN, Cause, Unusable
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.offset_tracker import OffsetTracker
+from palimpsest.common.rejected_record import FOREIGN, RejectCause, RejectedRecord
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.buffer.flushes import Flushed, Flushes
-from palimpsest.services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
+from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 from palimpsest.services.learner.buffer.task_sampler import task
 from palimpsest.services.learner.ingest.validation import check_finished, check_sampled
-from palimpsest.services.learner.ingest.watermarks import Beginnings
+from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
 
 POLL_RECORDS = 512
-TAKEN = (Arrival.NEW, Arrival.REVIVED)
+TAKEN = (ArrivalStatus.NEW, ArrivalStatus.REVIVED)
 BEGINNING: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class ReceivedTrajectory:
     """A usable trajectory and where it stands on the log."""
 
     record: TrajectoryFinished
@@ -61,13 +61,13 @@ class Arrived:
         return min((segment.version for segment in self.record.segments), default=None)
 
 
-class Intake:
+class TrajectoryReader:
     """Feeds the planner from the log and offers what the planner admits."""
 
     def __init__(
         self,
         bus: Bus,
-        planner: Planner[Arrived],
+        planner: TrajectoryLedger[ReceivedTrajectory],
         *,
         run: str,
         seed: int,
@@ -77,23 +77,23 @@ class Intake:
         time_limit_s: float,
         confirm: Callable[[], None],
         keep_flushed: bool = False,
-        ended: Callable[[str], None] = lambda _: None,
+        on_resolved: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._confirm = confirm
         """Raises unless the run is still this learner's; comes before everything that is published here."""
         self._keeps_flushed = keep_flushed
         """Whether somebody scores flushes and calls `resolve_flushed`; else they are passed over."""
-        self._ended = ended
+        self._ended = on_resolved
         """Is told of each trajectory whose fate is settled: nobody asks for its scores any more."""
         self._bus, self._planner, self._run = bus, planner, run
         self._seed, self._environments, self._samples = seed, environments, samples
         self._sampling, self._time_limit_s = sampling, time_limit_s
-        self._frontier = Frontier()
+        self._frontier = OffsetTracker()
         self._reader = bus.consumer(TRAJECTORIES)
-        self._beginnings, self._scores = Beginnings(), bus.consumer(OLD_LOGPROBS)
-        self.arrived: dict[str, Arrived] = {}
+        self._beginnings, self._scores = ScoreWatermarks(), bus.consumer(OLD_LOGPROBS)
+        self.arrived: dict[str, ReceivedTrajectory] = {}
         """Trajectories waiting to be trained on, by id."""
-        self.flushed = Flushes()
+        self.flushed = FlushBuffer()
         """Flushes of live trajectories, until they are scored or their trajectory ends."""
         self._read_to: dict[int, int] = {}
         self.task_ends: dict[int, int] = {}
@@ -111,7 +111,7 @@ class Intake:
     ) -> None:
         """Read on from a checkpoint's offsets ({}: from the beginning) and learn what was offered after it.
 
-        Raises Refusal when the log no longer reaches back that far: skipping would lose trajectories silently.
+        Raises UserError when the log no longer reaches back that far: skipping would lose trajectories silently.
         """
         try:
             self._reader.seek(offsets)
@@ -122,7 +122,7 @@ class Intake:
             self._scores.seek(score_offsets)
             self._beginnings.start(score_offsets)
         except OffsetGone as gone:
-            raise Refusal(
+            raise UserError(
                 f"the log no longer holds what the checkpoint needs: {gone}. Trajectories would be lost silently, so "
                 f"the run stops here: restore the log, or start a new run from this one's newest snapshot",
                 ExitCode.DAMAGED,
@@ -130,7 +130,7 @@ class Intake:
 
     def offer(self, newest: Version, *, now: float) -> int:
         """Offer as many groups as the planner admits, to be sampled by `newest` or later; how many."""
-        if slots := self._planner.slots():
+        if slots := self._planner.free_slots():
             self._confirm()  # a learner that was replaced would offer its successor's groups a second time
             self._beginnings.offer(self._planner.next_index, self._scores.ends())
         offers = []
@@ -167,8 +167,8 @@ class Intake:
                 self._read_to[record.partition] = record.offset + 1
                 try:
                     self._take(record, newest)
-                except Unusable as error:
-                    self.bury(record, error)
+                except RejectedRecord as error:
+                    self.dead_letter(record, error)
             if len(records) < POLL_RECORDS:
                 break
             timeout_s = 0.0
@@ -184,7 +184,7 @@ class Intake:
             self.read_all(newest, timeout_s=min(left, 1.0))
         return True
 
-    def bury(self, record: Record, error: Unusable, *, ends: bool = True) -> None:
+    def dead_letter(self, record: Record, error: RejectedRecord, *, ends: bool = True) -> None:
         """Keep a record that cannot be used, whole, with its cause; the run goes on without it.
 
         `ends`: it may have been a trajectory's end, so that the ledger counts the trajectory as lost.
@@ -202,7 +202,7 @@ class Intake:
             # the worker names the trajectory in a header, so that the ledger knows which one is lost
             self._planner.dead_letter(record.key, record.headers.get("trajectory", ""))
 
-    def resolve(self, arrived: Arrived) -> None:
+    def resolve(self, arrived: ReceivedTrajectory) -> None:
         """The trajectory's record needs no further attention."""
         self._frontier.resolve(arrived.partition, arrived.offset)
         del self.arrived[arrived.record.trajectory]
@@ -239,7 +239,7 @@ class Intake:
     def _take(self, record: Record, newest: Version) -> None:
         message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed = message_in(record)
         if message.run != self._run:
-            raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+            raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, SegmentFlushed):
             self._take_flushed(message, record, newest)
             return
@@ -250,16 +250,18 @@ class Intake:
                 self.forget(message.trajectory)
         else:
             check_finished(message, newest)
-            arrived = Arrived(message, record.partition, record.offset)
+            arrived = ReceivedTrajectory(message, record.partition, record.offset)
             known = self._planner.arrive(message.group, message.trajectory, arrived)
             if known in TAKEN:
                 self.arrived[message.trajectory] = arrived
                 self._pass_over(self.flushed.forget(message.trajectory))  # the whole holds every part
                 self.sampled_tokens += sum(map(len, message.segments))
-        if known is Arrival.UNKNOWN:
-            raise Unusable(Cause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run")
+        if known is ArrivalStatus.UNKNOWN:
+            raise RejectedRecord(
+                RejectCause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run"
+            )
         self._say(known, message, record)
-        if known is Arrival.DUPLICATE or isinstance(message, TrajectoryDropped):
+        if known is ArrivalStatus.DUPLICATE or isinstance(message, TrajectoryDropped):
             self._frontier.resolve(record.partition, record.offset)
 
     def _take_flushed(self, message: SegmentFlushed, record: Record, newest: Version) -> None:
@@ -268,9 +270,11 @@ class Intake:
         try:
             check_sampled(message, newest)
             if not self._was_offered(message):
-                raise Unusable(Cause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run")
-        except Unusable as error:
-            self.bury(record, error, ends=False)
+                raise RejectedRecord(
+                    RejectCause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run"
+                )
+        except RejectedRecord as error:
+            self.dead_letter(record, error, ends=False)
             return
         ended = message.trajectory in self.arrived or not self.pending()(message.trajectory)
         self._pass_over([flushed] if ended or not self._keeps_flushed else self.flushed.add(flushed))
@@ -290,11 +294,11 @@ class Intake:
             and message.trajectory == trajectory_id(group, int(sample))
         )
 
-    def _say(self, known: Arrival, message: TrajectoryFinished | TrajectoryDropped, record: Record) -> None:
+    def _say(self, known: ArrivalStatus, message: TrajectoryFinished | TrajectoryDropped, record: Record) -> None:
         replayed = {REPLAYED: record.headers[REPLAYED]} if REPLAYED in record.headers else {}
-        if known is Arrival.REVIVED:
+        if known is ArrivalStatus.REVIVED:
             logger().info("dead letter made good", trajectory=message.trajectory, offset=record.offset, **replayed)
-        elif known is Arrival.DUPLICATE:
+        elif known is ArrivalStatus.DUPLICATE:
             instruments.DUPLICATES.inc()
             group = "open" if self._planner.is_open(message.group) else "closed"
             logger().info("duplicate", trajectory=message.trajectory, offset=record.offset, group=group, **replayed)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 
 
-class Beginnings:
+class ScoreWatermarks:
     """Where the topic ended at each offer, as long as some group asks for it.
 
     >>> beginnings = Beginnings()

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from palimpsest.services.learner.losses.types import only
+from palimpsest.services.learner.losses.types import masked_fill_zero
 
 Mode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "dr_grpo"]
 
@@ -39,7 +39,7 @@ def aggregate(losses: Tensor, mask: Tensor, mode: Mode, denominators: Denominato
     losses: [rows, tokens], 0 where removed; mask: bool, trainable tokens, removed ones included; whole trajectories in
     the rows. Raises ValueError for a mode that is none.
     """
-    counted = only(losses, mask)
+    counted = masked_fill_zero(losses, mask)
     tokens, sequences = max(1, denominators.tokens), max(1, denominators.sequences)
     match mode:
         case "token_mean":

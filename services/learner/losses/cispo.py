@@ -6,7 +6,7 @@ sg: without gradient.
 """
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, only, refuse_bounds
+from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fill_zero, refuse_bounds
 
 
 def cispo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
@@ -16,8 +16,8 @@ def cispo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
     refuse_bounds(clip_low, clip_high)
     usable = inputs.usable
     log_update = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
-    ratio, advantages = log_update.exp(), only(inputs.advantages, usable)
-    value = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * only(inputs.current, usable)
+    ratio, advantages = log_update.exp(), masked_fill_zero(inputs.advantages, usable)
+    value = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * masked_fill_zero(inputs.current, usable)
     # without an advantage there is nothing to bound
     high, low = (advantages != 0) & (ratio > 1 + clip_high), (advantages != 0) & (ratio < 1 - clip_low)
-    return Outcome(only(-inputs.weight * value, usable), {"clip_high": high, "clip_low": low}, log_update)
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), {"clip_high": high, "clip_low": low}, log_update)

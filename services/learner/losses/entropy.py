@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.losses.types import only
+from palimpsest.services.learner.losses.types import masked_fill_zero
 
 
 class EntropyHistory:
@@ -57,7 +57,7 @@ def trajectory_entropy(entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     usable = mask & torch.isfinite(entropy)
     count = usable.sum(-1)
-    return only(entropy, usable).sum(-1) / count.clamp(min=1), count > 0
+    return masked_fill_zero(entropy, usable).sum(-1) / count.clamp(min=1), count > 0
 
 
 def hinge(entropy: Tensor, history: float, *, low: float, high: float) -> Tensor:
@@ -79,5 +79,5 @@ def epo_loss(
         raise ValueError(f"the entropy band of EPO is [{low}, {high}] of its history: it needs 0 <= low <= high")
     means, present = trajectory_entropy(entropy, mask)
     if history is None:
-        return only(means, torch.zeros_like(present)).sum()
-    return weight * only(hinge(means, history, low=low, high=high), present).sum() / max(1, sequences)
+        return masked_fill_zero(means, torch.zeros_like(present)).sum()
+    return weight * masked_fill_zero(hinge(means, history, low=low, high=high), present).sum() / max(1, sequences)

@@ -10,7 +10,7 @@ equal ones, their mean over the trajectory has the value and the gradient of the
 import torch
 
 from palimpsest.services.learner.corrections.ratios import log_mean, log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, masked_fill_zero
 
 
 def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
@@ -22,11 +22,11 @@ def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
     """
     usable = inputs.usable
     apart = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
-    log_update = only(log_mean(apart, usable).expand_as(apart), usable)
-    ratio, advantages = log_update.exp(), only(inputs.advantages, usable)
-    current = only(inputs.current, usable)
+    log_update = masked_fill_zero(log_mean(apart, usable).expand_as(apart), usable)
+    ratio, advantages = log_update.exp(), masked_fill_zero(inputs.advantages, usable)
+    current = masked_fill_zero(inputs.current, usable)
     high, low = beyond(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     value = ratio * (current - current.detach()).exp() * advantages
     value = torch.where(high, (1 + clip_high) * advantages, value)
     value = torch.where(low, (1 - clip_low) * advantages, value)
-    return Outcome(only(-inputs.weight * value, usable), {"clip_high": high, "clip_low": low}, log_update)
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), {"clip_high": high, "clip_low": low}, log_update)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import only
+from palimpsest.services.learner.losses.types import masked_fill_zero
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -65,4 +65,4 @@ def kl_loss(
     value = gradient + (estimate(apart, estimator) - gradient).detach()
     if unbiased:
         value = log_ratio(current.detach(), behavior.detach(), usable).exp() * value
-    return only(value, usable)
+    return masked_fill_zero(value, usable)

@@ -7,7 +7,7 @@ sg: without gradient. With an exact proximal the mask sees what the policy has m
 """
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, masked_fill_zero
 
 
 def minirl_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
@@ -19,8 +19,8 @@ def minirl_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome
     usable = inputs.usable
     log_update = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
     total = log_ratio(inputs.current.detach(), inputs.behavior.detach(), usable).exp()
-    advantages = only(inputs.advantages, usable)
+    advantages = masked_fill_zero(inputs.advantages, usable)
     high, low = beyond(log_update.exp(), advantages, clip_low=clip_low, clip_high=clip_high)
     kept = usable & ~high & ~low
-    value = total * advantages * only(inputs.current, usable)
-    return Outcome(only(-value, kept), {"mask_high": high, "mask_low": low}, log_update)
+    value = total * advantages * masked_fill_zero(inputs.current, usable)
+    return Outcome(masked_fill_zero(-value, kept), {"mask_high": high, "mask_low": low}, log_update)

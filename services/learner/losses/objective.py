@@ -23,7 +23,7 @@ from palimpsest.services.learner.losses.opsm import opsm_mask
 from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
 from palimpsest.services.learner.losses.ppo_clip import ppo_loss
 from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
-from palimpsest.services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fill_zero
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class Objective:
         config = self._config
         losses = outcome.losses
         if config.entropy:
-            losses = losses - config.entropy * only(terms.entropy, inputs.mask)
+            losses = losses - config.entropy * masked_fill_zero(terms.entropy, inputs.mask)
         if terms.reference is not None and config.kl.place == "loss":
             losses = losses + config.kl.weight * kl_loss(
                 inputs.current,

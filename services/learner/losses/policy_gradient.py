@@ -6,12 +6,12 @@ With the weight w = pi_prox / mu this is minus the total ratio times the advanta
 """
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fill_zero
 
 
 def policy_gradient_loss(inputs: Inputs) -> Outcome:
     """Nothing is clipped; log-ratios beyond +-20 alone have no gradient."""
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
-    value = log_update.exp() * only(inputs.advantages, usable)
-    return Outcome(only(-inputs.weight * value, usable), {}, log_update.detach())
+    value = log_update.exp() * masked_fill_zero(inputs.advantages, usable)
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), {}, log_update.detach())

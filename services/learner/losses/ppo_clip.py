@@ -10,7 +10,7 @@ ratio and the clip anchor of every token is its own version.
 import torch
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, masked_fill_zero
 
 
 def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Outcome:
@@ -23,7 +23,7 @@ def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: fl
         raise ValueError(f"dual_clip is {dual_clip}: it bounds ratios above 1, give more than 1")
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
-    update, advantages = log_update.exp(), only(inputs.advantages, usable)
+    update, advantages = log_update.exp(), masked_fill_zero(inputs.advantages, usable)
     high, low = beyond(update.detach(), advantages, clip_low=clip_low, clip_high=clip_high)
     value = torch.where(high, (1 + clip_high) * advantages, update * advantages)
     value = torch.where(low, (1 - clip_low) * advantages, value)
@@ -31,4 +31,4 @@ def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: fl
     if dual_clip is not None:
         clipped["dual"] = (advantages < 0) & (update.detach() > dual_clip)
         value = torch.where(clipped["dual"], dual_clip * advantages, value)
-    return Outcome(only(-inputs.weight * value, usable), clipped, log_update.detach())
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), clipped, log_update.detach())

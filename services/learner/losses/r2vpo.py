@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.losses.types import Inputs, Outcome, only
+from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fill_zero
 
 
 def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
@@ -22,9 +22,9 @@ def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
         raise ValueError(f"the multiplier of R2VPO is {multiplier}: it weighs a penalty, give 0 or more")
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
-    value = log_update.exp() * only(inputs.advantages, usable)
+    value = log_update.exp() * masked_fill_zero(inputs.advantages, usable)
     value = value - multiplier * (squared_deviation(log_update) - target)
-    return Outcome(only(-inputs.weight * value, usable), {}, log_update.detach())
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), {}, log_update.detach())
 
 
 def squared_deviation(log_update: Tensor) -> Tensor:

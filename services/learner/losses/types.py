@@ -40,7 +40,7 @@ class Inputs:
 
     def without(self, removed: Tensor) -> "Inputs":
         """The same with these tokens (bool) removed from the loss; the mask, and so every denominator, stays."""
-        return replace(self, weight=only(self.weight, ~removed))
+        return replace(self, weight=masked_fill_zero(self.weight, ~removed))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ class Outcome:
         return replace(self, clipped={**self.clipped, **causes})
 
 
-def only(values: Tensor, where: Tensor) -> Tensor:
+def masked_fill_zero(values: Tensor, where: Tensor) -> Tensor:
     """The values there, 0 elsewhere (also where they are not finite)."""
     return torch.where(where, values, torch.zeros((), device=where.device, dtype=values.dtype))
 

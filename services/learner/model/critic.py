@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import OptimizerConfig
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 STEPS = "steps"
 
@@ -23,7 +23,7 @@ class Critic:
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
         """model: the causal LM at version 0, which is copied; config: as the policy's, with the critic's own lr."""
         self._valued = _Valued(model)
-        self.trainee = Trainee(self._valued, config)
+        self.trainee = TrainablePolicy(self._valued, config)
         """Masters and optimizer; `take_over` takes it as it takes the policy's."""
 
     @torch.no_grad()

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 
 def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:
-    """The causal LM of a folder or hub id, in bf16 and evaluation mode. Raises Refusal."""
+    """The causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -17,7 +17,7 @@ def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Modu
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
     except Exception as error:
-        raise Refusal(
+        raise UserError(
             f"model.path: {path} is not a causal language model that can be loaded ({sentence(error)}): {WHOLE}"
         ) from None
     # Dropout stays off in training too: the current policy must be the one that sampled

@@ -12,7 +12,7 @@ from torch import Tensor
 from palimpsest.common.config.learner import OptimizerConfig
 
 
-class Trainee:
+class TrainablePolicy:
     """The model and its optimizer.
 
     Gradients leave the bf16 model as soon as they are there and add up in float32.

@@ -29,7 +29,7 @@ def raw_tensors(weights: Weights) -> Iterator[RawTensor]:
         yield RawTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
 
 
-def take_on(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
+def load_weights(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
     """Overwrite the model's weights in place. Raises ValueError when names or shapes do not fit, naming them."""
     weights = named_weights(model)
     missing = set(weights)

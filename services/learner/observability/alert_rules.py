@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from palimpsest.common.config.proximal import EXACT
-from palimpsest.services.learner.observability.staleness_slope import Point, Rise, rise
+from palimpsest.services.learner.observability.staleness_slope import Point, StalenessSlope, fit_staleness_slope
 
 Line = Mapping[str, Any]
 WINDOW = 20
@@ -79,7 +79,9 @@ def mask_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
 
     Only masks that judge each token by itself: the others remove long trajectories, which are stale ones, too.
     """
-    found = rise([_points(line["by_staleness"], "token_masked") for line in lines], least_tokens=LEAST_TOKENS)
+    found = fit_staleness_slope(
+        [_points(line["by_staleness"], "token_masked") for line in lines], least_tokens=LEAST_TOKENS
+    )
     if not _firm(found, ease) or abs(found.slope) <= MASK_SLOPE * ease:
         return None
     return Alert(
@@ -110,7 +112,9 @@ def clip_idle(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
     apart = sum(part["staleness"] for part in judged), sum(part["total"] for part in judged)
     moved = sum((line.get("grad_norm") or 0.0) > 0 and line.get("learning_rate", 1.0) > 0 for line in lines)
     still = moved >= len(lines) / 2 and apart[1] > 0 and apart[0] <= STILL / ease * apart[1]
-    hidden = rise([_points(line["first_minibatch"], "past_clip") for line in lines], least_tokens=LEAST_TOKENS)
+    hidden = fit_staleness_slope(
+        [_points(line["first_minibatch"], "past_clip") for line in lines], least_tokens=LEAST_TOKENS
+    )
     if not still and not (_firm(hidden, ease) and hidden.slope > MASK_SLOPE * ease):
         return None
     return Alert(
@@ -127,8 +131,10 @@ def discrepancy_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert 
 
     Both, because rounding weighs more where the policy is undecided, and staler tokens may be other kinds of tokens.
     """
-    plain = rise([_points(line["by_staleness"], "log_discrepancy_abs") for line in lines], least_tokens=LEAST_TOKENS)
-    per_nat = rise(
+    plain = fit_staleness_slope(
+        [_points(line["by_staleness"], "log_discrepancy_abs") for line in lines], least_tokens=LEAST_TOKENS
+    )
+    per_nat = fit_staleness_slope(
         [_points(line["by_staleness"], "log_discrepancy_abs", over="entropy") for line in lines],
         least_tokens=LEAST_TOKENS,
     )
@@ -204,7 +210,7 @@ def _alike(line: Line, newest: Line) -> bool:
     return all(line.get(name) == newest.get(name) for name in ("kind", "objective"))
 
 
-def _firm(found: Rise | None, ease: float) -> TypeGuard[Rise]:
+def _firm(found: StalenessSlope | None, ease: float) -> TypeGuard[StalenessSlope]:
     """Whether enough versions agree that there is a slope."""
     return found is not None and found.versions >= LEAST_VERSIONS and abs(found.errors) > ERRORS * ease
 

@@ -10,14 +10,14 @@ import msgspec
 from palimpsest.common.logs import logger
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.observability.alert_rules import RULES, WINDOW, judge
-from palimpsest.services.learner.observability.thresholds import Bounds
-from palimpsest.services.learner.observability.version_record import Batch, describe
-from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.observability.thresholds import RunThresholds
+from palimpsest.services.learner.observability.version_record import Batch, version_record
+from palimpsest.services.learner.training.results import StepResult
 
 Line = dict[str, Any]
 
 
-class Alarm:
+class AlertTracker:
     """Of one run. It remembers nothing but lines, so that a restart goes on where it was."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Alarm:
             self._lines.clear()
         self._show({alert["rule"] for alert in self._last() if alert["level"] == "warning"})
 
-    def look(self, line: Line) -> None:
+    def evaluate(self, line: Line) -> None:
         """Judge the line and put what is found into its `alerts`; say what has begun and what has ended."""
         before = {alert["rule"] for alert in self._last() if alert["level"] == "warning"}
         self._lines.append(line)
@@ -63,18 +63,18 @@ class Alarm:
             instruments.ALERT.labels(rule).set(rule in now)
 
 
-class Teller:
+class VersionReporter:
     """`history` is history.jsonl, `bounds` are the run's."""
 
-    def __init__(self, bounds: Bounds, history: Path) -> None:
-        self._bounds, self._history, self._alarm = bounds, history, Alarm()
+    def __init__(self, bounds: RunThresholds, history: Path) -> None:
+        self._bounds, self._history, self._alarm = bounds, history, AlertTracker()
 
     def start(self) -> None:
         """Go on from the history, once it holds what counts."""
         self._alarm.start(self._history)
 
-    def line(self, batch: Batch, trained: Trained, **facts: Any) -> dict[str, Any]:
+    def line(self, batch: Batch, trained: StepResult, **facts: Any) -> dict[str, Any]:
         """The line with its alerts, which are logged as they begin and end. facts: see `describe`."""
-        line = describe(batch, trained, bounds=self._bounds, **facts)
-        self._alarm.look(line)
+        line = version_record(batch, trained, bounds=self._bounds, **facts)
+        self._alarm.evaluate(line)
         return line

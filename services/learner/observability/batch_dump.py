@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.common.files import whole
+from palimpsest.common.files import atomic_write
 from palimpsest.services.learner.observability.version_record import Batch
-from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.results import StepResult
 
 
-class Recorder:
+class BatchDump:
     """Writes into one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def record(self, batch: Batch, trained: Trained) -> None:
+    def record(self, batch: Batch, trained: StepResult) -> None:
         """One file for the version; written again after a restart that trains it again."""
         arrays: dict[str, NDArray[Any]] = {"now": np.array(batch.version)}
         for i, scored in enumerate(trained.scored):
@@ -44,5 +44,5 @@ class Recorder:
                 f"trajectories_{i}": np.array([row.trajectory for row in padded.rows]),
                 f"first_{i}": np.array(scored.first),
             }
-        with whole(self._folder / f"{batch.version:08d}.npz") as file:
+        with atomic_write(self._folder / f"{batch.version:08d}.npz") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)

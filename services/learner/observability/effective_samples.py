@@ -16,7 +16,7 @@ from palimpsest.services.learner.observability.token_statistics import (
 Array = NDArray[Any]
 
 
-def effective(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: bool) -> dict[str, float]:
+def effective_sample_sizes(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: bool) -> dict[str, float]:
     """ESS / N, as shares; NaN where nothing has a weight.
 
     weight: [tokens], the correction's factor, 0 where masked; trajectory: [tokens], its number. by_total: the objective
@@ -45,7 +45,7 @@ def effective(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: boo
         }
 
 
-def caps(
+def capped_weights(
     tokens: Tokens,
     weight: Array,
     trajectory: Array,

@@ -13,7 +13,7 @@ GROUPS = ("0", "1", "2", "3-4", "5-8", ">8")
 """Stalenesses together, for series that must stay few."""
 
 
-def spread(log_ratios: NDArray[Any]) -> dict[str, Any] | None:
+def summarize_distribution(log_ratios: NDArray[Any]) -> dict[str, Any] | None:
     """`mean_abs` (nats), `quantiles` (of QUANTILES, nats) and `bins` (counts); None without any.
 
     log_ratios: [tokens], finite, nats. Quantiles between two values are interpolated on a straight line.

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from palimpsest.common.files import named, write
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.files import with_filename, write
+from palimpsest.common.user_error import ExitCode, UserError
 
 
 class History:
-    """Appends to one file. Raises Refusal when the file holds less than `length` bytes."""
+    """Appends to one file. Raises UserError when the file holds less than `length` bytes."""
 
     def __init__(self, path: Path, *, length: int) -> None:
         counted = _first(path, length)
@@ -25,7 +25,7 @@ class History:
 
     def add(self, line: dict[str, Any]) -> None:
         """One version's line."""
-        with named(self._file.name):
+        with with_filename(self._file.name):
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -43,7 +43,7 @@ def _first(path: Path, length: int) -> bytes:
     """The file's first `length` bytes."""
     counted = path.read_bytes()[:length] if path.exists() else b""
     if len(counted) < length:
-        raise Refusal(
+        raise UserError(
             f"{path} holds {len(counted)} bytes, the checkpoint counts {length}: restore the file from a copy, or "
             f"start a new run",
             ExitCode.DAMAGED,

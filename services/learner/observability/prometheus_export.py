@@ -12,7 +12,7 @@ WRONG = (
 )  # fmt: skip
 
 
-def observe(line: Line) -> None:
+def export_to_prometheus(line: Line) -> None:
     """Once for each line. Alerts are alarm.py's."""
     _training(line)
     _tokens(line)

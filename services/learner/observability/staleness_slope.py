@@ -20,7 +20,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Rise:
+class StalenessSlope:
     """Over several versions."""
 
     slope: float
@@ -39,7 +39,7 @@ def slope(points: Sequence[Point]) -> float | None:
     return found[0] / found[1] if found is not None else None
 
 
-def rise(batches: Sequence[Sequence[Point]], *, least_tokens: float = 0.0) -> Rise | None:
+def fit_staleness_slope(batches: Sequence[Sequence[Point]], *, least_tokens: float = 0.0) -> StalenessSlope | None:
     """Within the batches, every batch counting alike; None when none could be judged.
 
     Points of fewer than `least_tokens` tokens are left out; a batch that has not two left says nothing.
@@ -57,7 +57,9 @@ def rise(batches: Sequence[Sequence[Point]], *, least_tokens: float = 0.0) -> Ri
     scatter = math.sqrt(sum((part[0] - found * part[1]) ** 2 for part in judged))
     error = math.inf if len(judged) < 2 else scatter * math.sqrt(len(judged) / (len(judged) - 1)) / variance
     level = sum(part[2] for part in judged) / len(judged)
-    return Rise(found, found / error if error else math.copysign(math.inf, found) if found else 0.0, level, len(judged))
+    return StalenessSlope(
+        found, found / error if error else math.copysign(math.inf, found) if found else 0.0, level, len(judged)
+    )
 
 
 def _sums(points: Sequence[Point]) -> tuple[float, float, float] | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.services.learner.observability.token_table import Flat
+from palimpsest.services.learner.observability.token_table import TokenTable
 
 Array = NDArray[Any]
 BOUND = 20.0
@@ -23,7 +23,7 @@ BOUND = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Audited:
+class AuditedTokens:
     """Trainable tokens, one after another, of which both are known; arrays are [tokens], log-probs in nats."""
 
     staleness: Array
@@ -36,13 +36,13 @@ class Audited:
     advantages: Array
 
     @classmethod
-    def joined(cls, parts: "Sequence[Audited]") -> "Audited":
+    def joined(cls, parts: "Sequence[AuditedTokens]") -> "AuditedTokens":
         """All of them in one."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
-    def where(self, chosen: Array) -> "Audited":
+    def where(self, chosen: Array) -> "AuditedTokens":
         """Those chosen, by a bool for each token."""
-        return Audited(*(getattr(self, f.name)[chosen] for f in fields(self)))
+        return AuditedTokens(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thre
     return gone
 
 
-def leak(tokens: Audited, thresholds: Thresholds) -> dict[str, float]:
+def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, float]:
     """Counts, means and shares over the tokens; NaN where there is nothing to take a mean of.
 
     `nonfinite` counts tokens of which a number is not finite; all else is without them.
@@ -118,10 +118,10 @@ def leak(tokens: Audited, thresholds: Thresholds) -> dict[str, float]:
     }
 
 
-def leak_by_staleness(tokens: Audited, thresholds: Thresholds) -> dict[int, dict[str, float]]:
+def leak_by_staleness(tokens: AuditedTokens, thresholds: Thresholds) -> dict[int, dict[str, float]]:
     """Staleness -> the same over its tokens."""
     return {
-        int(staleness): leak(tokens.where(tokens.staleness == staleness), thresholds)
+        int(staleness): surrogate_error(tokens.where(tokens.staleness == staleness), thresholds)
         for staleness in np.unique(tokens.staleness)
     }
 
@@ -149,7 +149,7 @@ AT_STALENESS = ("tokens", "leak_mean", "leak_rms", *OF_BOTH)
 """What is told of each staleness."""
 
 
-def leaks(batch: Flat, thresholds: Thresholds) -> dict[str, Any] | None:
+def surrogate_error_record(batch: TokenTable, thresholds: Thresholds) -> dict[str, Any] | None:
     """Over the tokens whose old log-prob was scored beside the surrogate's; None when the batch was not audited.
 
     leak.py's numbers, and `by_staleness` with some of them. Shares of a constraint that is off, or that is none of
@@ -172,13 +172,13 @@ def leaks(batch: Flat, thresholds: Thresholds) -> dict[str, Any] | None:
         str(staleness): {name: values[name] for name in AT_STALENESS if name not in silent}
         for staleness, values in leak_by_staleness(audited, thresholds).items()
     }
-    return leak(audited, thresholds) | silent | {"by_staleness": by_staleness}
+    return surrogate_error(audited, thresholds) | silent | {"by_staleness": by_staleness}
 
 
-def audited_tokens(batch: Flat) -> Audited:
+def audited_tokens(batch: TokenTable) -> AuditedTokens:
     """Those of which both are known."""
     tokens = batch.tokens.where(batch.audited & ~np.isnan(batch.tokens.old))
-    return Audited(
+    return AuditedTokens(
         staleness=tokens.staleness,
         behavior=tokens.behavior,
         surrogate=tokens.proximal,

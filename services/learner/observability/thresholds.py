@@ -12,7 +12,7 @@ TOKEN_CLIPS = ("clipped", "minirl")
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class RunThresholds:
     """None: there is no such bound."""
 
     kind: str
@@ -32,7 +32,7 @@ class Bounds:
         return self.kind in EXACT
 
     @classmethod
-    def of(cls, config: LearnerConfig) -> "Bounds":
+    def of(cls, config: LearnerConfig) -> "RunThresholds":
         """Of a run."""
         loss, discrepancy = config.loss, config.discrepancy
         clips = loss.objective in TOKEN_CLIPS

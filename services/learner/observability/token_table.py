@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.observability.token_statistics import Tokens
-from palimpsest.services.learner.training.results import Scored
+from palimpsest.services.learner.training.results import MicroBatchResult
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flat:
+class TokenTable:
     """Arrays are [tokens], in the order of `tokens`."""
 
     tokens: Tokens
@@ -32,7 +32,7 @@ class Flat:
     """bool: the old log-prob was scored beside a surrogate's."""
 
     @classmethod
-    def of(cls, scored: Sequence[Scored], now: Version) -> "Flat":
+    def of(cls, scored: Sequence[MicroBatchResult], now: Version) -> "TokenTable":
         """Of all micro-batches. Raises ValueError for none."""
         weight, trajectory, exact, first, audited = [], [], [], [], []
         rows = 0

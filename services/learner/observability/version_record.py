@@ -14,13 +14,13 @@ from palimpsest.common.messages import TrajectoryFinished
 from palimpsest.common.trajectory import cuts
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.observability.effective_samples import caps, effective
-from palimpsest.services.learner.observability.histograms import spread
-from palimpsest.services.learner.observability.prometheus_export import observe
+from palimpsest.services.learner.observability.effective_samples import capped_weights, effective_sample_sizes
+from palimpsest.services.learner.observability.histograms import summarize_distribution
+from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
 from palimpsest.services.learner.observability.removals import past_clip, removal, token_masked
 from palimpsest.services.learner.observability.staleness_slope import Point, slope
-from palimpsest.services.learner.observability.surrogate_error import Thresholds, leaks
-from palimpsest.services.learner.observability.thresholds import Bounds
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, surrogate_error_record
+from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.token_statistics import (
     LogRatios,
     Tokens,
@@ -29,10 +29,10 @@ from palimpsest.services.learner.observability.token_statistics import (
     effective_sample_share,
     summary,
 )
-from palimpsest.services.learner.observability.token_table import Flat
-from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.observability.token_table import TokenTable
+from palimpsest.services.learner.training.results import StepResult
 
-__all__ = ["Batch", "brief", "describe", "observe", "of_tokens", "of_versions"]
+__all__ = ["Batch", "export_to_prometheus", "of_tokens", "of_versions", "round_for_json", "version_record"]
 
 DIGITS = 5
 """Significant ones of what is written; counts are whole."""
@@ -53,16 +53,16 @@ class Batch:
     groups: Sequence[Sequence[Row]]
 
 
-def describe(
+def version_record(
     batch: Batch,
-    trained: Trained,
+    trained: StepResult,
     *,
     seconds: float,
     phases: dict[str, float],
     learning_rate: float,
     counts: dict[str, Any],
     sampled_tokens: int,
-    bounds: Bounds | None = None,
+    bounds: RunThresholds | None = None,
     fallbacks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The line: means over the batch's trajectories, and over its tokens by staleness.
@@ -70,7 +70,7 @@ def describe(
     bounds: what the run compares ratios with; without them nothing is said of caps, of tokens past the clip and of
     wrong reasons. fallbacks: counts since the last line of what stood in silently, beside those of the batch's tokens.
     """
-    flat = Flat.of(trained.scored, batch.version)
+    flat = TokenTable.of(trained.scored, batch.version)
     tokens, records = flat.tokens, batch.records
     spreads = [[row.reward for row in group] for group in batch.groups]
     line = {
@@ -107,14 +107,14 @@ def describe(
         "staleness_max": int(tokens.staleness.max(initial=0)),
         "staleness_mean": float(tokens.staleness.mean()) if len(tokens.staleness) else 0.0,
     }
-    told: dict[str, Any] = brief(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
-    told["cost"] = brief(_cost(trained.seconds, phases))
+    told: dict[str, Any] = round_for_json(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
+    told["cost"] = round_for_json(_cost(trained.seconds, phases))
     told["missed"] = trained.missed
     told["fallbacks"] = _fallbacks(flat, bounds) | dict(fallbacks or {})
     return line | told | {"alerts": []}
 
 
-def of_tokens(flat: Flat, bounds: Bounds | None) -> dict[str, Any]:
+def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
     """What is said of the batch's tokens, by staleness and as a whole."""
     tokens, thresholds = flat.tokens, bounds.thresholds if bounds else OFF
     first = tokens.where(flat.first)
@@ -134,15 +134,15 @@ def of_tokens(flat: Flat, bounds: Bounds | None) -> dict[str, Any]:
         "ratios": _ratios(tokens, flat.first),
         "slopes": {name: slope([Point(s, v["tokens"], v[name]) for s, v in aged.items()]) for name in SLOPES},
         "removal": removal(tokens, thresholds),
-        "ess_shares": effective(*weights, by_total=bounds is not None and bounds.objective == "minirl"),
-        "caps": caps(*weights, low=bounds.weight_low, high=bounds.weight_high, of_sequence=bounds.of_sequence)
+        "ess_shares": effective_sample_sizes(*weights, by_total=bounds is not None and bounds.objective == "minirl"),
+        "caps": capped_weights(*weights, low=bounds.weight_low, high=bounds.weight_high, of_sequence=bounds.of_sequence)
         if bounds
         else None,
         "old": {
             "coverage": float(flat.exact.mean()) if len(flat.exact) else None,
             "known": float((~np.isnan(tokens.old)).mean()) if len(flat.exact) else None,
         },
-        "leak": leaks(flat, thresholds),
+        "leak": surrogate_error_record(flat, thresholds),
     }
 
 
@@ -167,7 +167,7 @@ def of_versions(batch: Batch) -> dict[str, Any]:
     }
 
 
-def brief(value: Any) -> Any:
+def round_for_json(value: Any) -> Any:
     """The same with numbers short enough to be written down; what is not finite is None.
 
     >>> brief({"a": [0.123456789, float("nan")], "b": 1234567.0, "c": None})
@@ -175,9 +175,9 @@ def brief(value: Any) -> Any:
     """
     match value:
         case dict():
-            return {key: brief(inner) for key, inner in value.items()}
+            return {key: round_for_json(inner) for key, inner in value.items()}
         case list():
-            return [brief(inner) for inner in value]
+            return [round_for_json(inner) for inner in value]
         case float():
             return (value if value.is_integer() else float(f"{value:.{DIGITS}g}")) if math.isfinite(value) else None
     return value
@@ -188,9 +188,9 @@ def _ratios(tokens: Tokens, first: np.ndarray) -> dict[str, Any]:
     and of those after it apart."""
 
     def spreads(part: Tokens, name: str) -> dict[str, Any]:
-        told = {"all": spread(getattr(LogRatios.of(part), name))}
+        told = {"all": summarize_distribution(getattr(LogRatios.of(part), name))}
         for staleness in np.unique(part.staleness):
-            told[str(int(staleness))] = spread(getattr(LogRatios.of(part.at(int(staleness))), name))
+            told[str(int(staleness))] = summarize_distribution(getattr(LogRatios.of(part.at(int(staleness))), name))
         return {staleness: values for staleness, values in told.items() if values is not None}
 
     ratios = {
@@ -210,7 +210,7 @@ def _cost(parts: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, 
     return shares | {"rest": max(0.0, 1.0 - sum(shares.values()))}
 
 
-def _fallbacks(flat: Flat, bounds: Bounds | None) -> dict[str, int]:
+def _fallbacks(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, int]:
     """Tokens for which something stood in, or that were left out for want of a number; all 0 while nothing is wrong."""
     tokens = flat.tokens
     wanted = bounds is not None and bounds.exact

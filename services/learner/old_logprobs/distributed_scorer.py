@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from palimpsest.common.arrays import Float32Array
-from palimpsest.services.learner.batch.batching import Padded
-from palimpsest.services.learner.distributed import NOTHING, Ranks
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs
 
-Pass = Callable[[Padded], Float32Array]
+Pass = Callable[[PaddedBatch], Float32Array]
 """Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""
 
 
@@ -21,40 +21,40 @@ Pass = Callable[[Padded], Float32Array]
 class Scoring:
     """What rank 0 hands out: micro-batches, of which each rank takes every `size`-th, beginning at its own number."""
 
-    batches: tuple[Padded, ...]
+    batches: tuple[PaddedBatch, ...]
 
 
-class Together:
+class DistributedScorer:
     """Rank 0's side. All ranks must hold the same weights, and the others be in `score_along`."""
 
-    def __init__(self, ranks: Ranks, one: Pass) -> None:
-        self._ranks, self._one = ranks, one
+    def __init__(self, ranks: ProcessGroup, forward: Pass) -> None:
+        self._ranks, self._one = ranks, forward
 
     @property
     def width(self) -> int:
         """So many micro-batches take as long as one."""
         return self._ranks.size
 
-    def __call__(self, batches: Sequence[Padded]) -> list[Float32Array]:
+    def __call__(self, batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         """Each micro-batch's log-probs, [rows, tokens] float32, nats."""
         if self._ranks.size > 1:
-            self._ranks.share((Scoring(tuple(batches)),))
+            self._ranks.broadcast_object((Scoring(tuple(batches)),))
         shares = _share(self._ranks, batches, self._one)
         return [shares[place % len(shares)][place // len(shares)] for place in range(len(batches))]
 
 
-def score_along(ranks: Ranks, one: Pass) -> object:
+def serve_scoring(ranks: ProcessGroup, one: Pass) -> object:
     """Ranks other than 0: score what rank 0 hands out until it says something else, and return that (None: nothing)."""
-    while isinstance(word := ranks.share(NOTHING)[0], Scoring):
+    while isinstance(word := ranks.broadcast_object(NOTHING)[0], Scoring):
         _share(ranks, word.batches, one)
     return word
 
 
-def resident(model: torch.nn.Module, device: torch.device) -> Pass:
+def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
     """Scores by this model, whatever its weights are at the time."""
 
     @torch.no_grad()
-    def score(batch: Padded) -> Float32Array:
+    def score(batch: PaddedBatch) -> Float32Array:
         values, _ = token_logprobs(
             model, torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.temperatures).to(device)
         )
@@ -64,6 +64,6 @@ def resident(model: torch.nn.Module, device: torch.device) -> Pass:
     return score
 
 
-def _share(ranks: Ranks, batches: Sequence[Padded], one: Pass) -> list[list[Float32Array]]:
+def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], one: Pass) -> list[list[Float32Array]]:
     """Every rank's share of the values, in rank order."""
-    return ranks.gather([one(batch) for batch in batches[ranks.rank :: ranks.size]])
+    return ranks.all_gather_object([one(batch) for batch in batches[ranks.rank :: ranks.size]])

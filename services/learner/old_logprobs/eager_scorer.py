@@ -17,11 +17,11 @@ from palimpsest.common.messages import OLD_LOGPROBS, OldLogprobsComputed, Segmen
 from palimpsest.common.trajectory import token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad
-from palimpsest.services.learner.old_logprobs.score_store import Scores, computed
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, old_logprobs_record
 
 BY = "learner"
-Score = Callable[[Sequence[Padded]], list[Float32Array]]
+Score = Callable[[Sequence[PaddedBatch]], list[Float32Array]]
 """Log-prob of every token of each micro-batch under the resident weights, [rows, tokens] float32, nats."""
 Place = tuple[int, int]
 """Partition and offset on `trajectories`."""
@@ -58,7 +58,7 @@ def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
     return _row(record, tokens, token_versions(record.segments, len(tokens)))
 
 
-class EarlyScorer:
+class EagerScorer:
     """Each token is scored once: what `scores` knows already is passed over.
 
     `durable`: the log to publish on before a call returns; None keeps the values in this process only.
@@ -68,7 +68,7 @@ class EarlyScorer:
     def __init__(
         self,
         score: Score,
-        scores: Scores,
+        scores: ScoreStore,
         *,
         run: str,
         micro_batch_tokens: int,
@@ -82,7 +82,7 @@ class EarlyScorer:
         self._waiting: dict[Place, _Waiting] = {}
 
     def work(
-        self, sampled: Iterable[Sampled], now: Version, digest: str, *, enough: Callable[[], bool] = lambda: False
+        self, sampled: Iterable[Sampled], now: Version, digest: str, *, should_stop: Callable[[], bool] = lambda: False
     ) -> int:
         """Score what lacks values of the resident version, whose weights have this digest; how many tokens were scored.
 
@@ -99,7 +99,7 @@ class EarlyScorer:
                 for row in rows:
                     self._done.add(by_row[row])
                     del self._waiting[by_row[row]]
-            if enough():
+            if should_stop():
                 break
         return count
 
@@ -148,7 +148,7 @@ class EarlyScorer:
             numbers = wanted & ~np.isnan(scored[: len(wanted)])
             instruments.OLD_UNSCORABLE.inc(int(wanted.sum() - numbers.sum()))
             records += [
-                computed(
+                old_logprobs_record(
                     run=self._run, trajectory=row.trajectory, by=BY, tokens=packed, start=start, stop=stop,
                     version=now, digest=digest, values=scored[start:stop],
                 )

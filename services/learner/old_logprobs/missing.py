@@ -17,9 +17,9 @@ from torch import Tensor
 
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.logs import logger
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 Holes = list[NDArray[np.bool_]]
@@ -28,7 +28,7 @@ MOST_NAMED = 5
 SURROGATE = "surrogate:"
 
 
-class Why(StrEnum):
+class MissingReason(StrEnum):
     """Why an old log-prob is missing."""
 
     VERSION_GONE = "version_gone"
@@ -39,7 +39,7 @@ class Why(StrEnum):
     """The token came after its version's weights had changed."""
 
 
-class Misses:
+class MissingCounter:
     """Tokens without an old log-prob since the process began. All zero while nothing goes wrong."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Misses:
         """(why, policy) -> tokens."""
         self._taken: Counter[tuple[str, str]] = Counter()
 
-    def add(self, why: Why, policy: MissingPolicy, tokens: int) -> None:
+    def add(self, why: MissingReason, policy: MissingPolicy, tokens: int) -> None:
         """So many tokens went the policy's way."""
         self.tokens[why.value, policy] += tokens
 
@@ -58,17 +58,17 @@ class Misses:
         return dict(new)
 
 
-def settle(
+def apply_missing_policy(
     values: list[Tensor],
     holes: Holes,
-    batches: Sequence[Padded],
+    batches: Sequence[PaddedBatch],
     *,
     policy: MissingPolicy,
-    why: Why,
-    misses: Misses,
-    recompute: Callable[[Padded, NDArray[np.bool_], Tensor], None],
+    why: MissingReason,
+    misses: MissingCounter,
+    recompute: Callable[[PaddedBatch, NDArray[np.bool_], Tensor], None],
 ) -> Exact | Patched:
-    """The proximal log-probs of a batch some of whose old ones may be missing. Raises Refusal when policy is `fail`.
+    """The proximal log-probs of a batch some of whose old ones may be missing. Raises UserError when policy is `fail`.
 
     values: for each micro-batch [rows, tokens] float32, the old log-probs, 0 where untrainable or missing;
     recompute: writes the present weights' log-probs of a micro-batch where they are wanted.
@@ -83,7 +83,7 @@ def settle(
         versions=_listed(versions),
     )  # fmt: skip
     if policy == "fail":
-        raise Refusal(_sentence(why, tokens, versions, trajectories), _CODE[why])
+        raise UserError(_error_message(why, tokens, versions, trajectories), _CODE[why])
     absent = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
     if policy == "drop":
         return Exact(values, absent)
@@ -95,7 +95,7 @@ def settle(
     return Patched(values, absent, policy.removeprefix(SURROGATE))
 
 
-def _concerned(holes: Holes, batches: Sequence[Padded]) -> tuple[list[Version], int]:
+def _concerned(holes: Holes, batches: Sequence[PaddedBatch]) -> tuple[list[Version], int]:
     """Versions with holes, ascending, and the number of trajectories."""
     versions = np.unique(np.concatenate([batch.versions[hole] for batch, hole in zip(batches, holes, strict=True)]))
     return [Version(int(v)) for v in versions], sum(int(hole.any(axis=1).sum()) for hole in holes)
@@ -111,31 +111,31 @@ def _count(number: int, thing: str, things: str | None = None) -> str:
 
 
 _CODE = {
-    Why.VERSION_GONE: ExitCode.DAMAGED,
-    Why.NOT_SCORED: ExitCode.UNAVAILABLE,
-    Why.TOO_LATE: ExitCode.UNAVAILABLE,
+    MissingReason.VERSION_GONE: ExitCode.DAMAGED,
+    MissingReason.NOT_SCORED: ExitCode.UNAVAILABLE,
+    MissingReason.TOO_LATE: ExitCode.UNAVAILABLE,
 }
 
 
-def _sentence(why: Why, tokens: int, versions: Sequence[Version], trajectories: int) -> str:
+def _error_message(why: MissingReason, tokens: int, versions: Sequence[Version], trajectories: int) -> str:
     one = len(versions) == 1
     named = f"version{'' if one else 's'} {_listed(versions)}"
     where = f"{_count(tokens, 'token')} in {_count(trajectories, 'trajectory', 'trajectories')}"
     otherwise = 'or let a run do without such tokens (learner.proximal.missing = "drop")'
     match why:
-        case Why.VERSION_GONE:
+        case MissingReason.VERSION_GONE:
             return (
                 f"old log-probs cannot be computed: {named} {'is' if one else 'are'} not in the store any more, though "
                 f"the batch holds {where} sampled by {'it' if one else 'them'}, inside learner.max_staleness. Was the "
                 f"store's folder changed by hand? Restore it from a copy and start again with --resume, {otherwise}"
             )
-        case Why.NOT_SCORED:
+        case MissingReason.NOT_SCORED:
             return (
                 f"no replica scored {where} sampled by {named} within learner.proximal.wait_s. Look at the replicas' "
-                f"logs, start more of them (local.replicas, or python -m palimpsest.services.learner.replica) and start again "
-                f"with --resume, {otherwise}"
+                f"logs, start more of them (local.replicas, or python -m palimpsest.services.learner.replica) and "
+                f"start again with --resume, {otherwise}"
             )
-        case Why.TOO_LATE:
+        case MissingReason.TOO_LATE:
             return (
                 f"{where} sampled by {named} came when those weights had changed already, so they cannot be scored any "
                 f"more. Give workers longer to stop (learner.proximal.deadline_s), {otherwise}"

@@ -12,23 +12,29 @@ import torch
 
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
-from palimpsest.services.learner.old_logprobs.missing import Holes, Misses, Why, settle
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.old_logprobs.missing import Holes, MissingCounter, MissingReason, apply_missing_policy
 from palimpsest.services.learner.old_logprobs.scoring import fill, known
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
-class AttachedSource:
+class PrecomputedSource:
     """See proximal.py."""
 
     def __init__(
-        self, model: torch.nn.Module, device: torch.device, *, missing: MissingPolicy, why: Why, misses: Misses
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        *,
+        missing: MissingPolicy,
+        why: MissingReason,
+        misses: MissingCounter,
     ) -> None:
         """why: what it means here that an old log-prob is not there."""
         self._model, self._device = model, device
         self._missing, self._why, self._misses = missing, why, misses
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact | Patched:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
         """What is known, what the model itself gives, and the policy for the others."""
         values, holes = [], Holes()
         for batch in batches:
@@ -37,7 +43,7 @@ class AttachedSource:
             fill(self._model, batch, own, value)
             values.append(value)
             holes.append(np.asarray(unknown & ~own))
-        return settle(
+        return apply_missing_policy(
             values, holes, batches, policy=self._missing, why=self._why, misses=self._misses,
             recompute=lambda batch, wanted, value: fill(self._model, batch, wanted, value),
         )  # fmt: skip

@@ -14,19 +14,19 @@ from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, ReplicaProximal, SnapshotProximal
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.ingest.trajectory_reader import Intake
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Together
-from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer
-from palimpsest.services.learner.old_logprobs.interruption.coordinator import Interruption
+from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer
+from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 
 
 class Route(Protocol):
     """Called by the loop, in this order for each version."""
 
     def start(self) -> None:
-        """Learn from the log what a former process knew. Comes after Intake.start and the first version."""
+        """Learn from the log what a former process knew. Comes after TrajectoryReader.start and the first version."""
 
     def work(self, now: Version, digest: str) -> int:
         """While a batch is waited for: a little of what can be done early; how many tokens. 0: nothing is left.
@@ -34,8 +34,8 @@ class Route(Protocol):
         now, digest: the version whose weights are resident.
         """
 
-    def known(
-        self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
+    def attach_old_logprobs(
+        self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
         """The rows of a batch with the old log-probs that are known; None when a stop came while they were awaited."""
 
@@ -52,19 +52,19 @@ class Route(Protocol):
         """Stop reading."""
 
 
-class Nothing:
+class NoRoute:
     """See Route. Of a surrogate, or of snapshots that are loaded when they are needed."""
 
     def start(self) -> None: ...
     def work(self, now: Version, digest: str) -> int:
         return 0
 
-    def known(
+    def attach_old_logprobs(
         self,
         rows: Sequence[Row],
         now: Version,
         *,
-        look: Callable[[], None],
+        heartbeat: Callable[[], None],
         stop: Callable[[], bool],
     ) -> list[Row] | None:
         return list(rows)
@@ -75,23 +75,23 @@ class Nothing:
     def close(self) -> None: ...
 
 
-class Prefetch(Nothing):
+class PrefetchRoute(NoRoute):
     """See Route. Of snapshots: what has arrived is scored while its version is resident, so that it need not be loaded.
 
     Tokens of the version that is still resident are left to the batch's own pass, which costs no load either. A crash
     loses these values, and the store still has the versions.
     """
 
-    def __init__(self, intake: Intake, early: EarlyScorer, scores: Scores) -> None:
+    def __init__(self, intake: TrajectoryReader, early: EagerScorer, scores: ScoreStore) -> None:
         self._intake, self._early, self._scores = intake, early, scores
         self._digests: dict[Version, str] = {}
 
     def work(self, now: Version, digest: str) -> int:
         self._digests[now] = digest
-        return self._early.work(self._intake.arrived.values(), now, digest, enough=lambda: True)
+        return self._early.work(self._intake.arrived.values(), now, digest, should_stop=lambda: True)
 
-    def known(
-        self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
+    def attach_old_logprobs(
+        self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
         older = {version: digest for version, digest in self._digests.items() if version != now}
         return [self._scores.attach(row, older) for row in rows]
@@ -101,10 +101,10 @@ class Prefetch(Nothing):
         self._scores.retain(self._intake.pending())
 
 
-class Replicas(Nothing):
+class ReplicaRoute(NoRoute):
     """See Route. Values come over the log; a batch waits for its own."""
 
-    def __init__(self, intake: Intake, reader: ScoreReader) -> None:
+    def __init__(self, intake: TrajectoryReader, reader: ScoreReader) -> None:
         self._intake, self._reader = intake, reader
 
     def start(self) -> None:
@@ -114,10 +114,10 @@ class Replicas(Nothing):
         self._reader.read()
         return 0
 
-    def known(
-        self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
+    def attach_old_logprobs(
+        self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        return self._reader.wait_for(rows, now, look=look, stop=stop)
+        return self._reader.wait_for_scores(rows, now, heartbeat=heartbeat, stop=stop)
 
     def published(self, version: Version, digest: str) -> None:
         self._reader.retain()
@@ -126,10 +126,10 @@ class Replicas(Nothing):
         self._reader.close()
 
 
-class Interruptions:
+class InterruptionRoute:
     """See Route. Workers stop before the weights change."""
 
-    def __init__(self, intake: Intake, interruption: Interruption, scores: Scores) -> None:
+    def __init__(self, intake: TrajectoryReader, interruption: CutCoordinator, scores: ScoreStore) -> None:
         self._intake, self._interruption, self._scores = intake, interruption, scores
 
     def start(self) -> None:
@@ -138,12 +138,12 @@ class Interruptions:
     def work(self, now: Version, digest: str) -> int:
         return self._interruption.work(now, digest)
 
-    def known(
+    def attach_old_logprobs(
         self,
         rows: Sequence[Row],
         now: Version,
         *,
-        look: Callable[[], None],
+        heartbeat: Callable[[], None],
         stop: Callable[[], bool],
     ) -> list[Row] | None:
         return [self._scores.attach(row, self._interruption.digests) for row in rows]
@@ -167,15 +167,15 @@ def route(
     *,
     run: str,
     bus: Bus,
-    intake: Intake,
-    score: Together,
-    scores: Scores,
+    intake: TrajectoryReader,
+    score: DistributedScorer,
+    scores: ScoreStore,
     confirm: Callable[[], None],
 ) -> Route:
     """Of the configured kind. score: by the resident weights; scores: the same that `intake` forgets from."""
 
-    def early(durable: Bus | None) -> EarlyScorer:
-        return EarlyScorer(
+    def early(durable: Bus | None) -> EagerScorer:
+        return EagerScorer(
             score,
             scores,
             run=run,
@@ -186,7 +186,7 @@ def route(
 
     match config.proximal:
         case SnapshotProximal(prefetch=True):
-            return Prefetch(intake, early(None), scores)
+            return PrefetchRoute(intake, early(None), scores)
         case ReplicaProximal():
             reader = ScoreReader(
                 bus,
@@ -196,10 +196,10 @@ def route(
                 wanted=lambda trajectory: intake.pending()(trajectory),
                 confirm=confirm,
             )
-            return Replicas(intake, reader)
+            return ReplicaRoute(intake, reader)
         case InterruptionProximal():
-            cutting = Interruption(
+            cutting = CutCoordinator(
                 bus, intake, early(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
             )
-            return Interruptions(intake, cutting, scores)
-    return Nothing()
+            return InterruptionRoute(intake, cutting, scores)
+    return NoRoute()

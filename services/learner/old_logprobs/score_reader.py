@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from palimpsest.common.arrays import pack_float32, pack_int32
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Record
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
@@ -24,12 +24,12 @@ from palimpsest.common.messages import (
     encode,
     message_in,
 )
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.old_logprobs.score_store import Missing, Scores
+from palimpsest.services.learner.old_logprobs.score_store import Missing, ScoreStore
 
 POLL_RECORDS = 512
 POLL_S = 0.1
@@ -45,7 +45,7 @@ class ScoreReader:
     def __init__(
         self,
         bus: Bus,
-        scores: Scores,
+        scores: ScoreStore,
         *,
         run: str,
         wait_s: float,
@@ -84,7 +84,7 @@ class ScoreReader:
             for record in records:
                 try:
                     taken += self._take(record)
-                except Unusable as error:
+                except RejectedRecord as error:
                     self._bury(record, error)
             timeout_s = 0.0
         return taken
@@ -93,8 +93,8 @@ class ScoreReader:
         """The rows with every old log-prob that is known by now."""
         return [self._scores.attach(row, self.digests) for row in rows]
 
-    def wait_for(
-        self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
+    def wait_for_scores(
+        self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
         """The rows with their old log-probs, as soon as all are there or the time is over; None when a stop came first.
 
@@ -104,7 +104,7 @@ class ScoreReader:
         began = self._clock()
         self._awaited = frozenset(row.trajectory for row in rows)
         try:
-            return self._wait(list(rows), now, began, look, stop)
+            return self._wait(list(rows), now, began, heartbeat, stop)
         finally:
             self._awaited = frozenset()
             self.waited_s += self._clock() - began
@@ -119,7 +119,7 @@ class ScoreReader:
         self._control.close()
 
     def _wait(
-        self, rows: list[Row], now: Version, began: float, look: Callable[[], None], stop: Callable[[], bool]
+        self, rows: list[Row], now: Version, began: float, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
         asked, first, heard = False, True, self._heard
         while True:
@@ -143,13 +143,13 @@ class ScoreReader:
                 return None
             if not asked and waited >= ASK_AFTER * limit_s:
                 asked = True
-                self._ask(lacking)
-            look()
+                self._request_scores(lacking)
+            heartbeat()
 
     def _lacking(self, row: Row, now: Version) -> list[Missing]:
         return [span for span in self._scores.missing(row) if span[2] != now]
 
-    def _ask(self, lacking: Sequence[tuple[Row, list[Missing]]]) -> None:
+    def _request_scores(self, lacking: Sequence[tuple[Row, list[Missing]]]) -> None:
         self._confirm()
         logger().warning("scores asked for", trajectories=len(lacking))
         self.requested += len(lacking)
@@ -171,7 +171,7 @@ class ScoreReader:
     def _take(self, record: Record) -> int:
         message: OldLogprobsComputed | OldLogprobsRequested = message_in(record)
         if message.run != self._run:
-            raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+            raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
         if isinstance(message, OldLogprobsRequested):
             return 0
         self._heard = self._heard or record.offset >= self._standing.get(record.partition, 0)
@@ -184,14 +184,14 @@ class ScoreReader:
         """Whether it was a version of this run."""
         try:
             message = message_in(record)
-        except Unusable:
+        except RejectedRecord:
             return False  # the worker that meets it buries it
         if not isinstance(message, VersionPublished) or message.run != self._run:
             return False
         self.digests[message.version] = message.digest
         return True
 
-    def _bury(self, record: Record, error: Unusable) -> None:
+    def _bury(self, record: Record, error: RejectedRecord) -> None:
         """Keep a record that cannot be used, whole, once: after a restart it is met again."""
         at = (record.partition, record.offset)
         if at in self._buried:
@@ -210,10 +210,10 @@ class ScoreReader:
 def _buried(bus: Bus) -> set[tuple[int, int]]:
     """Partition and offset of the records of `old_logprobs` that are dead letters already."""
     places = set()
-    for record in scan(bus, DEAD_LETTERS):
+    for record in read_existing(bus, DEAD_LETTERS):
         try:
             letter: DeadLetter = message_in(record)
-        except Unusable:
+        except RejectedRecord:
             continue
         if letter.topic == OLD_LOGPROBS:
             places.add((letter.partition, letter.offset))

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from palimpsest.common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
 from palimpsest.common.messages import OldLogprobsComputed
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Malformed
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row
@@ -34,7 +34,7 @@ class _Key:
     prefix: str
 
 
-class Scores:
+class ScoreStore:
     """What is known so far, by trajectory."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def prefix_digest(tokens: bytes, stop: int) -> str:
     return blake3(tokens[: 4 * stop]).hexdigest()
 
 
-def computed(
+def old_logprobs_record(
     *,
     run: str,
     trajectory: str,
@@ -158,7 +158,7 @@ def computed_of(
     """The records that tell the values [tokens] of a row's tokens of this version, one for each run of them."""
     tokens = pack_int32(row.tokens)
     return [
-        computed(
+        old_logprobs_record(
             run=run,
             trajectory=row.trajectory,
             by=by,
@@ -181,17 +181,17 @@ def check_computed(computed: OldLogprobsComputed) -> None:
     """
     where = f"{computed.trajectory} [{computed.start}, {computed.stop}) of version {computed.version}"
     if computed.version < 0:
-        raise Malformed(Cause.NEGATIVE_VERSION, f"{where}: versions start at 0")
+        raise Malformed(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
     if not 0 < computed.start < computed.stop:
-        raise Malformed(Cause.LENGTH_MISMATCH, f"{where}: no span of tokens that something could predict")
+        raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: no span of tokens that something could predict")
     if len(computed.values) != 4 * (computed.stop - computed.start):
         raise Malformed(
-            Cause.LENGTH_MISMATCH,
+            RejectCause.LENGTH_MISMATCH,
             f"{where}: {computed.stop - computed.start} tokens but {len(computed.values)} bytes of log-probs "
             f"(4 a token are due)",
         )
     values = unpack_float32(computed.values)
     if np.isnan(values).any():
-        raise Malformed(Cause.NOT_FINITE, f"{where}: an old log-prob is no number")
+        raise Malformed(RejectCause.NOT_FINITE, f"{where}: an old log-prob is no number")
     if (values > ROUNDING).any():
-        raise Malformed(Cause.OUT_OF_RANGE, f"{where}: an old log-prob is above 0")
+        raise Malformed(RejectCause.OUT_OF_RANGE, f"{where}: an old log-prob is above 0")

@@ -14,11 +14,11 @@ from torch import Tensor
 from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.trajectory import Segment, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.learner.batch.batching import Padded, Row, micro_batches, pad, versions_present
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, versions_present
 from palimpsest.services.learner.model.policy import token_logprobs
 
 
-def known(batch: Padded, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
+def known(batch: PaddedBatch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
     """What `old` of the batch says already, 0 elsewhere, and which trainable tokens it leaves open.
 
     Both [rows, tokens], float32 (nats) and bool. A known -inf is known: the token's probability underflowed.
@@ -29,7 +29,7 @@ def known(batch: Padded, device: torch.device) -> tuple[Tensor, NDArray[np.bool_
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, batch: Padded, wanted: NDArray[np.bool_], values: Tensor) -> None:
+def fill(model: torch.nn.Module, batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
     """Write the model's log-probs into `values` where they are wanted, both [rows, tokens].
 
     Rows of which nothing is wanted are left out of the pass.

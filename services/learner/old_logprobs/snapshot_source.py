@@ -14,10 +14,10 @@ import torch
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, versions_present
-from palimpsest.services.learner.old_logprobs.missing import Misses, Why, settle
+from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, apply_missing_policy
 from palimpsest.services.learner.old_logprobs.scoring import fill, known
-from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
@@ -32,16 +32,16 @@ class SnapshotSource:
         *,
         loaded: Callable[[Version], None],
         missing: MissingPolicy = "fail",
-        misses: Misses | None = None,
+        misses: MissingCounter | None = None,
     ) -> None:
         self._model, self._store, self._device = model, store, device
-        self._shadow: Resident | None = None
+        self._shadow: VersionedModel | None = None
         self._loaded = loaded
         self._missing: MissingPolicy = missing
-        self._misses = misses or Misses()
+        self._misses = misses or MissingCounter()
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact | Patched:
-        """Scored version by version, the shadow's present one first. Raises Refusal."""
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
+        """Scored version by version, the shadow's present one first. Raises UserError."""
         values, unknown = [], []
         for batch in batches:
             value, left = known(batch, self._device)
@@ -54,21 +54,21 @@ class SnapshotSource:
             if not any(own.any() for own in wanted):
                 continue
             try:
-                model = self._model if version == now else self._as(version)
+                model = self._model if version == now else self._model_at(version)
             except VersionMissing:
                 continue
             for batch, own, value, left in zip(batches, wanted, values, unknown, strict=True):
                 fill(model, batch, own, value)
                 left &= ~own
-        return settle(
-            values, unknown, batches, policy=self._missing, why=Why.VERSION_GONE, misses=self._misses,
+        return apply_missing_policy(
+            values, unknown, batches, policy=self._missing, why=MissingReason.VERSION_GONE, misses=self._misses,
             recompute=lambda batch, wanted, value: fill(self._model, batch, wanted, value),
         )  # fmt: skip
 
-    def _as(self, version: Version) -> torch.nn.Module:
-        """The shadow with this version's weights. Raises VersionMissing, Refusal."""
+    def _model_at(self, version: Version) -> torch.nn.Module:
+        """The shadow with this version's weights. Raises VersionMissing, UserError."""
         if self._shadow is None:
-            self._shadow = Resident(copy.deepcopy(self._model).requires_grad_(False), self._store)
-        if self._shadow.become(version):
+            self._shadow = VersionedModel(copy.deepcopy(self._model).requires_grad_(False), self._store)
+        if self._shadow.load_version(version):
             self._loaded(version)
         return self._shadow.model

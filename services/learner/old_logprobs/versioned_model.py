@@ -4,12 +4,12 @@ import torch
 
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Damaged
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.model.weights import take_on
+from palimpsest.services.learner.model.weights import load_weights
 
 
-class Resident:
+class VersionedModel:
     """Its weights are whatever version it was told to be last."""
 
     def __init__(self, model: torch.nn.Module, store: SnapshotClient) -> None:
@@ -19,19 +19,19 @@ class Resident:
         self.digest = ""
         """Of its version's weights."""
 
-    def become(self, version: Version) -> bool:
+    def load_version(self, version: Version) -> bool:
         """Be this version from now on; whether its weights had to be loaded.
 
-        Raises VersionMissing if the store does not have it, Refusal if it is damaged or another model's.
+        Raises VersionMissing if the store does not have it, UserError if it is damaged or another model's.
         """
         if version == self.version:
             return False
         try:
             manifest = self._store.manifest(version)
             self.version = None  # neither version while it changes
-            take_on(self.model, self._store.tensors(manifest))
+            load_weights(self.model, self._store.tensors(manifest))
         except (Damaged, ValueError) as damage:
-            raise Refusal(
+            raise UserError(
                 f"old log-probs cannot be computed: snapshot {version} is damaged: {damage}. Restore the store's "
                 f"folder from a copy, then start again with --resume",
                 ExitCode.DAMAGED,

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Anchor:
+class ProximalValues:
     """Of one micro-batch; [rows, tokens] each."""
 
     logprobs: Tensor
@@ -39,10 +39,10 @@ class Exact:
 
     method: str = "exact"
 
-    def anchor(self, place: int, current: Tensor, mask: Tensor) -> Anchor:
+    def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """Of the micro-batch at this place. current: detached log-probs of the live policy; mask: trainable tokens."""
         missing = torch.zeros_like(mask) if self.absent is None else self.absent[place]
-        return Anchor(self.logprobs[place], missing, mask & ~missing)
+        return ProximalValues(self.logprobs[place], missing, mask & ~missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +52,24 @@ class Surrogate:
     logprobs: list[Tensor]
     method: str
 
-    def anchor(self, place: int, current: Tensor, mask: Tensor) -> Anchor:
+    def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
         no = torch.zeros_like(mask)
-        return Anchor(self.logprobs[place], no, no)
+        return ProximalValues(self.logprobs[place], no, no)
 
 
 @dataclass(frozen=True, slots=True)
 class Interpolated:
     """A surrogate made of behavior and current log-probs, so made anew at each forward pass."""
 
-    between: Callable[[int, Tensor], Tensor]
+    interpolate: Callable[[int, Tensor], Tensor]
     """Place of the micro-batch, current log-probs without gradient [rows, tokens] -> proximal log-probs."""
     method: str
 
-    def anchor(self, place: int, current: Tensor, mask: Tensor) -> Anchor:
+    def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
         no = torch.zeros_like(mask)
-        return Anchor(self.between(place, current), no, no)
+        return ProximalValues(self.interpolate(place, current), no, no)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ class Patched:
     method: str
     """The surrogate."""
 
-    def anchor(self, place: int, current: Tensor, mask: Tensor) -> Anchor:
+    def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
-        return Anchor(self.logprobs[place], torch.zeros_like(mask), mask & ~self.patched[place])
+        return ProximalValues(self.logprobs[place], torch.zeros_like(mask), mask & ~self.patched[place])
 
 
 Proximal = Exact | Surrogate | Interpolated | Patched
@@ -93,12 +93,12 @@ Proximal = Exact | Surrogate | Interpolated | Patched
 class Source(Protocol):
     """Gives the proximal log-probs of a batch before its first optimizer step."""
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Proximal:
-        """For these micro-batches, at this version. Raises Refusal when a version it needs is not to be had."""
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Proximal:
+        """For these micro-batches, at this version. Raises UserError when a version it needs is not to be had."""
 
 
 @runtime_checkable
-class Follows(Protocol):
+class StatefulSource(Protocol):
     """A source with a state of its own that goes along with the versions."""
 
     def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:

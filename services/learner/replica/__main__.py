@@ -7,14 +7,14 @@ from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop, application
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Score until the run ends or the process is asked to stop."""
     config = invocation.config
     if config.learner.proximal.kind != "replica":
-        raise Refusal(
+        raise UserError(
             f'learner.proximal.kind is "{config.learner.proximal.kind}": nobody would read what a replica scores. Set '
             f'it to "replica", or do without this process'
         )
@@ -28,22 +28,22 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     import torch
 
     from palimpsest.services.learner.model.policy import load_model
-    from palimpsest.services.learner.old_logprobs.versioned_model import Resident
-    from palimpsest.services.learner.replica.worker import Replica
+    from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
+    from palimpsest.services.learner.replica.worker import ReplicaWorker
 
     torch.set_num_threads(config.replica.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = config.replica
     server.doing = "the log to be opened"
     bus = open_bus(config)
-    replica = Replica(
+    replica = ReplicaWorker(
         run=config.run.id, name=own.name, bus=bus, device=device, batch_tokens=own.batch_tokens, stop=stop
     )
     app = application("replica", registry=REGISTRY, ready=replica.waiting_for, status=replica.status)
     server.show(app)
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
-            replica.work(Resident(load_model(config.model.path, device, config.model.attention), store))
+            replica.work(VersionedModel(load_model(config.model.path, device, config.model.attention), store))
         finally:
             bus.close()
 

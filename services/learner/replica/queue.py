@@ -14,7 +14,7 @@ from palimpsest.services.learner.batch.batching import Row
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ScoringJob:
     """One trajectory's tokens of one version."""
 
     version: Version
@@ -26,11 +26,11 @@ class Work:
     """A batch waits for it."""
 
 
-class Backlog:
+class ScoringQueue:
     """Taken one version at a time, so that each has to be loaded once for all that waits for it."""
 
     def __init__(self) -> None:
-        self._works: list[Work] = []
+        self._works: list[ScoringJob] = []
         self._left: dict[Position, int] = {}
 
     def __len__(self) -> int:
@@ -39,9 +39,9 @@ class Backlog:
     def add(self, rows: Mapping[Version, Row], origin: Position) -> None:
         """A record's rows (at least one), each to be scored by its version."""
         self._left[origin] = len(rows)
-        self._works += [Work(version, row, origin) for version, row in rows.items()]
+        self._works += [ScoringJob(version, row, origin) for version, row in rows.items()]
 
-    def ask(self, rows: Mapping[Version, Row]) -> None:
+    def prioritize(self, rows: Mapping[Version, Row]) -> None:
         """A batch waits for these: they come first now. What does not wait here anyway is another replica's, most
         likely a slow or dead one's."""
         for version, row in rows.items():
@@ -49,14 +49,14 @@ class Backlog:
             for work in same:
                 work.urgent = True
             if not same:
-                self._works.append(Work(version, row, None, urgent=True))
+                self._works.append(ScoringJob(version, row, None, urgent=True))
 
     def versions(self, held: Version | None) -> list[Version]:
         """Those to score, in order: what a batch waits for, then the version that is held, then the oldest."""
         urgent = {work.version for work in self._works if work.urgent}
         return sorted({work.version for work in self._works}, key=lambda v: (v not in urgent, v != held, v))
 
-    def take(self, version: Version) -> list[Work]:
+    def take(self, version: Version) -> list[ScoringJob]:
         """What a batch waits for of this version, or else everything of it; it waits no longer."""
         own = [work for work in self._works if work.version == version]
         taken = [work for work in own if work.urgent] or own
@@ -64,11 +64,11 @@ class Backlog:
         self._works = [work for work in self._works if work not in gone]
         return taken
 
-    def put_back(self, works: Iterable[Work]) -> None:
+    def put_back(self, works: Iterable[ScoringJob]) -> None:
         """These were taken and are not scored: they wait again, unless their partition was lost meanwhile."""
         self._works += [work for work in works if work.origin is None or work.origin in self._left]
 
-    def done(self, work: Work) -> Position | None:
+    def done(self, work: ScoringJob) -> Position | None:
         """The work is published, or can never be; its record's place if that was the last of it."""
         if work.origin is None or work.origin not in self._left:
             return None

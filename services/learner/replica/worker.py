@@ -26,8 +26,8 @@ from palimpsest.common.messages import (
     encode,
     message_in,
 )
-from palimpsest.common.offset_tracker import Frontier
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.offset_tracker import OffsetTracker
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.versions import Version
@@ -35,9 +35,9 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.model.policy import vocabulary
 from palimpsest.services.learner.old_logprobs.score_store import computed_of
 from palimpsest.services.learner.old_logprobs.scoring import score
-from palimpsest.services.learner.old_logprobs.versioned_model import Resident
+from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.replica import instruments
-from palimpsest.services.learner.replica.queue import Backlog, Work
+from palimpsest.services.learner.replica.queue import ScoringJob, ScoringQueue
 from palimpsest.services.learner.replica.records import to_rows
 
 GROUP = "replica"
@@ -48,13 +48,13 @@ DRAIN_S = 10.0
 """What was read is still scored for so long when the process is asked to stop."""
 
 
-class Replica:
+class ReplicaWorker:
     """Works until the run is finished or it is asked to stop."""
 
     def __init__(self, *, run: str, name: str, bus: Bus, device: torch.device, batch_tokens: int, stop: Stop) -> None:
         self._run, self._name, self._bus = run, name, bus
         self._device, self._batch_tokens, self._stop = device, batch_tokens, stop
-        self._backlog, self._frontier = Backlog(), Frontier()
+        self._backlog, self._frontier = ScoringQueue(), OffsetTracker()
         self._committed: dict[int, int] = {}
         self._committed_at = float("-inf")
         self._mine: frozenset[int] = frozenset()
@@ -63,7 +63,7 @@ class Replica:
         self._waiting_for: str | None = "the model"
         self._tokens = self._loads = 0
         self._skipped: dict[str, int] = {}
-        self._resident: Resident
+        self._resident: VersionedModel
         self._vocabulary: int
         self._control: Consumer
         self._asked: Consumer
@@ -86,8 +86,8 @@ class Replica:
             "skipped": dict(self._skipped),
         }
 
-    def work(self, resident: Resident) -> None:
-        """Until the run ends. Raises Refusal when the store's weights are damaged, or another model's."""
+    def work(self, resident: VersionedModel) -> None:
+        """Until the run ends. Raises UserError when the store's weights are damaged, or another model's."""
         self._resident, self._vocabulary = resident, vocabulary(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
@@ -112,7 +112,7 @@ class Replica:
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             try:
                 message = message_in(record)
-            except Unusable:
+            except RejectedRecord:
                 continue  # the worker that meets it buries it
             if isinstance(message, RunFinished) and message.run == self._run:
                 logger().info("run finished", version=message.version)
@@ -127,7 +127,7 @@ class Replica:
 
     def _put_on(self, requests: Iterable[Mapping[Version, Row]]) -> None:
         for rows in requests:
-            self._backlog.ask(rows)
+            self._backlog.prioritize(rows)
         instruments.WAITING.set(len(self._backlog))
 
     def _take(self, record: Record) -> None:
@@ -144,11 +144,11 @@ class Replica:
         try:
             message = message_in(record)
             if message.run != self._run:
-                raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
             if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
                 return {}
             return to_rows(message, vocabulary=self._vocabulary)
-        except Unusable as error:  # the learner, which reads the same records, buries it
+        except RejectedRecord as error:  # the learner, which reads the same records, buries it
             self._skip("unusable", 1)
             logger().warning(
                 "passed over", topic=record.topic, partition=record.partition, offset=record.offset, reason=str(error)
@@ -164,9 +164,9 @@ class Replica:
             self._score(versions[0], self._backlog.take(versions[0]))
             instruments.WAITING.set(len(self._backlog))
 
-    def _score(self, version: Version, works: Sequence[Work]) -> None:
+    def _score(self, version: Version, works: Sequence[ScoringJob]) -> None:
         try:
-            self._become(version)
+            self._load_version(version)
         except VersionMissing as missing:
             logger().warning("version missing", version=version, trajectories=len(works), reason=str(missing))
             self._skip("version_missing", len(works))
@@ -182,7 +182,7 @@ class Replica:
             failpoints.reach("replica.after_publishing")
             for row, _ in scored:
                 self._resolve(left.pop(row))
-            self._keep_on()
+            self._poll_between_passes()
             if self._must_leave():
                 return
             if requests := self._requests():
@@ -191,9 +191,9 @@ class Replica:
                 return
             began = time.monotonic()
 
-    def _become(self, version: Version) -> None:
+    def _load_version(self, version: Version) -> None:
         began = time.monotonic()
-        if self._resident.become(version):
+        if self._resident.load_version(version):
             seconds = time.monotonic() - began
             self._loads += 1
             instruments.LOADS.inc()
@@ -219,12 +219,12 @@ class Replica:
         self._bus.publish(OLD_LOGPROBS, outgoing)
         instruments.PUBLISHED.inc(len(outgoing))
 
-    def _resolve(self, work: Work) -> None:
+    def _resolve(self, work: ScoringJob) -> None:
         at = self._backlog.done(work)
         if at is not None and at.partition in self._mine:
             self._frontier.resolve(at.partition, at.offset)
 
-    def _keep_on(self) -> None:
+    def _poll_between_passes(self) -> None:
         """Between two passes: stay a member of the group, hear of the run's end, remember what is done."""
         self._hear()
         self._trajectories.poll(limit=0, timeout_s=0.0)

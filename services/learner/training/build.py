@@ -9,22 +9,24 @@ from palimpsest.common.config.proximal import InterruptionProximal, MissingPolic
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.model.critic import Critic
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.old_logprobs.missing import Misses, Why
-from palimpsest.services.learner.old_logprobs.precomputed_source import AttachedSource
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
+from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
-from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Source
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.state import TrainingState
 
 
-def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device) -> Companions:
+def build_training_state(
+    config: LearnerConfig, trainee: TrainablePolicy, store: SnapshotClient, device: torch.device
+) -> TrainingState:
     """Of a model at its start; `restore` takes them further."""
     model = trainee.model
     gae = config.advantages.kind == "gae"
     critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
-    misses = Misses()
-    return Companions(
+    misses = MissingCounter()
+    return TrainingState(
         source=_source(config, trainee, store, device, misses),
         misses=misses,
         auditor=_snapshot(model, store, device) if config.audit.fraction else None,
@@ -35,17 +37,19 @@ def companions(config: LearnerConfig, trainee: Trainee, store: SnapshotClient, d
 
 
 def _source(
-    config: LearnerConfig, trainee: Trainee, store: SnapshotClient, device: torch.device, misses: Misses
+    config: LearnerConfig, trainee: TrainablePolicy, store: SnapshotClient, device: torch.device, misses: MissingCounter
 ) -> Source:
     model, proximal = trainee.model, config.proximal
     match proximal:
         case SnapshotProximal():
             return _snapshot(model, store, device, missing=proximal.missing, misses=misses)
         case ReplicaProximal():
-            return AttachedSource(model, device, missing=proximal.missing, why=Why.NOT_SCORED, misses=misses)
+            return PrecomputedSource(
+                model, device, missing=proximal.missing, why=MissingReason.NOT_SCORED, misses=misses
+            )
         case InterruptionProximal():
-            return AttachedSource(model, device, missing=proximal.missing, why=Why.TOO_LATE, misses=misses)
-    return surrogate(
+            return PrecomputedSource(model, device, missing=proximal.missing, why=MissingReason.TOO_LATE, misses=misses)
+    return build_surrogate(
         proximal,
         model=model,
         masters=trainee.masters,
@@ -60,7 +64,7 @@ def _snapshot(
     device: torch.device,
     *,
     missing: MissingPolicy = "drop",
-    misses: Misses | None = None,
+    misses: MissingCounter | None = None,
 ) -> SnapshotSource:
     """An audit leaves out what it cannot score; it never ends a run."""
     return SnapshotSource(

@@ -4,43 +4,45 @@ from dataclasses import dataclass
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, score_along
-from palimpsest.services.learner.training.state import Companions
-from palimpsest.services.learner.training.trainer import Step
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, serve_scoring
+from palimpsest.services.learner.training.state import TrainingState
+from palimpsest.services.learner.training.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class TrainOrder:
     """What rank 0 tells the others to do next; None in its place ends the run."""
 
     version: Version
     minibatches: list[list[Row]]
 
 
-def follow(trainee: Trainee, companions: Companions, step: Step, ranks: Ranks, one: Pass) -> None:
+def run_follower(
+    trainee: TrainablePolicy, companions: TrainingState, step: Trainer, ranks: ProcessGroup, forward: Pass
+) -> None:
     """Ranks other than 0: take rank 0's state over, then do what it says until it says nothing.
 
     one: a forward pass by the trainee's model; it is asked for while a batch is waited for, and while workers stand
     still before the first optimizer step.
     """
-    take_over(trainee, companions, ranks)
+    broadcast_state(trainee, companions, ranks)
 
     def cut() -> None:
-        score_along(ranks, one)
+        serve_scoring(ranks, forward)
 
-    while isinstance(order := score_along(ranks, one), Order):
-        ranks.gather(step.train(order.minibatches, order.version, before_first_step=cut))
+    while isinstance(order := serve_scoring(ranks, forward), TrainOrder):
+        ranks.all_gather_object(step.train(order.minibatches, order.version, before_first_step=cut))
 
 
-def take_over(trainee: Trainee, companions: Companions, ranks: Ranks) -> None:
+def broadcast_state(trainee: TrainablePolicy, companions: TrainingState, ranks: ProcessGroup) -> None:
     """Make every rank's state that of rank 0: masters, moments, and what trains along with them."""
-    steps = ranks.share(trainee.steps)
+    steps = ranks.broadcast_object(trainee.steps)
     state = trainee.state()
     ranks.broadcast(list(state.values()))
     beside = companions.state()
     ranks.broadcast(list(beside.values()))
-    if not ranks.leads:
+    if not ranks.is_rank0:
         trainee.restore(state, steps)
         companions.restore(beside)

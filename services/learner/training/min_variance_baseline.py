@@ -6,15 +6,15 @@ kept until then, of w g and of w g R, at the price of two more copies of the gra
 
 import torch
 
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.vcpo import minimum_variance_baseline, subtract_baseline
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 
-class LeastVariance:
+class MinimumVarianceBaseline:
     """Of one minibatch."""
 
-    def __init__(self, trainee: Trainee) -> None:
+    def __init__(self, trainee: TrainablePolicy) -> None:
         self._gradients = trainee.gradients()
         self._weighted = [torch.zeros_like(gradient) for gradient in self._gradients]
         self._scores = [torch.zeros_like(gradient) for gradient in self._gradients]
@@ -30,14 +30,14 @@ class LeastVariance:
             score.add_(gradient)
             gradient.zero_()
 
-    def settle(self, ranks: Ranks) -> float:
+    def settle(self, ranks: ProcessGroup) -> float:
         """Make the gradients those of the minibatch over all ranks; the baseline, in units of reward.
 
         A trajectory whose gradient is not finite has no say in the baseline but stays in the gradients, so that the
         step is skipped.
         """
-        ranks.sum([*self._weighted, *self._scores])
-        parts = ranks.gather((self._norms, self._rewards))
+        ranks.all_reduce_sum([*self._weighted, *self._scores])
+        parts = ranks.all_gather_object((self._norms, self._rewards))
         norms = [norm for part in parts for norm in part[0]]
         rewards = [reward for part in parts for reward in part[1]]
         finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # NaN is not either

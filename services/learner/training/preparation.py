@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.services.learner.advantages import TOKEN_KINDS, Part, token_advantages
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.advantages import TOKEN_KINDS, MicroBatchRewards, token_advantages
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import log_ratio
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.kl import estimate
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.state import TrainingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,12 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(
-    companions: Companions, batches: Sequence[Padded], config: LearnerConfig, ranks: Ranks, device: torch.device
+def prepare_batch(
+    companions: TrainingState,
+    batches: Sequence[PaddedBatch],
+    config: LearnerConfig,
+    ranks: ProcessGroup,
+    device: torch.device,
 ) -> Prepared:
     """For this rank's micro-batches of the whole version; all ranks call it."""
     reference, values = [], []
@@ -48,7 +52,7 @@ def prepare(
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])
     parts = [
-        Part(
+        MicroBatchRewards(
             mask=batch.mask,
             rewards=np.array([row.advantage for row in batch.rows], dtype=np.float32),
             token_rewards=_divergence(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
@@ -57,7 +61,7 @@ def prepare(
         for i, batch in enumerate(batches)
     ]
     estimated = token_advantages(
-        kind, parts, gamma=config.advantages.gamma, lam=config.advantages.lam, gather=ranks.gather
+        kind, parts, gamma=config.advantages.gamma, lam=config.advantages.lam, gather=ranks.all_gather_object
     )
     return Prepared(
         [torch.from_numpy(part.advantages).to(device) for part in estimated],
@@ -67,7 +71,7 @@ def prepare(
     )
 
 
-def _divergence(reference: Tensor, batch: Padded, config: LearnerConfig) -> np.ndarray:
+def _divergence(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:
     """What each token's reward is lessened by: KL(mu || start), from samples of mu. [rows, tokens]"""
     mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior)
     apart = log_ratio(reference.cpu(), behavior, mask & torch.isfinite(reference.cpu()))

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import Correction
 from palimpsest.services.learner.observability.token_statistics import Tokens
-from palimpsest.services.learner.proximal.types import Anchor
+from palimpsest.services.learner.proximal.types import ProximalValues
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class MicroBatchResult:
     """A micro-batch; tensors are [rows, tokens] on the CPU, log-probs float32 in nats."""
 
-    batch: Padded
-    anchor: Anchor
+    batch: PaddedBatch
+    anchor: ProximalValues
     current: Tensor
     """Before the minibatch's optimizer step."""
     entropy: Tensor
@@ -65,10 +65,10 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class StepResult:
     """What a version's training did on this rank."""
 
-    scored: list[Scored]
+    scored: list[MicroBatchResult]
     method: str
     """Of the proximal: "exact", or a surrogate's name."""
     loss: float
@@ -97,10 +97,10 @@ class Trained:
         return self.method == "exact"
 
 
-def merge(parts: Sequence[Trained]) -> Trained:
+def merge(parts: Sequence[StepResult]) -> StepResult:
     """What all ranks did. What every rank knows alike is rank 0's."""
     lead = parts[0]
-    return Trained(
+    return StepResult(
         scored=[scored for part in parts for scored in part.scored],
         method=lead.method,
         loss=sum(part.loss for part in parts),
@@ -116,7 +116,7 @@ def merge(parts: Sequence[Trained]) -> Trained:
     )
 
 
-def counts(scored: Sequence[Scored], now: Version) -> tuple[int, int, int]:
+def counts(scored: Sequence[MicroBatchResult], now: Version) -> tuple[int, int, int]:
     """Trainable tokens, those neither masked nor clipped, and the sum of all their staleness."""
     tokens = active = age = 0
     for part in scored:
@@ -127,7 +127,7 @@ def counts(scored: Sequence[Scored], now: Version) -> tuple[int, int, int]:
     return tokens, active, age
 
 
-def mean_entropies(scored: Sequence[Scored]) -> tuple[float, int]:
+def mean_entropies(scored: Sequence[MicroBatchResult]) -> tuple[float, int]:
     """Sum over trajectories of their tokens' mean entropy, nats, and how many trajectories have one."""
     total, count = 0.0, 0
     for part in scored:

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from palimpsest.services.learner.losses.entropy import EntropyHistory
 from palimpsest.services.learner.model.critic import Critic
-from palimpsest.services.learner.old_logprobs.missing import Misses
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
-from palimpsest.services.learner.proximal.types import Follows, Source
+from palimpsest.services.learner.proximal.types import Source, StatefulSource
 
 PREFIX = "companions."
 
 
 @dataclass
-class Companions:
+class TrainingState:
     """Of one rank."""
 
     source: Source
@@ -33,13 +33,13 @@ class Companions:
     multiplier: float = 0.0
     """R2VPO's lambda."""
     entropies: EntropyHistory = field(default_factory=EntropyHistory)
-    misses: Misses = field(default_factory=Misses)
+    misses: MissingCounter = field(default_factory=MissingCounter)
     """What became of tokens that the source had no old log-prob for."""
 
     @property
-    def follower(self) -> Follows | None:
+    def follower(self) -> StatefulSource | None:
         """The source, if it has a state."""
-        return self.source if isinstance(self.source, Follows) else None
+        return self.source if isinstance(self.source, StatefulSource) else None
 
     def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
         """How they stand, for the metrics. masters: float32 weights of the policy."""
@@ -84,7 +84,7 @@ class Companions:
         self.entropies.restore({"total": total, "count": count})
 
 
-def parted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_checkpoint(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A checkpoint's tensors: the trainee's, and the companions'."""
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return own, {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}

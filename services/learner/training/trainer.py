@@ -15,24 +15,24 @@ from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, Row, deal, micro_batches, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, partition_by_rank
 from palimpsest.services.learner.corrections import Correction, Limits, correct, limits
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
 from palimpsest.services.learner.losses.objective import Objective, Terms, switch
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.proximal.types import Anchor, Interpolated, Proximal
-from palimpsest.services.learner.training.min_variance_baseline import LeastVariance
-from palimpsest.services.learner.training.preparation import Prepared, prepare
-from palimpsest.services.learner.training.results import Scored, Trained, counts, mean_entropies
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
+from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
+from palimpsest.services.learner.training.preparation import Prepared, prepare_batch
+from palimpsest.services.learner.training.results import MicroBatchResult, StepResult, counts, mean_entropies
+from palimpsest.services.learner.training.state import TrainingState
 
 
-def nothing() -> None:
+def no_cut() -> None:
     """No cut is needed before the weights change."""
 
 
@@ -58,11 +58,18 @@ class _Sums:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - started
 
 
-class Step:
+class Trainer:
     """Trains on batches; one for each rank."""
 
     def __init__(
-        self, trainee: Trainee, companions: Companions, ranks: Ranks, config: LearnerConfig, *, length: int, seed: int
+        self,
+        trainee: TrainablePolicy,
+        companions: TrainingState,
+        ranks: ProcessGroup,
+        config: LearnerConfig,
+        *,
+        length: int,
+        seed: int,
     ) -> None:
         """length: sampling.max_trajectory_tokens; seed: decides, with the version, which batches are audited."""
         self._trainee, self._companions, self._ranks, self._config = trainee, companions, ranks, config
@@ -75,15 +82,20 @@ class Step:
         minibatches: Sequence[Sequence[Row]],
         now: Version,
         *,
-        before_first_step: Callable[[], None] = nothing,
-    ) -> Trained:
-        """Train on the rows of every minibatch; all ranks call it with the same ones. Raises Refusal from the source.
+        before_first_step: Callable[[], None] = no_cut,
+    ) -> StepResult:
+        """Train on the rows of every minibatch; all ranks call it with the same ones. Raises UserError from the source.
 
         before_first_step: called when the first minibatch's gradients are there and nothing has changed yet.
         """
         most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
         mine = [
-            [pad(rows) for rows in micro_batches(deal(minibatch, self._ranks.size)[self._ranks.rank], max_tokens=most)]
+            [
+                pad(rows)
+                for rows in micro_batches(
+                    partition_by_rank(minibatch, self._ranks.size)[self._ranks.rank], max_tokens=most
+                )
+            ]
             for minibatch in minibatches
         ]
         flat = [batch for batches in mine for batch in batches]
@@ -93,8 +105,8 @@ class Step:
         with sums.timed("audit"):
             old = self._audited(flat, now)
         with sums.timed("prepare"):
-            prepared = prepare(self._companions, flat, self._config, self._ranks, self._device)
-        scored: list[Scored] = []
+            prepared = prepare_batch(self._companions, flat, self._config, self._ranks, self._device)
+        scored: list[MicroBatchResult] = []
         place = 0
         for number, (batches, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
             places = range(place, place + len(batches))
@@ -103,7 +115,7 @@ class Step:
             with sums.timed("passes"):
                 bounds = self._limits(proximal, flat, places)
                 parts = self._passes(flat, places, proximal, old, prepared, denominators, bounds, sums)
-            scored += [self._told(part, first=number == 0) for part in parts]
+            scored += [self._result(part, first=number == 0) for part in parts]
             if number == 0:
                 with sums.timed("cut"):
                     before_first_step()
@@ -112,7 +124,7 @@ class Step:
             sums.normalisers.append(bounds.normaliser)
         return self._finished(scored, proximal, len(minibatches), sums, now)
 
-    def _audited(self, batches: Sequence[Padded], now: Version) -> list[Tensor] | None:
+    def _audited(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
         """Exact values beside a surrogate's, for the share of the batches that is audited."""
         auditor, fraction = self._companions.auditor, self._config.audit.fraction
         if auditor is None or np.random.default_rng([self._seed, now]).random() >= fraction:
@@ -125,7 +137,7 @@ class Step:
             known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
         return known
 
-    def _limits(self, proximal: Proximal, batches: Sequence[Padded], places: range) -> Limits:
+    def _limits(self, proximal: Proximal, batches: Sequence[PaddedBatch], places: range) -> Limits:
         """What a rule must know of the whole minibatch before its forward passes."""
         rules = self._objective.rules
         if isinstance(proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalise):
@@ -135,11 +147,11 @@ class Step:
             mask, behavior = self._on_device(batches[place].mask, batches[place].behavior)
             anchor = proximal.anchor(place, behavior, mask)
             parts.append((anchor.logprobs, behavior, mask, anchor.missing))
-        return limits(parts, rules, gather=self._ranks.gather)
+        return limits(parts, rules, gather=self._ranks.all_gather_object)
 
     def _passes(
         self,
-        batches: Sequence[Padded],
+        batches: Sequence[PaddedBatch],
         places: range,
         proximal: Proximal,
         old: list[Tensor] | None,
@@ -149,7 +161,7 @@ class Step:
         sums: _Sums,
     ) -> "list[_Part]":
         """Forward and backward of every micro-batch of a minibatch."""
-        single = LeastVariance(self._trainee) if self._config.vcpo.baseline else None
+        single = MinimumVarianceBaseline(self._trainee) if self._config.vcpo.baseline else None
         parts = []
         for place in places:
             part = self._pass(batches[place], place, proximal, prepared, denominators, bounds, sums)
@@ -172,7 +184,7 @@ class Step:
 
     def _pass(
         self,
-        batch: Padded,
+        batch: PaddedBatch,
         place: int,
         proximal: Proximal,
         prepared: Prepared,
@@ -215,22 +227,22 @@ class Step:
                 trajectory_log_ratio(p.inputs.current, p.inputs.behavior, p.inputs.mask)[p.inputs.mask.any(-1)].cpu()
                 for p in parts
             ]
-            share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.gather)
+            share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.all_gather_object)
             factor = lr_factor(share, config.base, POWERS[config.lr_scaling])
         sums.factors.append(factor)
         if not config.baseline:  # else they are summed already
-            self._ranks.sum(self._trainee.gradients())
+            self._ranks.all_reduce_sum(self._trainee.gradients())
         sums.norms.append(self._trainee.step(lr_factor=factor))
         if self._companions.critic is not None:
-            self._ranks.sum(self._companions.critic.gradients())
+            self._ranks.all_reduce_sum(self._companions.critic.gradients())
             self._companions.critic.step()
 
     def _finished(
-        self, scored: list[Scored], proximal: Proximal, minibatches: int, sums: _Sums, now: Version
-    ) -> Trained:
+        self, scored: list[MicroBatchResult], proximal: Proximal, minibatches: int, sums: _Sums, now: Version
+    ) -> StepResult:
         """Everything that follows from the version as a whole, on every rank alike."""
         own = (*counts(scored, now), sums.squares, sums.usable, *mean_entropies(scored))
-        totals = [sum(values) for values in zip(*self._ranks.gather(own), strict=True)]
+        totals = [sum(values) for values in zip(*self._ranks.all_gather_object(own), strict=True)]
         tokens, active, age, squares, usable, entropy, trajectories = totals
         share, staleness = (active / tokens, age / tokens) if tokens else (float("nan"), float("nan"))
         companions, r2vpo = self._companions, self._config.loss.r2vpo
@@ -241,11 +253,11 @@ class Step:
         if trajectories:
             companions.entropies.add(entropy / trajectories)
         missed: dict[str, int] = {}
-        for part in self._ranks.gather(companions.misses.take()):
+        for part in self._ranks.all_gather_object(companions.misses.take()):
             for (why, policy), number in part.items():
                 missed[f"{why}/{policy}"] = missed.get(f"{why}/{policy}", 0) + number
         finite = [norm for norm in sums.norms if norm == norm and norm != float("inf")]
-        return Trained(
+        return StepResult(
             scored,
             method=proximal.method,
             loss=sums.loss / minibatches,
@@ -260,11 +272,11 @@ class Step:
             missed=missed,
         )
 
-    def _told(self, part: "_Part", *, first: bool) -> Scored:
+    def _result(self, part: "_Part", *, first: bool) -> MicroBatchResult:
         anchor = part.anchor
-        return Scored(
+        return MicroBatchResult(
             batch=part.batch,
-            anchor=Anchor(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
+            anchor=ProximalValues(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
             current=part.inputs.current.detach().cpu(),
             entropy=part.entropy.cpu(),
             correction=part.correction.cpu(),
@@ -282,9 +294,9 @@ class Step:
 class _Part:
     """A micro-batch between its passes and the step."""
 
-    batch: Padded
+    batch: PaddedBatch
     tokens: Tensor
-    anchor: Anchor
+    anchor: ProximalValues
     inputs: Inputs
     entropy: Tensor
     correction: Correction

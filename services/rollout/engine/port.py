@@ -57,7 +57,7 @@ class Engine(Protocol):
         """For /v1/status, also before the start: its `kind`, and what it has decided about this machine."""
 
     async def start(self) -> None:
-        """Load the model; minutes for a large one. Raises Refusal when the model cannot be served, EngineFailed."""
+        """Load the model; minutes for a large one. Raises UserError when the model cannot be served, EngineFailed."""
 
     async def watch(self) -> NoReturn:
         """Wait until the engine is gone, also while nobody asks anything of it, and raise EngineDead."""

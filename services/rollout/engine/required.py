@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.engine import crash_report
 from palimpsest.services.rollout.engine.port import EngineFailed
 
 
 @contextmanager
 def needed(what: str) -> Iterator[None]:
-    """Raises Refusal (ExitCode.ENGINE) in place of an EngineFailed from inside. `what`: the step, for the person.
+    """Raises UserError (ExitCode.ENGINE) in place of an EngineFailed from inside. `what`: the step, for the person.
 
     Another request would not help, and the engine's state is unknown: a new process starts with a new engine. Nothing
     is dropped or committed by it (docs/decisions/0013).
@@ -18,4 +18,4 @@ def needed(what: str) -> Iterator[None]:
     try:
         yield
     except EngineFailed as error:
-        raise Refusal(crash_report.refused_step(what, str(error)), ExitCode.ENGINE) from None
+        raise UserError(crash_report.refused_step(what, str(error)), ExitCode.ENGINE) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.logs import logger
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine import amx, crash_report
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span, StoredWeights
@@ -59,7 +59,7 @@ class VllmEngine:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
-            raise Refusal(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
+            raise UserError(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
         machine: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(self._config.kv_cache_gib * 2**30), "distributed_executor_backend": _EXECUTOR}
             if self._amx is not None
@@ -232,15 +232,15 @@ class VllmEngine:
             answer.cancel()
             gone.cancel()
 
-    def _unstarted(self, error: Exception) -> Refusal | EngineDead:
+    def _unstarted(self, error: Exception) -> UserError | EngineDead:
         """What to raise in place of the error with which vLLM did not start."""
         assert self._watch is not None
         evidence = self._watch.failed_start(error)
         if evidence is None:  # it never came to a process of the engine's
-            return Refusal(crash_report.refusal(self._model, _whole(error)))
+            return UserError(crash_report.refusal(self._model, _whole(error)))
         failure = crash_report.refused(evidence)
         if failure is not None:
-            return Refusal(crash_report.refusal(self._model, str(failure)))
+            return UserError(crash_report.refusal(self._model, str(failure)))
         return EngineDead(crash_report.words(evidence))
 
     def _is_dead(self, error: Exception) -> bool:

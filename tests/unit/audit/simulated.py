@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
-from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
     FINISHED,
@@ -19,7 +19,7 @@ from palimpsest.services.audit.evidence import (
     Offer,
     Stored,
 )
-from palimpsest.services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 
 SAMPLES, BOUND, PARTITIONS = 3, 1, 2
 Place = tuple[int, int]
@@ -30,10 +30,12 @@ class Simulated:
     """A run of one process that never dies."""
 
     rng: random.Random
-    planner: Planner[str] = field(
-        default_factory=lambda: Planner(samples=SAMPLES, groups_per_batch=2, max_staleness=BOUND, time_limit_s=60)
+    planner: TrajectoryLedger[str] = field(
+        default_factory=lambda: TrajectoryLedger(
+            samples=SAMPLES, groups_per_batch=2, max_staleness=BOUND, time_limit_s=60
+        )
     )
-    frontier: Frontier = field(default_factory=Frontier)
+    frontier: OffsetTracker = field(default_factory=OffsetTracker)
     version: int = 0
     clock: float = 0.0
     offers: list[Offer] = field(default_factory=list)
@@ -48,7 +50,7 @@ class Simulated:
     def step(self) -> None:
         """One event, and what the learner makes of it."""
         self.clock += 1.0
-        while self.planner.slots():
+        while self.planner.free_slots():
             index = self.planner.next_index
             self.offers.append(Offer(self.planner.offer(now=self.clock), index, SAMPLES, ("lookup", 7 * index)))
             self.offered_at.append(self.version)
@@ -104,7 +106,7 @@ class Simulated:
     def _arrive(self, name: str, oldest: int, newest: int) -> None:
         record = self._publish(name, FINISHED, oldest=oldest, newest=newest)
         known = self.planner.arrive(name.rpartition("/")[0], name, name)
-        if known in (Arrival.NEW, Arrival.REVIVED):
+        if known in (ArrivalStatus.NEW, ArrivalStatus.REVIVED):
             self.waiting[name] = record
         else:
             self.frontier.resolve(record.partition, record.offset)
@@ -137,7 +139,7 @@ class Simulated:
         oldest = {name: Version(record.oldest or 0) for name, record in self.waiting.items()}
         for name in (*self.planner.drop_stale(now, oldest), *self.planner.drop_small()):
             self._resolve(name)
-        if not (batch := self.planner.batch()):
+        if not (batch := self.planner.take_batch()):
             return
         trained = tuple(name for group in batch for name in group.items)
         ages = [self.version - (self.waiting[name].oldest or 0) for name in trained]

@@ -8,7 +8,7 @@ from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
 from palimpsest.services.audit.judge import judge
-from palimpsest.services.audit.rendering import for_machines, told
+from palimpsest.services.audit.rendering import to_json, to_text
 from tests.unit.audit.histories import (
     DIGESTS,
     HEARD,
@@ -225,11 +225,11 @@ def test_without_a_checkpoint_the_log_and_the_store_are_judged() -> None:
     assert judge(young).findings == ()
     assert "no checkpoint yet" in judge(young).notes[0]
     assert judge(replace(young, stored=())).findings[0].kind is Kind.VERSION_MISSING
-    assert for_machines(young, judge(young))["trajectories"]["pending"] == 8
+    assert to_json(young, judge(young))["trajectories"]["pending"] == 8
 
 
 def test_a_person_is_told_what_there_is_and_what_is_wrong() -> None:
-    said = list(told(SOUND, judge(SOUND)))
+    said = list(to_text(SOUND, judge(SOUND)))
     assert said[:2] == ["Run test", ""]
     assert "trajectories   8 offered = 4 trained + 1 dropped + 1 dead-lettered + 2 pending" in said
     assert "  dropped as environment_failed: 1" in said
@@ -238,13 +238,13 @@ def test_a_person_is_told_what_there_is_and_what_is_wrong() -> None:
     assert "       2  020202020202       1    100  leased" in said
     assert said[-1] == "Nothing is wrong."
     wrong = ledger(dropped={"environment_failed": 2})
-    assert list(told(wrong, judge(wrong)))[-2].startswith(
+    assert list(to_text(wrong, judge(wrong)))[-2].startswith(
         "1. sums: checkpoint 00000002-00000001: 8 offered - 4 trained"
     )
 
 
 def test_a_machine_is_told_the_same() -> None:
-    said = for_machines(SOUND, judge(SOUND))
+    said = to_json(SOUND, judge(SOUND))
     assert said["sound"]
     assert said["findings"] == []
     assert said["trajectories"] == {

@@ -17,7 +17,7 @@ from bench.mismatch.results import CONTROL, METHODS, Plan, tuned
 from bench.mismatch.tables import tables
 from bench.mismatch.toy import Toy
 from bench.mismatch.training import Observed, observe
-from palimpsest.services.learner.observability.surrogate_error import Audited, Thresholds
+from palimpsest.services.learner.observability.surrogate_error import AuditedTokens, Thresholds
 
 pytestmark = pytest.mark.thorough
 
@@ -86,7 +86,7 @@ def test_slopes_and_means_by_staleness_against_numpy() -> None:
 
 def part(surrogate: list[float], *, first: bool, masked: list[bool], clipped: list[bool]) -> Part:
     """Two tokens of staleness 0 and 1; old log-probs -1.0 and -2.0, behavior 0.1 below and 0.1 above them."""
-    tokens = Audited(
+    tokens = AuditedTokens(
         staleness=np.array([0, 1]),
         behavior=np.array([-1.1, -1.9]),
         surrogate=np.array(surrogate),

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from bench.routes.figures import figures, targets
 from bench.routes.instrumented_learner import weigh
-from bench.routes.simulated_workers import PAUSE_S, Fleet
+from bench.routes.simulated_workers import PAUSE_S, SimulatedWorkers
 from bench.routes.variant_run import ROLLOUT, Pace, cpu_s
-from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Contender, Load, Place, build_model, run_config
+from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Load, Place, Variant, build_model, run_config
 from palimpsest.common.bus.factory import open_bus
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.load import load as load_run
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.messages import (
     CONTROL,
     TASKS,
@@ -44,8 +44,8 @@ from palimpsest.common.messages import (
 from palimpsest.common.trajectory import token_versions
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.validation import check_finished, check_sampled
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from tests.builders import SAMPLING
 
@@ -62,9 +62,9 @@ class Workers:
     """A fleet on a log of its own, with this test as its learner."""
 
     def __init__(self, folder: Path) -> None:
-        config = run_config(Contender("t", {"kind": "interruption"}), LOAD, Place(folder, folder, 1, 2))
+        config = run_config(Variant("t", {"kind": "interruption"}), LOAD, Place(folder, folder, 1, 2))
         self.bus: Bus = open_bus(config)
-        self.fleet = Fleet(open_bus(config), run="t", load=LOAD, vocabulary=256, seed=3)
+        self.fleet = SimulatedWorkers(open_bus(config), run="t", load=LOAD, vocabulary=256, seed=3)
         self.offered = 0
 
     def offer(self, groups: int) -> None:
@@ -85,7 +85,7 @@ class Workers:
 
     def said(self, topic: str, kind: type) -> list[Any]:
         """All of this kind that stands on the topic."""
-        messages = [decode(topic, record.body) for record in scan(self.bus, topic)]
+        messages = [decode(topic, record.body) for record in read_existing(self.bus, topic)]
         return [message for message in messages if isinstance(message, kind)]
 
     def drive(self, until: Any) -> None:
@@ -155,7 +155,7 @@ def test_a_cut_stops_all_until_the_next_version(workers: Workers) -> None:
     for flush in flushes:
         check_sampled(flush, Version(0))
         assert {segment.version for segment in flush.segments} == {0}
-    ends = {record.partition: record.offset + 1 for record in scan(workers.bus, TRAJECTORIES)}
+    ends = {record.partition: record.offset + 1 for record in read_existing(workers.bus, TRAJECTORIES)}
     told = [answer.positions for answer in workers.said(WORKERS, CutReached)]
     assert {p: max(positions.get(p, 0) for positions in told) for p in ends} == ends
 
@@ -251,7 +251,7 @@ def test_workers_keep_the_pace_of_the_reference() -> None:
         pace.trained(REFERENCE, {"seconds": {"passes": seconds - 1, "step": 1.0}})
         pace.trained("snapshot", {"seconds": {"passes": 100.0, "step": 1.0}})
     assert pace.batch_s(CONTENDERS[0]) == 5 * ROLLOUT
-    assert pace.batch_s(Contender("busy", {"kind": "interruption"}, rollout=0.5)) == 2.5
+    assert pace.batch_s(Variant("busy", {"kind": "interruption"}, rollout=0.5)) == 2.5
 
 
 def test_cpu_time_of_a_process() -> None:
@@ -266,7 +266,7 @@ def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
     for contender in CONTENDERS:
         config = run_config(contender, LOAD, Place(tmp_path, tmp_path, 1, 2))
         file = tmp_path / f"{contender.name}.toml"
-        file.write_text(show(config))
+        file.write_text(to_toml(config))
         assert load_run([str(file)], {}, program="test").config == config
         kinds.add(config.learner.proximal.kind)
     assert kinds == {
@@ -278,19 +278,19 @@ def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
 def test_bytes_held_are_those_of_tensors_that_are_not_the_trainee_s(tmp_path: Path) -> None:
     parameters = build_model(SHAPES["tiny"], tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
-    trainee = Trainee(model, OptimizerConfig())
-    before = weigh(trainee, Scores())
+    trainee = TrainablePolicy(model, OptimizerConfig())
+    before = weigh(trainee, ScoreStore())
     assert before["copy"] == 2 * parameters  # the tied head counts once
     trainee.step()  # moments come, which are the optimizer's
-    assert weigh(trainee, Scores())["beside"] == before["beside"]
+    assert weigh(trainee, ScoreStore())["beside"] == before["beside"]
     shadow = copy.deepcopy(model).requires_grad_(False)
     buffers = sum(buffer.nbytes for buffer in shadow.buffers())
-    assert weigh(trainee, Scores())["beside"] - before["beside"] == 2 * parameters + buffers
+    assert weigh(trainee, ScoreStore())["beside"] - before["beside"] == 2 * parameters + buffers
     del shadow
     source = EwmaProx(model, trainee.masters, torch.device("cpu"), decay=0.5)
-    assert weigh(trainee, Scores())["beside"] - before["beside"] == 4 * parameters
+    assert weigh(trainee, ScoreStore())["beside"] - before["beside"] == 4 * parameters
     del source
-    assert weigh(trainee, Scores())["beside"] == before["beside"]
+    assert weigh(trainee, ScoreStore())["beside"] == before["beside"]
 
 
 @pytest.mark.servers

@@ -16,10 +16,10 @@ from kafka import errors
 
 from palimpsest.common.bus.kafka import Connection, Settings, connection
 from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
-from palimpsest.common.bus.kafka.probe import NotLetIn, NotThere, knock
+from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
 from palimpsest.common.bus.kafka.topics import _problems, _suffices
 from palimpsest.common.config.schema import BusConfig
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends.certificates import make
 
 SASL = BusConfig(kind="kafka", servers="a:1", security="sasl_plaintext", sasl_mechanism="PLAIN")
@@ -48,7 +48,7 @@ def test_credentials_come_from_the_environment(tmp_path: Path) -> None:
     ],
 )
 def test_credentials_that_are_missing_are_named(environment: dict[str, str], said: str) -> None:
-    with pytest.raises(Refusal, match=said) as told:
+    with pytest.raises(UserError, match=said) as told:
         connection(SASL, environment)
     assert told.value.code is ExitCode.CONFIGURATION
 
@@ -63,7 +63,7 @@ def test_a_certificate_without_its_key_is_refused_by_both_names(tmp_path: Path) 
     whole = BusConfig(security="tls", ca_file=ca, certificate_file=ours, key_file=tmp_path / "client.key")
     assert isinstance(connection(whole, {}).options["ssl_context"], ssl.SSLContext)
     for key in (tmp_path / "server.key", ca, None):
-        with pytest.raises(Refusal, match=rf"bus.certificate_file = '{ours}' and bus.key_file = '?{key}'? are no"):
+        with pytest.raises(UserError, match=rf"bus.certificate_file = '{ours}' and bus.key_file = '?{key}'? are no"):
             connection(BusConfig(security="tls", ca_file=ca, certificate_file=ours, key_file=key), {})
 
 
@@ -140,8 +140,10 @@ def test_who_hangs_up_may_yet_become_a_broker_and_who_never_speaks_tls_does_not(
     answering: Callable[[Answer], str], answer: Answer, options: dict[str, Any]
 ) -> None:
     server = answering(answer)
-    with pytest.raises(NotLetIn if answer is garbage and options else NotThere, match=None if options else server):
-        knock(server, options)
+    with pytest.raises(
+        BrokerRefused if answer is garbage and options else BrokerUnreachable, match=None if options else server
+    ):
+        probe_broker(server, options)
 
 
 class Clock:
@@ -169,13 +171,13 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_l
         raise problem
 
     nobody = Connection(server, {}, outage_limit_s=0.6)
-    with pytest.raises(Refusal, match=rf"Kafka at {server} \(bus.servers\) did not let us read for 1 s: {server}"):
-        nobody.patiently(lambda: failing(errors.NodeNotReadyError()), doing="read")
+    with pytest.raises(UserError, match=rf"Kafka at {server} \(bus.servers\) did not let us read for 1 s: {server}"):
+        nobody.retry_until_answered(lambda: failing(errors.NodeNotReadyError()), doing="read")
     assert calls == [0.0, 0.5, 1.0]
-    for final in (errors.TopicAuthorizationFailedError("t"), NotLetIn("it wants a login")):
+    for final in (errors.TopicAuthorizationFailedError("t"), BrokerRefused("it wants a login")):
         calls.clear()
-        with pytest.raises(Refusal, match="refuses us"):
-            nobody.patiently(lambda: failing(final), doing="read")  # noqa: B023
+        with pytest.raises(UserError, match="refuses us"):
+            nobody.retry_until_answered(lambda: failing(final), doing="read")  # noqa: B023
         assert len(calls) == 1
 
 
@@ -196,7 +198,7 @@ def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> N
     ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     *_, said = ended.stderr.splitlines()
     assert said.startswith(
-        "palimpsest.common.user_error.Refusal: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect"
+        "palimpsest.common.user_error.UserError: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect"
     )
     assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]
 
@@ -206,4 +208,4 @@ def test_what_waiting_cannot_explain_is_passed_on() -> None:
         raise KeyError("a mistake of ours")
 
     with pytest.raises(KeyError):
-        Connection("127.0.0.1:1", {}).patiently(failing, doing="read")
+        Connection("127.0.0.1:1", {}).retry_until_answered(failing, doing="read")

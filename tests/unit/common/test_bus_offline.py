@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.bus.factory import open_bus
-from palimpsest.common.bus.offline import standing_bus
+from palimpsest.common.bus.offline import open_existing_bus
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 
 RUN = 'run.id = "test"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
@@ -22,11 +22,11 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def test_a_log_that_is_not_there_is_refused_and_not_made(config: RunConfig) -> None:
-    with pytest.raises(Refusal, match="no such log"):
-        standing_bus(config)
+    with pytest.raises(UserError, match="no such log"):
+        open_existing_bus(config)
     assert not config.bus_path.exists()
     SqliteBus(config.bus_path).close()
-    with pytest.raises(Refusal, match="run test has no log yet"):
-        standing_bus(config)
+    with pytest.raises(UserError, match="run test has no log yet"):
+        open_existing_bus(config)
     open_bus(config).close()
-    standing_bus(config).close()
+    open_existing_bus(config).close()

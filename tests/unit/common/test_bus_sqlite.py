@@ -15,7 +15,7 @@ from palimpsest.common.bus.port import Outgoing, partition_of
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config import RunConfig
 from palimpsest.common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TOPICS, TRAJECTORIES, WORKERS
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 UNSTORABLE: Any = object()
 HALF_BAD = [Outgoing("k", b"first"), Outgoing("k", b"second"), Outgoing("k", UNSTORABLE)]
@@ -113,7 +113,7 @@ def test_a_runs_log_has_every_topic(tmp_path: Path) -> None:
 
 def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_path: Path) -> None:
     open_bus(a_run(tmp_path, task_partitions=3)).close()
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         open_bus(a_run(tmp_path, task_partitions=4))
     assert refused.value.code is ExitCode.CONFIGURATION
     assert "topic tasks" in str(refused.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.config import Invocation, RunConfig, load
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 ROOT = Path(__file__).parents[3]
 RUN = """
@@ -38,7 +38,7 @@ def loaded(path: Path, *flags: str, **variables: str) -> RunConfig:
 def refused(path: Path, *flags: str, more: str = "", **variables: str) -> str:
     """What is said to a run file with these lines added, these flags and these variables."""
     path.write_text(path.read_text() + more)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         load([str(path), *flags], variables, program="prog")
     assert refusal.value.code is ExitCode.CONFIGURATION
     return str(refusal.value)
@@ -348,7 +348,7 @@ def test_a_plain_value_where_a_section_is_due_is_refused(tmp_path: Path) -> None
 
 
 def test_a_missing_file_is_named_with_one_to_start_from(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"none\.toml: no such file\. examples/embedded\.toml is one to start from"):
+    with pytest.raises(UserError, match=r"none\.toml: no such file\. examples/embedded\.toml is one to start from"):
         load([str(tmp_path / "none.toml")], NOTHING, program="prog")
 
 
@@ -360,27 +360,27 @@ def test_what_is_not_toml_is_named_with_the_place(run: Path) -> None:
 
 def test_what_is_not_text_is_refused(run: Path) -> None:
     run.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load([str(run)], NOTHING, program="prog")
 
 
 def test_a_folder_is_refused_and_a_runs_own_names_the_file_in_it(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         load([str(tmp_path)], NOTHING, program="prog")
     assert str(refusal.value) == f"{tmp_path}: that is a folder; the run in it is described by {run}"
     run.unlink()
-    with pytest.raises(Refusal, match="that is a folder; a file that describes a run is wanted"):
+    with pytest.raises(UserError, match="that is a folder; a file that describes a run is wanted"):
         load([str(tmp_path)], NOTHING, program="prog")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["run.toml", "--help"]])
 def test_no_file_and_a_wish_for_help_are_answered_with_the_usage(arguments: list[str]) -> None:
-    with pytest.raises(Refusal, match=r"^usage: prog RUN\.toml \[--check\]"):
+    with pytest.raises(UserError, match=r"^usage: prog RUN\.toml \[--check\]"):
         load(arguments, NOTHING, program="prog")
 
 
 def test_two_files_are_refused(run: Path) -> None:
-    with pytest.raises(Refusal, match="one run file is wanted"):
+    with pytest.raises(UserError, match="one run file is wanted"):
         load([str(run), "other.toml"], NOTHING, program="prog")
 
 

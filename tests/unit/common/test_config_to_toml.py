@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from palimpsest.common.config import RunConfig
-from palimpsest.common.config.to_toml import show
+from palimpsest.common.config.to_toml import to_toml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 POSITIVE = st.floats(min_value=0, max_value=1e300, exclude_min=True, allow_nan=False)
@@ -65,11 +65,11 @@ def a_run(**sections: Any) -> RunConfig:
 @given(RUNS)
 def test_what_is_shown_reads_back_as_the_same_run(values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(values)
-    assert RunConfig.model_validate(tomllib.loads(show(config))) == config
+    assert RunConfig.model_validate(tomllib.loads(to_toml(config))) == config
 
 
 def test_every_default_is_shown() -> None:
-    shown = tomllib.loads(show(a_run()))
+    shown = tomllib.loads(to_toml(a_run()))
     assert shown["learner"]["optimizer"]["lr"] == 1e-6
     assert shown["rollout"]["engine"]["kind"] == "vllm"
     assert set(shown) == set(RunConfig.model_fields)
@@ -78,9 +78,9 @@ def test_every_default_is_shown() -> None:
 @pytest.mark.parametrize("name", ["reasoning_gym.chain_sum", "two words", "", "Ä", "a\nb", "\x7f"])
 def test_an_environment_of_any_name_survives(name: str) -> None:
     config = a_run(tasks={"environments": {name: 1.0}})
-    assert tomllib.loads(show(config))["tasks"]["environments"] == {name: 1.0}
+    assert tomllib.loads(to_toml(config))["tasks"]["environments"] == {name: 1.0}
 
 
 def test_a_folder_is_shown_as_it_was_given() -> None:
     config = a_run(run={"folder": "my runs/ß"})
-    assert tomllib.loads(show(config))["run"]["folder"] == str(Path("my runs/ß"))
+    assert tomllib.loads(to_toml(config))["run"]["folder"] == str(Path("my runs/ß"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.file_errors import file_errors_refused, refused, usable_folder
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 TABLE = [
     (errno.ENOSPC, ExitCode.UNAVAILABLE, "the disk is full (writing /there/x): free some space"),
@@ -26,7 +26,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
 def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str) -> None:
-    with pytest.raises(Refusal) as found, file_errors_refused():
+    with pytest.raises(UserError) as found, file_errors_refused():
         raise OSError(number, os.strerror(number), "/there/x")
     assert found.value.code is code
     assert str(found.value).startswith(said)
@@ -51,7 +51,7 @@ def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_names_key_and_folder(tmp_path: Path, place: str) -> None:
     """The same for root, who has every right: nobody can make a folder there."""
     (tmp_path / "a file").touch()
-    with pytest.raises(Refusal) as found:
+    with pytest.raises(UserError) as found:
         usable_folder(tmp_path / place, key="run.folder")
     assert str(found.value).startswith(f"run.folder: nothing can be written to {tmp_path / place}: ")
     assert "--run.folder=FOLDER" in str(found.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common import files
-from palimpsest.common.files import whole, write
+from palimpsest.common.files import atomic_write, write
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
 
 def test_nothing_stands_under_the_name_until_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"body")
         file.flush()
         assert not path.exists()
@@ -45,7 +45,7 @@ def test_until_it_is_replaced_the_old_file_stands(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, b"old")
     with path.open("rb") as reader:
-        with whole(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new, and longer")
             file.flush()
             assert path.read_bytes() == b"old"
@@ -59,7 +59,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Pa
     write(path, b"old")
 
     def fail() -> None:
-        with whole(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half")
             raise error
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings, strategies as st
 
-from palimpsest.common.offset_tracker import Frontier
+from palimpsest.common.offset_tracker import OffsetTracker
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Naive:
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_the_frontier_is_the_lowest_offset_read_and_not_resolved(data: st.DataObject) -> None:
-    frontier, naive = Frontier(), dict[int, Naive]()
+    frontier, naive = OffsetTracker(), dict[int, Naive]()
     for _ in range(data.draw(st.integers(0, 40))):
         partition = data.draw(st.integers(0, 2))
         known = naive.get(partition)
@@ -53,13 +53,13 @@ def test_the_frontier_is_the_lowest_offset_read_and_not_resolved(data: st.DataOb
 
 
 def test_a_partition_not_read_from_yet_starts_where_reading_starts() -> None:
-    frontier = Frontier()
+    frontier = OffsetTracker()
     frontier.start(3, 17)
     assert frontier.offsets() == {3: 17}
 
 
 def test_a_record_resolved_late_moves_the_frontier_over_all_that_waited_behind_it() -> None:
-    frontier = Frontier()
+    frontier = OffsetTracker()
     for offset in range(100):
         frontier.read(0, offset)
     for offset in range(99, 0, -1):
@@ -70,7 +70,7 @@ def test_a_record_resolved_late_moves_the_frontier_over_all_that_waited_behind_i
 
 
 def test_a_partition_that_comes_back_is_read_anew() -> None:
-    frontier = Frontier()
+    frontier = OffsetTracker()
     frontier.read(1, 4)
     frontier.resolve(1, 4)
     frontier.forget(1)
@@ -80,7 +80,7 @@ def test_a_partition_that_comes_back_is_read_anew() -> None:
 
 
 def test_what_is_resolved_after_its_partition_went_counts_when_the_record_comes_again() -> None:
-    frontier = Frontier()
+    frontier = OffsetTracker()
     frontier.read(1, 4)
     frontier.forget(1)
     frontier.resolve(1, 4)

@@ -16,10 +16,10 @@ import structlog
 from palimpsest.common.bus.port import OffsetGone, Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config import Invocation
-from palimpsest.common.files import whole
+from palimpsest.common.files import atomic_write
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 RUN = """
 run.id = "first"
@@ -70,7 +70,7 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def refusing(code: ExitCode) -> Body:
     def body(_invocation: Invocation, _stop: Stop) -> None:
-        raise Refusal("the model is gone: put it back", code)
+        raise UserError("the model is gone: put it back", code)
 
     return body
 
@@ -131,7 +131,7 @@ def test_a_full_disk_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp
 
 
 def test_a_whole_file_that_meets_a_full_disk_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space") as full, whole(tmp_path / "state"):
+    with pytest.raises(OSError, match="No space") as full, atomic_write(tmp_path / "state"):
         Path("/dev/full").write_bytes(b"x")
     assert full.value.filename == str(tmp_path / "state")
 

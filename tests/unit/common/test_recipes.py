@@ -7,8 +7,8 @@ import pytest
 from palimpsest.common.config import load
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE
-from palimpsest.common.config.to_toml import show
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.user_error import UserError
 
 RUN = """\
 run.id = "test"
@@ -32,7 +32,7 @@ def test_every_recipe_is_a_run_and_comes_back_from_what_check_prints(name: str, 
     path.write_text(RUN.format(more=f'recipe = "{name}"'))
     config = load([str(path)], {}, program="").config
     assert config.learner.proximal.kind == RECIPES[name]["proximal"]["kind"]
-    (tmp_path / "again.toml").write_text(show(config))
+    (tmp_path / "again.toml").write_text(to_toml(config))
     assert load([str(tmp_path / "again.toml")], {}, program="").config == config
 
 
@@ -63,7 +63,7 @@ def test_another_kind_of_proximal_brings_its_own_keys(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="there is no recipe 'icepob'; did you mean icepop"):
+    with pytest.raises(UserError, match="there is no recipe 'icepob'; did you mean icepop"):
         learner(tmp_path, 'recipe = "icepob"')
 
 
@@ -76,7 +76,7 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
     ],
 )
 def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         learner(tmp_path, "", flag)
     assert sentence in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
@@ -85,7 +85,7 @@ def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Pa
 def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> None:
     assert learner(tmp_path, "", "--learner.proximal.prefetch=true").proximal.kind == "snapshot"
     with pytest.raises(
-        Refusal, match=r'learner\.proximal\.decay is not a key of learner\.proximal with kind = "snapshot"'
+        UserError, match=r'learner\.proximal\.decay is not a key of learner\.proximal with kind = "snapshot"'
     ):
         learner(tmp_path, "", "--learner.proximal.decay=0.5")
     chosen = learner(tmp_path, 'recipe = "ppo_ewma"', "--learner.proximal.decay=0.5").proximal
@@ -104,6 +104,6 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused_with_what_would(flags: list[str], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         learner(tmp_path, "", *flags)
     assert sentence in str(refused.value)

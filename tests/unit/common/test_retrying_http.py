@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.service import Server
-from palimpsest.common.snapshots.retrying_http import Calls, NotThere, StoreUnavailable
+from palimpsest.common.snapshots.retrying_http import NotThere, RetryingHttp, StoreUnavailable
 from tests.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000
@@ -69,7 +69,7 @@ def _start(wanted: str | None) -> int:
 def fetched(elsewhere: Elsewhere, *, patience_s: float = 120.0) -> tuple[bytes, list[float]]:
     pauses: list[float] = []
     with Server(elsewhere.app, "127.0.0.1", 0, key="t") as server:
-        calls = Calls(f"http://127.0.0.1:{server.port}", patience_s=patience_s, sleep=pauses.append)
+        calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=patience_s, sleep=pauses.append)
         try:
             return b"".join(calls.body("/v1/objects/a")), pauses
         finally:
@@ -113,7 +113,7 @@ def test_a_body_that_became_shorter_ends_early_for_the_reader_to_notice() -> Non
 
 def test_what_is_nowhere_is_not_there() -> None:
     with Server(FastAPI(), "127.0.0.1", 0, key="t") as server:
-        calls = Calls(f"http://127.0.0.1:{server.port}", patience_s=1.0)
+        calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=1.0)
         with pytest.raises(NotThere):
             next(calls.body("/v1/objects/a"))
         calls.close()
@@ -124,7 +124,7 @@ def test_many_threads_share_one_client() -> None:
     elsewhere, together = Elsewhere([]), threading.Barrier(8)
     elsewhere.app.put("/v1/echo")(echo)
     with Server(elsewhere.app, "127.0.0.1", 0, key="t") as server:
-        calls = Calls(f"http://127.0.0.1:{server.port}", patience_s=60.0)
+        calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=60.0)
 
         def work(number: int) -> list[bytes]:
             together.wait(LIMIT_S)

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
 from palimpsest.common.service import HttpError, Server, Starting, Status, Stop, application, listen
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 
 HOST = "127.0.0.1"
 
@@ -106,7 +106,7 @@ async def test_an_error_that_stays_says_nothing_of_coming_again() -> None:
 
 
 def test_a_taken_port_is_refused_with_the_key_to_change(taken: int) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         Server(an_app(Work()), HOST, taken, key="env_gateway")
     assert refused.value.code is ExitCode.UNAVAILABLE
     assert int(refused.value.code) == 3
@@ -115,7 +115,7 @@ def test_a_taken_port_is_refused_with_the_key_to_change(taken: int) -> None:
 
 
 def test_an_address_that_is_not_ours_is_refused_with_its_keys() -> None:
-    with pytest.raises(Refusal, match=r"cannot listen on 203\.0\.113\.7:0 \(thing\.host, thing\.port\)"):
+    with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.7:0 \(thing\.host, thing\.port\)"):
         listen("203.0.113.7", 0, key="thing")
 
 

@@ -15,7 +15,7 @@ from palimpsest.services.env_gateway.environments.port import (
     Score,
     Turn,
 )
-from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.registry import Entry
 from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
@@ -84,10 +84,10 @@ def _given(result: Any) -> Any:
     return result
 
 
-def some_sessions(open_world: Callable[[], World], clock: Callable[[], float], **limits: Any) -> Sessions:
+def some_sessions(open_world: Callable[[], EnvironmentHost], clock: Callable[[], float], **limits: Any) -> Sessions:
     """Sessions over one environment named `fake`."""
 
-    async def opened() -> World:
+    async def opened() -> EnvironmentHost:
         return open_world()
 
     numbers = {"max_sessions": 4, "lease_s": 600.0, "remember_s": 600.0, "result_bytes": 1000, **limits}

@@ -6,21 +6,21 @@ import pytest
 
 from palimpsest.common.config import load
 from palimpsest.common.sessions.token import VARIABLE, token
-from palimpsest.common.user_error import Refusal
-from palimpsest.services.env_gateway.auth import is_loopback, refuse_open_door
+from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.auth import is_loopback, require_token_off_loopback
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_loopback_needs_no_token(host: str) -> None:
     assert is_loopback(host)
-    refuse_open_door(host, None)
+    require_token_off_loopback(host, None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "gateway.example", "localhost.example"])
 def test_any_other_address_needs_one(host: str) -> None:
-    with pytest.raises(Refusal, match=VARIABLE):
-        refuse_open_door(host, None)
-    refuse_open_door(host, "secret")
+    with pytest.raises(UserError, match=VARIABLE):
+        require_token_off_loopback(host, None)
+    require_token_off_loopback(host, "secret")
 
 
 def test_the_token_is_read_without_the_newline_of_a_secret_file() -> None:
@@ -31,7 +31,7 @@ def test_the_token_is_read_without_the_newline_of_a_secret_file() -> None:
 
 @pytest.mark.parametrize("bad", ["two words", "naïve", "a\nb"])
 def test_a_token_that_cannot_stand_in_a_header_is_refused(bad: str) -> None:
-    with pytest.raises(Refusal, match=VARIABLE):
+    with pytest.raises(UserError, match=VARIABLE):
         token({VARIABLE: bad})
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.env_gateway.plugins import blueprints, check_tasks
 from palimpsest.services.env_gateway.registry import built_in
 
@@ -23,7 +23,7 @@ from palimpsest.services.env_gateway.registry import built_in
     ],
 )
 def test_a_plugin_that_cannot_be_meant_is_refused_by_its_key(name: str, path: str) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         blueprints({name: path}, taken=built_in())
     assert str(refused.value).startswith(f"env_gateway.plugins.{name}: ")
     assert refused.value.code is ExitCode.CONFIGURATION
@@ -40,6 +40,6 @@ def test_a_plugin_is_a_path_to_a_class() -> None:
 def test_a_run_that_names_an_environment_nobody_has_is_refused_with_the_nearest() -> None:
     check_tasks(["lookup", "add"], built_in())
     with pytest.raises(
-        Refusal, match=r"tasks.environments: the gateway has no environment 'lokup'; did you mean lookup\?"
+        UserError, match=r"tasks.environments: the gateway has no environment 'lokup'; did you mean lookup\?"
     ):
         check_tasks(["add", "lokup"], built_in())

@@ -9,14 +9,14 @@ import psutil
 import pytest
 
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
-from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.processes import fork_server
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.processes.protocol import Blueprint
+from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.registry import isolated
 from palimpsest.services.env_gateway.sessions import Limits, Sessions
 
@@ -48,7 +48,7 @@ class Opened:
         self.worlds: list[InChild] = []
 
     async def __call__(self, name: str, seed: int = 0) -> InChild:
-        world = await InChild.open(self.pool, Blueprint(path=f"awkward:{name}"))
+        world = await InChild.open(self.pool, EnvironmentSpec(path=f"awkward:{name}"))
         self.worlds.append(world)
         await world.reset(seed)
         return world
@@ -70,7 +70,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 
 async def test_a_child_plays_a_session(opened: Opened) -> None:
-    world = await InChild.open(opened.pool, Blueprint(path="awkward:Counts"))
+    world = await InChild.open(opened.pool, EnvironmentSpec(path="awkward:Counts"))
     opened.worlds.append(world)
     opening, state_hash = await world.reset(5)
     assert opening.messages[0].content == "task 5"
@@ -109,7 +109,7 @@ async def test_whatever_a_child_does_is_a_failure_with_a_name(
 
 
 async def test_a_class_that_cannot_be_loaded_fails_its_session(pool: Pool) -> None:
-    world = await InChild.open(pool, Blueprint(path="awkward:Absent"))
+    world = await InChild.open(pool, EnvironmentSpec(path="awkward:Absent"))
     with pytest.raises(EnvironmentFailed, match=r"AttributeError: .*Absent"):
         await world.reset(0)
     world.close()
@@ -117,7 +117,7 @@ async def test_a_class_that_cannot_be_loaded_fails_its_session(pool: Pool) -> No
 
 async def test_no_more_children_than_allowed_run_and_a_closed_one_makes_room(opened: Opened) -> None:
     first, *_ = [await opened("Counts") for _ in range(3)]
-    with pytest.raises(NoRoom, match="3 sessions have a process of their own already"):
+    with pytest.raises(AtCapacity, match="3 sessions have a process of their own already"):
         await opened("Counts")
     first.close()
     await opened("Counts")
@@ -143,7 +143,7 @@ async def test_closing_the_pool_leaves_no_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(children())
     pool = Pool(limit=3, wait_s=0.2, call_limit_s=LIMIT_S, modules=("awkward",))
-    world = await InChild.open(pool, Blueprint(path="awkward:StartsOthers"))
+    world = await InChild.open(pool, EnvironmentSpec(path="awkward:StartsOthers"))
     await world.reset(0)
     await world.step(Turn("go on"))
     started = [process for process in children() if process not in before]
@@ -167,7 +167,7 @@ async def test_a_killed_nursery_fails_its_sessions_and_is_replaced(opened: Opene
 async def test_global_chance_depends_on_the_seed_alone_in_every_gateway(pool: Pool) -> None:
     async def drawn(pool: Pool, *seeds: int) -> list[list[str]]:
         """What each of these sessions, open at once, draws from the global generator and from a set."""
-        worlds = [await InChild.open(pool, Blueprint(path="awkward:UsesGlobalChance")) for _ in seeds]
+        worlds = [await InChild.open(pool, EnvironmentSpec(path="awkward:UsesGlobalChance")) for _ in seeds]
         for world, seed in zip(worlds, seeds, strict=True):
             await world.reset(seed)
         said = [await world.step(Turn("go on")) for world in reversed(worlds)][::-1]
@@ -185,7 +185,7 @@ async def test_global_chance_depends_on_the_seed_alone_in_every_gateway(pool: Po
 
 
 async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool) -> None:
-    entry = isolated(pool, "hangs", Blueprint(path="awkward:Hangs"), version="1", description="")
+    entry = isolated(pool, "hangs", EnvironmentSpec(path="awkward:Hangs"), version="1", description="")
     sessions = Sessions({"hangs": entry}, Limits(max_sessions=9, lease_s=60, remember_s=60, result_bytes=1000))
     opened = await sessions.create(CreateSession(environment="hangs", seed=0), None)
     session = Session.model_validate_json(opened).session_id
@@ -202,7 +202,7 @@ async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_tak
     (running,) = nurseries()
     (first,) = running.children()
     for turns_of_the_loop in range(12):
-        opening = asyncio.create_task(InChild.open(opened.pool, Blueprint(path="awkward:Counts")))
+        opening = asyncio.create_task(InChild.open(opened.pool, EnvironmentSpec(path="awkward:Counts")))
         for _ in range(turns_of_the_loop):
             await asyncio.sleep(0)
         opening.cancel()
@@ -212,7 +212,7 @@ async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_tak
     await opened("Counts")
     await opened("Counts")
     assert len(running.children()) == 3
-    with pytest.raises(NoRoom):
+    with pytest.raises(AtCapacity):
         await opened("Counts")
 
 
@@ -229,7 +229,7 @@ async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_tak
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused_with_the_reason(pool: Pool, path: str, problem: str) -> None:
-    with pytest.raises(Refusal, match=f"env_gateway.plugins.mine: {path} cannot be used: {problem}"):
+    with pytest.raises(UserError, match=f"env_gateway.plugins.mine: {path} cannot be used: {problem}"):
         plugins.entries(pool, plugins.blueprints({"mine": path}, taken=()))
 
 
@@ -247,6 +247,6 @@ def test_a_module_that_breaks_when_loaded_beforehand_does_not_stop_the_others(
     monkeypatch.syspath_prepend(str(FOLDER))
     pool = Pool(limit=1, wait_s=0.2, call_limit_s=LIMIT_S, modules=("broken", "absent_module"))
     try:
-        assert pool.describe(Blueprint(path="awkward:Counts")).version == "3"
+        assert pool.describe(EnvironmentSpec(path="awkward:Counts")).version == "3"
     finally:
         pool.stop()

@@ -7,7 +7,7 @@ import pytest
 from palimpsest.common.service import HttpError
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
-from palimpsest.services.env_gateway.hosts import NoRoom
+from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.sessions import REMEMBERED_PER_SESSION
 from tests.unit.env_gateway.fakes import (
     HALF,
@@ -173,7 +173,7 @@ async def test_more_sessions_than_there_may_be_are_refused_until_one_ends(clock:
 
 async def test_a_world_without_room_is_refused_like_capacity(clock: ManualClock) -> None:
     def full() -> ScriptedWorld:
-        raise NoRoom("64 sessions have a process of their own already")
+        raise AtCapacity("64 sessions have a process of their own already")
 
     sessions = some_sessions(full, clock)
     with pytest.raises(HttpError) as refused:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from palimpsest.services.live.history_tail import gathered
 from palimpsest.services.live.outages import Course, Outage, Past, clock, in_full, merged, over
-from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import line, view
 from palimpsest.services.local.exit_reasons import Crash
@@ -106,11 +106,11 @@ def seen(
     arrived: float = math.inf,
     now: float = 145.0,
     crashes: tuple[Crash, ...] = (),
-    **services: Seen,
+    **services: ServiceObservation,
 ) -> State:
     running = servers(now) | {"learner": learner(now), "worker-0": worker(now, seconds=now)} | services
     trained = gathered((a_line(i) for i in range(lines)), arrived=arrived)
-    sight = Sight(running, trained, outages=outages, past=past, clock=WALL)
+    sight = RunObservation(running, trained, outages=outages, past=past, clock=WALL)
     return state(PLAN, sight, now=now, started=1.0, crashes=crashes)
 
 
@@ -194,8 +194,8 @@ def test_without_a_new_version_for_long_there_is_no_estimate() -> None:
 def test_an_outage_of_a_server_is_not_told_twice() -> None:
     silent = servers(100.0)["snapshot_store"]
     store = Outage("snapshot_store", "http://s", WALL + 100.0)
-    assert seen(store, snapshot_store=Seen(silent.last, trouble="ReadTimeout")).warnings == ()
-    assert seen(snapshot_store=Seen(silent.last, trouble="ReadTimeout")).warnings == (
+    assert seen(store, snapshot_store=ServiceObservation(silent.last, trouble="ReadTimeout")).warnings == ()
+    assert seen(snapshot_store=ServiceObservation(silent.last, trouble="ReadTimeout")).warnings == (
         "snapshot_store has not answered for 45 s",
     )
 

@@ -12,10 +12,10 @@ import pytest
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, decode, encode
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
 from palimpsest.services.live import poller
-from palimpsest.services.live.poller import Seen, Watch
+from palimpsest.services.live.poller import ServiceObservation, Watch
 from tests.history_lines import a_line
 
 WITHIN_S = 10.0
@@ -101,7 +101,7 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
 
 def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
     with Watch({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
-        until(lambda: watching.sight().services["learner"] == Seen(trouble="ConnectError"))
+        until(lambda: watching.sight().services["learner"] == ServiceObservation(trouble="ConnectError"))
 
 
 def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
@@ -117,4 +117,4 @@ def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
         (record,) = letters.poll(limit=9, timeout_s=0)
     letter = decode(DEAD_LETTERS, record.body)
     assert (letter.run, letter.topic, letter.offset, letter.body) == ("test", WORKERS, 1, b"not a record")
-    assert letter.cause is Cause.UNDECODABLE
+    assert letter.cause is RejectCause.UNDECODABLE

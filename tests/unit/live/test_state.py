@@ -5,7 +5,7 @@ import pytest
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.versions import Version
 from palimpsest.services.live.history_tail import gathered
-from palimpsest.services.live.poller import Answer, Seen, Sight
+from palimpsest.services.live.poller import Answer, RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.local.exit_reasons import Crash
 from tests.history_lines import a_line, learner, servers, worker
@@ -13,7 +13,7 @@ from tests.history_lines import a_line, learner, servers, worker
 PLAN = Plan("t", versions=10, canary_tolerance=0.03)
 
 
-def seen(sight: Sight, **more: object) -> State:
+def seen(sight: RunObservation, **more: object) -> State:
     return state(PLAN, sight, now=101.0, started=1.0, **more)  # type: ignore[arg-type]
 
 
@@ -24,7 +24,7 @@ def doing(shown: State) -> dict[str, str]:
 def test_time_left_follows_from_the_pace_since_the_last_start():
     lines = [a_line(0, seconds=30.0), a_line(1, seconds=90.0, phases={"wait": 50.0, "train": 1.0})]
     lines += [a_line(2, seconds=92.0), a_line(3, seconds=94.0)]
-    shown = seen(Sight(servers() | {"learner": learner()}, gathered(lines)))
+    shown = seen(RunObservation(servers() | {"learner": learner()}, gathered(lines)))
     assert shown.left_s == pytest.approx(6 * 2.0)
     assert shown.learner_tokens_per_s == pytest.approx(20 / 4.0)
     assert shown.trained_versions == 4
@@ -32,41 +32,41 @@ def test_time_left_follows_from_the_pace_since_the_last_start():
 
 def test_there_is_no_estimate_before_there_is_a_pace():
     first = a_line(0, phases={"wait": 30.0, "train": 1.0})
-    assert seen(Sight({"learner": learner()}, gathered((first,)))).left_s is None
-    assert seen(Sight({"learner": learner()})).learner_tokens_per_s is None
+    assert seen(RunObservation({"learner": learner()}, gathered((first,)))).left_s is None
+    assert seen(RunObservation({"learner": learner()})).learner_tokens_per_s is None
 
 
 def test_the_sampling_rate_is_the_workers_rates_added_up():
     one = worker(at=100.0, sampled_tokens=1500, earlier=worker(at=90.0, sampled_tokens=1000))
     two = worker(at=100.0, sampled_tokens=900, earlier=worker(at=95.0, sampled_tokens=800))
-    shown = seen(Sight({"learner": learner(), "worker-0": one, "worker-1": two}))
+    shown = seen(RunObservation({"learner": learner(), "worker-0": one, "worker-1": two}))
     assert shown.rollout_tokens_per_s == pytest.approx(50.0 + 20.0)
     assert shown.in_flight == 24
 
 
 def test_a_worker_that_began_anew_has_no_negative_rate():
     anew = worker(at=100.0, sampled_tokens=10, earlier=worker(at=90.0, sampled_tokens=1000))
-    assert seen(Sight({"worker-0": anew})).rollout_tokens_per_s is None
+    assert seen(RunObservation({"worker-0": anew})).rollout_tokens_per_s is None
 
 
 def test_a_worker_that_is_gone_has_nothing_in_flight():
     gone = worker(trouble="ConnectError")
-    shown = seen(Sight({"learner": learner(), "worker-0": gone}))
+    shown = seen(RunObservation({"learner": learner(), "worker-0": gone}))
     assert shown.in_flight == 0
     assert doing(shown)["worker-0"] == "its process has ended and starts again"
 
 
 def test_a_process_that_waits_for_its_next_start_says_for_how_long():
-    gone = {"learner": learner(), "worker-0": worker(trouble="ConnectError"), "worker-1": Seen()}
-    shown = seen(Sight(gone), starts_again_in={"worker-0": 2.2, "worker-1": 0.0})
+    gone = {"learner": learner(), "worker-0": worker(trouble="ConnectError"), "worker-1": ServiceObservation()}
+    shown = seen(RunObservation(gone), starts_again_in={"worker-0": 2.2, "worker-1": 0.0})
     assert (doing(shown)["worker-0"], doing(shown)["worker-1"]) == ("starts again in 3 s", "starts again in 0 s")
     assert doing(shown)["learner"] == "trains on the batch at version 5"
 
 
 def test_a_service_that_does_not_answer_keeps_its_last_value_and_is_reported_after_a_while():
-    shown = seen(Sight({"learner": learner(at=100.0, trouble="ReadTimeout")}))
+    shown = seen(RunObservation({"learner": learner(at=100.0, trouble="ReadTimeout")}))
     assert (doing(shown)["learner"], shown.warnings) == ("trains on the batch at version 5", ())
-    shown = seen(Sight({"learner": learner(at=80.0, trouble="ReadTimeout")}))
+    shown = seen(RunObservation({"learner": learner(at=80.0, trouble="ReadTimeout")}))
     assert doing(shown)["learner"] == "trains on the batch at version 5 (21 s ago)"
     assert shown.warnings == ("learner has not answered for 21 s",)
     assert shown.waiting == 7
@@ -76,9 +76,9 @@ def test_who_waits_for_what():
     services = servers() | {
         "learner": learner(waiting_for="trajectories: 3 of 32 groups are complete"),
         "worker-0": worker(waiting_for="the engine", seconds=0.0),
-        "worker-1": Seen(),
+        "worker-1": ServiceObservation(),
     }
-    shown = seen(Sight(services))
+    shown = seen(RunObservation(services))
     assert doing(shown) == {
         "snapshot_store": "holds 6 versions, 1.0 MiB",
         "env_gateway": "plays the environments",
@@ -87,15 +87,21 @@ def test_who_waits_for_what():
         "worker-1": "starting its process",
     }
     assert shown.setup
-    assert not seen(Sight({"worker-0": worker()})).setup
+    assert not seen(RunObservation({"worker-0": worker()})).setup
 
 
 def test_a_replica_is_no_worker():
-    scoring = Seen(Answer(100.0, {"version": 3, "waiting": 21, "scored_tokens": 900, "waiting_for": None}))
+    scoring = ServiceObservation(
+        Answer(100.0, {"version": 3, "waiting": 21, "scored_tokens": 900, "waiting_for": None})
+    )
     services = {"learner": learner(), "worker-0": worker(seconds=0.0, live=0, waiting_for="the engine")}
-    services |= {"replica-0": scoring, "replica-1": Seen(), "replica-2": Seen(scoring.last, trouble="ConnectError")}
+    services |= {
+        "replica-0": scoring,
+        "replica-1": ServiceObservation(),
+        "replica-2": ServiceObservation(scoring.last, trouble="ConnectError"),
+    }
     plan = Plan("t", versions=10, canary_tolerance=0.03, replicas=frozenset({"replica-0", "replica-1", "replica-2"}))
-    shown = state(plan, Sight(services), now=130.0, started=1.0)
+    shown = state(plan, RunObservation(services), now=130.0, started=1.0)
     assert doing(shown)["replica-0"] == "scores, 21 trajectories waiting (30 s ago)"
     assert doing(shown)["replica-1"] == "starting its process"
     assert doing(shown)["replica-2"] == "its process has ended and starts again"
@@ -104,9 +110,13 @@ def test_a_replica_is_no_worker():
 
 
 def test_the_first_worker_that_could_sample_ends_the_setup():
-    services = {"worker-0": worker(at=100.0, seconds=4.0), "worker-1": worker(at=100.0, seconds=7.5), "x": Seen()}
-    assert ready_at(Sight(services)) == pytest.approx(92.5)
-    assert ready_at(Sight({"worker-0": worker(seconds=0.0)})) is None
+    services = {
+        "worker-0": worker(at=100.0, seconds=4.0),
+        "worker-1": worker(at=100.0, seconds=7.5),
+        "x": ServiceObservation(),
+    }
+    assert ready_at(RunObservation(services)) == pytest.approx(92.5)
+    assert ready_at(RunObservation({"worker-0": worker(seconds=0.0)})) is None
 
 
 def test_warnings_say_what_happened_in_plain_words():
@@ -117,7 +127,7 @@ def test_warnings_say_what_happened_in_plain_words():
     )  # fmt: skip
     lines = (a_line(0, skipped=1), a_line(1, exact=False, proximal="ewma_prox"))
     shown = seen(
-        Sight({"learner": learner(trajectories=ledger)}, gathered(lines), (refused,)),
+        RunObservation({"learner": learner(trajectories=ledger)}, gathered(lines), (refused,)),
         crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
@@ -135,7 +145,7 @@ def test_at_the_end_nobody_is_expected_to_answer():
         "learner": learner(at=50.0, trouble="ConnectError"),
         "worker-0": worker(at=50.0, trouble="ConnectError"),
     }
-    shown = seen(Sight(services, gathered(a_line(i) for i in range(10))))
+    shown = seen(RunObservation(services, gathered(a_line(i) for i in range(10))))
     assert shown.warnings == ()
     assert doing(shown)["learner"] == "ended"
 
@@ -144,6 +154,6 @@ def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
     alert = {"rule": "clip_idle", "level": "warning", "value": 0.0, "says": "the clip takes nothing"}
     notice = {"rule": "discrepancy_is_one", "level": "notice", "value": 1.0, "says": "as configured"}
     over = a_line(0, alerts=[alert | {"says": "long over"}])
-    shown = seen(Sight({"learner": learner()}, gathered((over, a_line(1, alerts=[alert, notice])))))
+    shown = seen(RunObservation({"learner": learner()}, gathered((over, a_line(1, alerts=[alert, notice])))))
     assert shown.warnings == ("clip_idle: the clip takes nothing",)
-    assert seen(Sight({"learner": learner()}, gathered((over, a_line(1))))).warnings == ()
+    assert seen(RunObservation({"learner": learner()}, gathered((over, a_line(1))))).warnings == ()

@@ -8,7 +8,7 @@ from rich.console import Console
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.versions import Version
 from palimpsest.services.live.history_tail import gathered
-from palimpsest.services.live.poller import Seen, Sight
+from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import bar, line, sparkline, view
 from palimpsest.services.local.exit_reasons import Crash
@@ -20,12 +20,12 @@ BY_STALENESS = {
 }
 
 
-def a_state(lines: int = 5, **services: Seen) -> State:
+def a_state(lines: int = 5, **services: ServiceObservation) -> State:
     history = [a_line(i, successes="0001", reward=0.4) for i in range(lines - 1)]
     history += [a_line(lines - 1, successes="0111", reward=0.9, tokens=BY_STALENESS)] if lines else []
     update = VersionApplied("t", "worker-0", Version(4), "", True, 0.01, 0.172, 9)
     seen = servers() | {"learner": learner(), "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400))}
-    sight = Sight(seen | services, gathered(history), (update,))
+    sight = RunObservation(seen | services, gathered(history), (update,))
     return state(
         Plan("night-run", 20, 0.03), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")]
     )
@@ -78,7 +78,7 @@ def test_the_smallest_terminal_still_shows_how_far_the_run_is():
 
 
 def test_during_setup_it_says_who_waits_for_what():
-    shown = a_state(0, **{"worker-0": worker(seconds=0.0, waiting_for="the engine"), "learner": Seen()})
+    shown = a_state(0, **{"worker-0": worker(seconds=0.0, waiting_for="the engine"), "learner": ServiceObservation()})
     rows = text(shown, 80, 24)
     assert any("night-run" in row and "starting" in row for row in rows)
     assert any("worker-0" in row and "waits for the engine" in row for row in rows)

@@ -17,7 +17,7 @@ from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.outages import OUTAGES
 from palimpsest.common.service import Stop
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.local import bus_opening
 from palimpsest.services.local.bus_opening import opened
 from tests.runs import ROOT
@@ -90,11 +90,11 @@ def test_a_log_that_opens_soon_is_not_worth_a_word(tmp_path: Path, monkeypatch: 
 
 def test_what_ends_the_waiting_is_passed_on(tmp_path: Path) -> None:
     def refuse() -> None:
-        raise Refusal("refuses us", ExitCode.UNAVAILABLE)
+        raise UserError("refuses us", ExitCode.UNAVAILABLE)
 
     broker = Broker(tmp_path, refuse)
     broker.goes_on.set()
-    with pytest.raises(Refusal, match="refuses us") as refused:
+    with pytest.raises(UserError, match="refuses us") as refused:
         opened(config(tmp_path), Stop(), print, how=broker.open)
     assert refused.value.code is ExitCode.UNAVAILABLE
 

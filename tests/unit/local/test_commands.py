@@ -7,14 +7,14 @@ import pytest
 from palimpsest.common.config import load
 from palimpsest.services.local.commands import Commands, free_port
 from palimpsest.services.local.processes import Child, python
-from palimpsest.services.local.supervisor import addressed
+from palimpsest.services.local.supervisor import assign_ports
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
 
 def learner(tmp_path: Path, *, ranks: int) -> Child:
     (tmp_path / "run.toml").write_text(RUN + f'run.folder = "{tmp_path}"\nlocal.learner_ranks = {ranks}\n')
-    config, flags = addressed(load([str(tmp_path / "run.toml")], {}, program="").config)
+    config, flags = assign_ports(load([str(tmp_path / "run.toml")], {}, program="").config)
     return Commands(config, tmp_path / "run.toml", flags).learner()
 
 

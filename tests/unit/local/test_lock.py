@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.local.lock import LOCK, Lock
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
@@ -28,7 +28,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Refusal) as found:
+        with pytest.raises(UserError) as found:
             Lock(tmp_path, now=NOW)
         said = str(found.value)
         assert said.startswith(f"the run in {tmp_path} is alive: process {holder.pid} of ")
@@ -43,7 +43,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
 
 
 def test_a_lock_of_one_process_is_not_taken_twice_by_it(tmp_path: Path) -> None:
-    with Lock(tmp_path, now=NOW), pytest.raises(Refusal, match=f"process {os.getpid()} of "):
+    with Lock(tmp_path, now=NOW), pytest.raises(UserError, match=f"process {os.getpid()} of "):
         Lock(tmp_path, now=NOW)
     Lock(tmp_path, now=NOW)
 
@@ -64,5 +64,5 @@ def test_a_service_that_outlives_its_supervisor_does_not_hold_the_run(tmp_path: 
 def test_a_lock_file_that_says_nothing_is_told_of_all_the_same(tmp_path: Path) -> None:
     with Lock(tmp_path, now=NOW):
         (tmp_path / LOCK).write_text("not JSON")
-        with pytest.raises(Refusal, match="is alive: another process supervises it"):
+        with pytest.raises(UserError, match="is alive: another process supervises it"):
             Lock(tmp_path, now=NOW)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from palimpsest.services.live.poller import Answer, Seen
+from palimpsest.services.live.poller import Answer, ServiceObservation
 from palimpsest.services.local.process_start import STEADY_S, Life
 
 STARTED = 100.0
 
 
-def said(service: str, *, at: float = STARTED + 1, **status: object) -> Seen:
-    return Seen(Answer(at, {"service": service, "waiting_for": None, **status}))
+def said(service: str, *, at: float = STARTED + 1, **status: object) -> ServiceObservation:
+    return ServiceObservation(Answer(at, {"service": service, "waiting_for": None, **status}))
 
 
 READY = {
@@ -20,7 +20,7 @@ READY = {
     "learner": said("learner", waiting_for="trajectories: 0 of 4 groups are complete"),
 }
 NOT_READY = {
-    "nobody answers": Seen(trouble="ConnectError"),
+    "nobody answers": ServiceObservation(trouble="ConnectError"),
     "the process before answered": said("snapshot_store", at=STARTED - 1),
     "the engine starts": said("rollout", waiting_for="the engine", sampled_tokens=0),
     "the engine was never asked": said("rollout", waiting_for="tasks", sampled_tokens=0),
@@ -55,7 +55,7 @@ def test_staying_up_is_work_for_all_but_the_learner(service: str) -> None:
 
 def test_a_version_is_the_learners_work_even_if_its_answers_were_missed() -> None:
     life = Life(STARTED, versions=7, trains=True)
-    life.saw(Seen(), versions=8, now=STARTED + 2)
+    life.saw(ServiceObservation(), versions=8, now=STARTED + 2)
     assert life.worked
 
 

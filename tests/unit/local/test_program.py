@@ -13,8 +13,8 @@ import pytest
 from palimpsest import cli
 from palimpsest.cli import dispatch
 from palimpsest.common.config import load
-from palimpsest.common.config.to_toml import show
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.user_error import UserError
 from palimpsest.services.local import console_text
 from palimpsest.services.local.run_setup import resolve
 from tests.runs import ROOT
@@ -53,7 +53,7 @@ def test_a_command_explains_itself(
 
 
 def test_a_run_without_a_file_is_answered_with_the_usage(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(Refusal, match="usage: palimpsest run"):
+    with pytest.raises(UserError, match="usage: palimpsest run"):
         call(monkeypatch, "run")
 
 
@@ -64,7 +64,9 @@ def test_every_command_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_misspelt_command_names_its_neighbour(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(Refusal, match=r"palimpsest adit: there is no such command; did you mean `palimpsest audit`\?"):
+    with pytest.raises(
+        UserError, match=r"palimpsest adit: there is no such command; did you mean `palimpsest audit`\?"
+    ):
         call(monkeypatch, "adit")
 
 
@@ -79,7 +81,7 @@ def test_check_prints_the_resolved_run_and_starts_nothing(
 
 
 def test_a_report_is_of_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    with pytest.raises(Refusal, match="no run's folder"):
+    with pytest.raises(UserError, match="no run's folder"):
         call(monkeypatch, "report", tmp_path)
 
 
@@ -125,7 +127,7 @@ def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source
     home = tmp_path / name / "r1"
     home.mkdir(parents=True)
     run = load([EMBEDDED if source == "x" else source, "--run.id=r1"], {}, program="").config
-    (home / "run.toml").write_text(show(run))
+    (home / "run.toml").write_text(to_toml(run))
     command = console_text.resume(
         home, Path(source), overrides, kafka=source == CLUSTER, by_make=source != "x", python=".venv/bin/python"
     ).strip()
@@ -149,13 +151,13 @@ def test_the_result_is_told_in_short():
         """{"versions": 200, "seconds": {"setup": 31.2, "run": 195.0}, "trajectories": {"trained": 51200},
             "success_first": 0.0246, "success_last": 0.9912}"""
     )
-    assert console_text.made(summary, Path("runs/r1")).splitlines() == [
+    assert console_text.format_result(summary, Path("runs/r1")).splitlines() == [
         "200 versions in 3 min 15 s (and 31 s to start)",
         "success 0.025 -> 0.991 (first and last tenth of 51,200 trajectories)",
         "report: runs/r1/report.html",
         "summary: runs/r1/summary.json",
     ]
-    assert console_text.made({"versions": 0}, Path("runs/r1")).startswith("report:")
+    assert console_text.format_result({"versions": 0}, Path("runs/r1")).startswith("report:")
 
 
 @pytest.mark.parametrize("command", ["audit --help", "dead-letters --help"])

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import show
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.user_error import UserError
 from palimpsest.services.local.run_identity import CHANGEABLE, IDENTITY, differences
 from palimpsest.services.local.run_setup import resolve
 
@@ -50,7 +50,7 @@ def resumed(tmp_path: Path, before: str, *flags: str, environment: dict[str, str
     home = tmp_path / "t"
     home.mkdir()
     (tmp_path / "mine.toml").write_text(before)
-    (home / "run.toml").write_text(show(load([str(tmp_path / "mine.toml")], {}, program="").config))
+    (home / "run.toml").write_text(to_toml(load([str(tmp_path / "mine.toml")], {}, program="").config))
     return resolve(load(["--resume", str(home), *flags], environment or {}, program=""))
 
 
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_other_addresses_and_limits(tmp_path: Path, flag: str
     ],
 )
 def test_a_run_does_not_go_on_as_another(tmp_path: Path, flag: str) -> None:
-    with pytest.raises(Refusal, match=f"another configuration:\n  {flag[2:].partition('=')[0]}: .* there, .* here\n"):
+    with pytest.raises(UserError, match=f"another configuration:\n  {flag[2:].partition('=')[0]}: .* there, .* here\n"):
         resumed(tmp_path, RUN + KAFKA, flag)
 
 

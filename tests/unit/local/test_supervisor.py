@@ -7,12 +7,12 @@ import pytest
 
 from palimpsest.common.config import load
 from palimpsest.common.service import Stop
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.history_tail import Trained
-from palimpsest.services.live.poller import Sight
+from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.local import supervisor
 from palimpsest.services.local.processes import Child, python
-from palimpsest.services.local.supervisor import Local, addressed
+from palimpsest.services.local.supervisor import Supervisor, assign_ports
 from tests.waiting import LIMIT_S
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
@@ -27,19 +27,19 @@ class Done:
         self.learner = f"import pathlib, time\nwhile not pathlib.Path({str(path)!r}).exists(): time.sleep(0.01)"
 
 
-def supervised(tmp_path: Path, *, worker: str, learner: str, restarts: int = 1, clock_rate: float = 1e6) -> Local:
+def supervised(tmp_path: Path, *, worker: str, learner: str, restarts: int = 1, clock_rate: float = 1e6) -> Supervisor:
     """A run of one worker and a learner, whose waits between two starts go by at once."""
     (tmp_path / "run.toml").write_text(RUN + f'run.folder = "{tmp_path}"\nlocal.restarts = {restarts}\n')
-    config, flags = addressed(load([str(tmp_path / "run.toml")], {}, program="").config)
-    made = Local(config, tmp_path / "run.toml", flags, clock=lambda: time.monotonic() * clock_rate)
+    config, flags = assign_ports(load([str(tmp_path / "run.toml")], {}, program="").config)
+    made = Supervisor(config, tmp_path / "run.toml", flags, clock=lambda: time.monotonic() * clock_rate)
     made.servers = []
     made.workers = [Child("worker-0", python("-c", worker), tmp_path / "worker-0.log")]
     made.learner = Child("learner", python("-c", learner), tmp_path / "learner.log")
     return made
 
 
-def look() -> Sight:
-    return Sight({})
+def look() -> RunObservation:
+    return RunObservation({})
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_a_worker_that_ends_well_though_the_run_goes_on_is_started_again(
 ):
     monkeypatch.setattr(supervisor, "FOLLOW_S", 0.0)
     run = supervised(tmp_path, worker="pass", learner=LASTS)
-    with pytest.raises(Refusal, match=r"worker-0 died 2 times in a row .*although the run goes on \(exit code 0\)"):
+    with pytest.raises(UserError, match=r"worker-0 died 2 times in a row .*although the run goes on \(exit code 0\)"):
         run.run(Stop(), look)
     assert run.workers[0].starts == 2
     assert "crashed" not in run.crashes[0].told("1 s")
@@ -75,12 +75,12 @@ def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path,
     monkeypatch.setattr(supervisor, "FOLLOW_S", 0.0)
     done, looks = Done(tmp_path / "done"), 0
 
-    def all_versions_are_trained() -> Sight:
+    def all_versions_are_trained() -> RunObservation:
         nonlocal looks
         looks += not run.workers[0].running
         if looks == 10:
             done.path.touch()
-        return Sight({}, Trained(1, last={"published": 3}))
+        return RunObservation({}, Trained(1, last={"published": 3}))
 
     run = supervised(tmp_path, worker="pass", learner=done.learner)
     assert run.run(Stop(), all_versions_are_trained)
@@ -104,7 +104,7 @@ def test_a_killed_process_is_not_quoted_with_what_its_predecessor_said(tmp_path:
     worker += "if not f: raise ValueError('of the first')\nprint('listening', flush=True)\n"
     worker += "import os; os.kill(os.getpid(), 9)"
     run = supervised(tmp_path, worker=worker, learner=LASTS, restarts=2)
-    with pytest.raises(Refusal, match="worker-0 died 3 times in a row") as refused:
+    with pytest.raises(UserError, match="worker-0 died 3 times in a row") as refused:
         run.run(Stop(), look)
     assert [(crash.exit_code, crash.words) for crash in run.crashes] == [(1, "ValueError: of the first"), (-9, "")]
     assert "SIGKILL" in str(refused.value)
@@ -115,7 +115,7 @@ def test_a_killed_process_is_not_quoted_with_what_its_predecessor_said(tmp_path:
 def test_the_same_death_three_times_ends_the_run_with_its_cause(tmp_path: Path):
     """However long each start takes: the worker never did anything for the run."""
     run = supervised(tmp_path, worker="import os; raise ValueError(f'port {os.getpid()}')", learner=LASTS, restarts=99)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         run.run(Stop(), look)
     said = str(refused.value)
     assert "worker-0 died 3 times in a row in the same way, before it could do anything" in said
@@ -129,11 +129,11 @@ def test_the_same_death_three_times_ends_the_run_with_its_cause(tmp_path: Path):
 def test_a_stop_is_heard_while_a_process_waits_for_its_next_start(tmp_path: Path):
     run, stop = supervised(tmp_path, worker="exit(1)", learner=LASTS, restarts=99, clock_rate=0.0), Stop()
 
-    def stopping_once_it_waits() -> Sight:
+    def stopping_once_it_waits() -> RunObservation:
         if run.starts_again_in:
             assert run.starts_again_in == {"worker-0": 1.0}
             stop.request()
-        return Sight({})
+        return RunObservation({})
 
     assert not run.run(stop, stopping_once_it_waits)
     assert run.workers[0].starts == 2
@@ -152,7 +152,7 @@ def test_a_stop_before_the_start_starts_nothing_that_stays(tmp_path: Path):
 def test_a_run_that_cannot_go_on_names_the_log(tmp_path: Path):
     code = int(ExitCode.CANARY)
     run = supervised(tmp_path, worker=f"print('refused'); exit({code})", learner=LASTS)
-    with pytest.raises(Refusal, match=r"worker-0: refused\nits log: .*worker-0\.log") as refused:
+    with pytest.raises(UserError, match=r"worker-0: refused\nits log: .*worker-0\.log") as refused:
         run.run(Stop(), look)
     assert refused.value.code is ExitCode.CANARY
     assert run.learner.exit_code is not None
@@ -171,7 +171,7 @@ exit(7)
 def test_a_dead_engine_is_started_again_and_told_in_the_workers_words(tmp_path: Path):
     path = tmp_path / "t" / "refusals" / "worker-0.json"
     run = supervised(tmp_path, worker=ENGINE_DIES.format(path=str(path)), learner=LASTS, restarts=99)
-    with pytest.raises(Refusal, match="exit code 7: the engine was ended by SIGILL") as refused:
+    with pytest.raises(UserError, match="exit code 7: the engine was ended by SIGILL") as refused:
         run.run(Stop(), look)
     assert refused.value.code is ExitCode.ENGINE
     assert [crash.words for crash in run.crashes] == ["the engine was ended by SIGILL"] * 2
@@ -197,7 +197,7 @@ def test_only_a_refusal_of_its_own_child_ends_the_run(tmp_path: Path, own: bool)
     learner = REFUSES_AND_CRASHES.format(processes=processes, path=str(path))
     run = supervised(tmp_path, worker=LASTS, learner=learner)
     if own:
-        with pytest.raises(Refusal, match="learner: replaced") as refused:
+        with pytest.raises(UserError, match="learner: replaced") as refused:
             run.run(Stop(), look)
         assert refused.value.code is ExitCode.REPLACED
     else:

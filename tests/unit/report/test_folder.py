@@ -19,8 +19,8 @@ from palimpsest.common.messages import (
     WorkerAlive,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.manifest import folder_name
 from palimpsest.services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
@@ -61,7 +61,7 @@ def test_a_last_line_that_is_not_whole_is_left_out(folder: Path):
 def test_a_damaged_line_before_the_last_is_refused(folder: Path):
     path = folder / "history.jsonl"
     path.write_bytes(b'{"version": 0}\n{"vers\n{"version": 2}\n')
-    with pytest.raises(Refusal, match=r"history\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"history\.jsonl, line 2"):
         list(history(path))
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_never_began_is_empty(folder: Path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(Refusal, match="no run's folder"):
+    with pytest.raises(UserError, match="no run's folder"):
         contents(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     offer = GroupOffered("test", "g000000", 0, Version(0), "lookup", 1, samples=8, sampling=SAMPLING, time_limit_s=9.0)
     bus.publish(TASKS, [Outgoing("g000000", encode(offer))])
     letters = [
-        DeadLetter("test", topic, 0, 4, "", {}, b"?", Cause.UNDECODABLE, "why", 0.0)
+        DeadLetter("test", topic, 0, 4, "", {}, b"?", RejectCause.UNDECODABLE, "why", 0.0)
         for topic in (TRAJECTORIES, "control", "control")
     ]
     bus.publish("dead_letters", [Outgoing("", encode(letter)) for letter in letters])

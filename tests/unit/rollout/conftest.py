@@ -15,15 +15,15 @@ from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app as create_gateway
 from palimpsest.services.env_gateway.sessions import Limits, Sessions
 from palimpsest.services.rollout import worker
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.snapshot_store.app import create_app as create_store
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.rollout.working import CANARY, RUN, Place, opened_bus
 
 
 @pytest.fixture(scope="session")
-def dialogue(starting_model: Path) -> Dialogue:
-    return Dialogue.load(str(starting_model), {})
+def dialogue(starting_model: Path) -> ChatRenderer:
+    return ChatRenderer.load(str(starting_model), {})
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def gateway() -> Iterator[str]:
 
 @pytest.fixture
 def place(
-    tmp_path: Path, versions: SnapshotClient, gateway: str, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, versions: SnapshotClient, gateway: str, dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     for pause in ("POLL_S", "KEEP_S"):  # so that a test waits for nothing but what it waits for
         monkeypatch.setattr(worker, pause, 0.01)

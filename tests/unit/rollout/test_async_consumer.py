@@ -8,7 +8,7 @@ import pytest
 
 from palimpsest.common.bus.port import Outgoing, Record
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.services.rollout.async_consumer import Reader
+from palimpsest.services.rollout.async_consumer import AsyncConsumer
 
 LIMIT_S = 60.0
 
@@ -36,7 +36,7 @@ async def test_it_closes_when_the_call_under_way_is_back(cancellations: int) -> 
     consumer = SlowConsumer()
 
     async def read() -> None:
-        async with Reader(consumer) as reader:  # type: ignore[arg-type]
+        async with AsyncConsumer(consumer) as reader:  # type: ignore[arg-type]
             await reader.poll(limit=1, timeout_s=0.0)
 
     reading = asyncio.create_task(read())
@@ -55,7 +55,7 @@ async def test_it_closes_when_the_call_under_way_is_back(cancellations: int) -> 
 
 async def test_calls_wait_for_one_another() -> None:
     consumer = SlowConsumer()
-    async with Reader(consumer) as reader:  # type: ignore[arg-type]
+    async with AsyncConsumer(consumer) as reader:  # type: ignore[arg-type]
         first = asyncio.create_task(reader.poll(limit=1, timeout_s=0.0))
         assert await asyncio.to_thread(consumer.polling.wait, LIMIT_S)
         second = asyncio.create_task(reader.poll(limit=1, timeout_s=0.0))
@@ -70,11 +70,11 @@ async def test_what_a_call_gives_or_raises_comes_through(tmp_path: Path) -> None
     bus = SqliteBus(tmp_path / "bus.sqlite")
     bus.create_topics({"things": 1})
     bus.publish("things", [Outgoing("key", b"body")])
-    async with Reader(bus.consumer("things", group="group", member="member")) as reader:
+    async with AsyncConsumer(bus.consumer("things", group="group", member="member")) as reader:
         (record,) = await reader.poll(limit=1, timeout_s=1.0)
         assert (record.body, await reader.ends(), reader.assignment()) == (b"body", {0: 1}, {0})
         await reader.commit({0: 1})
-    async with Reader(bus.consumer("things")) as reader:
+    async with AsyncConsumer(bus.consumer("things")) as reader:
         with pytest.raises(ValueError, match="has nothing to commit to"):
             await reader.commit({0: 1})
     bus.close()

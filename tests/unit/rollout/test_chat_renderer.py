@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from palimpsest.common.sessions.wire import Message
-from palimpsest.common.user_error import Refusal
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.common.user_error import UserError
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from tests.runs import ROOT
 
 TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"properties": {"key": {}}}}},)
@@ -31,8 +31,8 @@ REWRITING = """\
 
 SAVED_BY_TRANSFORMERS_5 = """
 import sys
-from palimpsest.services.rollout.chat_renderer import Dialogue
-dialogue = Dialogue.load(sys.argv[1], {})
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
+dialogue = ChatRenderer.load(sys.argv[1], {})
 print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
 """
 
@@ -44,7 +44,7 @@ def test_a_tokenizer_of_the_general_class_is_loaded_without_torch(starting_model
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     expected = AutoTokenizer.from_pretrained(starting_model)
     assert done.stdout.split() == ["False", type(expected).__name__]
-    assert str(Dialogue.load(str(starting_model), {})._tokenizer) == str(expected)
+    assert str(ChatRenderer.load(str(starting_model), {})._tokenizer) == str(expected)
 
 
 def a_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
@@ -58,16 +58,16 @@ def a_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_a_prompt_ends_where_the_model_begins(dialogue: Dialogue) -> None:
+def test_a_prompt_ends_where_the_model_begins(dialogue: ChatRenderer) -> None:
     prompt = dialogue.begin([Message(role="user", content="What is the value of amber?")], TOOLS)
     whole = dialogue._tokenizer.decode(prompt, skip_special_tokens=False)
     assert whole.endswith("<|im_start|>user\nWhat is the value of amber?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: Dialogue) -> None:
+def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: ChatRenderer) -> None:
     answer = [Message(role="tool", content="4")]
-    stopped = dialogue.between(answer, after_stop=True)
-    cut_short = dialogue.between(answer, after_stop=False)
+    stopped = dialogue.render_turn_separator(answer, after_stop=True)
+    cut_short = dialogue.render_turn_separator(answer, after_stop=False)
     assert cut_short == (*dialogue.stop_tokens, *stopped)
     text = dialogue._tokenizer.decode(cut_short, skip_special_tokens=False)
     assert text == (
@@ -75,12 +75,12 @@ def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: Dia
     )
 
 
-def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: Dialogue) -> None:
+def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: ChatRenderer) -> None:
     first = [Message(role="user", content="What is the value of amber?")]
     call = '<tool_call>\n{"name": "lookup", "arguments": {"key": "amber"}}\n</tool_call>'
     said = [*dialogue.encode(call), *dialogue.stop_tokens]
     answer = [Message(role="tool", content="4")]
-    pieces = [*dialogue.begin(first, TOOLS), *said, *dialogue.between(answer, after_stop=True)]
+    pieces = [*dialogue.begin(first, TOOLS), *said, *dialogue.render_turn_separator(answer, after_stop=True)]
     messages = [*first, Message(role="assistant", content=call), *answer]
     rendered = dialogue._tokenizer.apply_chat_template(
         [m.model_dump() for m in messages], tools=list(TOOLS), tokenize=False, add_generation_prompt=True
@@ -89,22 +89,24 @@ def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: Di
 
 
 def test_a_template_that_rewrites_earlier_messages_does_no_harm() -> None:
-    dialogue = Dialogue(a_tokenizer(REWRITING), options={})
-    between = dialogue.between([Message(role="tool", content="4")], after_stop=False)
+    dialogue = ChatRenderer(a_tokenizer(REWRITING), options={})
+    between = dialogue.render_turn_separator([Message(role="tool", content="4")], after_stop=False)
     assert dialogue._tokenizer.decode(between) == "<|im_end|>\n<|im_start|>user\n[4]<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_several_tool_answers_come_in_order(dialogue: Dialogue) -> None:
-    tokens = dialogue.between([Message(role="tool", content="4"), Message(role="tool", content="5")], after_stop=True)
+def test_several_tool_answers_come_in_order(dialogue: ChatRenderer) -> None:
+    tokens = dialogue.render_turn_separator(
+        [Message(role="tool", content="4"), Message(role="tool", content="5")], after_stop=True
+    )
     text = dialogue._tokenizer.decode(tokens)
     assert text.index("\n4\n") < text.index("\n5\n")
 
 
-def test_the_environment_gets_the_text_without_the_stop_token(dialogue: Dialogue) -> None:
+def test_the_environment_gets_the_text_without_the_stop_token(dialogue: ChatRenderer) -> None:
     assert dialogue.text([*dialogue.encode("Größe 4\n"), *dialogue.stop_tokens]) == "Größe 4\n"
 
 
-def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(dialogue: Dialogue) -> None:
+def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(dialogue: ChatRenderer) -> None:
     tokens = dialogue.encode("amber")
     assert dialogue.text(tokens) == "amber"
 
@@ -119,11 +121,11 @@ def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(
 )
 def test_a_tokenizer_that_cannot_hold_a_dialogue_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
     a_tokenizer(template).save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match=says):
-        Dialogue.load(str(tmp_path), {})
+    with pytest.raises(UserError, match=says):
+        ChatRenderer.load(str(tmp_path), {})
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, starting_model: Path) -> None:
     shutil.copy(starting_model / "config.json", tmp_path)  # with it transformers makes an empty tokenizer, no error
-    with pytest.raises(Refusal, match=r"model\.path: .* has no usable tokenizer"):
-        Dialogue.load(str(tmp_path), {})
+    with pytest.raises(UserError, match=r"model\.path: .* has no usable tokenizer"):
+        ChatRenderer.load(str(tmp_path), {})

@@ -25,8 +25,8 @@ from palimpsest.common.messages import (
     VersionPublished,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import cut_responder, instruments
 from tests.unit.rollout.working import (
@@ -387,7 +387,7 @@ async def test_nothing_of_a_refused_version_is_sent_ahead(place: Place, monkeypa
         ask(place.bus, 1, 1)
         await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
         engine.scoring.set()
-        with pytest.raises(Refusal, match="version 1 is refused"):
+        with pytest.raises(UserError, match="version 1 is refused"):
             await at_work.ends()
     assert messages(place.bus, TRAJECTORIES) == []
     assert reached(place.bus) == []
@@ -434,4 +434,7 @@ async def test_requests_of_another_run_or_without_sense_are_buried(place: Place)
         await at_work.until(lambda: finished(place.bus) == ids(0))
         assert at_work.worker.status()["cut"] is None
     assert reached(place.bus) == []
-    assert {letter.cause for letter in messages(place.bus, DEAD_LETTERS)} == {Cause.WRONG_RUN, Cause.OUT_OF_RANGE}
+    assert {letter.cause for letter in messages(place.bus, DEAD_LETTERS)} == {
+        RejectCause.WRONG_RUN,
+        RejectCause.OUT_OF_RANGE,
+    }

@@ -8,9 +8,9 @@ from palimpsest.common.arrays import pack_float32, unpack_int32
 from palimpsest.common.messages import Control, CutReleased, CutRequested, GroupOffered, RunFinished, VersionPublished
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.cut_state import Cuts, flush
+from palimpsest.services.rollout.cut_state import CutState, flush
 from palimpsest.services.rollout.engine.port import Sampled, Span
-from palimpsest.services.rollout.trajectory_builder import Assembly, Live
+from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 from tests.builders import SAMPLING
 
 
@@ -28,7 +28,7 @@ def published(version: int, at: float = 0.0) -> VersionPublished:
 
 def after(*messages: Control) -> tuple[int | None, int]:
     """The cut that stands, and the version that is held."""
-    cuts = Cuts()
+    cuts = CutState()
     for message in messages:
         cuts.heard(message)
     return (cuts.open.cut if cuts.open is not None else None), cuts.held
@@ -68,7 +68,7 @@ def test_a_copy_of_a_record_that_an_outage_left_says_nothing() -> None:
     ]  # fmt: skip
     chances = random.Random(0)
     for _ in range(300):
-        told, clean = Cuts(), Cuts()
+        told, clean = CutState(), CutState()
         for place, message in enumerate(story):
             told.heard(message)
             clean.heard(message)
@@ -82,7 +82,7 @@ def test_a_version_that_was_succeeded_is_never_sampled_with_again() -> None:
     """Whatever a learner says from its first cut on, held is the last succeeded version or later."""
     chances = random.Random(1)
     for _ in range(300):
-        cuts, version, cut = Cuts(), 0, 0
+        cuts, version, cut = CutState(), 0, 0
         cuts.heard(published(0))
         for at in range(20):
             match chances.randrange(4):
@@ -99,12 +99,12 @@ def test_a_version_that_was_succeeded_is_never_sampled_with_again() -> None:
             assert cut == 0 or version - 1 <= cuts.held <= version
 
 
-def a_live(*versions: int) -> Live:
+def a_live(*versions: int) -> InFlightTrajectory:
     """Two prompt tokens, then one token for each of these versions, in one message."""
     group = GroupOffered("test", "g000007", 7, Version(0), "lookup", 3, 2, SAMPLING, 600.0)
-    assembly = Assembly([1, 2])
+    assembly = TrajectoryBuilder([1, 2])
     assembly.add_sampled(sampled(*versions))
-    return Live(group, "g000007/1", 2, assembly)
+    return InFlightTrajectory(group, "g000007/1", 2, assembly)
 
 
 def sampled(*versions: int) -> Sampled:

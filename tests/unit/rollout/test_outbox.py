@@ -21,7 +21,7 @@ from palimpsest.common.messages import (
     decode,
     group_id,
 )
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.services.rollout.outbox import BATCH, Outbox
 from tests.builders import a_finished
 
@@ -68,7 +68,7 @@ def _put_alive(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
 
 
 def _put_dead_letter(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
-    letter = DeadLetter("test", "tasks", 0, number, "key", {}, b"body", Cause.UNDECODABLE, "?", 0.0)
+    letter = DeadLetter("test", "tasks", 0, number, "key", {}, b"body", RejectCause.UNDECODABLE, "?", 0.0)
     outbox.put_dead_letter(letter, done=done)
 
 

@@ -7,7 +7,7 @@ from palimpsest.common.arrays import unpack_float32, unpack_int32
 from palimpsest.common.trajectory import check, cuts, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.rollout.engine.port import Sampled, Span
-from palimpsest.services.rollout.trajectory_builder import Assembly, Contradiction
+from palimpsest.services.rollout.trajectory_builder import Contradiction, TrajectoryBuilder
 
 
 def sampled(versions: list[int], first: int = 0) -> Sampled:
@@ -34,7 +34,7 @@ turns = st.lists(
 
 @given(st.integers(1, 5), turns)
 def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[tuple[list[int], int]]) -> None:
-    assembly = Assembly(range(prompt))
+    assembly = TrajectoryBuilder(range(prompt))
     expected_tokens, expected_versions = list(range(prompt)), [UNTRAINABLE] * prompt
     expected_cuts = []
     for versions, answer in dialogue:
@@ -69,7 +69,7 @@ def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[
     ],
 )
 def test_spans_that_do_not_cover_the_tokens_are_refused(bad: Sampled) -> None:
-    assembly = Assembly([5])
+    assembly = TrajectoryBuilder([5])
     with pytest.raises(Contradiction):
         assembly.add_sampled(bad)
     assert assembly.tokens == [5]

@@ -21,12 +21,12 @@ from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.environments import hop, lookup
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
 from palimpsest.services.env_gateway.environments.tool_calls import render
-from palimpsest.services.env_gateway.hosts import World
+from palimpsest.services.env_gateway.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.registry import Entry
 from palimpsest.services.env_gateway.sessions import Limits, Sessions
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span
-from palimpsest.services.rollout.trajectory_sampler import Ended, Sampler, Tally
+from palimpsest.services.rollout.trajectory_sampler import Ended, Tally, TrajectorySampler
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
 from tests.waiting import LIMIT_S
@@ -85,7 +85,7 @@ class Setting:
     """What a trajectory needs besides an engine."""
 
     url: str
-    dialogue: Dialogue
+    dialogue: ChatRenderer
 
     async def sample(
         self, engine: Says, *, environment: str = "lookup", seed: int = 3, sampling: Sampling = SAMPLING,
@@ -99,10 +99,10 @@ class Setting:
 
     def sampler(
         self, engine: Says, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
-    ) -> Sampler:
+    ) -> TrajectorySampler:
         """Its sessions are to be opened."""
         sessions = SessionClient(self.url, timeout_s=LIMIT_S, connections=4)
-        return Sampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
+        return TrajectorySampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
 
     def group(self, environment: str, seed: int, sampling: Sampling) -> GroupOffered:
         return GroupOffered(
@@ -120,16 +120,16 @@ async def _at_once(version: Version) -> None:
 
 
 @pytest.fixture
-def setting(gateway: str, dialogue: Dialogue) -> Setting:
+def setting(gateway: str, dialogue: ChatRenderer) -> Setting:
     return Setting(gateway, dialogue)
 
 
 @contextmanager
-def worlds(dialogue: Dialogue, *opened: World | EnvironmentFailed) -> Iterator[Setting]:
+def worlds(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed) -> Iterator[Setting]:
     """A gateway with one environment, `fake`, whose sessions get these worlds in turn."""
     rest = iter(opened)
 
-    async def open_next() -> World:
+    async def open_next() -> EnvironmentHost:
         world = next(rest)
         if isinstance(world, EnvironmentFailed):
             raise world
@@ -198,7 +198,7 @@ TEXTS = st.one_of(
 
 
 @st.composite
-def sayings(draw: st.DrawFn, dialogue: Dialogue) -> Saying:
+def sayings(draw: st.DrawFn, dialogue: ChatRenderer) -> Saying:
     """Tokens that the tokenizer would not have chosen, under versions that rise in the middle of them."""
     text = draw(TEXTS)
     cuts = sorted(draw(st.sets(st.integers(1, len(text) - 1), max_size=4))) if len(text) > 1 else []
@@ -210,7 +210,7 @@ def sayings(draw: st.DrawFn, dialogue: Dialogue) -> Saying:
 @pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_whatever_is_said_tokens_stay_as_sampled(gateway: str, dialogue: Dialogue, data: st.DataObject) -> None:
+def test_whatever_is_said_tokens_stay_as_sampled(gateway: str, dialogue: ChatRenderer, data: st.DataObject) -> None:
     sampling = Sampling(
         temperature=1.0,
         max_turn_tokens=data.draw(st.integers(1, 60), "max_turn_tokens"),
@@ -366,7 +366,9 @@ async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
 
 
 @pytest.mark.parametrize("how", ["it is cancelled", "the engine fails", "the session fails"])
-async def test_a_trajectory_that_comes_to_nothing_is_forgotten(dialogue: Dialogue, setting: Setting, how: str) -> None:
+async def test_a_trajectory_that_comes_to_nothing_is_forgotten(
+    dialogue: ChatRenderer, setting: Setting, how: str
+) -> None:
     with worlds(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
         place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
         sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [Saying([70, 71])] * 3
@@ -411,7 +413,7 @@ async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the
     assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
 
 
-async def test_a_session_that_fails_is_tried_again_afresh(dialogue: Dialogue) -> None:
+async def test_a_session_that_fails_is_tried_again_afresh(dialogue: ChatRenderer) -> None:
     limited = Sampling(1.0, 8, 1000, 1)
     with worlds(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
         engine = setting.says("a", "b")
@@ -424,7 +426,7 @@ async def test_a_session_that_fails_is_tried_again_afresh(dialogue: Dialogue) ->
 
 
 @pytest.mark.parametrize("fails_at", ["create", "step", "finalize"])
-async def test_a_reward_that_stays_unknown_is_never_given_a_number(dialogue: Dialogue, fails_at: str) -> None:
+async def test_a_reward_that_stays_unknown_is_never_given_a_number(dialogue: ChatRenderer, fails_at: str) -> None:
     made = {
         "create": BROKEN,
         "step": ScriptedWorld(said("go on"), BROKEN),
@@ -441,7 +443,7 @@ async def test_a_reward_that_stays_unknown_is_never_given_a_number(dialogue: Dia
 
 
 async def test_a_gateway_that_never_answers_costs_the_trajectory_and_no_reward_is_invented(
-    dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+    dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
     monkeypatch.setattr(client, "PATIENCE_S", 0)

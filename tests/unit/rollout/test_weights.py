@@ -11,10 +11,10 @@ from palimpsest.common.service import Server
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine.port import StoredWeights
-from palimpsest.services.rollout.weights import Applied, Weights
+from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.rollout.working import turns
@@ -63,16 +63,16 @@ def put(store: SnapshotClient, *versions: int) -> None:
         store.put("test", Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY], writer=1)
 
 
-def the_weights(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[Weights, list[Applied]]:
-    reports: list[Applied] = []
-    return Weights(engine, store, folder, tolerance=0.05, report=reports.append), reports  # type: ignore[arg-type]
+def the_weights(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[WeightSync, list[UpdateResult]]:
+    reports: list[UpdateResult] = []
+    return WeightSync(engine, store, folder, tolerance=0.05, report=reports.append), reports  # type: ignore[arg-type]
 
 
 async def test_a_version_is_fetched_loaded_and_verified_in_this_order(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 3)
     engine = Engine()
     weights, reports = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(3))
     await weights.trusted(Version(3))
     assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
@@ -85,7 +85,7 @@ async def test_nothing_is_trusted_before_the_canary_has_spoken(store: SnapshotCl
     engine = Engine()
     engine.scoring.clear()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     waiting = asyncio.create_task(weights.trusted(Version(1)))
     while engine.events[-1:] != ["resume"]:
@@ -102,13 +102,13 @@ async def test_a_version_the_engine_does_not_compute_is_refused(store: SnapshotC
     put(store, 1, 2)
     engine = Engine()
     weights, reports = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     await weights.trusted(Version(1))
     engine.off = 0.15  # what a head left at the old weights was measured to do
     weights.announce(Version(2))
     with pytest.raises(
-        Refusal, match=r"version 2 is refused: on the canaries the engine is 0\.1500 nats off"
+        UserError, match=r"version 2 is refused: on the canaries the engine is 0\.1500 nats off"
     ) as refusal:
         await keeping
     assert refusal.value.code is ExitCode.CANARY
@@ -123,8 +123,8 @@ async def test_a_canary_that_is_not_a_number_is_refused(store: SnapshotClient, t
     engine.off = off
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     weights.announce(Version(1))
-    with pytest.raises(Refusal, match="version 1 is refused"):
-        await weights.keep_up()
+    with pytest.raises(UserError, match="version 1 is refused"):
+        await weights.sync_loop()
 
 
 async def test_only_the_newest_of_several_is_applied(store: SnapshotClient, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ async def test_only_the_newest_of_several_is_applied(store: SnapshotClient, tmp_
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     for version in (1, 2, 3, 2):
         weights.announce(Version(version))
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     await weights.trusted(Version(3))
     assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
     keeping.cancel()
@@ -143,7 +143,7 @@ async def test_a_version_swept_in_the_meantime_is_skipped(store: SnapshotClient,
     put(store, 2)
     engine = Engine()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     while weights._announced.is_set():
         await asyncio.sleep(0)
@@ -164,8 +164,8 @@ async def test_damaged_weights_never_reach_the_engine(store: SnapshotClient, tmp
     engine = Engine()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     weights.announce(Version(1))
-    with pytest.raises(Refusal, match="gave damaged weights: version 1") as refusal:
-        await weights.keep_up()
+    with pytest.raises(UserError, match="gave damaged weights: version 1") as refusal:
+        await weights.sync_loop()
     assert refusal.value.code is ExitCode.DAMAGED
     assert engine.events == []
     assert list((tmp_path / "cache").iterdir()) == []
@@ -176,7 +176,7 @@ async def test_files_of_an_earlier_process_are_removed_and_none_are_left(store: 
     (tmp_path / "cache" / "7.raw").write_bytes(b"left")
     put(store, 1)
     weights, _ = the_weights(Engine(), store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     await weights.trusted(Version(1))
     await asyncio.sleep(0)
@@ -190,11 +190,11 @@ async def test_while_a_version_is_held_neither_it_nor_an_older_one_is_loaded(
     put(store, 1, 2, 3)
     engine = Engine()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     await weights.trusted(Version(1))
     engine.events.clear()
-    async with weights.standing_still(Version(2)):
+    async with weights.paused_for_cut(Version(2)):
         assert engine.events == ["pause"]
         weights.announce(Version(2))
     while weights._announced.is_set():
@@ -217,19 +217,19 @@ async def test_a_version_that_was_fetched_when_it_is_held_is_not_loaded_before_i
     async def fetch(version: Version) -> StoredWeights | None:
         nonlocal fetched
         stored = await real(version)
-        async with weights.standing_still(Version(1)):
+        async with weights.paused_for_cut(Version(1)):
             fetched += 1
         if fetched > 1:
-            await weights.let_go(Version(0))
+            await weights.release_hold(Version(0))
         return stored
 
     monkeypatch.setattr(weights, "_fetch", fetch)
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     while not fetched:
         await asyncio.sleep(0)
     assert engine.events == ["pause"]
-    await weights.let_go(Version(0))
+    await weights.release_hold(Version(0))
     await weights.trusted(Version(1))
     assert engine.events == ["pause", "pause", "pause", "load 1: 64 bytes", "resume", "score"]
     keeping.cancel()
@@ -241,19 +241,19 @@ async def test_letting_go_of_a_version_lets_the_engine_go_on_with_it_but_not_wit
     put(store, 1, 2)
     engine = Engine()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     await weights.trusted(Version(1))
     engine.events.clear()
-    async with weights.standing_still(Version(1)):
+    async with weights.paused_for_cut(Version(1)):
         pass
-    await weights.let_go(Version(1))
+    await weights.release_hold(Version(1))
     assert engine.events == ["pause"]
-    await weights.let_go(Version(0))
+    await weights.release_hold(Version(0))
     assert engine.events == ["pause", "resume"]
-    async with weights.standing_still(Version(2)):
+    async with weights.paused_for_cut(Version(2)):
         pass
-    await weights.let_go(Version(1))
+    await weights.release_hold(Version(1))
     assert engine.events == ["pause", "resume", "pause"]  # what it has is version 1
     weights.announce(Version(2))
     await weights.trusted(Version(2))
@@ -267,11 +267,11 @@ async def test_an_engine_that_is_ahead_of_the_held_version_goes_on_at_once(
     put(store, 2)
     engine = Engine()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(2))
     await weights.trusted(Version(2))
     engine.events.clear()
-    async with weights.standing_still(Version(1)):
+    async with weights.paused_for_cut(Version(1)):
         assert engine.events == ["pause"]
     assert engine.events == ["pause", "resume"]
     keeping.cancel()
@@ -282,13 +282,13 @@ async def test_standing_still_waits_for_the_verdict(store: SnapshotClient, tmp_p
     engine = Engine()
     engine.scoring.clear()
     weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.keep_up())
+    keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
     while engine.events[-1:] != ["resume"]:
         await asyncio.sleep(0)
 
     async def stand_still() -> None:
-        async with weights.standing_still(Version(1)):
+        async with weights.paused_for_cut(Version(1)):
             assert weights.verified == 1
 
     standing = asyncio.create_task(stand_still())
@@ -306,11 +306,11 @@ async def test_after_a_refusal_nobody_finds_the_engine_standing_still(store: Sna
     engine.off = 0.15
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     weights.announce(Version(1))
-    with pytest.raises(Refusal):
-        await weights.keep_up()
+    with pytest.raises(UserError):
+        await weights.sync_loop()
 
     async def stand_still() -> None:
-        async with weights.standing_still(Version(1)):
+        async with weights.paused_for_cut(Version(1)):
             raise AssertionError("what the refused version said would be sent ahead")
 
     standing = asyncio.create_task(stand_still())

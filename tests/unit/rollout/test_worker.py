@@ -25,11 +25,11 @@ from palimpsest.common.messages import (
     WorkerAlive,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import worker as the_worker
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_builder import Contradiction
@@ -103,22 +103,22 @@ async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goe
         ("test", CONTROL, 0, 0, "another", b"\xc1"),
     }
     assert all(letter.reason for letter in letters.values())
-    assert {letter.cause for letter in letters.values()} == {Cause.UNDECODABLE}
+    assert {letter.cause for letter in letters.values()} == {RejectCause.UNDECODABLE}
     assert finished(place.bus) == ids(1)
 
 
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"samples": 0}, Cause.OUT_OF_RANGE),
-        ({"version": -1}, Cause.NEGATIVE_VERSION),
-        ({"time_limit_s": float("nan")}, Cause.NOT_FINITE),
-        ({"sampling": msgspec.structs.replace(SAMPLING, max_turns=0)}, Cause.OUT_OF_RANGE),
-        ({"sampling": msgspec.structs.replace(SAMPLING, temperature=float("inf"))}, Cause.NOT_FINITE),
+        ({"samples": 0}, RejectCause.OUT_OF_RANGE),
+        ({"version": -1}, RejectCause.NEGATIVE_VERSION),
+        ({"time_limit_s": float("nan")}, RejectCause.NOT_FINITE),
+        ({"sampling": msgspec.structs.replace(SAMPLING, max_turns=0)}, RejectCause.OUT_OF_RANGE),
+        ({"sampling": msgspec.structs.replace(SAMPLING, temperature=float("inf"))}, RejectCause.NOT_FINITE),
     ],
 )
 async def test_an_offer_that_makes_no_sense_is_buried_and_work_goes_on(
-    place: Place, changes: dict[str, Any], cause: Cause
+    place: Place, changes: dict[str, Any], cause: RejectCause
 ) -> None:
     offer(place.bus, 0)
     (standing,) = messages(place.bus, TASKS)
@@ -129,7 +129,7 @@ async def test_an_offer_that_makes_no_sense_is_buried_and_work_goes_on(
         await at_work.until(lambda: committed(place.bus) == 2)
         await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
     causes = {letter.topic: letter.cause for letter in messages(place.bus, DEAD_LETTERS)}
-    assert causes == {TASKS: cause, CONTROL: Cause.NEGATIVE_VERSION}
+    assert causes == {TASKS: cause, CONTROL: RejectCause.NEGATIVE_VERSION}
     assert finished(place.bus) == ids(0)
 
 
@@ -148,7 +148,7 @@ async def test_records_of_another_run_are_buried_and_not_acted_on(place: Place) 
         await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 3)
     letters = messages(place.bus, DEAD_LETTERS)
     assert sorted(letter.topic for letter in letters) == [CONTROL, CONTROL, TASKS]
-    assert {(letter.run, letter.cause) for letter in letters} == {("test", Cause.WRONG_RUN)}
+    assert {(letter.run, letter.cause) for letter in letters} == {("test", RejectCause.WRONG_RUN)}
 
 
 async def test_a_worker_stops_by_itself_when_its_run_is_over(place: Place) -> None:
@@ -232,7 +232,7 @@ async def test_a_dead_engine_is_noticed_while_nothing_is_asked_of_it(place: Plac
 class DiesAfter(GatedEngine):
     """Its process is killed when it has begun so many messages; then some of them are waited for."""
 
-    def __init__(self, dialogue: Dialogue, messages: int) -> None:
+    def __init__(self, dialogue: ChatRenderer, messages: int) -> None:
         super().__init__(dialogue)
         self._left = messages
 
@@ -343,7 +343,7 @@ async def test_a_refused_version_ends_the_worker_and_is_told(place: Place, monke
         announce(place.bus, 1)
         await at_work.until(lambda: at_work.engine.loaded == [0, 1])
         at_work.engine.open()  # what they say now, version 1 says
-        with pytest.raises(Refusal, match="version 1 is refused") as refusal:
+        with pytest.raises(UserError, match="version 1 is refused") as refusal:
             await at_work.ends()
     assert refusal.value.code is ExitCode.CANARY
     applied = [m for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)]
@@ -361,6 +361,6 @@ async def test_a_refusal_is_told_before_the_worker_ends(place: Place, monkeypatc
             announce(place.bus, 1)
             await at_work.until(lambda: [report.accepted for report in at_work.reports] == [True, False])
             bus.goes_on.set()
-            with pytest.raises(Refusal, match="version 1 is refused"):
+            with pytest.raises(UserError, match="version 1 is refused"):
                 await at_work.ends()
     assert [m.accepted for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)] == [True, False]

@@ -31,11 +31,11 @@ from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.chat_renderer import Dialogue
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
-from palimpsest.services.rollout.trajectory_sampler import Sampler, Tally
-from palimpsest.services.rollout.weights import Applied, Weights
+from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
+from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 from palimpsest.services.rollout.worker import GROUP, Worker
 from tests.builders import SAMPLING
 from tests.waiting import LIMIT_S
@@ -47,7 +47,7 @@ CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 class GatedEngine(ScriptedEngine):
     """The scripted engine; a trajectory whose gate is shut waits, and so does scoring."""
 
-    def __init__(self, dialogue: Dialogue) -> None:
+    def __init__(self, dialogue: ChatRenderer) -> None:
         config = ScriptedEngineConfig(kind="scripted", texts=("3",), tokens_per_s=1e6)
         super().__init__(config, encode=dialogue.encode)
         self.asked: list[str] = []
@@ -108,7 +108,7 @@ class GatedEngine(ScriptedEngine):
         return await super().score(tokens)
 
 
-class KnownWaits(Weights):
+class KnownWaits(WeightSync):
     """Remembers which versions somebody waited for."""
 
     awaited: frozenset[Version] = frozenset()
@@ -126,7 +126,7 @@ class Place:
     bus: SqliteBus
     store: SnapshotClient
     gateway: str
-    dialogue: Dialogue
+    dialogue: ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Working:
     worker: Worker
     engine: GatedEngine
     weights: KnownWaits
-    reports: list[Applied]
+    reports: list[UpdateResult]
     """What came of its updates so far."""
     ending: "asyncio.Task[None]"
 
@@ -186,14 +186,14 @@ async def working(
     engine, bus = engine or GatedEngine(place.dialogue), bus or place.bus
     async with SessionClient(place.gateway, timeout_s=LIMIT_S, connections=100) as sessions:
         folder = Path(mkdtemp(dir=place.folder))  # a process that was killed writes no more; its threads here may
-        reports: list[Applied] = []
+        reports: list[UpdateResult] = []
 
-        def report(applied: Applied) -> None:
+        def report(applied: UpdateResult) -> None:
             worker.applied(applied)
             reports.append(applied)
 
         weights = KnownWaits(engine, place.store, folder, tolerance=0.05, report=report)
-        sampler = Sampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.trusted)
+        sampler = TrajectorySampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.trusted)
         worker = Worker(run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live)
         ending = asyncio.create_task(worker.work())
         try:

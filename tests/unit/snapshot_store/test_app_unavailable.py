@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from palimpsest.common.snapshots.manifest import seal
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.snapshot_store.app import open_catalogue
 from palimpsest.services.snapshot_store.storage import Unavailable
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
@@ -133,6 +133,6 @@ async def swept_once(client: httpx.AsyncClient) -> None:
 async def test_a_storage_that_cannot_be_read_at_the_start_is_refused(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     storage.out = True
-    with pytest.raises(Refusal, match="the snapshot store's storage cannot be read: the folder is out of") as refused:
+    with pytest.raises(UserError, match="the snapshot store's storage cannot be read: the folder is out of") as refused:
         await open_catalogue(storage)
     assert refused.value.code is ExitCode.UNAVAILABLE

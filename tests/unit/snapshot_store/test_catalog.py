@@ -10,30 +10,30 @@ from hypothesis import given, settings, strategies as st
 
 from palimpsest.common.snapshots.manifest import Damaged, seal
 from palimpsest.common.versions import Version
-from palimpsest.services.snapshot_store.catalog import Catalogue, Conflict
+from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, digest_of
 
 
-async def opened(folder: Path) -> Catalogue:
+async def opened(folder: Path) -> Catalog:
     """The catalogue as a store that starts now has it."""
-    catalogue = Catalogue(DiskStorage(folder))
+    catalogue = Catalog(DiskStorage(folder))
     await catalogue.open()
     if await catalogue.writers.newest() is None:
         await catalogue.writers.issue("learner")
     return catalogue
 
 
-async def upload(catalogue: Catalogue, content: int) -> None:
+async def upload(catalogue: Catalog, content: int) -> None:
     await catalogue.put_object(digest_of(content), chunks(an_object(content)))
 
 
-async def announce(catalogue: Catalogue, version: int, content: int) -> bool:
+async def announce(catalogue: Catalog, version: int, content: int) -> bool:
     manifest = a_manifest(version, content)
     return await catalogue.put_version(manifest, seal(manifest))
 
 
-async def put(catalogue: Catalogue, version: int, content: int | None = None) -> bool:
+async def put(catalogue: Catalog, version: int, content: int | None = None) -> bool:
     """A version with weights of its own, unless told which."""
     content = version if content is None else content
     await upload(catalogue, content)
@@ -186,7 +186,7 @@ async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tm
     for version in range(3):
         await put(catalogue, version)
     await catalogue.lease("learner", Version(2))
-    dying = Catalogue(DiesWhileSweeping(tmp_path))
+    dying = Catalog(DiesWhileSweeping(tmp_path))
     await dying.open()
     with pytest.raises(SystemExit):
         await dying.sweep()
@@ -240,7 +240,7 @@ class WaitsAfterLooking(DiskStorage):
 async def test_no_sweep_comes_between_looking_for_the_object_and_standing_by_it(tmp_path: Path) -> None:
     await upload(await opened(tmp_path), 5)
     storage = WaitsAfterLooking(tmp_path)
-    restarted = Catalogue(storage)  # it has not seen the upload
+    restarted = Catalog(storage)  # it has not seen the upload
     await restarted.open()
     announcing = asyncio.create_task(announce(restarted, 5, content=5))
     await storage.looked.wait()

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from palimpsest.services.snapshot_store.claim_check import Claims
+from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import DigestMismatch
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.test_app import assert_error, metric, store
@@ -32,7 +32,7 @@ def standing(folder: Path) -> set[str]:
 
 
 async def test_a_body_is_kept_for_its_time_and_no_longer(tmp_path: Path) -> None:
-    claims = Claims(DiskStorage(tmp_path))
+    claims = ClaimCheckBlobs(DiskStorage(tmp_path))
     await claims.put(DIGEST, chunks(BODY))
     age(tmp_path, DIGEST, KEEP_S - 5)
     assert await claims.sweep(KEEP_S) == 0
@@ -43,7 +43,7 @@ async def test_a_body_is_kept_for_its_time_and_no_longer(tmp_path: Path) -> None
 
 
 async def test_a_body_sent_again_is_young_again(tmp_path: Path) -> None:
-    claims = Claims(DiskStorage(tmp_path))
+    claims = ClaimCheckBlobs(DiskStorage(tmp_path))
     await claims.put(DIGEST, chunks(BODY))
     age(tmp_path, DIGEST, KEEP_S + 5)
     await claims.put(DIGEST, chunks(BODY))
@@ -55,13 +55,13 @@ async def test_weights_and_manifests_are_no_claims_however_old(tmp_path: Path) -
     for key in ("objects/a", "versions/a", "leases.json"):
         await storage.put(key, chunks(b"x"))
         os.utime(tmp_path / key, (0, 0))
-    assert await Claims(storage).sweep(KEEP_S) == 0
+    assert await ClaimCheckBlobs(storage).sweep(KEEP_S) == 0
     assert await storage.keys("") == ["leases.json", "objects/a", "versions/a"]
 
 
 async def test_a_body_of_another_digest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DigestMismatch):
-        await Claims(DiskStorage(tmp_path)).put(DIGEST, chunks(b"another"))
+        await ClaimCheckBlobs(DiskStorage(tmp_path)).put(DIGEST, chunks(b"another"))
     assert standing(tmp_path) == set()
 
 
@@ -86,9 +86,9 @@ class Stepped(DiskStorage):
         await super().delete(key)
 
 
-async def old_claim(folder: Path) -> tuple[Claims, Stepped]:
+async def old_claim(folder: Path) -> tuple[ClaimCheckBlobs, Stepped]:
     storage = Stepped(folder)
-    claims = Claims(storage)
+    claims = ClaimCheckBlobs(storage)
     await claims.put(DIGEST, chunks(BODY))
     age(folder, DIGEST, KEEP_S + 5)
     return claims, storage

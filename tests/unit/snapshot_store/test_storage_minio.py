@@ -21,7 +21,7 @@ from urllib3.exceptions import ProtocolError
 
 from palimpsest.common.config.schema import SnapshotStoreConfig
 from palimpsest.common.service import Server
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.snapshot_store import upload_reader
 from palimpsest.services.snapshot_store.storage import DigestMismatch, Unavailable
 from palimpsest.services.snapshot_store.storage_minio import PART, SMALL, MinioStorage
@@ -98,7 +98,7 @@ async def test_an_s3_that_ignores_the_condition_is_refused_at_the_start(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_the_condition(storage, monkeypatch)
-    with pytest.raises(Refusal, match="ignores If-None-Match"):
+    with pytest.raises(UserError, match="ignores If-None-Match"):
         await storage.open()
     assert await storage.keys("") == []
 
@@ -206,7 +206,7 @@ async def test_without_credentials_an_s3_is_refused(
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/none")
-    with pytest.raises(Refusal, match=r"no credentials for the S3 were found .*: set AWS_ACCESS_KEY_ID and"):
+    with pytest.raises(UserError, match=r"no credentials for the S3 were found .*: set AWS_ACCESS_KEY_ID and"):
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
 
 
@@ -239,7 +239,7 @@ async def test_wrong_credentials_are_refused(
     minio_server: Minio, credentials: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(Refusal, match=said) as refused:
+    with pytest.raises(UserError, match=said) as refused:
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
     assert refused.value.code is ExitCode.CONFIGURATION
     assert minio_server.secret_key not in str(refused.value)
@@ -301,13 +301,13 @@ async def test_without_one_of_the_documented_actions_the_start_is_refused(
     for statement in policy["Statement"]:
         statement["Action"] = [allowed for allowed in statement["Action"] if allowed != action]
     a_user(minio_server, policy, monkeypatch)
-    with pytest.raises(Refusal, match=r"denies what the store needs in bucket 'unit' .*docs/operations\.md"):
+    with pytest.raises(UserError, match=r"denies what the store needs in bucket 'unit' .*docs/operations\.md"):
         await MinioStorage(config(minio_server.endpoint), prefix=f"t-{uuid.uuid4().hex}/").open()
 
 
 async def test_a_bucket_that_is_missing_is_refused_or_made(minio_server: Minio, credentials: None) -> None:
     name = f"made-{uuid.uuid4().hex[:12]}"
-    with pytest.raises(Refusal, match=f"has no bucket '{name}' .*--snapshot_store.create_bucket=true"):
+    with pytest.raises(UserError, match=f"has no bucket '{name}' .*--snapshot_store.create_bucket=true"):
         await MinioStorage(config(minio_server.endpoint, bucket=name), prefix="t/").open()
     for _ in range(2):
         await MinioStorage(config(minio_server.endpoint, bucket=name, create_bucket=True), prefix="t/").open()
@@ -315,20 +315,20 @@ async def test_a_bucket_that_is_missing_is_refused_or_made(minio_server: Minio, 
 
 
 async def test_an_endpoint_that_does_not_answer_is_refused(credentials: None) -> None:
-    with pytest.raises(Refusal, match=r"the S3 at http://127\.0\.0\.1:1 .* cannot be reached") as refused:
+    with pytest.raises(UserError, match=r"the S3 at http://127\.0\.0\.1:1 .* cannot be reached") as refused:
         await MinioStorage(config("http://127.0.0.1:1"), prefix="t/").open()
     assert refused.value.code is ExitCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost", "http://localhost:9000/minio", "http://a:b"])
 def test_an_endpoint_that_is_no_address_is_refused(endpoint: str) -> None:
-    with pytest.raises(Refusal, match=re.escape(f"snapshot_store.endpoint = {endpoint!r} cannot be used: ")):
+    with pytest.raises(UserError, match=re.escape(f"snapshot_store.endpoint = {endpoint!r} cannot be used: ")):
         MinioStorage(config(endpoint), prefix="t/")
 
 
 @pytest.mark.parametrize("prefix", ["/", "a//", "../", ".a/", "a/../b/"])
 async def test_a_prefix_that_is_no_name_is_refused(prefix: str) -> None:
-    with pytest.raises(Refusal, match=re.escape(f"snapshot_store.prefix = {prefix!r} cannot begin")):
+    with pytest.raises(UserError, match=re.escape(f"snapshot_store.prefix = {prefix!r} cannot begin")):
         await MinioStorage(config("http://127.0.0.1:1"), prefix=prefix).open()
 
 
@@ -337,7 +337,7 @@ async def test_a_clock_that_is_an_hour_off_is_refused(
 ) -> None:
     real = clock.utcnow
     monkeypatch.setattr(clock, "utcnow", lambda: real() + timedelta(hours=1))
-    with pytest.raises(Refusal, match="this machine's clock and its own differ too much") as refused:
+    with pytest.raises(UserError, match="this machine's clock and its own differ too much") as refused:
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
     assert refused.value.code is ExitCode.UNAVAILABLE
 
@@ -348,7 +348,7 @@ async def test_another_region_than_the_buckets_is_refused(
     monkeypatch.setenv("MINIO_SITE_REGION", "eu-north-7")
     with Minio(tmp_path / "minio") as minio:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
-        with pytest.raises(Refusal, match=r"is not in region 'us-east-1' \(snapshot_store.region\).*eu-north-7"):
+        with pytest.raises(UserError, match=r"is not in region 'us-east-1' \(snapshot_store.region\).*eu-north-7"):
             await MinioStorage(config(minio.endpoint, create_bucket=True), prefix="t/").open()
         await MinioStorage(config(minio.endpoint, create_bucket=True, region="eu-north-7"), prefix="t/").open()
 
@@ -358,9 +358,9 @@ async def test_a_certificate_of_an_unknown_authority_is_refused_and_its_file_is_
 ) -> None:
     with Minio(tmp_path / "minio", tls=True) as minio:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
-        with pytest.raises(Refusal, match=r"is not trusted: name the file .* with snapshot_store.ca_file"):
+        with pytest.raises(UserError, match=r"is not trusted: name the file .* with snapshot_store.ca_file"):
             await MinioStorage(config(minio.endpoint), prefix="t/").open()
-        with pytest.raises(Refusal, match="the S3 at http://"):  # spoken to without TLS
+        with pytest.raises(UserError, match="the S3 at http://"):  # spoken to without TLS
             await MinioStorage(config(minio.endpoint.replace("https", "http")), prefix="t/").open()
         trusted = config(minio.endpoint, ca_file=minio.ca_file, create_bucket=True)
         storage = MinioStorage(trusted, prefix="t/")
@@ -374,7 +374,7 @@ def test_a_ca_file_without_certificates_is_refused(tmp_path: Any, text: str | No
     path = tmp_path / "ca.pem"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(Refusal, match=r"snapshot_store.ca_file = '.*ca.pem' holds no certificates"):
+    with pytest.raises(UserError, match=r"snapshot_store.ca_file = '.*ca.pem' holds no certificates"):
         MinioStorage(config("https://127.0.0.1:1", ca_file=path), prefix="t/")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from palimpsest.common import failpoints
 from palimpsest.common.snapshots.manifest import Manifest, seal
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.app import create_app, open_catalogue
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
@@ -172,7 +172,7 @@ async def test_a_damaged_commit_is_refused_when_the_store_opens_and_a_damaged_ho
     assert newest is not None
     assert (newest.epoch, newest.holder) == (1, "its name is damaged")
     (tmp_path / "checkpoints" / "00000003-00000001.json").write_bytes(b"{")
-    with pytest.raises(Refusal, match=r"checkpoints/00000003-00000001\.json: ") as refused:
+    with pytest.raises(UserError, match=r"checkpoints/00000003-00000001\.json: ") as refused:
         await open_catalogue(DiskStorage(tmp_path))
     assert refused.value.code is ExitCode.DAMAGED
 

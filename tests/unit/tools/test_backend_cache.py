@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import cache
 
 
@@ -45,9 +45,9 @@ def test_what_is_there_is_not_made_again(own_cache: Path) -> None:
 def test_what_failed_half_way_is_absent_and_made_anew(own_cache: Path) -> None:
     def fail(partial: Path) -> None:
         (partial / "half").write_text("no")
-        raise Refusal("no connection")
+        raise UserError("no connection")
 
-    with pytest.raises(Refusal, match="no connection"):
+    with pytest.raises(UserError, match="no connection"):
         cache.made("thing-1", fail, silent)
     assert not (own_cache / "thing-1").exists()
     assert [file.name for file in cache.made("thing-1", fill, silent).iterdir()] == ["whole"]
@@ -71,6 +71,6 @@ def test_two_at_once_make_it_once_and_the_second_says_that_it_waits() -> None:
 def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(Refusal, match="PALIMPSEST_CACHE") as refusal:
+    with pytest.raises(UserError, match="PALIMPSEST_CACHE") as refusal:
         cache.made("thing-1", fill, silent)
     assert refusal.value.code == ExitCode.UNAVAILABLE

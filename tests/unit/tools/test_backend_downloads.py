@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import downloads
 
 JAVA_17 = """#!/bin/sh
@@ -37,27 +37,27 @@ def silent(_text: str) -> None:
 def test_a_missing_program_is_named_with_what_to_install(programs: Path, missing: str) -> None:
     script(programs / "java", JAVA_17)
     (programs / missing).unlink(missing_ok=True)
-    with pytest.raises(Refusal, match=f"needs `{missing}`, which is not on the PATH: install ") as refusal:
+    with pytest.raises(UserError, match=f"needs `{missing}`, which is not on the PATH: install ") as refusal:
         downloads.minio(silent) if missing == "go" else downloads.kafka(silent)
     assert refusal.value.code == ExitCode.UNAVAILABLE
 
 
 def test_an_old_java_is_refused_before_anything_is_got(programs: Path) -> None:
     script(programs / "java", JAVA_17.replace("17.0.15", "11.0.2"))
-    with pytest.raises(Refusal, match=r"Java 17 or later; `java` here is 11"):
+    with pytest.raises(UserError, match=r"Java 17 or later; `java` here is 11"):
         downloads.kafka(silent)
 
 
 def test_an_old_go_is_refused_before_anything_is_built(programs: Path) -> None:
     script(programs / "go", "#!/bin/sh\necho go version go1.19.8 linux/amd64\n")
-    with pytest.raises(Refusal, match=r"Go 1\.21 or later; `go` here is go1\.19"):
+    with pytest.raises(UserError, match=r"Go 1\.21 or later; `go` here is go1\.19"):
         downloads.minio(silent)
 
 
 def test_a_build_that_fails_says_why_and_the_next_call_makes_it(programs: Path, tmp_path: Path) -> None:
     version = '#!/bin/sh\n[ "$1" = version ] && echo go version go1.24.1 linux/amd64 && exit\n'
     script(programs / "go", version + "echo module: connection refused >&2\nexit 1\n")
-    with pytest.raises(Refusal, match=r"(?s)Go could not build MinIO:.*connection refused.*call again") as refusal:
+    with pytest.raises(UserError, match=r"(?s)Go could not build MinIO:.*connection refused.*call again") as refusal:
         downloads.minio(silent)
     assert refusal.value.code == ExitCode.UNAVAILABLE
     script(programs / "go", version + 'touch "$GOBIN/minio"\n')

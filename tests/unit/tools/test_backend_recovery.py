@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends.process import Server
 from tools.backends.recovery import LogRecovery, Patience
 
@@ -70,7 +70,7 @@ def test_a_server_that_recovers_for_longer_than_the_limit_is_waited_for(tmp_path
 
 def test_a_server_that_stands_still_is_ended_though_it_goes_on_complaining(tmp_path: Path) -> None:
     server = Recovering(tmp_path, steps=3)
-    with pytest.raises(Refusal, match=r"nothing has moved for 60 s; it stands at 3 of 10 partitions") as refused:
+    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it stands at 3 of 10 partitions") as refused:
         server.start(LIMIT_S)
     assert refused.value.code is ExitCode.UNAVAILABLE
     assert "it was ended" in str(refused.value)
@@ -80,7 +80,7 @@ def test_a_server_that_stands_still_is_ended_though_it_goes_on_complaining(tmp_p
 def test_the_recovery_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "kafka.log").write_text("INFO (9/10 completed in /d)\n")
     server = Recovering(tmp_path, steps=0)
-    with pytest.raises(Refusal, match=r"nothing has moved for 60 s; it was ended"):
+    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it was ended"):
         server.start(LIMIT_S)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from palimpsest.common import failpoints
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Consumer, OffsetGone, Outgoing, Record
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
@@ -29,16 +29,16 @@ from palimpsest.common.messages import (
     encode,
     message_in,
 )
-from palimpsest.common.rejected_record import Cause, Unusable
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.flushes import Flushed
-from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, Intake
-from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, Sampled, as_row
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, TrajectoryReader
+from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, Sampled, as_row
 from palimpsest.services.learner.old_logprobs.interruption.cut import Cut, CutReport, next_number
-from palimpsest.services.learner.old_logprobs.interruption.liveness import Roster
-from palimpsest.services.learner.old_logprobs.score_store import Scores, check_computed
+from palimpsest.services.learner.old_logprobs.interruption.liveness import WorkerLiveness
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, check_computed
 
 POLL_S = 0.05
 """Pause while workers are waited for and nothing is there to be scored."""
@@ -53,15 +53,15 @@ RECENT = 256
 """So many of the newest records in each partition of `workers` are read at the start, to know who is there."""
 
 
-class Interruption:
+class CutCoordinator:
     """The learner's side of a cut (rank 0). `confirm`: raises Fenced unless the run is still this learner's."""
 
     def __init__(
         self,
         bus: Bus,
-        intake: Intake,
-        early: EarlyScorer,
-        scores: Scores,
+        intake: TrajectoryReader,
+        early: EagerScorer,
+        scores: ScoreStore,
         *,
         run: str,
         deadline_s: float,
@@ -70,7 +70,7 @@ class Interruption:
     ) -> None:
         self._bus, self._intake, self._early, self._scores = bus, intake, early, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
-        self._roster = Roster()
+        self._roster = WorkerLiveness()
         self._workers: Consumer  # opened by start
         self._heard_to: dict[int, int] = {}
         """Topic `workers`: partition -> offset after the last record that was read."""
@@ -87,20 +87,20 @@ class Interruption:
     def start(self) -> None:
         """Learn from the log: the last cut, the versions' digests, scores of what is not resolved, who is there.
 
-        Comes after Intake.start, and after the version to begin with was published.
+        Comes after TrajectoryReader.start, and after the version to begin with was published.
         """
-        control = list(self._standing(CONTROL))
+        control = list(self._existing_messages(CONTROL))
         self._first = self._next = next_number(control)
         self._digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
         pending, found = self._intake.pending(), 0
-        for message in self._standing(OLD_LOGPROBS, self._intake.score_offsets()):
+        for message in self._existing_messages(OLD_LOGPROBS, self._intake.score_offsets()):
             if isinstance(message, OldLogprobsComputed) and pending(message.trajectory):
                 self._scores.put(message)
                 found += message.stop - message.start
         instruments.OLD_FOUND.inc(found)
         self._workers = self._bus.consumer(WORKERS)
         self._heard_to = {p: _seek_back(self._workers, p, end) for p, end in self._workers.ends().items()}
-        self._hear_all()
+        self._poll_workers_to_end()
         logger().debug("interruption", next_cut=self._next, found=found, workers=sorted(self._alive()))
 
     def work(self, now: Version, digest: str) -> int:
@@ -109,9 +109,9 @@ class Interruption:
         now, digest: the version that is resident.
         """
         self._digests[now] = digest
-        self._hear(timeout_s=0.0)
+        self._poll_workers(timeout_s=0.0)
         until = self._clock() + SLICE_S
-        tokens = self._early.work(self._sampled(), now, digest, enough=lambda: self._clock() >= until)
+        tokens = self._early.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
         self._settle(now)
         instruments.OLD_SCORED.labels("early").inc(tokens)
         return tokens
@@ -174,16 +174,16 @@ class Interruption:
             self._intake.read_all(now, timeout_s=0.0)
             before = self._early.work(self._sampled(training), now, digest)
             settled = self._settle(now)
-        self._hear_all()
+        self._poll_workers_to_end()
         cut = self._request(now)
         asked_at = self._listened_at = self._clock()
-        self._roster.excuse(now=asked_at)  # to ask may have taken long
+        self._roster.discount_silence(now=asked_at)  # to ask may have taken long
         tokens, flushed = before, settled
 
         def score(enough: bool) -> int:
             nonlocal tokens, flushed
             with self._timed(seconds, "score"):
-                scored = self._early.work(self._sampled(training), now, digest, enough=lambda: enough)
+                scored = self._early.work(self._sampled(training), now, digest, should_stop=lambda: enough)
             tokens, flushed = tokens + scored, flushed + self._settle(now)
             return scored
 
@@ -191,9 +191,9 @@ class Interruption:
         with self._timed(seconds, "wait"):
             timeout_s = 0.0
             while True:
-                self._hear(timeout_s=timeout_s, cut=cut)
-                self._hear_all(cut)
-                if not cut.waits(self._alive(), now=self._clock()):
+                self._poll_workers(timeout_s=timeout_s, cut=cut)
+                self._poll_workers_to_end(cut)
+                if not cut.is_waiting(self._alive(), now=self._clock()):
                     break
                 self._intake.read_all(now, timeout_s=0.0)
                 timeout_s = 0.0 if score(enough=True) else POLL_S  # what is here already need not wait for the others
@@ -261,29 +261,29 @@ class Interruption:
     def _alive(self) -> frozenset[str]:
         return self._roster.alive(now=self._clock())
 
-    def _hear_all(self, cut: Cut | None = None) -> None:
+    def _poll_workers_to_end(self, cut: Cut | None = None) -> None:
         """Take in everything that stands on `workers`; while the log does not answer, wait. A poll alone may bring less
         than there is."""
         ends = self._workers.ends()
         until = self._clock() + READ_S
         while any(self._heard_to.get(p, 0) < end for p, end in ends.items()) and self._clock() < until:
-            self._hear(timeout_s=1.0, cut=cut)
+            self._poll_workers(timeout_s=1.0, cut=cut)
         lost_s, self._listened_at = (now := self._clock()) - self._listened_at, now
         if lost_s <= ANSWER_S:
             self._roster.listened(now=now)
         else:
-            self._roster.excuse(now=now)
+            self._roster.discount_silence(now=now)
             if cut is not None:
-                cut.begin_anew(now=now, lost_s=lost_s)
+                cut.restart_deadline(now=now, lost_s=lost_s)
 
-    def _hear(self, *, timeout_s: float, cut: Cut | None = None) -> None:
+    def _poll_workers(self, *, timeout_s: float, cut: Cut | None = None) -> None:
         """Take in what workers said, waiting at most so long for a first record."""
         while records := self._workers.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 self._heard_to[record.partition] = record.offset + 1
                 if (message := self._message(record)) is None:
                     continue
-                self._roster.heard(message, now=self._clock())
+                self._roster.record_heartbeat(message, now=self._clock())
                 if not isinstance(message, CutReached) or (cut is not None and cut.take(message)):
                     continue
                 if message.cut >= self._next:  # asked for by a learner that was replaced: the number is taken
@@ -295,9 +295,9 @@ class Interruption:
                 break
             timeout_s = 0.0
 
-    def _standing(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
+    def _existing_messages(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
         """Messages of this run that stand on the topic now, from these offsets on."""
-        for record in scan(self._bus, topic, start):
+        for record in read_existing(self._bus, topic, start):
             if (message := self._message(record)) is not None:
                 yield message
 
@@ -306,10 +306,10 @@ class Interruption:
         try:
             message = message_in(record)
             if message.run != self._run:
-                raise Unusable(Cause.WRONG_RUN, f"it is of run {message.run}")
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
             if isinstance(message, OldLogprobsComputed):
                 check_computed(message)
-        except Unusable as error:
+        except RejectedRecord as error:
             self._confirm()
             letter = dead_letter(self._run, record, error, now=time.time())
             self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])

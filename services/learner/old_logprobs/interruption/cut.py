@@ -72,13 +72,13 @@ class Cut:
             self.positions[partition] = max(offset, self.positions.get(partition, 0))
         return True
 
-    def begin_anew(self, *, now: float, lost_s: float) -> None:
+    def restart_deadline(self, *, now: float, lost_s: float) -> None:
         """For so long nobody could be heard: the workers have their whole time from now on."""
         if self._lost_s < MOST_LOST_S:
             self._ends_at = now + self._deadline_s
         self._lost_s += lost_s
 
-    def waits(self, alive: Collection[str], *, now: float) -> bool:
+    def is_waiting(self, alive: Collection[str], *, now: float) -> bool:
         """Whether some worker that is alive has not answered, and there is time left.
 
         One that comes alive while the cut is open is asked too, one that falls silent is waited for no longer.

@@ -13,10 +13,10 @@ SILENCE_S = 5.0
 """When nobody was heard of for so long, it was not for the workers' silence."""
 
 
-class Roster:
+class WorkerLiveness:
     """Times are of any one clock, in seconds.
 
-    >>> roster = Roster()
+    >>> roster = WorkerLiveness()
     >>> roster.heard(WorkerAlive("run", "a", version=3, live=8, sampled_tokens=90, seconds=9.0, idle_s=0.0), now=50.0)
     >>> roster.heard(WorkerAlive("run", "b", version=-1, live=0, sampled_tokens=0, seconds=0.0, idle_s=0.0), now=50.0)
     >>> sorted(roster.alive(now=59.9)), sorted(roster.alive(now=60.1))
@@ -28,16 +28,16 @@ class Roster:
         self._anybody = 0.0
         """When the last record was read, whoever's; or when there was none, though the log was well."""
 
-    def heard(self, message: FromWorker, *, now: float) -> None:
+    def record_heartbeat(self, message: FromWorker, *, now: float) -> None:
         """A record of this worker was read. Read late, it counts from then: the log does not tell its age."""
-        self.excuse(now=now)
+        self.discount_silence(now=now)
         self._anybody = now
         if isinstance(message, WorkerAlive) and message.version < 0:
             self._last.pop(message.worker, None)
         else:
             self._last[message.worker] = now
 
-    def excuse(self, *, now: float) -> None:
+    def discount_silence(self, *, now: float) -> None:
         """If nobody was heard of for SILENCE_S, that time does not count."""
         silence = now - self._anybody
         if silence >= SILENCE_S:

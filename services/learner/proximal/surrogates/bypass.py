@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.types import Surrogate
 
 
@@ -18,6 +18,6 @@ class Bypass:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the same at every version
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the same at every version
         """What the engines reported; 0 where untrainable."""
         return Surrogate([torch.from_numpy(batch.behavior).to(self._device) for batch in batches], method="bypass")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.surrogates.forward_pass import score
 from palimpsest.services.learner.proximal.types import Surrogate
 
@@ -21,6 +21,6 @@ class CurrentRecompute:
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the model is `now`
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the model is `now`
         """By the model as it stands."""
         return Surrogate(score(self._model, batches, self._device), method="current_recompute")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
 from palimpsest.services.learner.proximal.surrogates.weight_average import Average
 from palimpsest.services.learner.proximal.types import Surrogate
@@ -29,7 +29,7 @@ class EwmaProx:
         self.decay = decay
         self._shadow, self._device = Shadow(model), device
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
         """By the average, cast to the model's dtype."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ewma_prox")

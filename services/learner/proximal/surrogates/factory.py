@@ -24,7 +24,7 @@ from palimpsest.services.learner.proximal.surrogates.reset_rule import Rule
 from palimpsest.services.learner.proximal.types import Source
 
 
-def surrogate(
+def build_surrogate(
     config: ProximalConfig,
     *,
     model: torch.nn.Module,

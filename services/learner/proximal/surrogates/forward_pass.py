@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.policy import token_logprobs
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, batches: Sequence[Padded], device: torch.device) -> list[Tensor]:
+def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.device) -> list[Tensor]:
     """Of each micro-batch [rows, tokens] float32, nats, whichever version sampled a token; 0 where untrainable."""
     scored = []
     for batch in batches:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.types import Interpolated
 
 
@@ -21,7 +21,7 @@ class Loglinear:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Interpolated:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Interpolated:
         """Raises ValueError for a token of a version after `now`."""
         shares = [current_share(batch, now).to(self._device) for batch in batches]
         behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]
@@ -40,7 +40,7 @@ def loglinear(behavior: Tensor, current: Tensor, *, share: Tensor) -> Tensor:
     return torch.where(share > 0, between, behavior)
 
 
-def current_share(batch: Padded, now: Version) -> Tensor:
+def current_share(batch: PaddedBatch, now: Version) -> Tensor:
     """a of each token, [rows, tokens] float64; 0 where untrainable. Raises ValueError for a version after `now`."""
     mask, versions = torch.from_numpy(batch.mask), torch.from_numpy(batch.versions)
     staleness = torch.where(mask, now - versions, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.types import Interpolated
 
 
@@ -25,7 +25,7 @@ class LinearProx:
             raise ValueError(f"behavior_share is {behavior_share}: the share of a mixture is in [0, 1]")
         self._device, self._share = device, behavior_share
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Interpolated:  # noqa: ARG002  alpha is a constant
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Interpolated:  # noqa: ARG002  alpha is a constant
         """Made when the current log-probs are there."""
         behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]
         masks = [torch.from_numpy(batch.mask).to(self._device) for batch in batches]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
-from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
+from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, ResetState, Rule, decide
 from palimpsest.services.learner.proximal.surrogates.weight_average import (
     Average,
     refuse_others,
@@ -54,7 +54,7 @@ class PpoEwmaAsync:
         """Mean age that beta aims at."""
         self._settled = 0
         """Versions since beta was changed."""
-        self._rule, self._seen = rule, Seen()
+        self._rule, self._seen = rule, ResetState()
         self._decay = 0.0 if window == "measured" else window_decay(window)
         self._shadow, self._device = Shadow(model), device
 
@@ -68,7 +68,7 @@ class PpoEwmaAsync:
         """Active share that a guarded reset compares with; None before the first version."""
         return self._seen.level
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
         """By the average, cast to the model's dtype."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ppo_ewma_async")
@@ -106,7 +106,7 @@ class PpoEwmaAsync:
             self._decay = staleness_decay(target)
         low, since = tensors["seen"].tolist()
         healthy = tuple(share for share in tensors["healthy"].tolist() if not math.isnan(share))
-        self._seen = Seen(healthy, low, None if since < 0 else since)
+        self._seen = ResetState(healthy, low, None if since < 0 else since)
         self.resets = dict(zip(Cause, tensors["resets"].tolist(), strict=True))
 
     def _measure(self, mean_staleness: float) -> None:

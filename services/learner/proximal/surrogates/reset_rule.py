@@ -36,7 +36,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ResetState:
     """What the decision remembers."""
 
     healthy: tuple[float, ...] = ()
@@ -52,7 +52,7 @@ class Seen:
         return statistics.median(self.healthy) if self.healthy else None
 
 
-def decide(seen: Seen, active_share: float, rule: Rule) -> tuple[Seen, Cause | None]:
+def decide(seen: ResetState, active_share: float, rule: Rule) -> tuple[ResetState, Cause | None]:
     """What to remember, and the cause when it is to be reset now.
 
     active_share: of the version just trained, in [0, 1]; NaN when it had no trainable token, which decides nothing.
@@ -73,12 +73,12 @@ def decide(seen: Seen, active_share: float, rule: Rule) -> tuple[Seen, Cause | N
     return _reset(seen, Cause.BELOW_HEALTHY_LEVEL) if seen.low >= rule.patience and rested else (seen, None)
 
 
-def _judged(seen: Seen, active_share: float, threshold: float) -> Seen:
+def _judged(seen: ResetState, active_share: float, threshold: float) -> ResetState:
     if seen.level is not None and active_share < threshold * seen.level:
         return replace(seen, low=seen.low + 1)
     healthy = seen.healthy if len(seen.healthy) == HEALTHY_VERSIONS else (*seen.healthy, active_share)
     return replace(seen, healthy=healthy, low=0)
 
 
-def _reset(seen: Seen, cause: Cause) -> tuple[Seen, Cause]:
+def _reset(seen: ResetState, cause: Cause) -> tuple[ResetState, Cause]:
     return replace(seen, low=0, since=0), cause

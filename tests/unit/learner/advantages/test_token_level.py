@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from palimpsest.services.learner.advantages import Part, token_advantages
+from palimpsest.services.learner.advantages import MicroBatchRewards, token_advantages
 from palimpsest.services.learner.advantages.gae import generalised_advantages
 from palimpsest.services.learner.advantages.reinforce import returns_to_go
 from palimpsest.services.learner.advantages.trainable_tokens import discounted_sums, last_slots, pack, slots, unpack
@@ -75,7 +75,7 @@ def test_an_undiscounted_truncation_without_a_reward_teaches_the_last_token_noth
 
 def test_reinforce_whitens_over_tokens_not_trajectories() -> None:
     """Three tokens of return 1 and one of 5: mean 2, unbiased deviation 2."""
-    part = Part(MASK, np.array([1.0, 5.0, 100.0]))
+    part = MicroBatchRewards(MASK, np.array([1.0, 5.0, 100.0]))
     (ours,) = token_advantages("reinforce_pp", [part], gamma=1.0, lam=1.0, gather=alone)
     assert ours.advantages[0].tolist() == pytest.approx([0.0, -0.5, 0.0, -0.5, -0.5])
     assert ours.advantages[1].tolist() == pytest.approx([1.5, 0.0, 0.0, 0.0, 0.0])
@@ -85,14 +85,16 @@ def test_reinforce_whitens_over_tokens_not_trajectories() -> None:
 
 def test_gae_returns_are_what_the_critic_should_have_said() -> None:
     values = np.random.default_rng(0).normal(0, 1, MASK.shape).astype(np.float32)
-    (ours,) = token_advantages("gae", [Part(MASK, REWARDS, values=values)], gamma=1.0, lam=1.0, gather=alone)
+    (ours,) = token_advantages(
+        "gae", [MicroBatchRewards(MASK, REWARDS, values=values)], gamma=1.0, lam=1.0, gather=alone
+    )
     assert ours.returns[MASK].tolist() == pytest.approx([1.0, 1.0, 1.0, 2.0])
     assert not ours.returns[~MASK].any()
 
 
 def test_a_batch_without_trainable_tokens_gives_zeros() -> None:
     empty = np.zeros((2, 3), dtype=bool)
-    part = Part(empty, np.ones(2), values=np.ones((2, 3)))
+    part = MicroBatchRewards(empty, np.ones(2), values=np.ones((2, 3)))
     for kind in ("reinforce_pp", "gae"):
         (ours,) = token_advantages(kind, [part], gamma=1.0, lam=1.0, gather=alone)
         assert not ours.advantages.any()
@@ -138,6 +140,6 @@ def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
 
 def test_gae_without_values_and_foreign_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="gae needs the critic's values"):
-        token_advantages("gae", [Part(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
+        token_advantages("gae", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
     with pytest.raises(ValueError, match="grpo gives no advantages to tokens"):
-        token_advantages("grpo", [Part(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
+        token_advantages("grpo", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)

@@ -3,7 +3,13 @@
 import numpy as np
 from hypothesis import given, strategies as st
 
-from palimpsest.services.learner.batch.batching import deal, micro_batches, pad, places_of_version, versions_present
+from palimpsest.services.learner.batch.batching import (
+    micro_batches,
+    pad,
+    partition_by_rank,
+    places_of_version,
+    versions_present,
+)
 from tests.builders import a_row
 
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30)
@@ -48,7 +54,7 @@ def test_versions_are_found_where_they_are() -> None:
 
 @given(lengths, st.integers(1, 5))
 def test_every_row_is_dealt_to_one_rank_and_the_shares_are_even(sizes: list[int], ranks: int) -> None:
-    shares = deal(rows_of(sizes), ranks)
+    shares = partition_by_rank(rows_of(sizes), ranks)
     assert sorted(row.trajectory for share in shares for row in share) == [f"r{i:03d}" for i in range(len(sizes))]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     tokens = [sum(len(row.tokens) for row in share) for share in shares]

@@ -1,6 +1,6 @@
 """Flushes in hand: of one sampling the last one, of two samplings both."""
 
-from palimpsest.services.learner.buffer.flushes import Flushed, Flushes
+from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
 from tests.builders import a_segment
 from tests.interrupted import a_flush
 
@@ -12,21 +12,21 @@ OTHER_VERSION = Flushed(a_flush(0, 0, tokens=9, segments=(a_segment(2, 6, 1),)),
 
 def test_a_later_flush_holds_the_former_one_in_either_order() -> None:
     for first, second in ((SHORT, LONG), (LONG, SHORT)):
-        flushes = Flushes()
+        flushes = FlushBuffer()
         assert flushes.add(first) == []
         assert flushes.add(second) == [SHORT]
         assert list(flushes) == [LONG]
 
 
 def test_a_flush_that_comes_again_is_needless() -> None:
-    flushes, again = Flushes(), Flushed(SHORT.record, 0, 4)
+    flushes, again = FlushBuffer(), Flushed(SHORT.record, 0, 4)
     flushes.add(SHORT)
     assert flushes.add(again) == [again]
     assert list(flushes) == [SHORT]
 
 
 def test_other_tokens_or_another_version_are_another_sampling() -> None:
-    flushes = Flushes()
+    flushes = FlushBuffer()
     for flushed in (SHORT, OTHER_TOKENS, OTHER_VERSION):
         assert flushes.add(flushed) == []
     assert flushes.of("g000000/0") == [SHORT, OTHER_TOKENS, OTHER_VERSION]
@@ -34,7 +34,7 @@ def test_other_tokens_or_another_version_are_another_sampling() -> None:
 
 
 def test_what_is_removed_or_forgotten_is_gone() -> None:
-    flushes, other = Flushes(), Flushed(a_flush(0, 1), 1, 0)
+    flushes, other = FlushBuffer(), Flushed(a_flush(0, 1), 1, 0)
     for flushed in (SHORT, OTHER_TOKENS, other):
         flushes.add(flushed)
     flushes.remove(SHORT)

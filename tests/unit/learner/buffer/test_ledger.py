@@ -7,32 +7,34 @@ from hypothesis import given, settings, strategies as st
 
 from palimpsest.common.messages import DropReason, group_id, trajectory_id
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import Arrival, Planner
+from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 
 SAMPLES = 3
 
 
-def a_planner(**changes: Any) -> Planner[str]:
-    return Planner(**{"samples": SAMPLES, "groups_per_batch": 2, "max_staleness": 1, "time_limit_s": 10.0, **changes})
+def a_planner(**changes: Any) -> TrajectoryLedger[str]:
+    return TrajectoryLedger(
+        **{"samples": SAMPLES, "groups_per_batch": 2, "max_staleness": 1, "time_limit_s": 10.0, **changes}
+    )
 
 
-def fill(planner: Planner[str], index: int, samples: range = range(SAMPLES)) -> None:
+def fill(planner: TrajectoryLedger[str], index: int, samples: range = range(SAMPLES)) -> None:
     for sample in samples:
         name = trajectory_id(group_id(index), sample)
-        assert planner.arrive(group_id(index), name, name) is Arrival.NEW
+        assert planner.arrive(group_id(index), name, name) is ArrivalStatus.NEW
 
 
 def test_offers_at_most_what_the_staleness_bound_allows() -> None:
     planner = a_planner(max_staleness=2)
-    assert planner.slots() == 6
+    assert planner.free_slots() == 6
     for _ in range(6):
         planner.offer(now=0.0)
-    assert planner.slots() == 0
+    assert planner.free_slots() == 0
     fill(planner, 0)
     fill(planner, 1)
-    assert planner.slots() == 0  # arrived is not resolved
-    assert planner.batch() is not None
-    assert planner.slots() == 2
+    assert planner.free_slots() == 0  # arrived is not resolved
+    assert planner.take_batch() is not None
+    assert planner.free_slots() == 2
 
 
 def test_takes_the_oldest_complete_groups_first() -> None:
@@ -41,7 +43,7 @@ def test_takes_the_oldest_complete_groups_first() -> None:
         planner.offer(now=0.0)
     for index in (3, 1, 2):
         fill(planner, index)
-    batch = planner.batch()
+    batch = planner.take_batch()
     assert batch is not None
     assert [group.group for group in batch] == ["g000001", "g000002"]
 
@@ -50,9 +52,9 @@ def test_waits_for_the_last_sibling() -> None:
     planner = a_planner(groups_per_batch=1)
     planner.offer(now=0.0)
     fill(planner, 0, range(2))
-    assert planner.batch() is None
+    assert planner.take_batch() is None
     fill(planner, 0, range(2, 3))
-    assert planner.batch() is not None
+    assert planner.take_batch() is not None
 
 
 def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_trained() -> None:
@@ -61,10 +63,10 @@ def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_t
     fill(planner, 0, range(2))
     assert planner.expire(now=110.0) == []
     assert planner.expire(now=110.1) == ["g000000/2"]
-    batch = planner.batch()
+    batch = planner.take_batch()
     assert batch is not None
     assert batch[0].items == ["g000000/0", "g000000/1"]
-    assert planner.arrive("g000000", "g000000/2", "late") is Arrival.DUPLICATE
+    assert planner.arrive("g000000", "g000000/2", "late") is ArrivalStatus.DUPLICATE
     assert planner.counts() == {
         "offered": 3, "trained": 2, "dropped": {"deadline": 1}, "dead_lettered": 0, "pending": 0,
     }  # fmt: skip
@@ -111,8 +113,8 @@ def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
     planner = a_planner()
     planner.offer(now=0.0)
     before = planner.counts()
-    assert planner.arrive(group, trajectory, "?") is Arrival.UNKNOWN
-    assert planner.drop(group, trajectory, DropReason.DEADLINE) is Arrival.UNKNOWN
+    assert planner.arrive(group, trajectory, "?") is ArrivalStatus.UNKNOWN
+    assert planner.drop(group, trajectory, DropReason.DEADLINE) is ArrivalStatus.UNKNOWN
     assert planner.counts() == before
 
 
@@ -122,10 +124,10 @@ def test_a_dead_letter_is_made_good_by_a_sound_record_while_its_group_is_open() 
     fill(planner, 0, range(2))
     planner.dead_letter("g000000", "g000000/2")
     assert planner.counts()["dead_lettered"] == 1
-    assert planner.arrive("g000000", "g000000/2", "sound") is Arrival.REVIVED
+    assert planner.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.REVIVED
     assert planner.counts()["dead_lettered"] == 0
-    assert planner.dead_letter("g000000", "g000000/2") is Arrival.DUPLICATE, "garbage again takes nothing back"
-    (batch,) = planner.batch() or []
+    assert planner.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, "garbage again takes nothing back"
+    (batch,) = planner.take_batch() or []
     assert batch.items == ["g000000/0", "g000000/1", "sound"]
 
 
@@ -133,8 +135,8 @@ def test_a_dead_letter_is_made_good_by_the_worker_giving_up() -> None:
     planner = a_planner()
     planner.offer(now=0.0)
     planner.dead_letter("g000000", "g000000/2")
-    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is Arrival.REVIVED
-    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is Arrival.DUPLICATE
+    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.REVIVED
+    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.DUPLICATE
     assert planner.counts() == {
         "offered": 3, "trained": 0, "dropped": {"environment_failed": 1}, "dead_lettered": 0, "pending": 2,
     }  # fmt: skip
@@ -145,7 +147,7 @@ def test_in_a_closed_group_a_dead_letter_stays_one() -> None:
     planner.offer(now=0.0)
     for sample in range(SAMPLES):
         planner.dead_letter("g000000", f"g000000/{sample}")
-    assert planner.arrive("g000000", "g000000/2", "sound") is Arrival.DUPLICATE
+    assert planner.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.DUPLICATE
     assert planner.counts() == {"offered": 3, "trained": 0, "dropped": {}, "dead_lettered": 3, "pending": 0}
 
 
@@ -154,10 +156,10 @@ def test_an_id_in_another_writing_was_never_offered(name: str) -> None:
     planner = a_planner()
     planner.offer(now=0.0)
     group = name.rpartition("/")[0]
-    assert planner.arrive(group, name, "?") is Arrival.UNKNOWN
+    assert planner.arrive(group, name, "?") is ArrivalStatus.UNKNOWN
     for sample in range(SAMPLES):
         planner.dead_letter("g000000", f"g000000/{sample}")
-    assert planner.arrive(group, name, "?") is Arrival.UNKNOWN, "nor when its group is closed"
+    assert planner.arrive(group, name, "?") is ArrivalStatus.UNKNOWN, "nor when its group is closed"
 
 
 events = st.lists(
@@ -183,24 +185,24 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
         fresh = name in offered and name not in ends and name not in arrived
         lost = ends.get(name) == "dead" and any(f"{group}/{s}" not in ends for s in range(SAMPLES))
         match what:
-            case "offer" if planner.slots():
+            case "offer" if planner.free_slots():
                 opened = planner.offer(now=clock)
                 offered |= {trajectory_id(opened, s) for s in range(SAMPLES)}
             case "arrive":
                 came = planner.arrive(group, name, name)
-                assert (came is Arrival.NEW) is fresh
-                assert (came is Arrival.REVIVED) is lost
+                assert (came is ArrivalStatus.NEW) is fresh
+                assert (came is ArrivalStatus.REVIVED) is lost
                 if fresh or lost:
                     ends.pop(name, None)
                     arrived[name] = name
             case "drop":
                 came = planner.drop(group, name, DropReason.ENGINE_FAILED)
-                assert (came is Arrival.NEW) is fresh
-                assert (came is Arrival.REVIVED) is lost
+                assert (came is ArrivalStatus.NEW) is fresh
+                assert (came is ArrivalStatus.REVIVED) is lost
                 if fresh or lost:
                     ends[name] = what
             case "dead":
-                assert (planner.dead_letter(group, name) is Arrival.NEW) is fresh
+                assert (planner.dead_letter(group, name) is ArrivalStatus.NEW) is fresh
                 if fresh:
                     ends[name] = what
             case "expire":
@@ -217,7 +219,7 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                 planner.expire(now=0.0)
                 for item in planner.drop_small():
                     ends[arrived.pop(item)] = "small"
-                for batched in planner.batch() or []:
+                for batched in planner.take_batch() or []:
                     assert len(batched.items) >= 2
                     for item in batched.items:
                         ends[arrived.pop(item)] = "trained"
@@ -226,7 +228,7 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                 planner = a_planner()
                 planner.restore(state, now=clock)
                 for name_, item in arrived.items():  # the log is read again
-                    assert planner.arrive(name_.rpartition("/")[0], name_, item) is Arrival.NEW
+                    assert planner.arrive(name_.rpartition("/")[0], name_, item) is ArrivalStatus.NEW
         counts = planner.counts()
         assert counts["offered"] == len(offered)
         assert counts["trained"] == sum(end == "trained" for end in ends.values())

@@ -14,7 +14,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
@@ -283,7 +283,7 @@ def test_one_of_another_schema_is_passed_over(learner: Learner) -> None:
 def test_when_none_can_be_read_the_run_does_not_begin_again(learner: Learner, folder: Path) -> None:
     learner.save(1, 2)
     shutil.rmtree(folder)
-    with pytest.raises(Refusal, match="none of this run's 2 checkpoints can be read") as refused:
+    with pytest.raises(UserError, match="none of this run's 2 checkpoints can be read") as refused:
         learner.checkpoints.newest()
     assert refused.value.code is ExitCode.DAMAGED
 
@@ -296,7 +296,7 @@ def test_a_store_that_has_lost_the_newest_is_refused(
     for version in lost:
         (tmp_path / "store" / "checkpoints" / f"{version:08d}-00000002.json").unlink()
     with pytest.raises(
-        Refusal, match="holds checkpoint 00000002-00000002, which the snapshot store does not"
+        UserError, match="holds checkpoint 00000002-00000002, which the snapshot store does not"
     ) as refused:
         Learner(store, folder)
     assert refused.value.code is ExitCode.DAMAGED
@@ -305,5 +305,5 @@ def test_a_store_that_has_lost_the_newest_is_refused(
 def test_a_checkpoint_of_an_earlier_release_is_refused_and_not_begun_over(learner: Learner, folder: Path) -> None:
     learner.save(1)
     shutil.copytree(folder / "00000001-00000002", folder / "00000009")
-    with pytest.raises(Refusal, match="holds checkpoint 00000009, which"):
+    with pytest.raises(UserError, match="holds checkpoint 00000009, which"):
         learner.checkpoints.newest()

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.bus.factory import open_bus
-from palimpsest.common.bus.offline import scan
+from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Position, Record
 from palimpsest.common.config import load
 from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, dead_letter, decode, encode
-from palimpsest.common.rejected_record import Cause, Unusable
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import Planner
-from palimpsest.services.learner.dead_letters.command import answer
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.dead_letters.command import run_command
 from palimpsest.services.learner.dead_letters.replay import Buried, chosen, read, replay
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 from tests.builders import SAMPLING, a_finished
 
 ROOT = Path(__file__).parents[4]
@@ -47,7 +47,9 @@ def bus(toml: Path) -> Iterator[Bus]:
     bus.close()
 
 
-def bury(bus: Bus, topic: str, record: Outgoing, cause: Cause, reason: str = "why", *, run: str = "test") -> Position:
+def bury(
+    bus: Bus, topic: str, record: Outgoing, cause: RejectCause, reason: str = "why", *, run: str = "test"
+) -> Position:
     """A record on its topic, and the letter that a reader writes of it."""
     (at,) = bus.publish(topic, [record])
     again(bus, topic, record, at, cause, reason, run=run)
@@ -55,26 +57,26 @@ def bury(bus: Bus, topic: str, record: Outgoing, cause: Cause, reason: str = "wh
 
 
 def again(
-    bus: Bus, topic: str, record: Outgoing, at: Position, cause: Cause, reason: str = "why", *, run: str = "test"
+    bus: Bus, topic: str, record: Outgoing, at: Position, cause: RejectCause, reason: str = "why", *, run: str = "test"
 ) -> None:
     read = Record(topic, at.partition, at.offset, record.key, record.body, record.headers)
-    letter = dead_letter(run, read, Unusable(cause, reason), now=1_700_000_000.0)
+    letter = dead_letter(run, read, RejectedRecord(cause, reason), now=1_700_000_000.0)
     bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
 
 
 def said(*arguments: str | Path) -> list[str]:
     """What the command prints."""
-    return list(answer([str(argument) for argument in arguments], {}))
+    return list(run_command([str(argument) for argument in arguments], {}))
 
 
 GARBAGE = Outgoing("g000007", b"\x00garbage", {"trajectory": "g000007/3", "own": "header"})
 
 
 def test_a_record_sent_again_is_the_original_and_names_its_letter(bus: Bus, toml: Path) -> None:
-    bury(bus, TASKS, Outgoing("x", b"?"), Cause.UNDECODABLE)
-    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
+    bury(bus, TASKS, Outgoing("x", b"?"), RejectCause.UNDECODABLE)
+    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
     lines = said("replay", toml, "--offset=1")
-    (first, second) = scan(bus, TRAJECTORIES)
+    (first, second) = read_existing(bus, TRAJECTORIES)
     assert (second.key, second.body, second.partition) == ("g000007", b"\x00garbage", at.partition)
     assert second.headers == {"trajectory": "g000007/3", "own": "header", "replayed": "0/1"}
     assert first.headers == GARBAGE.headers
@@ -82,30 +84,30 @@ def test_a_record_sent_again_is_the_original_and_names_its_letter(bus: Bus, toml
         f"dead letter 1 (undecodable): 8 bytes, key g000007, sent to trajectories[{at.partition}]@{second.offset}",
         "sent 1 record",
     ]
-    assert len(list(scan(bus, TASKS))) == 1, "nothing else was sent"
+    assert len(list(read_existing(bus, TASKS))) == 1, "nothing else was sent"
 
 
 def test_nothing_is_sent_twice_unless_it_is_asked_for(bus: Bus, toml: Path) -> None:
-    bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
-    bury(bus, CONTROL, Outgoing("test", b"?"), Cause.UNKNOWN_SCHEMA)
+    bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
+    bury(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNKNOWN_SCHEMA)
     assert said("replay", toml)[-1] == "sent 2 records"
     hint = "had been sent before; --again sends such once more"
     assert said("replay", toml) == [f"nothing to send: 2 records {hint}"]
-    bury(bus, TRAJECTORIES, Outgoing("g000008", b"??"), Cause.NOT_FINITE)
+    bury(bus, TRAJECTORIES, Outgoing("g000008", b"??"), RejectCause.NOT_FINITE)
     assert said("replay", toml)[-1] == f"sent 1 record; 2 records {hint}"
-    assert len(list(scan(bus, TRAJECTORIES))) == 4
+    assert len(list(read_existing(bus, TRAJECTORIES))) == 4
     assert said("replay", toml, "--again", "--cause=unknown_schema")[-1] == "sent 1 record"
-    assert [record.headers.get("replayed") for record in scan(bus, CONTROL)] == [None, "0/1", "0/1"]
+    assert [record.headers.get("replayed") for record in read_existing(bus, CONTROL)] == [None, "0/1", "0/1"]
 
 
 def test_several_letters_of_one_record_are_one(bus: Bus, toml: Path) -> None:
     """Every reader of a topic writes its own, and a reader that starts again one more."""
-    at = bury(bus, CONTROL, Outgoing("test", b"?"), Cause.UNDECODABLE)
-    again(bus, CONTROL, Outgoing("test", b"?"), at, Cause.UNDECODABLE)
+    at = bury(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNDECODABLE)
+    again(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)
     (one,), unreadable = read(bus, "test")
     assert (one.at, one.again, one.replayed, unreadable) == (Position(0, 0), (Position(0, 1),), (), [])
     assert said("replay", toml, "--offset=1")[-1] == "sent 1 record"
-    again(bus, CONTROL, Outgoing("test", b"?"), at, Cause.UNDECODABLE)  # written after it was sent again
+    again(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)  # written after it was sent again
     assert said("replay", toml)[0].startswith("nothing to send")
     ((one,), _) = read(bus, "test")
     assert one.replayed == (Position(0, 1),)
@@ -113,17 +115,17 @@ def test_several_letters_of_one_record_are_one(bus: Bus, toml: Path) -> None:
 
 def test_what_a_reader_added_is_not_sent(bus: Bus, toml: Path) -> None:
     headers = {"claim": "c3" * 32, "claim_lost": "no such body"}
-    bury(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), Cause.MISSING_CLAIM)
+    bury(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), RejectCause.MISSING_CLAIM)
     said("replay", toml)
-    (_, sent) = scan(bus, TRAJECTORIES)
+    (_, sent) = read_existing(bus, TRAJECTORIES)
     assert sent.headers == {"claim": "c3" * 32, "replayed": "0/0"}
 
 
 def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
-    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE, "trajectories: no\nrecord")
-    bury(bus, TRAJECTORIES, Outgoing("g000007", b"x" * 1234), Cause.NOT_FINITE, "segment 0: not finite")
-    bury(bus, TRAJECTORIES, Outgoing("g000007", b"y"), Cause.NOT_FINITE, "segment 1: not finite")
-    bury(bus, TASKS, Outgoing("elsewhere", b"z"), Cause.NOT_FINITE, run="another")
+    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE, "trajectories: no\nrecord")
+    bury(bus, TRAJECTORIES, Outgoing("g000007", b"x" * 1234), RejectCause.NOT_FINITE, "segment 0: not finite")
+    bury(bus, TRAJECTORIES, Outgoing("g000007", b"y"), RejectCause.NOT_FINITE, "segment 1: not finite")
+    bury(bus, TASKS, Outgoing("elsewhere", b"z"), RejectCause.NOT_FINITE, run="another")
     bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
     said("replay", toml, "--offset=0")
     where = f"trajectories[{at.partition}]"
@@ -142,7 +144,7 @@ def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
 
 
 def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
-    at = bury(bus, TRAJECTORIES, GARBAGE, Cause.UNDECODABLE)
+    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
     bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
     (line,) = said("list", toml, "--json")
     listed = json.loads(line)
@@ -178,15 +180,17 @@ def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
 @pytest.mark.usefixtures("bus")
 def test_what_cannot_be_done_is_refused_with_a_sentence(toml: Path, arguments: list[str], says: str) -> None:
     run = [toml] if len(arguments) > 1 else []
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         said(*arguments[:1], *run, *arguments[1:])
     assert says in str(refused.value)
 
 
 def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
     """The whole way: a body that could not be used, sent again once it can be, takes the place of its dead letter."""
-    planner: Planner[Arrived] = Planner(samples=2, groups_per_batch=1, max_staleness=0, time_limit_s=60)
-    intake = Intake(
+    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
+        samples=2, groups_per_batch=1, max_staleness=0, time_limit_s=60
+    )
+    intake = TrajectoryReader(
         bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
         confirm=lambda: None,
     )  # fmt: skip
@@ -206,13 +210,15 @@ def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
 def test_choosing_goes_by_every_letter_and_by_cause() -> None:
     letter = decode(
         DEAD_LETTERS,
-        encode(dead_letter("test", Record(TASKS, 0, 5, "k", b"", {}), Unusable(Cause.WRONG_RUN, "?"), now=0.0)),
+        encode(
+            dead_letter("test", Record(TASKS, 0, 5, "k", b"", {}), RejectedRecord(RejectCause.WRONG_RUN, "?"), now=0.0)
+        ),
     )
     one = Buried(letter, Position(0, 3), again=(Position(0, 9),))
     assert chosen([one], offsets=[9], causes=[]) == [one]
-    assert chosen([one], offsets=[9], causes=[Cause.UNDECODABLE]) == []
+    assert chosen([one], offsets=[9], causes=[RejectCause.UNDECODABLE]) == []
     assert chosen([one], offsets=[4], causes=[]) == []
-    assert chosen([one], offsets=[], causes=[Cause.WRONG_RUN]) == [one]
+    assert chosen([one], offsets=[], causes=[RejectCause.WRONG_RUN]) == [one]
     assert list(replay(None, [], again=True)) == []  # type: ignore[arg-type]  # nothing chosen: no bus is touched
 
 

@@ -28,14 +28,14 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Malformed, Segment
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.buffer.ledger import Arrival, Planner
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived, Intake, check_finished
-from palimpsest.services.learner.old_logprobs.score_store import computed
+from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader, check_finished
+from palimpsest.services.learner.old_logprobs.score_store import old_logprobs_record
 from tests.builders import SAMPLING, a_finished, a_segment
 from tests.interrupted import a_flush
 from tests.simulation.memory_bus import MemoryBus, Store
@@ -53,9 +53,11 @@ def bus(tmp_path: Path) -> Iterator[SqliteBus]:
 
 def an_intake(
     bus: Bus, samples: int = 2, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
-) -> tuple[Intake, Planner[Arrived]]:
-    planner: Planner[Arrived] = Planner(samples=samples, groups_per_batch=2, max_staleness=1, time_limit_s=60)
-    intake = Intake(
+) -> tuple[TrajectoryReader, TrajectoryLedger[ReceivedTrajectory]]:
+    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
+        samples=samples, groups_per_batch=2, max_staleness=1, time_limit_s=60
+    )
+    intake = TrajectoryReader(
         bus,
         planner,
         run="test",
@@ -66,14 +68,14 @@ def an_intake(
         time_limit_s=60,
         confirm=lambda: None,
         keep_flushed=keep_flushed,
-        ended=ended,
+        on_resolved=ended,
     )
     return intake, planner
 
 
 def started(
     bus: SqliteBus, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
-) -> tuple[Intake, Planner[Arrived]]:
+) -> tuple[TrajectoryReader, TrajectoryLedger[ReceivedTrajectory]]:
     intake, planner = an_intake(bus, keep_flushed=keep_flushed, ended=ended)
     intake.start({}, {}, now=0.0)
     assert intake.offer(Version(0), now=0.0) == 4
@@ -138,7 +140,7 @@ def test_a_restart_reads_the_unresolved_again_and_adopts_later_offers(bus: Sqlit
     intake, planner = started(bus)
     publish(bus, a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
     intake.read_all(NEWEST, timeout_s=0)
-    assert planner.batch() is None
+    assert planner.take_batch() is None
     state, offsets, task_offsets = planner.state(), intake.offsets(), dict(intake.task_ends)
     planner.expire(now=1e9)  # as if the old process went on and offered more before it died
     assert intake.offer(Version(1), now=0.0) > 0
@@ -177,17 +179,17 @@ def test_without_the_checkpoints_offsets_what_waits_on_the_log_would_be_lost(bus
         intake.close()
 
 
-class Forgetful(Planner[Arrived]):
+class Forgetful(TrajectoryLedger[ReceivedTrajectory]):
     """Does not know ids again."""
 
-    def _known(self, group: str, trajectory: str) -> Arrival:
+    def _known(self, group: str, trajectory: str) -> ArrivalStatus:
         known = super()._known(group, trajectory)
-        return Arrival.NEW if known is Arrival.DUPLICATE and group in self._open else known
+        return ArrivalStatus.NEW if known is ArrivalStatus.DUPLICATE and group in self._open else known
 
 
-@pytest.mark.parametrize(("kind", "reward"), [(Planner, 0.25), (Forgetful, 0.75)])
+@pytest.mark.parametrize(("kind", "reward"), [(TrajectoryLedger, 0.25), (Forgetful, 0.75)])
 def test_without_ids_a_record_that_comes_again_would_take_the_place_of_the_first(
-    bus: SqliteBus, kind: type[Planner[Arrived]], reward: float
+    bus: SqliteBus, kind: type[TrajectoryLedger[ReceivedTrajectory]], reward: float
 ) -> None:
     intake, _ = an_intake(bus)
     intake._planner = kind(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
@@ -200,13 +202,13 @@ def test_without_ids_a_record_that_comes_again_would_take_the_place_of_the_first
 
 def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
     intake, _ = an_intake(bus)
-    with pytest.raises(Refusal, match="Trajectories would be lost silently"):
+    with pytest.raises(UserError, match="Trajectories would be lost silently"):
         intake.start({0: 17}, {}, now=0.0)
 
 
 def score(bus: Bus, trajectory: str) -> Position:
     """Somebody says a trajectory's old log-probs; where they stand."""
-    told = computed(
+    told = old_logprobs_record(
         run="test", trajectory=trajectory, by="replica-0", tokens=pack_int32([1, 2]), start=1, stop=2,
         version=Version(0), digest="d", values=np.array([-1.0], dtype=np.float32),
     )  # fmt: skip
@@ -224,7 +226,7 @@ def test_scores_of_what_is_settled_need_not_be_read_again(bus: SqliteBus) -> Non
     ends = intake._scores.ends()
     assert sum(ends.values()) == 2
     intake.read_all(NEWEST, timeout_s=0)
-    assert planner.batch() is not None
+    assert planner.take_batch() is not None
     assert intake.offer(Version(1), now=0.0) == 2
     assert intake.score_offsets() == {0: 0, 1: 0}, "groups 2 and 3 were offered before anything was scored"
     planner.expire(now=61.0)  # groups 2 and 3 come to nothing
@@ -283,38 +285,38 @@ def test_a_log_of_scores_that_was_cut_stops_the_run_unless_nothing_there_is_want
         assert intake.score_offsets() == wanted
     for lost in ({0: 4}, {0: 10}, {1: 0}):
         intake, _ = an_intake(bus)
-        with pytest.raises(Refusal, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as told:
+        with pytest.raises(UserError, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as told:
             intake.start({}, {}, lost, now=0.0)
         assert told.value.code is ExitCode.DAMAGED
 
 
 finished = a_finished(0, 0)
 segment = finished.segments[0]
-BROKEN: dict[str, tuple[Cause, dict[str, object]]] = {
-    "a token count that is no whole number": (Cause.LENGTH_MISMATCH, {"tokens": finished.tokens[:-1]}),
-    "no tokens": (Cause.LENGTH_MISMATCH, {"tokens": b""}),
-    "a negative token": (Cause.OUT_OF_RANGE, {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])}),
-    "a segment beyond the tokens": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 9, 0),)}),
-    "overlapping segments": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))}),
-    "an empty segment": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(2, 2, 0),)}),
+BROKEN: dict[str, tuple[RejectCause, dict[str, object]]] = {
+    "a token count that is no whole number": (RejectCause.LENGTH_MISMATCH, {"tokens": finished.tokens[:-1]}),
+    "no tokens": (RejectCause.LENGTH_MISMATCH, {"tokens": b""}),
+    "a negative token": (RejectCause.OUT_OF_RANGE, {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])}),
+    "a segment beyond the tokens": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 9, 0),)}),
+    "overlapping segments": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))}),
+    "an empty segment": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 2, 0),)}),
     "too few log-probs": (
-        Cause.LENGTH_MISMATCH, {"segments": (Segment(2, 6, Version(0), pack_float32([-1.0] * 3)),)},
+        RejectCause.LENGTH_MISMATCH, {"segments": (Segment(2, 6, Version(0), pack_float32([-1.0] * 3)),)},
     ),
-    "a log-prob that is not a number": (Cause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("nan")),)}),
-    "an infinite log-prob": (Cause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("-inf")),)}),
-    "a log-prob above 0": (Cause.OUT_OF_RANGE, {"segments": (a_segment(2, 6, 0, 0.5),)}),
-    "a negative version": (Cause.NEGATIVE_VERSION, {"segments": (a_segment(2, 6, -3),)}),
-    "a version of the future": (Cause.UNKNOWN_VERSION, {"segments": (a_segment(2, 6, 6),)}),
-    "a sampled first token": (Cause.LENGTH_MISMATCH, {"segments": (a_segment(0, 6, 0),)}),
-    "a reward above 1": (Cause.OUT_OF_RANGE, {"reward": 1.5}),
-    "a reward below 0": (Cause.OUT_OF_RANGE, {"reward": -0.1}),
-    "a reward that is not a number": (Cause.NOT_FINITE, {"reward": float("nan")}),
-    "a temperature of 0": (Cause.OUT_OF_RANGE, {"temperature": 0.0}),
-    "an infinite temperature": (Cause.NOT_FINITE, {"temperature": float("inf")}),
+    "a log-prob that is not a number": (RejectCause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("nan")),)}),
+    "an infinite log-prob": (RejectCause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("-inf")),)}),
+    "a log-prob above 0": (RejectCause.OUT_OF_RANGE, {"segments": (a_segment(2, 6, 0, 0.5),)}),
+    "a negative version": (RejectCause.NEGATIVE_VERSION, {"segments": (a_segment(2, 6, -3),)}),
+    "a version of the future": (RejectCause.UNKNOWN_VERSION, {"segments": (a_segment(2, 6, 6),)}),
+    "a sampled first token": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(0, 6, 0),)}),
+    "a reward above 1": (RejectCause.OUT_OF_RANGE, {"reward": 1.5}),
+    "a reward below 0": (RejectCause.OUT_OF_RANGE, {"reward": -0.1}),
+    "a reward that is not a number": (RejectCause.NOT_FINITE, {"reward": float("nan")}),
+    "a temperature of 0": (RejectCause.OUT_OF_RANGE, {"temperature": 0.0}),
+    "an infinite temperature": (RejectCause.NOT_FINITE, {"temperature": float("inf")}),
 }  # fmt: skip
 
 
-def counted(cause: Cause) -> float:
+def counted(cause: RejectCause) -> float:
     """Records buried for this cause, as Prometheus is told."""
     return instruments.DEAD_LETTERS.labels(cause.value, TRAJECTORIES)._value.get()
 
@@ -345,7 +347,7 @@ def test_a_record_of_another_release_is_buried_as_such(bus: SqliteBus) -> None:
     bus.publish(TRAJECTORIES, [Outgoing("g000000", newer, {"trajectory": "g000000/0"})])
     intake.read_all(NEWEST, timeout_s=0)
     (letter,) = letters(bus)
-    assert letter.cause is Cause.UNKNOWN_SCHEMA
+    assert letter.cause is RejectCause.UNKNOWN_SCHEMA
     assert "trajectory_finished/2" in letter.reason
 
 
@@ -355,7 +357,7 @@ def test_a_record_whose_body_is_lost_is_buried_with_its_claim(bus: SqliteBus) ->
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"", headers)])
     intake.read_all(NEWEST, timeout_s=0)
     (letter,) = letters(bus)
-    assert (letter.cause, letter.headers) == (Cause.MISSING_CLAIM, headers)
+    assert (letter.cause, letter.headers) == (RejectCause.MISSING_CLAIM, headers)
     assert "the body c3c3 is not in the store" in letter.reason
     assert planner.counts()["dead_lettered"] == 1
 
@@ -407,7 +409,7 @@ def test_sound_records_that_belong_elsewhere_take_nothing_from_this_run(bus: Sql
     intake, planner = started(bus)
     publish(bus, a_finished(0, 0, run="another"), a_finished(77, 0), a_finished(0, 9))
     intake.read_all(NEWEST, timeout_s=0)
-    assert Counter(letter.cause for letter in letters(bus)) == {Cause.WRONG_RUN: 1, Cause.NEVER_OFFERED: 2}
+    assert Counter(letter.cause for letter in letters(bus)) == {RejectCause.WRONG_RUN: 1, RejectCause.NEVER_OFFERED: 2}
     assert planner.counts() == {"offered": 8, "trained": 0, "dropped": {}, "dead_lettered": 0, "pending": 8}
     assert intake.offsets() == intake._reader.ends()
 
@@ -423,7 +425,7 @@ def test_every_record_moves_the_frontier(bus: SqliteBus) -> None:
         assert intake.offsets() == consumer.ends()
 
 
-def flushed(intake: Intake) -> list[tuple[str, int]]:
+def flushed(intake: TrajectoryReader) -> list[tuple[str, int]]:
     """Flushes in hand: trajectory and offset."""
     return [(one.record.trajectory, one.offset) for one in intake.flushed]
 
@@ -520,15 +522,18 @@ def test_pending_is_what_is_awaited_or_waits_to_be_trained_on(bus: SqliteBus) ->
 
 
 FLUSH = a_flush(0, 0)
-BROKEN_FLUSHES: dict[str, tuple[Cause, SegmentFlushed]] = {
+BROKEN_FLUSHES: dict[str, tuple[RejectCause, SegmentFlushed]] = {
     what: (cause, msgspec.structs.replace(FLUSH, **changes))
     for what, (cause, changes) in BROKEN.items()
     if changes.keys() <= {"tokens", "segments", "temperature"}
 } | {
-    "another run": (Cause.WRONG_RUN, a_flush(0, 0, run="another")),
-    "a group that was never offered": (Cause.NEVER_OFFERED, a_flush(77, 0)),
-    "a trajectory of another group": (Cause.NEVER_OFFERED, msgspec.structs.replace(FLUSH, group="g000001")),
-    "a trajectory without a number": (Cause.NEVER_OFFERED, msgspec.structs.replace(FLUSH, trajectory="g000000/x")),
+    "another run": (RejectCause.WRONG_RUN, a_flush(0, 0, run="another")),
+    "a group that was never offered": (RejectCause.NEVER_OFFERED, a_flush(77, 0)),
+    "a trajectory of another group": (RejectCause.NEVER_OFFERED, msgspec.structs.replace(FLUSH, group="g000001")),
+    "a trajectory without a number": (
+        RejectCause.NEVER_OFFERED,
+        msgspec.structs.replace(FLUSH, trajectory="g000000/x"),
+    ),
 }
 
 

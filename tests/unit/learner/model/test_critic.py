@@ -8,7 +8,7 @@ import torch
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from tests.models import load
 
 pytestmark = pytest.mark.thorough
@@ -81,7 +81,7 @@ def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) ->
 def test_the_policy_hears_nothing_of_the_critic(starting_model: Path) -> None:
     """A copy: neither weights nor gradients are shared, also when the policy's own are being collected."""
     model = load(starting_model)
-    policy = Trainee(model, OPTIMIZER)
+    policy = TrainablePolicy(model, OPTIMIZER)
     before, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
     critic = Critic(model, OPTIMIZER)
     train(critic, torch.ones(ROWS.shape), 3)

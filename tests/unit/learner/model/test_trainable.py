@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from palimpsest.common.config.learner import OptimizerConfig
-from palimpsest.common.user_error import Refusal
+from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.policy import load_model, token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.model.weights import named_weights, raw_tensors, take_on
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.model.weights import load_weights, named_weights, raw_tensors
 from tests.models import CPU, load, logprobs, perturb
 
 
@@ -51,7 +51,7 @@ def test_weights_go_out_once_each_and_come_back_bit_for_bit(kind: str, request: 
     model, other = load(folder), load(folder)
     perturb(model, by=0.1, seed=1)
     assert ("lm_head.weight" in named_weights(model)) is (kind == "untied_model")
-    take_on(other, raw_tensors(named_weights(model)))
+    load_weights(other, raw_tensors(named_weights(model)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
 
@@ -59,15 +59,15 @@ def test_weights_go_out_once_each_and_come_back_bit_for_bit(kind: str, request: 
 def test_a_tensor_left_out_or_foreign_is_refused(starting_model: Path, untied_model: Path) -> None:
     tied, untied = load(starting_model), load(untied_model)
     with pytest.raises(ValueError, match=r"left out: lm_head\.weight"):
-        take_on(untied, raw_tensors(named_weights(tied)))
+        load_weights(untied, raw_tensors(named_weights(tied)))
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        take_on(tied, raw_tensors(named_weights(untied)))
+        load_weights(tied, raw_tensors(named_weights(untied)))
 
 
 def test_a_step_moves_the_masters_and_casts_them_into_the_model(starting_model: Path) -> None:
     """One AdamW step from zero moments moves every weight by lr against its gradient's sign."""
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
     before = [master.clone() for master in trainee.masters]
     for gradient in trainee.gradients():
         gradient.fill_(2.0)
@@ -81,7 +81,7 @@ def test_a_step_moves_the_masters_and_casts_them_into_the_model(starting_model: 
 def test_masters_keep_what_bf16_would_lose(starting_model: Path) -> None:
     """At lr 1e-6 a single step is below half a unit of bf16 for most weights; a hundred are not."""
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig(lr=1e-6))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-6))
     start = next(model.parameters()).detach().clone()
     for _ in range(100):
         for gradient in trainee.gradients():
@@ -93,7 +93,7 @@ def test_masters_keep_what_bf16_would_lose(starting_model: Path) -> None:
 
 def test_gradients_of_micro_batches_add_up_in_float32(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig())
+    trainee = TrainablePolicy(model, OptimizerConfig())
     for _ in range(3):
         scored, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
         scored.sum().backward()
@@ -109,7 +109,7 @@ def test_gradients_of_micro_batches_add_up_in_float32(starting_model: Path) -> N
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad: float) -> None:
-    trainee = Trainee(load(starting_model), OptimizerConfig(lr=1e-3))
+    trainee = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1e-3))
     before = [master.clone() for master in trainee.masters]
     trainee.gradients()[3].fill_(bad)
     norm = trainee.step()
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad
     ],
 )
 def test_the_learning_rate_follows_its_schedule(starting_model: Path, schedule: dict, rates: list[float]) -> None:
-    trainee = Trainee(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
+    trainee = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
     seen = []
     for _ in rates:
         seen.append(trainee.learning_rate)
@@ -145,17 +145,17 @@ def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:
 
 
 def test_a_restored_trainee_goes_on_bit_for_bit(starting_model: Path) -> None:
-    def steps(trainee: Trainee, count: int) -> None:
+    def steps(trainee: TrainablePolicy, count: int) -> None:
         for i in range(count):
             for k, gradient in enumerate(trainee.gradients()):
                 gradient.copy_(torch.sin(torch.arange(gradient.numel()) + 7.0 * i + k).view_as(gradient))
             trainee.step()
 
     config = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=5)
-    straight = Trainee(load(starting_model), config)
+    straight = TrainablePolicy(load(starting_model), config)
     steps(straight, 3)
     state = {name: tensor.clone() for name, tensor in straight.state().items()}
-    other = Trainee(load(starting_model), config)
+    other = TrainablePolicy(load(starting_model), config)
     other.restore(state, straight.steps)
     steps(straight, 2)
     steps(other, 2)
@@ -166,9 +166,9 @@ def test_a_restored_trainee_goes_on_bit_for_bit(starting_model: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(starting_model: Path, untied_model: Path) -> None:
-    trainee = Trainee(load(starting_model), OptimizerConfig())
+    trainee = TrainablePolicy(load(starting_model), OptimizerConfig())
     with pytest.raises(ValueError, match="parameters stand in it"):
-        trainee.restore(Trainee(load(untied_model), OptimizerConfig()).state(), 1)
+        trainee.restore(TrainablePolicy(load(untied_model), OptimizerConfig()).state(), 1)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,13 @@ def test_a_checkpoint_of_another_model_is_refused(starting_model: Path, untied_m
     [("nowhere/at/all", "does not exist"), ("./nothing", "does not exist")],
 )
 def test_a_model_that_is_not_there_is_refused(path: str, says: str) -> None:
-    with pytest.raises(Refusal, match=says):
+    with pytest.raises(UserError, match=says):
         load_model(path, CPU, "eager")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
-    with pytest.raises(Refusal, match="is not a causal language model that can be loaded"):
+    with pytest.raises(UserError, match="is not a causal language model that can be loaded"):
         load_model(str(tmp_path), CPU, "eager")
 
 
@@ -191,7 +191,7 @@ def test_weights_that_end_too_early_are_refused(tmp_path: Path, starting_model: 
     with (tmp_path / "model" / "model.safetensors").open("r+b") as weights:
         weights.truncate(1000)
     with pytest.raises(
-        Refusal, match=r"is not a causal language model that can be loaded \(.*\): it takes a whole model"
+        UserError, match=r"is not a causal language model that can be loaded \(.*\): it takes a whole model"
     ):
         load_model(str(tmp_path / "model"), CPU, "eager")
 
@@ -202,5 +202,5 @@ def test_weights_that_end_too_early_are_refused(tmp_path: Path, starting_model: 
 def test_a_config_that_is_none_is_refused(tmp_path: Path, config: str | None, says: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(Refusal, match=rf"model\.path: .*{says}"):
+    with pytest.raises(UserError, match=rf"model\.path: .*{says}"):
         load_model(str(tmp_path), CPU, "eager")

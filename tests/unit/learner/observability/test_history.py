@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.observability.history import History
 
 
@@ -38,6 +38,6 @@ def test_a_history_shorter_than_the_checkpoint_counts_is_refused(tmp_path: Path,
     path = tmp_path / "history.jsonl"
     if there is not None:
         path.write_bytes(there)
-    with pytest.raises(Refusal, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as refused:
+    with pytest.raises(UserError, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as refused:
         History(path, length=14)
     assert refused.value.code is ExitCode.DAMAGED

@@ -13,17 +13,23 @@ import torch
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, Row
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alert_rules import judge
-from palimpsest.services.learner.observability.alerts import Teller
-from palimpsest.services.learner.observability.surrogate_error import Thresholds, audited_tokens, leak
-from palimpsest.services.learner.observability.thresholds import Bounds
-from palimpsest.services.learner.observability.token_table import Flat
-from palimpsest.services.learner.observability.version_record import Batch, brief, describe, observe, of_versions
+from palimpsest.services.learner.observability.alerts import VersionReporter
+from palimpsest.services.learner.observability.surrogate_error import Thresholds, audited_tokens, surrogate_error
+from palimpsest.services.learner.observability.thresholds import RunThresholds
+from palimpsest.services.learner.observability.token_table import TokenTable
+from palimpsest.services.learner.observability.version_record import (
+    Batch,
+    export_to_prometheus,
+    of_versions,
+    round_for_json,
+    version_record,
+)
 from palimpsest.services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
-from palimpsest.services.learner.training.results import Trained
+from palimpsest.services.learner.training.results import StepResult
 from tests.builders import a_finished, a_learner, a_row, a_segment
 from tests.models import load, train
 from tests.oracles import batch as oracle
@@ -39,7 +45,7 @@ class Near:
     def __init__(self, kind: str = "exact", *, missing: bool = False) -> None:
         self.kind, self.missing = kind, missing
 
-    def proximal(self, batches: list[Padded], now: Version) -> Proximal:
+    def proximal(self, batches: list[PaddedBatch], now: Version) -> Proximal:
         generator = torch.Generator().manual_seed(int(now))
         values, absent = [], []
         for batch in batches:
@@ -66,11 +72,11 @@ def rows(count: int = 16) -> list[Row]:
     return made
 
 
-def trained(model: Path, source: Any, *, minibatches: int = 1, auditor: Any = None, **sections: Any) -> Trained:
-    trainee = Trainee(load(model), OptimizerConfig(lr=1e-3))
+def trained(model: Path, source: Any, *, minibatches: int = 1, auditor: Any = None, **sections: Any) -> StepResult:
+    trainee = TrainablePolicy(load(model), OptimizerConfig(lr=1e-3))
     config = a_learner(**sections)
     parts = [rows()[i::minibatches] for i in range(minibatches)]
-    return train(trainee, source, Ranks(), parts, NOW, config=config, auditor=auditor)
+    return train(trainee, source, ProcessGroup(), parts, NOW, config=config, auditor=auditor)
 
 
 def a_batch() -> Batch:
@@ -78,20 +84,20 @@ def a_batch() -> Batch:
     return Batch(NOW, Version(NOW + 1), records, [rows()[i : i + 4] for i in range(0, 16, 4)])
 
 
-def line_of(done: Trained, config: LearnerConfig | None = None, **more: Any) -> dict[str, Any]:
-    return describe(
+def line_of(done: StepResult, config: LearnerConfig | None = None, **more: Any) -> dict[str, Any]:
+    return version_record(
         a_batch(), done, seconds=12.3456, phases={"wait": 1.0, "train": 2.0}, learning_rate=1e-3,
         counts={"offered": 32, "trained": 16, "dropped": {}, "dead_lettered": 0, "pending": 16}, sampled_tokens=500,
-        bounds=Bounds.of(config) if config else None, **more,
+        bounds=RunThresholds.of(config) if config else None, **more,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def exact(starting_model: Path) -> Trained:
+def exact(starting_model: Path) -> StepResult:
     return trained(starting_model, Near(), minibatches=2)
 
 
-def test_a_line_is_short_and_whole(exact: Trained) -> None:
+def test_a_line_is_short_and_whole(exact: StepResult) -> None:
     line = line_of(exact, a_learner())
     encoded = msgspec.json.encode(line)
     assert sorted(line["by_staleness"]) == ["0", "1", "2", "3"]
@@ -123,7 +129,7 @@ def test_the_worst_line_is_still_short(starting_model: Path) -> None:
     assert line["leak"]["by_staleness"].keys() == line["by_staleness"].keys()
 
 
-def test_fields_that_others_read_stay(exact: Trained) -> None:
+def test_fields_that_others_read_stay(exact: StepResult) -> None:
     line = line_of(exact)
     for name in (
         "version", "published", "seconds", "phases", "trajectories", "sampled_tokens", "batch", "groups", "tokens",
@@ -139,8 +145,8 @@ def test_fields_that_others_read_stay(exact: Trained) -> None:
     assert (line["kind"], line["objective"], line["caps"]) == ("exact", None, None)
 
 
-def test_spreads_are_those_of_the_tokens(exact: Trained) -> None:
-    line, flat = line_of(exact, a_learner()), Flat.of(exact.scored, NOW)
+def test_spreads_are_those_of_the_tokens(exact: StepResult) -> None:
+    line, flat = line_of(exact, a_learner()), TokenTable.of(exact.scored, NOW)
     t = flat.tokens
     apart = {
         "discrepancy": (t.proximal - t.behavior, np.ones(len(flat.first), dtype=bool)),
@@ -163,14 +169,14 @@ def test_with_one_minibatch_there_is_no_later_one(starting_model: Path) -> None:
     assert "staleness_later" not in line_of(trained(starting_model, Near()))["ratios"]
 
 
-def test_slopes_are_those_of_single_tokens(exact: Trained) -> None:
-    line, tokens = line_of(exact, a_learner()), Flat.of(exact.scored, NOW).tokens
+def test_slopes_are_those_of_single_tokens(exact: StepResult) -> None:
+    line, tokens = line_of(exact, a_learner()), TokenTable.of(exact.scored, NOW).tokens
     for name in ("masked", "clipped"):
         expected = oracle.line(tokens.staleness.tolist(), getattr(tokens, name).astype(float).tolist())
         assert line["slopes"][name] == pytest.approx(expected, rel=1e-4)
 
 
-def test_18_11_the_removals_of_a_line_add_up(exact: Trained) -> None:
+def test_18_11_the_removals_of_a_line_add_up(exact: StepResult) -> None:
     line = line_of(exact, a_learner())
     removal = line["removal"]
     assert removal["removed"] > 0
@@ -180,7 +186,7 @@ def test_18_11_the_removals_of_a_line_add_up(exact: Trained) -> None:
 
 
 def test_18_15_fallbacks_are_zero_in_a_normal_run_and_not_under_each_fault(
-    starting_model: Path, exact: Trained
+    starting_model: Path, exact: StepResult
 ) -> None:
     config = a_learner()
     assert line_of(exact, config)["fallbacks"] == {"missing": 0, "surrogate": 0, "nonfinite": 0}
@@ -217,14 +223,14 @@ def test_an_audited_batch_tells_its_leak(starting_model: Path) -> None:
         starting_model, Near("ewma_prox"), auditor=Near(missing=True), proximal={"kind": "ewma_prox"},
         audit={"fraction": 1.0},
     )  # fmt: skip
-    line, flat = line_of(done, config), Flat.of(done.scored, NOW)
+    line, flat = line_of(done, config), TokenTable.of(done.scored, NOW)
     e = (flat.tokens.proximal - flat.tokens.old)[~np.isnan(flat.tokens.old)]
     assert 0 < len(e) < line["tokens"]
     assert line["leak"]["tokens"] == len(e) == pytest.approx(line["old"]["known"] * line["tokens"], rel=1e-4)
     assert line["leak"]["leak_rms"] == pytest.approx(math.sqrt(np.mean(e.astype(np.float64) ** 2)), rel=1e-4)
     assert line["leak"]["leak_mean"] == pytest.approx(e.mean(), rel=1e-3, abs=1e-5)
     thresholds = Thresholds(band=2.0, clip_low=0.2, clip_high=0.2)
-    expected = leak(audited_tokens(flat), thresholds)
+    expected = surrogate_error(audited_tokens(flat), thresholds)
     assert line["leak"]["removed_wrongly"] == pytest.approx(expected["removed_wrongly"], rel=1e-4)
     assert line["fallbacks"]["missing"] == 0
     gone = line_of(done, config.model_copy(update={"loss": config.loss.model_copy(update={"objective": "r2vpo"})}))
@@ -246,14 +252,14 @@ def test_versions_of_a_batch_counted_by_hand() -> None:
     assert sum(told["oldest"].values()) == 16
 
 
-def test_costs_are_shares_of_the_training(exact: Trained) -> None:
+def test_costs_are_shares_of_the_training(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]
     assert cost == {"proximal": 0.25, "passes": 0.5, "step": 0.05, "rest": pytest.approx(0.2)}
 
 
 def test_numbers_are_written_short_and_counts_whole() -> None:
-    assert brief({"a": [0.123456789, float("inf")], "b": 1234567.0, "n": 7654321, "s": "x", "none": None}) == {
+    assert round_for_json({"a": [0.123456789, float("inf")], "b": 1234567.0, "n": 7654321, "s": "x", "none": None}) == {
         "a": [0.12346, None],
         "b": 1234567.0,
         "n": 7654321,
@@ -262,14 +268,14 @@ def test_numbers_are_written_short_and_counts_whole() -> None:
     }
 
 
-def test_a_line_becomes_series(exact: Trained) -> None:
+def test_a_line_becomes_series(exact: StepResult) -> None:
     def value(name: str, **labels: str) -> float:
         return REGISTRY.get_sample_value(f"palimpsest_learner_{name}", labels) or 0.0
 
     line = line_of(dataclasses.replace(exact, gauges={"multiplier": 2.0}), a_learner())
     before = value("removed_tokens_total", cause="band_high", exclusive="no")
     binned = value("log_ratio_tokens_total", ratio="total", staleness="3-4", above="-0.01")
-    observe(line)
+    export_to_prometheus(line)
     assert (
         value("removed_tokens_total", cause="band_high", exclusive="no") - before
         == (line["removal"]["causes"]["band_high"][0])
@@ -284,27 +290,29 @@ def test_a_line_becomes_series(exact: Trained) -> None:
     assert value("companion", what="multiplier") == 2.0
 
 
-def test_a_staleness_that_the_last_batch_does_not_have_is_not_known(exact: Trained) -> None:
+def test_a_staleness_that_the_last_batch_does_not_have_is_not_known(exact: StepResult) -> None:
     def masked(staleness: str) -> float | None:
         return REGISTRY.get_sample_value("palimpsest_learner_masked_share", {"staleness": staleness})
 
     line = line_of(exact, a_learner())
-    observe(line)
+    export_to_prometheus(line)
     assert masked("3") == line["by_staleness"]["3"]["masked"]
-    observe(line | {"by_staleness": {age: values for age, values in line["by_staleness"].items() if age != "3"}})
+    export_to_prometheus(
+        line | {"by_staleness": {age: values for age, values in line["by_staleness"].items() if age != "3"}}
+    )
     assert math.isnan(masked("3") or 0.0)
     assert masked("0") == line["by_staleness"]["0"]["masked"]
-    observe(line)
+    export_to_prometheus(line)
     assert masked("3") == line["by_staleness"]["3"]["masked"]
 
 
-def test_a_teller_goes_on_from_the_history(exact: Trained, tmp_path: Path) -> None:
+def test_a_teller_goes_on_from_the_history(exact: StepResult, tmp_path: Path) -> None:
     """Two versions, a restart, two more: each line is judged with those before it."""
     history, config = tmp_path / "history.jsonl", a_learner()
     facts: dict[str, Any] = {"seconds": 1.0, "phases": {}, "learning_rate": 1e-3, "counts": {}, "sampled_tokens": 1}
     told: list[list[str]] = []
     for counters in ([{"conflict": 1}, {}], [{}, {}, {}, {}]):
-        teller = Teller(Bounds.of(config), history)
+        teller = VersionReporter(RunThresholds.of(config), history)
         teller.start()
         for counter in counters:
             line = teller.line(a_batch(), exact, fallbacks=counter, **facts)

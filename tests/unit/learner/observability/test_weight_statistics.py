@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from palimpsest.services.learner.observability.effective_samples import caps, effective
-from palimpsest.services.learner.observability.histograms import EDGES, GROUPS, QUANTILES, group, spread
-from palimpsest.services.learner.observability.staleness_slope import Point, rise, slope
+from palimpsest.services.learner.observability.effective_samples import capped_weights, effective_sample_sizes
+from palimpsest.services.learner.observability.histograms import EDGES, GROUPS, QUANTILES, group, summarize_distribution
+from palimpsest.services.learner.observability.staleness_slope import Point, fit_staleness_slope, slope
 from palimpsest.services.learner.observability.token_statistics import Tokens
 from tests.oracles import batch as oracle
 
@@ -30,7 +30,7 @@ def test_a_spread_equals_a_count_one_by_one() -> None:
         generator = np.random.default_rng(seed)
         values = generator.normal(0, generator.choice([0.01, 0.1, 1.0, 3.0]), int(generator.integers(1, 300)))
         values[: len(values) // 5] = generator.choice(EDGES, len(values) // 5)  # an edge belongs to the bin above
-        got = spread(values)
+        got = summarize_distribution(values)
         assert got is not None
         assert got["bins"] == oracle.bins(list(values))
         assert sum(got["bins"]) == len(values)
@@ -40,7 +40,7 @@ def test_a_spread_equals_a_count_one_by_one() -> None:
 
 
 def test_nothing_is_not_spread() -> None:
-    assert spread(np.zeros(0)) is None
+    assert summarize_distribution(np.zeros(0)) is None
 
 
 def test_every_staleness_has_a_group() -> None:
@@ -62,8 +62,8 @@ def test_a_slope_is_that_of_least_squares_over_single_tokens() -> None:
 def test_one_staleness_has_no_slope() -> None:
     assert slope([Point(2.0, 100.0, 0.5)]) is None
     assert slope([Point(2.0, 100.0, 0.5), Point(3.0, 0.0, 0.9)]) is None
-    assert rise([[Point(2.0, 100.0, 0.5)]]) is None
-    assert rise([[Point(2.0, 100.0, 0.5), Point(3.0, 5.0, 0.9)]], least_tokens=30) is None
+    assert fit_staleness_slope([[Point(2.0, 100.0, 0.5)]]) is None
+    assert fit_staleness_slope([[Point(2.0, 100.0, 0.5), Point(3.0, 5.0, 0.9)]], least_tokens=30) is None
 
 
 def test_a_rise_is_seen_within_versions_and_not_between_them() -> None:
@@ -71,7 +71,7 @@ def test_a_rise_is_seen_within_versions_and_not_between_them() -> None:
     batches = [
         [Point(age, 50.0, 1.0 - base + 0.1 * (age - base)) for age in (base, base + 1.0)] for base in (0.0, 1.0, 2.0)
     ]
-    found = rise(batches)
+    found = fit_staleness_slope(batches)
     assert found is not None
     assert found.slope == pytest.approx(0.1)
     assert found.errors > 1e6
@@ -84,12 +84,12 @@ def test_a_rise_is_seen_within_versions_and_not_between_them() -> None:
 def test_a_rise_is_measured_in_errors_that_follow_from_the_versions() -> None:
     """Slopes .2, 0, .1 of versions that weigh alike: mean .1, and sqrt(.02 * 3 / 2) / 3 is one standard error."""
     batches = [[Point(0.0, 40.0, 0.0), Point(1.0, 40.0, step)] for step in (0.2, 0.0, 0.1)]
-    found = rise(batches)
+    found = fit_staleness_slope(batches)
     assert found is not None
     assert found.slope == pytest.approx(0.1)
     assert found.errors == pytest.approx(0.1 / (math.sqrt(0.02 * 3 / 2) / 3))
     assert found.level == pytest.approx(0.05)
-    one = rise(batches[:1])
+    one = fit_staleness_slope(batches[:1])
     assert one is not None
     assert one.errors == 0.0
 
@@ -98,7 +98,7 @@ def test_example_c_of_tokens_and_of_trajectories() -> None:
     """algorithms.md, example C: weights 1, 1, 1, 5 give .5714, truncated at 2 they give .8929."""
     log = np.log([1.0, 1.0, 1.0, 5.0])
     four = tokens(np.full(4, -2.0), -2.0 + log, -2.0 + log)
-    got = effective(four, np.minimum(np.exp(log), 2.0), np.arange(4), by_total=False)
+    got = effective_sample_sizes(four, np.minimum(np.exp(log), 2.0), np.arange(4), by_total=False)
     assert got["tokens_raw"] == got["sequences_raw"] == pytest.approx(64 / 28 / 4)
     assert got["tokens_used"] == got["sequences_used"] == pytest.approx(25 / 7 / 4)
 
@@ -122,18 +122,23 @@ def test_effective_shares_equal_a_count_by_hand() -> None:
             "sequences_used": oracle.ess([math.fsum(used[i]) / len(i) for i in each]),
         }
         four = tokens(behavior, proximal, current)
-        assert effective(four, weight, trajectory, by_total=False) == pytest.approx(expected), f"seed {seed}"
-        by_total = effective(four, np.sign(weight), trajectory, by_total=True)
+        assert effective_sample_sizes(four, weight, trajectory, by_total=False) == pytest.approx(expected), (
+            f"seed {seed}"
+        )
+        by_total = effective_sample_sizes(four, np.sign(weight), trajectory, by_total=True)
         assert by_total["tokens_used"] == pytest.approx(oracle.ess(list(total * (weight > 0))))
 
 
 def test_18_8_a_token_without_a_number_has_no_weight() -> None:
     three = tokens(np.full(3, -1.0), np.array([-1.0, -1.0, np.nan]), np.array([-1.0, -1.0, -1.0]))
-    got = effective(three, np.array([1.0, 1.0, 0.0]), np.zeros(3, dtype=int), by_total=False)
+    got = effective_sample_sizes(three, np.array([1.0, 1.0, 0.0]), np.zeros(3, dtype=int), by_total=False)
     assert got["tokens_used"] == pytest.approx(2 / 3)
     assert got["sequences_raw"] == 1.0
     nothing = tokens(np.zeros(0), np.zeros(0), np.zeros(0))
-    assert all(math.isnan(v) for v in effective(nothing, np.zeros(0), np.zeros(0, dtype=int), by_total=False).values())
+    assert all(
+        math.isnan(v)
+        for v in effective_sample_sizes(nothing, np.zeros(0), np.zeros(0, dtype=int), by_total=False).values()
+    )
 
 
 def test_caps_are_counted_where_they_bind() -> None:
@@ -142,9 +147,9 @@ def test_caps_are_counted_where_they_bind() -> None:
     six = tokens(behavior, behavior + apart, behavior, missing=np.zeros(6, dtype=bool))
     weight = np.array([2.0, 1.9, 1.0, 0.6, 0.5, 0.0])  # the last one is masked
     at = np.arange(6)
-    assert caps(six, weight, at, low=0.5, high=2.0, of_sequence=False) == {"low": 1, "high": 1}
-    assert caps(six, weight, at, low=None, high=2.0, of_sequence=False) == {"low": 0, "high": 1}
-    assert caps(six, weight, at, low=None, high=None, of_sequence=False) is None
+    assert capped_weights(six, weight, at, low=0.5, high=2.0, of_sequence=False) == {"low": 1, "high": 1}
+    assert capped_weights(six, weight, at, low=None, high=2.0, of_sequence=False) == {"low": 0, "high": 1}
+    assert capped_weights(six, weight, at, low=None, high=None, of_sequence=False) is None
 
 
 def test_caps_of_trajectories_bind_for_all_their_kept_tokens() -> None:
@@ -153,4 +158,4 @@ def test_caps_of_trajectories_bind_for_all_their_kept_tokens() -> None:
     five = tokens(behavior, behavior + apart, behavior)
     weight = np.array([2.0, 2.0, 0.0, 0.57, 0.57])
     trajectory = np.array([0, 0, 0, 1, 1])  # products 2.4 and .57
-    assert caps(five, weight, trajectory, low=0.6, high=2.0, of_sequence=True) == {"low": 2, "high": 2}
+    assert capped_weights(five, weight, trajectory, low=0.6, high=2.0, of_sequence=True) == {"low": 2, "high": 2}

@@ -14,18 +14,18 @@ from palimpsest.common.arrays import unpack_float32
 from palimpsest.common.messages import OLD_LOGPROBS
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.batch.batching import Padded
+from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.buffer.flushes import Flushed
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.ingest.trajectory_reader import Arrived
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident
-from palimpsest.services.learner.old_logprobs.eager_scorer import EarlyScorer, as_row
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
+from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Log, Table, a_flush, digest
 from tests.models import CPU, load, logprobs
 
-MIXED = Arrived(
+MIXED = ReceivedTrajectory(
     a_finished(0, 0, tokens=12, segments=(a_segment(2, 4, 0), a_segment(4, 7, 1), a_segment(9, 11, 1))), 0, 4
 )
 V0, V1 = Version(0), Version(1)
@@ -38,13 +38,15 @@ def log(tmp_path: Path) -> Iterator[Log]:
     log.close()
 
 
-def an_early(score: Table, durable: Log | None = None, *, micro_batch_tokens: int = 1000) -> tuple[EarlyScorer, Scores]:
-    scores = Scores()
-    return EarlyScorer(score, scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=durable), scores
+def an_early(
+    score: Table, durable: Log | None = None, *, micro_batch_tokens: int = 1000
+) -> tuple[EagerScorer, ScoreStore]:
+    scores = ScoreStore()
+    return EagerScorer(score, scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=durable), scores
 
 
-def many(count: int) -> list[Arrived]:
-    return [Arrived(a_finished(0, i, tokens=8 + i % 3), i % 2, i) for i in range(count)]
+def many(count: int) -> list[ReceivedTrajectory]:
+    return [ReceivedTrajectory(a_finished(0, i, tokens=8 + i % 3), i % 2, i) for i in range(count)]
 
 
 def test_tokens_of_the_resident_version_are_scored_and_no_others(log: Log) -> None:
@@ -92,7 +94,7 @@ def test_other_weights_under_the_same_number_are_another_policy(log: Log) -> Non
 def test_a_longer_flush_costs_only_what_is_new_in_it(log: Log) -> None:
     early, _ = an_early(Table(0), log)
     early.work([Flushed(a_flush(0, 0, tokens=6, segments=(a_segment(2, 6, 0),)), 0, 0)], V0, digest(0))
-    whole = Arrived(a_finished(0, 0, tokens=10, segments=(a_segment(2, 9, 0),)), 0, 1)
+    whole = ReceivedTrajectory(a_finished(0, 0, tokens=10, segments=(a_segment(2, 9, 0),)), 0, 1)
     assert early.work([whole], V0, digest(0)) == 3
     assert [(record.start, record.stop) for record in log.scored()] == [(2, 6), (6, 9)]
 
@@ -112,7 +114,7 @@ def test_the_same_id_sampled_again_with_other_tokens_gets_its_own_values(log: Lo
 def test_a_slice_is_a_micro_batch_and_the_next_call_goes_on(log: Log) -> None:
     early, _ = an_early(Table(0), log, micro_batch_tokens=20)
     arrived, counts, asked = many(9), [], []
-    while count := early.work(arrived, V0, digest(0), enough=lambda: not asked.append(1)):  # type: ignore[func-returns-value]
+    while count := early.work(arrived, V0, digest(0), should_stop=lambda: not asked.append(1)):  # type: ignore[func-returns-value]
         counts.append(count)
     assert sum(counts) == 9 * 4
     assert max(counts) <= 3 * 4, "rows cut at 6 tokens, so three of them are within 20"
@@ -124,7 +126,7 @@ def test_nothing_is_done_that_still_waits_and_what_is_taken_away_waits_no_more(l
     table = Table(0)
     early, _ = an_early(table, log, micro_batch_tokens=6)
     arrived = many(3)
-    early.work(arrived, V0, digest(0), enough=lambda: True)
+    early.work(arrived, V0, digest(0), should_stop=lambda: True)
     assert [early.is_done(one) for one in arrived] == [True, False, False]
     assert early.work(arrived[:2], V0, digest(0)) == 4
     assert [early.is_done(one) for one in arrived] == [True, True, False]
@@ -135,7 +137,7 @@ def test_with_the_next_version_the_former_ones_rest_is_never_scored(log: Log) ->
     table = Table(0)
     early, _ = an_early(table, log, micro_batch_tokens=6)
     arrived = many(3)
-    early.work(arrived, V0, digest(0), enough=lambda: True)
+    early.work(arrived, V0, digest(0), should_stop=lambda: True)
     table.version = 1
     assert early.work(arrived, V1, digest(1)) == 0
     assert len(log.scored()) == 1
@@ -161,7 +163,7 @@ def test_without_a_log_the_values_are_for_this_process_alone(log: Log) -> None:
 
 def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> None:
     class Broken(Table):
-        def __call__(self, batches: Sequence[Padded]) -> list[np.ndarray]:  # type: ignore[type-arg]
+        def __call__(self, batches: Sequence[PaddedBatch]) -> list[np.ndarray]:  # type: ignore[type-arg]
             values = super().__call__(batches)
             for value in values:
                 value[:, 3] = np.nan
@@ -181,8 +183,10 @@ def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> Non
 
 def test_the_model_says_what_plain_transformers_say(starting_model: Path, log: Log) -> None:
     """Under the trajectory's own temperature, behind its own prefix, whatever else is in the micro-batch."""
-    model, draw, scores = load(starting_model), random.Random(3), Scores()
-    early = EarlyScorer(Together(Ranks(), resident(model, CPU)), scores, run=RUN, micro_batch_tokens=64, durable=log)
+    model, draw, scores = load(starting_model), random.Random(3), ScoreStore()
+    early = EagerScorer(
+        DistributedScorer(ProcessGroup(), model_scorer(model, CPU)), scores, run=RUN, micro_batch_tokens=64, durable=log
+    )
     sampled = []
     for i in range(6):
         tokens = [draw.randrange(3, 250) for _ in range(9 + 2 * i)]
@@ -206,7 +210,13 @@ def test_scoring_between_backward_and_step_leaves_weights_and_gradients_as_they_
     tokens = torch.tensor([[5, 6, 7, 8]])
     model(input_ids=tokens).logits.float().square().mean().backward()
     before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if p.grad is not None]
-    early = EarlyScorer(Together(Ranks(), resident(model, CPU)), Scores(), run=RUN, micro_batch_tokens=64, durable=log)
+    early = EagerScorer(
+        DistributedScorer(ProcessGroup(), model_scorer(model, CPU)),
+        ScoreStore(),
+        run=RUN,
+        micro_batch_tokens=64,
+        durable=log,
+    )
     assert early.work(many(3), V0, digest(0)) == 12
     after = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     assert before

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.config.proximal import MissingPolicy
-from palimpsest.common.user_error import ExitCode, Refusal
-from palimpsest.services.learner.batch.batching import Padded, pad
-from palimpsest.services.learner.old_logprobs.missing import Misses, Why, settle
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.learner.batch.batching import PaddedBatch, pad
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, apply_missing_policy
 from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
 
@@ -20,7 +20,7 @@ RECOMPUTED = "surrogate:current_recompute"
 BYPASSED = "surrogate:bypass"
 
 
-def batches() -> list[Padded]:
+def batches() -> list[PaddedBatch]:
     """Two micro-batches: versions 0 to 2, behavior -1, -2, ... along each row."""
     rows = [
         a_row("g0/0", [1, 2, 3, 4, 5], [-1, 0, 0, 1, 1], behavior=[0.0, -1.0, -2.0, -3.0, -4.0]),
@@ -38,11 +38,11 @@ def exact() -> list[Tensor]:
     return [torch.from_numpy(np.where(batch.mask, np.float32(-0.5), np.float32(0))) for batch in batches()]
 
 
-def recompute(batch: Padded, wanted: NDArray[np.bool_], values: Tensor) -> None:
+def recompute(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
     values[torch.from_numpy(wanted)] = CURRENT
 
 
-def forbidden(batch: Padded, wanted: NDArray[np.bool_], values: Tensor) -> None:
+def forbidden(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
     raise AssertionError("nobody asked for a forward pass")
 
 
@@ -50,19 +50,19 @@ def settled(
     missing: list[NDArray[np.bool_]],
     policy: MissingPolicy,
     *,
-    why: Why = Why.VERSION_GONE,
-    misses: Misses | None = None,
-    pass_: Callable[[Padded, NDArray[np.bool_], Tensor], None] = forbidden,
+    why: MissingReason = MissingReason.VERSION_GONE,
+    misses: MissingCounter | None = None,
+    pass_: Callable[[PaddedBatch, NDArray[np.bool_], Tensor], None] = forbidden,
 ) -> Exact | Patched:
     values = [value.masked_fill(torch.from_numpy(hole), 0.0) for value, hole in zip(exact(), missing, strict=True)]
-    return settle(
-        values, missing, batches(), policy=policy, why=why, misses=misses or Misses(), recompute=pass_
+    return apply_missing_policy(
+        values, missing, batches(), policy=policy, why=why, misses=misses or MissingCounter(), recompute=pass_
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
 def test_18_15_nothing_is_counted_while_nothing_is_missing(policy: MissingPolicy) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     proximal = settled(holes(), policy, misses=misses)
     assert isinstance(proximal, Exact)
     assert proximal.absent is None
@@ -71,14 +71,14 @@ def test_18_15_nothing_is_counted_while_nothing_is_missing(policy: MissingPolicy
     assert misses.take() == {}
 
 
-@pytest.mark.parametrize("why", list(Why))
+@pytest.mark.parametrize("why", list(MissingReason))
 @pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
-def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: Why, policy: MissingPolicy) -> None:
-    misses = Misses()
+def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: MissingReason, policy: MissingPolicy) -> None:
+    misses = MissingCounter()
     for _ in range(2):
         try:
             settled(holes(1, 2), policy, why=why, misses=misses, pass_=recompute)
-        except Refusal:
+        except UserError:
             assert policy == "fail"
     assert misses.tokens == {(why.value, policy): 10}
     assert misses.take() == {(why.value, policy): 10}
@@ -120,30 +120,38 @@ def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
 @pytest.mark.parametrize(
     ("why", "words", "code"),
     [
-        (Why.VERSION_GONE, "version 1 is not in the store any more.* 2 tokens in 1 trajectory", ExitCode.DAMAGED),
-        (Why.NOT_SCORED, "no replica scored 2 tokens in 1 trajectory sampled by version 1", ExitCode.UNAVAILABLE),
-        (Why.TOO_LATE, "2 tokens in 1 trajectory sampled by version 1 came when", ExitCode.UNAVAILABLE),
+        (
+            MissingReason.VERSION_GONE,
+            "version 1 is not in the store any more.* 2 tokens in 1 trajectory",
+            ExitCode.DAMAGED,
+        ),
+        (
+            MissingReason.NOT_SCORED,
+            "no replica scored 2 tokens in 1 trajectory sampled by version 1",
+            ExitCode.UNAVAILABLE,
+        ),
+        (MissingReason.TOO_LATE, "2 tokens in 1 trajectory sampled by version 1 came when", ExitCode.UNAVAILABLE),
     ],
 )
-def test_failing_names_version_trajectories_and_remedy(why: Why, words: str, code: ExitCode) -> None:
-    with pytest.raises(Refusal, match=words) as refusal:
+def test_failing_names_version_trajectories_and_remedy(why: MissingReason, words: str, code: ExitCode) -> None:
+    with pytest.raises(UserError, match=words) as refusal:
         settled(holes(1), "fail", why=why)
     assert refusal.value.code is code
     assert 'learner.proximal.missing = "drop"' in str(refusal.value)
 
 
 def test_failing_counts_trajectories_over_all_micro_batches() -> None:
-    with pytest.raises(Refusal, match=r"versions 0, 2 are not .* 6 tokens in 3 trajectories"):
+    with pytest.raises(UserError, match=r"versions 0, 2 are not .* 6 tokens in 3 trajectories"):
         settled(holes(0, 2), "fail")
 
 
 def test_many_versions_are_not_all_named() -> None:
     rows = [a_row(f"g0/{v}", [1, 2], [-1, v]) for v in range(9)]
     batch = pad(rows)
-    with pytest.raises(Refusal, match="versions 0, 1, 2, 3, 4 and 4 more are not"):
-        settle(
-            [torch.zeros(9, 2)], [batch.mask], [batch], policy="fail", why=Why.VERSION_GONE, misses=Misses(),
-            recompute=forbidden,
+    with pytest.raises(UserError, match="versions 0, 1, 2, 3, 4 and 4 more are not"):
+        apply_missing_policy(
+            [torch.zeros(9, 2)], [batch.mask], [batch], policy="fail", why=MissingReason.VERSION_GONE,
+            misses=MissingCounter(), recompute=forbidden,
         )  # fmt: skip
 
 
@@ -161,9 +169,9 @@ def test_18_15_random_holes_against_a_table_by_token() -> None:
         hole = batch.mask & (rng.random(batch.mask.shape) < 0.3)
         old = np.where(batch.mask & ~hole, -rng.random(batch.mask.shape), 0).astype(np.float32)
         policy: MissingPolicy = ("drop", BYPASSED, RECOMPUTED)[draw % 3]  # type: ignore[assignment]
-        misses = Misses()
-        proximal = settle(
-            [torch.from_numpy(old.copy())], [hole], [batch], policy=policy, why=Why.NOT_SCORED, misses=misses,
+        misses = MissingCounter()
+        proximal = apply_missing_policy(
+            [torch.from_numpy(old.copy())], [hole], [batch], policy=policy, why=MissingReason.NOT_SCORED, misses=misses,
             recompute=recompute,
         )  # fmt: skip
         anchor = proximal.anchor(0, torch.zeros(batch.mask.shape), torch.from_numpy(batch.mask))

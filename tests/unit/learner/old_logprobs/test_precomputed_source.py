@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from palimpsest.common.config.proximal import MissingPolicy
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.old_logprobs.missing import Misses, Why
-from palimpsest.services.learner.old_logprobs.precomputed_source import AttachedSource
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
+from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
 from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
 from tests.models import CPU, load
@@ -26,8 +26,12 @@ def model(starting_model: Path) -> torch.nn.Module:
     return load(starting_model)
 
 
-def source(model: torch.nn.Module, missing: MissingPolicy = "fail", misses: Misses | None = None) -> AttachedSource:
-    return AttachedSource(model, CPU, missing=missing, why=Why.NOT_SCORED, misses=misses or Misses())
+def source(
+    model: torch.nn.Module, missing: MissingPolicy = "fail", misses: MissingCounter | None = None
+) -> PrecomputedSource:
+    return PrecomputedSource(
+        model, CPU, missing=missing, why=MissingReason.NOT_SCORED, misses=misses or MissingCounter()
+    )
 
 
 def with_old(row: Row, old: list[float]) -> Row:
@@ -52,7 +56,7 @@ def scored(model: torch.nn.Module, *chosen: Row) -> torch.Tensor:
 
 
 def test_known_values_stay_and_the_present_version_is_scored_here(model: torch.nn.Module) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     proximal = source(model, misses=misses).proximal([pad(rows())], NOW)
     assert isinstance(proximal, Exact)
     (values,) = proximal.logprobs
@@ -90,13 +94,13 @@ def test_a_probability_that_underflowed_is_known(model: torch.nn.Module) -> None
 
 
 def test_without_a_score_the_run_ends(model: torch.nn.Module) -> None:
-    with pytest.raises(Refusal, match="no replica scored 1 token in 1 trajectory sampled by version 1") as refusal:
+    with pytest.raises(UserError, match="no replica scored 1 token in 1 trajectory sampled by version 1") as refusal:
         source(model).proximal([pad(rows(complete=False))], NOW)
     assert refusal.value.code is ExitCode.UNAVAILABLE
 
 
 def test_18_15_without_a_score_a_token_is_dropped_and_counted(model: torch.nn.Module) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     proximal = source(model, "drop", misses).proximal([pad(rows(complete=False))], NOW)
     assert isinstance(proximal, Exact)
     assert proximal.absent is not None
@@ -106,7 +110,7 @@ def test_18_15_without_a_score_a_token_is_dropped_and_counted(model: torch.nn.Mo
 
 
 def test_18_15_without_a_score_a_surrogate_stands_there_and_says_so(model: torch.nn.Module) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     bypassed = source(model, "surrogate:bypass", misses).proximal([pad(rows(complete=False))], NOW)
     recomputed = source(model, "surrogate:current_recompute", misses).proximal([pad(rows(complete=False))], NOW)
     assert isinstance(bypassed, Patched)

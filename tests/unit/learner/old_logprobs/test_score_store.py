@@ -8,15 +8,15 @@ import pytest
 
 from palimpsest.common.arrays import pack_float32, pack_int32
 from palimpsest.common.messages import OldLogprobsComputed
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Malformed
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.old_logprobs.score_store import (
-    Scores,
+    ScoreStore,
     check_computed,
-    computed,
     computed_of,
+    old_logprobs_record,
     prefix_digest,
     spans,
 )
@@ -41,19 +41,19 @@ def said(
     digest: str | None = None,
     trajectory: str = "g000000/0",
 ) -> OldLogprobsComputed:
-    return computed(
+    return old_logprobs_record(
         run="test", trajectory=trajectory, by="replica-0", tokens=pack_int32(tokens), start=start, stop=stop,
         version=Version(version), digest=digest or f"weights {version}", values=np.array(values, dtype=np.float32),
     )  # fmt: skip
 
 
-def known(scores: Scores, of: Row) -> list[float | None]:
+def known(scores: ScoreStore, of: Row) -> list[float | None]:
     old = scores.attach(of, DIGESTS).old
     return [None] * len(of.tokens) if old is None else [None if np.isnan(v) else float(v) for v in old]
 
 
 def test_a_value_goes_to_its_own_tokens() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [-0.5, -0.25]))
     assert known(scores, row()) == [None, -0.5, -0.25, None, None, None]
     assert scores.missing(scores.attach(row(), DIGESTS)) == [(4, 6, 1)]
@@ -63,12 +63,12 @@ def test_a_value_goes_to_its_own_tokens() -> None:
 
 
 def test_without_scores_every_trainable_token_is_missing() -> None:
-    assert Scores().missing(row()) == [(1, 3, 0), (4, 6, 1)]
-    assert Scores().attach(row(), DIGESTS).old is None
+    assert ScoreStore().missing(row()) == [(1, 3, 0), (4, 6, 1)]
+    assert ScoreStore().attach(row(), DIGESTS).old is None
 
 
 def test_adjacent_versions_are_apart() -> None:
-    assert Scores().missing(row(versions=[-1, 0, 0, 1, 1, 2])) == [(1, 3, 0), (3, 5, 1), (5, 6, 2)]
+    assert ScoreStore().missing(row(versions=[-1, 0, 0, 1, 1, 2])) == [(1, 3, 0), (3, 5, 1), (5, 6, 2)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_adjacent_versions_are_apart() -> None:
     ids=["version", "weights", "token", "prompt", "trajectory", "a longer sampling"],
 )
 def test_what_disagrees_is_not_taken(other: OldLogprobsComputed) -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(other)
     assert known(scores, row()) == [None] * 6
     scores.put(said(1, 3, 0, [-0.5, -0.25]))
@@ -93,13 +93,13 @@ def test_what_disagrees_is_not_taken(other: OldLogprobsComputed) -> None:
 
 def test_what_stands_behind_the_span_does_not_count() -> None:
     """A flushed trajectory is scored before its end is known."""
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [-0.5, -0.25], tokens=TOKENS[:3]))
     assert known(scores, row()) == [None, -0.5, -0.25, None, None, None]
 
 
 def test_a_version_without_a_known_digest_gets_nothing() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [-0.5, -0.25]))
     assert scores.attach(row(), {}).old is not None
     assert np.isnan(scores.attach(row(), {}).old).all()  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_a_version_without_a_known_digest_gets_nothing() -> None:
 
 def test_parts_of_a_segment_come_together() -> None:
     """Flushed in the middle of a segment, finished later: each token keeps what was said of it first."""
-    scores = Scores()
+    scores = ScoreStore()
     of = row(versions=[-1, 0, 0, 0, 0, 0])
     scores.put(said(1, 3, 0, [-0.5, -0.25]))
     scores.put(said(1, 6, 0, [-9.0, -9.0, -1.0, -2.0, -3.0]))
@@ -116,7 +116,7 @@ def test_parts_of_a_segment_come_together() -> None:
 
 
 def test_said_twice_it_means_the_same() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     for _ in range(3):
         scores.put(said(1, 3, 0, [-0.5, -0.25]))
     assert known(scores, row())[1:3] == [-0.5, -0.25]
@@ -124,7 +124,7 @@ def test_said_twice_it_means_the_same() -> None:
 
 
 def test_a_second_different_value_is_counted_and_the_first_stands() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [-0.5, -np.inf]))
     scores.put(said(1, 3, 0, [-0.5, -np.inf]))
     scores.put(said(1, 3, 0, [-0.625, -np.inf]))
@@ -133,10 +133,10 @@ def test_a_second_different_value_is_counted_and_the_first_stands() -> None:
 
 
 def test_what_a_row_has_already_stays() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [-0.5, -0.25]))
     first = scores.attach(row(), DIGESTS)
-    other = Scores()
+    other = ScoreStore()
     other.put(said(1, 3, 0, [-9.0, -9.0]))
     other.put(said(4, 6, 1, [-1.0, -2.0]))
     assert known(other, first) == [None, -0.5, -0.25, None, -1.0, -2.0]
@@ -144,7 +144,7 @@ def test_what_a_row_has_already_stays() -> None:
 
 
 def test_forgotten_trajectories_leave_nothing() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     for sample in range(3):
         scores.put(said(1, 3, 0, [-0.5, -0.25], trajectory=f"g000000/{sample}"))
     scores.forget("g000000/1")
@@ -173,7 +173,7 @@ def test_18_10_any_order_and_any_pieces_give_every_token_its_own_value() -> None
                 if rng.random() < 0.3:
                     records.append(said(begin, end, version + 1, [-99.0] * len(values), tokens=of.tokens.tolist()))
         rng.shuffle(records)
-        scores = Scores()
+        scores = ScoreStore()
         told = set()
         for record in records:
             if rng.random() < 0.2:
@@ -202,16 +202,18 @@ def test_the_records_of_a_row_are_its_runs() -> None:
 @pytest.mark.parametrize(
     ("record", "cause", "words"),
     [
-        (said(1, 3, -1, [-1.0, -1.0]), Cause.NEGATIVE_VERSION, "versions start at 0"),
-        (said(0, 2, 0, [-1.0, -1.0]), Cause.LENGTH_MISMATCH, "no span"),
-        (said(2, 2, 0, []), Cause.LENGTH_MISMATCH, "no span"),
-        (said(1, 3, 0, [-1.0, np.nan]), Cause.NOT_FINITE, "no number"),
-        (said(1, 3, 0, [-1.0, 0.5]), Cause.OUT_OF_RANGE, "above 0"),
-        (said(1, 3, 0, [-1.0, np.inf]), Cause.OUT_OF_RANGE, "above 0"),
+        (said(1, 3, -1, [-1.0, -1.0]), RejectCause.NEGATIVE_VERSION, "versions start at 0"),
+        (said(0, 2, 0, [-1.0, -1.0]), RejectCause.LENGTH_MISMATCH, "no span"),
+        (said(2, 2, 0, []), RejectCause.LENGTH_MISMATCH, "no span"),
+        (said(1, 3, 0, [-1.0, np.nan]), RejectCause.NOT_FINITE, "no number"),
+        (said(1, 3, 0, [-1.0, 0.5]), RejectCause.OUT_OF_RANGE, "above 0"),
+        (said(1, 3, 0, [-1.0, np.inf]), RejectCause.OUT_OF_RANGE, "above 0"),
     ],
 )
-def test_a_record_that_contradicts_itself_is_refused(record: OldLogprobsComputed, cause: Cause, words: str) -> None:
-    scores = Scores()
+def test_a_record_that_contradicts_itself_is_refused(
+    record: OldLogprobsComputed, cause: RejectCause, words: str
+) -> None:
+    scores = ScoreStore()
     with pytest.raises(Malformed, match=words) as refused:
         scores.put(record)
     assert refused.value.cause is cause
@@ -223,12 +225,12 @@ def test_values_of_another_length_are_refused() -> None:
     longer = type(record)(**{f: getattr(record, f) for f in record.__struct_fields__} | {"stop": 4})
     with pytest.raises(Malformed, match=r"g000000/0 \[1, 4\) of version 0: 3 tokens but 8 bytes") as refused:
         check_computed(longer)
-    assert refused.value.cause is Cause.LENGTH_MISMATCH
+    assert refused.value.cause is RejectCause.LENGTH_MISMATCH
     with pytest.raises(ValueError, match=r"1 values for tokens \[1, 3\)"):
         said(1, 3, 0, [-1.0])
 
 
 def test_a_little_above_0_is_rounding() -> None:
-    scores = Scores()
+    scores = ScoreStore()
     scores.put(said(1, 3, 0, [5e-4, -1.0]))
     assert len(scores) == 1

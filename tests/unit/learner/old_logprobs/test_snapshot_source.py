@@ -12,13 +12,13 @@ import torch
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
-from palimpsest.services.learner.old_logprobs.missing import Misses
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
 from palimpsest.services.learner.proximal.types import Exact, Patched
 from tests.builders import a_row
@@ -125,7 +125,7 @@ def test_each_version_is_loaded_once_for_all_micro_batches(versions: Versions) -
 
 
 def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions: Versions) -> None:
-    trainee = Trainee(versions.resident, OptimizerConfig(lr=1e-3))
+    trainee = TrainablePolicy(versions.resident, OptimizerConfig(lr=1e-3))
     for gradient in trainee.gradients():
         gradient.fill_(0.1)
     trainee.step()
@@ -142,7 +142,9 @@ def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions:
 
 def test_18_5_a_version_that_is_gone_stops_the_run_and_is_never_replaced(versions: Versions) -> None:
     batch = pad([a_row("a", tokens(5, 1), [-1, 7, 7, 7, 7])])
-    with pytest.raises(Refusal, match=r"version 7 is not in the store any more.* 4 tokens in 1 trajectory") as refusal:
+    with pytest.raises(
+        UserError, match=r"version 7 is not in the store any more.* 4 tokens in 1 trajectory"
+    ) as refusal:
         versions.source.proximal([batch], Version(9))
     assert refusal.value.code is ExitCode.DAMAGED
 
@@ -150,15 +152,17 @@ def test_18_5_a_version_that_is_gone_stops_the_run_and_is_never_replaced(version
 GONE = a_row("gone", [5, 6, 7, 8, 9, 10], [-1, 0, 7, 7, 8, 2], behavior=[0.0, -1.0, -2.0, -3.0, -4.0, -5.0])
 
 
-def with_policy(versions: Versions, policy: MissingPolicy, misses: Misses) -> SnapshotSource:
+def with_policy(versions: Versions, policy: MissingPolicy, misses: MissingCounter) -> SnapshotSource:
     return SnapshotSource(versions.resident, versions.store, CPU, loaded=lambda _: None, missing=policy, misses=misses)
 
 
 def test_18_5_dropping_a_version_that_is_gone_keeps_the_others_exact(versions: Versions) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     batch = pad([GONE, *mixed_rows()])
     proximal = with_policy(versions, "drop", misses).proximal([batch], NOW)
-    (whole,) = with_policy(versions, "fail", Misses()).proximal([pad([kept(GONE), *mixed_rows()])], NOW).logprobs
+    (whole,) = (
+        with_policy(versions, "fail", MissingCounter()).proximal([pad([kept(GONE), *mixed_rows()])], NOW).logprobs
+    )
     assert isinstance(proximal, Exact)
     assert proximal.absent is not None
     assert proximal.absent[0].nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
@@ -167,7 +171,7 @@ def test_18_5_dropping_a_version_that_is_gone_keeps_the_others_exact(versions: V
 
 
 def test_18_5_a_surrogate_for_a_version_that_is_gone_is_marked(versions: Versions) -> None:
-    misses = Misses()
+    misses = MissingCounter()
     bypassed = with_policy(versions, "surrogate:bypass", misses).proximal([pad([GONE])], NOW)
     recomputed = with_policy(versions, "surrogate:current_recompute", misses).proximal([pad([GONE])], NOW)
     assert isinstance(bypassed, Patched)
@@ -183,9 +187,9 @@ def test_18_5_a_surrogate_for_a_version_that_is_gone_is_marked(versions: Version
 def test_18_5_a_damaged_version_is_never_a_missing_one(versions: Versions, tmp_path: Path) -> None:
     """Whatever the policy: stored data that contradicts its digest ends the run."""
     damage(versions.store, tmp_path)
-    misses = Misses()
+    misses = MissingCounter()
     for policy in get_args(MissingPolicy):
-        with pytest.raises(Refusal, match="snapshot 1 is damaged"):
+        with pytest.raises(UserError, match="snapshot 1 is damaged"):
             with_policy(versions, policy, misses).proximal([pad(mixed_rows())], NOW)
     assert not misses.tokens
 
@@ -231,7 +235,7 @@ def test_18_5_permuting_the_versions_of_tokens_permutes_the_values(versions: Ver
 
 def test_a_damaged_snapshot_stops_the_run(versions: Versions, tmp_path: Path, store: SnapshotClient) -> None:
     damage(store, tmp_path)
-    with pytest.raises(Refusal, match="snapshot 1 is damaged") as refusal:
+    with pytest.raises(UserError, match="snapshot 1 is damaged") as refusal:
         versions.source.proximal([pad(mixed_rows())], NOW)
     assert refusal.value.code is ExitCode.DAMAGED
 

@@ -32,19 +32,19 @@ from palimpsest.common.messages import (
 from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.trajectory import Malformed, Segment
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
-from palimpsest.services.learner.old_logprobs.score_store import Scores
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
-from palimpsest.services.learner.old_logprobs.versioned_model import Resident
-from palimpsest.services.learner.replica.queue import Backlog
+from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
+from palimpsest.services.learner.replica.queue import ScoringQueue
 from palimpsest.services.learner.replica.records import to_rows
-from palimpsest.services.learner.replica.worker import Replica
-from palimpsest.services.local.supervisor import Local, addressed
+from palimpsest.services.learner.replica.worker import ReplicaWorker
+from palimpsest.services.local.supervisor import Supervisor, assign_ports
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import CPU, canaries, load, perturb
 from tests.servers.stores import eventually
@@ -82,8 +82,8 @@ class Setup:
             bus.publish(CONTROL, [Outgoing("test", encode(published))])
         self.source = SnapshotSource(self.newest, store, CPU, loaded=lambda _: None)
 
-    def replica(self, name: str, stop: Stop, bus: SqliteBus | None = None) -> Replica:
-        return Replica(
+    def replica(self, name: str, stop: Stop, bus: SqliteBus | None = None) -> ReplicaWorker:
+        return ReplicaWorker(
             run="test", name=name, bus=bus or self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ class Working:
     def __init__(self, setup: Setup, name: str = "replica-0", bus: SqliteBus | None = None) -> None:
         self.stop = Stop()
         self.replica = setup.replica(name, self.stop, bus)
-        self._resident = Resident(load(setup.folder), setup.store)
+        self._resident = VersionedModel(load(setup.folder), setup.store)
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._work)
 
@@ -189,7 +189,7 @@ def test_a_row_ends_with_its_versions_last_token() -> None:
 
 
 def test_a_record_is_done_when_all_its_versions_are() -> None:
-    backlog, at = Backlog(), Position(0, 7)
+    backlog, at = ScoringQueue(), Position(0, 7)
     backlog.add(of(0, 1), at)
     (first,), (second,) = backlog.take(Version(0)), backlog.take(Version(1))
     assert len(backlog) == 0
@@ -198,21 +198,21 @@ def test_a_record_is_done_when_all_its_versions_are() -> None:
 
 
 def test_versions_come_as_held_then_ascending_and_what_a_batch_waits_for_first() -> None:
-    backlog = Backlog()
+    backlog = ScoringQueue()
     backlog.add(of(0, 1), Position(0, 0))
     backlog.add(of(2, 3, trajectory="g/1"), Position(0, 1))
     assert backlog.versions(None) == [0, 1, 2, 3]
     assert backlog.versions(Version(2)) == [2, 0, 1, 3]
-    backlog.ask({Version(3): of(2, 3, trajectory="g/1")[Version(3)]})
+    backlog.prioritize({Version(3): of(2, 3, trajectory="g/1")[Version(3)]})
     assert backlog.versions(Version(2)) == [3, 2, 0, 1]
     assert len(backlog) == 4, "it waits already, so it is not scored twice"
 
 
 def test_what_is_asked_for_and_does_not_wait_is_scored_without_a_place_on_the_log() -> None:
-    backlog = Backlog()
+    backlog = ScoringQueue()
     backlog.add(of(0), Position(0, 0))
-    backlog.ask(of(0, trajectory="g/9"))
-    backlog.ask(of(0, 0))  # one token more than what waits
+    backlog.prioritize(of(0, trajectory="g/9"))
+    backlog.prioritize(of(0, 0))  # one token more than what waits
     assert len(backlog) == 3
     asked = backlog.take(Version(0))
     assert [work.row.trajectory for work in asked] == ["g/9", "g/0"], "a batch waits for these: they come first"
@@ -221,11 +221,11 @@ def test_what_is_asked_for_and_does_not_wait_is_scored_without_a_place_on_the_lo
 
 
 def test_what_was_taken_and_not_scored_waits_again_unless_its_partition_was_lost() -> None:
-    backlog = Backlog()
+    backlog = ScoringQueue()
     backlog.add(of(0, trajectory="g/1"), Position(0, 0))
     backlog.add(of(0, trajectory="g/2"), Position(1, 0))
-    backlog.ask(of(0, trajectory="g/3"))
-    backlog.ask(of(0, trajectory="g/2"))
+    backlog.prioritize(of(0, trajectory="g/3"))
+    backlog.prioritize(of(0, trajectory="g/2"))
     urgent, rest = backlog.take(Version(0)), backlog.take(Version(0))
     assert [work.row.trajectory for work in (*urgent, *rest)] == ["g/2", "g/3", "g/1"]
     backlog.forget(0)
@@ -235,7 +235,7 @@ def test_what_was_taken_and_not_scored_waits_again_unless_its_partition_was_lost
 
 
 def test_a_lost_partition_is_forgotten() -> None:
-    backlog = Backlog()
+    backlog = ScoringQueue()
     backlog.add(of(0, 1), Position(0, 0))
     backlog.add(of(0), Position(1, 0))
     (begun,) = [work for work in backlog.take(Version(0)) if work.origin == Position(0, 0)]
@@ -349,7 +349,7 @@ def test_a_damaged_version_ends_the_replica(setup: Setup, tmp_path: Path) -> Non
     setup.trajectories(finished(0, 0, (a_segment(2, 5, 1),)))
     working = Working(setup)
     working.thread.start()
-    with pytest.raises(Refusal, match="snapshot 1 is damaged") as refusal:
+    with pytest.raises(UserError, match="snapshot 1 is damaged") as refusal:
         working.join()
     assert refusal.value.code is ExitCode.DAMAGED
     assert committed(setup) == {}
@@ -477,8 +477,8 @@ def test_a_run_on_one_machine_starts_replicas_when_it_needs_them(
 ) -> None:
     own = f'run.folder = "{tmp_path}"\nlocal.replicas = {asked}\nlearner.proximal.kind = "{kind}"\n'
     (tmp_path / "run.toml").write_text(LOCAL + own)
-    config, flags = addressed(load_config([str(tmp_path / "run.toml")], {}, program="").config)
-    local = Local(config, tmp_path / "run.toml", flags)
+    config, flags = assign_ports(load_config([str(tmp_path / "run.toml")], {}, program="").config)
+    local = Supervisor(config, tmp_path / "run.toml", flags)
     assert [child.name for child in local.replicas] == [f"replica-{i}" for i in range(started)]
     assert all("palimpsest.services.learner.replica" in child.command for child in local.replicas)
     assert len(local.replica_urls) == len(set(local.replica_urls.values())) == started
@@ -505,8 +505,8 @@ def a_reader(
     first_wait_s: float = 0.0,
     clock: Clock | None = None,
     resolved: frozenset[str] = frozenset(),
-) -> tuple[ScoreReader, Scores]:
-    scores = Scores()
+) -> tuple[ScoreReader, ScoreStore]:
+    scores = ScoreStore()
     reader = ScoreReader(
         setup.bus, scores, run="test", wait_s=wait_s, wanted=lambda name: name not in resolved, confirm=lambda: None,
         first_wait_s=first_wait_s, clock=clock or Clock(),
@@ -523,7 +523,9 @@ def test_a_batch_gets_its_scores_as_soon_as_they_are_there(setup: Setup) -> None
     reader, _ = a_reader(setup)
     setup.trajectories(*records)
     with Working(setup):
-        rows = reader.wait_for([to_row(record) for record in records], Version(3), look=lambda: None, stop=never)
+        rows = reader.wait_for_scores(
+            [to_row(record) for record in records], Version(3), heartbeat=lambda: None, stop=never
+        )
     assert rows is not None
     assert [row.trajectory for row in rows] == [record.trajectory for record in records]
     for row in rows:
@@ -537,7 +539,7 @@ def test_a_batch_gets_its_scores_as_soon_as_they_are_there(setup: Setup) -> None
 def test_tokens_of_the_present_version_are_not_waited_for(setup: Setup) -> None:
     reader, scores = a_reader(setup)
     row = to_row(finished(2, 0, (a_segment(4, 6, 2),), tokens=7))
-    rows = reader.wait_for([row], Version(2), look=lambda: None, stop=never)
+    rows = reader.wait_for_scores([row], Version(2), heartbeat=lambda: None, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == [(4, 6, 2)]
     assert reader.requested == 0
@@ -552,7 +554,7 @@ def test_after_half_of_the_time_it_asks_and_at_the_end_it_goes_on(setup: Setup) 
     def look() -> None:
         clock.now += 1.0
 
-    rows = reader.wait_for([to_row(record)], Version(2), look=look, stop=never)
+    rows = reader.wait_for_scores([to_row(record)], Version(2), heartbeat=look, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == [(2, 5, 0), (5, 8, 1), (10, 14, 2)]
     assert (clock.now, reader.waited_s, reader.requested) == (8.0, 8.0, 1)
@@ -573,7 +575,7 @@ def test_what_is_asked_for_comes_and_the_wait_is_over(setup: Setup) -> None:
         clock.now = 501.0
 
     with Working(setup):
-        rows = reader.wait_for([to_row(finished(0, 0, MIXED))], Version(2), look=look, stop=never)
+        rows = reader.wait_for_scores([to_row(finished(0, 0, MIXED))], Version(2), heartbeat=look, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == [(10, 14, 2)]
     assert (reader.requested, clock.now) == (1, 501.0)
@@ -595,11 +597,11 @@ def test_replicas_get_longer_to_start_with_than_to_answer(setup: Setup) -> None:
             (told,) = [said for said in setup.said() if said.start == 2]
             setup.bus.publish(OLD_LOGPROBS, [Outgoing(told.trajectory, encode(told))])
 
-    rows = reader.wait_for([to_row(late)], Version(2), look=look, stop=never)
+    rows = reader.wait_for_scores([to_row(late)], Version(2), heartbeat=look, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == [(2, 5, 0), (5, 8, 1), (10, 14, 2)]
     assert clock.now == 38.0
-    reader.wait_for([to_row(late)], Version(2), look=look, stop=never)
+    reader.wait_for_scores([to_row(late)], Version(2), heartbeat=look, stop=never)
     assert clock.now == 46.0
     reader.close()
 
@@ -621,7 +623,7 @@ def test_scores_that_come_before_their_versions_digest_are_not_waited_for_again(
             published = VersionPublished(run="test", version=Version(3), digest=manifest.digest, published_at=0.0)
             setup.bus.publish(CONTROL, [Outgoing("test", encode(published))])
 
-    rows = reader.wait_for([to_row(record)], Version(4), look=look, stop=never)
+    rows = reader.wait_for_scores([to_row(record)], Version(4), heartbeat=look, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == []
     assert (clock.now, reader.requested) == (2.0, 0)
@@ -630,7 +632,10 @@ def test_scores_that_come_before_their_versions_digest_are_not_waited_for_again(
 
 def test_a_stop_ends_the_wait(setup: Setup) -> None:
     reader, _ = a_reader(setup)
-    assert reader.wait_for([to_row(finished(0, 0, MIXED))], Version(2), look=lambda: None, stop=lambda: True) is None
+    assert (
+        reader.wait_for_scores([to_row(finished(0, 0, MIXED))], Version(2), heartbeat=lambda: None, stop=lambda: True)
+        is None
+    )
     reader.close()
 
 
@@ -644,7 +649,7 @@ def test_a_restart_reads_everything_from_the_beginning_but_what_is_resolved(setu
     assert reader.read() == 3 + len(setup.said()) - 6, "the versions, and scores"
     assert len(scores) == 3
     # a batch that is being trained on counts as resolved already; its scores are still wanted
-    rows = reader.wait_for([to_row(records[1])], Version(2), look=lambda: None, stop=never)
+    rows = reader.wait_for_scores([to_row(records[1])], Version(2), heartbeat=lambda: None, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == []
     reader.close()
@@ -672,7 +677,7 @@ def test_scores_of_a_batch_come_though_its_groups_are_closed(setup: Setup) -> No
     reader, scores = a_reader(setup, resolved=frozenset({record.trajectory}))
     setup.trajectories(record)
     with Working(setup):
-        rows = reader.wait_for([to_row(record)], Version(3), look=lambda: None, stop=never)
+        rows = reader.wait_for_scores([to_row(record)], Version(3), heartbeat=lambda: None, stop=never)
     assert rows is not None
     assert scores.missing(rows[0]) == []
     reader.retain()

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
-from palimpsest.common.config.recipes import RECIPES, beneath
+from palimpsest.common.config.recipes import RECIPES, apply_recipe
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, Row
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic
-from palimpsest.services.learner.model.trainable import Trainee
-from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Exact, Source
-from palimpsest.services.learner.training.results import Trained
-from palimpsest.services.learner.training.state import Companions
+from palimpsest.services.learner.training.results import StepResult
+from palimpsest.services.learner.training.state import TrainingState
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import CPU, Resident, load, logprobs, perturb, train
 
@@ -48,16 +48,18 @@ class Other:
     def __init__(self, model: torch.nn.Module) -> None:
         self._resident = Resident(model)
 
-    def proximal(self, batches: Sequence[Padded], now: Version) -> Exact:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
         found = self._resident.proximal(batches, now)
         masks = [torch.from_numpy(batch.mask) for batch in batches]
         zero = torch.zeros(())
         return Exact([torch.where(mask, values, zero) for mask, values in zip(masks, found.logprobs, strict=True)])
 
 
-def trained(folder: Path, config: LearnerConfig, source: str | Source = "", **beside: Any) -> tuple[Trained, Trainee]:
+def trained(
+    folder: Path, config: LearnerConfig, source: str | Source = "", **beside: Any
+) -> tuple[StepResult, TrainablePolicy]:
     model = load(folder).float()
-    trainee = Trainee(model, OptimizerConfig(lr=1e-3))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
     older = load(folder).float()
     perturb(older, by=0.02, seed=5)
     if not isinstance(source, str):
@@ -65,19 +67,19 @@ def trained(folder: Path, config: LearnerConfig, source: str | Source = "", **be
     elif config.proximal.kind == "snapshot":
         made = Other(older)
     else:
-        made = surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        made = build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
     if config.advantages.kind == "gae":
         beside["critic"] = Critic(model, OptimizerConfig(lr=1e-3))
     if config.loss.kl.weight:
         beside["start"] = older
     all_rows = rows(model)
     batches = [all_rows[:4], all_rows[4:]]
-    return train(trainee, made, Ranks(), batches, NOW, config=config, multiplier=1.0, **beside), trainee
+    return train(trainee, made, ProcessGroup(), batches, NOW, config=config, multiplier=1.0, **beside), trainee
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_a_version(name: str, starting_model: Path) -> None:
-    config = a_learner(**beneath(name, {}))
+    config = a_learner(**apply_recipe(name, {}))
     result, trainee = trained(starting_model, config)
     assert result.skipped == 0
     assert trainee.steps == 2
@@ -105,17 +107,17 @@ def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
         loss={"objective": "policy_gradient"},
     )
     model = load(folder).float()
-    trainee = Trainee(model, OptimizerConfig())
+    trainee = TrainablePolicy(model, OptimizerConfig())
     older = load(folder).float()
     perturb(older, by=0.05, seed=seed)
     source: Source = (
         Other(older)
         if kind == "snapshot"
-        else surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        else build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
     )
     taken: list[Tensor] = []
     trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
-    train(trainee, source, Ranks(), [rows(model)], NOW, config=config)
+    train(trainee, source, ProcessGroup(), [rows(model)], NOW, config=config)
     return taken[: len(trainee.masters)]
 
 
@@ -147,9 +149,9 @@ def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
         discrepancy=UNCORRECTED,
     )
     model = load(starting_model).float()
-    trainee = Trainee(model, OptimizerConfig())
+    trainee = TrainablePolicy(model, OptimizerConfig())
     even = [a_row(r.trajectory, r.tokens.tolist(), r.versions.tolist(), reward=0.7) for r in rows(model)]
-    result = train(trainee, Resident(model), Ranks(), [even], NOW, config=config)
+    result = train(trainee, Resident(model), ProcessGroup(), [even], NOW, config=config)
     assert result.baseline == pytest.approx(0.7)
     assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
 
@@ -161,14 +163,14 @@ def test_companions_go_on_from_a_checkpoint_exactly(starting_model: Path) -> Non
         loss={"r2vpo": {"rate": 0.5}, "epo": {"weight": 0.1}},
     )
     model = load(starting_model).float()
-    trainee = Trainee(model, OptimizerConfig(lr=1e-3))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
 
-    def made() -> Companions:
-        source = surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
-        return Companions(source, critic=Critic(model, OptimizerConfig(lr=1e-3)), multiplier=1.0)
+    def made() -> TrainingState:
+        source = build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        return TrainingState(source, critic=Critic(model, OptimizerConfig(lr=1e-3)), multiplier=1.0)
 
     first = made()
-    train(trainee, first.source, Ranks(), [rows(model)], NOW, config=config, critic=first.critic)
+    train(trainee, first.source, ProcessGroup(), [rows(model)], NOW, config=config, critic=first.critic)
     first.multiplier = 0.25
     first.entropies.add(1.5)
     second = made()

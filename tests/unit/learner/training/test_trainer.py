@@ -9,9 +9,9 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.objective import DiscrepancyConfig, LossConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.distributed import Ranks
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs
-from palimpsest.services.learner.model.trainable import Trainee
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from tests.builders import UNCORRECTED, a_learner, a_row
 from tests.models import Resident, load, train
 
@@ -30,11 +30,11 @@ def rows(count: int = 12) -> list[Row]:
 def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> list[torch.Tensor]:
     """Summed gradients of the first minibatch, in float32 arithmetic so that only the split can differ."""
     model = load(folder).float()
-    trainee = Trainee(model, OptimizerConfig())
+    trainee = TrainablePolicy(model, OptimizerConfig())
     taken: list[torch.Tensor] = []
     trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
     config = a_learner(discrepancy=UNCORRECTED, **changes)
-    train(trainee, Resident(model), Ranks(), minibatches, Version(0), config=config)
+    train(trainee, Resident(model), ProcessGroup(), minibatches, Version(0), config=config)
     return taken[: len(trainee.masters)]
 
 
@@ -53,12 +53,12 @@ def test_the_order_of_the_rows_leaves_the_gradient_as_it_is(starting_model: Path
 
 def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee, source = Trainee(model, OptimizerConfig(lr=1e-2)), Resident(model)
+    trainee, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), Resident(model)
     before = Resident(load(starting_model))
     trained = train(
         trainee,
         source,
-        Ranks(),
+        ProcessGroup(),
         [rows()[:6], rows()[6:]],
         Version(0),
         config=a_learner(discrepancy=UNCORRECTED),
@@ -80,12 +80,12 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
 
 def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig())
+    trainee = TrainablePolicy(model, OptimizerConfig())
     bad = [a_row("bad", [5, 6, 7], [-1, 0, 0], advantage=float("nan"))]
     trained = train(
         trainee,
         Resident(model),
-        Ranks(),
+        ProcessGroup(),
         [bad, rows()],
         Version(0),
         config=a_learner(discrepancy=DiscrepancyConfig(band="off")),
@@ -97,10 +97,12 @@ def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_mod
 
 def test_rows_without_any_sampled_token_teach_nothing(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = Trainee(model, OptimizerConfig(lr=1e-2))
+    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-2))
     before = [m.clone() for m in trainee.masters]
     empty = [a_row("a", [5, 6, 7], [-1, -1, -1]), a_row("b", [5, 6, 7], [-1, -1, -1])]
-    trained = train(trainee, Resident(model), Ranks(), [empty], Version(0), config=a_learner(micro_batch_tokens=100))
+    trained = train(
+        trainee, Resident(model), ProcessGroup(), [empty], Version(0), config=a_learner(micro_batch_tokens=100)
+    )
     assert trained.loss == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, trainee.masters, strict=True))
 
@@ -109,8 +111,8 @@ def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
     def loss(entropy: float) -> float:
         model = load(starting_model)
         config = a_learner(loss=LossConfig(entropy=entropy))
-        trainee = Trainee(model, OptimizerConfig())
-        return train(trainee, Resident(model), Ranks(), [rows()], Version(0), config=config).loss
+        trainee = TrainablePolicy(model, OptimizerConfig())
+        return train(trainee, Resident(model), ProcessGroup(), [rows()], Version(0), config=config).loss
 
     model = load(starting_model)
     mean = 0.0

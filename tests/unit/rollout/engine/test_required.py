@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.messages import CONTROL, TRAJECTORIES, CutReleased, CutRequested, encode
-from palimpsest.common.user_error import ExitCode, Refusal
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, StoredWeights
 from palimpsest.services.rollout.engine.required import needed
@@ -93,7 +93,7 @@ async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_
             await at_work.until(lambda: at_work.worker.status()["cut"] == 4)
             engine.step = step
             place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4)))])
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             await at_work.ends()
     assert refused.value.code is ExitCode.ENGINE
     assert str(refused.value).startswith(f"the inference engine refused {what}\nits error: {ERROR}\nwhat to try: ")
@@ -106,7 +106,7 @@ async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_
 
 
 def test_the_text_of_a_refused_step_is_the_documented_one() -> None:
-    with pytest.raises(Refusal) as refused, needed("an update to version 12"):
+    with pytest.raises(UserError) as refused, needed("an update to version 12"):
         raise EngineFailed("weight update: ValueError: model.norm.weight: 4096 bytes are missing")
     assert str(refused.value) == documented("A step that a living engine refuses")
 

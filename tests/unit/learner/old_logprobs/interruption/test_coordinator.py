@@ -22,13 +22,13 @@ from palimpsest.common.messages import (
     SegmentFlushed,
     encode,
 )
-from palimpsest.common.rejected_record import Cause
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.batch.batching import Padded
-from palimpsest.services.learner.distributed import Ranks
-from palimpsest.services.learner.old_logprobs.distributed_scorer import Together, resident
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
 from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
 from palimpsest.services.learner.old_logprobs.interruption.cut import MOST_LOST_S
 from palimpsest.services.learner.old_logprobs.interruption.liveness import ROSTER_S
@@ -250,7 +250,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     """Nothing is scored twice: the same cut again costs the workers' flushes only."""
     model = load(starting_model)
     log.said(alive("a"))
-    before = Learner(log, Together(Ranks(), resident(model, CPU)))
+    before = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)))
     log.sampled(a_finished(0, 0), a_finished(0, 1, tokens=12, segments=(a_segment(2, 11, 0),)))
     flushes = [a_flush(1, 0), a_flush(1, 1, tokens=20, segments=(a_segment(4, 20, 0),))]
     log.answers = [flushing("a", *flushes)]
@@ -259,7 +259,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     before.close()
 
     count, asked = len(log.scored()), torch.get_rng_state()
-    after = Learner(log, Together(Ranks(), resident(model, CPU)), before=before)
+    after = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)), before=before)
     log.announced(0)
     after.read()
     assert after.interruption.work(V0, digest(0)) == 0
@@ -314,9 +314,9 @@ def test_garbage_among_the_scores_is_kept_and_does_not_stop_a_restart(log: Log) 
     assert len(after.scores) == 1
     causes = sorted((letter.topic, letter.cause) for letter in log.messages(DEAD_LETTERS))
     assert causes == [
-        (OLD_LOGPROBS, Cause.LENGTH_MISMATCH),
-        (OLD_LOGPROBS, Cause.UNDECODABLE),
-        (WORKERS, Cause.UNDECODABLE),
+        (OLD_LOGPROBS, RejectCause.LENGTH_MISMATCH),
+        (OLD_LOGPROBS, RejectCause.UNDECODABLE),
+        (WORKERS, RejectCause.UNDECODABLE),
     ]
     assert after.planner.counts()["dead_lettered"] == 0, "none of them was a trajectory"
 
@@ -351,7 +351,7 @@ class OutOfMemory(Exception): ...
 
 
 def test_a_cut_that_comes_to_nothing_is_released_once(log: Log) -> None:
-    def fails(batches: Sequence[Padded]) -> list[Float32Array]:
+    def fails(batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         raise OutOfMemory
 
     log.said(alive("a"))

@@ -14,57 +14,57 @@ def a_cut(number: int = 7) -> Cut:
 
 def test_it_is_over_when_every_worker_has_answered() -> None:
     cut = a_cut()
-    assert cut.waits({"a", "b"}, now=100.0)
+    assert cut.is_waiting({"a", "b"}, now=100.0)
     assert cut.take(reached("b", 7))
-    assert cut.waits({"a", "b"}, now=101.0)
+    assert cut.is_waiting({"a", "b"}, now=101.0)
     assert cut.take(reached("a", 7))
-    assert not cut.waits({"a", "b"}, now=101.0)
+    assert not cut.is_waiting({"a", "b"}, now=101.0)
     assert (cut.workers, cut.answered, cut.late) == (("a", "b"), ("a", "b"), ())
 
 
 def test_the_deadline_leaves_out_who_has_not_answered() -> None:
     cut = a_cut()
     cut.take(reached("a", 7))
-    assert cut.waits({"a", "b"}, now=104.999)
-    assert not cut.waits({"a", "b"}, now=105.0)
+    assert cut.is_waiting({"a", "b"}, now=104.999)
+    assert not cut.is_waiting({"a", "b"}, now=105.0)
     assert (cut.answered, cut.late) == (("a",), ("b",))
 
 
 def test_time_in_which_nobody_could_be_heard_is_made_up_for_but_not_for_ever() -> None:
     cut, now, outages = a_cut(), 100.0, 0
-    while cut.waits({"a"}, now=now + 4.9):
+    while cut.is_waiting({"a"}, now=now + 4.9):
         now += 100.0
-        cut.begin_anew(now=now, lost_s=100.0)
+        cut.restart_deadline(now=now, lost_s=100.0)
         outages += 1
     assert outages == MOST_LOST_S // 100 + 1
 
 
 def test_a_single_outage_is_made_up_for_however_long_it_was() -> None:
     cut = a_cut()
-    cut.begin_anew(now=10_000.0, lost_s=9_900.0)
-    assert cut.waits({"a"}, now=10_004.9)
+    cut.restart_deadline(now=10_000.0, lost_s=9_900.0)
+    assert cut.is_waiting({"a"}, now=10_004.9)
 
 
 def test_an_answer_to_a_former_cut_is_no_answer() -> None:
     cut = a_cut()
     assert not cut.take(reached("a", 6, {0: 99}))
     assert not cut.take(reached("a", 8, {0: 99}))
-    assert cut.waits({"a"}, now=101.0)
+    assert cut.is_waiting({"a"}, now=101.0)
     assert cut.positions == {}
 
 
 def test_a_worker_that_comes_meanwhile_is_waited_for_and_one_that_falls_silent_is_not() -> None:
     cut = a_cut()
     cut.take(reached("a", 7))
-    assert not cut.waits({"a"}, now=100.5)
-    assert cut.waits({"a", "new"}, now=101.0)
-    assert not cut.waits({"a"}, now=102.0)
+    assert not cut.is_waiting({"a"}, now=100.5)
+    assert cut.is_waiting({"a", "new"}, now=101.0)
+    assert not cut.is_waiting({"a"}, now=102.0)
     assert (cut.answered, cut.late) == (("a",), ("new",))
 
 
 def test_without_workers_there_is_nothing_to_wait_for() -> None:
     cut = a_cut()
-    assert not cut.waits(frozenset(), now=100.0)
+    assert not cut.is_waiting(frozenset(), now=100.0)
     assert (cut.workers, cut.late) == ((), ())
 
 

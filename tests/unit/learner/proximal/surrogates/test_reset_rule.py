@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, Rule, Seen, decide
+from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, ResetState, Rule, decide
 from tests.oracles import surrogates as oracle
 
 PAPER = Rule("paper", threshold=0.9, patience=3, cooldown=8)
@@ -14,7 +14,7 @@ GUARDED = Rule("guarded", threshold=0.9, patience=3, cooldown=4)
 
 def resets(shares: Sequence[float], rule: Rule) -> list[int]:
     """Versions at which it is reset."""
-    seen, found = Seen(), []
+    seen, found = ResetState(), []
     for version, share in enumerate(shares):
         seen, cause = decide(seen, share, rule)
         if cause is not None:
@@ -74,18 +74,18 @@ def test_both_rules_equal_the_oracle() -> None:
 
 
 def test_the_cause_is_told() -> None:
-    assert decide(Seen(), 0.1, PAPER)[1] is Cause.BELOW_THRESHOLD
-    assert decide(Seen(healthy=(0.9,), low=2), 0.1, GUARDED)[1] is Cause.BELOW_HEALTHY_LEVEL
+    assert decide(ResetState(), 0.1, PAPER)[1] is Cause.BELOW_THRESHOLD
+    assert decide(ResetState(healthy=(0.9,), low=2), 0.1, GUARDED)[1] is Cause.BELOW_HEALTHY_LEVEL
 
 
 def test_a_version_without_trainable_tokens_decides_nothing() -> None:
     nan = float("nan")
     assert resets([0.95, nan, nan], PAPER) == []
     assert resets([0.8, 0.3, 0.3, nan, 0.3], GUARDED) == [4]
-    assert decide(Seen(), nan, GUARDED)[0].healthy == ()
+    assert decide(ResetState(), nan, GUARDED)[0].healthy == ()
 
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, float("inf")])
 def test_a_share_that_is_none_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"it is in \[0, 1\]"):
-        decide(Seen(), wrong, PAPER)
+        decide(ResetState(), wrong, PAPER)

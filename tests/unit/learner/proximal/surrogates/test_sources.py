@@ -10,11 +10,11 @@ from torch import Tensor
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import PpoEwmaAsyncProximal
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import Padded, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, pad
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from palimpsest.services.learner.proximal.surrogates.factory import surrogate
+from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow
 from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear, current_share
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
@@ -26,11 +26,11 @@ from tests.models import CPU, Resident, load, perturb
 NOW = Version(8)
 
 
-def batch(versions: list[int], behavior: list[float]) -> Padded:
+def batch(versions: list[int], behavior: list[float]) -> PaddedBatch:
     return pad([a_row("a", list(range(3, 3 + len(versions))), versions, behavior=behavior)])
 
 
-def anchored(source: Source, padded: Padded, current: list[float]) -> Tensor:
+def anchored(source: Source, padded: PaddedBatch, current: list[float]) -> Tensor:
     proximal = source.proximal([padded], NOW)
     return proximal.anchor(0, torch.tensor([current]), torch.from_numpy(padded.mask)).logprobs[0]
 
@@ -144,7 +144,7 @@ def test_the_configuration_names_the_surrogate(keys: dict[str, object], made: ty
     config = LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
     model = load(starting_model)
     masters = [parameter.detach().float() for parameter in model.parameters()]
-    source = surrogate(config, model=model, masters=masters, device=CPU, max_staleness=6)
+    source = build_surrogate(config, model=model, masters=masters, device=CPU, max_staleness=6)
     assert type(source) is made
     if isinstance(source, EwmaProx):
         assert source.decay == 0.8
@@ -156,7 +156,7 @@ def test_the_configuration_names_the_surrogate(keys: dict[str, object], made: ty
 def test_the_window_is_the_configured_one(window: int | str, decay: float) -> None:
     config = PpoEwmaAsyncProximal.model_validate({"kind": "ppo_ewma_async", "window": window})
     model = torch.nn.Linear(2, 2)
-    source = surrogate(config, model=model, masters=[], device=CPU, max_staleness=6)
+    source = build_surrogate(config, model=model, masters=[], device=CPU, max_staleness=6)
     assert isinstance(source, PpoEwmaAsync)
     assert source.decay == pytest.approx(decay)
 
@@ -164,7 +164,7 @@ def test_the_window_is_the_configured_one(window: int | str, decay: float) -> No
 def test_the_reset_rule_is_the_configured_one() -> None:
     keys = {"kind": "ppo_ewma_async", "reset": "guarded", "threshold": 0.95, "patience": 1, "cooldown": 2}
     config = PpoEwmaAsyncProximal.model_validate(keys)
-    source = surrogate(config, model=torch.nn.Linear(2, 2), masters=[], device=CPU, max_staleness=6)
+    source = build_surrogate(config, model=torch.nn.Linear(2, 2), masters=[], device=CPU, max_staleness=6)
     assert isinstance(source, PpoEwmaAsync)
     for share in (0.8, 0.7, 0.7, 0.7, 0.7):
         source.published([], active_share=share, mean_staleness=1.0)
@@ -175,4 +175,4 @@ def test_the_reset_rule_is_the_configured_one() -> None:
 def test_an_exact_kind_is_no_surrogate(kind: str) -> None:
     config = LearnerConfig.model_validate({"versions": 1, "proximal": {"kind": kind}}).proximal
     with pytest.raises(ValueError, match=f"'{kind}', which is exact"):
-        surrogate(config, model=torch.nn.Linear(1, 1), masters=[], device=CPU, max_staleness=1)
+        build_surrogate(config, model=torch.nn.Linear(1, 1), masters=[], device=CPU, max_staleness=1)
