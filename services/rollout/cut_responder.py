@@ -145,5 +145,5 @@ class CutResponder:
             "held in vain", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
             consequence="samples on; what it samples with this version is not scored",
         )  # fmt: skip
-        self._cuts.let_go()
+        self._cuts.release()
         self._news.set()

@@ -46,13 +46,13 @@ class CutState:
                 # else it is a copy, which an outage may have put there, or of a learner that was replaced
                 self._last, self.open, self.held = message.cut, message, message.version
             case CutReleased() if self.open is not None and message.cut == self.open.cut:
-                self.let_go()
+                self.release()
             case VersionPublished() if self._is_news(message):
                 if message.version <= self.held:
-                    self.let_go()
+                    self.release()
                 self.open = None
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Await nothing more: the version of the cut that stands may be sampled with again."""
         if self.open is not None:
             self.held = Version(self.open.version - 1)

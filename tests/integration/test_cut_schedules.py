@@ -134,7 +134,7 @@ def a_release_is_taken_for_any_version(patch: Patch) -> None:
     def let_go(self: CutState) -> None:
         self.open, self.held = None, NOTHING
 
-    patch.setattr(CutState, "let_go", let_go)
+    patch.setattr(CutState, "release", let_go)
 
 
 def a_copy_is_taken_for_news(patch: Patch) -> None:
