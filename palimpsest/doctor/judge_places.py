@@ -12,10 +12,14 @@ PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def checkout(facts: Facts) -> Finding:
+    """A checkout that `make setup` can write to."""
+    assert facts.checkout, "an installed package has none"
     return _written("Checkout", facts.checkout, "`make setup` writes .venv, .setup and models there.")
 
 
 def disk_to_install(facts: Facts) -> Finding:
+    """Enough disk for the environment and its downloads."""
+    assert facts.checkout, "an installed package has none"
     needed, free = support.NEEDED_GB[facts.kind] * GB, facts.checkout.free
     value = f"{free / GB:.1f} GB free on the disk of {facts.checkout.path}"
     if free < needed:
@@ -27,6 +31,7 @@ def disk_to_install(facts: Facts) -> Finding:
 
 
 def download_cache(facts: Facts) -> Finding:
+    """A writable cache with room for the downloads."""
     found = _written("Cache", facts.cache, "uv keeps its downloads there.", "Name another in UV_CACHE_DIR.")
     if found.level == OK and facts.cache.free < support.INSTALLED_GB[facts.kind] * GB:
         return Finding(
@@ -37,17 +42,20 @@ def download_cache(facts: Facts) -> Finding:
 
 
 def run_folder(facts: Facts) -> Finding:
-    remedy = "Name another: make run ARGS=--run.folder=/path."
+    """A writable run folder with room for a run."""
+    remedy = "Name another: --run.folder=/path" + (" (make run ARGS=--run.folder=/path)." if facts.checkout else ".")
     found = _written("Run folder", facts.run_folder, "A run keeps its log, versions and report there.", remedy)
     return found if found.level == STOPS else _room(found, facts.run_folder, remedy)
 
 
 def temporary(facts: Facts) -> Finding:
+    """A writable temporary folder with room for what torch and vLLM put there."""
     found = _written("Temporary folder", facts.temporary, "torch and vLLM write there.", "Name another in TMPDIR.")
     return found if found.level == STOPS else _room(found, facts.temporary, "Name another in TMPDIR.")
 
 
 def omp(facts: Facts) -> Finding:
+    """A usable OMP_NUM_THREADS, where it is set."""
     text = facts.environment.get("OMP_NUM_THREADS")
     check = "OMP_NUM_THREADS"
     if text is None:
@@ -64,6 +72,7 @@ def omp(facts: Facts) -> Finding:
 
 
 def proxies(facts: Facts) -> Finding:
+    """No proxy between the services of this machine."""
     given = [name for name in PROXIES if facts.environment.get(name)]
     if not given:
         return Finding("Proxy", "none")

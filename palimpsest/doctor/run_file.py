@@ -26,6 +26,16 @@ def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any
     return {**values, **flags}
 
 
+def unknown(words: Sequence[str]) -> str:
+    """The first flag that cannot be a run's: a key has a dot. Empty if there is none.
+
+    >>> unknown(["my.toml", "--run.id=a", "--resume=runs/a", "--colour"])
+    '--colour'
+    """
+    _, flags = _words(words)
+    return next((f"--{name}" for name in flags if "." not in name and name != "resume"), "")
+
+
 def folder(values: Mapping[str, Any]) -> Path:
     """The folder that this run writes to, or that will hold its folder."""
     if "resume" in values:

