@@ -2,8 +2,8 @@
 
 import time
 
+from palimpsest.env import Outcome, Turn
 from palimpsest.services.env_gateway.environments.lookup import Lookup
-from palimpsest.services.env_gateway.environments.port import Outcome, Turn
 
 TOOL_S = 1.5
 """Several steps of a small learner, also on a slow machine."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from palimpsest.services.env_gateway.environments.port import Opening, Outcome, Score, Turn
+from palimpsest.env import Opening, Outcome, Score, Turn
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
 from palimpsest.services.env_gateway.environments.tool_calls import read, render
 from palimpsest.services.env_gateway.hosts import EnvironmentHost

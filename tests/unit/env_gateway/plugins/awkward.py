@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from palimpsest.services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn, digest
+from palimpsest.env import Message, Opening, Outcome, Reply, Score, Turn, digest
 
 
 class Counts:

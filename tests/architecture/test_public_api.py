@@ -1,0 +1,64 @@
+"""The public names with their signatures. A change here is one that users have to read of in CHANGELOG.md."""
+
+import inspect
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import palimpsest
+from palimpsest import cli, env
+
+ROOT = Path(__file__).parents[2]
+ENV = {
+    "Environment": {
+        "finalize": "(self) -> Score",
+        "reset": "(self, seed: int) -> Opening",
+        "state_hash": "(self) -> str",
+        "step": "(self, turn: Turn) -> Reply | Score",
+        "version": "str",
+    },
+    "Malformed": "(problem: str) -> None",
+    "Message": "(*, role: Literal['system', 'user', 'assistant', 'tool'], content: str) -> None",
+    "Opening": "(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()) -> None",
+    "Outcome": "Reply | Score",
+    "Reply": "(messages: tuple[Message, ...], tool_errors: int = 0) -> None",
+    "Score": "(reward: float, success: bool, parts: Mapping[str, float] = <factory>) -> None",
+    "ToolCall": "(*, id: str = '', name: str, arguments: dict[str, Any]) -> None",
+    "Turn": "(text: str, attempts: tuple[ToolCall | Malformed, ...] = ()) -> None",
+    "digest": "(*parts: Any) -> str",
+    "generator": "(seed: int) -> Random",
+    "tool": "(name: str, description: str, **parameters: str) -> dict[str, Any]",
+}
+COMMANDS = {"run", "check", "report", "audit", "dead-letters", "rescore", "doctor"}
+
+
+def shape(value: Any) -> Any:
+    """The signature, or that of each method of a protocol, without the modules of its types."""
+    if getattr(value, "_is_protocol", False):
+        members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
+        fields = {name: member.__name__ for name, member in inspect.get_annotations(value).items()}
+        return {**fields, **{name: shape(member) for name, member in members.items()}}
+    text = str(inspect.signature(value) if callable(value) else value)
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+
+
+def test_what_authors_of_environments_import() -> None:
+    assert {name: shape(getattr(env, name)) for name in env.__all__} == ENV
+
+
+def test_nothing_else_is_seen_there() -> None:
+    assert {name for name in vars(env) if not name.startswith("_")} == set(env.__all__)
+    assert env.__all__ == sorted(env.__all__)
+
+
+def test_what_the_package_itself_offers() -> None:
+    assert palimpsest.__all__ == ["__version__"]
+    assert version("palimpsest") == palimpsest.__version__
+
+
+def test_the_console_commands() -> None:
+    assert set(cli.COMMANDS) == COMMANDS
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"palimpsest": "palimpsest.cli:main"}
