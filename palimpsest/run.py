@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         invocation.overrides,
         kafka=config.bus.kind == "kafka",
         by_make="MAKELEVEL" in os.environ,
-        python=console_text.interpreter(Path(sys.executable), Path.cwd()),
+        program=console_text.called(Path(sys.argv[0]), Path(sys.executable), Path.cwd(), on_path=on_path()),
     )
     print(
         console_text.format_start(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
@@ -98,6 +99,12 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
         print(f"{console_text.stopped(summary)}\n{again}\n{console_text.format_result(summary, home)}")
         sys.exit(int(ExitCode.INTERRUPTED))
     print(console_text.format_result(summary, home))
+
+
+def on_path() -> Path | None:
+    """The `palimpsest` that the shell finds by its name."""
+    found = shutil.which("palimpsest")
+    return Path(found) if found else None
 
 
 def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> bool:

@@ -69,11 +69,11 @@ def waits_for_kafka(servers: str, problem: str, until: float | None) -> str:
 
 
 def resume(
-    home: Path, source: Path, overrides: Sequence[str], *, kafka: bool, by_make: bool, python: str = "python"
+    home: Path, source: Path, overrides: Sequence[str], *, kafka: bool, by_make: bool, program: str = "palimpsest"
 ) -> str:
     """The command to go on with, to be pasted into the shell that the run was started from.
 
-    kafka: the log of the run is one; by_make: make started it; python: this interpreter, as the shell finds it.
+    kafka: the log of the run is one; by_make: make started it; program: what `called` gives.
     """
     again = f"--resume {shlex.quote(str(home))}"
     if source == EMBEDDED and by_make and not overrides:
@@ -82,17 +82,33 @@ def resume(
     if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
         run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
         return f"  make run-cluster {run}ARGS={_for_make(again)}"
-    return f"  {shlex.quote(python)} -m palimpsest run {again}"
+    return f"  {program} run {again}"
 
 
-def interpreter(executable: Path, working_folder: Path) -> str:
-    """As one types it in the working folder. Not resolved: a virtual environment's is a symbolic link.
+def called(script: Path, executable: Path, working_folder: Path, *, on_path: Path | None) -> str:
+    """How the shell calls `palimpsest` again: by its name, by its path, or as a module of the interpreter.
 
-    >>> interpreter(Path("/a/.venv/bin/python"), Path("/a")), interpreter(Path("/usr/bin/python3"), Path("/a"))
-    ('.venv/bin/python', '/usr/bin/python3')
+    script: sys.argv[0]; on_path: what the shell finds under the name `palimpsest`.
+
+    >>> venv, here = Path("/a/.venv/bin"), Path("/a")
+    >>> called(venv / "palimpsest", venv / "python", here, on_path=venv / "palimpsest")
+    'palimpsest'
+    >>> called(Path(".venv/bin/palimpsest"), venv / "python", here, on_path=None)
+    '.venv/bin/palimpsest'
+    >>> called(Path("/a/palimpsest/__main__.py"), venv / "python", here, on_path=venv / "palimpsest")
+    '.venv/bin/python -m palimpsest'
     """
-    inside = executable.is_relative_to(working_folder)
-    return str(executable.relative_to(working_folder) if inside else executable)
+    if script.name == "__main__.py":
+        return f"{shlex.quote(_typed(executable, working_folder))} -m palimpsest"
+    if on_path is not None and working_folder / on_path == working_folder / script:
+        return "palimpsest"
+    return shlex.quote(_typed(working_folder / script, working_folder))
+
+
+def _typed(program: Path, working_folder: Path) -> str:
+    """As one types it in the working folder. Not resolved: a virtual environment's Python is a symbolic link."""
+    inside = program.is_relative_to(working_folder)
+    return str(program.relative_to(working_folder) if inside else program)
 
 
 def _for_make(text: str) -> str:

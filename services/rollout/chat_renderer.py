@@ -52,6 +52,14 @@ class ChatRenderer:
         """Tokens of the first prompt, up to where the model's first message starts."""
         return self._begin(tuple(messages), _Tools(tools))
 
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+        """The text of the first prompt, up to where the model's first message starts. `begin` gives its tokens."""
+        return str(
+            self._tokenizer.apply_chat_template(
+                _plain(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **self._options
+            )
+        )
+
     def render_turn_separator(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
         """Tokens from the end of a model message to the start of the next.
 
@@ -78,7 +86,7 @@ class ChatRenderer:
             raise UserError(f"model.path: its chat template cannot render a tool's answer: {error}") from None
 
     def _begin_uncached(self, messages: tuple[Message, ...], tools: "_Tools") -> tuple[int, ...]:
-        return self._render(_plain(messages), tools.schemas)
+        return tuple(self.encode(self.prompt(messages, tools.schemas)))
 
     def _continue_uncached(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         said = [
@@ -91,12 +99,6 @@ class ChatRenderer:
         if not found:
             raise ValueError("the template leaves out what the assistant said")
         return tuple(self.encode(after))
-
-    def _render(self, messages: list[dict[str, str]], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        text = self._tokenizer.apply_chat_template(
-            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **self._options
-        )
-        return tuple(self.encode(text))
 
 
 def _tokenizer(model: str) -> Any:

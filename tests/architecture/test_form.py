@@ -9,7 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 80
 SELF_EXPLAINING = {"close"}
-PRINTS = {"__main__.py", "run.py", "rescore.py", "supervisor.py", "view.py", "screen.py", "program.py"}
+PRINTS = {
+    "__main__.py",
+    "cli.py",
+    "env_command.py",
+    "run.py",
+    "rescore.py",
+    "supervisor.py",
+    "view.py",
+    "screen.py",
+    "program.py",
+}
 """Files that talk to a person on the terminal; everything else logs."""
 BINARY = {".bin", ".png", ".lock"}
 

@@ -1,0 +1,176 @@
+"""`palimpsest env ...`: which environments there are, and how a task of one begins."""
+
+import asyncio
+import difflib
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from palimpsest.common.config import RunConfig, load
+from palimpsest.common.config.schema import EnvGatewayConfig
+from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
+from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.registry import REASONING_GYM, Entry, Registry
+
+PROGRAM = "palimpsest env"
+USAGE = f"""\
+usage: {PROGRAM} list [RUN.toml] [--SECTION.KEY=VALUE ...]
+       {PROGRAM} show NAME [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
+
+list    every environment that a run can name in tasks.environments, each with a line on what it is
+show    how one task of an environment begins: its messages and the schemas of its tools
+
+  RUN.toml    adds the environments that this run plugs in (env_gateway.plugins). With it, `show` prints the prompt
+              as the chat template of model.path renders it, which is what the model sees
+  --seed N    the task: the same seed is always the same task (default: 0)"""
+KEYS = """\
+Train on NAME with tasks.environments = { NAME = 1.0 }; the number is its share of the groups, and the only key that an
+environment takes. Your own are plugged in with env_gateway.plugins = { NAME = "package.module:Class" }."""
+WIDTH = 110
+START_WAIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    action: str
+    config: RunConfig | None
+    name: str = ""
+    seed: int = 0
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Do what is asked, and print it. Raises UserError."""
+    if {"--help", "-h"} & set(arguments):
+        print(USAGE)
+        return
+    request = parse(arguments, os.environ)
+    with offered(request.config) as (pool, entries):
+        if request.action == "list":
+            print("\n".join(listed(entries, request.config)))
+            return
+        entry = found(request.name, entries)
+        try:
+            opening = asyncio.run(_opening(pool, entry, request.seed))
+        except EnvironmentFailed as failed:
+            raise UserError(
+                f"environment {entry.name}, seed {request.seed}: its task cannot begin ({failed.code}): {failed}"
+            ) from None
+    print("\n".join(shown(opening, request.config)))
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
+    """Read the command line. Raises UserError."""
+    action, *rest = arguments or [""]
+    if action not in ("list", "show"):
+        raise UserError(USAGE if not action else f"{PROGRAM} {action}: there are `list` and `show`\n{USAGE}")
+    name, seed, own = "", 0, list[str]()
+    waiting = list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        if word.partition("=")[0] == "--seed" and action == "show":
+            seed = _seed(word.partition("=")[2] if "=" in word else (waiting.pop(0) if waiting else ""))
+        elif action == "show" and not name and not word.startswith("-"):
+            name = word
+        else:
+            own.append(word)
+            if word.startswith("--") and "=" not in word and waiting:  # --key value
+                own.append(waiting.pop(0))
+    if action == "show" and not name:
+        raise UserError(USAGE)
+    if flag := next((word for word in own if word.startswith("-") and "." not in word.partition("=")[0]), None):
+        raise UserError(f"{PROGRAM} {action} {flag}: there is no such flag\n{USAGE}")
+    config = load(own, environment, program=f"{PROGRAM} {action}").config if own else None
+    return Request(action, config, name, seed)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"--seed {text}: a whole number from 0 on is wanted")
+    return int(text)
+
+
+@contextmanager
+def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
+    """The environments that come with Palimpsest and those that the run plugs in. Raises UserError."""
+    gateway = config.env_gateway if config else EnvGatewayConfig()
+    built_in = registry.built_in()
+    wanted = plugins.blueprints(gateway.plugins, taken=built_in)
+    modules = tuple(sorted({blueprint.module for blueprint in wanted.values()}))
+    pool = Pool(limit=1, wait_s=START_WAIT_S, call_limit_s=gateway.step_limit_s, modules=modules)
+    try:
+        yield pool, {**built_in, **registry.reasoning_gym(pool), **plugins.entries(pool, wanted)}
+    finally:
+        pool.stop()
+
+
+def found(name: str, entries: Registry) -> Entry:
+    """The environment of this name. Raises UserError, with the name that it is nearest to."""
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]}?" if near else "`palimpsest env list` has them all"
+    raise UserError(f"there is no environment {name!r}; {meant} One of your own needs the RUN.toml that plugs it in")
+
+
+def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
+    """The environments for a person, line by line."""
+    paths = config.env_gateway.plugins if config else {}
+    plain = {name: entry for name, entry in entries.items() if not name.startswith(REASONING_GYM)}
+    width = max(map(len, plain))
+    yield "Built in:"
+    for name, entry in plain.items():
+        if name not in paths:
+            yield f"  {name:{width}}  {entry.description.removeprefix(f'{name}: ')}"
+    if len(plain) < len(entries):
+        yield f"  {REASONING_GYM}DATASET  tasks of reasoning-gym, with a calculator; {len(DATASETS)} datasets:"
+        yield textwrap.fill(" ".join(DATASETS), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    else:
+        yield f"  {REASONING_GYM}DATASET  not on offer: reasoning-gym is not installed"
+    if paths:
+        yield "Plugged in by the run:"
+        for name, path in paths.items():
+            about = entries[name].description or "(its class has no docstring)"
+            yield f"  {name:{width}}  {about} ({path}, version {entries[name].version})"
+    yield ""
+    yield KEYS
+
+
+def shown(opening: Opening, config: RunConfig | None) -> Iterator[str]:
+    """The opening as the model of the run sees it, or its parts where no model is named."""
+    note = ""
+    if config is not None:
+        from palimpsest.services.rollout.chat_renderer import ChatRenderer  # transformers arrive here
+
+        try:
+            renderer = ChatRenderer.load(config.model.path, dict(config.model.chat_template_options))
+        except UserError as refusal:
+            note = str(refusal)
+        else:
+            yield renderer.prompt(opening.messages, opening.tools)
+            return
+    for message in opening.messages:
+        yield f"[{message.role}]"
+        yield message.content
+    for schema in opening.tools:
+        yield "[tool schema]"
+        yield json.dumps(schema, indent=2, ensure_ascii=False)
+    if note:
+        yield f"\nThese are the parts of the prompt. It cannot be rendered: {note}"
+
+
+async def _opening(pool: Pool, entry: Entry, seed: int) -> Opening:
+    host = await entry.open()
+    try:
+        with closing(host):
+            opening, _ = await host.reset(seed)
+    finally:
+        await pool.close()
+    return opening

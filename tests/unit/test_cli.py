@@ -1,0 +1,111 @@
+"""The console command: help, what is missing or misspelt, exit codes, Ctrl-C and a reader that goes away."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import palimpsest
+from palimpsest import cli
+from tests.programs import answered
+
+ROOT = Path(__file__).resolve().parents[2]
+LIGHT = sorted(cli.COMMANDS.keys() - {"rescore"})  # which imports torch
+NOTHING_NEEDED = {"doctor"}
+"""Commands that need no argument."""
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", LIGHT)
+def test_help_is_printed(name: str, flag: str) -> None:
+    done = answered("palimpsest", name, flag)
+    assert (done.code, done.err) == (0, "")
+    assert f"usage: palimpsest {name}" in done.out
+
+
+@pytest.mark.parametrize("name", sorted(set(LIGHT) - NOTHING_NEEDED))
+def test_a_command_without_its_arguments_prints_its_usage_as_an_error(name: str) -> None:
+    done = answered("palimpsest", name)
+    assert (done.code, done.out) == (2, "")
+    assert f"usage: palimpsest {name}" in done.err
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_an_unknown_flag_is_named(name: str) -> None:
+    words = {
+        "run": ["examples/embedded.toml"],
+        "check": ["examples/embedded.toml"],
+        "audit": ["examples/embedded.toml"],
+    }
+    words |= {"dead-letters": ["list", "examples/embedded.toml"], "env": ["list"], "report": ["runs/a"]}
+    done = answered("palimpsest", name, *words.get(name, []), "--colour=red")
+    assert (done.code, done.out) == (2, "")
+    assert "colour" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_command_alone_prints_the_usage_as_an_error() -> None:
+    done = answered("palimpsest")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("usage: palimpsest COMMAND")
+
+
+def test_the_version() -> None:
+    assert answered("palimpsest", "--version").out == f"palimpsest {palimpsest.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["fly", "--fly"])
+def test_an_unknown_command_is_refused(name: str) -> None:
+    done = answered("palimpsest", name)
+    assert done.code == 2
+    assert f"palimpsest {name}: there is no such" in done.err
+
+
+def test_two_folders_are_no_report() -> None:
+    assert "one folder is wanted" in answered("palimpsest", "report", "a", "b").err
+
+
+def started(*arguments: str, path: Path | None = None, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """The command as a process; modules in `path` come before installed ones."""
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    command = [sys.executable, "-m", "palimpsest", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("pydantic", ["check", "examples/embedded.toml"]), ("rich", ["run", "examples/embedded.toml"])],
+)
+def test_ctrl_c_during_an_import_ends_it_without_a_traceback(tmp_path: Path, module: str, command: list[str]) -> None:
+    """The module's import stands still until the signal comes."""
+    (tmp_path / f"{module}.py").write_text("import signal\nprint('imports', flush=True)\nsignal.pause()\n")
+    process = started(*command, path=tmp_path)
+    assert process.stdout
+    assert process.stdout.readline() == "imports\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (130, "")
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "run --help", "check examples/embedded.toml", "audit --help", "doctor", "env list"]
+)
+def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = started(*command.split(), stdout=writer)
+    os.close(writer)
+    _, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, "")
+
+
+def test_help_imports_nothing_but_the_standard_library() -> None:
+    code = (
+        "import sys, palimpsest.cli; sys.argv = ['palimpsest', '--help']; palimpsest.cli.main(); "
+        "print([m for m in sys.modules if m.partition('.')[0] in ('pydantic', 'numpy', 'torch', 'rich')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "[]"

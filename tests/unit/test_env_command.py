@@ -1,0 +1,104 @@
+"""`palimpsest env`: every environment is listed, and a task is shown as it begins."""
+
+from pathlib import Path
+
+import pytest
+
+from palimpsest.services.env_gateway.environments.lookup import Lookup
+from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
+from tests.programs import Answer, answered
+
+PLUGIN = '''
+from palimpsest.env import Message, Opening, Score
+
+class Greet:
+    """Greet back."""
+    version = "7"
+    def reset(self, seed):
+        if seed == 13:
+            raise ValueError("unlucky")
+        return Opening((Message(role="user", content=f"hello {seed}"),))
+    def step(self, turn):
+        return Score(1.0, True)
+    def finalize(self):
+        return Score(0.0, False)
+    def state_hash(self):
+        return ""
+'''
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that plugs an environment in, and whose model is not there."""
+    (tmp_path / "greetings.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'model.path = "nowhere"\ntasks.environments = { greet = 1.0 }\n'
+        'env_gateway.plugins = { greet = "greetings:Greet" }\nlearner.versions = 1\n'
+    )
+    return path
+
+
+def env(*arguments: object) -> Answer:
+    return answered("palimpsest", "env", *arguments)
+
+
+def test_what_comes_with_palimpsest_is_listed_with_a_line_on_each() -> None:
+    done = env("list")
+    assert (done.code, done.err) == (0, "")
+    for name, about in (("lookup", "ask a table for a key's value"), ("hop", ""), ("add", "have a sum calculated")):
+        assert any(line.split()[:1] == [name] and about in line for line in done.out.splitlines())
+    assert set(DATASETS) <= set(done.out.split())
+    assert "tasks.environments" in done.out
+
+
+def test_what_a_run_plugs_in_is_listed_with_its_class(run_file: Path) -> None:
+    (line,) = [line for line in env("list", run_file).out.splitlines() if line.split()[:1] == ["greet"]]
+    assert line.split(maxsplit=1)[1] == "Greet back. (greetings:Greet, version 7)"
+
+
+def test_a_task_is_shown_with_its_tools() -> None:
+    said = env("show", "lookup", "--seed", "3").out
+    assert Lookup().reset(3).messages[0].content in said
+    assert '"name": "lookup"' in said
+    assert env("show", "lookup", "--seed=3").out == said
+
+
+def test_a_task_of_an_environment_in_a_process_of_its_own_is_shown(run_file: Path) -> None:
+    done = env("show", "greet", run_file, "--seed=5")
+    assert done.code == 0
+    assert done.out.startswith("[user]\nhello 5\n")
+    assert "cannot be rendered: model.path" in done.out
+
+
+@pytest.mark.thorough
+def test_a_task_is_shown_as_the_model_of_the_run_sees_it(tmp_path: Path, starting_model: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'model.path = "{starting_model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 1\n')
+    said = env("show", "lookup", path).out
+    assert said.startswith("<|im_start|>")
+    assert said.rstrip().endswith("<|im_start|>assistant")
+    assert Lookup().reset(0).messages[0].content in said
+
+
+def test_an_environment_whose_task_cannot_begin_is_told_with_its_error(run_file: Path) -> None:
+    done = env("show", "greet", run_file, "--seed=13")
+    assert done.code == 2
+    assert done.err == ("environment greet, seed 13: its task cannot begin (environment_raised): ValueError: unlucky\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show", "lokup"], "did you mean lookup?"),
+        (["show"], "usage: palimpsest env"),
+        (["show", "lookup", "--seed=x"], "--seed x: a whole number"),
+        (["shoe"], "palimpsest env shoe: there are `list` and `show`"),
+        (["list", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments: list[str], said: str) -> None:
+    done = env(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
