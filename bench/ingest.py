@@ -3,10 +3,10 @@
 python -m bench ingest [--streams 1000] [--tokens 2048] [--seconds 30] [--pace 0.5] [--bus sqlite|kafka]
 
 Processes beside this one drive the streams (bench/simulated_streams.py): out of order, some records twice, some
-trajectories given up. This process is the learner without its model: one intake and one planner as
-services/learner/coordinator.py puts them together, batches taken and resolved as services/learner/loop.py does, their
-offsets asked for as for a checkpoint. Rates and CPU time are those of this process, from the first batch on; the
-admission of the planner bounds what is in flight, so its memory has to be flat.
+trajectories given up. This process is the learner without its model: the ingest that
+services/learner/coordinator.py builds, batches taken and resolved as services/learner/loop.py does, their offsets
+asked for as for a checkpoint. Rates and CPU time are those of this process, from the first batch on; the
+admission of the ledger bounds what is in flight, so its memory has to be flat.
 """
 
 import argparse
@@ -36,7 +36,9 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import Sampling
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.ingest.build import build_ingest
+from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tools.backends.kafka import Kafka
 
 MAX_STALENESS = 3
@@ -122,29 +124,33 @@ class Learner:
         self._bus = Metered(open_bus(config), self._meter)
         samples = config.tasks.samples_per_group
         # twice as many trajectories are admitted as there are streams: none is idle while a batch is being completed
-        self._planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
+        ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=samples,
             groups_per_batch=max(1, 2 * streams // ((MAX_STALENESS + 1) * samples)),
             max_staleness=MAX_STALENESS,
             time_limit_s=TIME_LIMIT_S,
         )
-        self._intake = TrajectoryReader(
-            self._bus,
-            self._planner,
-            run=config.run.id,
+        settings = TaskSettings(
             seed=config.run.seed,
             environments=config.tasks.environments,
             samples=samples,
             sampling=Sampling(temperature=1.0, max_turn_tokens=512, max_trajectory_tokens=1 << 20, max_turns=TURNS),
             time_limit_s=TIME_LIMIT_S,
-            confirm=lambda: None,  # nobody can take this run over
         )
+        self._ingest = build_ingest(
+            self._bus,
+            ledger,
+            settings,
+            run=config.run.id,
+            confirm=lambda: None,  # no other learner takes this run over
+        )
+        self._ledger, self._reader = ledger, self._ingest.reader
         self._version, self._trained, self._tokens = Version(0), 0, 0
 
     def take_in(self, seconds: float, published: "Synchronized[int]") -> dict[str, Any]:
         """Read, take batches and resolve them for so long after the first one; the figures."""
         curve, began, first = Curve(), time.monotonic(), None
-        self._intake.start({}, {}, now=began)
+        self._ingest.start({}, {}, {}, now=began)
         # to the end of the second batch at least, so that there is something to divide by
         while first is None or time.monotonic() < first.at + seconds or self._trained == first.trained:
             assert first or time.monotonic() < began + MOST_WAIT_S, f"no batch after {MOST_WAIT_S} s"
@@ -156,31 +162,31 @@ class Learner:
         return self._figures(first, self._mark(), curve)
 
     def close(self) -> None:
-        self._intake.close()
+        self._ingest.close()
         self._bus.close()
 
     def _next(self) -> None:
         """One round of the loop, with a batch if one is complete."""
-        self._intake.read_all(self._version, timeout_s=POLL_S)
+        self._reader.read_all(self._version, timeout_s=POLL_S)
         self._drop_unusable()
-        self._intake.offer(self._version, now=time.monotonic())
-        while batch := self._planner.take_batch():
+        self._ingest.tasks.offer(self._version, now=time.monotonic())
+        while batch := self._ledger.take_batch():
             for arrived in [arrived for group in batch for arrived in group.items]:
-                self._intake.resolve(arrived)
+                self._reader.resolve(arrived)
                 self._trained += 1
                 self._tokens += len(arrived.record.tokens) // 4
             self._version = Version(self._version + 1)
-            self._intake.offsets()  # as the version's checkpoint does
+            self._reader.offsets()  # as the version's checkpoint does
 
     def _drop_unusable(self) -> None:
         now = time.monotonic()
-        self._planner.expire(now=now)
+        self._ledger.expire(now=now)
         oldest = {
             name: self._version if arrived.oldest is None else arrived.oldest
-            for name, arrived in self._intake.arrived.items()
+            for name, arrived in self._reader.arrived.items()
         }
-        for arrived in [*self._planner.drop_stale(self._version, oldest), *self._planner.drop_small()]:
-            self._intake.resolve(arrived)
+        for arrived in [*self._ledger.drop_stale(self._version, oldest), *self._ledger.drop_small()]:
+            self._reader.resolve(arrived)
 
     def _mark(self) -> Mark:
         return Mark(trained=self._trained, tokens=self._tokens, bytes=self._meter.bytes)
@@ -188,7 +194,7 @@ class Learner:
     def _figures(self, first: Mark, last: Mark, curve: Curve) -> dict[str, Any]:
         seconds, trained, cpu_s = last.at - first.at, last.trained - first.trained, last.cpu_s - first.cpu_s
         ages = np.array(self._meter.ages) * 1000
-        counts = self._planner.counts()
+        counts = self._ledger.counts()
         assert counts["dead_lettered"] == 0, counts
         return {
             "seconds": round(seconds, 2),

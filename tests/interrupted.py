@@ -32,12 +32,11 @@ from palimpsest.common.messages import (
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, Score
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
-from tests.builders import SAMPLING, a_segment
+from tests.builders import a_segment
+from tests.ingest import an_ingest
 
 RUN = "test"
 Answer = Callable[["Log", CutRequested], None]
@@ -181,31 +180,30 @@ class Learner:
     ) -> None:
         """`before`: the learner whose checkpoint it goes on from."""
         self.scores = ScoreStore()
-        self.planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
-            samples=samples, groups_per_batch=groups, max_staleness=0, time_limit_s=60
-        )
-        self.intake = TrajectoryReader(
-            log, self.planner, run=RUN, seed=0, environments={"lookup": 1.0}, samples=samples, sampling=SAMPLING,
-            time_limit_s=60, confirm=confirm, keep_flushed=True, on_resolved=self.scores.forget,
+        self.ingest = an_ingest(
+            log, samples=samples, groups=groups, max_staleness=0, keep_flushed=True, confirm=confirm,
+            on_resolved=self.scores.forget,
         )  # fmt: skip
-        self.early = EagerScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
+        self.ledger, self.reader = self.ingest.ledger, self.ingest.reader
+        self.scorer = EagerScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
         self.interruption = CutCoordinator(
-            log, self.intake, self.early, self.scores, run=RUN, deadline_s=deadline_s, confirm=confirm,
+            log, self.ingest, self.scorer, self.scores, run=RUN, deadline_s=deadline_s, confirm=confirm,
             clock=clock or Ticking(),
         )  # fmt: skip
         if before is None:
-            self.intake.start({}, {}, now=0.0)
+            self.ingest.start({}, {}, {}, now=0.0)
         else:
-            self.planner.restore(before.planner.state(), now=0.0)
-            self.intake.start(before.intake.offsets(), before.intake.task_ends, before.intake.score_offsets(), now=0.0)
-        self.intake.offer(Version(0), now=0.0)
+            self.ledger.restore(before.ledger.state(), now=0.0)
+            tasks = before.ingest.tasks
+            self.ingest.start(before.reader.offsets(), tasks.offsets(), tasks.score_offsets(), now=0.0)
+        self.ingest.tasks.offer(Version(0), now=0.0)
         self.interruption.start()
 
     def read(self, newest: int = 0) -> None:
         """Take in what stands on the log."""
-        self.intake.read_all(Version(newest), timeout_s=0)
+        self.reader.read_all(Version(newest), timeout_s=0)
 
     def close(self) -> None:
         """Let go of the log."""
         self.interruption.close()
-        self.intake.close()
+        self.ingest.close()

@@ -29,6 +29,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import coordinator
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.loop import Training
 from palimpsest.services.learner.model.policy import load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights
@@ -150,14 +151,14 @@ class WatchedRoute:
         self._watch.counts["scored_early"] += tokens
         return tokens
 
-    def known(
-        self, rows: Sequence[Row], now: Version, *, look: Callable[[], None], stop: Callable[[], bool]
+    def attach_old_logprobs(
+        self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
         """See Route."""
         self._turns.wait()
         self._watch.told |= {"taken_at": time.monotonic(), "batch": [row.trajectory for row in rows]}
         with self._watch.of("known"):
-            return self._inner.attach_old_logprobs(rows, now, heartbeat=look, stop=stop)
+            return self._inner.attach_old_logprobs(rows, now, heartbeat=heartbeat, stop=stop)
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         """See Route."""
@@ -244,7 +245,7 @@ def learn(config: RunConfig, pipe: Connection) -> None:
             with Starting(
                 "learner", config.learner.host, config.learner.port, key="learner", registry=REGISTRY
             ) as http:
-                coordinator.run_coordinator(config, Stop(), store, trainee, beside, step, ranks, one, http)
+                coordinator.run_coordinator(config, Stop(), store, Training(step, trainee, beside, ranks), one, http)
         except Over:
             pipe.close()
 

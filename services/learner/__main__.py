@@ -18,7 +18,7 @@ from palimpsest.common.snapshots.client import SnapshotClient
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
-    """Train until the run's versions are done or the process is asked to stop."""
+    """Train until all versions are done or a stop is requested."""
     learner = invocation.config.learner
     if os.environ.get("RANK", "0") != "0":
         _train(invocation.config, stop, None)
@@ -28,12 +28,13 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 
 def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
-    """server: of rank 0, which alone speaks to others."""
-    # torch arrives here: `--check` and a mistake in the run file need not wait for it
+    """server: of rank 0, the only rank that speaks to other services."""
+    # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
+    from palimpsest.services.learner.loop import Training
     from palimpsest.services.learner.model.policy import load_model
     from palimpsest.services.learner.model.trainable import TrainablePolicy
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
@@ -47,28 +48,28 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     if server is not None:
         server.doing = "the model to be loaded"
     model = load_model(config.model.path, ranks.device, config.model.attention)
-    trainee = TrainablePolicy(model, config.learner.optimizer)
+    policy = TrainablePolicy(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
-        beside = build_training_state(config.learner, trainee, store, ranks.device)
-        step = Trainer(
-            trainee,
-            beside,
+        state = build_training_state(config.learner, policy, store, ranks.device)
+        trainer = Trainer(
+            policy,
+            state,
             ranks,
             config.learner,
             length=config.sampling.max_trajectory_tokens,
             seed=config.run.seed,
         )
-        one = model_scorer(model, ranks.device)
+        forward = model_scorer(model, ranks.device)
         if server is not None:
-            run_coordinator(config, stop, store, trainee, beside, step, ranks, one, server)
+            run_coordinator(config, stop, store, Training(trainer, policy, state, ranks), forward, server)
         else:
-            run_follower(trainee, beside, step, ranks, one)
+            run_follower(policy, state, trainer, ranks, forward)
     ranks.close()
 
 
 def dead_letters() -> None:
-    """List or replay them."""
+    """List or replay dead letters."""
     from palimpsest.services.learner.dead_letters.command import run_command
 
     for line in run_command(sys.argv[2:], os.environ):
@@ -80,6 +81,6 @@ if __name__ == "__main__":
         main(dead_letters)
         sys.exit()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun starts ranks in sessions of their own: killed, it would leave them training beside their successors
+        # torchrun starts each rank in its own session: if torchrun is killed, its ranks would go on training
         die_with_parent(os.getppid())
     service("learner", body)

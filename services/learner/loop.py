@@ -1,18 +1,20 @@
-"""The learner's loop: wait for a batch, train on it, checkpoint, publish; again.
+"""The learner's loop: wait for a batch, train on it, checkpoint, publish; repeat.
 
 The order at the end of a version makes crashes harmless. Checkpoint first: from then on this version's trajectories
 count as trained. Then store and announce: after a crash in between, the restart announces what the checkpoint holds.
 
-A learner that was paused, or cut off, may have been replaced meanwhile. The store refuses its versions and checkpoints;
-for what the store does not see (history, records, the log) the loop asks the store first, and ends when it is fenced.
+A learner that was paused or cut off from the network may have been replaced. The store refuses its versions and
+checkpoints. Before it writes what the store does not see (history, batch dumps, the log), the loop asks the store
+whether the run still belongs to it, and ends when it is fenced.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.common import failpoints
-from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.fencing import Fenced
@@ -22,11 +24,12 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
-from palimpsest.services.learner.buffer.ledger import ReadyGroup, TrajectoryLedger
+from palimpsest.services.learner.buffer.ledger import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
@@ -42,43 +45,62 @@ from palimpsest.services.learner.training.trainer import Trainer
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
-"""While it waits, the learner asks so often whether the run is still its own. A process that was stopped has not asked
-for longer than that when it wakes, so it asks before it reads on."""
+"""While it waits, the learner asks at this interval whether the run still belongs to it. A process that was suspended
+has not asked for longer than that when it resumes, so it asks before it reads on."""
 HOPELESS_BUDGETS = 2
-"""So many times the admitted trajectories dropped, without one that arrived, end the run."""
+"""The run ends when this many times the admitted trajectories were dropped and none arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What trains the policy, on every rank."""
+
+    trainer: Trainer
+    policy: TrainablePolicy
+    state: TrainingState
+    """What a checkpoint holds beside the policy."""
+    ranks: ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where versions and checkpoints go. All of them are refused once another learner has the run."""
+
+    writer: Writer
+    publisher: Publisher
+    checkpoints: Checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What is written about each version."""
+
+    open_history: Callable[[int], History]
+    """The history, cut off after so many bytes."""
+    dump: BatchDump | None
+    reporter: VersionReporter
 
 
 class Loop:
-    """Rank 0: the one coordinator."""
+    """Rank 0: coordinates the other ranks and speaks to the log and the store."""
 
     def __init__(
         self,
-        *,
-        run: str,
-        seed: int,
-        samples: int,
-        config: LearnerConfig,
-        step: Trainer,
-        trainee: TrainablePolicy,
-        companions: TrainingState,
-        planner: TrajectoryLedger[ReceivedTrajectory],
-        intake: TrajectoryReader,
-        writer: Writer,
-        publisher: Publisher,
+        config: RunConfig,
+        training: Training,
+        ingest: Ingest,
         route: Route,
-        checkpoints: Checkpoints,
-        open_history: Callable[[int], History],
-        recorder: BatchDump | None,
-        teller: VersionReporter,
-        ranks: ProcessGroup,
+        outputs: Outputs,
+        records: Records,
         stop: Stop,
     ) -> None:
-        self._run, self._seed, self._samples, self._config = run, seed, samples, config
-        self._step, self._trainee, self._companions = step, trainee, companions
-        self._ranks, self._stop = ranks, stop
-        self._planner, self._intake, self._writer, self._publisher = planner, intake, writer, publisher
-        self._route, self._teller = route, teller
-        self._checkpoints, self._open_history, self._recorder = checkpoints, open_history, recorder
+        self._run, self._config, self._seed = config.run.id, config.learner, config.run.seed
+        self._samples = config.tasks.samples_per_group
+        self._trainer, self._policy = training.trainer, training.policy
+        self._state, self._ranks = training.state, training.ranks
+        self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
+        self._route, self._records, self._stop = route, records, stop
+        self._writer, self._publisher, self._checkpoints = outputs.writer, outputs.publisher, outputs.checkpoints
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._confirmed = self._started
@@ -88,46 +110,46 @@ class Loop:
         self._waiting_for: str | None = "the start"
 
     def start(self) -> None:
-        """From the newest checkpoint, or from the beginning; ends with a version that workers can take on."""
-        self._writer.begin()  # first: what is read below can no longer change under us
+        """Start from the newest checkpoint, if there is one, and publish the version that workers begin with."""
+        self._writer.begin()  # first: from now on no other learner changes what is read below
         try:
             progress, tensors = self._checkpoints.newest()
         except NoCheckpoint:
-            self._intake.start({}, {}, now=time.monotonic())
+            self._ingest.start({}, {}, {}, now=time.monotonic())
             history_bytes = 0
         else:
-            own, beside = split_checkpoint(tensors)
-            self._trainee.restore(own, progress.optimizer_steps)
-            self._companions.restore(beside)
-            self._planner.restore(progress.ledger, now=time.monotonic())
-            self._intake.start(progress.offsets, progress.task_offsets, progress.score_offsets, now=time.monotonic())
+            policy, state = split_checkpoint(tensors)
+            self._policy.restore(policy, progress.optimizer_steps)
+            self._state.restore(state)
+            self._ledger.restore(progress.ledger, now=time.monotonic())
+            self._ingest.start(progress.offsets, progress.task_offsets, progress.score_offsets, now=time.monotonic())
             history_bytes = progress.history_bytes
             self._version, self._trained_versions = progress.version, progress.trained_versions
             self._seconds_before = progress.seconds
             logger().info(
                 "resumed", version=self._version, trained_versions=self._trained_versions, writer=self._writer.epoch
             )
-        broadcast_state(self._trainee, self._companions, self._ranks)
+        broadcast_state(self._policy, self._state, self._ranks)
         self._confirm()
-        self._history = self._open_history(history_bytes)
-        self._teller.start()
+        self._history = self._records.open_history(history_bytes)
+        self._records.reporter.start()
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
         self._route.start()
         instruments.VERSION.set(self._version)
 
     def run(self) -> bool:
-        """Train until the run's versions are done or a stop is asked for; whether they are done. Raises Fenced."""
+        """Train until all versions are done or a stop is requested; whether they are done. Raises Fenced."""
         try:
-            done = self._train_on()
+            done = self._train_versions()
         except Fenced:
-            self._ranks.broadcast_object(NOTHING)  # wherever this rank hears of it, the others wait for an order
+            self._ranks.broadcast_object(NOTHING)  # the other ranks wait for an order
             raise
         self._ranks.broadcast_object(NOTHING)
         return done
 
-    def _train_on(self) -> bool:
-        self._intake.offer(self._version, now=time.monotonic())
+    def _train_versions(self) -> bool:
+        self._tasks.offer(self._version, now=time.monotonic())
         while self._trained_versions < self._config.versions:
             batch = self._next_batch()
             if batch is None:
@@ -140,7 +162,7 @@ class Loop:
         return True
 
     def waiting_for(self) -> str | None:
-        """What it waits for; None while it trains."""
+        """What the loop waits for; None while it trains."""
         return self._waiting_for
 
     def status(self) -> Status:
@@ -151,86 +173,86 @@ class Loop:
             "version": self._version,
             "trained_versions": self._trained_versions,
             "versions": self._config.versions,
-            "trajectories": self._planner.counts(),
-            "waiting_trajectories": self._planner.waiting(),
-            "complete_groups": self._planner.complete(),
-            "oldest_group": self._planner.oldest_open(),
+            "trajectories": self._ledger.counts(),
+            "waiting_trajectories": self._ledger.waiting(),
+            "complete_groups": self._ledger.complete(),
+            "oldest_group": self._ledger.oldest_open(),
             "last": self._last_line,
         }
 
     def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
-        """The next groups to train on, and their rows; None when a stop is asked for."""
+        """The next groups to train on, and their rows; None when a stop is requested."""
         wanted = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
             dropped_before = self._dropped()
             while not self._stop.requested:
-                self._confirm_now_and_then()
+                self._confirm_periodically()
                 failpoints.reach("learner.before_reading")
-                # everything there is, before choosing: the oldest groups must not wait behind what was read first
-                self._intake.read_all(self._version, timeout_s=timeout_s)
+                # read everything before choosing, so that the oldest groups are trained on first
+                self._reader.read_all(self._version, timeout_s=timeout_s)
                 self._drop_unusable()
-                self._intake.offer(self._version, now=time.monotonic())
-                if (ready := self._planner.peek_batch()) and (rows := self._known(ready)) is not None:
+                self._tasks.offer(self._version, now=time.monotonic())
+                if (ready := self._ledger.peek_batch()) and (rows := self._attach_old_logprobs(ready)) is not None:
                     self._waiting_for = None
-                    self._planner.take_batch()  # only now: a stop that came meanwhile leaves everything as it was
+                    self._ledger.take_batch()  # only now: a stop before this changes nothing
                     return ready, rows
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
-                self._give_up_on_nothing(self._dropped() - dropped_before)
-                self._waiting_for = f"trajectories: {self._planner.complete()} of {wanted} groups are complete"
+                self._end_if_hopeless(self._dropped() - dropped_before)
+                self._waiting_for = f"trajectories: {self._ledger.complete()} of {wanted} groups are complete"
                 instruments.PENDING.set(self._pending())
-                instruments.WAITING.set(self._planner.waiting())
+                instruments.WAITING.set(self._ledger.waiting())
         return None
 
-    def _give_up_on_nothing(self, dropped: int) -> None:
-        """Stop when whole budgets of trajectories were dropped and not one arrived: no waiting will mend that."""
+    def _end_if_hopeless(self, dropped: int) -> None:
+        """Raise UserError when whole budgets of trajectories were dropped and none arrived: waiting will not help."""
         budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * self._samples
-        if dropped >= HOPELESS_BUDGETS * budget and not self._planner.waiting():
-            reasons = self._planner.counts()["dropped"]
+        if dropped >= HOPELESS_BUDGETS * budget and not self._ledger.waiting():
+            reasons = self._ledger.counts()["dropped"]
             raise UserError(
                 f"{dropped} trajectories in a row were dropped and none came back: {reasons}. The workers' logs tell "
-                f"why each was (usually the environment or its gateway); mend that and go on with --resume",
+                f"why each was (usually the environment or its gateway); fix that and continue with --resume",
                 ExitCode.UNAVAILABLE,
             )
 
     def _drop_unusable(self) -> None:
-        """What is too late, too stale, or in too small a group."""
-        for trajectory in self._planner.expire(now=time.monotonic()):
+        """Drop trajectories that are too late, too stale, or in too small a group."""
+        for trajectory in self._ledger.expire(now=time.monotonic()):
             logger().warning("dropped", trajectory=trajectory, reason="deadline")
-            self._intake.forget(trajectory)
+            self._reader.forget(trajectory)
             instruments.DROPPED.labels("deadline").inc()
         oldest = {
             name: self._version if arrived.oldest is None else arrived.oldest
-            for name, arrived in self._intake.arrived.items()
+            for name, arrived in self._reader.arrived.items()
         }
         for reason, dropped in (
-            ("over_staleness", self._planner.drop_stale(self._version, oldest)),
-            ("group_too_small", self._planner.drop_small()),
+            ("over_staleness", self._ledger.drop_stale(self._version, oldest)),
+            ("group_too_small", self._ledger.drop_small()),
         ):
             for arrived in dropped:
                 instruments.DROPPED.labels(reason).inc()
                 logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
-                self._intake.resolve(arrived)
+                self._reader.resolve(arrived)
 
-    def _known(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
-        """The rows of each group with what is known of their old log-probs; None when a stop came first."""
+    def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
+        """The rows of each group with the old log-probs that are known; None when a stop came first."""
         groups = [to_rows(group, self._config.advantages.kind) for group in batch]
         self._waiting_for = "old log-probs of the batch"
-        known = self._route.attach_old_logprobs(
+        attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
             self._version,
-            heartbeat=self._confirm_now_and_then,
+            heartbeat=self._confirm_periodically,
             stop=lambda: self._stop.requested,
         )
-        if known is None:
+        if attached is None:
             return None
-        rows = iter(known)
+        rows = iter(attached)
         return [[next(rows) for _ in group] for group in groups]
 
     def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
-        """One version: train, account for it, make it durable, publish it."""
+        """One version: train, report it, checkpoint, publish."""
         now = self._version
-        durable = self._config.checkpoint.every == 1  # else a crash brings these trajectories back, to be scored again
+        durable = self._config.checkpoint.every == 1  # else they may be trained on again after a crash
         training = frozenset(row.trajectory for group in rows for row in group if durable)
         order = TrainOrder(now, split_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
@@ -239,37 +261,36 @@ class Loop:
 
             def cut() -> None:
                 self._route.cut(now, self._digest, training=training)
-                self._ranks.broadcast_object(NOTHING)  # the others have scored along, and wait to step
+                self._ranks.broadcast_object(NOTHING)  # the other ranks have helped to score and wait to step
 
-            trained = merge(
-                self._ranks.all_gather_object(self._step.train(order.minibatches, now, before_first_step=cut))
-            )
+            result = self._trainer.train(order.minibatches, now, before_first_step=cut)
+            trained = merge(self._ranks.all_gather_object(result))
         failpoints.reach("learner.after_step")
         self._confirm()
         for group in batch:
             for arrived in group.items:
-                self._intake.resolve(arrived)
+                self._reader.resolve(arrived)
         self._version, self._trained_versions = Version(now + 1), self._trained_versions + 1
         records = [arrived.record for group in batch for arrived in group.items]
-        self._account(Batch(now, self._version, records, rows), trained)
+        self._report(Batch(now, self._version, records, rows), trained)
         if self._trained_versions % self._config.checkpoint.every == 0:
             with self._phases.of("checkpoint"):
                 self._checkpoint()
         with self._phases.of("publish"):
             self._publish()
 
-    def _account(self, batch: Batch, trained: StepResult) -> None:
-        if self._recorder is not None:
-            self._recorder.record(batch, trained)
-            self._confirm()  # writing it may have taken long
-        self._last_line = self._teller.line(
+    def _report(self, batch: Batch, trained: StepResult) -> None:
+        if self._records.dump is not None:
+            self._records.dump.record(batch, trained)
+            self._confirm()  # writing the dump may have taken long
+        self._last_line = self._records.reporter.line(
             batch,
             trained,
             seconds=self._seconds(),
             phases=self._phases.take(),
-            learning_rate=self._trainee.learning_rate,
-            counts=self._planner.counts(),
-            sampled_tokens=self._intake.sampled_tokens,
+            learning_rate=self._policy.learning_rate,
+            counts=self._ledger.counts(),
+            sampled_tokens=self._reader.sampled_tokens,
         )
         self._history.add(self._last_line)
         export_to_prometheus(self._last_line)
@@ -293,18 +314,18 @@ class Loop:
                 version=self._version,
                 digest=self._digest,
                 trained_versions=self._trained_versions,
-                optimizer_steps=self._trainee.steps,
-                ledger=self._planner.state(),
-                offsets=self._intake.offsets(),
-                task_offsets=self._intake.task_ends,
-                score_offsets=self._intake.score_offsets(),
+                optimizer_steps=self._policy.steps,
+                ledger=self._ledger.state(),
+                offsets=self._reader.offsets(),
+                task_offsets=self._tasks.offsets(),
+                score_offsets=self._tasks.score_offsets(),
                 history_bytes=self._history.length,
                 seconds=self._seconds(),
             ),
-            self._trainee.state() | self._companions.state(),
+            self._policy.state() | self._state.state(),
         )
 
-    def _confirm_now_and_then(self) -> None:
+    def _confirm_periodically(self) -> None:
         if time.monotonic() - self._confirmed > CONFIRM_S:
             self._confirm()
 
@@ -316,11 +337,11 @@ class Loop:
         return self._seconds_before + time.monotonic() - self._started
 
     def _dropped(self) -> int:
-        dropped = self._planner.counts()["dropped"]
+        dropped = self._ledger.counts()["dropped"]
         assert isinstance(dropped, dict)
         return sum(dropped.values())
 
     def _pending(self) -> int:
-        pending = self._planner.counts()["pending"]
+        pending = self._ledger.counts()["pending"]
         assert isinstance(pending, int)
         return pending

@@ -16,7 +16,7 @@ from palimpsest.common.bus.claim_check import CLAIM, ClaimCheck
 from palimpsest.common.bus.claim_check_store import StoreClaims
 from palimpsest.common.bus.kafka import Connection, KafkaBus, Settings, WrongTopic
 from palimpsest.common.bus.kafka.consumer import KafkaConsumer
-from palimpsest.common.bus.port import Bus, OffsetGone, Outgoing
+from palimpsest.common.bus.port import OffsetGone, Outgoing
 from palimpsest.common.config.schema import SnapshotStoreConfig
 from palimpsest.common.messages import (
     DEAD_LETTERS,
@@ -32,13 +32,13 @@ from palimpsest.common.service import Server
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
-from tests.builders import SAMPLING, a_finished, a_segment
+from tests.builders import a_finished, a_segment
 from tests.contract.logs import LIMIT_S, TOPIC, bodies, take, things
+from tests.ingest import an_ingest
 from tests.servers.backends import s3_client
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
@@ -157,18 +157,6 @@ def test_too_few_replicas_and_other_partitions_are_refused(
             replicated.create_topics({"more": 1})
 
 
-def an_intake(bus: Bus) -> tuple[TrajectoryReader, TrajectoryLedger[ReceivedTrajectory]]:
-    """The learner's own reading of the log."""
-    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
-        samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60
-    )
-    intake = TrajectoryReader(
-        bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
-        confirm=lambda: None,
-    )  # fmt: skip
-    return intake, planner
-
-
 def finished(record: TrajectoryFinished) -> Outgoing:
     return Outgoing(record.group, encode(record), {"trajectory": record.trajectory})
 
@@ -182,16 +170,16 @@ def test_a_learner_whose_next_record_is_gone_stops_and_says_so(
     bus: KafkaBus, prefix: str, admin: KafkaAdminClient
 ) -> None:
     bus.create_topics(dict.fromkeys(TOPICS, 1))
-    intake, _ = an_intake(bus)
-    intake.start({}, {}, now=0.0)
-    intake.offer(Version(0), now=0.0)
+    ingest = an_ingest(bus)
+    ingest.start({}, {}, {}, now=0.0)
+    ingest.tasks.offer(Version(0), now=0.0)
     bus.publish(TRAJECTORIES, [finished(a_finished(0, sample)) for sample in (0, 1)])
     cut(admin, prefix + TRAJECTORIES, 0, before=1)
-    with closing(intake), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
-        intake.read_all(Version(0), timeout_s=LIMIT_S)
-    again, _ = an_intake(bus)
+    with closing(ingest), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
+        ingest.reader.read_all(Version(0), timeout_s=LIMIT_S)
+    again = an_ingest(bus)
     with closing(again), pytest.raises(UserError, match="would be lost silently") as told:
-        again.start({0: 0}, {}, now=0.0)
+        again.start({0: 0}, {}, {}, now=0.0)
     assert told.value.code is ExitCode.DAMAGED
 
 
@@ -265,32 +253,32 @@ def test_a_long_trajectory_goes_through_whole_and_a_lost_one_is_buried(
         with closing(ClaimCheck(a_bus(kafka_server, prefix), claims, over_bytes=OVER_BYTES)) as checked:
             long = a_finished(0, 0, tokens=LONG, segments=(a_segment(2, LONG, 0),))
             assert len(encode(long)) > 1 << 20
-            intake, _ = an_intake(checked)
-            with closing(intake):
-                intake.start({}, {}, now=0.0)
-                intake.offer(Version(0), now=0.0)
+            ingest = an_ingest(checked)
+            with closing(ingest):
+                ingest.start({}, {}, {}, now=0.0)
+                ingest.tasks.offer(Version(0), now=0.0)
                 checked.publish(TRAJECTORIES, [finished(long), finished(a_finished(0, 1))])
-                read_until(intake, 2)
-                assert intake.arrived[long.trajectory].record == long
+                read_until(ingest.reader, 2)
+                assert ingest.reader.arrived[long.trajectory].record == long
             with bus.consumer(TRAJECTORIES) as consumer:
                 on_the_topic = take(consumer, 2)[0]
             assert on_the_topic.body == b""
             assert sum(len(name) + len(value) for name, value in on_the_topic.headers.items()) < 200
             place.lose(on_the_topic.headers[CLAIM])
-            intake, _ = an_intake(checked)
-            with closing(intake):
-                intake.start({}, {}, now=0.0)
-                read_until(intake, 1)
+            ingest = an_ingest(checked)
+            with closing(ingest):
+                ingest.start({}, {}, {}, now=0.0)
+                read_until(ingest.reader, 1)
             with bus.consumer(DEAD_LETTERS) as consumer:
                 letter: DeadLetter = decode(DEAD_LETTERS, take(consumer, 1)[0].body)
             assert letter.cause is RejectCause.MISSING_CLAIM
             assert (letter.topic, letter.offset) == (TRAJECTORIES, 0)
 
 
-def read_until(intake: TrajectoryReader, arrived: int) -> None:
+def read_until(reader: TrajectoryReader, arrived: int) -> None:
     """Read until so many trajectories are there."""
     for _ in range(int(LIMIT_S)):
-        intake.read_all(Version(0), timeout_s=1.0)
-        if len(intake.arrived) == arrived:
+        reader.read_all(Version(0), timeout_s=1.0)
+        if len(reader.arrived) == arrived:
             return
-    raise AssertionError(f"{len(intake.arrived)} of {arrived} came")
+    raise AssertionError(f"{len(reader.arrived)} of {arrived} came")

@@ -14,6 +14,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.messages import CONTROL
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
@@ -151,7 +152,7 @@ def what_was_read_counts_as_done(patch: Patch) -> None:
 
 
 def groups_offered_after_the_checkpoint_are_not_looked_for(patch: Patch) -> None:
-    patch.setattr(TrajectoryReader, "_adopt", lambda self, task_offsets, now: None)
+    patch.setattr(TaskPublisher, "_adopt", lambda self, task_offsets, now: None)
 
 
 def the_ledger_is_not_restored(patch: Patch) -> None:

@@ -34,8 +34,9 @@ from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.user_error import ExitCode
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
-from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, WaitLimits
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, spans
 from tests.builders import a_finished, a_row, a_segment
 from tests.models import canaries, load, logprobs, perturb
@@ -161,9 +162,10 @@ class Setup:
     def attached(self, messages: list[TrajectoryFinished]) -> tuple[list[Row], ScoreStore]:
         """What the learner makes of the topic."""
         scores = ScoreStore()
+        dead_letters = DeadLetterWriter(self.bus, run="t", confirm=lambda: None)
         reader = ScoreReader(
-            self.bus, scores, run="t", wait_s=1.0, wanted=lambda _: True, confirm=lambda: None
-        )  # fmt: skip
+            self.bus, scores, dead_letters, WaitLimits(1.0), run="t", wanted=lambda _: True, confirm=lambda: None
+        )
         reader.read()
         rows = reader.attach([to_row(message) for message in messages])
         reader.close()

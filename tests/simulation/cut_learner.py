@@ -15,7 +15,9 @@ from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.ingest.build import build_ingest
+from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
@@ -54,19 +56,20 @@ class Learner:
         self._bus, self._now = ActorsBus(schedule, self._confirm), schedule.store.clock
         self._version = learned.version
         """Resident."""
-        self._planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
+        ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=SAMPLES, groups_per_batch=GROUPS, max_staleness=2, time_limit_s=200.0
         )
         if learned.ledger is not None:
-            self._planner.restore(learned.ledger, now=self._now())
+            ledger.restore(learned.ledger, now=self._now())
         self._scores = ScoreStore()
-        self._intake = TrajectoryReader(
-            self._bus, self._planner, run=RUN, seed=0, environments={"any": 1.0}, samples=SAMPLES, sampling=SAMPLING,
-            time_limit_s=600.0, confirm=self._confirm, keep_flushed=True,
+        self._ingest = build_ingest(
+            self._bus, ledger, TaskSettings(0, {"any": 1.0}, SAMPLES, SAMPLING, 600.0), run=RUN, confirm=self._confirm,
+            keep_flushed=True,
         )  # fmt: skip
-        early = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
+        self._ledger, self._reader, self._tasks = ledger, self._ingest.reader, self._ingest.tasks
+        scorer = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
         self._interruption = CutCoordinator(
-            self._bus, self._intake, early, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
+            self._bus, self._ingest, scorer, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
             clock=self._now,
         )  # fmt: skip
         self._learned, self._versions = learned, versions
@@ -79,7 +82,7 @@ class Learner:
             self._interruption.release()
 
     def _live(self) -> None:
-        self._intake.start(
+        self._ingest.start(
             self._learned.offsets, self._learned.task_offsets, self._learned.score_offsets, now=self._now()
         )
         self._publish()
@@ -87,22 +90,22 @@ class Learner:
         while self._version < self._versions:
             self._train(self._batch())
         self._confirm()
-        for arrived in self._intake.arrived.values():
+        for arrived in self._reader.arrived.values():
             self._keep(arrived)
 
     def _batch(self) -> list[ReceivedTrajectory]:
         while True:
             self._confirm()
-            self._intake.read_all(self._version, timeout_s=0.0)
-            self._planner.expire(now=self._now())
-            oldest = {name: arrived.oldest or Version(0) for name, arrived in self._intake.arrived.items()}
-            for arrived in (*self._planner.drop_stale(self._version, oldest), *self._planner.drop_small()):
-                self._intake.resolve(arrived)
-            self._intake.offer(self._version, now=self._now())
-            if batch := self._planner.take_batch():
+            self._reader.read_all(self._version, timeout_s=0.0)
+            self._ledger.expire(now=self._now())
+            oldest = {name: arrived.oldest or Version(0) for name, arrived in self._reader.arrived.items()}
+            for arrived in (*self._ledger.drop_stale(self._version, oldest), *self._ledger.drop_small()):
+                self._reader.resolve(arrived)
+            self._tasks.offer(self._version, now=self._now())
+            if batch := self._ledger.take_batch():
                 return [arrived for group in batch for arrived in group.items]
             if not self._interruption.work(self._version, str(self._version)):
-                self._intake.read_all(self._version, timeout_s=2.0)
+                self._reader.read_all(self._version, timeout_s=2.0)
 
     def _train(self, batch: list[ReceivedTrajectory]) -> None:
         names = {arrived.record.trajectory for arrived in batch}
@@ -115,14 +118,14 @@ class Learner:
         for arrived in batch:
             self._keep(arrived)
         for arrived in batch:
-            self._intake.resolve(arrived)
+            self._reader.resolve(arrived)
             self._scores.forget(arrived.record.trajectory)
         self._schedule.judge.changed(self._version, report.cut, report.answered, heard_by=heard_by)
         self._version = Version(self._version + 1)
         self._schedule.learned.append(
             Learned(
-                self._version, self._planner.state(), self._intake.offsets(), dict(self._intake.task_ends),
-                self._intake.score_offsets(),
+                self._version, self._ledger.state(), self._reader.offsets(), self._tasks.offsets(),
+                self._tasks.score_offsets(),
             )
         )  # fmt: skip
         self._sleep(2.0)

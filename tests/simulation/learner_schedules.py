@@ -29,7 +29,7 @@ from palimpsest.services.learner import coordinator as leading, loop as looping
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.ingest import trajectory_reader
+from palimpsest.services.learner.ingest import dead_letter_writer, trajectory_reader
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
@@ -277,6 +277,7 @@ def simulated(schedule: LearnerSchedule) -> Iterator[None]:
         patch.setattr(looping, "time", clock)
         patch.setattr(looping, "POLL_S", 2.0)
         patch.setattr(trajectory_reader, "time", clock)
+        patch.setattr(dead_letter_writer, "time", clock)
         patch.setitem(CutCoordinator.__init__.__kwdefaults__, "clock", schedule.loop.time)
         patch.setattr(failpoints, "reach", schedule.reach)
         yield

@@ -1,13 +1,14 @@
-"""The ledger of trajectories: what was offered, what became of it, what may be trained on next. Pure.
+"""The ledger of trajectories: which were offered, how each ended, which are trained on next. Pure.
 
 Invariant, at every moment:  offered = trained + dropped + dead-lettered + pending, and no id in two of them.
 
 Admission keeps staleness inside its bound before sampling (docs/paper.md, "staleness bound"): with B groups for each
 version, at most (max_staleness + 1) * B groups are unresolved. Batches take the oldest complete groups first, so that
-a group offered under version v is trained on at version v + max_staleness at the latest; only a group that others
-overtook can be older, and what is too old by then is dropped and counted.
+a group offered under version v is trained on at version v + max_staleness at the latest. Only a group that others
+overtook can be older. Trajectories that are too old by then are dropped and counted.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,23 +26,23 @@ TRAINED = "trained"
 
 
 class ArrivalStatus(StrEnum):
-    """What the ledger makes of a trajectory that was heard of."""
+    """What a record of a trajectory means to the ledger."""
 
     NEW = "new"
-    REVIVED = "revived"
-    """It had ended as a dead letter, and its group can still use it: now it is taken as if it were new."""
+    RECOVERED = "recovered"
+    """The trajectory had ended as a dead letter and its group is still open: the record is used like a new one."""
     DUPLICATE = "duplicate"
-    """Its end is already known."""
+    """The trajectory has arrived or ended already."""
     UNKNOWN = "unknown"
-    """It was never offered in this run."""
+    """The trajectory was never offered in this run."""
 
 
 class LedgerState(Struct, frozen=True, forbid_unknown_fields=True):
-    """A ledger in a checkpoint. Arrived trajectories are not in it: they are read from the log again."""
+    """A ledger in a checkpoint, without the arrived trajectories: a restart reads them from the log again."""
 
     next_index: int
     open_groups: dict[str, dict[int, str]]
-    """Group with pending trajectories -> sample -> how it ended."""
+    """Group with pending trajectories -> sample -> its end."""
     trained: int
     dropped: dict[str, int]
     dead_lettered: int
@@ -68,18 +69,18 @@ class _Group(Generic[T]):
 class TrajectoryLedger(Generic[T]):
     """Holds arrived trajectories (of any type T) until they are trained on.
 
-    >>> planner = TrajectoryLedger(samples=2, groups_per_batch=1, max_staleness=1, time_limit_s=60)
-    >>> [planner.offer(now=0.0) for _ in range(planner.slots())]
+    >>> ledger = TrajectoryLedger(samples=2, groups_per_batch=1, max_staleness=1, time_limit_s=60)
+    >>> [ledger.offer(now=0.0) for _ in range(ledger.free_slots())]
     ['g000000', 'g000001']
-    >>> planner.slots()
+    >>> ledger.free_slots()
     0
-    >>> planner.arrive("g000000", "g000000/0", "first"), planner.arrive("g000000", "g000000/1", "second")
-    (<Arrival.NEW: 'new'>, <Arrival.NEW: 'new'>)
-    >>> [batch.items for batch in planner.batch() or []]
+    >>> ledger.arrive("g000000", "g000000/0", "first"), ledger.arrive("g000000", "g000000/1", "second")
+    (<ArrivalStatus.NEW: 'new'>, <ArrivalStatus.NEW: 'new'>)
+    >>> [ready.items for ready in ledger.take_batch() or []]
     [['first', 'second']]
-    >>> planner.counts()
+    >>> ledger.counts()
     {'offered': 4, 'trained': 2, 'dropped': {}, 'dead_lettered': 0, 'pending': 2}
-    >>> planner.slots()
+    >>> ledger.free_slots()
     1
     """
 
@@ -101,87 +102,97 @@ class TrajectoryLedger(Generic[T]):
         return max(0, (self._max_staleness + 1) * self._batch - len(self._open))
 
     def offer(self, *, now: float, samples: int | None = None) -> str:
-        """Enter the next group; its id. `now`: any clock that `expire` is given too, seconds."""
+        """Enter the next group; its id. now: seconds, of the clock that `expire` uses."""
         group = group_id(self._next_index)
         self._open[group] = _Group(self._next_index, samples or self._samples, now)
         self._offered += samples or self._samples
         self._next_index += 1
         return group
 
+    def status_of(self, group: str, trajectory: str) -> ArrivalStatus:
+        """What a record of this trajectory would mean now. Changes nothing."""
+        return self._find(group, trajectory).status
+
     def arrive(self, group: str, trajectory: str, item: T) -> ArrivalStatus:
-        """A finished trajectory came back."""
-        revived = self._revive(group, trajectory)
-        if (known := self._known(group, trajectory)) is not ArrivalStatus.NEW:
-            return known
-        self._open[group].arrived[_sample(trajectory)] = item
-        return ArrivalStatus.REVIVED if revived else ArrivalStatus.NEW
+        """Enter a finished trajectory."""
+        entry = self._find(group, trajectory)
+        if entry.group is not None:
+            self._recover(entry.group, entry.sample, entry.status)
+            entry.group.arrived[entry.sample] = item
+        return entry.status
 
     def drop(self, group: str, trajectory: str, reason: DropReason) -> ArrivalStatus:
-        """A trajectory was given up."""
-        revived = self._revive(group, trajectory)
-        known = self._end(group, trajectory, reason.value)
-        return ArrivalStatus.REVIVED if revived and known is ArrivalStatus.NEW else known
+        """Enter a trajectory that was given up."""
+        entry = self._find(group, trajectory)
+        if entry.group is not None:
+            self._recover(entry.group, entry.sample, entry.status)
+            self._end(entry.group, entry.sample, reason.value)
+        return entry.status
 
     def dead_letter(self, group: str, trajectory: str) -> ArrivalStatus:
-        """A trajectory's record cannot be used."""
-        return self._end(group, trajectory, DEAD_LETTERED)
+        """Enter a trajectory whose record cannot be used."""
+        entry = self._find(group, trajectory)
+        if entry.status is ArrivalStatus.RECOVERED:
+            return ArrivalStatus.DUPLICATE  # it is a dead letter already
+        if entry.group is not None:
+            self._end(entry.group, entry.sample, DEAD_LETTERED)
+        return entry.status
 
     def expire(self, *, now: float) -> list[str]:
-        """Drop what has been awaited for too long; the ids."""
+        """Drop the trajectories that have been awaited for longer than the time limit; their ids."""
         late: list[str] = []
         for name, group in list(self._open.items()):
             if now - group.offered_at > self._time_limit_s:
-                late += [trajectory_id(name, sample) for sample in group.awaited]
-        for trajectory in late:
-            self.drop(trajectory.rpartition("/")[0], trajectory, DropReason.DEADLINE)
+                for sample in group.awaited:
+                    self._end(group, sample, DropReason.DEADLINE.value)
+                    late.append(trajectory_id(name, sample))
         return late
 
     def drop_stale(self, now: Version, oldest: Mapping[str, Version]) -> list[T]:
-        """Drop arrived trajectories whose oldest token is over the bound; the items."""
+        """Drop arrived trajectories whose oldest token exceeds the staleness bound; the items."""
         stale = []
-        for group in list(self._open.values()):
+        for name, group in list(self._open.items()):
             for sample, item in list(group.arrived.items()):
-                name = trajectory_id(group_id(group.index), sample)
-                if now - oldest[name] > self._max_staleness:
+                if now - oldest[trajectory_id(name, sample)] > self._max_staleness:
                     stale.append(item)
                     del group.arrived[sample]
-                    self._end(group_id(group.index), name, DropReason.OVER_STALENESS.value)
+                    self._end(group, sample, DropReason.OVER_STALENESS.value)
         return stale
 
     def complete(self) -> int:
-        """Groups of which nothing is awaited any more."""
+        """Number of groups in which no trajectory is awaited."""
         return sum(not group.awaited for group in self._open.values())
 
     def drop_small(self) -> list[T]:
-        """Drop what is left of complete groups too small for a baseline; the items."""
+        """Drop the arrived trajectories of complete groups that are too small for a baseline; the items."""
         dropped: list[T] = []
-        for name, group in list(self._open.items()):
+        for group in list(self._open.values()):
             if not group.awaited and len(group.arrived) < 2:
                 for sample, item in list(group.arrived.items()):
                     dropped.append(item)
                     del group.arrived[sample]
-                    self._end(name, trajectory_id(name, sample), DropReason.GROUP_TOO_SMALL.value)
+                    self._end(group, sample, DropReason.GROUP_TOO_SMALL.value)
         return dropped
 
     def peek_batch(self) -> "list[ReadyGroup[T]] | None":
-        """The oldest complete groups, as many as a batch has; None while they are too few. Changes nothing."""
+        """The oldest complete groups, enough for a batch; None while there are too few. Changes nothing."""
         ready = sorted((g for g in self._open.values() if not g.awaited), key=lambda g: g.index)[: self._batch]
         if len(ready) < self._batch:
             return None
         return [ReadyGroup(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
 
     def take_batch(self) -> "list[ReadyGroup[T]] | None":
-        """The groups that are ready, now counted as trained."""
+        """The groups of `peek_batch`, which count as trained from now on."""
         batch = self.peek_batch()
         for ready in batch or []:
             group = self._open[ready.group]
             for sample in list(group.arrived):
                 del group.arrived[sample]
-                self._end(ready.group, trajectory_id(ready.group, sample), TRAINED)
+                self._end(group, sample, TRAINED)
         return batch
 
     def counts(self) -> dict[str, int | dict[str, int]]:
-        """The ledger's sums, in trajectories."""
+        """Numbers of trajectories by state."""
         return {
             "offered": self._offered,
             "trained": self._trained,
@@ -191,23 +202,21 @@ class TrajectoryLedger(Generic[T]):
         }
 
     def is_open(self, group: str) -> bool:
-        """Whether some trajectory of the group is pending."""
+        """Whether a trajectory of the group is pending."""
         return group in self._open
 
     def is_pending(self, trajectory: str) -> bool:
-        """Whether the trajectory's fate is open: it is awaited, or it waits to be trained on."""
-        group, _, _ = trajectory.rpartition("/")
-        standing, sample = self._open.get(group), _sample(trajectory)
-        if standing is None or not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
-            return False
-        return sample not in standing.ended
+        """Whether the trajectory is awaited or waits to be trained on."""
+        name, sample = _parse(trajectory)
+        group = self._open.get(name)
+        return group is not None and 0 <= sample < group.samples and sample not in group.ended
 
     def oldest_open(self) -> str | None:
-        """The group unresolved for longest."""
+        """The group that has been unresolved for longest."""
         return next(iter(self._open), None)
 
     def waiting(self) -> int:
-        """Trajectories that arrived and are not yet trained on."""
+        """Number of trajectories that have arrived and are not trained on yet."""
         return sum(len(group.arrived) for group in self._open.values())
 
     def state(self) -> LedgerState:
@@ -222,7 +231,7 @@ class TrajectoryLedger(Generic[T]):
         )
 
     def restore(self, state: LedgerState, *, now: float) -> None:
-        """Go on from a checkpoint; deadlines begin anew."""
+        """Continue from a checkpoint. The time limits of open groups start again."""
         self._next_index = state.next_index
         self._open = {
             name: _Group(int(name[1:]), self._samples, now, ended=dict(ended))
@@ -231,60 +240,63 @@ class TrajectoryLedger(Generic[T]):
         self._trained, self._dropped = state.trained, dict(state.dropped)
         self._dead_lettered, self._offered = state.dead_lettered, state.offered
 
-    def _known(self, group: str, trajectory: str) -> ArrivalStatus:
-        standing = self._open.get(group)
-        sample = _sample(trajectory)
-        if standing is None:
-            offered = 0 <= sample < self._samples and self._was_offered(group)
-            return (
-                ArrivalStatus.DUPLICATE
-                if offered and trajectory == trajectory_id(group, sample)
-                else ArrivalStatus.UNKNOWN
-            )
-        if not 0 <= sample < standing.samples or trajectory != trajectory_id(group, sample):
-            return ArrivalStatus.UNKNOWN
-        return ArrivalStatus.DUPLICATE if sample in standing.arrived or sample in standing.ended else ArrivalStatus.NEW
+    def _find(self, group: str, trajectory: str) -> "_Entry[T]":
+        name, sample = _parse(trajectory)
+        if name != group or sample < 0:
+            return _Entry(ArrivalStatus.UNKNOWN)
+        if (entry := self._open.get(name)) is None:
+            closed = int(name[1:]) < self._next_index and sample < self._samples
+            return _Entry(ArrivalStatus.DUPLICATE if closed else ArrivalStatus.UNKNOWN)
+        if sample >= entry.samples:
+            return _Entry(ArrivalStatus.UNKNOWN)
+        if entry.ended.get(sample) == DEAD_LETTERED:
+            return _Entry(ArrivalStatus.RECOVERED, entry, sample)
+        if sample in entry.arrived or sample in entry.ended:
+            return _Entry(ArrivalStatus.DUPLICATE)
+        return _Entry(ArrivalStatus.NEW, entry, sample)
 
-    def _was_offered(self, group: str) -> bool:
-        index = int(group[1:]) if group[1:].isdecimal() else -1
-        return 0 <= index < self._next_index and group == group_id(index)
+    def _recover(self, group: _Group[T], sample: int, status: ArrivalStatus) -> None:
+        """Take back that the trajectory was lost to a dead letter."""
+        if status is ArrivalStatus.RECOVERED:
+            del group.ended[sample]
+            self._dead_lettered -= 1
 
-    def _revive(self, group: str, trajectory: str) -> bool:
-        """Take back that a trajectory was lost to a dead letter, while its group is open; whether it was."""
-        standing, sample = self._open.get(group), _sample(trajectory)
-        if trajectory != trajectory_id(group, sample):
-            return False
-        if standing is None or standing.ended.get(sample) != DEAD_LETTERED:
-            return False
-        del standing.ended[sample]
-        self._dead_lettered -= 1
-        return True
+    def _end(self, group: _Group[T], sample: int, end: str) -> None:
+        group.ended[sample] = end
+        if end == TRAINED:
+            self._trained += 1
+        elif end == DEAD_LETTERED:
+            self._dead_lettered += 1
+        else:
+            self._dropped[end] = self._dropped.get(end, 0) + 1
+        if not group.pending:
+            del self._open[group_id(group.index)]
 
-    def _end(self, group: str, trajectory: str, how: str) -> ArrivalStatus:
-        if (known := self._known(group, trajectory)) is not ArrivalStatus.NEW:
-            return known
-        standing = self._open[group]
-        standing.ended[_sample(trajectory)] = how
-        match how:
-            case "trained":
-                self._trained += 1
-            case "dead_lettered":
-                self._dead_lettered += 1
-            case _:
-                self._dropped[how] = self._dropped.get(how, 0) + 1
-        if not standing.pending:
-            del self._open[group]
-        return ArrivalStatus.NEW
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[T]):
+    """What the ledger holds of a trajectory. `group` is set if a record of it would be used."""
+
+    status: ArrivalStatus
+    group: _Group[T] | None = None
+    sample: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyGroup(Generic[T]):
-    """A complete group's trajectories."""
+    """The trajectories of a complete group."""
 
     group: str
     items: list[T]
 
 
-def _sample(trajectory: str) -> int:
-    _, _, sample = trajectory.rpartition("/")
-    return int(sample) if sample.isdecimal() else -1
+_ID = re.compile(r"g([0-9]{1,18})/([0-9]{1,18})")
+"""No id of a run is longer. int() refuses several thousand digits, and a record may hold anything."""
+
+
+def _parse(trajectory: str) -> tuple[str, int]:
+    """Group and sample of a trajectory id; ("", -1) unless it is written as `trajectory_id` writes it."""
+    if (match := _ID.fullmatch(trajectory)) is None:
+        return "", -1
+    group, sample = group_id(int(match[1])), int(match[2])
+    return (group, sample) if trajectory == trajectory_id(group, sample) else ("", -1)

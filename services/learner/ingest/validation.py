@@ -1,15 +1,24 @@
-"""What must hold of a trajectory before anything is made of it. Pure."""
+"""Checks of a record before the learner uses it. Pure."""
 
 import math
 
 from palimpsest.common.arrays import unpack_int32
-from palimpsest.common.messages import SegmentFlushed, TrajectoryFinished
+from palimpsest.common.messages import SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Malformed, check
 from palimpsest.common.versions import Version
 
 MOST_TOKENS = 1 << 24
-"""A trajectory longer than this is garbage."""
+"""A longer trajectory is garbage."""
+
+
+def validate(message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version) -> None:
+    """Raise Malformed unless the message can be used. newest: no token can be of a later version."""
+    match message:
+        case TrajectoryFinished():
+            check_finished(message, newest)
+        case SegmentFlushed():
+            check_sampled(message, newest)
 
 
 def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version) -> None:

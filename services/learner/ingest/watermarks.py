@@ -1,8 +1,8 @@
-"""Before which places on `old_logprobs` nothing can stand that is still wanted. Pure.
+"""Where reading of topic `old_logprobs` may start. Pure.
 
-A trajectory is scored after it was sampled, and sampled after its group was offered. So what stood on the topic when a
-group was offered is of other trajectories, and reading may begin where the topic ended when the oldest group that is
-still open was offered.
+A trajectory is scored after it was sampled, and sampled after its group was offered. The records that were on the topic
+when a group was offered therefore belong to other groups. Reading may start where the topic ended when the oldest open
+group was offered.
 """
 
 from collections import deque
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 
 class ScoreWatermarks:
-    """Where the topic ended at each offer, as long as some group asks for it.
+    """The end of the topic at each offer, kept while a group needs it.
 
-    >>> beginnings = Beginnings()
-    >>> beginnings.start({0: 10})
-    >>> beginnings.offer(4, {0: 120})
-    >>> beginnings.offer(8, {0: 250})
-    >>> beginnings.offsets(oldest=3), beginnings.offsets(oldest=7), beginnings.offsets(oldest=8)
+    >>> watermarks = ScoreWatermarks()
+    >>> watermarks.start({0: 10})
+    >>> watermarks.offer(4, {0: 120})
+    >>> watermarks.offer(8, {0: 250})
+    >>> watermarks.offsets(oldest=3), watermarks.offsets(oldest=7), watermarks.offsets(oldest=8)
     ({0: 10}, {0: 120}, {0: 250})
     """
 
@@ -24,17 +24,17 @@ class ScoreWatermarks:
         self._ends: deque[tuple[int, Mapping[int, int]]] = deque([(0, {})])
 
     def start(self, offsets: Mapping[int, int]) -> None:
-        """Scores of the groups that are open now stand here or later. {}: anywhere."""
+        """Set the offsets for the groups that are open now. {}: the start of the topic."""
         self._ends = deque([(0, offsets)])
 
     def offer(self, index: int, ends: Mapping[int, int]) -> None:
-        """Groups from this index on are offered after the topic has ended there."""
+        """Note that groups from `index` on are offered after the topic reached `ends`."""
         self._ends.append((index, ends))
 
     def offsets(self, oldest: int) -> dict[int, int]:
-        """Partition -> offset of the first record that can be of this group, or of one offered later.
+        """Partition -> offset of the first record that can belong to group `oldest` or a later one.
 
-        oldest: index of the oldest open group; it never goes back.
+        oldest: index of the oldest open group. It never decreases.
         """
         while len(self._ends) > 1 and self._ends[1][0] <= oldest:
             self._ends.popleft()

@@ -1,8 +1,8 @@
-"""What rank 0 does for exact old log-probs besides training: one route a kind of proximal.
+"""What rank 0 does for exact old log-probs besides training: one route for each kind of proximal.
 
-snapshot      nothing, or (prefetch) scoring what has arrived while its version is resident
-replica       reading what the replicas computed, and waiting for a batch's
-interruption  scoring early, and a cut before the weights change
+snapshot      nothing, or (prefetch) scores what has arrived while its version is resident
+replica       reads what the replicas computed, and waits for the scores of a batch
+interruption  scores early, and pauses the workers before the weights change
 surrogates    nothing
 """
 
@@ -14,11 +14,13 @@ from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, ReplicaProximal, SnapshotProximal
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
-from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, WaitLimits
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 
 
@@ -26,10 +28,11 @@ class Route(Protocol):
     """Called by the loop, in this order for each version."""
 
     def start(self) -> None:
-        """Learn from the log what a former process knew. Comes after TrajectoryReader.start and the first version."""
+        """Read from the log what a former process knew. Call it after Ingest.start and after the first version was
+        published."""
 
     def work(self, now: Version, digest: str) -> int:
-        """While a batch is waited for: a little of what can be done early; how many tokens. 0: nothing is left.
+        """Score some tokens early, while the loop waits for a batch; the number of tokens. 0: nothing is left.
 
         now, digest: the version whose weights are resident.
         """
@@ -37,23 +40,24 @@ class Route(Protocol):
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        """The rows of a batch with the old log-probs that are known; None when a stop came while they were awaited."""
+        """The rows of a batch with the old log-probs that are known; None when a stop came during the wait."""
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
-        """Before the first optimizer step: from here on the weights of `now` are gone. training: the batch's ids."""
+        """Called before the first optimizer step, after which the weights of `now` are gone. training: the batch's
+        ids."""
 
     def published(self, version: Version, digest: str) -> None:
-        """A version was announced."""
+        """Called after a version was announced."""
 
     def release(self) -> None:
-        """The run stops here: nobody is to go on waiting for a version."""
+        """Called when the run stops: releases workers that wait for a version."""
 
     def close(self) -> None:
-        """Stop reading."""
+        """Close the consumers."""
 
 
 class NoRoute:
-    """See Route. Of a surrogate, or of snapshots that are loaded when they are needed."""
+    """See Route. For a surrogate, or for snapshots that are loaded on demand."""
 
     def start(self) -> None: ...
     def work(self, now: Version, digest: str) -> int:
@@ -76,19 +80,19 @@ class NoRoute:
 
 
 class PrefetchRoute(NoRoute):
-    """See Route. Of snapshots: what has arrived is scored while its version is resident, so that it need not be loaded.
+    """See Route. For snapshots: scores what has arrived while its version is resident, which saves loading it later.
 
-    Tokens of the version that is still resident are left to the batch's own pass, which costs no load either. A crash
-    loses these values, and the store still has the versions.
+    Tokens of the version that is resident in training are left to the batch's own pass, which needs no load either. A
+    crash loses these values. The store still has the versions.
     """
 
-    def __init__(self, intake: TrajectoryReader, early: EagerScorer, scores: ScoreStore) -> None:
-        self._intake, self._early, self._scores = intake, early, scores
+    def __init__(self, reader: TrajectoryReader, scorer: EagerScorer, scores: ScoreStore) -> None:
+        self._reader, self._scorer, self._scores = reader, scorer, scores
         self._digests: dict[Version, str] = {}
 
     def work(self, now: Version, digest: str) -> int:
         self._digests[now] = digest
-        return self._early.work(self._intake.arrived.values(), now, digest, should_stop=lambda: True)
+        return self._scorer.work(self._reader.arrived.values(), now, digest, should_stop=lambda: True)
 
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
@@ -98,17 +102,17 @@ class PrefetchRoute(NoRoute):
 
     def published(self, version: Version, digest: str) -> None:
         self._digests[version] = digest
-        self._scores.retain(self._intake.pending())
+        self._scores.retain(self._reader.is_pending)
 
 
 class ReplicaRoute(NoRoute):
-    """See Route. Values come over the log; a batch waits for its own."""
+    """See Route. Values come over the log, and a batch waits for its own."""
 
-    def __init__(self, intake: TrajectoryReader, reader: ScoreReader) -> None:
-        self._intake, self._reader = intake, reader
+    def __init__(self, tasks: TaskPublisher, reader: ScoreReader) -> None:
+        self._tasks, self._reader = tasks, reader
 
     def start(self) -> None:
-        self._reader.start(self._intake.score_offsets())
+        self._reader.start(self._tasks.score_offsets())
 
     def work(self, now: Version, digest: str) -> int:
         self._reader.read()
@@ -127,16 +131,16 @@ class ReplicaRoute(NoRoute):
 
 
 class InterruptionRoute:
-    """See Route. Workers stop before the weights change."""
+    """See Route. Workers pause before the weights change."""
 
-    def __init__(self, intake: TrajectoryReader, interruption: CutCoordinator, scores: ScoreStore) -> None:
-        self._intake, self._interruption, self._scores = intake, interruption, scores
+    def __init__(self, reader: TrajectoryReader, coordinator: CutCoordinator, scores: ScoreStore) -> None:
+        self._reader, self._coordinator, self._scores = reader, coordinator, scores
 
     def start(self) -> None:
-        self._interruption.start()
+        self._coordinator.start()
 
     def work(self, now: Version, digest: str) -> int:
-        return self._interruption.work(now, digest)
+        return self._coordinator.work(now, digest)
 
     def attach_old_logprobs(
         self,
@@ -146,20 +150,20 @@ class InterruptionRoute:
         heartbeat: Callable[[], None],
         stop: Callable[[], bool],
     ) -> list[Row] | None:
-        return [self._scores.attach(row, self._interruption.digests) for row in rows]
+        return [self._scores.attach(row, self._coordinator.digests) for row in rows]
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
-        self._interruption.cut(now, digest, training=training)
+        self._coordinator.cut(now, digest, training=training)
 
     def published(self, version: Version, digest: str) -> None:
-        self._interruption.published(version, digest)
-        self._scores.retain(self._intake.pending())
+        self._coordinator.published(version, digest)
+        self._scores.retain(self._reader.is_pending)
 
     def release(self) -> None:
-        self._interruption.release()
+        self._coordinator.release()
 
     def close(self) -> None:
-        self._interruption.close()
+        self._coordinator.close()
 
 
 def route(
@@ -167,14 +171,17 @@ def route(
     *,
     run: str,
     bus: Bus,
-    intake: TrajectoryReader,
+    ingest: Ingest,
     score: DistributedScorer,
     scores: ScoreStore,
     confirm: Callable[[], None],
 ) -> Route:
-    """Of the configured kind. score: by the resident weights; scores: the same that `intake` forgets from."""
+    """The route of the configured kind.
 
-    def early(durable: Bus | None) -> EagerScorer:
+    score: scores with the resident weights. scores: the store that `ingest` removes resolved trajectories from.
+    """
+
+    def eager_scorer(durable: Bus | None) -> EagerScorer:
         return EagerScorer(
             score,
             scores,
@@ -186,20 +193,21 @@ def route(
 
     match config.proximal:
         case SnapshotProximal(prefetch=True):
-            return PrefetchRoute(intake, early(None), scores)
+            return PrefetchRoute(ingest.reader, eager_scorer(None), scores)
         case ReplicaProximal():
             reader = ScoreReader(
                 bus,
                 scores,
+                ingest.dead_letters,
+                WaitLimits(config.proximal.wait_s),
                 run=run,
-                wait_s=config.proximal.wait_s,
-                wanted=lambda trajectory: intake.pending()(trajectory),
+                wanted=ingest.reader.is_pending,
                 confirm=confirm,
             )
-            return ReplicaRoute(intake, reader)
+            return ReplicaRoute(ingest.tasks, reader)
         case InterruptionProximal():
             cutting = CutCoordinator(
-                bus, intake, early(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
+                bus, ingest, eager_scorer(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
             )
-            return InterruptionRoute(intake, cutting, scores)
+            return InterruptionRoute(ingest.reader, cutting, scores)
     return NoRoute()

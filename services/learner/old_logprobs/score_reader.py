@@ -1,12 +1,13 @@
-"""Rank 0's reading of `old_logprobs`: what replicas scored, or the learner itself before a restart, by trajectory.
+"""Rank 0 reads topic `old_logprobs`: what replicas scored, or what the learner scored before a restart.
 
-A restart reads again from where values of unresolved trajectories may stand (intake.py); those of others are passed
-over. A value counts for a token only if it is of the weights that were published under the
-version's number: their digests stand on `control`.
+A restart reads again from the first record that can belong to an unresolved trajectory (ingest/watermarks.py) and
+skips values of resolved ones. A value counts for a token only if it was computed with the weights that were published
+under the version's number. Topic `control` holds their digests.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from palimpsest.common.arrays import pack_float32, pack_int32
 from palimpsest.common.bus.offline import read_existing
@@ -20,86 +21,96 @@ from palimpsest.common.messages import (
     OldLogprobsComputed,
     OldLogprobsRequested,
     VersionPublished,
-    dead_letter,
     encode,
     message_in,
 )
-from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
-from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
+from palimpsest.services.learner.ingest.decoding import decode_for_run
 from palimpsest.services.learner.old_logprobs.score_store import Missing, ScoreStore
 
 POLL_RECORDS = 512
 POLL_S = 0.1
 FIRST_WAIT_S = 600.0
-"""Until the first score comes a batch waits for so long: replicas that start with the run have a model to load."""
-ASK_AFTER = 0.5
-"""Share of the wait after which scores are asked for."""
+"""A batch waits this long for the first score of the run: replicas that start with the run load a model first."""
+REQUEST_AFTER = 0.5
+"""Share of the wait after which missing scores are requested again."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitLimits:
+    """How long a batch waits for its scores, in seconds."""
+
+    wait_s: float
+    first_wait_s: float = FIRST_WAIT_S
+    """Until the first score of the run was read. `wait_s` if that is longer."""
 
 
 class ScoreReader:
-    """Fills Scores from the log."""
+    """Fills the score store from the log.
+
+    wanted: whether a trajectory is unresolved. confirm: raises Fenced unless the run still belongs to this learner.
+    """
 
     def __init__(
         self,
         bus: Bus,
         scores: ScoreStore,
+        dead_letters: DeadLetterWriter,
+        limits: WaitLimits,
         *,
         run: str,
-        wait_s: float,
         wanted: Callable[[str], bool],
         confirm: Callable[[], None],
-        first_wait_s: float = FIRST_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """wanted: whether the trajectory is not resolved yet; confirm: raises unless the run is still the learner's."""
-        self._bus, self._scores, self._run, self._wait_s = bus, scores, run, wait_s
-        self._wanted, self._confirm, self._clock = wanted, confirm, clock
-        self._control, self._reader = bus.consumer(CONTROL), bus.consumer(OLD_LOGPROBS)
-        self._first_wait_s = first_wait_s
-        self._standing, self._heard = self._reader.ends(), False
+        self._bus, self._scores, self._dead_letters, self._limits = bus, scores, dead_letters, limits
+        self._run, self._wanted, self._confirm, self._clock = run, wanted, confirm, clock
+        self._control, self._consumer = bus.consumer(CONTROL), bus.consumer(OLD_LOGPROBS)
+        self._ends_at_start, self._heard = self._consumer.ends(), False
         self._awaited: frozenset[str] = frozenset()
-        self._buried = _buried(bus)
+        self._dead_lettered = _dead_lettered(bus)
         self.digests: dict[Version, str] = {}
-        """Of the weights of each version that was announced."""
+        """Version -> digest of its weights, for each version that was announced."""
         self.waited_s = 0.0
-        """Seconds that batches have waited for scores, since the process began."""
+        """Seconds that batches have waited for scores since the process started."""
         self.requested = 0
-        """Trajectories whose scores were asked for because they did not come."""
+        """Trajectories whose scores were requested again."""
 
     def start(self, offsets: Mapping[int, int]) -> None:
         """Read on from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
-        self._reader.seek(offsets)
+        self._consumer.seek(offsets)
         self.read()
 
     def read(self, *, timeout_s: float = 0.0) -> int:
-        """Take in everything that stands there, waiting at most so long for a first value; how many records told of
-        values or of versions."""
+        """Read everything on the log, waiting at most `timeout_s` for a first value; the number of records with values
+        or versions."""
         taken = 0
         while announced := self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             taken += sum(map(self._announce, announced))
-        while records := self._reader.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
+        while records := self._consumer.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 try:
                     taken += self._take(record)
                 except RejectedRecord as error:
-                    self._bury(record, error)
+                    self._reject(record, error)
             timeout_s = 0.0
         return taken
 
     def attach(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with every old log-prob that is known by now."""
+        """The rows with every old log-prob that is known so far."""
         return [self._scores.attach(row, self.digests) for row in rows]
 
     def wait_for_scores(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        """The rows with their old log-probs, as soon as all are there or the time is over; None when a stop came first.
+        """The rows with their old log-probs, once all are known or the time is over; None when a stop came first.
 
-        Tokens of `now` need none: the learner holds those weights. After half of the time what is missing is asked for
-        once more. The time begins when a replica is first heard of. `look` is called now and then meanwhile.
+        Tokens of version `now` need none: the learner holds those weights. After half of the time, missing scores are
+        requested again. The time starts when the first score of the run is read. `heartbeat` is called meanwhile.
         """
         began = self._clock()
         self._awaited = frozenset(row.trajectory for row in rows)
@@ -110,18 +121,18 @@ class ScoreReader:
             self.waited_s += self._clock() - began
 
     def retain(self) -> None:
-        """Forget what belongs to resolved trajectories."""
+        """Discard the scores of resolved trajectories."""
         self._scores.retain(self._wanted)
 
     def close(self) -> None:
-        """Stop reading."""
-        self._reader.close()
+        """Close the consumers."""
+        self._consumer.close()
         self._control.close()
 
     def _wait(
         self, rows: list[Row], now: Version, began: float, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        asked, first, heard = False, True, self._heard
+        requested, first, heard = False, True, self._heard
         while True:
             if self.read(timeout_s=0.0 if first else POLL_S) or first:
                 rows, first = self.attach(rows), False
@@ -130,19 +141,19 @@ class ScoreReader:
                 return rows
             if self._heard and not heard:
                 heard, began = True, self._clock()
-            waited, limit_s = self._clock() - began, self._wait_s
+            waited, limit_s = self._clock() - began, self._limits.wait_s
             if not heard:
-                limit_s = max(limit_s, self._first_wait_s)
+                limit_s = max(limit_s, self._limits.first_wait_s)
             if waited >= limit_s:
                 tokens = sum(stop - start for _, spans in lacking for start, stop, _ in spans)
                 logger().warning(
-                    "scores did not come", trajectories=len(lacking), tokens=tokens, waited_s=round(waited, 1)
+                    "old log-probs timed out", trajectories=len(lacking), tokens=tokens, waited_s=round(waited, 1)
                 )
                 return rows
             if stop():
                 return None
-            if not asked and waited >= ASK_AFTER * limit_s:
-                asked = True
+            if not requested and waited >= REQUEST_AFTER * limit_s:
+                requested = True
                 self._request_scores(lacking)
             heartbeat()
 
@@ -151,7 +162,7 @@ class ScoreReader:
 
     def _request_scores(self, lacking: Sequence[tuple[Row, list[Missing]]]) -> None:
         self._confirm()
-        logger().warning("scores asked for", trajectories=len(lacking))
+        logger().warning("re-requested old log-probs", trajectories=len(lacking))
         self.requested += len(lacking)
         self._bus.publish(
             OLD_LOGPROBS, [Outgoing(row.trajectory, encode(self._request(row, spans))) for row, spans in lacking]
@@ -169,45 +180,35 @@ class ScoreReader:
         )
 
     def _take(self, record: Record) -> int:
-        message: OldLogprobsComputed | OldLogprobsRequested = message_in(record)
-        if message.run != self._run:
-            raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+        message: OldLogprobsComputed | OldLogprobsRequested = decode_for_run(record, self._run)
         if isinstance(message, OldLogprobsRequested):
             return 0
-        self._heard = self._heard or record.offset >= self._standing.get(record.partition, 0)
+        self._heard = self._heard or record.offset >= self._ends_at_start.get(record.partition, 0)
         if not (message.trajectory in self._awaited or self._wanted(message.trajectory)):
             return 0
         self._scores.put(message)
         return 1
 
     def _announce(self, record: Record) -> bool:
-        """Whether it was a version of this run."""
+        """Note the digest of a version; whether the record announced a version of this run."""
         try:
             message = message_in(record)
         except RejectedRecord:
-            return False  # the worker that meets it buries it
+            return False  # the worker that reads it dead-letters it
         if not isinstance(message, VersionPublished) or message.run != self._run:
             return False
         self.digests[message.version] = message.digest
         return True
 
-    def _bury(self, record: Record, error: RejectedRecord) -> None:
-        """Keep a record that cannot be used, whole, once: after a restart it is met again."""
+    def _reject(self, record: Record, error: RejectedRecord) -> None:
+        """Dead-letter a record, unless this or a former process has done so: a restart reads it again."""
         at = (record.partition, record.offset)
-        if at in self._buried:
-            return
-        self._confirm()
-        self._buried.add(at)
-        logger().warning(
-            "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
-            cause=error.cause.value, reason=str(error),
-        )  # fmt: skip
-        letter = dead_letter(self._run, record, error, now=time.time())
-        self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
-        instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
+        if at not in self._dead_lettered:
+            self._dead_letters.write(record, error)
+            self._dead_lettered.add(at)
 
 
-def _buried(bus: Bus) -> set[tuple[int, int]]:
+def _dead_lettered(bus: Bus) -> set[tuple[int, int]]:
     """Partition and offset of the records of `old_logprobs` that are dead letters already."""
     places = set()
     for record in read_existing(bus, DEAD_LETTERS):

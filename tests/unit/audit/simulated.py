@@ -106,7 +106,7 @@ class Simulated:
     def _arrive(self, name: str, oldest: int, newest: int) -> None:
         record = self._publish(name, FINISHED, oldest=oldest, newest=newest)
         known = self.planner.arrive(name.rpartition("/")[0], name, name)
-        if known in (ArrivalStatus.NEW, ArrivalStatus.REVIVED):
+        if known in (ArrivalStatus.NEW, ArrivalStatus.RECOVERED):
             self.waiting[name] = record
         else:
             self.frontier.resolve(record.partition, record.offset)

@@ -17,7 +17,6 @@ from palimpsest.common.bus.port import Bus, Consumer, OffsetGone, Outgoing, Reco
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
-    DEAD_LETTERS,
     OLD_LOGPROBS,
     WORKERS,
     CutReached,
@@ -25,16 +24,16 @@ from palimpsest.common.messages import (
     CutRequested,
     OldLogprobsComputed,
     VersionPublished,
-    dead_letter,
     encode,
-    message_in,
 )
-from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.flushes import Flushed
-from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, TrajectoryReader
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.decoding import decode_for_run
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, Sampled, as_row
 from palimpsest.services.learner.old_logprobs.interruption.cut import Cut, CutReport, next_number
 from palimpsest.services.learner.old_logprobs.interruption.liveness import WorkerLiveness
@@ -59,8 +58,8 @@ class CutCoordinator:
     def __init__(
         self,
         bus: Bus,
-        intake: TrajectoryReader,
-        early: EagerScorer,
+        ingest: Ingest,
+        scorer: EagerScorer,
         scores: ScoreStore,
         *,
         run: str,
@@ -68,7 +67,7 @@ class CutCoordinator:
         confirm: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bus, self._intake, self._early, self._scores = bus, intake, early, scores
+        self._bus, self._ingest, self._reader, self._scorer, self._scores = bus, ingest, ingest.reader, scorer, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
         self._roster = WorkerLiveness()
         self._workers: Consumer  # opened by start
@@ -92,9 +91,9 @@ class CutCoordinator:
         control = list(self._existing_messages(CONTROL))
         self._first = self._next = next_number(control)
         self._digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
-        pending, found = self._intake.pending(), 0
-        for message in self._existing_messages(OLD_LOGPROBS, self._intake.score_offsets()):
-            if isinstance(message, OldLogprobsComputed) and pending(message.trajectory):
+        found = 0
+        for message in self._existing_messages(OLD_LOGPROBS, self._ingest.tasks.score_offsets()):
+            if isinstance(message, OldLogprobsComputed) and self._reader.is_pending(message.trajectory):
                 self._scores.put(message)
                 found += message.stop - message.start
         instruments.OLD_FOUND.inc(found)
@@ -111,7 +110,7 @@ class CutCoordinator:
         self._digests[now] = digest
         self._poll_workers(timeout_s=0.0)
         until = self._clock() + SLICE_S
-        tokens = self._early.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
+        tokens = self._scorer.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
         self._settle(now)
         instruments.OLD_SCORED.labels("early").inc(tokens)
         return tokens
@@ -171,8 +170,8 @@ class CutCoordinator:
         seconds: dict[str, float] = {}
         with self._timed(seconds, "before"):
             # what is here already need not be scored while workers stand still
-            self._intake.read_all(now, timeout_s=0.0)
-            before = self._early.work(self._sampled(training), now, digest)
+            self._reader.read_all(now, timeout_s=0.0)
+            before = self._scorer.work(self._sampled(training), now, digest)
             settled = self._settle(now)
         self._poll_workers_to_end()
         cut = self._request(now)
@@ -183,7 +182,7 @@ class CutCoordinator:
         def score(enough: bool) -> int:
             nonlocal tokens, flushed
             with self._timed(seconds, "score"):
-                scored = self._early.work(self._sampled(training), now, digest, should_stop=lambda: enough)
+                scored = self._scorer.work(self._sampled(training), now, digest, should_stop=lambda: enough)
             tokens, flushed = tokens + scored, flushed + self._settle(now)
             return scored
 
@@ -195,13 +194,13 @@ class CutCoordinator:
                 self._poll_workers_to_end(cut)
                 if not cut.is_waiting(self._alive(), now=self._clock()):
                     break
-                self._intake.read_all(now, timeout_s=0.0)
+                self._reader.read_all(now, timeout_s=0.0)
                 timeout_s = 0.0 if score(enough=True) else POLL_S  # what is here already need not wait for the others
         seconds["wait"] -= seconds.get("score", 0.0)
         with self._timed(seconds, "read"):
             caught_up = self._read(cut.positions, now)
             # who was left out may have flushed all the same, and who died had finished something
-            self._read(dict.fromkeys(self._intake.offsets(), sys.maxsize), now)
+            self._read(dict.fromkeys(self._reader.offsets(), sys.maxsize), now)
         score(enough=False)
         failpoints.reach("learner.after_cut")
         if not caught_up:
@@ -222,7 +221,7 @@ class CutCoordinator:
     def _read(self, positions: Mapping[int, int], now: Version) -> bool:
         """Take in what stands on `trajectories` below these offsets; whether all of it came. An outage may come in
         between once: the second look waits until the log answers."""
-        return any(self._intake.read_until(positions, now, deadline_s=READ_S) for _ in range(2))
+        return any(self._reader.read_until(positions, now, deadline_s=READ_S) for _ in range(2))
 
     def _request(self, now: Version) -> Cut:
         self._confirm()  # the successor's workers are not to be stopped
@@ -234,17 +233,17 @@ class CutCoordinator:
 
     def _sampled(self, training: Collection[str] = ()) -> list[Sampled]:
         """What may lack scores: trajectories that wait to be trained on, and flushes of live ones."""
-        arrived = (one for trajectory, one in self._intake.arrived.items() if trajectory not in training)
-        return [*arrived, *self._intake.flushed]
+        arrived = (one for trajectory, one in self._reader.arrived.items() if trajectory not in training)
+        return [*arrived, *self._reader.flushed]
 
     def _settle(self, now: Version) -> int:
         """Be done with flushes in which nothing is left to be scored; how many."""
-        done = [flushed for flushed in self._intake.flushed if self._early.is_done(flushed)]
+        done = [flushed for flushed in self._reader.flushed if self._scorer.is_done(flushed)]
         for flushed in done:
             late = self._late(flushed, now)
             instruments.FLUSHES.labels("late" if late else "scored").inc()
             instruments.LATE_TOKENS.inc(late)
-            self._intake.resolve_flushed(flushed)
+            self._reader.resolve_flushed(flushed)
         return len(done)
 
     def _late(self, flushed: Flushed, now: Version) -> int:
@@ -302,22 +301,13 @@ class CutCoordinator:
                 yield message
 
     def _message(self, record: Record) -> Any:
-        """The record's message; None when it cannot be used: then it is kept whole, with its cause."""
+        """The record's message; None if it cannot be used. Then it is dead-lettered."""
         try:
-            message = message_in(record)
-            if message.run != self._run:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+            message = decode_for_run(record, self._run)
             if isinstance(message, OldLogprobsComputed):
                 check_computed(message)
         except RejectedRecord as error:
-            self._confirm()
-            letter = dead_letter(self._run, record, error, now=time.time())
-            self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
-            instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
-            logger().warning(
-                "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
-                cause=error.cause.value, reason=str(error),
-            )  # fmt: skip
+            self._ingest.dead_letters.write(record, error)
             return None
         return message
 

@@ -12,74 +12,74 @@ from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryL
 SAMPLES = 3
 
 
-def a_planner(**changes: Any) -> TrajectoryLedger[str]:
+def a_ledger(**changes: Any) -> TrajectoryLedger[str]:
     return TrajectoryLedger(
         **{"samples": SAMPLES, "groups_per_batch": 2, "max_staleness": 1, "time_limit_s": 10.0, **changes}
     )
 
 
-def fill(planner: TrajectoryLedger[str], index: int, samples: range = range(SAMPLES)) -> None:
+def fill(ledger: TrajectoryLedger[str], index: int, samples: range = range(SAMPLES)) -> None:
     for sample in samples:
         name = trajectory_id(group_id(index), sample)
-        assert planner.arrive(group_id(index), name, name) is ArrivalStatus.NEW
+        assert ledger.arrive(group_id(index), name, name) is ArrivalStatus.NEW
 
 
 def test_offers_at_most_what_the_staleness_bound_allows() -> None:
-    planner = a_planner(max_staleness=2)
-    assert planner.free_slots() == 6
+    ledger = a_ledger(max_staleness=2)
+    assert ledger.free_slots() == 6
     for _ in range(6):
-        planner.offer(now=0.0)
-    assert planner.free_slots() == 0
-    fill(planner, 0)
-    fill(planner, 1)
-    assert planner.free_slots() == 0  # arrived is not resolved
-    assert planner.take_batch() is not None
-    assert planner.free_slots() == 2
+        ledger.offer(now=0.0)
+    assert ledger.free_slots() == 0
+    fill(ledger, 0)
+    fill(ledger, 1)
+    assert ledger.free_slots() == 0  # arrived is not resolved
+    assert ledger.take_batch() is not None
+    assert ledger.free_slots() == 2
 
 
 def test_takes_the_oldest_complete_groups_first() -> None:
-    planner = a_planner()
+    ledger = a_ledger()
     for _ in range(4):
-        planner.offer(now=0.0)
+        ledger.offer(now=0.0)
     for index in (3, 1, 2):
-        fill(planner, index)
-    batch = planner.take_batch()
+        fill(ledger, index)
+    batch = ledger.take_batch()
     assert batch is not None
     assert [group.group for group in batch] == ["g000001", "g000002"]
 
 
 def test_waits_for_the_last_sibling() -> None:
-    planner = a_planner(groups_per_batch=1)
-    planner.offer(now=0.0)
-    fill(planner, 0, range(2))
-    assert planner.take_batch() is None
-    fill(planner, 0, range(2, 3))
-    assert planner.take_batch() is not None
+    ledger = a_ledger(groups_per_batch=1)
+    ledger.offer(now=0.0)
+    fill(ledger, 0, range(2))
+    assert ledger.take_batch() is None
+    fill(ledger, 0, range(2, 3))
+    assert ledger.take_batch() is not None
 
 
 def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_trained() -> None:
-    planner = a_planner(groups_per_batch=1)
-    planner.offer(now=100.0)
-    fill(planner, 0, range(2))
-    assert planner.expire(now=110.0) == []
-    assert planner.expire(now=110.1) == ["g000000/2"]
-    batch = planner.take_batch()
+    ledger = a_ledger(groups_per_batch=1)
+    ledger.offer(now=100.0)
+    fill(ledger, 0, range(2))
+    assert ledger.expire(now=110.0) == []
+    assert ledger.expire(now=110.1) == ["g000000/2"]
+    batch = ledger.take_batch()
     assert batch is not None
     assert batch[0].items == ["g000000/0", "g000000/1"]
-    assert planner.arrive("g000000", "g000000/2", "late") is ArrivalStatus.DUPLICATE
-    assert planner.counts() == {
+    assert ledger.arrive("g000000", "g000000/2", "late") is ArrivalStatus.DUPLICATE
+    assert ledger.counts() == {
         "offered": 3, "trained": 2, "dropped": {"deadline": 1}, "dead_lettered": 0, "pending": 0,
     }  # fmt: skip
 
 
 def test_a_group_with_one_survivor_has_no_baseline_and_is_dropped() -> None:
-    planner = a_planner(groups_per_batch=1)
-    planner.offer(now=0.0)
-    fill(planner, 0, range(1))
-    planner.drop("g000000", "g000000/1", DropReason.ENVIRONMENT_FAILED)
-    planner.dead_letter("g000000", "g000000/2")
-    assert planner.drop_small() == ["g000000/0"]
-    assert planner.counts() == {
+    ledger = a_ledger(groups_per_batch=1)
+    ledger.offer(now=0.0)
+    fill(ledger, 0, range(1))
+    ledger.drop("g000000", "g000000/1", DropReason.ENVIRONMENT_FAILED)
+    ledger.dead_letter("g000000", "g000000/2")
+    assert ledger.drop_small() == ["g000000/0"]
+    assert ledger.counts() == {
         "offered": 3,
         "trained": 0,
         "dropped": {"environment_failed": 1, "group_too_small": 1},
@@ -89,12 +89,12 @@ def test_a_group_with_one_survivor_has_no_baseline_and_is_dropped() -> None:
 
 
 def test_what_is_over_the_bound_is_dropped_and_only_that() -> None:
-    planner = a_planner(max_staleness=2)
-    planner.offer(now=0.0)
-    fill(planner, 0)
+    ledger = a_ledger(max_staleness=2)
+    ledger.offer(now=0.0)
+    fill(ledger, 0)
     oldest = {"g000000/0": Version(3), "g000000/1": Version(4), "g000000/2": Version(5)}
-    assert planner.drop_stale(Version(6), oldest) == ["g000000/0"]
-    assert planner.counts()["dropped"] == {"over_staleness": 1}
+    assert ledger.drop_stale(Version(6), oldest) == ["g000000/0"]
+    assert ledger.counts()["dropped"] == {"over_staleness": 1}
 
 
 @pytest.mark.parametrize(
@@ -110,56 +110,56 @@ def test_what_is_over_the_bound_is_dropped_and_only_that() -> None:
     ],
 )
 def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
-    planner = a_planner()
-    planner.offer(now=0.0)
-    before = planner.counts()
-    assert planner.arrive(group, trajectory, "?") is ArrivalStatus.UNKNOWN
-    assert planner.drop(group, trajectory, DropReason.DEADLINE) is ArrivalStatus.UNKNOWN
-    assert planner.counts() == before
+    ledger = a_ledger()
+    ledger.offer(now=0.0)
+    before = ledger.counts()
+    assert ledger.arrive(group, trajectory, "?") is ArrivalStatus.UNKNOWN
+    assert ledger.drop(group, trajectory, DropReason.DEADLINE) is ArrivalStatus.UNKNOWN
+    assert ledger.counts() == before
 
 
 def test_a_dead_letter_is_made_good_by_a_sound_record_while_its_group_is_open() -> None:
-    planner = a_planner(groups_per_batch=1)
-    planner.offer(now=0.0)
-    fill(planner, 0, range(2))
-    planner.dead_letter("g000000", "g000000/2")
-    assert planner.counts()["dead_lettered"] == 1
-    assert planner.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.REVIVED
-    assert planner.counts()["dead_lettered"] == 0
-    assert planner.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, "garbage again takes nothing back"
-    (batch,) = planner.take_batch() or []
+    ledger = a_ledger(groups_per_batch=1)
+    ledger.offer(now=0.0)
+    fill(ledger, 0, range(2))
+    ledger.dead_letter("g000000", "g000000/2")
+    assert ledger.counts()["dead_lettered"] == 1
+    assert ledger.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.RECOVERED
+    assert ledger.counts()["dead_lettered"] == 0
+    assert ledger.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, "garbage again takes nothing back"
+    (batch,) = ledger.take_batch() or []
     assert batch.items == ["g000000/0", "g000000/1", "sound"]
 
 
 def test_a_dead_letter_is_made_good_by_the_worker_giving_up() -> None:
-    planner = a_planner()
-    planner.offer(now=0.0)
-    planner.dead_letter("g000000", "g000000/2")
-    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.REVIVED
-    assert planner.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.DUPLICATE
-    assert planner.counts() == {
+    ledger = a_ledger()
+    ledger.offer(now=0.0)
+    ledger.dead_letter("g000000", "g000000/2")
+    assert ledger.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.RECOVERED
+    assert ledger.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED) is ArrivalStatus.DUPLICATE
+    assert ledger.counts() == {
         "offered": 3, "trained": 0, "dropped": {"environment_failed": 1}, "dead_lettered": 0, "pending": 2,
     }  # fmt: skip
 
 
 def test_in_a_closed_group_a_dead_letter_stays_one() -> None:
-    planner = a_planner()
-    planner.offer(now=0.0)
+    ledger = a_ledger()
+    ledger.offer(now=0.0)
     for sample in range(SAMPLES):
-        planner.dead_letter("g000000", f"g000000/{sample}")
-    assert planner.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.DUPLICATE
-    assert planner.counts() == {"offered": 3, "trained": 0, "dropped": {}, "dead_lettered": 3, "pending": 0}
+        ledger.dead_letter("g000000", f"g000000/{sample}")
+    assert ledger.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.DUPLICATE
+    assert ledger.counts() == {"offered": 3, "trained": 0, "dropped": {}, "dead_lettered": 3, "pending": 0}
 
 
 @pytest.mark.parametrize("name", ["g000000/00", "g0/0", "g+0/0", "g000000/0 "])
 def test_an_id_in_another_writing_was_never_offered(name: str) -> None:
-    planner = a_planner()
-    planner.offer(now=0.0)
+    ledger = a_ledger()
+    ledger.offer(now=0.0)
     group = name.rpartition("/")[0]
-    assert planner.arrive(group, name, "?") is ArrivalStatus.UNKNOWN
+    assert ledger.arrive(group, name, "?") is ArrivalStatus.UNKNOWN
     for sample in range(SAMPLES):
-        planner.dead_letter("g000000", f"g000000/{sample}")
-    assert planner.arrive(group, name, "?") is ArrivalStatus.UNKNOWN, "nor when its group is closed"
+        ledger.dead_letter("g000000", f"g000000/{sample}")
+    assert ledger.arrive(group, name, "?") is ArrivalStatus.UNKNOWN, "nor when its group is closed"
 
 
 events = st.lists(
@@ -176,7 +176,7 @@ events = st.lists(
 @given(events)
 def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, int]]) -> None:
     """A naive model beside it: one end for each id, ever."""
-    planner, ends, clock = a_planner(), dict[str, str](), 0.0
+    ledger, ends, clock = a_ledger(), dict[str, str](), 0.0
     offered: set[str] = set()
     arrived: dict[str, str] = {}
     for what, index, sample in schedule:
@@ -185,54 +185,54 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
         fresh = name in offered and name not in ends and name not in arrived
         lost = ends.get(name) == "dead" and any(f"{group}/{s}" not in ends for s in range(SAMPLES))
         match what:
-            case "offer" if planner.free_slots():
-                opened = planner.offer(now=clock)
+            case "offer" if ledger.free_slots():
+                opened = ledger.offer(now=clock)
                 offered |= {trajectory_id(opened, s) for s in range(SAMPLES)}
             case "arrive":
-                came = planner.arrive(group, name, name)
+                came = ledger.arrive(group, name, name)
                 assert (came is ArrivalStatus.NEW) is fresh
-                assert (came is ArrivalStatus.REVIVED) is lost
+                assert (came is ArrivalStatus.RECOVERED) is lost
                 if fresh or lost:
                     ends.pop(name, None)
                     arrived[name] = name
             case "drop":
-                came = planner.drop(group, name, DropReason.ENGINE_FAILED)
+                came = ledger.drop(group, name, DropReason.ENGINE_FAILED)
                 assert (came is ArrivalStatus.NEW) is fresh
-                assert (came is ArrivalStatus.REVIVED) is lost
+                assert (came is ArrivalStatus.RECOVERED) is lost
                 if fresh or lost:
                     ends[name] = what
             case "dead":
-                assert (planner.dead_letter(group, name) is ArrivalStatus.NEW) is fresh
+                assert (ledger.dead_letter(group, name) is ArrivalStatus.NEW) is fresh
                 if fresh:
                     ends[name] = what
             case "expire":
-                for late in planner.expire(now=clock):
+                for late in ledger.expire(now=clock):
                     assert late not in ends
                     ends[late] = "deadline"
             case "stale":
-                for item in planner.drop_stale(Version(index), {n: Version(sample) for n in arrived}):
+                for item in ledger.drop_stale(Version(index), {n: Version(sample) for n in arrived}):
                     ends[arrived.pop(item)] = "stale"
             case "small":
-                for item in planner.drop_small():
+                for item in ledger.drop_small():
                     ends[arrived.pop(item)] = "small"
             case "batch":
-                planner.expire(now=0.0)
-                for item in planner.drop_small():
+                ledger.expire(now=0.0)
+                for item in ledger.drop_small():
                     ends[arrived.pop(item)] = "small"
-                for batched in planner.take_batch() or []:
+                for batched in ledger.take_batch() or []:
                     assert len(batched.items) >= 2
                     for item in batched.items:
                         ends[arrived.pop(item)] = "trained"
             case "restart":
-                state = planner.state()
-                planner = a_planner()
-                planner.restore(state, now=clock)
+                state = ledger.state()
+                ledger = a_ledger()
+                ledger.restore(state, now=clock)
                 for name_, item in arrived.items():  # the log is read again
-                    assert planner.arrive(name_.rpartition("/")[0], name_, item) is ArrivalStatus.NEW
-        counts = planner.counts()
+                    assert ledger.arrive(name_.rpartition("/")[0], name_, item) is ArrivalStatus.NEW
+        counts = ledger.counts()
         assert counts["offered"] == len(offered)
         assert counts["trained"] == sum(end == "trained" for end in ends.values())
         assert counts["dead_lettered"] == sum(end == "dead" for end in ends.values())
         assert sum(counts["dropped"].values()) == sum(end not in ("trained", "dead") for end in ends.values())
         assert counts["pending"] == len(offered) - len(ends)
-        assert planner.waiting() == len(arrived)
+        assert ledger.waiting() == len(arrived)

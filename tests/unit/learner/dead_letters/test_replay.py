@@ -17,11 +17,10 @@ from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIE
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.dead_letters.command import run_command
 from palimpsest.services.learner.dead_letters.replay import Buried, chosen, read, replay
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
-from tests.builders import SAMPLING, a_finished
+from tests.builders import a_finished
+from tests.ingest import an_ingest
 
 ROOT = Path(__file__).parents[4]
 RUN = """\
@@ -187,24 +186,19 @@ def test_what_cannot_be_done_is_refused_with_a_sentence(toml: Path, arguments: l
 
 def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
     """The whole way: a body that could not be used, sent again once it can be, takes the place of its dead letter."""
-    planner: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
-        samples=2, groups_per_batch=1, max_staleness=0, time_limit_s=60
-    )
-    intake = TrajectoryReader(
-        bus, planner, run="test", seed=0, environments={"lookup": 1.0}, samples=2, sampling=SAMPLING, time_limit_s=60,
-        confirm=lambda: None,
-    )  # fmt: skip
-    intake.start({}, {}, now=0.0)
-    intake.offer(Version(0), now=0.0)
+    ingest = an_ingest(bus, groups=1, max_staleness=0)
+    ledger, reader = ingest.ledger, ingest.reader
+    ingest.start({}, {}, {}, now=0.0)
+    ingest.tasks.offer(Version(0), now=0.0)
     early = a_finished(0, 1, segments=(a_finished(0, 1).segments[0],))
     bus.publish(TRAJECTORIES, [Outgoing(early.group, encode(early), {"trajectory": early.trajectory})])
-    intake.read_all(Version(-1), timeout_s=0)  # as if version 0 had not been published
-    assert planner.counts()["dead_lettered"] == 1
+    reader.read_all(Version(-1), timeout_s=0)  # as if version 0 had not been published
+    assert ledger.counts()["dead_lettered"] == 1
     assert said("replay", toml, "--cause=unknown_version")[-1] == "sent 1 record"
-    intake.read_all(Version(0), timeout_s=0)
-    assert planner.counts()["dead_lettered"] == 0
-    assert list(intake.arrived) == ["g000000/1"]
-    intake.close()
+    reader.read_all(Version(0), timeout_s=0)
+    assert ledger.counts()["dead_lettered"] == 0
+    assert list(reader.arrived) == ["g000000/1"]
+    ingest.close()
 
 
 def test_choosing_goes_by_every_letter_and_by_cause() -> None:

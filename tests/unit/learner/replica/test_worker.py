@@ -35,8 +35,9 @@ from palimpsest.common.trajectory import Malformed, Segment
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
+from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
-from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, WaitLimits
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
@@ -507,9 +508,10 @@ def a_reader(
     resolved: frozenset[str] = frozenset(),
 ) -> tuple[ScoreReader, ScoreStore]:
     scores = ScoreStore()
+    dead_letters = DeadLetterWriter(setup.bus, run="test", confirm=lambda: None)
     reader = ScoreReader(
-        setup.bus, scores, run="test", wait_s=wait_s, wanted=lambda name: name not in resolved, confirm=lambda: None,
-        first_wait_s=first_wait_s, clock=clock or Clock(),
+        setup.bus, scores, dead_letters, WaitLimits(wait_s, first_wait_s), run="test",
+        wanted=lambda name: name not in resolved, confirm=lambda: None, clock=clock or Clock(),
     )  # fmt: skip
     return reader, scores
 

@@ -91,9 +91,9 @@ def test_flushes_are_resolved_once_scored_and_trajectories_wait_on(log: Log) -> 
     learner = Learner(log, Table(0))
     log.answers = [flushing("a", a_flush(1, 0), a_flush(2, 0))]
     learner.interruption.cut(V0, digest(0))
-    assert len(learner.intake.flushed) == 0
-    assert learner.intake.offsets() == learner.intake._reader.ends()
-    assert learner.planner.counts()["pending"] == 8, "a flush changes nothing in the ledger"
+    assert len(learner.reader.flushed) == 0
+    assert learner.reader.offsets() == learner.reader._consumer.ends()
+    assert learner.ledger.counts()["pending"] == 8, "a flush changes nothing in the ledger"
 
 
 def test_a_worker_that_dies_before_it_answers_is_left_out_at_the_deadline(log: Log) -> None:
@@ -169,7 +169,7 @@ def test_a_worker_that_answers_too_late_loses_what_it_flushed_and_nothing_else(l
         before[0] + 4,
         before[1] + 1,
     )
-    assert learner.intake.offsets() == learner.intake._reader.ends()
+    assert learner.reader.offsets() == learner.reader._consumer.ends()
     log.answers = [flushing("a", fresh)]
     report = learner.interruption.cut(V1, digest(1))
     assert (report.answered, report.tokens_scored) == (("a",), 4)
@@ -242,8 +242,8 @@ def test_a_dropped_trajectory_leaves_neither_flush_nor_scores(log: Log) -> None:
     assert len(learner.scores) == 1
     log.sampled(a_flush(1, 0, tokens=9, segments=(a_segment(2, 9, 0),)))
     learner.read()
-    learner.intake.forget("g000001/0")
-    assert (len(learner.intake.flushed), len(learner.scores)) == (0, 0)
+    learner.reader.forget("g000001/0")
+    assert (len(learner.reader.flushed), len(learner.scores)) == (0, 0)
 
 
 def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
@@ -267,7 +267,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     assert (second.cut, second.tokens_scored, second.flushed) == (2, 0, 2)
     assert len(log.scored()) == count
     assert torch.equal(torch.get_rng_state(), asked)
-    for record in [*flushes, *(arrived.record for arrived in after.intake.arrived.values())]:
+    for record in [*flushes, *(arrived.record for arrived in after.reader.arrived.values())]:
         there, here = known(before, record), known(after, record)  # type: ignore[arg-type]
         assert [v for v in here if v == v]
         assert torch.equal(torch.tensor(there).nan_to_num(9.0), torch.tensor(here).nan_to_num(9.0))
@@ -280,7 +280,7 @@ def test_a_restart_without_the_former_values_would_score_them_again(log: Log) ->
     learner.read()
     assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
     learner.scores.forget("g000000/0")
-    learner.early._done.clear()
+    learner.scorer._done.clear()
     assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
 
 
@@ -289,12 +289,12 @@ def test_a_restart_passes_over_scores_of_what_is_resolved(log: Log) -> None:
     log.sampled(a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
     before.read()
     before.interruption.cut(V0, digest(0))
-    resolved = [arrived for name, arrived in before.intake.arrived.items() if name.startswith("g000000")]
-    state = before.planner.state()
+    resolved = [arrived for name, arrived in before.reader.arrived.items() if name.startswith("g000000")]
+    state = before.ledger.state()
     del state.open_groups["g000000"]  # as if it had been trained on
-    before.planner.restore(state, now=0.0)
+    before.ledger.restore(state, now=0.0)
     for arrived in resolved:
-        before.intake.resolve(arrived)
+        before.reader.resolve(arrived)
     assert len(before.scores) == 1
     after = Learner(log, Table(0), before=before)
     assert len(after.scores) == 1
@@ -318,7 +318,7 @@ def test_garbage_among_the_scores_is_kept_and_does_not_stop_a_restart(log: Log) 
         (OLD_LOGPROBS, RejectCause.UNDECODABLE),
         (WORKERS, RejectCause.UNDECODABLE),
     ]
-    assert after.planner.counts()["dead_lettered"] == 0, "none of them was a trajectory"
+    assert after.ledger.counts()["dead_lettered"] == 0, "none of them was a trajectory"
 
 
 def test_workers_of_another_run_are_nobody_here(log: Log) -> None:

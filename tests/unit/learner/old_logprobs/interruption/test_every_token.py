@@ -184,7 +184,7 @@ def test_18_6_every_token_is_scored_once_by_its_own_version(tmp_path: Path, seed
         row = world.learner.scores.attach(as_row(end), digests)
         assert world.learner.scores.missing(row) == []
     assert world.learner.scores.conflicts == 0
-    assert len(world.learner.intake.flushed) == 0
+    assert len(world.learner.reader.flushed) == 0
 
 
 @pytest.mark.parametrize("seed", range(12))

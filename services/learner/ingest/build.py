@@ -1,0 +1,60 @@
+"""Puts the parts of the learner's ingest together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from palimpsest.common.bus.port import Bus
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
+from palimpsest.services.learner.ingest.task_publisher import TaskPublisher, TaskSettings
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """The ledger and everything that feeds it."""
+
+    ledger: TrajectoryLedger[ReceivedTrajectory]
+    reader: TrajectoryReader
+    tasks: TaskPublisher
+    dead_letters: DeadLetterWriter
+
+    def start(
+        self,
+        offsets: Mapping[int, int],
+        task_offsets: Mapping[int, int],
+        score_offsets: Mapping[int, int],
+        *,
+        now: float,
+    ) -> None:
+        """Start from a checkpoint's offsets ({}: the start of the topic). Restore the ledger first.
+
+        Raises UserError if the log no longer reaches back that far.
+        """
+        self.reader.start(offsets)
+        self.tasks.start(task_offsets, score_offsets, now=now)
+
+    def close(self) -> None:
+        """Close the consumers."""
+        self.tasks.close()
+        self.reader.close()
+
+
+def build_ingest(
+    bus: Bus,
+    ledger: TrajectoryLedger[ReceivedTrajectory],
+    settings: TaskSettings,
+    *,
+    run: str,
+    confirm: Callable[[], None],
+    keep_flushed: bool = False,
+    on_resolved: Callable[[str], None] = lambda _: None,
+) -> Ingest:
+    """Around this ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the last two."""
+    dead_letters = DeadLetterWriter(bus, run=run, confirm=confirm)
+    return Ingest(
+        ledger,
+        TrajectoryReader(bus, ledger, dead_letters, run=run, keep_flushed=keep_flushed, on_resolved=on_resolved),
+        TaskPublisher(bus, ledger, settings, run=run, confirm=confirm),
+        dead_letters,
+    )

@@ -1,0 +1,15 @@
+"""Decodes the records of one run."""
+
+from typing import Any
+
+from palimpsest.common.bus.port import Record
+from palimpsest.common.messages import message_in
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+
+
+def decode_for_run(record: Record, run: str) -> Any:
+    """The record's message. Raises RejectedRecord if it cannot be decoded or belongs to another run."""
+    message = message_in(record)
+    if message.run != run:
+        raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+    return message

@@ -1,0 +1,132 @@
+"""Publishes tasks: the groups that the ledger admits, to be sampled by the workers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from palimpsest.common.bus.port import Bus, Outgoing
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import (
+    OLD_LOGPROBS,
+    TASKS,
+    GroupOffered,
+    Sampling,
+    Undecodable,
+    decode,
+    encode,
+    group_id,
+)
+from palimpsest.common.versions import Version
+from palimpsest.services.learner import instruments
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.buffer.task_sampler import task
+from palimpsest.services.learner.ingest.resume import no_records_skipped
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, ReceivedTrajectory
+from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """What the tasks of a run are drawn from, and how each is sampled."""
+
+    seed: int
+    environments: Mapping[str, float]
+    """Environment -> weight."""
+    samples: int
+    """Trajectories in a group."""
+    sampling: Sampling
+    time_limit_s: float
+
+
+class TaskPublisher:
+    """Offers groups on topic `tasks`.
+
+    `confirm` raises Fenced unless the run still belongs to this learner. A learner that was replaced would offer its
+    successor's groups a second time.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        ledger: TrajectoryLedger[ReceivedTrajectory],
+        settings: TaskSettings,
+        *,
+        run: str,
+        confirm: Callable[[], None],
+    ) -> None:
+        self._bus, self._ledger, self._settings, self._run, self._confirm = bus, ledger, settings, run, confirm
+        self._scores, self._watermarks = bus.consumer(OLD_LOGPROBS), ScoreWatermarks()
+        self._task_ends: dict[int, int] = {}
+
+    def start(self, task_offsets: Mapping[int, int], score_offsets: Mapping[int, int], *, now: float) -> None:
+        """Start from a checkpoint's offsets ({}: the start of the topic) and adopt the groups offered after it.
+
+        Restore the ledger first. Raises UserError if the log no longer reaches back that far.
+        """
+        with no_records_skipped():
+            self._adopt(task_offsets, now)
+            self._scores.seek(score_offsets)
+            self._watermarks.start(score_offsets)
+
+    def offer(self, newest: Version, *, now: float) -> int:
+        """Offer as many groups as the ledger admits, to be sampled by `newest` or later; the number of groups."""
+        if slots := self._ledger.free_slots():
+            self._confirm()
+            self._watermarks.offer(self._ledger.next_index, self._scores.ends())
+        offers = [self._next_offer(newest, now) for _ in range(slots)]
+        for at in self._bus.publish(TASKS, [Outgoing(offer.group, encode(offer)) for offer in offers]):
+            self._task_ends[at.partition] = max(self._task_ends.get(at.partition, 0), at.offset + 1)
+        instruments.OFFERED.inc(self._settings.samples * len(offers))
+        return len(offers)
+
+    def offsets(self) -> dict[int, int]:
+        """Topic `tasks`: where the tasks of the groups in the ledger end, for a checkpoint."""
+        return dict(self._task_ends)
+
+    def score_offsets(self) -> dict[int, int]:
+        """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {}: any record may count.
+
+        For a checkpoint.
+        """
+        oldest = self._ledger.oldest_open()
+        return self._watermarks.offsets(self._ledger.next_index if oldest is None else int(oldest[1:]))
+
+    def close(self) -> None:
+        """Close the consumer."""
+        self._scores.close()
+
+    def _next_offer(self, newest: Version, now: float) -> GroupOffered:
+        index = self._ledger.next_index
+        environment, task_seed = task(self._settings.seed, index, self._settings.environments)
+        return GroupOffered(
+            run=self._run,
+            group=self._ledger.offer(now=now),
+            index=index,
+            version=newest,
+            environment=environment,
+            task_seed=task_seed,
+            samples=self._settings.samples,
+            sampling=self._settings.sampling,
+            time_limit_s=self._settings.time_limit_s,
+        )
+
+    def _adopt(self, task_offsets: Mapping[int, int], now: float) -> None:
+        """Enter the groups that were offered after the checkpoint into the ledger, in their order."""
+        offers: dict[int, int] = {}
+        with self._bus.consumer(TASKS) as consumer:
+            consumer.seek(task_offsets)
+            ends = consumer.ends()
+            missing = sum(end - task_offsets.get(partition, 0) for partition, end in ends.items())
+            while missing > 0:
+                for record in consumer.poll(limit=POLL_RECORDS, timeout_s=1.0):
+                    missing -= 1
+                    try:
+                        offer: GroupOffered = decode(TASKS, record.body)
+                    except Undecodable:
+                        continue  # the worker that reads it dead-letters it
+                    if offer.run == self._run:
+                        offers[offer.index] = offer.samples
+        self._task_ends = dict(ends)
+        while self._ledger.next_index in offers:
+            group = group_id(self._ledger.next_index)
+            self._ledger.offer(now=now, samples=offers[self._ledger.next_index])
+            logger().debug("adopted", group=group)

@@ -1,0 +1,35 @@
+"""A learner's ingest for tests: one environment, groups of two."""
+
+from collections.abc import Callable
+
+from palimpsest.common.bus.port import Bus
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.ingest.build import Ingest, build_ingest
+from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from tests.builders import SAMPLING
+
+Ledger = TrajectoryLedger[ReceivedTrajectory]
+
+
+def an_ingest(
+    bus: Bus,
+    *,
+    samples: int = 2,
+    groups: int = 2,
+    max_staleness: int = 1,
+    keep_flushed: bool = False,
+    confirm: Callable[[], None] = lambda: None,
+    on_resolved: Callable[[str], None] = lambda _: None,
+    ledger: type[Ledger] = Ledger,
+) -> Ingest:
+    """Not started yet. groups: in a batch."""
+    return build_ingest(
+        bus,
+        ledger(samples=samples, groups_per_batch=groups, max_staleness=max_staleness, time_limit_s=60),
+        TaskSettings(0, {"lookup": 1.0}, samples, SAMPLING, 60),
+        run="test",
+        confirm=confirm,
+        keep_flushed=keep_flushed,
+        on_resolved=on_resolved,
+    )

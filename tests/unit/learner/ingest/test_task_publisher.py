@@ -1,0 +1,147 @@
+"""Offered groups stand on the log, and a restart knows all of them; where scores must be read from."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from palimpsest.common.arrays import pack_int32
+from palimpsest.common.bus.port import Bus, Outgoing, Position
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import (
+    OLD_LOGPROBS,
+    TASKS,
+    TOPICS,
+    TRAJECTORIES,
+    DropReason,
+    GroupOffered,
+    decode,
+    encode,
+)
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.old_logprobs.score_store import old_logprobs_record
+from tests.builders import a_finished
+from tests.ingest import an_ingest
+from tests.simulation.memory_bus import MemoryBus, Store
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[SqliteBus]:
+    bus = SqliteBus(tmp_path / "bus.sqlite")
+    bus.create_topics(dict.fromkeys(TOPICS, 2))
+    yield bus
+    bus.close()
+
+
+def started(bus: Bus) -> Ingest:
+    """It has offered four groups."""
+    ingest = an_ingest(bus)
+    ingest.start({}, {}, {}, now=0.0)
+    assert ingest.tasks.offer(Version(0), now=0.0) == 4
+    return ingest
+
+
+def test_offers_stand_on_the_log_with_task_and_version(bus: SqliteBus) -> None:
+    started(bus)
+    with bus.consumer(TASKS) as consumer:
+        offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
+    assert sorted(offer.index for offer in offers) == [0, 1, 2, 3]
+    assert len({offer.task_seed for offer in offers}) == 4
+    assert {(o.run, o.environment, o.samples, o.version) for o in offers} == {("test", "lookup", 2, 0)}
+
+
+def test_a_restart_without_any_checkpoint_adopts_everything_offered(bus: SqliteBus) -> None:
+    started(bus)
+    again = an_ingest(bus)
+    again.start({}, {}, {}, now=0.0)
+    assert again.ledger.counts()["offered"] == 8
+    assert again.tasks.offer(Version(0), now=0.0) == 0
+
+
+def score(bus: Bus, trajectory: str) -> Position:
+    """Somebody says a trajectory's old log-probs; where they stand."""
+    told = old_logprobs_record(
+        run="test", trajectory=trajectory, by="replica-0", tokens=pack_int32([1, 2]), start=1, stop=2,
+        version=Version(0), digest="d", values=np.array([-1.0], dtype=np.float32),
+    )  # fmt: skip
+    (at,) = bus.publish(OLD_LOGPROBS, [Outgoing(trajectory, encode(told))])
+    return at
+
+
+def test_scores_of_resolved_trajectories_are_not_read_again(bus: SqliteBus) -> None:
+    """A batch holds two groups, two batches are open: each offer notes where the topic ended."""
+    ingest = started(bus)
+    assert ingest.tasks.score_offsets() == {0: 0, 1: 0}
+    for group in (0, 1):
+        records = [a_finished(group, sample) for sample in (0, 1)]
+        bus.publish(TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records])
+        score(bus, f"g{group:06d}/0")
+    with bus.consumer(OLD_LOGPROBS) as consumer:
+        ends = consumer.ends()
+    assert sum(ends.values()) == 2
+    ingest.reader.read_all(Version(0), timeout_s=0)
+    assert ingest.ledger.take_batch() is not None
+    assert ingest.tasks.offer(Version(1), now=0.0) == 2
+    assert ingest.tasks.score_offsets() == {0: 0, 1: 0}, "groups 2 and 3 were offered before anything was scored"
+    ingest.ledger.expire(now=61.0)  # groups 2 and 3 are dropped
+    assert ingest.ledger.oldest_open() is None
+    score(bus, "g000004/0")
+    assert ingest.tasks.score_offsets() == ends
+
+
+def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bus: SqliteBus) -> None:
+    """Whatever arrives, ends and is scored in whatever order, over several restarts."""
+    chances = random.Random(3)
+    ingest = started(bus)
+    places: dict[str, list[Position]] = {}
+    least = 0
+    for _ in range(400):
+        names = [f"g{index:06d}/{sample}" for index in range(ingest.ledger.next_index) for sample in (0, 1)]
+        awaited = [name for name in names[-40:] if ingest.ledger.is_pending(name)]
+        match chances.choice(("score", "score", "end", "end", "offer", "restart")):
+            case "score":  # late scores of resolved ones come too
+                name = chances.choice(names[-12:])
+                places.setdefault(name, []).append(score(bus, name))
+            case "end" if awaited:
+                name = chances.choice(awaited)
+                ingest.ledger.drop(name.partition("/")[0], name, DropReason.DEADLINE)
+            case "offer":
+                ingest.tasks.offer(Version(0), now=0.0)
+            case "restart":
+                state, kept = ingest.ledger.state(), ingest.tasks.score_offsets()
+                if chances.random() < 0.5:  # something is offered after the checkpoint
+                    ingest.tasks.offer(Version(0), now=0.0)
+                tasks = ingest.tasks.offsets()
+                ingest.close()
+                ingest = an_ingest(bus)
+                ingest.ledger.restore(state, now=0.0)
+                ingest.start({}, tasks, kept, now=0.0)
+        begin = ingest.tasks.score_offsets()
+        for name, positions in places.items():
+            if ingest.ledger.is_pending(name):
+                assert all(at.offset >= begin.get(at.partition, 0) for at in positions)
+        assert sum(begin.values()) >= least, "it does not go back"
+        least = sum(begin.values())
+    assert ingest.ledger.next_index > 30
+    assert least > 0.8 * sum(map(len, places.values())), "nearly all scores are skipped"
+    ingest.close()
+
+
+def test_a_log_of_scores_that_was_cut_stops_the_run_unless_nothing_there_is_wanted() -> None:
+    bus = MemoryBus(Store())
+    bus.create_topics(dict.fromkeys(TOPICS, 1))
+    for _ in range(9):
+        score(bus, "g000000/0")
+    bus.store.cut(OLD_LOGPROBS, 0, before=5)
+    for wanted in ({}, {0: 5}, {0: 9}):  # {}: a checkpoint that does not say
+        ingest = an_ingest(bus)
+        ingest.start({}, {}, wanted, now=0.0)
+        assert ingest.tasks.score_offsets() == wanted
+    for lost in ({0: 4}, {0: 10}, {1: 0}):
+        with pytest.raises(UserError, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as told:
+            an_ingest(bus).start({}, {}, lost, now=0.0)
+        assert told.value.code is ExitCode.DAMAGED
