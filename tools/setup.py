@@ -30,6 +30,8 @@ from tools.pip_settings import client_settings
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 UV_PROGRAM = VENV / "bin" / "uv"
+PROGRAMS = (VENV / "bin" / "python", VENV / "bin" / "palimpsest")
+"""What a finished environment has."""
 STAMPS = ROOT / ".setup"
 MODEL = ROOT / "models" / "starting"
 UV = "uv==0.13.8"
@@ -64,12 +66,12 @@ def environment() -> None:
     kind = kind_of_machine()
     pinned = ROOT / "requirements" / f"{kind}.txt"
     stamp = STAMPS / "environment"
-    wanted = digest(pinned, ROOT / "pyproject.toml", extra=json.dumps(origin(), sort_keys=True))
-    if holds(stamp, wanted, VENV / "bin" / "python"):
+    wanted = made_from(pinned, ROOT / "pyproject.toml")
+    if holds(stamp, wanted, *PROGRAMS):
         return
     examine(kind)
     with alone():
-        if holds(stamp, wanted, VENV / "bin" / "python"):
+        if holds(stamp, wanted, *PROGRAMS):
             return  # another setup made it
         stamp.unlink(missing_ok=True)
         started = time.monotonic()
@@ -77,6 +79,11 @@ def environment() -> None:
         install(kind, pinned)
         write(stamp, wanted)
         say(f"environment ready: {size_gb(VENV):.1f} GB in {time.monotonic() - started:.0f} s")
+
+
+def made_from(pinned: Path, project: Path) -> str:
+    """Digest of all that the environment follows from; the project's file names its console commands and plugins."""
+    return digest(pinned, project, extra=json.dumps(origin(), sort_keys=True))
 
 
 def examine(kind: str) -> None:
@@ -142,7 +149,7 @@ def install(kind: str, pinned: Path) -> None:
     )
     run(
         [str(UV_PROGRAM), "pip", "install", "--quiet", "--python", python,
-         "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
+         "--no-deps", "--no-build-isolation", "--reinstall-package", "palimpsest", "--editable", str(ROOT)],
         "install palimpsest into .venv",
         env=client_settings(VENV / "bin" / "pip"),
     )  # fmt: skip
@@ -218,9 +225,9 @@ def digest(*files: Path, extra: str = "") -> str:
     return hashlib.sha256(b"\0".join([f.read_bytes() for f in files] + [extra.encode()])).hexdigest()
 
 
-def holds(stamp: Path, wanted: str, made: Path) -> bool:
-    """Whether what the stamp speaks of was made from what is wanted, and is there."""
-    return stamp.is_file() and stamp.read_text() == wanted and made.exists()
+def holds(stamp: Path, wanted: str, *made: Path) -> bool:
+    """Whether what the stamp speaks of was made from what is wanted, and all of it is there."""
+    return stamp.is_file() and stamp.read_text() == wanted and all(path.exists() for path in made)
 
 
 def read(record: Path) -> dict[str, str]:

@@ -76,6 +76,52 @@ def test_a_record_that_was_cut_short_holds_nothing(tmp_path: Path) -> None:
     assert setup.read(record) == {}
 
 
+@pytest.fixture
+def checkout(venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that is set up, and whose next setup notes "install" in `calls` and installs nothing."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "cpu.txt").write_text("")
+    (tmp_path / "pyproject.toml").write_text("[project.scripts]\n")
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "STAMPS", tmp_path / ".setup")
+    monkeypatch.setattr(setup, "PROGRAMS", (venv / "bin" / "python", venv / "bin" / "palimpsest"))
+    monkeypatch.setattr(setup, "kind_of_machine", lambda: "cpu")
+    monkeypatch.setattr(setup, "examine", lambda kind: None)
+
+    def install(kind: str, pinned: Path) -> None:
+        program(venv / "bin" / "palimpsest", "exit 0")
+        with (tmp_path / "calls").open("a") as calls:
+            calls.write("install\n")
+
+    monkeypatch.setattr(setup, "install", install)
+    monkeypatch.setattr(setup, "virtual_environment", lambda: None)
+    setup.environment()
+    assert installs(tmp_path) == 1
+    return tmp_path
+
+
+def installs(checkout: Path) -> int:
+    return len((checkout / "calls").read_text().splitlines())
+
+
+def test_an_environment_that_is_there_is_not_installed_again(checkout: Path) -> None:
+    setup.environment()
+    assert installs(checkout) == 1
+
+
+def test_other_entry_points_are_installed(checkout: Path) -> None:
+    (checkout / "pyproject.toml").write_text('[project.scripts]\npalimpsest = "palimpsest.cli:main"\n')
+    setup.environment()
+    setup.environment()
+    assert installs(checkout) == 2
+
+
+def test_an_environment_without_the_console_command_is_installed_again(checkout: Path) -> None:
+    (checkout / ".venv" / "bin" / "palimpsest").unlink()
+    setup.environment()
+    assert installs(checkout) == 2
+
+
 def test_pips_settings_hold_for_uv(tmp_path: Path) -> None:
     certificate = tmp_path / "ca.pem"
     certificate.write_text("")
