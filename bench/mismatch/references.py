@@ -13,7 +13,7 @@ from palimpsest.common.config.proximal import (
     LinearProximal,
     LoglinearProximal,
     PpoEwmaAsyncProximal,
-    ProximalConfig,
+    SurrogateConfig,
 )
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
@@ -22,7 +22,7 @@ from palimpsest.services.learner.proximal.surrogates.factory import build_surrog
 from palimpsest.services.learner.proximal.types import Exact, Source
 
 EXACT = "exact"
-SURROGATES: dict[str, ProximalConfig] = {
+SURROGATES: dict[str, SurrogateConfig] = {
     "current_recompute": CurrentRecomputeProximal(kind="current_recompute"),
     "interp_prox_loglinear": LoglinearProximal(kind="interp_prox_loglinear"),
     "linear_prox": LinearProximal(kind="linear_prox"),

@@ -26,7 +26,7 @@ from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
-from palimpsest.services.learner import coordinator
+from palimpsest.services.learner import coordinator, instruments
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.loop import Training
@@ -219,7 +219,9 @@ def learn(config: RunConfig, pipe: Connection) -> None:
     )
     with ExitStack() as stack:
         store = stack.enter_context(CountingStore(config.store_url, compression=config.snapshot_store.compression))
-        beside = build_training_state(config.learner, trainee, store, ranks.device)
+        beside = build_training_state(
+            config.learner, trainee, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+        )
         step = WatchedStep(
             trainee, beside, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
         )

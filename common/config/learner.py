@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from palimpsest.common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
-from palimpsest.common.config.proximal import EXACT, ProximalConfig, SnapshotProximal
+from palimpsest.common.config.proximal import PROXIMAL_KINDS, ProximalConfig, SnapshotProximal
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
 TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
@@ -88,9 +88,8 @@ class LearnerConfig(Service):
     @model_validator(mode="after")
     def _parts_fit(self) -> "LearnerConfig":
         kind, kl, loss = self.proximal.kind, self.loss.kl, self.loss
-        if kind in ("interp_prox_loglinear", "linear_prox") and (
-            self.discrepancy.m2 != "off" or self.discrepancy.weight_normalise
-        ):
+        row = PROXIMAL_KINDS[kind]
+        if row.per_forward_pass and (self.discrepancy.m2 != "off" or self.discrepancy.weight_normalise):
             raise ValueError(
                 f"discrepancy.m2 and discrepancy.weight_normalise look at the whole minibatch before its passes, but "
                 f"a {kind} proximal is made in them: choose another kind, or switch them off"
@@ -111,7 +110,7 @@ class LearnerConfig(Service):
                 f'loss.kl.place = "reward" changes the rewards of tokens, which advantages.kind = '
                 f'"{self.advantages.kind}" does not know: take one of {", ".join(TOKEN_LEVEL)}, or place = "loss"'
             )
-        if self.audit.fraction and kind in EXACT:
+        if self.audit.fraction and row.exact:
             raise ValueError(
                 f'audit.fraction compares a surrogate with the old log-probs, but proximal.kind = "{kind}" is exact '
                 f"already: set it to 0"

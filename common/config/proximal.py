@@ -1,16 +1,16 @@
 """The `learner.proximal` section: where the clip's anchor comes from. The text under a key is its documentation.
 
-Three kinds are exact: the values are old log-probs, each token's under its own version. The others are surrogates.
+Three kinds are exact: each token's value is its old log-prob, under the version that sampled it. The others are
+surrogates. `PROXIMAL_KINDS` says what the rest of the system needs to know about each kind.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from palimpsest.common.config.section import Positive, PositiveFloat, Section, Share
 
-EXACT = ("snapshot", "replica", "interruption")
-"""Kinds whose values are old log-probs."""
 MissingPolicy = Literal[
     "fail", "drop", "surrogate:bypass", "surrogate:current_recompute",
 ]  # fmt: skip
@@ -99,15 +99,51 @@ class PpoEwmaAsyncProximal(Section):
     """Versions after a reset without another (guarded)."""
 
 
-ProximalConfig = Annotated[
-    SnapshotProximal
-    | ReplicaProximal
-    | InterruptionProximal
-    | BypassProximal
-    | CurrentRecomputeProximal
-    | LoglinearProximal
-    | LinearProximal
-    | EwmaProximal
-    | PpoEwmaAsyncProximal,
-    Field(discriminator="kind"),
-]
+ExactConfig = SnapshotProximal | ReplicaProximal | InterruptionProximal
+SurrogateConfig = (
+    BypassProximal | CurrentRecomputeProximal | LoglinearProximal | LinearProximal | EwmaProximal | PpoEwmaAsyncProximal
+)
+ProximalConfig = Annotated[ExactConfig | SurrogateConfig, Field(discriminator="kind")]
+
+RouteName = Literal["none", "snapshot", "replica", "interruption"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProximalKind:
+    """What the rest of the system needs to know about one kind of proximal."""
+
+    section: type[Section]
+    """Its configuration."""
+    exact: bool = False
+    """Whether its values are old log-probs."""
+    route: RouteName = "none"
+    """What the learner does to obtain old log-probs, besides training."""
+    per_forward_pass: bool = False
+    """Whether it is computed in each forward pass, so that no rule can see the values of a minibatch beforehand."""
+    may_equal_behavior: bool = False
+    """Whether a configuration can make it equal the behavior policy."""
+
+    @property
+    def runs_replicas(self) -> bool:
+        """Whether replica processes score trajectories."""
+        return self.route == "replica"
+
+    @property
+    def cuts_workers(self) -> bool:
+        """Whether workers stop and flush before the weights change."""
+        return self.route == "interruption"
+
+
+PROXIMAL_KINDS: dict[str, ProximalKind] = {
+    "snapshot": ProximalKind(SnapshotProximal, exact=True, route="snapshot"),
+    "replica": ProximalKind(ReplicaProximal, exact=True, route="replica"),
+    "interruption": ProximalKind(InterruptionProximal, exact=True, route="interruption"),
+    "bypass": ProximalKind(BypassProximal, may_equal_behavior=True),
+    "current_recompute": ProximalKind(CurrentRecomputeProximal),
+    "interp_prox_loglinear": ProximalKind(LoglinearProximal, per_forward_pass=True, may_equal_behavior=True),
+    "linear_prox": ProximalKind(LinearProximal, per_forward_pass=True, may_equal_behavior=True),
+    "ewma_prox": ProximalKind(EwmaProximal),
+    "ppo_ewma_async": ProximalKind(PpoEwmaAsyncProximal),
+}
+"""`learner.proximal.kind` -> its row. A new kind needs its section in the union above, a row here, and its source."""
+EXACT_KINDS = tuple(kind for kind, row in PROXIMAL_KINDS.items() if row.exact)

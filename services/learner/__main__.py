@@ -32,6 +32,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
+    from palimpsest.services.learner import instruments
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.loop import Training
@@ -51,7 +52,9 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     policy = TrainablePolicy(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
-        state = build_training_state(config.learner, policy, store, ranks.device)
+        state = build_training_state(
+            config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+        )
         trainer = Trainer(
             policy,
             state,

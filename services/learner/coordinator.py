@@ -1,7 +1,7 @@
 """Rank 0: puts together everything that speaks to other services, and runs the loop."""
 
 from palimpsest.common.bus.factory import open_bus
-from palimpsest.common.config.proximal import InterruptionProximal
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
@@ -50,7 +50,7 @@ def run_coordinator(
         _task_settings(config),
         run=config.run.id,
         confirm=writer.confirm,
-        keep_flushed=isinstance(learner.proximal, InterruptionProximal),
+        keep_flushed=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers,
         on_resolved=scores.forget,
     )
     exact = route(

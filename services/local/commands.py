@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.services.local.processes import Child, python
 
@@ -60,7 +61,8 @@ class Commands:
 
     def replicas(self) -> dict[str, tuple[Child, str]]:
         """Name -> the process and where it answers."""
-        wanted = max(1, self.config.local.replicas) if self.config.learner.proximal.kind == "replica" else 0
+        kind = PROXIMAL_KINDS[self.config.learner.proximal.kind]
+        wanted = max(1, self.config.local.replicas) if kind.runs_replicas else 0
         names = [f"replica-{i}" for i in range(wanted)]
         return self._numbered(
             names, "palimpsest.services.learner.replica", host=self.config.replica.host, named="replica.name"

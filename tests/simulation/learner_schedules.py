@@ -25,7 +25,7 @@ from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.manifest import Manifest, unseal
 from palimpsest.common.versions import Version
-from palimpsest.services.learner import coordinator as leading, loop as looping
+from palimpsest.services.learner import coordinator as leading, instruments, loop as looping
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -193,7 +193,9 @@ class Life:
         ranks, model = ProcessGroup(), Table()
         trainee = TrainablePolicy(model, config.learner.optimizer)
         with Store(self) as store:
-            beside = build_training_state(config.learner, trainee, store, ranks.device)
+            beside = build_training_state(
+                config.learner, trainee, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+            )
             step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
             step.life = self
             try:

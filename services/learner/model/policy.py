@@ -1,14 +1,15 @@
-"""The model as it computes: loaded, and the log-prob that it gives to each token."""
+"""Loading the model, and the log-prob that it assigns to each token."""
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.batch.batching import PaddedBatch
 
 
 def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:
-    """The causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError."""
+    """Load the causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -26,11 +27,11 @@ def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Modu
 
 
 def token_logprobs(model: torch.nn.Module, tokens: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token given those before it, and the entropy it was drawn with.
+    """Log-prob of each token given those before it, and the entropy of the distribution it was drawn from.
 
-    tokens [rows, length] int64, padded on the right (attention is causal: padding changes nothing before it);
-    temperatures [rows, 1] float32. Both results [rows, length] float32, nats, index t speaking of token t; 0 at t = 0.
-    The shift between logits and tokens happens here and nowhere else.
+    tokens: [rows, length] int64, padded on the right (attention is causal: padding changes nothing before it).
+    temperatures: [rows, 1] float32. Both results are [rows, length] float32, in nats; index t belongs to token t and is
+    0 at t = 0. The shift between logits and tokens happens here and nowhere else.
     """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperatures[:, :, None]
     logprobs = logits.log_softmax(-1)
@@ -39,11 +40,25 @@ def token_logprobs(model: torch.nn.Module, tokens: Tensor, temperatures: Tensor)
     return _from_second(chosen), _from_second(entropy)
 
 
+def score_batch(
+    model: torch.nn.Module, batch: PaddedBatch, device: torch.device, *, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of a padded batch: see `token_logprobs`. Gradients follow the caller's mode.
+
+    device: the model's. temperature: of every row, in place of the batch's own.
+    """
+    if temperature is None:
+        temperatures = torch.from_numpy(batch.temperatures).to(device)
+    else:
+        temperatures = torch.full((len(batch.rows), 1), temperature, device=device)
+    return token_logprobs(model, torch.from_numpy(batch.tokens).to(device), temperatures)
+
+
 def _from_second(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (1, 0))
 
 
-def vocabulary(model: torch.nn.Module) -> int:
-    """Number of token ids the model knows."""
+def vocabulary_size(model: torch.nn.Module) -> int:
+    """Number of token ids that the model has embeddings for."""
     embedding: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     return embedding.num_embeddings

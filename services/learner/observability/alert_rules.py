@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from palimpsest.common.config.proximal import EXACT
+from palimpsest.common.config.proximal import EXACT_KINDS, PROXIMAL_KINDS
 from palimpsest.services.learner.observability.staleness_slope import Point, StalenessSlope, fit_staleness_slope
 
 Line = Mapping[str, Any]
@@ -36,8 +36,8 @@ PERSISTS = 5
 """Versions for which that has to hold; and for which a fallback is remembered."""
 CLIPPING = ("clipped", "minirl", "cispo", "gspo")
 """Objectives with a clip."""
-OF_BEHAVIOR = ("bypass", "interp_prox_loglinear", "linear_prox")
-"""Surrogates that are, or can be, the behavior policy itself by configuration."""
+MAY_EQUAL_BEHAVIOR = tuple(kind for kind, row in PROXIMAL_KINDS.items() if row.may_equal_behavior)
+"""Kinds of proximal that are, or can be configured to be, the behavior policy."""
 FALLBACKS = {
     "missing": "had no old log-prob and were left out of the loss",
     "surrogate": "had a surrogate's log-prob in place of the old one",
@@ -157,7 +157,7 @@ def discrepancy_is_one(lines: Sequence[Line], ease: float = 1.0) -> Alert | None
     if len(same) < PERSISTS or min(same[-PERSISTS:]) < ONE:
         return None
     newest = lines[-1]
-    if newest.get("kind") in OF_BEHAVIOR:
+    if newest.get("kind") in MAY_EQUAL_BEHAVIOR:
         if len(same) > PERSISTS and same[-PERSISTS - 1] >= ONE:
             return None  # it has been said
         return Alert(
@@ -242,9 +242,9 @@ def _stale(line: Line) -> dict[str, float]:
 
 def _advice(lines: Sequence[Line]) -> str:
     kind = lines[-1].get("kind")
-    if kind is None or kind in EXACT:
+    if kind is None or kind in EXACT_KINDS:
         return (
             "the values in the proximal's place may not be of the tokens' versions; look at the workers' canary errors "
             "and at the learner's warnings of missing versions"
         )
-    return f"the proximal is {kind}, a surrogate; take an exact learner.proximal.kind ({', '.join(EXACT)})"
+    return f"the proximal is {kind}, a surrogate; take an exact learner.proximal.kind ({', '.join(EXACT_KINDS)})"

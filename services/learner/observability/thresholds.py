@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.objective import DiscrepancyConfig
-from palimpsest.common.config.proximal import EXACT
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 TOKEN_CLIPS = ("clipped", "minirl")
@@ -29,7 +29,7 @@ class RunThresholds:
     @property
     def exact(self) -> bool:
         """Whether the configuration asks for old log-probs, not for a surrogate."""
-        return self.kind in EXACT
+        return PROXIMAL_KINDS[self.kind].exact
 
     @classmethod
     def of(cls, config: LearnerConfig) -> "RunThresholds":

@@ -11,7 +11,7 @@ import torch
 from palimpsest.common.arrays import Float32Array
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import score_batch
 
 Pass = Callable[[PaddedBatch], Float32Array]
 """Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""
@@ -55,9 +55,7 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
 
     @torch.no_grad()
     def score(batch: PaddedBatch) -> Float32Array:
-        values, _ = token_logprobs(
-            model, torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.temperatures).to(device)
-        )
+        values, _ = score_batch(model, batch, device)
         scored: Float32Array = values.cpu().numpy()
         return scored
 

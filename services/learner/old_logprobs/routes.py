@@ -11,7 +11,7 @@ from typing import Protocol
 
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.common.config.proximal import InterruptionProximal, ReplicaProximal, SnapshotProximal
+from palimpsest.common.config.proximal import PROXIMAL_KINDS, InterruptionProximal, ReplicaProximal, SnapshotProximal
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.ingest.build import Ingest
@@ -191,10 +191,14 @@ def route(
             durable=durable,
         )
 
-    match config.proximal:
-        case SnapshotProximal(prefetch=True):
-            return PrefetchRoute(ingest.reader, eager_scorer(None), scores)
-        case ReplicaProximal():
+    match PROXIMAL_KINDS[config.proximal.kind].route:
+        case "none":
+            return NoRoute()
+        case "snapshot":
+            assert isinstance(config.proximal, SnapshotProximal)
+            return PrefetchRoute(ingest.reader, eager_scorer(None), scores) if config.proximal.prefetch else NoRoute()
+        case "replica":
+            assert isinstance(config.proximal, ReplicaProximal)
             reader = ScoreReader(
                 bus,
                 scores,
@@ -205,9 +209,9 @@ def route(
                 confirm=confirm,
             )
             return ReplicaRoute(ingest.tasks, reader)
-        case InterruptionProximal():
+        case "interruption":
+            assert isinstance(config.proximal, InterruptionProximal)
             cutting = CutCoordinator(
                 bus, ingest, eager_scorer(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
             )
             return InterruptionRoute(ingest.reader, cutting, scores)
-    return NoRoute()

@@ -15,7 +15,7 @@ from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.trajectory import Segment, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, versions_present
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import score_batch
 
 
 def known(batch: PaddedBatch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -38,11 +38,7 @@ def fill(model: torch.nn.Module, batch: PaddedBatch, wanted: NDArray[np.bool_], 
     if not places:
         return
     part = batch if len(places) == len(batch.rows) else pad([batch.rows[place] for place in places])
-    scored, _ = token_logprobs(
-        model,
-        torch.from_numpy(part.tokens).to(values.device),
-        torch.from_numpy(part.temperatures).to(values.device),
-    )
+    scored, _ = score_batch(model, part, values.device)
     length = part.tokens.shape[1]
     chosen = torch.from_numpy(wanted[places, :length]).to(values.device)
     values[places, :length] = torch.where(chosen, scored, values[places, :length])

@@ -12,7 +12,7 @@ import torch
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner.batch.batching import Row, pad
-from palimpsest.services.learner.model.policy import token_logprobs, vocabulary
+from palimpsest.services.learner.model.policy import score_batch, token_logprobs, vocabulary_size
 
 MOST_TOKENS = 8192
 """Over all canaries, prompts included: scoring them must stay a trifle."""
@@ -50,15 +50,14 @@ class Canaries:
     def _score(self) -> list[list[float]]:
         if not self._rows:
             return []
-        tokens = torch.from_numpy(pad(self._rows).tokens).to(self._device)
-        scored, _ = token_logprobs(self._model, tokens, torch.ones(len(tokens), 1, device=self._device))
+        scored, _ = score_batch(self._model, pad(self._rows), self._device, temperature=1.0)
         return [[float(scored[i, p]) for p in _positions(row)] for i, row in enumerate(self._rows)]
 
     @torch.no_grad()
     def _first(self) -> Canary:
         """Without any batch yet: a fixed random sequence."""
         generator = torch.Generator().manual_seed(FIRST_SEED)
-        tokens = torch.randint(vocabulary(self._model), (1, FIRST_LENGTH), generator=generator)
+        tokens = torch.randint(vocabulary_size(self._model), (1, FIRST_LENGTH), generator=generator)
         scored, _ = token_logprobs(self._model, tokens.to(self._device), torch.ones(1, 1, device=self._device))
         return Canary(
             tuple(tokens[0].tolist()), tuple(range(1, FIRST_LENGTH)), tuple(scored[0, 1:].tolist()), previous=()

@@ -2,6 +2,7 @@
 
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.program import service
@@ -13,7 +14,7 @@ from palimpsest.common.user_error import UserError
 def body(invocation: Invocation, stop: Stop) -> None:
     """Score until the run ends or the process is asked to stop."""
     config = invocation.config
-    if config.learner.proximal.kind != "replica":
+    if not PROXIMAL_KINDS[config.learner.proximal.kind].runs_replicas:
         raise UserError(
             f'learner.proximal.kind is "{config.learner.proximal.kind}": nobody would read what a replica scores. Set '
             f'it to "replica", or do without this process'

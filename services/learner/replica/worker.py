@@ -32,7 +32,7 @@ from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.model.policy import vocabulary
+from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.old_logprobs.score_store import computed_of
 from palimpsest.services.learner.old_logprobs.scoring import score
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
@@ -88,7 +88,7 @@ class ReplicaWorker:
 
     def work(self, resident: VersionedModel) -> None:
         """Until the run ends. Raises UserError when the store's weights are damaged, or another model's."""
-        self._resident, self._vocabulary = resident, vocabulary(resident.model)
+        self._resident, self._vocabulary = resident, vocabulary_size(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
             self._bus.consumer(OLD_LOGPROBS) as self._asked,

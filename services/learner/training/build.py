@@ -1,13 +1,15 @@
-"""From the configuration to what a rank trains with: the source of the proximal, and the policy's companions."""
+"""Build what a rank trains with from the configuration: the proximal source, the auditor, the critic."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.services.learner import instruments
+from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
@@ -18,55 +20,67 @@ from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.training.state import TrainingState
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What sources are built from."""
+
+    policy: TrainablePolicy
+    store: SnapshotClient
+    device: torch.device
+    on_load: Callable[[Version], None]
+
+
 def build_training_state(
-    config: LearnerConfig, trainee: TrainablePolicy, store: SnapshotClient, device: torch.device
+    config: LearnerConfig,
+    policy: TrainablePolicy,
+    store: SnapshotClient,
+    device: torch.device,
+    *,
+    on_load: Callable[[Version], None],
 ) -> TrainingState:
-    """Of a model at its start; `restore` takes them further."""
-    model = trainee.model
+    """Build the state of a run at its start; `TrainingState.restore` goes on from a checkpoint.
+
+    on_load: called with each version that a source loads from the store.
+    """
+    parts = _Parts(policy, store, device, on_load)
+    missed = MissingCounter()
     gae = config.advantages.kind == "gae"
     critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
-    misses = MissingCounter()
     return TrainingState(
-        source=_source(config, trainee, store, device, misses),
-        misses=misses,
-        auditor=_snapshot(model, store, device) if config.audit.fraction else None,
-        critic=Critic(model, critic) if gae else None,
-        start=copy.deepcopy(model).requires_grad_(False) if config.loss.kl.weight else None,
+        source=_build_source(config, parts, missed),
+        misses=missed,
+        auditor=_snapshot_source(parts) if config.audit.fraction else None,
+        critic=Critic(policy.model, critic) if gae else None,
+        start=copy.deepcopy(policy.model).requires_grad_(False) if config.loss.kl.weight else None,
         multiplier=config.loss.r2vpo.multiplier,
     )
 
 
-def _source(
-    config: LearnerConfig, trainee: TrainablePolicy, store: SnapshotClient, device: torch.device, misses: MissingCounter
-) -> Source:
-    model, proximal = trainee.model, config.proximal
+def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) -> Source:
+    """Build the source of the configured kind. The type checker reports a kind that has none."""
+    proximal = config.proximal
     match proximal:
         case SnapshotProximal():
-            return _snapshot(model, store, device, missing=proximal.missing, misses=misses)
+            return _snapshot_source(parts, missing=proximal.missing, misses=missed)
         case ReplicaProximal():
-            return PrecomputedSource(
-                model, device, missing=proximal.missing, why=MissingReason.NOT_SCORED, misses=misses
-            )
+            reason = MissingReason.NOT_SCORED
         case InterruptionProximal():
-            return PrecomputedSource(model, device, missing=proximal.missing, why=MissingReason.TOO_LATE, misses=misses)
-    return build_surrogate(
-        proximal,
-        model=model,
-        masters=trainee.masters,
-        device=device,
-        max_staleness=config.max_staleness,
-    )
+            reason = MissingReason.TOO_LATE
+        case _:
+            return build_surrogate(
+                proximal,
+                model=parts.policy.model,
+                masters=parts.policy.masters,
+                device=parts.device,
+                max_staleness=config.max_staleness,
+            )
+    return PrecomputedSource(parts.policy.model, parts.device, missing=proximal.missing, why=reason, misses=missed)
 
 
-def _snapshot(
-    model: torch.nn.Module,
-    store: SnapshotClient,
-    device: torch.device,
-    *,
-    missing: MissingPolicy = "drop",
-    misses: MissingCounter | None = None,
+def _snapshot_source(
+    parts: _Parts, *, missing: MissingPolicy = "drop", misses: MissingCounter | None = None
 ) -> SnapshotSource:
-    """An audit leaves out what it cannot score; it never ends a run."""
+    """With the defaults, for an audit: it leaves out what it cannot score, and never ends a run."""
     return SnapshotSource(
-        model, store, device, loaded=lambda _: instruments.SNAPSHOT_LOADS.inc(), missing=missing, misses=misses
+        parts.policy.model, parts.store, parts.device, loaded=parts.on_load, missing=missing, misses=misses
     )

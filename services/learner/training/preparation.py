@@ -14,7 +14,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import log_ratio
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.kl import estimate
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.training.state import TrainingState
 
 
@@ -42,12 +42,10 @@ def prepare_batch(
     """For this rank's micro-batches of the whole version; all ranks call it."""
     reference, values = [], []
     for batch in batches:
-        tokens = torch.from_numpy(batch.tokens).to(device)
         if companions.start is not None:
-            temperatures = torch.from_numpy(batch.temperatures).to(device)
-            reference.append(token_logprobs(companions.start, tokens, temperatures)[0])
+            reference.append(score_batch(companions.start, batch, device)[0])
         if companions.critic is not None:
-            values.append(companions.critic.values(tokens))
+            values.append(companions.critic.values(torch.from_numpy(batch.tokens).to(device)))
     kind = config.advantages.kind
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])

@@ -23,7 +23,7 @@ from palimpsest.services.learner.losses.objective import Objective, Terms, switc
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
@@ -171,7 +171,7 @@ class Trainer:
                 single.add(batches[place].rows[0].reward)
             if self._companions.critic is not None:
                 self._companions.critic.loss(
-                    part.tokens,
+                    self._on_device(batches[place].tokens)[0],
                     part.inputs.mask,
                     prepared.returns[place],
                     prepared.values[place],
@@ -193,10 +193,8 @@ class Trainer:
         sums: _Sums,
     ) -> "_Part":
         """Forward and backward of one micro-batch."""
-        tokens, temperatures, mask, behavior = self._on_device(
-            batch.tokens, batch.temperatures, batch.mask, batch.behavior
-        )
-        current, entropy = token_logprobs(self._trainee.model, tokens, temperatures)
+        mask, behavior = self._on_device(batch.mask, batch.behavior)
+        current, entropy = score_batch(self._trainee.model, batch, self._device)
         anchor = proximal.anchor(place, current.detach(), mask)
         correction = correct(
             anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
@@ -216,7 +214,7 @@ class Trainer:
         usable = inputs.usable
         sums.squares += float(squared_deviation(outcome.log_update)[usable].double().sum())
         sums.usable += int(usable.sum())
-        return _Part(batch, tokens, anchor, inputs, entropy.detach(), correction, outcome.clipped)
+        return _Part(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped)
 
     def _step(self, parts: "Sequence[_Part]", sums: _Sums) -> None:
         """One optimizer step, all ranks together."""
@@ -295,7 +293,6 @@ class _Part:
     """A micro-batch between its passes and the step."""
 
     batch: PaddedBatch
-    tokens: Tensor
     anchor: ProximalValues
     inputs: Inputs
     entropy: Tensor

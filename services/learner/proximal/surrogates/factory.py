@@ -1,6 +1,7 @@
-"""The surrogate that a run's configuration names."""
+"""Build the surrogate source that `learner.proximal` configures."""
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from palimpsest.common.config.proximal import (
     LinearProximal,
     LoglinearProximal,
     PpoEwmaAsyncProximal,
-    ProximalConfig,
+    SurrogateConfig,
 )
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
@@ -25,16 +26,16 @@ from palimpsest.services.learner.proximal.types import Source
 
 
 def build_surrogate(
-    config: ProximalConfig,
+    config: SurrogateConfig,
     *,
     model: torch.nn.Module,
     masters: Sequence[Tensor],
     device: torch.device,
     max_staleness: int,
 ) -> Source:
-    """Its source. masters: float32 weights that the model was cast from; a moving average begins with them.
+    """Build the source of a surrogate.
 
-    Raises ValueError for an exact kind: that is no surrogate.
+    masters: float32 weights that the model was cast from; a moving average starts from them.
     """
     match config:
         case BypassProximal():
@@ -51,4 +52,4 @@ def build_surrogate(
             window = max_staleness if config.window == "max_staleness" else config.window
             rule = Rule(config.reset, config.threshold, config.patience, config.cooldown)
             return PpoEwmaAsync(model, masters, device, window=window, rule=rule)
-    raise ValueError(f"learner.proximal.kind is {config.kind!r}, which is exact: it is not made here")
+    assert_never(config)

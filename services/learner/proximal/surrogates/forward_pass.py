@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import score_batch
 
 
 @torch.no_grad()
@@ -15,9 +15,7 @@ def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.
     """Of each micro-batch [rows, tokens] float32, nats, whichever version sampled a token; 0 where untrainable."""
     scored = []
     for batch in batches:
-        values, _ = token_logprobs(
-            model, torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.temperatures).to(device)
-        )
+        values, _ = score_batch(model, batch, device)
         scored.append(torch.where(torch.from_numpy(batch.mask).to(device), values, torch.zeros((), device=device)))
     return scored
 

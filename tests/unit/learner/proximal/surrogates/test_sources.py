@@ -169,10 +169,3 @@ def test_the_reset_rule_is_the_configured_one() -> None:
     for share in (0.8, 0.7, 0.7, 0.7, 0.7):
         source.published([], active_share=share, mean_staleness=1.0)
     assert sum(source.resets.values()) == 2  # at once, and after two versions of rest
-
-
-@pytest.mark.parametrize("kind", ["snapshot", "replica", "interruption"])
-def test_an_exact_kind_is_no_surrogate(kind: str) -> None:
-    config = LearnerConfig.model_validate({"versions": 1, "proximal": {"kind": kind}}).proximal
-    with pytest.raises(ValueError, match=f"'{kind}', which is exact"):
-        build_surrogate(config, model=torch.nn.Linear(1, 1), masters=[], device=CPU, max_staleness=1)
