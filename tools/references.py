@@ -200,7 +200,7 @@ def wire() -> str:
     beside = (
         ("palimpsest.common.cut_messages", None),
         ("palimpsest.common.trajectory", {"Segment"}),
-        ("palimpsest.common.rejected_record", {"Cause"}),
+        ("palimpsest.common.rejected_record", {"RejectCause"}),
     )
     for module, names in ((messages, None), *((importlib.import_module(name), names) for name, names in beside)):
         for node in _classes(module, names):

@@ -1,4 +1,4 @@
-"""What the pinned sets need of a machine. README.md says the same in a table."""
+"""What the pinned sets need of a machine. docs/installation.md says the same in a table."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ from tests.programs import answered
 from tools import references
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TOPS = "palimpsest|common|services|tests|tools|docs|examples|bench|requirements"
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -88,7 +91,9 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
         case _:
             raise AssertionError("this test does not know such commands")
     monkeypatch.chdir(ROOT)
-    helped = module in ("bench", "tests.durations") or (module == "palimpsest" and arguments[0] not in ("run", "check"))
+    helped = module in ("bench", "tests.durations", "tools.pictures") or (
+        module == "palimpsest" and arguments[0] not in ("run", "check")
+    )
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's

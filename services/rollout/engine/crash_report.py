@@ -53,7 +53,7 @@ _MEANING = {
 }
 _TRY = {
     "SIGILL": "start again with --rollout.engine.amx=false. If it dies again, this CPU or the hypervisor lacks what "
-    "the engine was built for (README.md names the CPUs it supports): use another machine",
+    "the engine was built for (docs/installation.md names the CPUs it supports): use another machine",
     "SIGSEGV": "start again; if it dies at the same place again, report that stack to vLLM, or try another model.path",
     "SIGBUS": "make room in /dev/shm (`df -h /dev/shm`; in a container: --shm-size)",
     "SIGABRT": "read what the library said in the worker's log, just before the end",

@@ -1,0 +1,125 @@
+"""The pages that lead a stranger: what they name is there, and what they repeat from other files agrees with them."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PICTURES = ROOT / "docs" / "pictures"
+MOST_BYTES = 300_000
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    part = ARCHITECTURE.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    table = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def names(text: str) -> set[str]:
+    """Functions and classes that a module defines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)}
+
+
+def unknown(answer: str) -> list[str]:
+    """Spans that name nothing: a bare file name belongs to the folder named before it, a function to the file."""
+    folder, file, missing = ROOT, ROOT, []
+    for span in re.findall(r"`([^`]+)`", answer):
+        if "/" in span or span.endswith(".py"):
+            path = ROOT / span if "/" in span else folder / span
+            if not path.exists():
+                missing.append(span)
+                continue
+            if path.is_dir():
+                folder = path
+            else:
+                file, folder = path, path.parent
+        elif file.is_file() and span not in names(file.read_text()):
+            missing.append(span)
+    return missing
+
+
+@pytest.mark.parametrize(("question", "answer"), rows("Ten questions"))
+def test_an_answer_names_what_there_is(question: str, answer: str) -> None:
+    said = answer.replace("`dead_letters`", "").replace("`instruments.py`", "")  # a topic; a name in every service
+    assert re.search(r"`(common|services)/", said), question
+    assert unknown(said) == []
+
+
+def test_a_wrong_answer_would_be_noticed() -> None:
+    right = "`services/learner/buffer/ledger.py`, `take_batch`; `services/learner/ingest` has `validation.py`"
+    assert unknown(right) == []
+    assert unknown(right.replace("take_batch", "take_bath").replace("validation", "checks")) == [
+        "take_bath",
+        "checks.py",
+    ]
+
+
+def test_every_folder_of_the_learner_has_a_line() -> None:
+    told = {folder for cells in rows("Rooms") for folder in re.findall(r"`([^`]+)`", cells[0])}
+    assert [folder for folder in told if not (ROOT / folder).is_dir()] == []
+    listed = subprocess.run(
+        ["git", "ls-files", "services"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    rooms = {str(Path(name).parent) for name in listed.splitlines()} - {"services"}
+    assert rooms - told == {"services/learner/proximal/surrogates"}
+
+
+def test_old_paths_are_gone_and_new_ones_are_there() -> None:
+    moved = [re.findall(r"<code>(.+?)</code>|`(.+?)`", " ".join(cells)) for cells in rows("Old and new paths")]
+    pairs = [(old, new) for ((old, _), (_, new)) in moved]
+    assert len(pairs) > 100
+    assert [old for old, _ in pairs if (ROOT / old).exists()] == []
+    assert [new for _, new in pairs if not (ROOT / new).exists()] == []
+
+
+def badge(name: str) -> tuple[str, str]:
+    """What a badge says: left and right."""
+    left, right = ElementTree.parse(PICTURES / f"badge-{name}.svg").getroot().iter(f"{SVG}text")
+    return str(left.text), str(right.text)
+
+
+def pinned(package: str) -> str:
+    """The version in the pinned sets."""
+    found = {
+        match[1]
+        for kind in ("cpu", "gpu")
+        for match in re.finditer(
+            rf"^{package}(?:-cpu)?==(\S+)", (ROOT / f"requirements/{kind}.txt").read_text(), re.MULTILINE
+        )
+    }
+    assert len(found) == 1, found
+    return found.pop().partition("+")[0]
+
+
+def test_badges_say_what_the_files_say() -> None:
+    low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
+    pythons = " | ".join(f"3.{minor}" for minor in range(int(low), int(high)))
+    assert badge("license") == ("license", PROJECT["license"])
+    assert badge("python") == ("python", pythons)
+    assert badge("vllm") == ("vLLM", pinned("vllm"))
+    assert badge("torch") == ("torch", pinned("torch"))
+
+
+def test_the_citation_is_of_this_release() -> None:
+    cited = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert (cited["version"], cited["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert cited["title"] == "Palimpsest"
+
+
+def test_pictures_are_small_and_load_nothing() -> None:
+    pictures = list(PICTURES.iterdir())
+    assert {"view.svg", "report.png"} <= {path.name for path in pictures}
+    assert {path.name: path.stat().st_size for path in pictures if path.stat().st_size > MOST_BYTES} == {}
+    for path in pictures:
+        if path.suffix == ".svg":
+            assert not re.search(r"@font-face|url\((?!#)|href=|<script|<image", path.read_text()), path.name
