@@ -35,7 +35,7 @@ from palimpsest.services.report.write import REPORT
 
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 108, 40
-WINDOW = "1200,1430"
+WINDOW = "1200,1420"
 """Pixels of the report's picture: its tiles, its curves, and the figure of discrepancy and staleness ratio."""
 RATE_S = 10.0
 """The rate of sampling is measured over about so many seconds, as in the live view."""

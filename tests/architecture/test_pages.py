@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+import palimpsest
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 PICTURES = ROOT / "docs" / "pictures"
@@ -112,7 +114,7 @@ def test_badges_say_what_the_files_say() -> None:
 
 def test_the_citation_is_of_this_release() -> None:
     cited = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
-    assert (cited["version"], cited["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (cited["version"], cited["license"]) == (palimpsest.__version__, PROJECT["license"])
     assert cited["title"] == "Palimpsest"
 
 

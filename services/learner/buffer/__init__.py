@@ -1,0 +1,1 @@
+"""Which trajectories are offered, arrived, trained or dropped; the next batch; the next task. Pure."""

@@ -1,0 +1,1 @@
+"""The restartable state of the learner: write, commit, restore, remove."""

@@ -1,0 +1,1 @@
+"""The policy, its weights as bytes, and the critic."""

@@ -1,0 +1,1 @@
+"""A version leaves the learner: store it with its canaries, then announce it."""

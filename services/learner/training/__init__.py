@@ -1,0 +1,1 @@
+"""Training one version: preparation, passes, optimizer steps, results."""

@@ -1,0 +1,1 @@
+"""A cut, seen from the learner: stop the workers, score what they have sampled, go on."""
