@@ -28,17 +28,17 @@ BLOCKED = {
 
 
 @contextlib.contextmanager
-def file_errors_refused() -> Iterator[None]:
+def file_errors_as_user_errors() -> Iterator[None]:
     """A UserError in place of an error of this block that says that a file cannot be written or used."""
     try:
         yield
     except OSError as error:
-        if (refusal := refused(error)) is None:
+        if (refusal := user_error_for(error)) is None:
             raise
         raise refusal from None
 
 
-def refused(error: OSError) -> UserError | None:
+def user_error_for(error: OSError) -> UserError | None:
     """The sentence for this error; None if it is none of a file that cannot be used."""
     path = error.filename if isinstance(error.filename, str | os.PathLike) else None
     if error.errno in FULL:
@@ -77,18 +77,18 @@ def owner(path: Path) -> str:
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             seen = place.stat()
-            return f"{place} is {_name(seen.st_uid)}'s, {stat.filemode(seen.st_mode)}; this program runs as {_us()}"
-    return f"this program runs as {_us()}"
+            return f"{place} is {_user_name(seen.st_uid)}'s, {stat.filemode(seen.st_mode)}; this program runs as {_current_user()}"
+    return f"this program runs as {_current_user()}"
 
 
-def _name(uid: int) -> str:
+def _user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
 
 
-def _us() -> str:
+def _current_user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -11,8 +11,6 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
-from palimpsest.common.bus.claim_check import LOST
-from palimpsest.common.bus.port import Record
 from palimpsest.common.cut_messages import (
     CutReached as CutReached,
     CutReleased as CutReleased,
@@ -245,29 +243,6 @@ def decode(topic: str, body: bytes) -> Any:
                 f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}",
             ) from error
         raise Undecodable(RejectCause.UNDECODABLE, f"{topic}: {error}") from error
-
-
-def message_in(record: Record) -> Any:
-    """The message of this record; raises RejectedRecord. Whatever makes a record as such unusable is told here."""
-    if LOST in record.headers:
-        raise RejectedRecord(RejectCause.MISSING_CLAIM, f"{record.topic}: its body is lost: {record.headers[LOST]}")
-    return decode(record.topic, record.body)
-
-
-def dead_letter(run: str, record: Record, error: RejectedRecord, *, now: float) -> DeadLetter:
-    """The dead letter of a record that cannot be used. `now`: Unix seconds."""
-    return DeadLetter(
-        run=run,
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        key=record.key,
-        headers=dict(record.headers),
-        body=record.body,
-        cause=error.cause,
-        reason=str(error),
-        buried_at=now,
-    )
 
 
 def _tag(body: bytes) -> str | None:

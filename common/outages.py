@@ -37,10 +37,10 @@ class Outages:
 
     >>> outages = Outages(clock=lambda: 100.0)
     >>> with outages.waiting() as call:
-    ...     call.failed(STORE, "http://store:1", "ConnectError", until=220.0)
-    ...     outages.told()
+    ...     call.record_failure(STORE, "http://store:1", "ConnectError", until=220.0)
+    ...     outages.ongoing()
     [{'of': 'snapshot_store', 'address': 'http://store:1', 'since': 100.0, 'until': 220.0, 'problem': 'ConnectError'}]
-    >>> outages.told()
+    >>> outages.ongoing()
     []
     """
 
@@ -55,7 +55,7 @@ class Outages:
         """For one call, or for one client whose calls succeed or fail one after another."""
         return Waiting(self)
 
-    def told(self) -> list[dict[str, Any]]:
+    def ongoing(self) -> list[dict[str, Any]]:
         """The outages that go on, for /v1/status; `until` is when the first call gives up, null if none will."""
         with self._lock:
             return [
@@ -109,7 +109,7 @@ class Waiting:
         self._key: tuple[str, str] | None = None
         self._lock = threading.Lock()
 
-    def failed(
+    def record_failure(
         self, of: str, address: str, problem: str, *, until: float | None = None, since: float | None = None
     ) -> None:
         """There was no answer; it is tried again until `until`. `since`: by default when the call began."""
@@ -119,7 +119,7 @@ class Waiting:
             self._key = (of, address)
             self._outages._enter(self._key, id(self), self._began if since is None else since, until, problem)
 
-    def answered(self) -> None:
+    def record_answer(self) -> None:
         """There was an answer. A failure after it begins another outage."""
         with self._lock:
             self._leave()
@@ -131,7 +131,7 @@ class Waiting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.answered()
+        self.record_answer()
 
     def _leave(self) -> None:
         if self._key is not None:

@@ -16,7 +16,7 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def untie() -> None:
+def survive_parent() -> None:
     """Undo `tie`: this process hears of its parent's end in another way."""
     on_parents_death(0)
 

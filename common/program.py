@@ -11,7 +11,7 @@ from palimpsest.common import failpoints, logs
 from palimpsest.common.bus.port import OffsetGone
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.to_toml import to_toml
-from palimpsest.common.file_errors import file_errors_refused, usable_folder
+from palimpsest.common.file_errors import file_errors_as_user_errors, usable_folder
 from palimpsest.common.files import write
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
@@ -36,7 +36,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         config, stop = invocation.config, Stop().install()
         logs.configure(name, config.logs.level, config.logs.format)
         try:
-            with file_errors_refused(), gap_refused():
+            with file_errors_as_user_errors(), gap_as_user_error():
                 if name not in NO_FOLDER:
                     usable_folder(config.run.home, key="run.folder")
                 failpoints.reach(f"{name}.start")
@@ -51,7 +51,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             with contextlib.suppress(OSError):  # a folder that cannot be written must not hide the sentence
                 write(config.run.home / "refusals" / f"{process}.json", said.encode())
             raise
-        if stop.signalled:
+        if stop.signaled:
             sys.exit(int(ExitCode.INTERRUPTED))
 
     main(begin)
@@ -61,7 +61,7 @@ def main(program: Callable[[], None]) -> None:
     """Run a program: a UserError, or a file it cannot use, becomes a sentence and an exit code; all else a
     traceback."""
     try:
-        with file_errors_refused():
+        with file_errors_as_user_errors():
             program()
     except UserError as refusal:
         with contextlib.suppress(OSError):  # where the sentence goes may be on the full disk, too
@@ -81,7 +81,7 @@ def print_line(text: str) -> None:
 
 
 @contextlib.contextmanager
-def gap_refused() -> Iterator[None]:
+def gap_as_user_error() -> Iterator[None]:
     """A UserError in place of the error of a reader whose next record is gone."""
     try:
         yield

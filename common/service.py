@@ -44,7 +44,7 @@ class Stop:
     def install(self) -> Self:
         """Listen for SIGTERM and SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._heard)
+            signal.signal(number, self._on_signal)
         return self
 
     def request(self) -> None:
@@ -65,7 +65,7 @@ class Stop:
         return self._event.is_set()
 
     @property
-    def signalled(self) -> bool:
+    def signaled(self) -> bool:
         """Whether a signal asked for it."""
         return self._signalled
 
@@ -73,7 +73,7 @@ class Stop:
         """Wait for the stop, at most so long; whether it came."""
         return self._event.wait(timeout_s)
 
-    def _heard(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._signalled:
             os._exit(128 + number)
         self._signalled = True
@@ -117,7 +117,7 @@ def application(
 
     @app.get("/v1/status")
     async def current_status() -> Status:
-        return {"service": service, "waiting_for": ready(), "outages": outages.told(), **status()}
+        return {"service": service, "waiting_for": ready(), "outages": outages.ongoing(), **status()}
 
     @app.exception_handler(HttpError)
     async def answer(_request: Request, error: HttpError) -> JSONResponse:

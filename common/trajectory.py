@@ -29,36 +29,36 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
         return self.stop - self.start
 
 
-class Malformed(RejectedRecord):
+class MalformedTrajectory(RejectedRecord):
     """A trajectory that contradicts itself; the message says where."""
 
 
 def check(segments: Sequence[Segment], tokens: int) -> None:
-    """Raise Malformed unless the segments are ordered, disjoint, inside the tokens and carry finite log-probs."""
+    """Raise MalformedTrajectory unless the segments are ordered, disjoint, inside the tokens and carry finite log-probs."""
     end = 0
     for i, segment in enumerate(segments):
         where = f"segment {i} [{segment.start}, {segment.stop}) of version {segment.version}"
         if segment.version < 0:
-            raise Malformed(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
+            raise MalformedTrajectory(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
         if segment.start < end:
-            raise Malformed(
+            raise MalformedTrajectory(
                 RejectCause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the one before it ends"
             )
         if segment.stop <= segment.start:
-            raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: holds no token")
+            raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, f"{where}: holds no token")
         if segment.stop > tokens:
-            raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: ends after the last of {tokens} tokens")
+            raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, f"{where}: ends after the last of {tokens} tokens")
         if len(segment.behavior_logprobs) != 4 * len(segment):
-            raise Malformed(
+            raise MalformedTrajectory(
                 RejectCause.LENGTH_MISMATCH,
                 f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs "
                 f"(4 a token are due)",
             )
         logprobs = unpack_float32(segment.behavior_logprobs)
         if not np.isfinite(logprobs).all():
-            raise Malformed(RejectCause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
+            raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
         if (logprobs > 1e-3).any():  # a little above 0 is rounding in the engine's log-softmax
-            raise Malformed(RejectCause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
+            raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
         end = segment.stop
 
 

@@ -15,18 +15,18 @@ from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
-from palimpsest.common.file_errors import file_errors_refused
+from palimpsest.common.file_errors import file_errors_as_user_errors
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
 from palimpsest.common.sessions.token import token
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.live.poller import RunObservation, Watch
+from palimpsest.services.live.poller import RunObservation, RunPoller
 from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.live.stopwatch import Stopwatch
 from palimpsest.services.local import console_text
-from palimpsest.services.local.bus_opening import opened
-from palimpsest.services.local.run_setup import Settled, prepare_run, resolve
+from palimpsest.services.local.bus_opening import open_run_bus
+from palimpsest.services.local.run_setup import PreparedRun, prepare_run, resolve
 from palimpsest.services.local.supervisor import Supervisor, assign_ports
 from palimpsest.services.report.folder import SECONDS, contents
 
@@ -56,7 +56,7 @@ def launch(invocation: Invocation) -> None:
         run(invocation, settled, stop)
 
 
-def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
+def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
     """The run that was settled, from the first process to the report; exits with 130 if it was stopped."""
     config, flags = assign_ports(settled.config)
     local = Supervisor(config, settled.saved, flags)
@@ -75,8 +75,8 @@ def run(invocation: Invocation, settled: Settled, stop: Stop) -> None:
     )
     bus = None
     try:
-        with file_errors_refused():
-            bus = opened(config, stop, say=lambda line: print(line, flush=True))
+        with file_errors_as_user_errors():
+            bus = open_run_bus(config, stop, say=lambda line: print(line, flush=True))
             done = bus is not None and supervise(config, local, stop, bus)
     except UserError as refusal:
         if bus is not None:
@@ -114,7 +114,7 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
         config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
     )
     stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
-    watch = Watch(
+    watch = RunPoller(
         {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)
     )
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from palimpsest.services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
-from palimpsest.services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.crash_evidence import enable_crash_log, reinstall_fault_handlers
+from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
 
 POSITIONS = """1 validation error for ModelConfig
   Value error, User-specified max_model_len (4097) is greater than the derived max_model_len \
@@ -31,7 +31,7 @@ def run_busy_loop(die: Callable[[], None]) -> None:
 
 def run_engine_core(die: Callable[[], None]) -> None:
     """As vLLM's: what is raised is logged and ends the process."""
-    leave_evidence(AMX="used")
+    enable_crash_log(AMX="used")
     try:
         run_busy_loop(die)
     except Exception:
@@ -50,7 +50,7 @@ def segmentation_fault() -> None:
 def signal_taken() -> None:
     """A library has a handler of its own for SIGSEGV."""
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-    take_signals_back()
+    reinstall_fault_handlers()
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -74,10 +74,10 @@ def sleeps() -> None:
     signal.pause()
 
 
-def begin(watch: Watch, die: Callable[[], None]) -> multiprocessing.process.BaseProcess:
+def begin(watch: EngineMonitor, die: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     """A process that is to die like this."""
     process = multiprocessing.get_context("spawn").Process(target=run_engine_core, args=(die,), name="EngineCore")
-    with watch.told():
+    with watch.export_log_path():
         process.start()
     return process
 

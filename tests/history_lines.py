@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from palimpsest.services.live.poller import Answer, ServiceObservation
+from palimpsest.services.live.poller import ServiceObservation, StatusReply
 from palimpsest.services.report.folder import Line
 
 
@@ -60,7 +60,7 @@ def worker(
 ) -> ServiceObservation:
     """A worker that samples."""
     status = {"version": 4, "live": 12, "sampled_tokens": 1000, "seconds": 60.0, "idle_s": 0.0, "waiting_for": None}
-    return ServiceObservation(Answer(at, status | more), earlier.last if earlier else None, trouble)
+    return ServiceObservation(StatusReply(at, status | more), earlier.last if earlier else None, trouble)
 
 
 def learner(at: float = 100.0, *, trouble: str | None = None, **more: Any) -> ServiceObservation:
@@ -73,12 +73,12 @@ def learner(at: float = 100.0, *, trouble: str | None = None, **more: Any) -> Se
         "waiting_for": None,
         "trajectories": {"offered": 40, "trained": 10, "dropped": {}, "dead_lettered": 0, "pending": 30},
     }
-    return ServiceObservation(Answer(at, status | more), None, trouble)
+    return ServiceObservation(StatusReply(at, status | more), None, trouble)
 
 
 def servers(at: float = 100.0) -> dict[str, ServiceObservation]:
     """Store and gateway, well."""
     return {
-        "snapshot_store": ServiceObservation(Answer(at, {"versions": 6, "bytes": 2**20, "waiting_for": None})),
-        "env_gateway": ServiceObservation(Answer(at, {"waiting_for": None})),
+        "snapshot_store": ServiceObservation(StatusReply(at, {"versions": 6, "bytes": 2**20, "waiting_for": None})),
+        "env_gateway": ServiceObservation(StatusReply(at, {"waiting_for": None})),
     }

@@ -44,7 +44,7 @@ class ClaimCheck:
         self._bus.create_topics(partitions)
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
-        return self._bus.publish(topic, [self._checked_in(record) for record in records])
+        return self._bus.publish(topic, [self._check_in(record) for record in records])
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> "ClaimingConsumer":
         return ClaimingConsumer(self._bus.consumer(topic, group=group, member=member), self._claims)
@@ -53,7 +53,7 @@ class ClaimCheck:
         self._bus.close()
         self._claims.close()
 
-    def _checked_in(self, record: Outgoing) -> Outgoing:
+    def _check_in(self, record: Outgoing) -> Outgoing:
         if len(record.body) <= self._over_bytes:
             return record
         # before the record: what is on the log can be fetched
@@ -68,7 +68,7 @@ class ClaimingConsumer:
         self._consumer, self._claims = consumer, claims
 
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
-        return [self._fetched(record) for record in self._consumer.poll(limit=limit, timeout_s=timeout_s)]
+        return [self._fetch(record) for record in self._consumer.poll(limit=limit, timeout_s=timeout_s)]
 
     def assignment(self) -> frozenset[int]:
         return self._consumer.assignment()
@@ -93,7 +93,7 @@ class ClaimingConsumer:
     ) -> None:
         self.close()
 
-    def _fetched(self, record: Record) -> Record:
+    def _fetch(self, record: Record) -> Record:
         """The record with its body. One whose body is lost is handed out without it, and says so: its reader buries
         it like any other that cannot be used, and the records behind it are read."""
         if CLAIM not in record.headers or record.body:

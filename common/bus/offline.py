@@ -42,9 +42,9 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
     with bus.consumer(topic) as consumer:
         ends, begun = consumer.ends(), start or {}
         for partition, offset in begun.items():
-            _moved(consumer.seek, partition, offset)
+            _seek_if_present(consumer.seek, partition, offset)
         with bus.consumer(topic) as probe:
-            left = {p for p, end in ends.items() if begun.get(p, 0) < end and _moved(probe.seek, p, end - 1)}
+            left = {p for p, end in ends.items() if begun.get(p, 0) < end and _seek_if_present(probe.seek, p, end - 1)}
         heard = time.monotonic()
         while left:
             records = consumer.poll(limit=READ_RECORDS, timeout_s=1.0)
@@ -62,7 +62,7 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
                     left.discard(record.partition)
 
 
-def _moved(seek: Callable[[Mapping[int, int]], None], partition: int, offset: int) -> bool:
+def _seek_if_present(seek: Callable[[Mapping[int, int]], None], partition: int, offset: int) -> bool:
     """Whether the offset is on the log."""
     try:
         seek({partition: offset})

@@ -123,7 +123,7 @@ class SqliteConsumer:
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
         deadline = time.monotonic() + timeout_s
         while True:
-            self._stay_a_member()
+            self._keep_membership()
             if records := self._read(limit):
                 return records
             left = deadline - time.monotonic()
@@ -213,7 +213,7 @@ class SqliteConsumer:
         (number,) = self._db.execute("PRAGMA data_version").fetchone()
         return int(number)
 
-    def _stay_a_member(self) -> None:
+    def _keep_membership(self) -> None:
         if self._group is None:
             return
         now = time.time()

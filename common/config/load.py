@@ -129,7 +129,7 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
 
 def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, origin: str) -> str | None:
     """Put a flag's or variable's text where the schema has its key; a sentence if it has none."""
-    expected = _expected(key)
+    expected = _expected_type(key)
     if expected is None:
         return f"{origin}: {_unknown(key)}"
     at = values
@@ -228,20 +228,20 @@ def _is_tag(key: Key, i: int) -> bool:
 
 def _is_branch(key: Key) -> bool:
     """Whether key's last part names one of the types that a key may have, put there by pydantic."""
-    above = _expected(key[:-1]) if len(key) > 1 else None
+    above = _expected_type(key[:-1]) if len(key) > 1 else None
     return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
 
 
 def _or_words(key: Key) -> str:
     """The words that may stand at a key instead of a number."""
-    members = _members(_expected(key)) if key else []
+    members = _members(_expected_type(key)) if key else []
     literals = [member for member in members if get_origin(member) is Literal]
     return "".join(f", or be {word!r}" for word in get_args(literals[0])) if literals and len(members) > 1 else ""
 
 
 def _is_pair(key: Key) -> bool:
     """Whether two numbers stand at the key."""
-    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected(key)))
+    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected_type(key)))
 
 
 def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
@@ -252,7 +252,7 @@ def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
         name = ".".join(key[: depth + 1])
-        kinds = len(_members(_expected(key[:depth]))) > 1
+        kinds = len(_members(_expected_type(key[:depth]))) > 1
         where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
         if near:
             return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
@@ -261,7 +261,7 @@ def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
     if _fields(key[:-1]) is None:
         return f"{'.'.join(key)} is not a key: {above} has none"
     own = next(
-        m.model_fields for m in _members(_expected(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
+        m.model_fields for m in _members(_expected_type(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
     )
     return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
 
@@ -277,7 +277,7 @@ def _fields(key: Key) -> dict[str, Any] | None:
     return _section_fields(expected)
 
 
-def _expected(key: Key) -> Any:
+def _expected_type(key: Key) -> Any:
     """Type the schema wants at this key; None if it has no such key."""
     expected: Any = RunConfig
     for part in key:

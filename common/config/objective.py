@@ -10,14 +10,14 @@ from palimpsest.common.config.section import PositiveFloat, Section, Share
 Off = Literal["off"]
 
 
-def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if not 0 <= low < high:
         raise ValueError(f"[{low}, {high}] is no interval of ratios: it needs 0 <= low < high")
     return interval
 
 
-Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
+Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_check_interval)]
 """Lowest and highest ratio that is kept."""
 AboveOne = Annotated[float, Field(gt=1)]
 Estimate = Literal[

@@ -113,12 +113,12 @@ def apply_recipe(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     chosen = own.get("proximal")
     if isinstance(chosen, Mapping) and chosen.get("kind") not in (None, merged["proximal"]["kind"]):
         merged["proximal"] = {}
-    return _over(merged, own)
+    return _merge(merged, own)
 
 
-def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)
-        merged[key] = _over(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
+        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
     return merged

@@ -93,12 +93,12 @@ class SessionClient:
                         if reply.status < 400:
                             return body
                         code, message, retryable = _problem(reply.status, body)
-                        outage.answered()
+                        outage.record_answer()
                 except (aiohttp.ClientError, TimeoutError) as error:
                     code, message, retryable = "unreachable", f"{type(error).__name__}: {error}", True
                 left_s = late - time.monotonic()
                 if code == "unreachable":
-                    outage.failed(GATEWAY, self._url, message, until=self._outages.now() + max(0.0, left_s))
+                    outage.record_failure(GATEWAY, self._url, message, until=self._outages.now() + max(0.0, left_s))
                     retryable = left_s > pause_s or tries < TRIES
                 if not retryable or (tries >= TRIES and code != "unreachable"):
                     raise SessionFailed(code, f"{method} {path}: {message}")

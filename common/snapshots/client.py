@@ -31,7 +31,7 @@ from palimpsest.common.snapshots.manifest import (
     unseal,
     version_digest,
 )
-from palimpsest.common.snapshots.retrying_http import NotThere, RetryingHttp, StoreUnavailable, expect
+from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable, raise_for_status
 from palimpsest.common.versions import Version
 
 __all__ = [
@@ -136,7 +136,7 @@ class SnapshotClient:
         raise_if_refused(reply)
         if reply.status_code == 409:
             raise VersionConflict(reply.json()["message"])
-        expect(reply, 200, 201)
+        raise_for_status(reply, 200, 201)
         return manifest
 
     def _send(self, manifest: Manifest, file: IO[bytes]) -> httpx.Response:
@@ -148,7 +148,7 @@ class SnapshotClient:
         reply = self._calls.call(lambda http: http.get(f"/v1/versions/{version}"))
         if reply.status_code == 404:
             raise VersionMissing(f"version {version} is not in the store at {self._calls.url}")
-        expect(reply, 200)
+        raise_for_status(reply, 200)
         manifest = unseal(reply.content)
         if manifest.version != version:
             raise Damaged(f"version {version} was asked for, the store gave version {manifest.version}")
@@ -157,7 +157,7 @@ class SnapshotClient:
     def versions(self) -> list[Version]:
         """Every version in the store, ascending."""
         reply = self._calls.call(lambda http: http.get("/v1/versions"))
-        expect(reply, 200)
+        raise_for_status(reply, 200)
         return [Version(entry["version"]) for entry in reply.json()["versions"]]
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
@@ -170,14 +170,14 @@ class SnapshotClient:
     def lease(self, holder: str, lowest: Version) -> None:
         """Keep every version from `lowest` on, until the holder names another."""
         body = msgspec.json.encode({"lowest": lowest})
-        expect(self._calls.call(lambda http: http.put(f"/v1/leases/{holder}", content=body)), 200)
+        raise_for_status(self._calls.call(lambda http: http.put(f"/v1/leases/{holder}", content=body)), 200)
 
-    def ask(self, method: str, path: str, body: Mapping[str, str] | None = None) -> Any:
+    def request(self, method: str, path: str, body: Mapping[str, str] | None = None) -> Any:
         """The store's answer about writers and checkpoints, decoded. Raises Fenced."""
         content = b"" if body is None else msgspec.json.encode(body)
         reply = self._calls.call(lambda http: http.request(method, path, content=content))
         raise_if_refused(reply)
-        expect(reply, 200, 201)
+        raise_for_status(reply, 200, 201)
         return reply.json()
 
     def put_claim(self, body: bytes) -> str:
@@ -186,14 +186,14 @@ class SnapshotClient:
         Repeating it with the same bytes is harmless, and makes them young again.
         """
         digest = blake3(body).hexdigest()
-        expect(self._calls.call(lambda http: http.put(f"/v1/claims/{digest}", content=body)), 201)
+        raise_for_status(self._calls.call(lambda http: http.put(f"/v1/claims/{digest}", content=body)), 201)
         return digest
 
     def claim(self, digest: str) -> bytes:
         """The body of this digest. Raises ClaimMissing, Damaged."""
         try:
             body = b"".join(self._calls.body(f"/v1/claims/{digest}"))
-        except NotThere:
+        except NotFound:
             raise ClaimMissing(f"the body {digest} is not in the store at {self._calls.url}") from None
         if blake3(body).hexdigest() != digest:
             raise Damaged(f"the body {digest[:12]}: its {len(body)} bytes contradict its digest")
@@ -220,12 +220,12 @@ class SnapshotClient:
                 headers={"Content-Length": str(size)},
             )
 
-        expect(self._calls.call(send), 200, 201)
+        raise_for_status(self._calls.call(send), 200, 201)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:
         try:
             yield from self._calls.body(f"/v1/objects/{manifest.object}")
-        except NotThere:
+        except NotFound:
             raise VersionMissing(f"version {manifest.version}: its weights are no longer in the store") from None
 
 

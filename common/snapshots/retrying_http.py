@@ -28,7 +28,7 @@ class StoreUnavailable(Exception):
     """The store did not answer in the time allowed."""
 
 
-class NotThere(LookupError):
+class NotFound(LookupError):
     """The store does not hold this."""
 
 
@@ -61,7 +61,7 @@ class RetryingHttp:
 
         Raises StoreUnavailable, and OSError when the disk of the store stays full.
         """
-        waiting = _Waiting(self._sleep)
+        waiting = _RetryState(self._sleep)
         with self._outages.waiting() as outage:
             while True:
                 of, address = STORE, self.url
@@ -70,12 +70,12 @@ class RetryingHttp:
                     if reply.status_code < 500:
                         return reply
                     error, limit_s = _failure(reply), self._patience_s
-                    of, address = _away(reply) or (of, address)
+                    of, address = _storage_outage(reply) or (of, address)
                 except httpx.TransportError as broken:
                     error, limit_s = StoreUnavailable(f"{type(broken).__name__}: {broken}"), self._patience_s
                 if isinstance(error, OSError):
                     limit_s = min(limit_s, FULL_PATIENCE_S)
-                outage.failed(of, address, str(error), until=self._outages.now() + waiting.left(limit_s))
+                outage.record_failure(of, address, str(error), until=self._outages.now() + waiting.remaining_s(limit_s))
                 if not waiting.pause(limit_s):
                     break
         if isinstance(error, OSError):
@@ -83,16 +83,16 @@ class RetryingHttp:
         raise StoreUnavailable(f"the snapshot store at {self.url} did not answer in {limit_s:g} s: {error}")
 
     def body(self, path: str) -> Generator[bytes, None, None]:
-        """The bytes under `path`, in pieces. Raises NotThere, StoreUnavailable."""
+        """The bytes under `path`, in pieces. Raises NotFound, StoreUnavailable."""
         with self._outages.waiting() as outage:
             yield from self._body(path, outage)
 
     def _body(self, path: str, outage: Waiting) -> Generator[bytes, None, None]:
-        had, waiting = 0, _Waiting(self._sleep)
+        had, waiting = 0, _RetryState(self._sleep)
         while True:
             asked = [(STORE, self.url)]
             try:
-                with self._opened(path, had, asked) as (reply, start):
+                with self._open_stream(path, had, asked) as (reply, start):
                     if reply.status_code == 416:  # nothing from there on: whoever reads sees what is lacking
                         return
                     if reply.status_code in (200, 206):
@@ -101,28 +101,30 @@ class RetryingHttp:
                         for chunk in reply.iter_bytes():
                             new, at = chunk[max(0, had - at) :], at + len(chunk)
                             if new:
-                                had, waiting = had + len(new), _Waiting(self._sleep)
-                                outage.answered()
+                                had, waiting = had + len(new), _RetryState(self._sleep)
+                                outage.record_answer()
                                 yield new
                         return
                     reply.read()
                     problem = f"{reply.status_code} {reply.text[:200]}"
-                    asked += [away] if (away := _away(reply)) else []
+                    asked += [away] if (away := _storage_outage(reply)) else []
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
-            outage.failed(*asked[-1], problem, until=self._outages.now() + waiting.left(self._patience_s))
+            outage.record_failure(
+                *asked[-1], problem, until=self._outages.now() + waiting.remaining_s(self._patience_s)
+            )
             if not waiting.pause(self._patience_s):
                 raise StoreUnavailable(f"GET {path}: no answer in {self._patience_s:g} s: {problem}")
 
     @contextmanager
-    def _opened(self, path: str, had: int, asked: list[tuple[str, str]]) -> Iterator[tuple[httpx.Response, int]]:
+    def _open_stream(self, path: str, had: int, asked: list[tuple[str, str]]) -> Iterator[tuple[httpx.Response, int]]:
         """The reply, from the store or from where it points, and at which byte its body begins.
 
         Whom it asks besides the store is appended to `asked`.
         """
         with self._http.stream("GET", path) as reply:
             if reply.status_code == 404:
-                raise NotThere(path)
+                raise NotFound(path)
             if reply.status_code != 307:
                 yield reply, 0
                 return
@@ -133,20 +135,20 @@ class RetryingHttp:
             yield reply, had if reply.status_code == 206 else 0
 
 
-class _Waiting:
+class _RetryState:
     """Pauses that grow, until a time is used up; pauses count even where the clock stands still."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._sleep = sleep
         self._began, self._paused, self._next_s = time.monotonic(), 0.0, FIRST_PAUSE_S
 
-    def left(self, limit_s: float) -> float:
+    def remaining_s(self, limit_s: float) -> float:
         """Seconds until the limit."""
         return limit_s - max(self._paused, time.monotonic() - self._began)
 
     def pause(self, limit_s: float) -> bool:
         """Pause before another try; False when that would go beyond the limit."""
-        if self._next_s > self.left(limit_s):
+        if self._next_s > self.remaining_s(limit_s):
             return False
         self._sleep(self._next_s)
         self._paused += self._next_s
@@ -154,7 +156,7 @@ class _Waiting:
         return True
 
 
-def expect(reply: httpx.Response, *codes: int) -> None:
+def raise_for_status(reply: httpx.Response, *codes: int) -> None:
     """Raises StoreUnavailable for any other status."""
     if reply.status_code not in codes:
         raise StoreUnavailable(
@@ -162,7 +164,7 @@ def expect(reply: httpx.Response, *codes: int) -> None:
         )
 
 
-def _away(reply: httpx.Response) -> tuple[str, str] | None:
+def _storage_outage(reply: httpx.Response) -> tuple[str, str] | None:
     """The S3 behind the store, where the store says that it does not answer."""
     try:
         said = msgspec.json.decode(reply.content)

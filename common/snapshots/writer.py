@@ -32,21 +32,21 @@ class Writer:
 
     def begin(self) -> None:
         """Take the run over: from now on the store refuses every earlier writer."""
-        self.epoch = self._store.ask("POST", "/v1/writers", {"holder": self._holder})["epoch"]
+        self.epoch = self._store.request("POST", "/v1/writers", {"holder": self._holder})["epoch"]
 
     def confirm(self) -> None:
         """Raise Fenced if another learner has begun."""
-        self._store.ask("GET", f"/v1/writers/{self.epoch}")
+        self._store.request("GET", f"/v1/writers/{self.epoch}")
 
     def committed(self) -> list[Committed]:
         """The checkpoints that count, whoever wrote them; oldest first."""
-        return [Committed(**commit) for commit in self._store.ask("GET", "/v1/checkpoints")["checkpoints"]]
+        return [Committed(**commit) for commit in self._store.request("GET", "/v1/checkpoints")["checkpoints"]]
 
     def commit(self, version: Version, digest: str) -> Committed:
         """Make this writer's checkpoint of the version count; `digest` is that of its manifest. Harmless again."""
-        self._store.ask("PUT", f"/v1/checkpoints/{version}/{self.epoch}", {"digest": digest})
+        self._store.request("PUT", f"/v1/checkpoints/{version}/{self.epoch}", {"digest": digest})
         return Committed(version, self.epoch, digest)
 
     def withdraw(self, commit: Committed) -> None:
         """Let a checkpoint count no longer."""
-        self._store.ask("DELETE", f"/v1/checkpoints/{commit.version}/{commit.writer}?by={self.epoch}")
+        self._store.request("DELETE", f"/v1/checkpoints/{commit.version}/{commit.writer}?by={self.epoch}")

@@ -17,17 +17,17 @@ from palimpsest.services.snapshot_store.storage import Unavailable
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CommandResult:
     """What to print, and how to exit."""
 
     text: str
     code: int
 
 
-def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Answer:
+def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> CommandResult:
     """Audit the run that is named. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
-        return Answer(rendering.USAGE, 0)
+        return CommandResult(rendering.USAGE, 0)
     rest = [argument for argument in arguments if argument not in ("--quick", "--json")]
     if not rest:
         raise UserError(rendering.USAGE)
@@ -41,7 +41,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ans
         text = msgspec.json.encode(rendering.to_json(evidence, judgement)).decode()
     else:
         text = "\n".join(rendering.to_text(evidence, judgement))
-    return Answer(text, 0 if judgement.sound else 1)
+    return CommandResult(text, 0 if judgement.sound else 1)
 
 
 def _named(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[RunConfig, Path]:

@@ -117,7 +117,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogContents:
     """What the log says."""
 
     offers: tuple[Offer, ...] = ()
@@ -155,7 +155,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class AuditedCheckpoint:
     """One that the store took and that holds."""
 
     name: str
@@ -192,8 +192,8 @@ class Evidence:
     max_staleness: int
     every: int
     """Versions from one checkpoint to the next."""
-    log: Log = Log()
-    checkpoint: Checkpoint | None = None
+    log: LogContents = LogContents()
+    checkpoint: AuditedCheckpoint | None = None
     """In force: the newest that holds."""
     lines: tuple[Line, ...] = ()
     """That the checkpoint counts."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
-from palimpsest.services.audit.evidence import FINISHED, Checkpoint, Evidence, Finding, Heard, Kind, Offer
+from palimpsest.services.audit.evidence import FINISHED, AuditedCheckpoint, Evidence, Finding, Heard, Kind, Offer
 from palimpsest.services.audit.recount import Recount, trajectories
 from palimpsest.services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, LedgerState
 
@@ -110,7 +110,7 @@ def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
         yield from _unexplained_open(checkpoint, counted)
 
 
-def below(checkpoint: Checkpoint, record: Heard) -> bool:
+def below(checkpoint: AuditedCheckpoint, record: Heard) -> bool:
     """Whether a restart would not read the record again."""
     return record.offset < checkpoint.offsets.get(record.partition, 0)
 
@@ -137,7 +137,7 @@ def _task(offer: Offer) -> str:
     return f"{offer.samples} of {offer.task[0]}/{offer.task[1]}"
 
 
-def _letters(checkpoint: Checkpoint, counted: Recount, heard: Iterable[Heard]) -> Iterator[Finding]:
+def _letters(checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[Heard]) -> Iterator[Finding]:
     counts, found = checkpoint.ledger.dead_lettered, len(counted.otherwise & counted.letters)
     if counts > found:
         yield Finding(
@@ -162,7 +162,7 @@ def _letters(checkpoint: Checkpoint, counted: Recount, heard: Iterable[Heard]) -
         )
 
 
-def _unresolved(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+def _unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     lost = sorted(
         name
         for name, records in counted.heard.items()
@@ -178,7 +178,7 @@ def _unresolved(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
         )
 
 
-def _unexplained(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+def _unexplained(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     """Sums over all groups: closed ones are counted, not listed, in a checkpoint."""
     dropped, ended = checkpoint.ledger.dropped, counted.otherwise
     ways = {name: {record.how for record in counted.heard.get(name, ())} for name in ended}
@@ -191,7 +191,7 @@ def _unexplained(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
         yield _more(checkpoint, counts, " or ".join(AFTER_ARRIVAL), f"only {finished} such that came back")
 
 
-def _silent(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+def _silent(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     silent = sorted(name for name in counted.otherwise - counted.letters if name not in counted.heard)
     deadline = checkpoint.ledger.dropped.get(DropReason.DEADLINE, 0)
     if len(silent) > deadline:
@@ -202,7 +202,7 @@ def _silent(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
         )
 
 
-def _more(checkpoint: Checkpoint, counts: int, reason: str, found: str) -> Finding:
+def _more(checkpoint: AuditedCheckpoint, counts: int, reason: str, found: str) -> Finding:
     return Finding(
         Kind.UNEXPLAINED,
         f"checkpoint {checkpoint.name} counts {counts} dropped as {reason}, the log holds {found}: the ledger was "
@@ -210,7 +210,7 @@ def _more(checkpoint: Checkpoint, counts: int, reason: str, found: str) -> Findi
     )
 
 
-def _unexplained_open(checkpoint: Checkpoint, counted: Recount) -> Iterator[Finding]:
+def _unexplained_open(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     for name, how in sorted(counted.ended_open.items()):
         if not _explained(name, how, counted.heard, counted):
             yield Finding(

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.config.schema import RunConfig
@@ -30,11 +31,10 @@ from palimpsest.common.messages import (
     TrajectoryFinished,
     VersionApplied,
     VersionPublished,
-    message_in,
     trajectory_id,
 )
 from palimpsest.common.rejected_record import FOREIGN, RejectedRecord
-from palimpsest.common.trajectory import Malformed
+from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
     FINISHED,
@@ -46,10 +46,10 @@ from palimpsest.services.audit.evidence import (
     Kind,
     Letter,
     Line,
-    Log,
+    LogContents,
     Offer,
 )
-from palimpsest.services.audit.read_store import Checkpoints, choose, read_candidates, read_versions
+from palimpsest.services.audit.read_store import CheckpointSearch, choose, read_candidates, read_versions
 from palimpsest.services.learner.ingest.validation import check_finished
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
@@ -125,7 +125,9 @@ def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
     )
 
 
-def read_history(path: Path, body: bytes, checkpoints: Checkpoints) -> tuple[list[Line], list[Line], list[Finding]]:
+def read_history(
+    path: Path, body: bytes, checkpoints: CheckpointSearch
+) -> tuple[list[Line], list[Line], list[Finding]]:
     """The lines that the checkpoint counts, those beyond, and what is wrong with the file."""
     length = checkpoints.history_bytes if checkpoints.in_force else 0
     findings = []
@@ -173,10 +175,10 @@ def _line(text: bytes) -> Line:
     )
 
 
-def read_log(bus: Bus, run: str) -> Log:
+def read_log(bus: Bus, run: str) -> LogContents:
     """What the log says of the run."""
     topics = _Topics(bus, run)
-    log = _control(topics, Log())
+    log = _control(topics, LogContents())
     log = replace(
         log,
         applied=tuple(
@@ -197,7 +199,7 @@ def read_log(bus: Bus, run: str) -> Log:
     return _letters(topics, replace(log, bounds=topics.bounds))  # letters last: each is written before its record ends
 
 
-def _control(topics: _Topics, log: Log) -> Log:
+def _control(topics: _Topics, log: LogContents) -> LogContents:
     announced, finished = [], False
     for message in topics.messages(CONTROL):
         match message:
@@ -209,7 +211,7 @@ def _control(topics: _Topics, log: Log) -> Log:
     return replace(log, announced=tuple(announced), finished=finished)
 
 
-def _letters(topics: _Topics, log: Log) -> Log:
+def _letters(topics: _Topics, log: LogContents) -> LogContents:
     letters: Sequence[DeadLetter] = list(topics.messages(DEAD_LETTERS))
     causes = {(letter.topic, letter.partition, letter.offset): letter.cause.value for letter in letters}
     return replace(
@@ -234,7 +236,7 @@ def _heard(record: Record, message: Any) -> Heard:
         return Heard(record.partition, record.offset, message.trajectory, message.reason.value)
     try:
         check_finished(message, ANY_VERSION)
-    except Malformed:
+    except MalformedTrajectory:
         return Heard(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
     versions = [segment.version for segment in message.segments]
     return Heard(

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.versions import Version
-from palimpsest.services.audit.evidence import Checkpoint, Finding, Kind, Stored
+from palimpsest.services.audit.evidence import AuditedCheckpoint, Finding, Kind, Stored
 from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
@@ -22,7 +22,7 @@ from palimpsest.services.learner.checkpointing.manifest import (
     version_and_writer,
 )
 from palimpsest.services.snapshot_store.storage import Storage
-from palimpsest.services.snapshot_store.writers import Committed, Writers
+from palimpsest.services.snapshot_store.writers import CheckpointCommit, Writers
 
 CHUNK = 1 << 20
 _VERSION = re.compile(r"versions/(\d+)\.json")
@@ -32,7 +32,7 @@ _VERSION = re.compile(r"versions/(\d+)\.json")
 class Candidate:
     """A checkpoint that the store took: what its manifest says, or why it cannot be used."""
 
-    commit: Committed
+    commit: CheckpointCommit
     progress: Progress | None
     trouble: str = ""
 
@@ -52,10 +52,10 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoints:
+class CheckpointSearch:
     """Which of them a restart would go on from, and what is wrong with the others."""
 
-    in_force: Checkpoint | None
+    in_force: AuditedCheckpoint | None
     history_bytes: int
     damaged: tuple[str, ...]
     """Of those newer than that in force."""
@@ -75,7 +75,7 @@ async def read_candidates(folder: Path, storage: Storage) -> Candidates:
     """The manifests of all checkpoints that count; their states are not looked at yet."""
     named = complete(folder)  # before asking the store: it takes a checkpoint before that gets its name
     writers, faults = Writers(storage, asyncio.Lock()), []
-    epoch, committed = 0, list[Committed]()
+    epoch, committed = 0, list[CheckpointCommit]()
     try:
         await writers.open()
         newest = await writers.newest()
@@ -90,7 +90,7 @@ async def read_candidates(folder: Path, storage: Storage) -> Candidates:
     return Candidates(tuple(each), epoch, (*faults, *_unknown(named, committed)))
 
 
-async def choose(folder: Path, storage: Storage, candidates: Candidates, *, quick: bool) -> Checkpoints:
+async def choose(folder: Path, storage: Storage, candidates: Candidates, *, quick: bool) -> CheckpointSearch:
     """The one that a restart goes on from: the newest that holds."""
     in_force, damaged, faults = None, [], []
     for candidate in reversed(candidates.each):
@@ -106,9 +106,9 @@ async def choose(folder: Path, storage: Storage, candidates: Candidates, *, quic
         elif in_force is None:
             in_force = candidate
     if in_force is None or in_force.progress is None:
-        return Checkpoints(None, 0, tuple(damaged), tuple(faults))
+        return CheckpointSearch(None, 0, tuple(damaged), tuple(faults))
     progress = in_force.progress
-    return Checkpoints(_checkpoint(in_force.name, progress), progress.history_bytes, tuple(damaged), tuple(faults))
+    return CheckpointSearch(_checkpoint(in_force.name, progress), progress.history_bytes, tuple(damaged), tuple(faults))
 
 
 async def read_versions(storage: Storage, *, quick: bool) -> Versions:
@@ -170,7 +170,7 @@ async def _trouble(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
     return "" if found == manifest.object else f"the bytes of {name} have the digest {found[:12]}"
 
 
-def _unknown(named: list[Path], committed: list[Committed]) -> list[Finding]:
+def _unknown(named: list[Path], committed: list[CheckpointCommit]) -> list[Finding]:
     newest = max(((int(commit.version), commit.writer) for commit in committed), default=(-1, 0))
     return [
         Finding(
@@ -183,7 +183,7 @@ def _unknown(named: list[Path], committed: list[Committed]) -> list[Finding]:
     ]
 
 
-def _candidate(folder: Path, commit: Committed) -> Candidate:
+def _candidate(folder: Path, commit: CheckpointCommit) -> Candidate:
     place = folder / folder_name(commit.version, commit.writer)
     try:
         body = (place / (MANIFEST if (place / MANIFEST).exists() else PROPOSED)).read_bytes()
@@ -210,8 +210,8 @@ def _state_trouble(folder: Path, progress: Progress | None, *, quick: bool) -> s
     return "" if quick or hasher.hexdigest() == progress.state_digest else "its state contradicts its digest"
 
 
-def _checkpoint(name: str, progress: Progress) -> Checkpoint:
-    return Checkpoint(
+def _checkpoint(name: str, progress: Progress) -> AuditedCheckpoint:
+    return AuditedCheckpoint(
         name=name,
         version=progress.version,
         writer=progress.writer,

@@ -13,7 +13,7 @@ from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.auth import require_token_off_loopback
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0
 """A session waits so long for a free process before it is refused with 429."""
@@ -46,8 +46,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
         pool.stop()
 
 
-def _limits(config: EnvGatewayConfig) -> Limits:
-    return Limits(
+def _limits(config: EnvGatewayConfig) -> SessionLimits:
+    return SessionLimits(
         max_sessions=config.max_sessions,
         lease_s=config.lease_s,
         remember_s=config.remember_s,

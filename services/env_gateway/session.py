@@ -14,7 +14,7 @@ from palimpsest.services.env_gateway.hosts import EnvironmentHost
 
 
 @dataclass(slots=True)
-class Session:
+class LiveSession:
     """A live session, or what is remembered of an ended one."""
 
     id: str
@@ -22,7 +22,7 @@ class Session:
     key: str | None
     """The Idempotency-Key it was created with."""
     lease_until: float
-    on_end: Callable[["Session"], None]
+    on_end: Callable[["LiveSession"], None]
     """Called once, when it ends."""
     world: EnvironmentHost | None = None
     """Where the environment runs, while it does."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from palimpsest.common.sessions.wire import Status
 from palimpsest.services.env_gateway import instruments
-from palimpsest.services.env_gateway.session import Session
+from palimpsest.services.env_gateway.session import LiveSession
 
 
 class SessionStore:
@@ -18,49 +18,49 @@ class SessionStore:
     def __init__(self, *, remember: int, remember_s: float) -> None:
         """Ended sessions are remembered so long, but at most so many of them."""
         self._remember, self._remember_s = remember, remember_s
-        self._live: dict[str, Session] = {}
-        self._ended: OrderedDict[str, tuple[float, Session]] = OrderedDict()
-        self._keys: dict[str, Session] = {}
+        self._live: dict[str, LiveSession] = {}
+        self._ended: OrderedDict[str, tuple[float, LiveSession]] = OrderedDict()
+        self._keys: dict[str, LiveSession] = {}
         self._totals: Counter[tuple[str, Status]] = Counter()
 
     @property
-    def live(self) -> tuple[Session, ...]:
+    def live(self) -> tuple[LiveSession, ...]:
         """The sessions that run or are being begun."""
         return tuple(self._live.values())
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def find(self, session_id: str) -> Session | None:
+    def find(self, session_id: str) -> LiveSession | None:
         """The session, live or remembered."""
         if session := self._live.get(session_id):
             return session
         _, session = self._ended.get(session_id, (0.0, None))
         return session
 
-    def of_key(self, key: str | None) -> Session | None:
+    def of_key(self, key: str | None) -> LiveSession | None:
         """The session that this Idempotency-Key began; no key is nobody's."""
         return None if key is None else self._keys.get(key)
 
-    def add(self, session: Session) -> None:
+    def add(self, session: LiveSession) -> None:
         """A session is being begun."""
         self._live[session.id] = session
         if session.key is not None:
             self._keys[session.key] = session
 
-    def begun(self, session: Session) -> None:
+    def begun(self, session: LiveSession) -> None:
         """It runs now."""
         counted = instruments.of(session.wanted.environment)
         counted.created.inc()
         counted.live.inc()
 
-    def never_began(self, session: Session) -> None:
+    def never_began(self, session: LiveSession) -> None:
         """It could not be begun: nothing is remembered of it, its key is free again."""
         del self._live[session.id]
         if session.key is not None:
             del self._keys[session.key]
 
-    def ended(self, session: Session, now: float) -> None:
+    def ended(self, session: LiveSession, now: float) -> None:
         """It has its ending: count it, remember it."""
         assert session.ending is not None
         environment, status, error = session.wanted.environment, session.status, session.ending.error

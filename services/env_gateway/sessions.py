@@ -17,7 +17,7 @@ from palimpsest.services.env_gateway.environments.port import EnvironmentFailed,
 from palimpsest.services.env_gateway.environments.tool_calls import turn
 from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.registry import Entry, Registry
-from palimpsest.services.env_gateway.session import Session
+from palimpsest.services.env_gateway.session import LiveSession
 from palimpsest.services.env_gateway.session_store import SessionStore
 
 REMEMBERED_PER_SESSION = 8
@@ -25,7 +25,7 @@ REMEMBERED_PER_SESSION = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SessionLimits:
     """The numbers of the run that sessions keep to."""
 
     max_sessions: int
@@ -37,7 +37,9 @@ class Limits:
 class Sessions:
     """Begins, advances and ends sessions."""
 
-    def __init__(self, registry: Registry, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, registry: Registry, limits: SessionLimits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._registry, self._limits, self._clock = registry, limits, clock
         self._ledger = SessionStore(remember=REMEMBERED_PER_SESSION * limits.max_sessions, remember_s=limits.remember_s)
         self._draining = False
@@ -53,7 +55,7 @@ class Sessions:
             raise _draining()
         if len(self._ledger) >= self._limits.max_sessions:
             raise HttpError(429, "capacity", f"{len(self._ledger)} sessions are live already", retryable=True)
-        session = Session(
+        session = LiveSession(
             id=secrets.token_hex(16), wanted=wanted, key=key, lease_until=self._renewed(), on_end=self._has_ended
         )
         self._ledger.add(session)
@@ -137,7 +139,7 @@ class Sessions:
         """What /v1/status says of sessions."""
         return {"draining": self._draining, **self._ledger.status()}
 
-    async def _replay_create(self, session: Session, wanted: CreateSession) -> bytes:
+    async def _replay_create(self, session: LiveSession, wanted: CreateSession) -> bytes:
         """A creation that was asked for before, and may still be under way."""
         if session.wanted != wanted:
             raise HttpError(409, "key_conflict", "this Idempotency-Key began another session")
@@ -150,7 +152,7 @@ class Sessions:
             raise session.gone()
         return await self.create(wanted, session.key)  # that one never began
 
-    async def _begin(self, session: Session, entry: Entry) -> bytes:
+    async def _begin(self, session: LiveSession, entry: Entry) -> bytes:
         began = self._clock()
         try:
             session.world = await entry.open()
@@ -179,7 +181,7 @@ class Sessions:
         session.opened = reply.model_dump_json().encode()
         return session.opened
 
-    async def _step(self, session: Session, taken: TakeStep) -> Step:
+    async def _step(self, session: LiveSession, taken: TakeStep) -> Step:
         """Hand the step to the environment; whatever comes of it is a reply."""
         assert session.world is not None, "a live session has a world"
         counted, began, read = instruments.of(session.wanted.environment), self._clock(), turn(taken.action)
@@ -201,7 +203,7 @@ class Sessions:
         session.lease_until = now + self._limits.lease_s
         return step
 
-    async def _score(self, session: Session) -> Step:
+    async def _score(self, session: LiveSession) -> Step:
         assert session.world is not None, "a live session has a world"
         try:
             score = await session.world.finalize()
@@ -212,24 +214,24 @@ class Sessions:
             raise session.gone()
         return ending
 
-    def _find(self, session_id: str) -> Session:
+    def _find(self, session_id: str) -> LiveSession:
         session = self._ledger.find(session_id)
         if session is None:
             raise HttpError(404, "unknown_session", "no such session, or it ended long ago")
         return session
 
-    def _has_ended(self, session: Session) -> None:
+    def _has_ended(self, session: LiveSession) -> None:
         self._ledger.ended(session, self._clock())
 
     def _renewed(self) -> float:
         return self._clock() + self._limits.lease_s
 
-    def _expire_if_due(self, session: Session) -> None:
+    def _expire_if_due(self, session: LiveSession) -> None:
         """Call it with the session's lock."""
         if session.ending is None and session.lease_until <= self._clock():
             session.end_without_reward(Status.EXPIRED)
 
-    def _expire_if_idle(self, session: Session) -> None:
+    def _expire_if_idle(self, session: LiveSession) -> None:
         """A session that is busy with a step is alive, however long ago it was heard of."""
         if not session.lock.locked():
             self._expire_if_due(session)

@@ -17,7 +17,7 @@ PACE = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class VersionPace:
     """What the pace needs of one version."""
 
     seconds: float
@@ -30,7 +30,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedVersions:
     """The versions trained so far."""
 
     versions: int = 0
@@ -39,18 +39,18 @@ class Trained:
     reward: Sequence[float] = ()
     skipped: int = 0
     """Optimizer steps left out so far."""
-    newest: tuple[Step, ...] = ()
+    newest: tuple[VersionPace, ...] = ()
     """The newest PACE + 1 versions."""
     last: Line | None = None
     """The newest version's line."""
 
 
-class Gathered:
+class HistoryAccumulator:
     """Takes lines in, one after another; keeps two numbers of each, and more of the newest."""
 
     def __init__(self) -> None:
         self._success, self._reward, self._skipped = array("d"), array("d"), 0
-        self._newest: deque[Step] = deque(maxlen=PACE + 1)
+        self._newest: deque[VersionPace] = deque(maxlen=PACE + 1)
         self._last: Line | None = None
 
     def add(self, line: Line, *, arrived: float) -> None:
@@ -58,37 +58,37 @@ class Gathered:
         self._success.append(line["successes"].count("1") / line["batch"])
         self._reward.append(line["reward"])
         self._skipped += line["skipped"]
-        self._newest.append(Step(line["seconds"], line["tokens"], begins(line), arrived))
+        self._newest.append(VersionPace(line["seconds"], line["tokens"], begins(line), arrived))
         self._last = line
 
-    def so_far(self) -> Trained:
+    def snapshot(self) -> TrainedVersions:
         """A copy that later lines do not change."""
-        return Trained(
+        return TrainedVersions(
             len(self._success), self._success[:], self._reward[:], self._skipped, tuple(self._newest), self._last
         )
 
 
-def gathered(lines: Iterable[Line], *, arrived: float = math.inf) -> Trained:
+def accumulate(lines: Iterable[Line], *, arrived: float = math.inf) -> TrainedVersions:
     """Of these lines."""
-    taken = Gathered()
+    taken = HistoryAccumulator()
     for line in lines:
         taken.add(line, arrived=arrived)
-    return taken.so_far()
+    return taken.snapshot()
 
 
-class Tail:
+class HistoryTail:
     """Follows a history file that grows, and that a restart of the learner cuts back."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begin()
+        self._reset()
         self._first = True
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._last, self._last_at = b"", 0
-        self._gathered = Gathered()
+        self._gathered = HistoryAccumulator()
 
-    def read(self, now: float) -> Trained:
+    def read(self, now: float) -> TrainedVersions:
         """Take in whole lines that were added; after a cut, begin anew. `now`: by time.monotonic()."""
         arrived = -math.inf if self._first else now
         self._first = False
@@ -96,7 +96,7 @@ class Tail:
             with self._path.open("rb") as file:
                 file.seek(self._last_at)
                 if file.read(len(self._last)) != self._last:
-                    self._begin()
+                    self._reset()
                     file.seek(0)
                     arrived = -math.inf
                 at = file.tell()
@@ -108,4 +108,4 @@ class Tail:
                     at += len(line)
         except FileNotFoundError:
             pass
-        return self._gathered.so_far()
+        return self._gathered.snapshot()

@@ -11,14 +11,15 @@ from typing import Any, Self
 
 import httpx
 
+from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing
 from palimpsest.common.logs import logger
-from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, dead_letter, encode, message_in
+from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, encode
 from palimpsest.common.outages import GATEWAY, OUTAGES, STORE
 from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.snapshots.retrying_http import StoreUnavailable
 from palimpsest.common.user_error import UserError
-from palimpsest.services.live.history_tail import Tail, Trained
+from palimpsest.services.live.history_tail import HistoryTail, TrainedVersions
 from palimpsest.services.live.outages import Course, Outage, Past, merged
 from palimpsest.services.report.folder import HISTORY
 
@@ -35,7 +36,7 @@ Status = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StatusReply:
     """A service's /v1/status and when it came, by time.monotonic()."""
 
     at: float
@@ -46,8 +47,8 @@ class Answer:
 class ServiceObservation:
     """What is known of a service. The last answer stays when later requests fail."""
 
-    last: Answer | None = None
-    earlier: Answer | None = None
+    last: StatusReply | None = None
+    earlier: StatusReply | None = None
     """One from some seconds before the last, of the same process: for rates."""
     trouble: str | None = None
     """Why the newest request had no answer; None when it had."""
@@ -58,7 +59,7 @@ class RunObservation:
     """Everything that is known, at one moment."""
 
     services: Mapping[str, ServiceObservation]
-    trained: Trained = field(default_factory=Trained)
+    trained: TrainedVersions = field(default_factory=TrainedVersions)
     """By history.jsonl."""
     applied: tuple[VersionApplied, ...] = ()
     """Each worker's newest update, and every update that was refused, in the order of the log."""
@@ -69,14 +70,14 @@ class RunObservation:
     """Unix seconds at time.monotonic() = 0: what outages are told in."""
 
 
-class Watch:
-    """Threads that ask; `with Watch(...)` starts and ends them."""
+class RunPoller:
+    """Threads that ask; `with RunPoller(...)` starts and ends them."""
 
     def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, run: str, token: str | None = None) -> None:
         self._urls, self._bus, self._run = dict(urls), bus, run
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._seen = {name: ServiceObservation() for name in urls}
-        self._tail = Tail(home / HISTORY)
+        self._tail = HistoryTail(home / HISTORY)
         self._newest: dict[str, VersionApplied] = {}
         self._refused: list[VersionApplied] = []
         self._course = Course()
@@ -110,7 +111,7 @@ class Watch:
             thread.join(EVERY_S + TIMEOUT_S)
 
     def _ask(self, name: str) -> None:
-        answers: deque[Answer] = deque(maxlen=WINDOW)
+        answers: deque[StatusReply] = deque(maxlen=WINDOW)
         with httpx.Client(timeout=TIMEOUT_S, trust_env=False, headers=self._headers) as http:
             while not self._closed.is_set():
                 seen = self._seen[name]
@@ -121,7 +122,7 @@ class Watch:
                     if isinstance(error, httpx.ConnectError):
                         answers.clear()  # the process is gone: its successor counts anew
                 else:
-                    answers.append(Answer(time.monotonic(), status))
+                    answers.append(StatusReply(time.monotonic(), status))
                     seen = ServiceObservation(answers[-1], answers[0] if len(answers) > 1 else None)
                 with self._lock:
                     self._seen[name] = seen
@@ -134,7 +135,7 @@ class Watch:
             for name, one in seen.items()
             if one.last is not None and (one.trouble is None or now - one.last.at < STALE_S)
         }
-        own = [replace(each, waiting=()) for each in merged({"": OUTAGES.told()})]
+        own = [replace(each, waiting=()) for each in merged({"": OUTAGES.ongoing()})]
         own += [
             Outage(name, self._urls[name], one.last.at + wall - now, problem=one.trouble)
             for name, one in seen.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.text import count, duration
-from palimpsest.services.live.history_tail import Step, Trained
+from palimpsest.services.live.history_tail import TrainedVersions, VersionPace
 from palimpsest.services.live.outages import NAMES, Outage, Past
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local.exit_reasons import Crash
@@ -42,7 +42,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceState:
     """One process and what it does, or waits for."""
 
     name: str
@@ -60,7 +60,7 @@ class State:
     """Nothing can be sampled yet."""
     stopping: bool
     trained_versions: int
-    services: tuple[Service, ...]
+    services: tuple[ServiceState, ...]
     success: Sequence[float]
     """Of each version's batch."""
     reward: Sequence[float]
@@ -111,7 +111,7 @@ def state(
         stopping=stopping,
         trained_versions=trained.versions,
         services=tuple(
-            Service(name, f"starts again in {math.ceil(starts_again_in[name])} s", True)
+            ServiceState(name, f"starts again in {math.ceil(starts_again_in[name])} s", True)
             if name in starts_again_in
             else _service(plan, name, seen, sight.applied, outages, now=now, ending=ending)
             for name, seen in sight.services.items()
@@ -179,16 +179,16 @@ def _service(
     *,
     now: float,
     ending: bool,
-) -> Service:
+) -> ServiceState:
     status, waiting = _status(seen), _status(seen).get("waiting_for")
     if seen.last is None:
-        return Service(name, "starting its process", True)
+        return ServiceState(name, "starting its process", True)
     if seen.trouble == GONE:
-        return Service(name, "ended" if ending else "its process has ended and starts again", not ending)
+        return ServiceState(name, "ended" if ending else "its process has ended and starts again", not ending)
     if away := [NAMES.get(outage.of, outage.of) for outage in outages if name in outage.waiting]:
-        return Service(name, f"waits for an answer from {' and '.join(away)}", True)
+        return ServiceState(name, f"waits for an answer from {' and '.join(away)}", True)
     if waiting is not None:
-        return Service(name, "starting" if waiting == "the start" else f"waits for {waiting}", True)
+        return ServiceState(name, "starting" if waiting == "the start" else f"waits for {waiting}", True)
     if name == LEARNER:
         doing = f"trains on the batch at version {status['version']}"
     elif name == STORE:
@@ -200,7 +200,7 @@ def _service(
     else:
         doing = f"samples with version {status['version']}, {status['live']} in flight" + _update(name, applied)
     age = now - seen.last.at
-    return Service(name, doing + (f" ({duration(age)} ago)" if age > SILENT_S else ""), False)
+    return ServiceState(name, doing + (f" ({duration(age)} ago)" if age > SILENT_S else ""), False)
 
 
 def _update(worker: str, applied: Sequence[VersionApplied]) -> str:
@@ -208,24 +208,24 @@ def _update(worker: str, applied: Sequence[VersionApplied]) -> str:
     return f", last update paused {1e3 * newest.pause_s:.0f} ms" if newest else ""
 
 
-def _left(plan: Plan, trained: Trained, steady: Sequence[Step]) -> float | None:
+def _left(plan: Plan, trained: TrainedVersions, steady: Sequence[VersionPace]) -> float | None:
     pace = _pace(steady)
     return None if pace is None else max(0.0, pace * (plan.versions - trained.versions))
 
 
-def _pace(steady: Sequence[Step]) -> float | None:
+def _pace(steady: Sequence[VersionPace]) -> float | None:
     """Seconds a version."""
     return (steady[-1].seconds - steady[0].seconds) / (len(steady) - 1) if len(steady) > 1 else None
 
 
-def _training_rate(steady: Sequence[Step]) -> float | None:
+def _training_rate(steady: Sequence[VersionPace]) -> float | None:
     if len(steady) < 2:
         return None
     seconds = steady[-1].seconds - steady[0].seconds
     return sum(step.tokens for step in steady[1:]) / seconds if seconds > 0 else None
 
 
-def _steady(newest: Sequence[Step], disturbed: float) -> Sequence[Step]:
+def _steady(newest: Sequence[VersionPace], disturbed: float) -> Sequence[VersionPace]:
     """The newest versions that one start of the learner trained, with nothing amiss."""
     first = max((i for i, step in enumerate(newest) if step.begins), default=0)
     return [step for step in newest[first:] if step.arrived > disturbed]
@@ -243,7 +243,7 @@ def _disturbed(sight: RunObservation, crashes: Sequence[Crash], workers: Iterabl
 
 
 def _still(
-    trained: Trained, steady: Sequence[Step], outages: Sequence[Outage], *, now: float, started: float
+    trained: TrainedVersions, steady: Sequence[VersionPace], outages: Sequence[Outage], *, now: float, started: float
 ) -> float | None:
     since = now - max(trained.newest[-1].arrived if trained.newest else started, started)
     if outages:
@@ -271,7 +271,7 @@ def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, st
         for refused in sight.applied
         if not refused.accepted
     ]
-    found += [crash.told(duration(crash.at - started)) for crash in reversed(crashes)]
+    found += [crash.to_text(duration(crash.at - started)) for crash in reversed(crashes)]
     return found
 
 
@@ -287,7 +287,7 @@ def _silences(sight: RunObservation, told: Collection[str], *, now: float, start
     return found
 
 
-def _losses(ledger: Mapping[str, Any], trained: Trained) -> list[str]:
+def _losses(ledger: Mapping[str, Any], trained: TrainedVersions) -> list[str]:
     """What went wrong with trajectories."""
     found = []
     if dropped := ledger.get("dropped"):

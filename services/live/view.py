@@ -14,7 +14,7 @@ from rich.text import Text
 
 from palimpsest.common.text import duration
 from palimpsest.services.live.outages import Outage, in_short, over, place, remedy, who_waits
-from palimpsest.services.live.state import RECENT, Service, State, recent
+from palimpsest.services.live.state import RECENT, ServiceState, State, recent
 from palimpsest.services.report.labels import method
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -27,7 +27,7 @@ DIM, GOOD, BAD = "dim", "green", "yellow"
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class ViewSection:
     """A part of the view."""
 
     title: str
@@ -109,7 +109,7 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
 
 
-def _fitting(sections: list[Section], height: int, *, extra: int) -> list[Section]:
+def _fitting(sections: list[ViewSection], height: int, *, extra: int) -> list[ViewSection]:
     """As many as there is room for, in their own order."""
     left, chosen = height, []
     for section in sorted(sections, key=lambda s: s.rank):
@@ -120,7 +120,7 @@ def _fitting(sections: list[Section], height: int, *, extra: int) -> list[Sectio
     return [section for section in sections if section in chosen]
 
 
-def _sections(state: State, width: int, height: int) -> list[Section]:
+def _sections(state: State, width: int, height: int) -> list[ViewSection]:
     sections = [_head(state)]
     if state.outages or _fresh(state):
         sections.append(_outages(state, width, most=max(1, min(10, height - 2))))
@@ -136,7 +136,7 @@ def _sections(state: State, width: int, height: int) -> list[Section]:
     return sections
 
 
-def _head(state: State) -> Section:
+def _head(state: State) -> ViewSection:
     doing = "starting" if state.setup else "running"
     if state.outages:
         doing = f"no answer from {', '.join(dict.fromkeys(outage.of for outage in state.outages))}"
@@ -149,7 +149,7 @@ def _head(state: State) -> Section:
         ),
         Text(duration(state.elapsed_s), style=DIM),
     )
-    return Section("", grid, 1, 0)
+    return ViewSection("", grid, 1, 0)
 
 
 def _fresh(state: State) -> list[str]:
@@ -157,7 +157,7 @@ def _fresh(state: State) -> list[str]:
     return [over(past) for past in state.past if state.wall - past.ended < OVER_S]
 
 
-def _outages(state: State, width: int, *, most: int) -> Section:
+def _outages(state: State, width: int, *, most: int) -> ViewSection:
     """Those that go on, before anything else; then those that are just over."""
     rows = [row for outage in state.outages for row in _rows(outage, state.wall, width)]
     if len(rows) > most:  # what and since when, of each, is more than all of the first
@@ -166,7 +166,7 @@ def _outages(state: State, width: int, *, most: int) -> Section:
     for fresh in _fresh(state)[: max(0, most - len(rows))]:
         rows.append(fresh)
         body.append(("\n" if body else "") + fresh, style=GOOD)
-    return Section("outages", body, min(most, len(rows)), 0)
+    return ViewSection("outages", body, min(most, len(rows)), 0)
 
 
 def _rows(outage: Outage, now: float, width: int) -> list[str]:
@@ -182,7 +182,7 @@ def _still(seconds: float) -> str:
     return f"stands still for {duration(seconds)}"
 
 
-def _progress(state: State) -> Section:
+def _progress(state: State) -> ViewSection:
     share = min(1.0, state.trained_versions / state.plan.versions)
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(no_wrap=True)
@@ -196,10 +196,10 @@ def _progress(state: State) -> Section:
         ProgressBar(total=state.plan.versions, completed=min(state.trained_versions, state.plan.versions)),
         Text(f"{100 * share:.0f} %, {left if share < 1 else 'done'}"),
     )
-    return Section("", grid, 1, 1)
+    return ViewSection("", grid, 1, 1)
 
 
-def _learning(state: State, width: int) -> Section:
+def _learning(state: State, width: int) -> ViewSection:
     grid = Table.grid(padding=(0, 2))
     for name, values in (("success", state.success), ("reward", state.reward)):
         now = recent(values)
@@ -209,10 +209,10 @@ def _learning(state: State, width: int) -> Section:
         curve = sparkline(values, max(8, width - 29))
         first = Text(f"from {values[0]:.3f}", style=DIM)
         grid.add_row(name, Text(f"{now:.3f}", style="bold"), Text(curve, style=GOOD), first)
-    return Section(f"learning (numbers: the newest {RECENT} versions)", grid, 2, 2)
+    return ViewSection(f"learning (numbers: the newest {RECENT} versions)", grid, 2, 2)
 
 
-def _flow(state: State) -> Section:
+def _flow(state: State) -> ViewSection:
     ledger = state.ledger
     grid = _grid("left", "left")
     grid.add_row(
@@ -227,10 +227,10 @@ def _flow(state: State) -> Section:
     ]
     grid.add_row("trajectories", f"{state.in_flight:,} in flight, {state.waiting:,} waiting for training")
     grid.add_row("", Text(", ".join(known), no_wrap=True, overflow="ellipsis"))
-    return Section("flow", grid, 3, 3)
+    return ViewSection("flow", grid, 3, 3)
 
 
-def _staleness(state: State, width: int, *, most: int) -> Section:
+def _staleness(state: State, width: int, *, most: int) -> ViewSection:
     assert state.last is not None
     by_staleness = sorted(state.last["by_staleness"].items(), key=lambda item: int(item[0]))
     shown, total = by_staleness[: most - 1], max(1.0, state.last["tokens"])
@@ -259,10 +259,10 @@ def _staleness(state: State, width: int, *, most: int) -> Section:
         table.add_row("...", f"{len(by_staleness) - len(shown)} more")
     rows = 1 + len(shown) + (len(by_staleness) > len(shown))
     surrogate = "" if state.last["exact"] else f", proximal: {method(state.last)}"
-    return Section(f"batch trained at version {state.last['version']}{surrogate} (means in nats)", table, rows, 4)
+    return ViewSection(f"batch trained at version {state.last['version']}{surrogate} (means in nats)", table, rows, 4)
 
 
-def _services(services: Sequence[Service], *, most: int) -> Section:
+def _services(services: Sequence[ServiceState], *, most: int) -> ViewSection:
     shown = services[: max(1, most)]
     grid = _grid("left", "left")
     for service in shown:
@@ -270,10 +270,10 @@ def _services(services: Sequence[Service], *, most: int) -> Section:
         grid.add_row(Text(service.name, no_wrap=True), doing)
     if len(services) > len(shown):
         grid.add_row("...", Text(f"{len(services) - len(shown)} more", style=DIM))
-    return Section("services", grid, len(shown) + (len(services) > len(shown)), 5)
+    return ViewSection("services", grid, len(shown) + (len(services) > len(shown)), 5)
 
 
-def _warnings(warnings: Sequence[str], width: int, *, most: int) -> Section:
+def _warnings(warnings: Sequence[str], width: int, *, most: int) -> ViewSection:
     """The first ones, two rows each at most."""
     rows: list[str] = []
     for i, warning in enumerate(warnings):
@@ -282,7 +282,7 @@ def _warnings(warnings: Sequence[str], width: int, *, most: int) -> Section:
             rows.append(f"! ... {len(warnings) - i} more")
             break
         rows += wrapped
-    return Section("warnings", Text("\n".join(rows), style=BAD, no_wrap=True, overflow="ellipsis"), len(rows), 2)
+    return ViewSection("warnings", Text("\n".join(rows), style=BAD, no_wrap=True, overflow="ellipsis"), len(rows), 2)
 
 
 def _grid(*alignments: Literal["left", "right"]) -> Table:

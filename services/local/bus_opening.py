@@ -17,7 +17,7 @@ SAY_S = 2.0
 """A log that takes so long to open is told of."""
 
 
-def opened(
+def open_run_bus(
     config: RunConfig, stop: Stop, say: Callable[[str], None], *, how: Callable[[RunConfig], Bus] = open_bus
 ) -> Bus | None:
     """The run's log, its topics created; None: the stop was asked for first. Raises what `how` raises.
@@ -29,28 +29,28 @@ def opened(
     OUTAGES.logged = False  # this process has no log but the terminal, and the line says it there
     opening: Future[Bus] = Future()
     # a daemon: the process need not wait for a broker in order to end
-    threading.Thread(target=_open, args=(how, config, opening), name="open the log", daemon=True).start()
+    threading.Thread(target=_open_in_thread, args=(how, config, opening), name="open the log", daemon=True).start()
     began, said = time.monotonic(), False
     while not opening.done():
         if stop.wait(LOOK_S):
             return None
         if not said and time.monotonic() - began >= SAY_S:
             said = True
-            say(console_text.waits_for_kafka(config.bus.servers, *_known()))
+            say(console_text.waits_for_kafka(config.bus.servers, *_current_outage()))
     bus = opening.result()
     if said:
         say(f"Kafka at {config.bus.servers} answers")
     return bus
 
 
-def _open(how: Callable[[RunConfig], Bus], config: RunConfig, opening: "Future[Bus]") -> None:
+def _open_in_thread(how: Callable[[RunConfig], Bus], config: RunConfig, opening: "Future[Bus]") -> None:
     try:
         opening.set_result(how(config))
     except BaseException as error:
         opening.set_exception(error)
 
 
-def _known() -> tuple[str, float | None]:
+def _current_outage() -> tuple[str, float | None]:
     """Why the broker does not answer and until when it is tried, in Unix seconds, as far as that is known yet."""
-    outage = next((outage for outage in OUTAGES.told() if outage["of"] == KAFKA), None)
+    outage = next((outage for outage in OUTAGES.ongoing() if outage["of"] == KAFKA), None)
     return (outage["problem"], outage["until"]) if outage is not None else ("", None)

@@ -55,21 +55,21 @@ class Crash:
     wait_s: float = 0.0
     """Seconds from `at` to its next start."""
 
-    def told(self, after: str) -> str:
+    def to_text(self, after: str) -> str:
         """For people. after: the run's time when it happened.
 
-        >>> Crash("learner", 0.0, 1, "ValueError: no").told("8 s")
+        >>> Crash("learner", 0.0, 1, "ValueError: no").to_text("8 s")
         'learner crashed after 8 s (exit code 1: ValueError: no), and was started again'
-        >>> Crash("worker-0", 0.0, -11, "", wait_s=2.0).told("9 s")
+        >>> Crash("worker-0", 0.0, -11, "", wait_s=2.0).to_text("9 s")
         'worker-0 was ended by SIGSEGV after 9 s (native code touched memory that is not its own); starts again in 2 s'
-        >>> Crash("worker-0", 0.0, 0, "").told("9 s")
+        >>> Crash("worker-0", 0.0, 0, "").to_text("9 s")
         'worker-0 ended after 9 s although the run goes on (exit code 0), and was started again'
         """
         again = f"; starts again in {self.wait_s:.0f} s" if self.wait_s else ", and was started again"
-        return ending(self.name, self.exit_code, self.words, after=f" after {after}") + again
+        return describe_exit(self.name, self.exit_code, self.words, after=f" after {after}") + again
 
 
-def ending(name: str, exit_code: int, words: str, *, after: str = "") -> str:
+def describe_exit(name: str, exit_code: int, words: str, *, after: str = "") -> str:
     """A clause: who ended, how, and its last error."""
     said = f"; the last error in its log: {words}" if words else ""
     if exit_code < 0:
@@ -112,7 +112,7 @@ def last_error(log: str) -> str:
     lines = log.splitlines()
     starts = [i for i, line in enumerate(lines) if _is_error(line.strip())]
     if starts:
-        return _whole(lines[starts[-1] :])
+        return _full_message(lines[starts[-1] :])
     reported = [found[1] for line in lines if (found := _RANK.search(line))]
     return f"a rank was ended by {reported[-1]} ({MEANINGS.get(reported[-1], '')})" if reported else ""
 
@@ -123,7 +123,7 @@ def _is_error(line: str) -> bool:
     return bool(_PYTHON.match(line) or _NATIVE.match(line) or _LOGGED.match(line))
 
 
-def _whole(lines: Sequence[str]) -> str:
+def _full_message(lines: Sequence[str]) -> str:
     """An error and what follows as part of its message."""
     first = lines[0].strip()
     logged = _LOGGED.match(first)

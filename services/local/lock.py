@@ -22,7 +22,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has no locks."""
 
 
-class Lock:
+class RunLock:
     """The run in this folder is ours from here to the end of the process, or of the `with` block.
 
     Raises UserError when another supervisor has it.
@@ -32,18 +32,18 @@ class Lock:
         self._path = home / LOCK
         self.warning: str | None = None
         """What a person has to know of it."""
-        self._handle = _opened(self._path)
+        self._handle = _open_lock_file(self._path)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(self._path)
+            holder = _read_holder(self._path)
             os.close(self._handle)
-            raise UserError(_refused(home, holder), ExitCode.UNAVAILABLE) from None
+            raise UserError(_lock_error(home, holder), ExitCode.UNAVAILABLE) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             self.warning = f"{self._path}: this file system has no locks, so nothing keeps a second supervisor out"
-        self._sign(now)
+        self._write_holder(now)
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +53,7 @@ class Lock:
     ) -> None:
         os.close(self._handle)
 
-    def _sign(self, now: datetime) -> None:
+    def _write_holder(self, now: datetime) -> None:
         """Write down who holds it; a file of another user's stays as it is."""
         said = {
             "pid": os.getpid(),
@@ -66,7 +66,7 @@ class Lock:
             os.pwrite(self._handle, json.dumps(said).encode() + b"\n", 0)
 
 
-def _opened(path: Path) -> int:
+def _open_lock_file(path: Path) -> int:
     """Never inherited by a child: a service that outlives its supervisor does not hold the run."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -74,7 +74,7 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: enough to see whether it is held
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _read_holder(path: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ def _holder(path: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _refused(home: Path, holder: dict[str, Any]) -> str:
+def _lock_error(home: Path, holder: dict[str, Any]) -> str:
     who = "another process"
     if {"pid", "user", "host", "since"} <= holder.keys():
         who = f"process {holder['pid']} of {holder['user']} on {holder['host']} (since {holder['since']})"

@@ -18,7 +18,7 @@ dies at its first request was never of use."""
 
 
 @dataclass(slots=True)
-class Life:
+class ProcessStart:
     """Of one start. Times are time.monotonic()."""
 
     started: float
@@ -29,9 +29,9 @@ class Life:
     trains: bool = False
     """Whether it is the learner: every version that comes is its work, heard of by an answer or not."""
 
-    def saw(self, seen: ServiceObservation, *, versions: int, now: float) -> None:
+    def observe(self, seen: ServiceObservation, *, versions: int, now: float) -> None:
         """Take in what the process said newest. versions: that the run has trained by now."""
-        if self._answers(seen):
+        if self._is_past_startup(seen):
             self.ready = now if self.ready is None else self.ready
         went_on = versions > self.versions
         if self.trains:
@@ -39,7 +39,7 @@ class Life:
         elif self.ready is not None:
             self.worked = self.worked or went_on or now - self.ready >= STEADY_S
 
-    def _answers(self, seen: ServiceObservation) -> bool:
+    def _is_past_startup(self, seen: ServiceObservation) -> bool:
         """Whether this start, not the one before it, said that it is past its start."""
         answer = seen.last
         if answer is None or answer.at < self.started:

@@ -25,33 +25,33 @@ class Death:
     worked: bool
     """Whether it did something for the run before it died."""
 
-    def is_like(self, other: "Death") -> bool:
+    def is_same_failure(self, other: "Death") -> bool:
         """Whether they died in the same way: numbers in the error (ids of processes, addresses, times) may differ.
 
-        >>> Death(1, "OSError: port 4711", False).is_like(Death(1, "OSError: port 4712", False))
+        >>> Death(1, "OSError: port 4711", False).is_same_failure(Death(1, "OSError: port 4712", False))
         True
         """
         return (self.exit_code, _without_numbers(self.error)) == (other.exit_code, _without_numbers(other.error))
 
 
-def row_with(row: Sequence[Death], death: Death) -> tuple[Death, ...]:
+def append_death(row: Sequence[Death], death: Death) -> tuple[Death, ...]:
     """The deaths in a row, this one the last: those before one that worked are forgiven."""
     return (death,) if death.worked else (*row, death)
 
 
-def alike(row: Sequence[Death]) -> bool:
+def is_crash_loop(row: Sequence[Death]) -> bool:
     """Whether the newest deaths in a row are the same one, so that another start would end in the same way."""
-    return len(row) >= SAME and all(death.is_like(row[-1]) for death in row[-SAME:])
+    return len(row) >= SAME and all(death.is_same_failure(row[-1]) for death in row[-SAME:])
 
 
-def wait_s(row: Sequence[Death], *, restarts: int) -> float | None:
+def restart_delay_s(row: Sequence[Death], *, restarts: int) -> float | None:
     """Seconds until the next start; None when there is none. restarts: local.restarts.
 
     >>> killed, raised = Death(-9, "", False), Death(1, "ValueError", False)
-    >>> [wait_s(row, restarts=5) for row in ([killed], [killed, killed], [killed, raised, killed], [killed] * 3)]
+    >>> [restart_delay_s(row, restarts=5) for row in ([killed], [killed, killed], [killed, raised, killed], [killed] * 3)]
     [0.0, 1.0, 2.0, None]
     """
-    if alike(row) or len(row) > restarts:
+    if is_crash_loop(row) or len(row) > restarts:
         return None
     return 0.0 if len(row) == 1 else min(LONGEST_WAIT_S, 2.0 ** (len(row) - 2))
 

@@ -124,10 +124,10 @@ CHANGEABLE = (
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
     """Key, value before and value now of everything that makes it another run."""
     old, new = before.model_dump(), now.model_dump()
-    return [found for entry in IDENTITY for found in _differences(entry, _at(old, entry), _at(new, entry))]
+    return [found for entry in IDENTITY for found in _differences(entry, _value_at(old, entry), _value_at(new, entry))]
 
 
-def _at(values: Any, key: str) -> Any:
+def _value_at(values: Any, key: str) -> Any:
     """None where the kind of a section does not have the key."""
     for part in key.split("."):
         values = values.get(part)

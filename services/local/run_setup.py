@@ -10,20 +10,20 @@ from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
 from palimpsest.common.user_error import UserError
-from palimpsest.services.local.lock import Lock
+from palimpsest.services.local.lock import RunLock
 from palimpsest.services.local.run_identity import differences
 
 SAVED = "run.toml"
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class PreparedRun:
     """A run that is ours to supervise."""
 
     config: RunConfig
     saved: Path
     """Its file, which every service reads."""
-    lock: Lock
+    lock: RunLock
 
 
 def resolve(invocation: Invocation) -> RunConfig:
@@ -43,7 +43,7 @@ def resolve(invocation: Invocation) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"id": before.run.id, "folder": home.parent})})
 
 
-def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> Settled:
+def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRun:
     """Take the run's folder: nobody else may supervise it from here on. Raises UserError."""
     config = resolve(invocation)
     if invocation.resume is None:
@@ -52,8 +52,8 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> Settled:
     home = config.run.home
     usable_folder(home, key="run.folder")
     saved = home / SAVED
-    lock = Lock(home, now=now)
+    lock = RunLock(home, now=now)
     if invocation.resume is None and saved.exists():
         raise UserError(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")
     write(saved, to_toml(config).encode())
-    return Settled(config, saved, lock)
+    return PreparedRun(config, saved, lock)

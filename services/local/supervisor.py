@@ -15,9 +15,9 @@ from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local import exit_reasons
 from palimpsest.services.local.commands import LEARNER, Commands, free_port
 from palimpsest.services.local.exit_reasons import Crash, last_error
-from palimpsest.services.local.process_start import Life
+from palimpsest.services.local.process_start import ProcessStart
 from palimpsest.services.local.processes import HOPELESS, Child
-from palimpsest.services.local.restart_policy import Death, alike, row_with, wait_s
+from palimpsest.services.local.restart_policy import Death, append_death, is_crash_loop, restart_delay_s
 
 LOOK_S = 0.5
 DRAIN_S = 25.0
@@ -63,7 +63,7 @@ class Supervisor:
         """Those that were, or will be, followed by a new start."""
         self._versions = 0
         """That the run has trained, as far as is known."""
-        self._lives: dict[Child, Life] = {}
+        self._lives: dict[Child, ProcessStart] = {}
         self._rows: dict[Child, tuple[Death, ...]] = {}
         """Deaths since the process last worked."""
         self._due: dict[Child, float] = {}
@@ -102,14 +102,14 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         child.start()
-        self._lives[child] = Life(child.started, self._versions, trains=child is self.learner)
+        self._lives[child] = ProcessStart(child.started, self._versions, trains=child is self.learner)
 
     def _observe(self, sight: RunObservation) -> None:
         if sight.trained.last is not None:
             self._versions = sight.trained.last["published"]
         for child, life in self._lives.items():
             if child.running:
-                life.saw(
+                life.observe(
                     sight.services.get(child.name, ServiceObservation()), versions=self._versions, now=time.monotonic()
                 )
 
@@ -137,9 +137,9 @@ class Supervisor:
             message = refusal[0] if refusal else child.last_words()
             raise UserError(f"{child.name}: {message}\nits log: {child.log}", ExitCode(code))
         error = refusal[0] if refusal else last_error(child.last_words(60))
-        row = row_with(self._rows.get(child, ()), Death(code, error, self._lives[child].worked))
+        row = append_death(self._rows.get(child, ()), Death(code, error, self._lives[child].worked))
         self._rows[child] = row
-        wait = wait_s(row, restarts=self._config.local.restarts)
+        wait = restart_delay_s(row, restarts=self._config.local.restarts)
         if wait is None:
             raise UserError(self._given_up(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED)
         self.crashes.append(Crash(child.name, time.monotonic(), code, error, wait))
@@ -149,8 +149,8 @@ class Supervisor:
 
     def _given_up(self, child: Child, row: tuple[Death, ...]) -> str:
         last = row[-1]
-        how = exit_reasons.ending("It", last.exit_code, last.error)
-        if alike(row):
+        how = exit_reasons.describe_exit("It", last.exit_code, last.error)
+        if is_crash_loop(row):
             said = f"{child.name} died {len(row)} times in a row in the same way, before it could do anything. {how}."
         else:
             said = f"{child.name} died {len(row)} times in a row (local.restarts). The last time: {how}."

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import load
@@ -27,7 +28,6 @@ from palimpsest.common.messages import (
     SegmentFlushed,
     VersionApplied,
     WorkerAlive,
-    message_in,
 )
 from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.trajectory import trainable
@@ -51,7 +51,7 @@ class Seconds(Struct, frozen=True):
     """The rest."""
 
 
-class Checkpoint(Struct, frozen=True):
+class CheckpointSummary(Struct, frozen=True):
     """Of the newest checkpoint, what is told to people."""
 
     ledger: LedgerState
@@ -60,7 +60,7 @@ class Checkpoint(Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogSummary:
     """What the log says of workers and trajectories."""
 
     alive: tuple[WorkerAlive, ...] = ()
@@ -87,9 +87,9 @@ class Contents:
     folder: Path
     config: RunConfig
     lines: tuple[Line, ...] = ()
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointSummary | None = None
     seconds: Seconds | None = None
-    log: Log = field(default_factory=Log)
+    log: LogSummary = field(default_factory=LogSummary)
 
 
 def contents(folder: Path) -> Contents:
@@ -138,11 +138,11 @@ def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
             raise UserError(f"{path}, line {number}: {error}", ExitCode.DAMAGED) from None
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
+def newest_checkpoint(folder: Path) -> CheckpointSummary | None:
     """The newest whose manifest can be read; None if there is none."""
     for checkpoint in reversed(complete(folder)):
         try:
-            return msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=Checkpoint)
+            return msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=CheckpointSummary)
         except (OSError, msgspec.DecodeError):
             continue  # swept just now, or damaged: the learner passes it over as well, and says so
     return None
@@ -156,16 +156,16 @@ def read_seconds(path: Path) -> Seconds | None:
         return None
 
 
-def _read_log(config: RunConfig) -> Log:
+def _read_log(config: RunConfig) -> LogSummary:
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
-        return Log()
+        return LogSummary()
     with asyncio.Runner() as runner:
         storage = runner.run(open_offline(config))
         with closing(open_existing_bus(config, StorageClaims(storage, runner))) as bus:
             return _read(bus, config)
 
 
-def _read(bus: Bus, config: RunConfig) -> Log:
+def _read(bus: Bus, config: RunConfig) -> LogSummary:
     alive, applied = [], []
     for _, message in _messages(bus, WORKERS, config.run.id):
         match message:
@@ -174,7 +174,7 @@ def _read(bus: Bus, config: RunConfig) -> Log:
             case VersionApplied():
                 applied.append(message)
     offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
-    log = Log(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
+    log = LogSummary(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
     return _count_trajectories(bus, config.run.id, log)
 
 
@@ -185,7 +185,7 @@ def _count_dead_letters(bus: Bus, run: str) -> dict[str, int]:
     return dict(sorted(Counter(topic for topic, _, _ in found).items()))
 
 
-def _count_trajectories(bus: Bus, run: str, log: Log) -> Log:
+def _count_trajectories(bus: Bus, run: str, log: LogSummary) -> LogSummary:
     records = tokens = sampled = size = 0
     known: set[str] = set()
     for length, message in _messages(bus, TRAJECTORIES, run):

@@ -13,7 +13,7 @@ from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine, EngineDead
-from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.engine.required import required
 from palimpsest.services.rollout.seeds import engine_seed
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
@@ -67,7 +67,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             stop.on_request(leave)
             server.show(application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status))
             try:
-                with needed("to start"):
+                with required("to start"):
                     await engine.start()
                 if not stop.requested:
                     await worker.work()

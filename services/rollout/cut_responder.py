@@ -15,7 +15,7 @@ from palimpsest.common.messages import Control, CutReached, CutRequested
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.cut_state import CutState, flush
 from palimpsest.services.rollout.engine.port import Engine
-from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.engine.required import required
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 from palimpsest.services.rollout.weights import WeightSync
@@ -81,12 +81,12 @@ class CutResponder:
             self._news.clear()
             request = self._cuts.open
             if request is not None and request.cut != self._reached:
-                with needed(f"cut {request.cut} of version {request.version}"):
+                with required(f"cut {request.cut} of version {request.version}"):
                     await self._reach(request)
                 self._reached = request.cut
                 self._listen()
             elif request is None:
-                with needed("to go on after a cut"):
+                with required("to go on after a cut"):
                     await self._weights.release_hold(self._cuts.held)
 
     async def _reach(self, request: CutRequested) -> None:
@@ -142,7 +142,7 @@ class CutResponder:
     def _give_up(self) -> None:
         instruments.HOLDS_GIVEN_UP.inc()
         logger().warning(
-            "held in vain", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
+            "cut hold timed out", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
             consequence="samples on; what it samples with this version is not scored",
         )  # fmt: skip
         self._cuts.release()

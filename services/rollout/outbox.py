@@ -25,7 +25,7 @@ BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _PendingRecord:
     topic: str
     record: Outgoing
     done: Callable[[], None]
@@ -36,7 +36,7 @@ class Outbox:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._waiting: asyncio.Queue[_PendingRecord] = asyncio.Queue()
         self._put_so_far = self._durable = 0
         self._progress = asyncio.Condition()
         self.positions: dict[int, int] = {}
@@ -87,4 +87,4 @@ class Outbox:
 
     def _put(self, topic: str, record: Outgoing, done: Callable[[], None]) -> None:
         self._put_so_far += 1
-        self._waiting.put_nowait(_Waiting(topic, record, done))
+        self._waiting.put_nowait(_PendingRecord(topic, record, done))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from palimpsest.common.arrays import pack_float32, pack_int32
 from palimpsest.common.messages import GroupOffered
 from palimpsest.common.trajectory import Segment
-from palimpsest.services.rollout.engine.port import Sampled
+from palimpsest.services.rollout.engine.port import SampledTokens
 
 
 class Contradiction(ValueError):
@@ -46,7 +46,7 @@ class TrajectoryBuilder:
         """The tokens for the wire."""
         return pack_int32(self._tokens)
 
-    def add_sampled(self, sampled: Sampled) -> None:
+    def add_sampled(self, sampled: SampledTokens) -> None:
         """Append a model message. Raises Contradiction, leaving everything as it was."""
         if len(sampled.logprobs) != len(sampled.tokens):
             raise Contradiction(f"{len(sampled.tokens)} tokens were sampled with {len(sampled.logprobs)} log-probs")
@@ -70,7 +70,7 @@ class TrajectoryBuilder:
         )
         self._turns += 1
 
-    def with_partial(self, partial: Sampled | None) -> "TrajectoryBuilder":
+    def with_partial(self, partial: SampledTokens | None) -> "TrajectoryBuilder":
         """A trajectory of its own: this one and the message under way, as far as it has come. Raises Contradiction."""
         so_far = TrajectoryBuilder(self._tokens)
         so_far._segments, so_far._turns = list(self._segments), self._turns

@@ -20,7 +20,7 @@ from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import Engine, EngineFailed, Sampled
+from palimpsest.services.rollout.engine.port import Engine, EngineFailed, SampledTokens
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 Ended = TrajectoryFinished | TrajectoryDropped
@@ -114,7 +114,7 @@ class TrajectorySampler:
             assembly.add_environment(said)
             number = step.step + 1
 
-    async def _message(self, live: InFlightTrajectory, room: int) -> Sampled:
+    async def _message(self, live: InFlightTrajectory, room: int) -> SampledTokens:
         live.request = self._request(live)
         try:
             sampled = await self.engine.generate(

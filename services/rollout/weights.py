@@ -23,7 +23,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine.port import Engine, StoredWeights
-from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.engine.required import required
 
 
 class UpdateResult:
@@ -155,14 +155,14 @@ class WeightSync:
     async def _apply(self, weights: StoredWeights) -> None:
         manifest = weights.manifest
         started = time.monotonic()
-        with needed(f"an update to version {manifest.version}"):
+        with required(f"an update to version {manifest.version}"):
             await self._engine.pause()
             await self._engine.load(weights)
             self._loaded = manifest.version
             await self._resume_unless_held()
         pause_s = time.monotonic() - started
         instruments.PAUSE_SECONDS.observe(pause_s)
-        with needed(f"to score the canaries of version {manifest.version}"):
+        with required(f"to score the canaries of version {manifest.version}"):
             scores = await asyncio.gather(*(self._engine.score(canary.tokens) for canary in manifest.canaries))
         verdict = judge(scores, manifest.canaries, tolerance=self._tolerance)
         instruments.CANARY_ERROR.set(verdict.error)

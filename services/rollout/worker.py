@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
@@ -17,8 +18,6 @@ from palimpsest.common.messages import (
     VersionApplied,
     VersionPublished,
     WorkerAlive,
-    dead_letter,
-    message_in,
     trajectory_id,
 )
 from palimpsest.common.offset_tracker import OffsetTracker

@@ -40,7 +40,7 @@ CLAIM_LOOKS = 100
 """Looks for claims that are too old in the time they are kept."""
 
 
-class Lease(msgspec.Struct, forbid_unknown_fields=True):
+class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of PUT /v1/leases/{holder}."""
 
     lowest: int
@@ -165,7 +165,7 @@ def _leases(app: FastAPI, catalogue: Catalog) -> None:
         if not _HOLDER.fullmatch(holder):
             raise HttpError(422, "bad_holder", f"{holder!r} is not a holder's name")
         try:
-            lease = msgspec.json.decode(await request.body(), type=Lease)
+            lease = msgspec.json.decode(await request.body(), type=LeaseRequest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HttpError(422, "bad_lease", str(error)) from None
         await catalogue.lease(holder, Version(lease.lowest))

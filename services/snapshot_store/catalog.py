@@ -19,7 +19,7 @@ from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
-from palimpsest.services.snapshot_store.writers import Fenced, UnknownWriter, Writers
+from palimpsest.services.snapshot_store.writers import StaleWriter, UnknownWriter, Writers
 
 _NUMBER = re.compile(r"versions/(\d+)\.json")
 
@@ -77,7 +77,7 @@ class Catalog:
         async with self._changing:  # no sweep between looking for the object and standing by it, and no new writer
             try:
                 await self.writers.check(manifest.writer)
-            except (Fenced, UnknownWriter):
+            except (StaleWriter, UnknownWriter):
                 self._uploading.discard(manifest.object)  # its manifest will not come
                 raise
             if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:

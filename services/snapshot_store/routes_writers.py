@@ -20,7 +20,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.service import HttpError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments
-from palimpsest.services.snapshot_store.writers import CommitConflict, Fenced, UnknownWriter, Writers
+from palimpsest.services.snapshot_store.writers import CommitConflict, StaleWriter, UnknownWriter, Writers
 
 Number = Annotated[int, Path(ge=0)]
 Epoch = Annotated[int, Path(ge=0)]
@@ -43,7 +43,7 @@ def refused() -> Iterator[None]:
     """What the block raises against a writer becomes the answer 409."""
     try:
         yield
-    except Fenced as fenced:
+    except StaleWriter as fenced:
         raise _refusal("fenced", fenced) from None
     except UnknownWriter as unknown:
         raise _refusal("writer_unknown", unknown) from None

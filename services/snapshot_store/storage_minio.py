@@ -98,7 +98,7 @@ class MinioStorage:
             raise
         except Exception:
             if feed.failure is not None:
-                self._outage.answered()
+                self._outage.record_answer()
                 raise feed.failure from None  # the sender's fault, or its digest's, not the S3's
             raise
         finally:
@@ -178,11 +178,11 @@ class MinioStorage:
             began = time.time()
             try:
                 found = call()
-                self._outage.answered()
+                self._outage.record_answer()
                 return found
             except S3Error as error:
                 if error.code in FULL:
-                    self._outage.answered()
+                    self._outage.record_answer()
                     number = FULL[error.code]
                     raise OSError(number, os.strerror(number), f"{self._bucket}/{name}") from None
                 raise self._unavailable(began, f"{error.code}: {error.message} ({name})") from error
@@ -194,7 +194,7 @@ class MinioStorage:
     def _unavailable(self, began: float, problem: str) -> Unavailable:
         """What to raise for a call that began then, noted as an outage."""
         endpoint = self._config.endpoint
-        self._outage.failed(S3, endpoint, problem, since=began)
+        self._outage.record_failure(S3, endpoint, problem, since=began)
         return Unavailable(f"{endpoint}: {problem}", address=endpoint)
 
     def _put(self, name: str, body: BinaryIO, size: int) -> None:

@@ -25,7 +25,7 @@ _EPOCH = re.compile(r"writers/(\d+)\.json")
 _COMMIT = re.compile(r"checkpoints/(\d+)-(\d+)\.json")
 
 
-class Writer(Struct, frozen=True):
+class WriterEpoch(Struct, frozen=True):
     """A learner's right to write."""
 
     epoch: int
@@ -34,7 +34,7 @@ class Writer(Struct, frozen=True):
     """What it called itself."""
 
 
-class Committed(Struct, frozen=True):
+class CheckpointCommit(Struct, frozen=True):
     """A checkpoint that counts."""
 
     version: Version
@@ -43,7 +43,7 @@ class Committed(Struct, frozen=True):
     """blake3 of its manifest, hex."""
 
 
-class Fenced(Exception):
+class StaleWriter(Exception):
     """A newer writer exists; the message names both."""
 
 
@@ -77,7 +77,7 @@ class Writers:
                 self._epoch = max(self._epoch, int(match[1]))
         await self.committed()
 
-    async def newest(self) -> Writer | None:
+    async def newest(self) -> WriterEpoch | None:
         """The one that may write, as the storage has it now; None before the first."""
         while await self._storage.read(_writer_key(self._epoch + 1)) is not None:
             self._epoch += 1
@@ -101,7 +101,7 @@ class Writers:
             raise UnknownWriter(f"this store never issued epoch {epoch}; its newest is {self._epoch}")
         if epoch < newest.epoch:
             replaced = await self._writer(epoch)
-            raise Fenced(
+            raise StaleWriter(
                 f"writer {replaced.epoch} ({replaced.holder}) was replaced by writer {newest.epoch} ({newest.holder})"
             )
 
@@ -126,21 +126,21 @@ class Writers:
             await self.check(by)
             await self._storage.delete(_commit_key(version, writer))
 
-    async def committed(self) -> list[Committed]:
+    async def committed(self) -> list[CheckpointCommit]:
         """The checkpoints that count, oldest first. Raises Damaged."""
         found = [await self._committed(key) for key in await self._storage.keys("checkpoints/") if _COMMIT.match(key)]
         return sorted(found, key=lambda commit: (commit.version, commit.writer))
 
-    async def _writer(self, epoch: int) -> Writer:
+    async def _writer(self, epoch: int) -> WriterEpoch:
         try:
-            return Writer(epoch, (await self._read(_writer_key(epoch), _Holder)).holder)
+            return WriterEpoch(epoch, (await self._read(_writer_key(epoch), _Holder)).holder)
         except Damaged:
-            return Writer(epoch, "its name is damaged")  # for people only: the epoch stands in the key
+            return WriterEpoch(epoch, "its name is damaged")  # for people only: the epoch stands in the key
 
-    async def _committed(self, key: str) -> Committed:
+    async def _committed(self, key: str) -> CheckpointCommit:
         match = _COMMIT.fullmatch(key)
         assert match
-        return Committed(Version(int(match[1])), int(match[2]), (await self._read(key, _Digest)).digest)
+        return CheckpointCommit(Version(int(match[1])), int(match[2]), (await self._read(key, _Digest)).digest)
 
     async def _read(self, key: str, kind: type[T]) -> T:
         body = await self._storage.read(key)

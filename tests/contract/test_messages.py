@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from palimpsest.common import messages
+from palimpsest.common.bus.decoding import dead_letter
 from palimpsest.common.bus.port import Record
 from palimpsest.common.messages import (
     CONTROL,
@@ -39,7 +40,6 @@ from palimpsest.common.messages import (
     VersionApplied,
     VersionPublished,
     WorkerAlive,
-    dead_letter,
     decode,
     encode,
 )

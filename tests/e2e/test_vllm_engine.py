@@ -15,7 +15,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine import amx
-from palimpsest.services.rollout.engine.port import EngineDead, Sampled
+from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.models import load, logprobs, perturb, stored
 
@@ -54,12 +54,14 @@ async def engine(folder: Path, broken: Path, tmp_path_factory: pytest.TempPathFa
     await engine.close()
 
 
-async def sample(engine: VllmEngine, name: str, *, length: int, temperature: float = 1.0) -> tuple[list[int], Sampled]:
+async def sample(
+    engine: VllmEngine, name: str, *, length: int, temperature: float = 1.0
+) -> tuple[list[int], SampledTokens]:
     prompt = [(7 * len(name) + 3 * i) % 250 + 3 for i in range(20)]
     return prompt, await engine.generate(prompt, request=name, temperature=temperature, max_tokens=length, stop=())
 
 
-def errors(model: Model, prompt: list[int], sampled: Sampled, *, temperature: float = 1.0) -> list[float]:
+def errors(model: Model, prompt: list[int], sampled: SampledTokens, *, temperature: float = 1.0) -> list[float]:
     """|engine - transformers| for each sampled token."""
     exact = logprobs(model, prompt + list(sampled.tokens), temperature)[len(prompt) - 1 :]
     return [abs(a - b) for a, b in zip(sampled.logprobs, exact, strict=True)]
@@ -115,7 +117,7 @@ async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) ->
     assert after < MEAN
     assert mixed_up > 5 * MEAN
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._started, "reset_prefix_cache", kept)
+        patch.setattr(engine._running, "reset_prefix_cache", kept)
         before, after, _ = await cut(engine, model, 4, tmp_path)
     assert before < MEAN
     assert after > 2 * MEAN, "keys of the old weights under the new ones went unnoticed"
@@ -226,13 +228,13 @@ async def test_a_request_that_is_given_up_leaves_nothing(engine: VllmEngine) -> 
 async def test_amx_is_used_where_there_is_any_and_the_kernel_permits_it(engine: VllmEngine) -> None:
     """The engine's process says what it does; that it samples at all is what the tests above show."""
     said = engine._log.read_text()
-    assert f"AMX: {amx.settle().value}\n" in said
-    assert engine.status() == {"kind": "vllm", "amx": amx.settle().value}
+    assert f"AMX: {amx.configure().value}\n" in said
+    assert engine.status() == {"kind": "vllm", "amx": amx.configure().value}
 
 
 async def test_an_engine_that_is_killed_is_dead_for_everybody_and_says_so(engine: VllmEngine) -> None:
     """The last test: nothing works afterwards."""
-    manager = engine._started.engine_core.resources.engine_manager
+    manager = engine._running.engine_core.resources.engine_manager
     watching = asyncio.create_task(engine.watch())
     live = [asyncio.create_task(sample(engine, f"lost{i}", length=200)) for i in range(16)]
     while not all(f"lost{i}" in engine._waiting for i in range(16)):

@@ -164,7 +164,7 @@ def first_readings(records: list[Record]) -> dict[str, list[int]]:
 
 def told(kafka: Kafka) -> list[dict[str, Any]]:
     """This broker's outages: the register is the process's, and other tests may have left one in it."""
-    return [outage for outage in OUTAGES.told() if outage["address"] == kafka.servers]
+    return [outage for outage in OUTAGES.ongoing() if outage["address"] == kafka.servers]
 
 
 def test_nothing_is_lost_or_skipped_while_the_broker_is_killed_and_started(kafka: Kafka) -> None:
@@ -254,13 +254,13 @@ def test_a_reader_that_only_waits_tells_of_a_broker_that_is_gone_and_of_its_retu
     with closing(bus), bus.consumer(TOPIC) as reader:
         bus.publish(TOPIC, things("a"))
         take(reader, 1)
-        poll_until(lambda: outages.told() == [], reader)
+        poll_until(lambda: outages.ongoing() == [], reader)
         kafka.kill()
-        poll_until(lambda: outages.told() != [], reader)
-        (outage,) = outages.told()
+        poll_until(lambda: outages.ongoing() != [], reader)
+        (outage,) = outages.ongoing()
         assert (outage["of"], outage["address"], outage["until"]) == (KAFKA, kafka.servers, None)
         kafka.start()
-        poll_until(lambda: outages.told() == [], reader)
+        poll_until(lambda: outages.ongoing() == [], reader)
         bus.publish(TOPIC, things("b"))
         assert bodies(take(reader, 1)) == ["b"]
 
@@ -307,7 +307,7 @@ def test_a_producer_that_keeps_its_records_is_begun_anew(
     kafka: Kafka, watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not watched:
-        monkeypatch.setattr(KafkaBus, "_begin_anew", lambda *_: None)
+        monkeypatch.setattr(KafkaBus, "_restart_producer", lambda *_: None)
     bus = KafkaBus(
         Connection(kafka.servers, {}, outage_limit_s=LIMIT_S if watched else 3.0),
         prefix=f"stuck.{uuid.uuid4().hex}.",

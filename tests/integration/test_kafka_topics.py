@@ -202,7 +202,7 @@ def test_a_setting_that_skips_what_is_gone_would_be_noticed_and_without_the_chec
         monkeypatch.setattr(KafkaConsumer, "_record", check)
         with bus.consumer(TOPIC) as consumer:
             cut(admin, prefix + TOPIC, 0, before=2)
-            consumer._begin({0: 1})
+            consumer._start_at({0: 1})
             if expected is None:
                 with pytest.raises(OffsetGone, match="offset 1 is gone, the log goes on at 2"):
                     take(consumer, 1)

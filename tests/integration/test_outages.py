@@ -18,7 +18,7 @@ from palimpsest.common.outages import GATEWAY, OUTAGES, S3, STORE
 from palimpsest.common.service import HttpError, Server, application
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.services.live.poller import Watch
+from palimpsest.services.live.poller import RunPoller
 from tests.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
@@ -56,7 +56,7 @@ def calling(call: Callable[[], object]) -> Iterator[None]:
 
 def entries(*addresses: str) -> list[tuple[str, str]]:
     """Those of these addresses: the register is the process's, and other tests may have left an outage in it."""
-    return [(told["of"], told["address"]) for told in OUTAGES.told() if told["address"] in addresses]
+    return [(told["of"], told["address"]) for told in OUTAGES.ongoing() if told["address"] in addresses]
 
 
 def test_a_store_that_goes_away_is_told_until_it_is_back() -> None:
@@ -68,7 +68,7 @@ def test_a_store_that_goes_away_is_told_until_it_is_back() -> None:
             assert entries(url) == []
         with calling(client.versions):
             until(lambda: entries(url) == [(STORE, url)])
-            (told,) = [each for each in OUTAGES.told() if each["address"] == url]
+            (told,) = [each for each in OUTAGES.ongoing() if each["address"] == url]
             assert told["since"] < time.time() < told["until"]
             with Server(a_store(), HOST, port, key="snapshot_store"):
                 until(lambda: entries(url) == [])
@@ -113,9 +113,9 @@ def test_a_gateway_that_goes_away_is_told_until_it_is_back() -> None:
 
 def test_a_status_tells_what_its_process_cannot_reach() -> None:
     with Server(service("learner"), HOST, 0, key="learner") as server, OUTAGES.waiting() as call:
-        call.failed(S3, "http://s3:1", "no answer", until=9e9)
+        call.record_failure(S3, "http://s3:1", "no answer", until=9e9)
         told = httpx.get(f"http://{HOST}:{server.port}/v1/status").json()["outages"]
-        (own,) = [each for each in OUTAGES.told() if each["address"] == "http://s3:1"]
+        (own,) = [each for each in OUTAGES.ongoing() if each["address"] == "http://s3:1"]
         assert own in told
         assert (own["of"], own["until"]) == (S3, 9e9)
 
@@ -129,7 +129,7 @@ def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
     bus.create_topics({WORKERS: 1})
     with Server(service("learner"), HOST, 0, key="learner") as server:
         urls = {"learner": f"http://{HOST}:{server.port}"}
-        with Watch(urls, tmp_path, bus, run="t") as watching:
+        with RunPoller(urls, tmp_path, bus, run="t") as watching:
 
             def current() -> list[tuple[str, ...]]:
                 return [outage.waiting for outage in watching.sight().outages if outage.address == address]
@@ -138,7 +138,7 @@ def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
                 return [past.of for past in watching.sight().past if past.address == address]
 
             with OUTAGES.waiting() as call:
-                call.failed(S3, address, "no answer", since=time.time() - 60.0)
+                call.record_failure(S3, address, "no answer", since=time.time() - 60.0)
                 until(lambda: current() == [("learner",)])
             until(lambda: over() == [S3])
             assert current() == []

@@ -33,7 +33,7 @@ from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking
 from palimpsest.services.rollout import cut_responder, worker as worker_module
-from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
@@ -250,7 +250,7 @@ class Engine(ScriptedEngine):
         await asyncio.sleep(self._schedule.some(8.0 if self._slow else 0.5))
         await super().pause()
 
-    async def partial(self, request: str) -> Sampled | None:
+    async def partial(self, request: str) -> SampledTokens | None:
         if self._schedule.chance(0.2):
             await asyncio.sleep(self._schedule.some(1.0))
         return await super().partial(request)

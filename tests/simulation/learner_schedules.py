@@ -264,7 +264,7 @@ class Store(SnapshotClient):
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """See SnapshotClient."""
         self._life.pause()
-        answer = super().ask(method, path, body)
+        answer = super().request(method, path, body)
         if method != "GET":  # a right to write that was just confirmed is used at once
             self._life.pause()
         return answer

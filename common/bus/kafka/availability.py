@@ -15,7 +15,7 @@ SUSPECTED_S = 30.0
 """Nobody asks any longer whether a Kafka is there that nobody has suspected for so long."""
 
 
-class Prober:
+class AvailabilityMonitor:
     """Knocks while a Kafka is suspected, and keeps an outage in the register while nobody answers."""
 
     def __init__(self, address: str, knock: Callable[[], None], outages: Outages) -> None:
@@ -44,7 +44,7 @@ class Prober:
                 except BrokerRefused:
                     break  # the client hears the same, and says so
                 except BrokerUnreachable as problem:
-                    outage.failed(KAFKA, self._address, str(problem), until=self._until)
+                    outage.record_failure(KAFKA, self._address, str(problem), until=self._until)
                 time.sleep(EVERY_S)
                 with self._lock:
                     if time.monotonic() - self._suspected > SUSPECTED_S:

@@ -78,7 +78,7 @@ class KafkaBus:
             return []
         count = self._count(topic)
         for record in records:
-            self._fits(topic, record)
+            self._check_size(topic, record)
         positions: dict[int, Position] = {}
         left = list(range(len(records)))
         began, outages = time.monotonic(), self._connection.outages
@@ -92,10 +92,12 @@ class KafkaBus:
                 if left:
                     assert problem is not None
                     waited, why = time.monotonic() - began, self._connection.reason(problem)
-                    outage.failed(KAFKA, self._connection.servers, why, until=until)
-                    logger().warning("sent again", topic=topic, records=len(left), waited_s=round(waited), problem=why)
+                    outage.record_failure(KAFKA, self._connection.servers, why, until=until)
+                    logger().warning(
+                        "publish retried", topic=topic, records=len(left), waited_s=round(waited), problem=why
+                    )
                     if waited > self._connection.outage_limit_s:
-                        raise self._connection.silent(f"write to {topic}", waited, why)
+                        raise self._connection.outage_error(f"write to {topic}", waited, why)
                     time.sleep(PAUSE_S)
         return [positions[i] for i in range(len(records))]
 
@@ -139,23 +141,23 @@ class KafkaBus:
         except (errors.KafkaTimeoutError, errors.IllegalStateError) as error:
             problem = error  # no room or no metadata in time, or closed by another thread: the rest is sent again
         late = time.monotonic() + 2 * self._give_up_s
-        if not self._soon(sent):
+        if not self._wait_for_outcomes(sent):
             self._connection.prober.suspect(until)
         for i, future in zip(left, sent, strict=False):
             try:
                 done = future.get(timeout=max(0.0, late - time.monotonic()))
             except DENIED as error:
-                raise self._connection.denied(error) from None
+                raise self._connection.access_error(error) from None
             except errors.KafkaError as error:
                 problem = error
             else:
                 positions[i] = Position(done.partition, done.offset)
         if not all(future.is_done for future in sent):
             problem = errors.KafkaTimeoutError(f"no outcome in {2 * self._give_up_s:.0f} s")
-            self._begin_anew(producer)
+            self._restart_producer(producer)
         return problem
 
-    def _soon(self, sent: "Sequence[Any]") -> bool:
+    def _wait_for_outcomes(self, sent: "Sequence[Any]") -> bool:
         """Wait a little; whether all have an outcome by then."""
         deadline = time.monotonic() + SOON_S
         for future in sent:
@@ -163,7 +165,7 @@ class KafkaBus:
                 future.get(timeout=max(0.0, deadline - time.monotonic()))
         return all(future.is_done for future in sent)
 
-    def _begin_anew(self, stuck: Any) -> None:
+    def _restart_producer(self, stuck: Any) -> None:
         """Another producer, for this one neither sends what it has nor gives it up.
 
         kafka-python 3.0.12 can end so after an outage: a batch that had been drained when another one ran out of time
@@ -171,7 +173,7 @@ class KafkaBus:
         """
         with self._renewing:
             if self._producer is stuck:
-                logger().warning("producer begun anew")
+                logger().warning("producer restarted")
                 _close(stuck, 0.0)  # first: nothing of it may come behind what is sent again
                 self._producer = self._connect(self._connection.outage_limit_s)
 
@@ -180,7 +182,7 @@ class KafkaBus:
             self._partitions[topic] = partition_count(self._connection, topic, self._prefix + topic)
         return self._partitions[topic]
 
-    def _fits(self, topic: str, record: Outgoing) -> None:
+    def _check_size(self, topic: str, record: Outgoing) -> None:
         beside = len(record.key.encode()) + sum(len(n) + len(v.encode()) + 8 for n, v in record.headers.items())
         if len(record.body) + beside + OVERHEAD_BYTES > self._settings.max_record_bytes:
             raise ValueError(

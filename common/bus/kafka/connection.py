@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from kafka import errors
 
-from palimpsest.common.bus.kafka.availability import Prober
+from palimpsest.common.bus.kafka.availability import AvailabilityMonitor
 from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
 from palimpsest.common.config.schema import BusConfig
 from palimpsest.common.logs import logger
@@ -47,11 +47,11 @@ class Connection:
     outage_limit_s: float = 600.0
     start_limit_s: float = START_S
     outages: Outages = field(default=OUTAGES, repr=False)
-    prober: Prober = field(init=False, repr=False)
+    prober: AvailabilityMonitor = field(init=False, repr=False)
     """To be told of every silence."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prober", Prober(self.servers, self.knock, self.outages))
+        object.__setattr__(self, "prober", AvailabilityMonitor(self.servers, self.probe, self.outages))
 
     def arguments(self) -> dict[str, Any]:
         """For a client: bootstrap, retries of connections, identity."""
@@ -68,16 +68,16 @@ class Connection:
         to start), or none lets us in."""
         settings = {**self.arguments(), **arguments}
 
-        def made() -> T:
-            self.knock()  # a client that finds nobody leaves a thread behind
+        def create() -> T:
+            self.probe()  # a client that finds nobody leaves a thread behind
             return make(**settings)
 
         return self.retry_until_answered(
-            made, doing="connect", limit_s=self.start_limit_s if limit_s is None else limit_s
+            create, doing="connect", limit_s=self.start_limit_s if limit_s is None else limit_s
         )
 
-    def knock(self) -> None:
-        """Be let in by one of the brokers. Raises NotThere; BrokerRefused if there is one and it does not let us."""
+    def probe(self) -> None:
+        """Be let in by one of the brokers. Raises BrokerUnreachable; BrokerRefused if there is one and it does not let us."""
         problems = []
         for server in self.servers.split(","):
             try:
@@ -97,13 +97,13 @@ class Connection:
                 try:
                     return call()
                 except DENIED as error:
-                    raise self.denied(error) from None
+                    raise self.access_error(error) from None
                 except (errors.RetriableError, errors.BrokerNotAvailableError, OSError) as error:
                     problem: Exception = error
-                outage.failed(KAFKA, self.servers, _words(problem), until=until)
+                outage.record_failure(KAFKA, self.servers, _describe_error(problem), until=until)
                 now = time.monotonic()
                 if now - began > limit_s:
-                    raise self.silent(doing, now - began, self.reason(problem)) from None
+                    raise self.outage_error(doing, now - began, self.reason(problem)) from None
                 if now - said > SAY_S:
                     said = now
                     reason = self.reason(problem)
@@ -114,14 +114,14 @@ class Connection:
     def reason(self, problem: Exception) -> str:
         """What lies behind a client's failure, asked at the brokers. Raises UserError when they do not let us in."""
         try:
-            self.knock()
+            self.probe()
         except BrokerUnreachable as found:
             return str(found)
         except BrokerRefused as found:
-            raise self.denied(found) from None
-        return _words(problem)
+            raise self.access_error(found) from None
+        return _describe_error(problem)
 
-    def silent(self, doing: str, seconds: float, problem: str) -> UserError:
+    def outage_error(self, doing: str, seconds: float, problem: str) -> UserError:
         """What to say when an outage has lasted too long."""
         return UserError(
             f"Kafka at {self.servers} (bus.servers) did not let us {doing} for {seconds:.0f} s: {problem}. Is the "
@@ -130,7 +130,7 @@ class Connection:
             ExitCode.UNAVAILABLE,
         )
 
-    def denied(self, error: Exception) -> UserError:
+    def access_error(self, error: Exception) -> UserError:
         """What to say when the broker refuses us."""
         if isinstance(error, errors.AuthorizationError):
             remedy = "Give the user the rights that docs/operations.md lists (ACLs on topics and groups)"
@@ -140,7 +140,8 @@ class Connection:
                 f"{PASSWORD}"
             )
         return UserError(
-            f"Kafka at {self.servers} (bus.servers) refuses us: {_words(error)}. {remedy}", ExitCode.CONFIGURATION
+            f"Kafka at {self.servers} (bus.servers) refuses us: {_describe_error(error)}. {remedy}",
+            ExitCode.CONFIGURATION,
         )
 
     def _mechanism(self) -> str:
@@ -179,7 +180,7 @@ def _context(config: BusConfig) -> ssl.SSLContext:
     return context
 
 
-def _words(problem: Exception) -> str:
+def _describe_error(problem: Exception) -> str:
     """kafka-python's own errors name their kind themselves, and what a knock finds needs none."""
     named = isinstance(problem, errors.KafkaError | BrokerRefused | BrokerUnreachable)
     return f"{problem}" if named else f"{type(problem).__name__}: {problem}"

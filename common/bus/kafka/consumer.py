@@ -72,14 +72,14 @@ class KafkaConsumer:
         self._stuck_s = STUCK_S
         self._subscribed = False
         self._stable_at = time.monotonic()
-        self._membership = self._members(prefix, lease_s)
+        self._membership = self._group_settings(prefix, lease_s)
         self._client_id = f"{prefix}{member or 'reader'}"
         self._client: Any = self._connect(connection.start_limit_s)
         if group is None:
-            self._client.assign(self._all())
-            self._begin(dict(self._firsts()))
+            self._client.assign(self._all_partitions())
+            self._start_at(dict(self._first_offsets()))
 
-    def _members(self, prefix: str, lease_s: float) -> dict[str, Any]:
+    def _group_settings(self, prefix: str, lease_s: float) -> dict[str, Any]:
         """The client's settings for a member of the group."""
         if self._group is None:
             return {}
@@ -109,10 +109,10 @@ class KafkaConsumer:
             if at_hand < max(limit, FEW_RECORDS):
                 self._fetch(0.0 if limit == 0 or at_hand else max(0.0, deadline - time.monotonic()))
             elif self._group is not None:
-                self._stay_a_member()
-            if limit and (records := self._hand_out(limit)):
+                self._keep_membership()
+            if limit and (records := self._take_records(limit)):
                 return records
-            if self._quiet():
+            if self._is_silent():
                 self._connection.prober.suspect()
             if time.monotonic() >= deadline:
                 return []
@@ -123,7 +123,7 @@ class KafkaConsumer:
     def seek(self, offsets: Mapping[int, int]) -> None:
         if not offsets:
             return
-        firsts, ends = self._firsts(), self.ends()
+        firsts, ends = self._first_offsets(), self.ends()
         for partition, offset in offsets.items():
             if partition not in ends:
                 raise OffsetGone(f"{self._topic} has no partition {partition}: the log belongs to another run")
@@ -132,7 +132,7 @@ class KafkaConsumer:
                     f"{self._topic}[{partition}] holds offsets {firsts[partition]} to {ends[partition]}, not {offset}: "
                     f"the log was cut or belongs to another run"
                 )
-        self._begin(offsets)
+        self._start_at(offsets)
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         if self._group is None:
@@ -152,7 +152,7 @@ class KafkaConsumer:
             logger().debug("commit left out", topic=self._topic, reason=type(error).__name__)
 
     def ends(self) -> dict[int, int]:
-        tps = self._all()
+        tps = self._all_partitions()
         found = self._connection.retry_until_answered(
             lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}"
         )
@@ -181,22 +181,22 @@ class KafkaConsumer:
             ((tp, offset),) = list(error.args[0].items())[:1]
             raise OffsetGone(
                 f"{self._topic}[{tp.partition}]: offset {offset} is gone, the log starts at "
-                f"{self._firsts()[tp.partition]}"
+                f"{self._first_offsets()[tp.partition]}"
             ) from None
         except errors.LogTruncationError as error:
             raise OffsetGone(f"{self._topic}: the broker lost records that were read already: {error}") from None
         except DENIED as error:
-            raise self._connection.denied(error) from None
+            raise self._connection.access_error(error) from None
         except errors.RetriableError as error:
             logger().debug("nothing fetched", topic=self._topic, reason=f"{type(error).__name__}: {error}")
             fetched = {}
         if self._listener.heard:
-            self._take_on_share()  # the client forgot where it was, so what it fetched may be from anywhere
+            self._adopt_assignment()  # the client forgot where it was, so what it fetched may be from anywhere
             return
         for tp, records in fetched.items():
             self._waiting.setdefault(tp.partition, deque()).extend(records)
 
-    def _quiet(self) -> bool:
+    def _is_silent(self) -> bool:
         """Whether no broker is connected, or none has answered for a while: one answers every fetch in half a second.
 
         kafka-python says so nowhere in public, and a poll that finds nobody there just brings nothing.
@@ -205,7 +205,7 @@ class KafkaConsumer:
         heard = max((getattr(one.transport, "last_read", 0.0) for one in connections if one.connected), default=0.0)
         return time.monotonic() - heard > QUIET_S
 
-    def _stay_a_member(self) -> None:
+    def _keep_membership(self) -> None:
         """Poll without fetching."""
         self._client.pause(*self._client.assignment())
         self._fetch(0.0)
@@ -218,19 +218,19 @@ class KafkaConsumer:
         look at the topic before, and the watch over what may be left of that.
         """
         if not self._subscribed:
-            self._all()
+            self._all_partitions()
             self._client.subscribe([self._named], listener=self._listener)
             self._connection.retry_until_answered(self._client.topics, doing=f"look at {self._topic}")
             self._subscribed, self._stable_at = True, time.monotonic()
         elif self._client.group_metadata().state == MemberState.STABLE:
             self._stable_at = time.monotonic()
         elif time.monotonic() - self._stable_at > self._stuck_s:
-            logger().warning("membership begun anew", topic=self._topic, group=self._group)
+            logger().warning("consumer rejoined group", topic=self._topic, group=self._group)
             self._client.close(autocommit=False, timeout_ms=5_000)
             self._client, self._subscribed = self._connect(self._connection.outage_limit_s), False
             self._join()
 
-    def _take_on_share(self) -> None:
+    def _adopt_assignment(self) -> None:
         self._listener.heard = False
         share = {tp.partition for tp in self._client.assignment()}
         for partition in set(self._next) - share:
@@ -238,26 +238,26 @@ class KafkaConsumer:
             self._waiting.pop(partition, None)
         positions = dict(self._next)
         if new := share - set(self._next):
-            firsts = self._firsts()
+            firsts = self._first_offsets()
             for partition in new:
-                committed = self._committed(partition)
+                committed = self._committed_offset(partition)
                 positions[partition] = firsts[partition] if committed is None else committed
-        self._begin(positions)
+        self._start_at(positions)
 
-    def _committed(self, partition: int) -> int | None:
+    def _committed_offset(self, partition: int) -> int | None:
         tp = TopicPartition(self._named, partition)
         committed: int | None = self._connection.retry_until_answered(
             lambda: self._client.committed(tp, timeout_ms=10_000), doing=f"look at {self._topic}"
         )
         return committed
 
-    def _begin(self, offsets: Mapping[int, int]) -> None:
+    def _start_at(self, offsets: Mapping[int, int]) -> None:
         for partition, offset in offsets.items():
             self._client.seek(TopicPartition(self._named, partition), offset)
             self._waiting.pop(partition, None)
             self._next[partition] = offset
 
-    def _hand_out(self, limit: int) -> list[Record]:
+    def _take_records(self, limit: int) -> list[Record]:
         records: list[Record] = []
         self._turn += 1
         partitions = sorted(self._waiting)
@@ -281,12 +281,12 @@ class KafkaConsumer:
         key = (fetched.key or b"").decode(errors="replace")  # anyone may write to a topic
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
 
-    def _all(self) -> list[TopicPartition]:
+    def _all_partitions(self) -> list[TopicPartition]:
         """Every partition of the topic. Raises LookupError when it does not exist."""
         return [TopicPartition(self._named, p) for p in range(self._partitions())]
 
-    def _firsts(self) -> dict[int, int]:
-        tps = self._all()
+    def _first_offsets(self) -> dict[int, int]:
+        tps = self._all_partitions()
         found = self._connection.retry_until_answered(
             lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}"
         )

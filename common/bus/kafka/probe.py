@@ -32,33 +32,33 @@ class BrokerRefused(Exception):
 
 
 def probe_broker(server: str, options: Mapping[str, Any]) -> None:
-    """Be let in by this broker (`host:port`), with these options of kafka-python; raises NotThere or BrokerRefused."""
+    """Be let in by this broker (`host:port`), with these options of kafka-python; raises BrokerUnreachable or BrokerRefused."""
     try:
-        with contextlib.closing(_connected(server)) as plain:
+        with contextlib.closing(_connect(server)) as plain:
             if options.get("ssl_context") is None:
-                _let_in(plain, server, options)
+                _authenticate(plain, server, options)
             else:
-                with contextlib.closing(_encrypted(plain, server, options["ssl_context"])) as line:
-                    _let_in(line, server, options)
+                with contextlib.closing(_start_tls(plain, server, options["ssl_context"])) as line:
+                    _authenticate(line, server, options)
     except BrokerUnreachable:
         raise
-    except _HungUp as problem:
-        raise _hung_up(server, options, problem) from None
+    except _Disconnected as problem:
+        raise _disconnect_error(server, options, problem) from None
     except (OSError, errors.KafkaError) as problem:
-        raise BrokerUnreachable(f"{server}: {_words(problem)}") from None
+        raise BrokerUnreachable(f"{server}: {_describe_error(problem)}") from None
 
 
-class _HungUp(Exception):
+class _Disconnected(Exception):
     """The broker ended the connection instead of answering."""
 
 
-class _Line:
+class _Channel:
     """Questions and answers, one at a time."""
 
     def __init__(self, line: socket.socket) -> None:
         self._line, self._protocol = line, KafkaProtocol(client_id="palimpsest")
 
-    def ask(self, question: Any) -> Any:
+    def request(self, question: Any) -> Any:
         try:
             self._protocol.send_request(question)
             self._line.sendall(self._protocol.send_bytes())
@@ -66,15 +66,15 @@ class _Line:
                 for _, answer in self._protocol.receive_bytes(received):
                     return answer
         except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, errors.KafkaProtocolError) as problem:
-            raise _HungUp(_words(problem)) from None
+            raise _Disconnected(_describe_error(problem)) from None
         except ssl.SSLError as problem:  # the first answer to a certificate that is not wanted, or missing
             raise BrokerRefused(
-                f"it does not accept our certificate ({_words(problem)}): check bus.certificate_file and bus.key_file"
+                f"it does not accept our certificate ({_describe_error(problem)}): check bus.certificate_file and bus.key_file"
             ) from None
-        raise _HungUp("it ended the connection")
+        raise _Disconnected("it ended the connection")
 
 
-def _connected(server: str) -> socket.socket:
+def _connect(server: str) -> socket.socket:
     host, port, _ = collect_hosts(server)[0]
     try:
         return socket.create_connection((host, port), timeout=ANSWER_S)
@@ -82,7 +82,7 @@ def _connected(server: str) -> socket.socket:
         raise BrokerUnreachable(f"{server}: no such host is known ({problem.strerror})") from None
 
 
-def _encrypted(plain: socket.socket, server: str, context: ssl.SSLContext) -> ssl.SSLSocket:
+def _start_tls(plain: socket.socket, server: str, context: ssl.SSLContext) -> ssl.SSLSocket:
     try:
         return context.wrap_socket(plain, server_hostname=collect_hosts(server)[0][0])
     except ssl.SSLCertVerificationError as problem:
@@ -91,26 +91,26 @@ def _encrypted(plain: socket.socket, server: str, context: ssl.SSLContext) -> ss
             f"that signed it, and bus.servers a name that is in it"
         ) from None
     except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError) as problem:
-        raise _HungUp(_words(problem)) from None
+        raise _Disconnected(_describe_error(problem)) from None
     except ssl.SSLError as problem:
         raise BrokerRefused(
-            f"no TLS comes about ({_words(problem)}): check bus.security, bus.certificate_file and bus.key_file"
+            f"no TLS comes about ({_describe_error(problem)}): check bus.security, bus.certificate_file and bus.key_file"
         ) from None
 
 
-def _let_in(line: socket.socket, server: str, options: Mapping[str, Any]) -> None:
-    asked = _Line(line)
-    asked.ask(ApiVersionsRequest(version=0))
+def _authenticate(line: socket.socket, server: str, options: Mapping[str, Any]) -> None:
+    asked = _Channel(line)
+    asked.request(ApiVersionsRequest(version=0))
     mechanism = options.get("sasl_mechanism")
     handshake = SaslHandshakeRequest(version=1, mechanism=mechanism or "PLAIN")
     if mechanism is None:
-        with contextlib.suppress(_HungUp):  # not every broker answers this one where nobody logs in
-            if asked.ask(handshake).error_code in {0, UNKNOWN_MECHANISM}:
+        with contextlib.suppress(_Disconnected):  # not every broker answers this one where nobody logs in
+            if asked.request(handshake).error_code in {0, UNKNOWN_MECHANISM}:
                 raise BrokerRefused(
                     "it wants a login: bus.security must be sasl_plaintext or sasl_tls, with bus.sasl_mechanism"
                 )
         return
-    answer = asked.ask(handshake)
+    answer = asked.request(handshake)
     if answer.error_code == NO_LOGIN_HERE:
         raise BrokerRefused("it knows no logins there: bus.security must be plaintext or tls")
     if answer.error_code == UNKNOWN_MECHANISM:
@@ -120,10 +120,10 @@ def _let_in(line: socket.socket, server: str, options: Mapping[str, Any]) -> Non
     _log_in(asked, server, options)
 
 
-def _log_in(asked: _Line, server: str, options: Mapping[str, Any]) -> None:
+def _log_in(asked: _Channel, server: str, options: Mapping[str, Any]) -> None:
     login = get_sasl_mechanism(options["sasl_mechanism"])(host=collect_hosts(server)[0][0], **options)
     while not login.is_done():
-        answer = asked.ask(SaslAuthenticateRequest(version=1, auth_bytes=login.auth_bytes()))
+        answer = asked.request(SaslAuthenticateRequest(version=1, auth_bytes=login.auth_bytes()))
         if answer.error_code:
             raise BrokerRefused(
                 f"the login of {options['sasl_plain_username']!r} failed: {answer.error_message or 'no reason given'}"
@@ -134,12 +134,12 @@ def _log_in(asked: _Line, server: str, options: Mapping[str, Any]) -> None:
             raise BrokerRefused(f"it does not prove that it knows our password: {problem}") from None
 
 
-def _hung_up(server: str, options: Mapping[str, Any], problem: _HungUp) -> Exception:
+def _disconnect_error(server: str, options: Mapping[str, Any], problem: _Disconnected) -> Exception:
     """What to make of a broker that hangs up: it may be ending, or spoken to in the wrong way."""
     if options.get("ssl_context") is None:
         if _speaks_tls(server):
             return BrokerRefused("it speaks TLS there: bus.security must be tls or sasl_tls, with bus.ca_file")
-    elif _speaks_plainly(server):
+    elif _speaks_plaintext(server):
         return BrokerRefused("it speaks without TLS there: bus.security must be plaintext or sasl_plaintext")
     return BrokerUnreachable(f"{server}: {problem}")
 
@@ -148,23 +148,23 @@ def _speaks_tls(server: str) -> bool:
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE  # nothing is said on this line
     try:
-        with contextlib.closing(_connected(server)) as plain:
+        with contextlib.closing(_connect(server)) as plain:
             anyone.wrap_socket(plain).close()
     except OSError as problem:
         return isinstance(problem, ssl.SSLError) and "ALERT" in (problem.reason or "")
     return True
 
 
-def _speaks_plainly(server: str) -> bool:
+def _speaks_plaintext(server: str) -> bool:
     try:
-        with contextlib.closing(_connected(server)) as plain:
-            _Line(plain).ask(ApiVersionsRequest(version=0))
-    except (OSError, _HungUp):
+        with contextlib.closing(_connect(server)) as plain:
+            _Channel(plain).request(ApiVersionsRequest(version=0))
+    except (OSError, _Disconnected):
         return False
     return True
 
 
-def _words(problem: BaseException) -> str:
+def _describe_error(problem: BaseException) -> str:
     if isinstance(problem, TimeoutError):
         return f"no answer in {ANSWER_S:.0f} s"
     return f"{getattr(problem, 'strerror', None) or problem}" or type(problem).__name__

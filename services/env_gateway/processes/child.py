@@ -11,11 +11,11 @@ from palimpsest.services.env_gateway.hosts import raised
 from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
 from palimpsest.services.env_gateway.processes.protocol import (
     RUNNING,
+    ChildRequest,
+    ChildResponse,
     Described,
     EnvironmentSpec,
     Failed,
-    Request,
-    Response,
 )
 
 CALLS = ("reset", "step", "finalize", "state_hash")
@@ -27,14 +27,14 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     channel.sendall(RUNNING)
     environment: Environment | None = None
     for line in asked_lines:
-        asked = Request.model_validate_json(line)
+        asked = ChildRequest.model_validate_json(line)
         try:
             environment = environment or blueprint.build()
             answer = _answer(environment, asked)
         except EnvironmentFailed as failed:
-            answer = Response(failed=Failed(code="environment_invalid", message=str(failed)))
+            answer = ChildResponse(failed=Failed(code="environment_invalid", message=str(failed)))
         except BaseException as error:
-            answer = Response(failed=Failed(code="environment_raised", message=str(raised(error))))
+            answer = ChildResponse(failed=Failed(code="environment_raised", message=str(raised(error))))
         answers.write(answer.model_dump_json().encode() + b"\n")
         answers.flush()
 
@@ -60,18 +60,18 @@ def _described(loaded: Any) -> Described:
     return Described(version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0])
 
 
-def _answer(environment: Environment, asked: Request) -> Response:
+def _answer(environment: Environment, asked: ChildRequest) -> ChildResponse:
     match asked.call:
         case "reset":
             _seed(asked.seed)
             opening = checked_opening(environment.reset(asked.seed))
-            return Response(opening=opening, state_hash=str(environment.state_hash()))
+            return ChildResponse(opening=opening, state_hash=str(environment.state_hash()))
         case "step":
             assert asked.turn is not None
             outcome = checked_outcome(environment.step(asked.turn))
-            return Response(reply=outcome) if isinstance(outcome, Reply) else Response(score=outcome)
+            return ChildResponse(reply=outcome) if isinstance(outcome, Reply) else ChildResponse(score=outcome)
         case "finalize":
-            return Response(score=checked_score(environment.finalize()))
+            return ChildResponse(score=checked_score(environment.finalize()))
 
 
 def _seed(seed: int) -> None:

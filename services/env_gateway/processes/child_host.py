@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
 from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
-from palimpsest.services.env_gateway.processes.pool import Child, Pool, how_it_ended
-from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, EnvironmentSpec, Request, Response
+from palimpsest.services.env_gateway.processes.pool import Pool, PooledChild, how_it_ended
+from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, ChildRequest, ChildResponse, EnvironmentSpec
 
 EXIT_LIMIT_S = 2.0
 """The exit code of a child that broke off arrives within this time, or is not waited for."""
@@ -16,7 +16,7 @@ EXIT_LIMIT_S = 2.0
 class InChild:
     """Every call has a deadline; `close` kills the child."""
 
-    def __init__(self, child: Child, *, call_limit_s: float) -> None:
+    def __init__(self, child: PooledChild, *, call_limit_s: float) -> None:
         self._child = child
         self._call_limit_s = call_limit_s
 
@@ -27,24 +27,24 @@ class InChild:
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
         """See World."""
-        answered = await self._ask(Request(call="reset", seed=seed))
+        answered = await self._ask(ChildRequest(call="reset", seed=seed))
         return checked_opening(answered.opening), answered.state_hash
 
     async def step(self, turn: Turn) -> Outcome:
         """See World."""
-        answered = await self._ask(Request(call="step", turn=turn))
+        answered = await self._ask(ChildRequest(call="step", turn=turn))
         return checked_outcome(answered.reply or answered.score)
 
     async def finalize(self) -> Score:
         """See World."""
-        answered = await self._ask(Request(call="finalize"))
+        answered = await self._ask(ChildRequest(call="finalize"))
         return checked_score(answered.score)
 
     def close(self) -> None:
         """See World."""
         self._child.kill()
 
-    async def _ask(self, asked: Request) -> Response:
+    async def _ask(self, asked: ChildRequest) -> ChildResponse:
         try:
             async with asyncio.timeout(self._call_limit_s):
                 line = await self._exchange(asked)
@@ -55,14 +55,14 @@ class InChild:
         if not line.endswith(b"\n"):
             raise EnvironmentFailed("environment_crashed", await self._how_it_ended())
         try:
-            answered = Response.model_validate_json(line, strict=True)
+            answered = ChildResponse.model_validate_json(line, strict=True)
         except ValidationError as error:
             raise EnvironmentFailed("environment_invalid", str(error)[:500]) from None
         if answered.failed is not None:
             raise EnvironmentFailed(answered.failed.code, answered.failed.message)
         return answered
 
-    async def _exchange(self, asked: Request) -> bytes:
+    async def _exchange(self, asked: ChildRequest) -> bytes:
         """The child's line; empty or unfinished if there is no child any more."""
         try:
             self._child.writer.write(asked.model_dump_json().encode() + b"\n")

@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 
-from palimpsest.common.parent_death import die_with_parent, untie
+from palimpsest.common.parent_death import die_with_parent, survive_parent
 from palimpsest.services.env_gateway.processes import child
 from palimpsest.services.env_gateway.processes.protocol import Start
 
@@ -121,7 +121,7 @@ def main(control: int, parent: int, modules: list[str]) -> None:
     for module in modules:
         with contextlib.suppress(BaseException):  # the child that needs it reports it; the others go on
             importlib.import_module(module)
-    untie()  # from here on the control socket tells, and leaves time to kill the children
+    survive_parent()  # from here on the control socket tells, and leaves time to kill the children
     gc.freeze()  # children share these pages until they write to them
     ForkServer(_socket(control)).run()
 

@@ -20,7 +20,7 @@ STOP_LIMIT_S = 5.0
 BUSY_PAUSE_S = 0.02
 
 
-class Child:
+class PooledChild:
     """One running child: its channel, and its leash."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, leash: asyncio.StreamWriter) -> None:
@@ -71,7 +71,7 @@ class Pool:
             ours.setblocking(False)
             self._control = ours
 
-    async def take(self, blueprint: EnvironmentSpec) -> Child:
+    async def take(self, blueprint: EnvironmentSpec) -> PooledChild:
         """A new child; its place is free again when it is gone. Raises AtCapacity, EnvironmentFailed."""
         try:
             async with asyncio.timeout(self._wait_s):
@@ -127,7 +127,7 @@ class Pool:
             except BlockingIOError:  # more waits in the socket than fits: the nursery is still loading modules
                 await asyncio.sleep(BUSY_PAUSE_S)
 
-    async def _connected(self, channel: socket.socket, leash: socket.socket) -> Child:
+    async def _connected(self, channel: socket.socket, leash: socket.socket) -> PooledChild:
         try:
             for end in (channel, leash):
                 end.setblocking(False)
@@ -137,13 +137,13 @@ class Pool:
             channel.close()
             leash.close()
             raise
-        child = Child(reader, writer, leash_writer)
+        child = PooledChild(reader, writer, leash_writer)
         watch = asyncio.create_task(self._watch(child, exits, leash_writer))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
         return child
 
-    async def _begun(self, child: Child) -> None:
+    async def _begun(self, child: PooledChild) -> None:
         """Wait until the child runs, so that no call's deadline pays for the loading of modules."""
         try:
             async with asyncio.timeout(START_LIMIT_S):
@@ -176,7 +176,7 @@ class Pool:
             self.warm()
             socket.send_fds(self._control, [message], descriptors)
 
-    async def _watch(self, child: Child, exits: asyncio.StreamReader, leash: asyncio.StreamWriter) -> None:
+    async def _watch(self, child: PooledChild, exits: asyncio.StreamReader, leash: asyncio.StreamWriter) -> None:
         """Hear of the child's end, and give its place to the next."""
         try:
             with suppress(OSError):

@@ -46,7 +46,7 @@ class Start(Wire):
     """Only look at the class, answer with Described, and end."""
 
 
-class Request(Wire):
+class ChildRequest(Wire):
     """To a child: one call of the environment."""
 
     call: Literal["reset", "step", "finalize"]
@@ -61,7 +61,7 @@ class Failed(Wire):
     message: str
 
 
-class Response(Wire):
+class ChildResponse(Wire):
     """From a child: what came of the call; exactly one of these."""
 
     opening: Opening | None = None

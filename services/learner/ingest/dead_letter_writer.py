@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable
 
+from palimpsest.common.bus.decoding import dead_letter
 from palimpsest.common.bus.port import Bus, Outgoing, Record
 from palimpsest.common.logs import logger
-from palimpsest.common.messages import DEAD_LETTERS, dead_letter, encode
+from palimpsest.common.messages import DEAD_LETTERS, encode
 from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.services.learner import instruments
 

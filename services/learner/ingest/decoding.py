@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.port import Record
-from palimpsest.common.messages import message_in
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
 

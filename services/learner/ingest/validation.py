@@ -5,7 +5,7 @@ import math
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Malformed, check
+from palimpsest.common.trajectory import MalformedTrajectory, check
 from palimpsest.common.versions import Version
 
 MOST_TOKENS = 1 << 24
@@ -13,7 +13,7 @@ MOST_TOKENS = 1 << 24
 
 
 def validate(message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version) -> None:
-    """Raise Malformed unless the message can be used. newest: no token can be of a later version."""
+    """Raise MalformedTrajectory unless the message can be used. newest: no token can be of a later version."""
     match message:
         case TrajectoryFinished():
             check_finished(message, newest)
@@ -22,31 +22,33 @@ def validate(message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, n
 
 
 def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version) -> None:
-    """Raise Malformed unless everything that scoring relies on holds."""
+    """Raise MalformedTrajectory unless everything that scoring relies on holds."""
     if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
-        raise Malformed(RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
+        raise MalformedTrajectory(
+            RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens"
+        )
     tokens = unpack_int32(message.tokens)
     if tokens.min() < 0:
-        raise Malformed(RejectCause.OUT_OF_RANGE, "a token is negative")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, "a token is negative")
     check(message.segments, len(tokens))
     for segment in message.segments:
         if segment.version > newest:
-            raise Malformed(
+            raise MalformedTrajectory(
                 RejectCause.UNKNOWN_VERSION,
                 f"a segment is of version {segment.version}, the newest published is {newest}",
             )
         if segment.start == 0:
-            raise Malformed(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+            raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
     if not math.isfinite(message.temperature):
-        raise Malformed(RejectCause.NOT_FINITE, f"temperature {message.temperature} is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"temperature {message.temperature} is no number")
     if message.temperature <= 0:
-        raise Malformed(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
 
 
 def check_finished(message: TrajectoryFinished, newest: Version) -> None:
-    """Raise Malformed unless everything that training relies on holds."""
+    """Raise MalformedTrajectory unless everything that training relies on holds."""
     check_sampled(message, newest)
     if not math.isfinite(message.reward):
-        raise Malformed(RejectCause.NOT_FINITE, f"reward {message.reward} is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"reward {message.reward} is no number")
     if not 0 <= message.reward <= 1:
-        raise Malformed(RejectCause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from palimpsest.common.arrays import pack_float32, pack_int32
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Record
 from palimpsest.common.logs import logger
@@ -22,7 +23,6 @@ from palimpsest.common.messages import (
     OldLogprobsRequested,
     VersionPublished,
     encode,
-    message_in,
 )
 from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.trajectory import Segment

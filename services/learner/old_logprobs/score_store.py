@@ -15,7 +15,7 @@ from blake3 import blake3
 from palimpsest.common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
 from palimpsest.common.messages import OldLogprobsComputed
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Malformed
+from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row
 
@@ -51,7 +51,7 @@ class ScoreStore:
         return len(self._known)
 
     def put(self, computed: OldLogprobsComputed) -> None:
-        """Keep what was computed. Said twice, it changes nothing. Raises Malformed if it contradicts itself."""
+        """Keep what was computed. Said twice, it changes nothing. Raises MalformedTrajectory if it contradicts itself."""
         check_computed(computed)
         key = _Key(computed.start, computed.stop, computed.version, computed.digest, computed.prefix)
         values = unpack_float32(computed.values)
@@ -175,23 +175,25 @@ def computed_of(
 
 
 def check_computed(computed: OldLogprobsComputed) -> None:
-    """Raise Malformed unless the record agrees with itself.
+    """Raise MalformedTrajectory unless the record agrees with itself.
 
     A value of -inf is one (the token's probability underflowed); a NaN is none.
     """
     where = f"{computed.trajectory} [{computed.start}, {computed.stop}) of version {computed.version}"
     if computed.version < 0:
-        raise Malformed(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
+        raise MalformedTrajectory(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
     if not 0 < computed.start < computed.stop:
-        raise Malformed(RejectCause.LENGTH_MISMATCH, f"{where}: no span of tokens that something could predict")
+        raise MalformedTrajectory(
+            RejectCause.LENGTH_MISMATCH, f"{where}: no span of tokens that something could predict"
+        )
     if len(computed.values) != 4 * (computed.stop - computed.start):
-        raise Malformed(
+        raise MalformedTrajectory(
             RejectCause.LENGTH_MISMATCH,
             f"{where}: {computed.stop - computed.start} tokens but {len(computed.values)} bytes of log-probs "
             f"(4 a token are due)",
         )
     values = unpack_float32(computed.values)
     if np.isnan(values).any():
-        raise Malformed(RejectCause.NOT_FINITE, f"{where}: an old log-prob is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: an old log-prob is no number")
     if (values > ROUNDING).any():
-        raise Malformed(RejectCause.OUT_OF_RANGE, f"{where}: an old log-prob is above 0")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"{where}: an old log-prob is above 0")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Malformed, check
+from palimpsest.common.trajectory import MalformedTrajectory, check
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
@@ -20,18 +20,20 @@ def to_rows(
 ) -> Mapping[Version, Row]:
     """The rows to score, by version; none if nothing was sampled.
 
-    Raises Malformed for what no model can score: a bad record must not end every replica that reads it.
+    Raises MalformedTrajectory for what no model can score: a bad record must not end every replica that reads it.
     """
     if len(message.tokens) % 4 or not message.tokens:
-        raise Malformed(RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens")
+        raise MalformedTrajectory(
+            RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens"
+        )
     tokens = unpack_int32(message.tokens)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise Malformed(RejectCause.OUT_OF_RANGE, f"a token is not in the model's vocabulary of {vocabulary}")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"a token is not in the model's vocabulary of {vocabulary}")
     check(message.segments, len(tokens))
     if any(segment.version > LAST_VERSION for segment in message.segments):
-        raise Malformed(RejectCause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")
+        raise MalformedTrajectory(RejectCause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")
     if message.segments and message.segments[0].start == 0:
-        raise Malformed(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+        raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
     if not math.isfinite(message.temperature) or message.temperature <= 0:
-        raise Malformed(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
     return rows_by_version(message.trajectory, tokens, message.segments, message.temperature)

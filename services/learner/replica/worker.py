@@ -13,6 +13,7 @@ import torch
 
 from palimpsest.common import failpoints
 from palimpsest.common.arrays import Float32Array
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
@@ -24,7 +25,6 @@ from palimpsest.common.messages import (
     SegmentFlushed,
     TrajectoryFinished,
     encode,
-    message_in,
 )
 from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
@@ -151,7 +151,11 @@ class ReplicaWorker:
         except RejectedRecord as error:  # the learner, which reads the same records, buries it
             self._skip("unusable", 1)
             logger().warning(
-                "passed over", topic=record.topic, partition=record.partition, offset=record.offset, reason=str(error)
+                "record skipped",
+                topic=record.topic,
+                partition=record.partition,
+                offset=record.offset,
+                reason=str(error),
             )
             return {}
 

@@ -35,7 +35,7 @@ def decide(*, supported: bool, wanted: bool, ask: Callable[[], bool]) -> Amx:
     return Amx.USED if ask() else Amx.REFUSED
 
 
-def settle() -> Amx:
+def configure() -> Amx:
     """Ask for the tiles in this process, or make vLLM do without them; before vLLM has loaded a model."""
     import torch
 

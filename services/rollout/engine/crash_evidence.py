@@ -1,7 +1,7 @@
 """What every process of a vLLM engine leaves behind in case it dies: its errors, whole, and its stack.
 
 All processes of one worker's engine append to one file, `logs/WORKER.engine.log` in the run's folder. Its lines are for
-people, but for those that begin with ERROR: engine_death.py reads them.
+people, but for those that begin with ERROR: crash_report.py reads them.
 """
 
 import faulthandler
@@ -20,7 +20,7 @@ ERROR = "error: "
 """Begins a line that tells of one error, as JSON: process, pid, type, message."""
 
 
-def leave_evidence(**facts: str) -> None:
+def enable_crash_log(**facts: str) -> None:
     """From now on in this process; `facts` are told in the file at once. Without the variable nothing happens."""
     path = os.environ.get(VARIABLE)
     process = multiprocessing.current_process()
@@ -33,7 +33,7 @@ def leave_evidence(**facts: str) -> None:
     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {process.name}, pid {os.getpid()}{told}\n")
 
 
-def take_signals_back() -> None:
+def reinstall_fault_handlers() -> None:
     """Have fatal signals told of again, where a library loaded meanwhile took them (TVM's takes SIGSEGV)."""
     handlers = [handler for handler in logging.getLogger("vllm").handlers if isinstance(handler, _Errors)]
     if handlers:
@@ -42,7 +42,7 @@ def take_signals_back() -> None:
 
 
 class _Errors(logging.Handler):
-    """Writes what vLLM logs as an error: for people with its traceback, and as one line for engine_death.py."""
+    """Writes what vLLM logs as an error: for people with its traceback, and as one line for crash_report.py."""
 
     def __init__(self, file: TextIO) -> None:
         super().__init__(logging.ERROR)

@@ -13,7 +13,7 @@ FRAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class CrashEvidence:
     """What is known of a dead engine."""
 
     doing: str
@@ -32,7 +32,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ProcessError:
     """An error of one of the engine's processes."""
 
     process: str
@@ -87,35 +87,35 @@ _REFUSING = ("ValueError", "ValidationError", "NotImplementedError")
 """What vLLM raises for a model, or an option, that it cannot serve, however often it is tried."""
 
 
-def failures(log: str) -> list[Failure]:
+def process_errors(log: str) -> list[ProcessError]:
     """The errors that the engine's processes told of, oldest first: the first is the cause of the others."""
-    return [Failure(**json.loads(line.removeprefix(ERROR))) for line in log.splitlines() if line.startswith(ERROR)]
+    return [ProcessError(**json.loads(line.removeprefix(ERROR))) for line in log.splitlines() if line.startswith(ERROR)]
 
 
-def cause(log: str) -> Failure | None:
+def root_error(log: str) -> ProcessError | None:
     """The error that the others follow from: the first with a type, else the first."""
-    told = failures(log)
+    told = process_errors(log)
     return next((failure for failure in told if failure.type), told[0] if told else None)
 
 
-def refused(evidence: Evidence) -> Failure | None:
+def refusal_error(evidence: CrashEvidence) -> ProcessError | None:
     """The error by which the engine refused the model or an option of it: starting again would end the same way."""
-    failure = cause(evidence.log)
+    failure = root_error(evidence.log)
     died = evidence.exit_code is not None and evidence.exit_code < 0
     if failure is None or died or evidence.doing != "starting" or re.search(_OF_ERRORS[0][0], str(failure)):
         return None
     return failure if failure.type in _REFUSING else None
 
 
-def refusal(model: str, error: str) -> str:
+def model_refusal_text(model: str, error: str) -> str:
     """What a person reads when vLLM refuses the model; `error` with its type and its whole message."""
     return "\n".join([f"vLLM cannot serve the model {model}: {error}", *_advice(error)])
 
 
-def refused_step(what: str, error: str) -> str:
+def step_refusal_text(what: str, error: str) -> str:
     """What a person reads when a living engine refuses a step that its worker needs; `error` whole.
 
-    >>> print(refused_step("an update to version 3", "weight update: RuntimeError: CUDA out of memory"))
+    >>> print(step_refusal_text("an update to version 3", "weight update: RuntimeError: CUDA out of memory"))
     the inference engine refused an update to version 3
     its error: weight update: RuntimeError: CUDA out of memory
     what to try: lower rollout.engine.kv_cache_gib (on a GPU rollout.engine.gpu_memory_utilization), start fewer \
@@ -125,11 +125,11 @@ workers (local.rollout_workers), or give the machine or the container more memor
     return "\n".join([f"the inference engine refused {what}", f"its error: {error}", *advice])
 
 
-def words(evidence: Evidence) -> str:
+def crash_text(evidence: CrashEvidence) -> str:
     """What a person reads. The first line names the death: it is the same for the same death."""
-    failure, name = cause(evidence.log), _signal(evidence.exit_code)
+    failure, name = root_error(evidence.log), _signal_name(evidence.exit_code)
     died = name if name and not evidence.silent else ""
-    said = [f"the inference engine {_how(evidence, failure, died)} while it was {evidence.doing}"]
+    said = [f"the inference engine {_manner_of_death(evidence, failure, died)} while it was {evidence.doing}"]
     if evidence.killed_for_memory and died == "SIGKILL":
         count = evidence.killed_for_memory
         said.append(f"the kernel has killed {count} process{'es' * (count > 1)} for want of memory since it started")
@@ -166,18 +166,18 @@ def _calls(dump: str) -> Iterator[str]:
         if "most recent call first" in line:
             inside = line.startswith(wanted)
         elif inside and (call := re.match(r'\s+File "(.+)", line (\d+) in (.+)', line)):
-            yield f"{_short(call[1])}:{call[2]} {call[3]}"
+            yield f"{_short_path(call[1])}:{call[2]} {call[3]}"
         elif inside and (call := re.match(r'\s+Binary file "(.+)", at (.+)', line)):
             yield f"{call[1].rpartition('/')[2]}: {call[2]}"
 
 
-def _short(path: str) -> str:
+def _short_path(path: str) -> str:
     """The file within its package; of others the last two parts."""
     _, installed, within = path.rpartition("site-packages/")
     return within if installed else "/".join(path.split("/")[-2:])
 
 
-def _how(evidence: Evidence, failure: Failure | None, died: str) -> str:
+def _manner_of_death(evidence: CrashEvidence, failure: ProcessError | None, died: str) -> str:
     if evidence.silent:
         return f"did not answer ({evidence.silent}), so the worker ended it"
     if died:
@@ -189,7 +189,7 @@ def _how(evidence: Evidence, failure: Failure | None, died: str) -> str:
     return "died"
 
 
-def _signal(exit_code: int | None) -> str:
+def _signal_name(exit_code: int | None) -> str:
     if exit_code is None or exit_code >= 0:
         return ""
     try:

@@ -11,18 +11,18 @@ from pathlib import Path
 _PROC = Path("/proc")
 
 
-def counter(proc: Path = _PROC) -> Path | None:
+def find_counter(proc: Path = _PROC) -> Path | None:
     """The file to count in, the closest to this process; None: this kernel counts nowhere. `proc`: where procfs is."""
-    own = places(_text(proc / "self/cgroup"), _text(proc / "self/mountinfo"))
-    return next((path for path in (*own, proc / "vmstat") if counted(_text(path)) is not None), None)
+    own = candidate_paths(_text(proc / "self/cgroup"), _text(proc / "self/mountinfo"))
+    return next((path for path in (*own, proc / "vmstat") if parse_count(_text(path)) is not None), None)
 
 
-def count(path: Path | None) -> int:
+def read_count(path: Path | None) -> int:
     """What stands there now; 0 where nothing can be read."""
-    return counted(_text(path)) or 0 if path is not None else 0
+    return parse_count(_text(path)) or 0 if path is not None else 0
 
 
-def counted(text: str) -> int | None:
+def parse_count(text: str) -> int | None:
     """The number of processes killed, from such a file's text; None if it does not say.
 
     >>> counted("oom_kill_disable 0\\nunder_oom 0\\noom_kill 3\\n")
@@ -32,7 +32,7 @@ def counted(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def places(cgroup: str, mountinfo: str) -> list[Path]:
+def candidate_paths(cgroup: str, mountinfo: str) -> list[Path]:
     """Where this process's cgroup may count, likeliest first: from the texts of /proc/self/cgroup and mountinfo.
 
     >>> places("0::/jobs/7\\n", "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
@@ -42,9 +42,9 @@ def places(cgroup: str, mountinfo: str) -> list[Path]:
     for line in cgroup.splitlines():
         number, controllers, own = line.split(":", 2)
         if "memory" in controllers.split(","):
-            found[:0] = _files(own, _mounts(mountinfo, "cgroup", "memory"), "memory.oom_control")
+            found[:0] = _mounted_files(own, _mounts(mountinfo, "cgroup", "memory"), "memory.oom_control")
         elif number == "0" and not controllers:
-            found += _files(own, _mounts(mountinfo, "cgroup2", ""), "memory.events")
+            found += _mounted_files(own, _mounts(mountinfo, "cgroup2", ""), "memory.events")
     return found
 
 
@@ -59,7 +59,7 @@ def _mounts(mountinfo: str, kind: str, controller: str) -> list[tuple[str, str]]
     return found
 
 
-def _files(own: str, mounts: Iterable[tuple[str, str]], name: str) -> list[Path]:
+def _mounted_files(own: str, mounts: Iterable[tuple[str, str]], name: str) -> list[Path]:
     """A mount shows its file system from `root` on. A container's own cgroup may be the mount point itself, whatever
     path the host knows it by."""
     found: list[Path] = []

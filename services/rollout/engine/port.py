@@ -19,7 +19,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampledTokens:
     """One model message, as sampled."""
 
     tokens: tuple[int, ...]
@@ -64,7 +64,7 @@ class Engine(Protocol):
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> Sampled:
+    ) -> SampledTokens:
         """Continue the prompt until a stop token or max_tokens. Requests in flight survive updates.
 
         Raises EngineFailed. Cancelling gives the request up.
@@ -73,7 +73,7 @@ class Engine(Protocol):
     async def pause(self) -> None:
         """Stop sampling; live requests wait. On return no token is under way. Pausing twice is pausing once."""
 
-    async def partial(self, request: str) -> Sampled | None:
+    async def partial(self, request: str) -> SampledTokens | None:
         """All that was sampled so far for a request that `generate` has not returned yet. Only while paused.
 
         `generate` returns these tokens again, first of all. None: nothing was sampled, or no such request is under way.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from palimpsest.services.rollout.engine import oom_kills
 from palimpsest.services.rollout.engine.crash_evidence import VARIABLE
-from palimpsest.services.rollout.engine.crash_report import Evidence
+from palimpsest.services.rollout.engine.crash_report import CrashEvidence
 
 EXIT_S = 10.0
 """A process that has told of its end, or was told to end, gets so long to be gone."""
@@ -23,15 +23,15 @@ _FAILED_TO_START = re.compile(r"Failed core proc\(s\): (\{.*?\})")
 """In the error of a vLLM whose engine's process ended before it was ready: names and exit codes."""
 
 
-class Watch:
+class EngineMonitor:
     """Over one engine, from before its processes start. `log` is the file they leave evidence in."""
 
     def __init__(self, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         self._already = log.stat().st_size if log.exists() else 0
-        self._counter = oom_kills.counter()
-        self._killed = oom_kills.count(self._counter)
+        self._counter = oom_kills.find_counter()
+        self._killed = oom_kills.read_count(self._counter)
         self._processes: Sequence[BaseProcess] = ()
         self._silent = ""
         self.doing = "starting"
@@ -40,7 +40,7 @@ class Watch:
         """One of the processes has ended."""
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
+    def export_log_path(self) -> Iterator[None]:
         """Processes started inside know where to leave evidence."""
         changes = {VARIABLE: str(self._log.absolute()), "PYTHONFAULTHANDLER": "1"}
         before = {name: os.environ.get(name) for name in changes}
@@ -54,7 +54,7 @@ class Watch:
                 else:
                     os.environ[name] = value
 
-    def over(self, processes: Sequence[BaseProcess]) -> None:
+    def watch(self, processes: Sequence[BaseProcess]) -> None:
         """Notice from now on when one of these ends."""
         self._processes = processes
         loop = asyncio.get_running_loop()
@@ -66,23 +66,23 @@ class Watch:
 
         threading.Thread(target=wait, name="engine-watch", daemon=True).start()
 
-    def end(self, silent: str) -> None:
+    def kill(self, silent: str) -> None:
         """End an engine that does not answer. SIGABRT: it leaves its stack. Why is told by `silent`."""
         self._silent = silent
         for process in self._processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGABRT)
 
-    def inquire(self) -> Evidence:
+    def collect_evidence(self) -> CrashEvidence:
         """What the engine died of. Waits until its processes are gone and ends what does not go; blocks."""
-        ended = [process for process in self._processes if _joined(process)]
+        ended = [process for process in self._processes if _join(process)]
         if not self._silent and len(ended) < len(self._processes):
-            self.end("it said that it was dead and did not end")
-            ended = [process for process in self._processes if _joined(process)]
+            self.kill("it said that it was dead and did not end")
+            ended = [process for process in self._processes if _join(process)]
         first = next((process for process in ended if process.exitcode), ended[0] if ended else None)
         return self._evidence(first.exitcode if first else None, first.pid if first else None)
 
-    def failed_start(self, error: BaseException) -> Evidence | None:
+    def failed_start_evidence(self, error: BaseException) -> CrashEvidence | None:
         """What an engine died of before it was ready, from vLLM's own error; None when it was not its process."""
         named = _FAILED_TO_START.search(str(error))
         if named is None:
@@ -90,18 +90,18 @@ class Watch:
         codes = ast.literal_eval(named[1]).values()
         return self._evidence(next((code for code in codes if code), None), None)
 
-    def _evidence(self, exit_code: int | None, pid: int | None) -> Evidence:
+    def _evidence(self, exit_code: int | None, pid: int | None) -> CrashEvidence:
         try:
             with self._log.open("rb") as file:
                 file.seek(self._already)
                 log = file.read().decode(errors="replace")
         except OSError:
             log = ""
-        killed = max(0, oom_kills.count(self._counter) - self._killed)
-        return Evidence(self.doing, exit_code, pid, log, str(self._log), self._silent, killed)
+        killed = max(0, oom_kills.read_count(self._counter) - self._killed)
+        return CrashEvidence(self.doing, exit_code, pid, log, str(self._log), self._silent, killed)
 
 
-def _joined(process: BaseProcess) -> bool:
+def _join(process: BaseProcess) -> bool:
     """Wait for its end, and until its exit code is known: another thread (vLLM's) may be the one that fetches it."""
     deadline = time.monotonic() + EXIT_S
     while process.exitcode is None and (left := deadline - time.monotonic()) > 0:

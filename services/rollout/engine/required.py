@@ -9,7 +9,7 @@ from palimpsest.services.rollout.engine.port import EngineFailed
 
 
 @contextmanager
-def needed(what: str) -> Iterator[None]:
+def required(what: str) -> Iterator[None]:
     """Raises UserError (ExitCode.ENGINE) in place of an EngineFailed from inside. `what`: the step, for the person.
 
     Another request would not help, and the engine's state is unknown: a new process starts with a new engine. Nothing
@@ -18,4 +18,4 @@ def needed(what: str) -> Iterator[None]:
     try:
         yield
     except EngineFailed as error:
-        raise UserError(crash_report.refused_step(what, str(error)), ExitCode.ENGINE) from None
+        raise UserError(crash_report.step_refusal_text(what, str(error)), ExitCode.ENGINE) from None

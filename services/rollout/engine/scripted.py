@@ -14,7 +14,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.config.schema import ScriptedEngineConfig
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, Span, StoredWeights
 
 
 class ScriptedEngine:
@@ -39,7 +39,7 @@ class ScriptedEngine:
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> Sampled:
+    ) -> SampledTokens:
         draw = hashlib.sha256(request.rpartition("#")[0].encode()).digest()  # the same for every attempt
         text = self._config.texts[draw[0] % len(self._config.texts)]
         ending = list(stop[:1])
@@ -55,7 +55,7 @@ class ScriptedEngine:
                 self._sample(request, message)
         finally:
             del self._live[request]
-        return message.sampled(stopped=bool(ending) and script[-1:] == ending)
+        return message.to_sampled_tokens(stopped=bool(ending) and script[-1:] == ending)
 
     def _sample(self, request: str, message: "_Message") -> None:
         """The message's next token."""
@@ -66,11 +66,11 @@ class ScriptedEngine:
     async def pause(self) -> None:
         self._running.clear()
 
-    async def partial(self, request: str) -> Sampled | None:
+    async def partial(self, request: str) -> SampledTokens | None:
         if self._running.is_set():
             raise EngineFailed("partial: pause the engine first")
         message = self._live.get(request)
-        return message.sampled(stopped=False) if message is not None and message.versions else None
+        return message.to_sampled_tokens(stopped=False) if message is not None and message.versions else None
 
     async def load(self, weights: StoredWeights) -> None:
         if self._running.is_set():
@@ -102,10 +102,10 @@ class _Message:
     versions: list[Version] = field(default_factory=list)
     """Of the tokens sampled so far."""
 
-    def sampled(self, *, stopped: bool) -> Sampled:
+    def to_sampled_tokens(self, *, stopped: bool) -> SampledTokens:
         """What there is of it."""
         length = len(self.versions)
-        return Sampled(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
+        return SampledTokens(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
 
 
 def _spans(versions: Sequence[Version]) -> tuple[Span, ...]:

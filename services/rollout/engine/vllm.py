@@ -14,8 +14,8 @@ from palimpsest.common.logs import logger
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine import amx, crash_report
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span, StoredWeights
-from palimpsest.services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, Span, StoredWeights
+from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
 from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class VllmEngine:
         self._amx: amx.Amx | None = None
         """What the CPU engine does about AMX; None: not started, or on a GPU."""
         self._llm: AsyncLLM | None = None
-        self._watch: Watch | None = None
+        self._watch: EngineMonitor | None = None
         self._death: asyncio.Task[str] | None = None
         """Finds out what the engine died of."""
         self._scored = 0
@@ -81,16 +81,16 @@ class VllmEngine:
             generation_config="vllm",  # the model folder's own sampling defaults (top_p, top_k) must not creep in
             **machine,
         )
-        self._watch = Watch(self._log)
+        self._watch = EngineMonitor(self._log)
         try:
-            with self._watch.told():
+            with self._watch.export_log_path():
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             self._llm = llm
-            self._watch.over(llm.engine_core.resources.engine_manager.processes)
+            self._watch.watch(llm.engine_core.resources.engine_manager.processes)
         except Exception as error:
-            raise self._unstarted(error) from None
+            raise self._startup_error(error) from None
         updates = llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        await self._within("the set-up of weight updates", updates)
+        await self._run_step("the set-up of weight updates", updates)
         # the first request compiles what vLLM leaves to then: better here than while others wait
         await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
         self._watch.doing = "serving"
@@ -99,11 +99,11 @@ class VllmEngine:
         if self._watch is None:
             raise EngineFailed("the engine is not running")
         await self._watch.gone.wait()
-        raise await self._dead()
+        raise await self._death_error()
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> Sampled:
+    ) -> SampledTokens:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -117,16 +117,16 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return _sampled(await self._final(prompt, sampling, request))
+        return _to_sampled_tokens(await self._final(prompt, sampling, request))
 
     async def pause(self) -> None:
-        await self._within("pause", self._started.pause_generation(mode="keep", clear_cache=False))
-        await self._within("delivery", self._delivered())
+        await self._run_step("pause", self._running.pause_generation(mode="keep", clear_cache=False))
+        await self._run_step("delivery", self._drain_outputs())
 
-    async def partial(self, request: str) -> Sampled | None:
+    async def partial(self, request: str) -> SampledTokens | None:
         from vllm.v1.engine import FinishReason
 
-        processor = self._started.output_processor
+        processor = self._running.output_processor
         for internal in processor.external_req_ids.get(request, ()):
             # what an abort at this moment would deliver: all tokens, and how far each version goes
             output = processor.request_states[internal].make_request_output([], None, FinishReason.ABORT, None)
@@ -136,25 +136,25 @@ class VllmEngine:
             output = self._waiting[request].output if request in self._waiting else None
             if isinstance(output, Exception):
                 return None
-        sampled = _sampled(output) if output is not None else None
+        sampled = _to_sampled_tokens(output) if output is not None else None
         return sampled if sampled is not None and sampled.tokens else None
 
     async def load(self, weights: StoredWeights) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        llm = self._started
+        llm = self._running
         entries = [
             {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "size": e.size} for e in weights.manifest.tensors
         ]
         update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
-        await self._within("start of the weight update", llm.start_weight_update())
-        await self._within("weight update", llm.update_weights(update))
-        await self._within("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        await self._run_step("start of the weight update", llm.start_weight_update())
+        await self._run_step("weight update", llm.update_weights(update))
+        await self._run_step("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
         # keys and values of the old weights are worth nothing under the new ones: running requests start over
-        await self._within("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
+        await self._run_step("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
 
     async def resume(self) -> None:
-        await self._within("resume", self._started.resume_generation())
+        await self._run_step("resume", self._running.resume_generation())
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
@@ -168,7 +168,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._within("scoring", self._final(tokens, sampling, f"score-{self._scored}"))
+        output = await self._run_step("scoring", self._final(tokens, sampling, f"score-{self._scored}"))
         return [by_token[token].logprob for token, by_token in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
 
     async def close(self) -> None:
@@ -177,7 +177,7 @@ class VllmEngine:
             self._llm = None
 
     async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
-        llm = self._started
+        llm = self._running
         try:
             waiting = await llm.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
             self._waiting[request] = waiting
@@ -187,16 +187,16 @@ class VllmEngine:
             raise
         except Exception as error:
             if self._is_dead(error):
-                raise await self._dead() from None
+                raise await self._death_error() from None
             await llm.abort(request)
-            raise EngineFailed(f"request {request}: {_whole(error)}") from error
+            raise EngineFailed(f"request {request}: {_full_message(error)}") from error
         finally:
             self._waiting.pop(request, None)
         if not output.finished:
             raise EngineFailed(f"request {request}: the engine ended it without a result")
         return output
 
-    async def _delivered(self) -> None:
+    async def _drain_outputs(self) -> None:
         """Wait until all that was sampled before the pause has been taken in.
 
         The engine's process ends its steps, puts their outputs and then the pause's answer into one queue, and sends
@@ -205,13 +205,13 @@ class VllmEngine:
         """
         from vllm import envs
 
-        outputs = self._started.engine_core.outputs_queue
+        outputs = self._running.engine_core.outputs_queue
         while not outputs.empty():
             await asyncio.sleep(0)
         for _ in range(1 + self._max_live // envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE):
             await asyncio.sleep(0)
 
-    async def _within(self, what: str, step: Coroutine[Any, Any, T]) -> T:
+    async def _run_step(self, what: str, step: Coroutine[Any, Any, T]) -> T:
         """The step's result. Raises EngineDead also when the engine dies or is silent meanwhile, EngineFailed else."""
         assert self._watch is not None
         answer, gone = asyncio.create_task(step), asyncio.create_task(self._watch.gone.wait())
@@ -220,28 +220,28 @@ class VllmEngine:
             if answer.done():
                 return answer.result()
             if not gone.done():
-                self._watch.end(f"{what}, {TIME_LIMIT_S:.0f} s")
-            raise await self._dead()
+                self._watch.kill(f"{what}, {TIME_LIMIT_S:.0f} s")
+            raise await self._death_error()
         except (EngineFailed, EngineDead):
             raise
         except Exception as error:
             if self._is_dead(error):
-                raise await self._dead() from None
-            raise EngineFailed(f"{what}: {_whole(error)}") from error
+                raise await self._death_error() from None
+            raise EngineFailed(f"{what}: {_full_message(error)}") from error
         finally:
             answer.cancel()
             gone.cancel()
 
-    def _unstarted(self, error: Exception) -> UserError | EngineDead:
+    def _startup_error(self, error: Exception) -> UserError | EngineDead:
         """What to raise in place of the error with which vLLM did not start."""
         assert self._watch is not None
-        evidence = self._watch.failed_start(error)
+        evidence = self._watch.failed_start_evidence(error)
         if evidence is None:  # it never came to a process of the engine's
-            return UserError(crash_report.refusal(self._model, _whole(error)))
-        failure = crash_report.refused(evidence)
+            return UserError(crash_report.model_refusal_text(self._model, _full_message(error)))
+        failure = crash_report.refusal_error(evidence)
         if failure is not None:
-            return UserError(crash_report.refusal(self._model, str(failure)))
-        return EngineDead(crash_report.words(evidence))
+            return UserError(crash_report.model_refusal_text(self._model, str(failure)))
+        return EngineDead(crash_report.crash_text(evidence))
 
     def _is_dead(self, error: Exception) -> bool:
         """Whether the error came because the engine is gone."""
@@ -250,7 +250,7 @@ class VllmEngine:
         assert self._watch is not None
         return isinstance(error, EngineDeadError) or self._watch.gone.is_set()
 
-    async def _dead(self) -> EngineDead:
+    async def _death_error(self) -> EngineDead:
         """What to raise now that the engine is gone."""
         if self._death is None:
             assert self._watch is not None
@@ -258,16 +258,16 @@ class VllmEngine:
         return EngineDead(await asyncio.shield(self._death))
 
     @property
-    def _started(self) -> "AsyncLLM":
+    def _running(self) -> "AsyncLLM":
         if self._llm is None:
             raise EngineFailed("the engine is not running")
         return self._llm
 
 
-def _sampled(request_output: Any) -> Sampled:
+def _to_sampled_tokens(request_output: Any) -> SampledTokens:
     output = request_output.outputs[0]
     tokens = tuple(output.token_ids)
-    return Sampled(
+    return SampledTokens(
         tokens,
         tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
         tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
@@ -280,13 +280,13 @@ def _version(label: str) -> Version:
     return Version(int(label)) if label.isdigit() else Version(-1)
 
 
-def _whole(error: Exception) -> str:
+def _full_message(error: Exception) -> str:
     """The error's type and its whole message: the reason is seldom in the first line."""
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
 
 
-def _post_mortem(watch: Watch) -> str:
-    return crash_report.words(watch.inquire())
+def _post_mortem(watch: EngineMonitor) -> str:
+    return crash_report.crash_text(watch.collect_evidence())
 
 
 def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
@@ -303,6 +303,6 @@ def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     os.environ[amx.VARIABLE] = "on" if config.amx else "off"
-    settled = amx.settle()
+    settled = amx.configure()
     logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=settled.value)
     return settled

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.services.rollout.engine import amx
-from palimpsest.services.rollout.engine.crash_evidence import leave_evidence, take_signals_back
+from palimpsest.services.rollout.engine.crash_evidence import enable_crash_log, reinstall_fault_handlers
 
 NAME = "palimpsest"
 
@@ -20,7 +20,7 @@ def register() -> None:
 
     Harmless when called again.
     """
-    leave_evidence(AMX=amx.settle().value)
+    enable_crash_log(AMX=amx.configure().value)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if NAME not in WeightTransferEngineFactory._registry:
@@ -51,7 +51,7 @@ def _engine_class() -> type:
         update_info_cls = Update
 
         def init_transfer_engine(self, init_info: Init) -> None:  # noqa: ARG002 (vLLM passes it)
-            take_signals_back()  # the model is loaded, and with it every library it needs
+            reinstall_fault_handlers()  # the model is loaded, and with it every library it needs
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload

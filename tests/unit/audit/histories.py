@@ -8,13 +8,13 @@ from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
+    AuditedCheckpoint,
     Bounds,
-    Checkpoint,
     Evidence,
     Heard,
     Letter,
     Line,
-    Log,
+    LogContents,
     Offer,
     Stored,
 )
@@ -54,7 +54,7 @@ LEDGER = LedgerState(
     dead_lettered=1,
     offered=8,
 )
-CHECKPOINT = Checkpoint(
+CHECKPOINT = AuditedCheckpoint(
     name="00000002-00000001",
     version=Version(2),
     writer=1,
@@ -74,7 +74,7 @@ HEARD = (
     a_record(6, 3, 0, oldest=2, newest=2),
     a_record(7, 1, 1),  # again: harmless
 )
-LOG = Log(
+LOG = LogContents(
     offers=tuple(an_offer(index) for index in range(4)),
     heard=HEARD,
     letters=(Letter(0, 5, "g000002/1"),),

@@ -9,13 +9,13 @@ from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
+    AuditedCheckpoint,
     Bounds,
-    Checkpoint,
     Evidence,
     Heard,
     Letter,
     Line,
-    Log,
+    LogContents,
     Offer,
     Stored,
 )
@@ -45,7 +45,7 @@ class Simulated:
     lines: list[Line] = field(default_factory=list)
     waiting: dict[str, Heard] = field(default_factory=dict)
     ends: list[int] = field(default_factory=lambda: [0] * PARTITIONS)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[AuditedCheckpoint] = field(default_factory=list)
 
     def step(self) -> None:
         """One event, and what the learner makes of it."""
@@ -84,7 +84,7 @@ class Simulated:
             samples=SAMPLES,
             max_staleness=BOUND,
             every=1,
-            log=Log(
+            log=LogContents(
                 offers=tuple(self.offers),
                 heard=tuple(self.heard),
                 letters=tuple(self.letters),
@@ -160,7 +160,7 @@ class Simulated:
             )
         )
         self.checkpoints.append(
-            Checkpoint(
+            AuditedCheckpoint(
                 name=f"{self.version:08d}-00000001",
                 version=Version(self.version),
                 writer=1,

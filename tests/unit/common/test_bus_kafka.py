@@ -189,7 +189,7 @@ from palimpsest.common.bus.kafka import Connection, KafkaBus
 logging.basicConfig()  # as libraries do that a service loads
 logs.configure("rollout", "info", "text")
 logging.getLogger("kafka.net.manager").error("one of very many")
-Connection.knock = lambda self: None  # so that kafka-python itself looks for brokers
+Connection.probe = lambda self: None  # so that kafka-python itself looks for brokers
 KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=0.0), prefix="t.")
 """
 

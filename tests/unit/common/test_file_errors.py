@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.file_errors import file_errors_refused, refused, usable_folder
+from palimpsest.common.file_errors import file_errors_as_user_errors, usable_folder, user_error_for
 from palimpsest.common.user_error import ExitCode, UserError
 
 TABLE = [
@@ -26,7 +26,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
 def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str) -> None:
-    with pytest.raises(UserError) as found, file_errors_refused():
+    with pytest.raises(UserError) as found, file_errors_as_user_errors():
         raise OSError(number, os.strerror(number), "/there/x")
     assert found.value.code is code
     assert str(found.value).startswith(said)
@@ -34,11 +34,11 @@ def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.EIO])
 def test_another_error_stays_what_it_is(number: int) -> None:
-    assert refused(OSError(number, os.strerror(number), "/there/x")) is None
+    assert user_error_for(OSError(number, os.strerror(number), "/there/x")) is None
 
 
 def test_an_error_that_names_no_file_is_not_one_of_a_file() -> None:
-    assert refused(PermissionError(errno.EACCES, "of a socket")) is None
+    assert user_error_for(PermissionError(errno.EACCES, "of a socket")) is None
 
 
 def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:

@@ -28,18 +28,18 @@ def test_an_outage_begins_with_the_first_call_and_ends_with_the_last() -> None:
     outages = Outages(clock=clock)
     one, other = outages.waiting(), outages.waiting()
     clock.now = 1001.0
-    one.failed(STORE, "http://s:1", "ConnectError", until=1120.0)
+    one.record_failure(STORE, "http://s:1", "ConnectError", until=1120.0)
     clock.now = 1005.0
-    other.failed(STORE, "http://s:1", "ReadTimeout", until=1060.0)
-    (told,) = outages.told()
+    other.record_failure(STORE, "http://s:1", "ReadTimeout", until=1060.0)
+    (told,) = outages.ongoing()
     assert told == {
         "of": STORE, "address": "http://s:1", "since": 1000.0, "until": 1060.0, "problem": "ReadTimeout"
     }  # fmt: skip
-    other.answered()
-    (told,) = outages.told()
+    other.record_answer()
+    (told,) = outages.ongoing()
     assert (told["since"], told["until"]) == (1000.0, 1120.0)
-    one.answered()
-    assert outages.told() == []
+    one.record_answer()
+    assert outages.ongoing() == []
 
 
 def test_a_call_that_is_given_up_leaves_the_outage() -> None:
@@ -47,40 +47,40 @@ def test_a_call_that_is_given_up_leaves_the_outage() -> None:
 
     def given_up() -> None:
         with outages.waiting() as call:
-            call.failed(KAFKA, "k:1", "refused")
+            call.record_failure(KAFKA, "k:1", "refused")
             raise ValueError("given up")
 
     with pytest.raises(ValueError, match="given up"):
         given_up()
-    assert outages.told() == []
+    assert outages.ongoing() == []
 
 
 def test_a_call_that_finds_the_fault_elsewhere_waits_for_that_only() -> None:
     outages = Outages()
     with outages.waiting() as call:
-        call.failed(STORE, "http://s:1", "ConnectError")
-        call.failed("S3", "http://s3:1", "503")
-        assert [told["of"] for told in outages.told()] == ["S3"]
+        call.record_failure(STORE, "http://s:1", "ConnectError")
+        call.record_failure("S3", "http://s3:1", "503")
+        assert [told["of"] for told in outages.ongoing()] == ["S3"]
 
 
 def test_the_next_failure_after_an_answer_is_another_outage() -> None:
     clock = Clock()
     outages = Outages(clock=clock)
     call = outages.waiting()
-    call.failed(KAFKA, "k:1", "refused")
+    call.record_failure(KAFKA, "k:1", "refused")
     clock.now = 1050.0
-    call.answered()
+    call.record_answer()
     clock.now = 1060.0
-    call.failed(KAFKA, "k:1", "refused")
-    assert [told["since"] for told in outages.told()] == [1050.0]  # since the last answer
+    call.record_failure(KAFKA, "k:1", "refused")
+    assert [told["since"] for told in outages.ongoing()] == [1050.0]  # since the last answer
 
 
 def test_the_gauge_is_1_during_an_outage_and_0_after_it() -> None:
     outages = Outages()
     with outages.waiting() as one, outages.waiting() as other:
-        one.failed(KAFKA, "k:1", "refused")
-        other.failed(KAFKA, "k:2", "refused")
-        one.answered()
+        one.record_failure(KAFKA, "k:1", "refused")
+        other.record_failure(KAFKA, "k:2", "refused")
+        one.record_answer()
         assert gauge(KAFKA) == 1
     assert gauge(KAFKA) == 0
 
@@ -91,9 +91,9 @@ def test_many_threads_enter_and_leave_and_nothing_stays() -> None:
     def calls(number: int) -> None:
         for i in range(200):
             with outages.waiting() as call:
-                call.failed(KAFKA if (number + i) % 2 else STORE, "a", "x", until=float(i))
-                outages.told()
+                call.record_failure(KAFKA if (number + i) % 2 else STORE, "a", "x", until=float(i))
+                outages.ongoing()
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(calls, range(8)))
-    assert outages.told() == []
+    assert outages.ongoing() == []

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.service import Server
-from palimpsest.common.snapshots.retrying_http import NotThere, RetryingHttp, StoreUnavailable
+from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable
 from tests.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000
@@ -114,7 +114,7 @@ def test_a_body_that_became_shorter_ends_early_for_the_reader_to_notice() -> Non
 def test_what_is_nowhere_is_not_there() -> None:
     with Server(FastAPI(), "127.0.0.1", 0, key="t") as server:
         calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=1.0)
-        with pytest.raises(NotThere):
+        with pytest.raises(NotFound):
             next(calls.body("/v1/objects/a"))
         calls.close()
 

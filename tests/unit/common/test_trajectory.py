@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from palimpsest.common.trajectory import Malformed, Segment, behavior_logprobs, check, cuts, token_versions, trainable
+from palimpsest.common.trajectory import (
+    MalformedTrajectory,
+    Segment,
+    behavior_logprobs,
+    check,
+    cuts,
+    token_versions,
+    trainable,
+)
 from palimpsest.common.versions import UNTRAINABLE, Version
 
 
@@ -122,7 +130,7 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_segment_is_refused_by_its_place_and_version(case: str) -> None:
     segment, reason = MALFORMED[case]
-    with pytest.raises(Malformed) as refused:
+    with pytest.raises(MalformedTrajectory) as refused:
         check([SOUND, segment], 8)
     message = str(refused.value)
     assert message.startswith(f"segment 1 [{segment.start}, {segment.stop}) of version {segment.version}: ")
@@ -130,7 +138,7 @@ def test_a_malformed_segment_is_refused_by_its_place_and_version(case: str) -> N
 
 
 def test_a_segment_that_starts_before_the_first_token_is_refused() -> None:
-    with pytest.raises(Malformed, match=r"^segment 0 \[-1, 2\) of version 0: starts before token 0"):
+    with pytest.raises(MalformedTrajectory, match=r"^segment 0 \[-1, 2\) of version 0: starts before token 0"):
         check([Segment(-1, 2, Version(0), packed(-1, -1, -1))], 8)
 
 

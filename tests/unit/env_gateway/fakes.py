@@ -17,7 +17,7 @@ from palimpsest.services.env_gateway.environments.port import (
 )
 from palimpsest.services.env_gateway.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.registry import Entry
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 WANTED = CreateSession(environment="fake", seed=3)
 HALF = Score(0.5, False, {"half": 0.5})
@@ -91,7 +91,7 @@ def some_sessions(open_world: Callable[[], EnvironmentHost], clock: Callable[[],
         return open_world()
 
     numbers = {"max_sessions": 4, "lease_s": 600.0, "remember_s": 600.0, "result_bytes": 1000, **limits}
-    return Sessions({"fake": Entry("fake", "7", "", False, opened)}, Limits(**numbers), clock=clock)
+    return Sessions({"fake": Entry("fake", "7", "", False, opened)}, SessionLimits(**numbers), clock=clock)
 
 
 async def begun(sessions: Sessions, key: str | None = None) -> str:

@@ -10,9 +10,9 @@ import pytest
 from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import MAX_KEY, create_app
 from palimpsest.services.env_gateway.environments import lookup
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
-LIMITS = Limits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=65536)
+LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=65536)
 WANTED = {"environment": "lookup", "seed": 3}
 
 

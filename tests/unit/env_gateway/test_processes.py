@@ -18,7 +18,7 @@ from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.registry import isolated
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
@@ -186,7 +186,7 @@ async def test_global_chance_depends_on_the_seed_alone_in_every_gateway(pool: Po
 
 async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool) -> None:
     entry = isolated(pool, "hangs", EnvironmentSpec(path="awkward:Hangs"), version="1", description="")
-    sessions = Sessions({"hangs": entry}, Limits(max_sessions=9, lease_s=60, remember_s=60, result_bytes=1000))
+    sessions = Sessions({"hangs": entry}, SessionLimits(max_sessions=9, lease_s=60, remember_s=60, result_bytes=1000))
     opened = await sessions.create(CreateSession(environment="hangs", seed=0), None)
     session = Session.model_validate_json(opened).session_id
     child = next(p for p in children() if p.ppid() != os.getpid())

@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.common.sessions.wire import CreateSession, Message, Status, Step
 from palimpsest.services.env_gateway.environments import calculator, tool_calls
-from palimpsest.services.env_gateway.session import Session
+from palimpsest.services.env_gateway.session import LiveSession
 from tests.unit.env_gateway.fakes import ScriptedWorld
 
 
@@ -18,8 +18,8 @@ def test_docstring_examples_hold(module: object) -> None:
 
 
 async def test_an_ended_session_keeps_its_last_reply_only() -> None:
-    ended: list[Session] = []
-    session = Session(
+    ended: list[LiveSession] = []
+    session = LiveSession(
         id="s", wanted=CreateSession(environment="fake", seed=0), key=None, lease_until=0.0, on_end=ended.append,
         world=ScriptedWorld(), opened=b"{}",
     )  # fmt: skip
@@ -37,7 +37,7 @@ async def test_an_ended_session_keeps_its_last_reply_only() -> None:
 
 
 async def test_a_session_ends_once() -> None:
-    session = Session(
+    session = LiveSession(
         id="s", wanted=CreateSession(environment="fake", seed=0), key=None, lease_until=0.0, on_end=lambda _: None
     )
     session.end_without_reward(Status.EXPIRED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.services.live.history_tail import PACE, Tail, Trained
+from palimpsest.services.live.history_tail import PACE, HistoryTail, TrainedVersions
 from palimpsest.services.report.folder import Line
 from tests.history_lines import a_line
 
@@ -29,7 +29,7 @@ def written(lines: list[Line]) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
-def agrees(kept: Trained, lines: list[Line]) -> bool:
+def agrees(kept: TrainedVersions, lines: list[Line]) -> bool:
     """Everything kept follows from the lines, counted here from all of them."""
     assert kept.versions == len(lines)
     assert list(kept.success) == [line["successes"].count("1") / len(line["successes"]) for line in lines]
@@ -46,7 +46,7 @@ def agrees(kept: Trained, lines: list[Line]) -> bool:
 @pytest.mark.parametrize("versions", [0, 1, PACE, PACE + 1, 200])
 def test_what_is_kept_is_what_the_whole_history_says(tmp_path: Path, versions: int):
     path, lines, rng = tmp_path / "history.jsonl", a_history(versions), random.Random(2)
-    tail, body, at = Tail(path), written(lines), 0
+    tail, body, at = HistoryTail(path), written(lines), 0
     tail.read(0.0)
     while at < len(body):  # it grows by pieces that end anywhere
         step = rng.randint(1, 4000)
@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_the_whole_history_says(tmp_path: Path, versions: i
 @pytest.mark.parametrize("after", [0, 1, 60])
 def test_a_history_that_a_restart_cut_back_is_read_anew(tmp_path: Path, kept: int, after: int):
     path, lines = tmp_path / "history.jsonl", a_history(100)
-    tail = Tail(path)
+    tail = HistoryTail(path)
     path.write_bytes(written(lines))
     tail.read(0.0)
     lines = lines[:kept] + a_history(after, seed=3)
@@ -73,7 +73,7 @@ def test_a_history_that_a_restart_cut_back_is_read_anew(tmp_path: Path, kept: in
 def test_a_version_that_stood_there_before_says_nothing_of_the_pace(tmp_path: Path):
     path = tmp_path / "history.jsonl"
     path.write_bytes(written(a_history(3)))
-    tail = Tail(path)
+    tail = HistoryTail(path)
     tail.read(5.0)
     with path.open("ab") as file:
         file.write(written(a_history(1)))
@@ -83,7 +83,7 @@ def test_a_version_that_stood_there_before_says_nothing_of_the_pace(tmp_path: Pa
 def test_a_line_costs_bytes_not_kilobytes(tmp_path: Path):
     path = tmp_path / "history.jsonl"
     path.write_bytes(written([a_line(i, padding="x" * 20_000) for i in range(200)]))
-    tail = Tail(path)
+    tail = HistoryTail(path)
     kept = tail.read(0.0)
     assert kept.versions == 200
     assert all(isinstance(step.seconds, float) for step in kept.newest)

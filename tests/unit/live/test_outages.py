@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.outages import Course, Outage, Past, clock, in_full, merged, over
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
@@ -109,7 +109,7 @@ def seen(
     **services: ServiceObservation,
 ) -> State:
     running = servers(now) | {"learner": learner(now), "worker-0": worker(now, seconds=now)} | services
-    trained = gathered((a_line(i) for i in range(lines)), arrived=arrived)
+    trained = accumulate((a_line(i) for i in range(lines)), arrived=arrived)
     sight = RunObservation(running, trained, outages=outages, past=past, clock=WALL)
     return state(PLAN, sight, now=now, started=1.0, crashes=crashes)
 

@@ -15,7 +15,7 @@ from palimpsest.common.messages import DEAD_LETTERS, WORKERS, VersionApplied, de
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
 from palimpsest.services.live import poller
-from palimpsest.services.live.poller import ServiceObservation, Watch
+from palimpsest.services.live.poller import RunPoller, ServiceObservation
 from tests.history_lines import a_line
 
 WITHIN_S = 10.0
@@ -84,7 +84,7 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
     service: Answering, bus: SqliteBus, tmp_path: Path
 ):
     urls = {"learner": service.url, "worker-0": service.url}
-    with Watch(urls, tmp_path, bus, run="test", token="secret") as watching:
+    with RunPoller(urls, tmp_path, bus, run="test", token="secret") as watching:
         until(lambda: watching.sight().services["learner"].earlier is not None)
         assert service.token == "Bearer secret"
         service.hangs.set()
@@ -100,13 +100,13 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
 
 
 def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
-    with Watch({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
+    with RunPoller({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
         until(lambda: watching.sight().services["learner"] == ServiceObservation(trouble="ConnectError"))
 
 
 def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
     update = VersionApplied("t", "worker-0", Version(1), "", True, 0.01, 0.2, 3)
-    with Watch({}, tmp_path, bus, run="test") as watching:
+    with RunPoller({}, tmp_path, bus, run="test") as watching:
         assert watching.sight().trained.versions == 0
         bus.publish(WORKERS, [Outgoing("worker-0", encode(update)), Outgoing("worker-0", b"not a record")])
         (tmp_path / "history.jsonl").write_bytes(msgspec.json.encode(a_line(0)) + b"\n")

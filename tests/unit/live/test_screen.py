@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from palimpsest.services.live import screen
-from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, state
@@ -20,7 +20,7 @@ WITHIN_S = 10.0
 
 def a_state() -> State:
     sight = RunObservation(
-        servers() | {"learner": learner(), "worker-0": worker()}, gathered(a_line(i) for i in range(4))
+        servers() | {"learner": learner(), "worker-0": worker()}, accumulate(a_line(i) for i in range(4))
     )
     return state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
 
@@ -64,7 +64,7 @@ def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch:
 
     def states() -> Iterator[State]:
         for alerts in ([alert(8)], [alert(9)], [], [alert(12)]):
-            sight = RunObservation(servers() | {"learner": learner()}, gathered([a_line(0, alerts=alerts)]))
+            sight = RunObservation(servers() | {"learner": learner()}, accumulate([a_line(0, alerts=alerts)]))
             yield state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
         over.set()
         yield a_state()

@@ -4,8 +4,8 @@ import pytest
 
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.versions import Version
-from palimpsest.services.live.history_tail import gathered
-from palimpsest.services.live.poller import Answer, RunObservation, ServiceObservation
+from palimpsest.services.live.history_tail import accumulate
+from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.local.exit_reasons import Crash
 from tests.history_lines import a_line, learner, servers, worker
@@ -24,7 +24,7 @@ def doing(shown: State) -> dict[str, str]:
 def test_time_left_follows_from_the_pace_since_the_last_start():
     lines = [a_line(0, seconds=30.0), a_line(1, seconds=90.0, phases={"wait": 50.0, "train": 1.0})]
     lines += [a_line(2, seconds=92.0), a_line(3, seconds=94.0)]
-    shown = seen(RunObservation(servers() | {"learner": learner()}, gathered(lines)))
+    shown = seen(RunObservation(servers() | {"learner": learner()}, accumulate(lines)))
     assert shown.left_s == pytest.approx(6 * 2.0)
     assert shown.learner_tokens_per_s == pytest.approx(20 / 4.0)
     assert shown.trained_versions == 4
@@ -32,7 +32,7 @@ def test_time_left_follows_from_the_pace_since_the_last_start():
 
 def test_there_is_no_estimate_before_there_is_a_pace():
     first = a_line(0, phases={"wait": 30.0, "train": 1.0})
-    assert seen(RunObservation({"learner": learner()}, gathered((first,)))).left_s is None
+    assert seen(RunObservation({"learner": learner()}, accumulate((first,)))).left_s is None
     assert seen(RunObservation({"learner": learner()})).learner_tokens_per_s is None
 
 
@@ -92,7 +92,7 @@ def test_who_waits_for_what():
 
 def test_a_replica_is_no_worker():
     scoring = ServiceObservation(
-        Answer(100.0, {"version": 3, "waiting": 21, "scored_tokens": 900, "waiting_for": None})
+        StatusReply(100.0, {"version": 3, "waiting": 21, "scored_tokens": 900, "waiting_for": None})
     )
     services = {"learner": learner(), "worker-0": worker(seconds=0.0, live=0, waiting_for="the engine")}
     services |= {
@@ -127,12 +127,12 @@ def test_warnings_say_what_happened_in_plain_words():
     )  # fmt: skip
     lines = (a_line(0, skipped=1), a_line(1, exact=False, proximal="ewma_prox"))
     shown = seen(
-        RunObservation({"learner": learner(trajectories=ledger)}, gathered(lines), (refused,)),
+        RunObservation({"learner": learner(trajectories=ledger)}, accumulate(lines), (refused,)),
         crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
         "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
-        killed.told("1 min 0 s"),
+        killed.to_text("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
         "1 dead-lettered: `palimpsest dead-letters list` with the run's file says why",
         "left out 1 optimizer step: the gradient was not finite",
@@ -145,7 +145,7 @@ def test_at_the_end_nobody_is_expected_to_answer():
         "learner": learner(at=50.0, trouble="ConnectError"),
         "worker-0": worker(at=50.0, trouble="ConnectError"),
     }
-    shown = seen(RunObservation(services, gathered(a_line(i) for i in range(10))))
+    shown = seen(RunObservation(services, accumulate(a_line(i) for i in range(10))))
     assert shown.warnings == ()
     assert doing(shown)["learner"] == "ended"
 
@@ -154,6 +154,6 @@ def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
     alert = {"rule": "clip_idle", "level": "warning", "value": 0.0, "says": "the clip takes nothing"}
     notice = {"rule": "discrepancy_is_one", "level": "notice", "value": 1.0, "says": "as configured"}
     over = a_line(0, alerts=[alert | {"says": "long over"}])
-    shown = seen(RunObservation({"learner": learner()}, gathered((over, a_line(1, alerts=[alert, notice])))))
+    shown = seen(RunObservation({"learner": learner()}, accumulate((over, a_line(1, alerts=[alert, notice])))))
     assert shown.warnings == ("clip_idle: the clip takes nothing",)
-    assert seen(RunObservation({"learner": learner()}, gathered((over, a_line(1))))).warnings == ()
+    assert seen(RunObservation({"learner": learner()}, accumulate((over, a_line(1))))).warnings == ()

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.versions import Version
-from palimpsest.services.live.history_tail import gathered
+from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import bar, line, sparkline, view
@@ -25,7 +25,7 @@ def a_state(lines: int = 5, **services: ServiceObservation) -> State:
     history += [a_line(lines - 1, successes="0111", reward=0.9, tokens=BY_STALENESS)] if lines else []
     update = VersionApplied("t", "worker-0", Version(4), "", True, 0.01, 0.172, 9)
     seen = servers() | {"learner": learner(), "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400))}
-    sight = RunObservation(seen | services, gathered(history), (update,))
+    sight = RunObservation(seen | services, accumulate(history), (update,))
     return state(
         Plan("night-run", 20, 0.03), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")]
     )

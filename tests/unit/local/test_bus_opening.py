@@ -19,7 +19,7 @@ from palimpsest.common.outages import OUTAGES
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.local import bus_opening
-from palimpsest.services.local.bus_opening import opened
+from palimpsest.services.local.bus_opening import open_run_bus
 from tests.runs import ROOT
 from tests.waiting import LIMIT_S
 
@@ -68,7 +68,7 @@ def test_a_broker_that_is_waited_for_is_told_of_once_and_so_is_its_answer(
         said.append(line)
         broker.goes_on.set()
 
-    bus = opened(config(tmp_path), Stop(), say, how=broker.open)
+    bus = open_run_bus(config(tmp_path), Stop(), say, how=broker.open)
     assert bus is not None
     bus.close()
     assert said == [
@@ -81,9 +81,9 @@ def test_a_log_that_opens_soon_is_not_worth_a_word(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(bus_opening, "SAY_S", LIMIT_S)
     broker, said = Broker(tmp_path), list[str]()
     broker.goes_on.set()
-    with closing(opened(config(tmp_path), Stop(), said.append, how=broker.open)) as bus:  # type: ignore[type-var]
+    with closing(open_run_bus(config(tmp_path), Stop(), said.append, how=broker.open)) as bus:  # type: ignore[type-var]
         assert isinstance(bus, SqliteBus)
-    with closing(opened(config(tmp_path, kind="sqlite"), Stop(), said.append)) as bus:  # type: ignore[type-var]
+    with closing(open_run_bus(config(tmp_path, kind="sqlite"), Stop(), said.append)) as bus:  # type: ignore[type-var]
         assert isinstance(bus, SqliteBus)
     assert said == []
 
@@ -95,7 +95,7 @@ def test_what_ends_the_waiting_is_passed_on(tmp_path: Path) -> None:
     broker = Broker(tmp_path, refuse)
     broker.goes_on.set()
     with pytest.raises(UserError, match="refuses us") as refused:
-        opened(config(tmp_path), Stop(), print, how=broker.open)
+        open_run_bus(config(tmp_path), Stop(), print, how=broker.open)
     assert refused.value.code is ExitCode.UNAVAILABLE
 
 
@@ -103,7 +103,7 @@ def test_a_stop_is_heard_while_the_broker_is_away(tmp_path: Path) -> None:
     stop, broker = Stop(), Broker(tmp_path)
     stop.request()
     try:
-        assert opened(config(tmp_path), stop, print, how=broker.open) is None
+        assert open_run_bus(config(tmp_path), stop, print, how=broker.open) is None
     finally:
         broker.goes_on.set()
 

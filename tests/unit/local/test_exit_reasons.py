@@ -2,7 +2,7 @@
 
 import pytest
 
-from palimpsest.services.local.exit_reasons import Crash, ending, last_error, remedy
+from palimpsest.services.local.exit_reasons import Crash, describe_exit, last_error, remedy
 
 KILLED_RANK = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
@@ -70,12 +70,12 @@ def test_an_error_is_quoted_with_its_whole_message() -> None:
     ],
 )
 def test_how_it_ended(exit_code: int, words: str, said: str) -> None:
-    assert ending("it", exit_code, words) == said
+    assert describe_exit("it", exit_code, words) == said
 
 
 def test_a_crash_says_when_it_is_made_up_for() -> None:
-    assert Crash("it", 0.0, 1, "E", 0.0).told("9 s").endswith("(exit code 1: E), and was started again")
-    assert Crash("it", 0.0, 1, "E", 4.0).told("9 s").endswith("(exit code 1: E); starts again in 4 s")
+    assert Crash("it", 0.0, 1, "E", 0.0).to_text("9 s").endswith("(exit code 1: E), and was started again")
+    assert Crash("it", 0.0, 1, "E", 4.0).to_text("9 s").endswith("(exit code 1: E); starts again in 4 s")
 
 
 def test_what_to_do_about_a_signal_is_said_of_a_rank_too() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.local.lock import LOCK, Lock
+from palimpsest.services.local.lock import LOCK, RunLock
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
 HOLDS = """
@@ -29,7 +29,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError) as found:
-            Lock(tmp_path, now=NOW)
+            RunLock(tmp_path, now=NOW)
         said = str(found.value)
         assert said.startswith(f"the run in {tmp_path} is alive: process {holder.pid} of ")
         assert "(since 2026-11-28 11:00:00+00:00) supervises it" in said
@@ -38,31 +38,31 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with Lock(tmp_path, now=NOW):
+    with RunLock(tmp_path, now=NOW):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_of_one_process_is_not_taken_twice_by_it(tmp_path: Path) -> None:
-    with Lock(tmp_path, now=NOW), pytest.raises(UserError, match=f"process {os.getpid()} of "):
-        Lock(tmp_path, now=NOW)
-    Lock(tmp_path, now=NOW)
+    with RunLock(tmp_path, now=NOW), pytest.raises(UserError, match=f"process {os.getpid()} of "):
+        RunLock(tmp_path, now=NOW)
+    RunLock(tmp_path, now=NOW)
 
 
 def test_a_service_that_outlives_its_supervisor_does_not_hold_the_run(tmp_path: Path) -> None:
-    with Lock(tmp_path, now=NOW):
+    with RunLock(tmp_path, now=NOW):
         lives = "import time; print('lives', flush=True); time.sleep(600)"
         child = subprocess.Popen([sys.executable, "-c", lives], stdout=subprocess.PIPE, close_fds=False)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == b"lives\n"
-        Lock(tmp_path, now=NOW)
+        RunLock(tmp_path, now=NOW)
     finally:
         child.kill()
         child.wait()
 
 
 def test_a_lock_file_that_says_nothing_is_told_of_all_the_same(tmp_path: Path) -> None:
-    with Lock(tmp_path, now=NOW):
+    with RunLock(tmp_path, now=NOW):
         (tmp_path / LOCK).write_text("not JSON")
         with pytest.raises(UserError, match="is alive: another process supervises it"):
-            Lock(tmp_path, now=NOW)
+            RunLock(tmp_path, now=NOW)

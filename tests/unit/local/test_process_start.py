@@ -2,14 +2,14 @@
 
 import pytest
 
-from palimpsest.services.live.poller import Answer, ServiceObservation
-from palimpsest.services.local.process_start import STEADY_S, Life
+from palimpsest.services.live.poller import ServiceObservation, StatusReply
+from palimpsest.services.local.process_start import STEADY_S, ProcessStart
 
 STARTED = 100.0
 
 
 def said(service: str, *, at: float = STARTED + 1, **status: object) -> ServiceObservation:
-    return ServiceObservation(Answer(at, {"service": service, "waiting_for": None, **status}))
+    return ServiceObservation(StatusReply(at, {"service": service, "waiting_for": None, **status}))
 
 
 READY = {
@@ -31,43 +31,43 @@ NOT_READY = {
 
 @pytest.mark.parametrize("service", READY)
 def test_a_process_that_was_ready_when_a_version_came_has_worked(service: str) -> None:
-    life = Life(STARTED, versions=7, trains=service == "learner")
-    life.saw(READY[service], versions=7, now=STARTED + 2)
+    life = ProcessStart(STARTED, versions=7, trains=service == "learner")
+    life.observe(READY[service], versions=7, now=STARTED + 2)
     assert (life.ready, life.worked) == (STARTED + 2, False)
-    life.saw(READY[service], versions=8, now=STARTED + 3)
+    life.observe(READY[service], versions=8, now=STARTED + 3)
     assert (life.ready, life.worked) == (STARTED + 2, True)
 
 
 @pytest.mark.parametrize("name", NOT_READY)
 def test_no_start_up_however_long_is_work(name: str) -> None:
-    life = Life(STARTED, versions=7)
-    life.saw(NOT_READY[name], versions=50, now=STARTED + 100 * STEADY_S)
+    life = ProcessStart(STARTED, versions=7)
+    life.observe(NOT_READY[name], versions=50, now=STARTED + 100 * STEADY_S)
     assert (life.ready, life.worked) == (None, False)
 
 
 @pytest.mark.parametrize("service", READY)
 def test_staying_up_is_work_for_all_but_the_learner(service: str) -> None:
-    life = Life(STARTED, versions=7, trains=service == "learner")
+    life = ProcessStart(STARTED, versions=7, trains=service == "learner")
     for now in (STARTED + 2, STARTED + 2 + STEADY_S):
-        life.saw(READY[service], versions=7, now=now)
+        life.observe(READY[service], versions=7, now=now)
     assert life.worked is (service != "learner")
 
 
 def test_a_version_is_the_learners_work_even_if_its_answers_were_missed() -> None:
-    life = Life(STARTED, versions=7, trains=True)
-    life.saw(ServiceObservation(), versions=8, now=STARTED + 2)
+    life = ProcessStart(STARTED, versions=7, trains=True)
+    life.observe(ServiceObservation(), versions=8, now=STARTED + 2)
     assert life.worked
 
 
 def test_versions_that_are_trained_again_after_a_checkpoint_are_none_more() -> None:
-    life = Life(STARTED, versions=7, trains=True)
+    life = ProcessStart(STARTED, versions=7, trains=True)
     for versions in (5, 6, 7):
-        life.saw(READY["learner"], versions=versions, now=STARTED + versions)
+        life.observe(READY["learner"], versions=versions, now=STARTED + versions)
     assert not life.worked
 
 
 def test_a_service_that_only_says_what_it_loads_is_not_ready() -> None:
     for service in ("learner", "rollout", "snapshot_store"):
-        life = Life(STARTED, versions=0)
-        life.saw(said(service, starting=True, waiting_for="the model to be loaded"), versions=0, now=STARTED + 2)
+        life = ProcessStart(STARTED, versions=0)
+        life.observe(said(service, starting=True, waiting_for="the model to be loaded"), versions=0, now=STARTED + 2)
         assert life.ready is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from palimpsest.services.local.restart_policy import LONGEST_WAIT_S, Death, alike, row_with, wait_s
+from palimpsest.services.local.restart_policy import LONGEST_WAIT_S, Death, append_death, is_crash_loop, restart_delay_s
 
 KILLED, RAISED, OTHER = Death(-9, "", False), Death(1, "ValueError: no", False), Death(1, "OSError: no", False)
 WORKED = Death(-9, "", True)
@@ -11,8 +11,8 @@ WORKED = Death(-9, "", True)
 def outcome(*deaths: Death, restarts: int = 5) -> float | None:
     row: tuple[Death, ...] = ()
     for death in deaths:
-        row = row_with(row, death)
-    return wait_s(row, restarts=restarts)
+        row = append_death(row, death)
+    return restart_delay_s(row, restarts=restarts)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_a_row_of_deaths(deaths: list[Death], restarts: int, waits: float | None
     ],
 )
 def test_likeness(one: Death, other: Death, same: bool) -> None:
-    assert one.is_like(other) is same
-    assert alike([one, other, one]) is same
+    assert one.is_same_failure(other) is same
+    assert is_crash_loop([one, other, one]) is same
 
 
 def test_every_row_without_work_ends() -> None:
@@ -57,6 +57,8 @@ def test_every_row_without_work_ends() -> None:
     for restarts in range(8):
         row: tuple[Death, ...] = ()
         starts = 1
-        while wait_s(row := row_with(row, Death(1, "ab"[starts % 2], False)), restarts=restarts) is not None:
+        while (
+            restart_delay_s(row := append_death(row, Death(1, "ab"[starts % 2], False)), restarts=restarts) is not None
+        ):
             starts += 1
         assert starts == restarts + 1

@@ -8,7 +8,7 @@ import pytest
 from palimpsest.common.config import load
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.live.history_tail import Trained
+from palimpsest.services.live.history_tail import TrainedVersions
 from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.local import supervisor
 from palimpsest.services.local.processes import Child, python
@@ -67,7 +67,7 @@ def test_a_worker_that_ends_well_though_the_run_goes_on_is_started_again(
     with pytest.raises(UserError, match=r"worker-0 died 2 times in a row .*although the run goes on \(exit code 0\)"):
         run.run(Stop(), look)
     assert run.workers[0].starts == 2
-    assert "crashed" not in run.crashes[0].told("1 s")
+    assert "crashed" not in run.crashes[0].to_text("1 s")
 
 
 @pytest.mark.servers
@@ -80,7 +80,7 @@ def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path,
         looks += not run.workers[0].running
         if looks == 10:
             done.path.touch()
-        return RunObservation({}, Trained(1, last={"published": 3}))
+        return RunObservation({}, TrainedVersions(1, last={"published": 3}))
 
     run = supervised(tmp_path, worker="pass", learner=done.learner)
     assert run.run(Stop(), all_versions_are_trained)

@@ -7,7 +7,7 @@ import pytest
 from palimpsest.common.messages import VersionApplied, WorkerAlive
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
-from palimpsest.services.report.folder import Checkpoint, Contents, Line, Log, Seconds, settled_in
+from palimpsest.services.report.folder import CheckpointSummary, Contents, Line, LogSummary, Seconds, settled_in
 from palimpsest.services.report.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
 from tests.history_lines import a_line
 
@@ -74,7 +74,7 @@ def test_the_ledger_balances_with_the_checkpoint(empty: Contents):
         next_index=9, open_groups={}, trained=20, dropped={"deadline": 3, "over_staleness": 1}, dead_lettered=2,
         offered=40,
     )  # fmt: skip
-    summary = summarize(having(empty, a_line(0), checkpoint=Checkpoint(state, 0, 5.0)))
+    summary = summarize(having(empty, a_line(0), checkpoint=CheckpointSummary(state, 0, 5.0)))
     assert summary["trajectories"] == {
         "offered": 40,
         "trained": 20,
@@ -97,7 +97,7 @@ def test_the_learner_waits_for_a_share_of_its_time_after_the_first_batch_of_each
 
 
 def test_a_worker_started_again_begins_its_counts_anew(empty: Contents):
-    log = Log(
+    log = LogSummary(
         alive=(
             alive(10, idle_s=4, tokens=100),
             alive(20, idle_s=5, tokens=300),
@@ -112,12 +112,12 @@ def test_a_worker_started_again_begins_its_counts_anew(empty: Contents):
 
 
 def test_rates_of_several_workers_add_up(empty: Contents):
-    log = Log(alive=(alive(10, tokens=100), alive(20, tokens=100, worker="worker-1"), alive(20, tokens=240)))
+    log = LogSummary(alive=(alive(10, tokens=100), alive(20, tokens=100, worker="worker-1"), alive(20, tokens=240)))
     assert summarize(having(empty, log=log))["tokens_per_second"]["rollout"] == pytest.approx(240 / 20 + 100 / 20)
 
 
 def test_updates_of_the_workers(empty: Contents):
-    log = Log(
+    log = LogSummary(
         applied=(
             applied(0, pause_s=0.1),
             applied(1, pause_s=0.3, error=0.02),
@@ -131,7 +131,7 @@ def test_updates_of_the_workers(empty: Contents):
 
 
 def test_tokens_and_bytes(empty: Contents):
-    log = Log(records=4, duplicates=1, tokens=200, trainable_tokens=50, bytes=1700)
+    log = LogSummary(records=4, duplicates=1, tokens=200, trainable_tokens=50, bytes=1700)
     lines = [a_line(0, tokens={0: {"tokens": 30.0}}), a_line(1, tokens={0: {"tokens": 20.0}, 1: {"tokens": 50.0}})]
     summary = summarize(having(empty, *lines, log=log, seconds=Seconds(setup=31.0, run=4.0)))
     assert summary["tokens_trained"] == 100
@@ -150,7 +150,7 @@ def test_one_batch_with_a_surrogate_makes_the_run_inexact(empty: Contents):
 
 
 def test_a_run_that_trained_nothing_has_no_numbers_rather_than_zeros(empty: Contents):
-    summary = summarize(having(empty, log=Log(offered=40)))
+    summary = summarize(having(empty, log=LogSummary(offered=40)))
     assert summary["trajectories"] == {
         "offered": 40,
         "trained": 0,

@@ -13,7 +13,7 @@ from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app as create_gateway
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout import worker
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.snapshot_store.app import create_app as create_store
@@ -43,7 +43,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SnapshotClien
 @pytest.fixture(scope="session")
 def gateway() -> Iterator[str]:
     offered = registry.built_in()
-    limits = Limits(max_sessions=1000, lease_s=600.0, remember_s=600.0, result_bytes=65536)
+    limits = SessionLimits(max_sessions=1000, lease_s=600.0, remember_s=600.0, result_bytes=65536)
     app = create_gateway(Sessions(offered, limits), offered)
     with Server(app, "127.0.0.1", 0, key="env_gateway") as server:
         yield f"http://127.0.0.1:{server.port}"

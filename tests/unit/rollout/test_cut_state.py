@@ -9,7 +9,7 @@ from palimpsest.common.messages import Control, CutReleased, CutRequested, Group
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.cut_state import CutState, flush
-from palimpsest.services.rollout.engine.port import Sampled, Span
+from palimpsest.services.rollout.engine.port import SampledTokens, Span
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 from tests.builders import SAMPLING
 
@@ -107,15 +107,17 @@ def a_live(*versions: int) -> InFlightTrajectory:
     return InFlightTrajectory(group, "g000007/1", 2, assembly)
 
 
-def sampled(*versions: int) -> Sampled:
+def sampled(*versions: int) -> SampledTokens:
     spans = tuple(Span(Version(version), i, i + 1) for i, version in enumerate(versions))
-    return Sampled(tuple(range(50, 50 + len(versions))), (-0.5,) * len(versions), spans, stopped=True)
+    return SampledTokens(tuple(range(50, 50 + len(versions))), (-0.5,) * len(versions), spans, stopped=True)
 
 
 def test_a_flush_holds_everything_so_far_the_message_under_way_included() -> None:
     live = a_live(3)
     live.assembly.add_environment([9])
-    partial = Sampled((70, 71, 72), (-1.0, -2.0, -3.0), (Span(Version(3), 0, 1), Span(Version(4), 1, 3)), stopped=False)
+    partial = SampledTokens(
+        (70, 71, 72), (-1.0, -2.0, -3.0), (Span(Version(3), 0, 1), Span(Version(4), 1, 3)), stopped=False
+    )
     record = flush(live, live.assembly.with_partial(partial), request=request(5, 4), worker="worker-0")
     assert record is not None
     assert (record.run, record.trajectory, record.group) == ("test", "g000007/1", "g000007")

@@ -6,11 +6,11 @@ from hypothesis import given, strategies as st
 from palimpsest.common.arrays import unpack_float32, unpack_int32
 from palimpsest.common.trajectory import check, cuts, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.rollout.engine.port import Sampled, Span
+from palimpsest.services.rollout.engine.port import SampledTokens, Span
 from palimpsest.services.rollout.trajectory_builder import Contradiction, TrajectoryBuilder
 
 
-def sampled(versions: list[int], first: int = 0) -> Sampled:
+def sampled(versions: list[int], first: int = 0) -> SampledTokens:
     """One token for each version; token and log-prob tell their place."""
     spans: list[Span] = []
     for i, version in enumerate(versions):
@@ -19,7 +19,7 @@ def sampled(versions: list[int], first: int = 0) -> Sampled:
         else:
             spans.append(Span(Version(version), i, i + 1))
     tokens = tuple(1000 + first + i for i in range(len(versions)))
-    return Sampled(tokens, tuple(-(first + i) / 8 for i in range(len(versions))), tuple(spans), stopped=True)
+    return SampledTokens(tokens, tuple(-(first + i) / 8 for i in range(len(versions))), tuple(spans), stopped=True)
 
 
 turns = st.lists(
@@ -59,16 +59,16 @@ def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[
 @pytest.mark.parametrize(
     "bad",
     [
-        Sampled((1, 2), (-1.0,), (Span(Version(0), 0, 2),), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1),), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 3),), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 1, 2),), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1), Span(Version(1), 0, 2)), stopped=True),
-        Sampled((1, 2), (-1.0, -1.0), (Span(Version(-1), 0, 2),), stopped=True),
+        SampledTokens((1, 2), (-1.0,), (Span(Version(0), 0, 2),), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1),), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 3),), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (Span(Version(0), 1, 2),), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (Span(Version(0), 0, 1), Span(Version(1), 0, 2)), stopped=True),
+        SampledTokens((1, 2), (-1.0, -1.0), (Span(Version(-1), 0, 2),), stopped=True),
     ],
 )
-def test_spans_that_do_not_cover_the_tokens_are_refused(bad: Sampled) -> None:
+def test_spans_that_do_not_cover_the_tokens_are_refused(bad: SampledTokens) -> None:
     assembly = TrajectoryBuilder([5])
     with pytest.raises(Contradiction):
         assembly.add_sampled(bad)

@@ -23,9 +23,9 @@ from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
 from palimpsest.services.env_gateway.environments.tool_calls import render
 from palimpsest.services.env_gateway.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.registry import Entry
-from palimpsest.services.env_gateway.sessions import Limits, Sessions
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled, Span
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, Span
 from palimpsest.services.rollout.trajectory_sampler import Ended, Tally, TrajectorySampler
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
@@ -44,14 +44,14 @@ class Saying:
     versions: Sequence[int] = ()
     """Of each token; all 0 by default."""
 
-    def sampled(self, max_tokens: int, stop: Sequence[int]) -> Sampled:
+    def sampled(self, max_tokens: int, stop: Sequence[int]) -> SampledTokens:
         """As an engine gives it."""
         tokens = (*self.tokens, *(stop[:1] if self.stopped else ()))[:max_tokens]
         versions = [*self.versions, *[max(self.versions, default=0)] * len(tokens)][: len(tokens)]
         cuts = [0, *(i for i in range(1, len(tokens)) if versions[i] != versions[i - 1]), len(tokens)]
         spans = tuple(Span(Version(versions[start]), start, end) for start, end in pairwise(cuts))
         logprobs = tuple(-(1 + i) / 64 for i in range(len(tokens)))
-        return Sampled(tokens, logprobs, spans, stopped=tokens[-1:] == tuple(stop[:1]))
+        return SampledTokens(tokens, logprobs, spans, stopped=tokens[-1:] == tuple(stop[:1]))
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Says:
     sayings: Iterable[Saying | Exception]
     prompts: list[list[int]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    answers: list[Sampled] = field(default_factory=list)
+    answers: list[SampledTokens] = field(default_factory=list)
     asked: list[tuple[float, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Says:
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> Sampled:
+    ) -> SampledTokens:
         self.prompts.append(list(prompt))
         self.requests.append(request)
         self.asked.append((temperature, max_tokens))
@@ -136,7 +136,7 @@ def worlds(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed)
         return world
 
     offered = {"fake": Entry("fake", "7", "", False, open_next)}
-    app = create_app(Sessions(offered, Limits(10, 600.0, 600.0, 1000)), offered)
+    app = create_app(Sessions(offered, SessionLimits(10, 600.0, 600.0, 1000)), offered)
     with Server(app, "127.0.0.1", 0, key="env_gateway") as server:
         yield Setting(f"http://127.0.0.1:{server.port}", dialogue)
 
@@ -341,7 +341,7 @@ async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
 
     generate, step = sampler.engine.generate, SessionClient.step
 
-    async def generated(*arguments: object, **options: object) -> Sampled:
+    async def generated(*arguments: object, **options: object) -> SampledTokens:
         look()
         return await generate(*arguments, **options)  # type: ignore[arg-type]
 
@@ -377,7 +377,7 @@ async def test_a_trajectory_that_comes_to_nothing_is_forgotten(
         if how == "it is cancelled":
             waiting = asyncio.Event()
 
-            async def wait(*_: object, **__: object) -> Sampled:
+            async def wait(*_: object, **__: object) -> SampledTokens:
                 waiting.set()
                 return await asyncio.Future()
 
@@ -398,7 +398,7 @@ async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the
     engine = Says([Saying([70, 71]), Saying([70, 71])])
     said = engine.generate
 
-    async def together(*arguments: object, **options: object) -> Sampled:
+    async def together(*arguments: object, **options: object) -> SampledTokens:
         if len(sampler.live) == 2:
             both.set()
         sampled = await said(*arguments, **options)  # type: ignore[arg-type]

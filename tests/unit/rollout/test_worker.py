@@ -30,7 +30,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import worker as the_worker
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, Sampled
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_builder import Contradiction
 from tests.builders import SAMPLING
@@ -236,7 +236,7 @@ class DiesAfter(GatedEngine):
         super().__init__(dialogue)
         self._left = messages
 
-    async def generate(self, *args: Any, **options: Any) -> Sampled:
+    async def generate(self, *args: Any, **options: Any) -> SampledTokens:
         self._left -= 1
         if self._left == 0:
             self.die()
@@ -279,9 +279,9 @@ async def test_a_dead_engine_that_counted_as_a_failed_request_would_drop_traject
 
 async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -> None:
     class Contradicts(GatedEngine):
-        async def generate(self, *args, **kwargs) -> Sampled:
+        async def generate(self, *args, **kwargs) -> SampledTokens:
             right = await super().generate(*args, **kwargs)
-            return Sampled(right.tokens, right.logprobs, (), right.stopped)
+            return SampledTokens(right.tokens, right.logprobs, (), right.stopped)
 
     offer(place.bus, 0)
     announce(place.bus, 0)

@@ -32,7 +32,7 @@ from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import EngineDead, Sampled, StoredWeights
+from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import UpdateResult, WeightSync
@@ -83,7 +83,7 @@ class GatedEngine(ScriptedEngine):
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> Sampled:
+    ) -> SampledTokens:
         trajectory = request.partition("#")[0]
         self.asked.append(trajectory)
         self.live += 1

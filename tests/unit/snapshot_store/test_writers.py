@@ -17,7 +17,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.app import create_app, open_catalogue
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
-from palimpsest.services.snapshot_store.writers import Committed, Fenced, UnknownWriter, Writers
+from palimpsest.services.snapshot_store.writers import CheckpointCommit, StaleWriter, UnknownWriter, Writers
 from tests.unit.snapshot_store.test_app import assert_error, metric, send
 from tests.unit.snapshot_store.weights import a_manifest
 
@@ -196,7 +196,7 @@ def test_of_many_at_several_stores_over_one_storage_each_gets_another_epoch(aske
             assert newest.epoch == len(asked)
             await stores[i].check(len(asked))
             for epoch in range(1, len(asked)):
-                with pytest.raises(Fenced):
+                with pytest.raises(StaleWriter):
                     await stores[i].check(epoch)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -261,7 +261,7 @@ def test_whatever_happens_commits_are_those_of_whoever_was_newest(acts: list[tup
         newest, counts = 0, set()
         for act, version, back in acts:
             epoch = max(0, newest - back)
-            expected = UnknownWriter if epoch == 0 else Fenced if epoch < newest else None
+            expected = UnknownWriter if epoch == 0 else StaleWriter if epoch < newest else None
             match act:
                 case "begin":
                     newest += 1
@@ -280,7 +280,7 @@ def test_whatever_happens_commits_are_those_of_whoever_was_newest(acts: list[tup
                     writers = Writers(DiskStorage(folder), asyncio.Lock())
                     await writers.open()
             found = await writers.committed()
-            assert found == [Committed(Version(v), w, ONE) for v, w in sorted(counts)]
+            assert found == [CheckpointCommit(Version(v), w, ONE) for v, w in sorted(counts)]
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(play(Path(folder)))

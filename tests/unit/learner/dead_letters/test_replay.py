@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest.common.bus.decoding import dead_letter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Position, Record
 from palimpsest.common.config import load
-from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, dead_letter, decode, encode
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, decode, encode
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version

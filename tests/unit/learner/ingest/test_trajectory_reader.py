@@ -26,7 +26,7 @@ from palimpsest.common.messages import (
     encode,
 )
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Malformed, Segment
+from palimpsest.common.trajectory import MalformedTrajectory, Segment
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
@@ -203,7 +203,7 @@ def test_poison_is_dead_lettered_with_its_cause_and_the_run_goes_on(bus: SqliteB
     reader, ledger = started(bus)
     cause, changes = BROKEN[what]
     broken, before = msgspec.structs.replace(finished, **changes), counted(cause)
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedTrajectory):
         check_finished(broken, NEWEST)
     publish(bus, broken, a_finished(0, 1))
     reader.read_all(NEWEST, timeout_s=0)

@@ -9,7 +9,7 @@ import pytest
 from palimpsest.common.arrays import pack_float32, pack_int32
 from palimpsest.common.messages import OldLogprobsComputed
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Malformed
+from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.old_logprobs.score_store import (
@@ -214,7 +214,7 @@ def test_a_record_that_contradicts_itself_is_refused(
     record: OldLogprobsComputed, cause: RejectCause, words: str
 ) -> None:
     scores = ScoreStore()
-    with pytest.raises(Malformed, match=words) as refused:
+    with pytest.raises(MalformedTrajectory, match=words) as refused:
         scores.put(record)
     assert refused.value.cause is cause
     assert len(scores) == 0
@@ -223,7 +223,7 @@ def test_a_record_that_contradicts_itself_is_refused(
 def test_values_of_another_length_are_refused() -> None:
     record = said(1, 3, 0, [-1.0, -1.0])
     longer = type(record)(**{f: getattr(record, f) for f in record.__struct_fields__} | {"stop": 4})
-    with pytest.raises(Malformed, match=r"g000000/0 \[1, 4\) of version 0: 3 tokens but 8 bytes") as refused:
+    with pytest.raises(MalformedTrajectory, match=r"g000000/0 \[1, 4\) of version 0: 3 tokens but 8 bytes") as refused:
         check_computed(longer)
     assert refused.value.cause is RejectCause.LENGTH_MISMATCH
     with pytest.raises(ValueError, match=r"1 values for tokens \[1, 3\)"):

@@ -31,7 +31,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.trajectory import Malformed, Segment
+from palimpsest.common.trajectory import MalformedTrajectory, Segment
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
@@ -264,7 +264,7 @@ def test_what_no_model_can_score_is_refused(bad: dict[str, object]) -> None:
     good = a_finished(0, 0)
     assert list(to_rows(good, vocabulary=300)) == [0]
     fields = {name: getattr(good, name) for name in good.__struct_fields__}
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedTrajectory):
         to_rows(TrajectoryFinished(**fields | bad), vocabulary=300)
 
 

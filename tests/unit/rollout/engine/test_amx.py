@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from palimpsest.services.rollout.engine.amx import Amx, decide, settle
+from palimpsest.services.rollout.engine.amx import Amx, configure, decide
 from tests.refuse_amx import refuse
 
 
@@ -35,7 +35,7 @@ def test_what_is_done_about_amx(supported: bool, wanted: bool, permitted: bool, 
 def refused_and_settled(told: Connection) -> None:
     if platform.machine() == "x86_64":
         refuse()
-    told.send((settle().name, torch.cpu._is_amx_tile_supported()))
+    told.send((configure().name, torch.cpu._is_amx_tile_supported()))
 
 
 def test_where_the_kernel_refuses_the_tiles_vllm_is_told_that_there_are_none() -> None:

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.services.rollout.engine.crash_report import Evidence, Failure, cause, refusal, refused, stack, words
-from palimpsest.services.rollout.engine.process_monitor import Watch
+from palimpsest.services.rollout.engine.crash_report import (
+    CrashEvidence,
+    ProcessError,
+    crash_text,
+    model_refusal_text,
+    refusal_error,
+    root_error,
+    stack,
+)
+from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
 from tests import dying_engine as dying
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "operations.md"
@@ -29,19 +37,19 @@ def told(text: str, folder: Path) -> str:
     return re.sub(r"\bpid \d+", "pid N", re.sub(r":\d+ ", ":N ", text))
 
 
-async def serving(folder: Path, die: Callable[[], None]) -> Evidence:
+async def serving(folder: Path, die: Callable[[], None]) -> CrashEvidence:
     """What is left of an engine that dies like this at work."""
-    watch = Watch(dying.log_of(folder))
+    watch = EngineMonitor(dying.log_of(folder))
     watch.doing = "serving"
-    watch.over([dying.begin(watch, die)])
+    watch.watch([dying.begin(watch, die)])
     await watch.gone.wait()
-    return await asyncio.to_thread(watch.inquire)
+    return await asyncio.to_thread(watch.collect_evidence)
 
 
-def starting(folder: Path, die: Callable[[], None]) -> Evidence:
+def starting(folder: Path, die: Callable[[], None]) -> CrashEvidence:
     """What is left of an engine that dies like this before it is ready."""
-    watch = Watch(dying.log_of(folder))
-    evidence = watch.failed_start(dying.not_started(dying.begin(watch, die)))
+    watch = EngineMonitor(dying.log_of(folder))
+    evidence = watch.failed_start_evidence(dying.not_started(dying.begin(watch, die)))
     assert evidence is not None
     return evidence
 
@@ -60,34 +68,34 @@ async def test_the_text_of_a_death_is_the_documented_one(
     title: str, die: Callable[[], None], doing: str, tmp_path: Path
 ) -> None:
     evidence = await serving(tmp_path, die) if doing == "serving" else starting(tmp_path, die)
-    assert refused(evidence) is None, "it may be started again"
+    assert refusal_error(evidence) is None, "it may be started again"
     # whether the kernel kills for memory meanwhile is not for this test to say
-    assert told(words(replace(evidence, killed_for_memory=0)), tmp_path) == documented(title)
+    assert told(crash_text(replace(evidence, killed_for_memory=0)), tmp_path) == documented(title)
 
 
 async def test_the_text_of_a_kernel_that_ran_out_of_memory_is_the_documented_one(tmp_path: Path) -> None:
     evidence = await serving(tmp_path, dying.killed)
-    assert told(words(replace(evidence, killed_for_memory=1)), tmp_path) == documented("Killed by the kernel")
+    assert told(crash_text(replace(evidence, killed_for_memory=1)), tmp_path) == documented("Killed by the kernel")
 
 
 def test_the_text_of_a_refused_model_is_the_documented_one(tmp_path: Path) -> None:
-    failure = refused(starting(tmp_path, dying.model_refused))
+    failure = refusal_error(starting(tmp_path, dying.model_refused))
     assert failure is not None
     assert failure.message == dying.POSITIONS, "the whole message, not its first line"
-    assert refusal("/models/mine", str(failure)) == documented("A refused model")
+    assert model_refusal_text("/models/mine", str(failure)) == documented("A refused model")
 
 
 async def test_an_engine_that_does_not_answer_is_ended_and_says_where_it_stood(tmp_path: Path) -> None:
-    watch = Watch(dying.log_of(tmp_path))
+    watch = EngineMonitor(dying.log_of(tmp_path))
     process = dying.begin(watch, dying.sleeps)
-    watch.over([process])
+    watch.watch([process])
     while "EngineCore, pid" not in (dying.log_of(tmp_path).read_text() if dying.log_of(tmp_path).exists() else ""):
         await asyncio.sleep(0.01)
     watch.doing = "serving"
-    watch.end("pause, 120 s")
+    watch.kill("pause, 120 s")
     await watch.gone.wait()
-    evidence = await asyncio.to_thread(watch.inquire)
-    said = words(evidence).splitlines()
+    evidence = await asyncio.to_thread(watch.collect_evidence)
+    said = crash_text(evidence).splitlines()
     assert said[0] == "the inference engine did not answer (pause, 120 s), so the worker ended it while it was serving"
     assert any("dying_engine.py" in line for line in stack(evidence.log))
     assert evidence.exit_code == -6
@@ -101,18 +109,18 @@ async def test_a_library_that_takes_a_fatal_signal_does_not_hide_the_stack(tmp_p
 def test_only_what_was_written_since_the_start_is_evidence(tmp_path: Path) -> None:
     starting(tmp_path, dying.python_error)
     evidence = starting(tmp_path, dying.killed)
-    assert cause(evidence.log) is None
-    assert "SIGKILL" in words(evidence)
+    assert root_error(evidence.log) is None
+    assert "SIGKILL" in crash_text(evidence)
 
 
 def test_the_first_line_names_the_death_and_is_the_same_for_the_same_death(tmp_path: Path) -> None:
-    first, second = (words(starting(tmp_path / str(i), dying.illegal_instruction)) for i in range(2))
+    first, second = (crash_text(starting(tmp_path / str(i), dying.illegal_instruction)) for i in range(2))
     assert first != second, "pids and places differ"
     assert first.splitlines()[0] == second.splitlines()[0]
 
 
 def test_an_error_before_any_process_of_the_engine_is_no_death(tmp_path: Path) -> None:
-    assert Watch(dying.log_of(tmp_path)).failed_start(ValueError("no such model")) is None
+    assert EngineMonitor(dying.log_of(tmp_path)).failed_start_evidence(ValueError("no such model")) is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_an_error_before_any_process_of_the_engine_is_no_death(tmp_path: Path) -
     ],
 )
 def test_a_refusal_names_the_key_to_change(error: str, key: str) -> None:
-    assert key in refusal("m", error).splitlines()[-1]
+    assert key in model_refusal_text("m", error).splitlines()[-1]
 
 
 def test_the_first_error_with_a_type_is_the_cause_of_the_others() -> None:
@@ -134,4 +142,4 @@ def test_the_first_error_with_a_type_is_the_cause_of_the_others() -> None:
         '{"process": "Worker-0", "pid": 2, "type": "ValueError", "message": "why"}',
         '{"process": "EngineCore", "pid": 1, "type": "RuntimeError", "message": "it failed"}',
     ]
-    assert cause("\n".join(f"error: {line}" for line in lines)) == Failure("Worker-0", 2, "ValueError", "why")
+    assert root_error("\n".join(f"error: {line}" for line in lines)) == ProcessError("Worker-0", 2, "ValueError", "why")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.services.rollout.engine.oom_kills import count, counted, counter, places
+from palimpsest.services.rollout.engine.oom_kills import candidate_paths, find_counter, parse_count, read_count
 
 V2_HOST = (
     "0::/user.slice/user-1000.slice/session-3.scope\n",
@@ -67,7 +67,7 @@ VMSTAT = "nr_free_pages 104321\noom_kill {}\ncompact_stall 0\n"
     ],
 )
 def test_the_own_cgroup_is_asked_first(texts: tuple[str, str], expected: list[str]) -> None:
-    assert list(map(str, places(*texts))) == expected
+    assert list(map(str, candidate_paths(*texts))) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_own_cgroup_is_asked_first(texts: tuple[str, str], expected: list[st
     ],
 )
 def test_the_count_of_processes_is_read_and_nothing_else(text: str, expected: int | None) -> None:
-    assert counted(text) == expected
+    assert parse_count(text) == expected
 
 
 def machine(folder: Path, *, cgroup: str, point: str) -> Path:
@@ -106,23 +106,23 @@ def test_kills_of_others_on_the_machine_are_not_counted(tmp_path: Path, cgroup: 
     own.parent.mkdir(parents=True)
     own.write_text(text.format(1))
     (tmp_path / "fs" / name).write_text(text.format(50))  # of its parent, with others in it
-    found = counter(proc)
-    assert (found, count(found)) == (own, 1)
+    found = find_counter(proc)
+    assert (found, read_count(found)) == (own, 1)
     own.write_text(text.format(2))
-    assert count(found) == 2
+    assert read_count(found) == 2
 
 
 def test_where_no_cgroup_counts_the_machine_does(tmp_path: Path) -> None:
     proc = machine(tmp_path, cgroup="0::/jobs/7\n", point="fs")
-    assert count(counter(proc)) == 90
+    assert read_count(find_counter(proc)) == 90
     (proc / "vmstat").write_text("nr_free_pages 1\n")
-    assert counter(proc) is None
-    assert count(None) == 0
+    assert find_counter(proc) is None
+    assert read_count(None) == 0
 
 
 def test_a_kernel_without_any_of_them_counts_nothing(tmp_path: Path) -> None:
-    assert counter(tmp_path) is None
+    assert find_counter(tmp_path) is None
 
 
 def test_whatever_this_machine_is_it_can_be_asked() -> None:
-    assert count(counter()) >= 0
+    assert read_count(find_counter()) >= 0

@@ -8,8 +8,8 @@ from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.messages import CONTROL, TRAJECTORIES, CutReleased, CutRequested, encode
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, StoredWeights
-from palimpsest.services.rollout.engine.required import needed
+from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, StoredWeights
+from palimpsest.services.rollout.engine.required import required
 from tests.unit.rollout.engine.test_crash_report import documented
 from tests.unit.rollout.working import (
     RUN,
@@ -48,7 +48,7 @@ class Refuses(GatedEngine):
         self._may("score")
         return await super().score(tokens)
 
-    async def partial(self, request: str) -> Sampled | None:
+    async def partial(self, request: str) -> SampledTokens | None:
         self._may("partial")
         return await super().partial(request)
 
@@ -106,11 +106,11 @@ async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_
 
 
 def test_the_text_of_a_refused_step_is_the_documented_one() -> None:
-    with pytest.raises(UserError) as refused, needed("an update to version 12"):
+    with pytest.raises(UserError) as refused, required("an update to version 12"):
         raise EngineFailed("weight update: ValueError: model.norm.weight: 4096 bytes are missing")
     assert str(refused.value) == documented("A step that a living engine refuses")
 
 
 def test_other_errors_are_passed_on() -> None:
-    with pytest.raises(KeyError), needed("an update to version 12"):
+    with pytest.raises(KeyError), required("an update to version 12"):
         raise KeyError("a mistake of ours")

@@ -8,7 +8,7 @@ import pytest
 from palimpsest.common.config.schema import ScriptedEngineConfig
 from palimpsest.common.snapshots.manifest import SCHEMA, Manifest
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout.engine.port import EngineFailed, Sampled, Span, StoredWeights
+from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, Span, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 
 WORDS = tuple(range(100, 120))
@@ -44,7 +44,7 @@ class Stepped(ScriptedEngine):
         await self.resume()
 
 
-def say(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "asyncio.Task[Sampled]":
+def say(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "asyncio.Task[SampledTokens]":
     return asyncio.create_task(engine.generate([1], request=request, temperature=1.0, max_tokens=64, stop=[2]))
 
 
