@@ -73,12 +73,13 @@ def usable_folder(folder: Path, *, key: str) -> None:
 
 
 def owner(path: Path) -> str:
-    """Of the nearest folder or file at or above the path that can be seen: whose it is, and who we are."""
+    """Owner and mode of the nearest visible folder or file at or above the path, and the user of this process."""
+    user = _current_user()
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
             seen = place.stat()
-            return f"{place} is {_user_name(seen.st_uid)}'s, {stat.filemode(seen.st_mode)}; this program runs as {_current_user()}"
-    return f"this program runs as {_current_user()}"
+            return f"{place} is {_user_name(seen.st_uid)}'s, {stat.filemode(seen.st_mode)}; this program runs as {user}"
+    return f"this program runs as {user}"
 
 
 def _user_name(uid: int) -> str:

@@ -34,7 +34,7 @@ class MalformedTrajectory(RejectedRecord):
 
 
 def check(segments: Sequence[Segment], tokens: int) -> None:
-    """Raise MalformedTrajectory unless the segments are ordered, disjoint, inside the tokens and carry finite log-probs."""
+    """Raise MalformedTrajectory unless segments are ordered, disjoint, inside the tokens, with finite log-probs."""
     end = 0
     for i, segment in enumerate(segments):
         where = f"segment {i} [{segment.start}, {segment.stop}) of version {segment.version}"

@@ -1,14 +1,14 @@
 """What an environment returned, as the replies that go to the client."""
 
 from palimpsest.common.sessions.wire import Message, Status, Step, StepError
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, MalformedCall, Reply, Score, Turn
+from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
 from palimpsest.services.env_gateway.environments.tool_calls import remark
 
 
 def continued(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:
     """The session goes on: remarks on malformed calls, then what the environment says. Raises EnvironmentFailed."""
     remarks = [
-        Message(role="tool", content=remark(attempt)) for attempt in turn.attempts if isinstance(attempt, MalformedCall)
+        Message(role="tool", content=remark(attempt)) for attempt in turn.attempts if isinstance(attempt, Malformed)
     ]
     messages = (*remarks, *(shortened(message, limit_bytes) for message in reply.messages))
     if not messages:

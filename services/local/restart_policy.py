@@ -48,7 +48,8 @@ def restart_delay_s(row: Sequence[Death], *, restarts: int) -> float | None:
     """Seconds until the next start; None when there is none. restarts: local.restarts.
 
     >>> killed, raised = Death(-9, "", False), Death(1, "ValueError", False)
-    >>> [restart_delay_s(row, restarts=5) for row in ([killed], [killed, killed], [killed, raised, killed], [killed] * 3)]
+    >>> rows = [killed], [killed, killed], [killed, raised, killed], [killed] * 3
+    >>> [restart_delay_s(row, restarts=5) for row in rows]
     [0.0, 1.0, 2.0, None]
     """
     if is_crash_loop(row) or len(row) > restarts:

@@ -24,7 +24,7 @@ STEP = 0.04
 """Deviation of the noise between two test versions: far more than an optimizer step, so that mix-ups show."""
 ENOUGH = 16
 """Requests that a pause has to meet in the middle."""
-Live = dict[str, "asyncio.Task[tuple[list[int], Sampled]]"]
+Live = dict[str, "asyncio.Task[tuple[list[int], SampledTokens]]"]
 MEAN, MOST = 0.02, 0.2
 """Engine against transformers inside one version, nats a token, both in bf16."""
 

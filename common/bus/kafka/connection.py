@@ -77,7 +77,7 @@ class Connection:
         )
 
     def probe(self) -> None:
-        """Be let in by one of the brokers. Raises BrokerUnreachable; BrokerRefused if there is one and it does not let us."""
+        """Log in to one of the brokers. Raises BrokerUnreachable, or BrokerRefused when a broker rejects the login."""
         problems = []
         for server in self.servers.split(","):
             try:

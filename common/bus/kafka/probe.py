@@ -32,7 +32,7 @@ class BrokerRefused(Exception):
 
 
 def probe_broker(server: str, options: Mapping[str, Any]) -> None:
-    """Be let in by this broker (`host:port`), with these options of kafka-python; raises BrokerUnreachable or BrokerRefused."""
+    """Log in to this broker (`host:port`) with options of kafka-python. Raises BrokerUnreachable or BrokerRefused."""
     try:
         with contextlib.closing(_connect(server)) as plain:
             if options.get("ssl_context") is None:
@@ -45,7 +45,7 @@ def probe_broker(server: str, options: Mapping[str, Any]) -> None:
     except _Disconnected as problem:
         raise _disconnect_error(server, options, problem) from None
     except (OSError, errors.KafkaError) as problem:
-        raise BrokerUnreachable(f"{server}: {_describe_error(problem)}") from None
+        raise BrokerUnreachable(f"{server}: {_text(problem)}") from None
 
 
 class _Disconnected(Exception):
@@ -66,10 +66,10 @@ class _Channel:
                 for _, answer in self._protocol.receive_bytes(received):
                     return answer
         except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, errors.KafkaProtocolError) as problem:
-            raise _Disconnected(_describe_error(problem)) from None
+            raise _Disconnected(_text(problem)) from None
         except ssl.SSLError as problem:  # the first answer to a certificate that is not wanted, or missing
             raise BrokerRefused(
-                f"it does not accept our certificate ({_describe_error(problem)}): check bus.certificate_file and bus.key_file"
+                f"it does not accept our certificate ({_text(problem)}): check bus.certificate_file and bus.key_file"
             ) from None
         raise _Disconnected("it ended the connection")
 
@@ -91,10 +91,10 @@ def _start_tls(plain: socket.socket, server: str, context: ssl.SSLContext) -> ss
             f"that signed it, and bus.servers a name that is in it"
         ) from None
     except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError) as problem:
-        raise _Disconnected(_describe_error(problem)) from None
+        raise _Disconnected(_text(problem)) from None
     except ssl.SSLError as problem:
         raise BrokerRefused(
-            f"no TLS comes about ({_describe_error(problem)}): check bus.security, bus.certificate_file and bus.key_file"
+            f"no TLS comes about ({_text(problem)}): check bus.security, bus.certificate_file and bus.key_file"
         ) from None
 
 
@@ -164,7 +164,7 @@ def _speaks_plaintext(server: str) -> bool:
     return True
 
 
-def _describe_error(problem: BaseException) -> str:
+def _text(problem: BaseException) -> str:
     if isinstance(problem, TimeoutError):
         return f"no answer in {ANSWER_S:.0f} s"
     return f"{getattr(problem, 'strerror', None) or problem}" or type(problem).__name__

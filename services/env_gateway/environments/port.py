@@ -18,7 +18,7 @@ __all__ = [
     "Environment",
     "EnvironmentFailed",
     "FailureCode",
-    "MalformedCall",
+    "Malformed",
     "Message",
     "Opening",
     "Outcome",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class MalformedCall:
+class Malformed:
     """The model tried to call a tool, but not in the form of a call. The gateway tells it so."""
 
     problem: str
@@ -46,7 +46,7 @@ class Turn:
 
     text: str
     """What it says outside tool calls and reasoning, stripped."""
-    attempts: tuple[ToolCall | MalformedCall, ...] = ()
+    attempts: tuple[ToolCall | Malformed, ...] = ()
     """Its tool calls in order, those that cannot be read included."""
 
     @property

@@ -1,6 +1,6 @@
 """What the small built-in families share: one tool call a message counts, and six messages are the most."""
 
-from palimpsest.services.env_gateway.environments.port import MalformedCall, Message, Reply, ToolCall, Turn
+from palimpsest.services.env_gateway.environments.port import Malformed, Message, Reply, ToolCall, Turn
 
 MAX_TURNS = 6
 ONE_CALL = "one call per message"
@@ -13,7 +13,7 @@ class ToolFailed(Exception):
 def first_call(turn: Turn) -> ToolCall | None:
     """The attempt of this turn that counts, which is the first; None if that one is malformed."""
     first = turn.attempts[0]
-    return None if isinstance(first, MalformedCall) else first
+    return None if isinstance(first, Malformed) else first
 
 
 def replied(turn: Turn, result: str | ToolFailed | None) -> Reply:

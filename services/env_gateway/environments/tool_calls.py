@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from palimpsest.common.sessions.wire import Action, MessageAction, TextAction, ToolCall, ToolCallsAction
-from palimpsest.services.env_gateway.environments.port import MalformedCall, Turn
+from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"
@@ -50,12 +50,12 @@ def read(text: str) -> Turn:
     """
     rest = _after_reasoning(text)
     said: list[str] = []
-    attempts: list[ToolCall | MalformedCall] = []
+    attempts: list[ToolCall | Malformed] = []
     while OPEN in rest:
         before, _, rest = rest.partition(OPEN)
         said.append(before)
         if len(attempts) == MAX_CALLS:
-            attempts.append(MalformedCall(f"more than {MAX_CALLS} calls in one message"))
+            attempts.append(Malformed(f"more than {MAX_CALLS} calls in one message"))
             rest = ""
             break
         attempt, rest = _attempt(rest)
@@ -71,7 +71,7 @@ def render(name: str, arguments: dict[str, Any]) -> str:
     return f"{OPEN}\n{body}\n{CLOSE}"
 
 
-def remark(malformed: MalformedCall) -> str:
+def remark(malformed: Malformed) -> str:
     """What the model is told about an attempt that could not be read."""
     return f"malformed tool call: {malformed.problem}"
 
@@ -84,7 +84,7 @@ def _after_reasoning(text: str) -> str:
     return "" if head.lstrip().startswith(THINK) else head
 
 
-def _attempt(rest: str) -> tuple[ToolCall | MalformedCall, str]:
+def _attempt(rest: str) -> tuple[ToolCall | Malformed, str]:
     """Read one call from the text after its opening tag; also gives the text after its end."""
     start = len(rest) - len(rest.lstrip())
     try:
@@ -95,15 +95,15 @@ def _attempt(rest: str) -> tuple[ToolCall | MalformedCall, str]:
         return _strict(rest[start:end]), rest[end:].lstrip().removeprefix(CLOSE)
     body, closed, after = rest.partition(CLOSE)
     if not closed:
-        return MalformedCall(f"no {CLOSE}"), ""
+        return Malformed(f"no {CLOSE}"), ""
     return _strict(body.strip()), after
 
 
-def _strict(body: str) -> ToolCall | MalformedCall:
+def _strict(body: str) -> ToolCall | Malformed:
     try:
         call = _call.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
-        return MalformedCall(_brief(error))
+        return Malformed(_brief(error))
     return ToolCall(name=call.name, arguments=call.arguments)
 
 

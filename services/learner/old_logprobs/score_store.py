@@ -51,7 +51,7 @@ class ScoreStore:
         return len(self._known)
 
     def put(self, computed: OldLogprobsComputed) -> None:
-        """Keep what was computed. Said twice, it changes nothing. Raises MalformedTrajectory if it contradicts itself."""
+        """Keep computed log-probs; a repeated record changes nothing. Raises MalformedTrajectory."""
         check_computed(computed)
         key = _Key(computed.start, computed.stop, computed.version, computed.digest, computed.prefix)
         values = unpack_float32(computed.values)

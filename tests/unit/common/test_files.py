@@ -87,8 +87,8 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     path = tmp_path / "file"
     write(path, b"old")
     dies = (
-        "import os, pathlib, signal, sys; from palimpsest.common.files import whole\n"
-        "with whole(pathlib.Path(sys.argv[1])) as file:\n"
+        "import os, pathlib, signal, sys; from palimpsest.common.files import atomic_write\n"
+        "with atomic_write(pathlib.Path(sys.argv[1])) as file:\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", dies, str(path)], check=False, cwd=Path.cwd()).returncode == -9

@@ -16,8 +16,8 @@ from palimpsest.services.local.lock import LOCK, RunLock
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
 HOLDS = """
 import datetime, pathlib, sys, time
-from palimpsest.services.local.lock import Lock
-lock = Lock(pathlib.Path(sys.argv[1]), now=datetime.datetime(2026, 11, 28, 11, 0, tzinfo=datetime.UTC))
+from palimpsest.services.local.lock import RunLock
+lock = RunLock(pathlib.Path(sys.argv[1]), now=datetime.datetime(2026, 11, 28, 11, 0, tzinfo=datetime.UTC))
 print("held", flush=True)
 time.sleep(600)
 """

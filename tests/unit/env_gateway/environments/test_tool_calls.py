@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from palimpsest.common.sessions.wire import MessageAction, TextAction, ToolCall, ToolCallsAction
-from palimpsest.services.env_gateway.environments.port import MalformedCall, Turn
+from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 from palimpsest.services.env_gateway.environments.tool_calls import MAX_CALLS, read, render, turn
 
 PIECES = st.sampled_from(
@@ -83,24 +83,24 @@ def test_text_around_calls_is_kept_and_calls_stay_in_order() -> None:
 )
 def test_what_is_wrong_with_a_call_is_said(body: str, problem: str) -> None:
     found = read(f"<tool_call>\n{body}\n</tool_call>")
-    assert found.attempts == (MalformedCall(problem),)
+    assert found.attempts == (Malformed(problem),)
     assert found.calls == ()
     assert found.answer is None
 
 
 def test_a_call_that_does_not_end_is_malformed() -> None:
-    assert read('so <tool_call>\n{"name": "f", "arguments": {}}') == Turn("so", (MalformedCall("no </tool_call>"),))
+    assert read('so <tool_call>\n{"name": "f", "arguments": {}}') == Turn("so", (Malformed("no </tool_call>"),))
 
 
 def test_a_malformed_call_does_not_hide_the_next_one() -> None:
     found = read("<tool_call>{</tool_call>" + render("f", {}))
-    assert found.attempts == (MalformedCall("not JSON"), ToolCall(name="f", arguments={}))
+    assert found.attempts == (Malformed("not JSON"), ToolCall(name="f", arguments={}))
 
 
 def test_calls_beyond_the_most_are_answered_with_one_remark() -> None:
     found = read(render("f", {}) * (MAX_CALLS + 3))
     assert len(found.calls) == MAX_CALLS
-    assert found.attempts[-1] == MalformedCall("more than 8 calls in one message")
+    assert found.attempts[-1] == Malformed("more than 8 calls in one message")
 
 
 @pytest.mark.parametrize(
