@@ -26,8 +26,8 @@ from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import WORKERS, VersionApplied, WorkerAlive, message_in
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.live.history_tail import gathered
-from palimpsest.services.live.poller import Answer, RunObservation, ServiceObservation
+from palimpsest.services.live.history_tail import accumulate
+from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import LEARNER, Plan, State, state
 from palimpsest.services.live.view import view
 from palimpsest.services.report.folder import HISTORY, SECONDS, Line, Seconds, history, read_seconds, settled_in
@@ -78,8 +78,8 @@ def state_at(folder: Path, version: int | None = None) -> State:
     return state(
         Plan(config.run.id, config.learner.versions, config.rollout.canary_tolerance),
         RunObservation(
-            {LEARNER: ServiceObservation(Answer(now, learner)), alive[-1].worker: _worker(alive, setup)},
-            gathered(lines[:wanted]),
+            {LEARNER: ServiceObservation(StatusReply(now, learner)), alive[-1].worker: _worker(alive, setup)},
+            accumulate(lines[:wanted]),
             tuple(applied),
         ),
         now=now,
@@ -120,9 +120,9 @@ def _worker(reports: Sequence[WorkerAlive], setup: float) -> ServiceObservation:
     return ServiceObservation(_answer(last, setup), _answer(earlier, setup) if earlier is not last else None)
 
 
-def _answer(report: WorkerAlive, setup: float) -> Answer:
+def _answer(report: WorkerAlive, setup: float) -> StatusReply:
     status = {"version": report.version, "live": report.live, "sampled_tokens": report.sampled_tokens}
-    return Answer(setup + report.seconds, {**status, "seconds": report.seconds})
+    return StatusReply(setup + report.seconds, {**status, "seconds": report.seconds})
 
 
 def draw(shown: State) -> str:
