@@ -22,9 +22,10 @@ from pathlib import Path
 from rich.console import Console
 
 from palimpsest.common import program
+from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.messages import WORKERS, VersionApplied, WorkerAlive, message_in
+from palimpsest.common.messages import WORKERS, VersionApplied, WorkerAlive
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
