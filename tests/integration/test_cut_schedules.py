@@ -13,7 +13,10 @@ import structlog
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest import trajectory_reader
-from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking, liveness
+from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking, outage_clock
+from palimpsest.services.learner.old_logprobs.interruption.cut import Cut
+from palimpsest.services.learner.old_logprobs.interruption.liveness import WorkerLiveness
+from palimpsest.services.learner.old_logprobs.interruption.worker_feed import Heard, WorkerFeed
 from palimpsest.services.rollout import cut_responder, trajectory_sampler
 from palimpsest.services.rollout.cut_state import NOTHING, CutState
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed
@@ -152,17 +155,23 @@ def versions_are_mixed_up(patch: Patch) -> None:
 
 
 def an_outage_takes_the_workers_time(patch: Patch) -> None:
-    patch.setattr(asking, "ANSWER_S", 1e9)
+    patch.setattr(Cut, "restart_deadline", lambda self, *, now: None)
+
+
+def an_outage_goes_unnoticed(patch: Patch) -> None:
+    patch.setattr(outage_clock, "OUTAGE_S", 1e9)
 
 
 def silence_of_all_is_taken_for_their_death(patch: Patch) -> None:
-    patch.setattr(liveness, "SILENCE_S", 1e9)
+    patch.setattr(WorkerLiveness, "discount_outage", lambda self, lost_s, *, now: None)
 
 
 def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
-    patch.setattr(
-        asking.CutCoordinator, "_poll_workers_to_end", lambda self, cut=None: self._poll_workers(timeout_s=0.0, cut=cut)
-    )
+    def read_to_end(self: WorkerFeed, *, wait_s: float = 0.0) -> Heard:
+        answers, _ = self._poll(timeout_s=wait_s)
+        return Heard(answers, extends_cut=self._outages.extends_cut(self._note_read()))
+
+    patch.setattr(WorkerFeed, "read_to_end", read_to_end)
 
 
 def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch) -> None:
@@ -201,6 +210,7 @@ def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:
         a_copy_is_taken_for_news,
         versions_are_mixed_up,
         an_outage_takes_the_workers_time,
+        an_outage_goes_unnoticed,
         silence_of_all_is_taken_for_their_death,
         one_poll_is_taken_for_all_that_workers_say,
         a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone,

@@ -30,6 +30,7 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.ingest import dead_letter_writer, trajectory_reader
+from palimpsest.services.learner.loop import Training
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
@@ -199,9 +200,8 @@ class Life:
             step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
             step.life = self
             try:
-                run_coordinator(
-                    config, self.stop, store, trainee, beside, step, ranks, model_scorer(model, ranks.device), Unheard()
-                )
+                training = Training(step, trainee, beside, ranks)
+                run_coordinator(config, self.stop, store, training, model_scorer(model, ranks.device), Unheard())
             except Fenced:
                 assert self.still.done(), "it was replaced, and nobody meant to"
             else:

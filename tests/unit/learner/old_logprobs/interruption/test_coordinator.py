@@ -30,8 +30,8 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
 from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
-from palimpsest.services.learner.old_logprobs.interruption.cut import MOST_LOST_S
-from palimpsest.services.learner.old_logprobs.interruption.liveness import ROSTER_S
+from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S
+from palimpsest.services.learner.old_logprobs.interruption.outage_clock import MOST_LOST_S
 from tests.builders import a_finished, a_segment
 from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, flushing, reached
 from tests.models import CPU, load
@@ -104,7 +104,7 @@ def test_a_worker_that_dies_before_it_answers_is_left_out_at_the_deadline(log: L
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late) == (("a",), ("dead",))
     assert report.tokens_scored == 4, "what the others flushed is scored all the same"
-    assert 5.0 <= report.stall_s < ROSTER_S
+    assert 5.0 <= report.stall_s < ALIVE_S
     assert instruments.LATE_WORKERS._value.get() == before + 1
 
 
@@ -113,7 +113,7 @@ def test_nobody_waits_longer_for_a_silent_worker_than_the_roster_does(log: Log) 
     learner = Learner(log, Table(0), clock=Ticking(0.5), deadline_s=1e9)
     report = learner.interruption.cut(V0, digest(0))
     assert report.late == ("dead",)
-    assert report.stall_s < 2 * ROSTER_S
+    assert report.stall_s < 2 * ALIVE_S
     assert learner.interruption.cut(V0, digest(0)).workers == (), "unheard of since, it is no longer asked"
 
 

@@ -1,0 +1,119 @@
+"""Reads topic `workers`: who is alive, who answers a cut, and whether the log answers at all."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from palimpsest.common.bus.port import Bus, Consumer, OffsetGone, Record
+from palimpsest.common.messages import WORKERS, CutReached
+from palimpsest.common.rejected_record import RejectedRecord
+from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
+from palimpsest.services.learner.ingest.decoding import decode_for_run
+from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS
+from palimpsest.services.learner.old_logprobs.interruption.liveness import WorkerLiveness
+from palimpsest.services.learner.old_logprobs.interruption.outage_clock import OutageClock
+
+READ_S = 30.0
+"""A read to the end takes at most this long."""
+RECENT = 256
+"""The start reads this many of the newest records in each partition, to learn which workers there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What one read brought."""
+
+    answers: list[CutReached]
+    """In the order in which they were read."""
+    extends_cut: bool = False
+    """An outage came before: the workers get their whole time for the cut again."""
+
+
+class WorkerFeed:
+    """Use it from `start` to `close`."""
+
+    def __init__(
+        self, bus: Bus, dead_letters: DeadLetterWriter, *, run: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bus, self._dead_letters, self._run, self._clock = bus, dead_letters, run, clock
+        self._liveness, self._outages = WorkerLiveness(), OutageClock()
+        self._consumer: Consumer  # opened by start
+        self._read_to: dict[int, int] = {}
+        """Partition -> offset after the last record that was read."""
+
+    def start(self) -> Heard:
+        """Read the newest records."""
+        self._consumer = self._bus.consumer(WORKERS)
+        self._read_to = {p: _seek_back(self._consumer, p, end) for p, end in self._consumer.ends().items()}
+        return self.read_to_end()
+
+    def poll(self) -> Heard:
+        """Read what is at hand."""
+        answers, count = self._poll(timeout_s=0.0)
+        if count:  # an empty poll may be an outage
+            self._note_read()
+        return Heard(answers)
+
+    def read_to_end(self, *, wait_s: float = 0.0) -> Heard:
+        """Read everything on the topic, and wait at most `wait_s` for more. Waits while the log does not answer.
+
+        One poll may bring less than is on the topic.
+        """
+        answers, _ = self._poll(timeout_s=wait_s)
+        ends = self._consumer.ends()
+        until = self._clock() + READ_S
+        while any(self._read_to.get(p, 0) < end for p, end in ends.items()) and self._clock() < until:
+            answers += self._poll(timeout_s=1.0)[0]
+        return Heard(answers, extends_cut=self._outages.extends_cut(self._note_read()))
+
+    def begin_cut(self) -> None:
+        """A cut was requested just now."""
+        self._note_read()  # publishing the request may have taken long
+        self._outages.begin_cut()
+
+    def alive(self) -> frozenset[str]:
+        """The workers that are alive."""
+        return self._liveness.alive(now=self._clock())
+
+    def close(self) -> None:
+        """Close the consumer."""
+        self._consumer.close()
+
+    def _note_read(self) -> float:
+        now = self._clock()
+        if lost_s := self._outages.read(now=now):
+            self._liveness.discount_outage(lost_s, now=now)
+        return lost_s
+
+    def _poll(self, *, timeout_s: float) -> tuple[list[CutReached], int]:
+        """Answers to cuts, and the number of records. Waits at most `timeout_s` for a first record."""
+        answers: list[CutReached] = []
+        count = 0
+        while records := self._consumer.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
+            count += len(records)
+            answers += [answer for record in records if (answer := self._take(record)) is not None]
+            if len(records) < POLL_RECORDS:
+                break
+            timeout_s = 0.0
+        return answers, count
+
+    def _take(self, record: Record) -> CutReached | None:
+        self._read_to[record.partition] = record.offset + 1
+        try:
+            message = decode_for_run(record, self._run)
+        except RejectedRecord as error:
+            self._dead_letters.write(record, error)
+            return None
+        self._liveness.record_heartbeat(message, now=self._clock())
+        return message if isinstance(message, CutReached) else None
+
+
+def _seek_back(consumer: Consumer, partition: int, end: int) -> int:
+    """Start with the newest records of a partition; the offset."""
+    start = max(0, end - RECENT)
+    try:
+        consumer.seek({partition: start})
+    except OffsetGone:  # the log begins later: live workers publish again soon
+        consumer.seek({partition: end})
+        return end
+    return start
