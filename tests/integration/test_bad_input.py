@@ -147,7 +147,8 @@ def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_mo
 )
 def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
     """Nobody can make a folder below a file, root included."""
-    code, output = ended(program, toml, f"--run.folder={toml}")
+    command = ("run",) if program == "palimpsest" else ()
+    code, output = ended(program, *command, toml, f"--run.folder={toml}")
     assert code == 2
     assert output.startswith(f"run.folder: nothing can be written to {toml}/scripted")
     assert "a part of that path is a file, not a folder. Choose another place with --run.folder=FOLDER" in output
