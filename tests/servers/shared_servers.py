@@ -18,7 +18,7 @@ from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
 from tools.backends.process import Server
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"kafka": Kafka, "minio": Minio}
 READY = b"ready\n"
 _keepers: list[subprocess.Popen[bytes]] = []
