@@ -16,7 +16,7 @@ from bench.simulated_streams import Streams, _Driver
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.messages import TRAJECTORIES, GroupOffered, TrajectoryFinished, decode, group_id
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.ingest.trajectory_reader import check_finished
+from palimpsest.services.learner.ingest.validation import check_finished
 from tests.builders import SAMPLING
 from tools.backends.kafka import Kafka
 
