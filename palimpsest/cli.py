@@ -83,6 +83,14 @@ def rescore(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def export(arguments: Sequence[str]) -> None:
+    """Write a version as a Hugging Face model folder."""
+    from palimpsest.export.command import run_command
+
+    for line in run_command(arguments, os.environ):
+        print_line(line)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     """Examine this machine; exits with 3 if a run cannot begin."""
     from palimpsest.doctor.__main__ import main as examine
@@ -101,6 +109,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "run": (run, "train: everything on this machine, in processes of its own"),
     "check": (check, "print a run's configuration with every default filled in"),
     "report": (report, "make a run's summary and report again"),
+    "export": (export, "write a run's trained model as a Hugging Face folder"),
     "audit": (audit, "count a run anew from all it has left and print what disagrees"),
     "dead-letters": (dead_letters, "list or replay the records that could not be used"),
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),

@@ -97,8 +97,36 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
         print(f"{console_text.stopped(summary)}\n{again}\n{console_text.format_result(summary, home)}")
+        if summary["versions"]:
+            print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
         sys.exit(int(ExitCode.INTERRUPTED))
-    print(console_text.format_result(summary, home))
+    print(console_text.format_result(summary, home), flush=True)
+    print(export_last(config))
+
+
+def export_last(config: RunConfig) -> str:
+    """Export the last version of a finished run; what to say of it. Raises UserError, with the command to try again."""
+    home = config.run.home
+    if not config.run.export:
+        return f"model: not exported (run.export is off); export it with:\n{export_command(home)}"
+    from palimpsest.export.export import export
+
+    try:
+        with file_errors_refused():
+            done = export(config, home, home / console_text.MODEL, overwrite=True)
+    except UserError as refusal:
+        raise UserError(
+            f"The run is done, but its model was not exported: {refusal}\nOnce that is mended, export it with:\n"
+            f"{export_command(home)}",
+            refusal.code,
+        ) from None
+    return f"model: {done.folder} (version {done.version})"
+
+
+def export_command(home: Path) -> str:
+    """The command that exports the run's newest version, as it is typed here."""
+    python = console_text.interpreter(Path(sys.executable), Path.cwd())
+    return console_text.export_command(home, overwrite=(home / console_text.MODEL).exists(), python=python)
 
 
 def on_path() -> Path | None:

@@ -21,6 +21,8 @@ class Run(Section):
     """Each run keeps its log, snapshots, checkpoints and report in `folder/id`."""
     seed: int = 0
     """Fixes tasks, minibatch order and initial random state."""
+    export: bool = True
+    """A finished run leaves its last version as a Hugging Face model in `folder/id/model` (`palimpsest run` only)."""
 
     @property
     def home(self) -> Path:

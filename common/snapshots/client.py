@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -18,8 +17,9 @@ import msgspec
 from blake3 import blake3
 
 from palimpsest.common.files import with_filename
-from palimpsest.common.snapshots.codec import Bytes, decode_base, encode_base
+from palimpsest.common.snapshots.codec import encode_base
 from palimpsest.common.snapshots.fencing import raise_if_refused
+from palimpsest.common.snapshots.frames import RawTensor, decode_tensors
 from palimpsest.common.snapshots.manifest import (
     ITEMSIZE,
     SCHEMA,
@@ -46,16 +46,6 @@ __all__ = [
 CHUNK = 1 << 20
 PATIENCE_S = 120.0
 """An outage of the store, or of the S3 behind it, that is shorter costs time only."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawTensor:
-    """A tensor as bytes: little-endian numbers in C order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    raw: Bytes
 
 
 class VersionMissing(LookupError):
@@ -163,9 +153,7 @@ class SnapshotClient:
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """The version's tensors, one after another. Raises VersionMissing, Damaged."""
         with closing(self._object(manifest)) as chunks:
-            waiting = _Frames(chunks, manifest)
-            for entry in sorted(manifest.tensors, key=lambda entry: entry.start):
-                yield _decode(entry, waiting.take(entry), manifest)
+            yield from decode_tensors(chunks, manifest)
 
     def lease(self, holder: str, lowest: Version) -> None:
         """Keep every version from `lowest` on, until the holder names another."""
@@ -227,34 +215,3 @@ class SnapshotClient:
             yield from self._calls.body(f"/v1/objects/{manifest.object}")
         except NotFound:
             raise VersionMissing(f"version {manifest.version}: its weights are no longer in the store") from None
-
-
-class _Frames:
-    """Cuts a stream of bytes into the frames of its tensors."""
-
-    def __init__(self, chunks: Iterator[bytes], manifest: Manifest) -> None:
-        self._chunks, self._manifest = chunks, manifest
-        self._held = bytearray()
-
-    def take(self, entry: TensorEntry) -> bytes:
-        try:
-            while len(self._held) < entry.length:
-                self._held += next(self._chunks)
-        except StopIteration:
-            raise Damaged(
-                f"version {self._manifest.version}: the object {self._manifest.object[:12]} ends inside tensor "
-                f"{entry.name}: it is truncated"
-            ) from None
-        frame = bytes(self._held[: entry.length])
-        del self._held[: entry.length]
-        return frame
-
-
-def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
-    try:
-        raw = decode_base(frame, itemsize=ITEMSIZE[entry.dtype], size=entry.size)
-    except ValueError as error:
-        raise Damaged(f"version {manifest.version}, tensor {entry.name}: {error}") from error
-    if blake3(raw.data).hexdigest() != entry.digest:
-        raise Damaged(f"version {manifest.version}, tensor {entry.name}: its bytes contradict its digest")
-    return RawTensor(entry.name, entry.dtype, entry.shape, raw)

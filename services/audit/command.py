@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-from palimpsest.common.config import load
-from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.audit import rendering
 from palimpsest.services.audit.judge import judge
 from palimpsest.services.audit.read import read
-from palimpsest.services.report.folder import settled_in
+from palimpsest.services.report.named_run import named_run
 from palimpsest.services.snapshot_store.storage import Unavailable
 
 
@@ -31,7 +28,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Com
     rest = [argument for argument in arguments if argument not in ("--quick", "--json")]
     if not rest:
         raise UserError(rendering.USAGE)
-    config, home = _named(rest, environment)
+    config, home = named_run(rest, environment, program=rendering.PROGRAM)
     try:
         evidence = read(config, home, quick="--quick" in arguments)
     except Unavailable as silent:
@@ -42,17 +39,3 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Com
     else:
         text = "\n".join(rendering.to_text(evidence, judgement))
     return CommandResult(text, 0 if judgement.sound else 1)
-
-
-def _named(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[RunConfig, Path]:
-    """The run's configuration and the folder of its files, wherever that lies now."""
-    if len(arguments) == 1 and not arguments[0].startswith("-") and not arguments[0].endswith(".toml"):
-        folder = Path(arguments[0])
-        config = settled_in(folder)
-        store = config.snapshot_store
-        store = store.model_copy(update={"folder": store.folder or folder / "snapshots"})
-        return config.model_copy(update={"snapshot_store": store}), folder
-    config = load(arguments, environment, program=rendering.PROGRAM).config
-    if not config.run.id:
-        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
-    return config, config.run.home

@@ -29,6 +29,8 @@ Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is m
 SIGTERM."""
 STOPPED = "Stopped cleanly. Go on with:"
 STOPPED_BEFORE = "Stopped before anything was started. Go on with:"
+MODEL = "model"
+"""Folder in the run's own, to which a finished run exports its last version."""
 EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
 """What `make run` and `make run-cluster` run unless they are told otherwise."""
 
@@ -119,6 +121,16 @@ def _for_make(text: str) -> str:
     """
     plain = re.fullmatch(r"[\w ./=-]*", text)
     return f'"{text}"' if plain else shlex.quote(text.replace("$", "$$"))
+
+
+def export_command(home: Path, *, overwrite: bool, python: str) -> str:
+    """The command that exports the run's newest version to where a finished run leaves it.
+
+    >>> print(export_command(Path("runs/first"), overwrite=False, python="python"))
+      python -m palimpsest export runs/first runs/first/model
+    """
+    flags = ["--overwrite"] if overwrite else []
+    return "  " + shlex.join([python, "-m", "palimpsest", "export", *flags, str(home), str(home / MODEL)])
 
 
 def stopped(summary: Mapping[str, Any]) -> str:

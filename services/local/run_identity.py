@@ -44,6 +44,7 @@ CHANGEABLE = (
     # names and places
     "run.id",
     "run.folder",
+    "run.export",
     "rollout.worker",
     "replica.name",
     "snapshot_store.host",

@@ -1,0 +1,1 @@
+"""`palimpsest export`: a stored version as a Hugging Face model folder."""

@@ -1,0 +1,116 @@
+"""One version of a run, from its store to a folder that transformers and vLLM load."""
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.files import with_filename, write
+from palimpsest.common.snapshots.frames import RawTensor
+from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.user_error import UserError
+from palimpsest.export import layout
+from palimpsest.export.converted import write_converted
+from palimpsest.export.model_card import Provenance, model_card
+from palimpsest.export.new_folder import new_folder, refuse_occupied
+from palimpsest.export.safetensors_file import SafetensorsFile
+from palimpsest.export.starting_model import StartingModel, find
+from palimpsest.export.stored_version import StoredVersions
+from palimpsest.services.report.folder import HISTORY, history
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    run: str
+    version: int
+    digest: str
+    tensors: int
+    bytes: int
+    """Of all tensors."""
+
+
+def export(
+    config: RunConfig,
+    home: Path,
+    folder: Path,
+    *,
+    version: int | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = layout.SHARD_BYTES,
+) -> Exported:
+    """Write a version, by default the newest, to `folder`, whole or not at all.
+
+    home: the run's folder, whose history says how many tokens were trained on. Raises UserError.
+    """
+    refuse_occupied(folder, overwrite=overwrite)
+    starting = find(config.model.path)
+    if folder.exists() and folder.samefile(starting.folder):
+        raise UserError(f"{folder} is the model that run {config.run.id} started from: name another folder")
+    with StoredVersions(config) as stored:
+        manifest = stored.manifest(version)
+        with new_folder(folder, overwrite=overwrite) as partial:
+            _write_tensors(stored.tensors(manifest), manifest, starting, partial, limit=shard_bytes)
+            _write_beside(config, home, manifest, starting, partial, name=folder.name or str(folder))
+    size = sum(entry.size for entry in manifest.tensors)
+    return Exported(folder, config.run.id, manifest.version, manifest.digest, len(manifest.tensors), size)
+
+
+def _write_tensors(
+    tensors: Iterator[RawTensor], manifest: Manifest, starting: StartingModel, folder: Path, *, limit: int
+) -> None:
+    names = starting.tensor_names()
+    if names is not None and not names >= {entry.name for entry in manifest.tensors}:
+        write_converted(starting.folder, tensors, folder, limit=limit)
+        return
+    files = layout.shards(manifest.tensors, limit)
+    if len(files) > 1:
+        write(folder / layout.INDEX, layout.index(files).encode())
+    with with_filename(folder), ExitStack() as stack:
+        opened = {}
+        for name, entries in files.items():
+            file = stack.enter_context((folder / name).open("wb"))
+            opened.update(dict.fromkeys((entry.name for entry in entries), SafetensorsFile(file, entries)))
+        for tensor in tensors:
+            opened[tensor.name].write(tensor)
+        for written in set(opened.values()):
+            written.sync()
+
+
+def _write_beside(
+    config: RunConfig, home: Path, manifest: Manifest, starting: StartingModel, folder: Path, *, name: str
+) -> None:
+    """Everything but the tensors."""
+    for file in starting.files():
+        write(folder / file.relative_to(starting.folder), file.read_bytes())
+    dtype = layout.main_dtype(manifest.tensors)
+    write(folder / layout.CONFIG, layout.config_text(starting.config(), dtype).encode())
+    made = Provenance(
+        run=config.run.id,
+        version=manifest.version,
+        digest=manifest.digest,
+        dtype=dtype,
+        trained_tokens=_trained_tokens(home, manifest.version),
+        recipe=config.learner.recipe,
+        proximal=config.learner.proximal.kind,
+        environments=config.tasks.environments,
+        starting_model=starting.name,
+        hub_id=starting.hub_id,
+        palimpsest=importlib.metadata.version("palimpsest"),
+    )
+    write(folder / layout.CARD, model_card(made, folder=name).encode())
+
+
+def _trained_tokens(home: Path, version: int) -> int | None:
+    """None where the run's history is not on this machine, or cannot be read."""
+    if not (home / HISTORY).is_file():
+        return None
+    try:
+        counts: list[int] = [line["tokens"] for line in history(home / HISTORY) if line["published"] <= version]
+    except UserError:
+        return None  # `palimpsest audit` says what is wrong with it; the weights are sound
+    return sum(counts)

@@ -1,0 +1,89 @@
+"""Which files an exported model consists of, and what the small ones say. Pure."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from palimpsest.common.snapshots.manifest import TensorEntry
+
+CONFIG, CARD = "config.json", "README.md"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one file, unless a single tensor is larger."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_COPIED = re.compile(
+    r"generation_config\.json|chat_template\.\w+|merges\.txt|.*(token|vocab|piece|tekken).*|(LICENSE|NOTICE)\b.*"
+)
+CHAT_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that have names."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def is_copied(name: str) -> bool:
+    """Whether a file of the starting model belongs to the exported one as it is.
+
+    >>> [name for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE") if not is_copied(name)]
+    []
+    >>> [name for name in ("README.md", "config.json", "tokens.bin", "optimizer.pt", ".token") if is_copied(name)]
+    []
+    """
+    return bool(_COPIED.fullmatch(name)) and not name.startswith(".") and not name.lower().endswith(WEIGHTS)
+
+
+def shards(tensors: Iterable[TensorEntry], limit: int) -> dict[str, list[TensorEntry]]:
+    """File name -> its tensors, in the order of the object; every file holds at most `limit` bytes or one tensor."""
+    entries = {entry.name: entry for entry in sorted(tensors, key=lambda entry: entry.start)}
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    return {file: [entries[name] for name in names] for file, names in split.filename_to_tensors.items()}
+
+
+def index(files: Mapping[str, Sequence[TensorEntry]]) -> str:
+    """Text of the index, by which a loader finds the file of each tensor."""
+    size = sum(entry.size for entries in files.values() for entry in entries)
+    places = {entry.name: file for file, entries in files.items() for entry in entries}
+    return _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+
+
+def main_dtype(tensors: Iterable[TensorEntry]) -> str:
+    """The type of most of the bytes, by torch's name: what the model is loaded in."""
+    sizes: Counter[str] = Counter()
+    for entry in tensors:
+        sizes[entry.dtype] += entry.size
+    return sizes.most_common(1)[0][0]
+
+
+def config_text(text: str, dtype: str) -> str:
+    """The starting model's config.json, with the type that the exported tensors have; unchanged where it says so.
+
+    >>> print(config_text('{"dtype": "float32", "vocab_size": 8}', "bfloat16"), end="")
+    {
+      "dtype": "bfloat16",
+      "vocab_size": 8
+    }
+    """
+    config = json.loads(text)
+    changed = _with_dtype(config, dtype)
+    if not any(key in changed for key in DTYPE_KEYS):
+        changed["dtype"] = dtype
+    return text if changed == config else _json(changed)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same with another type, in the configs of a model's parts, too."""
+    return {
+        key: dtype if key in DTYPE_KEYS else _with_dtype(value, dtype) if key.endswith("_config") and value else value
+        for key, value in config.items()
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

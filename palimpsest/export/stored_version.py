@@ -1,0 +1,137 @@
+"""Versions read where the store keeps them; no service needs to run, and nothing is changed."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from blake3 import blake3
+
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.snapshots.frames import RawTensor, decode_tensors
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.snapshot_store.offline import open_offline
+from palimpsest.services.snapshot_store.storage import Unavailable
+
+_MANIFEST = re.compile(r"versions/(\d+)\.json")
+NEAREST = 12
+"""Most versions that a refusal lists."""
+
+
+class StoredVersions:
+    """The versions of one run. Every method raises UserError when the store does not answer or is damaged."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run, self._place = config.run.id, _place(config)
+        self._runner = asyncio.Runner()
+        try:
+            with self._refused():
+                self._storage = self._runner.run(open_offline(config))
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.close()
+
+    def numbers(self) -> list[int]:
+        """Every version in the store, ascending."""
+        with self._refused():
+            keys = self._runner.run(self._storage.keys("versions/"))
+        return sorted(int(match[1]) for key in keys if (match := _MANIFEST.fullmatch(key)))
+
+    def manifest(self, version: int | None) -> Manifest:
+        """What stands for a version; None means the newest."""
+        there = self.numbers()
+        if not there:
+            raise UserError(f"run {self._run} has published no version yet: there is none in {self._place}")
+        number = there[-1] if version is None else version
+        key = f"versions/{number:08d}.json"
+        with self._refused():
+            body = self._runner.run(self._storage.read(key)) if number in there else None
+        if body is None:
+            raise UserError(
+                f"version {number} of run {self._run} is not in {self._place}. {_listed(there)}; a run keeps older "
+                f"ones with learner.checkpoint.keep"
+            )
+        with self._refused(f"version {number} ({key})"):
+            manifest = unseal(body)
+            if manifest.version != number:
+                raise Damaged(f"the manifest in it is of version {manifest.version}")
+        if manifest.run != self._run:
+            raise UserError(
+                f"version {number} in {self._place} is of run {manifest.run}, not {self._run}: name that run"
+            )
+        return manifest
+
+    def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
+        """The version's tensors, in the order of its object, each checked against its digest."""
+        with self._refused(f"object {manifest.object}"):
+            hasher = blake3()
+            chunks = self._chunks(manifest, hasher)
+            yield from decode_tensors(chunks, manifest)
+            for _ in chunks:  # what follows the last tensor belongs to the digest, too
+                pass
+            if (found := hasher.hexdigest()) != manifest.object:
+                raise Damaged(f"version {manifest.version}: the bytes of its object have the digest {found}")
+
+    def _chunks(self, manifest: Manifest, hasher: blake3) -> Iterator[bytes]:
+        stream = self._storage.stream(f"objects/{manifest.object}")
+        try:
+            while chunk := self._runner.run(_next(stream)):
+                hasher.update(chunk)
+                yield chunk
+        except KeyError:
+            gone = manifest.version not in self.numbers()
+            if gone:
+                raise UserError(
+                    f"version {manifest.version} of run {self._run} was removed from {self._place} while it was read, "
+                    f"for the run goes on and needs it no longer: export the newest one"
+                ) from None
+            raise Damaged(f"version {manifest.version}: its weights are not in the store") from None
+
+    @contextmanager
+    def _refused(self, what: str = "") -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as silent:
+            raise UserError(f"the storage of the versions cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
+        except Damaged as damage:
+            raise UserError(
+                f"{what}, in {self._place}: {damage}. Nothing was exported: restore the store from a copy, or export "
+                f"another version (--version)",
+                ExitCode.DAMAGED,
+            ) from None
+
+
+async def _next(stream: AsyncIterator[bytes]) -> bytes:
+    return await anext(stream, b"")
+
+
+def _place(config: RunConfig) -> str:
+    store = config.snapshot_store
+    if store.storage == "folder":
+        return str(config.snapshot_folder)
+    return f"{store.endpoint}, {store.bucket}/{config.object_prefix}"
+
+
+def _listed(there: list[int]) -> str:
+    """The versions that there are, in a sentence.
+
+    >>> _listed([3, 4, 5]), _listed([7])
+    ('There are 3, 4, 5', 'There is 7')
+    >>> _listed(list(range(100)))
+    'There are 100 from 0 to 99, the newest of them 88, 89, 90, 91, 92, 93, 94, 95, 96, 97, 98, 99'
+    """
+    newest = ", ".join(map(str, there[-NEAREST:]))
+    if len(there) > NEAREST:
+        return f"There are {len(there)} from {there[0]} to {there[-1]}, the newest of them {newest}"
+    return f"There {'is' if len(there) == 1 else 'are'} {newest}"

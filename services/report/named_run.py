@@ -1,0 +1,23 @@
+"""The run that a command line names: by its folder, or by its run file with flags."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from palimpsest.common.config import load
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.user_error import UserError
+from palimpsest.services.report.folder import settled_in
+
+
+def named_run(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> tuple[RunConfig, Path]:
+    """The run's configuration and the folder of its files, wherever that lies now. Raises UserError."""
+    if len(arguments) == 1 and not arguments[0].startswith("-") and not arguments[0].endswith(".toml"):
+        folder = Path(arguments[0])
+        config = settled_in(folder)
+        store = config.snapshot_store
+        store = store.model_copy(update={"folder": store.folder or folder / "snapshots"})
+        return config.model_copy(update={"snapshot_store": store}), folder
+    config = load(arguments, environment, program=program).config
+    if not config.run.id:
+        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
+    return config, config.run.home

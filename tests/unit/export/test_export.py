@@ -1,0 +1,242 @@
+"""What an export writes, and what it refuses, over a store that lies on the disk."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import deserialize
+
+from palimpsest.common.snapshots.frames import RawTensor
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.export.export import export
+from palimpsest.services.report.named_run import named_run
+from tests.programs import answered
+from tests.servers.stored_weights import a_tensor, flip
+from tests.stored_runs import a_run, put
+
+CONFIG = '{"dtype": "float32", "text_config": {"dtype": "float32"}, "vocab_size": 8}'
+COPIED = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{ }",
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": "{  }",
+    "additional_chat_templates/tools.jinja": "tools",
+    "LICENSE": "free",
+}
+"""Files of the starting model that an export takes over."""
+
+
+def some(seed: int) -> list[RawTensor]:
+    """A version's tensors, wide numbers among narrow ones."""
+    return [
+        a_tensor("embed.weight", "bfloat16", (8, 4), seed),
+        a_tensor("norm", "float32", (3,), seed + 1),
+        a_tensor("mask", "bool", (5,), seed + 2),
+        a_tensor("head.weight", "bfloat16", (8, 5), seed + 3),
+    ]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A starting model's folder without weights."""
+    folder = tmp_path / "starting"
+    for name, text in {**COPIED, "config.json": CONFIG, "README.md": "its own", "training_args.bin": ""}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, model: Path) -> Path:
+    """A run with versions 3, 4 and 5."""
+    home = a_run(tmp_path / "first", model)
+    for version in (3, 4, 5):
+        put(home, version, some(10 * version))
+    lines = [{"published": version, "tokens": 1000 * version} for version in (3, 4, 5)]
+    (home / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
+
+
+def write(home: Path, folder: Path, version: int | None = None, *, shard_bytes: int = 10**9) -> None:
+    config, _ = named_run([str(home)], {}, program="")
+    export(config, home, folder, version=version, shard_bytes=shard_bytes)
+
+
+def held(folder: Path) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """Name -> shape and bytes of each tensor of a model folder, as the safetensors library reads it."""
+    return {
+        name: (tuple(tensor["shape"]), bytes(tensor["data"]))
+        for path in folder.glob("*.safetensors")
+        for name, tensor in deserialize(path.read_bytes())
+    }
+
+
+def plain(tensors: list[RawTensor]) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    return {tensor.name: (tensor.shape, tensor.raw.tobytes()) for tensor in tensors}
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 5), (3, 3)])
+def test_it_is_the_version_asked_for_or_the_newest(home: Path, tmp_path: Path, asked: int | None, given: int) -> None:
+    write(home, tmp_path / "out", asked)
+    assert held(tmp_path / "out") == plain(some(10 * given))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| version | {given} |" in card
+    assert f"| trained tokens | {sum(1000 * version for version in range(3, given + 1)):,} |" in card
+
+
+def test_the_rest_is_the_starting_models(home: Path, tmp_path: Path) -> None:
+    write(home, tmp_path / "out")
+    files = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert files.keys() == {*COPIED, "config.json", "model.safetensors", "README.md"}
+    assert {name: files[name].read_text() for name in COPIED} == COPIED
+    config = json.loads(files["config.json"].read_text())
+    assert config == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "vocab_size": 8}
+
+
+def test_a_large_model_is_several_files_with_an_index(home: Path, tmp_path: Path) -> None:
+    write(home, tmp_path / "out", shard_bytes=90)  # the head, of 80 bytes, does not fit beside the others
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index == {
+        "metadata": {"total_size": 64 + 12 + 5 + 80},
+        "weight_map": {"embed.weight": first, "norm": first, "mask": first, "head.weight": second},
+    }
+    assert held(tmp_path / "out") == plain(some(50))
+
+
+def test_each_tensor_is_aligned_for_its_type(home: Path, tmp_path: Path) -> None:
+    write(home, tmp_path / "out")
+    body = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(body[:8], "little")
+    header = json.loads(body[8 : 8 + length])
+    sizes = {"F32": 4, "BF16": 2, "BOOL": 1}
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert [(8 + length + one["data_offsets"][0]) % sizes[one["dtype"]] for one in header.values()] == [0, 0, 0, 0]
+
+
+def test_an_unknown_version_is_refused_with_those_that_are_there(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"version 9 of run first is not in .*snapshots\. There are 3, 4, 5; "):
+        write(home, tmp_path / "out", 9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_has_published_nothing_says_so(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UserError, match="run new has published no version yet"):
+        write(a_run(tmp_path / "new", model), tmp_path / "out")
+
+
+def test_another_runs_store_is_noticed(home: Path, tmp_path: Path) -> None:
+    put(home, 6, some(1), run="second")
+    with pytest.raises(UserError, match="is of run second, not first"):
+        write(home, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "lost", "manifest"])
+def test_damage_is_a_sentence_with_its_digest_and_leaves_nothing(home: Path, tmp_path: Path, kind: str) -> None:
+    manifest = put(home, 6, some(60))
+    path = home / "snapshots" / "objects" / manifest.object
+    said = rf"object {manifest.object}, in .*snapshots: version 6"
+    if kind == "flipped":
+        flip(path, manifest.object_size // 2)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "lost":
+        path.unlink()
+    else:
+        stands = home / "snapshots" / "versions" / "00000006.json"
+        stands.write_bytes(stands.read_bytes().replace(b'"writer":1', b'"writer":2'))
+        said = r"version 6 \(versions/00000006.json\), in .*snapshots: the manifest contradicts its seal"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=said) as refused:
+        write(home, tmp_path / "out")
+    assert refused.value.code == ExitCode.DAMAGED
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_no_byte_of_an_object_can_be_flipped_unnoticed(home: Path, tmp_path: Path, part: int) -> None:
+    """Not even one that zstd does not use, and that leaves all tensors as they were."""
+    manifest = put(home, 6, some(60))
+    flip(home / "snapshots" / "objects" / manifest.object, part * (manifest.object_size - 1) // 9)
+    with pytest.raises(UserError, match=f"object {manifest.object}, in ") as refused:
+        write(home, tmp_path / "out")
+    assert refused.value.code == ExitCode.DAMAGED
+
+
+def test_the_starting_model_is_not_replaced_by_what_came_of_it(home: Path, model: Path) -> None:
+    config, _ = named_run([str(home)], {}, program="")
+    (model / "README.md").write_text("---\ntags:\n- palimpsest\n---\n")  # it was exported from an earlier run
+    with pytest.raises(UserError, match="is the model that run first started from"):
+        export(config, home, model, overwrite=True)
+    assert (model / "config.json").read_text() == CONFIG
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As on a disk that has no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    put(home, 6, [RawTensor("embed.weight", "uint8", (50_000,), np.zeros(50_000, dtype=np.uint8))])
+    before = sorted(tmp_path.iterdir())
+    with no_file_above(20_000):
+        done = answered("palimpsest", "export", home, tmp_path / "out")
+    assert (done.code, done.out) == (ExitCode.UNAVAILABLE, "")
+    assert f"a file has grown to the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_place_that_cannot_be_is_a_sentence(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = answered("palimpsest", "export", home, tmp_path / "file" / "out")
+    assert done.code == ExitCode.CONFIGURATION
+    assert "file cannot be used: there is a file where a folder is needed" in done.err
+
+
+def test_the_command_says_what_it_wrote(home: Path, tmp_path: Path) -> None:
+    done = answered("palimpsest", "export", home, "--version", "4", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    said, digest, where = done.out.splitlines()
+    assert said == "version 4 of run first: 4 tensors, 161 bytes"
+    assert digest.removeprefix("digest: ") in (tmp_path / "out" / "README.md").read_text()
+    assert where == f"model: {tmp_path / 'out'}"
+
+
+def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_path: Path) -> None:
+    model.rename(tmp_path / "moved")
+    gone = answered("palimpsest", "export", home, tmp_path / "out")
+    assert gone.code == ExitCode.CONFIGURATION
+    assert "model.path: " in gone.err
+    moved = f"--model.path={tmp_path / 'moved'}"
+    refused = answered("palimpsest", "export", home, moved, tmp_path / "out")
+    assert f"keys are set beside a run file: palimpsest export {home / 'run.toml'} {moved} ..." in refused.err
+    done = answered("palimpsest", "export", home / "run.toml", moved, "--version=3", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert held(tmp_path / "out") == plain(some(30))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "usage: palimpsest export"),
+        (["runs/a"], "runs/a is the only name: a run and a folder are wanted"),
+        (["a", "b", "c"], "a run and a folder are wanted, not a and b and c"),
+        (["a", "b", "--version"], "--version : the number of a version is wanted"),
+        (["a", "b", "--version=last"], "--version last: the number of a version is wanted"),
+        (["nothing", "b"], "nothing: that is no run's folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    done = answered("palimpsest", "export", *words)
+    assert (done.code, done.out) == (ExitCode.CONFIGURATION, "")
+    assert done.err.startswith(said)

@@ -1,0 +1,129 @@
+"""A folder that is whole or not there, and what it may replace."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from palimpsest.common.user_error import UserError
+from palimpsest.export import new_folder as module
+from palimpsest.export.new_folder import MARK, new_folder
+
+
+def an_export(folder: Path, text: str) -> None:
+    """What this command would have left."""
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\ntags:{MARK}---\n{text}")
+
+
+def fill(folder: Path, *, overwrite: bool = False) -> None:
+    with new_folder(folder, overwrite=overwrite) as partial:
+        assert not folder.is_relative_to(partial)
+        (partial / "README.md").write_text("new")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_it_appears_whole(tmp_path: Path, there: bool) -> None:
+    folder = tmp_path / "deep" / "model"
+    if there:
+        folder.mkdir(parents=True)
+    with new_folder(folder, overwrite=False) as partial:
+        (partial / "README.md").write_text("new")
+        assert not (folder / "README.md").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert (folder / "README.md").read_text() == "new"
+
+
+@pytest.mark.parametrize("end", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_after_an_error_all_is_as_before(tmp_path: Path, end: BaseException, overwrite: bool) -> None:
+    folder = tmp_path / "model"
+    if overwrite:
+        an_export(folder, "old")
+    before = sorted(tmp_path.rglob("*"))
+
+    def stop_halfway() -> None:
+        with new_folder(folder, overwrite=overwrite) as partial:
+            (partial / "README.md").write_text("half")
+            raise end
+
+    with pytest.raises(type(end)):
+        stop_halfway()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not overwrite or (folder / "README.md").read_text().endswith("old")
+
+
+def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
+    full, file = tmp_path / "full", tmp_path / "file"
+    an_export(full, "old")
+    file.write_text("x")
+    with pytest.raises(UserError, match=r"full is not empty: .* --overwrite"):
+        fill(full)
+    with pytest.raises(UserError, match="file is a file: name a folder"):
+        fill(file, overwrite=True)
+    assert (full / "README.md").read_text().endswith("old")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("notes.txt", ""), ("README.md", "---\ntags:\n- other\n---\n"), (".git", None)]
+)
+def test_only_an_exported_model_is_replaced(tmp_path: Path, name: str, text: str | None) -> None:
+    folder = tmp_path / "model"
+    if text is None:
+        an_export(folder, "old")
+        (folder / name).mkdir()
+    else:
+        folder.mkdir()
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match="is not a model that this command wrote"):
+        fill(folder, overwrite=True)
+    assert (folder / name).exists()
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_an_exported_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool) -> None:
+    if not in_one_step:  # as on a network file system
+        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+    folder = tmp_path / "model"
+    an_export(folder, "old")
+    (folder / "left over").touch()
+    fill(folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    assert (folder / "README.md").read_text() == "new"
+
+
+def test_folders_are_exchanged_in_one_step_here(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert module._exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "other").exists()
+    assert (tmp_path / "other" / "one").exists()
+    with pytest.raises(FileNotFoundError):
+        module._exchange(tmp_path / "one", tmp_path / "none")
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    fill(link)
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "README.md").read_text() == "new"
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(UserError, match="is not empty"), new_folder(folder, overwrite=False):
+        an_export(folder, "another's")
+    assert (folder / "README.md").read_text().endswith("another's")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_error_of_a_file_in_it_names_the_folder_that_a_person_knows(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(OSError, match="full") as raised, new_folder(folder, overwrite=False) as partial:
+        raise OSError(errno.ENOSPC, "full", os.fspath(partial / "model.safetensors"))
+    assert raised.value.filename == str(folder)
