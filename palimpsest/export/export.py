@@ -1,11 +1,11 @@
 """One version of a run, from its store to a folder that transformers and vLLM load."""
 
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from palimpsest import __version__
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import with_filename, write
 from palimpsest.common.snapshots.frames import RawTensor
@@ -100,7 +100,7 @@ def _write_beside(
         environments=config.tasks.environments,
         starting_model=starting.name,
         hub_id=starting.hub_id,
-        palimpsest=importlib.metadata.version("palimpsest"),
+        palimpsest=__version__,
     )
     write(folder / layout.CARD, model_card(made, folder=name).encode())
 

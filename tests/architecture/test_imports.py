@@ -45,6 +45,7 @@ LIGHT = (
     "palimpsest.services.learner.dead_letters.command",
     "palimpsest.services.rollout.__main__",
     "palimpsest.services.audit.command",
+    "palimpsest.export.export",
     "palimpsest.run",
     "palimpsest.cli",
 )
