@@ -88,7 +88,7 @@ def export(arguments: Sequence[str]) -> None:
     from palimpsest.export.command import run_command
 
     for line in run_command(arguments, os.environ):
-        print_line(line)
+        print(line, flush=True)
 
 
 def doctor(arguments: Sequence[str]) -> None:

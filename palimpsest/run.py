@@ -67,7 +67,7 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         invocation.overrides,
         kafka=config.bus.kind == "kafka",
         by_make="MAKELEVEL" in os.environ,
-        program=console_text.called(Path(sys.argv[0]), Path(sys.executable), Path.cwd(), on_path=on_path()),
+        program=program(),
     )
     print(
         console_text.format_start(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
@@ -125,8 +125,12 @@ def export_last(config: RunConfig) -> str:
 
 def export_command(home: Path) -> str:
     """The command that exports the run's newest version, as it is typed here."""
-    python = console_text.interpreter(Path(sys.executable), Path.cwd())
-    return console_text.export_command(home, overwrite=(home / console_text.MODEL).exists(), python=python)
+    return console_text.export_command(home, overwrite=(home / console_text.MODEL).exists(), program=program())
+
+
+def program() -> str:
+    """How the shell calls `palimpsest` again."""
+    return console_text.called(Path(sys.argv[0]), Path(sys.executable), Path.cwd(), on_path=on_path())
 
 
 def on_path() -> Path | None:

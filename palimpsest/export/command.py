@@ -73,7 +73,9 @@ def parse(arguments: Sequence[str]) -> Request:
             request.overwrite = True
         elif name == "--version":
             request.version = _number(value if equals else waiting.pop(0) if waiting else "")
-        elif argument.startswith("--"):
+        elif argument.startswith("-") and "." not in name:
+            raise UserError(f"{PROGRAM} {name}: there is no such flag\n{USAGE}")
+        elif argument.startswith("-"):
             flags += [argument] if equals or not waiting else [argument, waiting.pop(0)]
         else:
             named.append(argument)

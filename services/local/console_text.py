@@ -123,14 +123,14 @@ def _for_make(text: str) -> str:
     return f'"{text}"' if plain else shlex.quote(text.replace("$", "$$"))
 
 
-def export_command(home: Path, *, overwrite: bool, python: str) -> str:
-    """The command that exports the run's newest version to where a finished run leaves it.
+def export_command(home: Path, *, overwrite: bool, program: str) -> str:
+    """The command that exports the run's newest version to where a finished run leaves it; program: see `called`.
 
-    >>> print(export_command(Path("runs/first"), overwrite=False, python="python"))
-      python -m palimpsest export runs/first runs/first/model
+    >>> print(export_command(Path("runs/first"), overwrite=False, program="palimpsest"))
+      palimpsest export runs/first runs/first/model
     """
     flags = ["--overwrite"] if overwrite else []
-    return "  " + shlex.join([python, "-m", "palimpsest", "export", *flags, str(home), str(home / MODEL)])
+    return f"  {program} export {shlex.join([*flags, str(home), str(home / MODEL)])}"
 
 
 def stopped(summary: Mapping[str, Any]) -> str:

@@ -233,6 +233,7 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
         (["a", "b", "c"], "a run and a folder are wanted, not a and b and c"),
         (["a", "b", "--version"], "--version : the number of a version is wanted"),
         (["a", "b", "--version=last"], "--version last: the number of a version is wanted"),
+        (["a", "b", "--overwite"], "palimpsest export --overwite: there is no such flag"),
         (["nothing", "b"], "nothing: that is no run's folder"),
     ],
 )
