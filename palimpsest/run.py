@@ -112,7 +112,7 @@ def export_last(config: RunConfig) -> str:
     from palimpsest.export.export import export
 
     try:
-        with file_errors_refused():
+        with file_errors_as_user_errors():
             done = export(config, home, home / console_text.MODEL, overwrite=True)
     except UserError as refusal:
         raise UserError(

@@ -28,7 +28,7 @@ class StoredVersions:
         self._run, self._place = config.run.id, _place(config)
         self._runner = asyncio.Runner()
         try:
-            with self._refused():
+            with self._user_errors():
                 self._storage = self._runner.run(open_offline(config))
         except BaseException:
             self._runner.close()
@@ -44,7 +44,7 @@ class StoredVersions:
 
     def numbers(self) -> list[int]:
         """Every version in the store, ascending."""
-        with self._refused():
+        with self._user_errors():
             keys = self._runner.run(self._storage.keys("versions/"))
         return sorted(int(match[1]) for key in keys if (match := _MANIFEST.fullmatch(key)))
 
@@ -55,14 +55,14 @@ class StoredVersions:
             raise UserError(f"run {self._run} has published no version yet: there is none in {self._place}")
         number = there[-1] if version is None else version
         key = f"versions/{number:08d}.json"
-        with self._refused():
+        with self._user_errors():
             body = self._runner.run(self._storage.read(key)) if number in there else None
         if body is None:
             raise UserError(
                 f"version {number} of run {self._run} is not in {self._place}. {_listed(there)}; a run keeps older "
                 f"ones with learner.checkpoint.keep"
             )
-        with self._refused(f"version {number} ({key})"):
+        with self._user_errors(f"version {number} ({key})"):
             manifest = unseal(body)
             if manifest.version != number:
                 raise Damaged(f"the manifest in it is of version {manifest.version}")
@@ -74,7 +74,7 @@ class StoredVersions:
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """The version's tensors, in the order of its object, each checked against its digest."""
-        with self._refused(f"object {manifest.object}"):
+        with self._user_errors(f"object {manifest.object}"):
             hasher = blake3()
             chunks = self._chunks(manifest, hasher)
             yield from decode_tensors(chunks, manifest)
@@ -99,7 +99,7 @@ class StoredVersions:
             raise Damaged(f"version {manifest.version}: its weights are not in the store") from None
 
     @contextmanager
-    def _refused(self, what: str = "") -> Iterator[None]:
+    def _user_errors(self, what: str = "") -> Iterator[None]:
         try:
             yield
         except Unavailable as silent:
