@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -116,7 +116,11 @@ class Worker:
 class SimulatedWorkers:
     """The workers of one run, driven by whoever calls `drive`."""
 
-    def __init__(self, bus: Bus, *, run: str, load: Load, vocabulary: int, seed: int, workers: int = 2) -> None:
+    def __init__(
+        self, bus: Bus, *, run: str, load: Load, vocabulary: int, seed: int, workers: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._clock = clock
         self._bus, self._run, self._load, self._vocabulary = bus, run, load, vocabulary
         self._random, self._numbers = random.Random(seed), np.random.default_rng(seed)  # noqa: S311
         self._workers = [Worker(f"worker-{i}") for i in range(workers)]
@@ -133,7 +137,7 @@ class SimulatedWorkers:
         self._reached = 0
         self._begun = 0
         self.finished_at: dict[str, float] = {}
-        """Trajectory -> time at which its record stood on the log (time.monotonic)."""
+        """Trajectory -> time at which its record stood on the log, by `clock`."""
         self.holds: list[float] = []
         """Seconds for which the fleet stood still, each time."""
         self.flushed = 0
@@ -141,17 +145,17 @@ class SimulatedWorkers:
 
     def wake(self) -> None:
         """Time passes again; what passed meanwhile does not count."""
-        self._last, self._alive_at = time.monotonic(), float("-inf")
+        self._last, self._alive_at = self._clock(), float("-inf")
 
     def drive(self, batch_s: float) -> None:
         """Do all that is due. batch_s: seconds in which the streams together sample a batch."""
-        now = time.monotonic()
+        now = self._clock()
         batches, self._last = (now - self._last) / batch_s, now
         self._hear(now)
         finished = list(self._sample(batches))
         self._publish(finished)
         for live in finished:
-            self.finished_at[live.trajectory] = time.monotonic()
+            self.finished_at[live.trajectory] = self._clock()
         self._answer(now)
         if now - self._alive_at > ALIVE_S:
             self._alive_at = now
