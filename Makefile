@@ -28,12 +28,12 @@ doctor: ## examine this machine: every check, what it means, what to do (RUN=fil
 	@ANY_PYTHON=1 $(WITH_PYTHON) -m palimpsest.doctor $(RUN) $(ARGS)
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
-	@$(BIN)/python -m palimpsest.doctor --quiet $(RUN) $(ARGS)
+	@$(BIN)/palimpsest doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/palimpsest run $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
 run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
-	@$(BIN)/python -m palimpsest.doctor --quiet $(RUN) $(ARGS)
+	@$(BIN)/palimpsest doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
 	@. $(abspath $(FOLDER))/environment && $(BIN)/palimpsest run $(RUN) $(ARGS)
 

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+import palimpsest
 from palimpsest import cli
 from palimpsest.common.config.schema import RunConfig
 from tests.programs import answered
@@ -62,6 +63,16 @@ def assert_there_is_a_program(module: str) -> None:
         assert importlib.util.find_spec(f"{module}.__main__"), module
 
 
+def assert_can_be_installed(flags: list[str], wheel: str) -> None:
+    """The wheel has this version's name, the extra is declared, and the files are there."""
+    name, _, extra = wheel.rstrip("]").partition("[")
+    assert name == f"dist/palimpsest-{palimpsest.__version__}-py3-none-any.whl"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extra in project["optional-dependencies"]
+    for flag in flags:
+        assert flag in ("-c", "--override") or (ROOT / flag).is_file(), flag
+
+
 def test_there_are_commands_to_try() -> None:
     assert "make run" in COMMANDS
     assert len(COMMANDS) >= 10
@@ -81,9 +92,16 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
                 module, arguments = "palimpsest", ["run", *file, *flags]
             else:
                 return
-        case [".venv/bin/palimpsest", name, *rest]:
+        case [".venv/bin/palimpsest", name, *rest] if not name.startswith("-"):
             assert name in cli.COMMANDS
             module, arguments = "palimpsest", [name, *rest]
+        case [".venv/bin/palimpsest", "--help"]:
+            module, arguments = "palimpsest", []
+        case [".venv/bin/uv", "build", "--no-build-isolation"]:
+            return  # tests/integration/test_wheel.py does it
+        case ["uv", "pip", "install", *flags, wheel]:
+            assert_can_be_installed(flags, wheel)
+            return
         case [".venv/bin/python", "-m", module, *arguments]:
             assert_there_is_a_program(module)
         case [".venv/bin/torchrun", "--standalone", "-m", module, *arguments]:
@@ -91,9 +109,8 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
         case _:
             raise AssertionError("this test does not know such commands")
     monkeypatch.chdir(ROOT)
-    helped = module in ("bench", "tests.durations", "tools.pictures") or (
-        module == "palimpsest" and arguments[0] not in ("run", "check")
-    )
+    with_check = module == "palimpsest" and arguments[:1] in (["run"], ["check"])
+    helped = module in ("bench", "tests.durations", "tools.pictures") or (module == "palimpsest" and not with_check)
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's
@@ -112,6 +129,8 @@ def test_a_command_in_passing_names_what_there_is(command: str) -> None:
             assert_make_knows(rest)
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             assert_there_is_a_program(module)
+        case ["palimpsest", "..." | "--help" | "--version", *_]:
+            pass
         case ["palimpsest" | ".venv/bin/palimpsest", name, *_]:
             assert name in cli.COMMANDS
 
