@@ -1,6 +1,6 @@
 """From trajectories to the arrays a forward pass takes. Pure.
 
-The layout (which rows together, padded to what length) follows from the trajectories alone, so that a pass can be
+The layout (which rows go together, and their padded length) depends on the trajectories only, so that a pass can be
 repeated bit for bit.
 """
 
@@ -16,7 +16,7 @@ from palimpsest.common.versions import UNTRAINABLE, Version
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A trajectory ready for training. Arrays are [tokens]; index t speaks of token t."""
+    """A trajectory ready for training. Arrays are [tokens]; index t belongs to token t."""
 
     trajectory: str
     tokens: Int32Array
@@ -29,7 +29,7 @@ class Row:
     reward: float
     success: bool
     old: Float32Array | None = None
-    """Old log-probs that are known already, nats; NaN where they are not. None: nowhere."""
+    """Old log-probs that are known, nats; NaN where they are not. None: none are known."""
 
     @property
     def trainable(self) -> int:
@@ -49,7 +49,7 @@ class PaddedBatch:
     temperatures: Float32Array
     """[rows, 1]"""
     old: Float32Array
-    """Old log-probs that are known already, nats; NaN elsewhere."""
+    """Old log-probs that are known, nats; NaN elsewhere."""
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -59,9 +59,9 @@ class PaddedBatch:
 
 
 def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
-    """Rows of similar length together, each list within max_tokens once padded (a longer row stands alone).
+    """Lists of rows of similar length, each within max_tokens once padded (a longer row is alone in its list).
 
-    Sorted by length, then id: the same rows give the same lists in whatever order they come.
+    Sorted by length, then id: the same rows give the same lists in any order.
     """
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: (len(row.tokens), row.trajectory)):
@@ -99,11 +99,6 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
     )
 
 
-def places_of_version(rows: Sequence[Row], version: Version) -> list[int]:
-    """Indexes of the rows holding any token that this version sampled."""
-    return [i for i, row in enumerate(rows) if (row.versions == version).any()]
-
-
 def versions_present(rows: Sequence[Row]) -> list[Version]:
     """Versions that sampled any token of the rows, ascending."""
     present = np.unique(np.concatenate([row.versions for row in rows])) if rows else np.array([], dtype=np.int32)
@@ -111,6 +106,6 @@ def versions_present(rows: Sequence[Row]) -> list[Version]:
 
 
 def partition_by_rank(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
-    """Shares of about equal length for each rank: longest first, dealt in turn."""
+    """One share for each rank, of about equal length: sorted by length, longest first, and distributed in turn."""
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.trajectory))
     return [ordered[rank::ranks] for rank in range(ranks)]

@@ -1,7 +1,8 @@
 """Flushes of live trajectories that are still to be scored, by trajectory. Pure.
 
-A trajectory that is flushed again holds everything that the former flush held, so only the last one is kept. Where a
-trajectory is sampled twice, by a worker that was given up and by its successor, neither flush holds the other.
+The next flush of a trajectory contains everything that the former flush contained, so only the last one is kept. When
+a trajectory is sampled twice, by a worker that was presumed dead and by its successor, neither flush contains the
+other.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from palimpsest.common.trajectory import token_versions
 
 @dataclass(frozen=True, slots=True)
 class Flushed:
-    """A flush and where it stands on the log."""
+    """A flush and its position on the log."""
 
     record: SegmentFlushed
     partition: int
@@ -24,7 +25,7 @@ class Flushed:
 
 
 class FlushBuffer:
-    """Those in hand; `add`, `remove` and `forget` say which records need no further attention."""
+    """The flushes in memory. `add` and `forget` return the flushes that need not be scored."""
 
     def __init__(self) -> None:
         self._kept: dict[str, list[Flushed]] = {}
@@ -36,20 +37,20 @@ class FlushBuffer:
         return sum(map(len, self._kept.values()))
 
     def of(self, trajectory: str) -> list[Flushed]:
-        """Those of one trajectory, in the order in which they came."""
+        """The flushes of one trajectory, in the order in which they came."""
         return list(self._kept.get(trajectory, ()))
 
     def add(self, new: Flushed) -> list[Flushed]:
-        """Keep it; returns those it makes needless, itself if another one holds all of it."""
+        """Keep a flush; returns the flushes that it replaces, or itself if another one contains all of it."""
         kept = self._kept.setdefault(new.record.trajectory, [])
-        if any(_holds(standing.record, new.record) for standing in kept):
+        if any(_contains(standing.record, new.record) for standing in kept):
             return [new]
-        needless = [standing for standing in kept if _holds(new.record, standing.record)]
+        needless = [standing for standing in kept if _contains(new.record, standing.record)]
         self._kept[new.record.trajectory] = [standing for standing in kept if standing not in needless] + [new]
         return needless
 
     def remove(self, flushed: Flushed) -> None:
-        """It was dealt with; one that is not here is passed over."""
+        """Remove a flush that was scored. Does nothing if it is not here."""
         kept = [standing for standing in self.of(flushed.record.trajectory) if standing != flushed]
         if kept:
             self._kept[flushed.record.trajectory] = kept
@@ -57,12 +58,12 @@ class FlushBuffer:
             self._kept.pop(flushed.record.trajectory, None)
 
     def forget(self, trajectory: str) -> list[Flushed]:
-        """Let go of all flushes of a trajectory that has ended; returns them."""
+        """Remove all flushes of a trajectory that has ended; returns them."""
         return self._kept.pop(trajectory, [])
 
 
-def _holds(longer: SegmentFlushed, shorter: SegmentFlushed) -> bool:
-    """Whether the one begins with all of the other: the same tokens, sampled by the same versions."""
+def _contains(longer: SegmentFlushed, shorter: SegmentFlushed) -> bool:
+    """Whether `longer` starts with all of `shorter`: the same tokens, sampled by the same versions."""
     if not longer.tokens.startswith(shorter.tokens):
         return False
     length = len(unpack_int32(shorter.tokens))

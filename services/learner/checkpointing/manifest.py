@@ -1,17 +1,16 @@
-"""What a checkpoint says besides its tensors, and where it stands. Read without torch.
+"""What a checkpoint holds beside its tensors, and where it is stored. Read without torch.
 
     checkpoints/00000012-00000003/state.safetensors   of version 12, by writer 3: masters and moments, float32
-    checkpoints/00000012-00000003/manifest.json       named so last: without it the folder does not count
+    checkpoints/00000012-00000003/manifest.json       renamed last: without it the folder does not count
 
-Until the snapshot store has taken the checkpoint, the manifest is called proposed.json (checkpoint.py).
+Until the snapshot store has taken the checkpoint, the manifest is called proposed.json (checkpoints.py).
 
-Later checkpoints have later names: versions do not go back from one writer to the next.
+Names sort by age: versions do not decrease from one writer to the next.
 """
 
 import re
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct, field
 
 from palimpsest.common.versions import Version
@@ -36,18 +35,18 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     optimizer_steps: int
     ledger: LedgerState
     offsets: dict[int, int]
-    """Topic `trajectories`: where reading starts again."""
+    """Topic `trajectories`: where a restart reads from."""
     task_offsets: dict[int, int]
-    """Topic `tasks`: where the groups the ledger knows end."""
+    """Topic `tasks`: where the tasks of the groups in the ledger end."""
     history_bytes: int
     """Length of history.jsonl."""
     seconds: float
-    """Of running, over all processes that took part."""
+    """Run time, over all processes of the run."""
     state_digest: str = ""
     """blake3 of state.safetensors, hex."""
     score_offsets: dict[int, int] = field(default_factory=dict)
-    """Topic `old_logprobs`: what stands before is of trajectories the ledger has settled. {}, as checkpoints of earlier
-    releases have it: it may be anyone's."""
+    """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {}, as in checkpoints of
+    earlier releases: any record may count."""
 
 
 def folder_name(version: Version, writer: int) -> str:
@@ -60,7 +59,7 @@ def folder_name(version: Version, writer: int) -> str:
 
 
 def version_and_writer(name: str) -> tuple[Version, int] | None:
-    """What a folder's name says; None if it is no checkpoint's.
+    """Version and writer in a folder's name; None if the folder is no checkpoint.
 
     >>> version_and_writer("00000012-00000003")
     (12, 3)
@@ -70,12 +69,7 @@ def version_and_writer(name: str) -> tuple[Version, int] | None:
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """The folders of the checkpoints that count, oldest first; after them any that this release does not name so."""
+    """The folders of the checkpoints that count, oldest first, followed by folders with names of other releases."""
     folders = [manifest.parent for manifest in checkpoints.glob(f"*/{MANIFEST}")]
     ours = {folder: place for folder in folders if (place := version_and_writer(folder.name))}
     return sorted(ours, key=ours.__getitem__) + sorted(set(folders) - ours.keys())
-
-
-def read_progress(folder: Path) -> Progress:
-    """What the checkpoint in this folder says. Raises OSError, msgspec.DecodeError, UnicodeDecodeError."""
-    return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Progress)

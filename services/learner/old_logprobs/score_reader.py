@@ -75,10 +75,6 @@ class ScoreReader:
         self._dead_lettered = _dead_lettered(bus)
         self.digests: dict[Version, str] = {}
         """Version -> digest of its weights, for each version that was announced."""
-        self.waited_s = 0.0
-        """Seconds that batches have waited for scores since the process started."""
-        self.requested = 0
-        """Trajectories whose scores were requested again."""
 
     def start(self, offsets: Mapping[int, int]) -> None:
         """Read on from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
@@ -112,13 +108,11 @@ class ScoreReader:
         Tokens of version `now` need none: the learner holds those weights. After half of the time, missing scores are
         requested again. The time starts when the first score of the run is read. `heartbeat` is called meanwhile.
         """
-        began = self._clock()
         self._awaited = frozenset(row.trajectory for row in rows)
         try:
-            return self._wait(list(rows), now, began, heartbeat, stop)
+            return self._wait(list(rows), now, heartbeat, stop)
         finally:
             self._awaited = frozenset()
-            self.waited_s += self._clock() - began
 
     def retain(self) -> None:
         """Discard the scores of resolved trajectories."""
@@ -130,9 +124,9 @@ class ScoreReader:
         self._control.close()
 
     def _wait(
-        self, rows: list[Row], now: Version, began: float, heartbeat: Callable[[], None], stop: Callable[[], bool]
+        self, rows: list[Row], now: Version, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        requested, first, heard = False, True, self._heard
+        requested, first, heard, began = False, True, self._heard, self._clock()
         while True:
             if self.read(timeout_s=0.0 if first else POLL_S) or first:
                 rows, first = self.attach(rows), False
@@ -163,7 +157,6 @@ class ScoreReader:
     def _request_scores(self, lacking: Sequence[tuple[Row, list[Missing]]]) -> None:
         self._confirm()
         logger().warning("re-requested old log-probs", trajectories=len(lacking))
-        self.requested += len(lacking)
         self._bus.publish(
             OLD_LOGPROBS, [Outgoing(row.trajectory, encode(self._request(row, spans))) for row, spans in lacking]
         )

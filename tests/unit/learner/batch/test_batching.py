@@ -7,7 +7,6 @@ from palimpsest.services.learner.batch.batching import (
     micro_batches,
     pad,
     partition_by_rank,
-    places_of_version,
     versions_present,
 )
 from tests.builders import a_row
@@ -48,7 +47,6 @@ def test_padding_is_on_the_right_and_untrainable() -> None:
 def test_versions_are_found_where_they_are() -> None:
     rows = [a_row("a", [1, 2, 3], [-1, 4, 5]), a_row("b", [1, 2], [-1, 5]), a_row("c", [1, 2], [-1, -1])]
     assert versions_present(rows) == [4, 5]
-    assert places_of_version(rows, 5) == [0, 1]
     assert versions_present([]) == []
 
 

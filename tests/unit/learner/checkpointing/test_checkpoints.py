@@ -19,10 +19,10 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import (
+    MANIFEST,
     SCHEMA,
     Progress,
     complete,
-    read_progress,
     version_and_writer,
 )
 
@@ -110,7 +110,7 @@ def test_one_that_does_not_say_where_scores_are_wanted_from_is_gone_on_from_too(
     said = msgspec.json.decode(manifest.read_bytes())
     del said["score_offsets"]
     manifest.write_bytes(msgspec.json.encode(said))
-    assert read_progress(manifest.parent).score_offsets == {}
+    assert msgspec.json.decode(manifest.read_bytes(), type=Progress).score_offsets == {}
 
 
 def test_only_the_newest_are_kept_here_and_in_the_store(learner: Learner, folder: Path) -> None:
@@ -143,7 +143,8 @@ def test_a_successor_goes_on_from_it_and_writes_into_folders_of_its_own(
     assert successor.found == 3
     successor.save(3)
     assert names(folder) == ["00000003-00000002", "00000003-00000003"]
-    assert [read_progress(path).writer for path in complete(folder)] == [2, 3]
+    written = [msgspec.json.decode((path / MANIFEST).read_bytes(), type=Progress) for path in complete(folder)]
+    assert [one.writer for one in written] == [2, 3]
 
 
 def test_a_replaced_learner_commits_nothing_removes_nothing_and_says_who_replaced_it(
