@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from palimpsest.common import failpoints, logs
+from palimpsest.common import failpoints, logs, run_folder
 from palimpsest.common.bus.port import OffsetGone
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.to_toml import to_toml
@@ -49,7 +49,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             processes = [os.getpid(), os.getppid()]
             said = json.dumps({"message": str(refusal), "code": int(refusal.code), "processes": processes})
             with contextlib.suppress(OSError):  # a folder that cannot be written must not hide the sentence
-                write(config.run.home / "refusals" / f"{process}.json", said.encode())
+                write(run_folder.refusal_file(config.run.home, process), said.encode())
             raise
         if stop.signaled:
             sys.exit(int(ExitCode.INTERRUPTED))

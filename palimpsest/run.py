@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
@@ -28,7 +29,7 @@ from palimpsest.services.local import console_text
 from palimpsest.services.local.bus_opening import open_run_bus
 from palimpsest.services.local.run_setup import PreparedRun, prepare_run, resolve
 from palimpsest.services.local.supervisor import Supervisor, assign_ports
-from palimpsest.services.report.folder import SECONDS, contents
+from palimpsest.services.report.folder import contents
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -145,7 +146,7 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
     plan = Plan(
         config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
     )
-    stopwatch = Stopwatch(config.run.home / SECONDS, now=started)
+    stopwatch = Stopwatch(config.run.home / run_folder.SECONDS, now=started)
     watch = RunPoller(
         {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from palimpsest.common import program
+from palimpsest.common import program, run_folder
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.config.schema import RunConfig
@@ -31,8 +31,7 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import LEARNER, Plan, State, state
 from palimpsest.services.live.view import view
-from palimpsest.services.report.folder import HISTORY, SECONDS, Line, Seconds, history, read_seconds, settled_in
-from palimpsest.services.report.write import REPORT
+from palimpsest.services.report.folder import Line, Seconds, history, read_seconds, settled_in
 
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 108, 40
@@ -59,7 +58,7 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"report.png is left as it is: none of {', '.join(BROWSERS)} is installed")
-    photograph(browser, options.run / REPORT, options.folder / "report.png")
+    photograph(browser, options.run / run_folder.REPORT, options.folder / "report.png")
 
 
 def state_at(folder: Path, version: int | None = None) -> State:
@@ -68,12 +67,12 @@ def state_at(folder: Path, version: int | None = None) -> State:
     Raises UserError when the folder is no run's, or the run has not got that far.
     """
     config = settled_in(folder)
-    lines = list(history(folder / HISTORY))
+    lines = list(history(folder / run_folder.HISTORY))
     wanted = len(lines) // 2 if version is None else version
     if not 1 <= wanted <= len(lines):
         raise UserError(f"{folder}: version {wanted}: the history has versions 1 to {len(lines)}")
     alive, applied = _reports(config, wanted)
-    setup = (read_seconds(folder / SECONDS) or Seconds()).setup
+    setup = (read_seconds(folder / run_folder.SECONDS) or Seconds()).setup
     now = setup + alive[-1].seconds
     learner = _learner(lines[wanted - 1])
     return state(

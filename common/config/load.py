@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.proximal import SnapshotProximal
 from palimpsest.common.config.recipes import apply_recipe, unknown
 from palimpsest.common.config.schema import RunConfig
@@ -77,7 +78,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         else:
             raise UserError(f"one run file is wanted, but {path} and {argument} were given")
     if path is None and resume is not None:
-        path = resume / "run.toml"  # where a run keeps its own
+        path = resume / run_folder.RUN_FILE
         if not path.is_file():
             raise UserError(f"--resume {resume}: that is no run's folder (it has no {path.name})")
     if path is None:
@@ -117,7 +118,7 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. examples/embedded.toml is one to start from") from None
     except IsADirectoryError:
-        own = path / "run.toml"  # where a run keeps its own
+        own = path / run_folder.RUN_FILE
         kept = f"the run in it is described by {own}" if own.is_file() else "a file that describes a run is wanted"
         raise UserError(f"{path}: that is a folder; {kept}") from None
     except (OSError, UnicodeDecodeError) as error:

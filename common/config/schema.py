@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
@@ -336,14 +337,14 @@ class RunConfig(Section):
     @property
     def bus_path(self) -> Path:
         """The SQLite log."""
-        return self.bus.path or self.run.home / "bus.sqlite"
+        return self.bus.path or self.run.home / run_folder.BUS
 
     @property
     def snapshot_folder(self) -> Path:
         """Where the store keeps versions."""
-        return self.snapshot_store.folder or self.run.home / "snapshots"
+        return self.snapshot_store.folder or self.run.home / run_folder.SNAPSHOTS
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where the learner keeps its restartable state."""
-        return self.learner.checkpoint.folder or self.run.home / "checkpoints"
+        return self.learner.checkpoint.folder or self.run.home / run_folder.CHECKPOINTS

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from palimpsest.common import run_folder
+
 PREFIX = "PALIMPSEST_"
 SWITCHES = ("--check", "--help", "-h")
 
@@ -17,7 +19,7 @@ def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any
     path, flags = _words(words)
     values: dict[str, Any] = {}
     if path is None and "resume" in flags:
-        path = Path(flags["resume"]) / "run.toml"
+        path = Path(flags["resume"]) / run_folder.RUN_FILE
     if path is not None:
         values.update(_flat("", _read(path)))
     for name, value in environment.items():

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus, Record
@@ -96,7 +97,7 @@ class _Topics:
 
 def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
     """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises UserError, Unavailable."""
-    path, kept = home / "history.jsonl", config.checkpoint_folder
+    path, kept = home / run_folder.HISTORY, config.checkpoint_folder
     with asyncio.Runner() as runner:
         storage = runner.run(open_offline(config))
         with closing(open_existing_bus(config, StorageClaims(storage, runner))) as bus:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from palimpsest.common.text import count
 from palimpsest.services.audit.evidence import Heard, Offer
 
 
@@ -48,4 +49,4 @@ def trajectories(number: int) -> str:
     >>> trajectories(1), trajectories(3)
     ('1 trajectory', '3 trajectories')
     """
-    return f"{number:,} {'trajectory' if number == 1 else 'trajectories'}"
+    return count(number, "trajectory", "trajectories")

@@ -1,5 +1,6 @@
 """Rank 0: puts together everything that speaks to other services, and runs the loop."""
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
@@ -67,9 +68,9 @@ def run_coordinator(
     publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     records = Records(
-        open_history=lambda length: History(home / "history.jsonl", length=length),
-        dump=BatchDump(home / "records") if learner.record else None,
-        reporter=VersionReporter(RunThresholds.of(learner), home / "history.jsonl"),
+        open_history=lambda length: History(home / run_folder.HISTORY, length=length),
+        dump=BatchDump(home / run_folder.RECORDS) if learner.record else None,
+        reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
     )
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, stop)
     server.show(application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status))

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import httpx
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing
 from palimpsest.common.logs import logger
@@ -21,7 +22,6 @@ from palimpsest.common.snapshots.retrying_http import StoreUnavailable
 from palimpsest.common.user_error import UserError
 from palimpsest.services.live.history_tail import HistoryTail, TrainedVersions
 from palimpsest.services.live.outages import Course, Outage, Past, merged
-from palimpsest.services.report.folder import HISTORY
 
 EVERY_S = 1.0
 TIMEOUT_S = 2.0
@@ -77,7 +77,7 @@ class RunPoller:
         self._urls, self._bus, self._run = dict(urls), bus, run
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._seen = {name: ServiceObservation() for name in urls}
-        self._tail = HistoryTail(home / HISTORY)
+        self._tail = HistoryTail(home / run_folder.HISTORY)
         self._newest: dict[str, VersionApplied] = {}
         self._refused: list[VersionApplied] = []
         self._course = Course()

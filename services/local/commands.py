@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.services.local.processes import Child, python
@@ -48,7 +49,7 @@ class Commands:
             alone = self._child(LEARNER, ("palimpsest.services.learner",))
             alone.environment |= ALONE
             return alone
-        scratch = self.config.run.home / "cache" / "torchrun"
+        scratch = run_folder.cache_folder(self.config.run.home, "torchrun")
         launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}")
         return self._child(LEARNER, (*launcher, "-m", "palimpsest.services.learner"), scratch=scratch)
 
@@ -78,6 +79,6 @@ class Commands:
 
     def _child(self, name: str, program: tuple[str, ...], *own: str, scratch: Path | None = None) -> Child:
         home = self.config.run.home
-        (home / "refusals" / f"{name}.json").unlink(missing_ok=True)
+        run_folder.refusal_file(home, name).unlink(missing_ok=True)
         command = python("-m", *program, str(self.source), *self.flags, *own)
-        return Child(name, command, home / "logs" / f"{name}.log", scratch=scratch)
+        return Child(name, command, run_folder.log_file(home, name), scratch=scratch)

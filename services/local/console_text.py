@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.text import count, duration
 from palimpsest.services.live.outages import clock
@@ -80,7 +81,7 @@ def resume(
     again = f"--resume {shlex.quote(str(home))}"
     if source == EMBEDDED and by_make and not overrides:
         return f"  make run ARGS={_for_make(again)}"
-    own = home / "run.toml"
+    own = home / run_folder.RUN_FILE
     if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
         run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
         return f"  make run-cluster {run}ARGS={_for_make(again)}"

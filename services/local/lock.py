@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from palimpsest.common import run_folder
 from palimpsest.common.user_error import ExitCode, UserError
 
-LOCK = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has no locks."""
 
@@ -29,7 +29,7 @@ class RunLock:
     """
 
     def __init__(self, home: Path, *, now: datetime) -> None:
-        self._path = home / LOCK
+        self._path = home / run_folder.LOCK
         self.warning: str | None = None
         """What a person has to know of it."""
         self._handle = _open_lock_file(self._path)

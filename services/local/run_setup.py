@@ -4,6 +4,7 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
+from palimpsest.common import run_folder
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
@@ -12,8 +13,6 @@ from palimpsest.common.files import write
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.lock import RunLock
 from palimpsest.services.local.run_identity import differences
-
-SAVED = "run.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +30,9 @@ def resolve(invocation: Invocation) -> RunConfig:
     config, home = invocation.config, invocation.resume
     if home is None:
         return config
-    if not (home / SAVED).is_file():
-        raise UserError(f"--resume {home}: that is no run's folder (it has no {SAVED})")
-    before = load([str(home / SAVED)], {}, program="").config
+    if not (home / run_folder.RUN_FILE).is_file():
+        raise UserError(f"--resume {home}: that is no run's folder (it has no {run_folder.RUN_FILE})")
+    before = load([str(home / run_folder.RUN_FILE)], {}, program="").config
     if found := differences(before, config):
         told = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
         raise UserError(
@@ -51,7 +50,7 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
         config = config.model_copy(update={"run": config.run.model_copy(update={"id": name})})
     home = config.run.home
     usable_folder(home, key="run.folder")
-    saved = home / SAVED
+    saved = home / run_folder.RUN_FILE
     lock = RunLock(home, now=now)
     if invocation.resume is None and saved.exists():
         raise UserError(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")

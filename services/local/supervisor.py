@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
@@ -180,7 +181,7 @@ def _refusal(home: Path, child: Child) -> tuple[str, int] | None:
     torchrun would swallow the exit code.
     """
     try:
-        said = json.loads((home / "refusals" / f"{child.name}.json").read_text())
+        said = json.loads(run_folder.refusal_file(home, child.name).read_text())
     except (OSError, ValueError):
         return None
     if child.process is None or child.process.pid not in said["processes"]:

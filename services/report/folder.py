@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus
@@ -34,10 +35,8 @@ from palimpsest.common.trajectory import trainable
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.checkpointing.manifest import MANIFEST, complete
-from palimpsest.services.local.run_setup import SAVED
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
-HISTORY, SECONDS = "history.jsonl", "seconds.json"
 Line = dict[str, Any]
 """One version trained, as services/learner/observability/version_record.py writes it."""
 
@@ -99,23 +98,23 @@ def contents(folder: Path) -> Contents:
     return Contents(
         folder=folder,
         config=config,
-        lines=tuple(history(folder / HISTORY, length=checkpoint.history_bytes if checkpoint else None)),
+        lines=tuple(history(folder / run_folder.HISTORY, length=checkpoint.history_bytes if checkpoint else None)),
         checkpoint=checkpoint,
-        seconds=read_seconds(folder / SECONDS),
+        seconds=read_seconds(folder / run_folder.SECONDS),
         log=_read_log(config),
     )
 
 
 def settled_in(folder: Path) -> RunConfig:
     """The run's configuration, its files looked for in this folder wherever it lies now."""
-    if not (folder / SAVED).is_file():
-        raise UserError(f"{folder}: that is no run's folder (it has no {SAVED})")
-    config = load([str(folder / SAVED)], {}, program="").config
+    if not (folder / run_folder.RUN_FILE).is_file():
+        raise UserError(f"{folder}: that is no run's folder (it has no {run_folder.RUN_FILE})")
+    config = load([str(folder / run_folder.RUN_FILE)], {}, program="").config
     checkpoint = config.learner.checkpoint
-    checkpoint = checkpoint.model_copy(update={"folder": checkpoint.folder or folder / "checkpoints"})
+    checkpoint = checkpoint.model_copy(update={"folder": checkpoint.folder or folder / run_folder.CHECKPOINTS})
     return config.model_copy(
         update={
-            "bus": config.bus.model_copy(update={"path": config.bus.path or folder / "bus.sqlite"}),
+            "bus": config.bus.model_copy(update={"path": config.bus.path or folder / run_folder.BUS}),
             "learner": config.learner.model_copy(update={"checkpoint": checkpoint}),
         }
     )

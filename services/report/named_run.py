@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from palimpsest.common import run_folder
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
@@ -15,7 +16,7 @@ def named_run(arguments: Sequence[str], environment: Mapping[str, str], *, progr
         folder = Path(arguments[0])
         config = settled_in(folder)
         store = config.snapshot_store
-        store = store.model_copy(update={"folder": store.folder or folder / "snapshots"})
+        store = store.model_copy(update={"folder": store.folder or folder / run_folder.SNAPSHOTS})
         return config.model_copy(update={"snapshot_store": store}), folder
     config = load(arguments, environment, program=program).config
     if not config.run.id:

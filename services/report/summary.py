@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
@@ -14,14 +15,13 @@ from palimpsest.services.report.aggregates import leak, removal, spells
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
 
-SUMMARY = "summary.json"
 PHASES = ("wait", "train", "publish", "checkpoint")
 
 
 def write_summary(contents: Contents) -> dict[str, Any]:
     """Make the folder's summary.json; what it says."""
     summary = summarize(contents)
-    write(contents.folder / SUMMARY, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    write(contents.folder / run_folder.SUMMARY, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     return summary
 
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
+from palimpsest.common import run_folder
 from palimpsest.common.files import write
 from palimpsest.services.report.figures import figures
 from palimpsest.services.report.folder import Contents
 from palimpsest.services.report.page import page
 
-REPORT = "report.html"
-
 
 def write_report(contents: Contents, summary: dict[str, Any]) -> None:
     """Make the folder's report."""
-    write(contents.folder / REPORT, page(summary, contents.config, figures(contents)).encode())
+    write(contents.folder / run_folder.REPORT, page(summary, contents.config, figures(contents)).encode())

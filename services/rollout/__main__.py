@@ -2,6 +2,7 @@
 
 import asyncio
 
+from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
@@ -48,7 +49,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             weights = WeightSync(
                 engine,
                 store,
-                config.run.home / "cache" / rollout.worker,
+                run_folder.cache_folder(config.run.home, rollout.worker),
                 tolerance=rollout.canary_tolerance,
                 report=lambda applied: worker.applied(applied),
             )
@@ -93,7 +94,7 @@ def _engine(config: RunConfig, dialogue: ChatRenderer) -> Engine:
         max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # and one to end scoring with
         max_live=config.rollout.max_live,
         seed=engine_seed(config.run.seed, config.rollout.worker),
-        log=config.run.home / "logs" / f"{config.rollout.worker}.engine.log",
+        log=run_folder.engine_log_file(config.run.home, config.rollout.worker),
     )
 
 

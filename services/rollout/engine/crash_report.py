@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from palimpsest.common.text import count
 from palimpsest.services.rollout.engine.crash_evidence import ERROR
 
 FRAMES = 5
@@ -131,8 +132,8 @@ def crash_text(evidence: CrashEvidence) -> str:
     died = name if name and not evidence.silent else ""
     said = [f"the inference engine {_manner_of_death(evidence, failure, died)} while it was {evidence.doing}"]
     if evidence.killed_for_memory and died == "SIGKILL":
-        count = evidence.killed_for_memory
-        said.append(f"the kernel has killed {count} process{'es' * (count > 1)} for want of memory since it started")
+        killed = count(evidence.killed_for_memory, "process", "processes")
+        said.append(f"the kernel has killed {killed} for want of memory since it started")
     if failure is not None:
         said.append(f"its error: {failure}")
     said += [f"it was in: {place}" for place in stack(evidence.log)[:1]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.local.lock import LOCK, RunLock
+from palimpsest.services.local.lock import RunLock
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
 HOLDS = """
@@ -39,7 +39,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with RunLock(tmp_path, now=NOW):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_of_one_process_is_not_taken_twice_by_it(tmp_path: Path) -> None:
@@ -63,6 +63,6 @@ def test_a_service_that_outlives_its_supervisor_does_not_hold_the_run(tmp_path: 
 
 def test_a_lock_file_that_says_nothing_is_told_of_all_the_same(tmp_path: Path) -> None:
     with RunLock(tmp_path, now=NOW):
-        (tmp_path / LOCK).write_text("not JSON")
+        (tmp_path / "lock").write_text("not JSON")
         with pytest.raises(UserError, match="is alive: another process supervises it"):
             RunLock(tmp_path, now=NOW)
