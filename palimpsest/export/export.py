@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palimpsest import __version__
+from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import with_filename, write
 from palimpsest.common.snapshots.frames import RawTensor
@@ -18,7 +19,7 @@ from palimpsest.export.new_folder import new_folder, refuse_occupied
 from palimpsest.export.safetensors_file import SafetensorsFile
 from palimpsest.export.starting_model import StartingModel, find
 from palimpsest.export.stored_version import StoredVersions
-from palimpsest.services.report.folder import HISTORY, history
+from palimpsest.services.report.folder import history
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +108,12 @@ def _write_beside(
 
 def _trained_tokens(home: Path, version: int) -> int | None:
     """None where the run's history is not on this machine, or cannot be read."""
-    if not (home / HISTORY).is_file():
+    if not (home / run_folder.HISTORY).is_file():
         return None
     try:
-        counts: list[int] = [line["tokens"] for line in history(home / HISTORY) if line["published"] <= version]
+        counts: list[int] = [
+            line["tokens"] for line in history(home / run_folder.HISTORY) if line["published"] <= version
+        ]
     except UserError:
         return None  # `palimpsest audit` says what is wrong with it; the weights are sound
     return sum(counts)
