@@ -77,7 +77,7 @@ class Ours:
 
 
 class OurReader:
-    """Asks for as many records at once as the learner's intake does."""
+    """Asks for as many records at once as the learner's reader does."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer, self.close = consumer, consumer.close

@@ -48,7 +48,7 @@ class Broken(Exception):
 
 
 class Learner:
-    """Trains without training: what it needs of the log, the planner and the interruption is real."""
+    """Trains without training: what it needs of the log, the ledger and the cuts is real."""
 
     def __init__(self, schedule: Any, learned: Learned, *, writer: int, versions: int) -> None:
         self._writer, self._cutting = writer, False

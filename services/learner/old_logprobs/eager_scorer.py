@@ -1,7 +1,7 @@
-"""Old log-probs made early: while a version is resident, what it has sampled and what has arrived is scored.
+"""Computes old log-probs early: scores the tokens of the resident version that have arrived so far.
 
-No copy of the model is needed for that, only the moment: the learner holds the weights of the version until its first
-optimizer step. What is scored is kept in `Scores`, and on the log too where it must outlive the process.
+This needs no copy of the model: the learner holds the weights of the version until its first optimizer step. The scores
+go to the score store, and to the log too if they must outlive the process.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,24 +28,24 @@ Place = tuple[int, int]
 
 
 class Sampled(Protocol):
-    """A trajectory, finished or not, and where it stands on the log."""
+    """A trajectory, finished or not, and its position on the log."""
 
     @property
     def record(self) -> TrajectoryFinished | SegmentFlushed:
-        """Checked (checks.py)."""
+        """Validated (ingest/validation.py)."""
 
     @property
     def partition(self) -> int:
-        """Of `trajectories`."""
+        """Partition of topic `trajectories`."""
 
     @property
     def offset(self) -> int:
-        """In the partition."""
+        """Offset in the partition."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
-    """What of a trajectory is still to be scored."""
+    """The part of a trajectory that is still to be scored."""
 
     tokens: bytes
     row: Row
@@ -53,16 +53,16 @@ class _Waiting:
 
 
 def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
-    """Tokens and versions of the record, to look its scores up with; it has no advantage and no behavior in it."""
+    """Tokens and versions of the record, to look up its scores. Advantage and behavior log-probs are 0."""
     tokens = unpack_int32(record.tokens)
     return _row(record, tokens, token_versions(record.segments, len(tokens)))
 
 
 class EagerScorer:
-    """Each token is scored once: what `scores` knows already is passed over.
+    """Scores each token once: tokens with a value in `scores` are skipped.
 
-    `durable`: the log to publish on before a call returns; None keeps the values in this process only.
-    `at_once`: so many micro-batches are handed to `score` together.
+    durable: the log to publish on before a call returns. None: the values stay in this process.
+    at_once: number of micro-batches that one call of `score` gets.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class EagerScorer:
     def work(
         self, sampled: Iterable[Sampled], now: Version, digest: str, *, should_stop: Callable[[], bool] = lambda: False
     ) -> int:
-        """Score what lacks values of the resident version, whose weights have this digest; how many tokens were scored.
+        """Score the tokens of the resident version `now` that have no value; the number of tokens scored.
 
-        Micro-batches, `at_once` at a time, until nothing is left or until `enough` says so (asked each time).
+        digest: of the resident weights. Stops when nothing is left, or when `should_stop` returns True after a call of
+        `score`.
         """
         self._look(sampled, now, digest)
         by_row = {waiting.row: place for place, waiting in self._waiting.items()}
@@ -104,11 +105,11 @@ class EagerScorer:
         return count
 
     def is_done(self, one: Sampled) -> bool:
-        """Whether it was looked at and nothing of the resident version is left to be scored in it."""
+        """Whether `work` has seen it and no token of the resident version is left to be scored in it."""
         return (one.partition, one.offset) in self._done
 
     def _look(self, sampled: Iterable[Sampled], now: Version, digest: str) -> None:
-        """Bring `_waiting` up to date: what is new comes in, what is no longer asked for goes."""
+        """Update `_waiting`: add new trajectories, remove those that are not asked for any more."""
         if self._resident != (now, digest):
             self._resident = (now, digest)
             self._done.clear()
@@ -127,14 +128,14 @@ class EagerScorer:
                 self._waiting[place] = _Waiting(record.tokens, rest)
 
     def _rest(self, record: TrajectoryFinished | SegmentFlushed, now: Version, digest: str) -> Row | None:
-        """What of it is to be scored; None: nothing."""
+        """The part of the record that is to be scored; None if there is none."""
         if all(segment.version != now for segment in record.segments):
             return None
         known = self._scores.attach(as_row(record), {now: digest})
         spans = [(start, stop) for start, stop, version in self._scores.missing(known) if version == now]
         if not spans:
             return None
-        versions = np.full(spans[-1][1], UNTRAINABLE, dtype=np.int32)  # attention is causal: what follows is not needed
+        versions = np.full(spans[-1][1], UNTRAINABLE, dtype=np.int32)  # causal: later tokens are not needed
         for start, stop in spans:
             versions[start:stop] = now
         return _row(record, known.tokens[: len(versions)], versions)

@@ -1,4 +1,4 @@
-"""A run as the real planner and frontier live it, with every harmless thing that can happen, and its evidence."""
+"""A run as the real ledger and offset tracker live it, with every harmless thing that can happen, and its evidence."""
 
 import random
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Simulated:
     """A run of one process that never dies."""
 
     rng: random.Random
-    planner: TrajectoryLedger[str] = field(
+    entries: TrajectoryLedger[str] = field(
         default_factory=lambda: TrajectoryLedger(
             samples=SAMPLES, groups_per_batch=2, max_staleness=BOUND, time_limit_s=60
         )
@@ -50,9 +50,9 @@ class Simulated:
     def step(self) -> None:
         """One event, and what the learner makes of it."""
         self.clock += 1.0
-        while self.planner.free_slots():
-            index = self.planner.next_index
-            self.offers.append(Offer(self.planner.offer(now=self.clock), index, SAMPLES, ("lookup", 7 * index)))
+        while self.entries.free_slots():
+            index = self.entries.next_index
+            self.offers.append(Offer(self.entries.offer(now=self.clock), index, SAMPLES, ("lookup", 7 * index)))
             self.offered_at.append(self.version)
         index = self.rng.randrange(max(0, len(self.offers) - 6), len(self.offers))
         name = trajectory_id(group_id(index), self.rng.randrange(SAMPLES))
@@ -62,7 +62,7 @@ class Simulated:
                 self._arrive(name, low, self.rng.randint(low, self.version))
             case "drop":
                 record = self._publish(name, DropReason.ENVIRONMENT_FAILED.value)
-                self.planner.drop(group_id(index), name, DropReason.ENVIRONMENT_FAILED)
+                self.entries.drop(group_id(index), name, DropReason.ENVIRONMENT_FAILED)
                 self.frontier.resolve(record.partition, record.offset)
             case "garbage":
                 self._bury(self._publish("", "", sound=False, index=index), group_id(index), name)
@@ -105,7 +105,7 @@ class Simulated:
 
     def _arrive(self, name: str, oldest: int, newest: int) -> None:
         record = self._publish(name, FINISHED, oldest=oldest, newest=newest)
-        known = self.planner.arrive(name.rpartition("/")[0], name, name)
+        known = self.entries.arrive(name.rpartition("/")[0], name, name)
         if known in (ArrivalStatus.NEW, ArrivalStatus.RECOVERED):
             self.waiting[name] = record
         else:
@@ -131,21 +131,21 @@ class Simulated:
     def _bury(self, record: Heard, group: str, name: str) -> None:
         self.letters.append(Letter(record.partition, record.offset, name))
         self.frontier.resolve(record.partition, record.offset)
-        self.planner.dead_letter(group, name)
+        self.entries.dead_letter(group, name)
 
     def _learn(self) -> None:
-        self.planner.expire(now=self.clock)
+        self.entries.expire(now=self.clock)
         now = Version(self.version)
         oldest = {name: Version(record.oldest or 0) for name, record in self.waiting.items()}
-        for name in (*self.planner.drop_stale(now, oldest), *self.planner.drop_small()):
+        for name in (*self.entries.drop_stale(now, oldest), *self.entries.drop_small()):
             self._resolve(name)
-        if not (batch := self.planner.take_batch()):
+        if not (batch := self.entries.take_batch()):
             return
         trained = tuple(name for group in batch for name in group.items)
         ages = [self.version - (self.waiting[name].oldest or 0) for name in trained]
         for name in trained:
             self._resolve(name)
-        counts = self.planner.counts()
+        counts = self.entries.counts()
         dropped = counts["dropped"]
         assert isinstance(dropped, dict)
         self.version += 1
@@ -166,7 +166,7 @@ class Simulated:
                 writer=1,
                 digest=_digest(self.version - 1),
                 trained_versions=len(self.lines),
-                ledger=self.planner.state(),
+                ledger=self.entries.state(),
                 offsets=self.frontier.offsets(),
                 task_offsets={0: len(self.offers)},
             )

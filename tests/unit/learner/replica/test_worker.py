@@ -680,7 +680,7 @@ def test_a_restart_reads_from_where_it_is_told(setup: Setup) -> None:
 
 
 def test_scores_of_a_batch_come_though_its_groups_are_closed(setup: Setup) -> None:
-    """The planner closes a group when its last trajectory goes into a batch."""
+    """The ledger closes a group when its last trajectory goes into a batch."""
     record = finished(0, 0, MIXED)
     reader, scores = a_reader(setup, resolved=frozenset({record.trajectory}))
     setup.trajectories(record)
