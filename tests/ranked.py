@@ -92,9 +92,9 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
         "steps": trainee.steps,
         "loss": whole.loss,
         "grad_norm": whole.grad_norm,
-        "mine": [row.trajectory for scored in own.scored for row in scored.batch.rows],
-        "scored": sorted((row.trajectory, scored.first) for scored in whole.scored for row in scored.batch.rows),
-        "masked": sum(int(scored.correction.masked.sum()) for scored in whole.scored),
+        "mine": [row.trajectory for scored in own.micro_batches for row in scored.batch.rows],
+        "scored": sorted((row.trajectory, scored.first) for scored in whole.micro_batches for row in scored.batch.rows),
+        "masked": sum(int(scored.correction.masked.sum()) for scored in whole.micro_batches),
     }
 
 

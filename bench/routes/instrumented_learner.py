@@ -121,7 +121,7 @@ class WatchedStep(Trainer):
             self.watch.seconds[part] += trained.seconds[part]
         exact = torch.tensor(0)
         ages: Counter[int] = Counter()
-        for scored in trained.scored:
+        for scored in trained.micro_batches:
             exact += (scored.anchor.exact & torch.from_numpy(scored.batch.mask)).sum()
             ages.update((now - scored.batch.versions[scored.batch.mask]).tolist())
         rows = [row for minibatch in minibatches for row in minibatch]
@@ -266,8 +266,8 @@ def watch_source(stack: ExitStack, beside: TrainingState, watch: Watch) -> None:
         return given
 
     stack.enter_context(patch.object(source, "proximal", proximal))
-    if beside.follower is not None:
-        tick = partial(watch.calling, "tick", beside.follower.published)
+    if beside.stateful_source is not None:
+        tick = partial(watch.calling, "tick", beside.stateful_source.published)
         stack.enter_context(patch.object(source, "published", tick))
     if isinstance(source, EwmaProx | PpoEwmaAsync):
         distance = partial(watch.calling, "distance", source.average.distance)

@@ -1,4 +1,4 @@
-"""What the learner reports to Prometheus."""
+"""Every Prometheus series of the learner."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -116,9 +116,9 @@ WRONG_REASON = Gauge(
     ["judged"],
     registry=REGISTRY,
 )
-GROUP_SPAN = Gauge("palimpsest_learner_group_span_versions", "Versions a group spans, mean of the last batch",
-    registry=REGISTRY,
-)  # fmt: skip
+GROUP_SPAN = Gauge(
+    "palimpsest_learner_group_span_versions", "Versions a group spans, mean of the last batch", registry=REGISTRY
+)
 COMPANION = Gauge(
     "palimpsest_learner_companion",
     "State of what trains along: ewma_decay, ewma_age, ewma_distance, ewma_resets, multiplier and the like",
@@ -131,8 +131,6 @@ TRAIN_SECONDS = Counter(
     ["part"],
     registry=REGISTRY,
 )
-
-
 CUTS = Counter("palimpsest_learner_cuts", "Interruptions asked for", registry=REGISTRY)
 CUT_SECONDS = Histogram(
     "palimpsest_learner_cut_seconds", "Time for one cut, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY

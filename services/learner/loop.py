@@ -34,7 +34,8 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
-from palimpsest.services.learner.observability.version_record import Batch, export_to_prometheus
+from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
+from palimpsest.services.learner.observability.version_record import Batch
 from palimpsest.services.learner.old_logprobs.routes import Route
 from palimpsest.services.learner.publishing.publisher import Publisher
 from palimpsest.services.learner.timing import PhaseTimer
@@ -283,11 +284,14 @@ class Loop:
         if self._records.dump is not None:
             self._records.dump.record(batch, trained)
             self._confirm()  # writing the dump may have taken long
+        phases = self._phases.take()
+        for phase, seconds in phases.items():
+            instruments.PHASE_SECONDS.labels(phase).observe(seconds)
         self._last_line = self._records.reporter.line(
             batch,
             trained,
             seconds=self._seconds(),
-            phases=self._phases.take(),
+            phases=phases,
             learning_rate=self._policy.learning_rate,
             counts=self._ledger.counts(),
             sampled_tokens=self._reader.sampled_tokens,

@@ -1,31 +1,29 @@
-"""Where a version's seconds go."""
+"""Seconds by phase: the one timer of the loop, the trainer and the cut."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-from palimpsest.services.learner import instruments
 
 
 @dataclass
 class PhaseTimer:
-    """Seconds of the present version, by what they were spent on."""
+    """Adds up the seconds spent in named phases."""
 
-    spent: dict[str, float] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds since the start, or since `take`."""
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """Count the block under this phase."""
-        started = time.monotonic()
+        """Count the block under this phase, also when it raises."""
+        started = self.clock()
         try:
             yield
         finally:
-            self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock() - started
 
     def take(self) -> dict[str, float]:
-        """The seconds so far; the next version begins."""
-        spent, self.spent = self.spent, {}
-        for phase, seconds in spent.items():
-            instruments.PHASE_SECONDS.labels(phase).observe(seconds)
-        return spent
+        """Return the seconds so far and start over."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds

@@ -19,8 +19,10 @@ from palimpsest.services.learner.observability.removals import (
 from palimpsest.services.learner.observability.surrogate_error import Thresholds
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.token_statistics import Tokens
+from palimpsest.services.learner.observability.token_table import flatten
 from palimpsest.services.learner.proximal.types import ProximalValues
-from palimpsest.services.learner.training.results import MicroBatchResult, counts
+from palimpsest.services.learner.training.accumulators import StepAccumulator, TokenTotals
+from palimpsest.services.learner.training.results import MicroBatchResult
 from tests.builders import a_learner, a_row
 from tests.oracles import batch as oracle
 
@@ -83,7 +85,7 @@ def test_18_11_removals_by_cause_add_up(loss: dict[str, object]) -> None:
     seen = {"overlap": 0, "repeats": 0, "masked": 0, "clipped": 0}
     for seed in range(DRAWS):
         part = scored(seed, **loss)
-        tokens = part.tokens(2)
+        tokens = flatten(part, 2)
         got = removal(tokens, CLIP)
         causes = {name: gone.tolist() for name, gone in tokens.causes.items()}
         if not np.isfinite(tokens.current).all():
@@ -110,16 +112,16 @@ def test_18_11_what_is_active_is_what_the_loss_has() -> None:
         inputs = Inputs(current, part.proximal, behavior, part.correction.weight, advantages, mask)
         objective.outcome(inputs, multiplier=0.0).losses.sum().backward()
         assert current.grad is not None
-        got = removal(part.tokens(2), CLIP)
+        got = removal(flatten(part, 2), CLIP)
         assert got["active"] == int((current.grad != 0).sum())
-        tokens, active, _ = counts([part], 2)
+        totals = TokenTotals.of([part], 2, StepAccumulator())
         no_current = int((~torch.isfinite(part.current) & mask & ~part.removed).sum())
-        assert (tokens, active - no_current) == (got["tokens"], got["active"])
+        assert (totals.tokens, totals.active - no_current) == (got["tokens"], got["active"])
 
 
 def test_18_11_every_mask_of_a_token_is_boolean() -> None:
     part = scored(0)
-    assert all(gone.dtype == np.bool_ for gone in part.tokens(2).causes.values())
+    assert all(gone.dtype == np.bool_ for gone in flatten(part, 2).causes.values())
     known = {
         *CLIPS,
         *TOKEN_MASKS,
@@ -131,7 +133,7 @@ def test_18_11_every_mask_of_a_token_is_boolean() -> None:
         "segment",
         "k2_sequence_max",
     }
-    assert set(part.tokens(2).causes) <= known
+    assert set(flatten(part, 2).causes) <= known
 
 
 def tokens_of(**values: object) -> Tokens:

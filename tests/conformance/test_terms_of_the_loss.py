@@ -20,6 +20,7 @@ from palimpsest.services.learner.losses.aggregate import Denominators
 from palimpsest.services.learner.losses.objective import Objective, Terms
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.observability.token_table import flatten
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.training.preparation import prepare_batch
 from palimpsest.services.learner.training.results import StepResult
@@ -171,7 +172,7 @@ def test_r2vpos_multiplier_follows_the_mean_square_of_the_whole_version(starting
         discrepancy=UNCORRECTED, loss={"objective": "r2vpo", "r2vpo": {"rate": 2.0, "target": 0.001}}
     )  # fmt: skip
     result = trained(starting_model, config)
-    tokens = [scored.tokens(Version(2)) for scored in result.scored]
+    tokens = [flatten(scored, Version(2)) for scored in result.micro_batches]
     ratios = np.concatenate([np.exp(part.current.astype(np.float64) - part.proximal) for part in tokens])
     mean = float(((ratios - 1) ** 2).mean())
     assert mean > 0.01
@@ -182,10 +183,10 @@ def test_weights_are_divided_by_the_mean_of_their_minibatch_however_it_is_split(
     """Two minibatches of two micro-batches each."""
     discrepancy = {"band": "off", "weight": "truncated", "weight_normalise": True}
     result = trained(starting_model, a_learner(discrepancy=discrepancy, micro_batch_tokens=7))
-    assert len(result.scored) == 4
+    assert len(result.micro_batches) == 4
     means = []
     for first in (True, False):
-        parts = [scored for scored in result.scored if scored.first is first]
+        parts = [scored for scored in result.micro_batches if scored.first is first]
         kept = torch.cat([part.correction.weight[torch.from_numpy(part.batch.mask)] for part in parts])
         assert float(kept.mean()) == pytest.approx(1.0, rel=1e-5)
         means += [float(part.correction.weight[torch.from_numpy(part.batch.mask)].mean()) for part in parts]
@@ -197,7 +198,7 @@ def test_epos_history_takes_in_each_version_once_with_its_mean_over_trajectories
     result = trained(starting_model, a_learner(discrepancy=UNCORRECTED))
     means = [
         float(row[sampled].mean())
-        for scored in result.scored
+        for scored in result.micro_batches
         for row, sampled in zip(scored.entropy, torch.from_numpy(scored.batch.mask), strict=True)
     ]
     assert len(means) == 4

@@ -23,7 +23,6 @@ class Draw:
     rewards: oracle.Array
     own: oracle.Array | None
     values: oracle.Array
-    truncated: oracle.Mask
     gamma: float
     lam: float
 
@@ -40,7 +39,6 @@ def draw(seed: int) -> Draw:
         rewards=generator.normal(0, 1, rows),
         own=generator.normal(0, 0.1, (rows, tokens)) if seed % 3 else None,
         values=generator.normal(0, 1, (rows, tokens)),
-        truncated=generator.random(rows) < 0.4,
         gamma=float(generator.choice([1.0, 0.99, 0.5, 0.0])),
         lam=float(generator.choice([1.0, 0.95, 0.3, 0.0])),
     )
@@ -66,10 +64,8 @@ def test_return_to_go_equals_the_oracle() -> None:
 def test_gae_equals_the_mixture_of_k_step_estimates() -> None:
     for seed in range(CASES):
         d = draw(seed)
-        ours = generalised_advantages(
-            d.mask, d.rewards, d.values, gamma=d.gamma, lam=d.lam, truncated=d.truncated, token_rewards=d.own
-        )
-        expected = oracle.generalised(d.mask, d.rewards, d.own, d.values, d.truncated, d.gamma, d.lam)
+        ours = generalised_advantages(d.mask, d.rewards, d.values, gamma=d.gamma, lam=d.lam, token_rewards=d.own)
+        expected = oracle.generalised(d.mask, d.rewards, d.own, d.values, d.gamma, d.lam)
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-11, err_msg=f"seed {seed}")
 
 
@@ -86,7 +82,7 @@ def test_18_7_numbers_at_untrainable_tokens_change_nothing() -> None:
         d = draw(seed)
         spoilt = np.where(d.mask, d.values, np.nan)
         own = None if d.own is None else np.where(d.mask, d.own, np.inf)
-        settings = {"gamma": d.gamma, "lam": d.lam, "truncated": d.truncated}
+        settings = {"gamma": d.gamma, "lam": d.lam}
         clean = generalised_advantages(d.mask, d.rewards, d.values, token_rewards=d.own, **settings)
         assert np.array_equal(
             generalised_advantages(d.mask, d.rewards, spoilt, token_rewards=own, **settings), clean
@@ -130,7 +126,7 @@ def test_18_13_a_longer_tool_gap_changes_no_credit() -> None:
         wide[:, 1::2], wide[:, ::2] = False, d.mask  # an untrainable token behind each
         values, own = generator.normal(0, 1, wide.shape), generator.normal(0, 1, wide.shape)
         values[:, ::2] = d.values
-        settings = {"gamma": d.gamma, "lam": d.lam, "truncated": d.truncated}
+        settings = {"gamma": d.gamma, "lam": d.lam}
         narrow = generalised_advantages(d.mask, d.rewards, d.values, token_rewards=own[:, ::2], **settings)
         stretched = generalised_advantages(wide, d.rewards, values, token_rewards=own, **settings)
         assert np.array_equal(stretched[:, ::2], narrow), f"seed {seed}"
@@ -214,7 +210,7 @@ def test_token_advantages_are_the_oracles_put_together(kind: str) -> None:
         gamma, lam = drawn[0].gamma, drawn[0].lam
         given = [np.array(group_advantages(kind, [*d.rewards, 0.5]))[:-1] for d in drawn]
         parts = [
-            MicroBatchRewards(d.mask, r, token_rewards=d.own, values=d.values, truncated=d.truncated)
+            MicroBatchRewards(d.mask, r, token_rewards=d.own, values=d.values)
             for d, r in zip(drawn, given, strict=True)
         ]
         ours = token_advantages(kind, parts, gamma=gamma, lam=lam, gather=alone)
@@ -223,7 +219,7 @@ def test_token_advantages_are_the_oracles_put_together(kind: str) -> None:
             if kind == "reinforce_pp":
                 assert rewards.tolist() == d.rewards.tolist()
             if kind == "gae":
-                raw = oracle.generalised(d.mask, d.rewards, d.own, d.values, d.truncated, gamma, lam)
+                raw = oracle.generalised(d.mask, d.rewards, d.own, d.values, gamma, lam)
                 returns.append(np.where(d.mask, raw + d.values, 0.0))
             else:
                 raw = oracle.returns_to_go(d.mask, rewards, d.own, gamma)

@@ -27,8 +27,6 @@ class MicroBatchRewards:
     """Each token's own reward besides, for example minus a KL estimate. None: there is none."""
     values: Floats | None = None
     """The critic's (gae)."""
-    truncated: Mask | None = None
-    """[rows]: whether the trajectory would have gone on and was not scored for good (gae). None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +75,6 @@ def _estimates(kind: str, part: MicroBatchRewards, *, gamma: float, lam: float) 
         part.values,
         gamma=gamma,
         lam=lam,
-        truncated=part.truncated,
         token_rewards=part.token_rewards,
     )
     return advantages, advantages + np.where(part.mask, part.values, 0.0)

@@ -23,8 +23,8 @@ class Critic:
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
         """model: the causal LM at version 0, which is copied; config: as the policy's, with the critic's own lr."""
         self._valued = _Valued(model)
-        self.trainee = TrainablePolicy(self._valued, config)
-        """Masters and optimizer; `take_over` takes it as it takes the policy's."""
+        self.trainable = TrainablePolicy(self._valued, config)
+        """Masters and optimizer; `broadcast_state` and checkpoints treat it as they treat the policy's."""
 
     @torch.no_grad()
     def values(self, tokens: Tensor) -> Tensor:
@@ -50,22 +50,22 @@ class Critic:
 
     def gradients(self) -> list[Tensor]:
         """Accumulated float32 gradients, to be summed over ranks."""
-        return self.trainee.gradients()
+        return self.trainable.gradients()
 
     def step(self) -> float:
         """Clip, step, forget the gradients; the norm before clipping. One that is not finite changes nothing."""
-        return self.trainee.step()
+        return self.trainable.step()
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments and the number of steps by name, for a checkpoint."""
-        return self.trainee.state() | {STEPS: torch.tensor([self.trainee.steps])}
+        return self.trainable.state() | {STEPS: torch.tensor([self.trainable.steps])}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from a checkpoint. Raises ValueError when it is another model's."""
         if STEPS not in tensors:
             raise ValueError(f"no number of steps stands in it ({STEPS}): it is no critic's state")
         own = {name: tensor for name, tensor in tensors.items() if name != STEPS}
-        self.trainee.restore(own, int(tensors[STEPS][0]))
+        self.trainable.restore(own, int(tensors[STEPS][0]))
 
 
 def value_loss(

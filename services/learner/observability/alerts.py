@@ -1,4 +1,4 @@
-"""Judges each version's line by the alert rules, and tells people: in the log, in the line itself, as a metric."""
+"""Evaluate the alert rules on each version's line and report alerts: in the log, in the line and as a metric."""
 
 from collections import deque
 from dataclasses import asdict
@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 class AlertTracker:
-    """Of one run. It remembers nothing but lines, so that a restart goes on where it was."""
+    """The alerts of one run. Its only state are the newest lines, so that a restart continues from the history."""
 
     def __init__(self) -> None:
         self._lines: deque[Line] = deque(maxlen=WINDOW)
@@ -26,7 +26,7 @@ class AlertTracker:
             instruments.ALERT.labels(rule).set(0)
 
     def start(self, history: Path) -> None:
-        """Take the newest lines from history.jsonl, once it holds what counts."""
+        """Read the newest lines of history.jsonl. Call it after the history is cut back to the checkpoint."""
         try:
             newest = history.read_bytes().splitlines()[-WINDOW:]
         except FileNotFoundError:
@@ -36,11 +36,11 @@ class AlertTracker:
         except msgspec.DecodeError as error:
             logger().warning("alerts begin anew: the history cannot be read", file=str(history), error=str(error))
             self._lines.clear()
-        self._show({alert["rule"] for alert in self._last() if alert["level"] == "warning"})
+        self._export(self._active())
 
     def evaluate(self, line: Line) -> None:
-        """Judge the line and put what is found into its `alerts`; say what has begun and what has ended."""
-        before = {alert["rule"] for alert in self._last() if alert["level"] == "warning"}
+        """Set the line's `alerts`; log each alert that begins or ends."""
+        before = self._active()
         self._lines.append(line)
         found = judge(list(self._lines))
         line["alerts"] = [asdict(alert) | {"value": float(f"{alert.value:.5g}")} for alert in found]
@@ -52,29 +52,30 @@ class AlertTracker:
         now = {alert.rule for alert in found if alert.level == "warning"}
         for rule in sorted(before - now):
             logger().info("alert over", rule=rule)
-        self._show(now)
+        self._export(now)
 
-    def _last(self) -> list[dict[str, Any]]:
+    def _active(self) -> set[str]:
+        """Rules whose alert is on at the newest line."""
         alerts: list[dict[str, Any]] = self._lines[-1].get("alerts", []) if self._lines else []
-        return alerts
+        return {alert["rule"] for alert in alerts if alert["level"] == "warning"}
 
-    def _show(self, now: set[str]) -> None:
+    def _export(self, active: set[str]) -> None:
         for rule in RULES:
-            instruments.ALERT.labels(rule).set(rule in now)
+            instruments.ALERT.labels(rule).set(rule in active)
 
 
 class VersionReporter:
-    """`history` is history.jsonl, `bounds` are the run's."""
+    """Makes each version's line, with its alerts."""
 
-    def __init__(self, bounds: RunThresholds, history: Path) -> None:
-        self._bounds, self._history, self._alarm = bounds, history, AlertTracker()
+    def __init__(self, thresholds: RunThresholds, history: Path) -> None:
+        self._thresholds, self._history, self._tracker = thresholds, history, AlertTracker()
 
     def start(self) -> None:
-        """Go on from the history, once it holds what counts."""
-        self._alarm.start(self._history)
+        """Continue from the history. Call it after the history is cut back to the checkpoint."""
+        self._tracker.start(self._history)
 
     def line(self, batch: Batch, trained: StepResult, **facts: Any) -> dict[str, Any]:
-        """The line with its alerts, which are logged as they begin and end. facts: see `describe`."""
-        line = version_record(batch, trained, bounds=self._bounds, **facts)
-        self._alarm.evaluate(line)
+        """The version's line with its alerts. facts: see `version_record`."""
+        line = version_record(batch, trained, bounds=self._thresholds, **facts)
+        self._tracker.evaluate(line)
         return line

@@ -28,21 +28,21 @@ class BatchDump:
     def record(self, batch: Batch, trained: StepResult) -> None:
         """One file for the version; written again after a restart that trains it again."""
         arrays: dict[str, NDArray[Any]] = {"now": np.array(batch.version)}
-        for i, scored in enumerate(trained.scored):
-            padded = scored.batch
+        for i, result in enumerate(trained.micro_batches):
+            padded = result.batch
             arrays |= {
                 f"tokens_{i}": padded.tokens,
                 f"versions_{i}": padded.versions,
                 f"behavior_{i}": padded.behavior,
-                f"proximal_{i}": scored.proximal.numpy(),
-                f"exact_{i}": scored.anchor.exact.numpy(),
-                f"missing_{i}": scored.anchor.missing.numpy(),
-                f"current_{i}": scored.current.numpy(),
+                f"proximal_{i}": result.proximal.numpy(),
+                f"exact_{i}": result.anchor.exact.numpy(),
+                f"missing_{i}": result.anchor.missing.numpy(),
+                f"current_{i}": result.current.numpy(),
                 f"temperatures_{i}": padded.temperatures,
-                f"advantages_{i}": scored.advantages.numpy(),
+                f"advantages_{i}": result.advantages.numpy(),
                 f"lengths_{i}": np.array([len(row.tokens) for row in padded.rows]),
                 f"trajectories_{i}": np.array([row.trajectory for row in padded.rows]),
-                f"first_{i}": np.array(scored.first),
+                f"first_{i}": np.array(result.first),
             }
         with atomic_write(self._folder / f"{batch.version:08d}.npz") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)

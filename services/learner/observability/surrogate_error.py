@@ -1,10 +1,10 @@
-"""What a surrogate does wrong, where the old log-probs are known too (docs/algorithms/audit.md). Pure.
+"""The error of a surrogate, on tokens whose old log-probs are known too (docs/algorithms/audit.md). Pure.
 
 Let e = surrogate - old, the leak. Then for every token
 
     log surrogate/behavior = log discrepancy + e        log current/surrogate = log staleness ratio - e
 
-so their sum is the same and only the split is wrong: what leaks is taken from one constraint and given to the other.
+Their sum is the same and only the split is wrong: what leaks is taken from one constraint and given to the other.
 Each constraint is judged by itself, as if the other were off; `removed_wrongly` and `trained_wrongly` judge both.
 """
 
@@ -15,21 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from palimpsest.services.learner.observability.token_statistics import correlation, log_ratio
 from palimpsest.services.learner.observability.token_table import TokenTable
 
 Array = NDArray[Any]
-BOUND = 20.0
-"""Log-ratios are clamped to +-20 nats."""
+OF_MASK, OF_CLIP = ("masked_wrongly", "kept_wrongly"), ("clipped_wrongly", "unclipped_wrongly")
+OF_BOTH = ("removed_wrongly", "trained_wrongly")
+AT_STALENESS = ("tokens", "leak_mean", "leak_rms", *OF_BOTH)
+"""What the record holds for each staleness."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedTokens:
-    """Trainable tokens, one after another, of which both are known; arrays are [tokens], log-probs in nats."""
+    """Trainable tokens whose surrogate and old log-probs are known; arrays are [tokens], log-probs in nats."""
 
     staleness: Array
     behavior: Array
     surrogate: Array
-    """What stood in the proximal's place."""
+    """The log-prob that was used as the proximal."""
     old: Array
     """Exact."""
     current: Array
@@ -37,11 +40,11 @@ class AuditedTokens:
 
     @classmethod
     def joined(cls, parts: "Sequence[AuditedTokens]") -> "AuditedTokens":
-        """All of them in one."""
+        """Concatenate the parts."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def where(self, chosen: Array) -> "AuditedTokens":
-        """Those chosen, by a bool for each token."""
+        """The tokens where `chosen` (bool, [tokens]) is True."""
         return AuditedTokens(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
@@ -66,16 +69,16 @@ class Thresholds:
 
 
 def masked(proximal: Array, behavior: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Whether the band removes the token when this stands in the proximal's place; [tokens]."""
+    """Whether the band removes each token with this proximal; bool, [tokens]."""
     if thresholds.band is None:
         return np.zeros(proximal.shape, dtype=np.bool_)
-    outside: NDArray[np.bool_] = np.abs(_log_ratio(proximal, behavior)) > np.log(thresholds.band)
+    outside: NDArray[np.bool_] = np.abs(log_ratio(proximal, behavior)) > np.log(thresholds.band)
     return outside
 
 
 def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Whether the clip takes the token's gradient when this stands in the proximal's place; [tokens]."""
-    log_update = _log_ratio(current, proximal)
+    """Whether the clip removes the gradient of each token with this proximal; bool, [tokens]."""
+    log_update = log_ratio(current, proximal)
     gone = np.zeros(proximal.shape, dtype=np.bool_)
     if thresholds.clip_high is not None:
         gone |= (advantages > 0) & (log_update > np.log1p(thresholds.clip_high))
@@ -87,7 +90,7 @@ def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thre
 def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, float]:
     """Counts, means and shares over the tokens; NaN where there is nothing to take a mean of.
 
-    `nonfinite` counts tokens of which a number is not finite; all else is without them.
+    `nonfinite` counts tokens with a number that is not finite; everything else leaves them out.
     `leak_mean`, `leak_rms`: of e, nats. `correlation`: of the log-discrepancy seen with the true one, over the tokens;
     NaN where one of them is a constant (bypass: always 0).
     `masked_wrongly`: share of the tokens masked though their true discrepancy is inside the band; `kept_wrongly`: the
@@ -96,7 +99,7 @@ def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, 
     """
     finite = np.all([np.isfinite(getattr(tokens, f.name)) for f in fields(tokens)], axis=0)
     kept = tokens.where(finite)
-    leaked = _log_ratio(kept.surrogate, kept.old)
+    leaked = log_ratio(kept.surrogate, kept.old)
     masks = masked(kept.surrogate, kept.behavior, thresholds), masked(kept.old, kept.behavior, thresholds)
     clips = (
         clipped(kept.current, kept.surrogate, kept.advantages, thresholds),
@@ -108,7 +111,7 @@ def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, 
         "nonfinite": float((~finite).sum()),
         "leak_mean": _mean(leaked),
         "leak_rms": _mean(leaked**2) ** 0.5,
-        "correlation": _correlation(_log_ratio(kept.surrogate, kept.behavior), _log_ratio(kept.old, kept.behavior)),
+        "correlation": correlation(log_ratio(kept.surrogate, kept.behavior), log_ratio(kept.old, kept.behavior)),
         "masked_wrongly": _mean(masks[0] & ~masks[1]),
         "kept_wrongly": _mean(~masks[0] & masks[1]),
         "clipped_wrongly": _mean(clips[0] & ~clips[1]),
@@ -119,42 +122,19 @@ def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, 
 
 
 def leak_by_staleness(tokens: AuditedTokens, thresholds: Thresholds) -> dict[int, dict[str, float]]:
-    """Staleness -> the same over its tokens."""
+    """Staleness -> `surrogate_error` of its tokens."""
     return {
         int(staleness): surrogate_error(tokens.where(tokens.staleness == staleness), thresholds)
         for staleness in np.unique(tokens.staleness)
     }
 
 
-def _log_ratio(numerator: Array, denominator: Array) -> NDArray[np.float64]:
-    difference: NDArray[np.float64] = numerator.astype(np.float64) - denominator
-    return np.clip(difference, -BOUND, BOUND)
-
-
-def _mean(values: Array) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _correlation(seen: Array, true: Array) -> float:
-    """Pearson's; NaN when one of them does not vary."""
-    if len(seen) < 2 or np.ptp(seen) == 0 or np.ptp(true) == 0:
-        return float("nan")
-    a, b = seen - seen.mean(), true - true.mean()
-    return float((a @ b) / np.sqrt((a @ a) * (b @ b)))
-
-
-OF_MASK, OF_CLIP = ("masked_wrongly", "kept_wrongly"), ("clipped_wrongly", "unclipped_wrongly")
-OF_BOTH = ("removed_wrongly", "trained_wrongly")
-AT_STALENESS = ("tokens", "leak_mean", "leak_rms", *OF_BOTH)
-"""What is told of each staleness."""
-
-
 def surrogate_error_record(batch: TokenTable, thresholds: Thresholds) -> dict[str, Any] | None:
-    """Over the tokens whose old log-prob was scored beside the surrogate's; None when the batch was not audited.
+    """The version's record: `surrogate_error` over the audited tokens, and `by_staleness` with some of its numbers.
 
-    leak.py's numbers, and `by_staleness` with some of them. Shares of a constraint that is off, or that is none of
-    single tokens, are None: `masked_wrongly` and `kept_wrongly` without a band, `clipped_wrongly` and
-    `unclipped_wrongly` without a clip, the other two without either.
+    None when the version was not audited. Shares of a constraint that is off, or that does not judge single tokens, are
+    None: `masked_wrongly` and `kept_wrongly` without a band, `clipped_wrongly` and `unclipped_wrongly` without a clip,
+    the other two without either.
     """
     if not batch.audited.any():
         return None
@@ -176,7 +156,7 @@ def surrogate_error_record(batch: TokenTable, thresholds: Thresholds) -> dict[st
 
 
 def audited_tokens(batch: TokenTable) -> AuditedTokens:
-    """Those of which both are known."""
+    """The tokens whose surrogate and old log-probs are both known."""
     tokens = batch.tokens.where(batch.audited & ~np.isnan(batch.tokens.old))
     return AuditedTokens(
         staleness=tokens.staleness,
@@ -186,3 +166,7 @@ def audited_tokens(batch: TokenTable) -> AuditedTokens:
         current=tokens.current,
         advantages=tokens.advantages,
     )
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")

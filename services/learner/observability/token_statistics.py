@@ -83,8 +83,8 @@ class LogRatios:
         """Tokens without a finite log-prob, or without a proximal, are left out."""
         kept = tokens.finite
         return cls(
-            _log_ratio(tokens.proximal[kept], tokens.behavior[kept]),
-            _log_ratio(tokens.current[kept], tokens.proximal[kept]),
+            log_ratio(tokens.proximal[kept], tokens.behavior[kept]),
+            log_ratio(tokens.current[kept], tokens.proximal[kept]),
         )
 
     @property
@@ -175,7 +175,8 @@ def _sound(tokens: Tokens) -> Array:
     return finite
 
 
-def _log_ratio(numerator: Array, denominator: Array) -> Array:
+def log_ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator - denominator in float64, clamped to +-20 nats; [tokens]."""
     return np.clip(numerator.astype(np.float64) - denominator, -BOUND, BOUND)
 
 

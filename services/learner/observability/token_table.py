@@ -1,4 +1,4 @@
-"""The tokens of a version's training, one after another, with what the metrics need beside their log-probs."""
+"""The trained tokens of a version as columns, one entry for each token. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTable:
-    """Arrays are [tokens], in the order of `tokens`."""
+    """All trainable tokens of a version; arrays are [tokens]."""
 
     tokens: Tokens
     weight: Array
@@ -32,11 +32,11 @@ class TokenTable:
     """bool: the old log-prob was scored beside a surrogate's."""
 
     @classmethod
-    def of(cls, scored: Sequence[MicroBatchResult], now: Version) -> "TokenTable":
-        """Of all micro-batches. Raises ValueError for none."""
+    def of(cls, results: Sequence[MicroBatchResult], now: Version) -> "TokenTable":
+        """Of all micro-batches trained at version `now`. Raises ValueError for none."""
         weight, trajectory, exact, first, audited = [], [], [], [], []
         rows = 0
-        for part in scored:
+        for part in results:
             mask = torch.from_numpy(part.batch.mask)
             count = int(mask.sum())
             weight.append(part.correction.weight[mask].double().numpy())
@@ -46,4 +46,24 @@ class TokenTable:
             audited.append(np.full(count, part.old is not None))
             rows += len(part.batch.rows)
         columns = (weight, trajectory, exact, first, audited)
-        return cls(Tokens.joined([part.tokens(now) for part in scored]), *map(np.concatenate, columns))
+        return cls(Tokens.joined([flatten(part, now) for part in results]), *map(np.concatenate, columns))
+
+
+def flatten(result: MicroBatchResult, now: Version) -> Tokens:
+    """The trainable tokens of one micro-batch, trained at version `now`."""
+    mask = torch.from_numpy(result.batch.mask)
+    unknown = torch.full_like(result.current, float("nan"))
+    old = torch.where(result.anchor.exact, result.proximal, unknown) if result.old is None else result.old
+    causes = result.correction.causes | result.clipped
+    return Tokens(
+        staleness=(now - torch.from_numpy(result.batch.versions))[mask].numpy(),
+        behavior=torch.from_numpy(result.batch.behavior)[mask].numpy(),
+        proximal=result.proximal[mask].numpy(),
+        current=result.current[mask].numpy(),
+        old=old[mask].numpy(),
+        entropy=result.entropy[mask].numpy(),
+        advantages=result.advantages[mask].numpy(),
+        masked=result.correction.masked[mask].numpy(),
+        clipped=torch.stack([torch.zeros_like(mask), *result.clipped.values()]).any(0)[mask].numpy(),
+        causes={cause: removed[mask].numpy() for cause, removed in causes.items()},
+    )

@@ -1,4 +1,4 @@
-"""One version's line for history.jsonl, the live view and the metrics. Pure; `observe` is series.py's.
+"""One version's line for history.jsonl, the live view and the metrics. Pure.
 
 docs/algorithms/metrics-and-alerts.md says what each number is.
 """
@@ -16,7 +16,6 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.observability.effective_samples import capped_weights, effective_sample_sizes
 from palimpsest.services.learner.observability.histograms import summarize_distribution
-from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
 from palimpsest.services.learner.observability.removals import past_clip, removal, token_masked
 from palimpsest.services.learner.observability.staleness_slope import Point, slope
 from palimpsest.services.learner.observability.surrogate_error import Thresholds, surrogate_error_record
@@ -31,8 +30,6 @@ from palimpsest.services.learner.observability.token_statistics import (
 )
 from palimpsest.services.learner.observability.token_table import TokenTable
 from palimpsest.services.learner.training.results import StepResult
-
-__all__ = ["Batch", "export_to_prometheus", "of_tokens", "of_versions", "round_for_json", "version_record"]
 
 DIGITS = 5
 """Significant ones of what is written; counts are whole."""
@@ -70,7 +67,7 @@ def version_record(
     bounds: what the run compares ratios with; without them nothing is said of caps, of tokens past the clip and of
     wrong reasons. fallbacks: counts since the last line of what stood in silently, beside those of the batch's tokens.
     """
-    flat = TokenTable.of(trained.scored, batch.version)
+    flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
     spreads = [[row.reward for row in group] for group in batch.groups]
     line = {

@@ -1,4 +1,4 @@
-"""What ranks other than 0 do: take over what rank 0 has, then score what it hands out and train on what it orders."""
+"""Ranks other than 0: take over the state of rank 0, then score and train as it orders."""
 
 from dataclasses import dataclass
 
@@ -13,36 +13,35 @@ from palimpsest.services.learner.training.trainer import Trainer
 
 @dataclass(frozen=True, slots=True)
 class TrainOrder:
-    """What rank 0 tells the others to do next; None in its place ends the run."""
+    """An order of rank 0 to train; None in its place ends the run."""
 
     version: Version
     minibatches: list[list[Row]]
 
 
 def run_follower(
-    trainee: TrainablePolicy, companions: TrainingState, step: Trainer, ranks: ProcessGroup, forward: Pass
+    policy: TrainablePolicy, state: TrainingState, trainer: Trainer, ranks: ProcessGroup, forward: Pass
 ) -> None:
-    """Ranks other than 0: take rank 0's state over, then do what it says until it says nothing.
+    """Take over the state of rank 0, then score and train as it orders, until it orders nothing more.
 
-    one: a forward pass by the trainee's model; it is asked for while a batch is waited for, and while workers stand
-    still before the first optimizer step.
+    forward: scores a micro-batch with the policy's present weights. Rank 0 asks for it while it waits for a batch, and
+    during a cut before the first optimizer step.
     """
-    broadcast_state(trainee, companions, ranks)
+    broadcast_state(policy, state, ranks)
 
     def cut() -> None:
         serve_scoring(ranks, forward)
 
     while isinstance(order := serve_scoring(ranks, forward), TrainOrder):
-        ranks.all_gather_object(step.train(order.minibatches, order.version, before_first_step=cut))
+        ranks.all_gather_object(trainer.train(order.minibatches, order.version, before_first_step=cut))
 
 
-def broadcast_state(trainee: TrainablePolicy, companions: TrainingState, ranks: ProcessGroup) -> None:
-    """Make every rank's state that of rank 0: masters, moments, and what trains along with them."""
-    steps = ranks.broadcast_object(trainee.steps)
-    state = trainee.state()
-    ranks.broadcast(list(state.values()))
-    beside = companions.state()
+def broadcast_state(policy: TrainablePolicy, state: TrainingState, ranks: ProcessGroup) -> None:
+    """Overwrite every rank's masters, moments and training state with those of rank 0."""
+    steps = ranks.broadcast_object(policy.steps)
+    of_policy, beside = policy.state(), state.state()
+    ranks.broadcast(list(of_policy.values()))
     ranks.broadcast(list(beside.values()))
     if not ranks.is_rank0:
-        trainee.restore(state, steps)
-        companions.restore(beside)
+        policy.restore(of_policy, steps)
+        state.restore(beside)

@@ -1,7 +1,7 @@
-"""VCPO's baseline of least variance: the gradient of each trajectory by itself, put together afterwards.
+"""VCPO's minimum-variance baseline: the gradient of each trajectory by itself, combined afterwards.
 
-The baseline weighs trajectories by the size of their gradients, so it is known only when all of them are: two sums are
-kept until then, of w g and of w g R, at the price of two more copies of the gradient and a pass for each trajectory.
+The baseline weighs trajectories by the norm of their gradients, so it is known only after the last pass. Until then two
+sums are kept, of w g and of w g R. This costs two more copies of the gradient and one pass for each trajectory.
 """
 
 import torch
@@ -12,17 +12,17 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 
 class MinimumVarianceBaseline:
-    """Of one minibatch."""
+    """Collects the gradients of one minibatch."""
 
-    def __init__(self, trainee: TrainablePolicy) -> None:
-        self._gradients = trainee.gradients()
+    def __init__(self, policy: TrainablePolicy) -> None:
+        self._gradients = policy.gradients()
         self._weighted = [torch.zeros_like(gradient) for gradient in self._gradients]
         self._scores = [torch.zeros_like(gradient) for gradient in self._gradients]
         self._norms: list[float] = []
         self._rewards: list[float] = []
 
     def add(self, reward: float) -> None:
-        """Take in the gradients of one trajectory whose advantages were 1; they are zero afterwards."""
+        """Add the gradients of one trajectory, computed with advantages of 1, and set them to zero."""
         self._norms.append(sum(float(gradient.double().square().sum()) for gradient in self._gradients))
         self._rewards.append(reward)
         for gradient, weighted, score in zip(self._gradients, self._weighted, self._scores, strict=True):
@@ -31,9 +31,9 @@ class MinimumVarianceBaseline:
             gradient.zero_()
 
     def settle(self, ranks: ProcessGroup) -> float:
-        """Make the gradients those of the minibatch over all ranks; the baseline, in units of reward.
+        """Set the gradients to those of the minibatch over all ranks; return the baseline, in units of reward.
 
-        A trajectory whose gradient is not finite has no say in the baseline but stays in the gradients, so that the
+        A trajectory whose gradient is not finite does not count in the baseline but stays in the gradients, so that the
         step is skipped.
         """
         ranks.all_reduce_sum([*self._weighted, *self._scores])

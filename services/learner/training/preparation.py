@@ -1,5 +1,5 @@
-"""What must be known of a whole batch before its first optimizer step, besides the proximal: advantages, the critic's
-values, and the starting model's log-probs."""
+"""What is computed for a whole batch before its first optimizer step, besides the proximal: advantages, the critic's
+values and the starting model's log-probs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class Prepared:
 
     advantages: list[Tensor]
     reference: list[Tensor]
-    """Log-probs of the starting model, nats; [] where no divergence from it counts."""
+    """Log-probs of the starting model, nats; [] where the loss has no KL divergence."""
     values: list[Tensor]
     """The critic's; [] without one."""
     returns: list[Tensor]
-    """What the critic should say; [] without one."""
+    """Targets of the critic; [] without one."""
 
 
 @torch.no_grad()
 def prepare_batch(
-    companions: TrainingState,
+    state: TrainingState,
     batches: Sequence[PaddedBatch],
     config: LearnerConfig,
     ranks: ProcessGroup,
@@ -42,10 +42,10 @@ def prepare_batch(
     """For this rank's micro-batches of the whole version; all ranks call it."""
     reference, values = [], []
     for batch in batches:
-        if companions.start is not None:
-            reference.append(score_batch(companions.start, batch, device)[0])
-        if companions.critic is not None:
-            values.append(companions.critic.values(torch.from_numpy(batch.tokens).to(device)))
+        if state.start is not None:
+            reference.append(score_batch(state.start, batch, device)[0])
+        if state.critic is not None:
+            values.append(state.critic.values(torch.from_numpy(batch.tokens).to(device)))
     kind = config.advantages.kind
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])
@@ -53,7 +53,7 @@ def prepare_batch(
         MicroBatchRewards(
             mask=batch.mask,
             rewards=np.array([row.advantage for row in batch.rows], dtype=np.float32),
-            token_rewards=_divergence(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
+            token_rewards=_kl_rewards(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
             values=values[i].cpu().numpy() if values else None,
         )
         for i, batch in enumerate(batches)
@@ -69,9 +69,9 @@ def prepare_batch(
     )
 
 
-def _divergence(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:
-    """What each token's reward is lessened by: KL(mu || start), from samples of mu. [rows, tokens]"""
+def _kl_rewards(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:
+    """The reward of each token: -weight times its estimate of KL(behavior || start). [rows, tokens]"""
     mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior)
-    apart = log_ratio(reference.cpu(), behavior, mask & torch.isfinite(reference.cpu()))
-    lessened: np.ndarray = (-config.loss.kl.weight * estimate(apart, config.loss.kl.estimator)).numpy()
-    return lessened
+    log_ratios = log_ratio(reference.cpu(), behavior, mask & torch.isfinite(reference.cpu()))
+    rewards: np.ndarray = (-config.loss.kl.weight * estimate(log_ratios, config.loss.kl.estimator)).numpy()
+    return rewards

@@ -1,7 +1,7 @@
-"""What trains along with the policy, and what is kept beside it: everything with a state that a checkpoint must hold.
+"""What is trained or kept beside the policy: everything else with a state that a checkpoint must hold.
 
-The source of the proximal (a moving average has a state), the critic, the starting model that a divergence is measured
-from, R2VPO's multiplier and EPO's history of entropies.
+That is the proximal source (a moving average has a state), the critic, the starting model that the KL divergence is
+measured from, R2VPO's multiplier and EPO's history of entropies.
 """
 
 from collections.abc import Sequence
@@ -26,40 +26,40 @@ class TrainingState:
 
     source: Source
     auditor: Source | None = None
-    """Exact; scores a share of the batches beside a surrogate."""
+    """An exact source that scores a share of the versions beside a surrogate."""
     critic: Critic | None = None
     start: torch.nn.Module | None = None
-    """The model as it was at version 0; None where no divergence from it counts."""
+    """The model at version 0; None where the loss has no KL divergence."""
     multiplier: float = 0.0
     """R2VPO's lambda."""
     entropies: EntropyHistory = field(default_factory=EntropyHistory)
     misses: MissingCounter = field(default_factory=MissingCounter)
-    """What became of tokens that the source had no old log-prob for."""
+    """Counts tokens that the source had no old log-prob for."""
 
     @property
-    def follower(self) -> StatefulSource | None:
-        """The source, if it has a state."""
+    def stateful_source(self) -> StatefulSource | None:
+        """The source if it has a state."""
         return self.source if isinstance(self.source, StatefulSource) else None
 
     def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
-        """How they stand, for the metrics. masters: float32 weights of the policy."""
-        told = {"multiplier": self.multiplier, "entropy_history": self.entropies.mean or 0.0}
+        """Values for the metrics, by name. masters: float32 weights of the policy."""
+        gauges = {"multiplier": self.multiplier, "entropy_history": self.entropies.mean or 0.0}
         if isinstance(self.source, EwmaProx | PpoEwmaAsync):
-            told |= {
+            gauges |= {
                 "ewma_decay": self.source.decay,
                 "ewma_age": self.source.average.center_of_mass,
                 "ewma_weight": self.source.average.weight,
                 "ewma_distance": self.source.average.distance(masters),
             }
         if isinstance(self.source, PpoEwmaAsync):
-            told["ewma_resets"] = float(sum(self.source.resets.values()))
-        return told
+            gauges["ewma_resets"] = float(sum(self.source.resets.values()))
+        return gauges
 
     def state(self) -> dict[str, Tensor]:
         """By name, for a checkpoint."""
         history = self.entropies.state()
         parts = {
-            "source": self.follower.state() if self.follower else {},
+            "source": self.stateful_source.state() if self.stateful_source else {},
             "critic": self.critic.state() if self.critic else {},
             "scalars": {
                 "multiplier": torch.tensor(self.multiplier, dtype=torch.float64),
@@ -74,8 +74,8 @@ class TrainingState:
         for name, tensor in tensors.items():
             part, _, own = name.removeprefix(PREFIX).partition(".")
             parts.setdefault(part, {})[own] = tensor
-        if self.follower:
-            self.follower.restore(parts.get("source", {}))
+        if self.stateful_source:
+            self.stateful_source.restore(parts.get("source", {}))
         if self.critic:
             self.critic.restore(parts.get("critic", {}))
         scalars = parts["scalars"]
@@ -85,6 +85,6 @@ class TrainingState:
 
 
 def split_checkpoint(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint's tensors: the trainee's, and the companions'."""
+    """Split a checkpoint's tensors into the policy's and this state's."""
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return own, {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}

@@ -1,13 +1,11 @@
-"""One version's training: the reference pass, then one optimizer step for each minibatch.
+"""Training of one version: the proximal log-probs, then one optimizer step for each minibatch.
 
-The reference pass comes before the first optimizer step and is used by all of them: the clip anchor of a token is its
-own version, however many minibatches there are.
+The proximal log-probs are computed before the first optimizer step, and all steps use them: the clip anchor of a token
+belongs to the token's own version, however many minibatches there are.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, partition_by_rank
-from palimpsest.services.learner.corrections import Correction, Limits, correct, limits
+from palimpsest.services.learner.corrections import Limits, correct, limits
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
 from palimpsest.services.learner.losses.objective import Objective, Terms, switch
@@ -25,10 +23,12 @@ from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
+from palimpsest.services.learner.proximal.types import Interpolated, Proximal
+from palimpsest.services.learner.timing import PhaseTimer
+from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import Prepared, prepare_batch
-from palimpsest.services.learner.training.results import MicroBatchResult, StepResult, counts, mean_entropies
+from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
 from palimpsest.services.learner.training.state import TrainingState
 
 
@@ -36,26 +36,15 @@ def no_cut() -> None:
     """No cut is needed before the weights change."""
 
 
-@dataclass
-class _Sums:
-    """Over the minibatches of a version, on this rank."""
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What is known of a version's micro-batches before its first pass; lists have one entry for each micro-batch."""
 
-    loss: float = 0.0
-    norms: list[float] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
-    baselines: list[float] = field(default_factory=list)
-    normalisers: list[float] = field(default_factory=list)
-    squares: float = 0.0
-    """Sum of (r - 1)^2 over usable tokens."""
-    usable: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the block's seconds under this name."""
-        started = time.monotonic()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - started
+    batches: list[PaddedBatch]
+    proximal: Proximal
+    old: list[Tensor] | None
+    """Old log-probs beside a surrogate's; None where the batch is not audited."""
+    prepared: Prepared
 
 
 class Trainer:
@@ -63,19 +52,19 @@ class Trainer:
 
     def __init__(
         self,
-        trainee: TrainablePolicy,
-        companions: TrainingState,
+        policy: TrainablePolicy,
+        state: TrainingState,
         ranks: ProcessGroup,
         config: LearnerConfig,
         *,
         length: int,
         seed: int,
     ) -> None:
-        """length: sampling.max_trajectory_tokens; seed: decides, with the version, which batches are audited."""
-        self._trainee, self._companions, self._ranks, self._config = trainee, companions, ranks, config
+        """length: sampling.max_trajectory_tokens; seed: with the version, it decides which batches are audited."""
+        self._policy, self._state, self._ranks, self._config = policy, state, ranks, config
         self._objective = Objective(config, length=length)
         self._seed = seed
-        self._device = next(trainee.model.parameters()).device
+        self._device = next(policy.model.parameters()).device
 
     def train(
         self,
@@ -84,49 +73,62 @@ class Trainer:
         *,
         before_first_step: Callable[[], None] = no_cut,
     ) -> StepResult:
-        """Train on the rows of every minibatch; all ranks call it with the same ones. Raises UserError from the source.
+        """Train on the rows of every minibatch. All ranks call it with the same ones. Raises UserError from the source.
 
-        before_first_step: called when the first minibatch's gradients are there and nothing has changed yet.
+        before_first_step: called when the gradients of the first minibatch are complete and no weight has changed yet.
         """
-        most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
-        mine = [
-            [
-                pad(rows)
-                for rows in micro_batches(
-                    partition_by_rank(minibatch, self._ranks.size)[self._ranks.rank], max_tokens=most
-                )
-            ]
-            for minibatch in minibatches
-        ]
-        flat = [batch for batches in mine for batch in batches]
-        sums = _Sums()
-        with sums.timed("proximal"):
-            proximal = self._companions.source.proximal(flat, now)
-        with sums.timed("audit"):
-            old = self._audited(flat, now)
-        with sums.timed("prepare"):
-            prepared = prepare_batch(self._companions, flat, self._config, self._ranks, self._device)
-        scored: list[MicroBatchResult] = []
+        mine = [self._micro_batches(minibatch) for minibatch in minibatches]
+        batches = [batch for minibatch in mine for batch in minibatch]
+        sums, timer = StepAccumulator(), PhaseTimer()
+        with timer.of("proximal"):
+            proximal = self._state.source.proximal(batches, now)
+        with timer.of("audit"):
+            old = self._audit(batches, now)
+        with timer.of("prepare"):
+            prepared = prepare_batch(self._state, batches, self._config, self._ranks, self._device)
+        version = _Version(batches, proximal, old, prepared)
+        results: list[MicroBatchResult] = []
         place = 0
-        for number, (batches, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
-            places = range(place, place + len(batches))
-            place += len(batches)
+        for number, (own, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
+            places = range(place, place + len(own))
+            place += len(own)
             denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
-            with sums.timed("passes"):
-                bounds = self._limits(proximal, flat, places)
-                parts = self._passes(flat, places, proximal, old, prepared, denominators, bounds, sums)
-            scored += [self._result(part, first=number == 0) for part in parts]
+            with timer.of("passes"):
+                bounds = self._limits(version, places)
+                passes = self._passes(version, places, denominators, bounds, sums)
+            results += [one.result(first=number == 0) for one in passes]
             if number == 0:
-                with sums.timed("cut"):
+                with timer.of("cut"):
                     before_first_step()
-            with sums.timed("step"):
-                self._step(parts, sums)
-            sums.normalisers.append(bounds.normaliser)
-        return self._finished(scored, proximal, len(minibatches), sums, now)
+            with timer.of("step"):
+                self._step(passes, sums)
+            sums.normalizers.append(bounds.normaliser)
+        totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
+        self._update_state(totals)
+        return StepResult(
+            results,
+            method=proximal.method,
+            loss=sums.loss / len(minibatches),
+            grad_norm=sums.grad_norm,
+            skipped=sums.skipped,
+            active_share=totals.active_share,
+            lr_factor=min(sums.lr_factors),
+            baseline=sums.baseline,
+            normaliser=sums.normalizer,
+            seconds=timer.take(),
+            gauges=self._state.gauges(self._policy.masters),
+            missed=self._missed(),
+        )
 
-    def _audited(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
-        """Exact values beside a surrogate's, for the share of the batches that is audited."""
-        auditor, fraction = self._companions.auditor, self._config.audit.fraction
+    def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
+        """This rank's share of a minibatch."""
+        share = partition_by_rank(minibatch, self._ranks.size)[self._ranks.rank]
+        most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
+        return [pad(rows) for rows in micro_batches(share, max_tokens=most)]
+
+    def _audit(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
+        """Exact values beside a surrogate's, for the share of the versions that is audited."""
+        auditor, fraction = self._state.auditor, self._config.audit.fraction
         if auditor is None or np.random.default_rng([self._seed, now]).random() >= fraction:
             return None
         exact = auditor.proximal(batches, now)
@@ -137,165 +139,111 @@ class Trainer:
             known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
         return known
 
-    def _limits(self, proximal: Proximal, batches: Sequence[PaddedBatch], places: range) -> Limits:
+    def _limits(self, version: _Version, places: range) -> Limits:
         """What a rule must know of the whole minibatch before its forward passes."""
         rules = self._objective.rules
-        if isinstance(proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalise):
+        if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalise):
             return Limits()
         parts = []
         for place in places:
-            mask, behavior = self._on_device(batches[place].mask, batches[place].behavior)
-            anchor = proximal.anchor(place, behavior, mask)
+            mask, behavior = self._on_device(version.batches[place].mask, version.batches[place].behavior)
+            anchor = version.proximal.anchor(place, behavior, mask)
             parts.append((anchor.logprobs, behavior, mask, anchor.missing))
         return limits(parts, rules, gather=self._ranks.all_gather_object)
 
     def _passes(
-        self,
-        batches: Sequence[PaddedBatch],
-        places: range,
-        proximal: Proximal,
-        old: list[Tensor] | None,
-        prepared: Prepared,
-        denominators: Denominators,
-        bounds: Limits,
-        sums: _Sums,
-    ) -> "list[_Part]":
-        """Forward and backward of every micro-batch of a minibatch."""
-        single = MinimumVarianceBaseline(self._trainee) if self._config.vcpo.baseline else None
-        parts = []
+        self, version: _Version, places: range, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> list[MicroBatchPass]:
+        """Forward and backward passes of a minibatch's micro-batches."""
+        baseline = MinimumVarianceBaseline(self._policy) if self._config.vcpo.baseline else None
+        passes = []
         for place in places:
-            part = self._pass(batches[place], place, proximal, prepared, denominators, bounds, sums)
-            part.old = old[place] if old is not None else None
-            parts.append(part)
-            if single is not None:
-                single.add(batches[place].rows[0].reward)
-            if self._companions.critic is not None:
-                self._companions.critic.loss(
-                    self._on_device(batches[place].tokens)[0],
-                    part.inputs.mask,
-                    prepared.returns[place],
-                    prepared.values[place],
-                    clip=switch(self._config.advantages.critic.clip),
-                    denominator=float(max(1, denominators.tokens)),
-                ).backward()  # type: ignore[no-untyped-call]
-        if single is not None:
-            sums.baselines.append(single.settle(self._ranks))
-        return parts
+            passes.append(self._pass(version, place, denominators, bounds, sums))
+            if baseline is not None:
+                baseline.add(version.batches[place].rows[0].reward)
+            self._train_critic(version, place, denominators)
+        if baseline is not None:
+            sums.baselines.append(baseline.settle(self._ranks))
+        return passes
 
     def _pass(
-        self,
-        batch: PaddedBatch,
-        place: int,
-        proximal: Proximal,
-        prepared: Prepared,
-        denominators: Denominators,
-        bounds: Limits,
-        sums: _Sums,
-    ) -> "_Part":
-        """Forward and backward of one micro-batch."""
+        self, version: _Version, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> MicroBatchPass:
+        """Forward and backward pass of one micro-batch."""
+        batch, prepared = version.batches[place], version.prepared
         mask, behavior = self._on_device(batch.mask, batch.behavior)
-        current, entropy = score_batch(self._trainee.model, batch, self._device)
-        anchor = proximal.anchor(place, current.detach(), mask)
+        current, entropy = score_batch(self._policy.model, batch, self._device)
+        anchor = version.proximal.anchor(place, current.detach(), mask)
         correction = correct(
             anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
         )
         advantages = torch.ones_like(behavior) if self._config.vcpo.baseline else prepared.advantages[place]
         inputs = Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask)
-        outcome = self._objective.outcome(inputs, multiplier=self._companions.multiplier)
+        outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier)
         loss = self._objective.loss(
             outcome,
             inputs,
             Terms(entropy, prepared.reference[place] if prepared.reference else None),
             denominators,
-            history=self._companions.entropies.mean,
+            history=self._state.entropies.mean,
         )
         loss.backward()  # type: ignore[no-untyped-call]
-        sums.loss += float(loss.detach())
-        usable = inputs.usable
-        sums.squares += float(squared_deviation(outcome.log_update)[usable].double().sum())
-        sums.usable += int(usable.sum())
-        return _Part(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped)
+        sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
+        old = None if version.old is None else version.old[place]
+        return MicroBatchPass(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old)
 
-    def _step(self, parts: "Sequence[_Part]", sums: _Sums) -> None:
+    def _train_critic(self, version: _Version, place: int, denominators: Denominators) -> None:
+        """Backward pass of the critic on one micro-batch, if there is a critic."""
+        if self._state.critic is None:
+            return
+        tokens, mask = self._on_device(version.batches[place].tokens, version.batches[place].mask)
+        loss = self._state.critic.loss(
+            tokens,
+            mask,
+            version.prepared.returns[place],
+            version.prepared.values[place],
+            clip=switch(self._config.advantages.critic.clip),
+            denominator=float(max(1, denominators.tokens)),
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _step(self, passes: Sequence[MicroBatchPass], sums: StepAccumulator) -> None:
         """One optimizer step, all ranks together."""
         config = self._config.vcpo
         factor = 1.0
         if config.lr_scaling != "off":
+            inputs = [one.inputs for one in passes]
             ratios = [
-                trajectory_log_ratio(p.inputs.current, p.inputs.behavior, p.inputs.mask)[p.inputs.mask.any(-1)].cpu()
-                for p in parts
+                trajectory_log_ratio(one.current, one.behavior, one.mask)[one.mask.any(-1)].cpu() for one in inputs
             ]
             share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.all_gather_object)
             factor = lr_factor(share, config.base, POWERS[config.lr_scaling])
-        sums.factors.append(factor)
-        if not config.baseline:  # else they are summed already
-            self._ranks.all_reduce_sum(self._trainee.gradients())
-        sums.norms.append(self._trainee.step(lr_factor=factor))
-        if self._companions.critic is not None:
-            self._ranks.all_reduce_sum(self._companions.critic.gradients())
-            self._companions.critic.step()
+        sums.lr_factors.append(factor)
+        if not config.baseline:  # the baseline has summed them over the ranks
+            self._ranks.all_reduce_sum(self._policy.gradients())
+        sums.norms.append(self._policy.step(lr_factor=factor))
+        if self._state.critic is not None:
+            self._ranks.all_reduce_sum(self._state.critic.gradients())
+            self._state.critic.step()
 
-    def _finished(
-        self, scored: list[MicroBatchResult], proximal: Proximal, minibatches: int, sums: _Sums, now: Version
-    ) -> StepResult:
-        """Everything that follows from the version as a whole, on every rank alike."""
-        own = (*counts(scored, now), sums.squares, sums.usable, *mean_entropies(scored))
-        totals = [sum(values) for values in zip(*self._ranks.all_gather_object(own), strict=True)]
-        tokens, active, age, squares, usable, entropy, trajectories = totals
-        share, staleness = (active / tokens, age / tokens) if tokens else (float("nan"), float("nan"))
-        companions, r2vpo = self._companions, self._config.loss.r2vpo
-        if companions.follower is not None:
-            companions.follower.published(self._trainee.masters, active_share=share, mean_staleness=staleness)
-        mean_square = squares / usable if usable else float("nan")
-        companions.multiplier = next_multiplier(companions.multiplier, mean_square, r2vpo.target, r2vpo.rate)
-        if trajectories:
-            companions.entropies.add(entropy / trajectories)
+    def _update_state(self, totals: TokenTotals) -> None:
+        """Update what follows from the version as a whole; every rank has the same totals and computes the same."""
+        state, r2vpo = self._state, self._config.loss.r2vpo
+        if state.stateful_source is not None:
+            state.stateful_source.published(
+                self._policy.masters, active_share=totals.active_share, mean_staleness=totals.mean_staleness
+            )
+        state.multiplier = next_multiplier(state.multiplier, totals.mean_squared_deviation, r2vpo.target, r2vpo.rate)
+        if totals.mean_entropy is not None:
+            state.entropies.add(totals.mean_entropy)
+
+    def _missed(self) -> dict[str, int]:
+        """ "reason/policy" -> tokens of all ranks without an old log-prob."""
         missed: dict[str, int] = {}
-        for part in self._ranks.all_gather_object(companions.misses.take()):
-            for (why, policy), number in part.items():
-                missed[f"{why}/{policy}"] = missed.get(f"{why}/{policy}", 0) + number
-        finite = [norm for norm in sums.norms if norm == norm and norm != float("inf")]
-        return StepResult(
-            scored,
-            method=proximal.method,
-            loss=sums.loss / minibatches,
-            grad_norm=max(finite, default=float("nan")),
-            skipped=len(sums.norms) - len(finite),
-            active_share=share,
-            lr_factor=min(sums.factors),
-            baseline=sum(sums.baselines) / len(sums.baselines) if sums.baselines else None,
-            normaliser=sum(sums.normalisers) / len(sums.normalisers),
-            seconds=sums.seconds,
-            gauges=companions.gauges(self._trainee.masters),
-            missed=missed,
-        )
-
-    def _result(self, part: "_Part", *, first: bool) -> MicroBatchResult:
-        anchor = part.anchor
-        return MicroBatchResult(
-            batch=part.batch,
-            anchor=ProximalValues(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
-            current=part.inputs.current.detach().cpu(),
-            entropy=part.entropy.cpu(),
-            correction=part.correction.cpu(),
-            clipped={cause: where.cpu() for cause, where in part.clipped.items()},
-            advantages=part.inputs.advantages.cpu(),
-            old=part.old,
-            first=first,
-        )
+        for part in self._ranks.all_gather_object(self._state.misses.take()):
+            for (reason, policy), tokens in part.items():
+                missed[f"{reason}/{policy}"] = missed.get(f"{reason}/{policy}", 0) + tokens
+        return missed
 
     def _on_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return [torch.from_numpy(array).to(self._device) for array in arrays]
-
-
-@dataclass(eq=False)
-class _Part:
-    """A micro-batch between its passes and the step."""
-
-    batch: PaddedBatch
-    anchor: ProximalValues
-    inputs: Inputs
-    entropy: Tensor
-    correction: Correction
-    clipped: dict[str, Tensor]
-    old: Tensor | None = None

@@ -8,7 +8,6 @@ change. Workers resume when they read of the next version (docs/algorithms/inter
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from palimpsest.common import failpoints
@@ -36,6 +35,7 @@ from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, S
 from palimpsest.services.learner.old_logprobs.interruption.cut import Cut, CutReport, next_number
 from palimpsest.services.learner.old_logprobs.interruption.worker_feed import WorkerFeed
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, check_computed
+from palimpsest.services.learner.timing import PhaseTimer
 
 POLL_S = 0.05
 """Pause while the cut waits for workers and nothing is left to be scored."""
@@ -158,8 +158,8 @@ class CutCoordinator:
         self._workers.close()
 
     def _cut(self, now: Version, digest: str, training: Collection[str]) -> CutReport:
-        seconds: dict[str, float] = {}
-        with self._timed(seconds, "before"):
+        timer = PhaseTimer(self._clock)
+        with timer.of("before"):
             # what has arrived by now need not be scored while workers are paused
             self._reader.read_all(now, timeout_s=0.0)
             before = self._scorer.work(self._sampled(training), now, digest)
@@ -172,13 +172,13 @@ class CutCoordinator:
 
         def score(enough: bool) -> int:
             nonlocal tokens, flushed
-            with self._timed(seconds, "score"):
+            with timer.of("score"):
                 scored = self._scorer.work(self._sampled(training), now, digest, should_stop=lambda: enough)
             tokens, flushed = tokens + scored, flushed + self._settle(now)
             return scored
 
         failpoints.reach("learner.at_cut")
-        with self._timed(seconds, "wait"):
+        with timer.of("wait"):
             wait_s = 0.0
             while True:
                 heard = self._workers.read_to_end(wait_s=wait_s)
@@ -189,8 +189,8 @@ class CutCoordinator:
                     break
                 self._reader.read_all(now, timeout_s=0.0)
                 wait_s = 0.0 if score(enough=True) else POLL_S  # score while the cut waits for the other workers
-        seconds["wait"] -= seconds.get("score", 0.0)
-        with self._timed(seconds, "read"):
+        timer.seconds["wait"] -= timer.seconds.get("score", 0.0)
+        with timer.of("read"):
             caught_up = self._read(cut.positions, now)
             # a late worker may have flushed, and a dead one may have finished trajectories
             self._read(dict.fromkeys(self._reader.offsets(), sys.maxsize), now)
@@ -208,7 +208,7 @@ class CutCoordinator:
             stall_s=self._clock() - asked_at,
             tokens_scored=tokens,
             flushed=flushed,
-            seconds=seconds,
+            seconds=timer.take(),
         )
 
     def _read(self, positions: Mapping[int, int], now: Version) -> bool:
@@ -275,11 +275,3 @@ class CutCoordinator:
             self._ingest.dead_letters.write(record, error)
             return None
         return message
-
-    @contextmanager
-    def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
-        started = self._clock()
-        try:
-            yield
-        finally:
-            seconds[phase] = seconds.get(phase, 0.0) + self._clock() - started

@@ -63,11 +63,6 @@ class PpoEwmaAsync:
         """beta in force."""
         return self._decay
 
-    @property
-    def healthy_level(self) -> float | None:
-        """Active share that a guarded reset compares with; None before the first version."""
-        return self._seen.level
-
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
         """By the average, cast to the model's dtype."""
         model = self._shadow.with_weights(self.average.means)

@@ -55,20 +55,8 @@ def test_gae_by_hand() -> None:
     assert ours[0].tolist() == pytest.approx([0.0, first, 0.0, middle, last])
 
 
-def test_a_truncated_trajectory_goes_on_at_the_value_of_its_last_token() -> None:
-    values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]] * 3)
-    none = np.zeros(3)
-    ours = generalised_advantages(MASK, none, values, gamma=0.9, lam=0.0, truncated=np.array([True, False, True]))
-    assert ours[0].tolist() == pytest.approx([0.0, 0.9 * 0.6 - 0.5, 0.0, 0.9 * 0.8 - 0.6, 0.9 * 0.8 - 0.8])
-    assert ours[1].tolist() == [-7.0, 0.0, 0.0, 0.0, 0.0]
-    assert ours[2].tolist() == [0.0] * 5
-
-
-def test_an_undiscounted_truncation_without_a_reward_teaches_the_last_token_nothing() -> None:
-    """The value stands in for itself, so neither policy nor critic is told that the limit was bad."""
+def test_nothing_follows_the_last_token() -> None:
     values = np.array([[0.0, 0.5, 0.0, 0.6, 0.8]])
-    ours = generalised_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95, truncated=np.array([True]))
-    assert ours[0, 4] == 0.0
     over = generalised_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
     assert over[0, 4] == -0.8
 
@@ -126,8 +114,6 @@ def test_a_single_trainable_token_whitens_to_0() -> None:
         ({"token_rewards": np.zeros((3, 4))}, r"token_rewards has shape \(3, 4\), the mask \(3, 5\)"),
         ({"token_rewards": np.full((3, 5), np.inf)}, "token_rewards: 4 of 4 trainable tokens are not finite"),
         ({"values": np.where(MASK, np.nan, 0.0)}, "values: 4 of 4 trainable tokens are not finite"),
-        ({"truncated": np.zeros(2, dtype=bool)}, r"truncated is bool of shape \(2,\): bool, \[rows\] is due"),
-        ({"truncated": np.zeros(3)}, "truncated is float64"),
         ({"gamma": 1.5}, "gamma is 1.5: it must be from 0 to 1"),
         ({"lam": -0.1}, "lam is -0.1: it must be from 0 to 1"),
     ],

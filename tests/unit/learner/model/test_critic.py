@@ -64,10 +64,10 @@ def test_values_are_the_head_on_the_models_last_hidden_state(starting_model: Pat
         model = load(folder)
         with torch.no_grad():
             hidden = model(input_ids=ROWS, output_hidden_states=True, use_cache=False).hidden_states[-1]
-        (weight,) = [m for m in critic.trainee.masters if m.shape == (1, hidden.shape[-1])]
+        (weight,) = [m for m in critic.trainable.masters if m.shape == (1, hidden.shape[-1])]
         expected = (hidden.float() @ weight[0])[:, :-1]
         assert torch.allclose(critic.values(ROWS)[:, 1:], expected, rtol=1e-4, atol=1e-5)
-        assert sum(m.numel() for m in critic.trainee.masters) == (
+        assert sum(m.numel() for m in critic.trainable.masters) == (
             sum(p.numel() for p in model.base_model.parameters()) + hidden.shape[-1] + 1
         )
 
@@ -100,12 +100,12 @@ def test_the_critic_learns_to_tell_trajectories_apart(starting_model: Path) -> N
     """More than the bias of the head: the decoder's weights learn too."""
     critic = Critic(load(starting_model), OptimizerConfig(lr=3e-3))
     returns = torch.tensor([[1.0], [-1.0]]).expand(ROWS.shape)
-    decoder = critic.trainee.masters[0].clone()
+    decoder = critic.trainable.masters[0].clone()
     train(critic, returns, 80)
     values = critic.values(ROWS)
     assert values[0][MASK[0]].tolist() == pytest.approx([1.0] * 3, abs=0.2)
     assert values[1][MASK[1]].tolist() == pytest.approx([-1.0] * 3, abs=0.2)
-    assert not torch.equal(critic.trainee.masters[0], decoder)
+    assert not torch.equal(critic.trainable.masters[0], decoder)
 
 
 def test_18_12_splitting_into_micro_batches_leaves_the_gradient_unchanged(starting_model: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(starting_model: Path) -> None
     train(critic, torch.full(ROWS.shape, float("nan")), 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in critic.state().items())
     train(critic, torch.ones(ROWS.shape), 1)
-    assert critic.trainee.steps == 1
+    assert critic.trainable.steps == 1
 
 
 def test_a_restored_critic_goes_on_bit_for_bit(starting_model: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_restored_critic_goes_on_bit_for_bit(starting_model: Path) -> None:
     assert torch.equal(other.values(ROWS), straight.values(ROWS))
     train(straight, returns, 2)
     train(other, returns, 2)
-    assert other.trainee.steps == 5
+    assert other.trainable.steps == 5
     assert torch.equal(other.values(ROWS), straight.values(ROWS))
     for name, tensor in straight.state().items():
         assert torch.equal(other.state()[name], tensor), name
@@ -169,7 +169,7 @@ def test_a_restored_critic_goes_on_bit_for_bit(starting_model: Path) -> None:
 def test_another_models_state_is_refused(starting_model: Path) -> None:
     critic = Critic(load(starting_model), OPTIMIZER)
     with pytest.raises(ValueError, match="it is no critic's state"):
-        critic.restore(critic.trainee.state())
+        critic.restore(critic.trainable.state())
     state = critic.state()
     del state["0.master"], state["0.exp_avg"], state["0.exp_avg_sq"]
     with pytest.raises(ValueError, match="parameters stand in it"):

@@ -18,16 +18,11 @@ from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alert_rules import judge
 from palimpsest.services.learner.observability.alerts import VersionReporter
+from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
 from palimpsest.services.learner.observability.surrogate_error import Thresholds, audited_tokens, surrogate_error
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.token_table import TokenTable
-from palimpsest.services.learner.observability.version_record import (
-    Batch,
-    export_to_prometheus,
-    of_versions,
-    round_for_json,
-    version_record,
-)
+from palimpsest.services.learner.observability.version_record import Batch, of_versions, round_for_json, version_record
 from palimpsest.services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
 from palimpsest.services.learner.training.results import StepResult
 from tests.builders import a_finished, a_learner, a_row, a_segment
@@ -146,7 +141,7 @@ def test_fields_that_others_read_stay(exact: StepResult) -> None:
 
 
 def test_spreads_are_those_of_the_tokens(exact: StepResult) -> None:
-    line, flat = line_of(exact, a_learner()), TokenTable.of(exact.scored, NOW)
+    line, flat = line_of(exact, a_learner()), TokenTable.of(exact.micro_batches, NOW)
     t = flat.tokens
     apart = {
         "discrepancy": (t.proximal - t.behavior, np.ones(len(flat.first), dtype=bool)),
@@ -170,7 +165,7 @@ def test_with_one_minibatch_there_is_no_later_one(starting_model: Path) -> None:
 
 
 def test_slopes_are_those_of_single_tokens(exact: StepResult) -> None:
-    line, tokens = line_of(exact, a_learner()), TokenTable.of(exact.scored, NOW).tokens
+    line, tokens = line_of(exact, a_learner()), TokenTable.of(exact.micro_batches, NOW).tokens
     for name in ("masked", "clipped"):
         expected = oracle.line(tokens.staleness.tolist(), getattr(tokens, name).astype(float).tolist())
         assert line["slopes"][name] == pytest.approx(expected, rel=1e-4)
@@ -201,7 +196,7 @@ def test_18_15_fallbacks_are_zero_in_a_normal_run_and_not_under_each_fault(
     assert (patched["kind"], patched["proximal"], patched["exact"]) == ("snapshot", "bypass", False)
 
     broken = trained(starting_model, Near())
-    broken.scored[0].current[0, 5] = float("nan")
+    broken.micro_batches[0].current[0, 5] = float("nan")
     assert line_of(broken, config)["fallbacks"]["nonfinite"] == 1
 
     other = line_of(exact, config, fallbacks={"conflict": 3})
@@ -223,7 +218,7 @@ def test_an_audited_batch_tells_its_leak(starting_model: Path) -> None:
         starting_model, Near("ewma_prox"), auditor=Near(missing=True), proximal={"kind": "ewma_prox"},
         audit={"fraction": 1.0},
     )  # fmt: skip
-    line, flat = line_of(done, config), TokenTable.of(done.scored, NOW)
+    line, flat = line_of(done, config), TokenTable.of(done.micro_batches, NOW)
     e = (flat.tokens.proximal - flat.tokens.old)[~np.isnan(flat.tokens.old)]
     assert 0 < len(e) < line["tokens"]
     assert line["leak"]["tokens"] == len(e) == pytest.approx(line["old"]["known"] * line["tokens"], rel=1e-4)

@@ -15,6 +15,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch, Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.observability.token_table import flatten
 from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Exact, Source
 from palimpsest.services.learner.training.results import StepResult
@@ -86,7 +87,7 @@ def test_every_recipe_trains_a_version(name: str, starting_model: Path) -> None:
     assert result.loss == result.loss
     assert result.exact is (config.proximal.kind == "snapshot")
     assert 0 <= result.active_share <= 1
-    tokens = [scored.tokens(NOW) for scored in result.scored]
+    tokens = [flatten(scored, NOW) for scored in result.micro_batches]
     assert sum(len(part.staleness) for part in tokens) == sum(row.trainable for row in rows(load(starting_model)))
     for part in tokens:
         touched = part.masked | part.clipped
@@ -184,9 +185,9 @@ def test_audited_batches_have_both_numbers(starting_model: Path) -> None:
     perturb(older, by=0.02, seed=5)
     config = a_learner(proximal={"kind": "current_recompute"}, audit={"fraction": 1.0})
     result, _ = trained(starting_model, config, auditor=Other(older))
-    for scored in result.scored:
-        tokens = scored.tokens(NOW)
+    for scored in result.micro_batches:
+        tokens = flatten(scored, NOW)
         assert (tokens.old == tokens.old).all()
         assert (tokens.old != tokens.proximal).any()
     unaudited, _ = trained(starting_model, config.model_copy(update={"audit": a_learner().audit}), auditor=Other(older))
-    assert all((scored.tokens(NOW).old != scored.tokens(NOW).old).all() for scored in unaudited.scored)
+    assert all((flatten(scored, NOW).old != flatten(scored, NOW).old).all() for scored in unaudited.micro_batches)

@@ -65,7 +65,7 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
     )
     assert source.asked == 1
     assert trainee.steps == 2
-    first, second = trained.scored
+    first, second = trained.micro_batches
     assert (first.first, second.first) == (True, False)
     for scored in (first, second):
         mask = torch.from_numpy(scored.batch.mask)

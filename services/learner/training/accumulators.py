@@ -1,0 +1,152 @@
+"""Sums over the minibatches of a version, and over the ranks. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.corrections import Correction
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.proximal.types import ProximalValues
+from palimpsest.services.learner.training.results import MicroBatchResult
+
+
+@dataclass(eq=False)
+class MicroBatchPass:
+    """A micro-batch between its passes and the optimizer step; tensors are [rows, tokens] on the learner's device."""
+
+    batch: PaddedBatch
+    anchor: ProximalValues
+    inputs: Inputs
+    entropy: Tensor
+    correction: Correction
+    clipped: dict[str, Tensor]
+    old: Tensor | None
+    """See MicroBatchResult."""
+
+    def result(self, *, first: bool) -> MicroBatchResult:
+        """What remains of it, on the CPU. first: whether it belongs to the first minibatch."""
+        anchor = self.anchor
+        return MicroBatchResult(
+            batch=self.batch,
+            anchor=ProximalValues(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
+            current=self.inputs.current.detach().cpu(),
+            entropy=self.entropy.cpu(),
+            correction=self.correction.cpu(),
+            clipped={cause: where.cpu() for cause, where in self.clipped.items()},
+            advantages=self.inputs.advantages.cpu(),
+            old=self.old,
+            first=first,
+        )
+
+
+@dataclass
+class StepAccumulator:
+    """What a version's passes and optimizer steps add up to on one rank."""
+
+    loss: float = 0.0
+    norms: list[float] = field(default_factory=list)
+    """Gradient norm of each minibatch, before clipping."""
+    lr_factors: list[float] = field(default_factory=list)
+    baselines: list[float] = field(default_factory=list)
+    normalizers: list[float] = field(default_factory=list)
+    """Mean weight of each minibatch."""
+    squared_deviation: float = 0.0
+    """Sum of (r - 1)^2 over usable tokens."""
+    usable: int = 0
+    """Number of usable tokens."""
+
+    def add_pass(self, loss: Tensor, squared_deviations: Tensor, usable: Tensor) -> None:
+        """Add a micro-batch. loss: scalar; squared_deviations, usable (bool): [rows, tokens]."""
+        self.loss += float(loss.detach())
+        self.squared_deviation += float(squared_deviations[usable].double().sum())
+        self.usable += int(usable.sum())
+
+    @property
+    def grad_norm(self) -> float:
+        """Largest finite norm; NaN without any."""
+        return max(self._finite_norms, default=float("nan"))
+
+    @property
+    def skipped(self) -> int:
+        """Minibatches whose norm was not finite."""
+        return len(self.norms) - len(self._finite_norms)
+
+    @property
+    def baseline(self) -> float | None:
+        """Mean over the minibatches; None without any."""
+        return sum(self.baselines) / len(self.baselines) if self.baselines else None
+
+    @property
+    def normalizer(self) -> float:
+        """Mean over the minibatches."""
+        return sum(self.normalizers) / len(self.normalizers)
+
+    @property
+    def _finite_norms(self) -> list[float]:
+        return [norm for norm in self.norms if np.isfinite(norm)]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTotals:
+    """Sums over a version's tokens and trajectories, of one rank or of all."""
+
+    tokens: int = 0
+    """Trainable tokens."""
+    active: int = 0
+    """Those neither masked nor clipped."""
+    staleness: int = 0
+    """Sum over the trainable tokens, in versions."""
+    squared_deviation: float = 0.0
+    """Sum of (r - 1)^2 over usable tokens."""
+    usable: int = 0
+    entropy: float = 0.0
+    """Sum over trajectories of the mean entropy of their tokens, nats."""
+    trajectories: int = 0
+    """Those that have such a mean."""
+
+    @classmethod
+    def of(cls, results: Sequence[MicroBatchResult], now: Version, sums: StepAccumulator) -> "TokenTotals":
+        """Of one rank's micro-batches, trained at version `now`."""
+        tokens = active = staleness = trajectories = 0
+        entropy = 0.0
+        for result in results:
+            mask = result.batch.mask
+            tokens += int(mask.sum())
+            active += int((mask & ~result.removed.numpy()).sum())
+            staleness += int((now - result.batch.versions[mask]).astype(np.int64).sum())
+            known = torch.from_numpy(mask) & torch.isfinite(result.entropy)
+            has = known.any(-1)
+            means = torch.where(known, result.entropy, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
+            entropy += float(means[has].double().sum())
+            trajectories += int(has.sum())
+        return cls(tokens, active, staleness, sums.squared_deviation, sums.usable, entropy, trajectories)
+
+    @classmethod
+    def summed(cls, parts: "Sequence[TokenTotals]") -> "TokenTotals":
+        """Over the ranks."""
+        return cls(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+
+    @property
+    def active_share(self) -> float:
+        """Of the trainable tokens; NaN without any."""
+        return self.active / self.tokens if self.tokens else float("nan")
+
+    @property
+    def mean_staleness(self) -> float:
+        """Of the trainable tokens, in versions; NaN without any."""
+        return self.staleness / self.tokens if self.tokens else float("nan")
+
+    @property
+    def mean_squared_deviation(self) -> float:
+        """Mean of (r - 1)^2 over usable tokens; NaN without any."""
+        return self.squared_deviation / self.usable if self.usable else float("nan")
+
+    @property
+    def mean_entropy(self) -> float | None:
+        """Mean over trajectories of the mean entropy of their tokens, nats; None without any."""
+        return self.entropy / self.trajectories if self.trajectories else None
