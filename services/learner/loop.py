@@ -237,7 +237,7 @@ class Loop:
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """The rows of each group with the old log-probs that are known; None when a stop came first."""
-        groups = [to_rows(group, self._config.advantages.kind) for group in batch]
+        groups = [to_rows([one.record for one in group.items], self._config.advantages.kind) for group in batch]
         self._waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],

@@ -4,17 +4,15 @@ import random
 from collections.abc import Sequence
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.messages import TrajectoryFinished
 from palimpsest.common.trajectory import behavior_logprobs, token_versions
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.advantages import group_advantages
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.buffer.ledger import ReadyGroup
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 
 
-def to_rows(group: ReadyGroup[ReceivedTrajectory], advantages: str) -> list[Row]:
-    """A group's trajectories with their advantages."""
-    records = [arrived.record for arrived in group.items]
+def to_rows(records: Sequence[TrajectoryFinished], advantages: str) -> list[Row]:
+    """The trajectories of one group as rows, with their advantages. advantages: learner.advantages.kind."""
     rows = []
     for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
         tokens = unpack_int32(record.tokens)
