@@ -284,8 +284,7 @@ class Loop:
         if self._records.dump is not None:
             self._records.dump.record(batch, trained)
             self._confirm()  # writing the dump may have taken long
-        phases = self._phases.take()
-        for phase, seconds in phases.items():
+        for phase, seconds in (phases := self._phases.take()).items():
             instruments.PHASE_SECONDS.labels(phase).observe(seconds)
         self._last_line = self._records.reporter.line(
             batch,
