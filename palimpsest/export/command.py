@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,11 +53,8 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
     config, home = named_run(request.run, environment, program=PROGRAM)
     from palimpsest.export.export import export
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-written is removed
-    try:
+    with _interrupted_by_signals():
         done = export(config, home, request.folder, version=request.version, overwrite=request.overwrite)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     yield f"version {done.version} of run {done.run}: {count(done.tensors, 'tensor')}, {count(done.bytes, 'byte')}"
     yield f"digest: {done.digest}"
     yield f"model: {done.folder}"
@@ -88,6 +86,24 @@ def parse(arguments: Sequence[str]) -> Request:
             f"{flags[0]}: keys are set beside a run file: {PROGRAM} {Path(named[0]) / 'run.toml'} {flags[0]} ..."
         )
     return request
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt at once, so that what is half-written is removed.
+
+    asyncio's own answer to Ctrl-C is lost where a coroutine ends without ever waiting, as those that read a disk do.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _number(text: str) -> int:

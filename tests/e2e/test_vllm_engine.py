@@ -13,11 +13,15 @@ from torch.nn import Module as Model
 
 from palimpsest.common import failpoints
 from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.export.export import export
+from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.report.named_run import named_run
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine import amx
 from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.models import load, logprobs, perturb, stored
+from tests.stored_runs import a_run, put
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.04
@@ -35,16 +39,27 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A version with other weights than the starting model's, exported: the engine begins with it."""
+    model, runs = load(folder), tmp_path_factory.mktemp("runs")
+    perturb(model, by=STEP, seed=99)
+    home = a_run(runs / "first", folder)
+    put(home, 1, raw_tensors(named_weights(model)))
+    config, _ = named_run([str(home)], {}, program="")
+    return export(config, home, runs / "exported").folder
+
+
+@pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """While this file exists, an update leaves a tied head at the old weights, as the CPU build does by itself."""
     return tmp_path_factory.mktemp("faults") / "broken"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(folder: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+async def engine(exported: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
     config = VllmEngineConfig(kv_cache_gib=0.25)
-    engine = VllmEngine(config, model=str(folder), max_tokens=256, max_live=64, seed=0, log=log)
+    engine = VllmEngine(config, model=str(exported), max_tokens=256, max_live=64, seed=0, log=log)
     os.environ[failpoints.VARIABLE] = f"rollout.skip_head:{broken}"  # the engine's process inherits it
     try:
         await engine.start()
@@ -65,6 +80,14 @@ def errors(model: Model, prompt: list[int], sampled: SampledTokens, *, temperatu
     """|engine - transformers| for each sampled token."""
     exact = logprobs(model, prompt + list(sampled.tokens), temperature)[len(prompt) - 1 :]
     return [abs(a - b) for a, b in zip(sampled.logprobs, exact, strict=True)]
+
+
+async def test_it_loads_an_exported_version(engine: VllmEngine, exported: Path, folder: Path, tmp_path: Path) -> None:
+    """Before any update: the first test of its engine."""
+    for model, same in ((load(exported), True), (load(folder), False)):
+        canaries = stored(model, 0, tmp_path).manifest.canaries
+        scores = [await engine.score(canary.tokens) for canary in canaries]
+        assert judge(scores, canaries, tolerance=MEAN).accepted == same
 
 
 async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:

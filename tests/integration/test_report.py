@@ -20,6 +20,7 @@ from palimpsest.common.versions import Version
 from palimpsest.run import conclude
 from tests.builders import a_finished
 from tests.history_lines import a_line
+from tests.programs import answered
 from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.thorough
@@ -181,6 +182,10 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
     counts = stopped["trajectories"]
     assert counts["offered"] == counts["trained"] + sum(counts["dropped"].values()) + counts["pending"]
     assert (home / "report.html").exists()
+    assert not (home / "model").exists(), "a stopped run exports nothing by itself"
+    assert f"palimpsest export {home} {home / 'model'}\n" in said
+    exported = answered("palimpsest", "export", home, home / "model")
+    assert exported.code == 0, exported.err
 
     more = stopped["versions"] + 2
     again = start("--resume", home, f"--learner.versions={more}")
@@ -188,6 +193,9 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
     assert again.returncode == 0, said
     assert f"Going on with run short, kept in {home}" in said
     assert f"{more} versions in" in said
+    newest = max(int(path.stem) for path in (home / "snapshots" / "versions").iterdir())
+    assert said.endswith(f"\nmodel: {home / 'model'} (version {newest})\n")
+    assert f"| version | {newest} |" in (home / "model" / "README.md").read_text(), "in place of the earlier one"
     done = json.loads((home / "summary.json").read_text())
     assert (done["versions"], done["finished"], done["engine"]) == (more, True, "scripted")
     assert done["seconds"]["setup"] > stopped["seconds"]["setup"]

@@ -1,7 +1,11 @@
 """What an export writes, and what it refuses, over a store that lies on the disk."""
 
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +19,10 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export.export import export
 from palimpsest.services.report.named_run import named_run
 from tests.programs import answered
+from tests.runs import ROOT
 from tests.servers.stored_weights import a_tensor, flip
 from tests.stored_runs import a_run, put
+from tests.waiting import LIMIT_S, until
 
 CONFIG = '{"dtype": "float32", "text_config": {"dtype": "float32"}, "vocab_size": 8}'
 COPIED = {
@@ -193,6 +199,22 @@ def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) ->
         done = answered("palimpsest", "export", home, tmp_path / "out")
     assert (done.code, done.out) == (ExitCode.UNAVAILABLE, "")
     assert f"a file has grown to the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_halfway_leaves_nothing(home: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    path = home / "snapshots" / "objects" / put(home, 6, some(60)).object
+    path.unlink()
+    os.mkfifo(path)  # nobody writes into it: the export waits in the middle
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "palimpsest", "export", home, tmp_path / "out"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(tmp_path.glob(".out.*.partial/model.safetensors")) != [], "a folder half-written")
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == ExitCode.INTERRUPTED, said
     assert sorted(tmp_path.iterdir()) == before
 
 
