@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.snapshots import client as client_module
+from palimpsest.common.snapshots import frames
 from palimpsest.common.snapshots.client import SnapshotClient, StoreUnavailable, VersionConflict, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged
 from palimpsest.common.snapshots.writer import Writer
@@ -159,7 +159,7 @@ def test_without_the_digests_flipped_weights_would_be_handed_on(
         def hexdigest(self) -> str:
             return manifest.tensors[0].digest
 
-    monkeypatch.setattr(client_module, "blake3", Blind)
+    monkeypatch.setattr(frames, "blake3", Blind)
     assert plain(fetched(client, 5)) != plain(tensors)
 
 
