@@ -97,7 +97,7 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         )  # how to go on is worth more than why not
         sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
-        print(f"{console_text.stopped(summary)}\n{again}\n{console_text.format_result(summary, home)}")
+        print(f"{console_text.format_stop(summary)}\n{again}\n{console_text.format_result(summary, home)}")
         if summary["versions"]:
             print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
         sys.exit(int(ExitCode.INTERRUPTED))
@@ -154,7 +154,7 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
     def see() -> State:
         return state(
             plan,
-            watch.sight(),
+            watch.observe(),
             now=time.monotonic(),
             started=started,
             crashes=local.crashes,
@@ -163,8 +163,8 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
         )
 
     def look() -> RunObservation:
-        sight = watch.sight()
-        stopwatch.look(now=time.monotonic(), ready=ready_at(sight))
+        sight = watch.observe()
+        stopwatch.update(now=time.monotonic(), ready=ready_at(sight))
         stopwatch.keep()
         return sight
 

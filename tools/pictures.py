@@ -31,7 +31,7 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import LEARNER, Plan, State, state
 from palimpsest.services.live.view import view
-from palimpsest.services.report.folder import Line, Seconds, history, read_seconds, settled_in
+from palimpsest.services.report.folder import Line, Seconds, history, read_run_config, read_seconds
 
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 108, 40
@@ -66,7 +66,7 @@ def state_at(folder: Path, version: int | None = None) -> State:
 
     Raises UserError when the folder is no run's, or the run has not got that far.
     """
-    config = settled_in(folder)
+    config = read_run_config(folder)
     lines = list(history(folder / run_folder.HISTORY))
     wanted = len(lines) // 2 if version is None else version
     if not 1 <= wanted <= len(lines):

@@ -173,7 +173,7 @@ class SimulatedWorkers:
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             message = decode(CONTROL, record.body)
             stood = self._cuts.open
-            self._cuts.heard(message)
+            self._cuts.observe(message)
             if isinstance(message, CutRequested):
                 self._asked_at = now
             elif stood is not None and self._cuts.open is None:

@@ -10,7 +10,7 @@ from palimpsest.services.env_gateway.environments.port import (
     Score,
     Turn,
 )
-from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
 
 
 class AtCapacity(Exception):
@@ -47,29 +47,29 @@ class InProcess:
         try:
             opening, state_hash = self._environment.reset(seed), self._environment.state_hash()
         except Exception as error:
-            raise raised(error) from error
-        return checked_opening(opening), state_hash
+            raise as_environment_failure(error) from error
+        return check_opening(opening), state_hash
 
     async def step(self, turn: Turn) -> Outcome:
         """See World."""
         try:
             outcome = self._environment.step(turn)
         except Exception as error:
-            raise raised(error) from error
-        return checked_outcome(outcome)
+            raise as_environment_failure(error) from error
+        return check_outcome(outcome)
 
     async def finalize(self) -> Score:
         """See World."""
         try:
             score = self._environment.finalize()
         except Exception as error:
-            raise raised(error) from error
-        return checked_score(score)
+            raise as_environment_failure(error) from error
+        return check_score(score)
 
     def close(self) -> None:
         """See World."""
 
 
-def raised(error: BaseException) -> EnvironmentFailed:
+def as_environment_failure(error: BaseException) -> EnvironmentFailed:
     """The failure of an environment that raised."""
     return EnvironmentFailed("environment_raised", f"{type(error).__name__}: {error}"[:2000])

@@ -9,7 +9,7 @@ from palimpsest.services.env_gateway.environments.port import EnvironmentFailed,
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def checked_opening(returned: Any) -> Opening:
+def check_opening(returned: Any) -> Opening:
     """The opening, if it is one. Raises EnvironmentFailed."""
     if not isinstance(returned, Opening):
         raise _invalid(f"reset returned {_shown(returned)}, not an Opening")
@@ -25,17 +25,17 @@ def checked_opening(returned: Any) -> Opening:
     return returned
 
 
-def checked_outcome(returned: Any) -> Outcome:
+def check_outcome(returned: Any) -> Outcome:
     """The reply or score, if it is one. Raises EnvironmentFailed."""
     if isinstance(returned, Reply):
         _check_messages(returned.messages)
         if type(returned.tool_errors) is not int or returned.tool_errors < 0:
             raise _invalid(f"tool_errors is {_shown(returned.tool_errors)}, not a count")
         return returned
-    return checked_score(returned)
+    return check_score(returned)
 
 
-def checked_score(returned: Any) -> Score:
+def check_score(returned: Any) -> Score:
     """The score, if it is one and its reward lies in [0, 1]. Raises EnvironmentFailed."""
     if not isinstance(returned, Score):
         raise _invalid(f"{_shown(returned)} is neither a Reply nor a Score")

@@ -5,18 +5,18 @@ from palimpsest.services.env_gateway.environments.port import EnvironmentFailed,
 from palimpsest.services.env_gateway.environments.tool_calls import remark
 
 
-def continued(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:
+def continue_step(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:
     """The session goes on: remarks on malformed calls, then what the environment says. Raises EnvironmentFailed."""
     remarks = [
         Message(role="tool", content=remark(attempt)) for attempt in turn.attempts if isinstance(attempt, Malformed)
     ]
-    messages = (*remarks, *(shortened(message, limit_bytes) for message in reply.messages))
+    messages = (*remarks, *(shorten(message, limit_bytes) for message in reply.messages))
     if not messages:
         raise EnvironmentFailed("environment_invalid", "it neither said anything nor ended the session")
     return Step(step=number, status=Status.RUNNING, messages=messages)
 
 
-def scored(number: int, status: Status, score: Score) -> Step:
+def final_step(number: int, status: Status, score: Score) -> Step:
     """The session is over, with a reward."""
     return Step(
         step=number,
@@ -27,12 +27,12 @@ def scored(number: int, status: Status, score: Score) -> Step:
     )
 
 
-def failed(number: int, failure: EnvironmentFailed) -> Step:
+def failed_step(number: int, failure: EnvironmentFailed) -> Step:
     """The session is over because of its environment: the reward is unknown."""
     return Step(step=number, status=Status.ERROR, error=StepError(code=failure.code, message=str(failure)))
 
 
-def shortened(message: Message, limit_bytes: int) -> Message:
+def shorten(message: Message, limit_bytes: int) -> Message:
     """The message, cut to so many bytes of text if it is longer, with a note in place of the rest."""
     if 4 * len(message.content) <= limit_bytes:  # no character takes more than four
         return message

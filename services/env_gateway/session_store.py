@@ -48,19 +48,19 @@ class SessionStore:
         if session.key is not None:
             self._keys[session.key] = session
 
-    def begun(self, session: LiveSession) -> None:
+    def mark_running(self, session: LiveSession) -> None:
         """It runs now."""
         counted = instruments.of(session.wanted.environment)
         counted.created.inc()
         counted.live.inc()
 
-    def never_began(self, session: LiveSession) -> None:
+    def discard(self, session: LiveSession) -> None:
         """It could not be begun: nothing is remembered of it, its key is free again."""
         del self._live[session.id]
         if session.key is not None:
             del self._keys[session.key]
 
-    def ended(self, session: LiveSession, now: float) -> None:
+    def mark_ended(self, session: LiveSession, now: float) -> None:
         """It has its ending: count it, remember it."""
         assert session.ending is not None
         environment, status, error = session.wanted.environment, session.status, session.ending.error

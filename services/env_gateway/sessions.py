@@ -66,7 +66,7 @@ class Sessions:
                 if session.opened is None:
                     if session.world is not None:
                         session.world.close()
-                    self._ledger.never_began(session)
+                    self._ledger.discard(session)
 
     async def step(self, session_id: str, taken: TakeStep) -> bytes:
         """Take a step once, however often it is asked for. Raises HttpError (404, 409, 410)."""
@@ -167,7 +167,7 @@ class Sessions:
         if self._draining:
             raise _draining()
         instruments.of(entry.name).reset_seconds.observe(self._clock() - began)
-        self._ledger.begun(session)
+        self._ledger.mark_running(session)
         session.lease_until = self._renewed()
         reply = wire.Session(
             session_id=session.id,
@@ -188,13 +188,13 @@ class Sessions:
         try:
             outcome = await session.world.step(read)
             if isinstance(outcome, Reply):
-                step = replies.continued(taken.step, read, outcome, limit_bytes=self._limits.result_bytes)
+                step = replies.continue_step(taken.step, read, outcome, limit_bytes=self._limits.result_bytes)
                 counted.malformed.inc(len(read.attempts) - len(read.calls))
                 counted.tool_errors.inc(outcome.tool_errors)
             else:
-                step = replies.scored(taken.step, Status.TERMINATED, outcome)
+                step = replies.final_step(taken.step, Status.TERMINATED, outcome)
         except EnvironmentFailed as failure:
-            step = replies.failed(taken.step, failure)
+            step = replies.failed_step(taken.step, failure)
         if session.ending is not None:  # closed during the step
             raise session.gone()
         now = self._clock()
@@ -207,9 +207,9 @@ class Sessions:
         assert session.world is not None, "a live session has a world"
         try:
             score = await session.world.finalize()
-            ending = replies.scored(session.next_step, Status.TRUNCATED, score)
+            ending = replies.final_step(session.next_step, Status.TRUNCATED, score)
         except EnvironmentFailed as failure:
-            ending = replies.failed(session.next_step, failure)
+            ending = replies.failed_step(session.next_step, failure)
         if session.ending is not None:  # closed during the call
             raise session.gone()
         return ending
@@ -221,7 +221,7 @@ class Sessions:
         return session
 
     def _has_ended(self, session: LiveSession) -> None:
-        self._ledger.ended(session, self._clock())
+        self._ledger.mark_ended(session, self._clock())
 
     def _renewed(self) -> float:
         return self._clock() + self._limits.lease_s

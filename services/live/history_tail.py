@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from palimpsest.services.report.folder import Line
-from palimpsest.services.report.summary import begins
+from palimpsest.services.report.summary import is_first_after_start
 
 PACE = 20
 """Versions over which the learner's pace is measured."""
@@ -58,7 +58,7 @@ class HistoryAccumulator:
         self._success.append(line["successes"].count("1") / line["batch"])
         self._reward.append(line["reward"])
         self._skipped += line["skipped"]
-        self._newest.append(VersionPace(line["seconds"], line["tokens"], begins(line), arrived))
+        self._newest.append(VersionPace(line["seconds"], line["tokens"], is_first_after_start(line), arrived))
         self._last = line
 
     def snapshot(self) -> TrainedVersions:

@@ -51,7 +51,7 @@ class Outage:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class EndedOutage:
     """An outage that is over."""
 
     of: str
@@ -61,7 +61,7 @@ class Past:
     """Unix seconds, like `since`."""
 
 
-def merged(told: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage] = ()) -> tuple[Outage, ...]:
+def merge(told: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage] = ()) -> tuple[Outage, ...]:
     """What the services tell (service -> the `outages` of its status) and what was seen from outside, as one list.
 
     The earliest beginning and the earliest end of trying count. The longest outage comes first.
@@ -86,25 +86,25 @@ def merged(told: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage
     return tuple(sorted(found.values(), key=lambda outage: outage.since))
 
 
-class Course:
+class OutageHistory:
     """Outages over a run's time: what goes on, and what is over.
 
-    >>> course = Course()
-    >>> course.look(10.0, [Outage("Kafka", "k:1", 5.0)])
-    >>> course.look(20.0, [])
+    >>> course = OutageHistory()
+    >>> course.update(10.0, [Outage("Kafka", "k:1", 5.0)])
+    >>> course.update(20.0, [])
     >>> course.current, course.past
-    ((), (Past(of='Kafka', address='k:1', since=5.0, ended=10.0),))
+    ((), (EndedOutage(of='Kafka', address='k:1', since=5.0, ended=10.0),))
     """
 
     def __init__(self) -> None:
         self.current: tuple[Outage, ...] = ()
         """Those that are long enough to be shown."""
-        self.past: tuple[Past, ...] = ()
+        self.past: tuple[EndedOutage, ...] = ()
         """Those that were shown, oldest first."""
         self._seen: dict[tuple[str, str], tuple[Outage, float]] = {}
         """Outage and when it was last told of."""
 
-    def look(self, now: float, outages: Sequence[Outage]) -> None:
+    def update(self, now: float, outages: Sequence[Outage]) -> None:
         """Take in what is told at `now`, in Unix seconds."""
         for outage in outages:
             key = (outage.of, outage.address)
@@ -114,11 +114,11 @@ class Course:
             if now - last > GAP_S:
                 del self._seen[key]
                 if last - outage.since >= SHOWN_S:
-                    self.past += (Past(outage.of, outage.address, outage.since, last),)
+                    self.past += (EndedOutage(outage.of, outage.address, outage.since, last),)
         self.current = tuple(outage for outage, _ in self._seen.values() if now - outage.since >= SHOWN_S)
 
 
-def place(outage: Outage | Past) -> str:
+def place(outage: Outage | EndedOutage) -> str:
     """What and where.
 
     >>> place(Outage("S3", "http://s3:9000", 0.0))
@@ -127,7 +127,7 @@ def place(outage: Outage | Past) -> str:
     return f"{NAMES.get(outage.of, outage.of)} at {outage.address}"
 
 
-def in_short(outage: Outage, now: float) -> str:
+def short_text(outage: Outage, now: float) -> str:
     """Which, and since when."""
     return f"no answer from {place(outage)} since {clock(outage.since)} ({duration(now - outage.since)})"
 
@@ -148,13 +148,13 @@ def remedy(outage: Outage) -> str:
     return MENDS.get(outage.of, "Start it")
 
 
-def in_full(outage: Outage, now: float) -> str:
+def full_text(outage: Outage, now: float) -> str:
     """All of that, and what the last try said."""
     problem = f" ({outage.problem})" if outage.problem else ""
-    return f"{in_short(outage, now)}{problem}; {who_waits(outage)}. {remedy(outage)}"
+    return f"{short_text(outage, now)}{problem}; {who_waits(outage)}. {remedy(outage)}"
 
 
-def over(past: Past) -> str:
+def ended_text(past: EndedOutage) -> str:
     """That it is over."""
     return (
         f"{place(past)} answers again: it was away for {duration(past.ended - past.since)}, "

@@ -21,7 +21,7 @@ from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.snapshots.retrying_http import StoreUnavailable
 from palimpsest.common.user_error import UserError
 from palimpsest.services.live.history_tail import HistoryTail, TrainedVersions
-from palimpsest.services.live.outages import Course, Outage, Past, merged
+from palimpsest.services.live.outages import EndedOutage, Outage, OutageHistory, merge
 
 EVERY_S = 1.0
 TIMEOUT_S = 2.0
@@ -64,7 +64,7 @@ class RunObservation:
     applied: tuple[VersionApplied, ...] = ()
     """Each worker's newest update, and every update that was refused, in the order of the log."""
     outages: tuple[Outage, ...] = ()
-    past: tuple[Past, ...] = ()
+    past: tuple[EndedOutage, ...] = ()
     """Outages that are over, oldest first."""
     clock: float = 0.0
     """Unix seconds at time.monotonic() = 0: what outages are told in."""
@@ -80,7 +80,7 @@ class RunPoller:
         self._tail = HistoryTail(home / run_folder.HISTORY)
         self._newest: dict[str, VersionApplied] = {}
         self._refused: list[VersionApplied] = []
-        self._course = Course()
+        self._course = OutageHistory()
         OUTAGES.logged = False  # this process has no log but the terminal, and the view says it there
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -89,12 +89,12 @@ class RunPoller:
             threading.Thread(target=self._read, name="read", daemon=True),
         ]
 
-    def sight(self) -> RunObservation:
+    def observe(self) -> RunObservation:
         """What is known now."""
         now, wall = time.monotonic(), time.time()
         with self._lock:
             seen, trained = dict(self._seen), self._tail.read(now)
-            self._course.look(wall, self._outages(seen, now, wall))
+            self._course.update(wall, self._outages(seen, now, wall))
             applied = (*self._refused, *(update for update in self._newest.values() if update.accepted))
             return RunObservation(seen, trained, applied, self._course.current, self._course.past, wall - now)
 
@@ -135,14 +135,14 @@ class RunPoller:
             for name, one in seen.items()
             if one.last is not None and (one.trouble is None or now - one.last.at < STALE_S)
         }
-        own = [replace(each, waiting=()) for each in merged({"": OUTAGES.ongoing()})]
+        own = [replace(each, waiting=()) for each in merge({"": OUTAGES.ongoing()})]
         own += [
             Outage(name, self._urls[name], one.last.at + wall - now, problem=one.trouble)
             for name, one in seen.items()
             if name in (STORE, GATEWAY) and one.last and one.trouble and now - one.last.at > SILENT_S
         ]
         starting = {name for name, one in seen.items() if one.last is None}
-        return tuple(outage for outage in merged(told, own) if outage.of not in starting)
+        return tuple(outage for outage in merge(told, own) if outage.of not in starting)
 
     def _read(self) -> None:
         """Read the log; whatever becomes of it, this view is not worth the run's end."""
@@ -156,12 +156,12 @@ class RunPoller:
 
     def _follow(self) -> None:
         with self._bus.consumer(WORKERS) as consumer:
-            self._hear(consumer)
+            self._poll_workers(consumer)
             while not self._closed.wait(EVERY_S):
-                self._hear(consumer)
-            self._hear(consumer)  # what came last
+                self._poll_workers(consumer)
+            self._poll_workers(consumer)  # what came last
 
-    def _hear(self, consumer: Consumer) -> None:
+    def _poll_workers(self, consumer: Consumer) -> None:
         for record in consumer.poll(limit=1024, timeout_s=0.0):
             try:
                 message = message_in(record)

@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
-from palimpsest.services.live.outages import in_full, over
+from palimpsest.services.live.outages import ended_text, full_text
 from palimpsest.services.live.state import State, subject
 from palimpsest.services.live.view import line, view
 
@@ -62,9 +62,9 @@ class Screen:
         while self._going():
             state = self._look()
             for past in state.past[over_so_far:]:
-                self._say(over(past))
+                self._say(ended_text(past))
             over_so_far = len(state.past)
-            away = {f"{outage.of} {outage.address}": in_full(outage, state.wall) for outage in state.outages}
+            away = {f"{outage.of} {outage.address}": full_text(outage, state.wall) for outage in state.outages}
             told_away = self._news(away, told_away)
             if time.monotonic() >= due:
                 told = self._news({subject(warning): warning for warning in state.warnings}, told)

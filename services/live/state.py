@@ -9,7 +9,7 @@ from typing import Any
 from palimpsest.common.messages import VersionApplied
 from palimpsest.common.text import count, duration
 from palimpsest.services.live.history_tail import TrainedVersions, VersionPace
-from palimpsest.services.live.outages import NAMES, Outage, Past
+from palimpsest.services.live.outages import NAMES, EndedOutage, Outage
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local.exit_reasons import Crash
 from palimpsest.services.report.folder import Line
@@ -71,7 +71,7 @@ class State:
     still_s: float | None
     """Since the newest version was trained, when nothing goes on; None while something does."""
     outages: tuple[Outage, ...]
-    past: tuple[Past, ...]
+    past: tuple[EndedOutage, ...]
     """Outages that are over, oldest first."""
     wall: float
     """Now, in Unix seconds."""

@@ -27,7 +27,7 @@ class Stopwatch:
         self._before = read_seconds(path) or Seconds()
         self._ready: float | None = None
 
-    def look(self, *, now: float, ready: float | None) -> None:
+    def update(self, *, now: float, ready: float | None) -> None:
         """The run still goes on; `ready`: since when a worker can sample (only the first one counts)."""
         self._looked = now
         if self._ready is None and ready is not None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palimpsest.common.text import duration
-from palimpsest.services.live.outages import Outage, in_short, over, place, remedy, who_waits
+from palimpsest.services.live.outages import Outage, ended_text, place, remedy, short_text, who_waits
 from palimpsest.services.live.state import RECENT, ServiceState, State, recent
 from palimpsest.services.report.labels import method
 
@@ -75,7 +75,7 @@ def line(state: State) -> str:
     parts.append(f"{state.in_flight} in flight, {state.waiting} waiting")
     if state.still_s is not None:
         parts.append(_still(state.still_s))
-        parts += [in_short(outage, state.wall) for outage in state.outages]
+        parts += [short_text(outage, state.wall) for outage in state.outages]
     elif state.left_s is not None:
         parts.append(f"about {duration(state.left_s)} left")
     parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits and not state.outages]
@@ -154,14 +154,14 @@ def _head(state: State) -> ViewSection:
 
 def _fresh(state: State) -> list[str]:
     """Outages that were over a moment ago."""
-    return [over(past) for past in state.past if state.wall - past.ended < OVER_S]
+    return [ended_text(past) for past in state.past if state.wall - past.ended < OVER_S]
 
 
 def _outages(state: State, width: int, *, most: int) -> ViewSection:
     """Those that go on, before anything else; then those that are just over."""
     rows = [row for outage in state.outages for row in _rows(outage, state.wall, width)]
     if len(rows) > most:  # what and since when, of each, is more than all of the first
-        rows = [in_short(outage, state.wall) for outage in state.outages]
+        rows = [short_text(outage, state.wall) for outage in state.outages]
     body = Text("\n".join(rows[:most]), style=f"bold {BAD}", no_wrap=True, overflow="ellipsis")
     for fresh in _fresh(state)[: max(0, most - len(rows))]:
         rows.append(fresh)
@@ -170,7 +170,7 @@ def _outages(state: State, width: int, *, most: int) -> ViewSection:
 
 
 def _rows(outage: Outage, now: float, width: int) -> list[str]:
-    said = (in_short(outage, now), who_waits(outage), remedy(outage))
+    said = (short_text(outage, now), who_waits(outage), remedy(outage))
     return [
         row
         for i, text in enumerate(said)

@@ -134,7 +134,7 @@ def export_command(home: Path, *, overwrite: bool, program: str) -> str:
     return f"  {program} export {shlex.join([*flags, str(home), str(home / MODEL)])}"
 
 
-def stopped(summary: Mapping[str, Any]) -> str:
+def format_stop(summary: Mapping[str, Any]) -> str:
     """How far it came."""
     return f"Stopped cleanly after {count(summary['versions'], 'version')}. Go on with:"
 

@@ -122,7 +122,7 @@ class Supervisor:
                 self._start(child)
         elif not self._may_be_done(child):
             self._ended.pop(child, None)
-            self._died(child)
+            self._on_death(child)
 
     def _may_be_done(self, child: Child) -> bool:
         """A worker or replica that ended well: they hear of the run's end before the learner's process has gone."""
@@ -131,7 +131,7 @@ class Supervisor:
         ended = self._ended.setdefault(child, time.monotonic())
         return self._versions >= self._config.learner.versions or time.monotonic() - ended < FOLLOW_S
 
-    def _died(self, child: Child) -> None:
+    def _on_death(self, child: Child) -> None:
         refusal = _refusal(self.home, child)
         code = refusal[1] if refusal else child.exit_code or 0
         if code in HOPELESS:
@@ -142,13 +142,15 @@ class Supervisor:
         self._rows[child] = row
         wait = restart_delay_s(row, restarts=self._config.local.restarts)
         if wait is None:
-            raise UserError(self._given_up(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED)
+            raise UserError(
+                self._give_up_text(child, row), ExitCode(code) if code == ExitCode.ENGINE else ExitCode.CRASHED
+            )
         self.crashes.append(Crash(child.name, time.monotonic(), code, error, wait))
         self._due[child] = self._clock() + wait
         if not wait:
             self._tend(child)
 
-    def _given_up(self, child: Child, row: tuple[Death, ...]) -> str:
+    def _give_up_text(self, child: Child, row: tuple[Death, ...]) -> str:
         last = row[-1]
         how = exit_reasons.describe_exit("It", last.exit_code, last.error)
         if is_crash_loop(row):
@@ -165,12 +167,12 @@ class Supervisor:
             for child in group:
                 child.terminate()
             asked = time.monotonic()
-            while any(child.running and time.monotonic() < asked + self._patience_s(child) for child in group):
+            while any(child.running and time.monotonic() < asked + self._stop_limit_s(child) for child in group):
                 time.sleep(0.05)
             for child in group:
                 child.kill_group()
 
-    def _patience_s(self, child: Child) -> float:
+    def _stop_limit_s(self, child: Child) -> float:
         life = self._lives.get(child)
         return DRAIN_S if life is not None and life.ready is not None else START_DRAIN_S
 

@@ -50,7 +50,7 @@ def leak(lines: Sequence[Line]) -> dict[str, Any] | None:
     }
 
 
-def spells(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def alert_spans(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Each alert from its beginning to its end, in versions, with what it said last; `on`: at the newest version."""
     found: list[dict[str, Any]] = []
     open_now: dict[str, dict[str, Any]] = {}

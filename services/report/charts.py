@@ -79,7 +79,7 @@ def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.6g}" for tick in ticks]}
 
 
-def labelled(figure: go.Figure, x: str, y: str, *, height: int = 340, **y_axis: Any) -> go.Figure:
+def label_axes(figure: go.Figure, x: str, y: str, *, height: int = 340, **y_axis: Any) -> go.Figure:
     """The figure with titles on both axes; `y_axis` goes to plotly."""
     figure.update_layout(height=height)
     figure.update_xaxes(title=x)

@@ -93,7 +93,7 @@ class Contents:
 
 def contents(folder: Path) -> Contents:
     """Read the folder. Raises UserError when it is no run's folder or its history is damaged."""
-    config = settled_in(folder)
+    config = read_run_config(folder)
     checkpoint = newest_checkpoint(config.checkpoint_folder)  # before the history, which only grows
     return Contents(
         folder=folder,
@@ -105,7 +105,7 @@ def contents(folder: Path) -> Contents:
     )
 
 
-def settled_in(folder: Path) -> RunConfig:
+def read_run_config(folder: Path) -> RunConfig:
     """The run's configuration, its files looked for in this folder wherever it lies now."""
     if not (folder / run_folder.RUN_FILE).is_file():
         raise UserError(f"{folder}: that is no run's folder (it has no {run_folder.RUN_FILE})")

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import plotly.graph_objects as go
 
-from palimpsest.services.report.charts import BLUE, GRAY, GREEN, WINDOW, Figure, dots, labelled, line, moving_mean
+from palimpsest.services.report.charts import BLUE, GRAY, GREEN, WINDOW, Figure, dots, label_axes, line, moving_mean
 from palimpsest.services.report.folder import Line
-from palimpsest.services.report.summary import begins
+from palimpsest.services.report.summary import is_first_after_start
 
 
 def over_versions(lines: Sequence[Line]) -> Figure:
@@ -21,7 +21,7 @@ def over_versions(lines: Sequence[Line]) -> Figure:
         "Success and reward over versions",
         "Points: the mean over each batch's trajectories; lines: the moving mean. A curve that falls and stays down, "
         "or reward that rises while success does not, would be alarming.",
-        labelled(figure, "version published", "mean over trajectories (0 to 1)", rangemode="tozero"),
+        label_axes(figure, "version published", "mean over trajectories (0 to 1)", rangemode="tozero"),
     )
 
 
@@ -36,7 +36,7 @@ def over_time(lines: Sequence[Line]) -> Figure:
         "Success against wall-clock",
         "The same success by the learner's running time, the start of the engines included, breaks between runs left "
         "out; a dashed line marks each resumption. Long gaps between points mean that something stood still.",
-        labelled(figure, "running time (minutes)", "success (share of trajectories)", rangemode="tozero"),
+        label_axes(figure, "running time (minutes)", "success (share of trajectories)", rangemode="tozero"),
     )
 
 
@@ -48,5 +48,5 @@ def success(lines: Sequence[Line]) -> list[float]:
 def mark_starts(figure: go.Figure, lines: Sequence[Line]) -> None:
     """A line where the run was resumed."""
     for before, after in pairwise(lines):
-        if begins(after):
+        if is_first_after_start(after):
             figure.add_vline(x=before["seconds"] / 60, line={"dash": "dash", "width": 1, "color": GRAY})

@@ -7,14 +7,14 @@ from palimpsest.common import run_folder
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
-from palimpsest.services.report.folder import settled_in
+from palimpsest.services.report.folder import read_run_config
 
 
 def named_run(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> tuple[RunConfig, Path]:
     """The run's configuration and the folder of its files, wherever that lies now. Raises UserError."""
     if len(arguments) == 1 and not arguments[0].startswith("-") and not arguments[0].endswith(".toml"):
         folder = Path(arguments[0])
-        config = settled_in(folder)
+        config = read_run_config(folder)
         store = config.snapshot_store
         store = store.model_copy(update={"folder": store.folder or folder / run_folder.SNAPSHOTS})
         return config.model_copy(update={"snapshot_store": store}), folder

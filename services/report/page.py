@@ -109,11 +109,10 @@ def _figure(i: int, figure: Figure, *, empty: bool) -> str:
     )
 
 
-def _alerts(spells: Sequence[dict[str, Any]], versions: int) -> str:
+def _alerts(spans: Sequence[dict[str, Any]], versions: int) -> str:
     """What the alert rules said, from when to when."""
     rows = [
-        (spell["rule"] + (" (notice)" if spell["level"] == "notice" else ""), _when(spell), spell["says"])
-        for spell in spells
+        (span["rule"] + (" (notice)" if span["level"] == "notice" else ""), _when(span), span["says"]) for span in spans
     ]
     body = "".join(
         f'<tr><td>{html.escape(rule)}</td><td>{html.escape(when)}</td><td class="words">{html.escape(says)}</td></tr>'
@@ -127,11 +126,11 @@ configuration asks for.</figcaption>
 </figure>"""
 
 
-def _when(spell: dict[str, Any]) -> str:
-    first, last = spell["first"], spell["last"]
-    if spell["level"] == "notice":
+def _when(span: dict[str, Any]) -> str:
+    first, last = span["first"], span["last"]
+    if span["level"] == "notice":
         return f"version {first}"
-    if spell["on"]:
+    if span["on"]:
         return f"since version {first}"
     return f"version {first}" if first == last else f"versions {first} to {last}"
 

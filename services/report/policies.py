@@ -6,7 +6,18 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from palimpsest.services.report.charts import BLUE, ORANGE, PURPLE, Figure, color, dots, labelled, line, log_axis, short
+from palimpsest.services.report.charts import (
+    BLUE,
+    ORANGE,
+    PURPLE,
+    Figure,
+    color,
+    dots,
+    label_axes,
+    line,
+    log_axis,
+    short,
+)
 from palimpsest.services.report.folder import Line
 from palimpsest.services.report.labels import EXACT, names
 from palimpsest.services.report.summary import mean_by_staleness, tokens_by_staleness
@@ -127,7 +138,7 @@ def removed_by_staleness(lines: Sequence[Line]) -> Figure:
         f"The mask answers to the {words.discrepancy} and must not depend on staleness; the clip answers to the "
         f"{words.ratio} and should grow with it. Alarming: a masked share that grows with staleness, or a clipped "
         "share of 0 at high staleness: both are signs of a stand-in for the old policy.",
-        labelled(figure, "staleness (versions)", "share of tokens (%)", rangemode="tozero"),
+        label_axes(figure, "staleness (versions)", "share of tokens (%)", rangemode="tozero"),
     )
 
 
@@ -144,7 +155,7 @@ def staleness_over_versions(lines: Sequence[Line]) -> Figure:
         "Shares of each batch's tokens by how many versions had been published since they were sampled. Alarming: "
         "everything at the bound (learner.max_staleness) together with drops, which means that rollout outruns the "
         "learner.",
-        labelled(figure, "version published", "share of tokens (%)", range=[0, 100]),
+        label_axes(figure, "version published", "share of tokens (%)", range=[0, 100]),
     )
 
 
@@ -166,7 +177,7 @@ def _curves(lines: Sequence[Line], key: str) -> go.Figure:
 
 def _over_versions(figure: go.Figure, y: str) -> go.Figure:
     heights = [value for trace in figure.data for value in trace.y]
-    return labelled(figure, "version published", y, **log_axis(heights))
+    return label_axes(figure, "version published", y, **log_axis(heights))
 
 
 def _joined(by_staleness: dict[str, dict[str, float]], key: str) -> float:

@@ -9,7 +9,7 @@ from palimpsest.common.messages import VersionApplied
 from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
 from palimpsest.services.report.folder import Line
 from palimpsest.services.report.learning import mark_starts
-from palimpsest.services.report.summary import begins
+from palimpsest.services.report.summary import is_first_after_start
 
 PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
           ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip
@@ -59,8 +59,8 @@ def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance
 def where_the_time_went(lines: Sequence[Line]) -> Figure:
     """The learner's seconds by phase."""
     figure = make_subplots(rows=2, cols=1, row_heights=[0.22, 0.78], vertical_spacing=0.2)
-    starts = sum(e["phases"].get("wait", 0.0) for e in lines if begins(e))
-    steady = [e["phases"] | {"wait": 0.0} if begins(e) else e["phases"] for e in lines]
+    starts = sum(e["phases"].get("wait", 0.0) for e in lines if is_first_after_start(e))
+    steady = [e["phases"] | {"wait": 0.0} if is_first_after_start(e) else e["phases"] for e in lines]
     totals = [("until the first batch (engines start)", starts, RED)]
     totals += [(name, sum(e.get(phase, 0.0) for e in steady), paint) for phase, name, paint in PHASES]
     for name, seconds, paint in totals:

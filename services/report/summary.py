@@ -11,7 +11,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
-from palimpsest.services.report.aggregates import leak, removal, spells
+from palimpsest.services.report.aggregates import alert_spans, leak, removal
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
 
@@ -110,18 +110,18 @@ def phases(lines: Sequence[Line]) -> dict[str, float]:
     return {phase: sum(line["phases"].get(phase, 0.0) for line in lines) for phase in PHASES}
 
 
-def begins(line: Line) -> bool:
+def is_first_after_start(line: Line) -> bool:
     """Whether the line is the first after a start: only then did no publication come before it."""
     return "publish" not in line["phases"]
 
 
 def learner_wait_share(lines: Sequence[Line]) -> float | None:
     """Share of its time that the learner waited for trajectories, the first batch after each start left out."""
-    steady = phases([line for line in lines if not begins(line)])
+    steady = phases([line for line in lines if not is_first_after_start(line)])
     return _share(steady["wait"], sum(steady.values()))
 
 
-def lifetimes(alive: Sequence[WorkerAlive]) -> list[WorkerAlive]:
+def last_heartbeats(alive: Sequence[WorkerAlive]) -> list[WorkerAlive]:
     """The last word of each worker process: a worker that was started again counts anew from 0."""
     last = []
     for worker in dict.fromkeys(message.worker for message in alive):
@@ -189,7 +189,7 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
         "cuts": sum(line["cuts"] for line in lines),
         "removal": removal(lines),
         "leak": leak(lines),
-        "alerts": spells(lines),
+        "alerts": alert_spans(lines),
     }
 
 
@@ -202,7 +202,7 @@ def _old_coverage(lines: Sequence[Line]) -> float | None:
 
 def _workers(contents: Contents) -> dict[str, Any]:
     log = contents.log
-    lives = lifetimes(log.alive)
+    lives = last_heartbeats(log.alive)
     pauses = [1e3 * applied.pause_s for applied in log.applied]
     return {
         "rollout_wait_share": _share(sum(a.idle_s for a in lives), sum(a.seconds for a in lives)),
@@ -217,7 +217,7 @@ def _rollout_rate(alive: Sequence[WorkerAlive]) -> float | None:
     """Tokens sampled for each second a worker could sample; the workers' rates added up."""
     rates = []
     for worker in {message.worker for message in alive}:
-        lives = lifetimes([message for message in alive if message.worker == worker])
+        lives = last_heartbeats([message for message in alive if message.worker == worker])
         rates.append(_share(sum(a.sampled_tokens for a in lives), sum(a.seconds for a in lives)))
     return sum(rate for rate in rates if rate is not None) if any(rates) else None
 

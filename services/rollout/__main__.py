@@ -51,10 +51,10 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 store,
                 run_folder.cache_folder(config.run.home, rollout.worker),
                 tolerance=rollout.canary_tolerance,
-                report=lambda applied: worker.applied(applied),
+                report=lambda applied: worker.report_update(applied),
             )
             sampler = TrajectorySampler(
-                rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.trusted
+                rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.wait_verified
             )
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,

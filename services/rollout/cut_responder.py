@@ -55,14 +55,14 @@ class CutResponder:
         return self._cuts.open.cut if self._cuts.open is not None else None
 
     def heard(self, message: Control) -> None:
-        """The next record of `control`, in the log's order. Nothing comes of it before `act`."""
+        """The next record of `control`, in the log's order. Nothing comes of it before `apply`."""
         if isinstance(message, CutRequested):
             self._requested_at = time.monotonic()
-        self._cuts.heard(message)
+        self._cuts.observe(message)
 
     def apply(self) -> None:
         """What was heard is how things stand now, not history that more follows on."""
-        self._listen()
+        self._start_hold_timer()
         self._news.set()
 
     def heard_all(self) -> None:
@@ -72,7 +72,7 @@ class CutResponder:
             self._silent_since = now
         self._looked_at = now
         if self.cut is not None and self.cut == self._reached and now - self._silent_since >= HOLD_LIMIT_S:
-            self._give_up()
+            self._end_hold()
 
     async def serve(self) -> None:
         """Reach the cut that is asked for and let go when it is over; for ever. Raises UserError if the engine does."""
@@ -82,21 +82,21 @@ class CutResponder:
             request = self._cuts.open
             if request is not None and request.cut != self._reached:
                 with required(f"cut {request.cut} of version {request.version}"):
-                    await self._reach(request)
+                    await self._pause_and_report(request)
                 self._reached = request.cut
-                self._listen()
+                self._start_hold_timer()
             elif request is None:
                 with required("to go on after a cut"):
                     await self._weights.release_hold(self._cuts.held)
 
-    async def _reach(self, request: CutRequested) -> None:
+    async def _pause_and_report(self, request: CutRequested) -> None:
         """Stand still, and say so once all that was sampled is on the log."""
         async with self._weights.paused_for_cut(request.version):
             pause_s = time.monotonic() - self._requested_at
             version = self._weights.verified
             failpoints.reach("rollout.at_cut")
             flushed = await self._flush(request)
-        await self._outbox.flushed()
+        await self._outbox.flush()
         failpoints.reach("rollout.after_flush")
         self._outbox.put_from_worker(
             CutReached(
@@ -135,11 +135,11 @@ class CutResponder:
             if live.request == request:  # else the message ended while the engine was asked
                 return live.assembly.with_partial(partial)
 
-    def _listen(self) -> None:
+    def _start_hold_timer(self) -> None:
         """From now on it would be the learner's turn to say something."""
         self._looked_at = self._silent_since = asyncio.get_running_loop().time()
 
-    def _give_up(self) -> None:
+    def _end_hold(self) -> None:
         instruments.HOLDS_GIVEN_UP.inc()
         logger().warning(
             "cut hold timed out", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,

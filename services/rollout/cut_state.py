@@ -16,16 +16,16 @@ class CutState:
     """The last request, and whether it still stands. Records are to be heard in the order of the log.
 
     >>> cuts = Cuts()
-    >>> cuts.heard(CutRequested("run", 1, Version(4), 5.0))
+    >>> cuts.observe(CutRequested("run", 1, Version(4), 5.0))
     >>> cuts.open.cut, cuts.held
     (1, 4)
-    >>> cuts.heard(VersionPublished("run", Version(5), "digest", 0.0))
+    >>> cuts.observe(VersionPublished("run", Version(5), "digest", 0.0))
     >>> cuts.open, cuts.held
     (None, 4)
-    >>> cuts.heard(CutRequested("run", 2, Version(5), 5.0))
+    >>> cuts.observe(CutRequested("run", 2, Version(5), 5.0))
     >>> cuts.held
     5
-    >>> cuts.heard(CutReleased("run", 2))
+    >>> cuts.observe(CutReleased("run", 2))
     >>> cuts.open, cuts.held
     (None, 4)
     """
@@ -39,7 +39,7 @@ class CutState:
         self._last = -1
         self._published: list[VersionPublished] = []
 
-    def heard(self, message: Control) -> None:
+    def observe(self, message: Control) -> None:
         """Take in the next record."""
         match message:
             case CutRequested() if message.cut > self._last and message.version >= self._newest:
@@ -87,7 +87,7 @@ def flush(
         attempt=live.attempt,
         worker=worker,
         cut=request.cut,
-        tokens=so_far.packed(),
+        tokens=so_far.pack(),
         segments=so_far.segments,
         temperature=live.group.sampling.temperature,
     )

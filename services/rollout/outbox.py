@@ -75,7 +75,7 @@ class Outbox:
                 self._durable += len(batch)
                 self._progress.notify_all()
 
-    async def flushed(self) -> None:
+    async def flush(self) -> None:
         """Wait until everything put so far is durable; what is put meanwhile is not waited for."""
         wanted = self._put_so_far
         async with self._progress:

@@ -42,7 +42,7 @@ class TrajectoryBuilder:
         """Who sampled what."""
         return tuple(self._segments)
 
-    def packed(self) -> bytes:
+    def pack(self) -> bytes:
         """The tokens for the wire."""
         return pack_int32(self._tokens)
 

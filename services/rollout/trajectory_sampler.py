@@ -68,8 +68,8 @@ class TrajectorySampler:
                 logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
                 reason, failure = DropReason.ENGINE_FAILED, str(error)
             except _Unusable as error:
-                return self._dropped(group, name, error.reason, str(error))
-        return self._dropped(group, name, reason, failure)
+                return self._dropped_record(group, name, error.reason, str(error))
+        return self._dropped_record(group, name, reason, failure)
 
     async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
         wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
@@ -85,7 +85,7 @@ class TrajectorySampler:
             # the tokens neither here nor there
             self.live.remove(live)
         failpoints.reach("rollout.before_publish")
-        return self._finished(live, session, step)
+        return self._finished_record(live, session, step)
 
     async def _dialogue(self, live: InFlightTrajectory, session: Session) -> Step:
         """Turn after turn until the environment, or a limit, ends it."""
@@ -139,7 +139,7 @@ class TrajectorySampler:
             name += "+"
         return name
 
-    def _finished(self, live: InFlightTrajectory, session: Session, step: Step) -> Ended:
+    def _finished_record(self, live: InFlightTrajectory, session: Session, step: Step) -> Ended:
         group, assembly = live.group, live.assembly
         if step.reward is None or step.success is None:
             what = step.error.message if step.error else f"the session ended as {step.status} without a reward"
@@ -154,7 +154,7 @@ class TrajectorySampler:
             worker=self.worker,
             environment=group.environment,
             environment_version=session.environment_version,
-            tokens=assembly.packed(),
+            tokens=assembly.pack(),
             segments=assembly.segments,
             temperature=group.sampling.temperature,
             reward=step.reward,
@@ -164,7 +164,7 @@ class TrajectorySampler:
             turns=assembly.turns,
         )
 
-    def _dropped(self, group: GroupOffered, name: str, reason: DropReason, detail: str) -> TrajectoryDropped:
+    def _dropped_record(self, group: GroupOffered, name: str, reason: DropReason, detail: str) -> TrajectoryDropped:
         instruments.TRAJECTORIES.labels(reason.value).inc()
         logger().warning("dropped", trajectory=name, reason=reason.value, detail=detail)
         return TrajectoryDropped(

@@ -68,14 +68,14 @@ class WeightSync:
             self._newest = version
             self._announced.set()
 
-    async def trusted(self, version: Version) -> None:
+    async def wait_verified(self, version: Version) -> None:
         """Wait until the version is verified."""
         async with self._change:
             await self._change.wait_for(lambda: self.verified >= version)
 
-    async def first(self) -> None:
+    async def wait_first_version(self) -> None:
         """Wait until there is any version to sample with."""
-        await self.trusted(Version(0))
+        await self.wait_verified(Version(0))
 
     @asynccontextmanager
     async def paused_for_cut(self, version: Version) -> AsyncIterator[None]:
@@ -89,7 +89,7 @@ class WeightSync:
             if self._still_since is None:
                 self._still_since = time.monotonic()
             await self._engine.pause()
-            await self.trusted(self._loaded)  # if it was refused, this never comes: the worker is about to end
+            await self.wait_verified(self._loaded)  # if it was refused, this never comes: the worker is about to end
             yield
             await self._resume_unless_held()
 

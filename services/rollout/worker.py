@@ -102,7 +102,7 @@ class Worker:
             "engine": self._sampler.engine.status(),
         }
 
-    def applied(self, applied: UpdateResult) -> None:
+    def report_update(self, applied: UpdateResult) -> None:
         """Tell the log what came of an update."""
         self._outbox.put_from_worker(
             VersionApplied(
@@ -137,17 +137,17 @@ class Worker:
             taking = asyncio.create_task(self._take(tasks))
             stopping = asyncio.create_task(self._stopping.wait())
             try:
-                await _first({*running, taking, stopping})
-                await _cancelled({taking})
+                await _wait_first({*running, taking, stopping})
+                await _cancel_all({taking})
                 running.add(asyncio.create_task(self._drain(publishing)))
-                await _first(running)
+                await _wait_first(running)
                 await self._commit(tasks)
             except Exception:
                 taking.cancel()
                 await self._flush_outbox(publishing)
                 raise
             finally:
-                await _cancelled({*running, taking, stopping, *self._live})
+                await _cancel_all({*running, taking, stopping, *self._live})
 
     async def _heartbeat_loop(self) -> None:
         """Say how the worker fares, now and then."""
@@ -164,7 +164,7 @@ class Worker:
         if not publishing.done():
             with suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_S):
-                    await self._outbox.flushed()
+                    await self._outbox.flush()
 
     async def _drain(self, publishing: "asyncio.Task[None]") -> None:
         self._outbox.put_from_worker(self.alive())
@@ -200,7 +200,7 @@ class Worker:
     async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots get free."""
         self._waiting_for = "the first version"
-        await self._weights.first()
+        await self._weights.wait_first_version()
         self._counts.ready = self._counts.idle_since = time.monotonic()
         while True:
             if not self._counts.live:
@@ -208,11 +208,11 @@ class Worker:
             await self._slots.acquire()
             self._slots.release()
             for record in await tasks.poll(limit=1, timeout_s=POLL_S):
-                await self._begin(record)
+                await self._start_group(record)
 
     async def _commit_loop(self, tasks: AsyncConsumer) -> None:
         """Commit what is done and stay a member of the group, also while no task can be taken."""
-        await self._weights.first()
+        await self._weights.wait_first_version()
         while True:
             await asyncio.sleep(KEEP_S)
             await tasks.poll(limit=0, timeout_s=0)
@@ -226,11 +226,11 @@ class Worker:
                 raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
             validate(message)
         except RejectedRecord as error:
-            self._bury(record, error, done)
+            self._dead_letter(record, error, done)
             return None
         return message
 
-    def _bury(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
+    def _dead_letter(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
         """Keep a record that cannot be used, whole, with its cause; work goes on without it."""
         logger().error(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
@@ -239,7 +239,7 @@ class Worker:
         self._outbox.put_dead_letter(dead_letter(self._run, record, error, now=time.time()), done=done)
         instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
 
-    async def _begin(self, record: Record) -> None:
+    async def _start_group(self, record: Record) -> None:
         """Start a task's trajectories, each as soon as there is a slot."""
         self._frontier.read(record.partition, record.offset)
 
@@ -249,7 +249,7 @@ class Worker:
         group: GroupOffered | None = self._read(record, resolve)
         if group is None:
             return
-        await self._weights.trusted(group.version)
+        await self._weights.wait_verified(group.version)
         self._waiting_for = None
         left = group.samples
 
@@ -299,14 +299,14 @@ class Worker:
             self._counts.idle_since = now
 
 
-async def _first(tasks: "Collection[asyncio.Task[Any]]") -> None:
+async def _wait_first(tasks: "Collection[asyncio.Task[Any]]") -> None:
     """Until one of them has ended. Raises what it raised."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
 
-async def _cancelled(tasks: "Collection[asyncio.Task[Any]]") -> None:
+async def _cancel_all(tasks: "Collection[asyncio.Task[Any]]") -> None:
     """Cancel them and wait until they have gone."""
     for task in tasks:
         task.cancel()

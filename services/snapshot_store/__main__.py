@@ -6,7 +6,7 @@ from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
-from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.app import create_app, open_catalog
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_factory import open_storage
 
@@ -15,14 +15,14 @@ def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until stopped."""
     config = invocation.config
     kept = config.snapshot_store
-    storage = asyncio.run(_looked_at(config))
+    storage = asyncio.run(_open_and_check(config))
     app = create_app(storage, sweep_s=kept.sweep_s, claims_keep_s=kept.claims_keep_hours * 3600)
     serve(app, kept.host, kept.port, key="snapshot_store", stop=stop)
 
 
-async def _looked_at(config: RunConfig) -> Storage:
+async def _open_and_check(config: RunConfig) -> Storage:
     storage = await open_storage(config)
-    await open_catalogue(storage)  # damage is refused before the port opens
+    await open_catalog(storage)  # damage is refused before the port opens
     return storage
 
 

@@ -46,7 +46,7 @@ class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
     lowest: int
 
 
-async def open_catalogue(storage: Storage) -> Catalog:
+async def open_catalog(storage: Storage) -> Catalog:
     """The catalogue over this storage. Raises UserError when what stands there is damaged or cannot be read."""
     catalogue = Catalog(storage)
     try:
@@ -134,7 +134,7 @@ def _versions(app: FastAPI, catalogue: Catalog) -> None:
         if manifest.version != number:
             raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
         try:
-            with routes_writers.refused():
+            with routes_writers.writer_errors_as_conflict():
                 new = await catalogue.put_version(manifest, body)
         except Conflict as conflict:
             instruments.REFUSED.labels("version_conflict").inc()

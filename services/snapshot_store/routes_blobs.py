@@ -28,28 +28,28 @@ def routes(app: FastAPI, storage: Storage, catalogue: Catalog, claims: ClaimChec
 
     @app.put("/v1/objects/{digest}", status_code=201)
     async def put_object(digest: Digest, request: Request) -> dict[str, int]:
-        size = await _taken(catalogue.put_object, digest, request)
+        size = await _receive(catalogue.put_object, digest, request)
         instruments.RECEIVED_BYTES.inc(size)
         return {"size": size}
 
     @app.get("/v1/objects/{digest}")
     async def get_object(digest: Digest) -> Response:
         missing = HttpError(404, "object_missing", f"no object {digest}")
-        return await _given(storage, catalogue.object_key(digest), missing)
+        return await _send(storage, catalogue.object_key(digest), missing)
 
     @app.put("/v1/claims/{digest}", status_code=201)
     async def put_claim(digest: Digest, request: Request) -> dict[str, int]:
-        size = await _taken(claims.put, digest, request)
+        size = await _receive(claims.put, digest, request)
         instruments.CLAIM_BYTES.inc(size)
         return {"size": size}
 
     @app.get("/v1/claims/{digest}")
     async def get_claim(digest: Digest) -> Response:
         missing = HttpError(404, "claim_missing", f"no body {digest}: it never came, or was swept for its age")
-        return await _given(storage, claims.key(digest), missing)
+        return await _send(storage, claims.key(digest), missing)
 
 
-async def _taken(put: Callable[[str, AsyncIterator[bytes]], Awaitable[int]], digest: str, request: Request) -> int:
+async def _receive(put: Callable[[str, AsyncIterator[bytes]], Awaitable[int]], digest: str, request: Request) -> int:
     try:
         return await put(digest, request.stream())
     except DigestMismatch as mismatch:
@@ -57,16 +57,16 @@ async def _taken(put: Callable[[str, AsyncIterator[bytes]], Awaitable[int]], dig
         raise HttpError(422, "digest_mismatch", str(mismatch), retryable=True) from None
 
 
-async def _given(storage: Storage, key: str, missing: HttpError) -> Response:
+async def _send(storage: Storage, key: str, missing: HttpError) -> Response:
     if await storage.size(key) is None:
         raise missing
     if (address := await storage.address(key)) is not None:
         instruments.REDIRECTED.inc()
         return RedirectResponse(address, 307, {"Cache-Control": "no-store"})
-    return StreamingResponse(_counted(storage.stream(key)), media_type="application/octet-stream")
+    return StreamingResponse(_count_bytes(storage.stream(key)), media_type="application/octet-stream")
 
 
-async def _counted(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _count_bytes(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async for chunk in chunks:
         instruments.SENT_BYTES.inc(len(chunk))
         yield chunk

@@ -39,16 +39,16 @@ class Commit(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @contextmanager
-def refused() -> Iterator[None]:
+def writer_errors_as_conflict() -> Iterator[None]:
     """What the block raises against a writer becomes the answer 409."""
     try:
         yield
     except StaleWriter as fenced:
-        raise _refusal("fenced", fenced) from None
+        raise _conflict("fenced", fenced) from None
     except UnknownWriter as unknown:
-        raise _refusal("writer_unknown", unknown) from None
+        raise _conflict("writer_unknown", unknown) from None
     except CommitConflict as conflict:
-        raise _refusal("checkpoint_conflict", conflict) from None
+        raise _conflict("checkpoint_conflict", conflict) from None
 
 
 def routes(app: FastAPI, writers: Writers) -> None:
@@ -75,7 +75,7 @@ def _writers(app: FastAPI, writers: Writers) -> None:
 
     @app.get("/v1/writers/{epoch}")
     async def confirm_writer(epoch: Epoch) -> dict[str, int]:
-        with refused():
+        with writer_errors_as_conflict():
             await writers.check(epoch)
         return {"epoch": epoch}
 
@@ -87,13 +87,13 @@ def _checkpoints(app: FastAPI, writers: Writers) -> None:
             commit = msgspec.json.decode(await request.body(), type=Commit)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HttpError(422, "bad_commit", str(error)) from None
-        with refused():
+        with writer_errors_as_conflict():
             new = await writers.commit(Version(version), writer, commit.digest)
         return JSONResponse({"version": version, "writer": writer}, 201 if new else 200)
 
     @app.delete("/v1/checkpoints/{version}/{writer}")
     async def delete_checkpoint(version: Number, writer: Epoch, by: Annotated[int, Query(ge=0)]) -> dict[str, int]:
-        with refused():
+        with writer_errors_as_conflict():
             await writers.withdraw(Version(version), writer, by=by)
         return {"version": version, "writer": writer}
 
@@ -102,6 +102,6 @@ def _checkpoints(app: FastAPI, writers: Writers) -> None:
         return {"checkpoints": [msgspec.structs.asdict(commit) for commit in await writers.committed()]}
 
 
-def _refusal(code: str, error: Exception) -> HttpError:
+def _conflict(code: str, error: Exception) -> HttpError:
     instruments.REFUSED.labels(code).inc()
     return HttpError(409, code, str(error))

@@ -81,13 +81,13 @@ class MinioStorage:
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
         name = self._name(key)
         feed = UploadReader(chunks, digest)
-        body = await feed.short(SMALL)
+        body = await feed.read_short(SMALL)
         if body is not None:
             await self._do(name, lambda: self._put(name, BytesIO(body), len(body)))
             return feed.size
         self._putting[name] += 1
         if self._putting[name] == 1:
-            await self._do(name, lambda: self._abandon(name))
+            await self._do(name, lambda: self._abort_uploads(name))
         upload = asyncio.ensure_future(self._do(name, lambda: self._put(name, cast("BinaryIO", feed), -1)))
         try:
             await asyncio.shield(upload)
@@ -112,14 +112,14 @@ class MinioStorage:
     async def read(self, key: str) -> bytes | None:
         name = self._name(key)
 
-        def whole() -> bytes:
+        def read_all() -> bytes:
             reply = self._client.get_object(self._bucket, name)
             try:
                 return reply.read()
             finally:
                 reply.close()
 
-        return await self._do(name, lambda: _or_none(whole))
+        return await self._do(name, lambda: _or_none(read_all))
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         name = self._name(key)
@@ -145,11 +145,11 @@ class MinioStorage:
         return await self._do(name, lambda: _or_none(lambda: self._client.stat_object(self._bucket, name).size))
 
     async def keys(self, prefix: str) -> list[str]:
-        return sorted(key for key, _ in await self._listed(prefix))
+        return sorted(key for key, _ in await self._list(prefix))
 
     async def older(self, prefix: str, age_s: float) -> list[str]:
         before = datetime.now(UTC) - timedelta(seconds=age_s)  # clocks that differ by more than minutes are refused
-        return sorted(key for key, stored in await self._listed(prefix) if stored < before)
+        return sorted(key for key, stored in await self._list(prefix) if stored < before)
 
     async def delete(self, key: str) -> None:
         name = self._name(key)
@@ -158,7 +158,7 @@ class MinioStorage:
     def _name(self, key: str) -> str:
         return self._prefix + "/".join(parts(key))
 
-    async def _listed(self, prefix: str) -> list[tuple[str, datetime]]:
+    async def _list(self, prefix: str) -> list[tuple[str, datetime]]:
         name = self._prefix + prefix
 
         def listed() -> list[tuple[str, datetime]]:
@@ -174,7 +174,7 @@ class MinioStorage:
     async def _do(self, name: str, call: Callable[[], T]) -> T:
         """The call's result, from a thread. The S3's errors become those of the port."""
 
-        def said() -> T:
+        def run_call() -> T:
             began = time.time()
             try:
                 found = call()
@@ -189,7 +189,7 @@ class MinioStorage:
             except (MinioException, HTTPError, ET.ParseError, NoCredentials) as error:
                 raise self._unavailable(began, f"{type(error).__name__}: {error}") from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, said)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, run_call)
 
     def _unavailable(self, began: float, problem: str) -> Unavailable:
         """What to raise for a call that began then, noted as an outage."""
@@ -232,7 +232,7 @@ class MinioStorage:
 
     def _look(self) -> None:
         try:
-            self._abandon(self._prefix)
+            self._abort_uploads(self._prefix)
             next(iter(self._client.list_objects(self._bucket, self._prefix)), None)
         except S3Error as error:
             if error.code != "NoSuchBucket" or not self._config.create_bucket:
@@ -244,7 +244,7 @@ class MinioStorage:
         if won != [True, False]:
             raise storage_errors.not_conditional(self._config)
 
-    def _abandon(self, name: str) -> None:
+    def _abort_uploads(self, name: str) -> None:
         """Remove the parts of unfinished uploads under names that begin so."""
         try:
             while uploads := self._client._list_multipart_uploads(self._bucket, prefix=name).uploads:

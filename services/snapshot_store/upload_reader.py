@@ -22,13 +22,13 @@ class UploadReader:
         self.failure: BaseException | None = None
         """Why the end was never told."""
 
-    async def short(self, limit: int) -> bytes | None:
+    async def read_short(self, limit: int) -> bytes | None:
         """The whole body if it has fewer bytes than this. Raises DigestMismatch, and what the sender raises."""
         await self._fill(limit)
         return bytes(self._held) if self._ended else None
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes, fewer at the end, for a thread. Raises as `short` does, and when it is stopped."""
+        """The next `size` bytes, fewer at the end, for a thread. Raises like `read_short`, and after `stop`."""
         return asyncio.run_coroutine_threadsafe(self._take(size), self._loop).result()
 
     def stop(self) -> None:

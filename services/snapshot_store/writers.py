@@ -112,7 +112,7 @@ class Writers:
             key = _commit_key(version, writer)
             if await self._storage.create(key, msgspec.json.encode(_Digest(digest))):
                 return True
-            standing = await self._committed(key)
+            standing = await self._read_commit(key)
             if standing.digest != digest:
                 raise CommitConflict(
                     f"writer {writer} has committed a checkpoint of version {version} with digest "
@@ -128,7 +128,7 @@ class Writers:
 
     async def committed(self) -> list[CheckpointCommit]:
         """The checkpoints that count, oldest first. Raises Damaged."""
-        found = [await self._committed(key) for key in await self._storage.keys("checkpoints/") if _COMMIT.match(key)]
+        found = [await self._read_commit(key) for key in await self._storage.keys("checkpoints/") if _COMMIT.match(key)]
         return sorted(found, key=lambda commit: (commit.version, commit.writer))
 
     async def _writer(self, epoch: int) -> WriterEpoch:
@@ -137,7 +137,7 @@ class Writers:
         except Damaged:
             return WriterEpoch(epoch, "its name is damaged")  # for people only: the epoch stands in the key
 
-    async def _committed(self, key: str) -> CheckpointCommit:
+    async def _read_commit(self, key: str) -> CheckpointCommit:
         match = _COMMIT.fullmatch(key)
         assert match
         return CheckpointCommit(Version(int(match[1])), int(match[2]), (await self._read(key, _Digest)).digest)

@@ -54,13 +54,13 @@ def simulated(monkeypatch: Patch) -> Iterator[None]:
 def noted(schedule: Schedule) -> Iterator[None]:
     """The judge is told when a worker gives the learner up, and the learner's patience is simulated, too."""
     with Patch.context() as patch:
-        real = cut_responder.CutResponder._give_up
+        real = cut_responder.CutResponder._end_hold
 
         def give_up(self: cut_responder.CutResponder) -> None:
             schedule.judge.gave_up.append((life.get(), self._cuts.held, schedule.loop.time()))
             real(self)
 
-        patch.setattr(cut_responder.CutResponder, "_give_up", give_up)
+        patch.setattr(cut_responder.CutResponder, "_end_hold", give_up)
         patch.setattr(trajectory_reader, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
         yield
 
@@ -130,7 +130,7 @@ def it_answers_before_its_records_are_durable(patch: Patch) -> None:
     async def flushed(self: Outbox) -> None:
         return None
 
-    patch.setattr(Outbox, "flushed", flushed)
+    patch.setattr(Outbox, "flush", flushed)
 
 
 def a_release_is_taken_for_any_version(patch: Patch) -> None:

@@ -132,10 +132,10 @@ def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
         with RunPoller(urls, tmp_path, bus, run="t") as watching:
 
             def current() -> list[tuple[str, ...]]:
-                return [outage.waiting for outage in watching.sight().outages if outage.address == address]
+                return [outage.waiting for outage in watching.observe().outages if outage.address == address]
 
             def over() -> list[str]:
-                return [past.of for past in watching.sight().past if past.address == address]
+                return [past.of for past in watching.observe().past if past.address == address]
 
             with OUTAGES.waiting() as call:
                 call.record_failure(S3, address, "no answer", since=time.time() - 60.0)

@@ -209,9 +209,21 @@ class Schedule:
 def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
     """A worker as its process puts it together, round a scripted engine and stand-ins for gateway and store."""
     weights = Fetching(
-        engine, schedule, schedule.folder / name, tolerance=0.05, report=lambda applied: worker.applied(applied)
-    )  # type: ignore[arg-type]
-    sampler = TrajectorySampler(name, engine, Sessions(schedule), ChatRenderer(schedule), 2, Tally(), weights.trusted)  # type: ignore[arg-type]
+        engine,
+        schedule,  # type: ignore[arg-type]
+        schedule.folder / name,
+        tolerance=0.05,
+        report=lambda applied: worker.report_update(applied),
+    )
+    sampler = TrajectorySampler(
+        name,
+        engine,
+        Sessions(schedule),  # type: ignore[arg-type]
+        ChatRenderer(schedule),  # type: ignore[arg-type]
+        2,
+        Tally(),
+        weights.wait_verified,
+    )
     worker = Worker(run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5)
     return worker
 

@@ -23,7 +23,7 @@ from palimpsest.services.env_gateway.environments.single_call import (
     ToolFailed,
     argument,
     first_call,
-    replied,
+    reply_to_calls,
 )
 from palimpsest.services.env_gateway.environments.tool_calls import render
 
@@ -53,7 +53,7 @@ class Add:
         result = self._result(call) if call is not None else None
         if self._first_call_right is None:
             self._first_call_right = self._calculated
-        return self._score(None) if self._turns == MAX_TURNS else replied(turn, result)
+        return self._score(None) if self._turns == MAX_TURNS else reply_to_calls(turn, result)
 
     def finalize(self) -> Score:
         """Score what was done so far."""

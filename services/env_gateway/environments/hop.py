@@ -23,7 +23,7 @@ from palimpsest.services.env_gateway.environments.single_call import (
     ToolFailed,
     argument,
     first_call,
-    replied,
+    reply_to_calls,
 )
 from palimpsest.services.env_gateway.environments.tool_calls import render
 
@@ -52,7 +52,7 @@ class Hop:
         result = self._looked_up(call) if call is not None else None
         if not isinstance(result, str):
             self._calls.append(None)
-        return self._score(None) if self._turns == MAX_TURNS else replied(turn, result)
+        return self._score(None) if self._turns == MAX_TURNS else reply_to_calls(turn, result)
 
     def finalize(self) -> Score:
         """Score what was done so far."""

@@ -16,7 +16,7 @@ def first_call(turn: Turn) -> ToolCall | None:
     return None if isinstance(first, Malformed) else first
 
 
-def replied(turn: Turn, result: str | ToolFailed | None) -> Reply:
+def reply_to_calls(turn: Turn, result: str | ToolFailed | None) -> Reply:
     """A tool message for each call: the result for the one that counted, a refusal for the others."""
     refused = len(turn.calls) - (result is not None)
     texts = ([str(result)] if result is not None else []) + [ONE_CALL] * refused

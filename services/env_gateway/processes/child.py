@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from palimpsest.services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
-from palimpsest.services.env_gateway.hosts import raised
-from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
+from palimpsest.services.env_gateway.hosts import as_environment_failure
+from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
 from palimpsest.services.env_gateway.processes.protocol import (
     RUNNING,
     ChildRequest,
@@ -34,7 +34,7 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
         except EnvironmentFailed as failed:
             answer = ChildResponse(failed=Failed(code="environment_invalid", message=str(failed)))
         except BaseException as error:
-            answer = ChildResponse(failed=Failed(code="environment_raised", message=str(raised(error))))
+            answer = ChildResponse(failed=Failed(code="environment_raised", message=str(as_environment_failure(error))))
         answers.write(answer.model_dump_json().encode() + b"\n")
         answers.flush()
 
@@ -64,14 +64,14 @@ def _answer(environment: Environment, asked: ChildRequest) -> ChildResponse:
     match asked.call:
         case "reset":
             _seed(asked.seed)
-            opening = checked_opening(environment.reset(asked.seed))
+            opening = check_opening(environment.reset(asked.seed))
             return ChildResponse(opening=opening, state_hash=str(environment.state_hash()))
         case "step":
             assert asked.turn is not None
-            outcome = checked_outcome(environment.step(asked.turn))
+            outcome = check_outcome(environment.step(asked.turn))
             return ChildResponse(reply=outcome) if isinstance(outcome, Reply) else ChildResponse(score=outcome)
         case "finalize":
-            return ChildResponse(score=checked_score(environment.finalize()))
+            return ChildResponse(score=check_score(environment.finalize()))
 
 
 def _seed(seed: int) -> None:

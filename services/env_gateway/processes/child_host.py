@@ -5,8 +5,8 @@ import asyncio
 from pydantic import ValidationError
 
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
-from palimpsest.services.env_gateway.output_validation import checked_opening, checked_outcome, checked_score
-from palimpsest.services.env_gateway.processes.pool import Pool, PooledChild, how_it_ended
+from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
+from palimpsest.services.env_gateway.processes.pool import Pool, PooledChild, exit_text
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, ChildRequest, ChildResponse, EnvironmentSpec
 
 EXIT_LIMIT_S = 2.0
@@ -28,17 +28,17 @@ class InChild:
     async def reset(self, seed: int) -> tuple[Opening, str]:
         """See World."""
         answered = await self._ask(ChildRequest(call="reset", seed=seed))
-        return checked_opening(answered.opening), answered.state_hash
+        return check_opening(answered.opening), answered.state_hash
 
     async def step(self, turn: Turn) -> Outcome:
         """See World."""
         answered = await self._ask(ChildRequest(call="step", turn=turn))
-        return checked_outcome(answered.reply or answered.score)
+        return check_outcome(answered.reply or answered.score)
 
     async def finalize(self) -> Score:
         """See World."""
         answered = await self._ask(ChildRequest(call="finalize"))
-        return checked_score(answered.score)
+        return check_score(answered.score)
 
     def close(self) -> None:
         """See World."""
@@ -53,7 +53,7 @@ class InChild:
                 "environment_timeout", f"no answer to {asked.call} in {self._call_limit_s:g} s"
             ) from None
         if not line.endswith(b"\n"):
-            raise EnvironmentFailed("environment_crashed", await self._how_it_ended())
+            raise EnvironmentFailed("environment_crashed", await self._exit_text())
         try:
             answered = ChildResponse.model_validate_json(line, strict=True)
         except ValidationError as error:
@@ -73,9 +73,9 @@ class InChild:
         except OSError:
             return b""
 
-    async def _how_it_ended(self) -> str:
+    async def _exit_text(self) -> str:
         try:
             async with asyncio.timeout(EXIT_LIMIT_S):
-                return how_it_ended(await asyncio.shield(self._child.exit_code))
+                return exit_text(await asyncio.shield(self._child.exit_code))
         except TimeoutError:
             return "its process closed the connection"

@@ -58,17 +58,17 @@ class ForkServer:
                     self._wake.recv(4096)
                     self._collect()
                 else:
-                    self._leash_ended(key.data)
+                    self._on_leash_closed(key.data)
 
     def _start(self, start: Start, channel: socket.socket, leash: socket.socket) -> None:
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            self._be_child(start, channel, leash, parent)
+            self._run_child(start, channel, leash, parent)
         channel.close()
         self._leashes[pid] = leash
         self._selector.register(leash, selectors.EVENT_READ, pid)
 
-    def _be_child(self, start: Start, channel: socket.socket, leash: socket.socket, parent: int) -> None:
+    def _run_child(self, start: Start, channel: socket.socket, leash: socket.socket, parent: int) -> None:
         """Never returns."""
         code = 1
         try:
@@ -87,7 +87,7 @@ class ForkServer:
             sys.stdout.flush()
             os._exit(code)
 
-    def _leash_ended(self, pid: int) -> None:
+    def _on_leash_closed(self, pid: int) -> None:
         if pid in self._leashes:  # else it was collected a moment ago
             self._selector.unregister(self._leashes[pid])
             self._kill(pid)

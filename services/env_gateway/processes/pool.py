@@ -53,7 +53,7 @@ class Pool:
     def warm(self) -> None:
         """Start the nursery, if it does not run: its modules take a while to load."""
         if self._nursery is None or self._nursery.poll() is not None:
-            self._end_nursery()
+            self._stop_fork_server()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [
@@ -79,14 +79,14 @@ class Pool:
         except TimeoutError:
             raise AtCapacity(f"{self._limit} sessions have a process of their own already") from None
         try:
-            child = await self._connected(*await self._asked_for(Start(blueprint=blueprint)))
+            child = await self._connect(*await self._asked_for(Start(blueprint=blueprint)))
         except BaseException as error:
             self._free.release()
             if isinstance(error, OSError):
                 raise EnvironmentFailed("environment_crashed", f"no process could be started: {error}") from None
             raise
         try:  # from here on its place is freed by its end
-            await self._begun(child)
+            await self._wait_running(child)
         except BaseException:
             child.kill()
             raise
@@ -94,7 +94,7 @@ class Pool:
 
     def describe(self, blueprint: EnvironmentSpec) -> Described:
         """Have a child look at an environment's class. Blocks: for the time before sessions begin."""
-        channel, leash = self._forked(Start(blueprint=blueprint, describe=True))
+        channel, leash = self._request_fork(Start(blueprint=blueprint, describe=True))
         with leash, channel, channel.makefile("rb") as said:
             channel.settimeout(DESCRIBE_LIMIT_S)
             try:
@@ -112,7 +112,7 @@ class Pool:
 
     def stop(self) -> None:
         """End every child and the nursery. Safe to call twice."""
-        self._end_nursery()
+        self._stop_fork_server()
         if self._nursery is not None:
             try:
                 self._nursery.wait(STOP_LIMIT_S)
@@ -123,11 +123,11 @@ class Pool:
     async def _asked_for(self, start: Start) -> tuple[socket.socket, socket.socket]:
         while True:
             try:
-                return self._forked(start)
+                return self._request_fork(start)
             except BlockingIOError:  # more waits in the socket than fits: the nursery is still loading modules
                 await asyncio.sleep(BUSY_PAUSE_S)
 
-    async def _connected(self, channel: socket.socket, leash: socket.socket) -> PooledChild:
+    async def _connect(self, channel: socket.socket, leash: socket.socket) -> PooledChild:
         try:
             for end in (channel, leash):
                 end.setblocking(False)
@@ -143,7 +143,7 @@ class Pool:
         watch.add_done_callback(self._watches.discard)
         return child
 
-    async def _begun(self, child: PooledChild) -> None:
+    async def _wait_running(self, child: PooledChild) -> None:
         """Wait until the child runs, so that no call's deadline pays for the loading of modules."""
         try:
             async with asyncio.timeout(START_LIMIT_S):
@@ -153,7 +153,7 @@ class Pool:
         if line != RUNNING:
             raise EnvironmentFailed("environment_crashed", "its process ended before it began")
 
-    def _forked(self, start: Start) -> tuple[socket.socket, socket.socket]:
+    def _request_fork(self, start: Start) -> tuple[socket.socket, socket.socket]:
         """Ask the nursery for a child; gives our ends of its channel and leash."""
         channel, its_channel = socket.socketpair()
         leash, its_leash = socket.socketpair()
@@ -188,13 +188,13 @@ class Pool:
                 child.exit_code.set_result(None)
             self._free.release()
 
-    def _end_nursery(self) -> None:
+    def _stop_fork_server(self) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
 
 
-def how_it_ended(exit_code: int | None) -> str:
+def exit_text(exit_code: int | None) -> str:
     """An exit code in words."""
     if exit_code is None:
         return "its process is gone"

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from palimpsest.services.live.history_tail import accumulate
-from palimpsest.services.live.outages import Course, Outage, Past, clock, in_full, merged, over
+from palimpsest.services.live.outages import EndedOutage, Outage, OutageHistory, clock, ended_text, full_text, merge
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import line, view
@@ -53,47 +53,47 @@ def told(
 def test_what_the_services_tell_is_merged(
     services: dict[str, list[dict[str, object]]], expected: tuple[Outage, ...]
 ) -> None:
-    assert merged(services) == expected
+    assert merge(services) == expected
 
 
 def test_what_is_seen_from_outside_adds_nobody_who_waits() -> None:
-    assert merged({"learner": [told(since=7.0)]}, [Outage("Kafka", "k:9092", 4.0)]) == (
+    assert merge({"learner": [told(since=7.0)]}, [Outage("Kafka", "k:9092", 4.0)]) == (
         Outage("Kafka", "k:9092", 4.0, None, "refused", ("learner",)),
     )
 
 
 def test_an_outage_is_told_when_it_lasts_and_is_over_once() -> None:
-    course, outage = Course(), Outage("Kafka", "k", 10.0)
+    course, outage = OutageHistory(), Outage("Kafka", "k", 10.0)
     seen: list[tuple[int, int]] = []
     for now, outages in [(11, [outage]), (14, [outage]), (16, [outage]), (18, []), (20, []), (30, []), (40, [])]:
-        course.look(float(now), outages)
+        course.update(float(now), outages)
         seen.append((len(course.current), len(course.past)))
     assert seen == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
-    assert course.past == (Past("Kafka", "k", 10.0, 16.0),)
+    assert course.past == (EndedOutage("Kafka", "k", 10.0, 16.0),)
 
 
 def test_an_outage_of_a_moment_is_never_told() -> None:
-    course = Course()
+    course = OutageHistory()
     for now, outages in [(11.0, [Outage("Kafka", "k", 10.0)]), (12.0, []), (20.0, []), (30.0, [])]:
-        course.look(now, outages)
+        course.update(now, outages)
         assert (course.current, course.past) == ((), ())
 
 
 def test_an_outage_that_nobody_told_of_for_a_moment_goes_on() -> None:
-    course = Course()
+    course = OutageHistory()
     for now, outages in [(15.0, [Outage("Kafka", "k", 10.0)]), (17.0, []), (17.5, [Outage("Kafka", "k", 17.0)])]:
-        course.look(now, outages)
+        course.update(now, outages)
     assert [outage.since for outage in course.current] == [10.0]
     assert course.past == ()
 
 
 def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() -> None:
-    assert in_full(KAFKA, WALL + 145.0) == (
+    assert full_text(KAFKA, WALL + 145.0) == (
         f"no answer from Kafka at k:9092 since {clock(WALL + 50.0)} (1 min 35 s) (refused); learner and worker-0 wait "
         f"for it until {clock(WALL + 650.0)} (bus.outage_limit_s); then the run ends with code 3 and can go on later "
         f"with --resume. Start the broker: the run then goes on by itself"
     )
-    assert over(Past("Kafka", "k:9092", WALL, WALL + 100.0)) == (
+    assert ended_text(EndedOutage("Kafka", "k:9092", WALL, WALL + 100.0)) == (
         f"Kafka at k:9092 answers again: it was away for 1 min 40 s, from {clock(WALL)} to {clock(WALL + 100.0)}"
     )
     assert clock(WALL) == time.strftime("%H:%M:%S", time.localtime(WALL))
@@ -101,7 +101,7 @@ def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() ->
 
 def seen(
     *outages: Outage,
-    past: tuple[Past, ...] = (),
+    past: tuple[EndedOutage, ...] = (),
     lines: int = 5,
     arrived: float = math.inf,
     now: float = 145.0,
@@ -148,7 +148,7 @@ def test_a_narrow_terminal_shows_the_outage_first() -> None:
 @pytest.mark.parametrize("width", [40, 60, 140])
 def test_outages_never_outgrow_the_terminal(width: int) -> None:
     outages = [KAFKA, Outage("S3", "http://s3:9000", WALL, None, "", ()), Outage("env_gateway", "http://g", WALL)]
-    past = tuple(Past("Kafka", "k", WALL, WALL + 140.0) for _ in range(3))
+    past = tuple(EndedOutage("Kafka", "k", WALL, WALL + 140.0) for _ in range(3))
     for height in range(1, 40):
         rows = text(seen(*outages, past=past), width, height)
         assert len(rows) <= height
@@ -156,7 +156,7 @@ def test_outages_never_outgrow_the_terminal(width: int) -> None:
 
 
 def test_that_it_is_over_is_shown_for_a_while() -> None:
-    past = (Past("Kafka", "k:9092", WALL + 20.0, WALL + 140.0),)
+    past = (EndedOutage("Kafka", "k:9092", WALL + 20.0, WALL + 140.0),)
     assert any("Kafka at k:9092 answers again" in row for row in text(seen(past=past), 80, 24))
     assert not any("answers again" in row for row in text(seen(past=past, now=500.0), 80, 24))
 
@@ -165,15 +165,15 @@ def test_that_it_is_over_is_shown_for_a_while() -> None:
     ("past", "crashes", "arrived", "known"),
     [
         ((), (), 100.0, True),
-        ((Past("Kafka", "k", WALL + 20.0, WALL + 90.0),), (), 100.0, True),
-        ((Past("Kafka", "k", WALL + 20.0, WALL + 110.0),), (), 100.0, False),
+        ((EndedOutage("Kafka", "k", WALL + 20.0, WALL + 90.0),), (), 100.0, True),
+        ((EndedOutage("Kafka", "k", WALL + 20.0, WALL + 110.0),), (), 100.0, False),
         ((), (Crash("worker-0", 90.0, -9, ""),), 100.0, True),
         ((), (Crash("worker-0", 110.0, -9, ""),), 100.0, False),
         ((), (), -math.inf, False),
     ],
 )
 def test_the_pace_is_measured_anew_after_a_disturbance(
-    past: tuple[Past, ...], crashes: tuple[Crash, ...], arrived: float, known: bool
+    past: tuple[EndedOutage, ...], crashes: tuple[Crash, ...], arrived: float, known: bool
 ) -> None:
     assert (seen(past=past, crashes=crashes, arrived=arrived).left_s is not None) == known
 

@@ -85,14 +85,14 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
 ):
     urls = {"learner": service.url, "worker-0": service.url}
     with RunPoller(urls, tmp_path, bus, run="test", token="secret") as watching:
-        until(lambda: watching.sight().services["learner"].earlier is not None)
+        until(lambda: watching.observe().services["learner"].earlier is not None)
         assert service.token == "Bearer secret"
         service.hangs.set()
-        until(lambda: watching.sight().services["learner"].trouble == "ReadTimeout")
+        until(lambda: watching.observe().services["learner"].trouble == "ReadTimeout")
         took = []
         for _ in range(5):  # a busy machine may hold up one of them
             began = time.monotonic()
-            seen = watching.sight().services["learner"]
+            seen = watching.observe().services["learner"]
             took.append(time.monotonic() - began)
         assert min(took) < 0.1
         assert seen.last is not None
@@ -101,18 +101,18 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
 
 def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
     with RunPoller({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
-        until(lambda: watching.sight().services["learner"] == ServiceObservation(trouble="ConnectError"))
+        until(lambda: watching.observe().services["learner"] == ServiceObservation(trouble="ConnectError"))
 
 
 def test_history_and_updates_are_followed(bus: SqliteBus, tmp_path: Path):
     update = VersionApplied("t", "worker-0", Version(1), "", True, 0.01, 0.2, 3)
     with RunPoller({}, tmp_path, bus, run="test") as watching:
-        assert watching.sight().trained.versions == 0
+        assert watching.observe().trained.versions == 0
         bus.publish(WORKERS, [Outgoing("worker-0", encode(update)), Outgoing("worker-0", b"not a record")])
         (tmp_path / "history.jsonl").write_bytes(msgspec.json.encode(a_line(0)) + b"\n")
-        until(lambda: watching.sight().applied == (update,))
-        until(lambda: watching.sight().trained.versions == 1)
-        assert watching.sight().trained.last == a_line(0)
+        until(lambda: watching.observe().applied == (update,))
+        until(lambda: watching.observe().trained.versions == 1)
+        assert watching.observe().trained.last == a_line(0)
     with bus.consumer(DEAD_LETTERS) as letters:
         (record,) = letters.poll(limit=9, timeout_s=0)
     letter = decode(DEAD_LETTERS, record.body)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from palimpsest.services.report.aggregates import leak, removal, spells
+from palimpsest.services.report.aggregates import alert_spans, leak, removal
 from palimpsest.services.report.figures import figures
-from palimpsest.services.report.folder import Contents, Line, settled_in
+from palimpsest.services.report.folder import Contents, Line, read_run_config
 from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
 from palimpsest.services.report.page import page
 from palimpsest.services.report.summary import summarize
@@ -38,7 +38,7 @@ def empty(tmp_path: Path) -> Contents:
     (tmp_path / "run.toml").write_text(
         'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
     )
-    return Contents(tmp_path, settled_in(tmp_path))
+    return Contents(tmp_path, read_run_config(tmp_path))
 
 
 def shown(empty: Contents, *lines: Line) -> str:
@@ -79,7 +79,7 @@ def test_leaks_add_up_in_squares() -> None:
 def test_an_alert_is_told_from_its_beginning_to_its_end() -> None:
     lines = [a_line(0), a_line(1, alerts=[alert("clip_idle", "a")]), a_line(2, alerts=[alert("clip_idle", "b")])]
     lines += [a_line(3, alerts=[alert("discrepancy_is_one", level="notice")]), a_line(4, alerts=[alert("clip_idle")])]
-    told = [(s["rule"], s["level"], s["first"], s["last"], s["says"], s["on"]) for s in spells(lines)]
+    told = [(s["rule"], s["level"], s["first"], s["last"], s["says"], s["on"]) for s in alert_spans(lines)]
     assert told == [
         ("clip_idle", "warning", 1, 2, "b", False),
         ("discrepancy_is_one", "notice", 3, 3, "says", False),

@@ -7,8 +7,8 @@ import pytest
 from palimpsest.common.messages import VersionApplied, WorkerAlive
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
-from palimpsest.services.report.folder import CheckpointSummary, Contents, Line, LogSummary, Seconds, settled_in
-from palimpsest.services.report.summary import learner_wait_share, lifetimes, mean_by_staleness, summarize, tenth
+from palimpsest.services.report.folder import CheckpointSummary, Contents, Line, LogSummary, Seconds, read_run_config
+from palimpsest.services.report.summary import last_heartbeats, learner_wait_share, mean_by_staleness, summarize, tenth
 from tests.history_lines import a_line
 
 
@@ -29,7 +29,7 @@ def empty(tmp_path: Path) -> Contents:
     (tmp_path / "run.toml").write_text(
         'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
     )
-    return Contents(tmp_path, settled_in(tmp_path))
+    return Contents(tmp_path, read_run_config(tmp_path))
 
 
 def having(empty: Contents, *lines: Line, **more: object) -> Contents:
@@ -105,7 +105,7 @@ def test_a_worker_started_again_begins_its_counts_anew(empty: Contents):
             alive(10, idle_s=3, tokens=60),
         )
     )
-    assert [a.seconds for a in lifetimes(log.alive)] == [20, 10]
+    assert [a.seconds for a in last_heartbeats(log.alive)] == [20, 10]
     summary = summarize(having(empty, log=log))
     assert summary["rollout_wait_share"] == pytest.approx(8 / 30)
     assert summary["tokens_per_second"]["rollout"] == pytest.approx(360 / 30)

@@ -30,7 +30,7 @@ def after(*messages: Control) -> tuple[int | None, int]:
     """The cut that stands, and the version that is held."""
     cuts = CutState()
     for message in messages:
-        cuts.heard(message)
+        cuts.observe(message)
     return (cuts.open.cut if cuts.open is not None else None), cuts.held
 
 
@@ -70,11 +70,11 @@ def test_a_copy_of_a_record_that_an_outage_left_says_nothing() -> None:
     for _ in range(300):
         told, clean = CutState(), CutState()
         for place, message in enumerate(story):
-            told.heard(message)
-            clean.heard(message)
+            told.observe(message)
+            clean.observe(message)
             for copy in chances.choices(story[: place + 1], k=chances.randrange(3)):
                 if not (isinstance(copy, CutReleased) and clean.open is not None and copy.cut == clean.open.cut):
-                    told.heard(copy)
+                    told.observe(copy)
             assert (told.open, told.held) == (clean.open, clean.held)
 
 
@@ -83,18 +83,18 @@ def test_a_version_that_was_succeeded_is_never_sampled_with_again() -> None:
     chances = random.Random(1)
     for _ in range(300):
         cuts, version, cut = CutState(), 0, 0
-        cuts.heard(published(0))
+        cuts.observe(published(0))
         for at in range(20):
             match chances.randrange(4):
                 case 0 | 1:
                     cut += 1
-                    cuts.heard(request(cut, version))
+                    cuts.observe(request(cut, version))
                     assert cuts.held == version
                 case 2 if cut:
-                    cuts.heard(chances.choice([release(cut), published(version, at=float(at + 1))]))
+                    cuts.observe(chances.choice([release(cut), published(version, at=float(at + 1))]))
                 case 3 if cuts.open is not None:
                     version += 1
-                    cuts.heard(published(version))
+                    cuts.observe(published(version))
                     assert cuts.open is None
             assert cut == 0 or version - 1 <= cuts.held <= version
 
@@ -153,4 +153,4 @@ def test_only_tokens_of_the_cuts_version_that_were_not_sent_ahead_are_a_reason_t
     record = flush(live, live.assembly, request=request(1, version), worker="w")
     assert (record is not None) == sent
     if record is not None:
-        assert (record.tokens, record.segments) == (live.assembly.packed(), live.assembly.segments)
+        assert (record.tokens, record.segments) == (live.assembly.pack(), live.assembly.segments)

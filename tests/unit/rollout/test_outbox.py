@@ -110,7 +110,7 @@ def test_whatever_is_put_is_done_when_it_is_durable_and_only_then(bursts: list[l
                 put.append((topic, number))
                 PUTS[topic](outbox, number, lambda topic=topic, number=number: is_done(topic, number))
             await asyncio.sleep(0)
-        flushing = asyncio.create_task(outbox.flushed())
+        flushing = asyncio.create_task(outbox.flush())
         await asyncio.wait({publishing, flushing}, return_when=asyncio.FIRST_COMPLETED)
         if publishing.done():
             assert str(publishing.exception()) == "the disk is gone"
@@ -147,7 +147,7 @@ def test_many_records_are_published_in_batches() -> None:
         for number in range(2 * BATCH + 3):
             _put_trajectory(outbox, number, lambda number=number: done.append(number))
         publishing = asyncio.create_task(outbox.run())
-        await outbox.flushed()
+        await outbox.flush()
         assert bus.sizes == [BATCH, BATCH, 3]
         assert done == bus.numbers()[TRAJECTORIES] == list(range(2 * BATCH + 3))
         publishing.cancel()
@@ -157,7 +157,7 @@ def test_many_records_are_published_in_batches() -> None:
 
 def test_an_outbox_without_anything_is_flushed() -> None:
     async def test(bus: FailingBus) -> None:
-        await Outbox(bus).flushed()
+        await Outbox(bus).flush()
 
     run(test)
 
@@ -171,16 +171,16 @@ def test_it_knows_where_its_last_trajectories_stand() -> None:
         assert outbox.positions == {}
         publishing = asyncio.create_task(outbox.run())
         _put_alive(outbox, 0, lambda: None)
-        await outbox.flushed()
+        await outbox.flush()
         assert outbox.positions == {}
         _put_trajectory(outbox, 0, lambda: None)
-        await outbox.flushed()
+        await outbox.flush()
         assert outbox.positions == {partition_of("g000000", 2): 4}
         bus.publish(TRAJECTORIES, [others] * 5)
         elsewhere = next(index for index in range(9) if partition_of(group_id(index), 2) != partition_of("g000000", 2))
         record = a_finished(elsewhere, 0)
         outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=lambda: None)
-        await outbox.flushed()
+        await outbox.flush()
         assert outbox.positions == {partition_of("g000000", 2): 4, partition_of(record.group, 2): 1}
         publishing.cancel()
 
@@ -193,7 +193,7 @@ def test_what_is_put_meanwhile_is_not_waited_for() -> None:
     async def test(bus: FailingBus) -> None:
         outbox = Outbox(bus)
         _put_trajectory(outbox, 0, lambda: _put_trajectory(outbox, 1, lambda: None))
-        flushed = asyncio.create_task(outbox.flushed())
+        flushed = asyncio.create_task(outbox.flush())
         await asyncio.sleep(0)
         bus.fails_at = 1
         with pytest.raises(OSError, match="the disk is gone"):
@@ -214,7 +214,7 @@ def test_a_flush_has_no_header_that_would_end_its_trajectory() -> None:
         )  # fmt: skip
         outbox.put_flush(record)
         publishing = asyncio.create_task(outbox.run())
-        await outbox.flushed()
+        await outbox.flush()
         publishing.cancel()
         with bus.consumer(TRAJECTORIES) as consumer:
             (read,) = consumer.poll(limit=10, timeout_s=0)
@@ -233,7 +233,7 @@ def test_a_trajectory_carries_its_group_as_key_and_its_id_in_a_header() -> None:
         record = a_finished(7, 3)
         outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=lambda: None)
         publishing = asyncio.create_task(outbox.run())
-        await outbox.flushed()
+        await outbox.flush()
         publishing.cancel()
         with bus.consumer(TRAJECTORIES) as consumer:
             (read,) = consumer.poll(limit=10, timeout_s=0)

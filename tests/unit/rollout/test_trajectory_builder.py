@@ -44,7 +44,7 @@ def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[
         assembly.add_environment([7] * answer)
         expected_tokens += [*message.tokens, *[7] * answer]
         expected_versions += [*versions, *[UNTRAINABLE] * answer]
-    assert unpack_int32(assembly.packed()).tolist() == expected_tokens == assembly.tokens
+    assert unpack_int32(assembly.pack()).tolist() == expected_tokens == assembly.tokens
     check(assembly.segments, len(expected_tokens))
     assert token_versions(assembly.segments, len(expected_tokens)).tolist() == expected_versions
     assert assembly.turns == len(dialogue)

@@ -74,7 +74,7 @@ async def test_a_version_is_fetched_loaded_and_verified_in_this_order(store: Sna
     weights, reports = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(3))
-    await weights.trusted(Version(3))
+    await weights.wait_verified(Version(3))
     assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
     assert [(r.manifest.version, r.accepted, r.canary_error) for r in reports] == [(3, True, 0.0)]
     keeping.cancel()
@@ -87,7 +87,7 @@ async def test_nothing_is_trusted_before_the_canary_has_spoken(store: SnapshotCl
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
-    waiting = asyncio.create_task(weights.trusted(Version(1)))
+    waiting = asyncio.create_task(weights.wait_verified(Version(1)))
     while engine.events[-1:] != ["resume"]:
         await asyncio.sleep(0)
     assert not waiting.done()
@@ -104,7 +104,7 @@ async def test_a_version_the_engine_does_not_compute_is_refused(store: SnapshotC
     weights, reports = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
-    await weights.trusted(Version(1))
+    await weights.wait_verified(Version(1))
     engine.off = 0.15  # what a head left at the old weights was measured to do
     weights.announce(Version(2))
     with pytest.raises(
@@ -134,7 +134,7 @@ async def test_only_the_newest_of_several_is_applied(store: SnapshotClient, tmp_
     for version in (1, 2, 3, 2):
         weights.announce(Version(version))
     keeping = asyncio.create_task(weights.sync_loop())
-    await weights.trusted(Version(3))
+    await weights.wait_verified(Version(3))
     assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
     keeping.cancel()
 
@@ -148,7 +148,7 @@ async def test_a_version_swept_in_the_meantime_is_skipped(store: SnapshotClient,
     while weights._announced.is_set():
         await asyncio.sleep(0)
     weights.announce(Version(2))
-    await weights.trusted(Version(2))
+    await weights.wait_verified(Version(2))
     assert engine.events == ["pause", "load 2: 64 bytes", "resume", "score"]
     keeping.cancel()
 
@@ -178,7 +178,7 @@ async def test_files_of_an_earlier_process_are_removed_and_none_are_left(store: 
     weights, _ = the_weights(Engine(), store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
-    await weights.trusted(Version(1))
+    await weights.wait_verified(Version(1))
     await asyncio.sleep(0)
     assert list((tmp_path / "cache").iterdir()) == []
     keeping.cancel()
@@ -192,7 +192,7 @@ async def test_while_a_version_is_held_neither_it_nor_an_older_one_is_loaded(
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
-    await weights.trusted(Version(1))
+    await weights.wait_verified(Version(1))
     engine.events.clear()
     async with weights.paused_for_cut(Version(2)):
         assert engine.events == ["pause"]
@@ -200,7 +200,7 @@ async def test_while_a_version_is_held_neither_it_nor_an_older_one_is_loaded(
     while weights._announced.is_set():
         await asyncio.sleep(0)
     weights.announce(Version(3))
-    await weights.trusted(Version(3))
+    await weights.wait_verified(Version(3))
     assert engine.events == ["pause", "pause", "load 3: 64 bytes", "resume", "score"]
     keeping.cancel()
 
@@ -230,7 +230,7 @@ async def test_a_version_that_was_fetched_when_it_is_held_is_not_loaded_before_i
         await asyncio.sleep(0)
     assert engine.events == ["pause"]
     await weights.release_hold(Version(0))
-    await weights.trusted(Version(1))
+    await weights.wait_verified(Version(1))
     assert engine.events == ["pause", "pause", "pause", "load 1: 64 bytes", "resume", "score"]
     keeping.cancel()
 
@@ -243,7 +243,7 @@ async def test_letting_go_of_a_version_lets_the_engine_go_on_with_it_but_not_wit
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(1))
-    await weights.trusted(Version(1))
+    await weights.wait_verified(Version(1))
     engine.events.clear()
     async with weights.paused_for_cut(Version(1)):
         pass
@@ -256,7 +256,7 @@ async def test_letting_go_of_a_version_lets_the_engine_go_on_with_it_but_not_wit
     await weights.release_hold(Version(1))
     assert engine.events == ["pause", "resume", "pause"]  # what it has is version 1
     weights.announce(Version(2))
-    await weights.trusted(Version(2))
+    await weights.wait_verified(Version(2))
     assert engine.events[3:] == ["pause", "load 2: 64 bytes", "resume", "score"]
     keeping.cancel()
 
@@ -269,7 +269,7 @@ async def test_an_engine_that_is_ahead_of_the_held_version_goes_on_at_once(
     weights, _ = the_weights(engine, store, tmp_path / "cache")
     keeping = asyncio.create_task(weights.sync_loop())
     weights.announce(Version(2))
-    await weights.trusted(Version(2))
+    await weights.wait_verified(Version(2))
     engine.events.clear()
     async with weights.paused_for_cut(Version(1)):
         assert engine.events == ["pause"]

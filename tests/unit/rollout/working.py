@@ -115,7 +115,7 @@ class KnownWaits(WeightSync):
 
     async def trusted(self, version: Version) -> None:
         self.awaited |= {version}
-        await super().trusted(version)
+        await super().wait_verified(version)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ async def working(
         reports: list[UpdateResult] = []
 
         def report(applied: UpdateResult) -> None:
-            worker.applied(applied)
+            worker.report_update(applied)
             reports.append(applied)
 
         weights = KnownWaits(engine, place.store, folder, tolerance=0.05, report=report)

@@ -12,7 +12,7 @@ import pytest
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.snapshots.manifest import seal
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.app import create_app, open_catalog
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
@@ -252,7 +252,7 @@ async def test_a_folder_with_a_damaged_manifest_is_refused_by_version(tmp_path: 
     path = tmp_path / "versions" / "00000006.json"
     path.write_bytes(path.read_bytes().replace(b'"run":"test"', b'"run":"tost"'))
     with pytest.raises(UserError) as refused:
-        await open_catalogue(DiskStorage(tmp_path))
+        await open_catalog(DiskStorage(tmp_path))
     assert refused.value.code is ExitCode.DAMAGED
     assert "version 6 (versions/00000006.json): the manifest contradicts its seal" in str(refused.value)
 
@@ -260,5 +260,5 @@ async def test_a_folder_with_a_damaged_manifest_is_refused_by_version(tmp_path: 
 async def test_a_folder_with_damaged_leases_is_refused(tmp_path: Path) -> None:
     (tmp_path / "leases.json").write_bytes(msgspec.json.encode(["learner"]))
     with pytest.raises(UserError, match=r"leases\.json") as refused:
-        await open_catalogue(DiskStorage(tmp_path))
+        await open_catalog(DiskStorage(tmp_path))
     assert refused.value.code is ExitCode.DAMAGED

@@ -9,7 +9,7 @@ import pytest
 
 from palimpsest.common.snapshots.manifest import seal
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.snapshot_store.app import open_catalogue
+from palimpsest.services.snapshot_store.app import open_catalog
 from palimpsest.services.snapshot_store.storage import Unavailable
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.unit.snapshot_store.test_app import announce, assert_error, metric, send, store
@@ -134,5 +134,5 @@ async def test_a_storage_that_cannot_be_read_at_the_start_is_refused(tmp_path: P
     storage = Flaky(tmp_path)
     storage.out = True
     with pytest.raises(UserError, match="the snapshot store's storage cannot be read: the folder is out of") as refused:
-        await open_catalogue(storage)
+        await open_catalog(storage)
     assert refused.value.code is ExitCode.UNAVAILABLE

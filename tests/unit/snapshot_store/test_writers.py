@@ -15,7 +15,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.snapshots.manifest import Manifest, seal
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.snapshot_store.app import create_app, open_catalogue
+from palimpsest.services.snapshot_store.app import create_app, open_catalog
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.writers import CheckpointCommit, StaleWriter, UnknownWriter, Writers
 from tests.unit.snapshot_store.test_app import assert_error, metric, send
@@ -103,7 +103,7 @@ async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_go(
     assert_error(await announce(client, 0, 0, writer=1), 409, "fenced")  # the same again, but no longer his
     assert_error(await announce(client, 1, 1, writer=3), 409, "writer_unknown")
     assert [entry["version"] for entry in (await client.get("/v1/versions")).json()["versions"]] == [0]
-    catalogue = await open_catalogue(DiskStorage(tmp_path))
+    catalogue = await open_catalog(DiskStorage(tmp_path))
     await catalogue.sweep()
     assert [path.name for path in tmp_path.glob("objects/*")] == [a_manifest(0, 0).object]
 
@@ -167,13 +167,13 @@ async def test_a_damaged_commit_is_refused_when_the_store_opens_and_a_damaged_ho
         await begin(client)
         await commit(client, 3, 1)
     (tmp_path / "writers" / "00000001.json").write_bytes(b"{")
-    catalogue = await open_catalogue(DiskStorage(tmp_path))
+    catalogue = await open_catalog(DiskStorage(tmp_path))
     newest = await catalogue.writers.newest()
     assert newest is not None
     assert (newest.epoch, newest.holder) == (1, "its name is damaged")
     (tmp_path / "checkpoints" / "00000003-00000001.json").write_bytes(b"{")
     with pytest.raises(UserError, match=r"checkpoints/00000003-00000001\.json: ") as refused:
-        await open_catalogue(DiskStorage(tmp_path))
+        await open_catalog(DiskStorage(tmp_path))
     assert refused.value.code is ExitCode.DAMAGED
 
 
@@ -220,7 +220,7 @@ class WaitsBeforeCreating(DiskStorage):
 @pytest.mark.parametrize("what", ["version", "checkpoint"])
 async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_what_it_writes(tmp_path: Path, what: str) -> None:
     storage = WaitsBeforeCreating(tmp_path)
-    catalogue = await open_catalogue(storage)
+    catalogue = await open_catalog(storage)
     await catalogue.writers.issue("first")
 
     async def pieces() -> AsyncIterator[bytes]:
