@@ -24,7 +24,7 @@ OUTAGE = Gauge("palimpsest_outage", "1 while this process cannot reach it, 0 aft
 
 
 @dataclass(slots=True)
-class _Entry:
+class _OngoingOutage:
     since: float
     problem: str = ""
     waiting: "dict[int, float | None]" = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Outages:
         """Whether an outage that lasts is written to the log; a program that shows outages otherwise does not."""
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: dict[tuple[str, str], _Entry] = {}
+        self._entries: dict[tuple[str, str], _OngoingOutage] = {}
 
     def waiting(self) -> "Waiting":
         """For one call, or for one client whose calls succeed or fail one after another."""
@@ -76,7 +76,7 @@ class Outages:
     def _enter(self, key: tuple[str, str], call: int, since: float, until: float | None, problem: str) -> None:
         now = self._clock()
         with self._lock:
-            entry = self._entries.setdefault(key, _Entry(since))
+            entry = self._entries.setdefault(key, _OngoingOutage(since))
             entry.since = min(entry.since, since)
             entry.problem = problem
             entry.waiting[call] = until

@@ -39,7 +39,7 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
-        self._signalled = False
+        self._signaled = False
 
     def install(self) -> Self:
         """Listen for SIGTERM and SIGINT."""
@@ -67,16 +67,16 @@ class Stop:
     @property
     def signaled(self) -> bool:
         """Whether a signal asked for it."""
-        return self._signalled
+        return self._signaled
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the stop, at most so long; whether it came."""
         return self._event.wait(timeout_s)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._signalled:
+        if self._signaled:
             os._exit(128 + number)
-        self._signalled = True
+        self._signaled = True
         self.request()
 
 

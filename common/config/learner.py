@@ -89,9 +89,9 @@ class LearnerConfig(Service):
     def _parts_fit(self) -> "LearnerConfig":
         kind, kl, loss = self.proximal.kind, self.loss.kl, self.loss
         row = PROXIMAL_KINDS[kind]
-        if row.per_forward_pass and (self.discrepancy.m2 != "off" or self.discrepancy.weight_normalise):
+        if row.per_forward_pass and (self.discrepancy.m2 != "off" or self.discrepancy.weight_normalize):
             raise ValueError(
-                f"discrepancy.m2 and discrepancy.weight_normalise look at the whole minibatch before its passes, but "
+                f"discrepancy.m2 and discrepancy.weight_normalize look at the whole minibatch before its passes, but "
                 f"a {kind} proximal is made in them: choose another kind, or switch them off"
             )
         needed = (

@@ -1,7 +1,7 @@
 """From files, environment and flags to one checked configuration.
 
 Defaults < TOML < environment (PALIMPSEST_LEARNER__VERSIONS) < flags (--learner.versions=3). Every value remembers the
-layer it came from, so that an error names it. A misspelt key names its nearest neighbour.
+layer it came from, so that an error names it. A misspelt key names its nearest neighbor.
 """
 
 import difflib

@@ -39,7 +39,7 @@ class DiscrepancyConfig(Section):
     """Lowest weight (`clipped`)."""
     weight_high: PositiveFloat = 2.0
     """Highest weight (`truncated`, `clipped`)."""
-    weight_normalise: bool = False
+    weight_normalize: bool = False
     """Divide the weights by their mean over the minibatch's tokens; the factor is logged."""
     band: AboveOne | Off = 2.0
     """c: a token whose discrepancy is outside [1/c, c] is masked."""
@@ -75,9 +75,9 @@ class EpoConfig(Section):
     weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the hinge; 0: off."""
     low: Share = 0.8
-    """Entropy below this share of its history is penalised."""
+    """Entropy below this share of its history is penalized."""
     high: Annotated[float, Field(ge=1)] = 1.2
-    """Entropy above this multiple of its history is penalised."""
+    """Entropy above this multiple of its history is penalized."""
 
 
 class KlConfig(Section):

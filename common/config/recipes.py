@@ -23,7 +23,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "linear_prox": {"proximal": {"kind": "linear_prox"}, "discrepancy": NEITHER},
     "decoupled_async": {"proximal": {"kind": "current_recompute"}, "discrepancy": BOTH},
 }
-NEIGHBOURS: dict[str, dict[str, Any]] = {
+NEIGHBORS: dict[str, dict[str, Any]] = {
     "ppo_ewma_async": {"proximal": {"kind": "ppo_ewma_async"}, "discrepancy": BOTH},
     "a3po": {"proximal": {"kind": "interp_prox_loglinear"}, "discrepancy": NEITHER},
     "bypass": {"proximal": {"kind": "bypass"}, "discrepancy": NEITHER},
@@ -91,7 +91,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     },
     "ppo_gae": {"proximal": EXACT, "discrepancy": BOTH, "advantages": {"kind": "gae"}},
 }
-RECIPES: dict[str, dict[str, Any]] = TABLE | NEIGHBOURS
+RECIPES: dict[str, dict[str, Any]] = TABLE | NEIGHBORS
 
 
 def unknown(name: str) -> str | None:

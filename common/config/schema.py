@@ -59,7 +59,7 @@ class SamplingConfig(Section):
     temperature: PositiveFloat = 1.0
     """Both engines report log-probabilities at this temperature."""
     top_p: float = 1.0
-    """Must be 1: below it the engine renormalises on a set of tokens that the learner does not know."""
+    """Must be 1: below it the engine renormalizes on a set of tokens that the learner does not know."""
     top_k: int = 0
     """Must be 0 (off), for the same reason."""
     max_turn_tokens: Positive = 512
@@ -74,7 +74,7 @@ class SamplingConfig(Section):
     def _whole(cls, value: float, info: ValidationInfo) -> float:
         if value != (whole := {"top_p": 1.0, "top_k": 0}[info.field_name or ""]):
             raise ValueError(
-                f"{value} cannot be used for training: the engine would renormalise its log-probs on a set of tokens "
+                f"{value} cannot be used for training: the engine would renormalize its log-probs on a set of tokens "
                 f"that the learner does not know, so every ratio would be wrong. Set it to {whole}"
             )
         return value

@@ -31,8 +31,8 @@ def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any
 def unknown(words: Sequence[str]) -> str:
     """The first flag that cannot be a run's: a key has a dot. Empty if there is none.
 
-    >>> unknown(["my.toml", "--run.id=a", "--resume=runs/a", "--colour"])
-    '--colour'
+    >>> unknown(["my.toml", "--run.id=a", "--resume=runs/a", "--color-scheme"])
+    '--color-scheme'
     """
     _, flags = _words(words)
     return next((f"--{name}" for name in flags if "." not in name and name != "resume"), "")

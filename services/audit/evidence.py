@@ -73,7 +73,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class LoggedRecord:
     """A record on topic `trajectories`; `trajectory` is empty when it cannot be read or is another run's."""
 
     partition: int
@@ -121,7 +121,7 @@ class LogContents:
     """What the log says."""
 
     offers: tuple[Offer, ...] = ()
-    heard: tuple[Heard, ...] = ()
+    heard: tuple[LoggedRecord, ...] = ()
     letters: tuple[Letter, ...] = ()
     announced: tuple[Announced, ...] = ()
     """By the learner, in order."""

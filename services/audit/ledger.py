@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
-from palimpsest.services.audit.evidence import FINISHED, AuditedCheckpoint, Evidence, Finding, Heard, Kind, Offer
+from palimpsest.services.audit.evidence import FINISHED, AuditedCheckpoint, Evidence, Finding, Kind, LoggedRecord, Offer
 from palimpsest.services.audit.recount import Recount, trajectories
 from palimpsest.services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, LedgerState
 
@@ -32,7 +32,7 @@ def recount(evidence: Evidence) -> Recount:
             else:
                 pending.add(name)
     buried = frozenset((letter.partition, letter.offset) for letter in log.letters)
-    heard: dict[str, list[Heard]] = {}
+    heard: dict[str, list[LoggedRecord]] = {}
     for record in log.heard:
         if record.trajectory and (record.partition, record.offset) not in buried:
             heard.setdefault(record.trajectory, []).append(record)
@@ -110,7 +110,7 @@ def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
         yield from _unexplained_open(checkpoint, counted)
 
 
-def below(checkpoint: AuditedCheckpoint, record: Heard) -> bool:
+def below(checkpoint: AuditedCheckpoint, record: LoggedRecord) -> bool:
     """Whether a restart would not read the record again."""
     return record.offset < checkpoint.offsets.get(record.partition, 0)
 
@@ -137,7 +137,7 @@ def _task(offer: Offer) -> str:
     return f"{offer.samples} of {offer.task[0]}/{offer.task[1]}"
 
 
-def _letters(checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[Heard]) -> Iterator[Finding]:
+def _letters(checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[LoggedRecord]) -> Iterator[Finding]:
     counts, found = checkpoint.ledger.dead_lettered, len(counted.otherwise & counted.letters)
     if counts > found:
         yield Finding(
@@ -220,7 +220,7 @@ def _unexplained_open(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterat
             )
 
 
-def _explained(name: str, how: str, heard: Mapping[str, tuple[Heard, ...]], counted: Recount) -> bool:
+def _explained(name: str, how: str, heard: Mapping[str, tuple[LoggedRecord, ...]], counted: Recount) -> bool:
     ways = Counter(record.how for record in heard.get(name, ()))
     if how == TRAINED:
         return name in counted.trained

@@ -43,11 +43,11 @@ from palimpsest.services.audit.evidence import (
     Bounds,
     Evidence,
     Finding,
-    Heard,
     Kind,
     Letter,
     Line,
     LogContents,
+    LoggedRecord,
     Offer,
 )
 from palimpsest.services.audit.read_store import CheckpointSearch, choose, read_candidates, read_versions
@@ -230,17 +230,17 @@ def _letters(topics: _Topics, log: LogContents) -> LogContents:
     )
 
 
-def _heard(record: Record, message: Any) -> Heard:
+def _heard(record: Record, message: Any) -> LoggedRecord:
     if message is None:
-        return Heard(record.partition, record.offset, sound=False)
+        return LoggedRecord(record.partition, record.offset, sound=False)
     if not isinstance(message, TrajectoryFinished):
-        return Heard(record.partition, record.offset, message.trajectory, message.reason.value)
+        return LoggedRecord(record.partition, record.offset, message.trajectory, message.reason.value)
     try:
         check_finished(message, ANY_VERSION)
     except MalformedTrajectory:
-        return Heard(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
+        return LoggedRecord(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
     versions = [segment.version for segment in message.segments]
-    return Heard(
+    return LoggedRecord(
         record.partition,
         record.offset,
         message.trajectory,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from palimpsest.common.text import count
-from palimpsest.services.audit.evidence import Heard, Offer
+from palimpsest.services.audit.evidence import LoggedRecord, Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Recount:
     """Of open groups, without an end."""
     ended_open: Mapping[str, str]
     """Of open groups, with an end -> how."""
-    heard: Mapping[str, tuple[Heard, ...]]
+    heard: Mapping[str, tuple[LoggedRecord, ...]]
     """Id -> its records on the log that were not buried."""
     letters: frozenset[str]
     """Ids that a dead letter names."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from palimpsest.common.messages import TASKS, TRAJECTORIES
-from palimpsest.services.audit.evidence import FINISHED, Evidence, Finding, Heard, Kind, Line
+from palimpsest.services.audit.evidence import FINISHED, Evidence, Finding, Kind, Line, LoggedRecord
 from palimpsest.services.audit.recount import Recount, trajectories
 
 
@@ -41,7 +41,7 @@ def judge_training(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
         yield Finding(
             Kind.TRAINED_TWICE,
             f"{trajectories(len(twice))} trained twice in history.jsonl, {twice[0]} first, at versions "
-            f"{_listed(where)}: the weights have learnt from it twice; go on from a checkpoint before the second",
+            f"{_listed(where)}: the weights have learned from it twice; go on from a checkpoint before the second",
         )
     if not log.cut(TASKS) and (strangers := sorted(counted.trained - counted.offered)):
         yield Finding(
@@ -150,7 +150,7 @@ def _sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator[Findi
             return
 
 
-def _young(record: Heard, now: int, max_staleness: int) -> bool:
+def _young(record: LoggedRecord, now: int, max_staleness: int) -> bool:
     if record.oldest is None or record.newest is None:
         return True
     return record.newest <= now and now - record.oldest <= max_staleness

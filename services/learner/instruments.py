@@ -92,8 +92,8 @@ CAPPED = Counter(
 LR_FACTOR = Gauge(
     "palimpsest_learner_lr_factor", "Factor on the learning rate from the effective samples", registry=REGISTRY
 )
-NORMALISER = Gauge(
-    "palimpsest_learner_weight_normaliser", "Mean weight that weights were divided by", registry=REGISTRY
+NORMALIZER = Gauge(
+    "palimpsest_learner_weight_normalizer", "Mean weight that weights were divided by", registry=REGISTRY
 )
 OLD_COVERAGE = Gauge(
     "palimpsest_learner_old_coverage", "Tokens of the last batch whose proximal is the old log-prob", registry=REGISTRY

@@ -1,4 +1,4 @@
-"""Figures: what the policy learnt."""
+"""Figures: what the policy learned."""
 
 from collections.abc import Sequence
 from itertools import pairwise

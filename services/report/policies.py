@@ -73,7 +73,7 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
     figure.update_layout(height=480)
     meaning = (
         "With exact old log-probabilities the discrepancy compares two engines at the same weights, so it must not "
-        "grow with staleness; the staleness ratio holds what the weights have learnt since, and may. "
+        "grow with staleness; the staleness ratio holds what the weights have learned since, and may. "
         if words is EXACT
         else "A surrogate stood in the proximal's place, not the old policy (see the top of the page), so the two "
         "factors have no names of their own: what the correction holds of the staleness, the update lacks. With old "

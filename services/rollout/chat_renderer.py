@@ -1,6 +1,6 @@
 """Between messages and tokens, by the model's own tokenizer and chat template.
 
-Only what the environment says is ever tokenised, and only once: the model's messages stay the tokens it sampled. The
+Only what the environment says is ever tokenized, and only once: the model's messages stay the tokens it sampled. The
 text that stands between a model message and the next one is found by rendering a dialogue in which the model said a
 sentinel, and taking what comes after it; this holds for templates that rewrite earlier messages.
 """

@@ -67,7 +67,7 @@ class TrajectorySampler:
                 instruments.ATTEMPTS_FAILED.labels(DropReason.ENGINE_FAILED.value).inc()
                 logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
                 reason, failure = DropReason.ENGINE_FAILED, str(error)
-            except _Unusable as error:
+            except _UnusableOutput as error:
                 return self._dropped_record(group, name, error.reason, str(error))
         return self._dropped_record(group, name, reason, failure)
 
@@ -92,7 +92,7 @@ class TrajectorySampler:
         assembly, sampling, number = live.assembly, live.group.sampling, session.next_step
         room = sampling.max_trajectory_tokens - len(assembly.tokens)
         if room < 1:
-            raise _Unusable(
+            raise _UnusableOutput(
                 DropReason.PROMPT_TOO_LONG,
                 f"the first observation is {len(assembly.tokens)} tokens long, "
                 f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
@@ -172,7 +172,7 @@ class TrajectorySampler:
         )
 
 
-class _Unusable(Exception):
+class _UnusableOutput(Exception):
     """The trajectory cannot be sampled, however often it is tried."""
 
     def __init__(self, reason: DropReason, detail: str) -> None:

@@ -47,10 +47,10 @@ class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 async def open_catalog(storage: Storage) -> Catalog:
-    """The catalogue over this storage. Raises UserError when what stands there is damaged or cannot be read."""
-    catalogue = Catalog(storage)
+    """The catalog over this storage. Raises UserError when what stands there is damaged or cannot be read."""
+    catalog = Catalog(storage)
     try:
-        await catalogue.open()
+        await catalog.open()
     except Damaged as damage:
         raise UserError(
             f"the snapshot store's folder is damaged: {damage}. Restore that file from a copy, or remove it: a version "
@@ -62,46 +62,46 @@ async def open_catalog(storage: Storage) -> Catalog:
             f"the snapshot store's storage cannot be read: {error}; start the store again when it answers",
             ExitCode.UNAVAILABLE,
         ) from None
-    return catalogue
+    return catalog
 
 
 def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> FastAPI:
-    """The store's application; it reads the catalogue when it starts and sweeps while it runs."""
-    catalogue, claims = Catalog(storage), ClaimCheckBlobs(storage)
+    """The store's application; it reads the catalog when it starts and sweeps while it runs."""
+    catalog, claims = Catalog(storage), ClaimCheckBlobs(storage)
     state = {"open": False}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await catalogue.open()
+        await catalog.open()
         state["open"] = True
-        _observe(catalogue)
-        sweeping = asyncio.create_task(_sweep(catalogue, claims, sweep_s, claims_keep_s))
+        _observe(catalog)
+        sweeping = asyncio.create_task(_sweep(catalog, claims, sweep_s, claims_keep_s))
         yield
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
             await sweeping
 
     def status() -> Status:
-        versions = list(catalogue.versions)
+        versions = list(catalog.versions)
         return {
             "versions": len(versions),
             "oldest": versions[0] if versions else None,
             "newest": versions[-1] if versions else None,
-            "bytes": sum(m.object_size for m in catalogue.versions.values()),
-            "leases": catalogue.leases,
+            "bytes": sum(m.object_size for m in catalog.versions.values()),
+            "leases": catalog.leases,
         }
 
     app = application(
         "snapshot_store",
         registry=REGISTRY,
-        ready=lambda: None if state["open"] else "the catalogue",
+        ready=lambda: None if state["open"] else "the catalog",
         status=status,
         lifespan=lifespan,
     )
-    routes_blobs.routes(app, storage, catalogue, claims)
-    _versions(app, catalogue)
-    _leases(app, catalogue)
-    routes_writers.routes(app, catalogue.writers)
+    routes_blobs.routes(app, storage, catalog, claims)
+    _versions(app, catalog)
+    _leases(app, catalog)
+    routes_writers.routes(app, catalog.writers)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:
@@ -122,7 +122,7 @@ def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIM
     return app
 
 
-def _versions(app: FastAPI, catalogue: Catalog) -> None:
+def _versions(app: FastAPI, catalog: Catalog) -> None:
     @app.put("/v1/versions/{number}")
     async def put_version(number: Number, request: Request) -> Response:
         body = await request.body()
@@ -135,7 +135,7 @@ def _versions(app: FastAPI, catalogue: Catalog) -> None:
             raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
         try:
             with routes_writers.writer_errors_as_conflict():
-                new = await catalogue.put_version(manifest, body)
+                new = await catalog.put_version(manifest, body)
         except Conflict as conflict:
             instruments.REFUSED.labels("version_conflict").inc()
             raise HttpError(409, "version_conflict", str(conflict)) from None
@@ -144,22 +144,22 @@ def _versions(app: FastAPI, catalogue: Catalog) -> None:
             raise HttpError(
                 424, "object_missing", f"object {manifest.object} is not here whole: send it first", retryable=True
             ) from None
-        _observe(catalogue)
+        _observe(catalog)
         return Response(status_code=201 if new else 200)
 
     @app.get("/v1/versions/{number}")
     async def get_version(number: Number) -> Response:
-        body = await catalogue.body(Version(number))
+        body = await catalog.body(Version(number))
         if body is None:
             raise HttpError(404, "version_missing", f"no version {number}")
         return Response(body, media_type="application/json")
 
     @app.get("/v1/versions")
     async def list_versions() -> dict[str, list[dict[str, int | str]]]:
-        return {"versions": [{"version": v, "digest": m.digest} for v, m in catalogue.versions.items()]}
+        return {"versions": [{"version": v, "digest": m.digest} for v, m in catalog.versions.items()]}
 
 
-def _leases(app: FastAPI, catalogue: Catalog) -> None:
+def _leases(app: FastAPI, catalog: Catalog) -> None:
     @app.put("/v1/leases/{holder}")
     async def put_lease(holder: str, request: Request) -> dict[str, int]:
         if not _HOLDER.fullmatch(holder):
@@ -168,20 +168,20 @@ def _leases(app: FastAPI, catalogue: Catalog) -> None:
             lease = msgspec.json.decode(await request.body(), type=LeaseRequest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HttpError(422, "bad_lease", str(error)) from None
-        await catalogue.lease(holder, Version(lease.lowest))
-        instruments.OLDEST_NEEDED.set(min(catalogue.leases.values()))
+        await catalog.lease(holder, Version(lease.lowest))
+        instruments.OLDEST_NEEDED.set(min(catalog.leases.values()))
         return {"lowest": lease.lowest}
 
 
-async def _sweep(catalogue: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:
+async def _sweep(catalog: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:
     look = 0.0
     while True:
         await asyncio.sleep(every_s)
         try:
-            if gone := await catalogue.sweep():
+            if gone := await catalog.sweep():
                 instruments.SWEPT_VERSIONS.inc(len(gone))
                 logger().debug("swept", versions=gone)
-                _observe(catalogue)
+                _observe(catalog)
             if time.monotonic() >= look:
                 look = time.monotonic() + claims_keep_s / CLAIM_LOOKS
                 instruments.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
@@ -189,7 +189,7 @@ async def _sweep(catalogue: Catalog, claims: ClaimCheckBlobs, every_s: float, cl
             logger().warning("not swept", reason=str(error))  # what is due stays due
 
 
-def _observe(catalogue: Catalog) -> None:
-    manifests = catalogue.versions.values()
+def _observe(catalog: Catalog) -> None:
+    manifests = catalog.versions.values()
     instruments.VERSIONS.set(len(manifests))
     instruments.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))

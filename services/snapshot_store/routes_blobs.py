@@ -23,19 +23,19 @@ from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 
 
-def routes(app: FastAPI, storage: Storage, catalogue: Catalog, claims: ClaimCheckBlobs) -> None:
+def routes(app: FastAPI, storage: Storage, catalog: Catalog, claims: ClaimCheckBlobs) -> None:
     """Add them."""
 
     @app.put("/v1/objects/{digest}", status_code=201)
     async def put_object(digest: Digest, request: Request) -> dict[str, int]:
-        size = await _receive(catalogue.put_object, digest, request)
+        size = await _receive(catalog.put_object, digest, request)
         instruments.RECEIVED_BYTES.inc(size)
         return {"size": size}
 
     @app.get("/v1/objects/{digest}")
     async def get_object(digest: Digest) -> Response:
         missing = HttpError(404, "object_missing", f"no object {digest}")
-        return await _send(storage, catalogue.object_key(digest), missing)
+        return await _send(storage, catalog.object_key(digest), missing)
 
     @app.put("/v1/claims/{digest}", status_code=201)
     async def put_claim(digest: Digest, request: Request) -> dict[str, int]:

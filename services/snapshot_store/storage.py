@@ -1,4 +1,4 @@
-"""What the catalogue needs of a place for bytes. One contract suite runs on every adapter."""
+"""What the catalog needs of a place for bytes. One contract suite runs on every adapter."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol

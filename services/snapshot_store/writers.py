@@ -64,7 +64,7 @@ class _Digest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Writers:
-    """Epochs and commits over a Storage; `changing` is the catalogue's lock."""
+    """Epochs and commits over a Storage; `changing` is the catalog's lock."""
 
     def __init__(self, storage: Storage, changing: asyncio.Lock) -> None:
         self._storage, self._changing = storage, changing

@@ -5,6 +5,7 @@ The words are those of the vocabulary: behavior, old, proximal, current; version
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,40 @@ BANNED = {
     r"\w*behaviou?ral_\w*|behaviours?": "behavior",
 }
 """Pattern that a whole identifier, or a part of it between underscores, must not match -> our word."""
+RETIRED_CLASSES = frozenset(
+    {
+        "Alarm", "Anchor", "Answered", "Arrival", "Arrived", "Asked", "AttachedSource", "Audited", "Backlog",
+        "Batched", "Beginnings", "Blueprint", "Calls", "Catalogue", "Companions", "Contender", "Course", "Cuts",
+        "Dialogue", "Direct", "EarlyScorer", "Entrant", "Family", "Feed", "Flat", "Fleet", "Flushes", "Follows",
+        "Frontier", "Gathered", "Guard", "Intake", "Interruption", "Interruptions", "LeastVariance", "Life",
+        "Misses", "NoRoom", "NotLetIn", "NotThere", "Nothing", "Nursery", "Order", "Padded", "Past", "Phases",
+        "Planner", "Prober", "Ranks", "Recorder", "Refusal", "Resident", "Rise", "Roster", "Scored", "Settled",
+        "Sight", "Tail", "Teller", "Together", "Trained", "Trainee", "Unusable", "Watch", "Why", "World",
+    }
+)  # fmt: skip
+"""Class names that said nothing of their own: each has a standard term now."""
+RETIRED_FUNCTIONS = frozenset(
+    {
+        "addressed", "become", "begin_anew", "beneath", "between", "counted", "deal_minibatches", "excuse",
+        "gathered", "hear_all", "keep_on", "keep_up", "leave_evidence", "let_go", "patiently",
+        "refuse_open_door", "row_with", "say_last", "score_along", "so_far", "standing_bus", "standing_still",
+        "standing_storage", "take_on", "take_over", "told", "trusting", "untie",
+    }
+)  # fmt: skip
+BRITISH = re.compile(
+    r"""(?ix)
+    behaviour | colour | catalogue | favour | neighbour | honour | labour
+    | (normal|serial|initial|organ|optim|general|recogn|synchron|minim|maxim|summar|priorit|author|final|quant|vector
+    |  token|util|standard|special|parallel|random|stabil|regular|penal|categor|emphas|custom|visual)
+      is(e|ed|es|ing|er|ers|ation)(?![a-z])
+    | (label|model|travel|signal)l(ed|ing) | centre(?![a-z]) | artefact | learnt
+    """
+)
+"""Spellings that are not American. `cancelled` is Python's own."""
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+BRITISH_IS_FINE_IN = ("tests/architecture/test_vocabulary.py", "tests/unit/common/test_config_load.py")
+"""Here, and where a misspelled key is tried."""
+TEXT = (".py", ".md", ".toml", ".yaml", ".yml", ".in")
 LAG_IS_FINE_IN = "common/bus/"
 """Lag counts unread records of a consumer, nothing else."""
 NAMES_WITHOUT_MEANING = re.compile(r"(Manager|Helper|Utils?|Handler|V\d)$|^Base[A-Z]")
@@ -85,6 +120,56 @@ def test_no_class_or_file_is_named_for_nothing_in_particular() -> None:
         if NAMES_WITHOUT_MEANING.search(name) or name in ("utils", "util", "helpers", "misc")
     ]
     assert found == []
+
+
+def test_a_class_name_is_given_once() -> None:
+    places: dict[str, list[str]] = {}
+    for where, tree in parsed():
+        if where.startswith(("common/", "services/")):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(where)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_retired_names_stay_away() -> None:
+    found = []
+    for where, tree in parsed():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name.lstrip("_") in RETIRED_CLASSES:
+                found.append(f"{where}: class {node.name}")
+            if isinstance(node, FUNCTION) and node.name.lstrip("_") in RETIRED_FUNCTIONS:
+                found.append(f"{where}: {node.name}()")
+    assert found == []
+
+
+def tracked() -> list[str]:
+    """Files of the repository that hold text."""
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return [name for name in listed.split("\0") if name.endswith(TEXT)]
+
+
+def test_spelling_is_american() -> None:
+    found = [
+        f"{name}:{number}: {word[0]}"
+        for name in tracked()
+        if name not in BRITISH_IS_FINE_IN and (ROOT / name).is_file()
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1)
+        for word in BRITISH.finditer(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "word", ["behaviour", "weight_normalise", "Serialised", "catalogues", "labelled", "NORMALISER"]
+)
+def test_a_british_spelling_is_noticed(word: str) -> None:
+    assert BRITISH.search(word)
+
+
+@pytest.mark.parametrize("word", ["behavior", "normalize", "cancelled", "raise", "promise", "otherwise", "finished"])
+def test_an_american_spelling_is_let_pass(word: str) -> None:
+    assert BRITISH.search(word) is None
 
 
 @pytest.mark.parametrize(

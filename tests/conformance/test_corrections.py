@@ -45,12 +45,12 @@ def test_a_rule_for_tokens_removes_what_the_oracle_removes(
     assert all(count or bound == (0.0, 1.3) for count in found.values()), found
 
 
-@pytest.mark.parametrize("normalised", [False, True], ids=["as they are", "normalised"])
+@pytest.mark.parametrize("normalized", [False, True], ids=["as they are", "normalized"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kind", ["off", "ratio", "truncated", "clipped"])
-def test_weights_are_those_of_the_oracle(kind: str, level: str, normalised: bool) -> None:
+def test_weights_are_those_of_the_oracle(kind: str, level: str, normalized: bool) -> None:
     rules = Rules(
-        weight=kind, weight_level=level, weight_low=0.6, weight_high=1.3, weight_normalise=normalised, band=3.0
+        weight=kind, weight_level=level, weight_low=0.6, weight_high=1.3, weight_normalize=normalized, band=3.0
     )  # type: ignore[arg-type]
     for seed in range(DRAWS):
         data = draw(seed)
@@ -63,7 +63,7 @@ def test_weights_are_those_of_the_oracle(kind: str, level: str, normalised: bool
                 if level == "token"
                 else sequence_weight(data, i, kind, 0.6, 1.3)
             )
-        if normalised and kept.any():
+        if normalized and kept.any():
             expected /= expected[kept].mean()
         got = corrected(data, rules)
         np.testing.assert_allclose(got.weight.numpy(), expected, rtol=1e-6, atol=0, err_msg=f"seed {seed}")

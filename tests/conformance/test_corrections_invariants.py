@@ -18,7 +18,7 @@ DRAWS = 200
 
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, -math.inf, 1e30, 7.0])
 def test_18_7_numbers_off_the_mask_change_no_bit(spoil: float) -> None:
-    rules = Rules(weight="truncated", weight_level="sequence", weight_normalise=True, **ALL)
+    rules = Rules(weight="truncated", weight_level="sequence", weight_normalize=True, **ALL)
     for seed in range(40):
         data = draw(seed)
         spoiled = Draw(
@@ -41,7 +41,7 @@ def test_18_7_numbers_off_the_mask_change_no_bit(spoil: float) -> None:
 
 
 def test_18_7_padding_changes_no_decision() -> None:
-    rules = Rules(weight="ratio", weight_normalise=True, **ALL)
+    rules = Rules(weight="ratio", weight_normalize=True, **ALL)
     for seed in range(40):
         data = draw(seed)
         wide = ((0, 0), (0, 5))
@@ -65,7 +65,7 @@ def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing
         data = draw(seed, broken=0.0)
         data.mask[0, 0] = True
         getattr(data, where)[0, 0] = what
-        got = corrected(data, Rules(weight="ratio", weight_level="sequence", weight_normalise=True, **ALL))
+        got = corrected(data, Rules(weight="ratio", weight_level="sequence", weight_normalize=True, **ALL))
         assert got.causes["nonfinite"].sum() == 1
         assert got.causes["nonfinite"][0, 0]
         assert got.masked[0, 0]
@@ -82,7 +82,7 @@ def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing
 def test_18_8_a_batch_without_any_number_has_no_weight_and_no_nan() -> None:
     nothing = np.full((2, 3), np.nan)
     data = Draw(nothing, nothing, np.ones((2, 3), dtype=bool), np.zeros((2, 3), dtype=bool))
-    got = corrected(data, Rules(weight="ratio", weight_level="sequence", weight_normalise=True, **ALL))
+    got = corrected(data, Rules(weight="ratio", weight_level="sequence", weight_normalize=True, **ALL))
     assert got.masked.all()
     assert got.weight.tolist() == [[0.0] * 3] * 2
     assert got.causes["nonfinite"].all()

@@ -78,8 +78,8 @@ def test_m2po_without_its_threshold_is_refused() -> None:
 @pytest.mark.parametrize("weight", ["ratio", "truncated"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_18_12_limits_are_of_the_minibatch_however_it_is_split(ranks: int, weight: str) -> None:
-    """Micro-batches, ranks, ranks without any row: the same threshold and the same normaliser everywhere."""
-    rules = Rules(weight=weight, weight_normalise=True, **{**ALL, "m2": 0.03})  # type: ignore[arg-type]
+    """Micro-batches, ranks, ranks without any row: the same threshold and the same normalizer everywhere."""
+    rules = Rules(weight=weight, weight_normalize=True, **{**ALL, "m2": 0.03})  # type: ignore[arg-type]
     bound_somewhere = 0
     for seed in range(0, 40, 4):
         parts = [draw(seed + i) for i in range(4)]
@@ -93,13 +93,13 @@ def test_18_12_limits_are_of_the_minibatch_however_it_is_split(ranks: int, weigh
         got = on_ranks(ranks, work)
         assert got == [got[0]] * ranks
         assert got[0].m2_threshold == whole.m2_threshold
-        assert got[0].normaliser == pytest.approx(whole.normaliser, rel=1e-12)
+        assert got[0].normalizer == pytest.approx(whole.normalizer, rel=1e-12)
         bound_somewhere += math.isfinite(whole.m2_threshold or 0.0)
     assert bound_somewhere >= 5
 
 
 def test_the_kept_tokens_of_a_minibatch_have_mean_weight_one() -> None:
-    rules = Rules(weight="truncated", weight_high=1.5, weight_normalise=True, band=3.0, m2=0.5)
+    rules = Rules(weight="truncated", weight_high=1.5, weight_normalize=True, band=3.0, m2=0.5)
     for seed in range(100):
         got = corrected(draw(seed, rows=8), rules)
         kept = got.weight > 0
@@ -107,21 +107,21 @@ def test_the_kept_tokens_of_a_minibatch_have_mean_weight_one() -> None:
             assert float(got.weight[kept].mean()) == pytest.approx(1.0)
 
 
-def test_the_normaliser_is_the_mean_after_truncation_of_the_tokens_that_are_kept() -> None:
+def test_the_normalizer_is_the_mean_after_truncation_of_the_tokens_that_are_kept() -> None:
     """Ratios 0.5, 1, 4, 100: the band takes the last, the cap makes the third 2: (0.5 + 1 + 2) / 3."""
     ratios = torch.tensor([[0.5, 1.0, 4.0, 100.0]], dtype=torch.float64)
     mask = torch.ones(1, 4, dtype=torch.bool)
     part = (ratios.log(), torch.zeros_like(ratios), mask, ~mask)
-    rules = Rules(weight="truncated", weight_high=2.0, weight_normalise=True, band=5.0)
+    rules = Rules(weight="truncated", weight_high=2.0, weight_normalize=True, band=5.0)
     fixed = limits([part], rules, gather=alone_on_its_machine)
-    assert fixed.normaliser == pytest.approx(3.5 / 3)
+    assert fixed.normalizer == pytest.approx(3.5 / 3)
     assert fixed.m2_threshold is None
     got = correct(*part[:3], missing=part[3], rules=rules, limits=fixed)
     assert got.weight[0].tolist() == pytest.approx([0.5 * 3 / 3.5, 3 / 3.5, 6 / 3.5, 0.0])
 
 
 def test_limits_of_nothing_leave_weights_as_they_are() -> None:
-    rules = Rules(weight="ratio", weight_normalise=True, m2=0.1)
+    rules = Rules(weight="ratio", weight_normalize=True, m2=0.1)
     assert limits([], rules, gather=alone_on_its_machine) == Limits(1.0, math.inf)
 
 

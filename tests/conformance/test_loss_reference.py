@@ -97,7 +97,7 @@ def test_numbers_at_untrainable_tokens_change_nothing() -> None:
 
 
 def test_masking_half_the_tokens_halves_the_gradient_of_the_rest() -> None:
-    """The denominator counts masked tokens too: nothing is renormalised."""
+    """The denominator counts masked tokens too: nothing is renormalized."""
     behavior = torch.full((1, 4), -1.0)
     proximal = torch.tensor([[-1.0, -1.0, 5.0 - 1.0, 5.0 - 1.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE, apply_recipe
+from palimpsest.common.config.recipes import NEIGHBORS, RECIPES, TABLE, apply_recipe
 from palimpsest.services.learner.corrections import Limits, correct
 from palimpsest.services.learner.losses.objective import Objective
 from palimpsest.services.learner.losses.types import Inputs
@@ -105,8 +105,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_neighbour_has_the_numbers_of_its_publication(name: str) -> None:
-    assert name in NEIGHBOURS
+def test_a_neighbor_has_the_numbers_of_its_publication(name: str) -> None:
+    assert name in NEIGHBORS
     config = a_learner(**apply_recipe(name, {}))
     for key, wanted in PUBLISHED[name].items():
         found: Any = config

@@ -31,12 +31,12 @@ LOSSES: dict[str, tuple[dict[str, object], Ours]] = {
 
 def test_a_rule_has_the_number_of_its_key() -> None:
     section = DiscrepancyConfig(
-        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalise=True, band=1.4,
+        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalize=True, band=1.4,
         tokens=(0.6, 1.9), geometric=(0.98, 1.03), sequence=(0.2, 4.0), segment=(0.7, 1.1), veto=1e-3, difference=0.15,
         estimates={"k2_token": 0.5, "k3_sequence_mean": 0.01}, m2=0.06,
     )  # fmt: skip
     assert rules(section) == Rules(
-        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalise=True, band=1.4,
+        weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalize=True, band=1.4,
         tokens=(0.6, 1.9), geometric=(0.98, 1.03), sequence=(0.2, 4.0), segment=(0.7, 1.1), veto=1e-3, difference=0.15,
         estimates={"k2_token": 0.5, "k3_sequence_mean": 0.01}, m2=0.06,
     )  # fmt: skip

@@ -181,7 +181,7 @@ def test_r2vpos_multiplier_follows_the_mean_square_of_the_whole_version(starting
 
 def test_weights_are_divided_by_the_mean_of_their_minibatch_however_it_is_split(starting_model: Path) -> None:
     """Two minibatches of two micro-batches each."""
-    discrepancy = {"band": "off", "weight": "truncated", "weight_normalise": True}
+    discrepancy = {"band": "off", "weight": "truncated", "weight_normalize": True}
     result = trained(starting_model, a_learner(discrepancy=discrepancy, micro_batch_tokens=7))
     assert len(result.micro_batches) == 4
     means = []
@@ -191,7 +191,7 @@ def test_weights_are_divided_by_the_mean_of_their_minibatch_however_it_is_split(
         assert float(kept.mean()) == pytest.approx(1.0, rel=1e-5)
         means += [float(part.correction.weight[torch.from_numpy(part.batch.mask)].mean()) for part in parts]
     assert max(abs(mean - 1.0) for mean in means) > 1e-3
-    assert result.normaliser != 1.0
+    assert result.normalizer != 1.0
 
 
 def test_epos_history_takes_in_each_version_once_with_its_mean_over_trajectories(starting_model: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from palimpsest.services.learner.advantages import MicroBatchRewards, group_advantages, token_advantages
-from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.gae import generalized_advantages
 from palimpsest.services.learner.advantages.reinforce import returns_to_go
 from palimpsest.services.learner.advantages.whiten import Moments, merged, whitened
 from palimpsest.services.learner.model.critic import value_loss
@@ -64,15 +64,15 @@ def test_return_to_go_equals_the_oracle() -> None:
 def test_gae_equals_the_mixture_of_k_step_estimates() -> None:
     for seed in range(CASES):
         d = draw(seed)
-        ours = generalised_advantages(d.mask, d.rewards, d.values, gamma=d.gamma, lam=d.lam, token_rewards=d.own)
-        expected = oracle.generalised(d.mask, d.rewards, d.own, d.values, d.gamma, d.lam)
+        ours = generalized_advantages(d.mask, d.rewards, d.values, gamma=d.gamma, lam=d.lam, token_rewards=d.own)
+        expected = oracle.generalized(d.mask, d.rewards, d.own, d.values, d.gamma, d.lam)
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-11, err_msg=f"seed {seed}")
 
 
 def test_gae_with_lambda_1_is_the_return_less_the_value() -> None:
     for seed in range(CASES):
         d = draw(seed)
-        ours = generalised_advantages(d.mask, d.rewards, d.values, gamma=d.gamma, lam=1.0, token_rewards=d.own)
+        ours = generalized_advantages(d.mask, d.rewards, d.values, gamma=d.gamma, lam=1.0, token_rewards=d.own)
         expected = oracle.returns_to_go(d.mask, d.rewards, d.own, d.gamma) - np.where(d.mask, d.values, 0.0)
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-11, err_msg=f"seed {seed}")
 
@@ -83,9 +83,9 @@ def test_18_7_numbers_at_untrainable_tokens_change_nothing() -> None:
         spoilt = np.where(d.mask, d.values, np.nan)
         own = None if d.own is None else np.where(d.mask, d.own, np.inf)
         settings = {"gamma": d.gamma, "lam": d.lam}
-        clean = generalised_advantages(d.mask, d.rewards, d.values, token_rewards=d.own, **settings)
+        clean = generalized_advantages(d.mask, d.rewards, d.values, token_rewards=d.own, **settings)
         assert np.array_equal(
-            generalised_advantages(d.mask, d.rewards, spoilt, token_rewards=own, **settings), clean
+            generalized_advantages(d.mask, d.rewards, spoilt, token_rewards=own, **settings), clean
         ), f"seed {seed}"
         assert not clean[~d.mask].any()
         assert np.array_equal(
@@ -112,7 +112,7 @@ def test_18_13_reinforce_keeps_credit_across_a_tool_gap(gamma: float) -> None:
 def test_18_13_gae_keeps_credit_across_a_tool_gap(gamma: float, lam: float) -> None:
     """A critic that says 0 leaves the reward, discounted by gamma lam for each trainable token between."""
     values = np.zeros(TWO_TURNS.shape)
-    estimated = generalised_advantages(TWO_TURNS, np.array([2.0]), values, gamma=gamma, lam=lam)
+    estimated = generalized_advantages(TWO_TURNS, np.array([2.0]), values, gamma=gamma, lam=lam)
     rate = gamma * lam
     expected = [0, 2 * rate**4, 2 * rate**3, 0, 0, 0, 2 * rate**2, 2 * rate, 2, 0]
     assert estimated[0].tolist() == pytest.approx(expected)
@@ -127,8 +127,8 @@ def test_18_13_a_longer_tool_gap_changes_no_credit() -> None:
         values, own = generator.normal(0, 1, wide.shape), generator.normal(0, 1, wide.shape)
         values[:, ::2] = d.values
         settings = {"gamma": d.gamma, "lam": d.lam}
-        narrow = generalised_advantages(d.mask, d.rewards, d.values, token_rewards=own[:, ::2], **settings)
-        stretched = generalised_advantages(wide, d.rewards, values, token_rewards=own, **settings)
+        narrow = generalized_advantages(d.mask, d.rewards, d.values, token_rewards=own[:, ::2], **settings)
+        stretched = generalized_advantages(wide, d.rewards, values, token_rewards=own, **settings)
         assert np.array_equal(stretched[:, ::2], narrow), f"seed {seed}"
 
 
@@ -219,7 +219,7 @@ def test_token_advantages_are_the_oracles_put_together(kind: str) -> None:
             if kind == "reinforce_pp":
                 assert rewards.tolist() == d.rewards.tolist()
             if kind == "gae":
-                raw = oracle.generalised(d.mask, d.rewards, d.own, d.values, gamma, lam)
+                raw = oracle.generalized(d.mask, d.rewards, d.own, d.values, gamma, lam)
                 returns.append(np.where(d.mask, raw + d.values, 0.0))
             else:
                 raw = oracle.returns_to_go(d.mask, rewards, d.own, gamma)

@@ -62,8 +62,8 @@ def taken() -> Iterator[int]:
         ),
         ("--learner.versions=four", "learner.versions: input should be a valid integer, got 'four'"),
         ("--rollout.max_live=0", "rollout.max_live: input should be greater than 0, got 0"),
-        ("--sampling.top_p=0.9", "sampling.top_p: 0.9 cannot be used for training: the engine would renormalise"),
-        ("--sampling.top_k=20", "sampling.top_k: 20 cannot be used for training: the engine would renormalise"),
+        ("--sampling.top_p=0.9", "sampling.top_p: 0.9 cannot be used for training: the engine would renormalize"),
+        ("--sampling.top_k=20", "sampling.top_k: 20 cannot be used for training: the engine would renormalize"),
         ("--rollout.top_p=0.9", "rollout.top_p is not a key of [rollout]; it has "),
     ],
 )
@@ -84,14 +84,14 @@ def test_every_mistake_is_told_at_once_with_the_layer_it_came_from(toml: Path) -
         environment={"PALIMPSEST_SAMPLING__TOP_P": "0.5"},
     )
     assert code == 2
-    renormalised = next(line for line in output.splitlines() if "the engine would renormalise" in line)
+    renormalized = next(line for line in output.splitlines() if "the engine would renormalize" in line)
     assert sorted(output.splitlines()) == [
         "--learner.optimizer.lr: learner.optimizer.lr: input should be a valid number, got ''",
         f"{toml}: sampling.max_turn is not a key of [sampling]; did you mean sampling.max_turns?",
         f"{toml}: tasks.samples_per_group: input should be a valid integer, got 'four'",
-        renormalised,
+        renormalized,
     ]
-    assert renormalised.startswith("PALIMPSEST_SAMPLING__TOP_P: sampling.top_p: 0.5 cannot be used for training: ")
+    assert renormalized.startswith("PALIMPSEST_SAMPLING__TOP_P: sampling.top_p: 0.5 cannot be used for training: ")
 
 
 def absent(folder: Path, _starting: Path) -> None:

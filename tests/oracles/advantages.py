@@ -41,7 +41,7 @@ def returns_to_go(mask: Mask, rewards: Array, own: Array | None, gamma: float) -
     return result
 
 
-def generalised(mask: Mask, rewards: Array, own: Array | None, values: Array, gamma: float, lam: float) -> Array:
+def generalized(mask: Mask, rewards: Array, own: Array | None, values: Array, gamma: float, lam: float) -> Array:
     """A_t = sum over k of (1 - lam) lam^(k - 1) (G_t^(k) - V_t), the rest of the weight on the longest.
 
     G_t^(k) is the return of k steps with the value behind them; so this is the mixture of estimates that the recursion

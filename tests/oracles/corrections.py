@@ -74,7 +74,7 @@ def removed_tokens(data: Draw, rule: str, bound: float | tuple[float, float]) ->
 
 
 def token_weight(r: float, kind: str, low: float, high: float) -> float:
-    """Of a token that is kept, before normalising."""
+    """Of a token that is kept, before normalizing."""
     return {"off": 1.0, "ratio": r, "truncated": min(r, high), "clipped": min(max(r, low), high)}[kind]
 
 

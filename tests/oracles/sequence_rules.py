@@ -62,5 +62,5 @@ def fails(rule: str, ratios: Array, bound: float | tuple[float, float]) -> bool:
 
 
 def sequence_weight(data: Draw, row: int, kind: str, low: float, high: float) -> float:
-    """Of every kept token of the row, before normalising."""
+    """Of every kept token of the row, before normalizing."""
     return token_weight(product(ratios_of(data, row)), kind, low, high)

@@ -60,12 +60,12 @@ def kept(schedule: LearnerSchedule, path: Path) -> None:
 
 
 def nothing_is_trained_on_twice(schedule: LearnerSchedule, client: SnapshotClient) -> None:
-    """Of all versions that were stored no two have learnt from one trajectory."""
+    """Of all versions that were stored no two have learned from one trajectory."""
     writers = {version: client.manifest(version).writer for version in client.versions()}
     seen: set[str] = set()
     for version, writer in writers.items():
         batch = {row.trajectory for by, now, row in schedule.trained if (by, now + 1) == (writer, version)}
-        assert not batch & seen, f"version {version} of writer {writer} has learnt from {batch & seen} again"
+        assert not batch & seen, f"version {version} of writer {writer} has learned from {batch & seen} again"
         seen |= batch
 
 

@@ -41,9 +41,9 @@ def test_an_unknown_flag_is_named(name: str) -> None:
         "audit": ["examples/embedded.toml"],
     }
     words |= {"dead-letters": ["list", "examples/embedded.toml"], "env": ["list"], "report": ["runs/a"]}
-    done = answered("palimpsest", name, *words.get(name, []), "--colour=red")
+    done = answered("palimpsest", name, *words.get(name, []), "--color-scheme=red")
     assert (done.code, done.out) == (2, "")
-    assert "colour" in done.err
+    assert "color-scheme" in done.err
     assert "Traceback" not in done.err
 
 

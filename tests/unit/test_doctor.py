@@ -197,8 +197,8 @@ def test_examples(module: Any) -> None:
 
 
 def test_a_flag_that_no_run_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--colour"]) == 2
-    assert "palimpsest doctor --colour: there is no such flag" in capsys.readouterr().err
+    assert main(["--color-scheme"]) == 2
+    assert "palimpsest doctor --color-scheme: there is no such flag" in capsys.readouterr().err
 
 
 def test_the_table_says_below_a_finding_what_to_do() -> None:

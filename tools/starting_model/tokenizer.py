@@ -53,7 +53,7 @@ def build() -> PreTrainedTokenizerFast:
 def _frames(vocabulary: tuple[str, ...]) -> list[str]:
     """Every piece of text between the words and the special tokens, in prompts and in model messages apart.
 
-    Apart, because they are tokenised apart: no piece may reach from what is said to the model into what it says.
+    Apart, because they are tokenized apart: no piece may reach from what is said to the model into what it says.
     """
     renderer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token=END_TURN)
     renderer.chat_template = CHAT_TEMPLATE

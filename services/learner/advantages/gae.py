@@ -14,7 +14,7 @@ from palimpsest.services.learner.advantages.trainable_tokens import (
 )
 
 
-def generalised_advantages(
+def generalized_advantages(
     mask: Mask,
     rewards: Floats,
     values: Floats,

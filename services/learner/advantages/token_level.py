@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from palimpsest.common.arrays import Float32Array
-from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.gae import generalized_advantages
 from palimpsest.services.learner.advantages.reinforce import returns_to_go
 from palimpsest.services.learner.advantages.trainable_tokens import Array, Floats, Mask
 from palimpsest.services.learner.advantages.whiten import Moments, whitened
@@ -69,7 +69,7 @@ def _estimates(kind: str, part: MicroBatchRewards, *, gamma: float, lam: float) 
         return returns, returns
     if part.values is None:
         raise ValueError("gae needs the critic's values of every part: there are none")
-    advantages = generalised_advantages(
+    advantages = generalized_advantages(
         part.mask,
         part.rewards,
         part.values,

@@ -5,7 +5,7 @@ counts from the moment the store takes it; then the manifest gets its name. The 
 was replaced. Each learner writes into folders of its own, so that one that was paused cannot spoil its successor's.
 
 The manifest holds the digest of the state, the ledger, and the offsets from which the log is read again. So a
-checkpoint is a consistent cut: what the weights have learnt from, and nothing else, is counted as trained in it.
+checkpoint is a consistent cut: what the weights have learned from, and nothing else, is counted as trained in it.
 """
 
 import shutil
@@ -71,7 +71,7 @@ class Checkpoints:
     def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
         """Write one and remove those beyond the number to keep. Raises Fenced.
 
-        One that this learner wrote for this version is left alone: what the ledger has learnt since is on the log and
+        One that this learner wrote for this version is left alone: what the ledger has learned since is on the log and
         will be read again.
         """
         if any((c.version, c.writer) == (progress.version, self._writer.epoch) for c in self._committed):

@@ -44,7 +44,7 @@ def correct(
         high=rules.weight_high,
     )
     zero = torch.zeros((), device=mask.device)
-    return Correction(torch.where(mask & ~masked, weight / limits.normaliser, zero), masked, causes)
+    return Correction(torch.where(mask & ~masked, weight / limits.normalizer, zero), masked, causes)
 
 
 def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
@@ -59,7 +59,7 @@ def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
         tokens = [log_discrepancy[usable].cpu() for log_discrepancy, usable, _ in judged]
         threshold = m2po.m2_threshold(torch.cat([torch.empty(0), *tokens]), rules.m2, gather=gather)
     unscaled = Limits(m2_threshold=threshold)
-    if not rules.weight_normalise:
+    if not rules.weight_normalize:
         return unscaled
     total, count = 0.0, 0
     for proximal, behavior, mask, missing in parts:

@@ -42,7 +42,7 @@ class Rules:
     """Of each token by itself, or the product over its trajectory."""
     weight_low: float = 0.5
     weight_high: float = 2.0
-    weight_normalise: bool = False
+    weight_normalize: bool = False
     """Divide by the mean weight of the minibatch's kept tokens."""
     band: float | None = None
     """c: tokens outside [1/c, c] are masked."""
@@ -99,7 +99,7 @@ class Rules:
 class Limits:
     """Numbers of the whole minibatch over all ranks, fixed before its forward passes."""
 
-    normaliser: float = 1.0
+    normalizer: float = 1.0
     """Mean weight of the kept tokens; weights are divided by it. Log it: dividing hides a shift of all ratios."""
     m2_threshold: float | None = None
     """Tokens with a larger squared log-discrepancy are masked, nats^2; infinite: none is. None: not computed."""

@@ -17,7 +17,7 @@ def weights(
     low: float,
     high: float,
 ) -> Tensor:
-    """Before masking and normalising. [rows, tokens], > 0 where usable; elsewhere without meaning.
+    """Before masking and normalizing. [rows, tokens], > 0 where usable; elsewhere without meaning.
 
     log_discrepancy: nats, 0 off usable, within +-20. `off`: 1. At the level of the sequence a token has the product of
     its row's usable ratios, whose log is within +-20 again. `truncated`: at most high; `clipped`: inside [low, high].

@@ -40,7 +40,7 @@ def rules(config: DiscrepancyConfig) -> Rules:
         weight_level=config.weight_level,
         weight_low=config.weight_low,
         weight_high=config.weight_high,
-        weight_normalise=config.weight_normalise,
+        weight_normalize=config.weight_normalize,
         band=switch(config.band),
         tokens=switch(config.tokens),
         geometric=switch(config.geometric),

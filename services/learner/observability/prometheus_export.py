@@ -76,7 +76,7 @@ def _effective(line: Line) -> None:
     for bound, count in (line["caps"] or {}).items():
         instruments.CAPPED.labels(bound).inc(count)
     instruments.LR_FACTOR.set(line["lr_factor"])
-    instruments.NORMALISER.set(line["normaliser"])
+    instruments.NORMALIZER.set(line["normalizer"])
     _set(instruments.GROUP_SPAN, line["versions"]["group_span_mean"])
 
 

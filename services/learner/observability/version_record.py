@@ -92,7 +92,7 @@ def version_record(
         "objective": bounds.objective if bounds else None,
         "active_share": trained.active_share if trained.active_share == trained.active_share else None,
         "lr_factor": trained.lr_factor,
-        "normaliser": trained.normaliser,
+        "normalizer": trained.normalizer,
         "baseline": trained.baseline,
         "train_seconds": {what: round(spent, 4) for what, spent in trained.seconds.items()},
         "gauges": trained.gauges,

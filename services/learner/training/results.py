@@ -60,7 +60,7 @@ class StepResult:
     """Smallest over the minibatches, of the effective sample size."""
     baseline: float | None = None
     """VCPO's, mean over the minibatches."""
-    normaliser: float = 1.0
+    normalizer: float = 1.0
     """Mean weight that the weights were divided by, mean over the minibatches."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went: proximal, audit, prepare, passes, cut, step."""
@@ -87,7 +87,7 @@ def merge(parts: Sequence[StepResult]) -> StepResult:
         active_share=first.active_share,
         lr_factor=first.lr_factor,
         baseline=first.baseline,
-        normaliser=first.normaliser,
+        normalizer=first.normalizer,
         seconds=first.seconds,
         gauges=first.gauges,
         missed=first.missed,

@@ -102,7 +102,7 @@ class Trainer:
                     before_first_step()
             with timer.of("step"):
                 self._step(passes, sums)
-            sums.normalizers.append(bounds.normaliser)
+            sums.normalizers.append(bounds.normalizer)
         totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
         self._update_state(totals)
         return StepResult(
@@ -114,7 +114,7 @@ class Trainer:
             active_share=totals.active_share,
             lr_factor=min(sums.lr_factors),
             baseline=sums.baseline,
-            normaliser=sums.normalizer,
+            normalizer=sums.normalizer,
             seconds=timer.take(),
             gauges=self._state.gauges(self._policy.masters),
             missed=self._missed(),
@@ -142,7 +142,7 @@ class Trainer:
     def _limits(self, version: _Version, places: range) -> Limits:
         """What a rule must know of the whole minibatch before its forward passes."""
         rules = self._objective.rules
-        if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalise):
+        if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalize):
             return Limits()
         parts = []
         for place in places:

@@ -11,10 +11,10 @@ from palimpsest.services.audit.evidence import (
     AuditedCheckpoint,
     Bounds,
     Evidence,
-    Heard,
     Letter,
     Line,
     LogContents,
+    LoggedRecord,
     Offer,
     Stored,
 )
@@ -27,9 +27,11 @@ def an_offer(index: int, **changes: Any) -> Offer:
     return replace(Offer(group_id(index), index, 2, ("lookup", 100 + index)), **changes)
 
 
-def a_record(offset: int, index: int, sample: int, **changes: Any) -> Heard:
+def a_record(offset: int, index: int, sample: int, **changes: Any) -> LoggedRecord:
     """Finished, of version 0."""
-    return replace(Heard(0, offset, trajectory_id(group_id(index), sample), FINISHED, oldest=0, newest=0), **changes)
+    return replace(
+        LoggedRecord(0, offset, trajectory_id(group_id(index), sample), FINISHED, oldest=0, newest=0), **changes
+    )
 
 
 def a_line(version: int, index: int, *, pending: int, trained: int, **changes: Any) -> Line:
@@ -69,8 +71,8 @@ HEARD = (
     a_record(1, 0, 1),
     a_record(2, 1, 0),
     a_record(3, 1, 1),
-    Heard(0, 4, "g000002/0", "environment_failed"),
-    Heard(0, 5, sound=False),  # garbage, of which there is a letter that names g000002/1
+    LoggedRecord(0, 4, "g000002/0", "environment_failed"),
+    LoggedRecord(0, 5, sound=False),  # garbage, of which there is a letter that names g000002/1
     a_record(6, 3, 0, oldest=2, newest=2),
     a_record(7, 1, 1),  # again: harmless
 )

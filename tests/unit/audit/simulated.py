@@ -12,10 +12,10 @@ from palimpsest.services.audit.evidence import (
     AuditedCheckpoint,
     Bounds,
     Evidence,
-    Heard,
     Letter,
     Line,
     LogContents,
+    LoggedRecord,
     Offer,
     Stored,
 )
@@ -40,10 +40,10 @@ class Simulated:
     clock: float = 0.0
     offers: list[Offer] = field(default_factory=list)
     offered_at: list[int] = field(default_factory=list)
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[LoggedRecord] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    waiting: dict[str, Heard] = field(default_factory=dict)
+    waiting: dict[str, LoggedRecord] = field(default_factory=dict)
     ends: list[int] = field(default_factory=lambda: [0] * PARTITIONS)
     checkpoints: list[AuditedCheckpoint] = field(default_factory=list)
 
@@ -120,15 +120,15 @@ class Simulated:
         oldest: int | None = None,
         newest: int | None = None,
         index: int | None = None,
-    ) -> Heard:
+    ) -> LoggedRecord:
         partition = (int(name[1:7]) if index is None else index) % PARTITIONS
-        record = Heard(partition, self.ends[partition], name, how, oldest, newest, sound)
+        record = LoggedRecord(partition, self.ends[partition], name, how, oldest, newest, sound)
         self.ends[partition] += 1
         self.heard.append(record)
         self.frontier.read(record.partition, record.offset)
         return record
 
-    def _bury(self, record: Heard, group: str, name: str) -> None:
+    def _bury(self, record: LoggedRecord, group: str, name: str) -> None:
         self.letters.append(Letter(record.partition, record.offset, name))
         self.frontier.resolve(record.partition, record.offset)
         self.entries.dead_letter(group, name)

@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
 from palimpsest.common.versions import Version
-from palimpsest.services.audit.evidence import Announced, Bounds, Evidence, Finding, Heard, Kind, Stored
+from palimpsest.services.audit.evidence import Announced, Bounds, Evidence, Finding, Kind, LoggedRecord, Stored
 from palimpsest.services.audit.judge import judge
 from palimpsest.services.audit.rendering import to_json, to_text
 from tests.unit.audit.histories import (
@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "a line that names fewer than its batch": (Kind.RECOUNT, line(1, batch=3)),
     "trained and pending at once": (Kind.RECOUNT, ledger(open_groups={"g000001": {}})),
     "dropped by a worker who never said so": (
-        Kind.UNEXPLAINED, log(heard=(*HEARD[:4], Heard(0, 4, "g000002/0", "prompt_too_long"), *HEARD[5:])),
+        Kind.UNEXPLAINED, log(heard=(*HEARD[:4], LoggedRecord(0, 4, "g000002/0", "prompt_too_long"), *HEARD[5:])),
     ),
     "dropped after it came, but it never came": (Kind.UNEXPLAINED, ledger(dropped={"over_staleness": 1})),
     "resolved without any trace": (Kind.UNEXPLAINED, log(heard=(*HEARD[:4], *HEARD[5:]))),
@@ -125,7 +125,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "fewer dead letters than counted": (Kind.LETTERS_MISSING, log(letters=())),
     "garbage below the frontier without a letter": (
         Kind.LETTERS_MISSING,
-        replace(log(heard=(*HEARD[:4], Heard(0, 4, sound=False), *HEARD[4:])), samples=2),
+        replace(log(heard=(*HEARD[:4], LoggedRecord(0, 4, sound=False), *HEARD[4:])), samples=2),
     ),
     "versions out of order": (Kind.HISTORY_ORDER, replace(SOUND, lines=SOUND.lines[::-1])),
     "a version twice": (Kind.HISTORY_ORDER, line(1, version=0, published=1)),

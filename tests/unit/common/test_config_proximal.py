@@ -36,7 +36,7 @@ def test_the_configuration_reads_the_table(kind: str) -> None:
     row = PROXIMAL_KINDS[kind]
     refused = {
         "audit": ({"fraction": 0.5}, row.exact),
-        "discrepancy": ({"weight_normalise": True}, row.per_forward_pass),
+        "discrepancy": ({"weight_normalize": True}, row.per_forward_pass),
     }
     for section, (values, wrong) in refused.items():
         if wrong:

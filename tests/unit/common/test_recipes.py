@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.common.config import load
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.common.config.recipes import NEIGHBOURS, RECIPES, TABLE
+from palimpsest.common.config.recipes import NEIGHBORS, RECIPES, TABLE
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.user_error import UserError
 
@@ -57,7 +57,7 @@ def test_what_the_run_sets_wins_over_the_recipe(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_proximal_brings_its_own_keys(tmp_path: Path) -> None:
-    recipe = next(name for name, keys in NEIGHBOURS.items() if keys["proximal"]["kind"] == "ppo_ewma_async")
+    recipe = next(name for name, keys in NEIGHBORS.items() if keys["proximal"]["kind"] == "ppo_ewma_async")
     config = learner(tmp_path, f'recipe = "{recipe}"\nproximal = {{ kind = "ewma_prox", decay = 0.5 }}')
     assert config.proximal.model_dump() == {"kind": "ewma_prox", "decay": 0.5}
 

@@ -48,7 +48,7 @@ def test_every_command_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert all(re.search(rf"^  {name} +\S", said, re.MULTILINE) for name in cli.COMMANDS)
 
 
-def test_a_misspelt_command_names_its_neighbour(monkeypatch: pytest.MonkeyPatch):
+def test_a_misspelt_command_names_its_neighbor(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         UserError, match=r"palimpsest adit: there is no such command; did you mean `palimpsest audit`\?"
     ):

@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: what the model said is never tokenised again."""
+"""Tokens in, tokens out: what the model said is never tokenized again."""
 
 import shutil
 import subprocess

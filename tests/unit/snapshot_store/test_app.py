@@ -211,13 +211,13 @@ async def test_another_fault_of_the_disk_is_500(tmp_path: Path) -> None:
         assert (await send(client, 2)).status_code == 500
 
 
-async def test_the_store_is_ready_once_the_catalogue_is_open(tmp_path: Path) -> None:
+async def test_the_store_is_ready_once_the_catalog_is_open(tmp_path: Path) -> None:
     app = create_app(DiskStorage(tmp_path), sweep_s=SELDOM)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://s") as client:
         before = await client.get("/readyz")
         async with app.router.lifespan_context(app):
             after = await client.get("/readyz")
-    assert (before.status_code, before.json()["waiting_for"]) == (503, "the catalogue")
+    assert (before.status_code, before.json()["waiting_for"]) == (503, "the catalog")
     assert after.status_code == 200
 
 

@@ -16,28 +16,28 @@ from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, dig
 
 
 async def opened(folder: Path) -> Catalog:
-    """The catalogue as a store that starts now has it."""
-    catalogue = Catalog(DiskStorage(folder))
-    await catalogue.open()
-    if await catalogue.writers.newest() is None:
-        await catalogue.writers.issue("learner")
-    return catalogue
+    """The catalog as a store that starts now has it."""
+    catalog = Catalog(DiskStorage(folder))
+    await catalog.open()
+    if await catalog.writers.newest() is None:
+        await catalog.writers.issue("learner")
+    return catalog
 
 
-async def upload(catalogue: Catalog, content: int) -> None:
-    await catalogue.put_object(digest_of(content), chunks(an_object(content)))
+async def upload(catalog: Catalog, content: int) -> None:
+    await catalog.put_object(digest_of(content), chunks(an_object(content)))
 
 
-async def announce(catalogue: Catalog, version: int, content: int) -> bool:
+async def announce(catalog: Catalog, version: int, content: int) -> bool:
     manifest = a_manifest(version, content)
-    return await catalogue.put_version(manifest, seal(manifest))
+    return await catalog.put_version(manifest, seal(manifest))
 
 
-async def put(catalogue: Catalog, version: int, content: int | None = None) -> bool:
+async def put(catalog: Catalog, version: int, content: int | None = None) -> bool:
     """A version with weights of its own, unless told which."""
     content = version if content is None else content
-    await upload(catalogue, content)
-    return await announce(catalogue, version, content)
+    await upload(catalog, content)
+    return await announce(catalog, version, content)
 
 
 def objects(folder: Path) -> set[str]:
@@ -45,127 +45,127 @@ def objects(folder: Path) -> set[str]:
 
 
 async def test_a_version_put_is_there_with_its_manifest_and_its_bytes(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    assert await put(catalogue, 3)
-    assert list(catalogue.versions) == [3]
-    assert await catalogue.body(Version(3)) == seal(a_manifest(3, 3))
-    assert await DiskStorage(tmp_path).read(catalogue.object_key(digest_of(3))) == an_object(3)
+    catalog = await opened(tmp_path)
+    assert await put(catalog, 3)
+    assert list(catalog.versions) == [3]
+    assert await catalog.body(Version(3)) == seal(a_manifest(3, 3))
+    assert await DiskStorage(tmp_path).read(catalog.object_key(digest_of(3))) == an_object(3)
 
 
 async def test_the_same_weights_again_are_no_new_version(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    assert [await put(catalogue, 3), await put(catalogue, 3)] == [True, False]
+    catalog = await opened(tmp_path)
+    assert [await put(catalog, 3), await put(catalog, 3)] == [True, False]
 
 
 async def test_other_weights_under_a_taken_number_are_a_conflict_that_names_both(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await put(catalogue, 3, content=1)
+    catalog = await opened(tmp_path)
+    await put(catalog, 3, content=1)
     with pytest.raises(Conflict) as conflict:
-        await put(catalogue, 3, content=2)
+        await put(catalog, 3, content=2)
     for content in (1, 2):
         assert a_manifest(3, content).digest[:16] in str(conflict.value)
-    assert catalogue.versions[Version(3)] == a_manifest(3, 1)
+    assert catalog.versions[Version(3)] == a_manifest(3, 1)
 
 
 async def test_a_version_without_its_object_is_refused(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
     with pytest.raises(KeyError):
-        await announce(catalogue, 3, content=3)
-    assert catalogue.versions == {}
+        await announce(catalog, 3, content=3)
+    assert catalog.versions == {}
 
 
 async def test_a_version_whose_object_is_not_whole_is_refused(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await upload(catalogue, 3)
+    catalog = await opened(tmp_path)
+    await upload(catalog, 3)
     (tmp_path / "objects" / digest_of(3)).write_bytes(an_object(3)[:-1])
     with pytest.raises(KeyError):
-        await announce(catalogue, 3, content=3)
+        await announce(catalog, 3, content=3)
 
 
 async def test_versions_are_listed_in_order_after_a_restart(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
     for version in (10, 2, 100_000_000):
-        await put(catalogue, version)
+        await put(catalog, version)
     assert list((await opened(tmp_path)).versions) == [2, 10, 100_000_000]
 
 
 async def test_18_5_leases_outlive_a_restart(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await catalogue.lease("learner", Version(4))
-    await catalogue.lease("replica", Version(2))
-    await catalogue.lease("learner", Version(5))
+    catalog = await opened(tmp_path)
+    await catalog.lease("learner", Version(4))
+    await catalog.lease("replica", Version(2))
+    await catalog.lease("learner", Version(5))
     assert (await opened(tmp_path)).leases == {"learner": 5, "replica": 2}
 
 
 async def test_18_5_a_sweep_removes_what_is_below_every_lease(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
     for version in range(5):
-        await put(catalogue, version)
-    await catalogue.lease("learner", Version(3))
-    await catalogue.lease("replica", Version(2))
-    assert await catalogue.sweep() == [0, 1]
-    assert list(catalogue.versions) == [2, 3, 4]
+        await put(catalog, version)
+    await catalog.lease("learner", Version(3))
+    await catalog.lease("replica", Version(2))
+    assert await catalog.sweep() == [0, 1]
+    assert list(catalog.versions) == [2, 3, 4]
     assert objects(tmp_path) == {digest_of(content) for content in (2, 3, 4)}
-    assert await catalogue.body(Version(1)) is None
+    assert await catalog.body(Version(1)) is None
     assert list((await opened(tmp_path)).versions) == [2, 3, 4]
 
 
 async def test_without_its_lease_a_version_would_be_swept(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
     for version in range(3):
-        await put(catalogue, version)
-    await catalogue.lease("learner", Version(2))
-    await catalogue.lease("replica", Version(0))
-    assert await catalogue.sweep() == []
-    catalogue._leases.pop("replica")
-    assert await catalogue.sweep() == [0, 1]
+        await put(catalog, version)
+    await catalog.lease("learner", Version(2))
+    await catalog.lease("replica", Version(0))
+    assert await catalog.sweep() == []
+    catalog._leases.pop("replica")
+    assert await catalog.sweep() == [0, 1]
 
 
 async def test_weights_that_two_versions_share_stay_while_one_of_them_does(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await put(catalogue, 0, content=7)
-    await put(catalogue, 1, content=7)
-    await catalogue.lease("learner", Version(1))
-    assert await catalogue.sweep() == [0]
+    catalog = await opened(tmp_path)
+    await put(catalog, 0, content=7)
+    await put(catalog, 1, content=7)
+    await catalog.lease("learner", Version(1))
+    assert await catalog.sweep() == [0]
     assert objects(tmp_path) == {digest_of(7)}
 
 
 async def test_weights_put_twice_go_with_their_version(tmp_path: Path) -> None:
     """A client that lost the answer sends everything again: that must not keep the bytes for ever."""
-    catalogue = await opened(tmp_path)
-    await put(catalogue, 0)
-    await put(catalogue, 0)
-    await put(catalogue, 1)
-    await catalogue.lease("learner", Version(1))
-    assert await catalogue.sweep() == [0]
+    catalog = await opened(tmp_path)
+    await put(catalog, 0)
+    await put(catalog, 0)
+    await put(catalog, 1)
+    await catalog.lease("learner", Version(1))
+    assert await catalog.sweep() == [0]
     assert objects(tmp_path) == {digest_of(1)}
 
 
 async def test_weights_that_lost_a_conflict_are_swept(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await put(catalogue, 0, content=1)
+    catalog = await opened(tmp_path)
+    await put(catalog, 0, content=1)
     with pytest.raises(Conflict):
-        await put(catalogue, 0, content=2)
-    await catalogue.sweep()
+        await put(catalog, 0, content=2)
+    await catalog.sweep()
     assert objects(tmp_path) == {digest_of(1)}
 
 
 async def test_a_store_that_died_before_the_manifest_came_sweeps_the_object(tmp_path: Path) -> None:
     await upload(await opened(tmp_path), 5)
-    catalogue = await opened(tmp_path)
-    await catalogue.sweep()
+    catalog = await opened(tmp_path)
+    await catalog.sweep()
     assert objects(tmp_path) == set()
 
 
 async def test_a_store_that_died_while_it_swept_finishes_at_the_next_sweep(tmp_path: Path) -> None:
     """Removing takes the manifest first: what a crash leaves is an object that nobody names."""
-    catalogue = await opened(tmp_path)
-    await put(catalogue, 0)
-    await put(catalogue, 1)
+    catalog = await opened(tmp_path)
+    await put(catalog, 0)
+    await put(catalog, 1)
     (tmp_path / "versions" / "00000000.json").unlink()
-    catalogue = await opened(tmp_path)
-    assert list(catalogue.versions) == [1]
-    assert await catalogue.sweep() == []
+    catalog = await opened(tmp_path)
+    assert list(catalog.versions) == [1]
+    assert await catalog.sweep() == []
     assert objects(tmp_path) == {digest_of(1)}
 
 
@@ -182,10 +182,10 @@ class DiesWhileSweeping(DiskStorage):
 
 
 async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
     for version in range(3):
-        await put(catalogue, version)
-    await catalogue.lease("learner", Version(2))
+        await put(catalog, version)
+    await catalog.lease("learner", Version(2))
     dying = Catalog(DiesWhileSweeping(tmp_path))
     await dying.open()
     with pytest.raises(SystemExit):
@@ -196,31 +196,31 @@ async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tm
 
 
 async def test_an_upload_under_way_is_not_swept(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
+    catalog = await opened(tmp_path)
 
     async def sweeping() -> AsyncIterator[bytes]:
         yield an_object(5)[:4]
-        await catalogue.sweep()
+        await catalog.sweep()
         yield an_object(5)[4:]
 
-    await catalogue.put_object(digest_of(5), sweeping())
-    assert await announce(catalogue, 5, content=5)
+    await catalog.put_object(digest_of(5), sweeping())
+    assert await announce(catalog, 5, content=5)
 
 
 async def test_an_upload_that_waits_for_its_manifest_is_not_swept(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await upload(catalogue, 5)
-    await catalogue.sweep()
-    assert await announce(catalogue, 5, content=5)
+    catalog = await opened(tmp_path)
+    await upload(catalog, 5)
+    await catalog.sweep()
+    assert await announce(catalog, 5, content=5)
 
 
 async def test_if_uploads_were_not_noted_a_sweep_would_take_them(tmp_path: Path) -> None:
-    catalogue = await opened(tmp_path)
-    await upload(catalogue, 5)
-    catalogue._uploading.clear()
-    await catalogue.sweep()
+    catalog = await opened(tmp_path)
+    await upload(catalog, 5)
+    catalog._uploading.clear()
+    await catalog.sweep()
     with pytest.raises(KeyError):
-        await announce(catalogue, 5, content=5)
+        await announce(catalog, 5, content=5)
 
 
 class WaitsAfterLooking(DiskStorage):
@@ -281,8 +281,8 @@ async def test_damaged_leases_are_named_when_the_store_opens(tmp_path: Path, bod
 async def test_files_that_are_no_versions_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "versions").mkdir()
     (tmp_path / "versions" / "README").write_text("mine")
-    catalogue = await opened(tmp_path)
-    await catalogue.sweep()
+    catalog = await opened(tmp_path)
+    await catalog.sweep()
     assert (tmp_path / "versions" / "README").exists()
 
 
@@ -300,7 +300,7 @@ ACTS = st.one_of(
 @given(st.lists(ACTS, max_size=14))
 def test_whatever_happens_what_is_needed_is_whole_and_the_rest_goes(acts: list[tuple[str, int | str, int]]) -> None:
     async def play(folder: Path) -> None:
-        catalogue = await opened(folder)
+        catalog = await opened(folder)
         standing: dict[int, int] = {}
         leases: dict[str, int] = {}
         waiting: set[int] = set()
@@ -309,30 +309,30 @@ def test_whatever_happens_what_is_needed_is_whole_and_the_rest_goes(acts: list[t
                 case "put":
                     number = int(first)
                     try:
-                        assert await put(catalogue, number, second) == (number not in standing)
+                        assert await put(catalog, number, second) == (number not in standing)
                     except Conflict:
                         assert standing[number] != second
                     waiting.discard(second)
                     standing.setdefault(number, second)
                 case "upload":
-                    await upload(catalogue, int(first))
+                    await upload(catalog, int(first))
                     waiting.add(int(first))
                 case "lease":
-                    await catalogue.lease(str(first), Version(second))
+                    await catalog.lease(str(first), Version(second))
                     leases[str(first)] = second
                 case "sweep":
-                    await catalogue.sweep()
+                    await catalog.sweep()
                     newest = max(standing, default=0)
                     if leases:
                         lowest = min(leases.values())
                         standing = {v: c for v, c in standing.items() if v >= lowest or v == newest}
                     assert objects(folder) == {digest_of(content) for content in {*standing.values(), *waiting}}
                 case "restart":
-                    catalogue = await opened(folder)
+                    catalog = await opened(folder)
                     waiting.clear()
-            assert catalogue.versions == {v: a_manifest(v, standing[v]) for v in sorted(standing)}
+            assert catalog.versions == {v: a_manifest(v, standing[v]) for v in sorted(standing)}
             assert {digest_of(content) for content in standing.values()} <= objects(folder)
-            assert catalogue.leases == leases
+            assert catalog.leases == leases
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(play(Path(folder)))

@@ -103,8 +103,8 @@ async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_go(
     assert_error(await announce(client, 0, 0, writer=1), 409, "fenced")  # the same again, but no longer his
     assert_error(await announce(client, 1, 1, writer=3), 409, "writer_unknown")
     assert [entry["version"] for entry in (await client.get("/v1/versions")).json()["versions"]] == [0]
-    catalogue = await open_catalog(DiskStorage(tmp_path))
-    await catalogue.sweep()
+    catalog = await open_catalog(DiskStorage(tmp_path))
+    await catalog.sweep()
     assert [path.name for path in tmp_path.glob("objects/*")] == [a_manifest(0, 0).object]
 
 
@@ -167,8 +167,8 @@ async def test_a_damaged_commit_is_refused_when_the_store_opens_and_a_damaged_ho
         await begin(client)
         await commit(client, 3, 1)
     (tmp_path / "writers" / "00000001.json").write_bytes(b"{")
-    catalogue = await open_catalog(DiskStorage(tmp_path))
-    newest = await catalogue.writers.newest()
+    catalog = await open_catalog(DiskStorage(tmp_path))
+    newest = await catalog.writers.newest()
     assert newest is not None
     assert (newest.epoch, newest.holder) == (1, "its name is damaged")
     (tmp_path / "checkpoints" / "00000003-00000001.json").write_bytes(b"{")
@@ -220,8 +220,8 @@ class WaitsBeforeCreating(DiskStorage):
 @pytest.mark.parametrize("what", ["version", "checkpoint"])
 async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_what_it_writes(tmp_path: Path, what: str) -> None:
     storage = WaitsBeforeCreating(tmp_path)
-    catalogue = await open_catalog(storage)
-    await catalogue.writers.issue("first")
+    catalog = await open_catalog(storage)
+    await catalog.writers.issue("first")
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b"x"
@@ -229,11 +229,11 @@ async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_what_it_writ
     if what == "version":
         manifest: Manifest = msgspec.structs.replace(a_manifest(0, 0), object_size=1)
         await storage.put(f"objects/{manifest.object}", pieces())
-        writing = asyncio.create_task(catalogue.put_version(manifest, seal(manifest)))
+        writing = asyncio.create_task(catalog.put_version(manifest, seal(manifest)))
     else:
-        writing = asyncio.create_task(catalogue.writers.commit(Version(0), 1, ONE))
+        writing = asyncio.create_task(catalog.writers.commit(Version(0), 1, ONE))
     await storage.checked.wait()
-    taking_over = asyncio.create_task(catalogue.writers.issue("second"))
+    taking_over = asyncio.create_task(catalog.writers.issue("second"))
     for _ in range(100):  # as far as it can get
         await asyncio.sleep(0)
     assert not taking_over.done()

@@ -38,7 +38,7 @@ class Average:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: an average's beta is in [0, 1)")
         if decay == 0:
-            self._become(masters)  # not by arithmetic: 0 times a value that is not finite would stay
+            self._replace_average(masters)  # not by arithmetic: 0 times a value that is not finite would stay
         else:
             weight = decay * self.weight + 1
             for mean, master in zip(self.means, masters, strict=True):
@@ -49,7 +49,7 @@ class Average:
 
     def reset(self, masters: Sequence[Tensor]) -> None:
         """Forget all, and begin again with this version."""
-        self._become(masters)
+        self._replace_average(masters)
         self.versions = 1
 
     def distance(self, masters: Sequence[Tensor]) -> float:
@@ -75,7 +75,7 @@ class Average:
         self.versions = int(versions)
 
     @torch.no_grad()
-    def _become(self, masters: Sequence[Tensor]) -> None:
+    def _replace_average(self, masters: Sequence[Tensor]) -> None:
         for mean, master in zip(self.means, masters, strict=True):
             mean.copy_(master)
         self.weight, self.center_of_mass = 1.0, 0.0

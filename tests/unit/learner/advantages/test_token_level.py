@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from palimpsest.services.learner.advantages import MicroBatchRewards, token_advantages
-from palimpsest.services.learner.advantages.gae import generalised_advantages
+from palimpsest.services.learner.advantages.gae import generalized_advantages
 from palimpsest.services.learner.advantages.reinforce import returns_to_go
 from palimpsest.services.learner.advantages.trainable_tokens import discounted_sums, last_slots, pack, slots, unpack
 from palimpsest.services.learner.advantages.whiten import Moments, whitened
@@ -48,7 +48,7 @@ def test_what_each_token_costs_is_taken_off_all_tokens_before_it() -> None:
 def test_gae_by_hand() -> None:
     """V = (.5, .6, .8), gamma .9, lambda .5: errors .2, .12 + 0 ... from the last token backwards."""
     values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]])
-    ours = generalised_advantages(MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5)
+    ours = generalized_advantages(MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5)
     last = 1.0 - 0.8
     middle = (0.9 * 0.8 - 0.6) + 0.45 * last
     first = (0.9 * 0.6 - 0.5) + 0.45 * middle
@@ -57,7 +57,7 @@ def test_gae_by_hand() -> None:
 
 def test_nothing_follows_the_last_token() -> None:
     values = np.array([[0.0, 0.5, 0.0, 0.6, 0.8]])
-    over = generalised_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
+    over = generalized_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
     assert over[0, 4] == -0.8
 
 
@@ -121,7 +121,7 @@ def test_a_single_trainable_token_whitens_to_0() -> None:
 def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
     given = {"mask": MASK, "rewards": REWARDS, "values": np.zeros(MASK.shape), "gamma": 1.0, "lam": 1.0} | changed
     with pytest.raises(ValueError, match=says):
-        generalised_advantages(**given)
+        generalized_advantages(**given)
 
 
 def test_gae_without_values_and_foreign_kinds_are_refused() -> None:

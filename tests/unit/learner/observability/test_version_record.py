@@ -129,7 +129,7 @@ def test_fields_that_others_read_stay(exact: StepResult) -> None:
     for name in (
         "version", "published", "seconds", "phases", "trajectories", "sampled_tokens", "batch", "groups", "tokens",
         "length", "reward", "successes", "even_groups", "multi_version", "cuts", "exact", "proximal", "active_share",
-        "lr_factor", "normaliser", "baseline", "train_seconds", "gauges", "loss", "grad_norm", "skipped",
+        "lr_factor", "normalizer", "baseline", "train_seconds", "gauges", "loss", "grad_norm", "skipped",
         "learning_rate", "ess", "all", "by_staleness", "first_minibatch", "staleness_max", "staleness_mean",
     ):  # fmt: skip
         assert name in line, name
