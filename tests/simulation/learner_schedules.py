@@ -261,7 +261,7 @@ class Store(SnapshotClient):
         self._life.pause()
         return manifest
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
+    def request(self, method: str, path: str, body: Any = None) -> Any:
         """See SnapshotClient."""
         self._life.pause()
         answer = super().request(method, path, body)

@@ -113,7 +113,7 @@ class KnownWaits(WeightSync):
 
     awaited: frozenset[Version] = frozenset()
 
-    async def trusted(self, version: Version) -> None:
+    async def wait_verified(self, version: Version) -> None:
         self.awaited |= {version}
         await super().wait_verified(version)
 
@@ -193,7 +193,7 @@ async def working(
             reports.append(applied)
 
         weights = KnownWaits(engine, place.store, folder, tolerance=0.05, report=report)
-        sampler = TrajectorySampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.trusted)
+        sampler = TrajectorySampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.wait_verified)
         worker = Worker(run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live)
         ending = asyncio.create_task(worker.work())
         try:
