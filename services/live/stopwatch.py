@@ -14,10 +14,10 @@ class Stopwatch:
     """Counts this start on top of those before. `now` is any clock that only goes forward, in seconds.
 
     >>> watch = Stopwatch(Path("/nonexistent/seconds.json"), now=100.0)
-    >>> watch.look(now=107.0, ready=None)
+    >>> watch.update(now=107.0, ready=None)
     >>> watch.seconds()
     Seconds(setup=7.0, run=0.0)
-    >>> watch.look(now=150.0, ready=130.0)
+    >>> watch.update(now=150.0, ready=130.0)
     >>> watch.seconds()
     Seconds(setup=30.0, run=20.0)
     """
