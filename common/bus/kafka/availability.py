@@ -1,4 +1,4 @@
-"""Whether a Kafka that has gone quiet is away: asked on a thread of its own, so that nobody has to wait for the answer.
+"""Finds out on a thread of its own whether a silent Kafka is unreachable, so that no caller waits for the answer.
 
 kafka-python's readers say nothing of an outage, and its writers only when their time is over.
 """
@@ -12,37 +12,37 @@ from palimpsest.common.outages import KAFKA, Outages
 
 EVERY_S = 1.0
 SUSPECTED_S = 30.0
-"""Nobody asks any longer whether a Kafka is there that nobody has suspected for so long."""
+"""A Kafka not suspected for so long is not probed any more."""
 
 
 class AvailabilityMonitor:
-    """Knocks while a Kafka is suspected, and keeps an outage in the register while nobody answers."""
+    """Probes a suspected Kafka, and keeps an outage in the register until a broker answers."""
 
-    def __init__(self, address: str, knock: Callable[[], None], outages: Outages) -> None:
-        self._address, self._knock, self._outages = address, knock, outages
+    def __init__(self, address: str, probe: Callable[[], None], outages: Outages) -> None:
+        self._address, self._probe_brokers, self._outages = address, probe, outages
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._suspected = 0.0
         self._until: float | None = None
 
     def suspect(self, until: float | None = None) -> None:
-        """Somebody got no answer, and gives up at `until` (Unix seconds). Returns at once."""
+        """Report a missing answer; the caller gives up at `until` (Unix seconds). Returns at once."""
         with self._lock:
             self._suspected = time.monotonic()
             if until is not None:
                 self._until = until if self._until is None else min(self._until, until)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._probe, name="kafka knock", daemon=True)
+                self._thread = threading.Thread(target=self._probe, name="kafka probe", daemon=True)
                 self._thread.start()
 
     def _probe(self) -> None:
         with self._outages.waiting() as outage:
             while True:
                 try:
-                    self._knock()
+                    self._probe_brokers()
                     break
                 except BrokerRefused:
-                    break  # the client hears the same, and says so
+                    break  # the client meets the same refusal and reports it
                 except BrokerUnreachable as problem:
                     outage.record_failure(KAFKA, self._address, str(problem), until=self._until)
                 time.sleep(EVERY_S)

@@ -181,7 +181,7 @@ def _context(config: BusConfig) -> ssl.SSLContext:
 
 
 def _describe_error(problem: Exception) -> str:
-    """kafka-python's own errors name their kind themselves, and what a knock finds needs none."""
+    """Errors of kafka-python and of the probe already name their kind; others get the type's name."""
     named = isinstance(problem, errors.KafkaError | BrokerRefused | BrokerUnreachable)
     return f"{problem}" if named else f"{type(problem).__name__}: {problem}"
 

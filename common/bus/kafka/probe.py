@@ -1,7 +1,13 @@
-"""Whether a broker lets us in, and if not, why: one connection by hand, step by step.
+"""Whether a broker accepts this client, and if not, why: one connection, step by step.
 
-kafka-python tries again whatever the reason, and in the end says only that its time was over: it loses a broker's
-answer that arrives together with the end of the connection, as "no" does.
+kafka-python's public clients retry whatever the reason and report only a timeout: an answer of the broker that arrives
+together with the end of the connection, such as a rejected login, is lost. So this module speaks the protocol itself.
+It uses these internals of kafka-python, pinned in requirements/; `kafka.__all__` exports no codec and no login:
+
+- `kafka.protocol.parser.KafkaProtocol`: encodes requests, decodes responses
+- `kafka.protocol.metadata.ApiVersionsRequest`, `kafka.protocol.sasl.SaslHandshakeRequest`, `SaslAuthenticateRequest`
+- `kafka.net.sasl.get_sasl_mechanism`: the exchange of PLAIN and SCRAM
+- `kafka.cluster.collect_hosts`: splits `host:port`, brackets of IPv6 included
 """
 
 import contextlib
