@@ -149,7 +149,7 @@ def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
 def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: Path) -> None:
     """With the versions as they stand in the bucket."""
     done = subprocess.run(
-        [sys.executable, "-m", "palimpsest.rescore", str(home), "--every", "2"],
+        [sys.executable, "-m", "palimpsest", "rescore", str(home), "--every", "2"],
         cwd=ROOT,
         env={**os.environ, **servers.environment},
         capture_output=True,
