@@ -33,6 +33,10 @@ NOT_KEYS = (
 common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
+RENAMED: dict[Key, Key] = {
+    ("learner", "discrepancy", "weight_normal" + "ise"): ("learner", "discrepancy", "weight_normalize"),
+}
+"""Old key -> the key that replaced it. Run files of older releases have the old one, and go on with it."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,11 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
     if path is None:
         raise UserError(usage(program))
     values, origins = _toml(path)
-    problems = [
+    problems = [f"{path}: {problem}" for problem in _rename(values)]
+    problems += [
         problem
         for key, value, origin in [*_variables(environment), *overrides]
-        if (problem := _set(values, origins, key, value, origin))
+        if (problem := _set(values, origins, RENAMED.get(key, key), value, origin))
     ]
     problems += _follow_recipe(values, origins, path)
     config = _validate(values, origins, path, problems)
@@ -126,6 +131,21 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not TOML: {error}") from None
     return values, {}
+
+
+def _rename(values: dict[str, Any]) -> list[str]:
+    """Move what old keys hold to the keys that replaced them; a sentence for each that is set under both."""
+    problems = []
+    for old, new in RENAMED.items():
+        section: Any = values
+        for part in old[:-1]:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or old[-1] not in section:
+            continue
+        if new[-1] in section:
+            problems.append(f"{'.'.join(old)} is the old name of {'.'.join(new)}, which is set, too: remove it")
+        section.setdefault(new[-1], section.pop(old[-1]))
+    return problems
 
 
 def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, origin: str) -> str | None:

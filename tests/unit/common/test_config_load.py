@@ -386,3 +386,20 @@ def test_two_files_are_refused(run: Path) -> None:
 
 def test_a_flag_without_a_value_is_refused(run: Path) -> None:
     assert refused(run, "--run.seed") == "--run.seed needs a value: --run.seed=VALUE"
+
+
+OLD_KEY = "learner.discrepancy.weight_normal" + "ise"
+
+
+def test_a_key_that_was_renamed_is_taken_under_its_old_name(run: Path) -> None:
+    assert loaded(run, f"--{OLD_KEY}=true").learner.discrepancy.weight_normalize is True
+    variable = {f"PALIMPSEST_{OLD_KEY.upper().replace('.', '__')}": "true"}
+    assert loaded(run, **variable).learner.discrepancy.weight_normalize is True
+    run.write_text(f"{RUN}[learner.discrepancy]\n{OLD_KEY.rpartition('.')[2]} = true\n")
+    assert loaded(run).learner.discrepancy.weight_normalize is True
+    assert loaded(run, "--learner.discrepancy.weight_normalize=false").learner.discrepancy.weight_normalize is False
+
+
+def test_a_key_under_both_its_names_is_refused(run: Path) -> None:
+    said = refused(run, more=f"[learner.discrepancy]\n{OLD_KEY.rpartition('.')[2]} = true\nweight_normalize = false\n")
+    assert f"{OLD_KEY} is the old name of learner.discrepancy.weight_normalize, which is set, too: remove it" in said
