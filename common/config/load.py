@@ -34,7 +34,7 @@ common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
 RENAMED: dict[Key, Key] = {
-    ("learner", "discrepancy", "weight_normal" + "ise"): ("learner", "discrepancy", "weight_normalize"),
+    ("learner", "discrepancy", "weight_normalise"): ("learner", "discrepancy", "weight_normalize"),
 }
 """Old key -> the key that replaced it. Run files of older releases have the old one, and go on with it."""
 

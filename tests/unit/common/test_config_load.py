@@ -388,7 +388,7 @@ def test_a_flag_without_a_value_is_refused(run: Path) -> None:
     assert refused(run, "--run.seed") == "--run.seed needs a value: --run.seed=VALUE"
 
 
-OLD_KEY = "learner.discrepancy.weight_normal" + "ise"
+OLD_KEY = "learner.discrepancy.weight_normalise"
 
 
 def test_a_key_that_was_renamed_is_taken_under_its_old_name(run: Path) -> None:
