@@ -187,7 +187,7 @@ def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
         return report
 
     def published(self: asking.CutCoordinator, version: Version, digest: str) -> None:
-        self._digests[version], self._open = digest, None
+        self._scores.digests[version], self._open = digest, None
 
     patch.setattr(asking.CutCoordinator, "cut", cut)
     patch.setattr(asking.CutCoordinator, "published", published)

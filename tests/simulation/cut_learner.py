@@ -135,7 +135,7 @@ class Learner:
         self._interruption.published(self._version, str(self._version))
 
     def _keep(self, arrived: ReceivedTrajectory) -> None:
-        row = self._scores.attach(as_row(arrived.record), self._interruption.digests)
+        row = self._scores.attach(as_row(arrived.record))
         known = row.old if row.old is not None else np.full(len(row.tokens), np.nan)
         old = {int(token): float(value) for token, value in zip(row.tokens, known, strict=True) if not np.isnan(value)}
         self._schedule.judge.keeps(arrived.record, old, self._version)

@@ -88,20 +88,19 @@ class PrefetchRoute(NoRoute):
 
     def __init__(self, reader: TrajectoryReader, scorer: EagerScorer, scores: ScoreStore) -> None:
         self._reader, self._scorer, self._scores = reader, scorer, scores
-        self._digests: dict[Version, str] = {}
 
     def work(self, now: Version, digest: str) -> int:
-        self._digests[now] = digest
+        self._scores.digests[now] = digest
         return self._scorer.work(self._reader.arrived.values(), now, digest, should_stop=lambda: True)
 
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        older = {version: digest for version, digest in self._digests.items() if version != now}
+        older = {version: digest for version, digest in self._scores.digests.items() if version != now}
         return [self._scores.attach(row, older) for row in rows]
 
     def published(self, version: Version, digest: str) -> None:
-        self._digests[version] = digest
+        self._scores.digests[version] = digest
         self._scores.retain(self._reader.is_pending)
 
 
@@ -150,7 +149,7 @@ class InterruptionRoute:
         heartbeat: Callable[[], None],
         stop: Callable[[], bool],
     ) -> list[Row] | None:
-        return [self._scores.attach(row, self._coordinator.digests) for row in rows]
+        return [self._scores.attach(row) for row in rows]
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         self._coordinator.cut(now, digest, training=training)

@@ -73,8 +73,6 @@ class ScoreReader:
         self._ends_at_start, self._heard = self._consumer.ends(), False
         self._awaited: frozenset[str] = frozenset()
         self._dead_lettered = _dead_lettered(bus)
-        self.digests: dict[Version, str] = {}
-        """Version -> digest of its weights, for each version that was announced."""
 
     def start(self, offsets: Mapping[int, int]) -> None:
         """Read on from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
@@ -98,7 +96,7 @@ class ScoreReader:
 
     def attach(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with every old log-prob that is known so far."""
-        return [self._scores.attach(row, self.digests) for row in rows]
+        return [self._scores.attach(row) for row in rows]
 
     def wait_for_scores(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
@@ -190,7 +188,7 @@ class ScoreReader:
             return False  # the worker that reads it dead-letters it
         if not isinstance(message, VersionPublished) or message.run != self._run:
             return False
-        self.digests[message.version] = message.digest
+        self._scores.digests[message.version] = message.digest
         return True
 
     def _reject(self, record: Record, error: RejectedRecord) -> None:

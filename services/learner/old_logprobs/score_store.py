@@ -39,6 +39,8 @@ class ScoreStore:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[_Key, Float32Array]] = {}
+        self.digests: dict[Version, str] = {}
+        """Version -> digest of the weights published under it. Every route keeps its digests here."""
         self.repeats = 0
         """Values that came again, bit for bit: delivery is at least once."""
         self.conflicts = 0
@@ -66,11 +68,12 @@ class ScoreStore:
         other = first != values  # equal infinities have no difference
         self.largest_conflict = max(self.largest_conflict, float(np.abs(first[other] - values[other]).max()))
 
-    def attach(self, row: Row, digests: Mapping[Version, str]) -> Row:
+    def attach(self, row: Row, digests: Mapping[Version, str] | None = None) -> Row:
         """The row with `old` filled wherever version, weights and prefix agree. What it has already stays.
 
-        digests: of each version's weights, as they were published; tokens of other versions get nothing.
+        digests: version -> digest of its weights, `self.digests` by default. Tokens of other versions get nothing.
         """
+        digests = self.digests if digests is None else digests
         known = self._known.get(row.trajectory)
         if not known:
             return row

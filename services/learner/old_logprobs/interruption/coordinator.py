@@ -68,12 +68,6 @@ class CutCoordinator:
         self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
         self._first = self._next = 1
         self._open: int | None = None
-        self._digests: dict[Version, str] = {}
-
-    @property
-    def digests(self) -> Mapping[Version, str]:
-        """Version -> digest of its weights, for every version published in this run."""
-        return self._digests
 
     def start(self) -> None:
         """Read from the log: the last cut, the versions' digests, scores of unresolved trajectories, live workers.
@@ -82,7 +76,7 @@ class CutCoordinator:
         """
         control = list(self._existing_messages(CONTROL))
         self._first = self._next = next_number(control)
-        self._digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
+        self._scores.digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
         found = 0
         for message in self._existing_messages(OLD_LOGPROBS, self._ingest.tasks.score_offsets()):
             if isinstance(message, OldLogprobsComputed) and self._reader.is_pending(message.trajectory):
@@ -97,7 +91,7 @@ class CutCoordinator:
 
         now, digest: the version that is resident.
         """
-        self._digests[now] = digest
+        self._scores.digests[now] = digest
         self._note_other_cuts(self._workers.poll().answers)
         until = self._clock() + SLICE_S
         tokens = self._scorer.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
@@ -115,7 +109,7 @@ class CutCoordinator:
         Never raises Fenced, because other ranks wait in a collective operation. The report says so, and the next
         `confirm` raises again.
         """
-        self._digests[now] = digest
+        self._scores.digests[now] = digest
         try:
             report = self._cut(now, digest, training)
         except Fenced:
@@ -134,7 +128,7 @@ class CutCoordinator:
 
     def published(self, version: Version, digest: str) -> None:
         """A version was announced, which resumes the workers."""
-        self._digests[version] = digest
+        self._scores.digests[version] = digest
 
     def release(self) -> None:
         """Resume the workers if a cut has failed. Does nothing when no cut is under way.
@@ -244,7 +238,7 @@ class CutCoordinator:
         record = flushed.record
         if any(segment.version == now for segment in record.segments):
             return 0  # tokens of older versions were counted with the cut that missed them
-        lacking = self._scores.missing(self._scores.attach(as_row(record), self._digests))
+        lacking = self._scores.missing(self._scores.attach(as_row(record)))
         late = sum(stop - start for start, stop, _ in lacking)
         if late:
             logger().info("late flush", trajectory=record.trajectory, cut=record.cut, worker=record.worker, tokens=late)

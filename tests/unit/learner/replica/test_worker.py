@@ -528,7 +528,7 @@ def never() -> bool:
 
 def test_a_batch_gets_its_scores_as_soon_as_they_are_there(setup: Setup) -> None:
     records = some_records()
-    reader, _ = a_reader(setup)
+    reader, scores = a_reader(setup)
     setup.trajectories(*records)
     with Working(setup):
         rows = reader.wait_for_scores(
@@ -539,7 +539,7 @@ def test_a_batch_gets_its_scores_as_soon_as_they_are_there(setup: Setup) -> None
     for row in rows:
         assert row.old is not None
         assert np.array_equal(np.isnan(row.old), row.versions < 0)
-    assert reader.digests == {v: setup.store.manifest(Version(v)).digest for v in range(3)}
+    assert scores.digests == {v: setup.store.manifest(Version(v)).digest for v in range(3)}
     assert setup.requests() == []
     reader.close()
 

@@ -298,7 +298,7 @@ def test_a_restart_passes_over_scores_of_what_is_resolved(log: Log) -> None:
     assert len(before.scores) == 1
     after = Learner(log, Table(0), before=before)
     assert len(after.scores) == 1
-    assert after.interruption.digests == {V0: digest(0)}
+    assert after.scores.digests == {V0: digest(0)}
 
 
 def test_garbage_among_the_scores_is_kept_and_does_not_stop_a_restart(log: Log) -> None:
