@@ -11,9 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
 
 from palimpsest.common.outages import OUTAGES
-from tests import failures
-from tests.failures import pytest_runtest_makereport, pytest_runtest_setup
-from tests.groups import pytest_collection_finish, pytest_collection_modifyitems
+from tests.pytest_hooks import failure_report
+from tests.pytest_hooks.failure_report import pytest_runtest_makereport, pytest_runtest_setup
+from tests.pytest_hooks.groups import pytest_collection_finish, pytest_collection_modifyitems
 from tests.servers.shared_servers import shared
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _logs_are_found(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where a failed test's logs are."""
     folder = _shared(tmp_path_factory)
-    failures.folders[:] = [tmp_path_factory.getbasetemp(), folder / "kafka", folder / "minio"]
+    failure_report.folders[:] = [tmp_path_factory.getbasetemp(), folder / "kafka", folder / "minio"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,9 @@ def _no_outage_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def starting_model() -> Path:
     """The starting model, tied as the real small Qwen3 are."""
-    from tests.models import build  # here, because it imports torch: four seconds that most single tests do without
+    from tests.learner_parts.models import (
+        build,  # here, because it imports torch: four seconds that most single tests do without
+    )
 
     return build(tied=True)
 
@@ -63,7 +65,7 @@ def starting_model() -> Path:
 @pytest.fixture(scope="session")
 def untied_model() -> Path:
     """The same with an output head of its own."""
-    from tests.models import build
+    from tests.learner_parts.models import build
 
     return build(tied=False)
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import palimpsest
 from palimpsest import cli
 from palimpsest.common.config.schema import RunConfig
-from tests.programs import answered
+from tests.processes.programs import answered
 from tools import references
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 
 from palimpsest.services.learner.corrections import Limits, Rules, correct
 from palimpsest.services.learner.corrections.token_rules import divergence_estimate
-from tests.corrected import corrected, row
+from tests.learner_parts.corrections import corrected, row
 from tests.oracles.corrections import draw, removed_tokens, token_weight
 from tests.oracles.sequence_rules import sequence_weight
 

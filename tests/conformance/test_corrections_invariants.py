@@ -9,7 +9,7 @@ import torch
 
 from palimpsest.services.learner.corrections import Limits, Rules, alone, correct, overlap
 from palimpsest.services.learner.corrections.rules import ESTIMATES
-from tests.corrected import ALL, corrected, row
+from tests.learner_parts.corrections import ALL, corrected, row
 from tests.oracles.corrections import Draw, draw, removed_tokens
 from tests.oracles.sequence_rules import removed_rows
 

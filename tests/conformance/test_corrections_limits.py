@@ -9,7 +9,7 @@ import torch
 
 from palimpsest.services.learner.corrections import Gather, Limits, Rules, correct, limits
 from palimpsest.services.learner.corrections.m2po import m2_rule, m2_threshold
-from tests.corrected import ALL, alone_on_its_machine, corrected, joined, on_ranks, row, tensors
+from tests.learner_parts.corrections import ALL, alone_on_its_machine, corrected, joined, on_ranks, row, tensors
 from tests.oracles.corrections import draw, m2_kept
 
 DRAWS = 300

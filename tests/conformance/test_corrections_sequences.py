@@ -10,7 +10,7 @@ import torch
 from palimpsest.services.learner.corrections import Limits, Rules, correct
 from palimpsest.services.learner.corrections.ratios import log_mean, log_product
 from palimpsest.services.learner.corrections.sequence_rules import estimate_rule, runs
-from tests.corrected import corrected, row, tensors
+from tests.learner_parts.corrections import corrected, row, tensors
 from tests.oracles.corrections import draw
 from tests.oracles.sequence_rules import geometric_mean, product, ratios_of, removed_rows
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from palimpsest.services.learner.corrections import log_ratio
-from tests.decoupled import clipped_loss, discrepancy_band
+from tests.learner_parts.clipped_objective import clipped_loss, discrepancy_band
 
 BEHAVIOR, OLD, CURRENT, ASYNC = -1.20, -1.10, -0.90, -0.95
 

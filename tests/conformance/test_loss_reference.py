@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.decoupled import clipped_loss, discrepancy_band
+from tests.learner_parts.clipped_objective import clipped_loss, discrepancy_band
 from tests.oracles.clipped import decoupled_clipped
 
 CASES = 200

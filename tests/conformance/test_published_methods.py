@@ -12,7 +12,7 @@ from palimpsest.services.learner.corrections import Limits, correct
 from palimpsest.services.learner.losses.objective import Objective
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.proximal.surrogates.linear_prox import linear
-from tests.builders import a_learner
+from tests.records.builders import a_learner
 
 BEHAVIOR, OLD, CURRENT = -1.20, -1.10, -0.90
 """Worked example A."""

@@ -23,8 +23,8 @@ from palimpsest.services.learner.observability.token_table import flatten
 from palimpsest.services.learner.proximal.types import ProximalValues
 from palimpsest.services.learner.training.accumulators import StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.results import MicroBatchResult
-from tests.builders import a_learner, a_row
 from tests.oracles import batch as oracle
+from tests.records.builders import a_learner, a_row
 
 DRAWS = 200
 EVERYTHING = {

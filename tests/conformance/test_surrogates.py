@@ -28,9 +28,9 @@ from palimpsest.services.learner.proximal.surrogates.factory import build_surrog
 from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
 from palimpsest.services.learner.proximal.types import Exact, Interpolated, Source, Surrogate
-from tests.builders import a_row
-from tests.models import CPU, Resident, load
+from tests.learner_parts.models import CPU, Resident, load
 from tests.oracles import surrogates as oracle
+from tests.records.builders import a_row
 
 pytestmark = pytest.mark.thorough
 

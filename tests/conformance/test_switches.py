@@ -12,8 +12,8 @@ from palimpsest.services.learner.losses.objective import Objective, rules
 from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
 from palimpsest.services.learner.losses.ppo_clip import ppo_loss
 from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
-from tests.builders import UNCORRECTED, a_learner
 from tests.conformance.test_objectives import Ours, draw, gradient, inputs_of
+from tests.records.builders import UNCORRECTED, a_learner
 
 LOSSES: dict[str, tuple[dict[str, object], Ours]] = {
     "clipped": ({}, lambda inputs: ppo_loss(inputs, clip_low=0.11, clip_high=0.07)),

@@ -25,8 +25,8 @@ from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.training.preparation import prepare_batch
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.state import TrainingState
-from tests.builders import UNCORRECTED, a_learner, a_row
-from tests.models import CPU, Resident, load, perturb, train
+from tests.learner_parts.models import CPU, Resident, load, perturb, train
+from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 CURRENT, BEHAVIOR, START, ENTROPY = (-0.9, -0.5, -2.0), (-1.2, -0.5, -1.5), (-1.0, -0.8, -1.4), (0.4, 1.0, 3.0)
 """Of the trainable tokens of two trajectories: two tokens of the first, one of the second."""

@@ -20,8 +20,8 @@ from palimpsest.common.bus.kafka import Connection as KafkaConnection, KafkaBus
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Record
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.snapshots.client import SnapshotClient
+from tests.processes.waiting import LIMIT_S
 from tests.simulation.memory_bus import MemoryBus, Store
-from tests.waiting import LIMIT_S
 
 TOPIC, PARTITIONS, GROUP = "things", 4, "workers"
 KEYS = [f"g{i:06d}" for i in range(60)]

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from palimpsest.common.config import load
-from tests.runs import ROOT, RunProcess, check_whole_groups, history, wait_for
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT, RunProcess, check_whole_groups, history, wait_for
 from tests.servers.cluster import Cluster
-from tests.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
 
@@ -57,7 +57,7 @@ def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, startin
         "--learner.record=true",
         "--learner.checkpoint.keep=1000",
         f"--learner.groups_per_batch={GROUPS}",
-        '--env_gateway.plugins={slow_lookup = "tests.slow_lookup:SlowLookup"}',
+        '--env_gateway.plugins={slow_lookup = "tests.runs.slow_lookup:SlowLookup"}',
         "--tasks.environments={slow_lookup = 1.0}",
         environment=servers.environment,
     )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from palimpsest.rescore import Models, rescore
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history
 
 pytestmark = pytest.mark.vllm
 EMBEDDED = "examples/embedded.toml"

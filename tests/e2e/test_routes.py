@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from palimpsest.rescore import Models, rescore
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history
 
 pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 5
@@ -35,7 +35,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> dic
             f"--learner.versions={VERSIONS}",
             f"--learner.groups_per_batch={GROUPS}",
             f"--learner.proximal.kind={kind}",
-            '--env_gateway.plugins={slow_lookup = "tests.slow_lookup:SlowLookup"}',
+            '--env_gateway.plugins={slow_lookup = "tests.runs.slow_lookup:SlowLookup"}',
             "--tasks.environments={slow_lookup = 1.0}",
             "--learner.record=true",
             "--learner.checkpoint.keep=1000",

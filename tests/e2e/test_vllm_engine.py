@@ -20,8 +20,8 @@ from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine import amx
 from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens
 from palimpsest.services.rollout.engine.vllm import VllmEngine
-from tests.models import load, logprobs, perturb, stored
-from tests.stored_runs import a_run, put
+from tests.learner_parts.models import load, logprobs, perturb, stored
+from tests.records.stored_runs import a_run, put
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.04

@@ -12,7 +12,7 @@ import pytest
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import DEAD_LETTERS, TRAJECTORIES, decode
-from tests.runs import ROOT, RunProcess, history, newest_manifest, scripted, wait_for
+from tests.runs.run_process import ROOT, RunProcess, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 

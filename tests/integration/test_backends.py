@@ -18,8 +18,8 @@ import pytest
 from kafka.admin import NewTopic
 
 from palimpsest.common.user_error import ExitCode, UserError
+from tests.processes.waiting import LIMIT_S
 from tests.servers.backends import kafka_client, s3_client
-from tests.waiting import LIMIT_S
 from tools.backends import ports
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio

@@ -30,7 +30,7 @@ from palimpsest.common.messages import (
     decode,
 )
 from palimpsest.common.rejected_record import RejectCause
-from tests.runs import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
+from tests.runs.run_process import RunProcess, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 PLUGINS = "tests.unit.env_gateway.plugins.awkward"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import answered
-from tests.runs import ROOT, RunProcess, scripted
+from tests.processes.programs import answered
+from tests.runs.run_process import ROOT, RunProcess, scripted
 
 pytestmark = pytest.mark.thorough
 

@@ -31,9 +31,9 @@ from palimpsest.common.messages import TRAJECTORIES, encode
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
-from tests.builders import a_finished, a_segment
-from tests.by_hand import Services
-from tests.runs import history, scripted
+from tests.records.builders import a_finished, a_segment
+from tests.runs.run_process import history, scripted
+from tests.runs.unsupervised import Services
 from tests.servers.cluster import Cluster, cluster
 from tools.backends import ports
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runs import RunProcess, chaos, check_ledger, history, newest_manifest, scripted, wait_for
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import RunProcess, chaos, check_ledger, history, newest_manifest, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 SEED = 20261121

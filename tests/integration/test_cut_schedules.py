@@ -23,7 +23,7 @@ from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.weights import WeightSync
-from tests.runs import ROOT
+from tests.runs.run_process import ROOT
 from tests.simulation.cut_judge import Judge, Violated
 from tests.simulation.cut_schedules import Engine, Schedule, latency, life, make_rare
 from tests.simulation.simulated_time import SimulatedLoop, run

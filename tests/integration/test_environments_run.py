@@ -12,7 +12,7 @@ from palimpsest.services.env_gateway.environments import lookup
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
 from palimpsest.services.env_gateway.environments.tool_calls import render
 from palimpsest.services.learner.buffer.task_sampler import task
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted
 
 pytestmark = pytest.mark.servers
 CHAIN_SUM = "reasoning_gym.chain_sum"

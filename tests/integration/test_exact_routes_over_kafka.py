@@ -14,7 +14,7 @@ from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from palimpsest.rescore import Models, rescore
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers

@@ -20,10 +20,10 @@ from palimpsest.services.learner.__main__ import body
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
-from tests.models import load as load_plain, perturb
-from tests.programs import Answer, answered
-from tests.runs import scripted
-from tests.scripted_worker import ScriptedWorker
+from tests.learner_parts.models import load as load_plain, perturb
+from tests.processes.programs import Answer, answered
+from tests.runs.run_process import scripted
+from tests.runs.scripted_worker import ScriptedWorker
 from tests.servers.minio_stores import BUCKET, Store, put, some, tamper
 from tests.servers.stored_weights import flip
 from tools.backends.minio import Minio

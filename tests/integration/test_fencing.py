@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from palimpsest.common.files import write
-from tests.by_hand import WITHIN_S, Process, Services
-from tests.fenced import check_whole, stored
-from tests.runs import history, newest_manifest, scripted
+from tests.runs.fencing import check_whole, stored
+from tests.runs.run_process import history, newest_manifest, scripted
+from tests.runs.unsupervised import WITHIN_S, Process, Services
 
 pytestmark = pytest.mark.servers
 PLACE = "learner.after_step"

@@ -17,6 +17,7 @@ from palimpsest.common.sessions.token import VARIABLE
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
 from palimpsest.services.env_gateway.environments import lookup
 from palimpsest.services.env_gateway.environments.tool_calls import render
+from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.running import (
     ROOT,
     Launch,
@@ -29,7 +30,6 @@ from tests.unit.env_gateway.running import (
     refusal,
     until,
 )
-from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.servers
 

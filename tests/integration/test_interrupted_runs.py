@@ -12,8 +12,8 @@ import pytest
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
 from palimpsest.rescore import Models, rescore
-from tests.runs import RunProcess, check_ledger, check_whole_groups, history, scripted
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted
 
 pytestmark = pytest.mark.servers
 VERSIONS = 8

@@ -20,7 +20,7 @@ from palimpsest.common.bus.port import Consumer, Outgoing, Record
 from palimpsest.common.outages import KAFKA, OUTAGES, Outages
 from palimpsest.common.user_error import ExitCode, UserError
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers

@@ -36,9 +36,9 @@ from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReade
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
-from tests.builders import a_finished, a_segment
 from tests.contract.logs import LIMIT_S, TOPIC, bodies, take, things
-from tests.ingest import an_ingest
+from tests.learner_parts.ingest import an_ingest
+from tests.records.builders import a_finished, a_segment
 from tests.servers.backends import s3_client
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio

@@ -19,7 +19,7 @@ from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReade
 from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
-from tests.runs import ROOT
+from tests.runs.run_process import ROOT
 from tests.simulation.cut_schedules import LIMIT_S, life, make_rare
 from tests.simulation.learner_faults import ANYWHERE, Fault, How, places
 from tests.simulation.learner_judge import judged

@@ -19,7 +19,7 @@ from palimpsest.common.service import HttpError, Server, application
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.services.live.poller import RunPoller
-from tests.waiting import LIMIT_S, until
+from tests.processes.waiting import LIMIT_S, until
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.thorough

@@ -38,11 +38,11 @@ from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWrit
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, WaitLimits
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, spans
-from tests.builders import a_finished, a_row, a_segment
-from tests.models import canaries, load, logprobs, perturb
-from tests.runs import ROOT
+from tests.learner_parts.models import canaries, load, logprobs, perturb
+from tests.processes.waiting import LIMIT_S
+from tests.records.builders import a_finished, a_row, a_segment
+from tests.runs.run_process import ROOT
 from tests.servers.stores import StoreProcess
-from tests.waiting import LIMIT_S
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers

@@ -18,10 +18,10 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TASKS, TRAJECTORIES, WORKERS, VersionApplied, WorkerAlive, encode
 from palimpsest.common.versions import Version
 from palimpsest.run import conclude
-from tests.builders import a_finished
-from tests.history_lines import a_line
-from tests.programs import answered
-from tests.waiting import LIMIT_S
+from tests.processes.programs import answered
+from tests.processes.waiting import LIMIT_S
+from tests.records.builders import a_finished
+from tests.records.history_lines import a_line
 
 pytestmark = pytest.mark.thorough
 

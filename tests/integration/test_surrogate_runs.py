@@ -15,8 +15,8 @@ from palimpsest.common.service import Server, Stop
 from palimpsest.services.learner.__main__ import body
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
-from tests.runs import check_ledger, history, scripted
-from tests.scripted_worker import HALF, ScriptedWorker
+from tests.runs.run_process import check_ledger, history, scripted
+from tests.runs.scripted_worker import HALF, ScriptedWorker
 
 pytestmark = pytest.mark.servers
 VERSIONS = 5

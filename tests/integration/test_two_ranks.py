@@ -8,17 +8,33 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranked import CASES
-from tests.runs import ROOT, RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted, wait_for
-from tests.waiting import LIMIT_S
+from tests.processes.train_on_ranks import CASES
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import (
+    ROOT,
+    RunProcess,
+    check_ledger,
+    check_whole_groups,
+    history,
+    newest_manifest,
+    scripted,
+    wait_for,
+)
 
 pytestmark = pytest.mark.servers
 
 
 def launched(model: Path, folder: Path, *, ranks: int) -> dict[str, list[dict[str, Any]]]:
-    """Case -> what each rank had after tests/ranked.py."""
+    """Case -> what each rank had after tests/processes/train_on_ranks.py."""
     folder.mkdir()
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.ranked")
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "tests.processes.train_on_ranks",
+    )
     done = subprocess.run(
         [sys.executable, *launcher, str(model), str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,

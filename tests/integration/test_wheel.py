@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, history, scripted
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT, history, scripted
 
 pytestmark = pytest.mark.servers
 UV = Path(sys.executable).with_name("uv")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.runs import ROOT, RunProcess
+from tests.runs.run_process import ROOT, RunProcess
 from tools.backends.kafka import Kafka
 from tools.backends.minio import Minio
 

@@ -14,8 +14,8 @@ from palimpsest.common.service import Server
 from palimpsest.services.snapshot_store.app import CLAIMS_KEEP_S, create_app
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
-from tests.runs import ROOT
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT
 from tools.backends.ports import free
 
 

@@ -11,7 +11,7 @@ import torch
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
-from tests.runs import ROOT
+from tests.runs.run_process import ROOT
 from tests.simulation.cut_learner import RUN
 
 VERSIONS, SAMPLES, GROUPS, STALENESS = 5, 2, 2, 2

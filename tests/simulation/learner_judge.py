@@ -14,8 +14,8 @@ from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import pad
 from palimpsest.services.learner.model.weights import load_weights
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
-from tests.fenced import check_whole
-from tests.runs import history
+from tests.runs.fencing import check_whole
+from tests.runs.run_process import history
 from tests.servers.direct_store import URL, direct_store
 from tests.simulation.cut_schedules import latency
 from tests.simulation.learner_faults import SAMPLES, STALENESS, VERSIONS, Fault, Table, configured

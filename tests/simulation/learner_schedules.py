@@ -37,7 +37,7 @@ from palimpsest.services.learner.old_logprobs.interruption.coordinator import Cu
 from palimpsest.services.learner.training.build import build_training_state
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
-from tests.fenced import Things, stored
+from tests.runs.fencing import Things, stored
 from tests.servers.direct_store import URL, DirectStore
 from tests.simulation.cut_judge import Judge
 from tests.simulation.cut_schedules import Schedule, life

@@ -10,7 +10,7 @@ import pytest
 
 import palimpsest
 from palimpsest import cli
-from tests.programs import answered
+from tests.processes.programs import answered
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = sorted(cli.COMMANDS.keys() - {"rescore"})  # which imports torch

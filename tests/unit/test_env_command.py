@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.services.env_gateway.environments.lookup import Lookup
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
-from tests.programs import Answer, answered
+from tests.processes.programs import Answer, answered
 
 PLUGIN = '''
 from palimpsest.env import Message, Opening, Score

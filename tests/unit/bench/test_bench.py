@@ -17,7 +17,7 @@ from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.messages import TRAJECTORIES, GroupOffered, TrajectoryFinished, decode, group_id
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.validation import check_finished
-from tests.builders import SAMPLING
+from tests.records.builders import SAMPLING
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.thorough

@@ -47,7 +47,7 @@ from palimpsest.services.learner.ingest.validation import check_finished, check_
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
-from tests.builders import SAMPLING
+from tests.records.builders import SAMPLING
 
 pytestmark = pytest.mark.thorough
 

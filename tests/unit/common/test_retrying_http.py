@@ -11,7 +11,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.service import Server
 from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000
 BROKEN_AT = 1_000_000

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from palimpsest.export.export import export
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.report.named_run import named_run
-from tests.models import load, perturb
-from tests.stored_runs import a_run, put
+from tests.learner_parts.models import load, perturb
+from tests.records.stored_runs import a_run, put
 
 pytestmark = pytest.mark.thorough
 

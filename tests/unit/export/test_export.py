@@ -18,11 +18,11 @@ from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export.export import export
 from palimpsest.services.report.named_run import named_run
-from tests.programs import answered
-from tests.runs import ROOT
+from tests.processes.programs import answered
+from tests.processes.waiting import LIMIT_S, until
+from tests.records.stored_runs import a_run, put
+from tests.runs.run_process import ROOT
 from tests.servers.stored_weights import a_tensor, flip
-from tests.stored_runs import a_run, put
-from tests.waiting import LIMIT_S, until
 
 CONFIG = '{"dtype": "float32", "text_config": {"dtype": "float32"}, "vocab_size": 8}'
 COPIED = {

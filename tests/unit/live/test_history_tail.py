@@ -9,7 +9,7 @@ import pytest
 
 from palimpsest.services.live.history_tail import PACE, HistoryTail, TrainedVersions
 from palimpsest.services.report.folder import Line
-from tests.history_lines import a_line
+from tests.records.history_lines import a_line
 
 
 def a_history(versions: int, *, seed: int = 1) -> list[Line]:

@@ -13,7 +13,7 @@ from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import line, view
 from palimpsest.services.local.exit_reasons import Crash
-from tests.history_lines import a_line, learner, servers, worker
+from tests.records.history_lines import a_line, learner, servers, worker
 
 PLAN = Plan("night-run", versions=20, canary_tolerance=0.03)
 WALL = 1_790_000_000.0

@@ -16,7 +16,7 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
 from palimpsest.services.live import poller
 from palimpsest.services.live.poller import RunPoller, ServiceObservation
-from tests.history_lines import a_line
+from tests.records.history_lines import a_line
 
 WITHIN_S = 10.0
 

@@ -13,7 +13,7 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, state
-from tests.history_lines import a_line, learner, servers, worker
+from tests.records.history_lines import a_line, learner, servers, worker
 
 WITHIN_S = 10.0
 

@@ -8,7 +8,7 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.local.exit_reasons import Crash
-from tests.history_lines import a_line, learner, servers, worker
+from tests.records.history_lines import a_line, learner, servers, worker
 
 PLAN = Plan("t", versions=10, canary_tolerance=0.03)
 

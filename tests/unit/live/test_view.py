@@ -12,7 +12,7 @@ from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import bar, line, sparkline, view
 from palimpsest.services.local.exit_reasons import Crash
-from tests.history_lines import a_line, learner, servers, worker
+from tests.records.history_lines import a_line, learner, servers, worker
 
 BY_STALENESS = {
     0: {"tokens": 30.0, "log_discrepancy_abs": 0.00121, "clipped": 0.25},

@@ -20,8 +20,8 @@ from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.local import bus_opening
 from palimpsest.services.local.bus_opening import open_run_bus
-from tests.runs import ROOT
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT
 
 NOBODY = "127.0.0.1:1"
 RUN = 'run.id = "t"\nmodel.path = "{model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 3\n'

@@ -16,7 +16,7 @@ from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local import console_text
 from palimpsest.services.local.run_setup import resolve
-from tests.runs import ROOT
+from tests.runs.run_process import ROOT
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 

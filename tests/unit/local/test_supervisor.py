@@ -13,7 +13,7 @@ from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.local import supervisor
 from palimpsest.services.local.processes import Child, python
 from palimpsest.services.local.supervisor import Supervisor, assign_ports
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 LASTS = f"import time; time.sleep({2 * LIMIT_S})"

@@ -13,7 +13,7 @@ from palimpsest.services.report.folder import Contents, Line, read_run_config
 from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
 from palimpsest.services.report.page import page
 from palimpsest.services.report.summary import summarize
-from tests.history_lines import a_line
+from tests.records.history_lines import a_line
 
 REMOVAL = {
     "tokens": 100, "active": 70, "removed": 30, "overlap": 5, "repeats": 5, "masked": 20, "clipped": 15,

@@ -24,8 +24,8 @@ from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.manifest import folder_name
 from palimpsest.services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
-from tests.builders import SAMPLING, a_finished
-from tests.history_lines import a_line
+from tests.records.builders import SAMPLING, a_finished
+from tests.records.history_lines import a_line
 
 RUN = 'run.id = "test"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 

@@ -9,7 +9,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.report.folder import CheckpointSummary, Contents, Line, LogSummary, Seconds, read_run_config
 from palimpsest.services.report.summary import last_heartbeats, learner_wait_share, mean_by_staleness, summarize, tenth
-from tests.history_lines import a_line
+from tests.records.history_lines import a_line
 
 
 def alive(seconds: float, *, idle_s: float = 0.0, tokens: int = 0, worker: str = "worker-0") -> WorkerAlive:

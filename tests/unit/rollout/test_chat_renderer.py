@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from tests.runs import ROOT
+from tests.runs.run_process import ROOT
 
 TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"properties": {"key": {}}}}},)
 

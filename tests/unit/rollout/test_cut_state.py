@@ -11,7 +11,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout.cut_state import CutState, flush
 from palimpsest.services.rollout.engine.port import SampledTokens, Span
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
-from tests.builders import SAMPLING
+from tests.records.builders import SAMPLING
 
 
 def request(cut: int, version: int) -> CutRequested:

@@ -23,7 +23,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.services.rollout.outbox import BATCH, Outbox
-from tests.builders import a_finished
+from tests.records.builders import a_finished
 
 Topic = str
 LIMIT_S = 60.0

@@ -27,9 +27,9 @@ from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, Span
 from palimpsest.services.rollout.trajectory_sampler import Ended, Tally, TrajectorySampler
+from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
-from tests.waiting import LIMIT_S
 
 SAMPLING = Sampling(temperature=0.7, max_turn_tokens=120, max_trajectory_tokens=1000, max_turns=6)
 BROKEN = EnvironmentFailed("environment_raised", "ValueError: no")

@@ -33,7 +33,7 @@ from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_builder import Contradiction
-from tests.builders import SAMPLING
+from tests.records.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
     GatedEngine,

@@ -37,8 +37,8 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 from palimpsest.services.rollout.worker import GROUP, Worker
-from tests.builders import SAMPLING
-from tests.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S
+from tests.records.builders import SAMPLING
 
 RUN = "test"
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())

@@ -12,7 +12,7 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TOPICS, WORKERS, VersionApplied, WorkerAlive, encode
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
-from tests.history_lines import a_line
+from tests.records.history_lines import a_line
 from tools.pictures import draw, photograph, state_at
 
 RUN = 'run.id = "small"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 4\n'

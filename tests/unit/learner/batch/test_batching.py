@@ -9,7 +9,7 @@ from palimpsest.services.learner.batch.batching import (
     partition_by_rank,
     versions_present,
 )
-from tests.builders import a_row
+from tests.records.builders import a_row
 
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=30)
 

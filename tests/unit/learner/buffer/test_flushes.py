@@ -1,8 +1,8 @@
 """Flushes in hand: of one sampling the last one, of two samplings both."""
 
 from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
-from tests.builders import a_segment
-from tests.interrupted import a_flush
+from tests.learner_parts.interruption import a_flush
+from tests.records.builders import a_segment
 
 SHORT = Flushed(a_flush(0, 0, tokens=6), 0, 3)
 LONG = Flushed(a_flush(0, 0, tokens=9, segments=(a_segment(2, 6, 0), a_segment(6, 9, 1))), 0, 5)

@@ -20,8 +20,8 @@ from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.dead_letters.command import run_command
 from palimpsest.services.learner.dead_letters.replay import Buried, chosen, read, replay
-from tests.builders import a_finished
-from tests.ingest import an_ingest
+from tests.learner_parts.ingest import an_ingest
+from tests.records.builders import a_finished
 
 ROOT = Path(__file__).parents[4]
 RUN = """\

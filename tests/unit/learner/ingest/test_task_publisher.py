@@ -24,8 +24,8 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.old_logprobs.score_store import old_logprobs_record
-from tests.builders import a_finished
-from tests.ingest import an_ingest
+from tests.learner_parts.ingest import an_ingest
+from tests.records.builders import a_finished
 from tests.simulation.memory_bus import MemoryBus, Store
 
 

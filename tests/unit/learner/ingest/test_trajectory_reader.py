@@ -33,9 +33,9 @@ from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.ingest.validation import check_finished
-from tests.builders import a_finished, a_segment
-from tests.ingest import Ledger, an_ingest
-from tests.interrupted import a_flush
+from tests.learner_parts.ingest import Ledger, an_ingest
+from tests.learner_parts.interruption import a_flush
+from tests.records.builders import a_finished, a_segment
 
 NEWEST = Version(5)
 

@@ -9,7 +9,7 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.policy import token_logprobs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from tests.models import load
+from tests.learner_parts.models import load
 
 pytestmark = pytest.mark.thorough
 

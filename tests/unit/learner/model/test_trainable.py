@@ -11,7 +11,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.policy import load_model, token_logprobs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import load_weights, named_weights, raw_tensors
-from tests.models import CPU, load, logprobs, perturb
+from tests.learner_parts.models import CPU, load, logprobs, perturb
 
 
 def test_18_10_log_probs_speak_of_the_token_they_stand_at(starting_model: Path) -> None:

@@ -25,9 +25,9 @@ from palimpsest.services.learner.observability.token_table import TokenTable
 from palimpsest.services.learner.observability.version_record import Batch, of_versions, round_for_json, version_record
 from palimpsest.services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
 from palimpsest.services.learner.training.results import StepResult
-from tests.builders import a_finished, a_learner, a_row, a_segment
-from tests.models import load, train
+from tests.learner_parts.models import load, train
 from tests.oracles import batch as oracle
+from tests.records.builders import a_finished, a_learner, a_row, a_segment
 
 NOW = Version(4)
 MOST_BYTES = 12_000

@@ -21,9 +21,9 @@ from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTraject
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
-from tests.builders import a_finished, a_segment
-from tests.interrupted import RUN, Log, Table, a_flush, digest
-from tests.models import CPU, load, logprobs
+from tests.learner_parts.interruption import RUN, Log, Table, a_flush, digest
+from tests.learner_parts.models import CPU, load, logprobs
+from tests.records.builders import a_finished, a_segment
 
 MIXED = ReceivedTrajectory(
     a_finished(0, 0, tokens=12, segments=(a_segment(2, 4, 0), a_segment(4, 7, 1), a_segment(9, 11, 1))), 0, 4

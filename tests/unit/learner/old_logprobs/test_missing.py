@@ -13,7 +13,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch, pad
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, apply_missing_policy
 from palimpsest.services.learner.proximal.types import Exact, Patched
-from tests.builders import a_row
+from tests.records.builders import a_row
 
 CURRENT = -7.0
 RECOMPUTED = "surrogate:current_recompute"

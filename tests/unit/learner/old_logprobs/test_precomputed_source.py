@@ -15,8 +15,8 @@ from palimpsest.services.learner.model.policy import token_logprobs
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
 from palimpsest.services.learner.proximal.types import Exact, Patched
-from tests.builders import a_row
-from tests.models import CPU, load
+from tests.learner_parts.models import CPU, load
+from tests.records.builders import a_row
 
 NOW = Version(3)
 

@@ -20,7 +20,7 @@ from palimpsest.services.learner.old_logprobs.score_store import (
     prefix_digest,
     spans,
 )
-from tests.builders import a_row
+from tests.records.builders import a_row
 
 DIGESTS = {Version(v): f"weights {v}" for v in range(4)}
 TOKENS = [5, 6, 7, 8, 9, 10]

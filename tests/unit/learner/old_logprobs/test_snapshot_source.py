@@ -21,8 +21,8 @@ from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
 from palimpsest.services.learner.proximal.types import Exact, Patched
-from tests.builders import a_row
-from tests.models import CPU, canaries, load, logprobs, perturb
+from tests.learner_parts.models import CPU, canaries, load, logprobs, perturb
+from tests.records.builders import a_row
 
 pytestmark = pytest.mark.thorough
 

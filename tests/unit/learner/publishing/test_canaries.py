@@ -7,8 +7,8 @@ import torch
 
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.publishing.canaries import MOST_TOKENS, Canaries
-from tests.builders import a_row
-from tests.models import CPU, load, logprobs, perturb
+from tests.learner_parts.models import CPU, load, logprobs, perturb
+from tests.records.builders import a_row
 
 
 def rows(count: int, length: int = 10) -> list[Row]:

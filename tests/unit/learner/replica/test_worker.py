@@ -47,8 +47,8 @@ from palimpsest.services.learner.replica.queue import ScoringQueue
 from palimpsest.services.learner.replica.records import to_rows
 from palimpsest.services.learner.replica.worker import ReplicaWorker
 from palimpsest.services.local.supervisor import Supervisor, assign_ports
-from tests.builders import a_finished, a_row, a_segment
-from tests.models import CPU, canaries, load, perturb
+from tests.learner_parts.models import CPU, canaries, load, perturb
+from tests.records.builders import a_finished, a_row, a_segment
 from tests.servers.stores import eventually
 
 pytestmark = pytest.mark.thorough

@@ -20,8 +20,8 @@ from palimpsest.services.learner.proximal.surrogates.factory import build_surrog
 from palimpsest.services.learner.proximal.types import Exact, Source
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.state import TrainingState
-from tests.builders import UNCORRECTED, a_learner, a_row
-from tests.models import CPU, Resident, load, logprobs, perturb, train
+from tests.learner_parts.models import CPU, Resident, load, logprobs, perturb, train
+from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 pytestmark = pytest.mark.thorough
 

@@ -12,8 +12,8 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from tests.builders import UNCORRECTED, a_learner, a_row
-from tests.models import Resident, load, train
+from tests.learner_parts.models import Resident, load, train
+from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 
 def rows(count: int = 12) -> list[Row]:

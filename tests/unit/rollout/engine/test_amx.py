@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from palimpsest.services.rollout.engine.amx import Amx, configure, decide
-from tests.refuse_amx import refuse
+from tests.processes.refuse_amx import refuse
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from palimpsest.services.rollout.engine.crash_report import (
     stack,
 )
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
-from tests import dying_engine as dying
+from tests.processes import crashing_engine
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "operations.md"
 SECTION = "When the engine dies"
@@ -33,23 +33,23 @@ def documented(title: str) -> str:
 
 def told(text: str, folder: Path) -> str:
     """The text as the document has it: of no machine and no moment."""
-    text = text.replace(str(dying.log_of(folder)), "runs/ID/logs/worker-0.engine.log")
+    text = text.replace(str(crashing_engine.log_of(folder)), "runs/ID/logs/worker-0.engine.log")
     return re.sub(r"\bpid \d+", "pid N", re.sub(r":\d+ ", ":N ", text))
 
 
 async def serving(folder: Path, die: Callable[[], None]) -> CrashEvidence:
     """What is left of an engine that dies like this at work."""
-    watch = EngineMonitor(dying.log_of(folder))
+    watch = EngineMonitor(crashing_engine.log_of(folder))
     watch.doing = "serving"
-    watch.watch([dying.begin(watch, die)])
+    watch.watch([crashing_engine.begin(watch, die)])
     await watch.gone.wait()
     return await asyncio.to_thread(watch.collect_evidence)
 
 
 def starting(folder: Path, die: Callable[[], None]) -> CrashEvidence:
     """What is left of an engine that dies like this before it is ready."""
-    watch = EngineMonitor(dying.log_of(folder))
-    evidence = watch.failed_start_evidence(dying.not_started(dying.begin(watch, die)))
+    watch = EngineMonitor(crashing_engine.log_of(folder))
+    evidence = watch.failed_start_evidence(crashing_engine.not_started(crashing_engine.begin(watch, die)))
     assert evidence is not None
     return evidence
 
@@ -57,11 +57,11 @@ def starting(folder: Path, die: Callable[[], None]) -> CrashEvidence:
 @pytest.mark.parametrize(
     ("title", "die", "doing"),
     [
-        ("SIGILL", dying.illegal_instruction, "starting"),
-        ("SIGSEGV", dying.segmentation_fault, "serving"),
-        ("SIGKILL", dying.killed, "serving"),
-        ("Out of memory", dying.out_of_memory, "starting"),
-        ("A Python error at the start", dying.python_error, "starting"),
+        ("SIGILL", crashing_engine.illegal_instruction, "starting"),
+        ("SIGSEGV", crashing_engine.segmentation_fault, "serving"),
+        ("SIGKILL", crashing_engine.killed, "serving"),
+        ("Out of memory", crashing_engine.out_of_memory, "starting"),
+        ("A Python error at the start", crashing_engine.python_error, "starting"),
     ],
 )
 async def test_the_text_of_a_death_is_the_documented_one(
@@ -74,22 +74,23 @@ async def test_the_text_of_a_death_is_the_documented_one(
 
 
 async def test_the_text_of_a_kernel_that_ran_out_of_memory_is_the_documented_one(tmp_path: Path) -> None:
-    evidence = await serving(tmp_path, dying.killed)
+    evidence = await serving(tmp_path, crashing_engine.killed)
     assert told(crash_text(replace(evidence, killed_for_memory=1)), tmp_path) == documented("Killed by the kernel")
 
 
 def test_the_text_of_a_refused_model_is_the_documented_one(tmp_path: Path) -> None:
-    failure = refusal_error(starting(tmp_path, dying.model_refused))
+    failure = refusal_error(starting(tmp_path, crashing_engine.model_refused))
     assert failure is not None
-    assert failure.message == dying.POSITIONS, "the whole message, not its first line"
+    assert failure.message == crashing_engine.POSITIONS, "the whole message, not its first line"
     assert model_refusal_text("/models/mine", str(failure)) == documented("A refused model")
 
 
 async def test_an_engine_that_does_not_answer_is_ended_and_says_where_it_stood(tmp_path: Path) -> None:
-    watch = EngineMonitor(dying.log_of(tmp_path))
-    process = dying.begin(watch, dying.sleeps)
+    watch = EngineMonitor(crashing_engine.log_of(tmp_path))
+    process = crashing_engine.begin(watch, crashing_engine.sleeps)
     watch.watch([process])
-    while "EngineCore, pid" not in (dying.log_of(tmp_path).read_text() if dying.log_of(tmp_path).exists() else ""):
+    log = crashing_engine.log_of(tmp_path)
+    while "EngineCore, pid" not in (log.read_text() if log.exists() else ""):
         await asyncio.sleep(0.01)
     watch.doing = "serving"
     watch.kill("pause, 120 s")
@@ -97,30 +98,30 @@ async def test_an_engine_that_does_not_answer_is_ended_and_says_where_it_stood(t
     evidence = await asyncio.to_thread(watch.collect_evidence)
     said = crash_text(evidence).splitlines()
     assert said[0] == "the inference engine did not answer (pause, 120 s), so the worker ended it while it was serving"
-    assert any("dying_engine.py" in line for line in stack(evidence.log))
+    assert any("crashing_engine.py" in line for line in stack(evidence.log))
     assert evidence.exit_code == -6
 
 
 async def test_a_library_that_takes_a_fatal_signal_does_not_hide_the_stack(tmp_path: Path) -> None:
-    evidence = await serving(tmp_path, dying.signal_taken)
+    evidence = await serving(tmp_path, crashing_engine.signal_taken)
     assert any("signal_taken" in line for line in stack(evidence.log))
 
 
 def test_only_what_was_written_since_the_start_is_evidence(tmp_path: Path) -> None:
-    starting(tmp_path, dying.python_error)
-    evidence = starting(tmp_path, dying.killed)
+    starting(tmp_path, crashing_engine.python_error)
+    evidence = starting(tmp_path, crashing_engine.killed)
     assert root_error(evidence.log) is None
     assert "SIGKILL" in crash_text(evidence)
 
 
 def test_the_first_line_names_the_death_and_is_the_same_for_the_same_death(tmp_path: Path) -> None:
-    first, second = (crash_text(starting(tmp_path / str(i), dying.illegal_instruction)) for i in range(2))
+    first, second = (crash_text(starting(tmp_path / str(i), crashing_engine.illegal_instruction)) for i in range(2))
     assert first != second, "pids and places differ"
     assert first.splitlines()[0] == second.splitlines()[0]
 
 
 def test_an_error_before_any_process_of_the_engine_is_no_death(tmp_path: Path) -> None:
-    assert EngineMonitor(dying.log_of(tmp_path)).failed_start_evidence(ValueError("no such model")) is None
+    assert EngineMonitor(crashing_engine.log_of(tmp_path)).failed_start_evidence(ValueError("no such model")) is None
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,20 @@ from palimpsest.services.learner.old_logprobs.distributed_scorer import Distribu
 from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
 from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S
 from palimpsest.services.learner.old_logprobs.interruption.outage_clock import MOST_LOST_S
-from tests.builders import a_finished, a_segment
-from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, flushing, reached
-from tests.models import CPU, load
+from tests.learner_parts.interruption import (
+    RUN,
+    Learner,
+    Log,
+    Table,
+    Ticking,
+    a_flush,
+    alive,
+    digest,
+    flushing,
+    reached,
+)
+from tests.learner_parts.models import CPU, load
+from tests.records.builders import a_finished, a_segment
 
 V0, V1 = Version(0), Version(1)
 

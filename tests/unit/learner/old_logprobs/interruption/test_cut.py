@@ -5,7 +5,7 @@ import random
 from palimpsest.common.messages import CutReached, CutReleased, CutRequested, VersionPublished
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.interruption.cut import Cut, next_number
-from tests.interrupted import reached
+from tests.learner_parts.interruption import reached
 
 
 def a_cut(number: int = 7) -> Cut:

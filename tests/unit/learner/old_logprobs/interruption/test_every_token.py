@@ -15,8 +15,8 @@ from palimpsest.common.messages import CutRequested, SegmentFlushed, TrajectoryF
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
-from tests.builders import a_finished, a_segment
-from tests.interrupted import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, reached
+from tests.learner_parts.interruption import RUN, Learner, Log, Table, Ticking, a_flush, alive, digest, reached
+from tests.records.builders import a_finished, a_segment
 
 pytestmark = pytest.mark.thorough
 

@@ -5,7 +5,7 @@ import pytest
 from palimpsest.common.messages import FromWorker, VersionApplied
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S, WorkerLiveness
-from tests.interrupted import alive, reached
+from tests.learner_parts.interruption import alive, reached
 
 APPLIED = VersionApplied("test", "a", Version(3), "d", False, 0.5, 0.1, 4)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.surrogates.reset_rule import Cause, Rule
-from tests.models import CPU
+from tests.learner_parts.models import CPU
 from tests.oracles import surrogates as oracle
 
 OFF = Rule("off", threshold=0.9, patience=3, cooldown=8)

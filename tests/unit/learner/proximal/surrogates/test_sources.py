@@ -20,8 +20,8 @@ from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear impor
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Source
-from tests.builders import a_row
-from tests.models import CPU, Resident, load, perturb
+from tests.learner_parts.models import CPU, Resident, load, perturb
+from tests.records.builders import a_row
 
 NOW = Version(8)
 

@@ -1,6 +1,6 @@
 """Run a command under a kernel that refuses the CPU's matrix tiles, as some containers do.
 
-    python -m tests.refuse_amx COMMAND ARGUMENTS...
+    python -m tests.processes.refuse_amx COMMAND ARGUMENTS...
 
 A seccomp filter, inherited by every child, answers arch_prctl(ARCH_REQ_XCOMP_PERM) with EPERM. x86-64 Linux only.
 """

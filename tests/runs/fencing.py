@@ -11,7 +11,7 @@ from blake3 import blake3
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import CONTROL, DEAD_LETTERS, RunFinished, VersionPublished, decode
 from palimpsest.services.learner.checkpointing.manifest import complete
-from tests.runs import check_ledger, history
+from tests.runs.run_process import check_ledger, history
 
 Things = set[tuple[str, int, int]]
 """In the store: `version` or `checkpoint`, its version, its writer."""

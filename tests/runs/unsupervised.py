@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from palimpsest.common import failpoints
-from tests import waiting
-from tests.runs import ROOT
+from tests.processes import waiting
+from tests.runs.run_process import ROOT
 from tools.backends import ports  # those that no client is lent: a killed service comes back on its own
 
 WITHIN_S = waiting.LIMIT_S

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 
 from palimpsest.services.audit.command import run_command
-from tests.waiting import LIMIT_S, LOOK_S
+from tests.processes.waiting import LIMIT_S, LOOK_S
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPTED = """
 [run]

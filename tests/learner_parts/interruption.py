@@ -35,8 +35,8 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, Score
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
-from tests.builders import a_segment
-from tests.ingest import an_ingest
+from tests.learner_parts.ingest import an_ingest
+from tests.records.builders import a_segment
 
 RUN = "test"
 Answer = Callable[["Log", CutRequested], None]

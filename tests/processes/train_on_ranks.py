@@ -1,6 +1,6 @@
 """One version's training on fixed rows, for torchrun to launch with any number of ranks; saves what came of it.
 
-torchrun --standalone --nproc-per-node=2 -m tests.ranked MODEL FOLDER
+torchrun --standalone --nproc-per-node=2 -m tests.processes.train_on_ranks MODEL FOLDER
 """
 
 import sys
@@ -20,8 +20,8 @@ from palimpsest.services.learner.old_logprobs.distributed_scorer import Distribu
 from palimpsest.services.learner.training.follower import broadcast_state
 from palimpsest.services.learner.training.results import merge
 from palimpsest.services.learner.training.state import TrainingState
-from tests.builders import a_learner, a_row
-from tests.models import Resident, load, perturb, train
+from tests.learner_parts.models import Resident, load, perturb, train
+from tests.records.builders import a_learner, a_row
 
 NOW = Version(3)
 LEARNER = a_learner(loss=LossConfig(entropy=0.01), micro_batch_tokens=40)

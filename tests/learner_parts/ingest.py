@@ -7,7 +7,7 @@ from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import Ingest, build_ingest
 from palimpsest.services.learner.ingest.task_publisher import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
-from tests.builders import SAMPLING
+from tests.records.builders import SAMPLING
 
 Ledger = TrajectoryLedger[ReceivedTrajectory]
 

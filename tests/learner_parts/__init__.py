@@ -1,0 +1,1 @@
+"""Parts of a learner, assembled for tests: models, ingest, cuts, corrections."""

@@ -1,0 +1,1 @@
+"""Hooks of pytest that tests/conftest.py installs."""

@@ -1,0 +1,1 @@
+"""Small valid records, history lines and run folders for tests to read."""
