@@ -1,1 +1,1 @@
-"""From trajectories to rows, padded micro-batches, and the share of each rank. Pure."""
+"""Rows of trajectories, padded micro-batches, and the share of each rank. Pure."""

@@ -1,7 +1,7 @@
-"""From trajectories to the arrays a forward pass takes. Pure.
+"""Pack trajectories into the arrays of a forward pass. Pure.
 
-The layout (which rows go together, and their padded length) depends on the trajectories only, so that a pass can be
-repeated bit for bit.
+The layout (the rows of a pass and their padded length) depends only on the trajectories. A pass with the same layout
+gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ from palimpsest.common.versions import UNTRAINABLE, Version
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A trajectory ready for training. Arrays are [tokens]; index t belongs to token t."""
+    """One trajectory as arrays of shape [tokens]. Index t belongs to token t."""
 
     trajectory: str
     tokens: Int32Array
     versions: Int32Array
-    """UNTRAINABLE where no segment covers the token."""
+    """The version that sampled each token; UNTRAINABLE where no segment covers the token."""
     behavior: Float32Array
-    """nats; 0 where untrainable."""
+    """Behavior log-probs in nats; 0 where untrainable."""
     temperature: float
     advantage: float
     reward: float
     success: bool
     old: Float32Array | None = None
-    """Old log-probs that are known, nats; NaN where they are not. None: none are known."""
+    """Old log-probs in nats; NaN where a token has none. None if no token has one."""
 
     @property
     def trainable(self) -> int:
-        """Tokens that count in the loss."""
+        """Number of trainable tokens."""
         return int((self.versions != UNTRAINABLE).sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PaddedBatch:
-    """Rows of one forward pass, padded on the right. Arrays are [rows, longest]."""
+    """Rows of one forward pass, padded on the right. Arrays have shape [rows, length of the longest row]."""
 
     rows: tuple[Row, ...]
     tokens: NDArray[np.int64]
@@ -47,25 +47,26 @@ class PaddedBatch:
     behavior: Float32Array
     advantages: Float32Array
     temperatures: Float32Array
-    """[rows, 1]"""
+    """Sampling temperatures, [rows, 1]."""
     old: Float32Array
-    """Old log-probs that are known, nats; NaN elsewhere."""
+    """Old log-probs in nats; NaN where a token has none."""
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """Trainable tokens."""
+        """True at trainable tokens, [rows, length of the longest row]."""
         covered: NDArray[np.bool_] = self.versions != UNTRAINABLE
         return covered
 
 
 def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
-    """Lists of rows of similar length, each within max_tokens once padded (a longer row is alone in its list).
+    """Split rows into lists of similar length. A list has at most max_tokens tokens, padding included.
 
-    Sorted by length, then id: the same rows give the same lists in any order.
+    A row longer than max_tokens has a list to itself. Rows are sorted by length, then id, so the input order does not
+    change the lists.
     """
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: (len(row.tokens), row.trajectory)):
-        # ascending lengths: the newest row is the longest, so it sets the padded length
+        # Rows come in ascending length: the last row of a list sets its padded length.
         if batches and (len(batches[-1]) + 1) * len(row.tokens) <= max_tokens:
             batches[-1].append(row)
         else:
@@ -74,7 +75,7 @@ def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
 
 
 def pad(rows: Sequence[Row]) -> PaddedBatch:
-    """The rows as rectangular arrays. Padding is token 0 and untrainable."""
+    """Pad rows on the right to rectangular arrays. Padding is token 0 and untrainable."""
     longest = max(len(row.tokens) for row in rows)
     shape = (len(rows), longest)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -100,12 +101,12 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
 
 
 def versions_present(rows: Sequence[Row]) -> list[Version]:
-    """Versions that sampled any token of the rows, ascending."""
+    """Versions that sampled at least one token of the rows, ascending."""
     present = np.unique(np.concatenate([row.versions for row in rows])) if rows else np.array([], dtype=np.int32)
     return [Version(int(v)) for v in present if v != UNTRAINABLE]
 
 
 def partition_by_rank(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
-    """One share for each rank, of about equal length: sorted by length, longest first, and distributed in turn."""
+    """Split rows into one share for each rank: sort by length, longest first, and deal them in turn."""
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.trajectory))
     return [ordered[rank::ranks] for rank in range(ranks)]

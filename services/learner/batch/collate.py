@@ -1,4 +1,4 @@
-"""Groups of trajectories as rows to train on, dealt among minibatches."""
+"""Convert groups of trajectories into rows and split the rows into minibatches."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from palimpsest.services.learner.batch.batching import Row
 
 
 def to_rows(records: Sequence[TrajectoryFinished], advantages: str) -> list[Row]:
-    """The trajectories of one group as rows, with their advantages. advantages: learner.advantages.kind."""
+    """Return the rows of one group, with advantages. advantages: the value of learner.advantages.kind."""
     rows = []
     for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
         tokens = unpack_int32(record.tokens)
@@ -32,7 +32,7 @@ def to_rows(records: Sequence[TrajectoryFinished], advantages: str) -> list[Row]
 
 
 def split_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:
-    """The groups' rows, dealt among the minibatches in an order that follows from seed and version."""
+    """Deal groups among minibatches and return the rows of each. seed and version determine the order."""
     order = list(range(len(groups)))
     random.Random(f"{seed}/{version}").shuffle(order)  # noqa: S311
     return [[row for place in order[i::minibatches] for row in groups[place]] for i in range(minibatches)]

@@ -1,1 +1,1 @@
-"""The policy, its weights as bytes, and the critic."""
+"""The policy model, its weights as bytes, and the critic."""

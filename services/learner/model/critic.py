@@ -1,8 +1,8 @@
-"""The value model of `gae`: what return the current policy can expect from each token on.
+"""The value model (critic) of `gae`. It predicts the expected return of the current policy before each token.
 
-It is the starting model once more, with a head of one number in place of the vocabulary, and learns by itself: its own
-masters, moments and gradients. Its values are computed anew for every batch: values kept since sampling would be those
-of an older critic, one more staleness.
+The critic is a copy of the starting model with a scalar head in place of the vocabulary head. It has separate masters,
+moments and gradients. The learner computes values for every batch at training time: values stored at sampling time
+would come from an older critic and add a second staleness.
 """
 
 import copy
@@ -18,17 +18,17 @@ STEPS = "steps"
 
 
 class Critic:
-    """The value model and its optimizer. Every rank holds one and sums the gradients."""
+    """The value model and its optimizer. Every rank holds a copy; gradients are summed over ranks."""
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
-        """model: the causal LM at version 0, which is copied; config: as the policy's, with the critic's own lr."""
+        """model: the causal LM at version 0; it is copied. config: learner.optimizer with the critic's lr."""
         self._valued = _Valued(model)
         self.trainable = TrainablePolicy(self._valued, config)
-        """Masters and optimizer; `broadcast_state` and checkpoints treat it as they treat the policy's."""
+        """Masters and optimizer. `broadcast_state` and checkpoints handle them like the policy's."""
 
     @torch.no_grad()
     def values(self, tokens: Tensor) -> Tensor:
-        """Return expected from each token on, before that token is known. [rows, length] float32; 0 at index 0
+        """Return the expected return before each token. [rows, length] float32, 0 at index 0.
 
         tokens: [rows, length] int64, padded on the right.
         """
@@ -45,7 +45,7 @@ class Critic:
         clip: float | None,
         denominator: float,
     ) -> Tensor:
-        """This micro-batch's share of the value loss, with gradient. Shapes: see `value_loss`."""
+        """Return this micro-batch's share of the value loss, with gradient. Shapes: see `value_loss`."""
         return value_loss(self._valued(tokens), returns, old_values, mask, clip=clip, denominator=denominator)
 
     def gradients(self) -> list[Tensor]:
@@ -53,17 +53,20 @@ class Critic:
         return self.trainable.gradients()
 
     def step(self) -> float:
-        """Clip, step, forget the gradients; the norm before clipping. One that is not finite changes nothing."""
+        """Clip the gradients, take an optimizer step, reset the gradients. Return the norm before clipping.
+
+        A norm that is not finite skips the step.
+        """
         return self.trainable.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments and the number of steps by name, for a checkpoint."""
+        """Return masters, moments and the number of steps by name, for a checkpoint."""
         return self.trainable.state() | {STEPS: torch.tensor([self.trainable.steps])}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint. Raises ValueError when it is another model's."""
+        """Restore a checkpoint. Raises ValueError if it belongs to another model."""
         if STEPS not in tensors:
-            raise ValueError(f"no number of steps stands in it ({STEPS}): it is no critic's state")
+            raise ValueError(f"checkpoint has no {STEPS!r} tensor: it is not a critic's state")
         own = {name: tensor for name, tensor in tensors.items() if name != STEPS}
         self.trainable.restore(own, int(tensors[STEPS][0]))
 
@@ -71,11 +74,12 @@ class Critic:
 def value_loss(
     values: Tensor, returns: Tensor, old_values: Tensor, mask: Tensor, *, clip: float | None, denominator: float
 ) -> Tensor:
-    """sum over the mask of 1/2 max((V - G)^2, (V' - G)^2) / denominator, V' = V kept within clip of the old value.
+    """Return the sum over the mask of 1/2 max((V - G)^2, (V' - G)^2) / denominator, V' = V clipped around the old one.
 
-    values (with gradient), returns, old_values: [rows, tokens] float32, units of reward; mask: bool, trainable tokens;
-    old_values: before the version's training; clip None: 1/2 (V - G)^2 alone; denominator: trainable tokens of the
-    minibatch over all ranks, so that the shares of micro-batches and ranks add up.
+    values (with gradient), returns, old_values: [rows, tokens] float32, in units of reward. mask: bool, trainable
+    tokens. old_values: values before this version's training. clip: V' is within clip of the old value; None uses
+    1/2 (V - G)^2. denominator: trainable tokens of the minibatch over all ranks, so that the shares of micro-batches
+    and ranks add up.
     """
     zero = torch.zeros((), device=mask.device)
     squares = torch.where(mask, values - returns, zero) ** 2
@@ -92,16 +96,16 @@ class _Valued(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         causal: Any = model
-        # without the vocabulary's head: it would cost memory, and logits that nobody reads
+        # Copy only the decoder: the critic does not use the vocabulary head or its logits.
         self.decoder = copy.deepcopy(causal.base_model)
         self.head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, dtype=torch.float32)
-        # from 0: the first advantages hold no noise of a critic that knows nothing, and every rank starts alike
+        # A zero head adds no noise to the first advantages and is equal on all ranks.
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         self.head.to(next(model.parameters()).device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Values, index t speaking of token t: what stands before it decides. The shift happens here only."""
+        """Return values [rows, length]. Index t depends on the tokens before t. The shift happens only here."""
         hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
         values = self.head(hidden[:, :-1].float())[..., 0]
         return torch.nn.functional.pad(values, (1, 0))

@@ -1,7 +1,7 @@
-"""The policy in training: a bf16 model that computes, float32 masters that learn.
+"""The policy in training: a bf16 model for the passes, float32 masters for the optimizer.
 
-What computes is what is published: after each optimizer step the masters are cast to bf16 into the model, and exactly
-those bytes go to the engines. So the policy that sampled a token, and the old policy that scores it, are one.
+After each optimizer step the masters are cast to bf16 into the model. The engines receive exactly these bytes, so the
+policy that samples a token and the old policy that scores the token have the same weights.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from palimpsest.common.config.learner import OptimizerConfig
 class TrainablePolicy:
     """The model and its optimizer.
 
-    Gradients leave the bf16 model as soon as they are there and add up in float32.
+    A hook moves each bf16 gradient into the float32 gradient of the master as soon as autograd has accumulated it.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
@@ -26,7 +26,7 @@ class TrainablePolicy:
             master.grad = torch.zeros_like(master)
             computing.register_post_accumulate_grad_hook(_collector(master))  # type: ignore[no-untyped-call]
         decayed = [m for m in self.masters if m.ndim >= 2]
-        plain = [m for m in self.masters if m.ndim < 2]  # norms and biases are not decayed
+        plain = [m for m in self.masters if m.ndim < 2]  # weight decay skips norms and biases
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.lr,
@@ -35,16 +35,17 @@ class TrainablePolicy:
             foreach=True,
         )
         self.steps = 0
-        """Optimizer steps taken, skipped ones left out."""
+        """Number of optimizer steps taken; skipped steps do not count."""
 
     def gradients(self) -> list[Tensor]:
-        """Accumulated float32 gradients, to be summed over ranks."""
+        """Return the accumulated float32 gradients, to be summed over ranks."""
         return [m.grad for m in self.masters if m.grad is not None]
 
     def step(self, *, lr_factor: float = 1.0) -> float:
-        """Clip, step, publish into the computing model, forget the gradients; the norm before clipping.
+        """Clip the gradients, take an optimizer step, update the model, reset the gradients. Return the norm.
 
-        When the norm is not finite nothing is changed and the step is not counted. lr_factor: of this step alone.
+        The norm is the one before clipping. If the norm is not finite, the step is skipped and not counted.
+        lr_factor: multiplies the learning rate of this step only.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
         if norm == norm and norm != float("inf"):
@@ -59,7 +60,7 @@ class TrainablePolicy:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step: rises on a straight line over the warm-up, then falls on one until `decay`."""
+        """Learning rate of the next step: linear rise over the warm-up, then linear fall until step `decay`."""
         config, step = self._config, self.steps + 1
         if step <= config.warmup:
             return config.lr * step / config.warmup
@@ -69,7 +70,7 @@ class TrainablePolicy:
         return config.lr * (1.0 - (1.0 - config.end_share) * fallen)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name, for a checkpoint."""
+        """Return masters and moments by name, for a checkpoint."""
         tensors = {}
         for i, master in enumerate(self.masters):
             moments: dict[str, Any] = self.optimizer.state.get(master, {})
@@ -79,14 +80,15 @@ class TrainablePolicy:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Go on from a checkpoint. Raises ValueError when it is another model's."""
+        """Restore a checkpoint. Raises ValueError if it belongs to another model."""
         if len(tensors) != 3 * len(self.masters):
-            raise ValueError(f"{len(tensors) // 3} parameters stand in it, the model has {len(self.masters)}")
+            raise ValueError(f"checkpoint has {len(tensors) // 3} parameters; the model has {len(self.masters)}")
         with torch.no_grad():
             for i, master in enumerate(self.masters):
                 if tensors[f"{i}.master"].shape != master.shape:
                     raise ValueError(
-                        f"parameter {i} has shape {tuple(tensors[f'{i}.master'].shape)}, here {tuple(master.shape)}"
+                        f"parameter {i} has shape {tuple(tensors[f'{i}.master'].shape)} in the checkpoint; "
+                        f"the model has {tuple(master.shape)}"
                     )
                 master.copy_(tensors[f"{i}.master"])
                 if steps:

@@ -1,4 +1,4 @@
-"""The model's tensors by name: as bytes for the store, and back into a model."""
+"""Convert a model's named tensors to bytes for the store, and load such bytes into a model."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ Weights = dict[str, Tensor]
 
 
 def named_weights(model: torch.nn.Module) -> Weights:
-    """The model's tensors under their checkpoint names; of tied ones the first only."""
+    """Return the model's tensors by checkpoint name. Tied tensors appear once, under the first name."""
     seen: set[int] = set()
     weights: Weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -23,22 +23,22 @@ def named_weights(model: torch.nn.Module) -> Weights:
 
 
 def raw_tensors(weights: Weights) -> Iterator[RawTensor]:
-    """Weights as bytes for the store."""
+    """Yield each tensor as bytes for the store."""
     for name, tensor in weights.items():
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         yield RawTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
 
 
 def load_weights(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
-    """Overwrite the model's weights in place. Raises ValueError when names or shapes do not fit, naming them."""
+    """Overwrite the model's weights in place. Raises ValueError if names, types or shapes differ."""
     weights = named_weights(model)
     missing = set(weights)
     with torch.no_grad():
         for tensor in tensors:
             own = weights.get(tensor.name)
             if own is None or tuple(own.shape) != tensor.shape or str(own.dtype) != f"torch.{tensor.dtype}":
-                raise ValueError(f"{tensor.name} {tensor.dtype} {tensor.shape} is no tensor of this model")
+                raise ValueError(f"the model has no tensor {tensor.name} {tensor.dtype} {tensor.shape}")
             own.copy_(torch.from_numpy(tensor.raw.copy()).view(own.dtype).reshape(own.shape))
             missing.discard(tensor.name)
     if missing:
-        raise ValueError(f"tensors left out: {', '.join(sorted(missing)[:5])}")
+        raise ValueError(f"missing tensors: {', '.join(sorted(missing)[:5])}")

@@ -44,7 +44,7 @@ def test_padding_is_on_the_right_and_untrainable() -> None:
     assert padded.temperatures.shape == (2, 1)
 
 
-def test_versions_are_found_where_they_are() -> None:
+def test_versions_present_are_listed_once_in_ascending_order() -> None:
     rows = [a_row("a", [1, 2, 3], [-1, 4, 5]), a_row("b", [1, 2], [-1, 5]), a_row("c", [1, 2], [-1, -1])]
     assert versions_present(rows) == [4, 5]
     assert versions_present([]) == []

@@ -1,4 +1,4 @@
-"""The model in training: what computes is what is published."""
+"""The policy in training: the published bytes are the weights of the passes."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from palimpsest.services.learner.model.weights import load_weights, named_weight
 from tests.learner_parts.models import CPU, load, logprobs, perturb
 
 
-def test_18_10_log_probs_speak_of_the_token_they_stand_at(starting_model: Path) -> None:
+def test_18_10_a_log_prob_belongs_to_the_token_at_its_index(starting_model: Path) -> None:
     """algorithms.md 18.10: index t is the prediction of token t, and of no other."""
     model = load(starting_model)
     row = [5, 40, 120, 7, 260]
@@ -46,7 +46,7 @@ def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["starting_model", "untied_model"])
-def test_weights_go_out_once_each_and_come_back_bit_for_bit(kind: str, request: pytest.FixtureRequest) -> None:
+def test_weights_are_exported_once_each_and_loaded_bit_for_bit(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     model, other = load(folder), load(folder)
     perturb(model, by=0.1, seed=1)
@@ -56,9 +56,9 @@ def test_weights_go_out_once_each_and_come_back_bit_for_bit(kind: str, request: 
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_a_tensor_left_out_or_foreign_is_refused(starting_model: Path, untied_model: Path) -> None:
+def test_a_missing_or_unknown_tensor_is_refused(starting_model: Path, untied_model: Path) -> None:
     tied, untied = load(starting_model), load(untied_model)
-    with pytest.raises(ValueError, match=r"left out: lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight"):
         load_weights(untied, raw_tensors(named_weights(tied)))
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load_weights(tied, raw_tensors(named_weights(untied)))
@@ -144,7 +144,7 @@ def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:
         OptimizerConfig(warmup=4, decay=3)
 
 
-def test_a_restored_trainee_goes_on_bit_for_bit(starting_model: Path) -> None:
+def test_a_restored_policy_continues_bit_for_bit(starting_model: Path) -> None:
     def steps(trainee: TrainablePolicy, count: int) -> None:
         for i in range(count):
             for k, gradient in enumerate(trainee.gradients()):
@@ -167,7 +167,7 @@ def test_a_restored_trainee_goes_on_bit_for_bit(starting_model: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(starting_model: Path, untied_model: Path) -> None:
     trainee = TrainablePolicy(load(starting_model), OptimizerConfig())
-    with pytest.raises(ValueError, match="parameters stand in it"):
+    with pytest.raises(ValueError, match=r"checkpoint has \d+ parameters"):
         trainee.restore(TrainablePolicy(load(untied_model), OptimizerConfig()).state(), 1)
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_model_is_refused(starting_model: Path, untied_m
     ("path", "says"),
     [("nowhere/at/all", "does not exist"), ("./nothing", "does not exist")],
 )
-def test_a_model_that_is_not_there_is_refused(path: str, says: str) -> None:
+def test_a_missing_model_is_refused(path: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_model(path, CPU, "eager")
 
@@ -186,7 +186,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), CPU, "eager")
 
 
-def test_weights_that_end_too_early_are_refused(tmp_path: Path, starting_model: Path) -> None:
+def test_truncated_weights_are_refused(tmp_path: Path, starting_model: Path) -> None:
     shutil.copytree(starting_model, tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("r+b") as weights:
         weights.truncate(1000)
@@ -199,7 +199,7 @@ def test_weights_that_end_too_early_are_refused(tmp_path: Path, starting_model: 
 @pytest.mark.parametrize(
     ("config", "says"), [(None, "holds no model"), ("{", "cannot be read"), ("[1, 2", "cannot be read")]
 )
-def test_a_config_that_is_none_is_refused(tmp_path: Path, config: str | None, says: str) -> None:
+def test_an_unusable_config_is_refused(tmp_path: Path, config: str | None, says: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=rf"model\.path: .*{says}"):
