@@ -53,7 +53,7 @@ def command(words: Sequence[str]) -> None:
     if options.every < 1:
         arguments.error(f"--every {options.every}: a number above 0 is wanted")
     if not (options.run / "run.toml").is_file():
-        arguments.error(f"{options.run}: that is no run's folder (it has no run.toml)")
+        arguments.error(f"{options.run}: not the folder of a run (it has no run.toml)")
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     config = tomllib.loads((options.run / "run.toml").read_text())

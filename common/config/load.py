@@ -1,7 +1,7 @@
-"""From files, environment and flags to one checked configuration.
+"""Load the configuration of a run from its TOML file, the environment and the flags, and validate it.
 
-Defaults < TOML < environment (PALIMPSEST_LEARNER__VERSIONS) < flags (--learner.versions=3). Every value remembers the
-layer it came from, so that an error names it. A misspelt key names its nearest neighbor.
+Precedence: defaults < TOML < environment (PALIMPSEST_LEARNER__VERSIONS) < flags (--learner.versions=3). The loader
+records the origin of every value, so that an error names it. An error about an unknown key suggests the closest key.
 """
 
 import difflib
@@ -29,39 +29,39 @@ NOT_KEYS = (
     "PALIMPSEST_GATEWAY_TOKEN",
     "PALIMPSEST_KAFKA_",
 )
-"""Beginnings of environment variables that are no keys: tools/backends, what a worker tells its engine's processes,
-common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
+"""Prefixes of environment variables that are not configuration keys: tools/backends, variables that a worker sets for
+its engine processes, common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
 RENAMED: dict[Key, Key] = {
     ("learner", "discrepancy", "weight_normalise"): ("learner", "discrepancy", "weight_normalize"),
 }
-"""Old key -> the key that replaced it. Run files of older releases have the old one, and go on with it."""
+"""Old key -> the key that replaced it. Run files of older releases may use the old key."""
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a program was asked to do."""
+    """The parsed command line of a program, with the validated configuration."""
 
     config: RunConfig
     source: Path
     check: bool = False
-    """Print the resolved run and stop."""
+    """Print the resolved configuration and exit."""
     resume: Path | None = None
-    """Folder of a run to go on with."""
+    """Folder of a run to resume."""
     overrides: tuple[str, ...] = field(default_factory=tuple)
-    """The flags that set keys, as given: to pass on to other processes."""
+    """The flags that set keys, in their original form, to pass to other processes."""
 
 
 def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> Invocation:
-    """Read the run that the arguments name. Raises UserError with every problem found, or with the usage."""
+    """Load the run file that the arguments name. Raises UserError with all problems, or with the usage text."""
     path: Path | None = None
     check, resume = False, None
     overrides: list[tuple[Key, str, str]] = []
-    passed_on: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    flags: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         if argument == "--check":
             check = True
         elif argument in ("--help", "-h"):
@@ -69,22 +69,22 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         elif argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             if not equals:
-                if not waiting:
+                if not remaining:
                     raise UserError(f"{argument} needs a value: {argument}=VALUE")
-                value = waiting.pop(0)
+                value = remaining.pop(0)
             if name == "resume":
                 resume = Path(value)
             else:
                 overrides.append((tuple(name.split(".")), value, f"--{name}"))
-                passed_on.append(f"--{name}={value}")
+                flags.append(f"--{name}={value}")
         elif path is None:
             path = Path(argument)
         else:
-            raise UserError(f"one run file is wanted, but {path} and {argument} were given")
+            raise UserError(f"expected one run file, got {path} and {argument}")
     if path is None and resume is not None:
         path = resume / run_folder.RUN_FILE
         if not path.is_file():
-            raise UserError(f"--resume {resume}: that is no run's folder (it has no {path.name})")
+            raise UserError(f"--resume {resume}: not the folder of a run (it has no {path.name})")
     if path is None:
         raise UserError(usage(program))
     values, origins = _toml(path)
@@ -96,20 +96,20 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
     ]
     problems += _follow_recipe(values, origins, path)
     config = _validate(values, origins, path, problems)
-    return Invocation(config, path, check, resume, tuple(passed_on))
+    return Invocation(config, path, check, resume, tuple(flags))
 
 
 def usage(program: str) -> str:
-    """How to call a program that reads a run."""
+    """Return the usage text of a program that reads a run file."""
     return (
         f"usage: {program} RUN.toml [--check] [--SECTION.KEY=VALUE ...]\n"
-        f"  --check        print the resolved run and stop\n"
-        f"  --learner.optimizer.lr=3e-6   any key of the run (docs/configuration.md lists them)"
+        f"  --check        print the resolved configuration and exit\n"
+        f"  --learner.optimizer.lr=3e-6   any configuration key (docs/configuration.md lists them)"
     )
 
 
 def _variables(environment: Mapping[str, str]) -> list[tuple[Key, str, str]]:
-    """Keys that the environment sets, a section before the keys in it."""
+    """Return the keys that the environment sets. A section precedes its keys."""
     return [
         (tuple(part.lower() for part in name.removeprefix(ENV_PREFIX).split("__")), environment[name], name)
         for name in sorted(environment)
@@ -121,20 +121,20 @@ def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. examples/embedded.toml is one to start from") from None
+        raise UserError(f"{path}: no such file. Start from a copy of examples/embedded.toml") from None
     except IsADirectoryError:
         own = path / run_folder.RUN_FILE
-        kept = f"the run in it is described by {own}" if own.is_file() else "a file that describes a run is wanted"
-        raise UserError(f"{path}: that is a folder; {kept}") from None
+        hint = f"the run file in it is {own}" if own.is_file() else "name a run file (RUN.toml)"
+        raise UserError(f"{path} is a folder; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+        raise UserError(f"{path}: invalid TOML: {error}") from None
     return values, {}
 
 
 def _rename(values: dict[str, Any]) -> list[str]:
-    """Move what old keys hold to the keys that replaced them; a sentence for each that is set under both."""
+    """Move values from old keys to the keys that replaced them. Returns an error text for each value set twice."""
     problems = []
     for old, new in RENAMED.items():
         section: Any = values
@@ -143,13 +143,15 @@ def _rename(values: dict[str, Any]) -> list[str]:
         if not isinstance(section, dict) or old[-1] not in section:
             continue
         if new[-1] in section:
-            problems.append(f"{'.'.join(old)} is the old name of {'.'.join(new)}, which is set, too: remove it")
+            problems.append(
+                f"{'.'.join(old)} is the old name of {'.'.join(new)}, which is also set: remove the old one"
+            )
         section.setdefault(new[-1], section.pop(old[-1]))
     return problems
 
 
 def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, origin: str) -> str | None:
-    """Put a flag's or variable's text where the schema has its key; a sentence if it has none."""
+    """Set the key to the text of a flag or a variable. Returns an error text if the schema has no such key."""
     expected = _expected_type(key)
     if expected is None:
         return f"{origin}: {_unknown(key)}"
@@ -157,14 +159,14 @@ def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, o
     for depth, part in enumerate(key[:-1], start=1):
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            return f"{origin}: {'.'.join(key[:depth])} is set to {at!r} already, which has no keys"
+            return f"{origin}: {'.'.join(key[:depth])} is already set to {at!r}, which has no keys"
     at[key[-1]] = text if _is_text(expected) else _literal(text)
     origins[key] = origin
     return None
 
 
 def _follow_recipe(values: dict[str, Any], origins: dict[Key, str], path: Path) -> list[str]:
-    """Put what the recipe says under what is set; a sentence if there is no such recipe."""
+    """Apply the recipe below the keys that the run sets. Returns an error text if the recipe does not exist."""
     learner = values.get("learner")
     if not isinstance(learner, dict) or not isinstance(name := learner.get("recipe", ""), str):
         return []
@@ -194,7 +196,7 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
             tags = [part for i, part in enumerate(full) if _is_tag(full, i)]
             key = tuple(part for i, part in enumerate(full) if not _is_tag(full, i))
             if _is_branch(key) and key[-1].startswith("literal["):
-                continue  # told with what else the key can be
+                continue  # the error of the other type of this key lists these words
             key = tuple(part for i, part in enumerate(key) if not _is_branch(key[: i + 1]))
             where = _origin(origins, key, detail) or str(path)
             by = origins.get((*key[:-1], "kind"))
@@ -205,7 +207,10 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
 
 
 def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
-    """What is wrong at the key. tag: the kind of the section that the key is in, where it has kinds; by: who set it."""
+    """Return the error text for the key.
+
+    tag: the kind of the section that holds the key, if the section has kinds. by: the origin of that kind.
+    """
     name, section, given = ".".join(key), _fields(key), f"got {detail['input']!r}"
     if key[-1:] == ("[key]",):
         return f"{'.'.join(key[:-2])}: there is no {key[-2]!r}; it can be {detail['ctx']['expected']}"
@@ -216,7 +221,7 @@ def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
             kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
             return f"{name}.kind: there is no {kind!r}; it can be {known}"
         case "union_tag_not_found":
-            return f"{name}.kind is missing: the other keys depend on it"
+            return f"{name}.kind is missing; it decides which other keys are valid"
         case "model_type" | "model_attributes_type" if section:
             hint = f"did you mean {name}.kind?" if "kind" in section else f"its keys are {', '.join(sorted(section))}"
             return f"{name} is a section, {given}; {hint}"
@@ -225,43 +230,46 @@ def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
         case "missing":
             return f"{name} is missing"
         case "value_error":
-            said = detail["msg"].removeprefix("Value error, ")
-            return f"{name + ': ' if key else ''}{said}{_or_words(key)}"
-    said = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{name}: {said}{_or_words(key)}, {given}"
+            message = detail["msg"].removeprefix("Value error, ")
+            return f"{name + ': ' if key else ''}{message}{_or_words(key)}"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{name}: {message}{_or_words(key)}, {given}"
 
 
 def _origin(origins: dict[Key, str], key: Key, detail: Any) -> str | None:
-    """The flag or variable that set the key, or a section it is in; of keys that contradict each other, those named."""
+    """Return the flag or variable that set the key or a section above it.
+
+    If keys contradict each other, return the origins of the keys that the error text names.
+    """
     if detail["type"] == "union_tag_invalid":
         key = (*key, "kind")
     if above := next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), None):
         return above
     below = {".".join(at[len(key) :]): origin for at, origin in origins.items() if at[: len(key)] == key}
-    said = detail["msg"] if detail["type"] == "value_error" else ""
-    return " and ".join(below[name] for name in below if re.search(rf"\b{re.escape(name)}(?![\w.]*\w)", said)) or None
+    text = detail["msg"] if detail["type"] == "value_error" else ""
+    return " and ".join(below[name] for name in below if re.search(rf"\b{re.escape(name)}(?![\w.]*\w)", text)) or None
 
 
 def _is_tag(key: Key, i: int) -> bool:
-    """Whether key[i] is the name of a union's member that pydantic put into the path."""
+    """Whether key[i] is the name of a union member that pydantic inserted into the path."""
     return i > 0 and _fields(key[:i]) is not None and key[i] not in (_fields(key[:i]) or {}) and i < len(key) - 1
 
 
 def _is_branch(key: Key) -> bool:
-    """Whether key's last part names one of the types that a key may have, put there by pydantic."""
+    """Whether the last part of the key is a type name that pydantic inserted for a key with several types."""
     above = _expected_type(key[:-1]) if len(key) > 1 else None
     return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
 
 
 def _or_words(key: Key) -> str:
-    """The words that may stand at a key instead of a number."""
+    """Return the words that the key accepts instead of a number, as the end of an error text."""
     members = _members(_expected_type(key)) if key else []
     literals = [member for member in members if get_origin(member) is Literal]
     return "".join(f", or be {word!r}" for word in get_args(literals[0])) if literals and len(members) > 1 else ""
 
 
 def _is_pair(key: Key) -> bool:
-    """Whether two numbers stand at the key."""
+    """Whether the key takes a pair of numbers."""
     return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected_type(key)))
 
 
@@ -288,7 +296,7 @@ def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
 
 
 def _fields(key: Key) -> dict[str, Any] | None:
-    """Names and types below a key that is a section, else None."""
+    """Return names and types of the keys in a section, or None if the key is not a section."""
     expected: Any = RunConfig
     for part in key:
         fields = _section_fields(expected)
@@ -299,7 +307,7 @@ def _fields(key: Key) -> dict[str, Any] | None:
 
 
 def _expected_type(key: Key) -> Any:
-    """Type the schema wants at this key; None if it has no such key."""
+    """Return the type of this key in the schema, or None if the schema has no such key."""
     expected: Any = RunConfig
     for part in key:
         fields = _section_fields(expected)
@@ -335,6 +343,6 @@ def _bare(annotation: Any) -> Any:
 
 
 def _is_text(annotation: Any) -> bool:
-    """Whether a flag's text stands as it is, not as a TOML literal."""
+    """Whether the key takes the text of a flag unchanged instead of a TOML literal."""
     members = _members(annotation)
     return all(m in (str, Path, types.NoneType) or get_origin(m) is Literal for m in members)

@@ -1,5 +1,7 @@
-"""What a token's log-probs become in the loss: corrections, objective, advantages. The text under a key is its
-documentation (docs/configuration.md); docs/algorithms has a page for each method."""
+"""Configuration of the loss: corrections, objective, advantages.
+
+docs/configuration.md is generated from the docstrings under the keys. docs/algorithms has a page for each method.
+"""
 
 from typing import Annotated, Literal
 
@@ -13,12 +15,12 @@ Off = Literal["off"]
 def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if not 0 <= low < high:
-        raise ValueError(f"[{low}, {high}] is no interval of ratios: it needs 0 <= low < high")
+        raise ValueError(f"[{low}, {high}] is not a valid interval of ratios: it must satisfy 0 <= low < high")
     return interval
 
 
 Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_check_interval)]
-"""Lowest and highest ratio that is kept."""
+"""Lowest and highest ratio inside the bound."""
 AboveOne = Annotated[float, Field(gt=1)]
 Estimate = Literal[
     "k1_token", "k1_sequence_sum", "k1_sequence_mean", "k1_sequence_max",
@@ -28,101 +30,103 @@ Estimate = Literal[
 
 
 class DiscrepancyConfig(Section):
-    """What is done about the discrepancy: a weight, and masks; each a switch of its own."""
+    """Corrections for the discrepancy: a weight and masks, each switched separately."""
 
     weight: Literal["off", "ratio", "truncated", "clipped"] = "ratio"
-    """Factor on a token's loss: none, the discrepancy itself, at most weight_high (TIS), or inside [weight_low,
-    weight_high] (CIS)."""
+    """Factor on the loss of a token: none, the discrepancy, the discrepancy capped at weight_high (TIS), or the
+    discrepancy clipped to [weight_low, weight_high] (CIS)."""
     weight_level: Literal["token", "sequence"] = "token"
-    """Of each token by itself, or the product over its trajectory."""
+    """`token`: the discrepancy of each token. `sequence`: the product of the discrepancies of its trajectory."""
     weight_low: PositiveFloat = 0.5
     """Lowest weight (`clipped`)."""
     weight_high: PositiveFloat = 2.0
     """Highest weight (`truncated`, `clipped`)."""
     weight_normalize: bool = False
-    """Divide the weights by their mean over the minibatch's tokens; the factor is logged."""
+    """Divide the weights by their mean over the tokens of the minibatch. A metric reports the factor."""
     band: AboveOne | Off = 2.0
-    """c: a token whose discrepancy is outside [1/c, c] is masked."""
+    """c: mask tokens with a discrepancy outside [1/c, c]."""
     tokens: Interval | Off = "off"
-    """A token whose discrepancy is outside is masked (MIS, IcePop)."""
+    """Mask tokens with a discrepancy outside this interval (MIS, IcePop)."""
     geometric: Interval | Off = "off"
-    """A trajectory is masked when the geometric mean of its discrepancies is outside."""
+    """Mask trajectories whose geometric mean of discrepancies is outside this interval."""
     sequence: Interval | Off = "off"
-    """A trajectory is masked when the product of its discrepancies is outside."""
+    """Mask trajectories whose product of discrepancies is outside this interval."""
     segment: Interval | Off = "off"
-    """A run of sampled tokens is masked when the geometric mean of its discrepancies is outside."""
+    """Mask runs of sampled tokens whose geometric mean of discrepancies is outside this interval."""
     veto: PositiveFloat | Off = "off"
-    """A trajectory is masked when the discrepancy of any token is below this."""
+    """Mask trajectories that have a token with a discrepancy below this value."""
     difference: PositiveFloat | Off = "off"
-    """A token is masked when the two probabilities differ by more than this."""
+    """Mask tokens whose old and behavior probability differ by more than this value."""
     estimates: dict[Estimate, PositiveFloat] = {}
-    """A token or trajectory is masked when this estimate of the divergence is above the bound."""
+    """Mask tokens or trajectories for which this estimate of the divergence exceeds the bound."""
     m2: PositiveFloat | Off = "off"
-    """M2PO: tokens with the largest squared log-discrepancy are masked until their mean square is below this."""
+    """M2PO: mask tokens, largest squared log-discrepancy first, until the mean square of the rest is below this
+    value."""
 
     @model_validator(mode="after")
     def _weights_are_ordered(self) -> "DiscrepancyConfig":
         if self.weight == "clipped" and self.weight_low > self.weight_high:
             raise ValueError(
-                f"weight_low ({self.weight_low}) is above weight_high ({self.weight_high}): no weight is between them"
+                f"weight_low ({self.weight_low}) is greater than weight_high ({self.weight_high}): lower weight_low"
             )
         return self
 
 
 class EpoConfig(Section):
-    """Entropy kept near its own history (EPO)."""
+    """Penalty for entropy far from its running mean (EPO)."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the hinge; 0: off."""
+    """Weight of the hinge penalty; 0 disables it."""
     low: Share = 0.8
-    """Entropy below this share of its history is penalized."""
+    """Entropy below this multiple of its running mean is penalized."""
     high: Annotated[float, Field(ge=1)] = 1.2
-    """Entropy above this multiple of its history is penalized."""
+    """Entropy above this multiple of its running mean is penalized."""
 
 
 class KlConfig(Section):
-    """Divergence from the starting model."""
+    """KL penalty: divergence of the current policy from the starting model."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
-    """0: off, and no copy of the starting model is kept."""
+    """Weight of the penalty. 0 disables it; the learner then keeps no copy of the starting model."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
-    """Of KL(current || start), from the log-ratio of the two."""
+    """Estimator of KL(current || start), computed from the log-ratio of the two policies."""
     place: Literal["loss", "reward"] = "loss"
-    """Added to the loss, or taken off each token's reward (needs token-level advantages)."""
+    """`loss`: added to the loss. `reward`: subtracted from each token's reward (needs token-level advantages)."""
     unbiased: bool = True
-    """Weighted by the total ratio, because the samples are not the current policy's (place = loss)."""
+    """Weight the penalty by the total ratio, because the current policy did not sample the tokens (place = loss)."""
 
 
 class R2vpoConfig(Section):
-    """Variance of the ratio in place of a clip (R2VPO)."""
+    """Penalty on the variance of the ratio instead of a clip (R2VPO)."""
 
     multiplier: Annotated[float, Field(ge=0)] = 1.0
-    """lambda at the start."""
+    """Initial value of lambda."""
     target: PositiveFloat = 0.02
-    """delta: mean (r - 1)^2 that is allowed."""
+    """delta: target of the mean of (r - 1)^2."""
     rate: Annotated[float, Field(ge=0)] = 0.0
-    """How fast lambda follows what was measured; 0: it stays."""
+    """Step size of the update of lambda; 0 keeps lambda constant."""
 
 
 class LossConfig(Section):
     """The objective (docs/paper.md, "objective")."""
 
     objective: Literal["clipped", "policy_gradient", "gspo", "cispo", "minirl", "r2vpo"] = "clipped"
-    """What is made of the staleness ratio."""
+    """Function of the staleness ratio that the loss maximizes."""
     clip_low: Share = 0.2
     """The staleness ratio is clipped at 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The staleness ratio is clipped at 1 + clip_high."""
     dual_clip: AboveOne | Off = "off"
-    """With a negative advantage no token's loss is more than this many times it (`clipped`)."""
+    """For a negative advantage, cap the loss of a token at this multiple of |advantage| (`clipped`)."""
     opsm: PositiveFloat | Off = "off"
-    """A trajectory with a negative advantage is masked when the policy has moved from it by more than this, in nats a
+    """Mask trajectories with a negative advantage for which the policy has moved by more than this value, in nats per
     token."""
     aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "dr_grpo"] = "token_mean"
-    """What a token's loss is divided by: all tokens, all trajectories, the same and its trajectory's tokens, or all
-    trajectories and sampling.max_trajectory_tokens."""
+    """Divisor of the loss of a token. `token_mean`: the number of tokens. `seq_mean_token_sum`: the number of
+    trajectories. `seq_mean_token_mean`: the number of trajectories times the tokens of its own. `dr_grpo`: the number
+    of trajectories times sampling.max_trajectory_tokens."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy bonus, per trained token."""
+    """Weight of the entropy bonus per trained token."""
     epo: EpoConfig = EpoConfig()
     kl: KlConfig = KlConfig()
     r2vpo: R2vpoConfig = R2vpoConfig()
@@ -132,37 +136,38 @@ class CriticConfig(Section):
     """The value model of `gae`: a copy of the starting model with a scalar head."""
 
     lr: PositiveFloat = 1e-5
-    """Its learning rate."""
+    """Learning rate of the value model."""
     clip: PositiveFloat | Off = "off"
-    """Values are kept this near to those before the version's training."""
+    """Maximum change of a value, relative to its value before the training of the version."""
 
 
 class AdvantageConfig(Section):
-    """From rewards to advantages."""
+    """Advantages: how they are computed from rewards."""
 
     kind: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"] = "grpo"
-    """Group-relative (divided by the group's deviation, not divided, leave-one-out); return-to-go whitened over the
-    batch, the same less the group's mean; or by a critic."""
+    """Relative to the group: `grpo` (divided by the standard deviation of the group), `dr_grpo` (not divided), `rloo`
+    (leave-one-out). Return-to-go, whitened over the batch: `reinforce_pp`, `reinforce_pp_baseline` (minus the mean of
+    the group). With a critic: `gae`."""
     gamma: Share = 1.0
-    """Discount for each sampled token (reinforce_pp, gae)."""
+    """Discount per sampled token (reinforce_pp, gae)."""
     lam: Share = 0.95
     """lambda of GAE."""
     critic: CriticConfig = CriticConfig()
 
 
 class VcpoConfig(Section):
-    """Variance kept in check (VCPO)."""
+    """Variance control (VCPO)."""
 
     lr_scaling: Literal["off", "sqrt", "linear"] = "off"
-    """The step's learning rate is scaled by this function of the effective sample share."""
+    """Scale the learning rate of the step by this function of the effective sample share."""
     base: Share = 1.0
-    """Effective sample share from which the learning rate is whole."""
+    """Effective sample share at and above which the learning rate is not reduced."""
     baseline: bool = False
-    """Baseline of least variance for each minibatch. Costs a backward pass for each trajectory."""
+    """Use the minimum-variance baseline of each minibatch. Costs one backward pass per trajectory."""
 
 
 class AuditConfig(Section):
-    """Exact scoring beside a surrogate."""
+    """Audit: exact scores to compare with a surrogate."""
 
     fraction: Share = 0.0
-    """Share of the batches that are also scored exactly, from snapshots, to report what the surrogate does wrong."""
+    """Fraction of the batches that are also scored exactly, from snapshots, to report the error of the surrogate."""

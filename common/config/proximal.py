@@ -1,7 +1,7 @@
-"""The `learner.proximal` section: where the clip's anchor comes from. The text under a key is its documentation.
+"""The `learner.proximal` section: the source of the proximal log-probs. docs/configuration.md is generated from it.
 
-Three kinds are exact: each token's value is its old log-prob, under the version that sampled it. The others are
-surrogates. `PROXIMAL_KINDS` says what the rest of the system needs to know about each kind.
+Three kinds are exact: the value of each token is its old log-prob, under the version that sampled it. The others are
+surrogates. `PROXIMAL_KINDS` describes each kind to the rest of the system.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ MissingPolicy = Literal[
 
 
 class SnapshotProximal(Section):
-    """Exact: a second copy of the model takes on each version's weights and scores its tokens."""
+    """Exact: a second copy of the model loads the weights of each version and scores the tokens it sampled."""
 
     kind: Literal["snapshot"] = "snapshot"
     missing: MissingPolicy = "fail"
-    """When the store no longer has a version: end the run, leave its tokens out of the loss, or use a surrogate's
-    log-probs for them. Counted and shown in each case."""
+    """Policy for a version that the store does not hold: `fail` ends the run, `drop` leaves its tokens out of the loss,
+    `surrogate:...` uses the log-probs of that surrogate. A metric counts these tokens."""
     prefetch: bool = False
-    """Score what has arrived while its version is still the current one, so that it need not be loaded later. The
-    values are then those of another batch layout, up to 1e-3 nats off in bf16."""
+    """Score arrived trajectories while their version is still current, to avoid loading it later. The batch layout
+    differs then, so that bf16 values differ by up to 1e-3 nats."""
 
 
 class ReplicaProximal(Section):
@@ -33,35 +33,37 @@ class ReplicaProximal(Section):
 
     kind: Literal["replica"]
     wait_s: PositiveFloat = 60.0
-    """A batch waits at most so long for its scores, from the first replica heard of on; then `missing` decides."""
+    """Maximum wait of a batch for its scores, in seconds, counted from the first sign of a replica. After it `missing`
+    applies."""
     missing: MissingPolicy = "fail"
-    """What becomes of tokens that no replica scored in time."""
+    """Policy for tokens that no replica scored in time."""
 
 
 class InterruptionProximal(Section):
-    """Exact, without any copy: workers stop before the weights change, and what they have sampled is scored first."""
+    """Exact, without a second copy: workers stop before the weights change, and the learner first scores the tokens
+    they sampled."""
 
     kind: Literal["interruption"]
     deadline_s: PositiveFloat = 5.0
-    """A worker that has not stopped by then is left out of the cut."""
+    """Time for workers to stop, in seconds. The cut excludes workers that stop later."""
     missing: MissingPolicy = "drop"
-    """What becomes of tokens that came too late to be scored."""
+    """Policy for tokens that arrive too late to be scored."""
 
 
 class BypassProximal(Section):
-    """Surrogate: the behavior log-probs. No discrepancy is seen, and the clip acts on the total ratio."""
+    """Surrogate: the behavior log-probs. The discrepancy ratio is 1, and the clip acts on the total ratio."""
 
     kind: Literal["bypass"]
 
 
 class CurrentRecomputeProximal(Section):
-    """Surrogate: the weights at the start of the version's training, for tokens of whatever version."""
+    """Surrogate: the weights at the start of the training of a version, for tokens of every version."""
 
     kind: Literal["current_recompute"]
 
 
 class LoglinearProximal(Section):
-    """Surrogate: between behavior and current log-probs, by (d - 1) / d at staleness d."""
+    """Surrogate: interpolation between behavior and current log-probs, weight (d - 1) / d at staleness d."""
 
     kind: Literal["interp_prox_loglinear"]
 
@@ -71,32 +73,33 @@ class LinearProximal(Section):
 
     kind: Literal["linear_prox"]
     behavior_share: Share = 0.5
-    """alpha: the behavior policy's share of the mixture."""
+    """alpha: weight of the behavior policy in the mixture."""
 
 
 class EwmaProximal(Section):
-    """Surrogate: a moving average of the versions' weights, in float32."""
+    """Surrogate: an exponential moving average of the weights of the versions, in float32."""
 
     kind: Literal["ewma_prox"]
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
-    """beta, for each version."""
+    """beta: decay per version."""
 
 
 class PpoEwmaAsyncProximal(Section):
-    """Surrogate: a moving average whose age follows the staleness, and that can be reset."""
+    """Surrogate: a moving average with a decay that depends on the staleness, and with resets."""
 
     kind: Literal["ppo_ewma_async"]
     window: Annotated[int, Field(ge=0)] | Literal["max_staleness", "measured"] = "max_staleness"
     """W in beta = W / (W + 2); `measured`: beta = d / (1 + d) of the mean staleness d of trained tokens."""
     reset: Literal["off", "paper", "guarded"] = "paper"
-    """`paper`: whenever the active share is below `threshold`. `guarded`: when it stays below `threshold` times its own
-    healthy level for `patience` versions, and not again within `cooldown`."""
+    """When to reset the average to the current weights. `paper`: when the active share is below `threshold`.
+    `guarded`: when the active share is below `threshold` times its healthy level for `patience` versions in a row, at
+    most once in `cooldown` versions."""
     threshold: Share = 0.9
-    """tau."""
+    """tau: active share below which a reset is due."""
     patience: Positive = 3
-    """Versions in a row (guarded)."""
+    """Consecutive versions below the threshold before a reset (guarded)."""
     cooldown: Positive = 8
-    """Versions after a reset without another (guarded)."""
+    """Versions after a reset in which no other reset happens (guarded)."""
 
 
 ExactConfig = SnapshotProximal | ReplicaProximal | InterruptionProximal
@@ -110,18 +113,18 @@ RouteName = Literal["none", "snapshot", "replica", "interruption"]
 
 @dataclass(frozen=True, slots=True)
 class ProximalKind:
-    """What the rest of the system needs to know about one kind of proximal."""
+    """Properties of one kind of proximal, as the rest of the system needs them."""
 
     section: type[Section]
-    """Its configuration."""
+    """Configuration section of this kind."""
     exact: bool = False
-    """Whether its values are old log-probs."""
+    """Whether the values are old log-probs."""
     route: RouteName = "none"
-    """What the learner does to obtain old log-probs, besides training."""
+    """How the learner obtains old log-probs."""
     per_forward_pass: bool = False
-    """Whether it is computed in each forward pass, so that no rule can see the values of a minibatch beforehand."""
+    """Whether each forward pass computes the values. The values of a minibatch are then unknown before its passes."""
     may_equal_behavior: bool = False
-    """Whether a configuration can make it equal the behavior policy."""
+    """Whether a configuration exists in which the values equal the behavior log-probs."""
 
     @property
     def runs_replicas(self) -> bool:
@@ -145,5 +148,6 @@ PROXIMAL_KINDS: dict[str, ProximalKind] = {
     "ewma_prox": ProximalKind(EwmaProximal),
     "ppo_ewma_async": ProximalKind(PpoEwmaAsyncProximal),
 }
-"""`learner.proximal.kind` -> its row. A new kind needs its section in the union above, a row here, and its source."""
+"""`learner.proximal.kind` -> its properties. To add a kind, add its section to the union above, a row here, and its
+source in services/learner."""
 EXACT_KINDS = tuple(kind for kind, row in PROXIMAL_KINDS.items() if row.exact)

@@ -1,6 +1,6 @@
-"""Published methods as settings of `learner`: `recipe = "NAME"` puts these under what a run sets itself.
+"""Published methods as settings of `learner`: `recipe = "NAME"` applies them below the keys that a run sets.
 
-A recipe is nothing but keys: `--check` prints what it comes to. docs/algorithms/recipes.md says where each is from.
+A recipe consists of keys only: `--check` prints the result. docs/algorithms/recipes.md cites the source of each.
 """
 
 import copy
@@ -14,7 +14,7 @@ NEITHER: Mapping[str, Any] = {"weight": "off", "band": "off"}
 BOTH: Mapping[str, Any] = {"weight": "ratio", "band": 2.0}
 
 TABLE: dict[str, dict[str, Any]] = {
-    # the unifying table: which discrepancy, which staleness ratio
+    # the unifying table of docs/algorithms/recipes.md: choice of discrepancy and of staleness ratio
     "ppo_clip": {"proximal": EXACT, "discrepancy": NEITHER},
     "ppo_clip_train_infer": {"proximal": {"kind": "bypass"}, "discrepancy": NEITHER},
     "decoupled_exact": {"proximal": EXACT, "discrepancy": BOTH},
@@ -95,7 +95,7 @@ RECIPES: dict[str, dict[str, Any]] = TABLE | NEIGHBORS
 
 
 def unknown(name: str) -> str | None:
-    """A sentence about a recipe that does not exist; None for one that does, and for none at all."""
+    """Return an error text if the recipe does not exist. Returns None for an existing recipe and for an empty name."""
     if name in RECIPES or not name:
         return None
     near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.5)
@@ -104,9 +104,11 @@ def unknown(name: str) -> str | None:
 
 
 def apply_recipe(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own `learner` keys over the recipe's. A kind of proximal that the run chooses brings its own keys.
+    """Return the `learner` keys of the recipe, overridden by those of the run.
 
-    >>> beneath("dapo", {"versions": 3, "loss": {"clip_high": 0.5}})["loss"]
+    If the run chooses another kind of proximal, the proximal keys of the recipe do not apply.
+
+    >>> apply_recipe("dapo", {"versions": 3, "loss": {"clip_high": 0.5}})["loss"]
     {'clip_low': 0.2, 'clip_high': 0.5}
     """
     merged = copy.deepcopy(RECIPES[name])

@@ -1,6 +1,6 @@
-"""Every key of a run's configuration, with its default and what it does.
+"""Every key of the configuration, with its default and its documentation.
 
-The text under a key is its documentation: docs/configuration.md is made from it (`make docs`).
+`make docs` generates docs/configuration.md from the docstrings under the keys.
 """
 
 from pathlib import Path
@@ -9,25 +9,28 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from palimpsest.common import run_folder
+from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
 
 class Run(Section):
-    """What this run is called and where it keeps its files."""
+    """The name of the run and its files."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$|^$")] = ""
-    """Name of the run. Empty: made from the time it starts (`palimpsest run` only; by hand, give one)."""
+    """Name of the run. If empty, `palimpsest run` derives it from the start time. Services started by hand need a
+    name."""
     folder: FilePath = Path("runs")
-    """Each run keeps its log, snapshots, checkpoints and report in `folder/id`."""
+    """Parent folder. A run keeps its log, snapshots, checkpoints and report in `folder/id`."""
     seed: int = 0
-    """Fixes tasks, minibatch order and initial random state."""
+    """Seed of the tasks, the minibatch order and the initial random state."""
     export: bool = True
-    """A finished run leaves its last version as a Hugging Face model in `folder/id/model` (`palimpsest run` only)."""
+    """Export the last version of a finished run as a Hugging Face model to `folder/id/model` (`palimpsest run`
+    only)."""
 
     @property
     def home(self) -> Path:
-        """The run's own folder."""
+        """Folder of this run."""
         return self.folder / self.id
 
 
@@ -35,145 +38,94 @@ class Model(Section):
     """The policy."""
 
     path: str
-    """Folder (or hub id) of a Hugging Face causal LM with tokenizer and chat template."""
+    """Folder (or hub id) of a Hugging Face causal LM with a tokenizer and a chat template."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How the learner computes attention; `eager` is fastest for short sequences on a CPU."""
+    """Attention implementation of the learner. `eager` is fastest for short sequences on a CPU."""
     chat_template_options: dict[str, str | int | float | bool] = {}
-    """Passed to the chat template, for example `enable_thinking = false` for Qwen3."""
+    """Options for the chat template, for example `enable_thinking = false` for Qwen3."""
 
 
 class Tasks(Section):
-    """What the policy is trained on."""
+    """The tasks of the training."""
 
     environments: dict[str, PositiveFloat]
-    """Environment name -> its share of the groups, for example `{ lookup = 1.0 }`."""
+    """Environment name -> its relative share of the groups, for example `{ lookup = 1.0 }`."""
     samples_per_group: Annotated[int, Field(ge=2)] = 8
-    """Trajectories sampled for each task; they share a baseline."""
+    """Trajectories sampled for each task. They form a group and share a baseline."""
     time_limit_s: PositiveFloat = 600.0
-    """A group's trajectories that are not back after this many seconds are dropped."""
+    """Time limit of a group, in seconds. The learner drops trajectories that arrive later."""
 
 
 class SamplingConfig(Section):
     """How tokens are sampled for training."""
 
     temperature: PositiveFloat = 1.0
-    """Both engines report log-probabilities at this temperature."""
+    """Sampling temperature. The inference engine and the learner compute log-probs at this temperature."""
     top_p: float = 1.0
-    """Must be 1: below it the engine renormalizes on a set of tokens that the learner does not know."""
+    """Must be 1. Below 1 the engine renormalizes over a token set that the learner cannot reconstruct."""
     top_k: int = 0
-    """Must be 0 (off), for the same reason."""
+    """Must be 0 (off), for the same reason as top_p."""
     max_turn_tokens: Positive = 512
-    """Longest model message, in tokens, its stop token included. One cut off here ends its trajectory, unacted on."""
+    """Maximum length of a model message in tokens, stop token included. A longer message is cut here and ends the
+    trajectory; the environment does not execute it."""
     max_trajectory_tokens: Positive = 4096
-    """Longest trajectory, prompt and tool output included, in tokens."""
+    """Maximum length of a trajectory in tokens, prompt and tool output included."""
     max_turns: Positive = 16
-    """Most model messages in one trajectory."""
+    """Maximum number of model messages in one trajectory."""
 
     @field_validator("top_p", "top_k")
     @classmethod
-    def _whole(cls, value: float, info: ValidationInfo) -> float:
-        if value != (whole := {"top_p": 1.0, "top_k": 0}[info.field_name or ""]):
+    def _must_be_off(cls, value: float, info: ValidationInfo) -> float:
+        if value != (off := {"top_p": 1.0, "top_k": 0}[info.field_name or ""]):
             raise ValueError(
-                f"{value} cannot be used for training: the engine would renormalize its log-probs on a set of tokens "
-                f"that the learner does not know, so every ratio would be wrong. Set it to {whole}"
+                f"{value} cannot be used for training: the engine would renormalize its log-probs over a token set "
+                f"that the learner cannot reconstruct, and every ratio would be wrong. Set it to {off}"
             )
         return value
-
-
-class BusConfig(Section):
-    """The log between the services."""
-
-    kind: Literal["sqlite", "kafka"] = "sqlite"
-    """`sqlite`: one file, several processes of one machine. `kafka`: an Apache Kafka, named by `servers`."""
-    path: FilePath | None = None
-    """The SQLite file. Default: `bus.sqlite` in the run's folder."""
-    servers: str = ""
-    """Kafka brokers to begin with: `host:port`, several with commas between them."""
-    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,150}$")] = ""
-    """What the names of the run's topics begin with. Default: `palimpsest.ID.`, ID being the run's."""
-    task_partitions: Positive = 8
-    """Partitions of `tasks`: at most so many rollout workers share the work."""
-    trajectory_partitions: Positive = 4
-    """Partitions of `trajectories`."""
-    replicas: Positive = 1
-    """Copies of each partition (Kafka); 3 where a broker may be lost."""
-    min_insync_replicas: Positive = 1
-    """Copies that must have a record before it counts as written (Kafka); 2 of 3 replicas."""
-    retention_hours: PositiveFloat = 168.0
-    """How long records are kept (Kafka): longer than any pause of the run."""
-    max_record_bytes: Annotated[int, Field(ge=65536)] = 1048576
-    """Longest record on the log itself (Kafka): the topics' `max.message.bytes`."""
-    claim_bytes: Annotated[int, Field(ge=1024)] = 524288
-    """A longer body travels through the snapshot store, and the record carries its digest (Kafka)."""
-    outage_limit_s: PositiveFloat = 600.0
-    """An outage of the log that lasts longer ends the process (Kafka); until then it waits and tries again."""
-    security: Literal["plaintext", "tls", "sasl_plaintext", "sasl_tls"] = "plaintext"
-    """How brokers are spoken to. User and password: PALIMPSEST_KAFKA_USERNAME, PALIMPSEST_KAFKA_PASSWORD."""
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    """How the user is proven to the broker, with `sasl_plaintext` and `sasl_tls`."""
-    ca_file: FilePath | None = None
-    """Certificates (PEM) that the brokers' are checked against. Default: the system's."""
-    certificate_file: FilePath | None = None
-    """Our own certificate (PEM), for brokers that ask for one."""
-    key_file: FilePath | None = None
-    """Its private key (PEM)."""
-
-    @model_validator(mode="after")
-    def _kafka_is_named(self) -> "BusConfig":
-        if self.kind == "kafka" and not self.servers:
-            raise ValueError("bus.kind is kafka, so bus.servers must name a broker, for example localhost:9092")
-        if self.claim_bytes >= self.max_record_bytes:
-            raise ValueError(
-                f"bus.claim_bytes ({self.claim_bytes}) must be below bus.max_record_bytes ({self.max_record_bytes}): "
-                f"a record that is not sent as a claim has to fit into one message, its headers included"
-            )
-        if self.min_insync_replicas > self.replicas:
-            raise ValueError(
-                f"bus.min_insync_replicas ({self.min_insync_replicas}) is more than bus.replicas ({self.replicas}): "
-                f"nothing could ever be written"
-            )
-        return self
 
 
 class SnapshotStoreConfig(Service):
     """The store of versions."""
 
     url: str = ""
-    """Where the others reach it. Default: http://host:port."""
+    """URL at which the other services reach the store. Default: http://host:port."""
     storage: Literal["folder", "s3"] = "folder"
-    """`folder`: on this machine's disk. `s3`: MinIO or any S3, named by `endpoint`."""
+    """`folder`: a folder on this machine. `s3`: MinIO or another S3 at `endpoint`."""
     folder: FilePath | None = None
-    """Where versions are kept. Default: `snapshots` in the run's folder."""
+    """Folder of the versions. Default: `snapshots` in the run's folder."""
     endpoint: str = ""
-    """The S3's address, for example http://localhost:9000. Credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
-    or MINIO_ACCESS_KEY and MINIO_SECRET_KEY, or the usual credential files."""
+    """URL of the S3, for example http://localhost:9000. Credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+    or MINIO_ACCESS_KEY and MINIO_SECRET_KEY, or the AWS and MinIO credential files."""
     bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "palimpsest"
-    """Bucket that versions are kept in."""
+    """Bucket of the versions."""
     create_bucket: bool = False
-    """Make the bucket if it is missing."""
+    """Create the bucket if it does not exist."""
     prefix: str = ""
-    """What the objects' names begin with. Default: `ID/`, ID being the run's."""
+    """Prefix of the object names. Default: `ID/`, where ID is `run.id`."""
     region: str = "us-east-1"
-    """The bucket's region."""
+    """Region of the bucket."""
     path_style: bool = True
-    """Bucket in the path (MinIO, most S3 besides Amazon's); false: in the host name."""
+    """`true`: the bucket is part of the path (MinIO and most other S3). `false`: part of the host name (Amazon)."""
     ca_file: FilePath | None = None
-    """Certificates (PEM) that the S3's is checked against. Default: the system's."""
+    """CA certificates (PEM) that verify the S3. Default: the CA certificates of the system."""
     presign: bool = True
-    """Readers get a presigned address and read from the S3 themselves; false: through the store."""
+    """`true`: readers get a presigned URL and read from the S3 directly. `false`: readers read through the store."""
     presigned_s: Annotated[int, Field(ge=10, le=604800)] = 3600
-    """How long such an address holds."""
+    """Lifetime of a presigned URL, in seconds."""
     claims_keep_hours: PositiveFloat = 192.0
-    """Bodies of long log records are removed after this time: longer than bus.retention_hours."""
+    """Retention of the bodies of long log records, in hours. Must be greater than bus.retention_hours."""
     compression: Annotated[int, Field(ge=1, le=19)] = 3
     """zstd level for stored weights."""
     sweep_s: PositiveFloat = 2.0
-    """Seconds between two looks for versions that no lease holds any more."""
+    """Interval between two sweeps for versions that no lease retains, in seconds."""
 
     @model_validator(mode="after")
     def _s3_is_named(self) -> "SnapshotStoreConfig":
         if self.storage == "s3" and not self.endpoint:
-            raise ValueError("snapshot_store.storage is s3, so snapshot_store.endpoint must name it")
+            raise ValueError(
+                "snapshot_store.storage is s3, so snapshot_store.endpoint must be its URL, for example "
+                "http://localhost:9000"
+            )
         return self
 
 
@@ -181,53 +133,53 @@ class EnvGatewayConfig(Service):
     """The gateway to the environments."""
 
     url: str = ""
-    """Where rollout workers reach it. Default: http://host:port."""
+    """URL at which rollout workers reach the gateway. Default: http://host:port."""
     lease_s: PositiveFloat = 600.0
-    """A session not heard of for so long is expired."""
+    """Lease of a session, in seconds. A session without a request for this time expires."""
     step_limit_s: PositiveFloat = 60.0
-    """A step that takes longer ends its session as an error."""
+    """Time limit of a step, in seconds. A longer step ends the session with status `error`."""
     max_sessions: Positive = 4096
-    """More are refused with 429."""
+    """Maximum number of sessions. The gateway refuses more with 429."""
     remember_s: PositiveFloat = 600.0
-    """An ended session is remembered for so long: a late retry gets the stored answer."""
+    """Time for which the gateway keeps an ended session, in seconds. A late retry gets the stored reply."""
     request_limit_bytes: Positive = 1048576
-    """Longer requests are refused with 413."""
+    """Maximum size of a request. The gateway refuses larger requests with 413."""
     result_limit_bytes: Positive = 65536
-    """Longer tool results are cut, with a note in the text."""
+    """Maximum size of a tool result. Longer results are truncated, with a note in the text."""
     plugins: dict[str, str] = {}
-    """Your own environments: name -> `package.module:Class`. Each session of one runs in a process of its own."""
+    """Additional environments: name -> `package.module:Class`. Each of their sessions runs in a separate process."""
     max_processes: Positive = 64
-    """Sessions with a process of their own at once; more wait."""
+    """Maximum number of concurrent sessions in separate processes. Further sessions wait."""
 
 
 class VllmEngineConfig(Section):
-    """vLLM in the worker's own process."""
+    """The vLLM engine."""
 
     kind: Literal["vllm"] = "vllm"
     max_concurrent_tokens: Positive = 8192
-    """Most tokens in one engine step."""
+    """Maximum number of tokens in one engine step."""
     kv_cache_gib: PositiveFloat = 1.0
-    """Memory for keys and values (CPU engine)."""
+    """Size of the KV cache in GiB (CPU engine)."""
     gpu_memory_utilization: Share = 0.85
-    """Share of the GPU's memory vLLM may take (GPU engine)."""
+    """Fraction of the GPU memory that vLLM may use (GPU engine)."""
     tensor_parallel: Positive = 1
-    """GPUs that share one model (GPU engine)."""
+    """Number of GPUs that share one model (GPU engine)."""
     compile: bool = False
-    """Compile the model's graph; slower to start, faster to run for large models."""
+    """Compile the graph of the model. The engine starts slower and runs large models faster."""
     threads: Positive = 1
-    """CPU threads of the engine's forward pass (CPU engine)."""
+    """CPU threads of the forward pass (CPU engine)."""
     amx: bool = True
-    """Use the CPU's matrix tiles (AMX) where it has them and the kernel permits it (CPU engine)."""
+    """Use AMX, the matrix instructions of the CPU, if the CPU has them and the kernel permits them (CPU engine)."""
 
 
 class ScriptedEngineConfig(Section):
-    """No model: answers come from a list of texts. For tests of everything around the engine."""
+    """An engine without a model, for tests: it answers from a list of texts."""
 
     kind: Literal["scripted"]
     texts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """One is chosen for each model message by the trajectory's id and turn."""
+    """The answers. The trajectory id and the turn select one for each model message."""
     tokens_per_s: PositiveFloat = 2000.0
-    """How fast each request gets its tokens."""
+    """Sampling speed of each request, in tokens per second."""
 
 
 class RolloutConfig(Service):
@@ -236,51 +188,52 @@ class RolloutConfig(Service):
     engine: Annotated[VllmEngineConfig | ScriptedEngineConfig, Field(discriminator="kind")] = VllmEngineConfig()
     """`vllm` or `scripted`."""
     worker: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "worker-0"
-    """Name of this worker, stable over its restarts."""
+    """Name of this worker. It must be unique and must not change when the worker restarts."""
     max_live: Positive = 256
-    """Trajectories in flight at once."""
+    """Maximum number of concurrent trajectories."""
     attempts: Positive = 3
-    """Tries at a trajectory before it is dropped as environment_failed or engine_failed."""
+    """Attempts at a trajectory before the worker drops it as environment_failed or engine_failed."""
     canary_tolerance: PositiveFloat = 0.03
-    """Largest mean |engine - learner| over the canaries' tokens, in nats, at which a version is served."""
+    """Maximum canary error, the mean |engine - learner| over the canary tokens, in nats. The worker samples with a
+    version only if its error is within this tolerance."""
 
 
 class ReplicaConfig(Service):
-    """Processes that score for the learner (learner.proximal.kind = "replica")."""
+    """Replicas: processes that score for the learner (learner.proximal.kind = "replica")."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "replica-0"
-    """Name of this replica, stable over its restarts and no other's."""
+    """Name of this replica. It must be unique and must not change when the replica restarts."""
     batch_tokens: Positive = 16384
-    """Most tokens (padding included) in one forward pass."""
+    """Maximum number of tokens in one forward pass, padding included."""
     threads: Positive = 1
     """CPU threads of the forward pass."""
 
 
 class LocalConfig(Section):
-    """Everything on one machine (`palimpsest run`)."""
+    """Processes of a run on one machine (`palimpsest run`)."""
 
     rollout_workers: Positive = 1
     """Rollout worker processes."""
     learner_ranks: Positive = 1
-    """Learner processes; several are launched by torchrun."""
+    """Learner processes. torchrun launches them if there are several."""
     replicas: Annotated[int, Field(ge=0)] = 0
-    """Replica processes, if learner.proximal.kind is "replica"; at least one is started then."""
+    """Replica processes, if learner.proximal.kind is "replica". At least one is started then."""
     restarts: Annotated[int, Field(ge=0)] = 5
-    """How often a process that crashes again and again, without having worked in between, is started again before the
-    run gives up. It gives up at once when the same crash comes three times in a row."""
+    """Maximum number of consecutive restarts of a process that crashes before it has done any work. The run ends after
+    them, and also when the same crash occurs three times in a row."""
 
 
 class LogsConfig(Section):
-    """What the services write to standard error."""
+    """Logs that the services write to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe level written."""
+    """Lowest level that is written."""
     format: Literal["text", "json"] = "text"
-    """`json`: one object a line, for collectors."""
+    """`text`: for people. `json`: one object per line, for log collectors."""
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     run: Run = Run()
     model: Model
@@ -305,46 +258,46 @@ class RunConfig(Section):
         if self.learner.minibatches > self.learner.groups_per_batch:
             raise ValueError(
                 f"learner.minibatches ({self.learner.minibatches}) is more than "
-                f"learner.groups_per_batch ({self.learner.groups_per_batch}): some would be empty"
+                f"learner.groups_per_batch ({self.learner.groups_per_batch}): some minibatches would be empty"
             )
         if self.snapshot_store.claims_keep_hours <= self.bus.retention_hours:
             raise ValueError(
                 f"snapshot_store.claims_keep_hours ({self.snapshot_store.claims_keep_hours}) must be more than "
-                f"bus.retention_hours ({self.bus.retention_hours}): records would outlive their bodies"
+                f"bus.retention_hours ({self.bus.retention_hours}): otherwise a record can outlast its body"
             )
         return self
 
     @property
     def store_url(self) -> str:
-        """Where the snapshot store answers."""
+        """URL of the snapshot store."""
         return self.snapshot_store.url or f"http://{self.snapshot_store.host}:{self.snapshot_store.port}"
 
     @property
     def gateway_url(self) -> str:
-        """Where the environment gateway answers."""
+        """URL of the environment gateway."""
         return self.env_gateway.url or f"http://{self.env_gateway.host}:{self.env_gateway.port}"
 
     @property
     def topic_prefix(self) -> str:
-        """What the names of the run's topics begin with."""
+        """Prefix of the topic names of this run."""
         return self.bus.topic_prefix or f"palimpsest.{self.run.id}."
 
     @property
     def object_prefix(self) -> str:
-        """What the names of the run's objects begin with."""
+        """Prefix of the object names of this run."""
         return self.snapshot_store.prefix or f"{self.run.id}/"
 
     @property
     def bus_path(self) -> Path:
-        """The SQLite log."""
+        """SQLite file of the log."""
         return self.bus.path or self.run.home / run_folder.BUS
 
     @property
     def snapshot_folder(self) -> Path:
-        """Where the store keeps versions."""
+        """Folder in which the store keeps versions."""
         return self.snapshot_store.folder or self.run.home / run_folder.SNAPSHOTS
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the learner keeps its restartable state."""
+        """Folder in which the learner keeps checkpoints."""
         return self.learner.checkpoint.folder or self.run.home / run_folder.CHECKPOINTS

@@ -1,4 +1,4 @@
-"""What every section of a run file is made of."""
+"""Base classes and field types of the sections of a run file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +13,15 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Section(BaseModel):
-    """Part of a run's configuration: frozen, and it takes no key it does not know."""
+    """A section of the configuration: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class Service(Section):
-    """Where a service listens."""
+    """Address on which a service listens."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Port = 0
-    """Port to listen on; 0 = any free one (`palimpsest run` only; by hand, give one)."""
+    """Port to listen on. 0 means any free port; only `palimpsest run` accepts 0."""

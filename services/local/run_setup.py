@@ -31,7 +31,7 @@ def resolve(invocation: Invocation) -> RunConfig:
     if home is None:
         return config
     if not (home / run_folder.RUN_FILE).is_file():
-        raise UserError(f"--resume {home}: that is no run's folder (it has no {run_folder.RUN_FILE})")
+        raise UserError(f"--resume {home}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     before = load([str(home / run_folder.RUN_FILE)], {}, program="").config
     if found := differences(before, config):
         told = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)

@@ -108,7 +108,7 @@ def contents(folder: Path) -> Contents:
 def read_run_config(folder: Path) -> RunConfig:
     """The run's configuration, its files looked for in this folder wherever it lies now."""
     if not (folder / run_folder.RUN_FILE).is_file():
-        raise UserError(f"{folder}: that is no run's folder (it has no {run_folder.RUN_FILE})")
+        raise UserError(f"{folder}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     config = load([str(folder / run_folder.RUN_FILE)], {}, program="").config
     checkpoint = config.learner.checkpoint
     checkpoint = checkpoint.model_copy(update={"folder": checkpoint.folder or folder / run_folder.CHECKPOINTS})

@@ -113,7 +113,7 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
     helped = module in ("bench", "tests.durations", "tools.pictures") or (module == "palimpsest" and not with_check)
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
-        assert "that is no run's folder" in done.err  # the flag is known; the folder is the reader's
+        assert "not the folder of a run" in done.err  # the flag is known; the folder is the reader's
     else:
         assert done.code == 0, done.err
         if "usage:" in done.out:  # --help passes over flags it does not know

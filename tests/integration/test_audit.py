@@ -191,7 +191,7 @@ def test_what_somebody_meddled_with_is_said(home: Path, meddle: Callable[[Path],
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     done = audit(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "that is no run's folder" in done.stderr
+    assert "not the folder of a run" in done.stderr
 
 
 def test_the_newest_manifest_is_the_one_in_force(run: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
 def test_a_folder_without_a_run_cannot_be_gone_on_with(toml: Path, tmp_path: Path) -> None:
     for arguments in (("--resume", tmp_path), (toml, "--resume", tmp_path)):
         code, output = ended("palimpsest", "run", *arguments)
-        assert (code, output) == (2, f"--resume {tmp_path}: that is no run's folder (it has no run.toml)\n")
+        assert (code, output) == (2, f"--resume {tmp_path}: not the folder of a run (it has no run.toml)\n")
 
 
 def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
 def test_what_is_no_runs_folder_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "that is no run's folder" in said(monkeypatch, capsys, run / "records")
+    assert "not the folder of a run" in said(monkeypatch, capsys, run / "records")
     assert "--every 0: a number above 0 is wanted" in said(monkeypatch, capsys, run, "--every", "0")
 
 

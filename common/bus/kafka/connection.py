@@ -12,7 +12,7 @@ from kafka import errors
 
 from palimpsest.common.bus.kafka.availability import AvailabilityMonitor
 from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
-from palimpsest.common.config.schema import BusConfig
+from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import KAFKA, OUTAGES, Outages
 from palimpsest.common.tls import tls_context

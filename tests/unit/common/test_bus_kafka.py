@@ -18,7 +18,7 @@ from palimpsest.common.bus.kafka import Connection, Settings, connection
 from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
 from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
 from palimpsest.common.bus.kafka.topics import _problems, _suffices
-from palimpsest.common.config.schema import BusConfig
+from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends.certificates import make
 

@@ -327,7 +327,7 @@ def test_an_unknown_member_of_a_union_in_the_file_names_the_file(run: Path) -> N
 
 def test_keys_of_a_union_whose_kind_is_left_out_are_answered_with_that(run: Path) -> None:
     said = refused(run, more="[rollout.engine]\nkv_cache_gib = 1.0\n")
-    assert said == f"{run}: rollout.engine.kind is missing: the other keys depend on it"
+    assert said == f"{run}: rollout.engine.kind is missing; it decides which other keys are valid"
 
 
 def test_a_key_missing_from_the_file_is_named(run: Path) -> None:
@@ -344,17 +344,17 @@ def test_a_section_missing_from_the_file_is_named(tmp_path: Path) -> None:
 def test_a_plain_value_where_a_section_is_due_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(RUN.replace("[learner]\nversions = 3", "").replace("[run]", "learner = 3\n[run]"))
-    assert "learner is set to 3 already, which has no keys" in refused(path, "--learner.versions=3")
+    assert "learner is already set to 3, which has no keys" in refused(path, "--learner.versions=3")
 
 
 def test_a_missing_file_is_named_with_one_to_start_from(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.toml: no such file\. examples/embedded\.toml is one to start from"):
+    with pytest.raises(UserError, match=r"none\.toml: no such file\. Start from a copy of examples/embedded\.toml"):
         load([str(tmp_path / "none.toml")], NOTHING, program="prog")
 
 
 def test_what_is_not_toml_is_named_with_the_place(run: Path) -> None:
     run.write_text("[run]\nid = = 3")
-    assert refused(run).startswith(f"{run}: not TOML: ")
+    assert refused(run).startswith(f"{run}: invalid TOML: ")
     assert "line 2" in refused(run)
 
 
@@ -367,9 +367,9 @@ def test_what_is_not_text_is_refused(run: Path) -> None:
 def test_a_folder_is_refused_and_a_runs_own_names_the_file_in_it(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         load([str(tmp_path)], NOTHING, program="prog")
-    assert str(refusal.value) == f"{tmp_path}: that is a folder; the run in it is described by {run}"
+    assert str(refusal.value) == f"{tmp_path} is a folder; the run file in it is {run}"
     run.unlink()
-    with pytest.raises(UserError, match="that is a folder; a file that describes a run is wanted"):
+    with pytest.raises(UserError, match="is a folder; name a run file"):
         load([str(tmp_path)], NOTHING, program="prog")
 
 
@@ -380,7 +380,7 @@ def test_no_file_and_a_wish_for_help_are_answered_with_the_usage(arguments: list
 
 
 def test_two_files_are_refused(run: Path) -> None:
-    with pytest.raises(UserError, match="one run file is wanted"):
+    with pytest.raises(UserError, match="expected one run file"):
         load([str(run), "other.toml"], NOTHING, program="prog")
 
 
@@ -402,4 +402,7 @@ def test_a_key_that_was_renamed_is_taken_under_its_old_name(run: Path) -> None:
 
 def test_a_key_under_both_its_names_is_refused(run: Path) -> None:
     said = refused(run, more=f"[learner.discrepancy]\n{OLD_KEY.rpartition('.')[2]} = true\nweight_normalize = false\n")
-    assert f"{OLD_KEY} is the old name of learner.discrepancy.weight_normalize, which is set, too: remove it" in said
+    assert (
+        f"{OLD_KEY} is the old name of learner.discrepancy.weight_normalize, which is also set: remove the old one"
+        in said
+    )

@@ -72,7 +72,7 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
     [
         ("--learner.discrepancy.veto=of", "learner.discrepancy.veto: input should be a valid number, or be 'off', got"),
         ("--learner.discrepancy.band=0.5", "learner.discrepancy.band: input should be greater than 1, or be 'off'"),
-        ("--learner.discrepancy.tokens=[3.0, 2.0]", "it needs 0 <= low < high, or be 'off'"),
+        ("--learner.discrepancy.tokens=[3.0, 2.0]", "it must satisfy 0 <= low < high, or be 'off'"),
     ],
 )
 def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Path) -> None:
@@ -95,12 +95,12 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"], "is made in them: choose another"),
+        (["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"], "is computed in each forward pass: choose another"),
         (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient", not "clipped"'),
         (["--learner.recipe=vcpo", "--learner.loss.entropy=0.008"], "its reward: it needs loss.entropy = 0, not 0.008"),
-        (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "take one of reinforce_pp"),
-        (["--learner.audit.fraction=0.1"], 'proximal.kind = "snapshot" is exact already: set it to 0'),
-        (["--learner.discrepancy={weight = \"clipped\", weight_low = 3.0}"], "no weight is between them"),
+        (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "choose one of reinforce_pp"),
+        (["--learner.audit.fraction=0.1"], 'proximal.kind = "snapshot" is exact: set audit.fraction to 0'),
+        (["--learner.discrepancy={weight = \"clipped\", weight_low = 3.0}"], "is greater than weight_high (2.0)"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused_with_what_would(flags: list[str], sentence: str, tmp_path: Path) -> None:

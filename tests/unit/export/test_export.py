@@ -256,7 +256,7 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
         (["a", "b", "--version"], "--version : the number of a version is wanted"),
         (["a", "b", "--version=last"], "--version last: the number of a version is wanted"),
         (["a", "b", "--overwite"], "palimpsest export --overwite: there is no such flag"),
-        (["nothing", "b"], "nothing: that is no run's folder"),
+        (["nothing", "b"], "nothing: not the folder of a run"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: list[str], said: str, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def loglinear(behavior: Tensor, current: Tensor, *, share: Tensor) -> Tensor:
 
 
 def current_share(batch: PaddedBatch, now: Version) -> Tensor:
-    """a of each token, [rows, tokens] float64; 0 where untrainable. Raises ValueError for a version after `now`."""
+    """a of each token, [rows, tokens] float64; 0 where untrainable. Raises ValueError for versions above `now`."""
     mask, versions = torch.from_numpy(batch.mask), torch.from_numpy(batch.versions)
     staleness = torch.where(mask, now - versions, 0)
     if (staleness < 0).any():

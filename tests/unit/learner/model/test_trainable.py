@@ -140,7 +140,7 @@ def test_the_learning_rate_follows_its_schedule(starting_model: Path, schedule: 
 
 
 def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"decay \(3\) ends before the warm-up \(4\) does"):
+    with pytest.raises(ValueError, match=r"decay \(3\) must be greater than warmup \(4\)"):
         OptimizerConfig(warmup=4, decay=3)
 
 

@@ -175,7 +175,7 @@ def test_a_checkpoint_without_it_or_of_another_surrogate_is_refused() -> None:
         average.restore({})
     with pytest.raises(ValueError, match="healthy, pace, resets is not in it"):
         average.restore(average.average.state())
-    with pytest.raises(ValueError, match="belongs to another"):
+    with pytest.raises(ValueError, match="is of another"):
         average.average.restore(average.state())
 
 
