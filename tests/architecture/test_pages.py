@@ -67,7 +67,7 @@ def test_a_wrong_answer_would_be_noticed() -> None:
 
 
 def test_every_folder_of_the_learner_has_a_line() -> None:
-    told = {folder for cells in rows("Rooms") for folder in re.findall(r"`([^`]+)`", cells[0])}
+    told = {folder for cells in rows("Folders") for folder in re.findall(r"`([^`]+)`", cells[0])}
     assert [folder for folder in told if not (ROOT / folder).is_dir()] == []
     listed = subprocess.run(
         ["git", "ls-files", "services"], capture_output=True, text=True, check=True, cwd=ROOT
