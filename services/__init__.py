@@ -1,1 +1,1 @@
-"""The services. They never import each other: they meet on the log, in the store and over HTTP."""
+"""The services. They never import each other: they communicate over the log, the store and HTTP."""

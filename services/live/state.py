@@ -266,8 +266,8 @@ def _sampling_rate(workers: Iterable[ServiceObservation]) -> float | None:
 def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, started: float) -> list[str]:
     """What went wrong with processes, newest first."""
     found = [
-        f"{refused.worker} refused version {refused.version}: the canary is {refused.canary_error:.3g} nats off, "
-        f"{plan.canary_tolerance} are allowed"
+        f"{refused.worker} refused version {refused.version}: canary error {refused.canary_error:.3g} nats "
+        f"exceeds the tolerance {plan.canary_tolerance} nats"
         for refused in sight.applied
         if not refused.accepted
     ]

@@ -1,1 +1,1 @@
-"""Rollout workers: sample trajectories on an inference engine and stamp every token with the version behind it."""
+"""Rollout workers: sample trajectories on an inference engine and record the version that sampled each token."""

@@ -21,13 +21,13 @@ from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
 
 FIRST_CANARY_TOKENS = 64
-"""The learner's first version comes with a random sequence of this length."""
+"""Length in tokens of the random canary sequence of the learner's first version."""
 ENVIRONMENT_MARGIN_S = 30.0
-"""The client waits so much longer than the gateway lets a step take."""
+"""The client's timeout is this many seconds longer than the gateway's limit for a step."""
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
-    """Work until the run ends or the process is asked to stop."""
+    """Sample trajectories until the run ends or the process receives a stop request."""
     rollout = invocation.config.rollout
     with Starting("rollout", rollout.host, rollout.port, key="rollout", registry=REGISTRY) as server:
         asyncio.run(_work(invocation.config, stop, server))
@@ -72,9 +72,9 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                     await engine.start()
                 if not stop.requested:
                     await worker.work()
-            except EngineDead as dead:
-                # no task is lost: what the engine had under way was not committed, and is sampled again
-                raise UserError(str(dead), ExitCode.ENGINE) from None
+            except EngineDead as error:
+                # No task is lost: requests in flight were not committed, so another worker samples them again.
+                raise UserError(str(error), ExitCode.ENGINE) from None
             finally:
                 await engine.close()
                 bus.close()
@@ -91,7 +91,7 @@ def _engine(config: RunConfig, dialogue: ChatRenderer) -> Engine:
     return VllmEngine(
         chosen,
         model=config.model.path,
-        max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # and one to end scoring with
+        max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # scoring samples one token
         max_live=config.rollout.max_live,
         seed=engine_seed(config.run.seed, config.rollout.worker),
         log=run_folder.engine_log_file(config.run.home, config.rollout.worker),

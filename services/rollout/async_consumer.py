@@ -1,4 +1,4 @@
-"""A consumer as coroutines use it."""
+"""An asynchronous wrapper of a consumer."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 class AsyncConsumer:
-    """Its consumer's calls run in a thread, one at a time; leaving the block waits for the call under way.
+    """Runs the calls of a consumer in a thread, one at a time.
 
-    A consumer must not be closed under a thread that still reads, and a cancelled coroutine does not end its thread.
+    Leaving the `async with` block waits for the running call and then closes the consumer: a consumer must not be
+    closed while a thread reads from it, and cancelling a coroutine does not end its thread.
     """
 
     def __init__(self, consumer: Consumer) -> None:
@@ -22,7 +23,7 @@ class AsyncConsumer:
         self._turn = asyncio.Lock()
 
     async def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
-        """See Consumer. With limit 0 it only keeps the membership of the group."""
+        """See Consumer. With limit 0 the call only keeps the membership of the group."""
         return await self._call(lambda: self._consumer.poll(limit=limit, timeout_s=timeout_s))
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
@@ -52,6 +53,6 @@ class AsyncConsumer:
             try:
                 return await asyncio.shield(calling)
             finally:
-                while not calling.done():  # a second cancellation must not end the wait either
+                while not calling.done():  # a second cancellation must not end this wait
                     with suppress(asyncio.CancelledError):
                         await asyncio.wait({calling})

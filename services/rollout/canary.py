@@ -1,9 +1,9 @@
-"""Does the engine compute what the learner published? Pure; docs/paper.md, "canary".
+"""Checks that the engine computes what the learner published. Pure. See docs/paper.md, "canary".
 
-Two questions. Is the engine close to the learner: the mean difference over the canaries' tokens within the tolerance?
-And does what difference there is lean towards the weights before these? Rounding leans neither way. An engine that kept
-old weights somewhere (a packed output head, a cache) leans towards them on token after token, which a sign test sees
-even where a step changes less than rounding does.
+There are two checks. The first compares the mean difference between engine and learner over the canaries' tokens with
+the tolerance. The second is a sign test: it checks whether the differences lean toward the previous weights. Rounding
+errors have no preferred sign. An engine that still computes with previous weights somewhere (a packed output head, a
+cache) leans toward them on most tokens, and the sign test detects this even if a step changes less than rounding does.
 """
 
 import math
@@ -13,51 +13,53 @@ from dataclasses import dataclass
 from palimpsest.common.snapshots.manifest import Canary
 
 MOVED = 1e-3
-"""Tokens that the last step moved by less, in nats, say nothing about whether it was taken on."""
+"""The sign test ignores tokens whose log-prob the last step changed by less than this, in nats."""
 MATERIAL = 0.25
-"""Nor do tokens on which the engine is off by less than this share of the move."""
+"""The sign test ignores tokens on which the engine's error is below this share of the step's change."""
 LEANING = 5.0
-"""So many standard deviations of a fair coin are no accident: once in three million checks."""
+"""Limit of the sign test, in standard deviations: a correct engine exceeds it once in three million checks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the canaries say of an engine."""
+    """The result of the canary checks of one version."""
 
     error: float
     """Mean |engine - learner|, nats; infinite when something is missing or not a number."""
     leaning: float
-    """Towards the previous weights, in standard deviations; 0 when too little moved to tell."""
+    """Lean toward the previous weights, in standard deviations; 0 if no token counts in the sign test."""
     tolerance: float
 
     @property
     def accepted(self) -> bool:
-        """Whether the version may be served."""
+        """Whether the worker may serve the version."""
         return self.error <= self.tolerance and self.leaning <= LEANING
 
     def reason(self) -> str:
-        """Why not."""
+        """Return the reason for a refusal."""
         if self.error > self.tolerance:
             return (
-                f"on the canaries the engine is {self.error:.4f} nats off what the learner published, "
-                f"{self.tolerance} are allowed (rollout.canary_tolerance). The engine does not compute these weights: "
-                f"its update is broken, or its precision differs from the learner's"
+                f"canary error {self.error:.4f} nats exceeds the tolerance {self.tolerance} nats "
+                f"(rollout.canary_tolerance). The engine does not compute what the learner published: "
+                f"its weight update is faulty, or its precision differs from the learner's"
             )
         return (
-            f"on the canaries the engine leans towards the previous weights by {self.leaning:.1f} standard deviations "
-            f"({LEANING:.0f} are allowed): part of it still computes with them. Its update is broken"
+            f"the canaries lean toward the previous weights by {self.leaning:.1f} standard deviations "
+            f"(the limit is {LEANING:.0f}): part of the engine still computes with them. Its weight update is faulty"
         )
 
 
 def judge(scores: Sequence[Sequence[float]], canaries: Sequence[Canary], *, tolerance: float) -> Verdict:
-    """scores[i]: the engine's log-probs of canaries[i].tokens after the first, nats.
+    """Compare the engine's scores with the canaries.
+
+    scores[i]: the engine's log-probs of canaries[i].tokens[1:], in nats.
 
     >>> canary = Canary((1, 2, 3), (2,), (-1.0,), ())
     >>> judge([[-9.0, -1.25]], [canary], tolerance=0.1).error
     0.25
     """
     differences: list[float] = []
-    towards = away = 0
+    toward = away = 0
     for row, canary in zip(scores, canaries, strict=True):
         if len(row) != len(canary.tokens) - 1:
             return Verdict(math.inf, 0.0, tolerance)
@@ -66,9 +68,9 @@ def judge(scores: Sequence[Sequence[float]], canaries: Sequence[Canary], *, tole
         for engine, learner, previous in zip(ours, canary.logprobs, canary.previous, strict=False):
             move = previous - learner
             if abs(move) >= MOVED and abs(engine - learner) >= MATERIAL * abs(move):
-                towards += (engine - learner) * move > 0
+                toward += (engine - learner) * move > 0
                 away += (engine - learner) * move < 0
     error = sum(map(abs, differences)) / len(differences) if differences else math.inf
-    told = towards + away
-    leaning = (towards - away) / math.sqrt(told) if told else 0.0
+    counted = toward + away
+    leaning = (toward - away) / math.sqrt(counted) if counted else 0.0
     return Verdict(error if math.isfinite(error) else math.inf, leaning, tolerance)

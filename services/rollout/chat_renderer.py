@@ -1,8 +1,8 @@
-"""Between messages and tokens, by the model's own tokenizer and chat template.
+"""Converts messages to tokens and back, with the model's tokenizer and chat template.
 
-Only what the environment says is ever tokenized, and only once: the model's messages stay the tokens it sampled. The
-text that stands between a model message and the next one is found by rendering a dialogue in which the model said a
-sentinel, and taking what comes after it; this holds for templates that rewrite earlier messages.
+Only environment messages are tokenized, each of them once; model messages keep their sampled tokens. To find the text
+between two model messages, the renderer renders a dialogue whose model message is a sentinel and takes the text after
+the sentinel. This also works for templates that rewrite earlier messages.
 """
 
 import json
@@ -19,7 +19,7 @@ _SENTINEL = "\u241epalimpsest\u241e"
 
 
 class ChatRenderer:
-    """Renders for one model."""
+    """Renders dialogues for one model."""
 
     def __init__(self, tokenizer: Any, *, options: dict[str, Any]) -> None:
         self._tokenizer, self._options = tokenizer, options
@@ -30,7 +30,7 @@ class ChatRenderer:
 
     @classmethod
     def load(cls, model: str, options: dict[str, Any]) -> "ChatRenderer":
-        """The dialogue of a model folder. Raises UserError when its tokenizer cannot be used."""
+        """Return the renderer of a model folder. Raises UserError if its tokenizer or template cannot be used."""
         refuse_absent(model)
         refuse_no_tokenizer(model)
         try:
@@ -39,21 +39,21 @@ class ChatRenderer:
             raise UserError(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
         if not tokenizer.chat_template:
             raise UserError(
-                f"model.path: the tokenizer of {model} has no chat template, so a dialogue has no form: use an "
+                f"model.path: the tokenizer of {model} has no chat template, so it cannot render a dialogue: use an "
                 f"instruction-tuned model, or put a chat_template.jinja into the folder"
             )
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.path: the tokenizer of {model} names no eos token, so no message would ever end")
+            raise UserError(f"model.path: the tokenizer of {model} has no eos token, so no message would ever end")
         dialogue = cls(tokenizer, options=options)
         dialogue.check()
         return dialogue
 
     def begin(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        """Tokens of the first prompt, up to where the model's first message starts."""
+        """Return the tokens of the first prompt, up to the start of the first model message."""
         return self._begin(tuple(messages), _Tools(tools))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
-        """The text of the first prompt, up to where the model's first message starts. `begin` gives its tokens."""
+        """Return the text of the first prompt, up to the first model message. `begin` returns its tokens."""
         return str(
             self._tokenizer.apply_chat_template(
                 _plain(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **self._options
@@ -61,9 +61,9 @@ class ChatRenderer:
         )
 
     def render_turn_separator(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
-        """Tokens from the end of a model message to the start of the next.
+        """Return the tokens from the end of a model message to the start of the next one.
 
-        `after_stop`: the model ended its message itself, so the stop token is already there.
+        `after_stop`: the model sampled the stop token, so the returned tokens leave it out.
         """
         tokens = self._continue(tuple(messages))
         if after_stop and tokens[:1] and tokens[0] in self.stop_tokens:
@@ -71,15 +71,15 @@ class ChatRenderer:
         return tokens
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What the model said, for the environment: without the stop token, with everything else."""
+        """Return the text of a model message for the environment, without the stop token."""
         return str(self._tokenizer.decode([t for t in tokens if t not in self.stop_tokens], skip_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a bare text."""
+        """Return the tokens of a text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def check(self) -> None:
-        """Render a small dialogue. Raises UserError when the template cannot take tool output."""
+        """Render a small dialogue. Raises UserError if the template cannot render tool output."""
         try:
             self.render_turn_separator([Message(role="tool", content="ok")], after_stop=True)
         except Exception as error:
@@ -89,26 +89,28 @@ class ChatRenderer:
         return tuple(self.encode(self.prompt(messages, tools.schemas)))
 
     def _continue_uncached(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        said = [
+        dialogue = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": _SENTINEL},
             *_plain(messages),
         ]
-        text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **self._options)
+        text = self._tokenizer.apply_chat_template(
+            dialogue, tokenize=False, add_generation_prompt=True, **self._options
+        )
         _, found, after = text.rpartition(_SENTINEL)
         if not found:
-            raise ValueError("the template leaves out what the assistant said")
+            raise ValueError("the template omits assistant messages")
         return tuple(self.encode(after))
 
 
 def _tokenizer(model: str) -> Any:
-    """The tokenizer of the folder, as AutoTokenizer makes it.
+    """Load the tokenizer of the folder; equivalent to AutoTokenizer.
 
-    AutoTokenizer imports torch and what every model needs: four seconds of a core. A folder that names the general
-    class itself, as transformers 5 saves it, does without.
+    AutoTokenizer imports torch and the classes of every model, which takes four seconds of CPU time. A folder saved by
+    transformers 5 names the generic class, which can be imported directly.
     """
-    named = Path(model) / "tokenizer_config.json"
-    if named.is_file() and json.loads(named.read_text()).get("tokenizer_class") == "TokenizersBackend":
+    config = Path(model) / "tokenizer_config.json"
+    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend":
         from transformers import TokenizersBackend
 
         return TokenizersBackend.from_pretrained(model)
@@ -118,7 +120,7 @@ def _tokenizer(model: str) -> Any:
 
 
 class _Tools:
-    """Tool schemas as a cache key: those of one environment are equal by their names."""
+    """Tool schemas as a hashable cache key, equal if their representations are equal."""
 
     def __init__(self, schemas: Sequence[dict[str, Any]]) -> None:
         self.schemas = tuple(schemas)

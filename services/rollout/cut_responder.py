@@ -1,8 +1,8 @@
-"""The worker's side of a cut: stand still, send ahead what was sampled, say so, and hold until the log says more.
+"""The worker's side of a cut: pause, flush the tokens sampled so far, report the cut as reached, hold the version.
 
-The learner scores a version's tokens with the weights it still has, before it changes them. So none may be sampled
-behind its back: from the answer on, nothing is sampled with the cut's version, or an older one, until a record behind
-the request says how things go on (docs/algorithms/interruption.md).
+The learner scores a version's tokens before it changes its weights. A worker must not sample further tokens of that
+version afterward. From its answer on, it therefore samples nothing with the cut's version or an older one, until a
+later record on the log ends the cut (docs/algorithms/interruption.md).
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, T
 from palimpsest.services.rollout.weights import WeightSync
 
 HOLD_LIMIT_S = 120.0
-"""When the learner says nothing for so long, it is taken for gone and the worker samples on. What it then samples with
-the cut's version is not scored: a learner that comes back drops it, with a reason."""
+"""If the learner publishes nothing for this time, the worker assumes that it is gone and resumes sampling. Tokens that
+it then samples with the cut's version are not scored: a learner that comes back drops them, with a reason."""
 ANSWER_S = 5.0
-"""Between two looks at the log. When it took longer, the log or this process stood still: nobody could have been heard,
-and the learner has its time anew."""
+"""Longest interval between two reads of the log. A longer one means that the log or this process was blocked and no
+record could arrive, so the hold limit starts over."""
 
 
 class CutResponder:
-    """Serves the cuts of one worker. `live`: its trajectories under way."""
+    """Serves the cuts of one worker. `live`: its trajectories in flight."""
 
     def __init__(
         self,
@@ -51,22 +51,22 @@ class CutResponder:
 
     @property
     def cut(self) -> int | None:
-        """The cut for which the worker stands still, or is about to; None: it need not."""
+        """The cut for which the worker is paused, or will pause; None if there is none."""
         return self._cuts.open.cut if self._cuts.open is not None else None
 
     def heard(self, message: Control) -> None:
-        """The next record of `control`, in the log's order. Nothing comes of it before `apply`."""
+        """Note the next record of `control`, in the log's order. It takes effect with the next `apply`."""
         if isinstance(message, CutRequested):
             self._requested_at = time.monotonic()
         self._cuts.observe(message)
 
     def apply(self) -> None:
-        """What was heard is how things stand now, not history that more follows on."""
+        """Act on the records noted so far: they are up to date, no older records remain to be read."""
         self._start_hold_timer()
         self._news.set()
 
     def heard_all(self) -> None:
-        """The log answers, and nothing stands on it that was not heard: if the worker holds, the learner is silent."""
+        """Note that the log is read to its end. If the learner was silent for HOLD_LIMIT_S, end the hold."""
         now = asyncio.get_running_loop().time()
         if now - self._looked_at > ANSWER_S:
             self._silent_since = now
@@ -75,7 +75,10 @@ class CutResponder:
             self._end_hold()
 
     async def serve(self) -> None:
-        """Reach the cut that is asked for and let go when it is over; for ever. Raises UserError if the engine does."""
+        """Reach each requested cut and release its hold when it is over, in an endless loop.
+
+        Raises UserError if the engine refuses a step.
+        """
         while True:
             await self._news.wait()
             self._news.clear()
@@ -86,11 +89,11 @@ class CutResponder:
                 self._reached = request.cut
                 self._start_hold_timer()
             elif request is None:
-                with required("to go on after a cut"):
+                with required("to resume after a cut"):
                     await self._weights.release_hold(self._cuts.held)
 
     async def _pause_and_report(self, request: CutRequested) -> None:
-        """Stand still, and say so once all that was sampled is on the log."""
+        """Pause the engine, and report the cut as reached once all sampled tokens are on the log."""
         async with self._weights.paused_for_cut(request.version):
             pause_s = time.monotonic() - self._requested_at
             version = self._weights.verified
@@ -114,12 +117,12 @@ class CutResponder:
         logger().info("cut", cut=request.cut, version=version, flushed=flushed, pause_ms=round(1e3 * pause_s, 1))
 
     async def _flush(self, request: CutRequested) -> int:
-        """Send ahead what every live trajectory has; of how many there was anything to send."""
+        """Flush every trajectory in flight. Return how many had tokens to flush."""
         flushed = 0
         for live in tuple(self._live):
             so_far = await self._partial_trajectory(live)
             if live not in self._live:
-                continue  # it ended meanwhile: its record is in the outbox, whole
+                continue  # it ended meanwhile: its complete record is in the outbox
             record = flush(live, so_far, request=request, worker=self._worker)
             if record is not None:
                 live.flushed = len(so_far.tokens)
@@ -128,22 +131,22 @@ class CutResponder:
         return flushed
 
     async def _partial_trajectory(self, live: InFlightTrajectory) -> TrajectoryBuilder:
-        """The trajectory with its message under way, as far as it has come."""
+        """Return the trajectory with the tokens sampled so far of its message in flight."""
         while True:
             request = live.request
             partial = await self._engine.partial(request) if request is not None else None
-            if live.request == request:  # else the message ended while the engine was asked
+            if live.request == request:  # else the message ended during the call
                 return live.assembly.with_partial(partial)
 
     def _start_hold_timer(self) -> None:
-        """From now on it would be the learner's turn to say something."""
+        """Start the time limit for the learner's next record."""
         self._looked_at = self._silent_since = asyncio.get_running_loop().time()
 
     def _end_hold(self) -> None:
         instruments.HOLDS_GIVEN_UP.inc()
         logger().warning(
             "cut hold timed out", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
-            consequence="samples on; what it samples with this version is not scored",
+            consequence="resumes sampling; tokens sampled with this version are not scored",
         )  # fmt: skip
         self._cuts.release()
         self._news.set()

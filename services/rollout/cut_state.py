@@ -1,7 +1,7 @@
-"""What the log of control says about cuts, and what of a live trajectory is sent ahead at one. Pure.
+"""The state of cuts according to the topic `control`, and the flush record of a trajectory. Pure.
 
-A request stands until a record behind it says how things go on: a newer version, the same version again (the learner
-was started again and knows of no request), or a release.
+A request is open until a later record ends it: a newer version, the same version again (a restarted learner, which has
+no record of the request), or a release.
 """
 
 from palimpsest.common.messages import Control, CutReleased, CutRequested, SegmentFlushed, VersionPublished
@@ -9,13 +9,13 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 NOTHING = Version(-1)
-"""Held while any version may be sampled with."""
+"""Value of `held` if every version may be sampled."""
 
 
 class CutState:
-    """The last request, and whether it still stands. Records are to be heard in the order of the log.
+    """The last request, and whether it is open. Records must be observed in the order of the log.
 
-    >>> cuts = Cuts()
+    >>> cuts = CutState()
     >>> cuts.observe(CutRequested("run", 1, Version(4), 5.0))
     >>> cuts.open.cut, cuts.held
     (1, 4)
@@ -32,18 +32,18 @@ class CutState:
 
     def __init__(self) -> None:
         self.open: CutRequested | None = None
-        """The request that stands; None: nothing is awaited."""
+        """The open request, or None."""
         self.held = NOTHING
-        """No token is to be sampled with this version or an older one. When the cut is over, a newer version is there,
-        or its own may be sampled with again; older ones are gone for good."""
+        """No token may be sampled with this version or an older one. When a cut ends, either a newer version exists, or
+        the cut's version may be sampled again; older versions stay held."""
         self._last = -1
         self._published: list[VersionPublished] = []
 
     def observe(self, message: Control) -> None:
-        """Take in the next record."""
+        """Update the state with the next record."""
         match message:
             case CutRequested() if message.cut > self._last and message.version >= self._newest:
-                # else it is a copy, which an outage may have put there, or of a learner that was replaced
+                # Any other request is a duplicate that an outage caused, or comes from a replaced learner.
                 self._last, self.open, self.held = message.cut, message, message.version
             case CutReleased() if self.open is not None and message.cut == self.open.cut:
                 self.release()
@@ -53,7 +53,7 @@ class CutState:
                 self.open = None
 
     def release(self) -> None:
-        """Await nothing more: the version of the cut that stands may be sampled with again."""
+        """Close the open request: the version of its cut may be sampled again."""
         if self.open is not None:
             self.held = Version(self.open.version - 1)
             self.open = None
@@ -63,7 +63,7 @@ class CutState:
         return self._published[0].version if self._published else NOTHING
 
     def _is_news(self, message: VersionPublished) -> bool:
-        """Versions never go back: an older one's is a copy, the same one's news of a learner that was started again."""
+        """Whether the record is new. An older version is a duplicate; the same version means a restarted learner."""
         if message.version < self._newest or message in self._published:
             return False
         self._published = [message, *(self._published if message.version == self._newest else ())]
@@ -73,9 +73,9 @@ class CutState:
 def flush(
     live: InFlightTrajectory, so_far: TrajectoryBuilder, *, request: CutRequested, worker: str
 ) -> SegmentFlushed | None:
-    """The record of a live trajectory for this cut. None: it has no token of the cut's version but what was sent ahead.
+    """Return the flush record of a trajectory for this cut, or None if it has no unflushed token of the cut's version.
 
-    so_far: its tokens, those of the message under way included.
+    so_far: the trajectory including the message in flight.
     """
     new = (segment for segment in so_far.segments if segment.stop > live.flushed)
     if all(segment.version != request.version for segment in new):

@@ -1,4 +1,4 @@
-"""What a worker reports to Prometheus."""
+"""Prometheus metrics of a rollout worker."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

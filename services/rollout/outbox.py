@@ -1,7 +1,7 @@
-"""What a worker publishes, and what of its tasks is thereby done.
+"""Publishes a worker's records and calls back when they are durable.
 
-A task counts as done only when every trajectory of it stands on the log; until then a restart samples it again (the
-learner knows trajectories by their ids, so that costs time only).
+A task is done once all its trajectories are on the log. Until then, a restarted worker samples it again. The learner
+identifies trajectories by their ids, so a repeated trajectory costs only time.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class _PendingRecord:
 
 
 class Outbox:
-    """Publishes in batches, in order; `done` is called after its record is durable."""
+    """Publishes records in batches, in order, and calls `done` after a record is durable."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -43,23 +43,23 @@ class Outbox:
         """Topic `trajectories`: partition -> offset after the last durable record of this outbox."""
 
     def put_trajectory(self, record: Struct, *, group: str, trajectory: str, done: Callable[[], None]) -> None:
-        """A trajectory's end."""
+        """Queue the record of an ended trajectory."""
         self._put(TRAJECTORIES, Outgoing(group, encode(record), {"trajectory": trajectory}), done)
 
     def put_flush(self, record: SegmentFlushed) -> None:
-        """A live trajectory up to a cut. No header names it: whoever cannot read this has not lost the trajectory."""
+        """Queue a flush. It has no `trajectory` header, because an unreadable flush does not lose the trajectory."""
         self._put(TRAJECTORIES, Outgoing(record.group, encode(record)), lambda: None)
 
     def put_from_worker(self, record: FromWorker) -> None:
-        """What became of an update or a cut, or how the worker fares."""
+        """Queue the outcome of an update or a cut, or a heartbeat."""
         self._put(WORKERS, Outgoing(record.worker, encode(record)), lambda: None)
 
     def put_dead_letter(self, record: DeadLetter, *, done: Callable[[], None]) -> None:
-        """A record that could not be used."""
+        """Queue a dead letter: a record that could not be used."""
         self._put(DEAD_LETTERS, Outgoing(record.key, encode(record)), done)
 
     async def run(self) -> None:
-        """Publish for ever. Whatever the bus raises ends the worker: nothing is acknowledged that is not durable."""
+        """Publish queued records in an endless loop. An error of the bus ends the worker without an acknowledgment."""
         while True:
             batch = [await self._waiting.get()]
             while len(batch) < BATCH and not self._waiting.empty():
@@ -76,10 +76,10 @@ class Outbox:
                 self._progress.notify_all()
 
     async def flush(self) -> None:
-        """Wait until everything put so far is durable; what is put meanwhile is not waited for."""
-        wanted = self._put_so_far
+        """Wait until all records queued before the call are durable."""
+        target = self._put_so_far
         async with self._progress:
-            await self._progress.wait_for(lambda: self._durable >= wanted)
+            await self._progress.wait_for(lambda: self._durable >= target)
 
     def _note(self, positions: Sequence[Position]) -> None:
         for at in positions:

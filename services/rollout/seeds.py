@@ -4,9 +4,9 @@ from hashlib import blake2b
 
 
 def engine_seed(run_seed: int, worker: str) -> int:
-    """The run's seed and the worker's name in one number of 31 bits, the same at every start.
+    """Return a seed of 31 bits derived from the run's seed and the worker's name, the same at every start.
 
-    Each worker has its own: with one seed for all, two workers would sample the same tokens after the same prompts.
+    Each worker has its own seed: with a shared one, two workers would sample the same tokens after the same prompts.
 
     >>> engine_seed(0, "worker-0") == engine_seed(0, "worker-1")
     False

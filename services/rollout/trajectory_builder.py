@@ -1,6 +1,6 @@
-"""From prompts, model messages and tool output to one token array and its segments. Pure.
+"""Builds one token array and its segments from prompt, model messages and tool output. Pure.
 
-Tokens are only ever appended: what the engine saw as prefix is what the learner will score.
+Tokens are only appended, so the learner scores exactly the prefix that the engine used.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from palimpsest.services.rollout.engine.port import SampledTokens
 
 
 class Contradiction(ValueError):
-    """The engine's spans do not cover what it sampled."""
+    """The engine's log-probs or spans do not match its sampled tokens."""
 
 
 class TrajectoryBuilder:
-    """A trajectory as it grows.
+    """A trajectory under construction.
 
     Invariant: every sampled token is covered by exactly one segment, no other token is.
     """
@@ -29,27 +29,29 @@ class TrajectoryBuilder:
 
     @property
     def tokens(self) -> list[int]:
-        """Everything so far: the prefix of the next message."""
+        """All tokens so far: the prefix of the next message."""
         return self._tokens
 
     @property
     def turns(self) -> int:
-        """Model messages so far."""
+        """Number of model messages so far."""
         return self._turns
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Who sampled what."""
+        """The segments so far, in order."""
         return tuple(self._segments)
 
     def pack(self) -> bytes:
-        """The tokens for the wire."""
+        """Return the tokens in their wire format."""
         return pack_int32(self._tokens)
 
     def add_sampled(self, sampled: SampledTokens) -> None:
-        """Append a model message. Raises Contradiction, leaving everything as it was."""
+        """Append a model message. Raises Contradiction and changes nothing if its parts do not match."""
         if len(sampled.logprobs) != len(sampled.tokens):
-            raise Contradiction(f"{len(sampled.tokens)} tokens were sampled with {len(sampled.logprobs)} log-probs")
+            raise Contradiction(
+                f"the engine returned {len(sampled.tokens)} tokens with {len(sampled.logprobs)} log-probs"
+            )
         covered = 0
         for span in sampled.spans:
             if span.start != covered or span.stop <= span.start or span.version < 0:
@@ -71,7 +73,7 @@ class TrajectoryBuilder:
         self._turns += 1
 
     def with_partial(self, partial: SampledTokens | None) -> "TrajectoryBuilder":
-        """A trajectory of its own: this one and the message under way, as far as it has come. Raises Contradiction."""
+        """Return a copy that includes the tokens sampled so far of the message in flight. Raises Contradiction."""
         so_far = TrajectoryBuilder(self._tokens)
         so_far._segments, so_far._turns = list(self._segments), self._turns
         if partial is not None:
@@ -79,20 +81,20 @@ class TrajectoryBuilder:
         return so_far
 
     def add_environment(self, tokens: Sequence[int]) -> None:
-        """Append what the environment said."""
+        """Append the tokens of an environment message."""
         self._tokens.extend(tokens)
 
 
 @dataclass(slots=True, eq=False)
 class InFlightTrajectory:
-    """A trajectory under way, from its session's start until its record is put into the outbox."""
+    """A trajectory in flight, from the start of its session until its record is in the outbox."""
 
     group: GroupOffered
     trajectory: str
     attempt: int
     assembly: TrajectoryBuilder
-    """Everything but the message under way."""
+    """The trajectory without the message in flight."""
     request: str | None = None
-    """The message under way, as the engine knows it."""
+    """The engine's request id of the message in flight."""
     flushed: int = 0
-    """Tokens, from the first on, that were sent ahead at a cut."""
+    """Number of leading tokens that were flushed at a cut."""

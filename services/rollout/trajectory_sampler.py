@@ -1,4 +1,4 @@
-"""One trajectory from its session's start to its record: sample, act, read the answer, again."""
+"""Samples one trajectory: start a session, alternate model messages and environment steps, build the record."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -29,14 +29,14 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Tally:
-    """What a worker's trajectories add up to."""
+    """Totals over a worker's trajectories."""
 
     sampled_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectorySampler:
-    """What every trajectory of a worker uses."""
+    """Samples the trajectories of one worker."""
 
     worker: str
     engine: Engine
@@ -45,14 +45,14 @@ class TrajectorySampler:
     attempts: int
     tally: Tally
     wait_verified: Callable[[Version], Awaitable[None]]
-    """Returns once the engine is known to compute this version rightly."""
+    """Returns once the canaries have verified this version."""
     live: list[InFlightTrajectory] = field(default_factory=list)
-    """Trajectories under way, oldest first; one id may be there twice (a task that was delivered again)."""
+    """Trajectories in flight, oldest first. An id can occur twice, if a task was delivered again."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
-        """One trajectory of the group; what fails, session or request of the engine, is tried again afresh.
+        """Sample one trajectory of the group; after a failed session or engine request, start over (see `attempts`).
 
-        Raises EngineDead: then nothing became of the trajectory, and its task is to be sampled again.
+        Raises EngineDead: the trajectory has no result, and its task must be sampled again.
         """
         name = trajectory_id(group.group, sample)
         reason, failure = DropReason.ENVIRONMENT_FAILED, ""
@@ -72,46 +72,46 @@ class TrajectorySampler:
         return self._dropped_record(group, name, reason, failure)
 
     async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
-        wanted = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
+        request = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
         key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
-        session = await _timed(self.sessions.create(wanted, idempotency_key=key))
+        session = await _timed(self.sessions.create(request, idempotency_key=key))
         assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
         live = InFlightTrajectory(group, name, attempt, assembly)
         self.live.append(live)
         try:
             step = await self._dialogue(live, session)
         finally:
-            # whoever awaits `sample` puts the record into the outbox before anything else gets a turn: no cut finds
-            # the tokens neither here nor there
+            # The caller of `sample` puts the record into the outbox before another coroutine runs. At every cut, the
+            # tokens are therefore either in `live` or in the outbox.
             self.live.remove(live)
         failpoints.reach("rollout.before_publish")
         return self._finished_record(live, session, step)
 
     async def _dialogue(self, live: InFlightTrajectory, session: Session) -> Step:
-        """Turn after turn until the environment, or a limit, ends it."""
+        """Alternate turns and environment steps until the environment or a limit ends the trajectory."""
         assembly, sampling, number = live.assembly, live.group.sampling, session.next_step
         room = sampling.max_trajectory_tokens - len(assembly.tokens)
         if room < 1:
             raise _UnusableOutput(
                 DropReason.PROMPT_TOO_LONG,
-                f"the first observation is {len(assembly.tokens)} tokens long, "
-                f"sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
+                f"the first observation has {len(assembly.tokens)} tokens, "
+                f"but sampling.max_trajectory_tokens is {sampling.max_trajectory_tokens}",
             )
         while True:
             longest = min(sampling.max_turn_tokens, room)
             sampled = await self._message(live, longest)
             if not sampled.stopped:
-                # a limit cut the message off: acting on half of it would make what is said after a call free of charge
+                # A limit truncated the message. Executing half of it would reward calls with arbitrary text after them.
                 return await _timed(self.sessions.finalize(session.session_id))
             step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
             if step.status.is_terminal:
                 return step
-            said = self.dialogue.render_turn_separator(step.messages, after_stop=True)
-            room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(said)
+            answer = self.dialogue.render_turn_separator(step.messages, after_stop=True)
+            room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(answer)
             if room < 1 or assembly.turns == sampling.max_turns:
-                # what no one will answer stays out: no trajectory is longer than the limit
+                # Leave out the environment's answer if no model message follows: no trajectory exceeds the limit.
                 return await _timed(self.sessions.finalize(session.session_id))
-            assembly.add_environment(said)
+            assembly.add_environment(answer)
             number = step.step + 1
 
     async def _message(self, live: InFlightTrajectory, room: int) -> SampledTokens:
@@ -126,14 +126,14 @@ class TrajectorySampler:
             )
         finally:
             live.request = None
-        live.assembly.add_sampled(sampled)  # at once: a cut finds the tokens either here or at the engine
+        live.assembly.add_sampled(sampled)  # without an await, so that a cut finds the tokens here or in the engine
         instruments.TOKENS.inc(len(sampled.tokens))
         self.tally.sampled_tokens += len(sampled.tokens)
-        await self.wait_verified(sampled.spans[-1].version)  # nothing an unverified version said leaves the worker
+        await self.wait_verified(sampled.spans[-1].version)  # tokens of an unverified version never leave the worker
         return sampled
 
     def _request(self, live: InFlightTrajectory) -> str:
-        """A name that no other request under way has."""
+        """Return a name that no other request in flight has."""
         name = f"{live.trajectory}#{live.attempt}.{live.assembly.turns}"
         while any(other.request == name for other in self.live):
             name += "+"
@@ -142,8 +142,8 @@ class TrajectorySampler:
     def _finished_record(self, live: InFlightTrajectory, session: Session, step: Step) -> Ended:
         group, assembly = live.group, live.assembly
         if step.reward is None or step.success is None:
-            what = step.error.message if step.error else f"the session ended as {step.status} without a reward"
-            raise SessionFailed(step.error.code if step.error else step.status.value, what)
+            message = step.error.message if step.error else f"the session ended as {step.status} without a reward"
+            raise SessionFailed(step.error.code if step.error else step.status.value, message)
         ending = Ending.TERMINATED if step.status is Status.TERMINATED else Ending.TRUNCATED
         instruments.TRAJECTORIES.labels(ending.value).inc()
         return TrajectoryFinished(
@@ -173,7 +173,7 @@ class TrajectorySampler:
 
 
 class _UnusableOutput(Exception):
-    """The trajectory cannot be sampled, however often it is tried."""
+    """The trajectory cannot be sampled; another attempt would fail in the same way."""
 
     def __init__(self, reason: DropReason, detail: str) -> None:
         super().__init__(detail)

@@ -1,6 +1,6 @@
-"""Whether what a worker is told makes sense. Pure.
+"""Validates the values of records that a worker reads. Pure.
 
-A record that decodes can still ask for what no learner asks for; acted on, it would stop the worker for good.
+A record that decodes can still hold values that no learner publishes, and acting on them would stop the worker.
 """
 
 import math
@@ -10,13 +10,13 @@ from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
 
 def validate(message: GroupOffered | Control) -> None:
-    """Raise RejectedRecord for a version or a cut below 0, or an offer that nothing can be sampled for."""
+    """Raise RejectedRecord for a negative version or cut, or an offer with sampling limits that are not positive."""
     if isinstance(message, CutRequested | CutReleased) and message.cut < 0:
-        raise RejectedRecord(RejectCause.OUT_OF_RANGE, f"cut {message.cut}: cuts are counted from 0")
+        raise RejectedRecord(RejectCause.OUT_OF_RANGE, f"cut is {message.cut}; it must be at least 0")
     if isinstance(message, CutReleased):
         return
     if message.version < 0:
-        raise RejectedRecord(RejectCause.NEGATIVE_VERSION, f"version {message.version}: versions start at 0")
+        raise RejectedRecord(RejectCause.NEGATIVE_VERSION, f"version is {message.version}; it must be at least 0")
     if not isinstance(message, GroupOffered):
         return
     sampling = message.sampling
@@ -30,6 +30,10 @@ def validate(message: GroupOffered | Control) -> None:
     }
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise RejectedRecord(RejectCause.NOT_FINITE, f"group {message.group}: {name} is {number}")
+            raise RejectedRecord(
+                RejectCause.NOT_FINITE, f"group {message.group}: {name} is {number}; it must be finite"
+            )
         if number <= 0:
-            raise RejectedRecord(RejectCause.OUT_OF_RANGE, f"group {message.group}: {name} is {number}, not above 0")
+            raise RejectedRecord(
+                RejectCause.OUT_OF_RANGE, f"group {message.group}: {name} is {number}; it must be above 0"
+            )

@@ -1,11 +1,10 @@
-"""Taking on new versions while trajectories live: fetch, pause, load, resume, verify.
+"""Updates the engine to new versions while trajectories are in flight: fetch, pause, load, resume, verify.
 
-The learner never waits for this. A version is fetched and checked against its digests while sampling goes on; only
-loading stands in the way of it. What the engine samples afterwards stays in the worker until the canaries have shown
-that the engine computes what the learner published (canary.py). A version that fails is refused, and nothing it sampled
-is ever published.
+The learner never waits for an update. The worker fetches a version and checks its digests while it samples; only
+loading pauses the engine. Tokens sampled afterward stay in the worker until the canaries show that the engine computes
+what the learner published (canary.py). If they do not, the worker refuses the version and publishes none of its tokens.
 
-At a cut the engine stands still, and stays so: the version of the cut, or an older one, is sampled with no more.
+At a cut the engine pauses. It stays paused until it may sample with a version newer than the cut's.
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from palimpsest.services.rollout.engine.required import required
 
 
 class UpdateResult:
-    """What came of an update."""
+    """The outcome of an update."""
 
     def __init__(self, manifest: Manifest, *, accepted: bool, canary_error: float, pause_s: float) -> None:
         self.manifest, self.accepted = manifest, accepted
@@ -35,7 +34,7 @@ class UpdateResult:
 
 
 class WeightSync:
-    """Keeps an engine at the newest version announced that may be sampled with."""
+    """Keeps an engine at the newest announced version that it may sample with."""
 
     def __init__(
         self,
@@ -52,18 +51,18 @@ class WeightSync:
         self._newest = Version(-1)
         self._change = asyncio.Condition()
         self._turn = asyncio.Lock()
-        """Whoever has it decides whether the engine runs. From a version's loading until its verdict it is kept, so
-        that what a cut finds on the engine is verified."""
+        """Guards pausing and resuming the engine. An update holds it from loading until the verdict, so that a cut
+        finds only verified tokens on the engine."""
         self._loaded = self._held = Version(-1)
         self._still_since: float | None = None
         self.verified = Version(-1)
-        """Newest version the engine is known to compute rightly; -1 before the first."""
+        """Newest version that the canaries verified; -1 before the first."""
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.iterdir():
             left.unlink()
 
     def announce(self, version: Version) -> None:
-        """A version stands in the store."""
+        """Note that the store holds a version."""
         if version > self._newest:
             self._newest = version
             self._announced.set()
@@ -74,49 +73,49 @@ class WeightSync:
             await self._change.wait_for(lambda: self.verified >= version)
 
     async def wait_first_version(self) -> None:
-        """Wait until there is any version to sample with."""
+        """Wait until the first version is verified."""
         await self.wait_verified(Version(0))
 
     @asynccontextmanager
     async def paused_for_cut(self, version: Version) -> AsyncIterator[None]:
-        """Inside, the engine stands still, and everything it has sampled is verified.
+        """Pause the engine. Inside the block, all sampled tokens come from verified versions.
 
-        Afterwards nothing is sampled with `version` or an older one: the engine stands still until a newer version is
-        loaded, which needs no more than its announcement, or until `let_go` allows for the one it has.
+        Afterward the engine samples nothing with `version` or an older one. It stays paused until a newer version is
+        announced and loaded, or until `release_hold` permits the loaded version.
         """
         async with self._turn:
             self._held = max(self._held, version)
             if self._still_since is None:
                 self._still_since = time.monotonic()
             await self._engine.pause()
-            await self.wait_verified(self._loaded)  # if it was refused, this never comes: the worker is about to end
+            await self.wait_verified(self._loaded)  # never returns after a refusal, which ends the worker
             yield
             await self._resume_unless_held()
 
     async def release_hold(self, held: Version) -> None:
-        """From now on nothing is sampled with `held` or an older one, but what is newer may be."""
+        """Lower the hold to `held`: versions newer than it may be sampled again."""
         if held >= self._held:
             return
         async with self._turn:
             self._held = held
             await self._resume_unless_held()
-        self._announced.set()  # what was held may be loaded now
+        self._announced.set()  # an announced version may be loadable now
 
     async def sync_loop(self) -> None:
-        """Apply what is announced, newest first, for ever.
+        """Apply announced versions in an endless loop, always the newest one.
 
-        Raises UserError when a version is refused: by its canaries, or by an engine that does not take it on.
+        Raises UserError if the canaries or the engine refuse a version.
         """
         while True:
             await self._announced.wait()
             self._announced.clear()
-            wanted = self._newest
-            if wanted <= max(self.verified, self._held):
+            version = self._newest
+            if version <= max(self.verified, self._held):
                 continue
-            weights = await self._fetch(wanted)
+            weights = await self._fetch(version)
             if weights is not None:
                 async with self._turn:
-                    if wanted > self._held:  # else a cut came in between
+                    if version > self._held:  # a cut may have begun during the download
                         await self._apply(weights)
                 weights.path.unlink()
 
@@ -133,14 +132,14 @@ class WeightSync:
         try:
             with instruments.FETCH_SECONDS.time():
                 manifest = await asyncio.to_thread(self._download, version, path)
-        except VersionMissing as missing:
-            # swept because a newer one stands: its announcement is on the way
-            logger().info("version skipped", version=version, reason=str(missing))
+        except VersionMissing as error:
+            # The store deleted the version because a newer one exists; the announcement of that one follows.
+            logger().info("version skipped", version=version, reason=str(error))
             return None
-        except Damaged as damage:
+        except Damaged as error:
             raise UserError(
-                f"the snapshot store gave damaged weights: {damage}. This worker serves nothing it cannot verify: "
-                f"restore the store's folder from a copy, then start again",
+                f"the snapshot store returned damaged weights: {error}. The worker serves only verified weights: "
+                f"restore the store's folder from a backup, then start again",
                 ExitCode.DAMAGED,
             ) from None
         return StoredWeights(manifest, path)
@@ -169,7 +168,7 @@ class WeightSync:
         instruments.UPDATES.labels("accepted" if verdict.accepted else "refused").inc()
         self._report(UpdateResult(manifest, accepted=verdict.accepted, canary_error=verdict.error, pause_s=pause_s))
         if not verdict.accepted:
-            raise UserError(f"version {manifest.version} is refused: {verdict.reason()}", ExitCode.CANARY)
+            raise UserError(f"refused version {manifest.version}: {verdict.reason()}", ExitCode.CANARY)
         instruments.VERSION.set(manifest.version)
         async with self._change:
             self.verified = manifest.version
@@ -187,5 +186,5 @@ def _bytes(store: SnapshotClient, manifest: Manifest) -> Iterator[bytes]:
     names = [entry.name for entry in manifest.tensors]
     for name, tensor in zip(names, store.tensors(manifest), strict=True):
         if tensor.name != name:
-            raise Damaged(f"version {manifest.version}: tensor {tensor.name} stands where {name} should")
+            raise Damaged(f"version {manifest.version}: found tensor {tensor.name} in place of {name}")
         yield tensor.raw.tobytes()

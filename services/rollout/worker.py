@@ -1,4 +1,4 @@
-"""A rollout worker: tasks in, trajectories out, versions followed."""
+"""The rollout worker: reads tasks and versions, publishes trajectories."""
 
 import asyncio
 import time
@@ -35,10 +35,10 @@ from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 GROUP = "rollout"
 POLL_S = 0.25
 KEEP_S = 0.25
-"""Between two commits; a group's membership lasts much longer."""
+"""Interval between commits, in seconds; the consumer group's session timeout is much longer."""
 ALIVE_S = 2.0
 DRAIN_S = 10.0
-"""Live trajectories get so long to finish when the worker is asked to stop."""
+"""Time limit for trajectories in flight to finish after a stop request, in seconds."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class _Counts:
 
 
 class Worker:
-    """Runs until the run is finished or it is asked to stop."""
+    """Samples trajectories until the run is finished or the worker receives a stop request."""
 
     def __init__(
         self, *, run: str, name: str, bus: Bus, sampler: TrajectorySampler, weights: WeightSync, max_live: int
@@ -72,15 +72,15 @@ class Worker:
         self._failed: asyncio.Queue[BaseException] = asyncio.Queue()
 
     def stop(self) -> None:
-        """Take no more tasks, finish what is live, return from `work`."""
+        """Take no more tasks, finish the trajectories in flight, return from `work`."""
         self._stopping.set()
 
     def waiting_for(self) -> str | None:
-        """What keeps it from working; None while it works."""
+        """Return the noun phrase of what the worker waits for; None while it works."""
         return self._waiting_for
 
     def alive(self) -> WorkerAlive:
-        """How the worker fares."""
+        """Return a heartbeat with the worker's counts."""
         counts, now = self._counts, time.monotonic()
         return WorkerAlive(
             run=self._run,
@@ -93,7 +93,7 @@ class Worker:
         )
 
     def status(self) -> Status:
-        """For /v1/status."""
+        """Return the fields for /v1/status."""
         alive = self.alive()
         fields = {name: getattr(alive, name) for name in alive.__struct_fields__}
         return fields | {
@@ -103,7 +103,7 @@ class Worker:
         }
 
     def report_update(self, applied: UpdateResult) -> None:
-        """Tell the log what came of an update."""
+        """Publish the outcome of an update."""
         self._outbox.put_from_worker(
             VersionApplied(
                 run=self._run,
@@ -118,11 +118,11 @@ class Worker:
         )
 
     async def work(self) -> None:
-        """Until the run ends.
+        """Sample trajectories until the run ends.
 
-        Raises UserError when a version is refused, or the engine refuses an update or a cut; EngineDead as soon as the
-        engine is gone.
-        What the engine had under way is then neither dropped nor committed: whoever gets the tasks next samples it.
+        Raises UserError if the canaries refuse a version or the engine refuses an update or a cut; EngineDead as soon
+        as the engine is gone. Trajectories in flight are then neither dropped nor committed: the next worker that
+        receives their tasks samples them again.
         """
         async with (
             AsyncConsumer(self._bus.consumer(CONTROL)) as control,
@@ -150,17 +150,17 @@ class Worker:
                 await _cancel_all({*running, taking, stopping, *self._live})
 
     async def _heartbeat_loop(self) -> None:
-        """Say how the worker fares, now and then."""
+        """Publish heartbeats."""
         while True:
             await asyncio.sleep(ALIVE_S)
             self._outbox.put_from_worker(self.alive())
 
     async def _raise_failures(self) -> None:
-        """A trajectory met something that no attempt can mend: the worker must not go on as if it had not."""
+        """Raise the first error of a trajectory that another attempt cannot resolve; it ends the worker."""
         raise await self._failed.get()
 
     async def _flush_outbox(self, publishing: "asyncio.Task[None]") -> None:
-        """What is in the outbox (a refused version, above all) should still be heard of."""
+        """Try to publish the rest of the outbox, above all the report of a refused version, within DRAIN_S."""
         if not publishing.done():
             with suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_S):
@@ -168,15 +168,15 @@ class Worker:
 
     async def _drain(self, publishing: "asyncio.Task[None]") -> None:
         self._outbox.put_from_worker(self.alive())
-        self._waiting_for = "live trajectories, before it stops"
+        self._waiting_for = "trajectories in flight, before it stops"
         logger().info("draining", live=self._counts.live)
         if self._live:
             await asyncio.wait(self._live, timeout=DRAIN_S)
         await self._flush_outbox(publishing)
 
     async def _consume_control(self, control: AsyncConsumer) -> None:
-        """Hear of versions, of cuts and of the end."""
-        known = await control.ends()  # what is older than this worker is history, not news
+        """Follow versions, cuts and the end of the run."""
+        known = await control.ends()  # records before these offsets are older than this worker
         newest, read = Version(-1), dict.fromkeys(known, 0)
         while True:
             records = await control.poll(limit=256, timeout_s=POLL_S)
@@ -198,7 +198,7 @@ class Worker:
                 self._interruption.heard_all()
 
     async def _take(self, tasks: AsyncConsumer) -> None:
-        """Take tasks as slots get free."""
+        """Take tasks as slots become free."""
         self._waiting_for = "the first version"
         await self._weights.wait_first_version()
         self._counts.ready = self._counts.idle_since = time.monotonic()
@@ -211,7 +211,7 @@ class Worker:
                 await self._start_group(record)
 
     async def _commit_loop(self, tasks: AsyncConsumer) -> None:
-        """Commit what is done and stay a member of the group, also while no task can be taken."""
+        """Commit finished tasks, and poll so that the worker stays a member of the group while it takes no tasks."""
         await self._weights.wait_first_version()
         while True:
             await asyncio.sleep(KEEP_S)
@@ -219,11 +219,11 @@ class Worker:
             await self._commit(tasks)
 
     def _read(self, record: Record, done: Callable[[], None] = lambda: None) -> Any:
-        """The record's message; None when it cannot be used: then it is dead-lettered."""
+        """Return the record's message, or None if it was dead-lettered."""
         try:
             message = message_in(record)
             if message.run != self._run:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record belongs to run {message.run}, not {self._run}")
             validate(message)
         except RejectedRecord as error:
             self._dead_letter(record, error, done)
@@ -231,7 +231,7 @@ class Worker:
         return message
 
     def _dead_letter(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
-        """Keep a record that cannot be used, whole, with its cause; work goes on without it."""
+        """Publish an unusable record and its cause as a dead letter; `done` is called once it is durable."""
         logger().error(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
             cause=error.cause.value, reason=str(error),
@@ -240,7 +240,7 @@ class Worker:
         instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
 
     async def _start_group(self, record: Record) -> None:
-        """Start a task's trajectories, each as soon as there is a slot."""
+        """Start a task's trajectories, each as soon as a slot is free."""
         self._frontier.read(record.partition, record.offset)
 
         def resolve() -> None:
@@ -300,14 +300,14 @@ class Worker:
 
 
 async def _wait_first(tasks: "Collection[asyncio.Task[Any]]") -> None:
-    """Until one of them has ended. Raises what it raised."""
+    """Wait until one of the tasks ends. Raises its error."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
 
 async def _cancel_all(tasks: "Collection[asyncio.Task[Any]]") -> None:
-    """Cancel them and wait until they have gone."""
+    """Cancel the tasks and wait until they end."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -242,7 +242,7 @@ def test_an_engine_that_computes_something_else_ends_the_run(
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     run = start(toml, environment={"PALIMPSEST_FAULT": "rollout.scripted_canary"})
     refused(
-        run, 5, "worker-0: version 0 is refused: on the canaries the engine is 0.5000 nats off what the learner",
+        run, 5, "worker-0: refused version 0: canary error 0.5000 nats exceeds the tolerance",
         "(rollout.canary_tolerance)", f"palimpsest run --resume {home}",
     )  # fmt: skip
     summary = json.loads((home / "summary.json").read_text())

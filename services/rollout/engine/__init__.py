@@ -1,1 +1,1 @@
-"""The inference engine: the port, vLLM, a scripted engine for tests, and reports of engines that died."""
+"""Inference engines: the port, vLLM, a scripted engine for tests, and crash reports."""

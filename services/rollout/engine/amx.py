@@ -1,8 +1,9 @@
-"""Whether vLLM may use the matrix tiles (AMX) of the CPU.
+"""Decides whether vLLM uses the matrix tiles (AMX) of the CPU.
 
-Linux lets a process use the tiles only after it has asked for them (arch_prctl with ARCH_REQ_XCOMP_PERM). vLLM's CPU
-attention and its small matrix products use them wherever the CPU has them and do not ask, so that the first request
-ends the engine's process with SIGILL. oneDNN asks for itself and does without where it is refused.
+Linux requires a process to request permission for the tiles (arch_prctl with ARCH_REQ_XCOMP_PERM). vLLM's CPU attention
+and its small matrix products use them on every CPU that has them, without a request, so the first inference request
+ends the engine's process with SIGILL. oneDNN requests the permission itself and works without the tiles if the kernel
+refuses.
 """
 
 import os
@@ -10,20 +11,20 @@ from collections.abc import Callable
 from enum import StrEnum
 
 VARIABLE = "PALIMPSEST_ENGINE_AMX"
-"""`off` in the environment of an engine's process: `rollout.engine.amx` is false."""
+"""Environment variable of an engine's process. `off`: `rollout.engine.amx` is false."""
 
 
 class Amx(StrEnum):
-    """What an engine does about AMX, in words for the log."""
+    """How an engine uses AMX, as a text for the log."""
 
-    ABSENT = "the CPU has none"
+    ABSENT = "the CPU has no AMX"
     USED = "used"
-    REFUSED = "refused by the kernel or the container: the engine does without"
-    OFF = "switched off by rollout.engine.amx: the engine does without"
+    REFUSED = "refused by the kernel or the container; the engine runs without AMX"
+    OFF = "switched off by rollout.engine.amx; the engine runs without AMX"
 
 
 def decide(*, supported: bool, wanted: bool, ask: Callable[[], bool]) -> Amx:
-    """What to do about AMX. Calls `ask`, which asks the kernel and says whether it agreed, only where that matters.
+    """Return how to use AMX. `ask` requests the permission and returns whether the kernel granted it; called if needed.
 
     >>> decide(supported=True, wanted=True, ask=lambda: False).name
     'REFUSED'
@@ -36,7 +37,7 @@ def decide(*, supported: bool, wanted: bool, ask: Callable[[], bool]) -> Amx:
 
 
 def configure() -> Amx:
-    """Ask for the tiles in this process, or make vLLM do without them; before vLLM has loaded a model."""
+    """Request the tiles for this process, or disable them in vLLM. Call before vLLM loads a model."""
     import torch
 
     found = decide(
@@ -45,7 +46,7 @@ def configure() -> Amx:
         ask=torch.cpu._init_amx,
     )
     if found in (Amx.REFUSED, Amx.OFF):
-        torch.cpu._is_amx_tile_supported = _unsupported  # what vLLM asks, each time it chooses a kernel
+        torch.cpu._is_amx_tile_supported = _unsupported  # vLLM calls this whenever it chooses a kernel
     return found
 
 

@@ -1,7 +1,7 @@
-"""How many processes the kernel has killed for want of memory: of this process's cgroup, else of the machine.
+"""Counts the processes that the kernel has killed for lack of memory, in this process's cgroup or else on the machine.
 
-In a container the machine's count is about others as well, and the limit that matters is the cgroup's. Both versions of
-cgroups count in a line `oom_kill N`, as /proc/vmstat does: version 2 in memory.events, version 1 in memory.oom_control.
+In a container, the machine's count includes other containers, and the cgroup has its own limit. Both cgroup versions
+have a line `oom_kill N`, like /proc/vmstat: version 2 in memory.events, version 1 in memory.oom_control.
 """
 
 import re
@@ -12,20 +12,20 @@ _PROC = Path("/proc")
 
 
 def find_counter(proc: Path = _PROC) -> Path | None:
-    """The file to count in, the closest to this process; None: this kernel counts nowhere. `proc`: where procfs is."""
+    """Return the most specific file with a count, or None if the kernel has none. `proc`: mount point of procfs."""
     own = candidate_paths(_text(proc / "self/cgroup"), _text(proc / "self/mountinfo"))
     return next((path for path in (*own, proc / "vmstat") if parse_count(_text(path)) is not None), None)
 
 
 def read_count(path: Path | None) -> int:
-    """What stands there now; 0 where nothing can be read."""
+    """Return the count in the file; 0 if it cannot be read."""
     return parse_count(_text(path)) or 0 if path is not None else 0
 
 
 def parse_count(text: str) -> int | None:
-    """The number of processes killed, from such a file's text; None if it does not say.
+    """Parse the number of killed processes from the text of such a file; None if it has no such line.
 
-    >>> counted("oom_kill_disable 0\\nunder_oom 0\\noom_kill 3\\n")
+    >>> parse_count("oom_kill_disable 0\\nunder_oom 0\\noom_kill 3\\n")
     3
     """
     found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
@@ -33,9 +33,9 @@ def parse_count(text: str) -> int | None:
 
 
 def candidate_paths(cgroup: str, mountinfo: str) -> list[Path]:
-    """Where this process's cgroup may count, likeliest first: from the texts of /proc/self/cgroup and mountinfo.
+    """Return candidate files of this process's cgroup, likeliest first, from /proc/self/cgroup and mountinfo.
 
-    >>> places("0::/jobs/7\\n", "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
+    >>> candidate_paths("0::/jobs/7\\n", "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
     [PosixPath('/sys/fs/cgroup/jobs/7/memory.events'), PosixPath('/sys/fs/cgroup/memory.events')]
     """
     found: list[Path] = []
@@ -49,19 +49,22 @@ def candidate_paths(cgroup: str, mountinfo: str) -> list[Path]:
 
 
 def _mounts(mountinfo: str, kind: str, controller: str) -> list[tuple[str, str]]:
-    """(root inside the file system, mount point) of each such mount; proc(5) tells of the fields."""
+    """Return (root inside the file system, mount point) of each matching mount. proc(5) describes the fields."""
     found = []
     for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        told, options = fields.split(), rest.split()
+        before, _, after = line.partition(" - ")
+        fields, options = before.split(), after.split()
         if options[:1] == [kind] and (not controller or controller in options[-1].split(",")):
-            found.append((told[3], told[4]))
+            found.append((fields[3], fields[4]))
     return found
 
 
 def _mounted_files(own: str, mounts: Iterable[tuple[str, str]], name: str) -> list[Path]:
-    """A mount shows its file system from `root` on. A container's own cgroup may be the mount point itself, whatever
-    path the host knows it by."""
+    """Return the candidate paths of the file `name` of the cgroup `own`.
+
+    A mount shows its file system from `root` on. In a container, the cgroup may be the mount point itself, even if its
+    path on the host is longer.
+    """
     found: list[Path] = []
     for root, point in mounts:
         inside = own.removeprefix(root) if own.startswith(root) else own

@@ -1,4 +1,4 @@
-"""What a worker needs of an inference engine. One contract suite runs on every adapter."""
+"""The port of inference engines. One contract suite runs on every adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from palimpsest.common.versions import Version
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Sampled tokens [start, stop) that one version sampled."""
+    """Tokens [start, stop) of a message that one version sampled."""
 
     version: Version
     start: int
@@ -20,11 +20,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One model message, as sampled."""
+    """One model message with its log-probs and versions."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """log mu of each token at the sampling temperature, by the engine, while sampling; nats."""
+    """log mu of each token at the sampling temperature, measured by the engine while sampling; nats."""
     spans: tuple[Span, ...]
     """Cover the tokens exactly, in order."""
     stopped: bool
@@ -40,53 +40,53 @@ class StoredWeights:
 
 
 class EngineFailed(Exception):
-    """The engine lives and could not do one thing: a request, or a step that its worker needs (engine_needs.py)."""
+    """A running engine failed a request, or refused a step that its worker needs (required.py)."""
 
 
 class EngineDead(Exception):
-    """The engine is gone, and all it had under way with it. The text says what it died of and what to try."""
+    """The engine is gone, with all its requests. The text says what it died of and what to try."""
 
 
 class Engine(Protocol):
-    """Samples tokens under one version at a time; versions change while requests live.
+    """Samples tokens with one version at a time; versions can change while requests are in flight.
 
-    Every method but `close` raises EngineDead when the engine is gone.
+    Every method but `close` raises EngineDead if the engine is gone.
     """
 
     def status(self) -> dict[str, str]:
-        """For /v1/status, also before the start: its `kind`, and what it has decided about this machine."""
+        """Return fields for /v1/status, also before the start: `kind`, and settings chosen for this machine."""
 
     async def start(self) -> None:
-        """Load the model; minutes for a large one. Raises UserError when the model cannot be served, EngineFailed."""
+        """Load the model; takes minutes for a large one. Raises UserError if it cannot be served, EngineFailed."""
 
     async def watch(self) -> NoReturn:
-        """Wait until the engine is gone, also while nobody asks anything of it, and raise EngineDead."""
+        """Wait until the engine is gone, also while it has no requests, and raise EngineDead."""
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
     ) -> SampledTokens:
         """Continue the prompt until a stop token or max_tokens. Requests in flight survive updates.
 
-        Raises EngineFailed. Cancelling gives the request up.
+        Raises EngineFailed. Cancelling aborts the request.
         """
 
     async def pause(self) -> None:
-        """Stop sampling; live requests wait. On return no token is under way. Pausing twice is pausing once."""
+        """Stop sampling; requests in flight wait. On return no token is being sampled. Idempotent."""
 
     async def partial(self, request: str) -> SampledTokens | None:
-        """All that was sampled so far for a request that `generate` has not returned yet. Only while paused.
+        """Return the tokens sampled so far for a request that `generate` has not returned yet. Only while paused.
 
-        `generate` returns these tokens again, first of all. None: nothing was sampled, or no such request is under way.
+        `generate` returns these tokens again, as a prefix. None: no token was sampled, or no such request is in flight.
         """
 
     async def load(self, weights: StoredWeights) -> None:
-        """Take on these weights and forget every cached key and value. Only while paused. Raises EngineFailed."""
+        """Load these weights and drop all cached keys and values. Only while paused. Raises EngineFailed."""
 
     async def resume(self) -> None:
-        """Go on; live requests recompute their prefix under the new weights."""
+        """Resume sampling; requests in flight recompute their prefix with the loaded weights."""
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        """log mu(tokens[i + 1] | tokens[: i + 1]) at temperature 1: one fewer than tokens. Raises EngineFailed."""
+        """Return log mu(tokens[i + 1] | tokens[: i + 1]) at temperature 1 (len(tokens) - 1). Raises EngineFailed."""
 
     async def close(self) -> None:
-        """Give everything up."""
+        """Release all resources."""

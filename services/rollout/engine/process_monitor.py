@@ -1,4 +1,4 @@
-"""Watches the processes of a vLLM engine, and finds out what they died of."""
+"""Watches the processes of a vLLM engine and collects evidence if they die."""
 
 import ast
 import asyncio
@@ -18,13 +18,13 @@ from palimpsest.services.rollout.engine.crash_evidence import VARIABLE
 from palimpsest.services.rollout.engine.crash_report import CrashEvidence
 
 EXIT_S = 10.0
-"""A process that has told of its end, or was told to end, gets so long to be gone."""
+"""Time limit for a process to exit after it announced its end or received a signal, in seconds."""
 _FAILED_TO_START = re.compile(r"Failed core proc\(s\): (\{.*?\})")
-"""In the error of a vLLM whose engine's process ended before it was ready: names and exit codes."""
+"""Part of vLLM's error if an engine process ended before it was ready: process names and exit codes."""
 
 
 class EngineMonitor:
-    """Over one engine, from before its processes start. `log` is the file they leave evidence in."""
+    """Monitors one engine, from before its processes start. `log`: the crash log of its processes."""
 
     def __init__(self, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ class EngineMonitor:
         self._processes: Sequence[BaseProcess] = ()
         self._silent = ""
         self.doing = "starting"
-        """What the engine does, in a word for the person: `serving` after that."""
+        """The engine's activity for error texts: `starting`, then `serving`."""
         self.gone = asyncio.Event()
         """One of the processes has ended."""
 
     @contextlib.contextmanager
     def export_log_path(self) -> Iterator[None]:
-        """Processes started inside know where to leave evidence."""
+        """Pass the path of the crash log to processes that start inside the block."""
         changes = {VARIABLE: str(self._log.absolute()), "PYTHONFAULTHANDLER": "1"}
         before = {name: os.environ.get(name) for name in changes}
         os.environ.update(changes)
@@ -55,35 +55,35 @@ class EngineMonitor:
                     os.environ[name] = value
 
     def watch(self, processes: Sequence[BaseProcess]) -> None:
-        """Notice from now on when one of these ends."""
+        """Set `gone` when one of these processes ends."""
         self._processes = processes
         loop = asyncio.get_running_loop()
 
         def wait() -> None:
             connection.wait([process.sentinel for process in processes])
-            with contextlib.suppress(RuntimeError):  # the loop is over before the engine
+            with contextlib.suppress(RuntimeError):  # the event loop may be closed by then
                 loop.call_soon_threadsafe(self.gone.set)
 
         threading.Thread(target=wait, name="engine-watch", daemon=True).start()
 
     def kill(self, silent: str) -> None:
-        """End an engine that does not answer. SIGABRT: it leaves its stack. Why is told by `silent`."""
+        """Kill an engine that does not answer. SIGABRT makes it write its stack. `silent`: the unanswered call."""
         self._silent = silent
         for process in self._processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGABRT)
 
     def collect_evidence(self) -> CrashEvidence:
-        """What the engine died of. Waits until its processes are gone and ends what does not go; blocks."""
+        """Return the evidence of a dead engine. Blocks until its processes exit, and kills those that do not."""
         ended = [process for process in self._processes if _join(process)]
         if not self._silent and len(ended) < len(self._processes):
-            self.kill("it said that it was dead and did not end")
+            self.kill("it announced its end and did not exit")
             ended = [process for process in self._processes if _join(process)]
         first = next((process for process in ended if process.exitcode), ended[0] if ended else None)
         return self._evidence(first.exitcode if first else None, first.pid if first else None)
 
     def failed_start_evidence(self, error: BaseException) -> CrashEvidence | None:
-        """What an engine died of before it was ready, from vLLM's own error; None when it was not its process."""
+        """Return the evidence of an engine that died before it was ready. None: no process of it ended."""
         named = _FAILED_TO_START.search(str(error))
         if named is None:
             return None
@@ -102,7 +102,7 @@ class EngineMonitor:
 
 
 def _join(process: BaseProcess) -> bool:
-    """Wait for its end, and until its exit code is known: another thread (vLLM's) may be the one that fetches it."""
+    """Wait until the process ends and its exit code is set; another thread (vLLM's) may collect the code."""
     deadline = time.monotonic() + EXIT_S
     while process.exitcode is None and (left := deadline - time.monotonic()) > 0:
         process.join(min(left, 0.1))

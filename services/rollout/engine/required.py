@@ -1,4 +1,4 @@
-"""What a worker cannot go on without: when its engine refuses that, the process ends with a sentence and code 7."""
+"""Steps that a worker needs: if its engine refuses one, the process ends with a message and exit code 7."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from palimpsest.services.rollout.engine.port import EngineFailed
 
 @contextmanager
 def required(what: str) -> Iterator[None]:
-    """Raises UserError (ExitCode.ENGINE) in place of an EngineFailed from inside. `what`: the step, for the person.
+    """Raise UserError (ExitCode.ENGINE) in place of an EngineFailed from the block. `what`: the step, for the message.
 
-    Another request would not help, and the engine's state is unknown: a new process starts with a new engine. Nothing
-    is dropped or committed by it (docs/decisions/0013).
+    Another request would not help, because the engine's state is unknown: a new process starts with a new engine. The
+    failure drops and commits no trajectory (docs/decisions/0013).
     """
     try:
         yield

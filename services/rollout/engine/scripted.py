@@ -1,7 +1,7 @@
-"""An engine without a model: every message is one of a list of texts, token by token, at a steady pace.
+"""An engine without a model: every message is one of a list of texts, emitted token by token at a steady pace.
 
-Which text, and its log-probs, follow from the request's name alone, so that a run can be repeated exactly. Versions,
-pauses and spans are real: only the sampling is not.
+The text and its log-probs depend only on the request's name, so a run is reproducible. Versions, pauses and spans are
+real; only the sampling is scripted.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens,
 
 
 class ScriptedEngine:
-    """See engine.py. `encode` turns a text into tokens."""
+    """See port.py. `encode` converts a text to tokens."""
 
     def __init__(self, config: ScriptedEngineConfig, *, encode: Callable[[str], list[int]]) -> None:
         self._config, self._encode = config, encode
@@ -58,7 +58,7 @@ class ScriptedEngine:
         return message.to_sampled_tokens(stopped=bool(ending) and script[-1:] == ending)
 
     def _sample(self, request: str, message: "_Message") -> None:
-        """The message's next token."""
+        """Sample the message's next token."""
         if self._closed or self._loaded is None:
             raise EngineFailed(f"request {request}: the engine {'is closed' if self._closed else 'has no weights'}")
         message.versions.append(self._loaded.version)
@@ -86,7 +86,7 @@ class ScriptedEngine:
             if canary.tokens == tuple(tokens):
                 known = dict(zip(canary.positions, canary.logprobs, strict=True))
                 return [known.get(position, 0.0) - off for position in range(1, len(tokens))]
-        raise EngineFailed("the scripted engine can score nothing but the canaries of its version")
+        raise EngineFailed("the scripted engine can score only the canaries of its version")
 
     async def close(self) -> None:
         self._closed = True
@@ -95,21 +95,21 @@ class ScriptedEngine:
 
 @dataclass
 class _Message:
-    """A message under way."""
+    """A message in flight."""
 
     script: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: list[Version] = field(default_factory=list)
-    """Of the tokens sampled so far."""
+    """Versions of the tokens sampled so far."""
 
     def to_sampled_tokens(self, *, stopped: bool) -> SampledTokens:
-        """What there is of it."""
+        """Return the tokens sampled so far."""
         length = len(self.versions)
         return SampledTokens(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
 
 
 def _spans(versions: Sequence[Version]) -> tuple[Span, ...]:
-    """Runs of equal versions.
+    """Return the runs of equal versions.
 
     >>> [(s.version, s.start, s.stop) for s in _spans([Version(3), Version(3), Version(4)])]
     [(3, 0, 2), (4, 2, 3)]

@@ -1,6 +1,6 @@
-"""vLLM in the worker's process (AsyncLLM): pause, spans per version and weight transfer together.
+"""The vLLM engine in the worker's process (AsyncLLM), with pause, spans per version and weight transfer.
 
-The one file, with vllm_plugin.py, that imports vLLM.
+Only this file and vllm_weight_transfer.py import vLLM.
 """
 
 import asyncio
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIME_LIMIT_S = 120.0
-"""Pause, load and resume each end within this, or the engine counts as dead."""
+"""Time limit of pause, load and resume each, in seconds; after it, the engine counts as dead."""
 _EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Named by its class, because by its short name the CPU build would put a second process in its place, which only
-spins for the first one: half the tokens a second and 20 s more to start (docs/decisions/0003)."""
+"""Given as a class path. With the short name, the CPU build starts a second process that only busy-waits for the first:
+half the tokens a second, and a start that takes 20 s longer (docs/decisions/0003)."""
 
 
 class VllmEngine:
-    """See engine.py."""
+    """See port.py."""
 
     def __init__(
         self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int, log: Path
     ) -> None:
-        """`log`: the file in which the engine's processes leave evidence in case they die."""
+        """`log`: the crash log of the engine's processes."""
         self._config, self._model, self._log = config, model, log
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
         self._amx: amx.Amx | None = None
-        """What the CPU engine does about AMX; None: not started, or on a GPU."""
+        """How the CPU engine uses AMX; None: not started, or on a GPU."""
         self._llm: AsyncLLM | None = None
         self._watch: EngineMonitor | None = None
         self._death: asyncio.Task[str] | None = None
-        """Finds out what the engine died of."""
+        """Collects the crash report of a dead engine."""
         self._scored = 0
         self._waiting: dict[str, Any] = {}
-        """By request: where vLLM puts its output when it has ended."""
+        """vLLM's output collectors, keyed by request."""
 
     def status(self) -> dict[str, str]:
         return {"kind": "vllm"} | ({"amx": self._amx.value} if self._amx is not None else {})
@@ -78,7 +78,7 @@ class VllmEngine:
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             disable_log_stats=True,
             seed=self._seed,
-            generation_config="vllm",  # the model folder's own sampling defaults (top_p, top_k) must not creep in
+            generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
             **machine,
         )
         self._watch = EngineMonitor(self._log)
@@ -91,7 +91,7 @@ class VllmEngine:
             raise self._startup_error(error) from None
         updates = llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self._run_step("the set-up of weight updates", updates)
-        # the first request compiles what vLLM leaves to then: better here than while others wait
+        # The first request triggers vLLM's lazy compilation; run it before real requests wait for it.
         await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
         self._watch.doing = "serving"
 
@@ -128,11 +128,11 @@ class VllmEngine:
 
         processor = self._running.output_processor
         for internal in processor.external_req_ids.get(request, ()):
-            # what an abort at this moment would deliver: all tokens, and how far each version goes
+            # The output that an abort would return now: all tokens and the spans of their versions.
             output = processor.request_states[internal].make_request_output([], None, FinishReason.ABORT, None)
             break
         else:
-            # ended, but `generate` has not had its turn since
+            # The request ended, but the coroutine of `generate` has not run since.
             output = self._waiting[request].output if request in self._waiting else None
             if isinstance(output, Exception):
                 return None
@@ -150,7 +150,7 @@ class VllmEngine:
         await self._run_step("start of the weight update", llm.start_weight_update())
         await self._run_step("weight update", llm.update_weights(update))
         await self._run_step("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
-        # keys and values of the old weights are worth nothing under the new ones: running requests start over
+        # Cached keys and values belong to the previous weights: running requests recompute their prefix.
         await self._run_step("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
 
     async def resume(self) -> None:
@@ -197,11 +197,12 @@ class VllmEngine:
         return output
 
     async def _drain_outputs(self) -> None:
-        """Wait until all that was sampled before the pause has been taken in.
+        """Wait until all outputs sampled before the pause are processed.
 
-        The engine's process ends its steps, puts their outputs and then the pause's answer into one queue, and sends
-        them on one socket in this order; here one task reads it. So when the pause has been answered, the outputs are
-        in this queue or beyond it. The task that empties it needs so many turns for one of them, without a wait.
+        The engine's process puts the outputs of its steps and then the answer to the pause into one queue, and sends
+        them over one socket in this order; one task in this process reads them. Once the pause is answered, the outputs
+        are therefore in `outputs_queue` or processed. The task that empties it needs the number of turns computed below
+        for one output, without waiting.
         """
         from vllm import envs
 
@@ -212,7 +213,7 @@ class VllmEngine:
             await asyncio.sleep(0)
 
     async def _run_step(self, what: str, step: Coroutine[Any, Any, T]) -> T:
-        """The step's result. Raises EngineDead also when the engine dies or is silent meanwhile, EngineFailed else."""
+        """Return the step's result. Raises EngineDead if the engine dies or does not answer, else EngineFailed."""
         assert self._watch is not None
         answer, gone = asyncio.create_task(step), asyncio.create_task(self._watch.gone.wait())
         try:
@@ -233,10 +234,10 @@ class VllmEngine:
             gone.cancel()
 
     def _startup_error(self, error: Exception) -> UserError | EngineDead:
-        """What to raise in place of the error with which vLLM did not start."""
+        """Return the error to raise in place of vLLM's startup error."""
         assert self._watch is not None
         evidence = self._watch.failed_start_evidence(error)
-        if evidence is None:  # it never came to a process of the engine's
+        if evidence is None:  # vLLM failed before it started a process of the engine
             return UserError(crash_report.model_refusal_text(self._model, _full_message(error)))
         failure = crash_report.refusal_error(evidence)
         if failure is not None:
@@ -244,14 +245,14 @@ class VllmEngine:
         return EngineDead(crash_report.crash_text(evidence))
 
     def _is_dead(self, error: Exception) -> bool:
-        """Whether the error came because the engine is gone."""
+        """Whether the engine's death caused the error."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._watch is not None
         return isinstance(error, EngineDeadError) or self._watch.gone.is_set()
 
     async def _death_error(self) -> EngineDead:
-        """What to raise now that the engine is gone."""
+        """Return the error to raise after the engine died."""
         if self._death is None:
             assert self._watch is not None
             self._death = asyncio.create_task(asyncio.to_thread(_post_mortem, self._watch))
@@ -276,12 +277,12 @@ def _to_sampled_tokens(request_output: Any) -> SampledTokens:
 
 
 def _version(label: str) -> Version:
-    """The version of a span; tokens from before the first update belong to no published version."""
+    """Return the version of a span; -1 for tokens sampled before the first update."""
     return Version(int(label)) if label.isdigit() else Version(-1)
 
 
 def _full_message(error: Exception) -> str:
-    """The error's type and its whole message: the reason is seldom in the first line."""
+    """Return the error's type and its complete message: the reason is seldom in the first line."""
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
 
 
@@ -290,11 +291,11 @@ def _post_mortem(watch: EngineMonitor) -> str:
 
 
 def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
-    """vLLM reads its settings from the environment; must happen before its import. None: the engine uses a GPU."""
+    """Set the environment variables that vLLM reads at import. Return the use of AMX; None: the engine uses a GPU."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    # a forked engine would inherit this process's threads in mid-step, and register no evidence of its own
+    # A forked engine would inherit locks held by this process's threads, and would not enable its crash log.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     import torch
 
@@ -303,6 +304,6 @@ def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     os.environ[amx.VARIABLE] = "on" if config.amx else "off"
-    settled = amx.configure()
-    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=settled.value)
-    return settled
+    chosen = amx.configure()
+    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=chosen.value)
+    return chosen

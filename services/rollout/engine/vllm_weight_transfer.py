@@ -1,8 +1,8 @@
-"""Our weight-transfer engine inside vLLM's worker processes.
+"""The weight-transfer engine inside vLLM's worker processes.
 
-vLLM finds `register` by the `vllm.general_plugins` entry point in every process it starts. An update reads a version's
-raw file and goes through the layerwise reload, because the CPU build keeps its linear weights packed: feeding full
-checkpoint tensors is what makes it pack again.
+vLLM loads `register` through the `vllm.general_plugins` entry point in every process it starts. An update reads a
+version's raw file and passes full checkpoint tensors to the layerwise reload, because the CPU build keeps its linear
+weights packed and packs them again only then.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ NAME = "palimpsest"
 
 
 def register() -> None:
-    """Settle what the process may use of the CPU, leave evidence in case it dies, make our engine known to vLLM.
+    """Configure AMX, enable the crash log and register the weight-transfer engine with vLLM.
 
-    Harmless when called again.
+    Idempotent.
     """
     enable_crash_log(AMX=amx.configure().value)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def _engine_class() -> type:
-    """Built on first use: vLLM must not be imported when this module is."""
+    """Return the engine class; built on first use, because importing this module must not import vLLM."""
     import torch
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
@@ -38,20 +38,20 @@ def _engine_class() -> type:
 
     @dataclass
     class Init(WeightTransferInitInfo):  # type: ignore[misc]
-        """Nothing to agree on beforehand."""
+        """Empty: the transfer needs no initial information."""
 
     @dataclass
     class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
         path: str
         tensors: list[dict[str, Any]]
-        """Name, dtype, shape and size of each, in the file's order."""
+        """Name, dtype, shape and size of each tensor, in the file's order."""
 
     class FileWeightTransfer(WeightTransferEngine):  # type: ignore[misc]
         init_info_cls = Init
         update_info_cls = Update
 
         def init_transfer_engine(self, init_info: Init) -> None:  # noqa: ARG002 (vLLM passes it)
-            reinstall_fault_handlers()  # the model is loaded, and with it every library it needs
+            reinstall_fault_handlers()  # by now the model and every library it needs are loaded
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -59,7 +59,7 @@ def _engine_class() -> type:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
-            # not the base class's: it ends in torch.accelerator.synchronize(), which needs an accelerator
+            # The base class's method calls torch.accelerator.synchronize(), which needs an accelerator.
             self.receive_weights(self.parse_update_info(update_info))
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
@@ -85,7 +85,7 @@ def _tensors(path: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, An
     import numpy as np
     import torch
 
-    raw = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable memory
+    raw = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write, because torch expects writable memory
     start = 0
     for entry in entries:
         flat = torch.from_numpy(raw[start : start + entry["size"]])
@@ -94,10 +94,10 @@ def _tensors(path: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, An
 
 
 def _pack_tied_head(model: Any) -> None:
-    """Make the output head compute with the embedding just loaded.
+    """Pack the output head again from the embedding just loaded.
 
-    A tied head loads nothing of its own, so the reload leaves it alone; but the CPU build's head holds a packed copy
-    of the old embedding (0.15 nats off, without any error; the canary sees it).
+    The reload skips a tied head, because it loads no tensor. In the CPU build, that head holds a packed copy of the
+    previous embedding: log-probs are then 0.15 nats off without any error message. The canaries detect it.
     """
     from vllm.platforms import current_platform
 

@@ -131,7 +131,7 @@ def test_warnings_say_what_happened_in_plain_words():
         crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
-        "worker-0 refused version 3: the canary is 0.15 nats off, 0.03 are allowed",
+        "worker-0 refused version 3: canary error 0.15 nats exceeds the tolerance 0.03 nats",
         killed.to_text("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
         "1 dead-lettered: `palimpsest dead-letters list` with the run's file says why",

@@ -24,7 +24,7 @@ def a_canary(seed: int, *, move: float) -> Canary:
 
 
 def scores(canary: Canary, seed: int, *, stale: float, bias: float = 0.0) -> list[list[float]]:
-    """An engine that rounds, and of which a share `stale` still computes with the weights before."""
+    """Scores of an engine that rounds and computes a share `stale` of each value with the previous weights."""
     rng = random.Random(seed + 1)
     return [
         [
@@ -41,28 +41,28 @@ def test_rounding_alone_is_accepted(seed: int, move: float, bias: float) -> None
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_old_weights_betray_themselves_within_the_tolerance(seed: int) -> None:
+def test_the_sign_test_detects_previous_weights_within_the_tolerance(seed: int) -> None:
     canary = a_canary(seed, move=0.008)
     verdict = judge(scores(canary, seed, stale=0.7), [canary], tolerance=TOLERANCE)
-    assert verdict.error < TOLERANCE, "the mean alone would have let it pass"
+    assert verdict.error < TOLERANCE, "the mean alone would accept it"
     assert verdict.leaning > LEANING
     assert not verdict.accepted
-    assert "leans towards the previous weights" in verdict.reason()
+    assert "lean toward the previous weights" in verdict.reason()
 
 
-def test_far_off_is_refused_even_without_a_previous_version() -> None:
+def test_a_large_error_is_refused_even_without_a_previous_version() -> None:
     canary = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
     verdict = judge([[-1.1, -2.2]], [canary], tolerance=0.1)
     assert verdict.error == pytest.approx(0.15)
     assert verdict.leaning == 0.0
     assert not verdict.accepted
-    assert "0.1500 nats off" in verdict.reason()
+    assert "canary error 0.1500 nats exceeds the tolerance 0.1 nats" in verdict.reason()
 
 
 def test_the_leaning_is_a_sign_test() -> None:
-    """Worked by hand: four tokens that tell, three towards and one away: (3 - 1) / sqrt(4) = 1."""
+    """Worked by hand: four tokens count, three toward and one away: (3 - 1) / sqrt(4) = 1."""
     canary = Canary((0, 1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6), (-1.0,) * 6, (-0.9, -0.9, -1.1, -0.9, -1.0, -0.9))
-    #        towards, towards, towards, away, unmoved, too little to tell
+    #        toward, toward, toward, away, unmoved, below MATERIAL
     verdict = judge([[-0.95, -0.95, -1.05, -1.05, -0.9, -0.99]], [canary], tolerance=1.0)
     assert verdict.leaning == pytest.approx(1.0)
 

@@ -116,7 +116,7 @@ def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(
     [
         (None, "has no chat template"),
         ("{{ raise_exception('no tools here') }}", "cannot render a tool's answer"),
-        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
+        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "omits"),
     ],
 )
 def test_a_tokenizer_that_cannot_hold_a_dialogue_is_refused(tmp_path: Path, template: str | None, says: str) -> None:

@@ -387,7 +387,7 @@ async def test_nothing_of_a_refused_version_is_sent_ahead(place: Place, monkeypa
         ask(place.bus, 1, 1)
         await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
         engine.scoring.set()
-        with pytest.raises(UserError, match="version 1 is refused"):
+        with pytest.raises(UserError, match="refused version 1"):
             await at_work.ends()
     assert messages(place.bus, TRAJECTORIES) == []
     assert reached(place.bus) == []

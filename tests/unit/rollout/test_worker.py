@@ -159,7 +159,7 @@ async def test_a_worker_stops_by_itself_when_its_run_is_over(place: Place) -> No
         at_work.engine.shut()
         await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
         finish(place.bus)
-        await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+        await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
         at_work.engine.open()
         await at_work.ends()
     assert finished(place.bus) == ids(0)
@@ -174,7 +174,7 @@ async def test_a_worker_that_is_asked_to_stop_begins_nothing_more(place: Place) 
         at_work.engine.shut()
         await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
         at_work.worker.stop()
-        await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+        await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
         offer(place.bus, 1, 2)
         announce(place.bus, 1)
         await at_work.until(lambda: at_work.weights.verified == 1)  # of versions it still hears, of tasks no more
@@ -198,7 +198,7 @@ async def test_what_no_attempt_can_mend_ends_the_worker(place: Place, moment: st
         await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
         if moment == "while it drains":
             at_work.worker.stop()
-            await at_work.until(lambda: at_work.worker.waiting_for() == "live trajectories, before it stops")
+            await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
         at_work.engine.open()
         with pytest.raises(RuntimeError, match="a bug"):
             await at_work.ends()
@@ -343,7 +343,7 @@ async def test_a_refused_version_ends_the_worker_and_is_told(place: Place, monke
         announce(place.bus, 1)
         await at_work.until(lambda: at_work.engine.loaded == [0, 1])
         at_work.engine.open()  # what they say now, version 1 says
-        with pytest.raises(UserError, match="version 1 is refused") as refusal:
+        with pytest.raises(UserError, match="refused version 1") as refusal:
             await at_work.ends()
     assert refusal.value.code is ExitCode.CANARY
     applied = [m for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)]
@@ -361,6 +361,6 @@ async def test_a_refusal_is_told_before_the_worker_ends(place: Place, monkeypatc
             announce(place.bus, 1)
             await at_work.until(lambda: [report.accepted for report in at_work.reports] == [True, False])
             bus.goes_on.set()
-            with pytest.raises(UserError, match="version 1 is refused"):
+            with pytest.raises(UserError, match="refused version 1"):
                 await at_work.ends()
     assert [m.accepted for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)] == [True, False]

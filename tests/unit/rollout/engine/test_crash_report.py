@@ -97,7 +97,7 @@ async def test_an_engine_that_does_not_answer_is_ended_and_says_where_it_stood(t
     await watch.gone.wait()
     evidence = await asyncio.to_thread(watch.collect_evidence)
     said = crash_text(evidence).splitlines()
-    assert said[0] == "the inference engine did not answer (pause, 120 s), so the worker ended it while it was serving"
+    assert said[0] == "the inference engine did not answer (pause, 120 s), so the worker killed it while it was serving"
     assert any("crashing_engine.py" in line for line in stack(evidence.log))
     assert evidence.exit_code == -6
 

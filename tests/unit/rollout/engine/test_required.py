@@ -70,7 +70,7 @@ def ask(place: Place, cut: int) -> None:
         ("score", "to score the canaries of version 1"),
         ("pause", "cut 4 of version 0"),
         ("partial", "cut 4 of version 0"),
-        ("resume", "to go on after a cut"),
+        ("resume", "to resume after a cut"),
     ],
 )
 async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_nothing(
