@@ -61,7 +61,7 @@ def test_18_8_nothing_trainable_gives_a_loss_of_zero() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean' is no way to aggregate: take one of token_mean"):
+    with pytest.raises(ValueError, match="unknown aggregation mode 'mean'; use one of token_mean"):
         aggregate(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), "mean", Denominators(1, 1, 1))  # type: ignore[arg-type]
 
 

@@ -105,7 +105,7 @@ def test_k3_of_a_tiny_discrepancy_does_not_drown_in_rounding() -> None:
 
 
 def test_an_unknown_estimate_is_refused() -> None:
-    with pytest.raises(ValueError, match="no divergence estimate k4"):
+    with pytest.raises(ValueError, match="unknown divergence estimate 'k4'"):
         divergence_estimate("k4", torch.zeros(1, 1))
 
 

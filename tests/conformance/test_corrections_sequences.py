@@ -157,5 +157,5 @@ def test_a_trajectory_on_the_bound_is_kept() -> None:
 
 def test_an_unknown_level_is_refused() -> None:
     yes = torch.ones(1, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match="no level median"):
+    with pytest.raises(ValueError, match="unknown level 'median'"):
         estimate_rule("k1", "median", torch.zeros(1, 1), yes, yes, 1.0)

@@ -131,5 +131,5 @@ def test_one_bad_token_gives_a_finite_penalty() -> None:
 
 
 def test_an_unknown_estimator_is_refused() -> None:
-    with pytest.raises(ValueError, match="'k4' is no estimator of a divergence: take one of k1, k2, k3"):
+    with pytest.raises(ValueError, match="unknown divergence estimator 'k4'; use one of k1, k2, k3"):
         estimate(torch.zeros(1), "k4")  # type: ignore[arg-type]

@@ -338,7 +338,7 @@ def test_a_dual_clip_that_would_act_below_one_is_refused() -> None:
 
 def test_a_mask_of_integers_is_refused() -> None:
     flat = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match=r"torch.int64: make it torch.bool"):
+    with pytest.raises(ValueError, match=r"torch.int64; it must be torch.bool"):
         Inputs(flat, flat, flat, flat, flat, torch.ones(1, 2, dtype=torch.int64))
 
 

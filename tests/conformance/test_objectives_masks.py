@@ -143,7 +143,7 @@ def test_opsm_removes_only_the_negative_advantages_of_a_trajectory() -> None:
 
 
 def test_a_negative_threshold_of_opsm_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"threshold of OPSM is -0\.1"):
+    with pytest.raises(ValueError, match=r"OPSM threshold is -0\.1"):
         opsm_mask(two_trajectories(-1.0), threshold=-0.1)
 
 

@@ -82,5 +82,5 @@ def test_a_version_without_a_mean_leaves_the_multiplier(mean_square: float) -> N
 
 
 def test_a_negative_multiplier_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"multiplier of R2VPO is -1\.0"):
+    with pytest.raises(ValueError, match=r"R2VPO multiplier is -1\.0"):
         r2vpo_loss(one(0.1, 1.0), multiplier=-1.0, target=0.02)

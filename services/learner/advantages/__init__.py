@@ -1,4 +1,4 @@
-"""From rewards to advantages. Pure; docs/paper.md, "advantages", and docs/algorithms has a page for each method."""
+"""Advantage estimators. Pure (docs/paper.md, "advantages"; docs/algorithms has a page for each method)."""
 
 from palimpsest.services.learner.advantages.group_level import ESTIMATORS, dr_grpo, group_advantages, grpo, rloo
 from palimpsest.services.learner.advantages.token_level import (

@@ -1,7 +1,7 @@
-"""One number for each trajectory, from the rewards of its group. Pure; docs/paper.md, "advantages".
+"""One value per trajectory, computed from the rewards of its group. Pure (docs/paper.md, "advantages").
 
-With `grpo`, `dr_grpo` and `rloo` the number is the advantage of every token of the trajectory. With the kinds that
-speak of each token (tokens.py) it is the reward that the trajectory's last trainable token gets.
+For `grpo`, `dr_grpo` and `rloo`, the value is the advantage of every token of the trajectory. For the token-level kinds
+(token_level.py), it is the reward at the last trainable token of the trajectory.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ EPSILON = 1e-6
 
 
 def grpo(rewards: Rewards) -> Rewards:
-    """(R - mean) / (std + 1e-6), unbiased std. [group]
+    """Return (R - mean) / (std + 1e-6), unbiased std. [group]
 
     >>> grpo(np.array([1.0, 0.0, 0.0, 1.0])).round(5).tolist()
     [0.86602, -0.86602, -0.86602, 0.86602]
@@ -24,19 +24,19 @@ def grpo(rewards: Rewards) -> Rewards:
 
 
 def dr_grpo(rewards: Rewards) -> Rewards:
-    """R - mean: no division, so that easy and hard groups weigh as their rewards do. [group]
+    """Return R - mean, without a division by the deviation. [group]
 
     >>> dr_grpo(np.array([1.0, 0.0, 0.0, 1.0])).tolist()
     [0.5, -0.5, -0.5, 0.5]
     """
     if (rewards == rewards[0]).all():
-        return np.zeros_like(rewards)  # exactly: the mean of equal numbers may be off by a rounding
+        return np.zeros_like(rewards)  # exact zeros: the mean of equal numbers can have a rounding error
     advantages: Rewards = rewards - rewards.mean()
     return advantages
 
 
 def rloo(rewards: Rewards) -> Rewards:
-    """R - mean of the others: an unbiased baseline. [group]
+    """Return R - mean of the others (leave-one-out), an unbiased baseline. [group]
 
     >>> rloo(np.array([1.0, 0.0, 0.0, 1.0])).round(5).tolist()
     [0.66667, -0.66667, -0.66667, 0.66667]
@@ -46,7 +46,7 @@ def rloo(rewards: Rewards) -> Rewards:
 
 
 def raw(rewards: Rewards) -> Rewards:
-    """The rewards as they are. [group]"""
+    """Return the rewards unchanged. [group]"""
     return rewards
 
 
@@ -59,18 +59,18 @@ ESTIMATORS: dict[str, Callable[[Rewards], Rewards]] = {
     "gae": raw,
 }
 WITHOUT_BASELINE = ("reinforce_pp", "gae")
-"""Kinds for which a trajectory alone makes a group."""
+"""Kinds that accept a group of one trajectory."""
 
 
 def group_advantages(kind: str, rewards: Sequence[float]) -> list[float]:
-    """What each trajectory of one group is given as its `advantage` (Row.advantage).
+    """Return Row.advantage of each trajectory of one group.
 
-    grpo, dr_grpo, rloo: the advantage of each of its tokens. reinforce_pp, gae: its reward; reinforce_pp_baseline: its
-    reward less the group's mean; from these `token_advantages` makes the tokens' advantages. Raises ValueError for a
-    kind that there is not, and for fewer than two trajectories where the group is the baseline.
+    grpo, dr_grpo, rloo: the advantage of each of its tokens. reinforce_pp, gae: its reward. reinforce_pp_baseline: its
+    reward minus the group mean. `token_advantages` computes token advantages from the last three. Raises ValueError for
+    an unknown kind, and for fewer than two trajectories where the kind needs a group baseline.
     """
     if kind not in ESTIMATORS:
-        raise ValueError(f"no advantages are called {kind}: take one of {', '.join(ESTIMATORS)}")
+        raise ValueError(f"unknown kind of advantages {kind!r}; use one of {', '.join(ESTIMATORS)}")
     if len(rewards) < 2 and kind not in WITHOUT_BASELINE:
-        raise ValueError(f"a group of {len(rewards)} has no baseline")
+        raise ValueError(f"a group of {len(rewards)} has no baseline; {kind} needs at least 2 trajectories")
     return [float(a) for a in ESTIMATORS[kind](np.asarray(rewards, dtype=np.float64))]

@@ -1,4 +1,4 @@
-"""Return-to-go of each trainable token, as REINFORCE++ takes it. Pure; docs/algorithms/reinforce-pp.md."""
+"""Return-to-go of each trainable token, as used by REINFORCE++. Pure (docs/algorithms/reinforce-pp.md)."""
 
 from palimpsest.services.learner.advantages.trainable_tokens import (
     Array,
@@ -12,12 +12,12 @@ from palimpsest.services.learner.advantages.trainable_tokens import (
 
 
 def returns_to_go(mask: Mask, rewards: Floats, *, gamma: float, token_rewards: Floats | None = None) -> Array:
-    """What the rest of the trajectory brought, from each trainable token on. [rows, tokens] float64; 0 elsewhere
+    """Return the discounted sum of rewards from each trainable token on. [rows, tokens] float64; 0 elsewhere.
 
-    mask: [rows, tokens] bool, trainable tokens; rewards: [rows], given at the last trainable token; token_rewards:
-    [rows, tokens], each token's own reward besides (for example minus a KL estimate). A later reward counts gamma^n,
-    n the trainable tokens between: tool tokens neither discount it nor stop it. Raises ValueError for other shapes,
-    for what is not finite, and for gamma outside [0, 1].
+    mask: [rows, tokens] bool, trainable tokens; rewards: [rows], placed at the last trainable token; token_rewards:
+    [rows, tokens], additional reward of each token (for example minus a KL estimate). A reward n trainable tokens later
+    is multiplied by gamma^n; tool tokens neither discount nor end the sum. Raises ValueError for differing shapes,
+    values that are not finite, and gamma outside [0, 1].
 
     >>> import numpy as np
     >>> returns_to_go(np.array([[False, True, False, False, True]]), np.array([8.0]), gamma=0.5).tolist()

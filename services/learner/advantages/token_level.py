@@ -1,4 +1,4 @@
-"""An advantage for each token of a batch: return-to-go or GAE, whitened over all ranks. Pure."""
+"""Token-level advantages of a batch: return-to-go or GAE, whitened over all ranks. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,31 +12,31 @@ from palimpsest.services.learner.advantages.trainable_tokens import Array, Float
 from palimpsest.services.learner.advantages.whiten import Moments, whitened
 
 TOKEN_KINDS = ("reinforce_pp", "reinforce_pp_baseline", "gae")
-"""Kinds whose advantages differ from token to token, so that they cannot be made before the batch is there."""
+"""Kinds with one advantage per token, computed once the batch is complete."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatchRewards:
-    """What one micro-batch brings along; arrays are [rows, tokens] where not said otherwise."""
+    """Inputs of one micro-batch; arrays are [rows, tokens] unless stated otherwise."""
 
     mask: Mask
-    """Trainable tokens, before any is masked: a removed token changes no other's advantage."""
+    """Trainable tokens, including masked ones: masking a token does not change the advantage of another."""
     rewards: Floats
-    """[rows]: what `group_advantages` made of the rewards (Row.advantage)."""
+    """[rows]: Row.advantage, the result of `group_advantages`."""
     token_rewards: Floats | None = None
-    """Each token's own reward besides, for example minus a KL estimate. None: there is none."""
+    """Additional reward of each token, for example minus a KL estimate. None: no such reward."""
     values: Floats | None = None
-    """The critic's (gae)."""
+    """Values of the critic (gae)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimated:
-    """Of one micro-batch; [rows, tokens] float32, 0 where untrainable."""
+    """Result for one micro-batch; [rows, tokens] float32, 0 where untrainable."""
 
     advantages: Float32Array
     """Whitened."""
     returns: Float32Array
-    """In units of reward, not whitened: the return-to-go, or what the critic should have said (gae)."""
+    """In units of reward, not whitened: the return-to-go, or the target of the critic (gae)."""
 
 
 def token_advantages(
@@ -47,13 +47,13 @@ def token_advantages(
     lam: float,
     gather: Callable[[Moments], list[Moments]],
 ) -> list[Estimated]:
-    """Advantages of the whole batch of a version: all its minibatches, whitened together.
+    """Return the advantages of a version's batch; all its minibatches are whitened together.
 
-    kind: one of TOKEN_KINDS; parts: this rank's, in whatever order; gather: every rank's value (`ProcessGroup.gather`);
-    every rank calls this. Raises ValueError for another kind, for gae without values, and as `returns_to_go` does.
+    kind: one of TOKEN_KINDS; parts: micro-batches of this rank; gather: returns the values of all ranks. Every rank
+    calls this function. Raises ValueError for another kind, for gae without values, and as `returns_to_go` does.
     """
     if kind not in TOKEN_KINDS:
-        raise ValueError(f"{kind} gives no advantages to tokens: take one of {', '.join(TOKEN_KINDS)}")
+        raise ValueError(f"{kind} is not a token-level kind of advantages; use one of {', '.join(TOKEN_KINDS)}")
     estimates = [_estimates(kind, part, gamma=gamma, lam=lam) for part in parts]
     even = whitened([(raw, part.mask) for (raw, _), part in zip(estimates, parts, strict=True)], gather=gather)
     return [
@@ -63,12 +63,12 @@ def token_advantages(
 
 
 def _estimates(kind: str, part: MicroBatchRewards, *, gamma: float, lam: float) -> tuple[Array, Array]:
-    """Advantages before whitening, and returns."""
+    """Return the advantages before whitening, and the returns."""
     if kind != "gae":
         returns = returns_to_go(part.mask, part.rewards, gamma=gamma, token_rewards=part.token_rewards)
         return returns, returns
     if part.values is None:
-        raise ValueError("gae needs the critic's values of every part: there are none")
+        raise ValueError("gae needs the values of the critic for every micro-batch; values is None")
     advantages = generalized_advantages(
         part.mask,
         part.rewards,

@@ -1,46 +1,46 @@
-"""The trainable tokens of each row side by side, so that the next token is the next trainable one. Pure.
+"""Packing of the trainable tokens of each row, so that the next token is the next trainable token. Pure.
 
-Between two turns stand tool tokens, which the policy did not sample. What the policy is credited with passes over them
-unchanged: they are left out here, before anything is added up, rather than multiplied by 0 on the way.
+Tool tokens between two turns were not sampled by the policy. Credit passes over them unchanged: packing removes them
+before any sum.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-"""Arithmetic is in float64; what comes in may be float32."""
+"""Arithmetic uses float64; inputs may be float32."""
 Floats = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 
 def check_mask(mask: Mask) -> None:
-    """Raises ValueError unless it is bool and [rows, tokens]."""
+    """Raise ValueError unless the mask is bool and [rows, tokens]."""
     if mask.dtype != np.bool_ or mask.ndim != 2:
-        raise ValueError(f"the mask is {mask.dtype} of shape {mask.shape}: it must be bool, [rows, tokens]")
+        raise ValueError(f"the mask is {mask.dtype} of shape {mask.shape}; it must be bool, [rows, tokens]")
 
 
 def check_share(name: str, value: float) -> None:
-    """Raises ValueError unless it is from 0 to 1."""
+    """Raise ValueError unless the value is in [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}: it must be from 0 to 1")
+        raise ValueError(f"{name} is {value}; it must be in [0, 1]")
 
 
 def trainable(name: str, values: Floats, mask: Mask) -> Array:
-    """Values of the trainable tokens, row by row. [trainable tokens of all rows]
+    """Return the values of the trainable tokens, row by row. [trainable tokens of all rows]
 
     values, mask: [rows, tokens]. Raises ValueError, with this name, for another shape and for a trainable token whose
-    value is not finite: it would spoil the whole batch.
+    value is not finite, because whitening would spread it over the batch.
     """
     if values.shape != mask.shape:
-        raise ValueError(f"{name} has shape {values.shape}, the mask {mask.shape}: they must be the same tokens")
+        raise ValueError(f"{name} has shape {values.shape}, the mask {mask.shape}; the shapes must be equal")
     chosen = values[mask].astype(np.float64)
     if bad := int((~np.isfinite(chosen)).sum()):
-        raise ValueError(f"{name}: {bad} of {chosen.size} trainable tokens are not finite: settle them beforehand")
+        raise ValueError(f"{name}: {bad} of {chosen.size} trainable tokens are not finite")
     return chosen
 
 
 def pack(name: str, values: Floats, mask: Mask) -> Array:
-    """Values of the trainable tokens, moved to the left; 0 behind them. [rows, most trainable tokens of a row]
+    """Return the values of the trainable tokens, left-aligned, padded with 0. [rows, most trainable tokens of a row]
 
     Raises ValueError as `trainable` does.
 
@@ -54,46 +54,47 @@ def pack(name: str, values: Floats, mask: Mask) -> Array:
 
 
 def unpack(packed: Array, mask: Mask) -> Array:
-    """Each value back at its token; 0 where untrainable. [rows, tokens]"""
+    """Return each packed value at its token; 0 where untrainable. [rows, tokens]"""
     values = np.zeros(mask.shape)
     values[mask] = packed[slots(mask)]
     return values
 
 
 def slots(mask: Mask) -> Mask:
-    """Which places of a packed array hold a token. [rows, most trainable tokens of a row]"""
+    """Return the places of a packed array that hold a token. [rows, most trainable tokens of a row]"""
     counts = mask.sum(axis=1)
     filled: Mask = np.arange(counts.max(initial=0)) < counts[:, None]
     return filled
 
 
 def last_slots(mask: Mask) -> Mask:
-    """The place of each row's last token in a packed array; none in a row without trainable tokens."""
+    """Return the place of each row's last token in a packed array; none in a row without trainable tokens."""
     counts = mask.sum(axis=1)
     last: Mask = np.arange(counts.max(initial=0)) == counts[:, None] - 1
     return last
 
 
 def packed_rewards(mask: Mask, rewards: Floats, token_rewards: Floats | None) -> Array:
-    """Reward of each trainable token, packed: the trajectory's at the last one, and its own, if there are any.
+    """Return the packed reward of each trainable token: its token reward, plus the trajectory reward at the last one.
 
-    mask, token_rewards: [rows, tokens]; rewards: [rows]. Raises ValueError for other shapes and what is not finite.
+    mask, token_rewards: [rows, tokens]; rewards: [rows]. Raises ValueError for differing shapes and values that are not
+    finite.
     """
     check_mask(mask)
     if rewards.shape != mask.shape[:1]:
-        raise ValueError(f"rewards has shape {rewards.shape}: one for each of {mask.shape[0]} rows is due")
+        raise ValueError(f"rewards has shape {rewards.shape}; expected one for each of {mask.shape[0]} rows")
     if not np.isfinite(rewards).all():
-        raise ValueError(f"rewards: {rewards[~np.isfinite(rewards)][0]} is no reward")
+        raise ValueError(f"rewards: {rewards[~np.isfinite(rewards)][0]} is not finite")
     packed = np.zeros(slots(mask).shape) if token_rewards is None else pack("token_rewards", token_rewards, mask)
     packed += np.where(last_slots(mask), rewards[:, None], 0.0)
     return packed
 
 
 def discounted_sums(packed: Array, rate: float) -> Array:
-    """sum over u >= t of rate^(u - t) x_u, for each t. [rows, places]
+    """Return sum over u >= t of rate^(u - t) x_u, for each t. [rows, places]
 
-    By doubling: a sum of the next n values and that of the n behind them make one of 2n. So the recursion
-    s_t = x_t + rate s_(t+1) takes log2(places) operations on whole arrays in place of one for each token.
+    Computed by doubling: two adjacent sums of n values give one sum of 2n values. The recursion
+    s_t = x_t + rate s_(t+1) then takes log2(places) array operations.
 
     >>> discounted_sums(np.array([[0.0, 0.0, 8.0]]), 0.5).tolist()
     [[2.0, 4.0, 8.0]]

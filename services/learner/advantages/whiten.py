@@ -1,7 +1,7 @@
-"""Mean 0 and deviation 1 over all trainable tokens of the batch, wherever they are. Pure.
+"""Whitening: mean 0 and deviation 1 over all trainable tokens of the batch on all ranks. Pure.
 
-Every rank adds up its own tokens, all ranks hear all sums, and then each applies the same two numbers to its share. A
-mean of ranks' means would be another number as soon as one holds fewer tokens.
+Each rank computes the moments of its tokens. All ranks merge all moments and apply the same mean and deviation. A mean
+of the ranks' means would be wrong where ranks hold different numbers of tokens.
 """
 
 import math
@@ -13,12 +13,12 @@ import numpy as np
 from palimpsest.services.learner.advantages.trainable_tokens import Array, Floats, Mask, check_mask, trainable
 
 EPSILON = 1e-8
-"""Added to the variance: rounding noise in place of a signal stays small."""
+"""Added to the variance, so that rounding noise is not scaled to a signal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of one rank's tokens."""
+    """Moments of one rank's tokens."""
 
     count: int
     mean: float
@@ -29,7 +29,7 @@ class Moments:
 
     @classmethod
     def of(cls, values: Array) -> "Moments":
-        """Of these values, in whatever order. Of none: 0 each, with low above high."""
+        """Return the moments of the values. Without values: 0 each, with low above high."""
         if not values.size:
             return cls(0, 0.0, 0.0, math.inf, -math.inf)
         mean = float(values.mean())
@@ -38,7 +38,7 @@ class Moments:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """Of all parts' values together. Without a difference of large squares, which would lose the variance."""
+    """Return the moments of all parts together, without a difference of large squares, which would lose precision."""
     count = sum(part.count for part in parts)
     if not count:
         return Moments.of(np.zeros(0))
@@ -53,11 +53,11 @@ def merged(parts: Sequence[Moments]) -> Moments:
 
 
 def whitened(parts: Sequence[tuple[Floats, Mask]], *, gather: Callable[[Moments], list[Moments]]) -> list[Array]:
-    """(x - mean) / sqrt(var + 1e-8) over the trainable tokens of all parts of all ranks, var unbiased. float64
+    """Return (x - mean) / sqrt(var + 1e-8) over the trainable tokens of all parts of all ranks, var unbiased. float64.
 
-    parts: values and mask of each micro-batch of this rank, [rows, tokens] both; untrainable tokens become 0. gather:
-    every rank's value, on every rank (`ProcessGroup.gather`), so all ranks call this, with no parts if they have none.
-    Equal values become exactly 0. Raises ValueError for a value that is not finite.
+    parts: values and mask of each micro-batch of this rank, [rows, tokens] each; untrainable tokens become 0. gather:
+    returns the values of all ranks. All ranks call this function, a rank without micro-batches with no parts. Equal
+    values become exactly 0. Raises ValueError for a value that is not finite.
     """
     for _, mask in parts:
         check_mask(mask)

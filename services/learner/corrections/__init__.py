@@ -1,4 +1,4 @@
-"""What the discrepancy (and only the discrepancy) does to a token: its weight and its mask. Pure, without gradients."""
+"""Discrepancy corrections: the weight and the mask of each token. Pure, without gradients."""
 
 from palimpsest.services.learner.corrections.combine import alone, correct, limits, overlap
 from palimpsest.services.learner.corrections.ratios import LOG_RATIO_BOUND, log_ratio

@@ -1,7 +1,8 @@
-"""All rules together: one weight and one mask for each token. Pure, and without gradient. docs/algorithms
+"""Combine all correction rules into one weight and one mask per token. Pure, without gradient (docs/algorithms).
 
-Order: what has no finite log-probs; what condemns a trajectory or a run; what condemns a token; then the weight. Every
-rule judges what the sampler gave, not what other rules left, so that its share of the removals is its own.
+Order: tokens without finite log-probs, rules for trajectories and runs, rules for tokens, then the weight. Each rule
+judges all sampled tokens, including tokens that other rules remove, so the count of a rule does not depend on the
+others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +16,17 @@ from palimpsest.services.learner.corrections.rules import ESTIMATES, Correction,
 from palimpsest.services.learner.corrections.weights import weights
 
 Part = tuple[Tensor, Tensor, Tensor, Tensor]
-"""proximal, behavior, mask, missing: [rows, tokens] each, of one micro-batch."""
+"""proximal, behavior, mask, missing of one micro-batch: [rows, tokens] each."""
 
 
 def correct(
     proximal: Tensor, behavior: Tensor, mask: Tensor, *, missing: Tensor, rules: Rules, limits: Limits
 ) -> Correction:
-    """Weight and mask of each token. All arguments [rows, tokens], whole trajectories in rows.
+    """Return the weight and the mask of each token. All tensors are [rows, tokens]; a row holds one trajectory.
 
-    proximal, behavior: log-probs, nats; mask: bool, trainable tokens; missing: bool, there is no proximal. Numbers off
-    the mask have no influence. limits: of the whole minibatch; see `limits`. Raises ValueError for other shapes, masks
-    that are not boolean, and M2PO without its threshold.
+    proximal, behavior: log-probs, nats; mask: bool, trainable tokens; missing: bool, tokens without a proximal. Values
+    off the mask have no influence. limits: of the minibatch; see `limits`. Raises ValueError for differing shapes,
+    masks that are not boolean, and M2PO without its threshold.
     """
     log_discrepancy, usable, unusable = _discrepancy(proximal, behavior, mask, missing)
     causes = unusable | _of_sequences(log_discrepancy, usable, mask, rules)
@@ -48,10 +49,10 @@ def correct(
 
 
 def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
-    """Of a minibatch: parts are this rank's micro-batches, perhaps none; `gather` (ProcessGroup.gather) brings all
-    ranks'.
+    """Return the limits of a minibatch. parts: this rank's micro-batches, possibly none.
 
-    All ranks call it with the same rules and get the same numbers. Raises ValueError as `correct`.
+    gather: returns the values of all ranks (ProcessGroup.all_gather_object). All ranks call this function with the same
+    rules and get the same result. Raises ValueError as `correct` does.
     """
     threshold = None
     if rules.m2 is not None:
@@ -72,13 +73,13 @@ def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
 
 
 def alone(causes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each cause removes that no other does; with `overlap` these make up all that is masked, each token once."""
+    """Return the tokens that only one cause removes, by cause. With `overlap` they cover each masked token once."""
     once = _times(causes) == 1
     return {cause: removed & once for cause, removed in causes.items()}
 
 
 def overlap(causes: Mapping[str, Tensor]) -> Tensor:
-    """What more than one cause removes. bool [rows, tokens]"""
+    """Return the tokens that more than one cause removes. bool [rows, tokens]"""
     return _times(causes) > 1
 
 
@@ -89,16 +90,18 @@ def _times(causes: Mapping[str, Tensor]) -> Tensor:
 def _discrepancy(
     proximal: Tensor, behavior: Tensor, mask: Tensor, missing: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """log pi_prox / mu (0 where it is not usable); where it is usable; why it is not elsewhere on the mask."""
+    """Return log pi_prox / mu (0 where not usable), the usable tokens, and the other tokens of the mask by cause."""
     for name, values in (("mask", mask), ("missing", missing)):
-        # the complement of an integer mask is not 0 or 1, and counting it gives nonsense
+        # `~` on an integer mask gives -1 and -2, so counts of the complement would be wrong
         if values.dtype != torch.bool:
-            raise ValueError(f"{name} is {values.dtype}: only a boolean tensor has a complement; give `{name}.bool()`")
+            raise ValueError(f"{name} is {values.dtype}; it must be torch.bool (use `{name}.bool()`)")
     shapes = {tuple(values.shape) for values in (proximal, behavior, mask, missing)}
     if len(shapes) > 1 or mask.dim() != 2:
-        raise ValueError(f"proximal, behavior, mask and missing are [rows, tokens] alike, but here {sorted(shapes)}")
+        raise ValueError(
+            f"proximal, behavior, mask and missing must have one shape [rows, tokens], got {sorted(shapes)}"
+        )
     proximal, behavior, missing = proximal.detach(), behavior.detach(), mask & missing
-    # where the proximal is missing, the number that stands there is nobody's and says nothing
+    # a missing proximal holds an arbitrary value; do not test it
     nonfinite = mask & ~(torch.isfinite(behavior) & (torch.isfinite(proximal) | missing))
     usable = mask & ~nonfinite & ~missing
     return log_ratio(proximal, behavior, usable), usable, {"nonfinite": nonfinite, "missing": missing}

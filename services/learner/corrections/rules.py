@@ -1,6 +1,6 @@
-"""What may be done about the discrepancy, and what was done. Pure.
+"""Configuration and result of the discrepancy corrections. Pure.
 
-The discrepancy of a token is r = pi_prox / mu. "Low" means that the proximal likes the token less than the sampler did.
+The discrepancy of a token is r = pi_prox / mu. "Low" means that pi_prox gives the token less probability than mu.
 """
 
 import math
@@ -12,54 +12,54 @@ from torch import Tensor
 
 T = TypeVar("T")
 Interval = tuple[float, float]
-"""Lowest and highest ratio that is kept; both ends are kept."""
+"""Lowest and highest kept ratio, inclusive."""
 ESTIMATES = tuple(
     f"{estimator}_{level}"
     for estimator in ("k1", "k2", "k3")
     for level in ("token", "sequence_sum", "sequence_mean", "sequence_max")
 )
-"""Names of the divergence estimates a rule may be built on."""
+"""Names of the divergence estimates that a rule can bound."""
 
 
 class Gather(Protocol):
-    """Every rank's value, on every rank, in rank order."""
+    """Returns the value of every rank, in rank order, on every rank."""
 
     def __call__(self, value: T, /) -> list[T]:
-        """All ranks call it, the same number of times."""
+        """Gather the values. All ranks call it the same number of times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Switches, each by itself; None: off. Bounds are of ratios, not of logarithms, where not said otherwise.
+    """Independent switches; None: off. Bounds apply to ratios, not to logarithms, unless stated otherwise.
 
-    Log-ratios of tokens, and their sum over a trajectory, are clamped to +-20: a bound beyond e^20 never binds.
-    Raises ValueError for a bound that could not be meant.
+    Log-ratios of tokens, and their sum over a trajectory, are clamped to +-20, so a bound beyond e^20 never applies.
+    Raises ValueError for an invalid bound.
     """
 
     weight: Literal["off", "ratio", "truncated", "clipped"] = "off"
-    """Factor on a token's loss: 1, the discrepancy, at most weight_high, or inside [weight_low, weight_high]."""
+    """Factor on a token's loss: 1, the discrepancy, at most weight_high, or within [weight_low, weight_high]."""
     weight_level: Literal["token", "sequence"] = "token"
-    """Of each token by itself, or the product over its trajectory."""
+    """`token`: the ratio of the token; `sequence`: the product over its trajectory."""
     weight_low: float = 0.5
     weight_high: float = 2.0
     weight_normalize: bool = False
-    """Divide by the mean weight of the minibatch's kept tokens."""
+    """Divide by the mean weight of the minibatch."""
     band: float | None = None
-    """c: tokens outside [1/c, c] are masked."""
+    """c: mask tokens outside [1/c, c]."""
     tokens: Interval | None = None
-    """Tokens outside are masked."""
+    """Mask tokens outside."""
     geometric: Interval | None = None
-    """Trajectories whose geometric mean is outside are masked."""
+    """Mask trajectories whose geometric mean is outside."""
     sequence: Interval | None = None
-    """Trajectories whose product is outside are masked."""
+    """Mask trajectories whose product is outside."""
     segment: Interval | None = None
-    """Unbroken runs of trainable tokens whose geometric mean is outside are masked."""
+    """Mask unbroken runs of trainable tokens whose geometric mean is outside."""
     veto: float | None = None
-    """Trajectories with any token below are masked."""
+    """Mask trajectories with at least one token below."""
     difference: float | None = None
-    """Tokens whose two probabilities differ by more are masked. A difference of probabilities, not a ratio."""
+    """Mask tokens whose two probabilities differ by more. A difference of probabilities, not a ratio."""
     estimates: Mapping[str, float] = field(default_factory=dict)
-    """Name of ESTIMATES -> highest value that is kept, nats."""
+    """Name of ESTIMATES -> highest kept value, nats."""
     m2: float | None = None
     """Tokens of largest squared log-discrepancy are masked until the mean square of the rest is below, nats^2."""
 
@@ -97,27 +97,27 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Numbers of the whole minibatch over all ranks, fixed before its forward passes."""
+    """Values of the minibatch over all ranks, computed before its forward passes."""
 
     normalizer: float = 1.0
-    """Mean weight of the kept tokens; weights are divided by it. Log it: dividing hides a shift of all ratios."""
+    """Mean weight; all weights are divided by it. Report it: the division hides a common shift of all ratios."""
     m2_threshold: float | None = None
     """Tokens with a larger squared log-discrepancy are masked, nats^2; infinite: none is. None: not computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """[rows, tokens] each. Meant for the loss: advantages and denominators go on counting masked tokens."""
+    """Result of the rules, [rows, tokens] each. It applies to the loss only: advantages and denominators ignore it."""
 
     weight: Tensor
-    """In the type of the log-probs (float32): factor on the token's loss, above 0; 0 where masked or untrainable."""
+    """Factor on the token's loss, above 0, in the dtype of the log-probs; 0 where masked or untrainable."""
     masked: Tensor
-    """bool: trainable, but removed by at least one cause."""
+    """bool: trainable and removed by at least one cause."""
     causes: dict[str, Tensor] = field(default_factory=dict)
-    """bool: what each cause removes by itself, whatever the others do. `missing` and `nonfinite` always, and the rules
-    that are on."""
+    """bool: tokens that each cause removes, independent of other causes. Keys: `missing`, `nonfinite` and the enabled
+    rules."""
 
     def cpu(self) -> "Correction":
-        """The same on the CPU."""
+        """Return a copy on the CPU."""
         causes = {cause: removed.cpu() for cause, removed in self.causes.items()}
         return Correction(self.weight.cpu(), self.masked.cpu(), causes)

@@ -1,8 +1,8 @@
-"""Rules that judge many tokens together: a trajectory, or an unbroken run of its tokens. Pure.
+"""Rules for a trajectory or for an unbroken run of its tokens. Pure.
 
-All return bool [rows, tokens]: every trainable token of a row (or run) that fails. Only usable tokens speak (both
-log-probs are there and finite): the others neither add to a statistic nor count in its mean. A row without usable
-tokens fails no rule. A bound that is met exactly keeps the row.
+All functions return bool [rows, tokens]: the trainable tokens of each row (or run) that fails. Only usable tokens (both
+log-probs present and finite) enter a statistic. A row without usable tokens passes every rule. A statistic equal to its
+bound passes.
 """
 
 import torch
@@ -14,25 +14,25 @@ from palimpsest.services.learner.corrections.token_rules import divergence_estim
 
 
 def veto_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, bound: float) -> Tensor:
-    """Rows in which the ratio of any token is below the bound."""
+    """Return the rows with at least one token ratio below the bound."""
     return mask & (usable & below(log_discrepancy, bound)).any(dim=1, keepdim=True)
 
 
 def sequence_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, interval: Interval) -> Tensor:
-    """Rows whose product of ratios is outside; its log is within +-20."""
+    """Return the rows whose product of ratios is outside. The log of the product is clamped to +-20."""
     return mask & outside(log_product(log_discrepancy, usable), interval)
 
 
 def geometric_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, interval: Interval) -> Tensor:
-    """Rows whose geometric mean of ratios is outside."""
+    """Return the rows whose geometric mean of ratios is outside."""
     return mask & outside(log_mean(log_discrepancy, usable), interval)
 
 
 def segment_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, interval: Interval) -> Tensor:
-    """Unbroken runs of trainable tokens whose geometric mean of ratios is outside.
+    """Return the unbroken runs of trainable tokens whose geometric mean of ratios is outside.
 
-    A run ends where an untrainable token stands (another's message, a tool's answer, padding), not where the version
-    changes, and not at a token that is trainable without being usable.
+    A run ends at an untrainable token (another role's message, a tool result, padding). A change of version does not
+    end it, and neither does a trainable token that is not usable.
     """
     number = runs(mask)
     removed = torch.zeros_like(mask)
@@ -46,10 +46,10 @@ def segment_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, interval
 def estimate_rule(
     estimator: str, level: str, log_discrepancy: Tensor, usable: Tensor, mask: Tensor, bound: float
 ) -> Tensor:
-    """Rows whose tokens' divergence estimates have a sum, mean or maximum above the bound.
+    """Return the rows whose sum, mean or maximum of the token divergence estimates is above the bound.
 
-    level: sequence_sum, sequence_mean or sequence_max; raises ValueError for another. Nothing is exponentiated after
-    the sum, so that it is not clamped.
+    level: sequence_sum, sequence_mean or sequence_max. The sum is not clamped, because it is not exponentiated. Raises
+    ValueError for an unknown level.
     """
     estimates = divergence_estimate(estimator, log_discrepancy)
     match level:
@@ -60,12 +60,12 @@ def estimate_rule(
         case "sequence_max":
             statistic = torch.where(usable, estimates, -torch.inf).amax(dim=1, keepdim=True)
         case _:
-            raise ValueError(f"there is no level {level}, only sequence_sum, sequence_mean and sequence_max")
+            raise ValueError(f"unknown level {level!r}; use sequence_sum, sequence_mean or sequence_max")
     return mask & (statistic > bound) & usable.any(dim=1, keepdim=True)
 
 
 def runs(mask: Tensor) -> Tensor:
-    """Number of the unbroken run that each trainable token belongs to, from 0 in every row; -1 off the mask."""
+    """Return the index of the unbroken run of each trainable token, from 0 in every row; -1 off the mask."""
     before = torch.zeros_like(mask)
     before[:, 1:] = mask[:, :-1]
     return torch.where(mask, (mask & ~before).cumsum(dim=1) - 1, -1)

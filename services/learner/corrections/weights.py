@@ -1,4 +1,4 @@
-"""The weight of a token's loss: its discrepancy, whole or bounded. Pure."""
+"""The weight of a token's loss: the discrepancy, unbounded or bounded. Pure."""
 
 from typing import Literal
 
@@ -17,10 +17,11 @@ def weights(
     low: float,
     high: float,
 ) -> Tensor:
-    """Before masking and normalizing. [rows, tokens], > 0 where usable; elsewhere without meaning.
+    """Return the weights before masking and normalization. [rows, tokens], > 0 where usable, undefined elsewhere.
 
-    log_discrepancy: nats, 0 off usable, within +-20. `off`: 1. At the level of the sequence a token has the product of
-    its row's usable ratios, whose log is within +-20 again. `truncated`: at most high; `clipped`: inside [low, high].
+    log_discrepancy: nats, 0 off `usable`, within +-20. `off`: 1. At the sequence level, each token has the product of
+    the usable ratios of its row; the log of the product is clamped to +-20. `truncated`: at most high; `clipped`:
+    within [low, high].
     """
     if kind == "off":
         return torch.ones_like(log_discrepancy)

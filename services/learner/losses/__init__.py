@@ -1,1 +1,1 @@
-"""Objectives, one file each. Pure: they return values, the loop acts on them."""
+"""Objectives, one per file. All functions are pure: they return values, and the trainer applies them."""

@@ -1,7 +1,8 @@
-"""From the tokens' losses to one number (docs/algorithms/aggregation.md). Pure.
+"""Aggregation of token losses to one scalar (docs/algorithms/aggregation.md). Pure.
 
-Denominators are those of the whole minibatch over all ranks, fixed before the first backward pass and blind to what
-was removed. So each micro-batch gives a share, and the shares (and their gradients) add up, however rows are split.
+The denominators count the minibatch over all ranks. They are fixed before the first backward pass and include removed
+tokens. Each micro-batch therefore contributes a share, and the shares and their gradients add up for any split of the
+rows.
 """
 
 from collections.abc import Iterable
@@ -17,27 +18,27 @@ Mode = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "dr_gr
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """Of the whole minibatch, over all ranks."""
+    """Counts of one minibatch over all ranks."""
 
     tokens: int
     """Trainable tokens, removed ones included."""
     sequences: int
-    """Trajectories with any trainable token."""
+    """Trajectories with at least one trainable token."""
     length: int
-    """Longest trajectory there can be (sampling.max_trajectory_tokens)."""
+    """Maximum trajectory length (sampling.max_trajectory_tokens)."""
 
     @classmethod
     def of(cls, trainable: Iterable[int], length: int) -> "Denominators":
-        """trainable: for each trajectory of the minibatch, how many of its tokens are."""
+        """Return the denominators of a minibatch. trainable: number of trainable tokens of each trajectory."""
         counts = list(trainable)
         return cls(tokens=sum(counts), sequences=sum(count > 0 for count in counts), length=length)
 
 
 def aggregate(losses: Tensor, mask: Tensor, mode: Mode, denominators: Denominators) -> Tensor:
-    """This micro-batch's share of the loss, a scalar; the shares of all of them, on all ranks, add up to it.
+    """Return this micro-batch's share of the loss, a scalar. The shares of all micro-batches on all ranks add up.
 
-    losses: [rows, tokens], 0 where removed; mask: bool, trainable tokens, removed ones included; whole trajectories in
-    the rows. Raises ValueError for a mode that is none.
+    losses: [rows, tokens], 0 where removed; mask: bool, trainable tokens, including removed ones. Each row holds one
+    complete trajectory. Raises ValueError for an unknown mode.
     """
     counted = masked_fill_zero(losses, mask)
     tokens, sequences = max(1, denominators.tokens), max(1, denominators.sequences)
@@ -50,4 +51,4 @@ def aggregate(losses: Tensor, mask: Tensor, mode: Mode, denominators: Denominato
             return (counted.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / sequences
         case "dr_grpo":
             return counted.sum() / (sequences * denominators.length)
-    raise ValueError(f"{mode!r} is no way to aggregate: take one of {', '.join(get_args(Mode))}")
+    raise ValueError(f"unknown aggregation mode {mode!r}; use one of {', '.join(get_args(Mode))}")

@@ -1,10 +1,10 @@
-"""One ratio for a whole trajectory: the geometric mean of its tokens' (docs/algorithms/gspo.md). Pure.
+"""GSPO: one ratio per trajectory, the geometric mean of its token ratios (docs/algorithms/gspo.md). Pure.
 
     s_i = exp( mean_t (log pi_theta - log pi_prox) )        s_it = sg(s_i) * pi_theta / sg(pi_theta)
     loss = -w min(s_it A, clip(s_it, 1 - low, 1 + high) A)
 
-s_it has the value of s_i and the gradient of its own token, so that advantages may differ from token to token. With
-equal ones, their mean over the trajectory has the value and the gradient of the trajectory's form.
+s_it has the value of s_i and the gradient of its own token, so advantages may differ between tokens. With equal
+advantages, the mean over the trajectory has the value and the gradient of the sequence-level objective.
 """
 
 import torch
@@ -14,11 +14,10 @@ from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, ma
 
 
 def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
-    """Useful bounds are far smaller than a token's (about 3e-4 and 4e-4); the caller chooses. Raises ValueError for
-    bounds that are none.
+    """Return the loss of each token. Typical bounds are 3e-4 and 4e-4. Raises ValueError for invalid bounds.
 
-    The mean goes over the usable tokens of the row: a removed or missing one says nothing about the ratio. Meant for
-    `seq_mean_token_mean`. log_update is log s_i, at every usable token.
+    The mean covers the usable tokens of the row; removed and missing tokens do not enter it. Use it with the
+    aggregation `seq_mean_token_mean`. log_update is log s_i at every usable token.
     """
     usable = inputs.usable
     apart = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)

@@ -1,9 +1,9 @@
-"""First-order form of the trajectory's objective, with PPO's clip as a mask (docs/algorithms/minirl.md). Pure.
+"""MiniRL: first-order form of the sequence objective, with the PPO clip as a mask (docs/algorithms/minirl.md). Pure.
 
     loss = -M sg( pi_theta / mu ) A log pi_theta
     M = 0 where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low), else 1,    r = pi_theta / pi_prox
 
-sg: without gradient. With an exact proximal the mask sees what the policy has moved by, and nothing of the engine.
+sg: stop-gradient. With an exact proximal, the mask judges the staleness ratio without the discrepancy.
 """
 
 from palimpsest.services.learner.corrections import log_ratio
@@ -11,10 +11,11 @@ from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, ma
 
 
 def minirl_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
-    """The factor is the total ratio, made here of current and behavior. So `weight` only says which tokens are kept:
-    as a factor it would count the discrepancy twice. Raises ValueError for bounds that are none.
+    """Return the loss of each token. The causes of masked tokens are "mask_high" and "mask_low".
 
-    Masked tokens are "mask_high" and "mask_low"; the loss's value means nothing. Meant for `seq_mean_token_sum`.
+    The factor is the total ratio of current and behavior. `weight` only selects the kept tokens, because as a factor it
+    would count the discrepancy twice. Only the gradient of the loss is meaningful, not its value. Use it with the
+    aggregation `seq_mean_token_sum`. Raises ValueError for invalid bounds.
     """
     usable = inputs.usable
     log_update = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)

@@ -1,6 +1,7 @@
-"""What the configuration says is done with a token's log-probs, as one object. Pure but for reading the configuration.
+"""The configured loss as one object. Pure except for reading the configuration.
 
-The formulas stand in corrections/ and losses/, one a file; here they are chosen and put in their order.
+The packages corrections/ and losses/ hold the formulas, one per file. This module selects them and applies them in
+order.
 """
 
 from collections.abc import Callable
@@ -29,12 +30,12 @@ T = TypeVar("T")
 
 
 def switch(value: T | str) -> T | None:
-    """None for "off"."""
+    """Return None for "off", otherwise the value."""
     return None if isinstance(value, str) else value
 
 
 def rules(config: DiscrepancyConfig) -> Rules:
-    """The correction's switches."""
+    """Return the correction rules of the configuration."""
     return Rules(
         weight=config.weight,
         weight_level=config.weight_level,
@@ -55,12 +56,12 @@ def rules(config: DiscrepancyConfig) -> Rules:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a loss needs besides the objective's inputs; [rows, tokens] each."""
+    """Additional inputs of the loss; [rows, tokens] each."""
 
     entropy: Tensor
     """With gradient, nats."""
     reference: Tensor | None
-    """Log-probs of the starting model; None where no divergence from it counts."""
+    """Log-probs of the starting model; None without a KL term."""
 
 
 class Objective:
@@ -75,7 +76,7 @@ class Objective:
         self._config: LossConfig = config.loss
 
     def outcome(self, inputs: Inputs, *, multiplier: float) -> Outcome:
-        """What becomes of each token. multiplier: R2VPO's lambda at present."""
+        """Return the loss and the removal causes of each token. multiplier: present lambda of R2VPO."""
         removed = None
         if (threshold := switch(self._config.opsm)) is not None:
             removed = opsm_mask(inputs, threshold=threshold)
@@ -86,7 +87,7 @@ class Objective:
     def loss(
         self, outcome: Outcome, inputs: Inputs, terms: Terms, denominators: Denominators, *, history: float | None
     ) -> Tensor:
-        """This micro-batch's share of the loss, a scalar with gradient. history: mean entropy of earlier versions."""
+        """Return this micro-batch's share of the loss, with gradient. history: mean entropy of earlier versions."""
         config = self._config
         losses = outcome.losses
         if config.entropy:

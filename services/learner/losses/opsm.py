@@ -1,8 +1,8 @@
-"""Off-policy sequence mask: unlucky trajectories that the policy has left are let be (docs/algorithms/opsm.md). Pure.
+"""Off-policy sequence mask (OPSM): remove failed trajectories that became unlikely (docs/algorithms/opsm.md). Pure.
 
     removed where A < 0 and mean_t (log pi_prox - log pi_theta) over the trajectory > delta
 
-It is no objective: it takes tokens off the inputs of any.
+It is not an objective: it removes tokens from the inputs of any objective.
 """
 
 from torch import Tensor
@@ -12,17 +12,17 @@ from palimpsest.services.learner.losses.types import Inputs
 
 
 def opsm_mask(inputs: Inputs, *, threshold: float) -> Tensor:
-    """bool [rows, tokens], without gradient: usable tokens to remove, for use before any objective:
+    """Return the usable tokens to remove, bool [rows, tokens], without gradient. Apply it before an objective:
 
         removed = opsm_mask(inputs, threshold=delta)
         outcome = ppo_loss(inputs.without(removed), ...).and_also(opsm=removed)
 
-    threshold: delta, nats a token. The mean goes over the row's usable tokens; where advantages differ within a row,
-    only tokens with a negative one are removed. Raises ValueError for a negative threshold, which would remove fresh
-    trajectories.
+    threshold: delta, nats per token. The mean covers the usable tokens of the row. Where advantages differ within a
+    row, only tokens with a negative advantage are removed. Raises ValueError for a negative threshold, which would
+    remove fresh trajectories.
     """
     if not threshold >= 0:
-        raise ValueError(f"the threshold of OPSM is {threshold} nats a token: give 0 or more")
+        raise ValueError(f"the OPSM threshold is {threshold} nats per token; it must be at least 0")
     usable = inputs.usable
     moved = log_ratio(inputs.proximal.detach(), inputs.current.detach(), usable)
     return usable & (inputs.advantages < 0) & (log_mean(moved, usable) > threshold)

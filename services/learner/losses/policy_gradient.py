@@ -1,8 +1,8 @@
-"""The weighted ratio without a clip (docs/algorithms/ppo-clip.md, "without the clip"). Pure.
+"""Policy gradient: the weighted ratio without a clip (docs/algorithms/ppo-clip.md, "without the clip"). Pure.
 
     loss = -w r A,    r = pi_theta / pi_prox
 
-With the weight w = pi_prox / mu this is minus the total ratio times the advantage, whatever the proximal is.
+With the weight w = pi_prox / mu, the loss is minus the total ratio times the advantage for any proximal.
 """
 
 from palimpsest.services.learner.corrections import log_ratio
@@ -10,7 +10,7 @@ from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fil
 
 
 def policy_gradient_loss(inputs: Inputs) -> Outcome:
-    """Nothing is clipped; log-ratios beyond +-20 alone have no gradient."""
+    """Return the loss of each token."""
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
     value = log_update.exp() * masked_fill_zero(inputs.advantages, usable)

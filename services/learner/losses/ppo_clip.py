@@ -3,8 +3,8 @@
     C = min(r A, clip(r, 1 - low, 1 + high) A)        with a dual clip c, where A < 0: max(C, c A)
     loss = -w C
 
-r = pi_theta / pi_prox is the update, w the (detached) discrepancy correction. With an exact proximal r is the staleness
-ratio and the clip anchor of every token is its own version.
+r = pi_theta / pi_prox is the update, and w is the detached discrepancy correction. With an exact proximal, r is the
+staleness ratio, and the clip anchor of each token is the version that sampled it.
 """
 
 import torch
@@ -14,13 +14,13 @@ from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, ma
 
 
 def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Outcome:
-    """The token has no gradient where the clip ("clip_high", "clip_low") or the dual clip ("dual") is what counts.
+    """Return the loss of each token. A token with the cause "clip_high", "clip_low" or "dual" has no gradient.
 
-    dual_clip: with a negative advantage no token's loss is more than this many times it; None: off. Raises ValueError
-    for bounds that are none.
+    dual_clip: bounds the loss of a token with a negative advantage to this multiple of |A|; None: off. Raises
+    ValueError for invalid bounds.
     """
     if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip is {dual_clip}: it bounds ratios above 1, give more than 1")
+        raise ValueError(f"dual_clip is {dual_clip}; it must be above 1")
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
     update, advantages = log_update.exp(), masked_fill_zero(inputs.advantages, usable)

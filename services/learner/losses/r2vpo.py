@@ -1,9 +1,9 @@
-"""A penalty on the ratio's variance in place of a clip (docs/algorithms/r2vpo.md). Pure.
+"""R2VPO: a penalty on the variance of the ratio in place of a clip (docs/algorithms/r2vpo.md). Pure.
 
     loss = -w ( r A - lambda ((r - 1)^2 - delta) ),    r = pi_theta / pi_prox
 
-As E[r] = 1 under the policy that stands in the denominator, E[(r - 1)^2] is r's variance. A token's log-prob has the
-gradient -w r (A - 2 lambda (r - 1)).
+E[r] = 1 under the policy in the denominator, so E[(r - 1)^2] is the variance of r. The gradient with respect to a
+token's log-prob is -w r (A - 2 lambda (r - 1)).
 """
 
 import torch
@@ -14,12 +14,12 @@ from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fil
 
 
 def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
-    """multiplier: lambda; target: delta, which moves the loss's value and no gradient. Nothing is clipped.
+    """Return the loss of each token. multiplier: lambda; target: delta, which shifts the value and has no gradient.
 
-    Raises ValueError for a negative multiplier: it would reward variance.
+    Raises ValueError for a negative multiplier, which would reward variance.
     """
     if not multiplier >= 0:
-        raise ValueError(f"the multiplier of R2VPO is {multiplier}: it weighs a penalty, give 0 or more")
+        raise ValueError(f"the R2VPO multiplier is {multiplier}; it must be at least 0")
     usable = inputs.usable
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
     value = log_update.exp() * masked_fill_zero(inputs.advantages, usable)
@@ -28,15 +28,15 @@ def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
 
 
 def squared_deviation(log_update: Tensor) -> Tensor:
-    """(r - 1)^2 of each token, 0 where log r is. Its mean over a version's usable tokens, over all ranks, is what
-    next_multiplier is told."""
+    """Return (r - 1)^2 of each token. The mean over a version's usable tokens on all ranks is an input of
+    next_multiplier."""
     return torch.expm1(log_update).square()
 
 
 def next_multiplier(multiplier: float, mean_square: float, target: float, rate: float) -> float:
-    """lambda for the next version: up where the mean (r - 1)^2 was above its target, down where below, never negative.
+    """Return lambda of the next version: it rises where the mean (r - 1)^2 exceeds the target and falls otherwise.
 
-    A mean that is not finite (no usable token) changes nothing.
+    The result is never negative. A mean that is not finite (no usable token) leaves lambda unchanged.
     """
     if not abs(mean_square) < float("inf"):
         return multiplier

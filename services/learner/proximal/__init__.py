@@ -1,1 +1,1 @@
-"""What stands in the place of the proximal policy: exact old log-probs, or a surrogate that says so."""
+"""The proximal policy: exact old log-probs, or a surrogate marked as such."""

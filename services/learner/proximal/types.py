@@ -1,8 +1,8 @@
-"""What stands in the clip anchor's place, and what it is.
+"""Types of the proximal policy (the clip anchor).
 
 `old` names an identity: the training-side policy with the weights that sampled the token. `proximal` names a role in
-the loss. The type says which of the two one holds; there is no third way of having a number there, and a token without
-one is missing, never given another's.
+the loss. The type tells whether the values are exact. A token without a value is missing and never gets the value of
+another policy silently.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,36 +18,36 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 
 @dataclass(frozen=True, slots=True)
 class ProximalValues:
-    """Of one micro-batch; [rows, tokens] each."""
+    """Proximal log-probs of one micro-batch; [rows, tokens] each."""
 
     logprobs: Tensor
     """float32, nats; 0 where untrainable or missing."""
     missing: Tensor
-    """bool: trainable, but there is no value. Such a token is left out of the loss and counted."""
+    """bool: trainable, without a value. The loss leaves out such a token, and a counter counts it."""
     exact: Tensor
     """bool: the value is the old log-prob."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Old log-probs, every token under its own version."""
+    """Old log-probs: each token scored with the version that sampled it."""
 
     logprobs: list[Tensor]
     """For each micro-batch [rows, tokens] float32, nats; 0 where untrainable."""
     absent: list[Tensor] | None = None
-    """For each micro-batch [rows, tokens] bool: the old log-prob is not to be had. None: nowhere."""
+    """For each micro-batch [rows, tokens] bool: tokens without an old log-prob. None: every token has one."""
 
     method: str = "exact"
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
-        """Of the micro-batch at this place. current: detached log-probs of the live policy; mask: trainable tokens."""
+        """Return the values of a micro-batch. current: detached current log-probs; mask: trainable tokens."""
         missing = torch.zeros_like(mask) if self.absent is None else self.absent[place]
         return ProximalValues(self.logprobs[place], missing, mask & ~missing)
 
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """Another policy's log-probs in the proximal's place."""
+    """Log-probs of another policy as the proximal."""
 
     logprobs: list[Tensor]
     method: str
@@ -60,7 +60,7 @@ class Surrogate:
 
 @dataclass(frozen=True, slots=True)
 class Interpolated:
-    """A surrogate made of behavior and current log-probs, so made anew at each forward pass."""
+    """A surrogate computed from behavior and current log-probs in each forward pass."""
 
     interpolate: Callable[[int, Tensor], Tensor]
     """Place of the micro-batch, current log-probs without gradient [rows, tokens] -> proximal log-probs."""
@@ -74,13 +74,13 @@ class Interpolated:
 
 @dataclass(frozen=True, slots=True)
 class Patched:
-    """Old log-probs where there are any, a surrogate's for the others (missing = "surrogate:NAME")."""
+    """Old log-probs where present, and those of a surrogate elsewhere (missing = "surrogate:NAME")."""
 
     logprobs: list[Tensor]
     patched: list[Tensor]
-    """bool: the surrogate's."""
+    """bool: tokens with the value of the surrogate."""
     method: str
-    """The surrogate."""
+    """Name of the surrogate."""
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
@@ -91,15 +91,15 @@ Proximal = Exact | Surrogate | Interpolated | Patched
 
 
 class Source(Protocol):
-    """Gives the proximal log-probs of a batch before its first optimizer step."""
+    """Computes the proximal log-probs of a batch before its first optimizer step."""
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Proximal:
-        """For these micro-batches, at this version. Raises UserError when a version it needs is not to be had."""
+        """Return the proximal of these micro-batches at version `now`. Raises UserError if a version is missing."""
 
 
 @runtime_checkable
 class StatefulSource(Protocol):
-    """A source with a state of its own that goes along with the versions."""
+    """A source with a state that each version updates."""
 
     def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:
         """A version was trained. masters: float32 weights; active_share: of all trainable tokens, over all ranks, those

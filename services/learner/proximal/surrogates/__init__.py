@@ -1,1 +1,1 @@
-"""What can stand in the proximal's place without being the old log-probs, one surrogate a file."""
+"""Surrogates for the old log-probs, one per file."""

@@ -1,6 +1,6 @@
 """Surrogate: the behavior log-probs (docs/algorithms/bypass.md).
 
-The discrepancy is then 1 by construction and the clip acts on the total ratio. No forward pass, no memory.
+The discrepancy is then 1, and the clip acts on the total ratio. It needs no forward pass and no memory.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from palimpsest.services.learner.proximal.types import Surrogate
 
 
 class Bypass:
-    """See proximal.py."""
+    """The bypass source; see proximal/types.py."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the same at every version
-        """What the engines reported; 0 where untrainable."""
+        """Return the behavior log-probs; 0 where untrainable."""
         return Surrogate([torch.from_numpy(batch.behavior).to(self._device) for batch in batches], method="bypass")

@@ -1,8 +1,8 @@
 """Surrogate: the weights at the start of a version's training, for tokens of any version
 (docs/algorithms/current-recompute.md).
 
-One forward pass. Tokens of staleness 0 get their old log-prob; those of any other get the drift since then in what is
-taken for the discrepancy, and the clip sees only what this version's own optimizer steps change.
+It needs one forward pass. Tokens of staleness 0 get their old log-prob. For all other tokens, the apparent discrepancy
+contains the drift since sampling, and the clip sees only the change by the optimizer steps of the present version.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from palimpsest.services.learner.proximal.types import Surrogate
 
 
 class CurrentRecompute:
-    """See proximal.py."""
+    """The current_recompute source; see proximal/types.py."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the model is `now`
-        """By the model as it stands."""
+        """Score the micro-batches with the present weights."""
         return Surrogate(score(self._model, batches, self._device), method="current_recompute")

@@ -1,7 +1,7 @@
 """Surrogate: a moving average of the versions' weights (docs/algorithms/ewma-prox.md).
 
-One forward pass; a float32 average and a copy of the model in its own dtype. The pass at version v uses the average
-that holds version v too. It is exact for no token: one of staleness d is met by an average that is younger or older.
+It needs one forward pass, a float32 average, and a copy of the model in its own dtype. The pass at version v uses the
+average that includes version v. It is not exact for any token: the age of the average differs from the staleness.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from palimpsest.services.learner.proximal.types import Surrogate
 
 
 class EwmaProx:
-    """See proximal.py, Source and Follows."""
+    """The ewma_prox source; see Source and StatefulSource in proximal/types.py."""
 
     def __init__(
         self, model: torch.nn.Module, masters: Sequence[Tensor], device: torch.device, *, decay: float
     ) -> None:
-        """masters: float32 weights of the version that the model is; decay: beta. Raises ValueError."""
+        """masters: float32 weights of the model's version; decay: beta. Raises ValueError for beta outside [0, 1)."""
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}: an average's beta is in [0, 1)")
+            raise ValueError(f"decay is {decay}; it must be in [0, 1)")
         self.average = Average(masters)
         self.decay = decay
         self._shadow, self._device = Shadow(model), device
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
-        """By the average, cast to the model's dtype."""
+        """Score the micro-batches with the average, cast to the dtype of the model."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ewma_prox")
 
@@ -38,16 +38,16 @@ class EwmaProx:
         self,
         masters: Sequence[Tensor],
         *,
-        active_share: float,  # noqa: ARG002  this average is never reset
-        mean_staleness: float,  # noqa: ARG002  nor does its age follow anything
+        active_share: float,  # noqa: ARG002  this average has no reset
+        mean_staleness: float,  # noqa: ARG002  its decay is constant
     ) -> None:
-        """One tick."""
+        """Add the version to the average."""
         self.average.take(masters, decay=self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The average's."""
+        """Return the state of the average."""
         return self.average.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with that average."""
+        """Restore the average."""
         self.average.restore(tensors)

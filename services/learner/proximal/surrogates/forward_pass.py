@@ -1,4 +1,4 @@
-"""Log-probs of whole batches by one set of weights: what a surrogate that needs a forward pass is made of."""
+"""Scoring of batches with one set of weights, shared by the surrogates that need a forward pass."""
 
 import copy
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from palimpsest.services.learner.model.policy import score_batch
 
 @torch.no_grad()
 def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.device) -> list[Tensor]:
-    """Of each micro-batch [rows, tokens] float32, nats, whichever version sampled a token; 0 where untrainable."""
+    """Return the log-probs of each micro-batch, [rows, tokens] float32, nats, for all versions; 0 where untrainable."""
     scored = []
     for batch in batches:
         values, _ = score_batch(model, batch, device)
@@ -21,7 +21,7 @@ def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.
 
 
 class Shadow:
-    """A copy of the model that computes with other weights. Made at the first use: one copy in the model's dtype."""
+    """A copy of the model that computes with other weights. The first use creates it, in the dtype of the model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -30,12 +30,12 @@ class Shadow:
 
     @torch.no_grad()
     def with_weights(self, weights: Sequence[Tensor]) -> torch.nn.Module:
-        """The copy, its learning parameters cast from these, in their order. Raises ValueError when they do not fit."""
+        """Return the copy with its trainable parameters cast from `weights`. Raises ValueError if shapes differ."""
         if self._copy is None:
             self._copy = copy.deepcopy(self._model).requires_grad_(False)
         own = [parameter for parameter, learns in zip(self._copy.parameters(), self._learns, strict=True) if learns]
         if [weight.shape for weight in weights] != [parameter.shape for parameter in own]:
-            raise ValueError(f"{len(weights)} weights were given for {len(own)} parameters: not of one model, or shape")
+            raise ValueError(f"{len(weights)} weights do not match {len(own)} parameters in number or shape")
         for parameter, weight in zip(own, weights, strict=True):
             parameter.copy_(weight)
         return self._copy

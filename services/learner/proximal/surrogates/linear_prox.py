@@ -2,7 +2,8 @@
 
     proximal = log(alpha exp(behavior) + (1 - alpha) exp(current))
 
-alpha is one number, whatever the staleness. No forward pass: it is made anew from each optimizer step's own log-probs.
+alpha does not depend on the staleness. It needs no forward pass: each optimizer step computes it from its current
+log-probs.
 """
 
 import math
@@ -17,16 +18,16 @@ from palimpsest.services.learner.proximal.types import Interpolated
 
 
 class LinearProx:
-    """See proximal.py."""
+    """The linear_prox source; see proximal/types.py."""
 
     def __init__(self, device: torch.device, *, behavior_share: float) -> None:
         """behavior_share: alpha, in [0, 1]. Raises ValueError outside."""
         if not 0 <= behavior_share <= 1:
-            raise ValueError(f"behavior_share is {behavior_share}: the share of a mixture is in [0, 1]")
+            raise ValueError(f"behavior_share is {behavior_share}; it must be in [0, 1]")
         self._device, self._share = device, behavior_share
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Interpolated:  # noqa: ARG002  alpha is a constant
-        """Made when the current log-probs are there."""
+        """Return the mixture, computed in each forward pass."""
         behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]
         masks = [torch.from_numpy(batch.mask).to(self._device) for batch in batches]
         return Interpolated(
@@ -40,9 +41,9 @@ class LinearProx:
 
 
 def linear(behavior: Tensor, current: Tensor, *, behavior_share: float) -> Tensor:
-    """log(alpha e^behavior + (1 - alpha) e^current), without gradient; [rows, tokens], nats.
+    """Return log(alpha e^behavior + (1 - alpha) e^current), without gradient; [rows, tokens], nats.
 
-    At the ends it is the one or the other bit for bit.
+    alpha = 1 gives `behavior` and alpha = 0 gives `current`, bit for bit.
     """
     now = current.detach()
     return torch.logaddexp(_log(behavior_share) + behavior.to(now.dtype), _log(1 - behavior_share) + now)

@@ -1,7 +1,7 @@
 """Surrogate: a moving average whose age is that of the data, and that can be reset (docs/algorithms/ppo-ewma-async.md).
 
-As ewma_prox, with beta from a window of versions or from the staleness that was measured, and with a reset by reset.py.
-Every rank is told the same numbers and does the same arithmetic, so that their averages stay equal without a word.
+Like ewma_prox, with beta from a window of versions or from the measured staleness, and with resets (reset_rule.py).
+All ranks get the same values and compute the same result, so their averages stay equal without communication.
 """
 
 import math
@@ -24,13 +24,13 @@ from palimpsest.services.learner.proximal.surrogates.weight_average import (
 from palimpsest.services.learner.proximal.types import Surrogate
 
 MEASURING_DECAY = 0.9
-"""Of the running mean of staleness: about ten versions."""
+"""Decay of the running mean of staleness: about ten versions."""
 SETTLING = 3
-"""An average has its age after about so many times it; until then beta is not changed again."""
+"""An average reaches its age after about this multiple of it; until then, beta does not change again."""
 
 
 class PpoEwmaAsync:
-    """See proximal.py, Source and Follows."""
+    """The ppo_ewma_async source; see Source and StatefulSource in proximal/types.py."""
 
     def __init__(
         self,
@@ -41,30 +41,30 @@ class PpoEwmaAsync:
         window: int | Literal["measured"],
         rule: Rule,
     ) -> None:
-        """masters: float32 weights of the version that the model is; window: W. Raises ValueError."""
+        """masters: float32 weights of the model's version; window: W. Raises ValueError for a negative window."""
         self.average = Average(masters)
         self.resets = dict.fromkeys(Cause, 0)
         """Cause -> resets so far."""
         self.mean_staleness = 0.0
-        """Running mean over versions, corrected for its start; before any was measured 0, the age of new weights."""
+        """Bias-corrected running mean over versions; 0 before the first measurement."""
         self._measured = 0.0
-        """Weight of that mean."""
+        """Weight of the running mean."""
         self._window = window
         self._target = 0.0 if window == "measured" else window / 2
-        """Mean age that beta aims at."""
+        """Target mean age of the average."""
         self._settled = 0
-        """Versions since beta was changed."""
+        """Versions since the last change of beta."""
         self._rule, self._seen = rule, ResetState()
         self._decay = 0.0 if window == "measured" else window_decay(window)
         self._shadow, self._device = Shadow(model), device
 
     @property
     def decay(self) -> float:
-        """beta in force."""
+        """Present beta."""
         return self._decay
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
-        """By the average, cast to the model's dtype."""
+        """Score the micro-batches with the average, cast to the dtype of the model."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ppo_ewma_async")
 
@@ -105,9 +105,9 @@ class PpoEwmaAsync:
         self.resets = dict(zip(Cause, tensors["resets"].tolist(), strict=True))
 
     def _measure(self, mean_staleness: float) -> None:
-        """Take this version's staleness in, and change beta when the average has settled since the last change."""
+        """Add this version's staleness, and change beta if the average has settled since the last change."""
         if mean_staleness < 0 or math.isinf(mean_staleness):
-            raise ValueError(f"a mean staleness of {mean_staleness} cannot be: it is a number of versions, 0 or more")
+            raise ValueError(f"the mean staleness is {mean_staleness} versions; it must be finite and at least 0")
         if not math.isnan(mean_staleness):
             self._measured = MEASURING_DECAY * self._measured + 1
             self.mean_staleness += (mean_staleness - self.mean_staleness) / self._measured

@@ -1,9 +1,9 @@
-"""When a moving average is begun anew: a decision from the active share, version by version. Pure.
+"""Reset of the moving average: a decision from the active share of each version. Pure.
 
-The active share counts, of all trainable tokens, those neither masked nor clipped. `paper` resets whenever it is below
-a threshold. What share is healthy depends on clip, band and staleness, so a fixed threshold can lie above what even
-exact old log-probs reach, and then resets at every version; `guarded` compares with the run's own level, waits for
-several versions in a row, and not again soon: after a reset the average has to grow its age first.
+The active share is the share of trainable tokens that are neither masked nor clipped. `paper` resets whenever it is
+below a threshold. The healthy share depends on clip, band and staleness: a fixed threshold can exceed the share that
+exact old log-probs reach, and then every version resets. `guarded` compares with the level of the run itself, requires
+several versions in a row, and waits after a reset until the average has regained its age.
 """
 
 import math
@@ -13,21 +13,21 @@ from enum import StrEnum
 from typing import Literal
 
 HEALTHY_VERSIONS = 8
-"""The healthy level is the median over the first so many healthy versions."""
+"""The healthy level is the median over this number of first healthy versions."""
 
 
 class Cause(StrEnum):
-    """Why it was reset."""
+    """Cause of a reset."""
 
     BELOW_THRESHOLD = "below_threshold"
-    """The active share of one version (paper)."""
+    """The active share of one version is below the threshold (paper)."""
     BELOW_HEALTHY_LEVEL = "below_healthy_level"
-    """The active share of several versions in a row (guarded)."""
+    """The share of several versions in a row is below the healthy level (guarded)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When to reset; names and meaning as in the learner.proximal section."""
+    """When to reset; names and meanings are those of the learner.proximal section."""
 
     reset: Literal["off", "paper", "guarded"]
     threshold: float
@@ -37,32 +37,32 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class ResetState:
-    """What the decision remembers."""
+    """State of the decision."""
 
     healthy: tuple[float, ...] = ()
-    """Active shares of the first healthy versions."""
+    """Shares of the first healthy versions."""
     low: int = 0
-    """Versions in a row, up to now, that were below."""
+    """Number of latest versions in a row that were below."""
     since: int | None = None
-    """Versions since the last reset; None: there was none."""
+    """Versions since the last reset; None without a reset."""
 
     @property
     def level(self) -> float | None:
-        """Healthy level; None before the first version."""
+        """Healthy level; None before the first healthy version."""
         return statistics.median(self.healthy) if self.healthy else None
 
 
 def decide(seen: ResetState, active_share: float, rule: Rule) -> tuple[ResetState, Cause | None]:
-    """What to remember, and the cause when it is to be reset now.
+    """Return the next state, and the cause of a reset, or None.
 
-    active_share: of the version just trained, in [0, 1]; NaN when it had no trainable token, which decides nothing.
-    Raises ValueError for any other number.
+    active_share: of the version just trained, in [0, 1]; NaN (no trainable token) never resets. Raises ValueError for
+    another value.
 
     >>> decide(Seen(), 0.85, Rule("paper", threshold=0.9, patience=3, cooldown=8))[1]
     <Cause.BELOW_THRESHOLD: 'below_threshold'>
     """
     if not (math.isnan(active_share) or 0 <= active_share <= 1):
-        raise ValueError(f"an active share of {active_share} cannot be: it is in [0, 1]")
+        raise ValueError(f"the active share is {active_share}; it must be in [0, 1]")
     seen = replace(seen, since=None if seen.since is None else seen.since + 1)
     if rule.reset == "off" or math.isnan(active_share):
         return seen, None

@@ -1,13 +1,13 @@
-"""A moving average of the versions' weights, and how old it is. Plain torch: no model, no log, no clock.
+"""A moving average of the versions' weights, with its mean age. Plain torch.
 
     w' = beta w + 1        average' = (beta w / w') average + (1 / w') theta
 
-starting with w = 1 and the first version. That is sum beta^(t-k) theta(k) / sum beta^(t-k). In the usual form,
-beta average + (1 - beta) theta, the first version would count for more than its share. One tick is one version, however
-many optimizer steps that took.
+It starts with w = 1 and the first version, and equals sum beta^(t-k) theta(k) / sum beta^(t-k). The usual form,
+beta average + (1 - beta) theta, is biased to the first version. One tick is one version, independent of the number of
+optimizer steps.
 
-Float32 from float32: at a learning rate of 1e-6 a weight of 1e-2 moves by a part in 10,000 for each step, and a bf16
-average, which resolves a part in 256, would stand still.
+The average is float32, computed from float32 masters. At a learning rate of 1e-6, a step changes a weight of 1e-2 by
+one part in 10,000; a bf16 average resolves one part in 256 and would not change.
 """
 
 import math
@@ -18,48 +18,48 @@ from torch import Tensor
 
 
 class Average:
-    """The average, on the masters' device; 4 bytes for each parameter."""
+    """The average, on the device of the masters; 4 bytes per parameter."""
 
     def __init__(self, masters: Sequence[Tensor]) -> None:
-        """The first version: the average is it. Raises ValueError unless they are float32."""
+        """Start with this version. Raises ValueError unless the masters are float32."""
         if narrow := sorted({str(master.dtype) for master in masters if master.dtype != torch.float32}):
-            raise ValueError(f"weights of type {', '.join(narrow)} cannot be averaged: give the float32 masters")
+            raise ValueError(f"weights of type {', '.join(narrow)} cannot be averaged; pass the float32 masters")
         self.means = [master.detach().clone() for master in masters]
         self.weight = 1.0
-        """w: the versions in it, each counted by its share of the newest's."""
+        """w: sum of the versions' weights, relative to the newest."""
         self.center_of_mass = 0.0
-        """Mean age of what is in it, in versions."""
+        """Mean age of the averaged versions, in versions."""
         self.versions = 1
-        """Taken in since the start or the last reset."""
+        """Versions added since the start or the last reset."""
 
     @torch.no_grad()
     def take(self, masters: Sequence[Tensor], *, decay: float) -> None:
-        """Take a version in. decay: beta, in [0, 1); another one each time is right as well. Raises ValueError."""
+        """Add a version. decay: beta in [0, 1), which may differ between calls. Raises ValueError for another beta."""
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}: an average's beta is in [0, 1)")
+            raise ValueError(f"decay is {decay}; it must be in [0, 1)")
         if decay == 0:
-            self._replace_average(masters)  # not by arithmetic: 0 times a value that is not finite would stay
+            self._replace_average(masters)  # a copy, because 0 times a value that is not finite is NaN
         else:
             weight = decay * self.weight + 1
             for mean, master in zip(self.means, masters, strict=True):
-                mean.lerp_(master, 1 / weight)  # leaves a weight that does not move bit for bit
+                mean.lerp_(master, 1 / weight)  # keeps a constant weight bit for bit
             self.center_of_mass = (1 - 1 / weight) * (self.center_of_mass + 1)
             self.weight = weight
         self.versions += 1
 
     def reset(self, masters: Sequence[Tensor]) -> None:
-        """Forget all, and begin again with this version."""
+        """Restart the average with this version."""
         self._replace_average(masters)
         self.versions = 1
 
     def distance(self, masters: Sequence[Tensor]) -> float:
-        """|theta - average| / |theta| over all weights (Euclidean norms); 0 where all are 0."""
+        """Return |theta - average| / |theta| over all weights (Euclidean norms); 0 if all weights are 0."""
         apart = math.hypot(*(_norm(master - mean) for master, mean in zip(masters, self.means, strict=True)))
         size = math.hypot(*(_norm(master) for master in masters))
         return apart / size if size else 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: the means themselves (no copies), and the clock."""
+        """Return the means (without copies) and the clock, for a checkpoint."""
         clock = [self.weight, self.center_of_mass, float(self.versions)]
         return {f"mean.{i}": mean for i, mean in enumerate(self.means)} | {
             "clock": torch.tensor(clock, dtype=torch.float64)
@@ -67,7 +67,7 @@ class Average:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on exactly from there. Raises ValueError when it is another model's, or no average's at all."""
+        """Restore a checkpoint exactly. Raises ValueError if its names, shapes or types differ."""
         refuse_others(self.state(), tensors)
         for i, mean in enumerate(self.means):
             mean.copy_(tensors[f"mean.{i}"])
@@ -86,40 +86,42 @@ def _norm(values: Tensor) -> float:
 
 
 def refuse_others(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless a checkpoint holds these tensors, no more and no fewer, with these shapes and types."""
+    """Raise ValueError unless a checkpoint holds exactly these tensors, with these shapes and types."""
     if missing := sorted(set(wanted) - set(given)):
         raise ValueError(
-            f"{', '.join(missing[:3])} is not in it: it is of a run without this average. Going on would be a reset "
-            f"that nobody sees; keep the learner.proximal section that the checkpoint was written with"
+            f"the checkpoint lacks {', '.join(missing[:3])}: its run had no such average, and resuming would reset the "
+            f"average; keep the learner.proximal section that wrote the checkpoint"
         )
     if unknown := sorted(set(given) - set(wanted)):
-        raise ValueError(f"{', '.join(unknown[:3])} in it belongs to another learner.proximal, or to a larger model")
+        raise ValueError(
+            f"the checkpoint holds {', '.join(unknown[:3])}, which is of another learner.proximal or a larger model"
+        )
     for name, tensor in wanted.items():
         other = given[name]
         if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
-                f"{name} in it is {other.dtype} {tuple(other.shape)}, here {tensor.dtype} {tuple(tensor.shape)}: it is "
-                f"another model's"
+                f"{name} is {other.dtype} {tuple(other.shape)} in the checkpoint, but {tensor.dtype} "
+                f"{tuple(tensor.shape)} in this model"
             )
 
 
 def window_decay(window: int) -> float:
-    """beta = W / (W + 2): the average's mean age is then W / 2, the middle of a window of W versions.
+    """Return beta = W / (W + 2): the mean age of the average is then W / 2, the middle of a window of W versions.
 
     >>> [round(window_decay(window), 4) for window in (0, 1, 2, 4, 8, 16)]
     [0.0, 0.3333, 0.5, 0.6667, 0.8, 0.8889]
     """
     if window < 0:
-        raise ValueError(f"a window of {window} versions cannot be: give 0 or more")
+        raise ValueError(f"window is {window} versions; it must be at least 0")
     return window / (window + 2)
 
 
 def staleness_decay(mean_staleness: float) -> float:
-    """beta = d / (1 + d): the average's mean age is then d, in versions.
+    """Return beta = d / (1 + d): the mean age of the average is then d versions.
 
     >>> staleness_decay(2.0) == window_decay(4)
     True
     """
     if mean_staleness < 0:
-        raise ValueError(f"a mean staleness of {mean_staleness} cannot be: it is 0 or more")
+        raise ValueError(f"the mean staleness is {mean_staleness}; it must be at least 0")
     return mean_staleness / (1 + mean_staleness)

@@ -66,7 +66,7 @@ def test_a_group_of_one_has_no_baseline(kind: str) -> None:
 
 
 def test_a_kind_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="no advantages are called remax: take one of grpo, dr_grpo, rloo"):
+    with pytest.raises(ValueError, match="unknown kind of advantages 'remax'; use one of grpo, dr_grpo, rloo"):
         group_advantages("remax", REWARDS)
 
 

@@ -108,14 +108,14 @@ def test_a_single_trainable_token_whitens_to_0() -> None:
     ("changed", "says"),
     [
         ({"mask": MASK.astype(int)}, "the mask is int64"),
-        ({"mask": MASK[0]}, r"of shape \(5,\): it must be bool, \[rows, tokens\]"),
-        ({"rewards": REWARDS[:2]}, r"rewards has shape \(2,\): one for each of 3 rows is due"),
-        ({"rewards": np.array([1.0, np.nan, 0.0])}, "rewards: nan is no reward"),
+        ({"mask": MASK[0]}, r"of shape \(5,\); it must be bool, \[rows, tokens\]"),
+        ({"rewards": REWARDS[:2]}, r"rewards has shape \(2,\); expected one for each of 3 rows"),
+        ({"rewards": np.array([1.0, np.nan, 0.0])}, "rewards: nan is not finite"),
         ({"token_rewards": np.zeros((3, 4))}, r"token_rewards has shape \(3, 4\), the mask \(3, 5\)"),
         ({"token_rewards": np.full((3, 5), np.inf)}, "token_rewards: 4 of 4 trainable tokens are not finite"),
         ({"values": np.where(MASK, np.nan, 0.0)}, "values: 4 of 4 trainable tokens are not finite"),
-        ({"gamma": 1.5}, "gamma is 1.5: it must be from 0 to 1"),
-        ({"lam": -0.1}, "lam is -0.1: it must be from 0 to 1"),
+        ({"gamma": 1.5}, r"gamma is 1.5; it must be in \[0, 1\]"),
+        ({"lam": -0.1}, r"lam is -0.1; it must be in \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
@@ -125,7 +125,7 @@ def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
 
 
 def test_gae_without_values_and_foreign_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="gae needs the critic's values"):
+    with pytest.raises(ValueError, match="gae needs the values of the critic"):
         token_advantages("gae", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
-    with pytest.raises(ValueError, match="grpo gives no advantages to tokens"):
+    with pytest.raises(ValueError, match="grpo is not a token-level kind of advantages"):
         token_advantages("grpo", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)

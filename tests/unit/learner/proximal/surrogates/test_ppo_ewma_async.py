@@ -100,9 +100,9 @@ def test_staleness_that_is_not_known_is_left_out() -> None:
     average.published(theta(1), active_share=1.0, mean_staleness=1.0)
     average.published(theta(2), active_share=1.0, mean_staleness=math.nan)
     assert average.mean_staleness == 1.0
-    with pytest.raises(ValueError, match=r"mean staleness of -1\.0"):
+    with pytest.raises(ValueError, match=r"mean staleness is -1\.0"):
         average.published(theta(3), active_share=1.0, mean_staleness=-1.0)
-    with pytest.raises(ValueError, match="active share of 2"):
+    with pytest.raises(ValueError, match="active share is 2"):
         average.published(theta(3), active_share=2.0, mean_staleness=1.0)
     assert average.average.means[0].tolist() != theta(3)[0].tolist()
     assert average.average.versions == 3
@@ -171,9 +171,9 @@ def test_18_3_a_rank_that_takes_the_state_over_stays_equal() -> None:
 
 def test_a_checkpoint_without_it_or_of_another_surrogate_is_refused() -> None:
     average = source(4)
-    with pytest.raises(ValueError, match="a reset that nobody sees"):
+    with pytest.raises(ValueError, match="resuming would reset the average"):
         average.restore({})
-    with pytest.raises(ValueError, match="healthy, pace, resets is not in it"):
+    with pytest.raises(ValueError, match="lacks healthy, pace, resets"):
         average.restore(average.average.state())
     with pytest.raises(ValueError, match="is of another"):
         average.average.restore(average.state())

@@ -87,5 +87,5 @@ def test_a_version_without_trainable_tokens_decides_nothing() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, float("inf")])
 def test_a_share_that_is_none_is_refused(wrong: float) -> None:
-    with pytest.raises(ValueError, match=r"it is in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"it must be in \[0, 1\]"):
         decide(ResetState(), wrong, PAPER)

@@ -63,7 +63,7 @@ def test_a_behavior_log_prob_that_is_nan_stays_nan(source: Source) -> None:
 
 
 def test_loglinear_refuses_a_token_of_the_future() -> None:
-    with pytest.raises(ValueError, match="version 9 cannot be trained on at version 8"):
+    with pytest.raises(ValueError, match="version 9, which is after the version 8"):
         Loglinear(CPU).proximal([batch([3, 9], [-1.0, -1.0])], NOW)
 
 
@@ -125,7 +125,7 @@ def test_a_shadow_leaves_what_does_not_learn_as_the_model_has_it(starting_model:
     for parameter, mine in zip(learning, own, strict=True):
         assert torch.equal(mine, (parameter.float() + 1).to(torch.bfloat16))
         assert not mine.requires_grad
-    with pytest.raises(ValueError, match=f"1 weights were given for {len(learning)}"):
+    with pytest.raises(ValueError, match=f"1 weights do not match {len(learning)}"):
         shadow.with_weights([torch.zeros(2)])
 
 
