@@ -1,6 +1,7 @@
-"""Scoring by all ranks: rank 0 hands micro-batches out, and each rank scores its share by the weights that it holds.
+"""Scoring by all ranks: rank 0 broadcasts micro-batches, and each rank scores its share with the weights that it holds.
 
-A micro-batch is scored whole by one rank, so its layout, and with it every bit of the values, is as on a single rank.
+One rank scores all rows of a micro-batch. Its layout is the same as on a single rank, and so is every bit of the
+values.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,39 +20,42 @@ Pass = Callable[[PaddedBatch], Float32Array]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scoring:
-    """What rank 0 hands out: micro-batches, of which each rank takes every `size`-th, beginning at its own number."""
+    """Micro-batches that rank 0 broadcasts. Rank r of n scores every n-th micro-batch, starting with number r."""
 
     batches: tuple[PaddedBatch, ...]
 
 
 class DistributedScorer:
-    """Rank 0's side. All ranks must hold the same weights, and the others be in `score_along`."""
+    """Rank 0's side. All ranks must hold the same weights, and the other ranks must be in `serve_scoring`."""
 
     def __init__(self, ranks: ProcessGroup, forward: Pass) -> None:
-        self._ranks, self._one = ranks, forward
+        self._ranks, self._forward = ranks, forward
 
     @property
     def width(self) -> int:
-        """So many micro-batches take as long as one."""
+        """Number of micro-batches that the ranks score at the same time."""
         return self._ranks.size
 
     def __call__(self, batches: Sequence[PaddedBatch]) -> list[Float32Array]:
-        """Each micro-batch's log-probs, [rows, tokens] float32, nats."""
+        """Return the log-probs of each micro-batch, [rows, tokens] float32, nats."""
         if self._ranks.size > 1:
             self._ranks.broadcast_object((Scoring(tuple(batches)),))
-        shares = _share(self._ranks, batches, self._one)
-        return [shares[place % len(shares)][place // len(shares)] for place in range(len(batches))]
+        shares = _share(self._ranks, batches, self._forward)
+        return [shares[index % len(shares)][index // len(shares)] for index in range(len(batches))]
 
 
-def serve_scoring(ranks: ProcessGroup, one: Pass) -> object:
-    """Ranks other than 0: score what rank 0 hands out until it says something else, and return that (None: nothing)."""
-    while isinstance(word := ranks.broadcast_object(NOTHING)[0], Scoring):
-        _share(ranks, word.batches, one)
-    return word
+def serve_scoring(ranks: ProcessGroup, forward: Pass) -> object:
+    """Ranks other than 0: score the micro-batches of each `Scoring` that rank 0 broadcasts.
+
+    Return the first other object that rank 0 broadcasts; None if that is NOTHING.
+    """
+    while isinstance(order := ranks.broadcast_object(NOTHING)[0], Scoring):
+        _share(ranks, order.batches, forward)
+    return order
 
 
 def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
-    """Scores by this model, whatever its weights are at the time."""
+    """Return a function that scores a micro-batch with the model's weights at the time of the call."""
 
     @torch.no_grad()
     def score(batch: PaddedBatch) -> Float32Array:
@@ -62,6 +66,6 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
     return score
 
 
-def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], one: Pass) -> list[list[Float32Array]]:
+def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -> list[list[Float32Array]]:
     """Every rank's share of the values, in rank order."""
-    return ranks.all_gather_object([one(batch) for batch in batches[ranks.rank :: ranks.size]])
+    return ranks.all_gather_object([forward(batch) for batch in batches[ranks.rank :: ranks.size]])

@@ -1,7 +1,7 @@
 """Computes old log-probs early: scores the tokens of the resident version that have arrived so far.
 
 This needs no copy of the model: the learner holds the weights of the version until its first optimizer step. The scores
-go to the score store, and to the log too if they must outlive the process.
+go to the score store, and also to the log if they must outlive the process.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -45,15 +45,16 @@ class Sampled(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
-    """The part of a trajectory that is still to be scored."""
+    """The unscored part of a trajectory."""
 
     tokens: bytes
     row: Row
-    """Up to the last token to be scored; only these are trainable in it."""
+    """Tokens up to the last unscored one. Only unscored tokens of the resident version are trainable in this row."""
 
 
 def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
-    """Tokens and versions of the record, to look up its scores. Advantage and behavior log-probs are 0."""
+    """Return a row with the record's tokens and versions, to look up its scores. Advantage and behavior log-probs are
+    0."""
     tokens = unpack_int32(record.tokens)
     return _row(record, tokens, token_versions(record.segments, len(tokens)))
 
@@ -61,8 +62,8 @@ def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
 class EagerScorer:
     """Scores each token once: tokens with a value in `scores` are skipped.
 
-    durable: the log to publish on before a call returns. None: the values stay in this process.
-    at_once: number of micro-batches that one call of `score` gets.
+    durable: the log that values are published on before a call returns. None: the values stay in this process.
+    at_once: number of micro-batches in one call of `score`.
     """
 
     def __init__(
@@ -84,19 +85,19 @@ class EagerScorer:
     def work(
         self, sampled: Iterable[Sampled], now: Version, digest: str, *, should_stop: Callable[[], bool] = lambda: False
     ) -> int:
-        """Score the tokens of the resident version `now` that have no value; the number of tokens scored.
+        """Score the tokens of the resident version `now` that have no value. Return the number of tokens scored.
 
-        digest: of the resident weights. Stops when nothing is left, or when `should_stop` returns True after a call of
-        `score`.
+        digest: of the resident weights. Returns when no token is left, or when `should_stop` returns True after a call
+        of `score`.
         """
-        self._look(sampled, now, digest)
+        self._update_waiting(sampled, now, digest)
         by_row = {waiting.row: place for place, waiting in self._waiting.items()}
         count = 0
         batches = micro_batches(list(by_row), max_tokens=self._micro_batch_tokens)
-        for first in range(0, len(batches), self._at_once):
-            together = batches[first : first + self._at_once]
-            for rows, values in zip(together, self._score([pad(rows) for rows in together]), strict=True):
-                count += self._keep(rows, values, [self._waiting[by_row[row]].tokens for row in rows], now, digest)
+        for start in range(0, len(batches), self._at_once):
+            chunk = batches[start : start + self._at_once]
+            for rows, values in zip(chunk, self._score([pad(rows) for rows in chunk]), strict=True):
+                count += self._store(rows, values, [self._waiting[by_row[row]].tokens for row in rows], now, digest)
                 for row in rows:
                     self._done.add(by_row[row])
                     del self._waiting[by_row[row]]
@@ -105,30 +106,30 @@ class EagerScorer:
         return count
 
     def is_done(self, one: Sampled) -> bool:
-        """Whether `work` has seen it and no token of the resident version is left to be scored in it."""
+        """Whether `work` has processed this record and left no token of the resident version in it unscored."""
         return (one.partition, one.offset) in self._done
 
-    def _look(self, sampled: Iterable[Sampled], now: Version, digest: str) -> None:
-        """Update `_waiting`: add new trajectories, remove those that are not asked for any more."""
+    def _update_waiting(self, sampled: Iterable[Sampled], now: Version, digest: str) -> None:
+        """Add new trajectories to `_waiting`; remove trajectories that are not in `sampled`."""
         if self._resident != (now, digest):
             self._resident = (now, digest)
             self._done.clear()
             self._waiting.clear()
-        asked = {(one.partition, one.offset): one.record for one in sampled}
-        self._done &= asked.keys()
-        for place in self._waiting.keys() - asked.keys():
+        records = {(one.partition, one.offset): one.record for one in sampled}
+        self._done &= records.keys()
+        for place in self._waiting.keys() - records.keys():
             del self._waiting[place]
-        for place, record in asked.items():
+        for place, record in records.items():
             if place in self._done or place in self._waiting:
                 continue
-            rest = self._rest(record, now, digest)
-            if rest is None:
+            unscored = self._unscored_row(record, now, digest)
+            if unscored is None:
                 self._done.add(place)
             else:
-                self._waiting[place] = _Waiting(record.tokens, rest)
+                self._waiting[place] = _Waiting(record.tokens, unscored)
 
-    def _rest(self, record: TrajectoryFinished | SegmentFlushed, now: Version, digest: str) -> Row | None:
-        """The part of the record that is to be scored; None if there is none."""
+    def _unscored_row(self, record: TrajectoryFinished | SegmentFlushed, now: Version, digest: str) -> Row | None:
+        """The unscored part of the record; None if every token of `now` has a value."""
         if all(segment.version != now for segment in record.segments):
             return None
         known = self._scores.attach(as_row(record), {now: digest})
@@ -140,20 +141,22 @@ class EagerScorer:
             versions[start:stop] = now
         return _row(record, known.tokens[: len(versions)], versions)
 
-    def _keep(
+    def _store(
         self, rows: Sequence[Row], values: Float32Array, tokens: Sequence[bytes], now: Version, digest: str
     ) -> int:
+        """Publish and store the values of tokens of `now`. NaN values are left out and counted. Return the number of
+        tokens stored."""
         records: list[OldLogprobsComputed] = []
         for row, packed, scored in zip(rows, tokens, values, strict=True):
-            wanted = row.versions == now
-            numbers = wanted & ~np.isnan(scored[: len(wanted)])
-            instruments.OLD_UNSCORABLE.inc(int(wanted.sum() - numbers.sum()))
+            resident = row.versions == now
+            valid = resident & ~np.isnan(scored[: len(resident)])
+            instruments.OLD_UNSCORABLE.inc(int(resident.sum() - valid.sum()))
             records += [
                 old_logprobs_record(
                     run=self._run, trajectory=row.trajectory, by=BY, tokens=packed, start=start, stop=stop,
                     version=now, digest=digest, values=scored[start:stop],
                 )
-                for start, stop in _runs(numbers)
+                for start, stop in _runs(valid)
             ]  # fmt: skip
         if self._durable is not None:
             self._durable.publish(OLD_LOGPROBS, [Outgoing(record.trajectory, encode(record)) for record in records])

@@ -1,9 +1,9 @@
-"""What becomes of tokens whose old log-probs are not to be had: as the run's `missing` says, counted, and never silent.
+"""The policy for tokens without an old log-prob (`learner.proximal.missing`). Every such token is counted and logged.
 
-fail                          end the run, saying what is missing
-drop                          leave them out of the loss
-surrogate:bypass              the behavior log-probs in their place
-surrogate:current_recompute   those of the weights before the version's first optimizer step
+fail                          end the run with an error
+drop                          leave the tokens out of the loss
+surrogate:bypass              use the behavior log-probs
+surrogate:current_recompute   use the log-probs of the weights before the version's first optimizer step
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 Holes = list[NDArray[np.bool_]]
-"""For each micro-batch [rows, tokens]: trainable, and its old log-prob is not to be had."""
+"""For each micro-batch [rows, tokens] bool: trainable tokens without an old log-prob."""
 MOST_NAMED = 5
 SURROGATE = "surrogate:"
 
@@ -32,15 +32,15 @@ class MissingReason(StrEnum):
     """Why an old log-prob is missing."""
 
     VERSION_GONE = "version_gone"
-    """The store does not hold the version's weights any more."""
+    """The version's weights are not in the store."""
     NOT_SCORED = "not_scored"
     """No replica scored the token in time."""
     TOO_LATE = "too_late"
-    """The token came after its version's weights had changed."""
+    """The token arrived after its version's weights had changed."""
 
 
 class MissingCounter:
-    """Tokens without an old log-prob since the process began. All zero while nothing goes wrong."""
+    """Counts tokens without an old log-prob since the process started. All counts are 0 in normal operation."""
 
     def __init__(self) -> None:
         self.tokens: Counter[tuple[str, str]] = Counter()
@@ -48,11 +48,11 @@ class MissingCounter:
         self._taken: Counter[tuple[str, str]] = Counter()
 
     def add(self, why: MissingReason, policy: MissingPolicy, tokens: int) -> None:
-        """So many tokens went the policy's way."""
+        """Count tokens that `policy` was applied to."""
         self.tokens[why.value, policy] += tokens
 
     def take(self) -> dict[tuple[str, str], int]:
-        """Those since the last call."""
+        """Return the counts since the last call."""
         new = self.tokens - self._taken
         self._taken = self.tokens.copy()
         return dict(new)
@@ -68,35 +68,36 @@ def apply_missing_policy(
     misses: MissingCounter,
     recompute: Callable[[PaddedBatch, NDArray[np.bool_], Tensor], None],
 ) -> Exact | Patched:
-    """The proximal log-probs of a batch some of whose old ones may be missing. Raises UserError when policy is `fail`.
+    """Return the proximal log-probs of a batch, with `policy` applied to the missing ones.
 
-    values: for each micro-batch [rows, tokens] float32, the old log-probs, 0 where untrainable or missing;
-    recompute: writes the present weights' log-probs of a micro-batch where they are wanted.
+    values: for each micro-batch [rows, tokens] float32, the old log-probs, 0 where untrainable or missing; holes: the
+    missing ones; recompute: writes the model's log-probs into a micro-batch's values where its mask (second argument)
+    is True. Raises UserError if a value is missing and the policy is `fail`.
     """
     tokens = sum(int(hole.sum()) for hole in holes)
     if not tokens:
         return Exact(values)
     misses.add(why, policy, tokens)
-    versions, trajectories = _concerned(holes, batches)
+    versions, trajectories = _affected(holes, batches)
     logger().warning(
         "old log-probs missing", why=why.value, policy=policy, tokens=tokens, trajectories=trajectories,
         versions=_listed(versions),
     )  # fmt: skip
     if policy == "fail":
         raise UserError(_error_message(why, tokens, versions, trajectories), _CODE[why])
-    absent = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
+    missing = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
     if policy == "drop":
-        return Exact(values, absent)
-    for batch, hole, lacking, value in zip(batches, holes, absent, values, strict=True):
+        return Exact(values, missing)
+    for batch, hole, where, value in zip(batches, holes, missing, values, strict=True):
         if policy == "surrogate:bypass":
-            value.copy_(torch.where(lacking, torch.from_numpy(batch.behavior).to(value.device), value))
+            value.copy_(torch.where(where, torch.from_numpy(batch.behavior).to(value.device), value))
         else:
             recompute(batch, hole, value)
-    return Patched(values, absent, policy.removeprefix(SURROGATE))
+    return Patched(values, missing, policy.removeprefix(SURROGATE))
 
 
-def _concerned(holes: Holes, batches: Sequence[PaddedBatch]) -> tuple[list[Version], int]:
-    """Versions with holes, ascending, and the number of trajectories."""
+def _affected(holes: Holes, batches: Sequence[PaddedBatch]) -> tuple[list[Version], int]:
+    """Versions of the tokens in holes, ascending, and the number of trajectories with holes."""
     versions = np.unique(np.concatenate([batch.versions[hole] for batch, hole in zip(batches, holes, strict=True)]))
     return [Version(int(v)) for v in versions], sum(int(hole.any(axis=1).sum()) for hole in holes)
 
@@ -121,22 +122,22 @@ def _error_message(why: MissingReason, tokens: int, versions: Sequence[Version],
     one = len(versions) == 1
     named = f"version{'' if one else 's'} {_listed(versions)}"
     where = f"{_count(tokens, 'token')} in {_count(trajectories, 'trajectory', 'trajectories')}"
-    otherwise = 'or let a run do without such tokens (learner.proximal.missing = "drop")'
+    otherwise = 'or leave such tokens out of the loss (learner.proximal.missing = "drop")'
     match why:
         case MissingReason.VERSION_GONE:
             return (
-                f"old log-probs cannot be computed: {named} {'is' if one else 'are'} not in the store any more, though "
-                f"the batch holds {where} sampled by {'it' if one else 'them'}, inside learner.max_staleness. Was the "
-                f"store's folder changed by hand? Restore it from a copy and start again with --resume, {otherwise}"
+                f"old log-probs cannot be computed: {named} {'is' if one else 'are'} not in the store, but the batch "
+                f"holds {where} sampled by {'it' if one else 'them'}, within learner.max_staleness. Restore the "
+                f"store's folder from a copy and continue with --resume, {otherwise}"
             )
         case MissingReason.NOT_SCORED:
             return (
-                f"no replica scored {where} sampled by {named} within learner.proximal.wait_s. Look at the replicas' "
-                f"logs, start more of them (local.replicas, or python -m palimpsest.services.learner.replica) and "
-                f"start again with --resume, {otherwise}"
+                f"no replica scored {where} sampled by {named} within learner.proximal.wait_s. Check the replicas' "
+                f"logs, start more replicas (local.replicas, or python -m palimpsest.services.learner.replica) and "
+                f"continue with --resume, {otherwise}"
             )
         case MissingReason.TOO_LATE:
             return (
-                f"{where} sampled by {named} came when those weights had changed already, so they cannot be scored any "
-                f"more. Give workers longer to stop (learner.proximal.deadline_s), {otherwise}"
+                f"{where} sampled by {named} arrived after the weights of {named} had changed, and cannot be scored. "
+                f"Give workers more time to pause (learner.proximal.deadline_s), {otherwise}"
             )

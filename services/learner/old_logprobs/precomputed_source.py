@@ -1,8 +1,8 @@
-"""Old log-probs that came with the rows: scored by replicas, or by the learner itself while it held the weights
+"""Old log-probs that are attached to the rows: scored by replicas, or by the learner while it held the weights
 (docs/algorithms/replica.md).
 
-Tokens of the present version need nobody: the model itself still is that version, because this happens before the first
-optimizer step. What neither has is left to the missing policy.
+The model itself scores tokens of the current version: it still holds that version's weights, because `proximal` is
+called before the first optimizer step. The missing policy applies to all other tokens without a value.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
 class PrecomputedSource:
-    """See proximal.py."""
+    """A Source (proximal/types.py)."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class PrecomputedSource:
         why: MissingReason,
         misses: MissingCounter,
     ) -> None:
-        """why: what it means here that an old log-prob is not there."""
+        """missing: policy for tokens without a value; why: reason that is reported for them."""
         self._model, self._device = model, device
         self._missing, self._why, self._misses = missing, why, misses
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
-        """What is known, what the model itself gives, and the policy for the others."""
+        """See Source. Raises UserError if a value is missing and the policy is `fail`."""
         values, holes = [], Holes()
         for batch in batches:
             value, unknown = known(batch, self._device)
@@ -45,5 +45,5 @@ class PrecomputedSource:
             holes.append(np.asarray(unknown & ~own))
         return apply_missing_policy(
             values, holes, batches, policy=self._missing, why=self._why, misses=self._misses,
-            recompute=lambda batch, wanted, value: fill(self._model, batch, wanted, value),
+            recompute=lambda batch, mask, value: fill(self._model, batch, mask, value),
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""What rank 0 does for exact old log-probs besides training: one route for each kind of proximal.
+"""The work of rank 0 for exact old log-probs, besides training: one route for each kind of proximal.
 
-snapshot      nothing, or (prefetch) scores what has arrived while its version is resident
-replica       reads what the replicas computed, and waits for the scores of a batch
+snapshot      no work, or (prefetch) scores arrived tokens while their version is resident
+replica       reads the scores of the replicas, and waits for the scores of a batch
 interruption  scores early, and pauses the workers before the weights change
-surrogates    nothing
+surrogates    no work
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -25,14 +25,14 @@ from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 
 
 class Route(Protocol):
-    """Called by the loop, in this order for each version."""
+    """The loop calls these methods, in this order for each version."""
 
     def start(self) -> None:
-        """Read from the log what a former process knew. Call it after Ingest.start and after the first version was
+        """Read the state of earlier processes from the log. Call it after Ingest.start and after the first version was
         published."""
 
     def work(self, now: Version, digest: str) -> int:
-        """Score some tokens early, while the loop waits for a batch; the number of tokens. 0: nothing is left.
+        """Score some tokens early, while the loop waits for a batch. Return the number of tokens; 0 if none is left.
 
         now, digest: the version whose weights are resident.
         """
@@ -40,7 +40,7 @@ class Route(Protocol):
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        """The rows of a batch with the old log-probs that are known; None when a stop came during the wait."""
+        """Return the rows of a batch with the available old log-probs; None if a stop was requested during the wait."""
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         """Called before the first optimizer step, after which the weights of `now` are gone. training: the batch's
@@ -80,10 +80,10 @@ class NoRoute:
 
 
 class PrefetchRoute(NoRoute):
-    """See Route. For snapshots: scores what has arrived while its version is resident, which saves loading it later.
+    """See Route. For snapshots: scores arrived tokens while their version is resident, which saves a load later.
 
-    Tokens of the version that is resident in training are left to the batch's own pass, which needs no load either. A
-    crash loses these values. The store still has the versions.
+    Tokens of the version that is resident during training are scored by SnapshotSource, which needs no load for them. A
+    crash loses the prefetched values; the store still holds the versions.
     """
 
     def __init__(self, reader: TrajectoryReader, scorer: EagerScorer, scores: ScoreStore) -> None:
@@ -105,7 +105,7 @@ class PrefetchRoute(NoRoute):
 
 
 class ReplicaRoute(NoRoute):
-    """See Route. Values come over the log, and a batch waits for its own."""
+    """See Route. Reads scores from the log; a batch waits for its scores."""
 
     def __init__(self, tasks: TaskPublisher, reader: ScoreReader) -> None:
         self._tasks, self._reader = tasks, reader
@@ -175,7 +175,7 @@ def route(
     scores: ScoreStore,
     confirm: Callable[[], None],
 ) -> Route:
-    """The route of the configured kind.
+    """Return the route of the configured kind.
 
     score: scores with the resident weights. scores: the store that `ingest` removes resolved trajectories from.
     """
@@ -210,7 +210,7 @@ def route(
             return ReplicaRoute(ingest.tasks, reader)
         case "interruption":
             assert isinstance(config.proximal, InterruptionProximal)
-            cutting = CutCoordinator(
+            coordinator = CutCoordinator(
                 bus, ingest, eager_scorer(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
             )
-            return InterruptionRoute(ingest.reader, cutting, scores)
+            return InterruptionRoute(ingest.reader, coordinator, scores)

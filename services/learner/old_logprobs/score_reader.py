@@ -1,8 +1,8 @@
-"""Rank 0 reads topic `old_logprobs`: what replicas scored, or what the learner scored before a restart.
+"""Rank 0 reads topic `old_logprobs`: scores of replicas, or scores of the learner before a restart.
 
 A restart reads again from the first record that can belong to an unresolved trajectory (ingest/watermarks.py) and
-skips values of resolved ones. A value counts for a token only if it was computed with the weights that were published
-under the version's number. Topic `control` holds their digests.
+skips values of resolved trajectories. A value applies to a token only if it was computed with the weights that were
+published under the version's number. Topic `control` holds the digests of these weights.
 """
 
 import time
@@ -46,13 +46,14 @@ class WaitLimits:
 
     wait_s: float
     first_wait_s: float = FIRST_WAIT_S
-    """Until the first score of the run was read. `wait_s` if that is longer."""
+    """Limit until the first score of the run is read. The longer of this and `wait_s` applies."""
 
 
 class ScoreReader:
     """Fills the score store from the log.
 
-    wanted: whether a trajectory is unresolved. confirm: raises Fenced unless the run still belongs to this learner.
+    wanted: returns whether a trajectory is unresolved. confirm: raises Fenced unless the run still belongs to this
+    learner.
     """
 
     def __init__(
@@ -70,18 +71,20 @@ class ScoreReader:
         self._bus, self._scores, self._dead_letters, self._limits = bus, scores, dead_letters, limits
         self._run, self._wanted, self._confirm, self._clock = run, wanted, confirm, clock
         self._control, self._consumer = bus.consumer(CONTROL), bus.consumer(OLD_LOGPROBS)
-        self._ends_at_start, self._heard = self._consumer.ends(), False
+        self._ends_at_start, self._scores_began = self._consumer.ends(), False
         self._awaited: frozenset[str] = frozenset()
         self._dead_lettered = _dead_lettered(bus)
 
     def start(self, offsets: Mapping[int, int]) -> None:
-        """Read on from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
+        """Read from these offsets of `old_logprobs` ({}: from the beginning). Raises OffsetGone."""
         self._consumer.seek(offsets)
         self.read()
 
     def read(self, *, timeout_s: float = 0.0) -> int:
-        """Read everything on the log, waiting at most `timeout_s` for a first value; the number of records with values
-        or versions."""
+        """Read everything on the log, waiting at most `timeout_s` seconds for a first record of `old_logprobs`.
+
+        Return the number of records with values or versions.
+        """
         taken = 0
         while announced := self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             taken += sum(map(self._announce, announced))
@@ -95,16 +98,17 @@ class ScoreReader:
         return taken
 
     def attach(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with every old log-prob that is known so far."""
+        """Return the rows with every old log-prob received so far."""
         return [self._scores.attach(row) for row in rows]
 
     def wait_for_scores(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        """The rows with their old log-probs, once all are known or the time is over; None when a stop came first.
+        """Return the rows once all their old log-probs have arrived or the time limit has passed.
 
-        Tokens of version `now` need none: the learner holds those weights. After half of the time, missing scores are
-        requested again. The time starts when the first score of the run is read. `heartbeat` is called meanwhile.
+        None if a stop is requested first. Tokens of version `now` need no value: the learner holds those weights. After
+        half of the limit, missing scores are requested again. The limit starts when the first score of the run is read.
+        `heartbeat` is called during the wait.
         """
         self._awaited = frozenset(row.trajectory for row in rows)
         try:
@@ -124,17 +128,17 @@ class ScoreReader:
     def _wait(
         self, rows: list[Row], now: Version, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
-        requested, first, heard, began = False, True, self._heard, self._clock()
+        requested, first_read, timed, began = False, True, self._scores_began, self._clock()
         while True:
-            if self.read(timeout_s=0.0 if first else POLL_S) or first:
-                rows, first = self.attach(rows), False
+            if self.read(timeout_s=0.0 if first_read else POLL_S) or first_read:
+                rows, first_read = self.attach(rows), False
             lacking = [(row, spans) for row in rows if (spans := self._lacking(row, now))]
             if not lacking:
                 return rows
-            if self._heard and not heard:
-                heard, began = True, self._clock()
+            if self._scores_began and not timed:
+                timed, began = True, self._clock()
             waited, limit_s = self._clock() - began, self._limits.wait_s
-            if not heard:
+            if not timed:
                 limit_s = max(limit_s, self._limits.first_wait_s)
             if waited >= limit_s:
                 tokens = sum(stop - start for _, spans in lacking for start, stop, _ in spans)
@@ -174,14 +178,14 @@ class ScoreReader:
         message: OldLogprobsComputed | OldLogprobsRequested = decode_for_run(record, self._run)
         if isinstance(message, OldLogprobsRequested):
             return 0
-        self._heard = self._heard or record.offset >= self._ends_at_start.get(record.partition, 0)
+        self._scores_began = self._scores_began or record.offset >= self._ends_at_start.get(record.partition, 0)
         if not (message.trajectory in self._awaited or self._wanted(message.trajectory)):
             return 0
         self._scores.put(message)
         return 1
 
     def _announce(self, record: Record) -> bool:
-        """Note the digest of a version; whether the record announced a version of this run."""
+        """Store the digest of a version. Return whether the record announced a version of this run."""
         try:
             message = message_in(record)
         except RejectedRecord:
@@ -192,7 +196,7 @@ class ScoreReader:
         return True
 
     def _reject(self, record: Record, error: RejectedRecord) -> None:
-        """Dead-letter a record, unless this or a former process has done so: a restart reads it again."""
+        """Dead-letter a record, unless this or an earlier process has done so: a restart reads it again."""
         at = (record.partition, record.offset)
         if at not in self._dead_lettered:
             self._dead_letters.write(record, error)
@@ -200,7 +204,7 @@ class ScoreReader:
 
 
 def _dead_lettered(bus: Bus) -> set[tuple[int, int]]:
-    """Partition and offset of the records of `old_logprobs` that are dead letters already."""
+    """Partition and offset of each record of `old_logprobs` that has a dead letter."""
     places = set()
     for record in read_existing(bus, DEAD_LETTERS):
         try:

@@ -1,8 +1,8 @@
-"""Old log-probs that came over the log, or were computed early, until their trajectory is trained on.
+"""Old log-probs that were read from the log or computed early, kept until their trajectory is trained on.
 
-A value belongs to a token under a version's weights and behind a prefix, so it is kept under all of these: the
-trajectory's id, the span, the version, the digest of its weights, and the digest of the tokens up to the span's end.
-What does not agree in every one of them is not taken for a token's old log-prob.
+The log-prob of a token depends on the weights and on the tokens before it. The key of a value has five fields: the
+trajectory's id, the span, the version, the digest of its weights, and the digest of the tokens up to the span's end. A
+value applies to a token only if all five fields match.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row
 
 Missing = tuple[int, int, Version]
-"""Tokens [start, stop), sampled by this version, whose old log-probs are not known."""
+"""Tokens [start, stop) without an old log-prob, and the version that sampled them."""
 ROUNDING = 1e-3
-"""A log-prob may be so much above 0, in nats: rounding in the log-softmax."""
+"""Tolerance for log-probs above 0, in nats: the log-softmax rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +35,27 @@ class _Key:
 
 
 class ScoreStore:
-    """What is known so far, by trajectory."""
+    """Old log-probs received so far, keyed by trajectory."""
 
     def __init__(self) -> None:
         self._known: dict[str, dict[_Key, Float32Array]] = {}
         self.digests: dict[Version, str] = {}
         """Version -> digest of the weights published under it. Every route keeps its digests here."""
         self.repeats = 0
-        """Values that came again, bit for bit: delivery is at least once."""
+        """Number of records received again with the same bits: delivery is at least once."""
         self.conflicts = 0
-        """Values that came again and differed; the first ones stand."""
+        """Number of records received again with other values; the first values are kept."""
         self.largest_conflict = 0.0
-        """Largest difference among those, in nats: 1e-3 is what another padding does to bf16, more is an error."""
+        """Largest difference between conflicting values, in nats. Other padding changes bf16 by about 1e-3; more is an
+        error."""
 
     def __len__(self) -> int:
-        """Trajectories of which anything is known."""
+        """Number of trajectories with values."""
         return len(self._known)
 
     def put(self, computed: OldLogprobsComputed) -> None:
-        """Keep computed log-probs; a repeated record changes nothing. Raises MalformedTrajectory."""
+        """Store computed log-probs. A repeated record changes nothing. Raises MalformedTrajectory (see
+        check_computed)."""
         check_computed(computed)
         key = _Key(computed.start, computed.stop, computed.version, computed.digest, computed.prefix)
         values = unpack_float32(computed.values)
@@ -65,13 +67,14 @@ class ScoreStore:
             self.repeats += 1
             return
         self.conflicts += 1
-        other = first != values  # equal infinities have no difference
-        self.largest_conflict = max(self.largest_conflict, float(np.abs(first[other] - values[other]).max()))
+        differs = first != values  # excludes equal infinities, whose difference is NaN
+        self.largest_conflict = max(self.largest_conflict, float(np.abs(first[differs] - values[differs]).max()))
 
     def attach(self, row: Row, digests: Mapping[Version, str] | None = None) -> Row:
-        """The row with `old` filled wherever version, weights and prefix agree. What it has already stays.
+        """Return the row with `old` filled where version, weights and prefix match. Existing values are kept.
 
-        digests: version -> digest of its weights, `self.digests` by default. Tokens of other versions get nothing.
+        digests: version -> digest of its published weights; `self.digests` by default. Tokens of versions without a
+        digest get no value.
         """
         digests = self.digests if digests is None else digests
         known = self._known.get(row.trajectory)
@@ -88,22 +91,22 @@ class ScoreStore:
             if prefixes[key.stop] != key.prefix:
                 continue
             span = slice(key.start, key.stop)
-            wanted = (row.versions[span] == key.version) & np.isnan(old[span])
-            old[span] = np.where(wanted, values, old[span])
+            empty = (row.versions[span] == key.version) & np.isnan(old[span])
+            old[span] = np.where(empty, values, old[span])
         return replace(row, old=old)
 
     def missing(self, row: Row) -> list[Missing]:
-        """Runs of trainable tokens of one version whose `old` is not known, in order. Attach first."""
+        """Runs of trainable tokens of one version without an old log-prob, in order. Call `attach` first."""
         if row.old is None:
             return spans(row.versions)
         return spans(np.where(np.isnan(row.old), row.versions, np.int32(UNTRAINABLE)))
 
     def forget(self, trajectory: str) -> None:
-        """The trajectory is resolved; unknown ones are passed over."""
+        """Remove the values of a resolved trajectory. Unknown trajectories are ignored."""
         self._known.pop(trajectory, None)
 
     def retain(self, wanted: Callable[[str], bool]) -> None:
-        """Forget every trajectory that is not wanted any more."""
+        """Remove the values of every trajectory for which `wanted` returns False."""
         self._known = {trajectory: known for trajectory, known in self._known.items() if wanted(trajectory)}
 
 
@@ -122,7 +125,7 @@ def spans(versions: Int32Array) -> list[Missing]:
 
 
 def prefix_digest(tokens: bytes, stop: int) -> str:
-    """blake3 (hex) of tokens [0, stop). tokens: int32 bytes as they travel."""
+    """blake3 (hex) of tokens [0, stop). tokens: packed int32, as in messages."""
     return blake3(tokens[: 4 * stop]).hexdigest()
 
 
@@ -138,10 +141,13 @@ def old_logprobs_record(
     digest: str,
     values: Float32Array,
 ) -> OldLogprobsComputed:
-    """The record for the log. tokens: int32 bytes of the trajectory (whatever stands behind `stop` does not count);
-    values: nats, one for each token [start, stop)."""
+    """Return the record for the log.
+
+    tokens: packed int32 tokens of the trajectory (tokens after `stop` are ignored); values: nats, one for each token in
+    [start, stop). Raises ValueError if the number of values differs from the number of tokens.
+    """
     if len(values) != stop - start:
-        raise ValueError(f"{len(values)} values for tokens [{start}, {stop})")
+        raise ValueError(f"{len(values)} values for the {stop - start} tokens [{start}, {stop})")
     return OldLogprobsComputed(
         run=run,
         trajectory=trajectory,
@@ -158,7 +164,7 @@ def old_logprobs_record(
 def computed_of(
     row: Row, values: Float32Array, *, run: str, by: str, version: Version, digest: str
 ) -> list[OldLogprobsComputed]:
-    """The records that tell the values [tokens] of a row's tokens of this version, one for each run of them."""
+    """Return one record for each run of the row's tokens of this version. values: [tokens], nats."""
     tokens = pack_int32(row.tokens)
     return [
         old_logprobs_record(
@@ -178,25 +184,25 @@ def computed_of(
 
 
 def check_computed(computed: OldLogprobsComputed) -> None:
-    """Raise MalformedTrajectory unless the record agrees with itself.
+    """Raise MalformedTrajectory unless the record is consistent.
 
-    A value of -inf is one (the token's probability underflowed); a NaN is none.
+    A value of -inf is valid (the token's probability underflowed). NaN is not valid.
     """
     where = f"{computed.trajectory} [{computed.start}, {computed.stop}) of version {computed.version}"
     if computed.version < 0:
         raise MalformedTrajectory(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
     if not 0 < computed.start < computed.stop:
         raise MalformedTrajectory(
-            RejectCause.LENGTH_MISMATCH, f"{where}: no span of tokens that something could predict"
+            RejectCause.LENGTH_MISMATCH, f"{where}: not a span of predicted tokens (0 < start < stop)"
         )
     if len(computed.values) != 4 * (computed.stop - computed.start):
         raise MalformedTrajectory(
             RejectCause.LENGTH_MISMATCH,
             f"{where}: {computed.stop - computed.start} tokens but {len(computed.values)} bytes of log-probs "
-            f"(4 a token are due)",
+            f"(4 bytes a token are required)",
         )
     values = unpack_float32(computed.values)
     if np.isnan(values).any():
-        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: an old log-prob is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: an old log-prob is NaN")
     if (values > ROUNDING).any():
         raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"{where}: an old log-prob is above 0")

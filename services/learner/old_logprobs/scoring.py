@@ -1,7 +1,7 @@
-"""Log-probs of tokens by one set of weights: the forward passes behind every exact source.
+"""Log-probs of tokens under one set of weights: the forward passes of every exact source.
 
-Attention is causal, so what stands behind a token changes nothing, and a row may be cut after the last token that is
-asked for. What does change the last bits is the layout: which rows share a pass, and how far they are padded.
+Attention is causal: later tokens do not change the log-prob of a token, so a row can end after the last token to be
+scored. The layout (which rows share a pass, and the padded length) changes the last bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from palimpsest.services.learner.model.policy import score_batch
 
 
 def known(batch: PaddedBatch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
-    """What `old` of the batch says already, 0 elsewhere, and which trainable tokens it leaves open.
+    """Return the old log-probs that the batch holds, 0 elsewhere, and a mask of trainable tokens without a value.
 
-    Both [rows, tokens], float32 (nats) and bool. A known -inf is known: the token's probability underflowed.
+    Both [rows, tokens], float32 (nats) and bool. -inf is a value: the token's probability underflowed.
     """
     unknown = batch.mask & np.isnan(batch.old)
     values = np.where(batch.mask & ~unknown, batch.old, np.float32(0))
@@ -30,26 +30,27 @@ def known(batch: PaddedBatch, device: torch.device) -> tuple[Tensor, NDArray[np.
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
-    """Write the model's log-probs into `values` where they are wanted, both [rows, tokens].
+    """Write the model's log-probs into `values` where `wanted` is True, both [rows, tokens].
 
-    Rows of which nothing is wanted are left out of the pass.
+    The pass leaves out rows in which no token is wanted.
     """
-    places = np.flatnonzero(wanted.any(axis=1)).tolist()
-    if not places:
+    indices = np.flatnonzero(wanted.any(axis=1)).tolist()
+    if not indices:
         return
-    part = batch if len(places) == len(batch.rows) else pad([batch.rows[place] for place in places])
+    part = batch if len(indices) == len(batch.rows) else pad([batch.rows[index] for index in indices])
     scored, _ = score_batch(model, part, values.device)
     length = part.tokens.shape[1]
-    chosen = torch.from_numpy(wanted[places, :length]).to(values.device)
-    values[places, :length] = torch.where(chosen, scored, values[places, :length])
+    chosen = torch.from_numpy(wanted[indices, :length]).to(values.device)
+    values[indices, :length] = torch.where(chosen, scored, values[indices, :length])
 
 
 def rows_by_version(
     trajectory: str, tokens: Int32Array, segments: Sequence[Segment], temperature: float
 ) -> dict[Version, Row]:
-    """For each version of the segments, a row to score by it: cut after its last token, no other version's trainable.
+    """For each version of the segments, a row to score with its weights.
 
-    tokens: [length], at least up to the last segment's end.
+    The row ends after the version's last token, and only the version's tokens are trainable in it. tokens: [length], at
+    least up to the last segment's end.
     """
     versions = token_versions(segments, len(tokens))
     rows = {}
@@ -64,12 +65,14 @@ def rows_by_version(
 def score(
     model: torch.nn.Module, rows: Sequence[Row], *, device: torch.device, batch_tokens: int
 ) -> Iterator[list[tuple[Row, Float32Array]]]:
-    """Rows with the model's log-probs [tokens], 0 where untrainable; as each forward pass is done.
+    """Yield the rows of each forward pass with the model's log-probs [tokens], 0 where untrainable.
 
-    batch_tokens: most tokens of a pass, padding included. Raises ValueError when the rows are of several versions.
+    batch_tokens: maximum tokens of a pass, padding included. Raises ValueError if the rows are of several versions.
     """
     if len(versions := versions_present(rows)) > 1:
-        raise ValueError(f"one model cannot give the old log-probs of versions {versions}: score each by its own")
+        raise ValueError(
+            f"rows are of versions {versions}: one model scores one version, so score each version separately"
+        )
     for together in micro_batches(rows, max_tokens=batch_tokens):
         batch = pad(together)
         values = torch.zeros(batch.tokens.shape, device=device)
@@ -79,7 +82,7 @@ def score(
 
 
 def _row(trajectory: str, tokens: Int32Array, versions: Int32Array, temperature: float) -> Row:
-    """Only what scoring needs."""
+    """A row for scoring only. Reward, advantage and behavior log-probs are 0."""
     return Row(
         trajectory=trajectory,
         tokens=tokens,

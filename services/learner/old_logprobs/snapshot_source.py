@@ -1,9 +1,9 @@
 """Exact old log-probs from the snapshot store (docs/algorithms/snapshot.md).
 
-A shadow copy of the model takes on one version after another and scores the rows that hold tokens of that version;
-each token keeps the value of its own version. Tokens of the current version need no copy: the model itself still is
-that version, because this happens before the first optimizer step. What was scored before is not scored again. Cost:
-one bf16 copy, and one pass over a row for each version in it.
+A copy of the model (the shadow) loads one version after another and scores the rows with tokens of that version. Each
+token gets the value of the version that sampled it. Tokens of the current version need no copy: the model itself still
+holds that version's weights, because `proximal` is called before the first optimizer step. Tokens with a value are not
+scored again. Cost: one bf16 copy of the model, and one pass over a row for each version in it.
 """
 
 import copy
@@ -22,7 +22,7 @@ from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
 class SnapshotSource:
-    """See proximal.py."""
+    """A Source (proximal/types.py)."""
 
     def __init__(
         self,
@@ -34,6 +34,8 @@ class SnapshotSource:
         missing: MissingPolicy = "fail",
         misses: MissingCounter | None = None,
     ) -> None:
+        """loaded: called with each version that is loaded from the store; missing: policy for versions that the store
+        does not hold."""
         self._model, self._store, self._device = model, store, device
         self._shadow: VersionedModel | None = None
         self._loaded = loaded
@@ -41,32 +43,38 @@ class SnapshotSource:
         self._misses = misses or MissingCounter()
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
-        """Scored version by version, the shadow's present one first. Raises UserError."""
+        """See Source. Scores version by version, starting with the version in the shadow.
+
+        Raises UserError if a snapshot is damaged, or if a version is missing and the policy is `fail`.
+        """
         values, unknown = [], []
         for batch in batches:
-            value, left = known(batch, self._device)
+            value, holes = known(batch, self._device)
             values.append(value)
-            unknown.append(left)
+            unknown.append(holes)
         present = versions_present([row for batch in batches for row in batch.rows])
         held = self._shadow.version if self._shadow else None
         for version in sorted(present, key=lambda v: (v != held, v)):
-            wanted = [left & (batch.versions == version) for left, batch in zip(unknown, batches, strict=True)]
-            if not any(own.any() for own in wanted):
+            masks = [holes & (batch.versions == version) for holes, batch in zip(unknown, batches, strict=True)]
+            if not any(mask.any() for mask in masks):
                 continue
             try:
                 model = self._model if version == now else self._model_at(version)
             except VersionMissing:
                 continue
-            for batch, own, value, left in zip(batches, wanted, values, unknown, strict=True):
-                fill(model, batch, own, value)
-                left &= ~own
+            for batch, mask, value, holes in zip(batches, masks, values, unknown, strict=True):
+                fill(model, batch, mask, value)
+                holes &= ~mask
         return apply_missing_policy(
             values, unknown, batches, policy=self._missing, why=MissingReason.VERSION_GONE, misses=self._misses,
-            recompute=lambda batch, wanted, value: fill(self._model, batch, wanted, value),
+            recompute=lambda batch, mask, value: fill(self._model, batch, mask, value),
         )  # fmt: skip
 
     def _model_at(self, version: Version) -> torch.nn.Module:
-        """The shadow with this version's weights. Raises VersionMissing, UserError."""
+        """Return the shadow with this version's weights.
+
+        Raises VersionMissing if the store does not hold it, UserError if it is damaged.
+        """
         if self._shadow is None:
             self._shadow = VersionedModel(copy.deepcopy(self._model).requires_grad_(False), self._store)
         if self._shadow.load_version(version):

@@ -122,7 +122,7 @@ def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
     [
         (
             MissingReason.VERSION_GONE,
-            "version 1 is not in the store any more.* 2 tokens in 1 trajectory",
+            "version 1 is not in the store, .* 2 tokens in 1 trajectory",
             ExitCode.DAMAGED,
         ),
         (
@@ -130,7 +130,7 @@ def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
             "no replica scored 2 tokens in 1 trajectory sampled by version 1",
             ExitCode.UNAVAILABLE,
         ),
-        (MissingReason.TOO_LATE, "2 tokens in 1 trajectory sampled by version 1 came when", ExitCode.UNAVAILABLE),
+        (MissingReason.TOO_LATE, "2 tokens in 1 trajectory sampled by version 1 arrived after", ExitCode.UNAVAILABLE),
     ],
 )
 def test_failing_names_version_trajectories_and_remedy(why: MissingReason, words: str, code: ExitCode) -> None:

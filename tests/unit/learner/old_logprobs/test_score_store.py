@@ -203,9 +203,9 @@ def test_the_records_of_a_row_are_its_runs() -> None:
     ("record", "cause", "words"),
     [
         (said(1, 3, -1, [-1.0, -1.0]), RejectCause.NEGATIVE_VERSION, "versions start at 0"),
-        (said(0, 2, 0, [-1.0, -1.0]), RejectCause.LENGTH_MISMATCH, "no span"),
-        (said(2, 2, 0, []), RejectCause.LENGTH_MISMATCH, "no span"),
-        (said(1, 3, 0, [-1.0, np.nan]), RejectCause.NOT_FINITE, "no number"),
+        (said(0, 2, 0, [-1.0, -1.0]), RejectCause.LENGTH_MISMATCH, "not a span"),
+        (said(2, 2, 0, []), RejectCause.LENGTH_MISMATCH, "not a span"),
+        (said(1, 3, 0, [-1.0, np.nan]), RejectCause.NOT_FINITE, "is NaN"),
         (said(1, 3, 0, [-1.0, 0.5]), RejectCause.OUT_OF_RANGE, "above 0"),
         (said(1, 3, 0, [-1.0, np.inf]), RejectCause.OUT_OF_RANGE, "above 0"),
     ],
@@ -226,7 +226,7 @@ def test_values_of_another_length_are_refused() -> None:
     with pytest.raises(MalformedTrajectory, match=r"g000000/0 \[1, 4\) of version 0: 3 tokens but 8 bytes") as refused:
         check_computed(longer)
     assert refused.value.cause is RejectCause.LENGTH_MISMATCH
-    with pytest.raises(ValueError, match=r"1 values for tokens \[1, 3\)"):
+    with pytest.raises(ValueError, match=r"1 values for the 2 tokens \[1, 3\)"):
         said(1, 3, 0, [-1.0])
 
 

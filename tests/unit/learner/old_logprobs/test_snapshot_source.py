@@ -142,9 +142,7 @@ def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions:
 
 def test_18_5_a_version_that_is_gone_stops_the_run_and_is_never_replaced(versions: Versions) -> None:
     batch = pad([a_row("a", tokens(5, 1), [-1, 7, 7, 7, 7])])
-    with pytest.raises(
-        UserError, match=r"version 7 is not in the store any more.* 4 tokens in 1 trajectory"
-    ) as refusal:
+    with pytest.raises(UserError, match=r"version 7 is not in the store, .* 4 tokens in 1 trajectory") as refusal:
         versions.source.proximal([batch], Version(9))
     assert refusal.value.code is ExitCode.DAMAGED
 
