@@ -32,14 +32,14 @@ Noted = Mapping[str, Any]
 def figures(measured: Mapping[str, Sequence[Noted]], weights: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Name -> figures: medians over the versions measured, totals of what is counted.
 
-    weights: bytes of a copy of the model, and of what is held beside the policy and its optimizer.
+    weights: bytes of one copy of the model (copy), and of all tensors but the policy's and its optimizer's (other).
     """
-    base = weights[REFERENCE]["beside"]
+    base = weights[REFERENCE]["other"]
     return {name: _figures(versions, weights[name], base) for name, versions in measured.items()}
 
 
 def _figures(versions: Sequence[Noted], weights: Mapping[str, int], base: int) -> dict[str, Any]:
-    held = max(0, weights["beside"] - base)
+    held = max(0, weights["other"] - base)
     counted = [version["counts"] for version in versions]
     trainable = _total(counted, "trainable")
     replica = [version["replica"].get("tokens", 0.0) for version in versions]

@@ -102,8 +102,8 @@ class CountingStore(SnapshotClient):
         return super().tensors(manifest)
 
 
-class WatchedStep(Trainer):
-    """A step that notes what it did."""
+class WatchedTrainer(Trainer):
+    """A trainer that records the times and counts of each version."""
 
     watch: Watch
 
@@ -114,7 +114,7 @@ class WatchedStep(Trainer):
         *,
         before_first_step: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """See Step."""
+        """See Trainer."""
         with self.watch.of("train"):
             trained = super().train(minibatches, now, before_first_step=before_first_step)
         for part in ("passes", "step"):
@@ -214,25 +214,25 @@ def learn(config: RunConfig, pipe: Connection) -> None:
     torch.manual_seed(config.run.seed)
     watch, ranks = Watch(), ProcessGroup()
     turns = Turns(pipe, watch)
-    trainee = TrainablePolicy(
+    policy = TrainablePolicy(
         load_model(config.model.path, ranks.device, config.model.attention), config.learner.optimizer
     )
     with ExitStack() as stack:
         store = stack.enter_context(CountingStore(config.store_url, compression=config.snapshot_store.compression))
-        beside = build_training_state(
-            config.learner, trainee, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+        state = build_training_state(
+            config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
         )
-        step = WatchedStep(
-            trainee, beside, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
+        trainer = WatchedTrainer(
+            policy, state, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
         )
-        store.watch = step.watch = watch
+        store.watch = trainer.watch = watch
         scores = ScoreStore()
-        turns.weigh = lambda: weigh(trainee, scores)
-        watch_source(stack, beside, watch)
+        turns.weigh = lambda: weigh(policy, scores)
+        watch_source(stack, state, watch)
         stack.enter_context(patch.object(coordinator, "ScoreStore", lambda: scores))
         stack.enter_context(
             patch.object(
-                coordinator, "route", lambda config, **beside: WatchedRoute(route(config, **beside), watch, turns)
+                coordinator, "route", lambda config, **parts: WatchedRoute(route(config, **parts), watch, turns)
             )
         )
         publish = Publisher.publish
@@ -243,18 +243,18 @@ def learn(config: RunConfig, pipe: Connection) -> None:
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:
-            one = model_scorer(trainee.model, ranks.device)
+            one = model_scorer(policy.model, ranks.device)
             with Starting(
                 "learner", config.learner.host, config.learner.port, key="learner", registry=REGISTRY
             ) as http:
-                coordinator.run_coordinator(config, Stop(), store, Training(step, trainee, beside, ranks), one, http)
+                coordinator.run_coordinator(config, Stop(), store, Training(trainer, policy, state, ranks), one, http)
         except Over:
             pipe.close()
 
 
-def watch_source(stack: ExitStack, beside: TrainingState, watch: Watch) -> None:
+def watch_source(stack: ExitStack, state: TrainingState, watch: Watch) -> None:
     """Put a clock on the source of the proximal, and on what it does when a version was trained."""
-    source = beside.source
+    source = state.source
     whole = source.proximal
 
     def proximal(batches: Sequence[PaddedBatch], now: Version) -> Proximal:
@@ -266,8 +266,8 @@ def watch_source(stack: ExitStack, beside: TrainingState, watch: Watch) -> None:
         return given
 
     stack.enter_context(patch.object(source, "proximal", proximal))
-    if beside.stateful_source is not None:
-        tick = partial(watch.calling, "tick", beside.stateful_source.published)
+    if state.stateful_source is not None:
+        tick = partial(watch.calling, "tick", state.stateful_source.published)
         stack.enter_context(patch.object(source, "published", tick))
     if isinstance(source, EwmaProx | PpoEwmaAsync):
         distance = partial(watch.calling, "distance", source.average.distance)
@@ -287,31 +287,31 @@ def _cut_figures() -> dict[str, float]:
     return seconds | {when: REGISTRY.get_sample_value(SCORED, {"when": when}) or 0.0 for when in ("early", "cut")}
 
 
-def weigh(trainee: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
-    """Bytes: of one bf16 copy of the model, of every tensor in this process that is not the trainee's own, and of the
-    old log-probs that are kept."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _of(trainee)}
-    beside: dict[int, int] = {}
+def weigh(policy: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
+    """Bytes of one bf16 copy of the model (copy), of all tensors of this process but the policy's (other), and of the
+    stored old log-probs (values)."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in _of(policy)}
+    other: dict[int, int] = {}
     gc.collect()
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):
             storage = thing.untyped_storage()
             if storage.data_ptr() not in own:
-                beside[storage.data_ptr()] = storage.nbytes()
+                other[storage.data_ptr()] = storage.nbytes()
     return {
-        "copy": sum(weight.nbytes for weight in named_weights(trainee.model).values()),
-        "beside": sum(beside.values()),
+        "copy": sum(weight.nbytes for weight in named_weights(policy.model).values()),
+        "other": sum(other.values()),
         "values": _array_bytes(vars(scores)),
     }
 
 
-def _of(trainee: TrainablePolicy) -> Iterator[Tensor]:
+def _of(policy: TrainablePolicy) -> Iterator[Tensor]:
     """Model, masters, gradients, moments."""
-    yield from trainee.model.parameters()
-    yield from trainee.model.buffers()
-    yield from trainee.masters
-    yield from trainee.gradients()
-    for moments in trainee.optimizer.state.values():
+    yield from policy.model.parameters()
+    yield from policy.model.buffers()
+    yield from policy.masters
+    yield from policy.gradients()
+    for moments in policy.optimizer.state.values():
         yield from (tensor for tensor in moments.values() if isinstance(tensor, Tensor))
 
 

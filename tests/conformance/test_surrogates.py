@@ -52,12 +52,12 @@ def section(keys: dict[str, object]) -> ProximalConfig:
     return LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
 
 
-def moved(trainee: TrainablePolicy, seed: int) -> None:
+def moved(policy: TrainablePolicy, seed: int) -> None:
     """One optimizer step along random gradients: the next version."""
     generator = torch.Generator().manual_seed(seed)
-    for gradient in trainee.gradients():
+    for gradient in policy.gradients():
         gradient.copy_(torch.randn(gradient.shape, generator=generator))
-    trainee.step()
+    policy.step()
 
 
 def trained(
@@ -65,15 +65,15 @@ def trained(
 ) -> tuple[TrainablePolicy, Source]:
     """The source and the model that it followed for some versions."""
     model = load(folder)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=lr, epsilon=1e-3))
+    policy = TrainablePolicy(model, OptimizerConfig(lr=lr, epsilon=1e-3))
     source = build_surrogate(
-        section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=max_staleness
+        section(keys), model=model, masters=policy.masters, device=CPU, max_staleness=max_staleness
     )
     for version in range(versions):
-        moved(trainee, version)
+        moved(policy, version)
         if hasattr(source, "published"):
-            source.published(trainee.masters, active_share=0.95, mean_staleness=2.0)
-    return trainee, source
+            source.published(policy.masters, active_share=0.95, mean_staleness=2.0)
+    return policy, source
 
 
 def batches(folder: Path, *, seed: int = 0) -> list[PaddedBatch]:
@@ -104,19 +104,19 @@ def batches(folder: Path, *, seed: int = 0) -> list[PaddedBatch]:
 
 
 @torch.no_grad()
-def current(trainee: TrainablePolicy, batch: PaddedBatch) -> Tensor:
-    values, _ = token_logprobs(trainee.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
+def current(policy: TrainablePolicy, batch: PaddedBatch) -> Tensor:
+    values, _ = token_logprobs(policy.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
     return values
 
 
 @EVERY
 def test_18_1_the_two_factors_give_the_total_ratio(keys: dict[str, object], starting_model: Path) -> None:
-    trainee, source = trained(starting_model, keys)
+    policy, source = trained(starting_model, keys)
     made = batches(starting_model)
     proximal = source.proximal(made, NOW)
-    moved(trainee, 99)  # a later minibatch
+    moved(policy, 99)  # a later minibatch
     for place, batch in enumerate(made):
-        mask, behavior, now = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior), current(trainee, batch)
+        mask, behavior, now = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior), current(policy, batch)
         anchor = proximal.anchor(place, now, mask).logprobs
         total = log_ratio(now, behavior, mask)
         parts = log_ratio(anchor, behavior, mask) + log_ratio(now, anchor, mask)
@@ -131,7 +131,7 @@ def test_18_1_with_all_thresholds_off_the_gradient_is_that_of_exact(
     keys: dict[str, object], starting_model: Path
 ) -> None:
     """Which needs that nothing of the proximal carries a gradient."""
-    trainee, source = trained(starting_model, keys)
+    policy, source = trained(starting_model, keys)
     made = batches(starting_model, seed=1)
     proximal = source.proximal(made, NOW)
     generator = torch.Generator().manual_seed(5)
@@ -142,7 +142,7 @@ def test_18_1_with_all_thresholds_off_the_gradient_is_that_of_exact(
         mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior).double()
         gradients = []
         for values in (proximal, exact):
-            now = current(trainee, batch).double().requires_grad_()
+            now = current(policy, batch).double().requires_grad_()
             anchor = values.anchor(place, now, mask).logprobs
             assert not anchor.requires_grad
             weight = log_ratio(anchor.double(), behavior, mask).exp()
@@ -157,9 +157,9 @@ def test_18_1_with_all_thresholds_off_the_gradient_is_that_of_exact(
 @EVERY
 def test_untrainable_tokens_are_0_and_change_nothing(keys: dict[str, object], starting_model: Path) -> None:
     """algorithms.md 18.7."""
-    trainee, source = trained(starting_model, keys)
+    policy, source = trained(starting_model, keys)
     (batch, _) = batches(starting_model, seed=2)
-    mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+    mask, now = torch.from_numpy(batch.mask), current(policy, batch)
     anchor = source.proximal([batch], NOW).anchor(0, now, mask)
     assert float(anchor.logprobs[~mask].abs().max()) == 0.0
     assert bool(torch.isfinite(anchor.logprobs).all())
@@ -171,7 +171,7 @@ def test_untrainable_tokens_are_0_and_change_nothing(keys: dict[str, object], st
 
 @EVERY
 def test_no_surrogate_says_that_it_is_exact(keys: dict[str, object], starting_model: Path) -> None:
-    trainee, source = trained(starting_model, keys)
+    policy, source = trained(starting_model, keys)
     made = batches(starting_model, seed=3)
     proximal = source.proximal(made, NOW)
     assert not isinstance(proximal, Exact)
@@ -179,7 +179,7 @@ def test_no_surrogate_says_that_it_is_exact(keys: dict[str, object], starting_mo
     assert proximal.method == keys["kind"]
     for place, batch in enumerate(made):
         mask = torch.from_numpy(batch.mask)
-        anchor = proximal.anchor(place, current(trainee, batch), mask)
+        anchor = proximal.anchor(place, current(policy, batch), mask)
         assert not anchor.exact.any()
         assert not anchor.missing.any()
 
@@ -349,9 +349,9 @@ def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_m
     """Weights 1, beta, beta^2 on theta(2), theta(1), theta(0), in float32, cast for the pass."""
     decay, made = 0.6, batches(starting_model)
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
-    source = EwmaProx(model, trainee.masters, CPU, decay=decay)
-    thetas = [[master.double().clone() for master in trainee.masters]]
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
+    source = EwmaProx(model, policy.masters, CPU, decay=decay)
+    thetas = [[master.double().clone() for master in policy.masters]]
     plain = load(starting_model)
     for version in range(3):
         shares = [decay ** (version - k) for k in range(version + 1)]
@@ -365,9 +365,9 @@ def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_m
         for batch, ours, theirs in zip(made, got, expected, strict=True):
             mask = torch.from_numpy(batch.mask)
             assert torch.equal(ours[mask], theirs[mask])
-        moved(trainee, version)
-        thetas.append([master.double().clone() for master in trainee.masters])
-        source.published(trainee.masters, active_share=1.0, mean_staleness=0.0)
+        moved(policy, version)
+        thetas.append([master.double().clone() for master in policy.masters])
+        source.published(policy.masters, active_share=1.0, mean_staleness=0.0)
 
 
 SAME_AT_0: list[dict[str, object]] = [
@@ -387,41 +387,41 @@ def test_18_4_at_staleness_0_they_are_the_snapshot_bit_for_bit(
     """max_staleness 0: what the resident weights give is the old log-prob; the ratio before the first step is 1."""
     folder = request.getfixturevalue(kind)
     model = load(folder)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
-    source = build_surrogate(section(keys), model=model, masters=trainee.masters, device=CPU, max_staleness=0)
+    policy = TrainablePolicy(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
+    source = build_surrogate(section(keys), model=model, masters=policy.masters, device=CPU, max_staleness=0)
     made = batches(folder)
     for version in range(3):
         exact, got = Resident(model).proximal(made, Version(version)), source.proximal(made, Version(version))
         for place, batch in enumerate(made):
-            mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+            mask, now = torch.from_numpy(batch.mask), current(policy, batch)
             anchor = got.anchor(place, now, mask).logprobs
             assert torch.equal(anchor[mask], exact.logprobs[place][mask])
             assert float(log_ratio(now, anchor, mask).abs().max()) == 0.0
-        moved(trainee, version)
+        moved(policy, version)
         if hasattr(source, "published"):
-            source.published(trainee.masters, active_share=1.0, mean_staleness=0.0)
+            source.published(policy.masters, active_share=1.0, mean_staleness=0.0)
 
 
 def test_current_recompute_leaves_the_clip_nothing_before_the_first_step(starting_model: Path) -> None:
     """Whatever the staleness; the old log-probs of the same tokens are another matter."""
-    trainee, source = trained(starting_model, {"kind": "current_recompute"})
+    policy, source = trained(starting_model, {"kind": "current_recompute"})
     made = batches(starting_model)
     proximal = source.proximal(made, NOW)
     old = Resident(load(starting_model)).proximal(made, NOW)
     for place, batch in enumerate(made):
-        mask, now = torch.from_numpy(batch.mask), current(trainee, batch)
+        mask, now = torch.from_numpy(batch.mask), current(policy, batch)
         assert torch.equal(log_ratio(now, proximal.anchor(place, now, mask).logprobs, mask), torch.zeros(mask.shape))
         assert float(log_ratio(now, old.logprobs[place], mask).abs().max()) > 0.1
 
 
 @EVERY
 def test_the_model_in_training_stays_as_it_is(keys: dict[str, object], starting_model: Path) -> None:
-    trainee, source = trained(starting_model, keys)
-    before = {name: tensor.clone() for name, tensor in trainee.model.state_dict().items()}
-    masters = [master.clone() for master in trainee.masters]
-    learns = [parameter.requires_grad for parameter in trainee.model.parameters()]
+    policy, source = trained(starting_model, keys)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    masters = [master.clone() for master in policy.masters]
+    learns = [parameter.requires_grad for parameter in policy.model.parameters()]
     source.proximal(batches(starting_model), NOW)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.model.state_dict().items())
-    assert all(torch.equal(now, then) for now, then in zip(trainee.masters, masters, strict=True))
-    assert [parameter.requires_grad for parameter in trainee.model.parameters()] == learns
-    assert all(float(gradient.abs().max()) == 0.0 for gradient in trainee.gradients())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
+    assert all(torch.equal(now, then) for now, then in zip(policy.masters, masters, strict=True))
+    assert [parameter.requires_grad for parameter in policy.model.parameters()] == learns
+    assert all(float(gradient.abs().max()) == 0.0 for gradient in policy.gradients())

@@ -161,9 +161,9 @@ def trained(folder: Path, config: LearnerConfig) -> StepResult:
         a_row(f"r{i}", torch.randint(3, 250, (7,), generator=generator).tolist(), [-1, -1, 0, 0, -1, 1, 1])
         for i in range(4)
     ]
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
     return train(
-        trainee, Resident(older), ProcessGroup(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5
+        policy, Resident(older), ProcessGroup(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5
     )
 
 

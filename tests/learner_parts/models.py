@@ -112,7 +112,7 @@ class Resident:
 
 
 def train(
-    trainee: TrainablePolicy,
+    policy: TrainablePolicy,
     source: Source,
     ranks: ProcessGroup,
     minibatches: Sequence[Sequence[Row]],
@@ -120,11 +120,11 @@ def train(
     *,
     config: LearnerConfig,
     length: int = 64,
-    **beside: Any,
+    **state: Any,
 ) -> StepResult:
-    """One version's training with this source; `beside`: other companions."""
-    step = Trainer(trainee, TrainingState(source, **beside), ranks, config, length=length, seed=0)
-    return step.train(minibatches, now)
+    """Train one version with this source; `state`: further fields of TrainingState."""
+    trainer = Trainer(policy, TrainingState(source, **state), ranks, config, length=length, seed=0)
+    return trainer.train(minibatches, now)
 
 
 @torch.no_grad()

@@ -66,30 +66,30 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
     """What this rank has afterwards. In float32 arithmetic, so that only the split can make a difference."""
     model = load(folder).float()
     perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # what rank 0 has must win
-    trainee = TrainablePolicy(model, OPTIMIZER)
+    policy = TrainablePolicy(model, OPTIMIZER)
     if ranks.is_rank0:
-        for gradient in trainee.gradients():
+        for gradient in policy.gradients():
             gradient.fill_(1e-3)
-        trainee.step()  # rank 0 goes on from a checkpoint: it has moments and steps
-    broadcast_state(trainee, TrainingState(Resident(model)), ranks)
+        policy.step()  # rank 0 goes on from a checkpoint: it has moments and steps
+    broadcast_state(policy, TrainingState(Resident(model)), ranks)
     values, passes = scored_together(model, [row for minibatch in minibatches for row in minibatch], ranks)
     gradients: list[torch.Tensor] = []
-    step = trainee.step
+    step = policy.step
 
     def noted(**_: float) -> float:
-        gradients.append(torch.cat([gradient.reshape(-1) for gradient in trainee.gradients()]))
+        gradients.append(torch.cat([gradient.reshape(-1) for gradient in policy.gradients()]))
         return step()
 
-    trainee.step = noted  # type: ignore[method-assign]
-    own = train(trainee, Resident(model), ranks, minibatches, NOW, config=LEARNER)
+    policy.step = noted  # type: ignore[method-assign]
+    own = train(policy, Resident(model), ranks, minibatches, NOW, config=LEARNER)
     whole = merge(ranks.all_gather_object(own))
     return {
         "values": values,
         "passes": passes,
         "gradients": gradients,
-        "masters": [master.clone() for master in trainee.masters],
-        "state": {name: tensor.clone() for name, tensor in trainee.state().items()},
-        "steps": trainee.steps,
+        "masters": [master.clone() for master in policy.masters],
+        "state": {name: tensor.clone() for name, tensor in policy.state().items()},
+        "steps": policy.steps,
         "loss": whole.loss,
         "grad_norm": whole.grad_norm,
         "mine": [row.trajectory for scored in own.micro_batches for row in scored.batch.rows],

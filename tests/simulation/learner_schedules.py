@@ -192,15 +192,15 @@ class Life:
     def _live(self) -> None:
         config = self.schedule.config
         ranks, model = ProcessGroup(), Table()
-        trainee = TrainablePolicy(model, config.learner.optimizer)
+        policy = TrainablePolicy(model, config.learner.optimizer)
         with Store(self) as store:
-            beside = build_training_state(
-                config.learner, trainee, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+            state = build_training_state(
+                config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
             )
-            step = Watched(trainee, beside, ranks, config.learner, length=60, seed=config.run.seed)
-            step.life = self
+            trainer = WatchedTrainer(policy, state, ranks, config.learner, length=60, seed=config.run.seed)
+            trainer.life = self
             try:
-                training = Training(step, trainee, beside, ranks)
+                training = Training(trainer, policy, state, ranks)
                 run_coordinator(config, self.stop, store, training, model_scorer(model, ranks.device), Unheard())
             except Fenced:
                 assert self.still.done(), "it was replaced, and nobody meant to"
@@ -209,13 +209,13 @@ class Life:
                 self.finished = not self.stop.requested
 
 
-class Watched(Trainer):
+class WatchedTrainer(Trainer):
     """What it trains on is kept for the verdict."""
 
     life: Life
 
     def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> StepResult:
-        """See Step."""
+        """See Trainer."""
         trained = self.life.schedule.trained
         trained += [(self.life.writer, now, row) for minibatch in minibatches for row in minibatch]
         return super().train(minibatches, now, **options)

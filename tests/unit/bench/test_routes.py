@@ -211,7 +211,7 @@ def test_figures_by_hand() -> None:
     replica = noted(
         seconds={"known": 2.0}, replica={"tokens": 90.0, "loads": 2.0, "load_s": 1.0, "pass_s": 1.0, "cpu_s": 2.5}
     )
-    weights = {"copy": 1000, "beside": 10, "values": 0}
+    weights = {"copy": 1000, "other": 10, "values": 0}
     found = figures(
         {
             REFERENCE: [noted()],
@@ -221,7 +221,7 @@ def test_figures_by_hand() -> None:
             "replica": [replica],
         },
         dict.fromkeys((REFERENCE, "linear_prox", "replica"), weights)
-        | {"interruption": weights | {"values": 400}, "ewma_prox": weights | {"beside": 3010}},
+        | {"interruption": weights | {"values": 400}, "ewma_prox": weights | {"other": 3010}},
     )
     reference, interruption = found[REFERENCE], found["interruption"]
     assert (reference["extra_step_share"], reference["stall_share"], reference["hold_share"]) == (0, 0, 0)
@@ -246,7 +246,7 @@ def test_figures_by_hand() -> None:
 def test_the_middle_version_counts() -> None:
     versions = [noted(seconds={"proximal": seconds}) for seconds in (1.0, 50.0, 2.0)]
     assert (
-        figures({REFERENCE: versions}, {REFERENCE: {"copy": 1, "beside": 0, "values": 0}})[REFERENCE]["extra_s"] == 2.0
+        figures({REFERENCE: versions}, {REFERENCE: {"copy": 1, "other": 0, "values": 0}})[REFERENCE]["extra_s"] == 2.0
     )
 
 
@@ -281,22 +281,22 @@ def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_bytes_held_are_those_of_tensors_that_are_not_the_trainee_s(tmp_path: Path) -> None:
+def test_other_bytes_count_every_tensor_but_the_policy_s_own(tmp_path: Path) -> None:
     parameters = build_model(SHAPES["tiny"], tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
-    trainee = TrainablePolicy(model, OptimizerConfig())
-    before = weigh(trainee, ScoreStore())
+    policy = TrainablePolicy(model, OptimizerConfig())
+    before = weigh(policy, ScoreStore())
     assert before["copy"] == 2 * parameters  # the tied head counts once
-    trainee.step()  # moments come, which are the optimizer's
-    assert weigh(trainee, ScoreStore())["beside"] == before["beside"]
+    policy.step()  # moments come, which are the optimizer's
+    assert weigh(policy, ScoreStore())["other"] == before["other"]
     shadow = copy.deepcopy(model).requires_grad_(False)
     buffers = sum(buffer.nbytes for buffer in shadow.buffers())
-    assert weigh(trainee, ScoreStore())["beside"] - before["beside"] == 2 * parameters + buffers
+    assert weigh(policy, ScoreStore())["other"] - before["other"] == 2 * parameters + buffers
     del shadow
-    source = EwmaProx(model, trainee.masters, torch.device("cpu"), decay=0.5)
-    assert weigh(trainee, ScoreStore())["beside"] - before["beside"] == 4 * parameters
+    source = EwmaProx(model, policy.masters, torch.device("cpu"), decay=0.5)
+    assert weigh(policy, ScoreStore())["other"] - before["other"] == 4 * parameters
     del source
-    assert weigh(trainee, ScoreStore())["beside"] == before["beside"]
+    assert weigh(policy, ScoreStore())["other"] == before["other"]
 
 
 @pytest.mark.servers

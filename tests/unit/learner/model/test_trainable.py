@@ -67,58 +67,58 @@ def test_a_missing_or_unknown_tensor_is_refused(starting_model: Path, untied_mod
 def test_a_step_moves_the_masters_and_casts_them_into_the_model(starting_model: Path) -> None:
     """One AdamW step from zero moments moves every weight by lr against its gradient's sign."""
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
-    before = [master.clone() for master in trainee.masters]
-    for gradient in trainee.gradients():
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
+    before = [master.clone() for master in policy.masters]
+    for gradient in policy.gradients():
         gradient.fill_(2.0)
-    trainee.step()
-    for master, start, computing in zip(trainee.masters, before, model.parameters(), strict=True):
+    policy.step()
+    for master, start, computing in zip(policy.masters, before, model.parameters(), strict=True):
         assert torch.allclose(start - master, torch.full_like(master, 1e-3), atol=1e-6)
         assert torch.equal(computing, master.to(torch.bfloat16))
-    assert all(float(gradient.abs().max()) == 0.0 for gradient in trainee.gradients())
+    assert all(float(gradient.abs().max()) == 0.0 for gradient in policy.gradients())
 
 
 def test_masters_keep_what_bf16_would_lose(starting_model: Path) -> None:
     """At lr 1e-6 a single step is below half a unit of bf16 for most weights; a hundred are not."""
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-6))
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-6))
     start = next(model.parameters()).detach().clone()
     for _ in range(100):
-        for gradient in trainee.gradients():
+        for gradient in policy.gradients():
             gradient.fill_(1.0)
-        trainee.step()
-    moved = (trainee.masters[0] - start.float()).mean()
+        policy.step()
+    moved = (policy.masters[0] - start.float()).mean()
     assert float(moved) == pytest.approx(-1e-4, rel=0.05)
 
 
 def test_gradients_of_micro_batches_add_up_in_float32(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig())
+    policy = TrainablePolicy(model, OptimizerConfig())
     for _ in range(3):
         scored, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
         scored.sum().backward()
-    once = [gradient.clone() / 3 for gradient in trainee.gradients()]
+    once = [gradient.clone() / 3 for gradient in policy.gradients()]
     assert all(p.grad is None for p in model.parameters())
-    for gradient in trainee.gradients():
+    for gradient in policy.gradients():
         gradient.zero_()
     scored, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
     scored.sum().backward()
-    for got, single in zip(once, trainee.gradients(), strict=True):
+    for got, single in zip(once, policy.gradients(), strict=True):
         assert torch.allclose(got, single, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad: float) -> None:
-    trainee = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1e-3))
-    before = [master.clone() for master in trainee.masters]
-    trainee.gradients()[3].fill_(bad)
-    norm = trainee.step()
+    policy = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1e-3))
+    before = [master.clone() for master in policy.masters]
+    policy.gradients()[3].fill_(bad)
+    norm = policy.step()
     assert not (norm < float("inf"))
-    assert trainee.steps == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, trainee.masters, strict=True))
-    trainee.gradients()[3].fill_(1.0)  # and the next one counts again
-    trainee.step()
-    assert trainee.steps == 1
+    assert policy.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
+    policy.gradients()[3].fill_(1.0)  # and the next one counts again
+    policy.step()
+    assert policy.steps == 1
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad
     ],
 )
 def test_the_learning_rate_follows_its_schedule(starting_model: Path, schedule: dict, rates: list[float]) -> None:
-    trainee = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
+    policy = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
     seen = []
     for _ in rates:
-        seen.append(trainee.learning_rate)
-        trainee.steps += 1
+        seen.append(policy.learning_rate)
+        policy.steps += 1
     assert seen == pytest.approx(rates)
 
 
@@ -145,11 +145,11 @@ def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:
 
 
 def test_a_restored_policy_continues_bit_for_bit(starting_model: Path) -> None:
-    def steps(trainee: TrainablePolicy, count: int) -> None:
+    def steps(policy: TrainablePolicy, count: int) -> None:
         for i in range(count):
-            for k, gradient in enumerate(trainee.gradients()):
+            for k, gradient in enumerate(policy.gradients()):
                 gradient.copy_(torch.sin(torch.arange(gradient.numel()) + 7.0 * i + k).view_as(gradient))
-            trainee.step()
+            policy.step()
 
     config = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=5)
     straight = TrainablePolicy(load(starting_model), config)
@@ -166,9 +166,9 @@ def test_a_restored_policy_continues_bit_for_bit(starting_model: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(starting_model: Path, untied_model: Path) -> None:
-    trainee = TrainablePolicy(load(starting_model), OptimizerConfig())
+    policy = TrainablePolicy(load(starting_model), OptimizerConfig())
     with pytest.raises(ValueError, match=r"checkpoint has \d+ parameters"):
-        trainee.restore(TrainablePolicy(load(untied_model), OptimizerConfig()).state(), 1)
+        policy.restore(TrainablePolicy(load(untied_model), OptimizerConfig()).state(), 1)
 
 
 @pytest.mark.parametrize(

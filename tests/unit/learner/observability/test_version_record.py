@@ -68,10 +68,10 @@ def rows(count: int = 16) -> list[Row]:
 
 
 def trained(model: Path, source: Any, *, minibatches: int = 1, auditor: Any = None, **sections: Any) -> StepResult:
-    trainee = TrainablePolicy(load(model), OptimizerConfig(lr=1e-3))
+    policy = TrainablePolicy(load(model), OptimizerConfig(lr=1e-3))
     config = a_learner(**sections)
     parts = [rows()[i::minibatches] for i in range(minibatches)]
-    return train(trainee, source, ProcessGroup(), parts, NOW, config=config, auditor=auditor)
+    return train(policy, source, ProcessGroup(), parts, NOW, config=config, auditor=auditor)
 
 
 def a_batch() -> Batch:

@@ -125,13 +125,13 @@ def test_each_version_is_loaded_once_for_all_micro_batches(versions: Versions) -
 
 
 def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions: Versions) -> None:
-    trainee = TrainablePolicy(versions.resident, OptimizerConfig(lr=1e-3))
-    for gradient in trainee.gradients():
+    policy = TrainablePolicy(versions.resident, OptimizerConfig(lr=1e-3))
+    for gradient in policy.gradients():
         gradient.fill_(0.1)
-    trainee.step()
+    policy.step()
 
     def state() -> str:
-        tensors = {**trainee.state(), **named_weights(versions.resident)}
+        tensors = {**policy.state(), **named_weights(versions.resident)}
         return hashlib.sha256(b"".join(t.float().numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
 
     before = state()

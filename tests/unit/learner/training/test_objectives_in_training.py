@@ -57,10 +57,10 @@ class Other:
 
 
 def trained(
-    folder: Path, config: LearnerConfig, source: str | Source = "", **beside: Any
+    folder: Path, config: LearnerConfig, source: str | Source = "", **state: Any
 ) -> tuple[StepResult, TrainablePolicy]:
     model = load(folder).float()
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
     older = load(folder).float()
     perturb(older, by=0.02, seed=5)
     if not isinstance(source, str):
@@ -68,22 +68,22 @@ def trained(
     elif config.proximal.kind == "snapshot":
         made = Other(older)
     else:
-        made = build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        made = build_surrogate(config.proximal, model=model, masters=policy.masters, device=CPU, max_staleness=4)
     if config.advantages.kind == "gae":
-        beside["critic"] = Critic(model, OptimizerConfig(lr=1e-3))
+        state["critic"] = Critic(model, OptimizerConfig(lr=1e-3))
     if config.loss.kl.weight:
-        beside["start"] = older
+        state["start"] = older
     all_rows = rows(model)
     batches = [all_rows[:4], all_rows[4:]]
-    return train(trainee, made, ProcessGroup(), batches, NOW, config=config, multiplier=1.0, **beside), trainee
+    return train(policy, made, ProcessGroup(), batches, NOW, config=config, multiplier=1.0, **state), policy
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_a_version(name: str, starting_model: Path) -> None:
     config = a_learner(**apply_recipe(name, {}))
-    result, trainee = trained(starting_model, config)
+    result, policy = trained(starting_model, config)
     assert result.skipped == 0
-    assert trainee.steps == 2
+    assert policy.steps == 2
     assert result.loss == result.loss
     assert result.exact is (config.proximal.kind == "snapshot")
     assert 0 <= result.active_share <= 1
@@ -108,18 +108,18 @@ def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
         loss={"objective": "policy_gradient"},
     )
     model = load(folder).float()
-    trainee = TrainablePolicy(model, OptimizerConfig())
+    policy = TrainablePolicy(model, OptimizerConfig())
     older = load(folder).float()
     perturb(older, by=0.05, seed=seed)
     source: Source = (
         Other(older)
         if kind == "snapshot"
-        else build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        else build_surrogate(config.proximal, model=model, masters=policy.masters, device=CPU, max_staleness=4)
     )
     taken: list[Tensor] = []
-    trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
-    train(trainee, source, ProcessGroup(), [rows(model)], NOW, config=config)
-    return taken[: len(trainee.masters)]
+    policy.step = lambda **_: taken.extend(g.clone() for g in policy.gradients()) or 1.0  # type: ignore[method-assign]
+    train(policy, source, ProcessGroup(), [rows(model)], NOW, config=config)
+    return taken[: len(policy.masters)]
 
 
 @pytest.mark.parametrize("kind", SURROGATES)
@@ -134,11 +134,11 @@ def test_18_1_with_all_thresholds_off_every_proximal_gives_the_same_gradient(kin
 
 def test_18_14_the_learning_rate_is_whole_again_after_a_step_that_was_scaled(starting_model: Path) -> None:
     config = a_learner(vcpo={"lr_scaling": "linear"}, proximal={"kind": "bypass"}, discrepancy=UNCORRECTED)
-    result, trainee = trained(starting_model, config)
+    result, policy = trained(starting_model, config)
     assert 0 < result.lr_factor < 1
-    assert trainee.learning_rate == OptimizerConfig(lr=1e-3).lr
-    trainee.step()
-    assert trainee.optimizer.param_groups[0]["lr"] == 1e-3
+    assert policy.learning_rate == OptimizerConfig(lr=1e-3).lr
+    policy.step()
+    assert policy.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
@@ -150,9 +150,9 @@ def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
         discrepancy=UNCORRECTED,
     )
     model = load(starting_model).float()
-    trainee = TrainablePolicy(model, OptimizerConfig())
+    policy = TrainablePolicy(model, OptimizerConfig())
     even = [a_row(r.trajectory, r.tokens.tolist(), r.versions.tolist(), reward=0.7) for r in rows(model)]
-    result = train(trainee, Resident(model), ProcessGroup(), [even], NOW, config=config)
+    result = train(policy, Resident(model), ProcessGroup(), [even], NOW, config=config)
     assert result.baseline == pytest.approx(0.7)
     assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
 
@@ -164,14 +164,14 @@ def test_companions_go_on_from_a_checkpoint_exactly(starting_model: Path) -> Non
         loss={"r2vpo": {"rate": 0.5}, "epo": {"weight": 0.1}},
     )
     model = load(starting_model).float()
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
 
     def made() -> TrainingState:
-        source = build_surrogate(config.proximal, model=model, masters=trainee.masters, device=CPU, max_staleness=4)
+        source = build_surrogate(config.proximal, model=model, masters=policy.masters, device=CPU, max_staleness=4)
         return TrainingState(source, critic=Critic(model, OptimizerConfig(lr=1e-3)), multiplier=1.0)
 
     first = made()
-    train(trainee, first.source, ProcessGroup(), [rows(model)], NOW, config=config, critic=first.critic)
+    train(policy, first.source, ProcessGroup(), [rows(model)], NOW, config=config, critic=first.critic)
     first.multiplier = 0.25
     first.entropies.add(1.5)
     second = made()

@@ -30,12 +30,12 @@ def rows(count: int = 12) -> list[Row]:
 def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> list[torch.Tensor]:
     """Summed gradients of the first minibatch, in float32 arithmetic so that only the split can differ."""
     model = load(folder).float()
-    trainee = TrainablePolicy(model, OptimizerConfig())
+    policy = TrainablePolicy(model, OptimizerConfig())
     taken: list[torch.Tensor] = []
-    trainee.step = lambda **_: taken.extend(g.clone() for g in trainee.gradients()) or 1.0  # type: ignore[method-assign]
+    policy.step = lambda **_: taken.extend(g.clone() for g in policy.gradients()) or 1.0  # type: ignore[method-assign]
     config = a_learner(discrepancy=UNCORRECTED, **changes)
-    train(trainee, Resident(model), ProcessGroup(), minibatches, Version(0), config=config)
-    return taken[: len(trainee.masters)]
+    train(policy, Resident(model), ProcessGroup(), minibatches, Version(0), config=config)
+    return taken[: len(policy.masters)]
 
 
 def test_18_12_splitting_into_micro_batches_leaves_the_gradient_as_it_is(starting_model: Path) -> None:
@@ -53,10 +53,10 @@ def test_the_order_of_the_rows_leaves_the_gradient_as_it_is(starting_model: Path
 
 def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), Resident(model)
+    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), Resident(model)
     before = Resident(load(starting_model))
     trained = train(
-        trainee,
+        policy,
         source,
         ProcessGroup(),
         [rows()[:6], rows()[6:]],
@@ -64,7 +64,7 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
         config=a_learner(discrepancy=UNCORRECTED),
     )
     assert source.asked == 1
-    assert trainee.steps == 2
+    assert policy.steps == 2
     first, second = trained.micro_batches
     assert (first.first, second.first) == (True, False)
     for scored in (first, second):
@@ -80,10 +80,10 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
 
 def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig())
+    policy = TrainablePolicy(model, OptimizerConfig())
     bad = [a_row("bad", [5, 6, 7], [-1, 0, 0], advantage=float("nan"))]
     trained = train(
-        trainee,
+        policy,
         Resident(model),
         ProcessGroup(),
         [bad, rows()],
@@ -91,28 +91,28 @@ def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_mod
         config=a_learner(discrepancy=DiscrepancyConfig(band="off")),
     )
     assert trained.skipped == 1
-    assert trainee.steps == 1
+    assert policy.steps == 1
     assert trained.grad_norm == pytest.approx(trained.grad_norm)
 
 
 def test_rows_without_any_sampled_token_teach_nothing(starting_model: Path) -> None:
     model = load(starting_model)
-    trainee = TrainablePolicy(model, OptimizerConfig(lr=1e-2))
-    before = [m.clone() for m in trainee.masters]
+    policy = TrainablePolicy(model, OptimizerConfig(lr=1e-2))
+    before = [m.clone() for m in policy.masters]
     empty = [a_row("a", [5, 6, 7], [-1, -1, -1]), a_row("b", [5, 6, 7], [-1, -1, -1])]
     trained = train(
-        trainee, Resident(model), ProcessGroup(), [empty], Version(0), config=a_learner(micro_batch_tokens=100)
+        policy, Resident(model), ProcessGroup(), [empty], Version(0), config=a_learner(micro_batch_tokens=100)
     )
     assert trained.loss == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(before, trainee.masters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
 
 
 def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
     def loss(entropy: float) -> float:
         model = load(starting_model)
         config = a_learner(loss=LossConfig(entropy=entropy))
-        trainee = TrainablePolicy(model, OptimizerConfig())
-        return train(trainee, Resident(model), ProcessGroup(), [rows()], Version(0), config=config).loss
+        policy = TrainablePolicy(model, OptimizerConfig())
+        return train(policy, Resident(model), ProcessGroup(), [rows()], Version(0), config=config).loss
 
     model = load(starting_model)
     mean = 0.0
