@@ -55,13 +55,14 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         (
-            "One TOML describes a run, and every service reads the same file. Defaults < TOML < environment "
-            "(`PALIMPSEST_LEARNER__OPTIMIZER__LR=3e-6`) < flags (`--learner.optimizer.lr=3e-6`). `--check` prints the "
-            "resolved run. A misspelt key is refused and its nearest neighbor named. Secrets come from the environment "
-            "only: `PALIMPSEST_GATEWAY_TOKEN`, `PALIMPSEST_KAFKA_USERNAME`, `PALIMPSEST_KAFKA_PASSWORD`, and the S3's "
-            "credentials ([operations.md](operations.md))."
+            "One TOML file describes a run, and every service reads the same file. Flags "
+            "(`--learner.optimizer.lr=3e-6`) override environment variables "
+            "(`PALIMPSEST_LEARNER__OPTIMIZER__LR=3e-6`), which override the file, which overrides the defaults. "
+            "`--check` prints the resolved run. A misspelled key is an error that names the nearest key. Secrets come "
+            "from the environment only: `PALIMPSEST_GATEWAY_TOKEN`, `PALIMPSEST_KAFKA_USERNAME`, "
+            "`PALIMPSEST_KAFKA_PASSWORD`, and the credentials of the S3 ([operations.md](operations.md#s3-and-minio))."
         ),
-        "This page is made from common/config by `make docs`.",
+        "`make docs` generates this page from common/config.",
     ]
     parts += _section(RunConfig, ())
     return "\n\n".join(parts) + "\n"
@@ -157,8 +158,8 @@ def metrics() -> str:
         "# Metrics",
         (
             "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
-            "`_bucket`, `_sum` and `_count`. This page is made from common/outages.py and each service's metrics*.py "
-            "by `make docs`."
+            "`_bucket`, `_sum` and `_count`. `make docs` generates this page from common/outages.py and each service's "
+            "instruments.py."
         ),
         "## every service",
         _series([outages]),
@@ -192,9 +193,8 @@ def wire() -> str:
         "# Messages",
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
         (
-            "Token and log-prob arrays are packed little-endian (int32, float32). This page is made from "
-            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py by "
-            "`make docs`."
+            "Token and log-prob arrays are packed little-endian (int32, float32). `make docs` generates this page from "
+            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py."
         ),
     ]
     beside = (
