@@ -1,4 +1,4 @@
-"""A real store, served by a thread, for the learner's modules that speak to one."""
+"""A real snapshot store, served by a thread, for tests of learner modules that use one."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Token-level advantages by hand, and what is refused. Against oracles: tests/conformance/test_token_advantages.py."""
+"""Token-level advantages computed by hand, and refused input.
+
+tests/conformance/test_token_advantages.py compares them with reference implementations.
+"""
 
 import numpy as np
 import pytest
@@ -13,11 +16,11 @@ MASK = np.array([[False, True, False, True, True], [True, False, False, False, F
 REWARDS = np.array([1.0, 2.0, 3.0])
 
 
-def alone(own: Moments) -> list[Moments]:
+def single_rank(own: Moments) -> list[Moments]:
     return [own]
 
 
-def test_packing_moves_trainable_tokens_together_and_back() -> None:
+def test_packing_gathers_trainable_tokens_and_unpacking_restores_them() -> None:
     values = np.arange(15.0).reshape(3, 5)
     packed = pack("values", values, MASK)
     assert packed.tolist() == [[1.0, 3.0, 4.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -27,7 +30,7 @@ def test_packing_moves_trainable_tokens_together_and_back() -> None:
 
 
 @pytest.mark.parametrize("places", [0, 1, 2, 3, 7, 8, 9, 100])
-def test_sums_by_doubling_are_those_of_the_recursion(places: int) -> None:
+def test_sums_by_doubling_equal_the_recursion(places: int) -> None:
     values = np.random.default_rng(places).normal(0, 1, (2, places))
     expected, running = np.zeros_like(values), np.zeros(2)
     for t in reversed(range(places)):
@@ -36,8 +39,8 @@ def test_sums_by_doubling_are_those_of_the_recursion(places: int) -> None:
     np.testing.assert_allclose(discounted_sums(values, 0.9), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_what_each_token_costs_is_taken_off_all_tokens_before_it() -> None:
-    """A KL penalty inside the reward: a token answers for its own and for those behind it."""
+def test_a_tokens_cost_lowers_the_return_of_all_tokens_before_it() -> None:
+    """With a KL penalty inside the reward, a token's return includes its own cost and the costs of later tokens."""
     costs = np.array([[9.0, 0.1, 9.0, 0.2, 0.4]] * 3)
     returns = returns_to_go(MASK, REWARDS, gamma=1.0, token_rewards=-costs)
     assert returns[0].tolist() == pytest.approx([0.0, 0.3, 0.0, 0.4, 0.6])
@@ -46,7 +49,7 @@ def test_what_each_token_costs_is_taken_off_all_tokens_before_it() -> None:
 
 
 def test_gae_by_hand() -> None:
-    """V = (.5, .6, .8), gamma .9, lambda .5: errors .2, .12 + 0 ... from the last token backwards."""
+    """V = (.5, .6, .8), gamma .9, lambda .5: accumulates TD errors from the last token backward."""
     values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]])
     ours = generalized_advantages(MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5)
     last = 1.0 - 0.8
@@ -55,26 +58,26 @@ def test_gae_by_hand() -> None:
     assert ours[0].tolist() == pytest.approx([0.0, first, 0.0, middle, last])
 
 
-def test_nothing_follows_the_last_token() -> None:
+def test_the_value_after_the_last_token_is_zero() -> None:
     values = np.array([[0.0, 0.5, 0.0, 0.6, 0.8]])
-    over = generalized_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
-    assert over[0, 4] == -0.8
+    advantages = generalized_advantages(MASK[:1], np.zeros(1), values, gamma=1.0, lam=0.95)
+    assert advantages[0, 4] == -0.8
 
 
 def test_reinforce_whitens_over_tokens_not_trajectories() -> None:
     """Three tokens of return 1 and one of 5: mean 2, unbiased deviation 2."""
     part = MicroBatchRewards(MASK, np.array([1.0, 5.0, 100.0]))
-    (ours,) = token_advantages("reinforce_pp", [part], gamma=1.0, lam=1.0, gather=alone)
+    (ours,) = token_advantages("reinforce_pp", [part], gamma=1.0, lam=1.0, gather=single_rank)
     assert ours.advantages[0].tolist() == pytest.approx([0.0, -0.5, 0.0, -0.5, -0.5])
     assert ours.advantages[1].tolist() == pytest.approx([1.5, 0.0, 0.0, 0.0, 0.0])
     assert ours.advantages[2].tolist() == [0.0] * 5
     assert ours.returns[:2].max(axis=1).tolist() == [1.0, 5.0]
 
 
-def test_gae_returns_are_what_the_critic_should_have_said() -> None:
+def test_gae_returns_are_the_targets_of_the_critic() -> None:
     values = np.random.default_rng(0).normal(0, 1, MASK.shape).astype(np.float32)
     (ours,) = token_advantages(
-        "gae", [MicroBatchRewards(MASK, REWARDS, values=values)], gamma=1.0, lam=1.0, gather=alone
+        "gae", [MicroBatchRewards(MASK, REWARDS, values=values)], gamma=1.0, lam=1.0, gather=single_rank
     )
     assert ours.returns[MASK].tolist() == pytest.approx([1.0, 1.0, 1.0, 2.0])
     assert not ours.returns[~MASK].any()
@@ -84,24 +87,26 @@ def test_a_batch_without_trainable_tokens_gives_zeros() -> None:
     empty = np.zeros((2, 3), dtype=bool)
     part = MicroBatchRewards(empty, np.ones(2), values=np.ones((2, 3)))
     for kind in ("reinforce_pp", "gae"):
-        (ours,) = token_advantages(kind, [part], gamma=1.0, lam=1.0, gather=alone)
+        (ours,) = token_advantages(kind, [part], gamma=1.0, lam=1.0, gather=single_rank)
         assert not ours.advantages.any()
         assert ours.advantages.shape == (2, 3)
 
 
-def test_a_rank_without_rows_speaks_all_the_same() -> None:
-    heard: list[Moments] = []
+def test_a_rank_without_rows_joins_the_gather() -> None:
+    gathered: list[Moments] = []
 
     def gather(own: Moments) -> list[Moments]:
-        heard.append(own)
+        gathered.append(own)
         return [own, Moments(4, 0.5, 1.0, 0.0, 1.0)]
 
     assert token_advantages("reinforce_pp", [], gamma=1.0, lam=1.0, gather=gather) == []
-    assert [own.count for own in heard] == [0]
+    assert [own.count for own in gathered] == [0]
 
 
 def test_a_single_trainable_token_whitens_to_0() -> None:
-    assert whitened([(np.array([[4.0, 5.0]]), np.array([[False, True]]))], gather=alone)[0].tolist() == [[0.0, 0.0]]
+    assert whitened([(np.array([[4.0, 5.0]]), np.array([[False, True]]))], gather=single_rank)[0].tolist() == [
+        [0.0, 0.0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,14 +123,14 @@ def test_a_single_trainable_token_whitens_to_0() -> None:
         ({"lam": -0.1}, r"lam is -0.1; it must be in \[0, 1\]"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(changed: dict, says: str) -> None:
+def test_invalid_arguments_are_refused(changed: dict, says: str) -> None:
     given = {"mask": MASK, "rewards": REWARDS, "values": np.zeros(MASK.shape), "gamma": 1.0, "lam": 1.0} | changed
     with pytest.raises(ValueError, match=says):
         generalized_advantages(**given)
 
 
-def test_gae_without_values_and_foreign_kinds_are_refused() -> None:
+def test_gae_without_values_and_group_level_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="gae needs the values of the critic"):
-        token_advantages("gae", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
+        token_advantages("gae", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=single_rank)
     with pytest.raises(ValueError, match="grpo is not a token-level kind of advantages"):
-        token_advantages("grpo", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=alone)
+        token_advantages("grpo", [MicroBatchRewards(MASK, REWARDS)], gamma=1.0, lam=1.0, gather=single_rank)

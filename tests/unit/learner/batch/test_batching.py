@@ -1,4 +1,4 @@
-"""Layout and padding."""
+"""Layout of micro-batches, padding, and partition by rank."""
 
 import numpy as np
 from hypothesis import given, strategies as st
@@ -51,7 +51,7 @@ def test_versions_present_are_listed_once_in_ascending_order() -> None:
 
 
 @given(lengths, st.integers(1, 5))
-def test_every_row_is_dealt_to_one_rank_and_the_shares_are_even(sizes: list[int], ranks: int) -> None:
+def test_every_row_goes_to_one_rank_and_shares_are_balanced(sizes: list[int], ranks: int) -> None:
     shares = partition_by_rank(rows_of(sizes), ranks)
     assert sorted(row.trajectory for share in shares for row in share) == [f"r{i:03d}" for i in range(len(sizes))]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

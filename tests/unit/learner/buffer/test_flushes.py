@@ -1,4 +1,4 @@
-"""Flushes in hand: of one sampling the last one, of two samplings both."""
+"""The flush buffer keeps the latest flush of each sampling."""
 
 from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
 from tests.learner_parts.interruption import a_flush
@@ -10,7 +10,7 @@ OTHER_TOKENS = Flushed(a_flush(0, 0, tokens=[1, 2, 9, 9, 9, 9]), 0, 7)
 OTHER_VERSION = Flushed(a_flush(0, 0, tokens=9, segments=(a_segment(2, 6, 1),)), 0, 8)
 
 
-def test_a_later_flush_holds_the_former_one_in_either_order() -> None:
+def test_a_later_flush_replaces_the_earlier_one_in_either_order() -> None:
     for first, second in ((SHORT, LONG), (LONG, SHORT)):
         flushes = FlushBuffer()
         assert flushes.add(first) == []
@@ -18,14 +18,14 @@ def test_a_later_flush_holds_the_former_one_in_either_order() -> None:
         assert list(flushes) == [LONG]
 
 
-def test_a_flush_that_comes_again_is_needless() -> None:
+def test_a_repeated_flush_is_superfluous() -> None:
     flushes, again = FlushBuffer(), Flushed(SHORT.record, 0, 4)
     flushes.add(SHORT)
     assert flushes.add(again) == [again]
     assert list(flushes) == [SHORT]
 
 
-def test_other_tokens_or_another_version_are_another_sampling() -> None:
+def test_different_tokens_or_versions_belong_to_another_sampling() -> None:
     flushes = FlushBuffer()
     for flushed in (SHORT, OTHER_TOKENS, OTHER_VERSION):
         assert flushes.add(flushed) == []
@@ -33,7 +33,7 @@ def test_other_tokens_or_another_version_are_another_sampling() -> None:
     assert len(flushes) == 3
 
 
-def test_what_is_removed_or_forgotten_is_gone() -> None:
+def test_removed_and_forgotten_flushes_leave_the_buffer() -> None:
     flushes, other = FlushBuffer(), Flushed(a_flush(0, 1), 1, 0)
     for flushed in (SHORT, OTHER_TOKENS, other):
         flushes.add(flushed)

@@ -1,4 +1,4 @@
-"""The ledger: whatever happens in whatever order, it balances, and nothing is counted twice."""
+"""The trajectory ledger: it balances after every event, and counts each trajectory once."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_offers_at_most_what_the_staleness_bound_allows() -> None:
     assert ledger.free_slots() == 0
     fill(ledger, 0)
     fill(ledger, 1)
-    assert ledger.free_slots() == 0  # arrived is not resolved
+    assert ledger.free_slots() == 0  # an arrived trajectory is unresolved
     assert ledger.take_batch() is not None
     assert ledger.free_slots() == 2
 
@@ -48,7 +48,7 @@ def test_takes_the_oldest_complete_groups_first() -> None:
     assert [group.group for group in batch] == ["g000001", "g000002"]
 
 
-def test_waits_for_the_last_sibling() -> None:
+def test_a_group_waits_for_its_last_trajectory() -> None:
     ledger = a_ledger(groups_per_batch=1)
     ledger.offer(now=0.0)
     fill(ledger, 0, range(2))
@@ -57,7 +57,7 @@ def test_waits_for_the_last_sibling() -> None:
     assert ledger.take_batch() is not None
 
 
-def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_trained() -> None:
+def test_a_missing_trajectory_is_dropped_at_the_deadline_and_its_group_is_trained() -> None:
     ledger = a_ledger(groups_per_batch=1)
     ledger.offer(now=100.0)
     fill(ledger, 0, range(2))
@@ -72,7 +72,7 @@ def test_a_sibling_that_never_comes_is_dropped_at_the_deadline_and_the_rest_is_t
     }  # fmt: skip
 
 
-def test_a_group_with_one_survivor_has_no_baseline_and_is_dropped() -> None:
+def test_a_group_with_one_remaining_trajectory_is_dropped() -> None:
     ledger = a_ledger(groups_per_batch=1)
     ledger.offer(now=0.0)
     fill(ledger, 0, range(1))
@@ -88,7 +88,7 @@ def test_a_group_with_one_survivor_has_no_baseline_and_is_dropped() -> None:
     }
 
 
-def test_what_is_over_the_bound_is_dropped_and_only_that() -> None:
+def test_only_trajectories_over_the_staleness_bound_are_dropped() -> None:
     ledger = a_ledger(max_staleness=2)
     ledger.offer(now=0.0)
     fill(ledger, 0)
@@ -109,7 +109,7 @@ def test_what_is_over_the_bound_is_dropped_and_only_that() -> None:
         ("g000000", "g000000/x"),
     ],
 )
-def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
+def test_an_id_that_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
     ledger = a_ledger()
     ledger.offer(now=0.0)
     before = ledger.counts()
@@ -118,7 +118,7 @@ def test_what_was_never_offered_is_unknown(group: str, trajectory: str) -> None:
     assert ledger.counts() == before
 
 
-def test_a_dead_letter_is_made_good_by_a_sound_record_while_its_group_is_open() -> None:
+def test_a_valid_record_recovers_a_dead_letter_while_its_group_is_open() -> None:
     ledger = a_ledger(groups_per_batch=1)
     ledger.offer(now=0.0)
     fill(ledger, 0, range(2))
@@ -126,12 +126,14 @@ def test_a_dead_letter_is_made_good_by_a_sound_record_while_its_group_is_open() 
     assert ledger.counts()["dead_lettered"] == 1
     assert ledger.arrive("g000000", "g000000/2", "sound") is ArrivalStatus.RECOVERED
     assert ledger.counts()["dead_lettered"] == 0
-    assert ledger.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, "garbage again takes nothing back"
+    assert ledger.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, (
+        "a second dead letter does not undo the recovery"
+    )
     (batch,) = ledger.take_batch() or []
     assert batch.items == ["g000000/0", "g000000/1", "sound"]
 
 
-def test_a_dead_letter_is_made_good_by_the_worker_giving_up() -> None:
+def test_a_drop_recovers_a_dead_letter() -> None:
     ledger = a_ledger()
     ledger.offer(now=0.0)
     ledger.dead_letter("g000000", "g000000/2")
@@ -142,7 +144,7 @@ def test_a_dead_letter_is_made_good_by_the_worker_giving_up() -> None:
     }  # fmt: skip
 
 
-def test_in_a_closed_group_a_dead_letter_stays_one() -> None:
+def test_a_dead_letter_of_a_closed_group_is_final() -> None:
     ledger = a_ledger()
     ledger.offer(now=0.0)
     for sample in range(SAMPLES):
@@ -152,14 +154,14 @@ def test_in_a_closed_group_a_dead_letter_stays_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["g000000/00", "g0/0", "g+0/0", "g000000/0 "])
-def test_an_id_in_another_writing_was_never_offered(name: str) -> None:
+def test_an_id_in_a_noncanonical_form_is_unknown(name: str) -> None:
     ledger = a_ledger()
     ledger.offer(now=0.0)
     group = name.rpartition("/")[0]
     assert ledger.arrive(group, name, "?") is ArrivalStatus.UNKNOWN
     for sample in range(SAMPLES):
         ledger.dead_letter("g000000", f"g000000/{sample}")
-    assert ledger.arrive(group, name, "?") is ArrivalStatus.UNKNOWN, "nor when its group is closed"
+    assert ledger.arrive(group, name, "?") is ArrivalStatus.UNKNOWN, "also in a closed group"
 
 
 events = st.lists(
@@ -175,7 +177,7 @@ events = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(events)
 def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, int]]) -> None:
-    """A naive model beside it: one end for each id, ever."""
+    """Compare with a naive model in which each id has one outcome."""
     ledger, ends, clock = a_ledger(), dict[str, str](), 0.0
     offered: set[str] = set()
     arrived: dict[str, str] = {}
@@ -227,7 +229,7 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                 state = ledger.state()
                 ledger = a_ledger()
                 ledger.restore(state, now=clock)
-                for name_, item in arrived.items():  # the log is read again
+                for name_, item in arrived.items():  # the log is read a second time
                     assert ledger.arrive(name_.rpartition("/")[0], name_, item) is ArrivalStatus.NEW
         counts = ledger.counts()
         assert counts["offered"] == len(offered)

@@ -1,4 +1,4 @@
-"""A checkpoint counts whole or not at all, and only if the store took it."""
+"""A checkpoint is valid only if it is complete and committed in the store."""
 
 import multiprocessing
 import os
@@ -62,7 +62,7 @@ def tensors(version: int) -> dict[str, torch.Tensor]:
 
 
 class Learner:
-    """The part of a learner that checkpoints; it has taken the run over."""
+    """The checkpointing part of a learner that took the run over."""
 
     def __init__(self, store: SnapshotClient, folder: Path, *, keep: int = 2) -> None:
         self.writer = Writer(store, "a test")
@@ -95,7 +95,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_saved_comes_back(learner: Learner) -> None:
+def test_the_newest_checkpoint_is_the_saved_one(learner: Learner) -> None:
     learner.save(4)
     got, state = learner.checkpoints.newest()
     assert (got.version, got.ledger, got.offsets, got.task_offsets) == (4, LEDGER, {0: 5, 1: 7}, {0: 3})
@@ -103,17 +103,17 @@ def test_what_was_saved_comes_back(learner: Learner) -> None:
     assert torch.equal(state["0.master"], tensors(4)["0.master"])
 
 
-def test_one_that_does_not_say_where_scores_are_wanted_from_is_gone_on_from_too(learner: Learner, folder: Path) -> None:
-    """Scores are read from the beginning then."""
+def test_a_checkpoint_without_score_offsets_is_readable(learner: Learner, folder: Path) -> None:
+    """The score reader then starts at the beginning of the log."""
     learner.save(4)
     manifest = folder / "00000004-00000002" / "manifest.json"
-    said = msgspec.json.decode(manifest.read_bytes())
-    del said["score_offsets"]
-    manifest.write_bytes(msgspec.json.encode(said))
+    fields = msgspec.json.decode(manifest.read_bytes())
+    del fields["score_offsets"]
+    manifest.write_bytes(msgspec.json.encode(fields))
     assert msgspec.json.decode(manifest.read_bytes(), type=Progress).score_offsets == {}
 
 
-def test_only_the_newest_are_kept_here_and_in_the_store(learner: Learner, folder: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept_on_disk_and_in_the_store(learner: Learner, folder: Path) -> None:
     assert learner.checkpoints.oldest_version() is None
     learner.save(1, 2, 3, 4, 5)
     assert names(folder) == ["00000004-00000002", "00000005-00000002"]
@@ -122,12 +122,12 @@ def test_only_the_newest_are_kept_here_and_in_the_store(learner: Learner, folder
     assert learner.checkpoints.newest()[0].version == 5
 
 
-def test_without_any_there_is_nothing_to_start_from(learner: Learner) -> None:
+def test_newest_raises_without_a_checkpoint(learner: Learner) -> None:
     with pytest.raises(NoCheckpoint):
         learner.checkpoints.newest()
 
 
-def test_one_that_stands_is_never_taken_apart_again(learner: Learner, folder: Path) -> None:
+def test_a_complete_checkpoint_is_never_overwritten(learner: Learner, folder: Path) -> None:
     learner.save(3)
     written = (folder / "00000003-00000002" / "manifest.json").stat().st_mtime_ns
     learner.checkpoints.save(progress(3, 2), tensors(4))
@@ -135,7 +135,7 @@ def test_one_that_stands_is_never_taken_apart_again(learner: Learner, folder: Pa
     assert torch.equal(learner.checkpoints.newest()[1]["0.master"], tensors(3)["0.master"])
 
 
-def test_a_successor_goes_on_from_it_and_writes_into_folders_of_its_own(
+def test_a_successor_resumes_from_a_checkpoint_and_writes_into_its_own_folders(
     learner: Learner, store: SnapshotClient, folder: Path
 ) -> None:
     learner.save(3)
@@ -147,7 +147,7 @@ def test_a_successor_goes_on_from_it_and_writes_into_folders_of_its_own(
     assert [one.writer for one in written] == [2, 3]
 
 
-def test_a_replaced_learner_commits_nothing_removes_nothing_and_says_who_replaced_it(
+def test_a_replaced_learner_commits_and_removes_nothing_and_names_its_successor(
     learner: Learner, store: SnapshotClient, folder: Path
 ) -> None:
     learner.save(1, 2)
@@ -163,7 +163,7 @@ def test_a_replaced_learner_commits_nothing_removes_nothing_and_says_who_replace
     assert Learner(store, folder).found == 2
 
 
-def test_without_fencing_the_replaced_learners_checkpoint_would_be_gone_on_from(
+def test_without_fencing_a_restart_would_use_the_replaced_learners_checkpoint(
     learner: Learner, store: SnapshotClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     successor = Learner(store, folder)
@@ -173,7 +173,7 @@ def test_without_fencing_the_replaced_learners_checkpoint_would_be_gone_on_from(
     assert Learner(store, folder).found == 2
 
 
-def test_what_was_never_committed_goes_with_the_next_one(learner: Learner, store: SnapshotClient, folder: Path) -> None:
+def test_the_next_checkpoint_removes_uncommitted_folders(learner: Learner, store: SnapshotClient, folder: Path) -> None:
     learner.save(1)
     successor = Learner(store, folder)
     with pytest.raises(Fenced):
@@ -184,7 +184,7 @@ def test_what_was_never_committed_goes_with_the_next_one(learner: Learner, store
     assert names(folder) == ["00000001-00000002", "00000002-00000003", "mine"]
 
 
-def test_a_replaced_learner_whose_files_its_successor_removed_hears_that_it_was_replaced(
+def test_a_replaced_learner_raises_fenced_after_its_successor_removed_its_files(
     learner: Learner, store: SnapshotClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replaced(place: str) -> None:
@@ -205,7 +205,7 @@ def _save_and_die(url: str, folder: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", DIED)
-def test_one_that_was_being_written_at_a_kill_counts_from_the_moment_the_store_took_it(
+def test_a_checkpoint_interrupted_by_a_kill_is_valid_once_committed_in_the_store(
     learner: Learner, store: SnapshotClient, folder: Path, fault: str
 ) -> None:
     learner.save(1)
@@ -223,46 +223,46 @@ def test_one_that_was_being_written_at_a_kill_counts_from_the_moment_the_store_t
 
 
 class DiesWhileRemoving(Writer):
-    """The process ends just before the store hears that the oldest counts no longer, or just after."""
+    """A writer whose process ends just before or just after it withdraws the oldest commit."""
 
-    def __init__(self, store: SnapshotClient, *, heard: bool) -> None:
+    def __init__(self, store: SnapshotClient, *, withdrawn: bool) -> None:
         super().__init__(store)
-        self._heard = heard
+        self._withdrawn = withdrawn
 
     def withdraw(self, commit: object) -> None:
-        if self._heard:
+        if self._withdrawn:
             super().withdraw(commit)  # type: ignore[arg-type]
         raise SystemExit
 
 
-@pytest.mark.parametrize("heard", [False, True])
-def test_a_kill_during_a_removal_leaves_the_newest_in_its_place(
-    store: SnapshotClient, folder: Path, heard: bool
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_a_kill_during_a_removal_keeps_the_newest_checkpoint(
+    store: SnapshotClient, folder: Path, withdrawn: bool
 ) -> None:
-    writer = DiesWhileRemoving(store, heard=heard)
+    writer = DiesWhileRemoving(store, withdrawn=withdrawn)
     writer.begin()
     dying = Checkpoints(folder, writer, keep=1)
     dying.save(progress(1, 2), tensors(1))
     with pytest.raises(SystemExit):
         dying.save(progress(2, 2), tensors(2))
-    again = Learner(store, folder, keep=1)
-    assert again.found == 2
-    again.save(3)
+    restarted = Learner(store, folder, keep=1)
+    assert restarted.found == 2
+    restarted.save(3)
     assert names(folder) == ["00000003-00000003"]
 
 
 DAMAGES = {
-    "flip a byte of the state": ("state.safetensors", lambda body: body[:-1] + bytes([body[-1] ^ 1])),
-    "cut the state": ("state.safetensors", lambda body: body[:-4]),
-    "cut the manifest": ("manifest.json", lambda body: body[:-9]),
-    "another manifest": ("manifest.json", lambda body: body.replace(b'"seconds":1.5', b'"seconds":2.5')),
+    "state byte flipped": ("state.safetensors", lambda body: body[:-1] + bytes([body[-1] ^ 1])),
+    "state truncated": ("state.safetensors", lambda body: body[:-4]),
+    "manifest truncated": ("manifest.json", lambda body: body[:-9]),
+    "manifest changed": ("manifest.json", lambda body: body.replace(b'"seconds":1.5', b'"seconds":2.5')),
 }
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "remove it"])
-def test_a_damaged_one_is_passed_over_for_the_one_before(learner: Learner, folder: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", [*DAMAGES, "folder removed"])
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(learner: Learner, folder: Path, damage: str) -> None:
     learner.save(1, 2)
-    if damage == "remove it":
+    if damage == "folder removed":
         shutil.rmtree(folder / "00000002-00000002")
     else:
         name, change = DAMAGES[damage]
@@ -275,22 +275,22 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(learner: Learner, folde
     assert torch.equal(state["0.master"], tensors(1)["0.master"])
 
 
-def test_one_of_another_schema_is_passed_over(learner: Learner) -> None:
+def test_a_checkpoint_of_another_schema_is_skipped(learner: Learner) -> None:
     learner.save(1)
     learner.checkpoints.save(msgspec.structs.replace(progress(2, 2), schema=99), tensors(2))
     assert learner.checkpoints.newest()[0].version == 1
 
 
-def test_when_none_can_be_read_the_run_does_not_begin_again(learner: Learner, folder: Path) -> None:
+def test_a_run_without_a_readable_checkpoint_does_not_restart_from_zero(learner: Learner, folder: Path) -> None:
     learner.save(1, 2)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="none of this run's 2 checkpoints can be read") as refused:
+    with pytest.raises(UserError, match="none of this run's 2 checkpoints can be read") as error:
         learner.checkpoints.newest()
-    assert refused.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
 @pytest.mark.parametrize("lost", [(1, 2), (2,)])
-def test_a_store_that_has_lost_the_newest_is_refused(
+def test_a_store_that_lost_the_newest_commit_is_refused(
     learner: Learner, store: SnapshotClient, folder: Path, tmp_path: Path, lost: tuple[int, ...]
 ) -> None:
     learner.save(1, 2)
@@ -298,12 +298,12 @@ def test_a_store_that_has_lost_the_newest_is_refused(
         (tmp_path / "store" / "checkpoints" / f"{version:08d}-00000002.json").unlink()
     with pytest.raises(
         UserError, match="holds checkpoint 00000002-00000002, which the snapshot store does not"
-    ) as refused:
+    ) as error:
         Learner(store, folder)
-    assert refused.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
-def test_a_checkpoint_of_an_earlier_release_is_refused_and_not_begun_over(learner: Learner, folder: Path) -> None:
+def test_a_checkpoint_of_an_earlier_release_is_refused(learner: Learner, folder: Path) -> None:
     learner.save(1)
     shutil.copytree(folder / "00000001-00000002", folder / "00000009")
     with pytest.raises(UserError, match="holds checkpoint 00000009, which"):

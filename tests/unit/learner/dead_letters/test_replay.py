@@ -1,4 +1,4 @@
-"""Dead letters: listed as they stand, and sent again exactly once."""
+"""Dead letters: listing them, and replaying each exactly once."""
 
 import json
 import os
@@ -47,16 +47,16 @@ def bus(toml: Path) -> Iterator[Bus]:
     bus.close()
 
 
-def bury(
+def write_letter(
     bus: Bus, topic: str, record: Outgoing, cause: RejectCause, reason: str = "why", *, run: str = "test"
 ) -> Position:
-    """A record on its topic, and the letter that a reader writes of it."""
+    """Publish a record on its topic and the dead letter that a reader writes for it."""
     (at,) = bus.publish(topic, [record])
-    again(bus, topic, record, at, cause, reason, run=run)
+    read_replay(bus, topic, record, at, cause, reason, run=run)
     return at
 
 
-def again(
+def read_replay(
     bus: Bus, topic: str, record: Outgoing, at: Position, cause: RejectCause, reason: str = "why", *, run: str = "test"
 ) -> None:
     read = Record(topic, at.partition, at.offset, record.key, record.body, record.headers)
@@ -64,18 +64,18 @@ def again(
     bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
 
 
-def said(*arguments: str | Path) -> list[str]:
-    """What the command prints."""
+def output_of(*arguments: str | Path) -> list[str]:
+    """Return the command's output."""
     return list(run_command([str(argument) for argument in arguments], {}))
 
 
 GARBAGE = Outgoing("g000007", b"\x00garbage", {"trajectory": "g000007/3", "own": "header"})
 
 
-def test_a_record_sent_again_is_the_original_and_names_its_letter(bus: Bus, toml: Path) -> None:
-    bury(bus, TASKS, Outgoing("x", b"?"), RejectCause.UNDECODABLE)
-    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
-    lines = said("replay", toml, "--offset=1")
+def test_a_replayed_record_equals_the_original_and_names_its_letter(bus: Bus, toml: Path) -> None:
+    write_letter(bus, TASKS, Outgoing("x", b"?"), RejectCause.UNDECODABLE)
+    at = write_letter(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
+    lines = output_of("replay", toml, "--offset=1")
     (first, second) = read_existing(bus, TRAJECTORIES)
     assert (second.key, second.body, second.partition) == ("g000007", b"\x00garbage", at.partition)
     assert second.headers == {"trajectory": "g000007/3", "own": "header", "replayed": "0/1"}
@@ -87,49 +87,49 @@ def test_a_record_sent_again_is_the_original_and_names_its_letter(bus: Bus, toml
     assert len(list(read_existing(bus, TASKS))) == 1, "nothing else was sent"
 
 
-def test_nothing_is_sent_twice_unless_it_is_asked_for(bus: Bus, toml: Path) -> None:
-    bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
-    bury(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNKNOWN_SCHEMA)
-    assert said("replay", toml)[-1] == "sent 2 records"
+def test_a_record_is_replayed_twice_only_on_request(bus: Bus, toml: Path) -> None:
+    write_letter(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
+    write_letter(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNKNOWN_SCHEMA)
+    assert output_of("replay", toml)[-1] == "sent 2 records"
     hint = "had been sent before; --again sends such once more"
-    assert said("replay", toml) == [f"nothing to send: 2 records {hint}"]
-    bury(bus, TRAJECTORIES, Outgoing("g000008", b"??"), RejectCause.NOT_FINITE)
-    assert said("replay", toml)[-1] == f"sent 1 record; 2 records {hint}"
+    assert output_of("replay", toml) == [f"nothing to send: 2 records {hint}"]
+    write_letter(bus, TRAJECTORIES, Outgoing("g000008", b"??"), RejectCause.NOT_FINITE)
+    assert output_of("replay", toml)[-1] == f"sent 1 record; 2 records {hint}"
     assert len(list(read_existing(bus, TRAJECTORIES))) == 4
-    assert said("replay", toml, "--again", "--cause=unknown_schema")[-1] == "sent 1 record"
+    assert output_of("replay", toml, "--again", "--cause=unknown_schema")[-1] == "sent 1 record"
     assert [record.headers.get("replayed") for record in read_existing(bus, CONTROL)] == [None, "0/1", "0/1"]
 
 
-def test_several_letters_of_one_record_are_one(bus: Bus, toml: Path) -> None:
-    """Every reader of a topic writes its own, and a reader that starts again one more."""
-    at = bury(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNDECODABLE)
-    again(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)
+def test_several_letters_of_one_record_are_replayed_once(bus: Bus, toml: Path) -> None:
+    """Each reader of a topic writes its own letter, and a restarted reader writes another."""
+    at = write_letter(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNDECODABLE)
+    read_replay(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)
     (one,), unreadable = read(bus, "test")
     assert (one.at, one.again, one.replayed, unreadable) == (Position(0, 0), (Position(0, 1),), (), [])
-    assert said("replay", toml, "--offset=1")[-1] == "sent 1 record"
-    again(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)  # written after it was sent again
-    assert said("replay", toml)[0].startswith("nothing to send")
+    assert output_of("replay", toml, "--offset=1")[-1] == "sent 1 record"
+    read_replay(bus, CONTROL, Outgoing("test", b"?"), at, RejectCause.UNDECODABLE)  # written after the replay
+    assert output_of("replay", toml)[0].startswith("nothing to send")
     ((one,), _) = read(bus, "test")
     assert one.replayed == (Position(0, 1),)
 
 
-def test_what_a_reader_added_is_not_sent(bus: Bus, toml: Path) -> None:
+def test_headers_that_a_reader_added_are_not_replayed(bus: Bus, toml: Path) -> None:
     headers = {"claim": "c3" * 32, "claim_lost": "no such body"}
-    bury(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), RejectCause.MISSING_CLAIM)
-    said("replay", toml)
+    write_letter(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), RejectCause.MISSING_CLAIM)
+    output_of("replay", toml)
     (_, sent) = read_existing(bus, TRAJECTORIES)
     assert sent.headers == {"claim": "c3" * 32, "replayed": "0/0"}
 
 
 def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
-    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE, "trajectories: no\nrecord")
-    bury(bus, TRAJECTORIES, Outgoing("g000007", b"x" * 1234), RejectCause.NOT_FINITE, "segment 0: not finite")
-    bury(bus, TRAJECTORIES, Outgoing("g000007", b"y"), RejectCause.NOT_FINITE, "segment 1: not finite")
-    bury(bus, TASKS, Outgoing("elsewhere", b"z"), RejectCause.NOT_FINITE, run="another")
+    at = write_letter(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE, "trajectories: no\nrecord")
+    write_letter(bus, TRAJECTORIES, Outgoing("g000007", b"x" * 1234), RejectCause.NOT_FINITE, "segment 0: not finite")
+    write_letter(bus, TRAJECTORIES, Outgoing("g000007", b"y"), RejectCause.NOT_FINITE, "segment 1: not finite")
+    write_letter(bus, TASKS, Outgoing("elsewhere", b"z"), RejectCause.NOT_FINITE, run="another")
     bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
-    said("replay", toml, "--offset=0")
+    output_of("replay", toml, "--offset=0")
     where = f"trajectories[{at.partition}]"
-    assert said("list", toml)[:-1] == [
+    assert output_of("list", toml)[:-1] == [
         "offset  when (UTC)           record             key      bytes  sent  cause        reason",
         f"     0  2023-11-14 22:13:20  {where}@0  g000007      8  yes   undecodable  trajectories: no\\nrecord",
         f"     1  2023-11-14 22:13:20  {where}@1  g000007   1234        not_finite   segment 0: not finite",
@@ -137,16 +137,16 @@ def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
         "",
         "3 records: 2 not_finite, 1 undecodable",
     ]
-    assert said("list", toml)[-1].startswith("1 record on dead_letters cannot be read")
-    assert [line.split()[0] for line in said("list", toml, "--cause=not_finite")[1:3]] == ["1", "2"]
-    assert said("list", toml, "--cause=missing_claim")[0] == "no dead letters"
-    assert said("replay", toml, "--cause=missing_claim") == ["nothing to send: there is no such dead letter"]
+    assert output_of("list", toml)[-1].startswith("1 record on dead_letters cannot be read")
+    assert [line.split()[0] for line in output_of("list", toml, "--cause=not_finite")[1:3]] == ["1", "2"]
+    assert output_of("list", toml, "--cause=missing_claim")[0] == "no dead letters"
+    assert output_of("replay", toml, "--cause=missing_claim") == ["nothing to send: there is no such dead letter"]
 
 
-def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
-    at = bury(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
+def test_the_json_list_has_the_same_content(bus: Bus, toml: Path) -> None:
+    at = write_letter(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
     bus.publish(DEAD_LETTERS, [Outgoing("", b"no letter")])
-    (line,) = said("list", toml, "--json")
+    (line,) = output_of("list", toml, "--json")
     listed = json.loads(line)
     assert listed["causes"] == {"undecodable": 1}
     assert [one["offset"] for one in listed["unreadable"]] == [1]
@@ -178,15 +178,15 @@ def test_machines_get_the_same(bus: Bus, toml: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("bus")
-def test_what_cannot_be_done_is_refused_with_a_sentence(toml: Path, arguments: list[str], says: str) -> None:
+def test_an_invalid_request_is_refused_with_a_message(toml: Path, arguments: list[str], says: str) -> None:
     run = [toml] if len(arguments) > 1 else []
     with pytest.raises(UserError) as refused:
-        said(*arguments[:1], *run, *arguments[1:])
+        output_of(*arguments[:1], *run, *arguments[1:])
     assert says in str(refused.value)
 
 
-def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
-    """The whole way: a body that could not be used, sent again once it can be, takes the place of its dead letter."""
+def test_a_replayed_trajectory_of_an_open_group_is_trained(bus: Bus, toml: Path) -> None:
+    """End to end: an unusable record, replayed once it is usable, replaces its dead letter."""
     ingest = an_ingest(bus, groups=1, max_staleness=0)
     ledger, reader = ingest.ledger, ingest.reader
     ingest.start({}, {}, {}, now=0.0)
@@ -195,14 +195,14 @@ def test_a_replay_in_time_is_trained_on(bus: Bus, toml: Path) -> None:
     bus.publish(TRAJECTORIES, [Outgoing(early.group, encode(early), {"trajectory": early.trajectory})])
     reader.read_all(Version(-1), timeout_s=0)  # as if version 0 had not been published
     assert ledger.counts()["dead_lettered"] == 1
-    assert said("replay", toml, "--cause=unknown_version")[-1] == "sent 1 record"
+    assert output_of("replay", toml, "--cause=unknown_version")[-1] == "sent 1 record"
     reader.read_all(Version(0), timeout_s=0)
     assert ledger.counts()["dead_lettered"] == 0
     assert list(reader.arrived) == ["g000000/1"]
     ingest.close()
 
 
-def test_choosing_goes_by_every_letter_and_by_cause() -> None:
+def test_letters_are_selected_by_letter_and_by_cause() -> None:
     letter = decode(
         DEAD_LETTERS,
         encode(
@@ -219,7 +219,7 @@ def test_choosing_goes_by_every_letter_and_by_cause() -> None:
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("bus")
-def test_the_program_answers_without_torch(toml: Path) -> None:
+def test_the_program_runs_without_torch(toml: Path) -> None:
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['learner', 'dead-letters', 'list', {str(toml)!r}]\n"

@@ -1,4 +1,4 @@
-"""Offered groups stand on the log, and a restart knows all of them; where scores must be read from."""
+"""Offered groups are on the log, a restart restores all of them, and score offsets bound what it reads."""
 
 import random
 from collections.abc import Iterator
@@ -38,14 +38,14 @@ def bus(tmp_path: Path) -> Iterator[SqliteBus]:
 
 
 def started(bus: Bus) -> Ingest:
-    """It has offered four groups."""
+    """An ingest that has offered four groups."""
     ingest = an_ingest(bus)
     ingest.start({}, {}, {}, now=0.0)
     assert ingest.tasks.offer(Version(0), now=0.0) == 4
     return ingest
 
 
-def test_offers_stand_on_the_log_with_task_and_version(bus: SqliteBus) -> None:
+def test_offers_are_published_with_task_and_version(bus: SqliteBus) -> None:
     started(bus)
     with bus.consumer(TASKS) as consumer:
         offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
@@ -54,7 +54,7 @@ def test_offers_stand_on_the_log_with_task_and_version(bus: SqliteBus) -> None:
     assert {(o.run, o.environment, o.samples, o.version) for o in offers} == {("test", "lookup", 2, 0)}
 
 
-def test_a_restart_without_any_checkpoint_adopts_everything_offered(bus: SqliteBus) -> None:
+def test_a_restart_without_a_checkpoint_adopts_all_offers(bus: SqliteBus) -> None:
     started(bus)
     again = an_ingest(bus)
     again.start({}, {}, {}, now=0.0)
@@ -63,17 +63,17 @@ def test_a_restart_without_any_checkpoint_adopts_everything_offered(bus: SqliteB
 
 
 def score(bus: Bus, trajectory: str) -> Position:
-    """Somebody says a trajectory's old log-probs; where they stand."""
-    told = old_logprobs_record(
+    """Publish old log-probs of a trajectory and return their position."""
+    message = old_logprobs_record(
         run="test", trajectory=trajectory, by="replica-0", tokens=pack_int32([1, 2]), start=1, stop=2,
         version=Version(0), digest="d", values=np.array([-1.0], dtype=np.float32),
     )  # fmt: skip
-    (at,) = bus.publish(OLD_LOGPROBS, [Outgoing(trajectory, encode(told))])
+    (at,) = bus.publish(OLD_LOGPROBS, [Outgoing(trajectory, encode(message))])
     return at
 
 
 def test_scores_of_resolved_trajectories_are_not_read_again(bus: SqliteBus) -> None:
-    """A batch holds two groups, two batches are open: each offer notes where the topic ended."""
+    """A batch holds two groups and two batches are open; each offer records the end of the score topic."""
     ingest = started(bus)
     assert ingest.tasks.score_offsets() == {0: 0, 1: 0}
     for group in (0, 1):
@@ -93,8 +93,8 @@ def test_scores_of_resolved_trajectories_are_not_read_again(bus: SqliteBus) -> N
     assert ingest.tasks.score_offsets() == ends
 
 
-def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bus: SqliteBus) -> None:
-    """Whatever arrives, ends and is scored in whatever order, over several restarts."""
+def test_a_restart_reads_every_score_of_a_pending_trajectory(bus: SqliteBus) -> None:
+    """For random orders of offers, scores, ends, and restarts."""
     chances = random.Random(3)
     ingest = started(bus)
     places: dict[str, list[Position]] = {}
@@ -103,7 +103,7 @@ def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bu
         names = [f"g{index:06d}/{sample}" for index in range(ingest.ledger.next_index) for sample in (0, 1)]
         awaited = [name for name in names[-40:] if ingest.ledger.is_pending(name)]
         match chances.choice(("score", "score", "end", "end", "offer", "restart")):
-            case "score":  # late scores of resolved ones come too
+            case "score":  # includes late scores of resolved trajectories
                 name = chances.choice(names[-12:])
                 places.setdefault(name, []).append(score(bus, name))
             case "end" if awaited:
@@ -113,7 +113,7 @@ def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bu
                 ingest.tasks.offer(Version(0), now=0.0)
             case "restart":
                 state, kept = ingest.ledger.state(), ingest.tasks.score_offsets()
-                if chances.random() < 0.5:  # something is offered after the checkpoint
+                if chances.random() < 0.5:  # a group is offered after the checkpoint
                     ingest.tasks.offer(Version(0), now=0.0)
                 tasks = ingest.tasks.offsets()
                 ingest.close()
@@ -124,24 +124,24 @@ def test_every_score_of_what_is_pending_stands_where_a_restart_begins_to_read(bu
         for name, positions in places.items():
             if ingest.ledger.is_pending(name):
                 assert all(at.offset >= begin.get(at.partition, 0) for at in positions)
-        assert sum(begin.values()) >= least, "it does not go back"
+        assert sum(begin.values()) >= least, "score offsets never decrease"
         least = sum(begin.values())
     assert ingest.ledger.next_index > 30
     assert least > 0.8 * sum(map(len, places.values())), "nearly all scores are skipped"
     ingest.close()
 
 
-def test_a_log_of_scores_that_was_cut_stops_the_run_unless_nothing_there_is_wanted() -> None:
+def test_a_truncated_score_log_stops_the_run_if_the_checkpoint_needs_it() -> None:
     bus = MemoryBus(Store())
     bus.create_topics(dict.fromkeys(TOPICS, 1))
     for _ in range(9):
         score(bus, "g000000/0")
     bus.store.cut(OLD_LOGPROBS, 0, before=5)
-    for wanted in ({}, {0: 5}, {0: 9}):  # {}: a checkpoint that does not say
+    for offsets in ({}, {0: 5}, {0: 9}):  # {}: a checkpoint without score offsets
         ingest = an_ingest(bus)
-        ingest.start({}, {}, wanted, now=0.0)
-        assert ingest.tasks.score_offsets() == wanted
+        ingest.start({}, {}, offsets, now=0.0)
+        assert ingest.tasks.score_offsets() == offsets
     for lost in ({0: 4}, {0: 10}, {1: 0}):
-        with pytest.raises(UserError, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as told:
+        with pytest.raises(UserError, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as error:
             an_ingest(bus).start({}, {}, lost, now=0.0)
-        assert told.value.code is ExitCode.DAMAGED
+        assert error.value.code is ExitCode.DAMAGED

@@ -1,4 +1,4 @@
-"""The learner's reading of the log: every record accounted for."""
+"""The trajectory reader accounts for every record of the log."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def bus(tmp_path: Path) -> Iterator[SqliteBus]:
 def started(
     bus: Bus, *, keep_flushed: bool = False, ended: Callable[[str], None] = lambda _: None
 ) -> tuple[TrajectoryReader, Ledger]:
-    """Of an ingest that has offered four groups."""
+    """The reader of an ingest that has offered four groups."""
     ingest = an_ingest(bus, keep_flushed=keep_flushed, on_resolved=ended)
     ingest.start({}, {}, {}, now=0.0)
     assert ingest.tasks.offer(Version(0), now=0.0) == 4
@@ -82,7 +82,7 @@ def test_finished_and_dropped_trajectories_reach_the_ledger(bus: SqliteBus) -> N
     assert reader.sampled_tokens == 8
 
 
-def test_a_trajectory_that_comes_again_counts_once(bus: SqliteBus) -> None:
+def test_a_repeated_trajectory_counts_once(bus: SqliteBus) -> None:
     reader, ledger = started(bus)
     publish(bus, a_finished(0, 0, reward=0.25), a_finished(0, 0, reward=0.75), a_finished(0, 0))
     reader.read_all(NEWEST, timeout_s=0)
@@ -91,7 +91,7 @@ def test_a_trajectory_that_comes_again_counts_once(bus: SqliteBus) -> None:
     assert letters(bus) == []
 
 
-def test_offsets_wait_for_what_is_not_trained_yet(bus: SqliteBus) -> None:
+def test_offsets_stop_at_the_first_untrained_trajectory(bus: SqliteBus) -> None:
     reader, _ = started(bus)
     publish(bus, a_finished(0, 0), a_finished(0, 1))
     reader.read_all(NEWEST, timeout_s=0)
@@ -103,7 +103,7 @@ def test_offsets_wait_for_what_is_not_trained_yet(bus: SqliteBus) -> None:
     assert reader.offsets()[partition] == 2
 
 
-def test_a_restart_reads_the_unresolved_again_and_adopts_later_offers(bus: SqliteBus) -> None:
+def test_a_restart_rereads_unresolved_trajectories_and_adopts_later_offers(bus: SqliteBus) -> None:
     before = an_ingest(bus)
     before.start({}, {}, {}, now=0.0)
     before.tasks.offer(Version(0), now=0.0)
@@ -111,7 +111,7 @@ def test_a_restart_reads_the_unresolved_again_and_adopts_later_offers(bus: Sqlit
     before.reader.read_all(NEWEST, timeout_s=0)
     assert before.ledger.take_batch() is None
     state, offsets, task_offsets = before.ledger.state(), before.reader.offsets(), before.tasks.offsets()
-    before.ledger.expire(now=1e9)  # as if the old process went on and offered more before it died
+    before.ledger.expire(now=1e9)  # the old process offers more before it exits
     assert before.tasks.offer(Version(1), now=0.0) > 0
     before.close()
 
@@ -124,8 +124,8 @@ def test_a_restart_reads_the_unresolved_again_and_adopts_later_offers(bus: Sqlit
     assert again.ledger.next_index == before.ledger.next_index
 
 
-def test_without_the_checkpoints_offsets_what_waits_on_the_log_would_be_lost(bus: SqliteBus) -> None:
-    """A group's commits would be such offsets: they say what was read, not what was trained."""
+def test_a_restart_from_the_groups_committed_offsets_would_lose_trajectories(bus: SqliteBus) -> None:
+    """Committed offsets of a consumer group say what was read; the checkpoint's offsets say what was trained."""
     before, ledger = started(bus)
     publish(bus, a_finished(0, 0), a_finished(0, 1))
     before.read_all(NEWEST, timeout_s=0)
@@ -140,7 +140,7 @@ def test_without_the_checkpoints_offsets_what_waits_on_the_log_would_be_lost(bus
 
 
 class Forgetful(Ledger):
-    """Does not know ids again."""
+    """A ledger that never recognizes an id."""
 
     def _find(self, group: str, trajectory: str) -> Any:
         found = super()._find(group, trajectory)
@@ -151,7 +151,7 @@ class Forgetful(Ledger):
 
 
 @pytest.mark.parametrize(("kind", "reward"), [(TrajectoryLedger, 0.25), (Forgetful, 0.75)])
-def test_without_ids_a_record_that_comes_again_would_take_the_place_of_the_first(
+def test_without_ids_a_repeated_record_would_replace_the_first(
     bus: SqliteBus, kind: type[Ledger], reward: float
 ) -> None:
     ingest = an_ingest(bus, ledger=kind)
@@ -162,7 +162,7 @@ def test_without_ids_a_record_that_comes_again_would_take_the_place_of_the_first
     assert ingest.reader.arrived["g000000/0"].record.reward == reward
 
 
-def test_a_log_that_was_cut_stops_the_run(bus: SqliteBus) -> None:
+def test_a_truncated_log_stops_the_run(bus: SqliteBus) -> None:
     with pytest.raises(UserError, match="Trajectories would be lost silently"):
         an_ingest(bus).start({0: 17}, {}, {}, now=0.0)
 
@@ -194,12 +194,12 @@ BROKEN: dict[str, tuple[RejectCause, dict[str, object]]] = {
 
 
 def counted(cause: RejectCause) -> float:
-    """Records buried for this cause, as Prometheus is told."""
+    """Value of the Prometheus counter of dead-lettered records with this cause."""
     return instruments.DEAD_LETTERS.labels(cause.value, TRAJECTORIES)._value.get()
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_poison_is_dead_lettered_with_its_cause_and_the_run_goes_on(bus: SqliteBus, what: str) -> None:
+def test_an_unusable_record_is_dead_lettered_with_its_cause_and_the_run_continues(bus: SqliteBus, what: str) -> None:
     reader, ledger = started(bus)
     cause, changes = BROKEN[what]
     broken, before = msgspec.structs.replace(finished, **changes), counted(cause)
@@ -218,7 +218,7 @@ def test_poison_is_dead_lettered_with_its_cause_and_the_run_goes_on(bus: SqliteB
     assert list(reader.arrived) == ["g000000/1"]
 
 
-def test_a_record_of_another_release_is_buried_as_such(bus: SqliteBus) -> None:
+def test_a_record_of_another_release_is_dead_lettered_as_such(bus: SqliteBus) -> None:
     reader, _ = started(bus)
     newer = msgspec.msgpack.encode({"type": "trajectory_finished/2", "run": "test"})
     bus.publish(TRAJECTORIES, [Outgoing("g000000", newer, {"trajectory": "g000000/0"})])
@@ -228,7 +228,7 @@ def test_a_record_of_another_release_is_buried_as_such(bus: SqliteBus) -> None:
     assert "trajectory_finished/2" in letter.reason
 
 
-def test_a_record_whose_body_is_lost_is_buried_with_its_claim(bus: SqliteBus) -> None:
+def test_a_record_whose_body_is_lost_is_dead_lettered_with_its_claim(bus: SqliteBus) -> None:
     reader, ledger = started(bus)
     headers = {"trajectory": "g000000/0", "claim": "c3" * 32, "claim_lost": "the body c3c3 is not in the store"}
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"", headers)])
@@ -239,7 +239,7 @@ def test_a_record_whose_body_is_lost_is_buried_with_its_claim(bus: SqliteBus) ->
     assert ledger.counts()["dead_lettered"] == 1
 
 
-def test_garbage_that_names_a_trajectory_cannot_take_its_place(bus: SqliteBus) -> None:
+def test_garbage_that_names_a_trajectory_does_not_replace_it(bus: SqliteBus) -> None:
     reader, ledger = started(bus)
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"garbage", {"trajectory": "g000000/1"})])
     publish(bus, a_finished(0, 0))
@@ -253,9 +253,7 @@ def test_garbage_that_names_a_trajectory_cannot_take_its_place(bus: SqliteBus) -
     assert len(letters(bus)) == 1
 
 
-def test_a_sound_record_that_comes_after_its_group_is_a_duplicate(
-    bus: SqliteBus, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_valid_record_of_a_closed_group_is_a_duplicate(bus: SqliteBus, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("learner", "info", "json")
     reader, ledger = started(bus)
     bus.publish(TRAJECTORIES, [Outgoing("g000000", b"garbage", {"trajectory": f"g000000/{s}"}) for s in range(2)])
@@ -270,7 +268,7 @@ def test_a_sound_record_that_comes_after_its_group_is_a_duplicate(
     assert reader.offsets() == reader._consumer.ends()
 
 
-def test_undecodable_bytes_are_kept_whole_and_attributed_by_their_header(bus: SqliteBus) -> None:
+def test_undecodable_bytes_are_kept_in_full_and_attributed_by_their_header(bus: SqliteBus) -> None:
     reader, ledger = started(bus)
     bus.publish(TRAJECTORIES, [Outgoing("g000002", b"\x00garbage", {"trajectory": "g000002/1"})])
     bus.publish(TRAJECTORIES, [Outgoing("?", b"\xff\xfe")])
@@ -282,7 +280,7 @@ def test_undecodable_bytes_are_kept_whole_and_attributed_by_their_header(bus: Sq
     assert bodies == {b"\x00garbage", b"\xff\xfe"}
 
 
-def test_sound_records_that_belong_elsewhere_take_nothing_from_this_run(bus: SqliteBus) -> None:
+def test_valid_records_of_another_run_change_nothing(bus: SqliteBus) -> None:
     reader, ledger = started(bus)
     publish(bus, a_finished(0, 0, run="another"), a_finished(77, 0), a_finished(0, 9))
     reader.read_all(NEWEST, timeout_s=0)
@@ -299,8 +297,8 @@ def test_an_id_of_thousands_of_digits_is_dead_lettered(bus: SqliteBus) -> None:
     assert [letter.cause for letter in letters(bus)] == [RejectCause.NEVER_OFFERED]
 
 
-def test_every_record_moves_the_frontier(bus: SqliteBus) -> None:
-    """Nothing unusable may be read again for ever."""
+def test_every_record_advances_the_offsets(bus: SqliteBus) -> None:
+    """An unusable record must not be read again forever."""
     reader, _ = started(bus)
     bus.publish(TRAJECTORIES, [Outgoing(f"k{i}", b"junk") for i in range(20)])
     publish(bus, a_finished(77, 0), a_finished(0, 0), a_finished(0, 0))
@@ -311,11 +309,11 @@ def test_every_record_moves_the_frontier(bus: SqliteBus) -> None:
 
 
 def flushed(reader: TrajectoryReader) -> list[tuple[str, int]]:
-    """Flushes in hand: trajectory and offset."""
+    """Trajectory and offset of each buffered flush."""
     return [(one.record.trajectory, one.offset) for one in reader.flushed]
 
 
-def test_flushes_are_kept_with_their_place_until_they_are_resolved_and_the_ledger_stays_as_it_is(
+def test_flushes_are_kept_with_their_position_until_resolved_and_the_ledger_is_unchanged(
     bus: SqliteBus,
 ) -> None:
     reader, ledger = started(bus, keep_flushed=True)
@@ -332,7 +330,7 @@ def test_flushes_are_kept_with_their_place_until_they_are_resolved_and_the_ledge
     assert flushed(reader) == []
 
 
-def test_a_restart_reads_flushes_again_that_were_not_resolved(bus: SqliteBus) -> None:
+def test_a_restart_rereads_unresolved_flushes(bus: SqliteBus) -> None:
     reader, ledger = started(bus, keep_flushed=True)
     publish(bus, a_flush(0, 0), a_flush(0, 1))
     reader.read_all(NEWEST, timeout_s=0)
@@ -344,7 +342,7 @@ def test_a_restart_reads_flushes_again_that_were_not_resolved(bus: SqliteBus) ->
     assert flushed(again.reader) == [("g000000/1", 1)]
 
 
-def test_where_nobody_scores_flushes_they_hold_nothing_up(bus: SqliteBus) -> None:
+def test_flushes_do_not_block_offsets_if_they_are_not_scored(bus: SqliteBus) -> None:
     reader, _ = started(bus)
     publish(bus, a_flush(0, 0))
     reader.read_all(NEWEST, timeout_s=0)
@@ -352,7 +350,7 @@ def test_where_nobody_scores_flushes_they_hold_nothing_up(bus: SqliteBus) -> Non
     assert reader.offsets() == reader._consumer.ends()
 
 
-def test_a_later_flush_takes_the_place_of_the_former_one(bus: SqliteBus) -> None:
+def test_a_later_flush_replaces_the_earlier_one(bus: SqliteBus) -> None:
     reader, _ = started(bus, keep_flushed=True)
     publish(bus, a_flush(0, 0, tokens=6), a_flush(0, 0, tokens=9, segments=(a_segment(2, 6, 0), a_segment(6, 9, 1))))
     reader.read_all(NEWEST, timeout_s=0)
@@ -361,7 +359,7 @@ def test_a_later_flush_takes_the_place_of_the_former_one(bus: SqliteBus) -> None
 
 
 @pytest.mark.parametrize("finished_first", [False, True])
-def test_a_trajectorys_end_holds_its_flushes_in_either_order(bus: SqliteBus, finished_first: bool) -> None:
+def test_a_finished_trajectory_replaces_its_flushes_in_either_order(bus: SqliteBus, finished_first: bool) -> None:
     reader, _ = started(bus, keep_flushed=True)
     records = [a_flush(0, 0), a_flush(0, 0, tokens=[9, 9, 9, 9, 9, 9]), a_finished(0, 0)]
     publish(bus, *(records[::-1] if finished_first else records))
@@ -373,7 +371,7 @@ def test_a_trajectorys_end_holds_its_flushes_in_either_order(bus: SqliteBus, fin
     assert reader.offsets() == reader._consumer.ends()
 
 
-def test_a_dropped_or_resolved_trajectory_forgets_its_flushes_and_says_so(bus: SqliteBus) -> None:
+def test_a_dropped_or_resolved_trajectory_discards_its_flushes_and_reports_it(bus: SqliteBus) -> None:
     ended: list[str] = []
     reader, ledger = started(bus, keep_flushed=True, ended=ended.append)
     publish(bus, a_flush(0, 0), a_flush(0, 1), a_flush(1, 0), a_finished(1, 1))
@@ -384,7 +382,7 @@ def test_a_dropped_or_resolved_trajectory_forgets_its_flushes_and_says_so(bus: S
     assert [name for name, _ in flushed(reader)] == ["g000000/1", "g000001/0"]
     for trajectory in ledger.expire(now=1e9)[:2]:
         reader.forget(trajectory)
-    publish(bus, a_flush(0, 1), a_flush(1, 0))  # whose worker has not heard of it
+    publish(bus, a_flush(0, 1), a_flush(1, 0))  # its worker does not know of the drop yet
     reader.read_all(NEWEST, timeout_s=0)
     reader.resolve(reader.arrived["g000001/1"])
     assert flushed(reader) == []
@@ -392,7 +390,7 @@ def test_a_dropped_or_resolved_trajectory_forgets_its_flushes_and_says_so(bus: S
     assert reader.offsets() == reader._consumer.ends()
 
 
-def test_pending_is_what_is_awaited_or_waits_to_be_trained_on(bus: SqliteBus) -> None:
+def test_pending_counts_awaited_and_untrained_trajectories(bus: SqliteBus) -> None:
     reader, _ = started(bus)
     publish(bus, a_finished(0, 0), TrajectoryDropped("test", "g000000/1", "g000000", "a", DropReason.DEADLINE, "?"))
     reader.read_all(NEWEST, timeout_s=0)
@@ -423,7 +421,7 @@ BROKEN_FLUSHES: dict[str, tuple[RejectCause, SegmentFlushed]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN_FLUSHES)
-def test_a_broken_flush_is_buried_and_its_trajectory_lives_on(bus: SqliteBus, what: str) -> None:
+def test_a_malformed_flush_is_dead_lettered_and_its_trajectory_stays_pending(bus: SqliteBus, what: str) -> None:
     reader, ledger = started(bus, keep_flushed=True)
     before, (cause, broken) = ledger.counts(), BROKEN_FLUSHES[what]
     publish(bus, broken)
@@ -437,7 +435,7 @@ def test_a_broken_flush_is_buried_and_its_trajectory_lives_on(bus: SqliteBus, wh
     assert list(reader.arrived) == ["g000000/0"]
 
 
-def test_everything_up_to_the_positions_is_taken_in(bus: SqliteBus) -> None:
+def test_read_until_reads_every_record_up_to_the_positions(bus: SqliteBus) -> None:
     reader, _ = started(bus, keep_flushed=True)
     publish(bus, *(a_flush(group, sample) for group in range(4) for sample in range(2)))
     with bus.consumer(TRAJECTORIES) as consumer:
@@ -445,13 +443,13 @@ def test_everything_up_to_the_positions_is_taken_in(bus: SqliteBus) -> None:
     assert reader.read_until(ends, NEWEST, deadline_s=10)
     assert len(reader.flushed) == 8
     assert reader.read_until({}, NEWEST, deadline_s=0)
-    assert reader.read_until(ends, NEWEST, deadline_s=0), "what was read need not come again"
-    assert reader.read_until({0: 10**9, 99: 1}, NEWEST, deadline_s=0), (
-        "nobody can have published more than stands there"
-    )
+    assert reader.read_until(ends, NEWEST, deadline_s=0), "records read before need not be read again"
+    assert reader.read_until({0: 10**9, 99: 1}, NEWEST, deadline_s=0), "positions beyond the end of the log are ignored"
 
 
-def test_positions_that_do_not_come_in_time_are_said(bus: SqliteBus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_until_returns_false_for_positions_not_reached_in_time(
+    bus: SqliteBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, _ = started(bus, keep_flushed=True)
     publish(bus, a_flush(0, 0))
     with bus.consumer(TRAJECTORIES) as consumer:

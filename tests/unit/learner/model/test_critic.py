@@ -1,4 +1,4 @@
-"""The value model: the meaning of its values, its training, and its checkpoints."""
+"""The value model: which state a value belongs to, training, and resuming from a checkpoint."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=5)
 
 
 def a_critic(folder: Path, config: OptimizerConfig = OPTIMIZER, *, head: float = 0.0) -> Critic:
-    """One whose head's masters are noise of this deviation, so that values differ."""
+    """A critic whose head has random weights with this standard deviation, so that values differ."""
     critic = Critic(load(folder), config)
     state = critic.state()
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def test_a_new_critic_predicts_0_everywhere(starting_model: Path) -> None:
 
 
 def test_18_10_a_value_depends_on_the_tokens_before_its_token(starting_model: Path) -> None:
-    """Index t does not move when token t or a later one changes, and does when an earlier one does."""
+    """The value at index t depends on the tokens before t only."""
     critic = a_critic(starting_model, head=0.1)
     values = critic.values(ROWS)
     assert values[:, 0].tolist() == [0.0, 0.0]
@@ -58,7 +58,7 @@ def test_18_10_a_value_depends_on_the_tokens_before_its_token(starting_model: Pa
 
 
 def test_values_are_the_head_on_the_models_last_hidden_state(starting_model: Path, untied_model: Path) -> None:
-    """The state that plain transformers gives, shifted once; with and without a vocabulary's head of its own."""
+    """Equal to the hidden state of plain transformers, shifted by one, with tied and untied vocabulary heads."""
     for folder in (starting_model, untied_model):
         critic = a_critic(folder, head=0.1)
         model = load(folder)
@@ -79,7 +79,7 @@ def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) ->
 
 
 def test_training_the_critic_leaves_the_policy_unchanged(starting_model: Path) -> None:
-    """A copy: neither weights nor gradients are shared, also when the policy's own are being collected."""
+    """The critic is a copy: it shares neither weights nor gradients, even while the policy accumulates gradients."""
     model = load(starting_model)
     policy = TrainablePolicy(model, OPTIMIZER)
     before, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
@@ -97,7 +97,7 @@ def test_the_critic_learns_a_constant_return(starting_model: Path) -> None:
 
 
 def test_the_critic_learns_to_tell_trajectories_apart(starting_model: Path) -> None:
-    """More than the bias of the head: the decoder's weights learn too."""
+    """This needs more than the bias of the head: the decoder's weights learn too."""
     critic = Critic(load(starting_model), OptimizerConfig(lr=3e-3))
     returns = torch.tensor([[1.0], [-1.0]]).expand(ROWS.shape)
     decoder = critic.trainable.masters[0].clone()
@@ -113,7 +113,7 @@ def test_18_12_splitting_into_micro_batches_leaves_the_gradient_unchanged(starti
     denominator = float(MASK.sum())
 
     def gradient(pieces: list[slice]) -> list[torch.Tensor]:
-        model = load(starting_model).float()  # so that only the split can make a difference
+        model = load(starting_model).float()  # in float32, only the split can change the gradient
         critic = Critic(model, OPTIMIZER)
         with torch.no_grad():
             critic._valued.head.weight.fill_(0.01)
@@ -129,7 +129,7 @@ def test_18_12_splitting_into_micro_batches_leaves_the_gradient_unchanged(starti
 
 
 def test_values_clipped_beyond_their_range_have_no_gradient(starting_model: Path) -> None:
-    """All values have moved up by .5 from the old ones towards a return far below: only the clip holds the loss."""
+    """All values moved up by .5 from the old ones, toward a return 10 above, so the constant clipped loss applies."""
     critic = a_critic(starting_model, head=0.1)
     values = critic.values(ROWS)
     returns = values + 10.0
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(starting_model: Path) -> None
     assert critic.trainable.steps == 1
 
 
-def test_a_restored_critic_goes_on_bit_for_bit(starting_model: Path) -> None:
+def test_a_restored_critic_continues_bit_for_bit(starting_model: Path) -> None:
     returns = torch.randn(ROWS.shape, generator=torch.Generator().manual_seed(2))
     straight = Critic(load(starting_model), OPTIMIZER)
     train(straight, returns, 3)

@@ -1,4 +1,4 @@
-"""The policy in training: the published bytes are the weights of the passes."""
+"""The model in training computes with the weights that it publishes."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.learner_parts.models import CPU, load, logprobs, perturb
 
 
 def test_18_10_a_log_prob_belongs_to_the_token_at_its_index(starting_model: Path) -> None:
-    """algorithms.md 18.10: index t is the prediction of token t, and of no other."""
+    """algorithms.md 18.10: the value at index t is the prediction of token t only."""
     model = load(starting_model)
     row = [5, 40, 120, 7, 260]
     scored, entropy = token_logprobs(model, torch.tensor([row]), torch.ones(1, 1))
@@ -64,7 +64,7 @@ def test_a_missing_or_unknown_tensor_is_refused(starting_model: Path, untied_mod
         load_weights(tied, raw_tensors(named_weights(untied)))
 
 
-def test_a_step_moves_the_masters_and_casts_them_into_the_model(starting_model: Path) -> None:
+def test_a_step_updates_the_master_weights_and_casts_them_into_the_model(starting_model: Path) -> None:
     """One AdamW step from zero moments moves every weight by lr against its gradient's sign."""
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3, max_grad_norm=1e9))
@@ -78,8 +78,8 @@ def test_a_step_moves_the_masters_and_casts_them_into_the_model(starting_model: 
     assert all(float(gradient.abs().max()) == 0.0 for gradient in policy.gradients())
 
 
-def test_masters_keep_what_bf16_would_lose(starting_model: Path) -> None:
-    """At lr 1e-6 a single step is below half a unit of bf16 for most weights; a hundred are not."""
+def test_master_weights_keep_updates_below_bf16_precision(starting_model: Path) -> None:
+    """At lr 1e-6 one step is below half a bf16 unit for most weights; a hundred steps are above it."""
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig(lr=1e-6))
     start = next(model.parameters()).detach().clone()
@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad
     assert not (norm < float("inf"))
     assert policy.steps == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
-    policy.gradients()[3].fill_(1.0)  # and the next one counts again
+    policy.gradients()[3].fill_(1.0)  # the next finite gradient updates the weights
     policy.step()
     assert policy.steps == 1
 
@@ -132,11 +132,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(starting_model: Path, bad
 )
 def test_the_learning_rate_follows_its_schedule(starting_model: Path, schedule: dict, rates: list[float]) -> None:
     policy = TrainablePolicy(load(starting_model), OptimizerConfig(lr=1.0, **schedule))
-    seen = []
+    used = []
     for _ in rates:
-        seen.append(policy.learning_rate)
+        used.append(policy.learning_rate)
         policy.steps += 1
-    assert seen == pytest.approx(rates)
+    assert used == pytest.approx(rates)
 
 
 def test_a_decay_that_ends_before_the_warm_up_is_refused() -> None:

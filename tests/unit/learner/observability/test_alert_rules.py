@@ -1,7 +1,7 @@
-"""Alert rules: each fires where it should and nowhere else.
+"""Alert rules: each fires on its symptom and on nothing else.
 
-exact_run.jsonl holds the numbers of a run with vLLM and old log-probs from snapshots: 40 versions of about 100 tokens
-each, staleness up to 3.
+exact_run.jsonl holds the statistics of a run with vLLM and old log-probs from snapshots: 40 versions of about 100
+tokens each, staleness up to 3.
 """
 
 import json
@@ -20,7 +20,7 @@ AGES = (0, 1, 2, 3)
 
 
 def a_line(seed: int, *, kind: str = "snapshot", objective: str = "clipped", **of: Callable[[int], float]) -> Line:
-    """An ordinary line with noise; `of`: key -> what replaces it, by staleness."""
+    """Return an ordinary history line with noise; `of` replaces the value of a key by a function of staleness."""
     generator = np.random.default_rng(seed)
 
     def at(age: int) -> dict[str, float]:
@@ -56,7 +56,7 @@ def run(count: int, **more: Any) -> list[Line]:
 
 
 def real(*, stand_in: bool = False) -> list[Line]:
-    """The numbers of a run; stand_in: what current_recompute would have made of the same data."""
+    """Lines of a real run; with stand_in, the lines that current_recompute would have written for the same data."""
     lines: list[Line] = [json.loads(text) for text in REAL.read_text().splitlines()]
     for line in lines:
         line |= {"kind": "current_recompute" if stand_in else "snapshot", "objective": "clipped", "all": {}}
@@ -70,12 +70,12 @@ def real(*, stand_in: bool = False) -> list[Line]:
 
 
 def judged(lines: list[Line]) -> list[list[Alert]]:
-    """One version after another, as a learner does."""
-    told = []
+    """Judge one version after another, as a learner does."""
+    found = []
     for i, line in enumerate(lines):
-        told.append(judge(lines[max(0, i + 1 - WINDOW) : i + 1]))
-        line["alerts"] = [{"rule": alert.rule, "level": alert.level} for alert in told[-1]]
-    return told
+        found.append(judge(lines[max(0, i + 1 - WINDOW) : i + 1]))
+        line["alerts"] = [{"rule": alert.rule, "level": alert.level} for alert in found[-1]]
+    return found
 
 
 def rules(lines: list[Line]) -> list[set[str]]:
@@ -86,25 +86,25 @@ def test_no_rule_fires_on_an_exact_run() -> None:
     assert set().union(*rules(run(300))) == set()
 
 
-def test_no_rule_fires_on_the_numbers_of_a_real_exact_run() -> None:
+def test_no_rule_fires_on_a_real_exact_run() -> None:
     assert len(real()) == 40
     assert set().union(*rules(real())) == set()
 
 
-def test_the_same_data_with_current_weights_in_the_proximals_place_is_found_out() -> None:
+def test_current_weights_in_the_proximals_place_are_detected() -> None:
     found = rules(real(stand_in=True))
     assert "clip_idle" in found[LEAST_VERSIONS]
     assert found[-1] == {"clip_idle", "discrepancy_by_staleness"}
 
 
-def test_nothing_is_said_before_enough_versions_speak() -> None:
+def test_no_rule_fires_before_enough_versions() -> None:
     wrong = run(LEAST_VERSIONS + 3, token_masked=lambda age: 0.1 * age, kind="current_recompute")
     found = rules(wrong)
     assert set().union(*found[: LEAST_VERSIONS - 1]) == set()
     assert all("mask_by_staleness" in names for names in found[LEAST_VERSIONS - 1 :])
 
 
-def test_a_mask_that_follows_staleness() -> None:
+def test_a_masked_share_that_rises_with_staleness_fires() -> None:
     lines = run(20, token_masked=lambda age: 0.01 + 0.03 * age, kind="ewma_prox")
     (alert,) = [a for a in judged(lines)[-1] if a.rule == "mask_by_staleness"]
     assert alert.value == pytest.approx(0.03)
@@ -113,41 +113,41 @@ def test_a_mask_that_follows_staleness() -> None:
     assert rules(run(20, token_masked=lambda age: 0.1 - 0.03 * age))[-1] == {"mask_by_staleness"}
 
 
-def test_a_mask_that_hardly_follows_staleness_is_let_be() -> None:
+def test_a_masked_share_that_hardly_rises_with_staleness_does_not_fire() -> None:
     assert rules(run(20, token_masked=lambda age: 0.01 + 0.015 * age))[-1] == set()
 
 
-def test_a_mask_of_few_tokens_that_jumps_is_noise() -> None:
-    """Slopes of either sign, each far above the bound."""
+def test_slopes_of_alternating_sign_are_noise() -> None:
+    """Each slope is far above the bound."""
     lines = [a_line(i, token_masked=lambda age, i=i: 0.2 + 0.05 * (-1) ** i * age) for i in range(60)]
     assert set().union(*rules(lines)) == set()
 
 
-def test_a_staleness_of_a_handful_of_tokens_says_nothing() -> None:
+def test_a_staleness_with_few_tokens_is_ignored() -> None:
     lines = run(20, token_masked=lambda age: 0.3 * age, tokens=lambda age: 500.0 if age == 3 else 10.0)
     assert rules(lines)[-1] == set()
 
 
 @pytest.mark.parametrize("why", ["missing", "nonfinite"])
-def test_tokens_without_a_ratio_are_no_discrepancy_of_zero(why: str) -> None:
-    """All fresh tokens are left out of the loss for want of a number: their mean of nothing is written as 0."""
+def test_tokens_without_a_ratio_do_not_count_as_zero_discrepancy(why: str) -> None:
+    """All fresh tokens lack a log-prob and leave the loss, so their mean over no tokens is written as 0."""
 
-    def of_none(of: float) -> Callable[[int], float]:
+    def zero_at_staleness_0(of: float) -> Callable[[int], float]:
         return lambda age: of if age else 0.0
 
-    lines = run(20, log_discrepancy_abs=of_none(0.01), token_masked=of_none(0.1))
+    lines = run(20, log_discrepancy_abs=zero_at_staleness_0(0.01), token_masked=zero_at_staleness_0(0.1))
     for line in lines:
         line["by_staleness"]["0"][why] = 200.0
     assert rules(lines)[-1] == set()
 
 
-def still(age: int) -> float:
+def zero(age: int) -> float:
     return 0.0
 
 
-def test_a_clip_that_the_anchor_follows() -> None:
-    """Uniform staleness, as in one-step-off training: nothing to compare with, but the weights were trained."""
-    lines = run(20, clipped=still, log_staleness_ratio_abs=still, kind="current_recompute")
+def test_a_clip_whose_proximal_follows_the_current_policy_fires() -> None:
+    """Staleness is uniform, as in one-step-off training: nothing to compare with, but the weights changed."""
+    lines = run(20, clipped=zero, log_staleness_ratio_abs=zero, kind="current_recompute")
     for line in lines:
         line["first_minibatch"] = {"1": line["first_minibatch"]["1"]}
         line["by_staleness"] = {"1": line["by_staleness"]["1"]}
@@ -156,37 +156,37 @@ def test_a_clip_that_the_anchor_follows() -> None:
     assert "the clip takes 0.00 % of stale tokens at the first minibatch, over 20 versions" in alert.says
 
 
-def test_a_clip_that_sees_too_little_of_the_ratio() -> None:
-    """A mixture's ratio moves, but never past the clip, while the whole ratio is past it the more the staler."""
-    assert rules(run(20, clipped=still, past_clip=lambda age: 0.05 * age, kind="linear_prox"))[-1] == {"clip_idle"}
+def test_a_clip_that_bounds_only_part_of_the_ratio_fires() -> None:
+    """The ratio to a mixture never passes the clip, while the total ratio passes it more often with staleness."""
+    assert rules(run(20, clipped=zero, past_clip=lambda age: 0.05 * age, kind="linear_prox"))[-1] == {"clip_idle"}
 
 
-def test_a_clip_of_nothing_is_fine_while_the_policy_hardly_moves() -> None:
-    slow = run(60, clipped=still, past_clip=still, log_staleness_ratio_abs=lambda age: 1e-3 * age)
+def test_an_idle_clip_does_not_fire_while_the_policy_hardly_moves() -> None:
+    slow = run(60, clipped=zero, past_clip=zero, log_staleness_ratio_abs=lambda age: 1e-3 * age)
     assert set().union(*rules(slow)) == set()
 
 
-def test_a_policy_that_learns_nothing_has_no_staleness_ratio() -> None:
-    lines = run(60, clipped=still, past_clip=still, log_staleness_ratio_abs=still)
+def test_an_idle_clip_does_not_fire_without_gradients() -> None:
+    lines = run(60, clipped=zero, past_clip=zero, log_staleness_ratio_abs=zero)
     for line in lines:
         line["grad_norm"] = 0.0
     assert set().union(*rules(lines)) == set()
 
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "r2vpo"])
-def test_without_a_clip_there_is_none_to_be_idle(objective: str) -> None:
-    lines = run(20, clipped=still, log_staleness_ratio_abs=still, objective=objective)
+def test_clip_idle_does_not_apply_to_objectives_without_a_clip(objective: str) -> None:
+    lines = run(20, clipped=zero, log_staleness_ratio_abs=zero, objective=objective)
     assert rules(lines)[-1] == set()
 
 
-def test_fresh_tokens_have_nothing_to_be_clipped() -> None:
-    lines = run(20, clipped=still, log_staleness_ratio_abs=still)
+def test_fresh_tokens_do_not_count_as_an_idle_clip() -> None:
+    lines = run(20, clipped=zero, log_staleness_ratio_abs=zero)
     for line in lines:
         line["first_minibatch"] = {"0": line["first_minibatch"]["0"]}
     assert rules(lines)[-1] == set()
 
 
-def test_a_discrepancy_that_holds_staleness() -> None:
+def test_a_discrepancy_that_rises_with_staleness_fires() -> None:
     lines = run(20, log_discrepancy_abs=lambda age: 0.002 + 0.01 * age, kind="current_recompute")
     (alert,) = judged(lines)[-1]
     assert alert.rule == "discrepancy_by_staleness"
@@ -194,12 +194,12 @@ def test_a_discrepancy_that_holds_staleness() -> None:
     assert "rises by 0.01 nats with each version of staleness, over 20 versions, at a mean of 0.017" in alert.says
 
 
-def test_a_discrepancy_that_rises_with_entropy_only_is_the_engines() -> None:
+def test_a_discrepancy_that_rises_with_entropy_alone_does_not_fire() -> None:
     rising = {"log_discrepancy_abs": lambda age: 0.002 * (1 + age), "entropy": lambda age: 0.2 * (1 + age)}
     assert rules(run(20, **rising))[-1] == set()
 
 
-def test_a_discrepancy_that_falls_is_let_be() -> None:
+def test_a_discrepancy_that_falls_with_staleness_does_not_fire() -> None:
     assert rules(run(20, log_discrepancy_abs=lambda age: 0.02 - 0.005 * age))[-1] == set()
 
 
@@ -209,7 +209,7 @@ def with_same(lines: list[Line], share: float, unsure: float = 400.0) -> list[Li
     return lines
 
 
-def test_a_discrepancy_of_one_everywhere() -> None:
+def test_a_discrepancy_of_one_everywhere_fires() -> None:
     found = judged(with_same(run(8), 1.0))
     assert [len(alerts) for alerts in found] == [0] * (PERSISTS - 1) + [1] * (8 - PERSISTS + 1)
     (alert,) = found[-1]
@@ -218,20 +218,20 @@ def test_a_discrepancy_of_one_everywhere() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bypass", "interp_prox_loglinear", "linear_prox"])
-def test_where_the_configuration_asks_for_it_it_is_said_once(kind: str) -> None:
+def test_a_configured_discrepancy_of_one_gives_one_notice(kind: str) -> None:
     found = judged(with_same(run(60, kind=kind), 1.0))
-    told = [(version, alert.level) for version, alerts in enumerate(found) for alert in alerts]
-    assert told == [(PERSISTS - 1, "notice")]
+    notices = [(version, alert.level) for version, alerts in enumerate(found) for alert in alerts]
+    assert notices == [(PERSISTS - 1, "notice")]
     (alert,) = found[PERSISTS - 1]
     assert f'learner.proximal.kind = "{kind}" asks for' in alert.says
 
 
-def test_some_equal_tokens_and_certain_ones_are_ordinary() -> None:
+def test_some_equal_tokens_and_certain_tokens_do_not_fire() -> None:
     assert rules(with_same(run(20), 0.9))[-1] == set()
-    assert rules(with_same(run(20), 1.0, unsure=5.0))[-1] == set()  # a policy that is sure of all it says
+    assert rules(with_same(run(20), 1.0, unsure=5.0))[-1] == set()  # a policy that is certain of nearly every token
 
 
-def test_what_stands_in_silently_is_said_at_once_and_remembered_for_a_while() -> None:
+def test_a_fallback_fires_at_once_and_persists_for_some_versions() -> None:
     lines = run(12)
     lines[2]["fallbacks"] = {"missing": 7, "surrogate": 0, "nonfinite": 2, "conflict": 1}
     found = judged(lines)
@@ -243,7 +243,7 @@ def test_what_stands_in_silently_is_said_at_once_and_remembered_for_a_while() ->
     assert "1 conflict, 7 had no old log-prob and were left out of the loss, 2 had a log-prob that is not" in alert.says
 
 
-def test_an_alert_that_is_on_goes_off_at_half_of_what_brought_it_on() -> None:
+def test_an_active_alert_ends_below_half_of_its_threshold() -> None:
     weak = {"token_masked": lambda age: 0.01 + 0.015 * age}
     assert rules(run(40, **weak))[-1] == set()
     strong = run(20, token_masked=lambda age: 0.01 + 0.05 * age)
@@ -253,12 +253,12 @@ def test_an_alert_that_is_on_goes_off_at_half_of_what_brought_it_on() -> None:
     assert rules(strong + gone)[-1] == set()
 
 
-def test_versions_with_another_proximal_are_not_judged_together() -> None:
+def test_versions_of_different_proximals_are_judged_separately() -> None:
     wrong = run(20, token_masked=lambda age: 0.1 * age, kind="current_recompute")
     assert rules(wrong + run(LEAST_VERSIONS))[-1] == set()
 
 
-def test_lines_of_an_older_release_say_nothing() -> None:
+def test_lines_of_an_older_release_fire_nothing() -> None:
     old = [{key: line[key] for key in ("version", "grad_norm", "by_staleness", "first_minibatch")} for line in real()]
     for line in old:
         line |= {"all": {"nonfinite": 0.0}}
@@ -268,8 +268,8 @@ def test_lines_of_an_older_release_say_nothing() -> None:
     assert judge([]) == []
 
 
-def test_every_rule_has_been_made_to_fire_here() -> None:
-    """So that a rule without a test is noticed."""
+def test_this_file_covers_every_rule() -> None:
+    """Fails when a rule is added without a test."""
     assert set(RULES) == {
         "mask_by_staleness", "clip_idle", "discrepancy_by_staleness", "discrepancy_is_one", "fallback",
     }  # fmt: skip

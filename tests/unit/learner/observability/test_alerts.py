@@ -1,4 +1,4 @@
-"""Alerts reach people: the log, the line, the metric; and a restart goes on where it was."""
+"""Alerts go to the log, the history line, and the metric; a restart continues their state."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ def level(rule: str) -> float | None:
     return REGISTRY.get_sample_value("palimpsest_learner_alert", {"rule": rule})
 
 
-def looked(alarm: AlertTracker, lines: list[Line]) -> list[structlog.typing.EventDict]:
-    with capture_logs() as said:
+def evaluate_lines(tracker: AlertTracker, lines: list[Line]) -> list[structlog.typing.EventDict]:
+    with capture_logs() as events:
         for line in lines:
-            alarm.evaluate(line)
-    return list(said)
+            tracker.evaluate(line)
+    return list(events)
 
 
 def wrong(first: int, count: int) -> list[Line]:
@@ -29,18 +29,18 @@ def wrong(first: int, count: int) -> list[Line]:
 
 
 def test_an_alert_is_logged_when_it_begins_and_when_it_ends() -> None:
-    alarm = AlertTracker()
+    tracker = AlertTracker()
     lines = wrong(0, 20)
-    said = looked(alarm, lines)
-    assert [(event["log_level"], event["event"], event["rule"]) for event in said] == [
+    events = evaluate_lines(tracker, lines)
+    assert [(event["log_level"], event["event"], event["rule"]) for event in events] == [
         ("warning", "alert", "mask_by_staleness")
     ]
-    assert said[0]["says"].startswith("the masked share of tokens changes by +10.0 points")
+    assert events[0]["says"].startswith("the masked share of tokens changes by +10.0 points")
     assert [len(line["alerts"]) for line in lines] == [0] * (LEAST_VERSIONS - 1) + [1] * (21 - LEAST_VERSIONS)
     assert lines[-1]["alerts"][0]["level"] == "warning"
     assert level("mask_by_staleness") == 1
-    said = looked(alarm, [a_line(20 + i) for i in range(WINDOW)])
-    assert [(event["log_level"], event["event"], event["rule"]) for event in said] == [
+    events = evaluate_lines(tracker, [a_line(20 + i) for i in range(WINDOW)])
+    assert [(event["log_level"], event["event"], event["rule"]) for event in events] == [
         ("info", "alert over", "mask_by_staleness")
     ]
     assert level("mask_by_staleness") == 0
@@ -48,49 +48,49 @@ def test_an_alert_is_logged_when_it_begins_and_when_it_ends() -> None:
 
 def test_a_notice_is_logged_once_and_is_no_alert() -> None:
     lines = with_same(run(40, kind="bypass"), 1.0)
-    said = looked(AlertTracker(), lines)
-    assert [(event["log_level"], event["event"]) for event in said] == [("info", "notice")]
+    events = evaluate_lines(AlertTracker(), lines)
+    assert [(event["log_level"], event["event"]) for event in events] == [("info", "notice")]
     assert [line["version"] for line in lines if line["alerts"]] == [PERSISTS - 1]
     assert level("discrepancy_is_one") == 0
 
 
 @pytest.mark.parametrize("kept", [5, 12, 25])
-def test_a_restart_says_nothing_twice_and_forgets_nothing(tmp_path: Path, kept: int) -> None:
-    """Whatever part of the run the first process did, the lines are those of one that was never stopped."""
-    whole = wrong(0, 30)
-    one = [(event["event"], event["rule"]) for event in looked(AlertTracker(), whole)]
+def test_a_restart_repeats_no_alert_and_loses_none(tmp_path: Path, kept: int) -> None:
+    """Wherever the restart happens, the lines equal those of an uninterrupted run."""
+    expected = wrong(0, 30)
+    expected_events = [(event["event"], event["rule"]) for event in evaluate_lines(AlertTracker(), expected)]
     parts = wrong(0, 30)
-    first = looked(AlertTracker(), parts[:kept])
+    first = evaluate_lines(AlertTracker(), parts[:kept])
     history = tmp_path / "history.jsonl"
     history.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in parts[:kept]))
-    alarm = AlertTracker()
-    alarm.start(history)
-    second = looked(alarm, parts[kept:])
-    assert [(event["event"], event["rule"]) for event in [*first, *second]] == one
-    assert [line["alerts"] for line in parts] == [line["alerts"] for line in whole]
+    tracker = AlertTracker()
+    tracker.start(history)
+    second = evaluate_lines(tracker, parts[kept:])
+    assert [(event["event"], event["rule"]) for event in [*first, *second]] == expected_events
+    assert [line["alerts"] for line in parts] == [line["alerts"] for line in expected]
 
 
-def test_a_notice_is_not_given_again_after_a_restart(tmp_path: Path) -> None:
+def test_a_notice_is_not_repeated_after_a_restart(tmp_path: Path) -> None:
     lines = with_same(run(30, kind="bypass"), 1.0)
-    looked(AlertTracker(), lines[:10])
+    evaluate_lines(AlertTracker(), lines[:10])
     history = tmp_path / "history.jsonl"
     history.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines[:10]))
-    alarm = AlertTracker()
-    alarm.start(history)
-    assert looked(alarm, lines[10:]) == []
+    tracker = AlertTracker()
+    tracker.start(history)
+    assert evaluate_lines(tracker, lines[10:]) == []
 
 
-def test_a_run_that_begins_has_no_history(tmp_path: Path) -> None:
-    alarm = AlertTracker()
-    alarm.start(tmp_path / "history.jsonl")
-    assert looked(alarm, run(3)) == []
+def test_a_new_run_has_no_history(tmp_path: Path) -> None:
+    tracker = AlertTracker()
+    tracker.start(tmp_path / "history.jsonl")
+    assert evaluate_lines(tracker, run(3)) == []
     assert level("fallback") == 0
 
 
-def test_a_history_that_cannot_be_read_is_said_and_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_history_is_logged_and_skipped(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_bytes(b'{"version": \n')
-    alarm = AlertTracker()
-    with capture_logs() as said:
-        alarm.start(tmp_path / "history.jsonl")
-    assert [event["event"] for event in said] == ["alerts begin anew: the history cannot be read"]
-    assert looked(alarm, run(3)) == []
+    tracker = AlertTracker()
+    with capture_logs() as events:
+        tracker.start(tmp_path / "history.jsonl")
+    assert [event["event"] for event in events] == ["alerts begin anew: the history cannot be read"]
+    assert evaluate_lines(tracker, run(3)) == []

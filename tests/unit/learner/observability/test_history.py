@@ -1,4 +1,4 @@
-"""One line for each version, in the file that the newest learner has put there."""
+"""The history file: one line per version, written by the newest learner only."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.observability.history import History
 
 
-def test_history_is_cut_back_to_what_the_checkpoint_counts(tmp_path: Path) -> None:
+def test_the_history_is_truncated_to_the_checkpoints_length(tmp_path: Path) -> None:
     history = History(tmp_path / "history.jsonl", length=0)
     history.add({"version": 0})
     counted = history.length
@@ -21,7 +21,7 @@ def test_history_is_cut_back_to_what_the_checkpoint_counts(tmp_path: Path) -> No
     assert (tmp_path / "history.jsonl").read_text() == '{"version":0}\n{"version":1,"again":true}\n'
 
 
-def test_what_a_replaced_learner_still_writes_nobody_reads(tmp_path: Path) -> None:
+def test_lines_of_a_replaced_learner_are_not_in_the_history(tmp_path: Path) -> None:
     replaced = History(tmp_path / "history.jsonl", length=0)
     replaced.add({"version": 0})
     successor = History(tmp_path / "history.jsonl", length=replaced.length)
@@ -34,10 +34,10 @@ def test_what_a_replaced_learner_still_writes_nobody_reads(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("there", [None, b"", b'{"version":0}'])
-def test_a_history_shorter_than_the_checkpoint_counts_is_refused(tmp_path: Path, there: bytes | None) -> None:
+def test_a_history_shorter_than_the_checkpoints_length_is_refused(tmp_path: Path, there: bytes | None) -> None:
     path = tmp_path / "history.jsonl"
     if there is not None:
         path.write_bytes(there)
-    with pytest.raises(UserError, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as refused:
+    with pytest.raises(UserError, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as error:
         History(path, length=14)
-    assert refused.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED

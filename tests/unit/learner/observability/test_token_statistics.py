@@ -1,4 +1,4 @@
-"""What is reported of a batch's tokens."""
+"""Statistics of a batch's tokens."""
 
 import math
 
@@ -34,7 +34,7 @@ def some_tokens(**changes: list[float]) -> Tokens:
     return Tokens(**{name: np.array(value) for name, value in values.items()})
 
 
-def test_means_are_kept_apart_by_staleness() -> None:
+def test_means_are_computed_per_staleness() -> None:
     got = by_staleness(some_tokens())
     assert sorted(got) == [0, 2]
     assert got[0]["log_discrepancy"] == pytest.approx(0.0)
@@ -68,7 +68,7 @@ def test_effective_sample_share() -> None:
     assert effective_sample_share(some_tokens(behavior=[-1.0] * 4, current=[-1.0] * 4)) == 1.0
 
 
-def test_divergences_equal_a_count_token_by_token() -> None:
+def test_divergences_equal_a_count_per_token() -> None:
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
         count = int(generator.integers(4, 60))
@@ -81,7 +81,7 @@ def test_divergences_equal_a_count_token_by_token() -> None:
         assert got == pytest.approx(expected, rel=1e-9, abs=1e-12), f"seed {seed}"
 
 
-def test_divergences_leave_out_what_has_no_ratio() -> None:
+def test_divergences_leave_out_tokens_without_a_ratio() -> None:
     behavior, proximal = np.array([-1.0, -0.5, -2.0, -3.0]), np.array([-1.1, -0.4, 0.0, float("nan")])
     tokens = plain(behavior=behavior, proximal=proximal, current=np.array([-1.0, -0.5, -2.0, -3.0]))
     tokens.causes["missing"] = np.array([False, False, True, False])
@@ -92,7 +92,7 @@ def test_divergences_leave_out_what_has_no_ratio() -> None:
     assert got["unsure"] == 2
 
 
-def test_only_tokens_that_were_not_certain_can_be_the_same() -> None:
+def test_certain_tokens_do_not_count_as_same() -> None:
     behavior = np.array([0.0, -1e-5, -0.5, -0.5])
     got = divergences(plain(behavior=behavior, proximal=np.array([0.0, -1e-5, -0.5, -0.6]), current=behavior))
     assert (got["unsure"], got["same"]) == (2.0, 0.5)
@@ -107,12 +107,12 @@ def test_18_1_the_log_ratios_add_up_to_the_total() -> None:
         np.testing.assert_allclose(ratios.total, current.astype(np.float64) - behavior, atol=1e-6)
 
 
-def test_18_8_an_entropy_that_is_not_finite_spoils_no_mean() -> None:
+def test_18_8_means_leave_out_nonfinite_entropies() -> None:
     assert summary(some_tokens(entropy=[0.5, float("nan"), 0.1, 0.3]))["entropy"] == pytest.approx(0.3)
 
 
 def plain(*, behavior: np.ndarray, proximal: np.ndarray, current: np.ndarray) -> Tokens:
-    """Tokens with nothing but log-probs."""
+    """Tokens with log-probs only."""
     zeros, no = np.zeros(len(behavior)), np.zeros(len(behavior), dtype=bool)
     return Tokens(
         staleness=zeros.astype(np.int32),

@@ -1,4 +1,4 @@
-"""A version's line, from a version really trained."""
+"""The history line of a version, made from a real training step."""
 
 import dataclasses
 import math
@@ -34,8 +34,8 @@ MOST_BYTES = 12_000
 SEPARATE = {"discrepancy_k1", "discrepancy_k2", "staleness_k1", "staleness_k3", "difference_max", "correlation", "same"}
 
 
-class Near:
-    """A proximal that is a little off the behavior log-probs, so that all that can happen does."""
+class NoisyProximal:
+    """A proximal near the behavior log-probs; its noise makes tokens masked, clipped, and kept."""
 
     def __init__(self, kind: str = "exact", *, missing: bool = False) -> None:
         self.kind, self.missing = kind, missing
@@ -89,10 +89,10 @@ def line_of(done: StepResult, config: LearnerConfig | None = None, **more: Any) 
 
 @pytest.fixture(scope="module")
 def exact(starting_model: Path) -> StepResult:
-    return trained(starting_model, Near(), minibatches=2)
+    return trained(starting_model, NoisyProximal(), minibatches=2)
 
 
-def test_a_line_is_short_and_whole(exact: StepResult) -> None:
+def test_a_line_is_short_and_complete(exact: StepResult) -> None:
     line = line_of(exact, a_learner())
     encoded = msgspec.json.encode(line)
     assert sorted(line["by_staleness"]) == ["0", "1", "2", "3"]
@@ -105,8 +105,8 @@ def test_a_line_is_short_and_whole(exact: StepResult) -> None:
     assert judge([line]) == []
 
 
-def test_the_worst_line_is_still_short(starting_model: Path) -> None:
-    """Audited, with every rule on and two minibatches, and after a million tokens."""
+def test_the_longest_line_is_short_enough(starting_model: Path) -> None:
+    """An audited batch with every rule on, two minibatches, and long gauges."""
     sections = {
         "proximal": {"kind": "ppo_ewma_async"},
         "audit": {"fraction": 1.0},
@@ -117,14 +117,14 @@ def test_the_worst_line_is_still_short(starting_model: Path) -> None:
         },
         "loss": {"dual_clip": 1.5, "opsm": 0.01},
     }  # fmt: skip
-    done = trained(starting_model, Near("ppo_ewma_async"), minibatches=2, auditor=Near(), **sections)
+    done = trained(starting_model, NoisyProximal("ppo_ewma_async"), minibatches=2, auditor=NoisyProximal(), **sections)
     gauges = dict.fromkeys(("multiplier", "entropy_history", "ewma_decay", "ewma_age", "ewma_weight"), 0.123456789)
     line = line_of(dataclasses.replace(done, gauges=gauges), a_learner(**sections))
     assert len(msgspec.json.encode(line)) < MOST_BYTES
     assert line["leak"]["by_staleness"].keys() == line["by_staleness"].keys()
 
 
-def test_fields_that_others_read_stay(exact: StepResult) -> None:
+def test_fields_that_other_programs_read_are_present(exact: StepResult) -> None:
     line = line_of(exact)
     for name in (
         "version", "published", "seconds", "phases", "trajectories", "sampled_tokens", "batch", "groups", "tokens",
@@ -140,31 +140,31 @@ def test_fields_that_others_read_stay(exact: StepResult) -> None:
     assert (line["kind"], line["objective"], line["caps"]) == ("exact", None, None)
 
 
-def test_spreads_are_those_of_the_tokens(exact: StepResult) -> None:
+def test_distributions_equal_those_of_the_tokens(exact: StepResult) -> None:
     line, flat = line_of(exact, a_learner()), TokenTable.of(exact.micro_batches, NOW)
     t = flat.tokens
-    apart = {
+    ratios = {
         "discrepancy": (t.proximal - t.behavior, np.ones(len(flat.first), dtype=bool)),
         "staleness_first": (t.current - t.proximal, flat.first),
         "staleness_later": (t.current - t.proximal, ~flat.first),
         "total": (t.current - t.behavior, np.ones(len(flat.first), dtype=bool)),
     }
-    assert line["ratios"].keys() == apart.keys()
-    for name, (values, of) in apart.items():
-        told = line["ratios"][name]
-        assert told["all"]["bins"] == oracle.bins(values[of].tolist())
+    assert line["ratios"].keys() == ratios.keys()
+    for name, (values, of) in ratios.items():
+        reported = line["ratios"][name]
+        assert reported["all"]["bins"] == oracle.bins(values[of].tolist())
         for age in ("0", "1", "2", "3"):
             chosen = values[of & (t.staleness == int(age))].tolist()
-            assert told[age]["bins"] == oracle.bins(chosen)
+            assert reported[age]["bins"] == oracle.bins(chosen)
             expected = [oracle.quantile(chosen, share) for share in (0.01, 0.05, 0.5, 0.95, 0.99, 1.0)]
-            assert told[age]["quantiles"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert reported[age]["quantiles"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_with_one_minibatch_there_is_no_later_one(starting_model: Path) -> None:
-    assert "staleness_later" not in line_of(trained(starting_model, Near()))["ratios"]
+def test_with_one_minibatch_there_is_no_later_staleness_ratio(starting_model: Path) -> None:
+    assert "staleness_later" not in line_of(trained(starting_model, NoisyProximal()))["ratios"]
 
 
-def test_slopes_are_those_of_single_tokens(exact: StepResult) -> None:
+def test_slopes_equal_those_over_single_tokens(exact: StepResult) -> None:
     line, tokens = line_of(exact, a_learner()), TokenTable.of(exact.micro_batches, NOW).tokens
     for name in ("masked", "clipped"):
         expected = oracle.line(tokens.staleness.tolist(), getattr(tokens, name).astype(float).tolist())
@@ -180,22 +180,22 @@ def test_18_11_the_removals_of_a_line_add_up(exact: StepResult) -> None:
     assert removal["masked"] / removal["tokens"] == pytest.approx(line["all"]["masked"], rel=1e-4)
 
 
-def test_18_15_fallbacks_are_zero_in_a_normal_run_and_not_under_each_fault(
+def test_18_15_fallbacks_are_zero_in_a_normal_run_and_positive_under_each_fault(
     starting_model: Path, exact: StepResult
 ) -> None:
     config = a_learner()
     assert line_of(exact, config)["fallbacks"] == {"missing": 0, "surrogate": 0, "nonfinite": 0}
     assert line_of(exact, config)["old"] == {"coverage": 1.0, "known": 1.0}
 
-    missing = line_of(trained(starting_model, Near(missing=True)), config)
+    missing = line_of(trained(starting_model, NoisyProximal(missing=True)), config)
     assert missing["fallbacks"]["missing"] == missing["all"]["missing"] > 0
     assert missing["old"]["coverage"] == pytest.approx(1 - missing["all"]["missing"] / missing["tokens"], rel=1e-4)
 
-    patched = line_of(trained(starting_model, Near("patched")), config)
+    patched = line_of(trained(starting_model, NoisyProximal("patched")), config)
     assert patched["fallbacks"]["surrogate"] > 0
     assert (patched["kind"], patched["proximal"], patched["exact"]) == ("snapshot", "bypass", False)
 
-    broken = trained(starting_model, Near())
+    broken = trained(starting_model, NoisyProximal())
     broken.micro_batches[0].current[0, 5] = float("nan")
     assert line_of(broken, config)["fallbacks"]["nonfinite"] == 1
 
@@ -205,17 +205,17 @@ def test_18_15_fallbacks_are_zero_in_a_normal_run_and_not_under_each_fault(
         assert [alert.rule for alert in judge([line])] == ["fallback"]
 
 
-def test_a_surrogate_that_was_asked_for_is_no_fallback(starting_model: Path) -> None:
+def test_a_configured_surrogate_is_no_fallback(starting_model: Path) -> None:
     config = a_learner(proximal={"kind": "ewma_prox"})
-    line = line_of(trained(starting_model, Near("ewma_prox")), config)
+    line = line_of(trained(starting_model, NoisyProximal("ewma_prox")), config)
     assert set(line["fallbacks"].values()) == {0}
     assert (line["old"], line["leak"]) == ({"coverage": 0.0, "known": 0.0}, None)
 
 
-def test_an_audited_batch_tells_its_leak(starting_model: Path) -> None:
+def test_an_audited_batch_reports_its_surrogate_error(starting_model: Path) -> None:
     config = a_learner(proximal={"kind": "ewma_prox"}, audit={"fraction": 1.0})
     done = trained(
-        starting_model, Near("ewma_prox"), auditor=Near(missing=True), proximal={"kind": "ewma_prox"},
+        starting_model, NoisyProximal("ewma_prox"), auditor=NoisyProximal(missing=True), proximal={"kind": "ewma_prox"},
         audit={"fraction": 1.0},
     )  # fmt: skip
     line, flat = line_of(done, config), TokenTable.of(done.micro_batches, NOW)
@@ -228,32 +228,34 @@ def test_an_audited_batch_tells_its_leak(starting_model: Path) -> None:
     expected = surrogate_error(audited_tokens(flat), thresholds)
     assert line["leak"]["removed_wrongly"] == pytest.approx(expected["removed_wrongly"], rel=1e-4)
     assert line["fallbacks"]["missing"] == 0
-    gone = line_of(done, config.model_copy(update={"loss": config.loss.model_copy(update={"objective": "r2vpo"})}))
-    assert gone["leak"]["clipped_wrongly"] is gone["leak"]["unclipped_wrongly"] is None
-    assert gone["leak"]["masked_wrongly"] == line["leak"]["masked_wrongly"]
+    without_clip = line_of(
+        done, config.model_copy(update={"loss": config.loss.model_copy(update={"objective": "r2vpo"})})
+    )
+    assert without_clip["leak"]["clipped_wrongly"] is without_clip["leak"]["unclipped_wrongly"] is None
+    assert without_clip["leak"]["masked_wrongly"] == line["leak"]["masked_wrongly"]
 
 
 def test_versions_of_a_batch_counted_by_hand() -> None:
-    """Sixteen trajectories of versions {1, 4}, {2, 4}, {3, 4} in turn, four to a group; a seventeenth has none."""
+    """Sixteen trajectories of versions {1, 4}, {2, 4}, {3, 4} in turn, four per group."""
     batch = a_batch()
-    told = of_versions(batch)
-    assert told == {
+    found = of_versions(batch)
+    assert found == {
         "per_trajectory_mean": 2.0,
         "per_trajectory_max": 2,
         "group_span_mean": 3.0,
         "group_span_max": 3,
         "oldest": {"1": 5, "2": 5, "3": 6},
     }
-    assert sum(told["oldest"].values()) == 16
+    assert sum(found["oldest"].values()) == 16
 
 
-def test_costs_are_shares_of_the_training(exact: StepResult) -> None:
+def test_costs_are_shares_of_the_training_time(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]
     assert cost == {"proximal": 0.25, "passes": 0.5, "step": 0.05, "rest": pytest.approx(0.2)}
 
 
-def test_numbers_are_written_short_and_counts_whole() -> None:
+def test_floats_are_rounded_and_counts_are_exact() -> None:
     assert round_for_json({"a": [0.123456789, float("inf")], "b": 1234567.0, "n": 7654321, "s": "x", "none": None}) == {
         "a": [0.12346, None],
         "b": 1234567.0,
@@ -263,7 +265,7 @@ def test_numbers_are_written_short_and_counts_whole() -> None:
     }
 
 
-def test_a_line_becomes_series(exact: StepResult) -> None:
+def test_a_line_is_exported_to_prometheus(exact: StepResult) -> None:
     def value(name: str, **labels: str) -> float:
         return REGISTRY.get_sample_value(f"palimpsest_learner_{name}", labels) or 0.0
 
@@ -285,7 +287,7 @@ def test_a_line_becomes_series(exact: StepResult) -> None:
     assert value("companion", what="multiplier") == 2.0
 
 
-def test_a_staleness_that_the_last_batch_does_not_have_is_not_known(exact: StepResult) -> None:
+def test_a_staleness_absent_from_the_last_batch_is_exported_as_nan(exact: StepResult) -> None:
     def masked(staleness: str) -> float | None:
         return REGISTRY.get_sample_value("palimpsest_learner_masked_share", {"staleness": staleness})
 
@@ -301,17 +303,17 @@ def test_a_staleness_that_the_last_batch_does_not_have_is_not_known(exact: StepR
     assert masked("3") == line["by_staleness"]["3"]["masked"]
 
 
-def test_a_teller_goes_on_from_the_history(exact: StepResult, tmp_path: Path) -> None:
-    """Two versions, a restart, two more: each line is judged with those before it."""
+def test_a_reporter_continues_from_the_history(exact: StepResult, tmp_path: Path) -> None:
+    """Two versions, a restart, and four more: each line is judged with those before it."""
     history, config = tmp_path / "history.jsonl", a_learner()
     facts: dict[str, Any] = {"seconds": 1.0, "phases": {}, "learning_rate": 1e-3, "counts": {}, "sampled_tokens": 1}
-    told: list[list[str]] = []
+    alerts: list[list[str]] = []
     for counters in ([{"conflict": 1}, {}], [{}, {}, {}, {}]):
-        teller = VersionReporter(RunThresholds.of(config), history)
-        teller.start()
+        reporter = VersionReporter(RunThresholds.of(config), history)
+        reporter.start()
         for counter in counters:
-            line = teller.line(a_batch(), exact, fallbacks=counter, **facts)
-            told.append([alert["rule"] for alert in line["alerts"]])
+            line = reporter.line(a_batch(), exact, fallbacks=counter, **facts)
+            alerts.append([alert["rule"] for alert in line["alerts"]])
             with history.open("ab") as file:
                 file.write(msgspec.json.encode(line) + b"\n")
-    assert told == [["fallback"]] * 5 + [[]]
+    assert alerts == [["fallback"]] * 5 + [[]]

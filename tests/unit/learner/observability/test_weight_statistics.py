@@ -1,4 +1,4 @@
-"""Spreads, slopes, effective samples and caps, against counts one by one."""
+"""Distributions, slopes, effective sample sizes, and caps, compared with counts per token."""
 
 import math
 
@@ -17,7 +17,7 @@ DRAWS = 200
 def tokens(
     behavior: np.ndarray, proximal: np.ndarray, current: np.ndarray, *, missing: np.ndarray | None = None
 ) -> Tokens:
-    """Only log-probs matter here."""
+    """Tokens with log-probs only."""
     zeros, no = np.zeros(len(behavior)), np.zeros(len(behavior), dtype=bool)
     return Tokens(
         staleness=zeros.astype(np.int32), behavior=behavior, proximal=proximal, current=current, old=zeros,
@@ -25,11 +25,13 @@ def tokens(
     )  # fmt: skip
 
 
-def test_a_spread_equals_a_count_one_by_one() -> None:
+def test_a_distribution_equals_a_count_per_value() -> None:
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
         values = generator.normal(0, generator.choice([0.01, 0.1, 1.0, 3.0]), int(generator.integers(1, 300)))
-        values[: len(values) // 5] = generator.choice(EDGES, len(values) // 5)  # an edge belongs to the bin above
+        values[: len(values) // 5] = generator.choice(
+            EDGES, len(values) // 5
+        )  # a value on an edge belongs to the upper bin
         got = summarize_distribution(values)
         assert got is not None
         assert got["bins"] == oracle.bins(list(values))
@@ -39,16 +41,16 @@ def test_a_spread_equals_a_count_one_by_one() -> None:
         assert got["mean_abs"] == pytest.approx(math.fsum(map(abs, values)) / len(values))
 
 
-def test_nothing_is_not_spread() -> None:
+def test_an_empty_array_has_no_distribution() -> None:
     assert summarize_distribution(np.zeros(0)) is None
 
 
-def test_every_staleness_has_a_group() -> None:
+def test_every_staleness_has_a_label() -> None:
     assert [group(staleness) for staleness in range(12)] == ["0", "1", "2", *["3-4"] * 2, *["5-8"] * 4, *[">8"] * 3]
     assert {group(staleness) for staleness in range(12)} == set(GROUPS)
 
 
-def test_a_slope_is_that_of_least_squares_over_single_tokens() -> None:
+def test_a_slope_equals_least_squares_over_single_tokens() -> None:
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
         ages = generator.integers(0, 4, int(generator.integers(1, 80)))
@@ -66,8 +68,8 @@ def test_one_staleness_has_no_slope() -> None:
     assert fit_staleness_slope([[Point(2.0, 100.0, 0.5), Point(3.0, 5.0, 0.9)]], least_tokens=30) is None
 
 
-def test_a_rise_is_seen_within_versions_and_not_between_them() -> None:
-    """Three versions whose level falls as their data gets staler, while each rises by .1 within itself."""
+def test_a_slope_is_fitted_within_versions() -> None:
+    """Three versions whose level falls as their data gets staler, while each rises by .1 per staleness."""
     batches = [
         [Point(age, 50.0, 1.0 - base + 0.1 * (age - base)) for age in (base, base + 1.0)] for base in (0.0, 1.0, 2.0)
     ]
@@ -81,8 +83,8 @@ def test_a_rise_is_seen_within_versions_and_not_between_them() -> None:
     assert together < -0.5
 
 
-def test_a_rise_is_measured_in_errors_that_follow_from_the_versions() -> None:
-    """Slopes .2, 0, .1 of versions that weigh alike: mean .1, and sqrt(.02 * 3 / 2) / 3 is one standard error."""
+def test_the_standard_error_of_a_slope_follows_from_the_versions() -> None:
+    """Slopes .2, 0, .1 of versions of equal weight: mean .1, standard error sqrt(.02 * 3 / 2) / 3."""
     batches = [[Point(0.0, 40.0, 0.0), Point(1.0, 40.0, step)] for step in (0.2, 0.0, 0.1)]
     found = fit_staleness_slope(batches)
     assert found is not None
@@ -94,7 +96,7 @@ def test_a_rise_is_measured_in_errors_that_follow_from_the_versions() -> None:
     assert one.errors == 0.0
 
 
-def test_example_c_of_tokens_and_of_trajectories() -> None:
+def test_effective_shares_of_example_c() -> None:
     """algorithms.md, example C: weights 1, 1, 1, 5 give .5714, truncated at 2 they give .8929."""
     log = np.log([1.0, 1.0, 1.0, 5.0])
     four = tokens(np.full(4, -2.0), -2.0 + log, -2.0 + log)
@@ -129,7 +131,7 @@ def test_effective_shares_equal_a_count_by_hand() -> None:
         assert by_total["tokens_used"] == pytest.approx(oracle.ess(list(total * (weight > 0))))
 
 
-def test_18_8_a_token_without_a_number_has_no_weight() -> None:
+def test_18_8_a_token_without_a_log_prob_has_no_weight() -> None:
     three = tokens(np.full(3, -1.0), np.array([-1.0, -1.0, np.nan]), np.array([-1.0, -1.0, -1.0]))
     got = effective_sample_sizes(three, np.array([1.0, 1.0, 0.0]), np.zeros(3, dtype=int), by_total=False)
     assert got["tokens_used"] == pytest.approx(2 / 3)
@@ -141,18 +143,18 @@ def test_18_8_a_token_without_a_number_has_no_weight() -> None:
     )
 
 
-def test_caps_are_counted_where_they_bind() -> None:
+def test_caps_are_counted_at_tokens_where_they_bind() -> None:
     behavior = np.full(6, -2.0)
     apart = np.log([3.0, 1.9, 1.0, 0.6, 0.4, 9.0])
     six = tokens(behavior, behavior + apart, behavior, missing=np.zeros(6, dtype=bool))
-    weight = np.array([2.0, 1.9, 1.0, 0.6, 0.5, 0.0])  # the last one is masked
+    weight = np.array([2.0, 1.9, 1.0, 0.6, 0.5, 0.0])  # the last token is masked
     at = np.arange(6)
     assert capped_weights(six, weight, at, low=0.5, high=2.0, of_sequence=False) == {"low": 1, "high": 1}
     assert capped_weights(six, weight, at, low=None, high=2.0, of_sequence=False) == {"low": 0, "high": 1}
     assert capped_weights(six, weight, at, low=None, high=None, of_sequence=False) is None
 
 
-def test_caps_of_trajectories_bind_for_all_their_kept_tokens() -> None:
+def test_a_cap_of_a_trajectory_counts_for_all_its_kept_tokens() -> None:
     behavior = np.full(5, -2.0)
     apart = np.log([1.5, 1.6, 1.0, 1.9, 0.3])
     five = tokens(behavior, behavior + apart, behavior)

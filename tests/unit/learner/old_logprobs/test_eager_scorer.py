@@ -1,4 +1,4 @@
-"""Scores made while a version is resident: of its tokens only, each once, durable before the call returns."""
+"""The eager scorer scores tokens of the resident version only, each once, and durably before it returns."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ def log(tmp_path: Path) -> Iterator[Log]:
     log.close()
 
 
-def an_early(
+def an_eager_scorer(
     score: Table, durable: Log | None = None, *, micro_batch_tokens: int = 1000
 ) -> tuple[EagerScorer, ScoreStore]:
     scores = ScoreStore()
@@ -49,9 +49,9 @@ def many(count: int) -> list[ReceivedTrajectory]:
     return [ReceivedTrajectory(a_finished(0, i, tokens=8 + i % 3), i % 2, i) for i in range(count)]
 
 
-def test_tokens_of_the_resident_version_are_scored_and_no_others(log: Log) -> None:
-    early, scores = an_early(Table(1), log)
-    assert early.work([MIXED], V1, digest(1)) == 5
+def test_only_tokens_of_the_resident_version_are_scored(log: Log) -> None:
+    eager, scores = an_eager_scorer(Table(1), log)
+    assert eager.work([MIXED], V1, digest(1)) == 5
     known = scores.attach(as_row(MIXED.record), {V0: digest(0), V1: digest(1)})
     assert known.old is not None
     scored = [4, 5, 6, 9, 10]
@@ -61,8 +61,8 @@ def test_tokens_of_the_resident_version_are_scored_and_no_others(log: Log) -> No
 
 
 def test_a_record_names_the_weights_the_span_and_the_tokens_up_to_its_end(log: Log) -> None:
-    early, _ = an_early(Table(1), log)
-    early.work([MIXED], V1, digest(1))
+    eager, _ = an_eager_scorer(Table(1), log)
+    eager.work([MIXED], V1, digest(1))
     first, second = log.scored()
     assert (first.start, first.stop, second.start, second.stop) == (4, 7, 9, 11)
     for record in (first, second):
@@ -72,11 +72,11 @@ def test_a_record_names_the_weights_the_span_and_the_tokens_up_to_its_end(log: L
     assert unpack_float32(second.values).tolist() == Table(1).value([10, 11]).tolist()
 
 
-def test_what_is_known_is_not_scored_again_not_even_by_another_process(log: Log) -> None:
+def test_known_tokens_are_not_scored_again_even_by_another_process(log: Log) -> None:
     table = Table(1)
-    early, _ = an_early(table, log)
-    assert [early.work([MIXED], V1, digest(1)) for _ in range(3)] == [5, 0, 0]
-    again, scores = an_early(table, log)
+    eager, _ = an_eager_scorer(table, log)
+    assert [eager.work([MIXED], V1, digest(1)) for _ in range(3)] == [5, 0, 0]
+    again, scores = an_eager_scorer(table, log)
     for record in log.scored():
         scores.put(record)
     assert again.work([MIXED], V1, digest(1)) == 0
@@ -84,26 +84,26 @@ def test_what_is_known_is_not_scored_again_not_even_by_another_process(log: Log)
     assert len(log.scored()) == 2
 
 
-def test_other_weights_under_the_same_number_are_another_policy(log: Log) -> None:
-    early, _ = an_early(Table(1), log)
-    early.work([MIXED], V1, digest(1))
-    assert early.work([MIXED], V1, "digest of other weights") == 5
+def test_the_same_version_number_with_another_digest_is_another_policy(log: Log) -> None:
+    eager, _ = an_eager_scorer(Table(1), log)
+    eager.work([MIXED], V1, digest(1))
+    assert eager.work([MIXED], V1, "digest of other weights") == 5
     assert {record.digest for record in log.scored()} == {digest(1), "digest of other weights"}
 
 
-def test_a_longer_flush_costs_only_what_is_new_in_it(log: Log) -> None:
-    early, _ = an_early(Table(0), log)
-    early.work([Flushed(a_flush(0, 0, tokens=6, segments=(a_segment(2, 6, 0),)), 0, 0)], V0, digest(0))
+def test_only_the_new_tokens_of_a_longer_flush_are_scored(log: Log) -> None:
+    eager, _ = an_eager_scorer(Table(0), log)
+    eager.work([Flushed(a_flush(0, 0, tokens=6, segments=(a_segment(2, 6, 0),)), 0, 0)], V0, digest(0))
     whole = ReceivedTrajectory(a_finished(0, 0, tokens=10, segments=(a_segment(2, 9, 0),)), 0, 1)
-    assert early.work([whole], V0, digest(0)) == 3
+    assert eager.work([whole], V0, digest(0)) == 3
     assert [(record.start, record.stop) for record in log.scored()] == [(2, 6), (6, 9)]
 
 
-def test_the_same_id_sampled_again_with_other_tokens_gets_its_own_values(log: Log) -> None:
-    early, scores = an_early(Table(0), log)
+def test_a_second_sampling_with_other_tokens_gets_its_own_values(log: Log) -> None:
+    eager, scores = an_eager_scorer(Table(0), log)
     first = Flushed(a_flush(0, 0, tokens=[5, 6, 7, 8, 9, 10]), 0, 0)
     second = Flushed(a_flush(0, 0, tokens=[5, 6, 70, 80, 90, 100]), 0, 1)
-    assert early.work([first, second], V0, digest(0)) == 8
+    assert eager.work([first, second], V0, digest(0)) == 8
     for flushed in (first, second):
         row = scores.attach(as_row(flushed.record), {V0: digest(0)})
         assert row.old is not None
@@ -111,57 +111,57 @@ def test_the_same_id_sampled_again_with_other_tokens_gets_its_own_values(log: Lo
     assert scores.conflicts == 0
 
 
-def test_a_slice_is_a_micro_batch_and_the_next_call_goes_on(log: Log) -> None:
-    early, _ = an_early(Table(0), log, micro_batch_tokens=20)
+def test_each_call_scores_one_micro_batch_and_the_next_call_continues(log: Log) -> None:
+    eager, _ = an_eager_scorer(Table(0), log, micro_batch_tokens=20)
     arrived, counts, asked = many(9), [], []
-    while count := early.work(arrived, V0, digest(0), should_stop=lambda: not asked.append(1)):  # type: ignore[func-returns-value]
+    while count := eager.work(arrived, V0, digest(0), should_stop=lambda: not asked.append(1)):  # type: ignore[func-returns-value]
         counts.append(count)
     assert sum(counts) == 9 * 4
     assert max(counts) <= 3 * 4, "rows cut at 6 tokens, so three of them are within 20"
     assert len(counts) == len(asked) == 3
-    assert all(early.is_done(one) for one in arrived)
+    assert all(eager.is_done(one) for one in arrived)
 
 
-def test_nothing_is_done_that_still_waits_and_what_is_taken_away_waits_no_more(log: Log) -> None:
+def test_only_scored_tokens_are_done_and_removed_trajectories_leave_the_queue(log: Log) -> None:
     table = Table(0)
-    early, _ = an_early(table, log, micro_batch_tokens=6)
+    eager, _ = an_eager_scorer(table, log, micro_batch_tokens=6)
     arrived = many(3)
-    early.work(arrived, V0, digest(0), should_stop=lambda: True)
-    assert [early.is_done(one) for one in arrived] == [True, False, False]
-    assert early.work(arrived[:2], V0, digest(0)) == 4
-    assert [early.is_done(one) for one in arrived] == [True, True, False]
+    eager.work(arrived, V0, digest(0), should_stop=lambda: True)
+    assert [eager.is_done(one) for one in arrived] == [True, False, False]
+    assert eager.work(arrived[:2], V0, digest(0)) == 4
+    assert [eager.is_done(one) for one in arrived] == [True, True, False]
     assert table.rows == 2
 
 
-def test_with_the_next_version_the_former_ones_rest_is_never_scored(log: Log) -> None:
+def test_the_next_version_discards_unscored_tokens_of_the_previous_one(log: Log) -> None:
     table = Table(0)
-    early, _ = an_early(table, log, micro_batch_tokens=6)
+    eager, _ = an_eager_scorer(table, log, micro_batch_tokens=6)
     arrived = many(3)
-    early.work(arrived, V0, digest(0), should_stop=lambda: True)
+    eager.work(arrived, V0, digest(0), should_stop=lambda: True)
     table.version = 1
-    assert early.work(arrived, V1, digest(1)) == 0
+    assert eager.work(arrived, V1, digest(1)) == 0
     assert len(log.scored()) == 1
 
 
-def test_the_values_are_on_the_log_before_they_can_be_used(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_on_the_log_before_they_are_used(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     def down(*_: object) -> None:
         raise OSError("the log is away")
 
-    early, scores = an_early(Table(0), log)
+    eager, scores = an_eager_scorer(Table(0), log)
     monkeypatch.setattr(log, "publish", down)
     with pytest.raises(OSError, match="the log is away"):
-        early.work(many(2), V0, digest(0))
+        eager.work(many(2), V0, digest(0))
     assert len(scores) == 0
 
 
-def test_without_a_log_the_values_are_for_this_process_alone(log: Log) -> None:
-    early, scores = an_early(Table(0))
-    assert early.work(many(4), V0, digest(0)) == 16
+def test_without_a_log_the_values_stay_in_this_process(log: Log) -> None:
+    eager, scores = an_eager_scorer(Table(0))
+    assert eager.work(many(4), V0, digest(0)) == 16
     assert len(scores) == 4
     assert OLD_LOGPROBS not in log.order
 
 
-def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> None:
+def test_a_nonfinite_score_is_counted_and_stays_missing(log: Log) -> None:
     class Broken(Table):
         def __call__(self, batches: Sequence[PaddedBatch]) -> list[np.ndarray]:  # type: ignore[type-arg]
             values = super().__call__(batches)
@@ -170,21 +170,21 @@ def test_a_score_that_is_no_number_is_counted_and_stays_missing(log: Log) -> Non
                 value[:, 5] = -np.inf
             return values
 
-    early, scores = an_early(Broken(0), log)
+    eager, scores = an_eager_scorer(Broken(0), log)
     before = instruments.OLD_UNSCORABLE._value.get()
     one = many(1)
-    assert early.work(one, V0, digest(0)) == 3
-    assert early.work(one, V0, digest(0)) == 0, "asked again, it would say the same"
+    assert eager.work(one, V0, digest(0)) == 3
+    assert eager.work(one, V0, digest(0)) == 0, "asked again, it would say the same"
     assert scores.missing(scores.attach(as_row(one[0].record), {V0: digest(0)})) == [(3, 4, V0)]
     assert instruments.OLD_UNSCORABLE._value.get() == before + 1
     assert [(r.start, r.stop) for r in log.scored()] == [(2, 3), (4, 6)]
     assert unpack_float32(log.scored()[1].values).tolist()[1] == -np.inf, "an underflow is a value, a NaN is none"
 
 
-def test_the_model_says_what_plain_transformers_say(starting_model: Path, log: Log) -> None:
-    """Under the trajectory's own temperature, behind its own prefix, whatever else is in the micro-batch."""
+def test_scores_equal_those_of_plain_transformers(starting_model: Path, log: Log) -> None:
+    """Each trajectory is scored at its temperature and after its prefix, independent of other rows."""
     model, draw, scores = load(starting_model), random.Random(3), ScoreStore()
-    early = EagerScorer(
+    eager = EagerScorer(
         DistributedScorer(ProcessGroup(), model_scorer(model, CPU)), scores, run=RUN, micro_batch_tokens=64, durable=log
     )
     sampled = []
@@ -193,7 +193,7 @@ def test_the_model_says_what_plain_transformers_say(starting_model: Path, log: L
         segments = (a_segment(2, 5, 0), a_segment(6, 8 + i, 0))
         flush = a_flush(0, i, tokens=tokens, segments=segments)
         sampled.append(Flushed(msgspec.structs.replace(flush, temperature=0.5 + 0.25 * i), 0, i))
-    early.work(sampled, V0, digest(0))
+    eager.work(sampled, V0, digest(0))
     for flushed in sampled:
         row = scores.attach(as_row(flushed.record), {V0: digest(0)})
         plain = [0.0, *logprobs(model, row.tokens.tolist(), row.temperature)]
@@ -203,21 +203,21 @@ def test_the_model_says_what_plain_transformers_say(starting_model: Path, log: L
             assert float(row.old[t]) == pytest.approx(plain[t], abs=4e-3)
 
 
-def test_scoring_between_backward_and_step_leaves_weights_and_gradients_as_they_are(
+def test_scoring_between_backward_and_step_changes_neither_weights_nor_gradients(
     starting_model: Path, log: Log
 ) -> None:
     model = load(starting_model)
     tokens = torch.tensor([[5, 6, 7, 8]])
     model(input_ids=tokens).logits.float().square().mean().backward()
     before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if p.grad is not None]
-    early = EagerScorer(
+    eager = EagerScorer(
         DistributedScorer(ProcessGroup(), model_scorer(model, CPU)),
         ScoreStore(),
         run=RUN,
         micro_batch_tokens=64,
         durable=log,
     )
-    assert early.work(many(3), V0, digest(0)) == 12
+    assert eager.work(many(3), V0, digest(0)) == 12
     after = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     assert before
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(before, after, strict=True))  # type: ignore[arg-type]

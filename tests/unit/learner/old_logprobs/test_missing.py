@@ -1,4 +1,4 @@
-"""Missing old log-probs: the policy decides, everything is counted, and no other policy's numbers pass for old ones."""
+"""Missing old log-probs: the missing policy applies, every token is counted, and substitutes are marked."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def holes(*versions: int) -> list[NDArray[np.bool_]]:
 
 
 def exact() -> list[Tensor]:
-    """Old log-probs -0.5 everywhere they are needed."""
+    """Old log-probs of -0.5 at every trainable token."""
     return [torch.from_numpy(np.where(batch.mask, np.float32(-0.5), np.float32(0))) for batch in batches()]
 
 
@@ -43,10 +43,10 @@ def recompute(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> 
 
 
 def forbidden(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
-    raise AssertionError("nobody asked for a forward pass")
+    raise AssertionError("a forward pass is not needed")
 
 
-def settled(
+def apply_policy(
     missing: list[NDArray[np.bool_]],
     policy: MissingPolicy,
     *,
@@ -63,7 +63,7 @@ def settled(
 @pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
 def test_18_15_nothing_is_counted_while_nothing_is_missing(policy: MissingPolicy) -> None:
     misses = MissingCounter()
-    proximal = settled(holes(), policy, misses=misses)
+    proximal = apply_policy(holes(), policy, misses=misses)
     assert isinstance(proximal, Exact)
     assert proximal.absent is None
     assert all(map(torch.equal, proximal.logprobs, exact()))
@@ -77,7 +77,7 @@ def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: MissingRe
     misses = MissingCounter()
     for _ in range(2):
         try:
-            settled(holes(1, 2), policy, why=why, misses=misses, pass_=recompute)
+            apply_policy(holes(1, 2), policy, why=why, misses=misses, pass_=recompute)
         except UserError:
             assert policy == "fail"
     assert misses.tokens == {(why.value, policy): 10}
@@ -86,7 +86,7 @@ def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: MissingRe
 
 
 def test_dropped_tokens_are_absent_and_have_no_value() -> None:
-    proximal = settled(holes(1), "drop")
+    proximal = apply_policy(holes(1), "drop")
     assert isinstance(proximal, Exact)
     mask = torch.from_numpy(batches()[0].mask)
     anchor = proximal.anchor(0, torch.zeros(2, 5), mask)
@@ -98,8 +98,8 @@ def test_dropped_tokens_are_absent_and_have_no_value() -> None:
     assert whole.exact.tolist() == [[False, True, True]]
 
 
-def test_bypass_puts_the_behavior_there_and_says_so() -> None:
-    proximal = settled(holes(1), BYPASSED)
+def test_bypass_uses_behavior_log_probs_and_marks_them() -> None:
+    proximal = apply_policy(holes(1), BYPASSED)
     assert isinstance(proximal, Patched)
     assert proximal.method == "bypass"
     anchor = proximal.anchor(0, torch.zeros(2, 5), torch.from_numpy(batches()[0].mask))
@@ -108,8 +108,8 @@ def test_bypass_puts_the_behavior_there_and_says_so() -> None:
     assert not anchor.missing.any()
 
 
-def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
-    proximal = settled(holes(1), RECOMPUTED, pass_=recompute)
+def test_recompute_scores_the_missing_tokens_only() -> None:
+    proximal = apply_policy(holes(1), RECOMPUTED, pass_=recompute)
     assert isinstance(proximal, Patched)
     assert proximal.method == "current_recompute"
     assert [part.tolist() for part in proximal.logprobs] == [
@@ -134,18 +134,18 @@ def test_recompute_asks_the_model_for_the_missing_tokens_only() -> None:
     ],
 )
 def test_failing_names_version_trajectories_and_remedy(why: MissingReason, words: str, code: ExitCode) -> None:
-    with pytest.raises(UserError, match=words) as refusal:
-        settled(holes(1), "fail", why=why)
-    assert refusal.value.code is code
-    assert 'learner.proximal.missing = "drop"' in str(refusal.value)
+    with pytest.raises(UserError, match=words) as error:
+        apply_policy(holes(1), "fail", why=why)
+    assert error.value.code is code
+    assert 'learner.proximal.missing = "drop"' in str(error.value)
 
 
 def test_failing_counts_trajectories_over_all_micro_batches() -> None:
     with pytest.raises(UserError, match=r"versions 0, 2 are not .* 6 tokens in 3 trajectories"):
-        settled(holes(0, 2), "fail")
+        apply_policy(holes(0, 2), "fail")
 
 
-def test_many_versions_are_not_all_named() -> None:
+def test_an_error_names_a_few_of_many_versions() -> None:
     rows = [a_row(f"g0/{v}", [1, 2], [-1, v]) for v in range(9)]
     batch = pad(rows)
     with pytest.raises(UserError, match="versions 0, 1, 2, 3, 4 and 4 more are not"):
@@ -155,8 +155,8 @@ def test_many_versions_are_not_all_named() -> None:
         )  # fmt: skip
 
 
-def test_18_15_random_holes_against_a_table_by_token() -> None:
-    """Every token: known -> its value; missing -> what the policy says, and marked."""
+def test_18_15_random_missing_tokens_match_a_table() -> None:
+    """A known token keeps its value; a missing token gets the policy's value and a mark."""
     rng = np.random.default_rng(3)
     for draw in range(200):
         rows = [

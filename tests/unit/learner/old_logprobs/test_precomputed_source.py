@@ -1,4 +1,4 @@
-"""Scores that came with the rows: taken as they are, the present version's made here, the rest by the policy."""
+"""Old log-probs that came with the rows are used unchanged; the current version is scored here; the rest is missing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def with_old(row: Row, old: list[float]) -> Row:
 
 
 def rows(*, complete: bool = True) -> list[Row]:
-    """Versions 1 and 3 (the present one); -0.125 is what came for version 1."""
+    """Versions 1 and 3 (the current version); -0.125 is the received value for version 1."""
     nan, last = float("nan"), -0.5 if complete else float("nan")
     return [
         with_old(a_row("a", [5, 6, 7, 8, 9], [-1, 1, 1, 3, 3]), [nan, -0.125, -0.25, nan, nan]),
@@ -55,19 +55,19 @@ def scored(model: torch.nn.Module, *chosen: Row) -> torch.Tensor:
     return values
 
 
-def test_known_values_stay_and_the_present_version_is_scored_here(model: torch.nn.Module) -> None:
+def test_known_values_stay_and_the_current_version_is_scored(model: torch.nn.Module) -> None:
     misses = MissingCounter()
     proximal = source(model, misses=misses).proximal([pad(rows())], NOW)
     assert isinstance(proximal, Exact)
     (values,) = proximal.logprobs
-    own = scored(model, rows()[0], rows()[2])  # only rows with tokens of the present version share the pass
+    own = scored(model, rows()[0], rows()[2])  # the pass has only rows with tokens of the current version
     assert values[0].tolist() == [0.0, -0.125, -0.25, *own[0, 3:5].tolist()]
     assert values[1].tolist() == [0.0, -0.375, -0.5, 0.0, 0.0]
     assert values[2].tolist() == [0.0, float(own[1, 1]), 0.0, float(own[1, 3]), 0.0]
     assert not misses.tokens
 
 
-def test_18_4_at_staleness_0_it_gives_the_bits_of_the_model(model: torch.nn.Module) -> None:
+def test_18_4_at_staleness_0_values_equal_the_models_bit_for_bit(model: torch.nn.Module) -> None:
     batch = pad([a_row("a", [5, 6, 7, 8], [-1, 3, 3, 3]), a_row("b", [5, 9, 9], [-1, 3, 3])])
     (values,) = source(model).proximal([batch], NOW).logprobs
     mask = torch.from_numpy(batch.mask)
@@ -75,7 +75,7 @@ def test_18_4_at_staleness_0_it_gives_the_bits_of_the_model(model: torch.nn.Modu
     assert (values[~mask] == 0).all()
 
 
-def test_when_everything_is_known_no_pass_is_made() -> None:
+def test_rows_with_all_values_known_need_no_forward_pass() -> None:
     class Untouchable(torch.nn.Module):
         def forward(self, *_: object, **__: object) -> None:
             raise AssertionError("a forward pass")
@@ -86,20 +86,20 @@ def test_when_everything_is_known_no_pass_is_made() -> None:
 
 
 def test_a_probability_that_underflowed_is_known(model: torch.nn.Module) -> None:
-    """-inf is the old log-prob: it goes on as it is, to be masked and counted as not finite, and is never replaced."""
+    """-inf is the old log-prob; it is never replaced, and the loss masks and counts it as not finite."""
     known = with_old(a_row("a", [5, 6, 7], [-1, 1, 1]), [0.0, -0.5, -np.inf])
     proximal = source(model).proximal([pad([known])], NOW)
     assert isinstance(proximal, Exact)
     assert proximal.logprobs[0].tolist() == [[0.0, -0.5, -np.inf]]
 
 
-def test_without_a_score_the_run_ends(model: torch.nn.Module) -> None:
-    with pytest.raises(UserError, match="no replica scored 1 token in 1 trajectory sampled by version 1") as refusal:
+def test_a_missing_score_stops_the_run(model: torch.nn.Module) -> None:
+    with pytest.raises(UserError, match="no replica scored 1 token in 1 trajectory sampled by version 1") as error:
         source(model).proximal([pad(rows(complete=False))], NOW)
-    assert refusal.value.code is ExitCode.UNAVAILABLE
+    assert error.value.code is ExitCode.UNAVAILABLE
 
 
-def test_18_15_without_a_score_a_token_is_dropped_and_counted(model: torch.nn.Module) -> None:
+def test_18_15_a_token_without_a_score_is_dropped_and_counted(model: torch.nn.Module) -> None:
     misses = MissingCounter()
     proximal = source(model, "drop", misses).proximal([pad(rows(complete=False))], NOW)
     assert isinstance(proximal, Exact)
@@ -109,7 +109,7 @@ def test_18_15_without_a_score_a_token_is_dropped_and_counted(model: torch.nn.Mo
     assert misses.tokens == {("not_scored", "drop"): 1}
 
 
-def test_18_15_without_a_score_a_surrogate_stands_there_and_says_so(model: torch.nn.Module) -> None:
+def test_18_15_a_token_without_a_score_gets_a_marked_surrogate(model: torch.nn.Module) -> None:
     misses = MissingCounter()
     bypassed = source(model, "surrogate:bypass", misses).proximal([pad(rows(complete=False))], NOW)
     recomputed = source(model, "surrogate:current_recompute", misses).proximal([pad(rows(complete=False))], NOW)

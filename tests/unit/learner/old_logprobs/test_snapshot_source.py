@@ -1,4 +1,7 @@
-"""Exact old log-probs: every token under its own version, whatever else is in the batch (algorithms.md 18.4, 18.5)."""
+"""The snapshot source scores every token with its version's weights, independent of the rest of the batch.
+
+See algorithms.md 18.4 and 18.5.
+"""
 
 import hashlib
 from dataclasses import replace
@@ -31,7 +34,7 @@ NOW = Version(2)
 
 
 class Versions:
-    """Three versions in the store, the last of them resident; plain models to compare with."""
+    """Three versions in the store, the last one resident, and plain models to compare with."""
 
     def __init__(self, folder: Path, store: SnapshotClient) -> None:
         self.store = store
@@ -79,7 +82,7 @@ def test_every_token_is_scored_by_its_own_version(versions: Versions) -> None:
         assert all(float(scored[i, t]) == 0.0 for t in (row.versions < 0).nonzero()[0])
 
 
-def test_18_5_a_mixed_batch_gives_the_bits_of_one_version_at_a_time(versions: Versions) -> None:
+def test_18_5_a_mixed_batch_equals_one_version_at_a_time_bit_for_bit(versions: Versions) -> None:
     rows = mixed_rows()
     (scored,) = versions.source.proximal([pad(rows)], NOW).logprobs
     for version in VERSIONS:
@@ -120,11 +123,11 @@ def test_each_version_is_loaded_once_for_all_micro_batches(versions: Versions) -
     batches = [pad([row]) for row in mixed_rows()]
     versions.source.proximal(batches, NOW)
     assert versions.loads == [0, 1]
-    versions.source.proximal(batches, NOW)  # the shadow starts with the version it has
+    versions.source.proximal(batches, NOW)  # the versioned model starts with its resident version
     assert versions.loads == [0, 1, 0]
 
 
-def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions: Versions) -> None:
+def test_18_5_scoring_does_not_change_the_model_in_training_or_its_optimizer(versions: Versions) -> None:
     policy = TrainablePolicy(versions.resident, OptimizerConfig(lr=1e-3))
     for gradient in policy.gradients():
         gradient.fill_(0.1)
@@ -140,11 +143,11 @@ def test_18_5_the_model_in_training_and_its_optimizer_stay_as_they_are(versions:
     assert state() == before
 
 
-def test_18_5_a_version_that_is_gone_stops_the_run_and_is_never_replaced(versions: Versions) -> None:
+def test_18_5_a_deleted_version_stops_the_run(versions: Versions) -> None:
     batch = pad([a_row("a", tokens(5, 1), [-1, 7, 7, 7, 7])])
-    with pytest.raises(UserError, match=r"version 7 is not in the store, .* 4 tokens in 1 trajectory") as refusal:
+    with pytest.raises(UserError, match=r"version 7 is not in the store, .* 4 tokens in 1 trajectory") as error:
         versions.source.proximal([batch], Version(9))
-    assert refusal.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
 GONE = a_row("gone", [5, 6, 7, 8, 9, 10], [-1, 0, 7, 7, 8, 2], behavior=[0.0, -1.0, -2.0, -3.0, -4.0, -5.0])
@@ -154,7 +157,7 @@ def with_policy(versions: Versions, policy: MissingPolicy, misses: MissingCounte
     return SnapshotSource(versions.resident, versions.store, CPU, loaded=lambda _: None, missing=policy, misses=misses)
 
 
-def test_18_5_dropping_a_version_that_is_gone_keeps_the_others_exact(versions: Versions) -> None:
+def test_18_5_dropping_a_deleted_version_keeps_the_others_exact(versions: Versions) -> None:
     misses = MissingCounter()
     batch = pad([GONE, *mixed_rows()])
     proximal = with_policy(versions, "drop", misses).proximal([batch], NOW)
@@ -168,7 +171,7 @@ def test_18_5_dropping_a_version_that_is_gone_keeps_the_others_exact(versions: V
     assert misses.tokens == {("version_gone", "drop"): 3}
 
 
-def test_18_5_a_surrogate_for_a_version_that_is_gone_is_marked(versions: Versions) -> None:
+def test_18_5_a_surrogate_for_a_deleted_version_is_marked(versions: Versions) -> None:
     misses = MissingCounter()
     bypassed = with_policy(versions, "surrogate:bypass", misses).proximal([pad([GONE])], NOW)
     recomputed = with_policy(versions, "surrogate:current_recompute", misses).proximal([pad([GONE])], NOW)
@@ -182,8 +185,8 @@ def test_18_5_a_surrogate_for_a_version_that_is_gone_is_marked(versions: Version
     assert misses.tokens == {("version_gone", p): 3 for p in ("surrogate:bypass", "surrogate:current_recompute")}
 
 
-def test_18_5_a_damaged_version_is_never_a_missing_one(versions: Versions, tmp_path: Path) -> None:
-    """Whatever the policy: stored data that contradicts its digest ends the run."""
+def test_18_5_a_damaged_version_is_not_treated_as_missing(versions: Versions, tmp_path: Path) -> None:
+    """Under every missing policy, data that does not match its digest stops the run."""
     damage(versions.store, tmp_path)
     misses = MissingCounter()
     for policy in get_args(MissingPolicy):
@@ -193,15 +196,15 @@ def test_18_5_a_damaged_version_is_never_a_missing_one(versions: Versions, tmp_p
 
 
 def kept(row: Row) -> Row:
-    """The row without what is gone."""
+    """The row without tokens of the deleted version."""
     return replace(row, versions=np.where(row.versions > NOW, UNTRAINABLE, row.versions).astype(np.int32))
 
 
-def test_what_was_scored_before_is_not_scored_again(versions: Versions) -> None:
-    """-0.125 is no log-prob of the model: whoever returns it has not computed it."""
+def test_known_tokens_are_not_scored_again(versions: Versions) -> None:
+    """-0.125 is no log-prob of the model, so a returned -0.125 was not recomputed."""
     rows = mixed_rows()
-    early = [replace(row, old=np.where(row.versions == 0, np.float32(-0.125), np.float32(np.nan))) for row in rows]
-    (values,) = versions.source.proximal([pad(early)], NOW).logprobs
+    known = [replace(row, old=np.where(row.versions == 0, np.float32(-0.125), np.float32(np.nan))) for row in rows]
+    (values,) = versions.source.proximal([pad(known)], NOW).logprobs
     assert versions.loads == [1]
     (exact,) = versions.source.proximal([pad(rows)], NOW).logprobs
     of = torch.from_numpy(pad(rows).versions)
@@ -210,7 +213,7 @@ def test_what_was_scored_before_is_not_scored_again(versions: Versions) -> None:
     assert (values[of < 0] == 0).all()
 
 
-def test_a_row_whose_tokens_are_known_is_left_out_of_the_pass(versions: Versions) -> None:
+def test_a_row_with_all_tokens_known_is_left_out_of_the_forward_pass(versions: Versions) -> None:
     rows = [a_row("a", tokens(9, 1), [-1] + [0] * 8), a_row("b", tokens(14, 2), [-1] + [0] * 13)]
     known = replace(rows[1], old=np.full(14, -0.5, dtype=np.float32))
     (values,) = versions.source.proximal([pad([rows[0], known])], NOW).logprobs
@@ -220,7 +223,7 @@ def test_a_row_whose_tokens_are_known_is_left_out_of_the_pass(versions: Versions
 
 
 def test_18_5_permuting_the_versions_of_tokens_permutes_the_values(versions: Versions) -> None:
-    """Each token's value is that of a plain pass by its version, whatever the versions around it are."""
+    """Each token's value equals a plain pass with its version's weights, whatever the neighboring versions are."""
     same = tokens(10, 8)
     plain = {v: [0.0, *logprobs(model, same)] for v, model in versions.plain.items()}
     generator = torch.Generator().manual_seed(4)
@@ -233,13 +236,13 @@ def test_18_5_permuting_the_versions_of_tokens_permutes_the_values(versions: Ver
 
 def test_a_damaged_snapshot_stops_the_run(versions: Versions, tmp_path: Path, store: SnapshotClient) -> None:
     damage(store, tmp_path)
-    with pytest.raises(UserError, match="snapshot 1 is damaged") as refusal:
+    with pytest.raises(UserError, match="snapshot 1 is damaged") as error:
         versions.source.proximal([pad(mixed_rows())], NOW)
-    assert refusal.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
 def damage(store: SnapshotClient, tmp_path: Path) -> None:
-    """One bit of version 1 in the store."""
+    """Flip one bit of version 1 in the store."""
     held = tmp_path / "store" / "objects" / store.manifest(Version(1)).object
     body = bytearray(held.read_bytes())
     body[len(body) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""The canaries that go with a version: which tokens, and under which weights."""
+"""The canaries of a version: their tokens, and the weights that score them."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def rows(count: int, length: int = 10) -> list[Row]:
     ]
 
 
-def test_without_a_batch_it_is_one_fixed_sequence(starting_model: Path) -> None:
+def test_without_a_batch_the_canary_is_one_fixed_sequence(starting_model: Path) -> None:
     (canary,) = Canaries(load(starting_model), CPU, trajectories=4).made()
     (again,) = Canaries(load(starting_model), CPU, trajectories=4).made()
     assert canary == again
@@ -45,11 +45,13 @@ def test_rows_of_the_batch_are_scored_before_and_after_the_step(starting_model: 
         assert canary.positions == (3, 4, 6), "the sampled tokens only"
         tokens = list(canary.tokens)
         for weights, values in ((load(starting_model), canary.previous), (model, canary.logprobs)):
-            exact = logprobs(weights, tokens)  # at temperature 1, whatever the row was sampled at
+            exact = logprobs(
+                weights, tokens
+            )  # canaries use temperature 1, independent of the row's sampling temperature
             assert values == pytest.approx([exact[p - 1] for p in canary.positions], abs=2e-3)
 
 
-def test_the_next_batch_replaces_the_last(starting_model: Path) -> None:
+def test_the_next_batch_replaces_the_previous_one(starting_model: Path) -> None:
     canaries = Canaries(load(starting_model), CPU, trajectories=2)
     canaries.choose(rows(4))
     canaries.choose(rows(4)[1:2])
@@ -57,7 +59,7 @@ def test_the_next_batch_replaces_the_last(starting_model: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_they_stay_a_trifle(starting_model: Path) -> None:
+def test_canaries_are_few_and_short(starting_model: Path) -> None:
     canaries = Canaries(load(starting_model), CPU, trajectories=32)
     canaries.choose(rows(6, length=MOST_TOKENS // 4))
     made = canaries.made()
@@ -65,7 +67,7 @@ def test_they_stay_a_trifle(starting_model: Path) -> None:
     assert sum(len(canary.tokens) for canary in made) <= MOST_TOKENS
 
 
-def test_a_batch_of_which_nothing_fits_leaves_the_fixed_sequence(starting_model: Path) -> None:
+def test_a_batch_of_only_long_rows_leaves_the_fixed_sequence(starting_model: Path) -> None:
     canaries = Canaries(load(starting_model), CPU, trajectories=4)
     canaries.choose(rows(1, length=MOST_TOKENS + 1))
     (canary,) = canaries.made()

@@ -1,4 +1,4 @@
-"""Sums over minibatches and ranks, by hand."""
+"""Sums over minibatches and ranks, checked by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_only_usable_tokens_are_added() -> None:
     assert (sums.loss, sums.squared_deviation, sums.usable) == (0.75, 14.0, 3)
 
 
-def test_a_norm_that_is_not_finite_is_a_skipped_step() -> None:
+def test_a_nonfinite_norm_counts_as_a_skipped_step() -> None:
     sums = StepAccumulator(norms=[1.0, math.inf, math.nan, 3.0], normalizers=[1.0, 2.0], baselines=[0.5, 1.0])
     assert (sums.grad_norm, sums.skipped, sums.normalizer, sums.baseline) == (3.0, 2, 1.5, 0.75)
     nothing = StepAccumulator(norms=[math.nan])
@@ -24,7 +24,7 @@ def test_a_norm_that_is_not_finite_is_a_skipped_step() -> None:
     assert (nothing.skipped, nothing.baseline) == (1, None)
 
 
-def test_totals_of_ranks_are_sums_and_shares_follow_from_them() -> None:
+def test_totals_are_summed_over_ranks_and_shares_follow_from_totals() -> None:
     one = TokenTotals(tokens=6, active=3, staleness=4, squared_deviation=1.0, usable=3, entropy=2.0, trajectories=2)
     both = TokenTotals.summed([one, TokenTotals(tokens=2, active=1, staleness=4, usable=1)])
     assert both == TokenTotals(8, 4, 8, 1.0, 4, 2.0, 2)

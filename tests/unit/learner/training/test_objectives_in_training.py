@@ -1,4 +1,4 @@
-"""Every recipe through a version's training, on the small real model; and what must not depend on the proximal."""
+"""Every recipe trains a version of the small real model, and the gradient without thresholds ignores the proximal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ NOW = Version(4)
 
 
 def rows(model: torch.nn.Module) -> list[Row]:
-    """Two turns with a tool's answer between them, of versions 1 to 4, sampled by an engine that is a little off."""
+    """Rows of two turns with a tool's answer between them, of versions 1 to 4, with a small engine error."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for i in range(8):
@@ -43,8 +43,8 @@ def rows(model: torch.nn.Module) -> list[Row]:
     return made
 
 
-class Other:
-    """Exact, by another model: the old policy of every version."""
+class OtherModel:
+    """An exact source whose old policy of every version is another model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._resident = Resident(model)
@@ -66,7 +66,7 @@ def trained(
     if not isinstance(source, str):
         made = source
     elif config.proximal.kind == "snapshot":
-        made = Other(older)
+        made = OtherModel(older)
     else:
         made = build_surrogate(config.proximal, model=model, masters=policy.masters, device=CPU, max_staleness=4)
     if config.advantages.kind == "gae":
@@ -101,7 +101,7 @@ SURROGATES = (
 
 
 def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
-    """Of the first minibatch, with every threshold off; the model has moved since the surrogate was made."""
+    """Gradients of the first minibatch without thresholds, on a model that moved after the surrogate was built."""
     config = a_learner(
         proximal={"kind": kind},
         discrepancy=UNCORRECTED.model_copy(update={"weight": "ratio"}),
@@ -112,7 +112,7 @@ def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
     older = load(folder).float()
     perturb(older, by=0.05, seed=seed)
     source: Source = (
-        Other(older)
+        OtherModel(older)
         if kind == "snapshot"
         else build_surrogate(config.proximal, model=model, masters=policy.masters, device=CPU, max_staleness=4)
     )
@@ -124,7 +124,7 @@ def gradients(folder: Path, kind: str, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_18_1_with_all_thresholds_off_every_proximal_gives_the_same_gradient(kind: str, starting_model: Path) -> None:
-    """Exact, recompute and bypass above all: what differs is only which constraint sees what."""
+    """The proximal changes only the ratios that the constraints see."""
     exact = gradients(starting_model, "snapshot", seed=3)
     size = max(float(gradient.abs().max()) for gradient in exact)
     assert size > 1e-3
@@ -132,7 +132,7 @@ def test_18_1_with_all_thresholds_off_every_proximal_gives_the_same_gradient(kin
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * size)
 
 
-def test_18_14_the_learning_rate_is_whole_again_after_a_step_that_was_scaled(starting_model: Path) -> None:
+def test_18_14_a_scaled_step_restores_the_learning_rate(starting_model: Path) -> None:
     config = a_learner(vcpo={"lr_scaling": "linear"}, proximal={"kind": "bypass"}, discrepancy=UNCORRECTED)
     result, policy = trained(starting_model, config)
     assert 0 < result.lr_factor < 1
@@ -141,8 +141,8 @@ def test_18_14_the_learning_rate_is_whole_again_after_a_step_that_was_scaled(sta
     assert policy.optimizer.param_groups[0]["lr"] == 1e-3
 
 
-def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
-    """With equal rewards nothing is left of the gradient, because b is that reward."""
+def test_vcpo_subtracts_its_baseline_from_every_reward(starting_model: Path) -> None:
+    """Equal rewards give a zero gradient, because the baseline equals the reward."""
     config = a_learner(
         vcpo={"baseline": True},
         loss={"objective": "policy_gradient"},
@@ -157,7 +157,7 @@ def test_vcpos_baseline_is_taken_off_every_reward(starting_model: Path) -> None:
     assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
 
 
-def test_companions_go_on_from_a_checkpoint_exactly(starting_model: Path) -> None:
+def test_training_state_is_restored_exactly_from_a_checkpoint(starting_model: Path) -> None:
     config = a_learner(
         proximal={"kind": "ppo_ewma_async"},
         advantages={"kind": "gae"},
@@ -180,14 +180,16 @@ def test_companions_go_on_from_a_checkpoint_exactly(starting_model: Path) -> Non
         assert torch.allclose(tensor, second.state()[name], rtol=0, atol=0, equal_nan=True), name
 
 
-def test_audited_batches_have_both_numbers(starting_model: Path) -> None:
+def test_audited_batches_have_proximal_and_old_log_probs(starting_model: Path) -> None:
     older = load(starting_model).float()
     perturb(older, by=0.02, seed=5)
     config = a_learner(proximal={"kind": "current_recompute"}, audit={"fraction": 1.0})
-    result, _ = trained(starting_model, config, auditor=Other(older))
+    result, _ = trained(starting_model, config, auditor=OtherModel(older))
     for scored in result.micro_batches:
         tokens = flatten(scored, NOW)
         assert (tokens.old == tokens.old).all()
         assert (tokens.old != tokens.proximal).any()
-    unaudited, _ = trained(starting_model, config.model_copy(update={"audit": a_learner().audit}), auditor=Other(older))
+    unaudited, _ = trained(
+        starting_model, config.model_copy(update={"audit": a_learner().audit}), auditor=OtherModel(older)
+    )
     assert all((flatten(scored, NOW).old != flatten(scored, NOW).old).all() for scored in unaudited.micro_batches)

@@ -1,4 +1,4 @@
-"""A version's training as a whole: splitting must not matter, the anchor must not move."""
+"""Training of a version: splits do not change the gradient, and proximal log-probs stay fixed."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def rows(count: int = 12) -> list[Row]:
 
 
 def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> list[torch.Tensor]:
-    """Summed gradients of the first minibatch, in float32 arithmetic so that only the split can differ."""
+    """Summed gradients of the first minibatch, in float32, so that only the split can change them."""
     model = load(folder).float()
     policy = TrainablePolicy(model, OptimizerConfig())
     taken: list[torch.Tensor] = []
@@ -38,7 +38,7 @@ def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> 
     return taken[: len(policy.masters)]
 
 
-def test_18_12_splitting_into_micro_batches_leaves_the_gradient_as_it_is(starting_model: Path) -> None:
+def test_18_12_splitting_into_micro_batches_does_not_change_the_gradient(starting_model: Path) -> None:
     """algorithms.md 18.12."""
     whole = gradients(starting_model, [rows()])
     for tokens in (1, 20, 33):
@@ -46,12 +46,12 @@ def test_18_12_splitting_into_micro_batches_leaves_the_gradient_as_it_is(startin
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_the_order_of_the_rows_leaves_the_gradient_as_it_is(starting_model: Path) -> None:
+def test_the_order_of_rows_does_not_change_the_gradient(starting_model: Path) -> None:
     for a, b in zip(gradients(starting_model, [rows()]), gradients(starting_model, [rows()[::-1]]), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_model: Path) -> None:
+def test_the_proximal_is_computed_once_before_the_first_of_several_steps(starting_model: Path) -> None:
     model = load(starting_model)
     policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), Resident(model)
     before = Resident(load(starting_model))
@@ -78,7 +78,7 @@ def test_the_anchor_is_taken_once_before_the_first_of_several_steps(starting_mod
     assert float((second.current - second.proximal)[moved].abs().mean()) > 1e-2
 
 
-def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_model: Path) -> None:
+def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_reported(starting_model: Path) -> None:
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig())
     bad = [a_row("bad", [5, 6, 7], [-1, 0, 0], advantage=float("nan"))]
@@ -95,7 +95,7 @@ def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_said(starting_mod
     assert trained.grad_norm == pytest.approx(trained.grad_norm)
 
 
-def test_rows_without_any_sampled_token_teach_nothing(starting_model: Path) -> None:
+def test_rows_without_sampled_tokens_give_no_gradient(starting_model: Path) -> None:
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig(lr=1e-2))
     before = [m.clone() for m in policy.masters]

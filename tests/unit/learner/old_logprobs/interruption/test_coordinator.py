@@ -1,4 +1,4 @@
-"""The learner's side of a cut, on a real log: who is waited for, what is scored, what is left when it is over."""
+"""The learner's side of a cut, on a real log: which workers it waits for, and which tokens it scores."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,13 +63,13 @@ def requests(log: Log) -> list[CutRequested]:
 
 
 def known(learner: Learner, record: SegmentFlushed, version: int = 0) -> list[float]:
-    """The values that the record's tokens have, nan where none."""
+    """Old log-probs of the record's tokens, nan where a token has none."""
     row = learner.scores.attach(as_row(record), {Version(version): digest(version)})
     assert row.old is not None
     return [float(value) for value in row.old]
 
 
-def test_finished_and_live_trajectories_are_scored_and_durable_when_a_cut_is_over(log: Log) -> None:
+def test_a_cut_scores_finished_and_live_trajectories_durably(log: Log) -> None:
     log.said(alive("a"), alive("b"))
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1, segments=(a_segment(3, 7, 0),)))
@@ -88,7 +88,7 @@ def test_finished_and_live_trajectories_are_scored_and_durable_when_a_cut_is_ove
     assert last[2:6] == pytest.approx(Table(0).value([3, 4, 5, 6]).tolist())
 
 
-def test_the_request_comes_first_and_the_scores_stand_before_it_returns(log: Log) -> None:
+def test_a_cut_publishes_the_request_first_and_the_scores_before_it_returns(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     log.order.clear()
@@ -97,7 +97,7 @@ def test_the_request_comes_first_and_the_scores_stand_before_it_returns(log: Log
     assert log.order == [CONTROL, TRAJECTORIES, WORKERS, OLD_LOGPROBS]
 
 
-def test_flushes_are_resolved_once_scored_and_trajectories_wait_on(log: Log) -> None:
+def test_scored_flushes_are_resolved_and_their_trajectories_stay_pending(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     log.answers = [flushing("a", a_flush(1, 0), a_flush(2, 0))]
@@ -107,28 +107,28 @@ def test_flushes_are_resolved_once_scored_and_trajectories_wait_on(log: Log) -> 
     assert learner.ledger.counts()["pending"] == 8, "a flush changes nothing in the ledger"
 
 
-def test_a_worker_that_dies_before_it_answers_is_left_out_at_the_deadline(log: Log) -> None:
+def test_a_worker_without_an_answer_is_left_out_at_the_deadline(log: Log) -> None:
     log.said(alive("a"), alive("dead"))
     learner = Learner(log, Table(0), clock=Ticking(0.2))
     log.answers = [flushing("a", a_flush(1, 0))]
     before = instruments.LATE_WORKERS._value.get()
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late) == (("a",), ("dead",))
-    assert report.tokens_scored == 4, "what the others flushed is scored all the same"
+    assert report.tokens_scored == 4, "flushes of the other workers are scored"
     assert 5.0 <= report.stall_s < ALIVE_S
     assert instruments.LATE_WORKERS._value.get() == before + 1
 
 
-def test_nobody_waits_longer_for_a_silent_worker_than_the_roster_does(log: Log) -> None:
+def test_a_cut_waits_for_a_silent_worker_at_most_until_it_counts_as_dead(log: Log) -> None:
     log.said(alive("dead"))
     learner = Learner(log, Table(0), clock=Ticking(0.5), deadline_s=1e9)
     report = learner.interruption.cut(V0, digest(0))
     assert report.late == ("dead",)
     assert report.stall_s < 2 * ALIVE_S
-    assert learner.interruption.cut(V0, digest(0)).workers == (), "unheard of since, it is no longer asked"
+    assert learner.interruption.cut(V0, digest(0)).workers == (), "a dead worker is not waited for"
 
 
-def test_without_workers_a_cut_scores_what_there_is(log: Log) -> None:
+def test_a_cut_without_workers_scores_finished_trajectories(log: Log) -> None:
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0))
     learner.read()
@@ -136,21 +136,21 @@ def test_without_workers_a_cut_scores_what_there_is(log: Log) -> None:
     assert (report.workers, report.tokens_scored) == ((), 4)
 
 
-def test_a_worker_that_comes_while_the_cut_is_open_is_waited_for(log: Log) -> None:
+def test_a_cut_waits_for_a_worker_that_starts_while_it_is_open(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0))
 
-    def late_comer(log: Log, request: CutRequested) -> None:
+    def new_worker(log: Log, request: CutRequested) -> None:
         log.said(alive("new"))
         log.said(reached("new", request.cut, log.sampled(a_flush(3, 0, worker="new"))))
 
-    log.answers = [flushing("a", a_flush(1, 0)), late_comer]
+    log.answers = [flushing("a", a_flush(1, 0)), new_worker]
     report = learner.interruption.cut(V0, digest(0))
     assert report.answered == ("a", "new")
     assert report.tokens_scored == 8
 
 
-def test_answers_to_a_former_cut_count_for_nothing(log: Log) -> None:
+def test_answers_to_an_earlier_cut_do_not_count(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0), clock=Ticking(0.2))
     assert learner.interruption.cut(V0, digest(0)).late == ("a",)
@@ -161,8 +161,8 @@ def test_answers_to_a_former_cut_count_for_nothing(log: Log) -> None:
     assert instruments.LATE_ANSWERS._value.get() == before + 1
 
 
-def test_a_worker_that_answers_too_late_loses_what_it_flushed_and_nothing_else(log: Log) -> None:
-    """Its tokens belong to weights that are gone: they are never scored with others."""
+def test_a_late_worker_loses_the_scores_of_its_flush_only(log: Log) -> None:
+    """Its tokens belong to weights that the learner has replaced; they are never scored with others."""
     table = Table(0)
     log.said(alive("a"))
     learner = Learner(log, table, clock=Ticking(0.2))
@@ -184,11 +184,11 @@ def test_a_worker_that_answers_too_late_loses_what_it_flushed_and_nothing_else(l
     log.answers = [flushing("a", fresh)]
     report = learner.interruption.cut(V1, digest(1))
     assert (report.answered, report.tokens_scored) == (("a",), 4)
-    assert instruments.LATE_TOKENS._value.get() == before[0] + 4, "its next flush holds them again: counted once"
+    assert instruments.LATE_TOKENS._value.get() == before[0] + 4, "the next flush has the same tokens; they count once"
     assert [(r.version, r.start, r.stop) for r in log.scored()] == [(1, 8, 12)]
 
 
-def test_what_arrives_while_a_batch_is_waited_for_is_scored_then_and_not_at_the_cut(log: Log) -> None:
+def test_trajectories_are_scored_while_waiting_for_a_batch_and_not_again_at_the_cut(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1))
@@ -199,15 +199,15 @@ def test_what_arrives_while_a_batch_is_waited_for_is_scored_then_and_not_at_the_
     assert learner.interruption.cut(V0, digest(0)).tokens_scored == 0
 
 
-def test_a_call_while_waiting_is_bounded(log: Log) -> None:
+def test_scoring_while_waiting_is_bounded_per_call(log: Log) -> None:
     learner = Learner(log, Table(0), clock=Ticking(1.0), micro_batch_tokens=8)
     log.sampled(*(a_finished(group, sample) for group in range(4) for sample in range(2)))
     learner.read()
-    assert learner.interruption.work(V0, digest(0)) == 4, "one micro-batch took longer than a slice may"
+    assert learner.interruption.work(V0, digest(0)) == 4, "one micro-batch uses up the time of a call"
     assert sum(iter(lambda: learner.interruption.work(V0, digest(0)), 0)) == 28
 
 
-def test_what_is_being_trained_on_need_not_be_scored_for_anybody(log: Log) -> None:
+def test_trajectories_in_training_are_not_scored(log: Log) -> None:
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
     learner.read()
@@ -216,8 +216,8 @@ def test_what_is_being_trained_on_need_not_be_scored_for_anybody(log: Log) -> No
     assert [record.trajectory for record in log.scored()] == ["g000001/0"]
 
 
-def test_a_trajectory_that_was_flushed_and_then_finishes_is_scored_once(log: Log) -> None:
-    """Within one cut: the end holds everything. In a later one: only what came since."""
+def test_a_flushed_trajectory_that_finishes_is_scored_once(log: Log) -> None:
+    """Within one cut, the finished record replaces the flush; at a later cut, only the new tokens are scored."""
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     end = a_finished(1, 0, tokens=10, segments=(a_segment(2, 6, 0), a_segment(8, 10, 0)))
@@ -231,7 +231,7 @@ def test_a_trajectory_that_was_flushed_and_then_finishes_is_scored_once(log: Log
     assert learner.scores.repeats == learner.scores.conflicts == 0
 
 
-def test_the_same_id_sampled_twice_keeps_each_sampling_to_itself(log: Log) -> None:
+def test_two_samplings_of_one_id_are_scored_separately(log: Log) -> None:
     log.said(alive("a"), alive("b"))
     learner = Learner(log, Table(0))
     first, second = a_flush(1, 0, tokens=[5, 6, 7, 8, 9, 10]), a_flush(1, 0, tokens=[5, 6, 70, 80, 90, 100], worker="b")
@@ -242,10 +242,10 @@ def test_the_same_id_sampled_twice_keeps_each_sampling_to_itself(log: Log) -> No
     log.sampled(msgspec.structs.replace(a_finished(1, 0), tokens=pack_int32([5] * 6)))
     learner.read()
     log.answers = [flushing("a"), flushing("b")]
-    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4, "neither flush speaks of these tokens"
+    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4, "neither flush has these tokens"
 
 
-def test_a_dropped_trajectory_leaves_neither_flush_nor_scores(log: Log) -> None:
+def test_a_dropped_trajectory_leaves_no_flush_and_no_scores(log: Log) -> None:
     learner = Learner(log, Table(0))
     log.sampled(a_flush(1, 0))
     learner.read()
@@ -257,8 +257,8 @@ def test_a_dropped_trajectory_leaves_neither_flush_nor_scores(log: Log) -> None:
     assert (len(learner.reader.flushed), len(learner.scores)) == (0, 0)
 
 
-def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
-    """Nothing is scored twice: the same cut again costs the workers' flushes only."""
+def test_a_restart_between_scoring_and_step_restores_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
+    """No token is scored twice: the repeated cut costs only the workers' flushes."""
     model = load(starting_model)
     log.said(alive("a"))
     before = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)))
@@ -269,7 +269,7 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     assert first.tokens_scored == 4 + 9 + 4 + 16
     before.close()
 
-    count, asked = len(log.scored()), torch.get_rng_state()
+    count, generator_state = len(log.scored()), torch.get_rng_state()
     after = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)), before=before)
     log.announced(0)
     after.read()
@@ -277,15 +277,15 @@ def test_restarted_between_scoring_and_step_it_finds_every_value_bit_for_bit(sta
     second = after.interruption.cut(V0, digest(0))
     assert (second.cut, second.tokens_scored, second.flushed) == (2, 0, 2)
     assert len(log.scored()) == count
-    assert torch.equal(torch.get_rng_state(), asked)
+    assert torch.equal(torch.get_rng_state(), generator_state)
     for record in [*flushes, *(arrived.record for arrived in after.reader.arrived.values())]:
-        there, here = known(before, record), known(after, record)  # type: ignore[arg-type]
-        assert [v for v in here if v == v]
-        assert torch.equal(torch.tensor(there).nan_to_num(9.0), torch.tensor(here).nan_to_num(9.0))
+        expected, values = known(before, record), known(after, record)  # type: ignore[arg-type]
+        assert [v for v in values if v == v]
+        assert torch.equal(torch.tensor(expected).nan_to_num(9.0), torch.tensor(values).nan_to_num(9.0))
 
 
-def test_a_restart_without_the_former_values_would_score_them_again(log: Log) -> None:
-    """The counter-test: it is the log that spares the work."""
+def test_a_restart_without_the_logged_values_would_score_them_again(log: Log) -> None:
+    """The log alone prevents repeated scoring."""
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0))
     learner.read()
@@ -295,14 +295,14 @@ def test_a_restart_without_the_former_values_would_score_them_again(log: Log) ->
     assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
 
 
-def test_a_restart_passes_over_scores_of_what_is_resolved(log: Log) -> None:
+def test_a_restart_skips_scores_of_resolved_trajectories(log: Log) -> None:
     before = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
     before.read()
     before.interruption.cut(V0, digest(0))
     resolved = [arrived for name, arrived in before.reader.arrived.items() if name.startswith("g000000")]
     state = before.ledger.state()
-    del state.open_groups["g000000"]  # as if it had been trained on
+    del state.open_groups["g000000"]  # the group was trained
     before.ledger.restore(state, now=0.0)
     for arrived in resolved:
         before.reader.resolve(arrived)
@@ -312,7 +312,7 @@ def test_a_restart_passes_over_scores_of_what_is_resolved(log: Log) -> None:
     assert after.scores.digests == {V0: digest(0)}
 
 
-def test_garbage_among_the_scores_is_kept_and_does_not_stop_a_restart(log: Log) -> None:
+def test_garbage_among_the_scores_is_dead_lettered_and_does_not_stop_a_restart(log: Log) -> None:
     before = Learner(log, Table(0))
     log.sampled(a_finished(0, 0))
     before.read()
@@ -329,18 +329,18 @@ def test_garbage_among_the_scores_is_kept_and_does_not_stop_a_restart(log: Log) 
         (OLD_LOGPROBS, RejectCause.UNDECODABLE),
         (WORKERS, RejectCause.UNDECODABLE),
     ]
-    assert after.ledger.counts()["dead_lettered"] == 0, "none of them was a trajectory"
+    assert after.ledger.counts()["dead_lettered"] == 0, "none of the records is a trajectory"
 
 
-def test_workers_of_another_run_are_nobody_here(log: Log) -> None:
+def test_workers_of_another_run_are_ignored(log: Log) -> None:
     learner = Learner(log, Table(0))
     stranger = alive("a")
     log.said(msgspec.structs.replace(stranger, run="another"))
     assert learner.interruption.cut(V0, digest(0)).workers == ()
 
 
-def test_a_learner_that_was_replaced_stops_nobody_and_does_not_raise(log: Log) -> None:
-    """Other ranks wait in a collective while it asks; the loop hears of it right after."""
+def test_a_replaced_learner_requests_no_cut_and_does_not_raise(log: Log) -> None:
+    """Other ranks wait in a collective during the cut; the loop raises right after it."""
     fenced = False
 
     def confirm() -> None:
@@ -361,7 +361,7 @@ def test_a_learner_that_was_replaced_stops_nobody_and_does_not_raise(log: Log) -
 class OutOfMemory(Exception): ...
 
 
-def test_a_cut_that_comes_to_nothing_is_released_once(log: Log) -> None:
+def test_a_failed_cut_is_released_once(log: Log) -> None:
     def fails(batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         raise OutOfMemory
 
@@ -376,25 +376,25 @@ def test_a_cut_that_comes_to_nothing_is_released_once(log: Log) -> None:
     assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == [CutReleased(RUN, 1)]
 
 
-def test_once_a_cut_has_returned_nobody_is_let_sample_with_its_version_again(log: Log) -> None:
-    """If the learner ends now, the checkpoint it goes on from may be of the next version."""
+def test_a_finished_cut_is_never_released(log: Log) -> None:
+    """Workers must not sample its version again: after a restart, the checkpoint may be of the next version."""
     learner = Learner(log, Table(0))
     learner.interruption.cut(V0, digest(0))
     learner.interruption.release()
     assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == []
 
 
-class Looked(Protocol):
-    """What happens when the learner looks for what workers say for the n-th time since a cut was asked for."""
+class OnRead(Protocol):
+    """Called when the learner reads the worker topic for the n-th time since the cut request."""
 
-    def __call__(self, look: int) -> None: ...
+    def __call__(self, read: int) -> None: ...
 
 
-class FarLog(Log):
-    """A log over a network. A poll that does not wait brings nothing: what there is, is on its way."""
+class RemoteLog(Log):
+    """A log over a network: a poll with a timeout of 0 returns nothing, because records are in transit."""
 
-    looked: Looked | None = None
-    looks = 0
+    on_read: OnRead | None = None
+    reads = 0
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
         """See Bus."""
@@ -405,9 +405,9 @@ class FarLog(Log):
             return poll(limit=limit, timeout_s=timeout_s) if timeout_s else []
 
         def answered() -> dict[int, int]:
-            if topic == WORKERS and self.looked is not None and requests(self):
-                self.looks += 1
-                self.looked(self.looks)
+            if topic == WORKERS and self.on_read is not None and requests(self):
+                self.reads += 1
+                self.on_read(self.reads)
             return ends()
 
         consumer.poll, consumer.ends = patient, answered  # type: ignore[method-assign]
@@ -415,85 +415,85 @@ class FarLog(Log):
 
 
 @pytest.fixture
-def far(tmp_path: Path) -> Iterator[FarLog]:
-    log = FarLog(tmp_path / "far")
+def remote(tmp_path: Path) -> Iterator[RemoteLog]:
+    log = RemoteLog(tmp_path / "remote")
     log.announced(0)
     yield log
     log.close()
 
 
-def test_whoever_has_spoken_is_waited_for_though_a_poll_does_not_bring_it(far: FarLog) -> None:
-    learner = Learner(far, Table(0))
-    far.said(alive("a"), alive("b"))
-    far.answers = [flushing("a", a_flush(1, 0)), flushing("b", a_flush(2, 0, worker="b"))]
+def test_a_cut_waits_for_workers_whose_records_are_in_transit(remote: RemoteLog) -> None:
+    learner = Learner(remote, Table(0))
+    remote.said(alive("a"), alive("b"))
+    remote.answers = [flushing("a", a_flush(1, 0)), flushing("b", a_flush(2, 0, worker="b"))]
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
 
 
-def test_what_a_worker_that_died_had_finished_is_scored_though_a_poll_does_not_bring_it(far: FarLog) -> None:
-    learner = Learner(far, Table(0))
-    far.sampled(a_finished(0, 0))
+def test_a_cut_scores_finished_trajectories_that_are_in_transit(remote: RemoteLog) -> None:
+    learner = Learner(remote, Table(0))
+    remote.sampled(a_finished(0, 0))
     assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
 
 
 @pytest.mark.parametrize("out_s", [60.0, 400.0])
-def test_an_outage_of_the_log_takes_no_time_from_the_workers(out_s: float, far: FarLog) -> None:
-    """Not even twice; what they sampled by then is scored like anything else."""
+def test_an_outage_of_the_log_extends_the_deadline_of_the_workers(out_s: float, remote: RemoteLog) -> None:
+    """Also two outages; the flushed tokens are scored."""
     clock = Ticking()
-    learner = Learner(far, Table(0), clock=clock)
-    far.said(alive("a"), alive("b"))
+    learner = Learner(remote, Table(0), clock=clock)
+    remote.said(alive("a"), alive("b"))
 
-    def looked(look: int) -> None:
-        match look:
+    def on_read(read: int) -> None:
+        match read:
             case 1 | 3:
                 clock.now += out_s
             case 5:
-                flushing("a", a_flush(1, 0))(far, requests(far)[-1])
+                flushing("a", a_flush(1, 0))(remote, requests(remote)[-1])
             case 7:
-                flushing("b", a_flush(2, 0, worker="b"))(far, requests(far)[-1])
+                flushing("b", a_flush(2, 0, worker="b"))(remote, requests(remote)[-1])
 
-    far.looked = looked
+    remote.on_read = on_read
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
 
 
 @pytest.mark.thorough
-def test_a_log_that_answers_every_now_and_then_does_not_hold_the_learner_for_ever(far: FarLog) -> None:
+def test_repeated_outages_extend_a_cut_up_to_a_limit(remote: RemoteLog) -> None:
     clock = Ticking()
-    learner = Learner(far, Table(0), clock=clock)
-    far.said(alive("dead"))
+    learner = Learner(remote, Table(0), clock=clock)
+    remote.said(alive("dead"))
 
-    def looked(look: int) -> None:
+    def on_read(read: int) -> None:
         clock.now += 6.0
 
-    far.looked = looked
+    remote.on_read = on_read
     report = learner.interruption.cut(V0, digest(0))
     assert report.late == ("dead",)
     assert MOST_LOST_S < report.stall_s < MOST_LOST_S + 20
 
 
-def test_after_an_outage_whoever_was_there_before_it_is_waited_for(far: FarLog) -> None:
-    """The learner trained meanwhile, and no worker has come through again yet."""
+def test_after_an_outage_a_cut_waits_for_workers_from_before_it(remote: RemoteLog) -> None:
+    """The learner trained during the outage, and no worker has published since."""
     clock = Ticking()
-    learner = Learner(far, Table(0), clock=clock)
-    far.said(alive("a"))
-    far.answers = [flushing("a")]
+    learner = Learner(remote, Table(0), clock=clock)
+    remote.said(alive("a"))
+    remote.answers = [flushing("a")]
     learner.interruption.cut(V0, digest(0))
     clock.now += 60.0
-    far.answers = []
+    remote.answers = []
 
-    def looked(look: int) -> None:
-        if len(requests(far)) == 2 and look == far.looks >= 8:
-            flushing("a", a_flush(1, 0))(far, requests(far)[-1])
-            far.looked = None
+    def on_read(read: int) -> None:
+        if len(requests(remote)) == 2 and read == remote.reads >= 8:
+            flushing("a", a_flush(1, 0))(remote, requests(remote)[-1])
+            remote.on_read = None
 
-    far.looked = looked
+    remote.on_read = on_read
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late, report.tokens_scored) == (("a",), (), 4)
 
 
 @pytest.mark.thorough
-def test_a_worker_that_is_gone_for_good_is_waited_for_in_few_cuts(log: Log) -> None:
+def test_few_cuts_wait_for_a_dead_worker(log: Log) -> None:
     log.said(alive("dead"))
     clock = Ticking(0.05)
     learner = Learner(log, Table(0), clock=clock)
@@ -504,8 +504,8 @@ def test_a_worker_that_is_gone_for_good_is_waited_for_in_few_cuts(log: Log) -> N
     assert asked == [("dead",), ("dead",), (), ()]
 
 
-def test_the_number_of_a_cut_that_another_learner_asked_for_is_not_used_again(log: Log) -> None:
-    """It was being replaced; workers would take a second request of that number for a copy."""
+def test_the_cut_number_of_another_learner_is_not_reused(log: Log) -> None:
+    """Workers would treat a second request with that number as a duplicate."""
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     log.said(reached("a", 1))
@@ -513,8 +513,8 @@ def test_the_number_of_a_cut_that_another_learner_asked_for_is_not_used_again(lo
     assert learner.interruption.cut(V0, digest(0)).cut == 2
 
 
-def test_a_restart_does_not_read_scores_of_what_was_settled_before_its_checkpoint(log: Log) -> None:
-    log.publish(OLD_LOGPROBS, [Outgoing("x", b"stands there before anything is offered")])
+def test_a_restart_does_not_read_scores_from_before_its_checkpoint(log: Log) -> None:
+    log.publish(OLD_LOGPROBS, [Outgoing("x", b"published before the first offer")])
     before = Learner(log, Table(0))
     log.sampled(a_finished(0, 0))
     before.read()
@@ -522,17 +522,17 @@ def test_a_restart_does_not_read_scores_of_what_was_settled_before_its_checkpoin
     count = len(log.messages(DEAD_LETTERS))
     after = Learner(log, Table(0), before=before)
     assert len(after.scores) == 1
-    assert len(log.messages(DEAD_LETTERS)) == count, "it was not met again"
+    assert len(log.messages(DEAD_LETTERS)) == count, "the garbage is not read again"
 
 
-def test_cuts_go_on_counting_over_restarts(log: Log) -> None:
+def test_cut_numbers_continue_after_a_restart(log: Log) -> None:
     first = Learner(log, Table(0))
     assert [first.interruption.cut(V0, digest(0)).cut for _ in range(2)] == [1, 2]
     assert Learner(log, Table(0), before=first).interruption.cut(V0, digest(0)).cut == 3
     assert [request.cut for request in requests(log)] == [1, 2, 3]
 
 
-def test_positions_that_nobody_can_have_reached_do_not_hold_the_learner_up(log: Log) -> None:
+def test_impossible_positions_do_not_block_the_learner(log: Log) -> None:
     log.said(alive("a"))
     learner = Learner(log, Table(0))
     log.answers = [lambda log, request: log.said(reached("a", request.cut, {0: 10**9, 77: 5}))]

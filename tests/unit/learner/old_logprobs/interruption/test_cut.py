@@ -1,4 +1,4 @@
-"""One cut's state: it ends when all have answered, or at its deadline, and only its own answers count."""
+"""State of one cut: it ends when all workers have answered or at its deadline; only its own answers count."""
 
 import random
 
@@ -12,7 +12,7 @@ def a_cut(number: int = 7) -> Cut:
     return Cut(number, Version(3), requested_at=100.0, deadline_s=5.0)
 
 
-def test_it_is_over_when_every_worker_has_answered() -> None:
+def test_a_cut_is_over_when_every_worker_has_answered() -> None:
     cut = a_cut()
     assert cut.is_waiting({"a", "b"}, now=100.0)
     assert cut.take(reached("b", 7))
@@ -22,7 +22,7 @@ def test_it_is_over_when_every_worker_has_answered() -> None:
     assert (cut.workers, cut.answered, cut.late) == (("a", "b"), ("a", "b"), ())
 
 
-def test_the_deadline_leaves_out_who_has_not_answered() -> None:
+def test_the_deadline_leaves_out_workers_without_an_answer() -> None:
     cut = a_cut()
     cut.take(reached("a", 7))
     assert cut.is_waiting({"a", "b"}, now=104.999)
@@ -30,14 +30,14 @@ def test_the_deadline_leaves_out_who_has_not_answered() -> None:
     assert (cut.answered, cut.late) == (("a",), ("b",))
 
 
-def test_after_an_outage_the_workers_have_their_whole_time_again() -> None:
+def test_an_outage_restarts_the_deadline() -> None:
     cut = a_cut()
     cut.restart_deadline(now=10_000.0)
     assert cut.is_waiting({"a"}, now=10_004.9)
     assert not cut.is_waiting({"a"}, now=10_005.0)
 
 
-def test_an_answer_to_a_former_cut_is_no_answer() -> None:
+def test_an_answer_to_an_earlier_cut_does_not_count() -> None:
     cut = a_cut()
     assert not cut.take(reached("a", 6, {0: 99}))
     assert not cut.take(reached("a", 8, {0: 99}))
@@ -45,7 +45,7 @@ def test_an_answer_to_a_former_cut_is_no_answer() -> None:
     assert cut.positions == {}
 
 
-def test_a_worker_that_comes_meanwhile_is_waited_for_and_one_that_falls_silent_is_not() -> None:
+def test_a_cut_waits_for_new_workers_and_not_for_silent_ones() -> None:
     cut = a_cut()
     cut.take(reached("a", 7))
     assert not cut.is_waiting({"a"}, now=100.5)
@@ -54,20 +54,20 @@ def test_a_worker_that_comes_meanwhile_is_waited_for_and_one_that_falls_silent_i
     assert (cut.answered, cut.late) == (("a",), ("new",))
 
 
-def test_without_workers_there_is_nothing_to_wait_for() -> None:
+def test_a_cut_without_workers_is_over_at_once() -> None:
     cut = a_cut()
     assert not cut.is_waiting(frozenset(), now=100.0)
     assert (cut.workers, cut.late) == ((), ())
 
 
-def test_an_answer_counts_though_nobody_knew_of_the_worker() -> None:
+def test_an_answer_of_an_unknown_worker_counts() -> None:
     cut = a_cut()
     cut.take(reached("unheard of", 7, {1: 4}))
     assert cut.workers == cut.answered == ("unheard of",)
     assert cut.positions == {1: 4}
 
 
-def test_positions_are_the_greatest_that_any_worker_told_of_in_any_order() -> None:
+def test_positions_are_the_greatest_of_all_answers_in_any_order() -> None:
     draw = random.Random(6)
     for _ in range(200):
         answers = [
@@ -84,7 +84,7 @@ def test_positions_are_the_greatest_that_any_worker_told_of_in_any_order() -> No
             assert cut.positions == wanted
 
 
-def test_cuts_go_on_counting_after_the_last_one_on_the_log() -> None:
+def test_cut_numbers_continue_after_the_last_one_on_the_log() -> None:
     control = [
         VersionPublished("test", Version(0), "d", 0.0),
         CutRequested("test", 1, Version(0), 5.0),

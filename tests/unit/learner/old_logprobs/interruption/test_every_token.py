@@ -1,4 +1,4 @@
-"""Over random runs with cuts, restarts and workers that fail: which tokens get old log-probs (algorithms.md 18.6)."""
+"""Which tokens get old log-probs, over random runs with cuts, restarts, and failing workers (algorithms.md 18.6)."""
 
 import random
 from collections import Counter
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.thorough
 VERSIONS = 4
 GROUPS, SAMPLES = 3, 2
 Token = tuple[str, tuple[int, ...]]
-"""A trajectory and its tokens up to and with the one that is meant: a second sampling of the id is another one."""
+"""Trajectory id and its tokens up to and including this one; a second sampling of the id has other tokens."""
 
 
-class Life:
-    """A trajectory as its worker has it."""
+class SampledTrajectory:
+    """A trajectory as its worker holds it."""
 
     def __init__(self, index: int, sample: int, draw: random.Random) -> None:
         self.index, self.sample, self.name = index, sample, trajectory_id(group_id(index), sample)
@@ -36,43 +36,43 @@ class Life:
         self.begin()
 
     def begin(self) -> None:
-        """Sample it, maybe for a second time."""
+        """Start sampling, for the first or a second time."""
         self.tokens, self.versions, self.flushed_to = [1, 2, 3], [-1, -1, -1], 0
 
     def grow(self, version: int) -> None:
-        """A tool's answer, perhaps, and some tokens of this version."""
+        """Append a tool's answer or nothing, then some tokens of this version."""
         tool, own = self._draw.randrange(3), self._draw.randrange(1, 6)
         self.tokens += [self._draw.randrange(4, 30_000) for _ in range(tool + own)]
         self.versions += [-1] * tool + [version] * own
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Runs of one version."""
+        """Segments of one version each."""
         edges = [0, *(np.flatnonzero(np.diff(self.versions)) + 1).tolist(), len(self.versions)]
         runs = [(a, b, self.versions[a]) for a, b in pairwise(edges)]
         return tuple(a_segment(a, b, v) for a, b, v in runs if v >= 0)
 
     def flush(self, cut: int) -> SegmentFlushed:
-        """Everything so far."""
+        """Return the flush of all tokens so far."""
         self.flushed_to = len(self.tokens)
         return a_flush(self.index, self.sample, cut=cut, tokens=self.tokens, segments=self.segments, worker=self.worker)
 
     def finish(self) -> TrajectoryFinished:
-        """The whole."""
+        """Return the finished trajectory."""
         self.done = True
         whole = a_finished(self.index, self.sample, segments=self.segments)
         return msgspec.structs.replace(whole, tokens=pack_int32(self.tokens))
 
 
-class World:
-    """Workers that sample over some versions, each cut answered by all that are well."""
+class RandomRun:
+    """Workers that sample over some versions; all healthy workers answer each cut."""
 
     def __init__(self, folder: Path, seed: int, *, failing: float) -> None:
         self.draw, self.failing = random.Random(seed), failing
         self.log, self.table = Log(folder), Table(0)
         self.log.announced(0)
         self.log.answers = [self.answer]
-        self.lives = [Life(i, s, self.draw) for i in range(GROUPS) for s in range(SAMPLES)]
+        self.lives = [SampledTrajectory(i, s, self.draw) for i in range(GROUPS) for s in range(SAMPLES)]
         self.ends: list[TrajectoryFinished] = []
         self.given_up: set[Token] = set()
         """Sampled tokens of first samplings that a second one replaced."""
@@ -95,11 +95,13 @@ class World:
                 continue
             mine = [life for life in self.lives if life.worker == worker and not life.done]
             flushes = [life.flush(request.cut) for life in mine if life.flushed_to < len(life.tokens)]
-            self.publish(*flushes, *(flush for flush in flushes if self.draw.random() < 0.2))  # at least once
+            self.publish(
+                *flushes, *(flush for flush in flushes if self.draw.random() < 0.2)
+            )  # delivery is at least once
             self.log.said(reached(worker, request.cut, dict(self.positions), request.version))
 
     def sample(self, version: int) -> None:
-        """Some things happen, in any order."""
+        """Apply random events in random order."""
         for _ in range(12):
             life = self.draw.choice(self.lives)
             match self.draw.randrange(12):
@@ -120,12 +122,12 @@ class World:
         self.learner.close()
         self.learner = self.a_learner(self.learner)
 
-    def end(self, life: Life) -> None:
+    def end(self, life: SampledTrajectory) -> None:
         self.ends.append(life.finish())
         self.publish(self.ends[-1])
 
     def run(self) -> None:
-        """All versions; in the last one, what lives comes to its end."""
+        """Run all versions and finish every live trajectory in the last one."""
         for version in range(VERSIONS):
             self.table.version = version
             self.log.said(*(alive(worker, version) for worker in "ab"))
@@ -137,13 +139,13 @@ class World:
                         self.end(life)
             self.learner.interruption.cut(Version(version), digest(version))
             if self.draw.random() < 0.3:
-                self.restart()  # between the scores and the step: the same cut again
+                self.restart()  # a restart between scoring and the step repeats the cut
                 self.learner.interruption.cut(Version(version), digest(version))
             self.log.announced(version + 1)
             self.learner.interruption.published(Version(version + 1), digest(version + 1))
 
     def scored(self) -> Counter[Token]:
-        """Tokens that the log has values of, how often; every value is that of its version's weights."""
+        """Count the scores of each token on the log; checks that each value comes from its version's weights."""
         samplings = {(end.trajectory, end.tokens) for end in self.ends} | {
             (f.trajectory, f.tokens) for f in self.log.messages("trajectories") if isinstance(f, SegmentFlushed)
         }
@@ -164,45 +166,45 @@ class World:
 
 
 def tokens_of(name: str, tokens: list[int], versions: list[int]) -> set[Token]:
-    """Those that some version sampled."""
+    """The sampled tokens of a trajectory."""
     return {(name, tuple(tokens[: t + 1])) for t, version in enumerate(versions) if version >= 0}
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_18_6_every_token_is_scored_once_by_its_own_version(tmp_path: Path, seed: int) -> None:
-    world = World(tmp_path, seed, failing=0.0)
-    world.run()
+    run = RandomRun(tmp_path, seed, failing=0.0)
+    run.run()
     wanted: set[Token] = set()
-    for life in world.lives:
+    for life in run.lives:
         wanted |= tokens_of(life.name, life.tokens, life.versions)
-    counts = world.scored()
+    counts = run.scored()
     assert wanted
     assert set(counts.values()) == {1}
-    assert wanted <= counts.keys() <= wanted | world.given_up
+    assert wanted <= counts.keys() <= wanted | run.given_up
     digests = {Version(v): digest(v) for v in range(VERSIONS)}
-    for end in world.ends:
-        row = world.learner.scores.attach(as_row(end), digests)
-        assert world.learner.scores.missing(row) == []
-    assert world.learner.scores.conflicts == 0
-    assert len(world.learner.reader.flushed) == 0
+    for end in run.ends:
+        row = run.learner.scores.attach(as_row(end), digests)
+        assert run.learner.scores.missing(row) == []
+    assert run.learner.scores.conflicts == 0
+    assert len(run.learner.reader.flushed) == 0
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_18_6_with_failing_workers_tokens_stay_without_a_value_and_none_gets_another_versions(
+def test_18_6_with_failing_workers_tokens_stay_unscored_and_none_is_scored_by_another_version(
     tmp_path: Path, seed: int
 ) -> None:
-    """`scored` compares every value with those of the version it is said to be of."""
-    world = World(tmp_path, seed, failing=0.5)
-    world.run()
+    """`scored` checks every value against its version's weights."""
+    run = RandomRun(tmp_path, seed, failing=0.5)
+    run.run()
     wanted: set[Token] = set()
-    for life in world.lives:
+    for life in run.lives:
         wanted |= tokens_of(life.name, life.tokens, life.versions)
-    counts = world.scored()
+    counts = run.scored()
     assert set(counts.values()) == {1}
-    assert counts.keys() <= wanted | world.given_up
-    for end in world.ends:
-        row = world.learner.scores.attach(as_row(end), {Version(v): digest(v) for v in range(VERSIONS)})
-        missing = {t for start, stop, _ in world.learner.scores.missing(row) for t in range(start, stop)}
+    assert counts.keys() <= wanted | run.given_up
+    for end in run.ends:
+        row = run.learner.scores.attach(as_row(end), {Version(v): digest(v) for v in range(VERSIONS)})
+        missing = {t for start, stop, _ in run.learner.scores.missing(row) for t in range(start, stop)}
         for t in np.flatnonzero(row.versions >= 0):
             assert (int(t) in missing) == ((end.trajectory, tuple(row.tokens[: t + 1].tolist())) not in counts)
             if int(t) not in missing:

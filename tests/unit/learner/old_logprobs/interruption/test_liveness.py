@@ -1,4 +1,4 @@
-"""Who is alive: whoever was heard of lately, of whatever kind the record was."""
+"""Worker liveness: a worker is alive if it published any record recently."""
 
 import pytest
 
@@ -11,7 +11,7 @@ APPLIED = VersionApplied("test", "a", Version(3), "d", False, 0.5, 0.1, 4)
 
 
 @pytest.mark.parametrize("message", [alive("a", 3), APPLIED, reached("a", 7)])
-def test_any_record_counts_for_so_long_and_no_longer(message: FromWorker) -> None:
+def test_any_record_keeps_a_worker_alive_for_a_limited_time(message: FromWorker) -> None:
     liveness = WorkerLiveness()
     liveness.record_heartbeat(message, now=50.0)
     assert liveness.alive(now=50.0) == {"a"}
@@ -19,7 +19,7 @@ def test_any_record_counts_for_so_long_and_no_longer(message: FromWorker) -> Non
     assert liveness.alive(now=50.0 + ALIVE_S + 0.01) == frozenset()
 
 
-def test_who_is_heard_of_again_is_alive_again() -> None:
+def test_a_new_record_makes_a_worker_alive_again() -> None:
     liveness = WorkerLiveness()
     liveness.record_heartbeat(alive("a"), now=0.0)
     for now in (4.0, 8.0):
@@ -30,7 +30,7 @@ def test_who_is_heard_of_again_is_alive_again() -> None:
 
 
 def test_an_outage_does_not_count_as_silence() -> None:
-    """From 3 to 63, after which the record of "b" is read first."""
+    """The outage lasts from 3 to 63; the record of "b" is read first after it."""
     liveness = WorkerLiveness()
     liveness.record_heartbeat(alive("a"), now=1.0)
     liveness.record_heartbeat(alive("b"), now=2.0)
@@ -42,10 +42,10 @@ def test_an_outage_does_not_count_as_silence() -> None:
     assert liveness.alive(now=73.1) == frozenset(), "what was read after the outage is not dated forward"
 
 
-def test_a_worker_without_a_version_has_sampled_nothing_so_nobody_waits_for_it() -> None:
+def test_a_worker_without_a_version_is_not_waited_for() -> None:
     liveness = WorkerLiveness()
     liveness.record_heartbeat(alive("a", 3), now=0.0)
-    liveness.record_heartbeat(alive("a", -1), now=1.0)  # a new process under the old name
+    liveness.record_heartbeat(alive("a", -1), now=1.0)  # a new process with the same worker name
     assert liveness.alive(now=1.0) == frozenset()
     liveness.record_heartbeat(APPLIED, now=2.0)
     assert liveness.alive(now=2.0) == {"a"}

@@ -1,4 +1,4 @@
-"""An outage is a gap between reads, and a cut makes up for it, but not forever."""
+"""An outage is a gap between reads; it extends a cut up to a limit."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_only_a_long_gap_is_an_outage(gap_s: float, lost_s: float) -> None:
     assert outages.read(now=gap_s) == 0.0, "it counts once"
 
 
-def test_regular_reads_are_no_outage_however_long_they_go_on() -> None:
+def test_regular_reads_are_no_outage() -> None:
     outages = OutageClock()
     assert [outages.read(now=float(now)) for now in range(0, 4000, 4)] == [0.0] * 1000
 
@@ -26,11 +26,11 @@ def test_without_an_outage_a_cut_is_not_extended() -> None:
     assert not OutageClock().extends_cut(0.0)
 
 
-def test_a_cut_is_extended_for_a_single_outage_however_long_it_was() -> None:
+def test_one_outage_of_any_length_extends_a_cut() -> None:
     assert OutageClock().extends_cut(11 * MOST_LOST_S)
 
 
-def test_a_cut_is_not_extended_forever() -> None:
+def test_the_extension_of_a_cut_is_bounded() -> None:
     outages = OutageClock()
     outages.begin_cut()
     extended = 0

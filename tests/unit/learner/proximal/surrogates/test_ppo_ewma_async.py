@@ -1,4 +1,4 @@
-"""A moving average that follows the staleness and can be reset: what it does at each version (algorithms.md 4.7)."""
+"""ppo_ewma_async: a moving average whose decay follows the staleness and that can be reset (algorithms.md 4.7)."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ GUARDED = Rule("guarded", threshold=0.95, patience=2, cooldown=3)
 
 
 def source(window: int | Literal["measured"], rule: Rule = OFF, *, start: float = 0.0) -> PpoEwmaAsync:
-    """Over a model of three weights; its passes are tested elsewhere, with a real one."""
+    """Return a source over a model of three weights; other tests run forward passes of a real model."""
     model = torch.nn.Linear(3, 1, bias=False)
     return PpoEwmaAsync(model, theta(start), CPU, window=window, rule=rule)
 
@@ -31,7 +31,7 @@ def theta(value: float) -> list[Tensor]:
 
 
 def state_is_equal(a: PpoEwmaAsync, b: PpoEwmaAsync) -> bool:
-    """Bit for bit, NaN included."""
+    """Compare two states bit for bit; NaN equals NaN."""
     mine, its = a.state(), b.state()
     return mine.keys() == its.keys() and all(
         torch.equal(torch.nan_to_num(mine[name], -7.0), torch.nan_to_num(its[name], -7.0)) for name in mine
@@ -70,7 +70,7 @@ def test_a_measured_window_equals_the_oracle() -> None:
     assert changes > 500
 
 
-def test_a_measured_window_ends_at_the_staleness_itself() -> None:
+def test_a_measured_window_converges_to_the_staleness() -> None:
     average = source("measured")
     for version in range(200):
         average.published(theta(version), active_share=1.0, mean_staleness=3.0)
@@ -79,14 +79,14 @@ def test_a_measured_window_ends_at_the_staleness_itself() -> None:
     assert average.average.center_of_mass == pytest.approx(3.0, abs=1e-6)
 
 
-def test_beta_is_not_changed_before_the_average_has_settled() -> None:
+def test_beta_does_not_change_before_the_average_has_converged() -> None:
     average = source("measured")
-    seen = []
+    betas = []
     for version in range(1, 60):
         average.published(theta(version), active_share=1.0, mean_staleness=version / 10)
-        seen.append(average.decay)
+        betas.append(average.decay)
     since, held = 0, []
-    for before, after in itertools.pairwise(seen):
+    for before, after in itertools.pairwise(betas):
         since += 1
         if after != before:
             held.append((since, before / (1 - before)))
@@ -95,7 +95,7 @@ def test_beta_is_not_changed_before_the_average_has_settled() -> None:
     assert all(versions >= math.ceil(3 * mass - 1e-9) for versions, mass in held)
 
 
-def test_staleness_that_is_not_known_is_left_out() -> None:
+def test_unknown_staleness_is_left_out() -> None:
     average = source("measured")
     average.published(theta(1), active_share=1.0, mean_staleness=1.0)
     average.published(theta(2), active_share=1.0, mean_staleness=math.nan)
@@ -108,7 +108,7 @@ def test_staleness_that_is_not_known_is_left_out() -> None:
     assert average.average.versions == 3
 
 
-def test_the_papers_reset_begins_with_the_version_just_trained() -> None:
+def test_the_papers_reset_restarts_from_the_current_weights() -> None:
     average = source(4, PAPER)
     for version in range(1, 4):
         average.published(theta(version), active_share=0.9, mean_staleness=2.0)
@@ -118,7 +118,7 @@ def test_the_papers_reset_begins_with_the_version_just_trained() -> None:
     assert (average.average.weight, average.average.center_of_mass, average.average.versions) == (1.0, 0.0, 1)
     assert average.resets == {Cause.BELOW_THRESHOLD: 1, Cause.BELOW_HEALTHY_LEVEL: 0}
     average.published(theta(8), active_share=1.0, mean_staleness=2.0)
-    assert float(average.average.means[0][0, 0]) == pytest.approx((8 + 2 / 3 * 7) / (5 / 3))  # at the old beta
+    assert float(average.average.means[0][0, 0]) == pytest.approx((8 + 2 / 3 * 7) / (5 / 3))  # with the old beta
 
 
 def test_a_guarded_reset_is_counted_under_its_cause() -> None:
@@ -131,30 +131,30 @@ def test_a_guarded_reset_is_counted_under_its_cause() -> None:
 
 @pytest.mark.parametrize("window", [4, "measured"])
 @pytest.mark.parametrize("rule", [OFF, PAPER, GUARDED], ids=lambda rule: rule.reset)
-def test_18_3_a_checkpoint_at_any_version_goes_on_bit_for_bit(window: int | Literal["measured"], rule: Rule) -> None:
+def test_18_3_a_checkpoint_at_any_version_continues_bit_for_bit(window: int | Literal["measured"], rule: Rule) -> None:
     generator = np.random.default_rng(7)
-    told = [
+    updates = [
         (theta(v), float(generator.choice([0.97, 0.8, 0.5])), float(generator.uniform(0, 4))) for v in range(30)
     ]  # fmt: skip
 
-    def tell(average: PpoEwmaAsync, versions: range) -> None:
+    def update(average: PpoEwmaAsync, versions: range) -> None:
         for v in versions:
-            masters, active_share, mean_staleness = told[v]
+            masters, active_share, mean_staleness = updates[v]
             average.published(masters, active_share=active_share, mean_staleness=mean_staleness)
 
     for stop in (0, 1, 5, 12, 20):
-        whole, other = source(window, rule), source(window, rule, start=9.0)
-        tell(whole, range(stop))
-        other.restore(load_tensors(save_tensors(whole.state())))
+        uninterrupted, other = source(window, rule), source(window, rule, start=9.0)
+        update(uninterrupted, range(stop))
+        other.restore(load_tensors(save_tensors(uninterrupted.state())))
         for v in range(stop, 30):
-            tell(whole, range(v, v + 1))
-            tell(other, range(v, v + 1))
-            assert state_is_equal(whole, other), f"cut at {stop}, version {v}"
-            assert (whole.decay, whole.resets) == (other.decay, other.resets)
+            update(uninterrupted, range(v, v + 1))
+            update(other, range(v, v + 1))
+            assert state_is_equal(uninterrupted, other), f"cut at {stop}, version {v}"
+            assert (uninterrupted.decay, uninterrupted.resets) == (other.decay, other.resets)
 
 
-def test_18_3_a_rank_that_takes_the_state_over_stays_equal() -> None:
-    """State is of one shape whatever has happened, so that it can be overwritten in place by another rank's."""
+def test_18_3_a_rank_that_receives_the_state_stays_equal() -> None:
+    """The state always has the same shape, so another rank's state can overwrite it in place."""
     first, second = source("measured", GUARDED), source("measured", GUARDED, start=5.0)
     for share in (0.9, 0.5, 0.5, 0.9):
         first.published(theta(2), active_share=share, mean_staleness=1.5)
@@ -169,7 +169,7 @@ def test_18_3_a_rank_that_takes_the_state_over_stays_equal() -> None:
         assert state_is_equal(first, second)
 
 
-def test_a_checkpoint_without_it_or_of_another_surrogate_is_refused() -> None:
+def test_a_checkpoint_without_the_average_or_of_another_surrogate_is_refused() -> None:
     average = source(4)
     with pytest.raises(ValueError, match="resuming would reset the average"):
         average.restore({})
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_it_or_of_another_surrogate_is_refused() -> None:
         average.average.restore(average.state())
 
 
-def test_a_window_set_anew_holds_after_a_restart() -> None:
+def test_a_changed_window_applies_after_a_restart() -> None:
     before, after = source(4), source(8)
     before.published(theta(1), active_share=1.0, mean_staleness=1.0)
     after.restore(before.state())

@@ -1,4 +1,4 @@
-"""When a moving average is begun anew (algorithms.md 4.7)."""
+"""When a moving average is reset (algorithms.md 4.7)."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ GUARDED = Rule("guarded", threshold=0.9, patience=3, cooldown=4)
 
 
 def resets(shares: Sequence[float], rule: Rule) -> list[int]:
-    """Versions at which it is reset."""
-    seen, found = ResetState(), []
+    """Return the versions at which the rule resets the average."""
+    state, found = ResetState(), []
     for version, share in enumerate(shares):
-        seen, cause = decide(seen, share, rule)
+        state, cause = decide(state, share, rule)
         if cause is not None:
             found.append(version)
     return found
@@ -30,8 +30,8 @@ def test_the_papers_rule_resets_at_every_version_below_the_threshold() -> None:
     assert resets([0.95, 0.9, 0.8999, 0.5, 0.95, 0.89], PAPER) == [2, 3, 5]
 
 
-def test_a_run_whose_healthy_share_is_below_the_threshold_is_reset_for_ever_by_the_paper_alone() -> None:
-    """Even exact old log-probs had 0.85 at a staleness of 8 in a pilot."""
+def test_only_the_papers_rule_keeps_resetting_a_healthy_run_below_the_threshold() -> None:
+    """In a pilot, even exact old log-probs had a share of 0.85 at staleness 8."""
     assert resets([0.85] * 20, PAPER) == list(range(20))
     assert resets([0.85] * 20, GUARDED) == []
 
@@ -45,7 +45,7 @@ def test_guarded_compares_with_the_median_of_the_first_healthy_versions() -> Non
     assert len(healthy) == HEALTHY_VERSIONS
     assert resets([*healthy, 0.721, 0.721, 0.721], GUARDED) == []  # 0.9 of 0.8 is 0.72
     assert resets([*healthy, 0.719, 0.719, 0.719], GUARDED) == [10]
-    later = [*healthy, *[1.0] * 20]  # counts no longer
+    later = [*healthy, *[1.0] * 20]  # outside the window
     assert resets([*later, 0.8, 0.8, 0.8], GUARDED) == []
 
 
@@ -73,12 +73,12 @@ def test_both_rules_equal_the_oracle() -> None:
     assert min(fired.values()) > 100
 
 
-def test_the_cause_is_told() -> None:
+def test_the_cause_of_a_reset_is_reported() -> None:
     assert decide(ResetState(), 0.1, PAPER)[1] is Cause.BELOW_THRESHOLD
     assert decide(ResetState(healthy=(0.9,), low=2), 0.1, GUARDED)[1] is Cause.BELOW_HEALTHY_LEVEL
 
 
-def test_a_version_without_trainable_tokens_decides_nothing() -> None:
+def test_a_version_without_trainable_tokens_is_ignored() -> None:
     nan = float("nan")
     assert resets([0.95, nan, nan], PAPER) == []
     assert resets([0.8, 0.3, 0.3, nan, 0.3], GUARDED) == [4]
@@ -86,6 +86,6 @@ def test_a_version_without_trainable_tokens_decides_nothing() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, float("inf")])
-def test_a_share_that_is_none_is_refused(wrong: float) -> None:
+def test_an_invalid_share_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"it must be in \[0, 1\]"):
         decide(ResetState(), wrong, PAPER)

@@ -1,4 +1,4 @@
-"""The edges of each surrogate: staleness 0, log-probs that are not finite, tokens of the future."""
+"""Edge cases of each surrogate: staleness 0, log-probs that are not finite, tokens of a future version."""
 
 from pathlib import Path
 
@@ -35,22 +35,22 @@ def anchored(source: Source, padded: PaddedBatch, current: list[float]) -> Tenso
     return proximal.anchor(0, torch.tensor([current]), torch.from_numpy(padded.mask)).logprobs[0]
 
 
-def test_bypass_is_what_the_engine_said() -> None:
+def test_bypass_returns_the_behavior_log_probs() -> None:
     padded = batch([-1, 8, 3], [0.0, -0.5, -2.0])
     assert anchored(Bypass(CPU), padded, [9.0, 9.0, 9.0]).tolist() == [0.0, -0.5, -2.0]
 
 
-def test_bypass_does_not_mend_what_is_not_finite() -> None:
+def test_bypass_keeps_nonfinite_log_probs() -> None:
     padded = batch([8, 8], [float("-inf"), -2.0])
     assert anchored(Bypass(CPU), padded, [-1.0, -1.0]).tolist() == [float("-inf"), -2.0]
 
 
-def test_the_current_share_grows_with_staleness() -> None:
+def test_the_weight_of_the_current_log_prob_grows_with_staleness() -> None:
     padded = batch([-1, 8, 7, 6, 4, 0], [0.0] * 6)
     assert current_share(padded, NOW)[0].tolist() == [0.0, 0.0, 0.0, 0.5, 0.75, 0.875]
 
 
-def test_up_to_staleness_1_loglinear_does_not_look_at_the_current_log_prob() -> None:
+def test_up_to_staleness_1_loglinear_ignores_the_current_log_prob() -> None:
     nan = float("nan")
     got = anchored(Loglinear(CPU), batch([8, 7, 6], [-0.7, -0.9, -1.1]), [nan, nan, nan])
     assert got[:2].tolist() == pytest.approx([-0.7, -0.9])
@@ -62,7 +62,7 @@ def test_a_behavior_log_prob_that_is_nan_stays_nan(source: Source) -> None:
     assert anchored(source, batch([4, 4], [float("nan"), -1.0]), [-1.0, -1.0]).isnan().tolist() == [True, False]
 
 
-def test_loglinear_refuses_a_token_of_the_future() -> None:
+def test_loglinear_refuses_a_token_of_a_future_version() -> None:
     with pytest.raises(ValueError, match="version 9, which is after the version 8"):
         Loglinear(CPU).proximal([batch([3, 9], [-1.0, -1.0])], NOW)
 
@@ -77,30 +77,30 @@ def test_each_micro_batch_has_its_own_values() -> None:
             assert torch.allclose(anchor.logprobs, now)
 
 
-def test_linear_at_its_ends_is_one_of_the_two() -> None:
+def test_linear_at_weights_0_and_1_is_one_of_the_two_inputs() -> None:
     padded, current = batch([4, 4], [-0.7, -3.0]), [-1.3, -0.2]
     assert torch.equal(anchored(LinearProx(CPU, behavior_share=0.0), padded, current), torch.tensor(current))
     expected = torch.from_numpy(padded.behavior[0])
     assert torch.equal(anchored(LinearProx(CPU, behavior_share=1.0), padded, current), expected)
 
 
-def test_linear_does_not_overflow_where_probabilities_would() -> None:
+def test_linear_does_not_underflow_where_probabilities_would() -> None:
     got = anchored(LinearProx(CPU, behavior_share=0.5), batch([4, 4], [-200.0, -300.0]), [-400.0, -250.0])
     assert got.tolist() == pytest.approx([-200.0 + np.log(0.5), -250.0 + np.log(0.5)], rel=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1])
-def test_a_share_that_is_none_is_refused(wrong: float) -> None:
+def test_an_invalid_share_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         LinearProx(CPU, behavior_share=wrong)
 
 
-def test_a_beta_that_is_none_is_refused(starting_model: Path) -> None:
+def test_an_invalid_beta_is_refused(starting_model: Path) -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         EwmaProx(load(starting_model), [], CPU, decay=1.0)
 
 
-def test_current_recompute_goes_with_the_model(starting_model: Path) -> None:
+def test_current_recompute_uses_the_models_current_weights(starting_model: Path) -> None:
     model = load(starting_model)
     source = CurrentRecompute(model, CPU)
     padded = batch([-1, 8, 3, 0], [0.0, -1.0, -1.0, -1.0])
@@ -112,7 +112,7 @@ def test_current_recompute_goes_with_the_model(starting_model: Path) -> None:
     assert not after.requires_grad
 
 
-def test_a_shadow_leaves_what_does_not_learn_as_the_model_has_it(starting_model: Path) -> None:
+def test_a_shadow_keeps_the_models_frozen_parameters(starting_model: Path) -> None:
     model = load(starting_model)
     frozen = next(model.parameters()).requires_grad_(False)
     shadow = Shadow(model)
@@ -140,7 +140,7 @@ def test_a_shadow_leaves_what_does_not_learn_as_the_model_has_it(starting_model:
         ({"kind": "ppo_ewma_async"}, PpoEwmaAsync),
     ],
 )
-def test_the_configuration_names_the_surrogate(keys: dict[str, object], made: type, starting_model: Path) -> None:
+def test_the_configuration_selects_the_surrogate(keys: dict[str, object], made: type, starting_model: Path) -> None:
     config = LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
     model = load(starting_model)
     masters = [parameter.detach().float() for parameter in model.parameters()]
@@ -168,4 +168,4 @@ def test_the_reset_rule_is_the_configured_one() -> None:
     assert isinstance(source, PpoEwmaAsync)
     for share in (0.8, 0.7, 0.7, 0.7, 0.7):
         source.published([], active_share=share, mean_staleness=1.0)
-    assert sum(source.resets.values()) == 2  # at once, and after two versions of rest
+    assert sum(source.resets.values()) == 2  # at once, and again after a cooldown of two versions
