@@ -43,15 +43,15 @@ def active(result: Result) -> str:
     head = (
         "method",
         "final reward",
-        "less exact",
-        "whole run",
+        "minus exact",
+        "all versions",
         "masked",
         "clipped",
         "resets",
         "tuned",
         "at",
         "CPU s",
-        "of it proximal",
+        "CPU s, proximal",
     )
     rows = []
     for name, each in result["methods"].items():
