@@ -1,1 +1,1 @@
-"""The learner: plans tasks inside the staleness budget, trains with exact old log-probs, publishes versions."""
+"""The learner: offers tasks within the staleness bound, trains with exact old log-probs, publishes versions."""

@@ -2,7 +2,7 @@
 
 torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml     for several ranks
 
-palimpsest dead-letters list RUN.toml     (and `replay`; --help says more)
+palimpsest dead-letters list RUN.toml     (see `palimpsest dead-letters --help`)
 """
 
 import os
@@ -28,7 +28,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 
 def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
-    """server: of rank 0, the only rank that speaks to other services."""
+    """server: of rank 0, the only rank that connects to other services; None on other ranks."""
     # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
@@ -84,6 +84,6 @@ if __name__ == "__main__":
         main(dead_letters)
         sys.exit()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun starts each rank in its own session: if torchrun is killed, its ranks would go on training
+        # torchrun starts each rank in its own session, so its ranks would survive it and continue training
         die_with_parent(os.getppid())
     service("learner", body)

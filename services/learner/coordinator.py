@@ -1,4 +1,4 @@
-"""Rank 0: puts together everything that speaks to other services, and runs the loop."""
+"""Rank 0: builds the objects that connect to other services, and runs the loop."""
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
@@ -35,7 +35,8 @@ def run_coordinator(
     forward: Pass,
     server: Starting,
 ) -> None:
-    """Run the loop until all versions are done or a stop is requested. forward: a forward pass of the policy."""
+    """Run the loop until all versions are done or a stop is requested. forward: scores a micro-batch with the
+    policy."""
     server.doing = "the log to be opened"
     learner, tasks, home = config.learner, config.tasks, config.run.home
     writer, bus, scores = Writer(store), open_bus(config), ScoreStore()

@@ -1,6 +1,6 @@
-"""The learner's processes: one by itself, or several under torchrun. The one file that imports torch.distributed.
+"""The processes of the learner: a single one, or several under torchrun. The only file that imports torch.distributed.
 
-Every rank holds the whole model and a share of each batch; gradients are summed. Rank 0 alone speaks to the log.
+Every rank holds a full copy of the model and a share of each batch; gradients are summed. Only rank 0 uses the log.
 """
 
 import datetime
@@ -14,13 +14,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 NOTHING: tuple[object] = (None,)
-"""Shared where rank 0 has nothing to say, or nothing more."""
+"""The object that rank 0 broadcasts when it has no order, and at the end of the run."""
 TIME_LIMIT = datetime.timedelta(days=1)
-"""Other ranks wait for rank 0 while it waits for data; torchrun ends them all when one dies."""
+"""Time limit of a collective operation. It is long because other ranks wait in one while rank 0 waits for data;
+torchrun ends all ranks when one dies."""
 
 
 class ProcessGroup:
-    """This process among its peers."""
+    """The ranks of the learner, and the rank and device of this process."""
 
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -14,13 +14,15 @@ DROPPED = Counter(
 DEAD_LETTERS = Counter(
     "palimpsest_learner_dead_letters", "Records that could not be used", ["cause", "topic"], registry=REGISTRY
 )
-DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories that came again", registry=REGISTRY)
-PENDING = Gauge("palimpsest_learner_pending_trajectories", "Offered and not resolved", registry=REGISTRY)
-WAITING = Gauge("palimpsest_learner_waiting_trajectories", "Arrived and not yet trained on", registry=REGISTRY)
+DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories received again", registry=REGISTRY)
+PENDING = Gauge("palimpsest_learner_pending_trajectories", "Trajectories offered and not resolved", registry=REGISTRY)
+WAITING = Gauge(
+    "palimpsest_learner_waiting_trajectories", "Trajectories arrived and not yet trained on", registry=REGISTRY
+)
 REWARD = Gauge("palimpsest_learner_reward", "Mean reward of the last batch", registry=REGISTRY)
 SUCCESS = Gauge("palimpsest_learner_success", "Share of the last batch that solved its task", registry=REGISTRY)
 PROXIMAL_EXACT = Gauge(
-    "palimpsest_learner_proximal_exact", "1 while the clip anchor is the old policy", registry=REGISTRY
+    "palimpsest_learner_proximal_exact", "1 while the proximal policy is the old policy", registry=REGISTRY
 )
 STALENESS = Histogram(
     "palimpsest_learner_staleness_versions",
@@ -51,28 +53,32 @@ SKIPPED = Counter(
     "palimpsest_learner_skipped_steps", "Optimizer steps left out: gradient not finite", registry=REGISTRY
 )
 NONFINITE = Counter("palimpsest_learner_nonfinite_tokens", "Tokens masked: a log-prob not finite", registry=REGISTRY)
-SNAPSHOT_LOADS = Counter("palimpsest_learner_snapshot_loads", "Versions taken on by the shadow", registry=REGISTRY)
+SNAPSHOT_LOADS = Counter(
+    "palimpsest_learner_snapshot_loads", "Versions loaded by the shadow copy of the model", registry=REGISTRY
+)
 PHASE_SECONDS = Histogram(
     "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
 )  # phase: wait, train (old log-probs included), publish, checkpoint
 ALERT = Gauge("palimpsest_learner_alert", "1 while the rule's alert is on", ["rule"], registry=REGISTRY)
 LOG_RATIO_TOKENS = Counter(
     "palimpsest_learner_log_ratio_tokens",
-    "Tokens by log-ratio; above: lower edge of the bin, nats",
+    "Tokens in each bin of a log-ratio; above: lower edge of the bin, nats",
     ["ratio", "staleness", "above"],
     registry=REGISTRY,
 )  # ratio: discrepancy, staleness_first, staleness_later, total; staleness: 0, 1, 2, 3-4, 5-8, >8
 REMOVED = Counter(
     "palimpsest_learner_removed_tokens",
-    "Tokens masked or clipped, by cause; exclusive: those that no other cause removes",
+    "Tokens masked or clipped, by cause; exclusive: whether only tokens that no other cause removes are counted",
     ["cause", "exclusive"],
     registry=REGISTRY,
 )
 ACTIVE = Gauge(
-    "palimpsest_learner_active_share", "Tokens of the last batch neither masked nor clipped", registry=REGISTRY
+    "palimpsest_learner_active_share", "Share of tokens of the last batch neither masked nor clipped", registry=REGISTRY
 )
 REMOVED_ADVANTAGE = Gauge(
-    "palimpsest_learner_removed_advantage_share", "Share of the sum of |A| that was removed", registry=REGISTRY
+    "palimpsest_learner_removed_advantage_share",
+    "Share of the sum of |A| that masks and clips removed, last batch",
+    registry=REGISTRY,
 )
 SLOPE = Gauge(
     "palimpsest_learner_removal_slope",
@@ -87,7 +93,7 @@ EFFECTIVE = Gauge(
     registry=REGISTRY,
 )
 CAPPED = Counter(
-    "palimpsest_learner_capped_tokens", "Tokens whose weight was held to its bound", ["bound"], registry=REGISTRY
+    "palimpsest_learner_capped_tokens", "Tokens whose weight was set to its bound", ["bound"], registry=REGISTRY
 )
 LR_FACTOR = Gauge(
     "palimpsest_learner_lr_factor", "Factor on the learning rate from the effective samples", registry=REGISTRY
@@ -96,11 +102,13 @@ NORMALIZER = Gauge(
     "palimpsest_learner_weight_normalizer", "Mean weight that weights were divided by", registry=REGISTRY
 )
 OLD_COVERAGE = Gauge(
-    "palimpsest_learner_old_coverage", "Tokens of the last batch whose proximal is the old log-prob", registry=REGISTRY
+    "palimpsest_learner_old_coverage",
+    "Share of tokens of the last batch whose proximal is the old log-prob",
+    registry=REGISTRY,
 )
 FALLBACKS = Counter(
     "palimpsest_learner_fallbacks",
-    "What stood in silently, or was left out for want of a number; 0 while nothing is wrong",
+    "Tokens whose old log-prob was replaced, or that were left out because a number is missing; 0 in normal operation",
     ["cause"],
     registry=REGISTRY,
 )
@@ -112,16 +120,18 @@ LEAK_RMS = Gauge(
 )
 WRONG_REASON = Gauge(
     "palimpsest_learner_wrong_reason_share",
-    "Tokens of the newest audited batch that a surrogate judged otherwise than old log-probs would",
+    "Share of tokens of the newest audited batch that the surrogate masks or clips differently from old log-probs",
     ["judged"],
     registry=REGISTRY,
 )
 GROUP_SPAN = Gauge(
-    "palimpsest_learner_group_span_versions", "Versions a group spans, mean of the last batch", registry=REGISTRY
+    "palimpsest_learner_group_span_versions",
+    "Newest minus oldest version in a group, mean of the last batch",
+    registry=REGISTRY,
 )
 COMPANION = Gauge(
     "palimpsest_learner_companion",
-    "State of what trains along: ewma_decay, ewma_age, ewma_distance, ewma_resets, multiplier and the like",
+    "State of the proximal source and the loss: ewma_decay, ewma_age, ewma_distance, ewma_resets, multiplier, ...",
     ["what"],
     registry=REGISTRY,
 )
@@ -131,22 +141,24 @@ TRAIN_SECONDS = Counter(
     ["part"],
     registry=REGISTRY,
 )
-CUTS = Counter("palimpsest_learner_cuts", "Interruptions asked for", registry=REGISTRY)
+CUTS = Counter("palimpsest_learner_cuts", "Cuts requested", registry=REGISTRY)
 CUT_SECONDS = Histogram(
     "palimpsest_learner_cut_seconds", "Time for one cut, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
-)  # phase: wait, read, score, stall (all of it, while the workers stand still)
+)  # phase: before, wait, read, score, stall (total time that the workers are paused)
 LATE_WORKERS = Counter("palimpsest_learner_cut_late_workers", "Workers left out of a cut", registry=REGISTRY)
 LATE_ANSWERS = Counter(
-    "palimpsest_learner_cut_late_answers", "Answers of workers to a cut that was over", registry=REGISTRY
+    "palimpsest_learner_cut_late_answers", "Answers of workers to a cut that had ended", registry=REGISTRY
 )
 FLUSHES = Counter(
     "palimpsest_learner_flushes",
-    "Flushes of live trajectories, by what became of them",
+    "Flushes of live trajectories, by outcome",
     ["outcome"],
     registry=REGISTRY,
-)  # outcome: scored (or known already), late (the version is gone), needless (its end, or a longer flush, is here)
+)  # outcome: scored, late (the version is gone), needless (the trajectory ended, or a longer flush arrived)
 LATE_TOKENS = Counter(
-    "palimpsest_learner_late_tokens", "Flushed tokens of a version that was gone, so never scored", registry=REGISTRY
+    "palimpsest_learner_late_tokens",
+    "Flushed tokens that were not scored because their version was gone",
+    registry=REGISTRY,
 )
 OLD_SCORED = Counter(
     "palimpsest_learner_old_scored_tokens",
@@ -154,9 +166,7 @@ OLD_SCORED = Counter(
     ["when"],
     registry=REGISTRY,
 )  # when: early (while waiting for a batch), cut
-OLD_UNSCORABLE = Counter(
-    "palimpsest_learner_old_unscorable_tokens", "Tokens whose score is no number", registry=REGISTRY
-)
+OLD_UNSCORABLE = Counter("palimpsest_learner_old_unscorable_tokens", "Tokens whose score is NaN", registry=REGISTRY)
 OLD_FOUND = Counter(
-    "palimpsest_learner_old_found_tokens", "Tokens whose score stood on the log after a restart", registry=REGISTRY
+    "palimpsest_learner_old_found_tokens", "Tokens whose score was found on the log after a restart", registry=REGISTRY
 )

@@ -1,11 +1,11 @@
 """The learner's loop: wait for a batch, train on it, checkpoint, publish; repeat.
 
-The order at the end of a version makes crashes harmless. Checkpoint first: from then on this version's trajectories
-count as trained. Then store and announce: after a crash in between, the restart announces what the checkpoint holds.
+The order at the end of a version makes crashes harmless. The checkpoint counts this version's trajectories as trained.
+Then the loop stores and announces the version. After a crash in between, the restart announces it.
 
-A learner that was paused or cut off from the network may have been replaced. The store refuses its versions and
-checkpoints. Before it writes what the store does not see (history, batch dumps, the log), the loop asks the store
-whether the run still belongs to it, and ends when it is fenced.
+A learner that was paused or lost the network may have been replaced. The store refuses its versions and checkpoints.
+The store does not see writes to the history, the batch dumps and the log, so before them the loop confirms with the
+store that the run still belongs to this learner. It ends if it is fenced.
 """
 
 import time
@@ -46,26 +46,26 @@ from palimpsest.services.learner.training.trainer import Trainer
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
-"""While it waits, the learner asks at this interval whether the run still belongs to it. A process that was suspended
-has not asked for longer than that when it resumes, so it asks before it reads on."""
+"""Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
+is older than this, so the learner checks before it reads again."""
 HOPELESS_BUDGETS = 2
-"""The run ends when this many times the admitted trajectories were dropped and none arrived."""
+"""The run ends if this many times the admitted number of trajectories were dropped and none arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What trains the policy, on every rank."""
+    """The objects that train the policy, on every rank."""
 
     trainer: Trainer
     policy: TrainablePolicy
     state: TrainingState
-    """What a checkpoint holds beside the policy."""
+    """The state beside the policy; a checkpoint holds both."""
     ranks: ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where versions and checkpoints go. All of them are refused once another learner has the run."""
+    """Writers of versions and checkpoints. The store refuses their writes after another learner took the run."""
 
     writer: Writer
     publisher: Publisher
@@ -74,16 +74,16 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What is written about each version."""
+    """Writers of the records about each version."""
 
     open_history: Callable[[int], History]
-    """The history, cut off after so many bytes."""
+    """Opens the history, truncated to a number of bytes."""
     dump: BatchDump | None
     reporter: VersionReporter
 
 
 class Loop:
-    """Rank 0: coordinates the other ranks and speaks to the log and the store."""
+    """Rank 0: coordinates the other ranks and connects to the log and the store."""
 
     def __init__(
         self,
@@ -111,8 +111,8 @@ class Loop:
         self._waiting_for: str | None = "the start"
 
     def start(self) -> None:
-        """Start from the newest checkpoint, if there is one, and publish the version that workers begin with."""
-        self._writer.begin()  # first: from now on no other learner changes what is read below
+        """Load the newest checkpoint, if there is one, and publish the version that workers start with."""
+        self._writer.begin()  # first, so that no other learner changes the state that is read below
         try:
             progress, tensors = self._checkpoints.newest()
         except NoCheckpoint:
@@ -140,7 +140,7 @@ class Loop:
         instruments.VERSION.set(self._version)
 
     def run(self) -> bool:
-        """Train until all versions are done or a stop is requested; whether they are done. Raises Fenced."""
+        """Train until all versions are done or a stop is requested. Return whether they are done. Raises Fenced."""
         try:
             done = self._train_versions()
         except Fenced:
@@ -163,7 +163,7 @@ class Loop:
         return True
 
     def waiting_for(self) -> str | None:
-        """What the loop waits for; None while it trains."""
+        """What the loop waits for; None during training."""
         return self._waiting_for
 
     def status(self) -> Status:
@@ -182,8 +182,8 @@ class Loop:
         }
 
     def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
-        """The next groups to train on, and their rows; None when a stop is requested."""
-        wanted = self._config.groups_per_batch
+        """Return the next groups to train on, and their rows; None if a stop is requested."""
+        needed = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
             dropped_before = self._dropped()
@@ -196,23 +196,23 @@ class Loop:
                 self._tasks.offer(self._version, now=time.monotonic())
                 if (ready := self._ledger.peek_batch()) and (rows := self._attach_old_logprobs(ready)) is not None:
                     self._waiting_for = None
-                    self._ledger.take_batch()  # only now: a stop before this changes nothing
+                    self._ledger.take_batch()  # after the wait, so that a stop during it changes nothing
                     return ready, rows
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._end_if_hopeless(self._dropped() - dropped_before)
-                self._waiting_for = f"trajectories: {self._ledger.complete()} of {wanted} groups are complete"
+                self._waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
                 instruments.PENDING.set(self._pending())
                 instruments.WAITING.set(self._ledger.waiting())
         return None
 
     def _end_if_hopeless(self, dropped: int) -> None:
-        """Raise UserError when whole budgets of trajectories were dropped and none arrived: waiting will not help."""
+        """Raise UserError if HOPELESS_BUDGETS times the admitted trajectories were dropped and none arrived."""
         budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * self._samples
         if dropped >= HOPELESS_BUDGETS * budget and not self._ledger.waiting():
             reasons = self._ledger.counts()["dropped"]
             raise UserError(
-                f"{dropped} trajectories in a row were dropped and none came back: {reasons}. The workers' logs tell "
-                f"why each was (usually the environment or its gateway); fix that and continue with --resume",
+                f"{dropped} trajectories in a row were dropped and none arrived: {reasons}. The workers' logs hold the "
+                f"reasons (usually the environment or its gateway). Fix the cause and continue with --resume",
                 ExitCode.UNAVAILABLE,
             )
 
@@ -236,8 +236,8 @@ class Loop:
                 self._reader.resolve(arrived)
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
-        """The rows of each group with the old log-probs that are known; None when a stop came first."""
-        groups = [to_rows([one.record for one in group.items], self._config.advantages.kind) for group in batch]
+        """Return the rows of each group with the available old log-probs; None if a stop is requested first."""
+        groups = [to_rows([arrived.record for arrived in group.items], self._config.advantages.kind) for group in batch]
         self._waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
@@ -251,9 +251,9 @@ class Loop:
         return [[next(rows) for _ in group] for group in groups]
 
     def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
-        """One version: train, report it, checkpoint, publish."""
+        """Train, report, checkpoint and publish one version."""
         now = self._version
-        durable = self._config.checkpoint.every == 1  # else they may be trained on again after a crash
+        durable = self._config.checkpoint.every == 1  # otherwise a crash may repeat the step, which needs the scores
         training = frozenset(row.trajectory for group in rows for row in group if durable)
         order = TrainOrder(now, split_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
         with self._phases.of("train"):
@@ -262,7 +262,7 @@ class Loop:
 
             def cut() -> None:
                 self._route.cut(now, self._digest, training=training)
-                self._ranks.broadcast_object(NOTHING)  # the other ranks have helped to score and wait to step
+                self._ranks.broadcast_object(NOTHING)  # ends the scoring of the other ranks, which then step
 
             result = self._trainer.train(order.minibatches, now, before_first_step=cut)
             trained = merge(self._ranks.all_gather_object(result))

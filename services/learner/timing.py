@@ -1,4 +1,4 @@
-"""Seconds by phase: the one timer of the loop, the trainer and the cut."""
+"""The timer of the loop, the trainer and the cut: seconds by phase."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -227,8 +227,8 @@ def test_an_environment_that_always_fails_ends_the_run(start: Start, tmp_path: P
         toml, f'--env_gateway.plugins={{ raises = "{PLUGINS}:Raises" }}', "--tasks.environments={ raises = 1.0 }"
     )
     refused(
-        run, 3, "learner: ", "trajectories in a row were dropped and none came back: {'environment_failed': ",
-        "fix that and continue with --resume",
+        run, 3, "learner: ", "trajectories in a row were dropped and none arrived: {'environment_failed': ",
+        "Fix the cause and continue with --resume",
     )  # fmt: skip
     assert history(home) == []
     summary = json.loads((home / "summary.json").read_text())

@@ -300,4 +300,4 @@ def test_where_nobody_would_listen_it_does_not_start(setup: Setup, starting_mode
     setup.run.write_text(RUN.format(folder=setup.run.parent / "runs", model=starting_model, kind=kind))
     replica = setup.replica("replica-0")
     assert replica.ended() == int(ExitCode.CONFIGURATION)
-    assert f'learner.proximal.kind is "{kind}": nobody would read what a replica scores' in replica.log.read_text()
+    assert f'learner.proximal.kind is "{kind}", so no process reads the scores of a replica' in replica.log.read_text()

@@ -1,1 +1,1 @@
-"""Which trajectories are offered, arrived, trained or dropped; the next batch; the next task. Pure."""
+"""The states of all trajectories, the next batch and the next task. Pure."""

@@ -1,6 +1,6 @@
-"""Flushes of live trajectories that are still to be scored, by trajectory. Pure.
+"""Unscored flushes of live trajectories, by trajectory. Pure.
 
-The next flush of a trajectory contains everything that the former flush contained, so only the last one is kept. When
+The next flush of a trajectory contains all tokens of the earlier flush, so only the last flush is kept. When
 a trajectory is sampled twice, by a worker that was presumed dead and by its successor, neither flush contains the
 other.
 """
@@ -37,28 +37,28 @@ class FlushBuffer:
         return sum(map(len, self._kept.values()))
 
     def of(self, trajectory: str) -> list[Flushed]:
-        """The flushes of one trajectory, in the order in which they came."""
+        """The flushes of one trajectory, in the order of arrival."""
         return list(self._kept.get(trajectory, ()))
 
     def add(self, new: Flushed) -> list[Flushed]:
-        """Keep a flush; returns the flushes that it replaces, or itself if another one contains all of it."""
+        """Keep a flush. Return the flushes that it replaces, or the flush itself if a kept one contains all of it."""
         kept = self._kept.setdefault(new.record.trajectory, [])
-        if any(_contains(standing.record, new.record) for standing in kept):
+        if any(_contains(other.record, new.record) for other in kept):
             return [new]
-        needless = [standing for standing in kept if _contains(new.record, standing.record)]
-        self._kept[new.record.trajectory] = [standing for standing in kept if standing not in needless] + [new]
+        needless = [other for other in kept if _contains(new.record, other.record)]
+        self._kept[new.record.trajectory] = [other for other in kept if other not in needless] + [new]
         return needless
 
     def remove(self, flushed: Flushed) -> None:
-        """Remove a flush that was scored. Does nothing if it is not here."""
-        kept = [standing for standing in self.of(flushed.record.trajectory) if standing != flushed]
+        """Remove a flush that was scored. Does nothing if it is not kept."""
+        kept = [other for other in self.of(flushed.record.trajectory) if other != flushed]
         if kept:
             self._kept[flushed.record.trajectory] = kept
         else:
             self._kept.pop(flushed.record.trajectory, None)
 
     def forget(self, trajectory: str) -> list[Flushed]:
-        """Remove all flushes of a trajectory that has ended; returns them."""
+        """Remove and return all flushes of a trajectory that has ended."""
         return self._kept.pop(trajectory, [])
 
 

@@ -1,11 +1,11 @@
-"""The ledger of trajectories: which were offered, how each ended, which are trained on next. Pure.
+"""The ledger of trajectories: the state of each offered trajectory, and the next batch. Pure.
 
-Invariant, at every moment:  offered = trained + dropped + dead-lettered + pending, and no id in two of them.
+Invariant:  offered = trained + dropped + dead-lettered + pending, and no id in two of them.
 
 Admission keeps staleness inside its bound before sampling (docs/paper.md, "staleness bound"): with B groups for each
 version, at most (max_staleness + 1) * B groups are unresolved. Batches take the oldest complete groups first, so that
-a group offered under version v is trained on at version v + max_staleness at the latest. Only a group that others
-overtook can be older. Trajectories that are too old by then are dropped and counted.
+a group offered under version v is trained on at version v + max_staleness at the latest. A group that completes
+later than younger groups can exceed this bound. Trajectories that exceed it are dropped and counted.
 """
 
 import re
@@ -26,7 +26,7 @@ TRAINED = "trained"
 
 
 class ArrivalStatus(StrEnum):
-    """What a record of a trajectory means to the ledger."""
+    """Effect of a trajectory's record on the ledger."""
 
     NEW = "new"
     RECOVERED = "recovered"
@@ -102,7 +102,7 @@ class TrajectoryLedger(Generic[T]):
         return max(0, (self._max_staleness + 1) * self._batch - len(self._open))
 
     def offer(self, *, now: float, samples: int | None = None) -> str:
-        """Enter the next group; its id. now: seconds, of the clock that `expire` uses."""
+        """Enter the next group. Return its id. now: seconds, of the clock that `expire` uses."""
         group = group_id(self._next_index)
         self._open[group] = _Group(self._next_index, samples or self._samples, now)
         self._offered += samples or self._samples
@@ -110,7 +110,7 @@ class TrajectoryLedger(Generic[T]):
         return group
 
     def status_of(self, group: str, trajectory: str) -> ArrivalStatus:
-        """What a record of this trajectory would mean now. Changes nothing."""
+        """Return the status that a record of this trajectory would have now. Changes nothing."""
         return self._find(group, trajectory).status
 
     def arrive(self, group: str, trajectory: str, item: T) -> ArrivalStatus:
@@ -122,7 +122,7 @@ class TrajectoryLedger(Generic[T]):
         return entry.status
 
     def drop(self, group: str, trajectory: str, reason: DropReason) -> ArrivalStatus:
-        """Enter a trajectory that was given up."""
+        """Enter a dropped trajectory."""
         entry = self._find(group, trajectory)
         if entry.group is not None:
             self._recover(entry.group, entry.sample, entry.status)
@@ -139,7 +139,7 @@ class TrajectoryLedger(Generic[T]):
         return entry.status
 
     def expire(self, *, now: float) -> list[str]:
-        """Drop the trajectories that have been awaited for longer than the time limit; their ids."""
+        """Drop the trajectories that have been awaited for longer than the time limit. Return their ids."""
         late: list[str] = []
         for name, group in list(self._open.items()):
             if now - group.offered_at > self._time_limit_s:
@@ -149,7 +149,7 @@ class TrajectoryLedger(Generic[T]):
         return late
 
     def drop_stale(self, now: Version, oldest: Mapping[str, Version]) -> list[T]:
-        """Drop arrived trajectories whose oldest token exceeds the staleness bound; the items."""
+        """Drop arrived trajectories whose oldest token exceeds the staleness bound. Return the items."""
         stale = []
         for name, group in list(self._open.items()):
             for sample, item in list(group.arrived.items()):
@@ -164,7 +164,7 @@ class TrajectoryLedger(Generic[T]):
         return sum(not group.awaited for group in self._open.values())
 
     def drop_small(self) -> list[T]:
-        """Drop the arrived trajectories of complete groups that are too small for a baseline; the items."""
+        """Drop the arrived trajectories of complete groups that are too small for a baseline. Return the items."""
         dropped: list[T] = []
         for group in list(self._open.values()):
             if not group.awaited and len(group.arrived) < 2:
@@ -175,14 +175,14 @@ class TrajectoryLedger(Generic[T]):
         return dropped
 
     def peek_batch(self) -> "list[ReadyGroup[T]] | None":
-        """The oldest complete groups, enough for a batch; None while there are too few. Changes nothing."""
+        """Return the oldest complete groups, enough for a batch; None if there are too few. Changes nothing."""
         ready = sorted((g for g in self._open.values() if not g.awaited), key=lambda g: g.index)[: self._batch]
         if len(ready) < self._batch:
             return None
         return [ReadyGroup(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
 
     def take_batch(self) -> "list[ReadyGroup[T]] | None":
-        """The groups of `peek_batch`, which count as trained from now on."""
+        """Return the groups of `peek_batch` and count them as trained."""
         batch = self.peek_batch()
         for ready in batch or []:
             group = self._open[ready.group]
@@ -212,7 +212,7 @@ class TrajectoryLedger(Generic[T]):
         return group is not None and 0 <= sample < group.samples and sample not in group.ended
 
     def oldest_open(self) -> str | None:
-        """The group that has been unresolved for longest."""
+        """Id of the oldest open group; None if no group is open."""
         return next(iter(self._open), None)
 
     def waiting(self) -> int:
@@ -256,7 +256,7 @@ class TrajectoryLedger(Generic[T]):
         return _Entry(ArrivalStatus.NEW, entry, sample)
 
     def _recover(self, group: _Group[T], sample: int, status: ArrivalStatus) -> None:
-        """Take back that the trajectory was lost to a dead letter."""
+        """If the trajectory ended as a dead letter, undo that."""
         if status is ArrivalStatus.RECOVERED:
             del group.ended[sample]
             self._dead_lettered -= 1
@@ -275,7 +275,7 @@ class TrajectoryLedger(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class _Entry(Generic[T]):
-    """What the ledger holds of a trajectory. `group` is set if a record of it would be used."""
+    """The ledger's entry for a trajectory. `group` is set if a record of the trajectory would be used."""
 
     status: ArrivalStatus
     group: _Group[T] | None = None
@@ -291,7 +291,7 @@ class ReadyGroup(Generic[T]):
 
 
 _ID = re.compile(r"g([0-9]{1,18})/([0-9]{1,18})")
-"""No id of a run is longer. int() refuses several thousand digits, and a record may hold anything."""
+"""Ids of a run are shorter. The limit is needed because int() raises on thousands of digits in a malformed record."""
 
 
 def _parse(trajectory: str) -> tuple[str, int]:

@@ -1,11 +1,11 @@
-"""Which task the run's n-th group gets. Pure: the same seed gives the same tasks, whenever they are offered."""
+"""Draws the task of the run's n-th group. Pure: the same seed and index give the same task."""
 
 import hashlib
 from collections.abc import Mapping
 
 
 def task(seed: int, index: int, environments: Mapping[str, float]) -> tuple[str, int]:
-    """Environment and task seed of group `index`.
+    """Return environment and task seed of group `index`. environments: name -> weight.
 
     >>> task(0, 0, {"lookup": 1.0}) == task(0, 0, {"lookup": 1.0})
     True
@@ -17,4 +17,4 @@ def task(seed: int, index: int, environments: Mapping[str, float]) -> tuple[str,
         at -= environments[name]
         if at < 0:
             return name, task_seed
-    return max(environments), task_seed  # at was a rounding away from the end
+    return max(environments), task_seed  # rounding left `at` at 0 or just above

@@ -1,1 +1,1 @@
-"""The restartable state of the learner: write, commit, restore, remove."""
+"""Writes, commits, restores and removes checkpoints: the restartable state of the learner."""

@@ -1,11 +1,12 @@
-"""Restartable state of the learner: it counts whole, or not at all, and only what the newest learner wrote.
+"""Checkpoints of the learner. A checkpoint is valid if it is complete and the snapshot store has committed it.
 
-A checkpoint is written beside its place (progress.py), proposed to the snapshot store with its manifest's digest, and
-counts from the moment the store takes it; then the manifest gets its name. The store takes nothing of a learner that
-was replaced. Each learner writes into folders of its own, so that one that was paused cannot spoil its successor's.
+The learner writes the state and the manifest as proposed.json (manifest.py), then commits the manifest's digest to the
+snapshot store. The checkpoint is valid from that moment; the manifest is renamed afterwards. The store refuses commits
+of a learner that was replaced. Folder names hold the writer's epoch, so that a paused learner cannot overwrite a
+checkpoint of its successor.
 
-The manifest holds the digest of the state, the ledger, and the offsets from which the log is read again. So a
-checkpoint is a consistent cut: what the weights have learned from, and nothing else, is counted as trained in it.
+The manifest holds the digest of the state, the ledger, and the offsets at which a restart reads the log. So a
+checkpoint is consistent: it counts a trajectory as trained exactly if the weights were trained on it.
 """
 
 import shutil
@@ -35,55 +36,56 @@ from palimpsest.services.learner.checkpointing.manifest import (
 
 
 class NoCheckpoint(LookupError):
-    """There is none to start from."""
+    """The run has no committed checkpoint."""
 
 
 class Checkpoints:
-    """The newest few, in one folder. `newest` comes first."""
+    """The newest `keep` checkpoints, in one folder. Call `newest` first."""
 
     def __init__(self, folder: Path, writer: Writer, *, keep: int) -> None:
         self._folder, self._writer, self._keep = folder, writer, keep
         self._committed: list[Committed] = []
-        """Those that count, oldest first; as the newest writer this learner alone changes them."""
+        """Committed checkpoints, oldest first. Only this learner changes them, because it is the newest writer."""
 
     def newest(self) -> tuple[Progress, dict[str, torch.Tensor]]:
-        """The newest one that holds. Raises NoCheckpoint; UserError when folder and store contradict each other.
+        """Return the newest checkpoint that can be read.
 
-        A damaged one is passed over, loudly: the one before it is a consistent state too, and the log still holds what
-        came in between.
+        A damaged checkpoint is skipped and logged: the one before it is a consistent state too, and the log still holds
+        the later records. Raises NoCheckpoint if none was committed, UserError if no committed checkpoint can be read
+        or the store lost one.
         """
         self._committed = self._writer.committed()
-        self._refuse_what_the_store_has_lost()
+        self._check_store_is_complete()
         for commit in reversed(self._committed):
-            folder = self._place(commit)
+            folder = self._folder_of(commit)
             try:
                 return _read(folder, commit)
             except (OSError, ValueError, msgspec.DecodeError) as error:
                 logger().error("checkpoint passed over", folder=str(folder), reason=str(error))
         if self._committed:
             raise UserError(
-                f"none of this run's {len(self._committed)} checkpoints can be read in {self._folder} (the log says "
-                f"why): restore that folder from a copy, or start a new run; beginning again would train twice",
+                f"none of this run's {len(self._committed)} checkpoints can be read; the log holds the reasons. "
+                f"Restore {self._folder} from a copy, or start a new run with another --run.id",
                 ExitCode.DAMAGED,
             )
         raise NoCheckpoint(str(self._folder))
 
     def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one and remove those beyond the number to keep. Raises Fenced.
+        """Write a checkpoint and remove the oldest ones beyond `keep`. Raises Fenced.
 
-        One that this learner wrote for this version is left alone: what the ledger has learned since is on the log and
-        will be read again.
+        Does nothing if this learner has already written a checkpoint of this version: a restart reads later changes of
+        the ledger from the log.
         """
         if any((c.version, c.writer) == (progress.version, self._writer.epoch) for c in self._committed):
             return
         try:
             self._save(progress, tensors)
         except FileNotFoundError:
-            self._writer.confirm()  # a successor removes what we had not committed
+            self._writer.confirm()  # a successor removes uncommitted folders; then this raises Fenced
             raise
 
     def oldest_version(self) -> Version | None:
-        """Version of the oldest one kept."""
+        """Version of the oldest checkpoint that is kept; None without any."""
         return self._committed[0].version if self._committed else None
 
     def _save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
@@ -91,7 +93,7 @@ class Checkpoints:
         body = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         manifest = msgspec.json.encode(msgspec.structs.replace(progress, state_digest=blake3(body).hexdigest()))
         if folder.exists():
-            shutil.rmtree(folder)  # of an attempt that was not finished
+            shutil.rmtree(folder)  # left by an attempt that did not finish
         write(folder / STATE, body)
         failpoints.reach("learner.inside_checkpoint")
         write(folder / PROPOSED, manifest)
@@ -99,54 +101,59 @@ class Checkpoints:
         failpoints.reach("learner.before_committing")
         self._committed.append(self._writer.commit(progress.version, blake3(manifest).hexdigest()))
         failpoints.reach("learner.after_committing")
-        _settle(folder)
+        _rename_manifest(folder)
         self._remove_old()
 
     def _remove_old(self) -> None:
-        """The store first: from then on a folder does not count, and one half removed must not."""
+        """Withdraw each checkpoint from the store before its folder is removed: a partly removed folder must not be
+        valid."""
         while len(self._committed) > self._keep:
             self._writer.withdraw(self._committed[0])
             del self._committed[0]
         kept = {(commit.version, commit.writer) for commit in self._committed}
         for folder in self._folder.iterdir():
             place = version_and_writer(folder.name)
-            if place is not None and place not in kept and place[1] <= self._writer.epoch:  # not a successor's
+            if place is not None and place not in kept and place[1] <= self._writer.epoch:  # keep a successor's folders
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
-    def _refuse_what_the_store_has_lost(self) -> None:
-        """A folder counts only after the store took it, and ceases to before newer ones do: a newer one was lost."""
+    def _check_store_is_complete(self) -> None:
+        """Raise UserError if a folder is newer than every commit in the store.
+
+        A folder gets its manifest after the commit, and commits are withdrawn oldest first. So such a folder shows that
+        the store lost a commit.
+        """
         newest = max(((commit.version, commit.writer) for commit in self._committed), default=(Version(-1), 0))
         places = [(folder, version_and_writer(folder.name)) for folder in complete(self._folder)]
         if lost := [folder for folder, place in places if place is None or place > newest]:
             raise UserError(
-                f"{self._folder} holds checkpoint {lost[-1].name}, which the snapshot store does not know: the store "
-                f"was emptied, put back from an older copy, or is another run's. Restore it, or start a new run with "
-                f"another --run.id",
+                f"{self._folder} holds checkpoint {lost[-1].name}, but the snapshot store has no commit of it: the "
+                f"store was emptied, restored from an older copy, or belongs to another run. Restore the store, or "
+                f"start a new run with another --run.id",
                 ExitCode.DAMAGED,
             )
 
-    def _place(self, commit: Committed) -> Path:
+    def _folder_of(self, commit: Committed) -> Path:
         return self._folder / folder_name(commit.version, commit.writer)
 
 
 def _read(folder: Path, commit: Committed) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Raises OSError, ValueError, DecodeError unless it is whole and the one committed."""
+    """Read a committed checkpoint. Raises OSError, ValueError or DecodeError if it is incomplete or another one."""
     if not (folder / MANIFEST).exists():
-        _settle(folder)  # its learner died, or was replaced, just after the store had taken it
+        _rename_manifest(folder)  # its learner died or was replaced between the commit and the rename
     manifest = (folder / MANIFEST).read_bytes()
     if blake3(manifest).hexdigest() != commit.digest:
-        raise ValueError("its manifest is not the one that the store took")
+        raise ValueError("the digest of manifest.json differs from the committed digest")
     progress = msgspec.json.decode(manifest, type=Progress)
     if progress.schema != SCHEMA:
-        raise ValueError(f"its schema is {progress.schema}, this release writes {SCHEMA}")
+        raise ValueError(f"the schema is {progress.schema}; this release reads {SCHEMA}")
     body = (folder / STATE).read_bytes()
     if blake3(body).hexdigest() != progress.state_digest:
-        raise ValueError("its state contradicts its digest")
+        raise ValueError("the digest of state.safetensors differs from the digest in manifest.json")
     return progress, load_tensors(body)
 
 
-def _settle(folder: Path) -> None:
-    """Give the manifest its name: whoever looks without asking the store sees that it counts."""
+def _rename_manifest(folder: Path) -> None:
+    """Rename proposed.json to manifest.json, so that programs without the store see that the checkpoint is valid."""
     (folder / PROPOSED).rename(folder / MANIFEST)
     sync_folder(folder)

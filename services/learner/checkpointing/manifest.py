@@ -1,11 +1,11 @@
-"""What a checkpoint holds beside its tensors, and where it is stored. Read without torch.
+"""The manifest of a checkpoint, and the names of its files. Needs no torch.
 
     checkpoints/00000012-00000003/state.safetensors   of version 12, by writer 3: masters and moments, float32
-    checkpoints/00000012-00000003/manifest.json       renamed last: without it the folder does not count
+    checkpoints/00000012-00000003/manifest.json       renamed last: a folder without it is not a checkpoint
 
-Until the snapshot store has taken the checkpoint, the manifest is called proposed.json (checkpoints.py).
+Until the snapshot store has committed the checkpoint, the manifest is called proposed.json (checkpoints.py).
 
-Names sort by age: versions do not decrease from one writer to the next.
+Names sort by age, because versions do not decrease from one writer to the next.
 """
 
 import re
@@ -22,7 +22,7 @@ _NAME = re.compile(r"(\d{8,})-(\d{8,})")
 
 
 class Progress(Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything of a checkpoint but the tensors."""
+    """All values of a checkpoint except the tensors."""
 
     schema: int
     run: str
@@ -30,27 +30,27 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     """Epoch of the learner that wrote it."""
     version: Version
     digest: str
-    """Of the weights published, or about to be, under that version."""
+    """Digest of the weights that were published or will be published under `version`."""
     trained_versions: int
     optimizer_steps: int
     ledger: LedgerState
     offsets: dict[int, int]
-    """Topic `trajectories`: where a restart reads from."""
+    """Topic `trajectories`: partition -> offset at which a restart starts reading."""
     task_offsets: dict[int, int]
-    """Topic `tasks`: where the tasks of the groups in the ledger end."""
+    """Topic `tasks`: partition -> offset after the last task of the groups in the ledger."""
     history_bytes: int
     """Length of history.jsonl."""
     seconds: float
-    """Run time, over all processes of the run."""
+    """Run time in seconds, summed over all learner processes of the run."""
     state_digest: str = ""
     """blake3 of state.safetensors, hex."""
     score_offsets: dict[int, int] = field(default_factory=dict)
-    """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {}, as in checkpoints of
-    earlier releases: any record may count."""
+    """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {} (the value in checkpoints
+    of earlier releases): any record may belong to an unresolved one."""
 
 
 def folder_name(version: Version, writer: int) -> str:
-    """The checkpoint's folder in `checkpoints/`.
+    """Return the name of the checkpoint's folder in `checkpoints/`.
 
     >>> folder_name(Version(12), 3)
     '00000012-00000003'
@@ -59,7 +59,7 @@ def folder_name(version: Version, writer: int) -> str:
 
 
 def version_and_writer(name: str) -> tuple[Version, int] | None:
-    """Version and writer in a folder's name; None if the folder is no checkpoint.
+    """Return the version and writer in a folder's name; None if it is not the name of a checkpoint.
 
     >>> version_and_writer("00000012-00000003")
     (12, 3)
@@ -69,7 +69,7 @@ def version_and_writer(name: str) -> tuple[Version, int] | None:
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """The folders of the checkpoints that count, oldest first, followed by folders with names of other releases."""
+    """Return the folders of committed checkpoints, oldest first, followed by folders with names of other releases."""
     folders = [manifest.parent for manifest in checkpoints.glob(f"*/{MANIFEST}")]
     ours = {folder: place for folder in folders if (place := version_and_writer(folder.name))}
     return sorted(ours, key=ours.__getitem__) + sorted(set(folders) - ours.keys())

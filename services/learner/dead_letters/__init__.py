@@ -1,1 +1,1 @@
-"""Records that could not be used: list them, send them again."""
+"""Lists records that could not be used, and publishes them again."""

@@ -1,4 +1,4 @@
-"""`palimpsest dead-letters ...`: what is asked, and the answer in plain words."""
+"""The command `palimpsest dead-letters`: parses its arguments and formats its output."""
 
 import datetime
 import difflib
@@ -22,22 +22,22 @@ USAGE = f"""\
 usage: {PROGRAM} list RUN.toml [--cause=CAUSE ...] [--offset=N ...] [--json] [--SECTION.KEY=VALUE ...]
        {PROGRAM} replay RUN.toml [--cause=CAUSE ...] [--offset=N ...] [--again] [--SECTION.KEY=VALUE ...]
 
-list    every record that could not be used, with its cause; it works while the run goes on and when it is stopped
-replay  send such records to their topic again, as they were, for readers to take up: once what was in their way is
-        mended. A trajectory counts if its group is still open; later it is passed over as a duplicate
+list    print every record that could not be used, with its cause. The run may be running or stopped
+replay  send such records to their topic again, unchanged, after their cause is fixed. A trajectory counts if its
+        group is still open; otherwise it is skipped as a duplicate
 
-  RUN.toml         describes the run; a run of `palimpsest run` has its own in runs/ID/run.toml
-  --cause=CAUSE    only these: {", ".join(list(RejectCause)[:5])},
+  RUN.toml         configuration of the run; `palimpsest run` writes it to runs/ID/run.toml
+  --cause=CAUSE    only records with this cause: {", ".join(list(RejectCause)[:5])},
                    {", ".join(list(RejectCause)[5:])}
-  --offset=N       only the record with this dead letter: the number that `list` shows
-  --json           for machines
-  --again          also what was sent before
-  --run.id=first   any key of the run"""
+  --offset=N       only the record with this dead letter; `list` shows the offsets
+  --json           print JSON
+  --again          also send records that were sent before
+  --run.id=first   any configuration key of the run"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     action: str
     config: RunConfig
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass
 class _Own:
-    """The flags that are ours, and what is left for the run."""
+    """The flags of this command, and the remaining arguments for the configuration."""
 
     values: dict[str, list[str]] = field(default_factory=lambda: {"cause": [], "offset": []})
     switches: set[str] = field(default_factory=set)
@@ -57,7 +57,7 @@ class _Own:
 
 
 def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Do what is asked; the lines to print, each when it has come true. Raises UserError."""
+    """Run the command. Yield each line to print after its action is done. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         yield USAGE
         return
@@ -65,22 +65,24 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
     bus = open_existing_bus(request.config)
     try:
         buried, unreadable = read(bus, request.config.run.id)
-        some = chosen(buried, offsets=request.offsets, causes=request.causes)
+        selected = chosen(buried, offsets=request.offsets, causes=request.causes)
         if missing := set(request.offsets) - {at.offset for one in buried for at in one.letters}:
-            raise UserError(f"run {request.config.run.id} has no dead letter {min(missing)}; `list` shows those it has")
+            raise UserError(
+                f"run {request.config.run.id} has no dead letter at offset {min(missing)}; `list` shows the offsets"
+            )
         if request.action == "replay":
-            for sent in replay(bus, some, again=request.again):
+            for sent in replay(bus, selected, again=request.again):
                 letter = sent.buried.letter
                 yield (
                     f"dead letter {sent.buried.at.offset} ({letter.cause}): {len(letter.body)} bytes, key "
                     f"{_plain(letter.key)}, sent to {letter.topic}[{sent.to.partition}]@{sent.to.offset}"
                 )
-            yield _replayed(request, some)
+            yield _replayed(request, selected)
         elif request.json:
-            yield msgspec.json.encode(_for_machines(request.config.run.id, some, unreadable)).decode()
+            yield msgspec.json.encode(_to_json(request.config.run.id, selected, unreadable)).decode()
         else:
-            yield from _table(some)
-            yield from _summary(some, unreadable)
+            yield from _table(selected)
+            yield from _summary(selected, unreadable)
     finally:
         bus.close()
 
@@ -97,7 +99,7 @@ def _request(arguments: Sequence[str], environment: Mapping[str, str]) -> Reques
             raise UserError(f"--{switch} belongs to `dead-letters {of}`, not to `dead-letters {action}`")
     config = load(own.rest, environment, program=f"{PROGRAM} {action}").config
     if not config.run.id:
-        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its run.toml")
+        raise UserError("run.id is empty: set it, for example --run.id=first, or pass the run.toml of the run")
     return Request(
         action=action,
         config=config,
@@ -128,13 +130,13 @@ def _cause(text: str) -> RejectCause:
     if text in list(RejectCause):
         return RejectCause(text)
     near = difflib.get_close_matches(text, list(RejectCause), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RejectCause)}"
-    raise UserError(f"--cause={text}: there is no such cause; {hint}")
+    hint = f"did you mean {near[0]}?" if near else f"causes: {', '.join(RejectCause)}"
+    raise UserError(f"--cause={text}: unknown cause; {hint}")
 
 
 def _offset(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"--offset={text}: a whole number is wanted, as `list` shows it")
+        raise UserError(f"--offset={text}: must be a whole number; `list` shows the offsets")
     return int(text)
 
 
@@ -173,22 +175,23 @@ def _summary(buried: Sequence[Buried], unreadable: Sequence[Unreadable]) -> Iter
     if unreadable:
         first = unreadable[0]
         yield (
-            f"{_count(len(unreadable), 'record')} on {DEAD_LETTERS} cannot be read, of another release perhaps; the "
-            f"first at offset {first.at.offset}: {_plain(first.reason)}"
+            f"{_count(len(unreadable), 'record')} on {DEAD_LETTERS} cannot be read; another release may have written "
+            f"them. The first is at offset {first.at.offset}: {_plain(first.reason)}"
         )
 
 
-def _replayed(request: Request, some: Sequence[Buried]) -> str:
-    before = sum(bool(one.replayed) for one in some)
-    if not some:
-        return "nothing to send: there is no such dead letter"
+def _replayed(request: Request, selected: Sequence[Buried]) -> str:
+    before = sum(bool(one.replayed) for one in selected)
+    if not selected:
+        return "nothing to send: no dead letter matches"
     if request.again or not before:
-        return f"sent {_count(len(some), 'record')}"
-    kept = f"{_count(before, 'record')} had been sent before; --again sends such once more"
-    return f"sent {_count(len(some) - before, 'record')}; {kept}" if before < len(some) else f"nothing to send: {kept}"
+        return f"sent {_count(len(selected), 'record')}"
+    skipped = f"{_count(before, 'record')} sent before; --again sends them again"
+    new = len(selected) - before
+    return f"sent {_count(new, 'record')}; skipped {skipped}" if new else f"nothing to send: {skipped}"
 
 
-def _for_machines(run: str, buried: Sequence[Buried], unreadable: Sequence[Unreadable]) -> dict[str, Any]:
+def _to_json(run: str, buried: Sequence[Buried], unreadable: Sequence[Unreadable]) -> dict[str, Any]:
     return {
         "run": run,
         "records": [
@@ -224,10 +227,10 @@ def _count(number: int, noun: str) -> str:
 def _when(seconds: float) -> str:
     try:
         return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S}"
-    except (OverflowError, ValueError, OSError):  # a letter by anyone, too
+    except (OverflowError, ValueError, OSError):  # any program can write a letter, so the time may be out of range
         return "?"
 
 
 def _plain(text: str) -> str:
-    """On one line, whatever it holds: keys and reasons come from anywhere."""
+    """Return the text on one line, with unprintable characters escaped: any program can write keys and reasons."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

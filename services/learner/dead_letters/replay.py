@@ -1,12 +1,12 @@
-"""The dead letters of a run: listed, and sent again.
+"""Lists the dead letters of a run, and sends their records again.
 
-A record is buried anew whenever its reader comes upon it again, so what counts is the record: the letters of one
-position on the log are one, and the first of them names it.
+A reader writes a dead letter each time it reads an unusable record, so a record can have several letters. Letters of
+the same position on the log are merged, and the offset of the first letter identifies the record.
 
-Sent again means the original bytes under the original key and headers, with a header `replayed` that names the letter.
-What has been sent is known from these headers alone. The record and the note that it was sent are one record on the
-log: no crash can come between them, and there is no second account to disagree with. The key is the original's, so a
-record sent again stands in the same partition behind it, and the search begins there.
+A record is sent again with its original bytes, key and headers, and a header `replayed` that names the letter. Only
+these headers show which records were sent again. The record and this mark are one record on the log, so no crash can
+separate them. The key is the original one, so a record that was sent again is in the same partition at a later offset,
+and the search starts there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,23 +24,23 @@ class Buried:
     """A record that could not be used."""
 
     letter: DeadLetter
-    """The first that was written of it."""
+    """The first dead letter of the record."""
     at: Position
-    """Where that letter stands: its number is the offset."""
+    """Position of that letter. Its offset identifies the record."""
     again: tuple[Position, ...] = ()
-    """Where later letters of the same record stand."""
+    """Positions of later letters of the same record."""
     replayed: tuple[Position, ...] = ()
-    """Where the record stands again on its topic, if it was sent again."""
+    """Positions on its topic at which the record was sent again."""
 
     @property
     def letters(self) -> tuple[Position, ...]:
-        """All of them, the first first."""
+        """Positions of all letters of the record, the first letter first."""
         return (self.at, *self.again)
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A record on `dead_letters` that is none."""
+    """A record on `dead_letters` that cannot be decoded."""
 
     at: Position
     reason: str
@@ -48,14 +48,15 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A record that was sent again."""
+    """A record that was sent again, and its new position."""
 
     buried: Buried
     to: Position
 
 
 def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
-    """The run's buried records, the oldest letter first, and what on `dead_letters` cannot be read itself."""
+    """Return the run's buried records, oldest letter first, and the records on `dead_letters` that cannot be
+    decoded."""
     found: dict[tuple[str, int, int], Buried] = {}
     unreadable = []
     for record in read_existing(bus, DEAD_LETTERS):
@@ -74,7 +75,7 @@ def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
 
 
 def chosen(buried: Iterable[Buried], *, offsets: Iterable[int], causes: Iterable[RejectCause]) -> list[Buried]:
-    """Those with one of these letters and one of these causes; none named: any."""
+    """Return the records with one of these letters and one of these causes. An empty filter matches every record."""
     offsets, causes = set(offsets), set(causes)
     return [
         one
@@ -84,25 +85,25 @@ def chosen(buried: Iterable[Buried], *, offsets: Iterable[int], causes: Iterable
 
 
 def replay(bus: Bus, buried: Sequence[Buried], *, again: bool) -> Iterator[Sent]:
-    """Send them again, those sent before only when `again`; each is durable when it comes."""
+    """Send the records again; skip records that were sent before unless `again`. Yield each one when it is durable."""
     for one in buried:
         if one.replayed and not again:
             continue
         letter = one.letter
-        headers = {name: value for name, value in letter.headers.items() if name != LOST}  # that was added on reading
+        headers = {name: value for name, value in letter.headers.items() if name != LOST}  # added by the reader
         record = Outgoing(letter.key, letter.body, headers | {REPLAYED: _name(one.at)})
         (to,) = bus.publish(letter.topic, [record])
         yield Sent(one, to)
 
 
 def _with_replays(bus: Bus, buried: list[Buried]) -> list[Buried]:
-    """The same, and where each was sent again."""
+    """Return the records with `replayed` filled from the log."""
     sent: dict[tuple[str, str], list[Position]] = {}
     for topic in dict.fromkeys(one.letter.topic for one in buried):
-        behind: dict[int, int] = {}
+        starts: dict[int, int] = {}
         for letter in (one.letter for one in buried if one.letter.topic == topic):
-            behind[letter.partition] = min(behind.get(letter.partition, letter.offset + 1), letter.offset + 1)
-        for record in read_existing(bus, topic, behind):
+            starts[letter.partition] = min(starts.get(letter.partition, letter.offset + 1), letter.offset + 1)
+        for record in read_existing(bus, topic, starts):
             if (name := record.headers.get(REPLAYED)) is not None:
                 sent.setdefault((topic, name), []).append(Position(record.partition, record.offset))
     return [

@@ -1,4 +1,4 @@
-"""Puts the parts of the learner's ingest together."""
+"""Builds the learner's ingest."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTraject
 
 @dataclass(frozen=True, slots=True)
 class Ingest:
-    """The ledger and everything that feeds it."""
+    """The ledger and the objects that fill it."""
 
     ledger: TrajectoryLedger[ReceivedTrajectory]
     reader: TrajectoryReader
@@ -29,7 +29,7 @@ class Ingest:
     ) -> None:
         """Start from a checkpoint's offsets ({}: the start of the topic). Restore the ledger first.
 
-        Raises UserError if the log no longer reaches back that far.
+        Raises UserError if the log starts after these offsets.
         """
         self.reader.start(offsets)
         self.tasks.start(task_offsets, score_offsets, now=now)
@@ -50,7 +50,7 @@ def build_ingest(
     keep_flushed: bool = False,
     on_resolved: Callable[[str], None] = lambda _: None,
 ) -> Ingest:
-    """Around this ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the last two."""
+    """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the last two."""
     dead_letters = DeadLetterWriter(bus, run=run, confirm=confirm)
     return Ingest(
         ledger,

@@ -1,4 +1,4 @@
-"""Writes dead letters: records that the learner cannot use, kept whole with their cause."""
+"""Writes dead letters: records that the learner cannot use, kept unchanged with their cause."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class DeadLetterWriter:
         self._bus, self._run, self._confirm = bus, run, confirm
 
     def write(self, record: Record, error: RejectedRecord) -> None:
-        """Keep the record. It is durable when this returns. Raises Fenced."""
+        """Publish a dead letter with the record. It is durable when this returns. Raises Fenced."""
         self._confirm()
         logger().warning(
             "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,

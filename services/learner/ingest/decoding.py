@@ -11,5 +11,5 @@ def decode_for_run(record: Record, run: str) -> Any:
     """The record's message. Raises RejectedRecord if it cannot be decoded or belongs to another run."""
     message = message_in(record)
     if message.run != run:
-        raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+        raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}, not of {run}")
     return message

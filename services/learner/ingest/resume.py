@@ -1,4 +1,4 @@
-"""What a restart does when the log no longer holds the records after its checkpoint."""
+"""Ends a restart if the log does not hold all records after the checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ def no_records_skipped() -> Iterator[None]:
     """Turn OffsetGone into a UserError that ends the run: skipping records would lose trajectories silently."""
     try:
         yield
-    except OffsetGone as gone:
+    except OffsetGone as error:
         raise UserError(
-            f"the log no longer holds what the checkpoint needs: {gone}. Trajectories would be lost silently, so "
-            f"the run stops here: restore the log, or start a new run from this one's newest snapshot",
+            f"the log does not hold all records after the checkpoint: {error}. Continuing would lose trajectories "
+            f"silently. Restore the log, or start a new run from the newest snapshot of this run",
             ExitCode.DAMAGED,
         ) from None

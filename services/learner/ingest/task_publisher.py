@@ -26,7 +26,7 @@ from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
 
 @dataclass(frozen=True, slots=True)
 class TaskSettings:
-    """What the tasks of a run are drawn from, and how each is sampled."""
+    """Settings for the tasks of a run: where they are drawn from, and how workers sample them."""
 
     seed: int
     environments: Mapping[str, float]
@@ -60,7 +60,7 @@ class TaskPublisher:
     def start(self, task_offsets: Mapping[int, int], score_offsets: Mapping[int, int], *, now: float) -> None:
         """Start from a checkpoint's offsets ({}: the start of the topic) and adopt the groups offered after it.
 
-        Restore the ledger first. Raises UserError if the log no longer reaches back that far.
+        Restore the ledger first. Raises UserError if the log starts after these offsets.
         """
         with no_records_skipped():
             self._adopt(task_offsets, now)
@@ -68,7 +68,8 @@ class TaskPublisher:
             self._watermarks.start(score_offsets)
 
     def offer(self, newest: Version, *, now: float) -> int:
-        """Offer as many groups as the ledger admits, to be sampled by `newest` or later; the number of groups."""
+        """Offer as many groups as the ledger admits, to be sampled by `newest` or later. Return the number of
+        groups."""
         if slots := self._ledger.free_slots():
             self._confirm()
             self._watermarks.offer(self._ledger.next_index, self._scores.ends())
@@ -79,7 +80,7 @@ class TaskPublisher:
         return len(offers)
 
     def offsets(self) -> dict[int, int]:
-        """Topic `tasks`: where the tasks of the groups in the ledger end, for a checkpoint."""
+        """Topic `tasks`: partition -> offset after the last task of the groups in the ledger, for a checkpoint."""
         return dict(self._task_ends)
 
     def score_offsets(self) -> dict[int, int]:

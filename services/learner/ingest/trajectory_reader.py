@@ -1,8 +1,8 @@
 """Reads topic `trajectories` into the ledger. Every record is accounted for.
 
-A record goes one way: decode, validate, ask the ledger, then accept or reject. A rejected record goes to
-`dead_letters` whole, with its cause, and the run goes on. A record that was read before has no effect: delivery is at
-least once. Only a trajectory that ended as a dead letter is accepted again when a usable record of it comes in time.
+Each record is decoded, validated and entered into the ledger, then accepted or rejected. A rejected record goes to
+`dead_letters` unchanged, with its cause, and the run continues. A record that was read before has no effect: delivery
+is at least once. If a trajectory ended as a dead letter, a usable record of it is accepted while its group is open.
 """
 
 import time
@@ -46,7 +46,7 @@ class TrajectoryReader:
     """Enters what workers publish into the ledger.
 
     keep_flushed: keep flushes of live trajectories until `resolve_flushed` is called. Otherwise they are skipped.
-    on_resolved: called with the id of each trajectory that needs no scores any more.
+    on_resolved: called with the id of each trajectory that needs no more scores.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class TrajectoryReader:
         """Trainable tokens of all trajectories that arrived."""
 
     def start(self, offsets: Mapping[int, int]) -> None:
-        """Read on from a checkpoint's offsets ({}: the start of the topic).
+        """Start reading at a checkpoint's offsets ({}: the start of the topic).
 
-        Raises UserError if the log no longer reaches back that far.
+        Raises UserError if the log starts after these offsets.
         """
         with no_records_skipped():
             self._consumer.seek(offsets)
@@ -98,11 +98,11 @@ class TrajectoryReader:
             timeout_s = 0.0
 
     def read_until(self, positions: Mapping[int, int], newest: Version, *, deadline_s: float) -> bool:
-        """Read everything below these offsets of `trajectories`; False if that took longer than `deadline_s`."""
-        ends = self._consumer.ends()  # no position can lie behind these
-        wanted = {p: min(offset, ends[p]) for p, offset in positions.items() if p in ends}
+        """Read everything below these offsets of `trajectories`. Return False if `deadline_s` seconds pass first."""
+        ends = self._consumer.ends()  # no record is at or after these offsets
+        targets = {p: min(offset, ends[p]) for p, offset in positions.items() if p in ends}
         until = time.monotonic() + deadline_s
-        while any(self._read_to.get(partition, 0) < offset for partition, offset in wanted.items()):
+        while any(self._read_to.get(partition, 0) < offset for partition, offset in targets.items()):
             if (left := until - time.monotonic()) <= 0:
                 return False
             self.read_all(newest, timeout_s=min(left, 1.0))
@@ -129,7 +129,7 @@ class TrajectoryReader:
         self._tracker.resolve(flushed.partition, flushed.offset)
 
     def offsets(self) -> dict[int, int]:
-        """Where reading must start again, for a checkpoint."""
+        """Partition -> offset at which a restart must read, for a checkpoint."""
         return self._tracker.offsets()
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class TrajectoryReader:
         self._consumer.close()
 
     def _receive(self, record: Record, newest: Version) -> None:
-        """Decode, validate, ask the ledger; then accept or reject."""
+        """Decode the record, validate it, enter it into the ledger; then accept or reject it."""
         ends_trajectory = True
         try:
             message: Message = decode_for_run(record, self._run)
@@ -156,9 +156,9 @@ class TrajectoryReader:
                 self._accept_finished(message, record, status)
 
     def _enter(self, message: Message, record: Record) -> ArrivalStatus:
-        """Let the ledger decide. Raises RejectedRecord if the trajectory was never offered.
+        """Enter the message into the ledger. Raises RejectedRecord if the trajectory was never offered.
 
-        A flush changes nothing in the ledger: the trajectory's end is still to come.
+        A flush changes nothing in the ledger, because the trajectory has not ended.
         """
         match message:
             case SegmentFlushed():

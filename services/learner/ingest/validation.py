@@ -9,7 +9,7 @@ from palimpsest.common.trajectory import MalformedTrajectory, check
 from palimpsest.common.versions import Version
 
 MOST_TOKENS = 1 << 24
-"""A longer trajectory is garbage."""
+"""Maximum tokens of a trajectory. A longer one is rejected."""
 
 
 def validate(message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version) -> None:
@@ -25,7 +25,8 @@ def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version)
     """Raise MalformedTrajectory unless everything that scoring relies on holds."""
     if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
         raise MalformedTrajectory(
-            RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens"
+            RejectCause.LENGTH_MISMATCH,
+            f"{len(message.tokens)} bytes are not an array of 1 to {MOST_TOKENS} 4-byte tokens",
         )
     tokens = unpack_int32(message.tokens)
     if tokens.min() < 0:
@@ -35,20 +36,22 @@ def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version)
         if segment.version > newest:
             raise MalformedTrajectory(
                 RejectCause.UNKNOWN_VERSION,
-                f"a segment is of version {segment.version}, the newest published is {newest}",
+                f"a segment is of version {segment.version}, but the newest published version is {newest}",
             )
         if segment.start == 0:
-            raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+            raise MalformedTrajectory(
+                RejectCause.LENGTH_MISMATCH, "the first token is marked as sampled, but it has no prefix"
+            )
     if not math.isfinite(message.temperature):
-        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"temperature {message.temperature} is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"temperature is {message.temperature}; it must be finite")
     if message.temperature <= 0:
-        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature is {message.temperature}; it must be above 0")
 
 
 def check_finished(message: TrajectoryFinished, newest: Version) -> None:
     """Raise MalformedTrajectory unless everything that training relies on holds."""
     check_sampled(message, newest)
     if not math.isfinite(message.reward):
-        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"reward {message.reward} is no number")
+        raise MalformedTrajectory(RejectCause.NOT_FINITE, f"reward is {message.reward}; it must be finite")
     if not 0 <= message.reward <= 1:
-        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"reward {message.reward} is outside [0, 1]")
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"reward is {message.reward}; it must be in [0, 1]")

@@ -1,4 +1,4 @@
-"""Where reading of topic `old_logprobs` may start. Pure.
+"""Offsets at which reading of topic `old_logprobs` may start. Pure.
 
 A trajectory is scored after it was sampled, and sampled after its group was offered. The records that were on the topic
 when a group was offered therefore belong to other groups. Reading may start where the topic ended when the oldest open
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 
 class ScoreWatermarks:
-    """The end of the topic at each offer, kept while a group needs it.
+    """Keeps the end of the topic at each offer while the offered groups are open.
 
     >>> watermarks = ScoreWatermarks()
     >>> watermarks.start({0: 10})
@@ -28,7 +28,7 @@ class ScoreWatermarks:
         self._ends = deque([(0, offsets)])
 
     def offer(self, index: int, ends: Mapping[int, int]) -> None:
-        """Note that groups from `index` on are offered after the topic reached `ends`."""
+        """Note that groups from `index` on were offered when the topic ended at `ends`."""
         self._ends.append((index, ends))
 
     def offsets(self, oldest: int) -> dict[int, int]:

@@ -1,1 +1,1 @@
-"""What is said of a version: its line in history.jsonl, statistics, alerts, Prometheus."""
+"""Reports about a version: its line in history.jsonl, statistics, alerts, Prometheus series."""

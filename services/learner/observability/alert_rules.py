@@ -1,9 +1,9 @@
-"""Signs that discrepancy and staleness are taken for one another, or that something stands in silently for old
-log-probs, read off the newest lines of history.jsonl (docs/algorithms/metrics-and-alerts.md). Pure.
+"""Alert rules: they detect in history.jsonl that discrepancy and staleness are confused, or that other values replace
+old log-probs (docs/algorithms/metrics-and-alerts.md). Pure.
 
-One version says little: a batch may hold few tokens of a staleness. So each rule looks at a window of versions, and
-what is measured against staleness is measured within each of them (slopes.py). An alert that is on goes off at half of
-what brought it on, so that it does not flicker.
+The batch of one version may hold few tokens of a staleness. So each rule evaluates a window of versions, and slopes
+against staleness are fitted within each version (staleness_slope.py). While an alert is on, its rule uses half of the
+bounds, so that the alert does not flicker.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +15,25 @@ from palimpsest.services.learner.observability.staleness_slope import Point, Sta
 
 Line = Mapping[str, Any]
 WINDOW = 20
-"""Newest versions that are looked at."""
+"""Number of newest versions that a rule evaluates."""
 LEAST_VERSIONS = 8
-"""So many of them must have something to say."""
+"""Minimum number of versions in the window with enough tokens."""
 LEAST_TOKENS = 30
-"""A staleness with fewer tokens in a batch says nothing."""
+"""Minimum tokens of a staleness in a batch. A rule ignores a staleness with fewer."""
 ERRORS = 3.0
-"""A slope counts from so many of its standard errors."""
+"""Minimum absolute slope, in its standard errors."""
 MASK_SLOPE = 0.02
-"""Share of tokens for each version of staleness: what mask or clip may rise by without an alert."""
+"""Bound on the change of the masked or clipped share of tokens with each version of staleness."""
 RISE = 0.25
-"""Share of its mean by which |log discrepancy| may rise with each version of staleness."""
+"""Bound on the rise of mean |log discrepancy| with each version of staleness, as a share of that mean."""
 IDLE = 0.001
-"""A clip that takes no larger share of tokens does nothing."""
+"""A clip is idle if it removes at most this share of tokens."""
 STILL = 0.001
-"""Share of |log total ratio| below which the staleness ratio is nothing."""
+"""The staleness ratio counts as 1 if |log staleness ratio| is at most this share of |log total ratio|."""
 ONE = 0.999
-"""Share of tokens with a discrepancy of exactly 1 from which it is so everywhere."""
+"""The discrepancy counts as 1 everywhere if it is exactly 1 for at least this share of tokens."""
 PERSISTS = 5
-"""Versions for which that has to hold; and for which a fallback is remembered."""
+"""Number of versions for which the discrepancy must be 1; also the number of versions whose fallbacks are added up."""
 CLIPPING = ("clipped", "minirl", "cispo", "gspo")
 """Objectives with a clip."""
 MAY_EQUAL_BEHAVIOR = tuple(kind for kind, row in PROXIMAL_KINDS.items() if row.may_equal_behavior)
@@ -43,27 +43,27 @@ FALLBACKS = {
     "surrogate": "had a surrogate's log-prob in place of the old one",
     "nonfinite": "had a log-prob that is not finite and were left out of the loss",
 }
-"""What is counted in a line's `fallbacks`, in words; other counters are told by their name."""
+"""Descriptions of the counters in a line's `fallbacks`. Other counters are reported by their name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What a rule found at a version."""
+    """The finding of a rule at a version."""
 
     rule: str
     level: Literal["warning", "notice"]
-    """A notice is about what the configuration asks for, and is given once."""
+    """A notice reports an effect of the configuration, and is given once."""
     value: float
-    """Slope, share or count that the rule judges."""
+    """Slope, share or count that the rule evaluates."""
     says: str
-    """One sentence: what is wrong, the number, what to do."""
+    """The fault, its number, and what to do."""
 
 
 def judge(lines: Sequence[Line]) -> list[Alert]:
-    """What is to be said at the newest line, given those before it, oldest first.
+    """Return the alerts of the newest line. lines: oldest first.
 
-    The lines before hold their own `alerts`; the newest need not. Lines of another proximal or objective are passed
-    over, and so is what a line of an older release does not hold.
+    The earlier lines must hold their `alerts`; the newest need not. Lines with another proximal or objective are
+    ignored, and so are values that the lines of an older release lack.
     """
     if not lines:
         return []
@@ -77,7 +77,7 @@ def judge(lines: Sequence[Line]) -> list[Alert]:
 def mask_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
     """|slope of the masked share against staleness| > MASK_SLOPE. ease: factor on the bounds.
 
-    Only masks that judge each token by itself: the others remove long trajectories, which are stale ones, too.
+    Only masks of single tokens count: the others remove long trajectories, which are also the stale ones.
     """
     found = fit_staleness_slope(
         [_points(line["by_staleness"], "token_masked") for line in lines], least_tokens=LEAST_TOKENS
@@ -89,47 +89,48 @@ def mask_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
         "warning",
         found.slope,
         f"the masked share of tokens changes by {100 * found.slope:+.1f} points with each version of staleness, over "
-        f"{found.versions} versions, though the engine's discrepancy has no age: {_advice(lines)}",
+        f"{found.versions} versions, but the engine's discrepancy does not depend on staleness: {_advice(lines)}",
     )
 
 
 def clip_idle(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
-    """At the first minibatch the clip takes nothing of stale tokens, though it should.
+    """The clip removes no stale tokens of the first minibatch, although it should. ease: factor on the bounds.
 
-    It should where the whole ratio is past the clip more often the staler the tokens are, or where the weights were
-    trained and yet the staleness ratio is nothing at all. A policy that hardly moves gives neither.
+    It should if the share of tokens with a total ratio past the clip rises with staleness, or if the weights were
+    trained and the staleness ratio is still 1. Neither holds for a policy that hardly changes.
     """
     if lines[-1].get("objective") not in CLIPPING:
         return None
     stale = [_stale(line) for line in lines]
-    judged = [part for part in stale if part["tokens"] >= LEAST_TOKENS]
-    tokens = sum(part["tokens"] for part in judged)
-    if len(judged) < LEAST_VERSIONS:
+    counted = [sums for sums in stale if sums["tokens"] >= LEAST_TOKENS]
+    tokens = sum(sums["tokens"] for sums in counted)
+    if len(counted) < LEAST_VERSIONS:
         return None
-    share = sum(part["clipped"] for part in judged) / tokens
+    share = sum(sums["clipped"] for sums in counted) / tokens
     if share > IDLE / ease:
         return None
-    apart = sum(part["staleness"] for part in judged), sum(part["total"] for part in judged)
-    moved = sum((line.get("grad_norm") or 0.0) > 0 and line.get("learning_rate", 1.0) > 0 for line in lines)
-    still = moved >= len(lines) / 2 and apart[1] > 0 and apart[0] <= STILL / ease * apart[1]
-    hidden = fit_staleness_slope(
+    staleness, total = sum(sums["staleness"] for sums in counted), sum(sums["total"] for sums in counted)
+    trained = sum((line.get("grad_norm") or 0.0) > 0 and line.get("learning_rate", 1.0) > 0 for line in lines)
+    ratio_is_one = trained >= len(lines) / 2 and total > 0 and staleness <= STILL / ease * total
+    past_clip = fit_staleness_slope(
         [_points(line["first_minibatch"], "past_clip") for line in lines], least_tokens=LEAST_TOKENS
     )
-    if not still and not (_firm(hidden, ease) and hidden.slope > MASK_SLOPE * ease):
+    if not ratio_is_one and not (_firm(past_clip, ease) and past_clip.slope > MASK_SLOPE * ease):
         return None
     return Alert(
         "clip_idle",
         "warning",
         share,
-        f"the clip takes {100 * share:.2f} % of stale tokens at the first minibatch, over {len(judged)} versions, "
-        f"though the policy has moved on since they were sampled: {_advice(lines)}",
+        f"the clip removes {100 * share:.2f} % of stale tokens in the first minibatch, over {len(counted)} versions, "
+        f"but the policy has changed since they were sampled: {_advice(lines)}",
     )
 
 
 def discrepancy_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
-    """Mean |log discrepancy| rises with staleness by more than RISE of its mean, also for each nat of entropy.
+    """Mean |log discrepancy| rises with staleness by more than RISE of its mean, and so does its ratio to the entropy.
 
-    Both, because rounding weighs more where the policy is undecided, and staler tokens may be other kinds of tokens.
+    ease: factor on the bounds. Both are needed: rounding is larger where the entropy is high, and staler tokens may be
+    tokens of other entropy.
     """
     plain = fit_staleness_slope(
         [_points(line["by_staleness"], "log_discrepancy_abs") for line in lines], least_tokens=LEAST_TOKENS
@@ -147,38 +148,39 @@ def discrepancy_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert 
         "warning",
         plain.slope,
         f"mean |log discrepancy| rises by {plain.slope:.2g} nats with each version of staleness, over {plain.versions} "
-        f"versions, at a mean of {plain.level:.2g}, so it holds staleness: {_advice(lines)}",
+        f"versions (mean {plain.level:.2g} nats), so it contains staleness: {_advice(lines)}",
     )
 
 
-def discrepancy_is_one(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa: ARG001  there is no more or less
-    """Every discrepancy is exactly 1. Only tokens that the engine was not certain of count: on others all agree."""
+def discrepancy_is_one(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa: ARG001  no bound to ease
+    """Every discrepancy is exactly 1. Tokens that the engine was certain of do not count: any two engines agree on
+    them."""
     same = [line["all"]["same"] for line in lines if line["all"].get("unsure", 0.0) >= LEAST_TOKENS]
     if len(same) < PERSISTS or min(same[-PERSISTS:]) < ONE:
         return None
     newest = lines[-1]
     if newest.get("kind") in MAY_EQUAL_BEHAVIOR:
         if len(same) > PERSISTS and same[-PERSISTS - 1] >= ONE:
-            return None  # it has been said
+            return None  # the notice was given before
         return Alert(
             "discrepancy_is_one",
             "notice",
             same[-1],
-            f'the proximal is the behavior policy, as learner.proximal.kind = "{newest["kind"]}" asks for: no '
-            f"discrepancy can be seen or masked, and the clip acts on the total ratio",
+            f'the proximal is the behavior policy, as configured (learner.proximal.kind = "{newest["kind"]}"): the '
+            f"discrepancy cannot be measured or masked, and the clip acts on the total ratio",
         )
     return Alert(
         "discrepancy_is_one",
         "warning",
         same[-1],
-        f"the discrepancy of {100 * same[-1]:.1f} % of tokens is exactly 1, for {PERSISTS} versions: two engines never "
-        f"agree so, and behavior log-probs must have come in the proximal's place, or the learner's own in the "
-        f"behavior's; see that the engine reports its own log-probs and that nothing fills in missing ones",
+        f"the discrepancy of {100 * same[-1]:.1f} % of tokens is exactly 1, for {PERSISTS} versions. Two engines never "
+        f"agree exactly: behavior log-probs were used as proximal ones, or the learner's log-probs as behavior ones. "
+        f"Check that the engine reports its own log-probs and that no code fills in missing ones",
     )
 
 
-def fallback(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa: ARG001  one token is one too many
-    """Something stood in for old log-probs, or tokens were left out for want of a number."""
+def fallback(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa: ARG001  no bound to ease
+    """Other values replaced old log-probs, or tokens without a number were left out."""
     counts: dict[str, int] = {}
     newest = lines[-PERSISTS:]
     for line in newest:
@@ -186,13 +188,13 @@ def fallback(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa:
             counts[name] = counts.get(name, 0) + count
     if not any(counts.values()):
         return None
-    told = ", ".join(f"{count} {FALLBACKS.get(name, name)}" for name, count in sorted(counts.items()) if count)
+    described = ", ".join(f"{count} {FALLBACKS.get(name, name)}" for name, count in sorted(counts.items()) if count)
     return Alert(
         "fallback",
         "warning",
         float(sum(counts.values())),
-        f"in the newest {len(newest)} versions, of the trained tokens {told}: look for missing or non-finite log-probs "
-        f"in the learner's log, and at learner.proximal.missing",
+        f"in the newest {len(newest)} versions, {described}: look for missing or non-finite log-probs in the learner's "
+        f"log, and check learner.proximal.missing",
     )
 
 
@@ -211,24 +213,26 @@ def _alike(line: Line, newest: Line) -> bool:
 
 
 def _firm(found: StalenessSlope | None, ease: float) -> TypeGuard[StalenessSlope]:
-    """Whether enough versions agree that there is a slope."""
+    """Whether there are enough versions, and the slope exceeds ERRORS standard errors. ease: factor on ERRORS."""
     return found is not None and found.versions >= LEAST_VERSIONS and abs(found.errors) > ERRORS * ease
 
 
 def _points(by_staleness: Mapping[str, Mapping[str, float]], key: str, *, over: str | None = None) -> list[Point]:
-    """Of a line; stalenesses without the number are left out. Tokens that have no ratio, so that no mask or mean has
-    judged them, do not count: a mean over none of them is written as 0."""
+    """Points of a line, one for each staleness that has the number `key` (divided by the number `over`).
+
+    Tokens without a ratio do not count: no mask evaluates them, and a mean over no tokens is written as 0.
+    """
     points = []
     for staleness, values in by_staleness.items():
-        value, whole = values.get(key), 1.0 if over is None else values.get(over)
-        if value is not None and whole:
-            judged = values["tokens"] - values.get("missing", 0.0) - values.get("nonfinite", 0.0)
-            points.append(Point(float(staleness), judged, value / whole))
+        value, divisor = values.get(key), 1.0 if over is None else values.get(over)
+        if value is not None and divisor:
+            tokens = values["tokens"] - values.get("missing", 0.0) - values.get("nonfinite", 0.0)
+            points.append(Point(float(staleness), tokens, value / divisor))
     return points
 
 
 def _stale(line: Line) -> dict[str, float]:
-    """Sums over the first minibatch's tokens that are not of the version trained."""
+    """Sums over the tokens of the first minibatch with a staleness above 0."""
     sums = dict.fromkeys(("tokens", "clipped", "staleness", "total"), 0.0)
     for staleness, values in line["first_minibatch"].items():
         if int(staleness) > 0:
@@ -244,7 +248,7 @@ def _advice(lines: Sequence[Line]) -> str:
     kind = lines[-1].get("kind")
     if kind is None or kind in EXACT_KINDS:
         return (
-            "the values in the proximal's place may not be of the tokens' versions; look at the workers' canary errors "
-            "and at the learner's warnings of missing versions"
+            "the proximal log-probs may not be of the tokens' versions; check the workers' canary errors and the "
+            "learner's warnings about missing versions"
         )
-    return f"the proximal is {kind}, a surrogate; take an exact learner.proximal.kind ({', '.join(EXACT_KINDS)})"
+    return f"the proximal is {kind}, a surrogate; set an exact learner.proximal.kind ({', '.join(EXACT_KINDS)})"

@@ -1,4 +1,4 @@
-"""Evaluate the alert rules on each version's line and report alerts: in the log, in the line and as a metric."""
+"""Evaluates the alert rules on each version's line and reports alerts: in the log, in the line and as a metric."""
 
 from collections import deque
 from dataclasses import asdict
@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 class AlertTracker:
-    """The alerts of one run. Its only state are the newest lines, so that a restart continues from the history."""
+    """The alerts of one run. Its only state is the newest lines, so that a restart continues from the history."""
 
     def __init__(self) -> None:
         self._lines: deque[Line] = deque(maxlen=WINDOW)
@@ -26,7 +26,7 @@ class AlertTracker:
             instruments.ALERT.labels(rule).set(0)
 
     def start(self, history: Path) -> None:
-        """Read the newest lines of history.jsonl. Call it after the history is cut back to the checkpoint."""
+        """Read the newest lines of history.jsonl. Call it after the history is truncated to the checkpoint."""
         try:
             newest = history.read_bytes().splitlines()[-WINDOW:]
         except FileNotFoundError:
@@ -71,11 +71,11 @@ class VersionReporter:
         self._thresholds, self._history, self._tracker = thresholds, history, AlertTracker()
 
     def start(self) -> None:
-        """Continue from the history. Call it after the history is cut back to the checkpoint."""
+        """Read the newest lines of the history. Call it after the history is truncated to the checkpoint."""
         self._tracker.start(self._history)
 
     def line(self, batch: Batch, trained: StepResult, **facts: Any) -> dict[str, Any]:
-        """The version's line with its alerts. facts: see `version_record`."""
+        """Return the version's line with its alerts. facts: see `version_record`."""
         line = version_record(batch, trained, bounds=self._thresholds, **facts)
         self._tracker.evaluate(line)
         return line

@@ -1,11 +1,11 @@
-"""Every trained batch with all its log-probs and its layout, for checking and for study.
+"""Writes every trained batch with all its log-probs and its layout, so that the values can be checked.
 
     records/00000012.npz    of the version trained at
 
 For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length]; exact_i (the
 proximal is the old log-prob) and missing_i (there is no proximal), bool [rows, length]; temperatures_i [rows, 1];
-trajectories_i and lengths_i (in tokens) [rows]; `first_i`, whether current is the version trained at; `now`, that
-version. palimpsest/rescore.py reads them.
+trajectories_i and lengths_i (in tokens) [rows]; first_i: whether current_i is of the version trained at. For the batch:
+now, the version trained at. palimpsest/rescore.py reads these files.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ from palimpsest.services.learner.training.results import StepResult
 
 
 class BatchDump:
-    """Writes into one folder."""
+    """Writes the batches of a run into one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def record(self, batch: Batch, trained: StepResult) -> None:
-        """One file for the version; written again after a restart that trains it again."""
+        """Write the file of the version. A restart that trains the version again overwrites it."""
         arrays: dict[str, NDArray[Any]] = {"now": np.array(batch.version)}
         for i, result in enumerate(trained.micro_batches):
             padded = result.batch

@@ -1,4 +1,4 @@
-"""How many tokens and trajectories a batch is worth, by the weights they have in the loss. Pure."""
+"""Effective sample sizes of a batch, from the weights of tokens and trajectories in the loss. Pure."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ Array = NDArray[Any]
 
 
 def effective_sample_sizes(tokens: Tokens, weight: Array, trajectory: Array, *, by_total: bool) -> dict[str, float]:
-    """ESS / N, as shares; NaN where nothing has a weight.
+    """Return ESS / N of four kinds of weights; NaN if no token has a weight.
 
-    weight: [tokens], the correction's factor, 0 where masked; trajectory: [tokens], its number. by_total: the objective
-    takes the total ratio whatever the weight is (MiniRL).
+    weight: [tokens], the correction's factor, 0 where masked; trajectory: [tokens], number of the token's trajectory.
+    by_total: the objective uses the total ratio instead of the weight (MiniRL).
 
-    `tokens_raw`, `sequences_raw`: of the total ratios as they are, for a trajectory the product over its tokens.
-    `tokens_used`: of the weights as they are used, so truncated and masked, times the staleness ratio before any clip.
-    `sequences_used`: of their means over each trajectory. Only the raw ones say how far the samples are off; truncated
-    weights look better than they are.
+    `tokens_raw`: of the total ratios of tokens. `sequences_raw`: of the products of total ratios over each trajectory.
+    `tokens_used`: of the weights in the loss (truncated and masked) times the staleness ratio before any clip.
+    `sequences_used`: of the means of these over each trajectory. Only the raw values measure how far the samples are
+    off-policy; truncation raises the ESS.
     """
     ratios, kept = LogRatios.of(tokens), tokens.finite
     total, used = np.zeros(len(kept)), np.zeros(len(kept))
@@ -54,16 +54,17 @@ def capped_weights(
     high: float | None,
     of_sequence: bool,
 ) -> dict[str, int] | None:
-    """Kept tokens whose weight was raised to `low` or lowered to `high`; None when there is no bound.
+    """Return the numbers of kept tokens whose weight was raised to `low` or lowered to `high`; None without bounds.
 
-    of_sequence: the weight is the product of the trajectory's discrepancies, its log within +-20 as the loss has it.
+    of_sequence: the weight is the product of the trajectory's discrepancies, with its log clamped to +-20 as in the
+    loss.
     """
     if low is None and high is None:
         return None
     finite = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & ~tokens.missing
-    apart = tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite]
+    discrepancy = tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite]
     log_weight: Array = np.zeros(len(finite))
-    log_weight[finite] = np.clip(apart, -BOUND, BOUND)
+    log_weight[finite] = np.clip(discrepancy, -BOUND, BOUND)
     if of_sequence and len(trajectory):
         _, number = np.unique(trajectory, return_inverse=True)
         log_weight = np.clip(np.bincount(number, weights=log_weight), -BOUND, BOUND)[number]

@@ -1,4 +1,4 @@
-"""How log-ratios are spread: quantiles and a histogram over fixed bins, short enough for a line of text. Pure."""
+"""Distributions of log-ratios: quantiles and a histogram over fixed bins, short enough for a line of JSON. Pure."""
 
 from typing import Any
 
@@ -6,30 +6,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 EDGES = (-2.0, -1.0, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Of the histogram, nats. Bin i holds EDGES[i - 1] <= x < EDGES[i]; the first and the last are open to the outside."""
+"""Edges of the bins, nats. Bin i holds EDGES[i - 1] <= x < EDGES[i]; the first bin has no lower edge, the last no
+upper."""
 QUANTILES = (1, 5, 50, 95, 99, 100)
-"""In percent; the last is the maximum."""
+"""Quantiles in percent; the last is the maximum."""
 GROUPS = ("0", "1", "2", "3-4", "5-8", ">8")
-"""Stalenesses together, for series that must stay few."""
+"""Groups of staleness, which keep the number of Prometheus series small."""
 
 
 def summarize_distribution(log_ratios: NDArray[Any]) -> dict[str, Any] | None:
-    """`mean_abs` (nats), `quantiles` (of QUANTILES, nats) and `bins` (counts); None without any.
+    """Return `mean_abs` (nats), `quantiles` (of QUANTILES, nats) and `bins` (counts); None without tokens.
 
-    log_ratios: [tokens], finite, nats. Quantiles between two values are interpolated on a straight line.
+    log_ratios: [tokens], finite, nats. Quantiles between two values are interpolated linearly.
     """
     if not len(log_ratios):
         return None
-    places = np.searchsorted(EDGES, log_ratios, side="right")
+    indices = np.searchsorted(EDGES, log_ratios, side="right")
     return {
         "mean_abs": float(np.abs(log_ratios).mean()),
         "quantiles": np.percentile(log_ratios, QUANTILES).tolist(),
-        "bins": np.bincount(places, minlength=len(EDGES) + 1).tolist(),
+        "bins": np.bincount(indices, minlength=len(EDGES) + 1).tolist(),
     }
 
 
 def group(staleness: int) -> str:
-    """Which of GROUPS it belongs to.
+    """Return the group of GROUPS that a staleness belongs to.
 
     >>> [group(staleness) for staleness in (0, 2, 3, 4, 8, 9)]
     ['0', '2', '3-4', '3-4', '5-8', '>8']

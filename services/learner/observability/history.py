@@ -1,8 +1,8 @@
 """history.jsonl: one line for each version trained, for the live view, the report and the summary.
 
-A line is written before the checkpoint that counts it; the checkpoint holds the file's length, and a restart goes on
-from a copy of that length, so that no version stands in it twice. A copy and not the file itself: a learner that was
-paused and replaced goes on appending to the file it has open, and nobody reads that one any more.
+A line is written before the checkpoint that counts it. The checkpoint holds the file's length, and a restart truncates
+the history to that length, so that it holds each version once. The restart writes the truncated history to a new file:
+a learner that was paused and replaced still appends to the old one, which no program reads.
 """
 
 import os
@@ -16,15 +16,14 @@ from palimpsest.common.user_error import ExitCode, UserError
 
 
 class History:
-    """Appends to one file. Raises UserError when the file holds less than `length` bytes."""
+    """Appends to one file, truncated to `length` bytes. Raises UserError if the file holds fewer bytes."""
 
     def __init__(self, path: Path, *, length: int) -> None:
-        counted = _first(path, length)
-        write(path, counted)
+        write(path, _first(path, length))
         self._file = path.open("ab")
 
     def add(self, line: dict[str, Any]) -> None:
-        """One version's line."""
+        """Append the line of one version. It is durable when this returns."""
         with with_filename(self._file.name):
             self._file.write(msgspec.json.encode(line) + b"\n")
             self._file.flush()
@@ -32,7 +31,7 @@ class History:
 
     @property
     def length(self) -> int:
-        """Bytes so far."""
+        """Length of the file in bytes."""
         return self._file.tell()
 
     def close(self) -> None:
@@ -40,11 +39,11 @@ class History:
 
 
 def _first(path: Path, length: int) -> bytes:
-    """The file's first `length` bytes."""
+    """Return the first `length` bytes of the file."""
     counted = path.read_bytes()[:length] if path.exists() else b""
     if len(counted) < length:
         raise UserError(
-            f"{path} holds {len(counted)} bytes, the checkpoint counts {length}: restore the file from a copy, or "
+            f"{path} holds {len(counted)} bytes, but the checkpoint counts {length}. Restore the file from a copy, or "
             f"start a new run",
             ExitCode.DAMAGED,
         )

@@ -1,4 +1,4 @@
-"""Puts a version's line into the learner's Prometheus series."""
+"""Exports a version's line to the learner's Prometheus series."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ WRONG = (
 
 
 def export_to_prometheus(line: Line) -> None:
-    """Once for each line. Alerts are alarm.py's."""
+    """Update the series from a line. Call it once for each line. alerts.py exports the alerts."""
     _training(line)
     _tokens(line)
     _removal(line)
@@ -51,10 +51,10 @@ def _tokens(line: Line) -> None:
         for _ in range(int(values["tokens"])):
             instruments.STALENESS.observe(int(staleness))
     for ratio, spreads in line["ratios"].items():
-        for staleness, told in spreads.items():
+        for staleness, spread in spreads.items():
             if staleness == "all":
                 continue
-            for above, count in zip(("-inf", *map(str, EDGES)), told["bins"], strict=True):
+            for above, count in zip(("-inf", *map(str, EDGES)), spread["bins"], strict=True):
                 instruments.LOG_RATIO_TOKENS.labels(ratio, group(int(staleness)), above).inc(count)
 
 
@@ -93,12 +93,12 @@ def _old(line: Line) -> None:
 
 
 def _set_each(gauge: Any, values: Mapping[str, float | None]) -> None:
-    """By staleness; one that an earlier batch had tokens of and this one has not is not known any more."""
+    """Set a gauge for each staleness. A staleness of earlier batches without tokens in this one becomes NaN."""
     earlier = {sample.labels["staleness"] for metric in gauge.collect() for sample in metric.samples}
     for staleness in earlier | values.keys():
         _set(gauge.labels(staleness), values.get(staleness))
 
 
 def _set(gauge: Any, value: float | None) -> None:
-    """What nobody knows is NaN, not the last value."""
+    """Set the gauge to the value, or to NaN if there is none, so that it does not keep the last value."""
     gauge.set(float("nan") if value is None else value)

@@ -1,6 +1,7 @@
-"""What was taken out of a batch's loss, and why. Pure.
+"""Tokens that masks and clips remove from the loss of a batch, by cause. Pure.
 
-A cause's marginal is all that it removes by itself, whatever others do; exclusive is what no other cause removes.
+The marginal count of a cause is the number of tokens that it removes, alone or with others. The exclusive count is the
+number of tokens that no other cause removes.
 
     sum of exclusive + overlap = removed = sum of marginals - repeats        removed + active = tokens
 """
@@ -15,24 +16,25 @@ from palimpsest.services.learner.observability.token_statistics import Tokens
 
 Array = NDArray[Any]
 CLIPS = ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm")
-"""Causes that the objective gives; all others are the correction's masks."""
+"""Causes from the objective. All others are masks of the correction."""
 TOKEN_MASKS = (
     "band_high", "band_low", "tokens_high", "tokens_low", "difference", "k1_token", "k2_token", "k3_token", "m2",
 )  # fmt: skip
-"""Masks that judge each token by itself."""
+"""Masks that decide on each token from its own values."""
 NO_CURRENT = "current_nonfinite"
-"""The current log-prob is not finite: no rule removes the token, but it has no loss."""
+"""Cause for tokens whose current log-prob is not finite: no rule removes them, but they have no loss."""
 
 
 def removal(tokens: Tokens, thresholds: Thresholds) -> dict[str, Any]:
-    """Counts of tokens, and shares of what they weigh.
+    """Return counts of removed tokens, and the removed shares of the advantages.
 
-    `tokens`, `active` (neither masked nor clipped, with a loss), `removed`, `overlap` (by more than one cause),
-    `repeats` (sum over tokens of causes beyond the first); `causes`: cause -> [marginal, exclusive]; `masked`,
-    `clipped`: by any mask, by any clip; `masked_past_clip`: masked tokens that the clip would have taken, too (a clip
-    only judges what the masks leave), None when the objective has no clip of tokens. Shares, None where there is
-    nothing to take a share of: `advantage`: of the sum of |A|, what was removed; `positive`, `negative`: of the tokens
-    with A > 0 and A < 0. A clip that bounds the gradient without taking it (CISPO's) counts as removing.
+    Counts: `tokens`, `active` (neither masked nor clipped, with a loss), `removed`, `overlap` (removed by more than one
+    cause), `repeats` (sum over tokens of the causes beyond the first), `masked` and `clipped` (by any mask, by any
+    clip); `causes`: cause -> [marginal, exclusive]; `masked_past_clip`: masked tokens that the clip would also remove
+    (a clip only acts on tokens that no mask removes), None if the objective has no clip of tokens.
+
+    Removed shares, None if the denominator is 0: `advantage`: of the sum of |A|; `positive`, `negative`: of the tokens
+    with A > 0 and with A < 0. A clip that bounds the gradient without removing it (CISPO) counts as removing.
     """
     causes = _causes(tokens)
     times = np.sum(list(causes.values()), axis=0) if causes else np.zeros(len(tokens.staleness), dtype=np.int64)
@@ -58,8 +60,10 @@ def removal(tokens: Tokens, thresholds: Thresholds) -> dict[str, Any]:
 
 
 def token_masked(tokens: Tokens) -> float | None:
-    """Share that masks of single tokens remove (band, interval, difference, estimates of a token, M2PO), so none for
-    what its trajectory is, and none for want of a number; None without tokens."""
+    """Return the share of tokens removed by masks of single tokens (TOKEN_MASKS); None without tokens.
+
+    Masks of trajectories and tokens without a number do not count.
+    """
     if not len(tokens.staleness):
         return None
     names = [name for name in tokens.causes if name in TOKEN_MASKS]
@@ -67,8 +71,10 @@ def token_masked(tokens: Tokens) -> float | None:
 
 
 def past_clip(tokens: Tokens, thresholds: Thresholds) -> float | None:
-    """Share of the tokens whose total ratio is past the clip on their advantage's side: what a clip that saw the whole
-    ratio would take. None when the objective has no clip of tokens, or there are none."""
+    """Return the share of tokens whose total ratio is past the clip on the side of their advantage.
+
+    A clip on the total ratio would remove them. None if the objective has no clip of tokens, or without tokens.
+    """
     if (thresholds.clip_high is None and thresholds.clip_low is None) or not len(tokens.staleness):
         return None
     past = clipped(tokens.current, tokens.behavior, tokens.advantages, thresholds) & tokens.finite

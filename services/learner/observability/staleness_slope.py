@@ -1,7 +1,7 @@
-"""How a number rises with staleness: in one batch, and over several, each judged within itself. Pure.
+"""The slope of a value against staleness, in one batch and over several batches. Pure.
 
-Tokens of different staleness stem from different parts of a run, which differ for other reasons. So versions are never
-thrown together: what counts is how much staler tokens differ from fresher ones of the same batch.
+Batches of different versions differ for other reasons than staleness. So tokens of different batches are never pooled:
+the slope compares staler tokens with fresher tokens of the same batch.
 """
 
 import math
@@ -16,49 +16,49 @@ class Point:
     staleness: float
     tokens: float
     value: float
-    """Their mean."""
+    """Mean value of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class StalenessSlope:
-    """Over several versions."""
+    """A slope over several versions."""
 
     slope: float
     """Change of the value with each version of staleness."""
     errors: float
-    """The slope in its standard errors, which come from how much the versions differ; infinite when they do not."""
+    """The slope divided by its standard error, which is estimated from the versions; infinite if they do not differ."""
     level: float
     """Mean value."""
     versions: int
-    """That could be judged."""
+    """Number of versions with enough points."""
 
 
 def slope(points: Sequence[Point]) -> float | None:
-    """Least squares, weighted by tokens; None with fewer than two values of staleness."""
+    """Return the least-squares slope, weighted by tokens; None with fewer than two values of staleness."""
     found = _sums(points)
     return found[0] / found[1] if found is not None else None
 
 
 def fit_staleness_slope(batches: Sequence[Sequence[Point]], *, least_tokens: float = 0.0) -> StalenessSlope | None:
-    """Within the batches, every batch counting alike; None when none could be judged.
+    """Fit one slope within the batches, with equal weight for each batch; None if no batch has enough points.
 
-    Points of fewer than `least_tokens` tokens are left out; a batch that has not two left says nothing.
+    Points with fewer than `least_tokens` tokens are left out. A batch needs two points with different staleness.
     """
-    judged = []
+    fitted = []
     for points in batches:
         enough = [point for point in points if point.tokens >= least_tokens]
         if (sums := _sums(enough)) is not None:
-            judged.append(sums)
-    if not judged:
+            fitted.append(sums)
+    if not fitted:
         return None
-    variance = sum(part[1] for part in judged)
-    found = sum(part[0] for part in judged) / variance
-    # versions are the independent ones, tokens are not: those of a trajectory resemble each other
-    scatter = math.sqrt(sum((part[0] - found * part[1]) ** 2 for part in judged))
-    error = math.inf if len(judged) < 2 else scatter * math.sqrt(len(judged) / (len(judged) - 1)) / variance
-    level = sum(part[2] for part in judged) / len(judged)
+    variance = sum(sums[1] for sums in fitted)
+    rise = sum(sums[0] for sums in fitted) / variance
+    # the samples are the versions: tokens of a trajectory are not independent
+    scatter = math.sqrt(sum((sums[0] - rise * sums[1]) ** 2 for sums in fitted))
+    error = math.inf if len(fitted) < 2 else scatter * math.sqrt(len(fitted) / (len(fitted) - 1)) / variance
+    level = sum(sums[2] for sums in fitted) / len(fitted)
     return StalenessSlope(
-        found, found / error if error else math.copysign(math.inf, found) if found else 0.0, level, len(judged)
+        rise, rise / error if error else math.copysign(math.inf, rise) if rise else 0.0, level, len(fitted)
     )
 
 
@@ -69,6 +69,6 @@ def _sums(points: Sequence[Point]) -> tuple[float, float, float] | None:
         return None
     middle = sum(point.tokens * point.staleness for point in points) / tokens
     mean = sum(point.tokens * point.value for point in points) / tokens
-    together = sum(point.tokens * (point.staleness - middle) * (point.value - mean) for point in points)
-    alone = sum(point.tokens * (point.staleness - middle) ** 2 for point in points)
-    return together / tokens, alone / tokens, mean
+    covariance = sum(point.tokens * (point.staleness - middle) * (point.value - mean) for point in points)
+    variance = sum(point.tokens * (point.staleness - middle) ** 2 for point in points)
+    return covariance / tokens, variance / tokens, mean

@@ -1,11 +1,11 @@
-"""The error of a surrogate, on tokens whose old log-probs are known too (docs/algorithms/audit.md). Pure.
+"""The error of a surrogate, on tokens with an exact old log-prob (docs/algorithms/audit.md). Pure.
 
 Let e = surrogate - old, the leak. Then for every token
 
     log surrogate/behavior = log discrepancy + e        log current/surrogate = log staleness ratio - e
 
-Their sum is the same and only the split is wrong: what leaks is taken from one constraint and given to the other.
-Each constraint is judged by itself, as if the other were off; `removed_wrongly` and `trained_wrongly` judge both.
+Their sum is correct and only the split is wrong: e moves from one constraint to the other. The shares below evaluate
+each constraint as if the other were off; `removed_wrongly` and `trained_wrongly` evaluate both together.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ Array = NDArray[Any]
 OF_MASK, OF_CLIP = ("masked_wrongly", "kept_wrongly"), ("clipped_wrongly", "unclipped_wrongly")
 OF_BOTH = ("removed_wrongly", "trained_wrongly")
 AT_STALENESS = ("tokens", "leak_mean", "leak_rms", *OF_BOTH)
-"""What the record holds for each staleness."""
+"""Values of the record for each staleness."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedTokens:
-    """Trainable tokens whose surrogate and old log-probs are known; arrays are [tokens], log-probs in nats."""
+    """Trainable tokens with a surrogate and an exact old log-prob. Arrays are [tokens], log-probs in nats."""
 
     staleness: Array
     behavior: Array
     surrogate: Array
-    """The log-prob that was used as the proximal."""
+    """The proximal log-prob that was used."""
     old: Array
-    """Exact."""
+    """The exact old log-prob."""
     current: Array
     advantages: Array
 
@@ -50,7 +50,7 @@ class AuditedTokens:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The two constraints; None: that one is off. Raises ValueError for numbers that are no bounds of a ratio."""
+    """The two constraints; None turns one off. Raises ValueError if a number is not a valid bound of a ratio."""
 
     band: float | None
     """c: masked when the discrepancy is outside [1/c, c]."""
@@ -61,15 +61,19 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if self.band is not None and self.band <= 1:
-            raise ValueError(f"a band of {self.band} lets nothing through: give a number above 1, or None")
+            raise ValueError(f"band is {self.band}; it must be above 1, or None")
         if self.clip_low is not None and not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low is {self.clip_low}: a ratio is clipped at 1 - clip_low, so it is in [0, 1]")
+            raise ValueError(
+                f"clip_low is {self.clip_low}; it must be in [0, 1], because ratios are clipped at 1 - clip_low"
+            )
         if self.clip_high is not None and self.clip_high <= 0:
-            raise ValueError(f"clip_high is {self.clip_high}: a ratio is clipped at 1 + clip_high, so it is above 0")
+            raise ValueError(
+                f"clip_high is {self.clip_high}; it must be above 0, because ratios are clipped at 1 + clip_high"
+            )
 
 
 def masked(proximal: Array, behavior: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Whether the band removes each token with this proximal; bool, [tokens]."""
+    """Return which tokens the band removes with this proximal; bool, [tokens]."""
     if thresholds.band is None:
         return np.zeros(proximal.shape, dtype=np.bool_)
     outside: NDArray[np.bool_] = np.abs(log_ratio(proximal, behavior)) > np.log(thresholds.band)
@@ -77,7 +81,7 @@ def masked(proximal: Array, behavior: Array, thresholds: Thresholds) -> NDArray[
 
 
 def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
-    """Whether the clip removes the gradient of each token with this proximal; bool, [tokens]."""
+    """Return the tokens whose gradient the clip removes with this proximal; bool, [tokens]."""
     log_update = log_ratio(current, proximal)
     gone = np.zeros(proximal.shape, dtype=np.bool_)
     if thresholds.clip_high is not None:
@@ -88,14 +92,15 @@ def clipped(current: Array, proximal: Array, advantages: Array, thresholds: Thre
 
 
 def surrogate_error(tokens: AuditedTokens, thresholds: Thresholds) -> dict[str, float]:
-    """Counts, means and shares over the tokens; NaN where there is nothing to take a mean of.
+    """Return counts, means and shares over the tokens; NaN without tokens.
 
-    `nonfinite` counts tokens with a number that is not finite; everything else leaves them out.
-    `leak_mean`, `leak_rms`: of e, nats. `correlation`: of the log-discrepancy seen with the true one, over the tokens;
-    NaN where one of them is a constant (bypass: always 0).
-    `masked_wrongly`: share of the tokens masked though their true discrepancy is inside the band; `kept_wrongly`: the
-    other way round. `clipped_wrongly`, `unclipped_wrongly`: the same of the clip. `removed_wrongly`: masked or clipped
-    though neither is due; `trained_wrongly`: neither though one is due.
+    `nonfinite` counts tokens with a number that is not finite; all other values leave them out.
+    `leak_mean`, `leak_rms`: of e, nats. `correlation`: between the surrogate's log-discrepancy and the exact one, over
+    the tokens; NaN if one of them is constant (bypass: always 0).
+    `masked_wrongly`: share of tokens that are masked although their exact discrepancy is inside the band;
+    `kept_wrongly`: not masked although it is outside. `clipped_wrongly`, `unclipped_wrongly`: the same for the clip.
+    `removed_wrongly`: masked or clipped although exact values would remove neither way; `trained_wrongly`: neither
+    masked nor clipped although exact values would remove the token.
     """
     finite = np.all([np.isfinite(getattr(tokens, f.name)) for f in fields(tokens)], axis=0)
     kept = tokens.where(finite)
@@ -130,11 +135,11 @@ def leak_by_staleness(tokens: AuditedTokens, thresholds: Thresholds) -> dict[int
 
 
 def surrogate_error_record(batch: TokenTable, thresholds: Thresholds) -> dict[str, Any] | None:
-    """The version's record: `surrogate_error` over the audited tokens, and `by_staleness` with some of its numbers.
+    """Return the version's record: `surrogate_error` over the audited tokens, and the values AT_STALENESS by staleness.
 
-    None when the version was not audited. Shares of a constraint that is off, or that does not judge single tokens, are
-    None: `masked_wrongly` and `kept_wrongly` without a band, `clipped_wrongly` and `unclipped_wrongly` without a clip,
-    the other two without either.
+    None if the version was not audited. Shares of a constraint that is off, or that does not decide on single tokens,
+    are None: `masked_wrongly` and `kept_wrongly` without a band, `clipped_wrongly` and `unclipped_wrongly` without a
+    clip, `removed_wrongly` and `trained_wrongly` without both.
     """
     if not batch.audited.any():
         return None
@@ -147,16 +152,16 @@ def surrogate_error_record(batch: TokenTable, thresholds: Thresholds) -> dict[st
         unjudged += OF_CLIP
     if thresholds.band is None and no_clip:
         unjudged += OF_BOTH
-    silent = dict.fromkeys(unjudged)
+    absent = dict.fromkeys(unjudged)
     by_staleness = {
-        str(staleness): {name: values[name] for name in AT_STALENESS if name not in silent}
+        str(staleness): {name: values[name] for name in AT_STALENESS if name not in absent}
         for staleness, values in leak_by_staleness(audited, thresholds).items()
     }
-    return surrogate_error(audited, thresholds) | silent | {"by_staleness": by_staleness}
+    return surrogate_error(audited, thresholds) | absent | {"by_staleness": by_staleness}
 
 
 def audited_tokens(batch: TokenTable) -> AuditedTokens:
-    """The tokens whose surrogate and old log-probs are both known."""
+    """Return the audited tokens with an exact old log-prob."""
     tokens = batch.tokens.where(batch.audited & ~np.isnan(batch.tokens.old))
     return AuditedTokens(
         staleness=tokens.staleness,

@@ -1,4 +1,4 @@
-"""What a run's rules compare ratios with, as plain numbers for the metrics. Pure but for reading the configuration."""
+"""Bounds that a run's rules compare ratios with, as numbers for the metrics. Pure."""
 
 from dataclasses import dataclass
 
@@ -13,27 +13,27 @@ TOKEN_CLIPS = ("clipped", "minirl")
 
 @dataclass(frozen=True, slots=True)
 class RunThresholds:
-    """None: there is no such bound."""
+    """Kind, objective and bounds of a run. A bound is None if the run has no such bound."""
 
     kind: str
-    """Of the proximal, as configured."""
+    """The configured learner.proximal.kind."""
     objective: str
     thresholds: Thresholds
     weight_low: float | None
-    """Least weight that a token of the loss may have."""
+    """Lower bound on the weight of a token in the loss."""
     weight_high: float | None
-    """Greatest."""
+    """Upper bound on the weight of a token in the loss."""
     of_sequence: bool
-    """Whether a weight is a whole trajectory's."""
+    """Whether all tokens of a trajectory share one weight."""
 
     @property
     def exact(self) -> bool:
-        """Whether the configuration asks for old log-probs, not for a surrogate."""
+        """Whether the configured kind gives old log-probs, not a surrogate."""
         return PROXIMAL_KINDS[self.kind].exact
 
     @classmethod
     def of(cls, config: LearnerConfig) -> "RunThresholds":
-        """Of a run."""
+        """Return the thresholds of a configuration."""
         loss, discrepancy = config.loss, config.discrepancy
         clips = loss.objective in TOKEN_CLIPS
         return cls(
@@ -51,7 +51,7 @@ class RunThresholds:
 
 
 def _band(config: DiscrepancyConfig) -> float | None:
-    """The symmetric band that tokens are held to, if there is one."""
+    """Return the symmetric band on the discrepancy of tokens; None without one."""
     if not isinstance(config.band, str):
         return config.band
     if not isinstance(config.tokens, str):

@@ -1,4 +1,4 @@
-"""The trained tokens of a version as columns, one entry for each token. Pure."""
+"""The trained tokens of a version as columns. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTable:
-    """All trainable tokens of a version; arrays are [tokens]."""
+    """All trainable tokens of a version. Arrays are [tokens]."""
 
     tokens: Tokens
     weight: Array
     """The correction's factor on the token's loss, float64; 0 where masked."""
     trajectory: Array
-    """Number of the trajectory, from 0, those without trainable tokens counted."""
+    """Number of the token's trajectory, from 0. Trajectories without trainable tokens have a number too."""
     exact: Array
-    """bool: what stands in the proximal's place is the old log-prob."""
+    """bool: tokens whose proximal log-prob is the old log-prob."""
     first: Array
-    """bool: of the first minibatch."""
+    """bool: tokens of the first minibatch."""
     audited: Array
-    """bool: the old log-prob was scored beside a surrogate's."""
+    """bool: tokens of an audited batch, whose old log-probs were scored beside the surrogate."""
 
     @classmethod
     def of(cls, results: Sequence[MicroBatchResult], now: Version) -> "TokenTable":
-        """Of all micro-batches trained at version `now`. Raises ValueError for none."""
+        """Return the tokens of all micro-batches trained at version `now`. Raises ValueError without micro-batches."""
         weight, trajectory, exact, first, audited = [], [], [], [], []
         rows = 0
         for part in results:
@@ -50,7 +50,7 @@ class TokenTable:
 
 
 def flatten(result: MicroBatchResult, now: Version) -> Tokens:
-    """The trainable tokens of one micro-batch, trained at version `now`."""
+    """Return the trainable tokens of one micro-batch, trained at version `now`."""
     mask = torch.from_numpy(result.batch.mask)
     unknown = torch.full_like(result.current, float("nan"))
     old = torch.where(result.anchor.exact, result.proximal, unknown) if result.old is None else result.old

@@ -1,6 +1,6 @@
-"""One version's line for history.jsonl, the live view and the metrics. Pure.
+"""The line of one version for history.jsonl, the live view and the metrics. Pure.
 
-docs/algorithms/metrics-and-alerts.md says what each number is.
+docs/algorithms/metrics-and-alerts.md defines each number.
 """
 
 import math
@@ -32,20 +32,20 @@ from palimpsest.services.learner.observability.token_table import TokenTable
 from palimpsest.services.learner.training.results import StepResult
 
 DIGITS = 5
-"""Significant ones of what is written; counts are whole."""
+"""Significant digits of the floats in a line."""
 OFF = Thresholds(band=None, clip_low=None, clip_high=None)
 SLOPES = ("masked", "clipped")
-"""Shares whose slope against staleness is told."""
+"""Shares whose slope against staleness is in the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a version was trained on."""
+    """The batch of a version."""
 
     version: Version
-    """At which it was trained."""
+    """The version trained at."""
     published: Version
-    """Which came of it."""
+    """The version that the training produced."""
     records: list[TrajectoryFinished]
     groups: Sequence[Sequence[Row]]
 
@@ -62,10 +62,10 @@ def version_record(
     bounds: RunThresholds | None = None,
     fallbacks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The line: means over the batch's trajectories, and over its tokens by staleness.
+    """Return the line: means over the batch's trajectories, and over its tokens by staleness.
 
-    bounds: what the run compares ratios with; without them nothing is said of caps, of tokens past the clip and of
-    wrong reasons. fallbacks: counts since the last line of what stood in silently, beside those of the batch's tokens.
+    bounds: thresholds of the run; without them the line has no caps, no tokens past the clip and no wrong removals.
+    fallbacks: more counters for the field `fallbacks`, since the last line.
     """
     flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
@@ -104,32 +104,32 @@ def version_record(
         "staleness_max": int(tokens.staleness.max(initial=0)),
         "staleness_mean": float(tokens.staleness.mean()) if len(tokens.staleness) else 0.0,
     }
-    told: dict[str, Any] = round_for_json(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
-    told["cost"] = round_for_json(_cost(trained.seconds, phases))
-    told["missed"] = trained.missed
-    told["fallbacks"] = _fallbacks(flat, bounds) | dict(fallbacks or {})
-    return line | told | {"alerts": []}
+    fields: dict[str, Any] = round_for_json(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
+    fields["cost"] = round_for_json(_cost(trained.seconds, phases))
+    fields["missed"] = trained.missed
+    fields["fallbacks"] = _fallbacks(flat, bounds) | dict(fallbacks or {})
+    return line | fields | {"alerts": []}
 
 
 def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
-    """What is said of the batch's tokens, by staleness and as a whole."""
+    """Return the fields about the batch's tokens, over all tokens and by staleness."""
     tokens, thresholds = flat.tokens, bounds.thresholds if bounds else OFF
     first = tokens.where(flat.first)
 
-    def apart(part: Tokens) -> dict[str, Any]:
+    def statistics(part: Tokens) -> dict[str, Any]:
         return summary(part) | divergences(part) | {"token_masked": token_masked(part)}
 
-    def at_first(part: Tokens) -> dict[str, Any]:
+    def first_statistics(part: Tokens) -> dict[str, Any]:
         return summary(part) | {"past_clip": past_clip(part, thresholds)}
 
-    aged = by_staleness(tokens, apart)
+    grouped = by_staleness(tokens, statistics)
     weights = (tokens, flat.weight, flat.trajectory)
     return {
-        "all": apart(tokens),
-        "by_staleness": {str(s): values for s, values in aged.items()},
-        "first_minibatch": {str(s): values for s, values in by_staleness(first, at_first).items()},
+        "all": statistics(tokens),
+        "by_staleness": {str(s): values for s, values in grouped.items()},
+        "first_minibatch": {str(s): values for s, values in by_staleness(first, first_statistics).items()},
         "ratios": _ratios(tokens, flat.first),
-        "slopes": {name: slope([Point(s, v["tokens"], v[name]) for s, v in aged.items()]) for name in SLOPES},
+        "slopes": {name: slope([Point(s, v["tokens"], v[name]) for s, v in grouped.items()]) for name in SLOPES},
         "removal": removal(tokens, thresholds),
         "ess_shares": effective_sample_sizes(*weights, by_total=bounds is not None and bounds.objective == "minirl"),
         "caps": capped_weights(*weights, low=bounds.weight_low, high=bounds.weight_high, of_sequence=bounds.of_sequence)
@@ -144,8 +144,11 @@ def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
 
 
 def of_versions(batch: Batch) -> dict[str, Any]:
-    """Which versions sampled the batch: of each trajectory how many, the staleness of the oldest token (staleness ->
-    trajectories), and of each group the versions from the first to the last."""
+    """Return the fields about the versions that sampled the batch.
+
+    `per_trajectory_*`: number of versions in a trajectory. `group_span_*`: newest minus oldest version of a group.
+    `oldest`: staleness of the oldest token -> number of trajectories.
+    """
     sampled = [[segment.version for segment in record.segments] for record in batch.records if record.segments]
     groups: dict[str, list[Version]] = {}
     for record in batch.records:
@@ -165,9 +168,9 @@ def of_versions(batch: Batch) -> dict[str, Any]:
 
 
 def round_for_json(value: Any) -> Any:
-    """The same with numbers short enough to be written down; what is not finite is None.
+    """Return the value with floats rounded to DIGITS significant digits, and None for floats that are not finite.
 
-    >>> brief({"a": [0.123456789, float("nan")], "b": 1234567.0, "c": None})
+    >>> round_for_json({"a": [0.123456789, float("nan")], "b": 1234567.0, "c": None})
     {'a': [0.12346, None], 'b': 1234567.0, 'c': None}
     """
     match value:
@@ -181,14 +184,18 @@ def round_for_json(value: Any) -> Any:
 
 
 def _ratios(tokens: Tokens, first: np.ndarray) -> dict[str, Any]:
-    """Name of a log-ratio -> "all" and each staleness -> how it is spread; the staleness ratio of the first minibatch
-    and of those after it apart."""
+    """Return a dict: name of a log-ratio -> "all" and each staleness -> distribution.
+
+    The staleness ratio has two entries: the first minibatch, and the later ones.
+    """
 
     def spreads(part: Tokens, name: str) -> dict[str, Any]:
-        told = {"all": summarize_distribution(getattr(LogRatios.of(part), name))}
+        distributions = {"all": summarize_distribution(getattr(LogRatios.of(part), name))}
         for staleness in np.unique(part.staleness):
-            told[str(int(staleness))] = summarize_distribution(getattr(LogRatios.of(part.at(int(staleness))), name))
-        return {staleness: values for staleness, values in told.items() if values is not None}
+            distributions[str(int(staleness))] = summarize_distribution(
+                getattr(LogRatios.of(part.at(int(staleness))), name)
+            )
+        return {staleness: values for staleness, values in distributions.items() if values is not None}
 
     ratios = {
         "discrepancy": spreads(tokens, "discrepancy"),
@@ -199,27 +206,27 @@ def _ratios(tokens: Tokens, first: np.ndarray) -> dict[str, Any]:
 
 
 def _cost(parts: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, float]:
-    """Share of the training's time that each of its parts took; the rest is moving batches between ranks."""
-    whole = max(phases.get("train", 0.0), sum(parts.values()))
-    if not whole:
+    """Return each part's share of the training time. `rest` is the time for moving batches between ranks."""
+    total = max(phases.get("train", 0.0), sum(parts.values()))
+    if not total:
         return {}
-    shares = {what: spent / whole for what, spent in parts.items()}
+    shares = {what: spent / total for what, spent in parts.items()}
     return shares | {"rest": max(0.0, 1.0 - sum(shares.values()))}
 
 
 def _fallbacks(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, int]:
-    """Tokens for which something stood in, or that were left out for want of a number; all 0 while nothing is wrong."""
+    """Return the counts of tokens with a replaced or missing log-prob. All are 0 in normal operation."""
     tokens = flat.tokens
-    wanted = bounds is not None and bounds.exact
+    exact = bounds is not None and bounds.exact
     return {
         "missing": int(tokens.missing.sum()),
-        "surrogate": int((~flat.exact & ~tokens.missing).sum()) if wanted else 0,
+        "surrogate": int((~flat.exact & ~tokens.missing).sum()) if exact else 0,
         "nonfinite": int((~tokens.finite & ~tokens.missing).sum()),
     }
 
 
 def _samples(records: Sequence[TrajectoryFinished]) -> dict[str, list[int]]:
-    """Group -> which of its samples were trained on: the ids of the batch, short."""
+    """Return a dict: group -> numbers of its samples in the batch."""
     samples: dict[str, list[int]] = {}
     for record in records:
         samples.setdefault(record.group, []).append(int(record.trajectory.rpartition("/")[2]))

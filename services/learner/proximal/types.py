@@ -25,7 +25,7 @@ class ProximalValues:
     missing: Tensor
     """bool: trainable, without a value. The loss leaves out such a token, and a counter counts it."""
     exact: Tensor
-    """bool: the value is the old log-prob."""
+    """bool: tokens whose value is the old log-prob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Surrogate:
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
-        no = torch.zeros_like(mask)
-        return ProximalValues(self.logprobs[place], no, no)
+        none = torch.zeros_like(mask)
+        return ProximalValues(self.logprobs[place], none, none)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,14 @@ class Interpolated:
     """A surrogate computed from behavior and current log-probs in each forward pass."""
 
     interpolate: Callable[[int, Tensor], Tensor]
-    """Place of the micro-batch, current log-probs without gradient [rows, tokens] -> proximal log-probs."""
+    """Number of the micro-batch, current log-probs without gradient [rows, tokens] -> proximal log-probs."""
     method: str
+    """Name of the surrogate."""
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
-        no = torch.zeros_like(mask)
-        return ProximalValues(self.interpolate(place, current), no, no)
+        none = torch.zeros_like(mask)
+        return ProximalValues(self.interpolate(place, current), none, none)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,14 @@ class StatefulSource(Protocol):
     """A source with a state that each version updates."""
 
     def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:
-        """A version was trained. masters: float32 weights; active_share: of all trainable tokens, over all ranks, those
-        neither masked nor clipped; mean_staleness: of the trained tokens. Every rank is told the same."""
+        """Update the state after a version was trained. All ranks pass the same values.
+
+        masters: float32 weights; active_share: share of all trainable tokens, over all ranks, that are neither masked
+        nor clipped; mean_staleness: of the trained tokens, in versions.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint, by name."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint. Raises ValueError when it is another model's."""
+        """Restore the state from a checkpoint. Raises ValueError if it is of another model."""

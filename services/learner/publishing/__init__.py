@@ -1,1 +1,1 @@
-"""A version leaves the learner: store it with its canaries, then announce it."""
+"""Publishes a version: stores its weights with canaries, then announces it."""

@@ -1,8 +1,9 @@
-"""What goes with a version so that a worker can tell whether its engine computes it (docs/paper.md, "canary").
+"""Canaries: token sequences with their log-probs under a version (docs/paper.md, "canary").
 
-Trajectories of the newest batch are the best canaries: there the engine's rounding is smallest, and what training has
-just changed shows most. Each is scored under the weights before the step and after it, so that an engine that kept old
-weights somewhere betrays itself by leaning towards them, even when a step changes less than rounding does.
+A worker scores the canaries with its engine to check that the engine computes the version. Trajectories of the newest
+batch are the best canaries: the engine's rounding is smallest on them, and the last training step changes them most.
+Each is scored with the weights before and after the step. So a worker detects an engine that kept some old weights even
+if the step changes the log-probs by less than rounding: the engine's values are closer to the ones before the step.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.model.policy import score_batch, token_logprobs, vocabulary_size
 
 MOST_TOKENS = 8192
-"""Over all canaries, prompts included: scoring them must stay a trifle."""
+"""Maximum tokens of all canaries together, prompts included. It keeps the cost of scoring them small."""
 FIRST_LENGTH, FIRST_SEED = 64, 20_011
 
 
 class Canaries:
-    """Keeps the canaries of the next version."""
+    """Chooses and scores the canaries of the next version. trajectories: maximum number of canaries."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device, *, trajectories: int) -> None:
         self._model, self._device, self._trajectories = model, device, trajectories
@@ -28,7 +29,7 @@ class Canaries:
         self._before: list[list[float]] = []
 
     def choose(self, rows: Sequence[Row]) -> None:
-        """Take some rows of the batch about to be trained on, and score them while the weights are still the old."""
+        """Choose rows of the batch to be trained on, and score them with the weights before the step."""
         self._rows, tokens = [], 0
         step = max(1, len(rows) // self._trajectories)
         for row in sorted(rows, key=lambda row: row.trajectory)[::step]:
@@ -38,7 +39,7 @@ class Canaries:
         self._before = self._score()
 
     def made(self) -> tuple[Canary, ...]:
-        """The canaries under the model's present weights."""
+        """Return the canaries, scored with the model's current weights."""
         if not self._rows:
             return (self._first(),)
         return tuple(
@@ -55,7 +56,7 @@ class Canaries:
 
     @torch.no_grad()
     def _first(self) -> Canary:
-        """Without any batch yet: a fixed random sequence."""
+        """The canary of the first version, before any batch: a fixed random sequence."""
         generator = torch.Generator().manual_seed(FIRST_SEED)
         tokens = torch.randint(vocabulary_size(self._model), (1, FIRST_LENGTH), generator=generator)
         scored, _ = token_logprobs(self._model, tokens.to(self._device), torch.ones(1, 1, device=self._device))

@@ -1,4 +1,4 @@
-"""Versions: stored first, announced afterwards."""
+"""Publishes versions: stores the weights first, then announces the version."""
 
 import torch
 
@@ -17,7 +17,7 @@ LEASE = "learner"
 
 
 class Publisher:
-    """Makes the model's present weights a version."""
+    """Publishes the model's current weights as a version."""
 
     def __init__(
         self,
@@ -33,33 +33,34 @@ class Publisher:
         self.canaries = canaries
 
     def publish(self, version: Version, *, now: float) -> Manifest:
-        """Store the weights whole, then tell. Whatever fails in between, nobody hears of this version.
+        """Store the weights, then announce the version. now: Unix time in seconds.
 
-        Raises Fenced, and nobody hears either.
+        If storing fails, the version is not announced. Raises Fenced if another learner has the run; then the version
+        is not announced either.
         """
         weights = raw_tensors(named_weights(self._model))
         manifest = self._store.put(self._run, version, weights, self.canaries.made(), writer=self._writer.epoch)
         failpoints.reach("learner.before_announcing")
-        self._writer.confirm()  # its successor has announced what it goes on from
+        self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(run=self._run, version=version, digest=manifest.digest, published_at=now)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
         logger().debug("published", version=version, digest=manifest.digest[:16], bytes=manifest.object_size)
         return manifest
 
     def republish(self, version: Version, *, now: float) -> Manifest:
-        """After a restart: `version` if no other weights have its number yet, else the next free number.
+        """Publish after a restart: as `version` if the store holds no later version, else as the next free number.
 
-        A learner that died after publishing later versions than its checkpoint holds has left them behind. They stay
-        valid (tokens they sampled are scored with them), but their numbers are taken.
+        A learner that died may have published later versions than its checkpoint holds. They stay valid (tokens that
+        they sampled are scored with them), so their numbers are not used again.
         """
         newest = max(self._store.versions(), default=Version(-1))
         return self.publish(version if newest <= version else Version(newest + 1), now=now)
 
     def keep_from(self, lowest: Version) -> None:
-        """Nothing below this version is needed any more."""
+        """Release the snapshots of versions below `lowest`."""
         self._store.lease(LEASE, Version(max(0, lowest)))
 
     def finish(self, version: Version) -> None:
-        """Tell that the run is over. Raises Fenced: it may not be, for the successor."""
+        """Announce the end of the run. Raises Fenced if another learner has the run and may continue it."""
         self._writer.confirm()
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(RunFinished(run=self._run, version=version)))])

@@ -12,12 +12,12 @@ from palimpsest.common.user_error import UserError
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
-    """Score until the run ends or the process is asked to stop."""
+    """Score until the run ends or a stop is requested."""
     config = invocation.config
     if not PROXIMAL_KINDS[config.learner.proximal.kind].runs_replicas:
         raise UserError(
-            f'learner.proximal.kind is "{config.learner.proximal.kind}": nobody would read what a replica scores. Set '
-            f'it to "replica", or do without this process'
+            f'learner.proximal.kind is "{config.learner.proximal.kind}", so no process reads the scores of a replica. '
+            f'Set it to "replica", or do not start a replica'
         )
     own = config.replica
     with Starting("replica", own.host, own.port, key="replica", registry=REGISTRY) as server:
@@ -25,7 +25,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 
 def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
-    # torch arrives here: `--check` and a mistake in the run file need not wait for it
+    # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
     from palimpsest.services.learner.model.policy import load_model

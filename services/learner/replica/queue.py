@@ -1,6 +1,6 @@
-"""What a replica has read and not scored yet, by version. Pure.
+"""The scoring jobs of a replica, by version. Pure.
 
-A record on the log is done when all its versions are: only then may its offset be committed.
+A record has one job for each version of its tokens. Its offset may be committed only when all its jobs are done.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,81 +15,84 @@ from palimpsest.services.learner.batch.batching import Row
 
 @dataclass(slots=True, eq=False)
 class ScoringJob:
-    """One trajectory's tokens of one version."""
+    """The tokens of one version in one trajectory."""
 
     version: Version
     row: Row
-    """Cut after the version's last token; no other token is trainable."""
+    """Ends after the version's last token; only the version's tokens are trainable."""
     origin: Position | None
-    """Where its record stands; None: it was asked for."""
+    """Position of its record on `trajectories`; None if a batch requested the job."""
     urgent: bool = False
-    """A batch waits for it."""
+    """Whether a batch waits for it."""
 
 
 class ScoringQueue:
-    """Taken one version at a time, so that each has to be loaded once for all that waits for it."""
+    """Jobs are taken one version at a time, so that each version is loaded once for all its jobs."""
 
     def __init__(self) -> None:
-        self._works: list[ScoringJob] = []
+        self._jobs: list[ScoringJob] = []
         self._left: dict[Position, int] = {}
 
     def __len__(self) -> int:
-        return len(self._works)
+        return len(self._jobs)
 
     def add(self, rows: Mapping[Version, Row], origin: Position) -> None:
-        """A record's rows (at least one), each to be scored by its version."""
+        """Add a job for each of a record's rows (at least one), keyed by version."""
         self._left[origin] = len(rows)
-        self._works += [ScoringJob(version, row, origin) for version, row in rows.items()]
+        self._jobs += [ScoringJob(version, row, origin) for version, row in rows.items()]
 
     def prioritize(self, rows: Mapping[Version, Row]) -> None:
-        """A batch waits for these: they come first now. What does not wait here anyway is another replica's, most
-        likely a slow or dead one's."""
+        """Mark the jobs of these rows as urgent, because a batch waits for them.
+
+        A row without a job gets one: its record belongs to another replica, which is probably slow or dead.
+        """
         for version, row in rows.items():
-            same = [work for work in self._works if work.version == version and _same(work.row, row)]
-            for work in same:
-                work.urgent = True
-            if not same:
-                self._works.append(ScoringJob(version, row, None, urgent=True))
+            covering = [job for job in self._jobs if job.version == version and _covers(job.row, row)]
+            for job in covering:
+                job.urgent = True
+            if not covering:
+                self._jobs.append(ScoringJob(version, row, None, urgent=True))
 
     def versions(self, held: Version | None) -> list[Version]:
-        """Those to score, in order: what a batch waits for, then the version that is held, then the oldest."""
-        urgent = {work.version for work in self._works if work.urgent}
-        return sorted({work.version for work in self._works}, key=lambda v: (v not in urgent, v != held, v))
+        """Versions to score, in order: versions with urgent jobs, then the `held` version, then the oldest."""
+        urgent = {job.version for job in self._jobs if job.urgent}
+        return sorted({job.version for job in self._jobs}, key=lambda v: (v not in urgent, v != held, v))
 
     def take(self, version: Version) -> list[ScoringJob]:
-        """What a batch waits for of this version, or else everything of it; it waits no longer."""
-        own = [work for work in self._works if work.version == version]
-        taken = [work for work in own if work.urgent] or own
+        """Remove and return the urgent jobs of this version, or all its jobs if none is urgent."""
+        own = [job for job in self._jobs if job.version == version]
+        taken = [job for job in own if job.urgent] or own
         gone = set(taken)
-        self._works = [work for work in self._works if work not in gone]
+        self._jobs = [job for job in self._jobs if job not in gone]
         return taken
 
-    def put_back(self, works: Iterable[ScoringJob]) -> None:
-        """These were taken and are not scored: they wait again, unless their partition was lost meanwhile."""
-        self._works += [work for work in works if work.origin is None or work.origin in self._left]
+    def put_back(self, jobs: Iterable[ScoringJob]) -> None:
+        """Add jobs again that were taken and not scored, unless their partition was lost meanwhile."""
+        self._jobs += [job for job in jobs if job.origin is None or job.origin in self._left]
 
-    def done(self, work: ScoringJob) -> Position | None:
-        """The work is published, or can never be; its record's place if that was the last of it."""
-        if work.origin is None or work.origin not in self._left:
+    def done(self, job: ScoringJob) -> Position | None:
+        """Note that a job is published or cannot be scored. Return its record's position if it was the record's last
+        job."""
+        if job.origin is None or job.origin not in self._left:
             return None
-        self._left[work.origin] -= 1
-        if self._left[work.origin]:
+        self._left[job.origin] -= 1
+        if self._left[job.origin]:
             return None
-        del self._left[work.origin]
-        return work.origin
+        del self._left[job.origin]
+        return job.origin
 
     def forget(self, partition: int) -> None:
-        """Another replica has this partition now and reads it again from what was committed."""
-        self._works = [work for work in self._works if work.origin is None or work.origin.partition != partition]
+        """Remove the jobs of a partition: another replica reads it now, from the committed offset."""
+        self._jobs = [job for job in self._jobs if job.origin is None or job.origin.partition != partition]
         self._left = {origin: left for origin, left in self._left.items() if origin.partition != partition}
 
 
-def _same(one: Row, other: Row) -> bool:
-    """Whether scoring the first gives everything that is asked of the second."""
-    if one.trajectory != other.trajectory or len(one.tokens) < len(other.tokens):
+def _covers(queued: Row, requested: Row) -> bool:
+    """Whether scoring `queued` gives the value of every trainable token of `requested`."""
+    if queued.trajectory != requested.trajectory or len(queued.tokens) < len(requested.tokens):
         return False
-    length, asked = len(other.tokens), other.versions >= 0
+    length, trainable = len(requested.tokens), requested.versions >= 0
     return bool(
-        np.array_equal(one.tokens[:length], other.tokens)
-        and (one.versions[:length][asked] == other.versions[asked]).all()
+        np.array_equal(queued.tokens[:length], requested.tokens)
+        and (queued.versions[:length][trainable] == requested.versions[trainable]).all()
     )

@@ -1,4 +1,4 @@
-"""From records on the log to rows that can be scored. Pure."""
+"""Converts records on the log to rows that can be scored. Pure."""
 
 import math
 from collections.abc import Mapping
@@ -12,28 +12,34 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
 
 LAST_VERSION = 2**31 - 1
-"""Versions of tokens are int32."""
+"""Largest version of a token: versions are int32."""
 
 
 def to_rows(
     message: TrajectoryFinished | SegmentFlushed | OldLogprobsRequested, *, vocabulary: int
 ) -> Mapping[Version, Row]:
-    """The rows to score, by version; none if nothing was sampled.
+    """Return the rows to score, by version; empty if no token was sampled. vocabulary: number of token ids.
 
-    Raises MalformedTrajectory for what no model can score: a bad record must not end every replica that reads it.
+    Raises MalformedTrajectory if no model can score the record: a bad record must not end every replica that reads it.
     """
     if len(message.tokens) % 4 or not message.tokens:
         raise MalformedTrajectory(
-            RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are no array of 4-byte tokens"
+            RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are not an array of 4-byte tokens"
         )
     tokens = unpack_int32(message.tokens)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"a token is not in the model's vocabulary of {vocabulary}")
+        raise MalformedTrajectory(
+            RejectCause.OUT_OF_RANGE, f"a token is outside the model's vocabulary of {vocabulary}"
+        )
     check(message.segments, len(tokens))
     if any(segment.version > LAST_VERSION for segment in message.segments):
         raise MalformedTrajectory(RejectCause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")
     if message.segments and message.segments[0].start == 0:
-        raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, "the first token is sampled: nothing predicts it")
+        raise MalformedTrajectory(
+            RejectCause.LENGTH_MISMATCH, "the first token is marked as sampled, but it has no prefix"
+        )
     if not math.isfinite(message.temperature) or message.temperature <= 0:
-        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature {message.temperature} is not above 0")
+        raise MalformedTrajectory(
+            RejectCause.OUT_OF_RANGE, f"temperature is {message.temperature}; it must be finite and above 0"
+        )
     return rows_by_version(message.trajectory, tokens, message.segments, message.temperature)

@@ -1,8 +1,8 @@
-"""A replica: trajectories in, old log-probs out, whatever the learner does meanwhile (docs/algorithms/replica.md).
+"""A replica: reads trajectories and publishes their old log-probs, beside the learner (docs/algorithms/replica.md).
 
-Replicas share the trajectories as members of one group. An offset is committed after everything of its record has been
-published, so a replica that dies leaves nothing unscored; what it had published already is said twice, and means the
-same.
+Replicas share the trajectories as members of one consumer group. An offset is committed after all scores of its record
+are published. If a replica dies, another one reads its uncommitted records again. Scores that are published twice have
+no effect.
 """
 
 import time
@@ -45,11 +45,11 @@ POLL_S = 0.25
 POLL_RECORDS = 256
 COMMIT_S = 0.25
 DRAIN_S = 10.0
-"""What was read is still scored for so long when the process is asked to stop."""
+"""Limit for scoring the records already read after a stop is requested, in seconds."""
 
 
 class ReplicaWorker:
-    """Works until the run is finished or it is asked to stop."""
+    """Scores trajectories until the run is finished or a stop is requested."""
 
     def __init__(self, *, run: str, name: str, bus: Bus, device: torch.device, batch_tokens: int, stop: Stop) -> None:
         self._run, self._name, self._bus = run, name, bus
@@ -66,11 +66,11 @@ class ReplicaWorker:
         self._resident: VersionedModel
         self._vocabulary: int
         self._control: Consumer
-        self._asked: Consumer
+        self._requested: Consumer
         self._trajectories: Consumer
 
     def waiting_for(self) -> str | None:
-        """What keeps it from working; None while it works."""
+        """What the replica waits for; None while it scores."""
         return self._waiting_for
 
     def status(self) -> Status:
@@ -87,19 +87,19 @@ class ReplicaWorker:
         }
 
     def work(self, resident: VersionedModel) -> None:
-        """Until the run ends. Raises UserError when the store's weights are damaged, or another model's."""
+        """Score until the run ends. Raises UserError if the store's weights are damaged or of another model."""
         self._resident, self._vocabulary = resident, vocabulary_size(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
-            self._bus.consumer(OLD_LOGPROBS) as self._asked,
+            self._bus.consumer(OLD_LOGPROBS) as self._requested,
             self._bus.consumer(TRAJECTORIES, group=GROUP, member=self._name) as self._trajectories,
         ):
-            for news in (self._control, self._asked):
-                news.seek(news.ends())  # what is older than this replica is history
+            for consumer in (self._control, self._requested):
+                consumer.seek(consumer.ends())  # skip records from before the start of this replica
             self._waiting_for = None
             while not self._finished and not self._stop.requested:
-                self._hear()
-                self._put_on(self._requests())
+                self._read_control()
+                self._prioritize(self._requests())
                 records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)
                 self._keep_assignment()
                 for record in records:
@@ -107,31 +107,31 @@ class ReplicaWorker:
                 self._sweep()
                 self._commit()
 
-    def _hear(self) -> None:
-        """Whether the run is over."""
+    def _read_control(self) -> None:
+        """Note the end of the run, if it is announced."""
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             try:
                 message = message_in(record)
             except RejectedRecord:
-                continue  # the worker that meets it buries it
+                continue  # the worker that reads it dead-letters it
             if isinstance(message, RunFinished) and message.run == self._run:
                 logger().info("run finished", version=message.version)
                 self._finished = True
 
     def _requests(self) -> list[Mapping[Version, Row]]:
-        """What batches have asked for since the last call."""
+        """Rows that batches have requested since the last call, by version."""
         requests = []
-        while records := self._asked.poll(limit=POLL_RECORDS, timeout_s=0.0):
+        while records := self._requested.poll(limit=POLL_RECORDS, timeout_s=0.0):
             requests += [rows for record in records if (rows := self._rows(record))]
         return requests
 
-    def _put_on(self, requests: Iterable[Mapping[Version, Row]]) -> None:
+    def _prioritize(self, requests: Iterable[Mapping[Version, Row]]) -> None:
         for rows in requests:
             self._backlog.prioritize(rows)
         instruments.WAITING.set(len(self._backlog))
 
     def _take(self, record: Record) -> None:
-        """Put what of a trajectory is to be scored on the backlog."""
+        """Queue the rows of a trajectory."""
         self._frontier.read(record.partition, record.offset)
         if rows := self._rows(record):
             self._backlog.add(rows, Position(record.partition, record.offset))
@@ -140,15 +140,15 @@ class ReplicaWorker:
         instruments.WAITING.set(len(self._backlog))
 
     def _rows(self, record: Record) -> Mapping[Version, Row]:
-        """What the record wants scored, by version."""
+        """The rows of the record to score, by version; empty if the record cannot be used."""
         try:
             message = message_in(record)
             if message.run != self._run:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"it is of run {message.run}")
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}, not of {self._run}")
             if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
                 return {}
             return to_rows(message, vocabulary=self._vocabulary)
-        except RejectedRecord as error:  # the learner, which reads the same records, buries it
+        except RejectedRecord as error:  # the learner reads the same record and dead-letters it
             self._skip("unusable", 1)
             logger().warning(
                 "record skipped",
@@ -160,24 +160,26 @@ class ReplicaWorker:
             return {}
 
     def _sweep(self) -> None:
-        """Score everything that waits now, version by version. What arrives meanwhile waits for the next time, so that
-        nothing waits for ever; only what a batch asks for comes before the rest."""
+        """Score all queued jobs, version by version.
+
+        No trajectories are read meanwhile, so that every job is scored. Only requests of batches come first.
+        """
         while versions := self._backlog.versions(self._resident.version):
             if self._must_leave():
                 return
             self._score(versions[0], self._backlog.take(versions[0]))
             instruments.WAITING.set(len(self._backlog))
 
-    def _score(self, version: Version, works: Sequence[ScoringJob]) -> None:
+    def _score(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
         try:
             self._load_version(version)
-        except VersionMissing as missing:
-            logger().warning("version missing", version=version, trajectories=len(works), reason=str(missing))
-            self._skip("version_missing", len(works))
-            for work in works:
-                self._resolve(work)
+        except VersionMissing as error:
+            logger().warning("version missing", version=version, trajectories=len(jobs), reason=str(error))
+            self._skip("version_missing", len(jobs))
+            for job in jobs:
+                self._resolve(job)
             return
-        left = {work.row: work for work in works}
+        left = {job.row: job for job in jobs}
         began = time.monotonic()
         for scored in score(self._resident.model, list(left), device=self._device, batch_tokens=self._batch_tokens):
             instruments.PASS_SECONDS.observe(time.monotonic() - began)
@@ -191,7 +193,7 @@ class ReplicaWorker:
                 return
             if requests := self._requests():
                 self._backlog.put_back(left.values())
-                self._put_on(requests)
+                self._prioritize(requests)
                 return
             began = time.monotonic()
 
@@ -223,21 +225,21 @@ class ReplicaWorker:
         self._bus.publish(OLD_LOGPROBS, outgoing)
         instruments.PUBLISHED.inc(len(outgoing))
 
-    def _resolve(self, work: ScoringJob) -> None:
-        at = self._backlog.done(work)
+    def _resolve(self, job: ScoringJob) -> None:
+        at = self._backlog.done(job)
         if at is not None and at.partition in self._mine:
             self._frontier.resolve(at.partition, at.offset)
 
     def _poll_between_passes(self) -> None:
-        """Between two passes: stay a member of the group, hear of the run's end, remember what is done."""
-        self._hear()
+        """Between two passes: stay a member of the group, note the end of the run, commit the records that are done."""
+        self._read_control()
         self._trajectories.poll(limit=0, timeout_s=0.0)
         self._keep_assignment()
         if time.monotonic() - self._committed_at > COMMIT_S:
             self._commit()
 
     def _keep_assignment(self) -> None:
-        """Let go of partitions that are another replica's now."""
+        """Forget the partitions that were assigned to another replica."""
         mine = self._trajectories.assignment()
         for partition in self._mine - mine:
             self._frontier.forget(partition)
@@ -253,14 +255,14 @@ class ReplicaWorker:
         self._committed_at = time.monotonic()
 
     def _must_leave(self) -> bool:
-        """The run is over, or the time to drain is."""
+        """Whether the run is over or the time to drain has passed."""
         if self._finished:
             return True
         if not self._stop.requested:
             return False
         if self._leave_by is None:
             self._leave_by = time.monotonic() + DRAIN_S
-            self._waiting_for = "what it has read, before it stops"
+            self._waiting_for = "the records already read, before it stops"
             logger().info("draining", waiting=len(self._backlog))
         return time.monotonic() > self._leave_by
 

@@ -1,1 +1,1 @@
-"""Training one version: preparation, passes, optimizer steps, results."""
+"""Trains one version: preparation, passes, optimizer steps, results."""

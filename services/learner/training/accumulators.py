@@ -17,7 +17,7 @@ from palimpsest.services.learner.training.results import MicroBatchResult
 
 @dataclass(eq=False)
 class MicroBatchPass:
-    """A micro-batch between its passes and the optimizer step; tensors are [rows, tokens] on the learner's device."""
+    """A micro-batch after its passes, before the optimizer step. Tensors are [rows, tokens] on the learner's device."""
 
     batch: PaddedBatch
     anchor: ProximalValues
@@ -29,7 +29,7 @@ class MicroBatchPass:
     """See MicroBatchResult."""
 
     def result(self, *, first: bool) -> MicroBatchResult:
-        """What remains of it, on the CPU. first: whether it belongs to the first minibatch."""
+        """Return the result on the CPU. first: whether the micro-batch belongs to the first minibatch."""
         anchor = self.anchor
         return MicroBatchResult(
             batch=self.batch,
@@ -46,7 +46,7 @@ class MicroBatchPass:
 
 @dataclass
 class StepAccumulator:
-    """What a version's passes and optimizer steps add up to on one rank."""
+    """Sums over a version's passes and optimizer steps on one rank."""
 
     loss: float = 0.0
     norms: list[float] = field(default_factory=list)
@@ -73,17 +73,17 @@ class StepAccumulator:
 
     @property
     def skipped(self) -> int:
-        """Minibatches whose norm was not finite."""
+        """Number of minibatches whose norm is not finite."""
         return len(self.norms) - len(self._finite_norms)
 
     @property
     def baseline(self) -> float | None:
-        """Mean over the minibatches; None without any."""
+        """Mean baseline over the minibatches; None without any."""
         return sum(self.baselines) / len(self.baselines) if self.baselines else None
 
     @property
     def normalizer(self) -> float:
-        """Mean over the minibatches."""
+        """Mean normalizer over the minibatches."""
         return sum(self.normalizers) / len(self.normalizers)
 
     @property
@@ -98,7 +98,7 @@ class TokenTotals:
     tokens: int = 0
     """Trainable tokens."""
     active: int = 0
-    """Those neither masked nor clipped."""
+    """Trainable tokens neither masked nor clipped."""
     staleness: int = 0
     """Sum over the trainable tokens, in versions."""
     squared_deviation: float = 0.0
@@ -107,11 +107,11 @@ class TokenTotals:
     entropy: float = 0.0
     """Sum over trajectories of the mean entropy of their tokens, nats."""
     trajectories: int = 0
-    """Those that have such a mean."""
+    """Number of trajectories with such a mean."""
 
     @classmethod
     def of(cls, results: Sequence[MicroBatchResult], now: Version, sums: StepAccumulator) -> "TokenTotals":
-        """Of one rank's micro-batches, trained at version `now`."""
+        """Return the totals of one rank's micro-batches, trained at version `now`."""
         tokens = active = staleness = trajectories = 0
         entropy = 0.0
         for result in results:
@@ -128,17 +128,17 @@ class TokenTotals:
 
     @classmethod
     def summed(cls, parts: "Sequence[TokenTotals]") -> "TokenTotals":
-        """Over the ranks."""
+        """Return the sums over the ranks."""
         return cls(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
 
     @property
     def active_share(self) -> float:
-        """Of the trainable tokens; NaN without any."""
+        """Share of the trainable tokens neither masked nor clipped; NaN without any."""
         return self.active / self.tokens if self.tokens else float("nan")
 
     @property
     def mean_staleness(self) -> float:
-        """Of the trainable tokens, in versions; NaN without any."""
+        """Mean staleness of the trainable tokens, in versions; NaN without any."""
         return self.staleness / self.tokens if self.tokens else float("nan")
 
     @property

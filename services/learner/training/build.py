@@ -1,4 +1,4 @@
-"""Build what a rank trains with from the configuration: the proximal source, the auditor, the critic."""
+"""Builds the training state of a rank from the configuration: the proximal source, the auditor, the critic."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from palimpsest.services.learner.training.state import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What sources are built from."""
+    """Arguments that sources are built from."""
 
     policy: TrainablePolicy
     store: SnapshotClient
@@ -38,7 +38,7 @@ def build_training_state(
     *,
     on_load: Callable[[Version], None],
 ) -> TrainingState:
-    """Build the state of a run at its start; `TrainingState.restore` goes on from a checkpoint.
+    """Return the state at the start of a run. `TrainingState.restore` then loads a checkpoint.
 
     on_load: called with each version that a source loads from the store.
     """
@@ -57,7 +57,7 @@ def build_training_state(
 
 
 def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) -> Source:
-    """Build the source of the configured kind. The type checker reports a kind that has none."""
+    """Return the source of the configured kind. The type checker reports a kind without a source."""
     proximal = config.proximal
     match proximal:
         case SnapshotProximal():
@@ -80,7 +80,7 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
 def _snapshot_source(
     parts: _Parts, *, missing: MissingPolicy = "drop", misses: MissingCounter | None = None
 ) -> SnapshotSource:
-    """With the defaults, for an audit: it leaves out what it cannot score, and never ends a run."""
+    """Return a SnapshotSource. With the defaults, for an audit, it leaves out tokens of missing versions."""
     return SnapshotSource(
         parts.policy.model, parts.store, parts.device, loaded=parts.on_load, missing=missing, misses=misses
     )

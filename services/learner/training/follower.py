@@ -1,4 +1,4 @@
-"""Ranks other than 0: take over the state of rank 0, then score and train as it orders."""
+"""Ranks other than 0: take over the state of rank 0, then score and train on its orders."""
 
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ class TrainOrder:
 def run_follower(
     policy: TrainablePolicy, state: TrainingState, trainer: Trainer, ranks: ProcessGroup, forward: Pass
 ) -> None:
-    """Take over the state of rank 0, then score and train as it orders, until it orders nothing more.
+    """Take over the state of rank 0, then score and train on its orders until it broadcasts NOTHING.
 
-    forward: scores a micro-batch with the policy's present weights. Rank 0 asks for it while it waits for a batch, and
-    during a cut before the first optimizer step.
+    forward: scores a micro-batch with the policy's current weights. Rank 0 orders scoring while it waits for a batch,
+    and during a cut before the first optimizer step.
     """
     broadcast_state(policy, state, ranks)
 
@@ -39,9 +39,9 @@ def run_follower(
 def broadcast_state(policy: TrainablePolicy, state: TrainingState, ranks: ProcessGroup) -> None:
     """Overwrite every rank's masters, moments and training state with those of rank 0."""
     steps = ranks.broadcast_object(policy.steps)
-    of_policy, beside = policy.state(), state.state()
-    ranks.broadcast(list(of_policy.values()))
-    ranks.broadcast(list(beside.values()))
+    policy_tensors, state_tensors = policy.state(), state.state()
+    ranks.broadcast(list(policy_tensors.values()))
+    ranks.broadcast(list(state_tensors.values()))
     if not ranks.is_rank0:
-        policy.restore(of_policy, steps)
-        state.restore(beside)
+        policy.restore(policy_tensors, steps)
+        state.restore(state_tensors)

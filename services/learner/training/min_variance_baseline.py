@@ -1,7 +1,7 @@
-"""VCPO's minimum-variance baseline: the gradient of each trajectory by itself, combined afterwards.
+"""VCPO's minimum-variance baseline: computes the gradient of each trajectory separately, then combines them.
 
 The baseline weighs trajectories by the norm of their gradients, so it is known only after the last pass. Until then two
-sums are kept, of w g and of w g R. This costs two more copies of the gradient and one pass for each trajectory.
+sums are kept: of w g and of w g R. They cost two more copies of the gradient and one pass for each trajectory.
 """
 
 import torch
@@ -33,8 +33,8 @@ class MinimumVarianceBaseline:
     def settle(self, ranks: ProcessGroup) -> float:
         """Set the gradients to those of the minibatch over all ranks; return the baseline, in units of reward.
 
-        A trajectory whose gradient is not finite does not count in the baseline but stays in the gradients, so that the
-        step is skipped.
+        A trajectory whose gradient is not finite is left out of the baseline but not of the gradients, so that the step
+        is skipped.
         """
         ranks.all_reduce_sum([*self._weighted, *self._scores])
         parts = ranks.all_gather_object((self._norms, self._rewards))

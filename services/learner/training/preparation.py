@@ -1,4 +1,4 @@
-"""What is computed for a whole batch before its first optimizer step, besides the proximal: advantages, the critic's
+"""Tensors of a batch that are computed before its first optimizer step, besides the proximal: advantages, the critic's
 values and the starting model's log-probs."""
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from palimpsest.services.learner.training.state import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """For each micro-batch; [rows, tokens] float32 on the learner's device."""
+    """Lists with one tensor for each micro-batch; [rows, tokens] float32 on the learner's device."""
 
     advantages: list[Tensor]
     reference: list[Tensor]
-    """Log-probs of the starting model, nats; [] where the loss has no KL divergence."""
+    """Log-probs of the starting model, nats; [] if the loss has no KL divergence."""
     values: list[Tensor]
-    """The critic's; [] without one."""
+    """Values of the critic; [] without a critic."""
     returns: list[Tensor]
-    """Targets of the critic; [] without one."""
+    """Targets of the critic; [] without a critic."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def prepare_batch(
     ranks: ProcessGroup,
     device: torch.device,
 ) -> Prepared:
-    """For this rank's micro-batches of the whole version; all ranks call it."""
+    """Prepare all micro-batches of this rank for a version. All ranks must call it."""
     reference, values = [], []
     for batch in batches:
         if state.start is not None:
@@ -70,7 +70,7 @@ def prepare_batch(
 
 
 def _kl_rewards(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:
-    """The reward of each token: -weight times its estimate of KL(behavior || start). [rows, tokens]"""
+    """Reward of each token: -weight times its estimate of KL(behavior || start), [rows, tokens]."""
     mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior)
     log_ratios = log_ratio(reference.cpu(), behavior, mask & torch.isfinite(reference.cpu()))
     rewards: np.ndarray = (-config.loss.kl.weight * estimate(log_ratios, config.loss.kl.estimator)).numpy()

@@ -1,4 +1,4 @@
-"""The results of training a version: each micro-batch with everything computed for it. Pure."""
+"""Results of training a version: each micro-batch with the tensors computed for it. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from palimpsest.services.learner.proximal.types import ProximalValues
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatchResult:
-    """One micro-batch; tensors are [rows, tokens] on the CPU, log-probs float32 in nats."""
+    """Result of one micro-batch. Tensors are [rows, tokens] on the CPU, log-probs float32 in nats."""
 
     batch: PaddedBatch
     anchor: ProximalValues
@@ -24,48 +24,47 @@ class MicroBatchResult:
     clipped: dict[str, Tensor]
     """bool, by cause."""
     advantages: Tensor
-    """As used: those of the rows, or of each token."""
+    """Advantages used in the loss: of the row, or of each token."""
     old: Tensor | None
-    """Old log-probs scored beside a surrogate, NaN where they could not be; None where the batch was not audited."""
+    """Old log-probs of an audited batch, NaN for tokens that could not be scored; None if the batch was not audited."""
     first: bool
-    """Whether it belongs to the first minibatch: then `current` is of the version trained at."""
+    """Whether the micro-batch belongs to the first minibatch; then `current` is of the version trained at."""
 
     @property
     def proximal(self) -> Tensor:
-        """The clip anchor; 0 where untrainable or missing."""
+        """Proximal log-probs; 0 where untrainable or missing."""
         return self.anchor.logprobs
 
     @property
     def removed(self) -> Tensor:
-        """bool: trainable, but masked or clipped."""
-        touched = [self.correction.masked, *self.clipped.values()]
-        return torch.stack(touched).any(0)
+        """bool: trainable tokens that are masked or clipped."""
+        return torch.stack([self.correction.masked, *self.clipped.values()]).any(0)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What training a version did, on one rank or, merged, on all."""
+    """Result of training a version, on one rank or merged over all ranks."""
 
     micro_batches: list[MicroBatchResult]
     method: str
-    """Of the proximal: "exact", or a surrogate's name."""
+    """Method of the proximal: "exact", or the name of a surrogate."""
     loss: float
     grad_norm: float
     """Largest over the minibatches, before clipping."""
     skipped: int
-    """Minibatches whose gradient was not finite."""
+    """Number of minibatches whose gradient is not finite."""
     active_share: float
-    """Of all ranks' trainable tokens, those neither masked nor clipped; NaN without any."""
+    """Share of all ranks' trainable tokens neither masked nor clipped; NaN without any."""
     lr_factor: float = 1.0
-    """Smallest over the minibatches, of the effective sample size."""
+    """Smallest factor on the learning rate over the minibatches, from the effective sample size."""
     baseline: float | None = None
-    """VCPO's, mean over the minibatches."""
+    """Mean of VCPO's baseline over the minibatches; None without one."""
     normalizer: float = 1.0
-    """Mean weight that the weights were divided by, mean over the minibatches."""
+    """Mean over the minibatches of the mean weight that the weights were divided by."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Where the time went: proximal, audit, prepare, passes, cut, step."""
+    """Phase -> seconds: proximal, audit, prepare, passes, cut, step."""
     gauges: dict[str, float] = field(default_factory=dict)
-    """State of the source, the multiplier and the like, by name."""
+    """Values of TrainingState.gauges, by name."""
     missed: dict[str, int] = field(default_factory=dict)
     """"reason/policy" -> tokens of all ranks that had no old log-prob, and the policy that was applied to them."""
 
@@ -76,13 +75,13 @@ class StepResult:
 
 
 def merge(parts: Sequence[StepResult]) -> StepResult:
-    """Merge the results of all ranks. What is equal on every rank is taken from rank 0."""
+    """Merge the results of all ranks. Values that are equal on every rank are taken from rank 0."""
     first = parts[0]
     return StepResult(
         micro_batches=[result for part in parts for result in part.micro_batches],
         method=first.method,
         loss=sum(part.loss for part in parts),
-        grad_norm=first.grad_norm,  # of the summed gradients
+        grad_norm=first.grad_norm,  # norm of the summed gradients, equal on every rank
         skipped=first.skipped,
         active_share=first.active_share,
         lr_factor=first.lr_factor,

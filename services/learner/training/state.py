@@ -1,7 +1,7 @@
-"""What is trained or kept beside the policy: everything else with a state that a checkpoint must hold.
+"""Training state beside the policy: the other objects with a state that a checkpoint must hold.
 
-That is the proximal source (a moving average has a state), the critic, the starting model that the KL divergence is
-measured from, R2VPO's multiplier and EPO's history of entropies.
+These are the proximal source (a moving average has a state), the critic, R2VPO's multiplier and EPO's history of
+entropies. The starting model, from which the KL divergence is measured, is here too; it is built again at a restart.
 """
 
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ PREFIX = "companions."
 
 @dataclass
 class TrainingState:
-    """Of one rank."""
+    """Training state of one rank, beside the policy."""
 
     source: Source
     auditor: Source | None = None
     """An exact source that scores a share of the versions beside a surrogate."""
     critic: Critic | None = None
     start: torch.nn.Module | None = None
-    """The model at version 0; None where the loss has no KL divergence."""
+    """The model at version 0; None if the loss has no KL divergence."""
     multiplier: float = 0.0
     """R2VPO's lambda."""
     entropies: EntropyHistory = field(default_factory=EntropyHistory)
     misses: MissingCounter = field(default_factory=MissingCounter)
-    """Counts tokens that the source had no old log-prob for."""
+    """Counts tokens without an old log-prob."""
 
     @property
     def stateful_source(self) -> StatefulSource | None:
-        """The source if it has a state."""
+        """The source if it has a state, else None."""
         return self.source if isinstance(self.source, StatefulSource) else None
 
     def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
@@ -56,7 +56,7 @@ class TrainingState:
         return gauges
 
     def state(self) -> dict[str, Tensor]:
-        """By name, for a checkpoint."""
+        """Return the tensors for a checkpoint, by name."""
         history = self.entropies.state()
         parts = {
             "source": self.stateful_source.state() if self.stateful_source else {},
@@ -69,7 +69,7 @@ class TrainingState:
         return {f"{PREFIX}{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint. Raises ValueError when it is of another configuration."""
+        """Restore the state from a checkpoint. Raises ValueError if it is of another configuration."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, own = name.removeprefix(PREFIX).partition(".")
@@ -85,6 +85,6 @@ class TrainingState:
 
 
 def split_checkpoint(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a checkpoint's tensors into the policy's and this state's."""
+    """Split a checkpoint's tensors into those of the policy and those of the training state."""
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     return own, {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}

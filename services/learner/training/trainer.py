@@ -1,7 +1,7 @@
-"""Training of one version: the proximal log-probs, then one optimizer step for each minibatch.
+"""Trains one version: computes the proximal log-probs, then does one optimizer step for each minibatch.
 
-The proximal log-probs are computed before the first optimizer step, and all steps use them: the clip anchor of a token
-belongs to the token's own version, however many minibatches there are.
+The proximal log-probs are computed before the first optimizer step, and all steps use them: the old log-prob of a token
+belongs to the version that sampled it, and does not change with the number of minibatches.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,22 +33,22 @@ from palimpsest.services.learner.training.state import TrainingState
 
 
 def no_cut() -> None:
-    """No cut is needed before the weights change."""
+    """Do nothing: no cut is needed before the weights change."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What is known of a version's micro-batches before its first pass; lists have one entry for each micro-batch."""
+    """Inputs of a version's passes. Lists have one entry for each micro-batch."""
 
     batches: list[PaddedBatch]
     proximal: Proximal
     old: list[Tensor] | None
-    """Old log-probs beside a surrogate's; None where the batch is not audited."""
+    """Old log-probs of an audited batch; None if the batch is not audited."""
     prepared: Prepared
 
 
 class Trainer:
-    """Trains on batches; one for each rank."""
+    """Trains on batches. Each rank has one trainer."""
 
     def __init__(
         self,
@@ -73,7 +73,8 @@ class Trainer:
         *,
         before_first_step: Callable[[], None] = no_cut,
     ) -> StepResult:
-        """Train on the rows of every minibatch. All ranks call it with the same ones. Raises UserError from the source.
+        """Train on the rows of every minibatch. All ranks must call it with the same ones. Raises UserError (see
+        Source).
 
         before_first_step: called when the gradients of the first minibatch are complete and no weight has changed yet.
         """
@@ -127,7 +128,7 @@ class Trainer:
         return [pad(rows) for rows in micro_batches(share, max_tokens=most)]
 
     def _audit(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
-        """Exact values beside a surrogate's, for the share of the versions that is audited."""
+        """Return old log-probs if this version is audited, else None. NaN marks tokens that could not be scored."""
         auditor, fraction = self._state.auditor, self._config.audit.fraction
         if auditor is None or np.random.default_rng([self._seed, now]).random() >= fraction:
             return None
@@ -140,7 +141,7 @@ class Trainer:
         return known
 
     def _limits(self, version: _Version, places: range) -> Limits:
-        """What a rule must know of the whole minibatch before its forward passes."""
+        """Compute the limits that depend on all tokens of a minibatch, before its forward passes."""
         rules = self._objective.rules
         if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalize):
             return Limits()
@@ -227,7 +228,8 @@ class Trainer:
             self._state.critic.step()
 
     def _update_state(self, totals: TokenTotals) -> None:
-        """Update what follows from the version as a whole; every rank has the same totals and computes the same."""
+        """Update the training state from the totals of a version. Every rank has the same totals and computes the
+        same."""
         state, r2vpo = self._state, self._config.loss.r2vpo
         if state.stateful_source is not None:
             state.stateful_source.published(

@@ -1,1 +1,1 @@
-"""A cut, seen from the learner: stop the workers, score what they have sampled, go on."""
+"""The learner's side of a cut: pause the workers, score the tokens that they have sampled, resume the workers."""

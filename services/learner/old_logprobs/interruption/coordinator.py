@@ -1,8 +1,8 @@
 """The learner's side of a cut: exact old log-probs without a copy of the model.
 
-Before the first optimizer step of a version the learner requests a cut: every worker pauses and flushes what it has
-sampled. The learner scores all of that with the resident weights and makes the scores durable before the weights
-change. Workers resume when they read of the next version (docs/algorithms/interruption.md).
+Before the first optimizer step of a version the learner requests a cut: every worker pauses and flushes the tokens that
+it has sampled. The learner scores these tokens with the resident weights. The scores are durable before the weights
+change. Workers resume when they read the announcement of the next version (docs/algorithms/interruption.md).
 """
 
 import sys
@@ -38,11 +38,12 @@ from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, che
 from palimpsest.services.learner.timing import PhaseTimer
 
 POLL_S = 0.05
-"""Pause while the cut waits for workers and nothing is left to be scored."""
+"""Seconds between reads while the cut waits for workers and no token is left to score."""
 SLICE_S = 0.2
-"""While the loop waits for a batch, no micro-batch starts after this time: new records must be read."""
+"""Limit of one call of `work`, in seconds. No micro-batch starts later, so that the loop reads new records."""
 READ_S = 30.0
-"""What workers flushed is on the log when they answer. Only an outage can delay reading it for this long."""
+"""Limit for reading the workers' flushes, in seconds. Flushes are on the log when a worker answers, so only an outage
+can delay reading for this long."""
 
 
 class CutCoordinator:
@@ -87,9 +88,9 @@ class CutCoordinator:
         logger().debug("interruption", next_cut=self._next, found=found, workers=sorted(self._workers.alive()))
 
     def work(self, now: Version, digest: str) -> int:
-        """Score some of what has arrived while the loop waits for a batch; the number of tokens. 0: nothing is left.
+        """Score some arrived tokens while the loop waits for a batch. Return the number of tokens; 0 if none is left.
 
-        now, digest: the version that is resident.
+        now, digest: the resident version.
         """
         self._scores.digests[now] = digest
         self._note_other_cuts(self._workers.poll().answers)
@@ -106,8 +107,8 @@ class CutCoordinator:
         worker that has not answered by the deadline is left out. training: trajectories whose scores are not needed
         after this step.
 
-        Never raises Fenced, because other ranks wait in a collective operation. The report says so, and the next
-        `confirm` raises again.
+        Never raises Fenced, because other ranks wait in a collective operation. The report has the field `fenced`, and
+        the next `confirm` raises again.
         """
         self._scores.digests[now] = digest
         try:
@@ -127,15 +128,14 @@ class CutCoordinator:
         return report
 
     def published(self, version: Version, digest: str) -> None:
-        """A version was announced, which resumes the workers."""
+        """Record an announced version. The announcement resumes the workers."""
         self._scores.digests[version] = digest
 
     def release(self) -> None:
-        """Resume the workers if a cut has failed. Does nothing when no cut is under way.
+        """Resume the workers if a cut has failed. Does nothing if no cut is open.
 
-        Once a cut has returned it is too late: the weights of its version change, and if the learner resumes from
-        later ones, nothing can score what is sampled with them now. The next version, or a restart of the learner,
-        resumes the workers.
+        After a cut has returned, the weights of its version change, and tokens sampled with that version could not be
+        scored. Then only the next version, or a restart of the learner, resumes the workers.
         """
         if self._open is None:
             return
@@ -143,7 +143,7 @@ class CutCoordinator:
         try:
             self._confirm()
         except Fenced:
-            return  # the learner that has the run decides
+            return  # the learner that has the run resumes the workers
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(CutReleased(run=self._run, cut=cut)))])
         logger().info("cut released", cut=cut)
 
@@ -154,13 +154,13 @@ class CutCoordinator:
     def _cut(self, now: Version, digest: str, training: Collection[str]) -> CutReport:
         timer = PhaseTimer(self._clock)
         with timer.of("before"):
-            # what has arrived by now need not be scored while workers are paused
+            # score arrived tokens before the workers pause
             self._reader.read_all(now, timeout_s=0.0)
             before = self._scorer.work(self._sampled(training), now, digest)
             settled = self._settle(now)
         self._note_other_cuts(self._workers.read_to_end().answers)
         cut = self._request(now)
-        asked_at = self._clock()
+        requested_at = self._clock()
         self._workers.begin_cut()
         tokens, flushed = before, settled
 
@@ -175,10 +175,10 @@ class CutCoordinator:
         with timer.of("wait"):
             wait_s = 0.0
             while True:
-                heard = self._workers.read_to_end(wait_s=wait_s)
-                if heard.extends_cut:
+                read = self._workers.read_to_end(wait_s=wait_s)
+                if read.extends_cut:
                     cut.restart_deadline(now=self._clock())
-                self._note_other_cuts(answer for answer in heard.answers if not cut.take(answer))
+                self._note_other_cuts(answer for answer in read.answers if not cut.take(answer))
                 if not cut.is_waiting(self._workers.alive(), now=self._clock()):
                     break
                 self._reader.read_all(now, timeout_s=0.0)
@@ -199,15 +199,17 @@ class CutCoordinator:
             answered=cut.answered,
             late=cut.late,
             caught_up=caught_up,
-            stall_s=self._clock() - asked_at,
+            stall_s=self._clock() - requested_at,
             tokens_scored=tokens,
             flushed=flushed,
             seconds=timer.take(),
         )
 
     def _read(self, positions: Mapping[int, int], now: Version) -> bool:
-        """Read topic `trajectories` up to these offsets; whether that succeeded. One outage may come in between: the
-        second attempt waits until the log answers."""
+        """Read topic `trajectories` up to these offsets. Return whether that succeeded.
+
+        The second attempt covers an outage of the log during the first: it waits until the log answers.
+        """
         return any(self._reader.read_until(positions, now, deadline_s=READ_S) for _ in range(2))
 
     def _request(self, now: Version) -> Cut:
@@ -219,12 +221,12 @@ class CutCoordinator:
         return Cut(number, now, requested_at=self._clock(), deadline_s=self._deadline_s)
 
     def _sampled(self, training: Collection[str] = ()) -> list[Sampled]:
-        """What may lack scores: trajectories that wait to be trained on, and flushes of live trajectories."""
-        arrived = (one for trajectory, one in self._reader.arrived.items() if trajectory not in training)
+        """Records that may have unscored tokens: trajectories that wait to be trained on, and flushes of live ones."""
+        arrived = (received for name, received in self._reader.arrived.items() if name not in training)
         return [*arrived, *self._reader.flushed]
 
     def _settle(self, now: Version) -> int:
-        """Resolve the flushes in which nothing is left to be scored; how many."""
+        """Resolve the flushes without unscored tokens. Return their number."""
         done = [flushed for flushed in self._reader.flushed if self._scorer.is_done(flushed)]
         for flushed in done:
             late = self._late(flushed, now)
@@ -234,7 +236,7 @@ class CutCoordinator:
         return len(done)
 
     def _late(self, flushed: Flushed, now: Version) -> int:
-        """Number of tokens of a flush whose version is gone and that were not scored in time."""
+        """Number of tokens in a flush that were not scored before the weights of their version changed."""
         record = flushed.record
         if any(segment.version == now for segment in record.segments):
             return 0  # tokens of older versions were counted with the cut that missed them
@@ -245,22 +247,22 @@ class CutCoordinator:
         return late
 
     def _note_other_cuts(self, answers: Iterable[CutReached]) -> None:
-        """Answers to other cuts than the one that is open."""
+        """Count answers to cuts other than the open one."""
         for answer in answers:
-            # another learner, since replaced, requested a cut of that number: the number is taken
+            # a learner that was replaced may have requested a cut with that number, so the number is taken
             self._next = max(self._next, answer.cut + 1)
             if answer.cut >= self._first:
                 instruments.LATE_ANSWERS.inc()
                 logger().info("late answer", worker=answer.worker, cut=answer.cut)
 
     def _existing_messages(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
-        """The messages of this run that are on the topic now, from these offsets on."""
+        """Yield the messages of this run that are on the topic now, from these offsets on."""
         for record in read_existing(self._bus, topic, start):
             if (message := self._message(record)) is not None:
                 yield message
 
     def _message(self, record: Record) -> Any:
-        """The record's message; None if it cannot be used. Then it is dead-lettered."""
+        """Return the record's message. If it cannot be used, dead-letter the record and return None."""
         try:
             message = decode_for_run(record, self._run)
             if isinstance(message, OldLogprobsComputed):

@@ -1,7 +1,7 @@
-"""The state of one cut: which workers were asked, which answered, up to where the log must be read. Pure.
+"""The state of one cut: workers asked, workers that answered, offsets up to which the log must be read. Pure.
 
-In a cut every worker is paused, so that the tokens of a version can be scored before its weights change. Cuts are
-numbered over the whole run: an answer to a former cut does not count for the present one.
+In a cut every worker is paused, so that the tokens of a version can be scored before its weights change. The numbers of
+cuts are unique in a run, so that an answer to an earlier cut does not count for the current one.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -18,25 +18,27 @@ class CutReport:
     cut: int
     version: Version
     workers: tuple[str, ...] = ()
-    """Those that were alive during the cut, or answered."""
+    """Names of the workers that were alive during the cut or answered it."""
     answered: tuple[str, ...] = ()
+    """Names of the workers that answered."""
     late: tuple[str, ...] = ()
-    """Left out: dead, or not paused by the deadline."""
+    """Names of the workers that the cut left out: dead, or not paused by the deadline."""
     caught_up: bool = True
-    """Whether everything that the workers flushed was read in time."""
+    """Whether all flushes of the workers were read in time."""
     stall_s: float = 0.0
-    """From the request until the weights may change."""
+    """Seconds from the request until the weights may change."""
     tokens_scored: int = 0
+    """Tokens scored before and during the cut."""
     flushed: int = 0
     """Flushes of live trajectories that were resolved."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase: before (scoring while workers still sample), wait (for the workers), read, score."""
+    """Phase -> seconds: before (scoring while workers still sample), wait (for the workers), read, score."""
     fenced: bool = False
     """Another learner has the run: no worker was asked, and this version must not be trained."""
 
 
 class Cut:
-    """Times are of any one clock, in seconds.
+    """Collects the answers to one cut. Times are seconds of any one clock.
 
     >>> cut = Cut(3, Version(7), requested_at=100.0, deadline_s=5.0)
     >>> cut.is_waiting({"a", "b"}, now=101.0)
@@ -62,7 +64,8 @@ class Cut:
         paused."""
 
     def take(self, answer: CutReached) -> bool:
-        """Note an answer; False if it belongs to another cut. A second answer of a worker adds to its first."""
+        """Record an answer. Return False if it belongs to another cut. A worker may answer twice: the offsets are
+        merged."""
         if answer.cut != self.number:
             return False
         self._answers.add(answer.worker)
@@ -71,13 +74,13 @@ class Cut:
         return True
 
     def restart_deadline(self, *, now: float) -> None:
-        """Give the workers their whole time again, after an outage of the log (outage_clock.py)."""
+        """Give the workers the full deadline again, after an outage of the log (outage_clock.py)."""
         self._ends_at = now + self._deadline_s
 
     def is_waiting(self, alive: Collection[str], *, now: float) -> bool:
         """Whether a live worker has not answered and there is time left.
 
-        A worker that comes alive while the cut is open is asked too. The cut does not wait for one that has died.
+        A worker that starts while the cut is open is asked too. The cut does not wait for a worker that has died.
         """
         self._asked.update(alive)
         return now < self._ends_at and not self._answers.issuperset(alive)
@@ -99,7 +102,7 @@ class Cut:
 
 
 def next_number(control: Iterable[object]) -> int:
-    """The number of the next cut, from all messages of `control`: the numbers continue after a restart.
+    """Return the number of the next cut, given all messages of `control`. Numbers continue after a restart.
 
     >>> next_number([])
     1

@@ -1,18 +1,18 @@
-"""Which workers are alive, judged by their records. Pure.
+"""Tracks which workers are alive, by the times of their records. Pure.
 
-A worker publishes a heartbeat every few seconds, also while it is paused. It counts as dead once nothing was read from
-it for ALIVE_S, until something is read again. A worker without a version has sampled nothing, so that no cut waits for
+A worker publishes a heartbeat every few seconds, also while it is paused. It counts as dead if no record of it was read
+for ALIVE_S seconds, until another record is read. A worker without a version has sampled nothing, so no cut waits for
 it.
 """
 
 from palimpsest.common.messages import FromWorker, WorkerAlive
 
 ALIVE_S = 10.0
-"""A worker counts as alive for this long after its last record."""
+"""Seconds after its last record for which a worker counts as alive."""
 
 
 class WorkerLiveness:
-    """Times are of any one clock, in seconds.
+    """Keeps the time of each worker's last record. Times are seconds of any one clock.
 
     >>> liveness = WorkerLiveness()
     >>> a = WorkerAlive("run", "a", version=3, live=8, sampled_tokens=90, seconds=9.0, idle_s=0.0)
@@ -27,17 +27,17 @@ class WorkerLiveness:
         self._last: dict[str, float] = {}
 
     def record_heartbeat(self, message: FromWorker, *, now: float) -> None:
-        """A record of this worker was read, of any kind. The time of reading counts: the log does not tell its age."""
+        """Note that a record of this worker, of any kind, was read at `now`. Its age on the log is not known."""
         if isinstance(message, WorkerAlive) and message.version < 0:
             self._last.pop(message.worker, None)
         else:
             self._last[message.worker] = now
 
     def discount_outage(self, lost_s: float, *, now: float) -> None:
-        """For `lost_s` until now no worker could be heard: that time does not count as silence."""
+        """Do not count the last `lost_s` seconds as silence: no record could be read in that time."""
         self._last = {worker: min(now, at + lost_s) for worker, at in self._last.items()}
 
     def alive(self, *, now: float) -> frozenset[str]:
-        """The workers of which a record was read within ALIVE_S."""
+        """Names of the workers with a record read within the last ALIVE_S seconds."""
         self._last = {worker: at for worker, at in self._last.items() if now - at <= ALIVE_S}
         return frozenset(self._last)

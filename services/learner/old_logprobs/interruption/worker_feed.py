@@ -1,4 +1,4 @@
-"""Reads topic `workers`: who is alive, who answers a cut, and whether the log answers at all."""
+"""Reads topic `workers`: live workers, answers to cuts, and outages of the log."""
 
 import time
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from palimpsest.services.learner.old_logprobs.interruption.liveness import Worke
 from palimpsest.services.learner.old_logprobs.interruption.outage_clock import OutageClock
 
 READ_S = 30.0
-"""A read to the end takes at most this long."""
+"""Limit of a read to the end, in seconds."""
 RECENT = 256
-"""The start reads this many of the newest records in each partition, to learn which workers there are."""
+"""Number of newest records in each partition that `start` reads to find the live workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What one read brought."""
+    """Result of one read."""
 
     answers: list[CutReached]
-    """In the order in which they were read."""
+    """Answers to cuts, in the order of reading."""
     extends_cut: bool = False
-    """An outage came before: the workers get their whole time for the cut again."""
+    """Whether an outage before this read restarts the deadline of the cut."""
 
 
 class WorkerFeed:
-    """Use it from `start` to `close`."""
+    """Reads the workers' records from `start` to `close`."""
 
     def __init__(
         self, bus: Bus, dead_letters: DeadLetterWriter, *, run: str, clock: Callable[[], float] = time.monotonic
@@ -42,22 +42,23 @@ class WorkerFeed:
         """Partition -> offset after the last record that was read."""
 
     def start(self) -> Heard:
-        """Read the newest records."""
+        """Open the consumer and read the newest records."""
         self._consumer = self._bus.consumer(WORKERS)
         self._read_to = {p: _seek_back(self._consumer, p, end) for p, end in self._consumer.ends().items()}
         return self.read_to_end()
 
     def poll(self) -> Heard:
-        """Read what is at hand."""
+        """Read the available records without waiting."""
         answers, count = self._poll(timeout_s=0.0)
         if count:  # an empty poll may be an outage
             self._note_read()
         return Heard(answers)
 
     def read_to_end(self, *, wait_s: float = 0.0) -> Heard:
-        """Read everything on the topic, and wait at most `wait_s` for more. Waits while the log does not answer.
+        """Read everything on the topic, and wait at most `wait_s` seconds for more. Waits while the log does not
+        answer.
 
-        One poll may bring less than is on the topic.
+        One poll may return only some of the records on the topic, so polls repeat until the end of each partition.
         """
         answers, _ = self._poll(timeout_s=wait_s)
         ends = self._consumer.ends()
@@ -67,12 +68,12 @@ class WorkerFeed:
         return Heard(answers, extends_cut=self._outages.extends_cut(self._note_read()))
 
     def begin_cut(self) -> None:
-        """A cut was requested just now."""
+        """Start counting outages for a cut that was requested just now."""
         self._note_read()  # publishing the request may have taken long
         self._outages.begin_cut()
 
     def alive(self) -> frozenset[str]:
-        """The workers that are alive."""
+        """Names of the live workers."""
         return self._liveness.alive(now=self._clock())
 
     def close(self) -> None:
@@ -86,7 +87,8 @@ class WorkerFeed:
         return lost_s
 
     def _poll(self, *, timeout_s: float) -> tuple[list[CutReached], int]:
-        """Answers to cuts, and the number of records. Waits at most `timeout_s` for a first record."""
+        """Return the answers to cuts and the number of records. Waits at most `timeout_s` seconds for a first
+        record."""
         answers: list[CutReached] = []
         count = 0
         while records := self._consumer.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
@@ -109,11 +111,11 @@ class WorkerFeed:
 
 
 def _seek_back(consumer: Consumer, partition: int, end: int) -> int:
-    """Start with the newest records of a partition; the offset."""
+    """Seek to the newest RECENT records of a partition. Return the offset."""
     start = max(0, end - RECENT)
     try:
         consumer.seek({partition: start})
-    except OffsetGone:  # the log begins later: live workers publish again soon
+    except OffsetGone:  # the log starts at a later offset, and live workers publish again soon
         consumer.seek({partition: end})
         return end
     return start

@@ -297,7 +297,7 @@ def test_a_store_that_lost_the_newest_commit_is_refused(
     for version in lost:
         (tmp_path / "store" / "checkpoints" / f"{version:08d}-00000002.json").unlink()
     with pytest.raises(
-        UserError, match="holds checkpoint 00000002-00000002, which the snapshot store does not"
+        UserError, match="holds checkpoint 00000002-00000002, but the snapshot store has no commit"
     ) as error:
         Learner(store, folder)
     assert error.value.code is ExitCode.DAMAGED
@@ -306,5 +306,5 @@ def test_a_store_that_lost_the_newest_commit_is_refused(
 def test_a_checkpoint_of_an_earlier_release_is_refused(learner: Learner, folder: Path) -> None:
     learner.save(1)
     shutil.copytree(folder / "00000001-00000002", folder / "00000009")
-    with pytest.raises(UserError, match="holds checkpoint 00000009, which"):
+    with pytest.raises(UserError, match="holds checkpoint 00000009, but"):
         learner.checkpoints.newest()

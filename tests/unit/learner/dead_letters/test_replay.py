@@ -91,10 +91,10 @@ def test_a_record_is_replayed_twice_only_on_request(bus: Bus, toml: Path) -> Non
     write_letter(bus, TRAJECTORIES, GARBAGE, RejectCause.UNDECODABLE)
     write_letter(bus, CONTROL, Outgoing("test", b"?"), RejectCause.UNKNOWN_SCHEMA)
     assert output_of("replay", toml)[-1] == "sent 2 records"
-    hint = "had been sent before; --again sends such once more"
-    assert output_of("replay", toml) == [f"nothing to send: 2 records {hint}"]
+    hint = "2 records sent before; --again sends them again"
+    assert output_of("replay", toml) == [f"nothing to send: {hint}"]
     write_letter(bus, TRAJECTORIES, Outgoing("g000008", b"??"), RejectCause.NOT_FINITE)
-    assert output_of("replay", toml)[-1] == f"sent 1 record; 2 records {hint}"
+    assert output_of("replay", toml)[-1] == f"sent 1 record; skipped {hint}"
     assert len(list(read_existing(bus, TRAJECTORIES))) == 4
     assert output_of("replay", toml, "--again", "--cause=unknown_schema")[-1] == "sent 1 record"
     assert [record.headers.get("replayed") for record in read_existing(bus, CONTROL)] == [None, "0/1", "0/1"]
@@ -140,7 +140,7 @@ def test_the_list_is_a_table_with_counts_by_cause(bus: Bus, toml: Path) -> None:
     assert output_of("list", toml)[-1].startswith("1 record on dead_letters cannot be read")
     assert [line.split()[0] for line in output_of("list", toml, "--cause=not_finite")[1:3]] == ["1", "2"]
     assert output_of("list", toml, "--cause=missing_claim")[0] == "no dead letters"
-    assert output_of("replay", toml, "--cause=missing_claim") == ["nothing to send: there is no such dead letter"]
+    assert output_of("replay", toml, "--cause=missing_claim") == ["nothing to send: no dead letter matches"]
 
 
 def test_the_json_list_has_the_same_content(bus: Bus, toml: Path) -> None:
@@ -168,8 +168,8 @@ def test_the_json_list_has_the_same_content(bus: Bus, toml: Path) -> None:
         (["list"], "usage: palimpsest dead-letters list RUN.toml [--cause=CAUSE ...]"),
         (["list", "--cause=not_finit"], "did you mean not_finite"),
         (["list", "--cause"], "needs a value"),
-        (["replay", "--offset=seven"], "a whole number is wanted"),
-        (["replay", "--offset=7"], "no dead letter 7"),
+        (["replay", "--offset=seven"], "must be a whole number"),
+        (["replay", "--offset=7"], "no dead letter at offset 7"),
         (["replay", "--json"], "belongs to `dead-letters list`"),
         (["list", "--again"], "belongs to `dead-letters replay`"),
         (["list", "--run.id="], "run.id is empty"),

@@ -142,6 +142,6 @@ def test_a_truncated_score_log_stops_the_run_if_the_checkpoint_needs_it() -> Non
         ingest.start({}, {}, offsets, now=0.0)
         assert ingest.tasks.score_offsets() == offsets
     for lost in ({0: 4}, {0: 10}, {1: 0}):
-        with pytest.raises(UserError, match=rf"what the checkpoint needs: .*{OLD_LOGPROBS}") as error:
+        with pytest.raises(UserError, match=rf"all records after the checkpoint: .*{OLD_LOGPROBS}") as error:
             an_ingest(bus).start({}, {}, lost, now=0.0)
         assert error.value.code is ExitCode.DAMAGED

@@ -163,7 +163,7 @@ def test_without_ids_a_repeated_record_would_replace_the_first(
 
 
 def test_a_truncated_log_stops_the_run(bus: SqliteBus) -> None:
-    with pytest.raises(UserError, match="Trajectories would be lost silently"):
+    with pytest.raises(UserError, match="would lose trajectories silently"):
         an_ingest(bus).start({0: 17}, {}, {}, now=0.0)
 
 

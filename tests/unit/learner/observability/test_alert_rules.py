@@ -109,7 +109,7 @@ def test_a_masked_share_that_rises_with_staleness_fires() -> None:
     (alert,) = [a for a in judged(lines)[-1] if a.rule == "mask_by_staleness"]
     assert alert.value == pytest.approx(0.03)
     assert "+3.0 points with each version of staleness, over 20 versions" in alert.says
-    assert "the proximal is ewma_prox, a surrogate; take an exact learner.proximal.kind" in alert.says
+    assert "the proximal is ewma_prox, a surrogate; set an exact learner.proximal.kind" in alert.says
     assert rules(run(20, token_masked=lambda age: 0.1 - 0.03 * age))[-1] == {"mask_by_staleness"}
 
 
@@ -153,7 +153,7 @@ def test_a_clip_whose_proximal_follows_the_current_policy_fires() -> None:
         line["by_staleness"] = {"1": line["by_staleness"]["1"]}
     (alert,) = judged(lines)[-1]
     assert (alert.rule, alert.value) == ("clip_idle", 0.0)
-    assert "the clip takes 0.00 % of stale tokens at the first minibatch, over 20 versions" in alert.says
+    assert "the clip removes 0.00 % of stale tokens in the first minibatch, over 20 versions" in alert.says
 
 
 def test_a_clip_that_bounds_only_part_of_the_ratio_fires() -> None:
@@ -191,7 +191,7 @@ def test_a_discrepancy_that_rises_with_staleness_fires() -> None:
     (alert,) = judged(lines)[-1]
     assert alert.rule == "discrepancy_by_staleness"
     assert alert.value == pytest.approx(0.01)
-    assert "rises by 0.01 nats with each version of staleness, over 20 versions, at a mean of 0.017" in alert.says
+    assert "rises by 0.01 nats with each version of staleness, over 20 versions (mean 0.017 nats)" in alert.says
 
 
 def test_a_discrepancy_that_rises_with_entropy_alone_does_not_fire() -> None:
@@ -223,7 +223,7 @@ def test_a_configured_discrepancy_of_one_gives_one_notice(kind: str) -> None:
     notices = [(version, alert.level) for version, alerts in enumerate(found) for alert in alerts]
     assert notices == [(PERSISTS - 1, "notice")]
     (alert,) = found[PERSISTS - 1]
-    assert f'learner.proximal.kind = "{kind}" asks for' in alert.says
+    assert f'as configured (learner.proximal.kind = "{kind}")' in alert.says
 
 
 def test_some_equal_tokens_and_certain_tokens_do_not_fire() -> None:

@@ -38,6 +38,6 @@ def test_a_history_shorter_than_the_checkpoints_length_is_refused(tmp_path: Path
     path = tmp_path / "history.jsonl"
     if there is not None:
         path.write_bytes(there)
-    with pytest.raises(UserError, match=f"holds {len(there or b'')} bytes, the checkpoint counts 14") as error:
+    with pytest.raises(UserError, match=f"holds {len(there or b'')} bytes, but the checkpoint counts 14") as error:
         History(path, length=14)
     assert error.value.code is ExitCode.DAMAGED
