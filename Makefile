@@ -1,11 +1,11 @@
-# Every command a person types. `make help` lists them.
+# All user commands. `make help` lists them.
 PYTHON ?=
 RUN ?= examples/embedded.toml
 ARGS ?=
 FOLDER ?= backends
 BIN := .venv/bin
 WITH_PYTHON = PYTHON='$(PYTHON)' GOALS='$(MAKECMDGOALS)' sh tools/python.sh
-# pytest rewrites every test file: without __pycache__ it does so in each process of each call, for six seconds.
+# Without __pycache__, pytest rewrites every test file in each process of each call, which takes six seconds.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n 2
@@ -18,13 +18,13 @@ NAMED = $(findstring tests/,$(ARGS))
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-setup: ## create .venv and the starting model, if they are missing (PYTHON=/path/to/python3.12)
+setup: ## create .venv and the starting model if they are missing (PYTHON=/path/to/python3.12)
 	@$(WITH_PYTHON) -m tools.setup
 
 environment:
 	@$(WITH_PYTHON) -m tools.setup --no-model
 
-doctor: ## examine this machine: every check, what it means, what to do (RUN=file.toml ARGS="--key=value")
+doctor: ## check this machine: every finding, its meaning, what to do (RUN=file.toml ARGS="--key=value")
 	@ANY_PYTHON=1 $(WITH_PYTHON) -m palimpsest.doctor $(RUN) $(ARGS)
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
@@ -32,37 +32,37 @@ run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=fi
 	@$(BIN)/palimpsest run $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
-run-cluster: setup ## the same over a real Kafka and a real MinIO, started by `make up`
+run-cluster: setup ## run the same example over a real Kafka and a real MinIO, started by `make up`
 	@$(BIN)/palimpsest doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
 	@. $(abspath $(FOLDER))/environment && $(BIN)/palimpsest run $(RUN) $(ARGS)
 
-test: setup ## every test but the long ones, real engine and servers included (ARGS=tests/file.py::test runs one)
+test: setup ## run every test but the long ones, with a real engine and real servers (ARGS=tests/file.py::test runs one)
 	@$(PYTEST) $(if $(NAMED),,$(SIDE_BY_SIDE) -m "not long" $(KEPT)) $(ARGS)
 
-test-long: setup ## what is long by nature: the whole example run, thousands of schedules, soaks
+test-long: setup ## run the long tests: the complete example run, thousands of schedules, soaks
 	@$(PYTEST) $(SIDE_BY_SIDE) -m long $(KEPT) $(ARGS)
 
-lint: environment ## format, lint, types, import contracts
+lint: environment ## check format, lint rules, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-check: setup lint ## the same and the fast tests
+check: setup lint ## run lint and the fast tests
 	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not thorough and not servers and not vllm and not long" --hypothesis-profile=few $(KEPT) $(ARGS)
 
 format: environment ## write the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: environment ## make the references of configuration, metrics and messages from the code
+docs: environment ## generate the references of configuration, metrics and messages from the code
 	@$(BIN)/python -m tools.references
 
-up: environment ## start a Kafka and a MinIO on this machine, got first if they are missing (FOLDER=backends)
+up: environment ## start a Kafka and a MinIO on this machine; download them if they are missing (FOLDER=backends)
 	@$(BIN)/python -m tools.backends up $(FOLDER) $(ARGS)
 
-down: environment ## stop them; data stays
+down: environment ## stop Kafka and MinIO; their data stays
 	@$(BIN)/python -m tools.backends down $(FOLDER)
 
 pins: environment ## resolve the pinned sets in requirements/ again, for every Python (ARGS=--upgrade)
