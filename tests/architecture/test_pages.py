@@ -1,4 +1,4 @@
-"""The pages that lead a stranger: what they name is there, and what they repeat from other files agrees with them."""
+"""The first pages for a new reader name existing files, and repeat the values of other files correctly."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading, without its head."""
+    """Cells of the table under a heading, without the header row."""
     part = ARCHITECTURE.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     table = [line for line in part.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
@@ -33,7 +33,7 @@ def names(text: str) -> set[str]:
 
 
 def unknown(answer: str) -> list[str]:
-    """Spans that name nothing: a bare file name belongs to the folder named before it, a function to the file."""
+    """Code spans that name nothing: a bare file name belongs to the last folder, a function to the last file."""
     folder, file, missing = ROOT, ROOT, []
     for span in re.findall(r"`([^`]+)`", answer):
         if "/" in span or span.endswith(".py"):
@@ -51,13 +51,13 @@ def unknown(answer: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("question", "answer"), rows("Ten questions"))
-def test_an_answer_names_what_there_is(question: str, answer: str) -> None:
-    said = answer.replace("`dead_letters`", "").replace("`instruments.py`", "")  # a topic; a name in every service
+def test_an_answer_names_existing_files_and_functions(question: str, answer: str) -> None:
+    said = answer.replace("`dead_letters`", "").replace("`instruments.py`", "")  # a topic, and a file of every service
     assert re.search(r"`(common|services)/", said), question
     assert unknown(said) == []
 
 
-def test_a_wrong_answer_would_be_noticed() -> None:
+def test_the_check_finds_wrong_names_in_an_answer() -> None:
     right = "`services/learner/buffer/ledger.py`, `take_batch`; `services/learner/ingest` has `validation.py`"
     assert unknown(right) == []
     assert unknown(right.replace("take_batch", "take_bath").replace("validation", "checks")) == [
@@ -66,7 +66,7 @@ def test_a_wrong_answer_would_be_noticed() -> None:
     ]
 
 
-def test_every_folder_of_the_learner_has_a_line() -> None:
+def test_the_folder_table_lists_every_folder_of_the_services() -> None:
     told = {folder for cells in rows("Folders") for folder in re.findall(r"`([^`]+)`", cells[0])}
     assert [folder for folder in told if not (ROOT / folder).is_dir()] == []
     listed = subprocess.run(
@@ -76,7 +76,7 @@ def test_every_folder_of_the_learner_has_a_line() -> None:
     assert rooms - told == {"services/learner/proximal/surrogates"}
 
 
-def test_old_paths_are_gone_and_new_ones_are_there() -> None:
+def test_old_paths_do_not_exist_and_new_paths_do() -> None:
     moved = [re.findall(r"<code>(.+?)</code>|`(.+?)`", " ".join(cells)) for cells in rows("Old and new paths")]
     pairs = [(old, new) for ((old, _), (_, new)) in moved]
     assert len(pairs) > 100
@@ -85,13 +85,13 @@ def test_old_paths_are_gone_and_new_ones_are_there() -> None:
 
 
 def badge(name: str) -> tuple[str, str]:
-    """What a badge says: left and right."""
+    """Left and right text of a badge."""
     left, right = ElementTree.parse(PICTURES / f"badge-{name}.svg").getroot().iter(f"{SVG}text")
     return str(left.text), str(right.text)
 
 
 def pinned(package: str) -> str:
-    """The version in the pinned sets."""
+    """Version of the package in the pinned sets."""
     found = {
         match[1]
         for kind in ("cpu", "gpu")
@@ -103,7 +103,7 @@ def pinned(package: str) -> str:
     return found.pop().partition("+")[0]
 
 
-def test_badges_say_what_the_files_say() -> None:
+def test_badges_repeat_the_values_of_the_files() -> None:
     low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
     pythons = " | ".join(f"3.{minor}" for minor in range(int(low), int(high)))
     assert badge("license") == ("license", PROJECT["license"])
@@ -112,13 +112,13 @@ def test_badges_say_what_the_files_say() -> None:
     assert badge("torch") == ("torch", pinned("torch"))
 
 
-def test_the_citation_is_of_this_release() -> None:
+def test_the_citation_names_this_release() -> None:
     cited = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
     assert (cited["version"], cited["license"]) == (palimpsest.__version__, PROJECT["license"])
     assert cited["title"] == "Palimpsest"
 
 
-def test_pictures_are_small_and_load_nothing() -> None:
+def test_pictures_are_small_and_load_no_other_files() -> None:
     pictures = list(PICTURES.iterdir())
     assert {"view.svg", "report.png"} <= {path.name for path in pictures}
     assert {path.name: path.stat().st_size for path in pictures if path.stat().st_size > MOST_BYTES} == {}

@@ -1,4 +1,4 @@
-"""The public names with their signatures. A change here is one that users have to read of in CHANGELOG.md."""
+"""Public names and their signatures. CHANGELOG.md records every change of them."""
 
 import inspect
 import re
@@ -35,7 +35,7 @@ COMMANDS = {"run", "check", "report", "audit", "dead-letters", "rescore", "expor
 
 
 def shape(value: Any) -> Any:
-    """The signature, or that of each method of a protocol, without the modules of its types."""
+    """Signature of a callable or of each method of a protocol, without module names."""
     if getattr(value, "_is_protocol", False):
         members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
         fields = {name: member.__name__ for name, member in inspect.get_annotations(value).items()}
@@ -44,21 +44,21 @@ def shape(value: Any) -> Any:
     return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
 
 
-def test_what_authors_of_environments_import() -> None:
+def test_the_environment_api_has_these_signatures() -> None:
     assert {name: shape(getattr(env, name)) for name in env.__all__} == ENV
 
 
-def test_nothing_else_is_seen_there() -> None:
+def test_the_environment_module_exports_nothing_else() -> None:
     assert {name for name in vars(env) if not name.startswith("_")} == set(env.__all__)
     assert env.__all__ == sorted(env.__all__)
 
 
-def test_what_the_package_itself_offers() -> None:
+def test_the_package_exports_only_its_version() -> None:
     assert palimpsest.__all__ == ["__version__"]
     assert version("palimpsest") == palimpsest.__version__
 
 
-def test_the_console_commands() -> None:
+def test_the_command_line_has_these_commands() -> None:
     assert set(cli.COMMANDS) == COMMANDS
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"palimpsest": "palimpsest.cli:main"}

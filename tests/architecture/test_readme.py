@@ -1,4 +1,4 @@
-"""What the README and docs/ say can be typed, followed and found."""
+"""Commands, links, keys, files and tests that the README and docs/ name are valid."""
 
 import ast
 import importlib.util
@@ -38,7 +38,7 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
 
 
 def inline(page: Path) -> list[str]:
-    """What stands in backticks, outside fenced blocks."""
+    """Text in backticks, outside fenced blocks."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", text)
 
@@ -49,14 +49,14 @@ MENTIONED = [span for page in PAGES for span in inline(page) if span.startswith(
 
 
 def assert_make_knows(words: list[str]) -> None:
-    """Targets have a rule and variables a default."""
+    """Every target has a rule and every variable a default."""
     for word in words:
         name, variable, _ = word.partition("=")
         assert re.search(rf"^{name} \?=" if variable else rf"^{name}:", MAKEFILE, re.MULTILINE), word
 
 
 def assert_there_is_a_program(module: str) -> None:
-    """It can be started with -m."""
+    """`python -m module` can start it."""
     found = importlib.util.find_spec(module)
     assert found is not None, module
     if found.submodule_search_locations:
@@ -64,7 +64,7 @@ def assert_there_is_a_program(module: str) -> None:
 
 
 def assert_can_be_installed(flags: list[str], wheel: str) -> None:
-    """The wheel has this version's name, the extra is declared, and the files are there."""
+    """The wheel has the name of this version, the extra is declared, and the files exist."""
     name, _, extra = wheel.rstrip("]").partition("[")
     assert name == f"dist/palimpsest-{palimpsest.__version__}-py3-none-any.whl"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -73,15 +73,15 @@ def assert_can_be_installed(flags: list[str], wheel: str) -> None:
         assert flag in ("-c", "--override") or (ROOT / flag).is_file(), flag
 
 
-def test_there_are_commands_to_try() -> None:
+def test_the_pages_contain_commands() -> None:
     assert "make run" in COMMANDS
     assert len(COMMANDS) >= 10
     assert len(MENTIONED) >= 10
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """make's targets and variables exist; programs take the arguments: they are run with --check or --help added."""
+def test_a_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets and variables of make exist; programs accept the arguments: they run with --check or --help added."""
     words = shlex.split(command, comments=True)
     match words:
         case ["make", *rest]:
@@ -107,23 +107,23 @@ def test_a_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatch) -
         case [".venv/bin/torchrun", "--standalone", "-m", module, *arguments]:
             assert_there_is_a_program(module)
         case _:
-            raise AssertionError("this test does not know such commands")
+            raise AssertionError("this test has no rule for the command; add one")
     monkeypatch.chdir(ROOT)
     with_check = module == "palimpsest" and arguments[:1] in (["run"], ["check"])
     helped = module in ("bench", "tests.durations", "tools.pictures") or (module == "palimpsest" and not with_check)
     done = answered(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
-        assert "not the folder of a run" in done.err  # the flag is known; the folder is the reader's
+        assert "not the folder of a run" in done.err  # the flag is valid; the folder is a placeholder
     else:
         assert done.code == 0, done.err
-        if "usage:" in done.out:  # --help passes over flags it does not know
+        if "usage:" in done.out:  # --help ignores unknown flags
             assert all(word.partition("=")[0] in done.out for word in arguments if word.startswith("--"))
         else:
             assert tomllib.loads(done.out)["learner"]["versions"] > 0
 
 
 @pytest.mark.parametrize("command", MENTIONED)
-def test_a_command_in_passing_names_what_there_is(command: str) -> None:
+def test_a_command_within_text_names_existing_targets_and_programs(command: str) -> None:
     match shlex.split(command):
         case ["make", *rest]:
             assert_make_knows(rest)
@@ -136,7 +136,7 @@ def test_a_command_in_passing_names_what_there_is(command: str) -> None:
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
-def test_an_example_is_a_run(example: Path) -> None:
+def test_an_example_is_a_valid_run_file(example: Path) -> None:
     done = answered("palimpsest", "run", example, "--check")
     assert done.code == 0, done.err
     written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.out)
@@ -144,7 +144,7 @@ def test_an_example_is_a_run(example: Path) -> None:
 
 
 def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value, tables of free names whole."""
+    """Dotted keys and values; a table with free names is one value."""
     for name, value in table.items():
         if isinstance(value, dict) and name not in ("environments", "plugins", "chat_template_options", "estimates"):
             yield from leaves(value, f"{path}{name}.")
@@ -165,7 +165,7 @@ def keys(section: type[BaseModel], path: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("toml")))
-def test_a_key_that_is_shown_is_a_key(page: str, text: str) -> None:
+def test_every_key_in_a_toml_block_is_a_configuration_key(page: str, text: str) -> None:
     assert {key for key, _ in leaves(tomllib.loads(text))} <= set(keys(RunConfig))
 
 
@@ -180,19 +180,19 @@ def test_the_reference_has_every_key() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_row_of_a_table_has_the_cells_of_its_head(page: Path) -> None:
+def test_every_row_of_a_table_has_as_many_cells_as_the_header(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
 
 def slug(heading: str) -> str:
-    """A heading's anchor, as the pages are shown."""
+    """Anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", target):
             continue
@@ -206,7 +206,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_and_tests_that_are_named_exist(page: Path) -> None:
+def test_named_files_and_tests_exist(page: Path) -> None:
     for span in inline(page):
         if not re.match(rf"(?:{TOPS})/[\w./-]*(?:::\w+)?$", span):
             continue
@@ -217,7 +217,7 @@ def test_files_and_tests_that_are_named_exist(page: Path) -> None:
 
 
 def defined(path: Path) -> set[str]:
-    """Every name that the file gives: its own, and `Class.name` for methods, fields and attributes."""
+    """Every name that the file defines; `Class.name` for methods, fields and attributes."""
     found: set[str] = set()
 
     def visit(node: ast.AST, owner: str) -> None:
@@ -241,40 +241,40 @@ SAID = re.compile(rf"`([^`]+)`(?: of `[^`]+`)? \({FILE}\)|{FILE} `([^`]+)`")
 PAPER = ROOT / "docs" / "paper.md"
 
 
-def said_to_be_in() -> list[tuple[str, str]]:
-    """File and name: docs/paper.md puts a name before its file in brackets, or after it."""
+def named_functions() -> list[tuple[str, str]]:
+    """Pairs of file and name in docs/paper.md: a name before its file in brackets, or after it."""
     pairs = [(m[2] or m[3], m[1] or m[4]) for m in SAID.finditer(PAPER.read_text())]
     return [(file, name) for file, names in pairs for name in re.findall(r"[A-Za-z_][\w.]*", names)]
 
 
-def test_most_functions_of_the_paper_are_said_to_be_somewhere() -> None:
-    assert len(said_to_be_in()) >= 15
+def test_the_paper_page_names_the_files_of_its_functions() -> None:
+    assert len(named_functions()) >= 15
 
 
-@pytest.mark.parametrize(("file", "name"), said_to_be_in())
-def test_a_function_is_where_the_paper_says(file: str, name: str) -> None:
+@pytest.mark.parametrize(("file", "name"), named_functions())
+def test_the_file_that_the_paper_page_names_defines_the_function(file: str, name: str) -> None:
     assert name in defined(ROOT / file)
 
 
-def test_a_function_elsewhere_would_be_noticed() -> None:
+def test_defined_lists_the_names_of_one_file_only() -> None:
     names = defined(ROOT / "services" / "rollout" / "canary.py")
     assert {"judge", "Verdict", "Verdict.accepted"} <= names
     assert "Canaries" not in names
 
 
-def test_the_references_say_what_the_code_says() -> None:
+def test_the_generated_references_are_current() -> None:
     done = answered("tools.references", "--check")
     assert (done.code, done.out) == (0, ""), f"{done.out}{done.err}: `make docs` writes them"
 
 
-def test_a_program_says_the_same_in_a_process_of_its_own() -> None:
+def test_a_program_prints_the_same_in_a_separate_process() -> None:
     words = ["palimpsest", "run", "examples/embedded.toml", "--check"]
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     here = answered("palimpsest", "run", ROOT / "examples" / "embedded.toml", "--check")
     assert (done.returncode, done.stdout, done.stderr) == (here.code, here.out, here.err)
 
 
-def test_a_stale_reference_is_noticed_and_left_as_it_is(
+def test_check_reports_a_stale_reference_and_does_not_rewrite_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "docs").mkdir()

@@ -1,4 +1,4 @@
-"""One word for each concept: the words that other code bases use for ours stay out of common/ and services/.
+"""One word for each concept: common/ and services/ do not use the words of other code bases for ours.
 
 The words are those of the vocabulary: behavior, old, proximal, current; version; staleness; trajectory; discrepancy.
 """
@@ -29,7 +29,7 @@ BANNED = {
     r"(global|train|trainer)_steps?": "version (publications) or steps (optimizer)",
     r"\w*behaviou?ral_\w*|behaviours?": "behavior",
 }
-"""Pattern that a whole identifier, or a part of it between underscores, must not match -> our word."""
+"""Pattern that neither an identifier nor a part of it between underscores may match -> our word."""
 RETIRED_CLASSES = frozenset(
     {
         "Alarm", "Anchor", "Answered", "Arrival", "Arrived", "Asked", "AttachedSource", "Audited", "Backlog",
@@ -41,7 +41,7 @@ RETIRED_CLASSES = frozenset(
         "Sight", "Tail", "Teller", "Together", "Trained", "Trainee", "Unusable", "Watch", "Why", "World",
     }
 )  # fmt: skip
-"""Class names that said nothing of their own: each has a standard term now."""
+"""Class names that say little; a standard term replaces each."""
 RETIRED_FUNCTIONS = frozenset(
     {
         "addressed", "become", "begin_anew", "beneath", "between", "counted", "deal_minibatches", "excuse",
@@ -62,19 +62,19 @@ BRITISH = re.compile(
 """Spellings that are not American. `cancelled` is Python's own."""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 BRITISH_IS_FINE_IN = ("tests/architecture/test_vocabulary.py", "tests/unit/common/test_config_load.py")
-"""Here, and where a misspelled key is tried."""
+"""This file, and the test of misspelled keys."""
 OLD_PATH = re.compile(r"<code>.+?</code>")
 """The table of moved files quotes their old paths."""
 OLD_KEY = re.compile("|".join(f'"{old[-1]}"' for old in RENAMED))
 """common/config/load.py quotes the old names of keys."""
 TEXT = (".py", ".md", ".toml", ".yaml", ".yml", ".in")
 LAG_IS_FINE_IN = "common/bus/"
-"""Lag counts unread records of a consumer, nothing else."""
+"""Lag counts unread records of a consumer and nothing else."""
 NAMES_WITHOUT_MEANING = re.compile(r"(Manager|Helper|Utils?|Handler|V\d)$|^Base[A-Z]")
 
 
 def identifiers(tree: ast.AST) -> Iterator[str]:
-    """Names that this code gives: definitions, arguments, assignments, fields, imports under another name."""
+    """Names that this code defines: functions, classes, arguments, variables, fields, import aliases."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -86,7 +86,7 @@ def identifiers(tree: ast.AST) -> Iterator[str]:
 
 
 def banned(identifier: str) -> str | None:
-    """Our word for it, if this is a word of others."""
+    """Our word for the identifier if it is a banned word, else None."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", identifier).lower()
     return next((ours for pattern, ours in BANNED.items() if re.search(rf"(?:^|_)(?:{pattern})(?:$|_)", name)), None)
 
@@ -107,7 +107,7 @@ def test_names_use_our_words() -> None:
     assert found == []
 
 
-def test_lag_is_said_of_unread_records_only() -> None:
+def test_lag_names_unread_records_only() -> None:
     found = [
         f"{where}: {name}, our word is staleness"
         for where, tree in parsed()
@@ -118,7 +118,7 @@ def test_lag_is_said_of_unread_records_only() -> None:
     assert found == []
 
 
-def test_no_class_or_file_is_named_for_nothing_in_particular() -> None:
+def test_no_class_or_file_has_a_name_without_meaning() -> None:
     found = [
         f"{where}: {name}"
         for where, tree in parsed()
@@ -128,7 +128,7 @@ def test_no_class_or_file_is_named_for_nothing_in_particular() -> None:
     assert found == []
 
 
-def test_a_class_name_is_given_once() -> None:
+def test_every_class_name_is_unique() -> None:
     places: dict[str, list[str]] = {}
     for where, tree in parsed():
         if where.startswith(("common/", "services/")):
@@ -138,7 +138,7 @@ def test_a_class_name_is_given_once() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-def test_retired_names_stay_away() -> None:
+def test_no_retired_name_is_used() -> None:
     found = []
     for where, tree in parsed():
         for node in ast.walk(tree):
@@ -150,7 +150,7 @@ def test_retired_names_stay_away() -> None:
 
 
 def tracked() -> list[str]:
-    """Files of the repository that hold text."""
+    """Tracked text files."""
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     return [name for name in listed.split("\0") if name.endswith(TEXT)]
 
@@ -169,12 +169,12 @@ def test_spelling_is_american() -> None:
 @pytest.mark.parametrize(
     "word", ["behaviour", "weight_normalise", "Serialised", "catalogues", "labelled", "NORMALISER"]
 )
-def test_a_british_spelling_is_noticed(word: str) -> None:
+def test_the_pattern_finds_british_spellings(word: str) -> None:
     assert BRITISH.search(word)
 
 
 @pytest.mark.parametrize("word", ["behavior", "normalize", "cancelled", "raise", "promise", "otherwise", "finished"])
-def test_an_american_spelling_is_let_pass(word: str) -> None:
+def test_the_pattern_ignores_american_spellings(word: str) -> None:
     assert BRITISH.search(word) is None
 
 
@@ -186,7 +186,7 @@ def test_an_american_spelling_is_let_pass(word: str) -> None:
         "trainer_logprobs", "infer_log_probs", "off_policy_steps", "is_ratio", "behaviour", "Episode",
     ],
 )  # fmt: skip
-def test_a_word_of_others_is_noticed(name: str) -> None:
+def test_banned_words_are_found(name: str) -> None:
     assert banned(name)
 
 
@@ -197,5 +197,5 @@ def test_a_word_of_others_is_noticed(name: str) -> None:
         "environment_version", "step", "steps", "max_staleness", "log_discrepancy", "stage", "message", "flag", "usage",
     ],
 )  # fmt: skip
-def test_our_words_are_let_pass(name: str) -> None:
+def test_our_words_are_accepted(name: str) -> None:
     assert banned(name) is None

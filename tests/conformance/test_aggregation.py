@@ -1,4 +1,4 @@
-"""From token losses to one number: algorithms.md 10, and that a split changes nothing (18.12)."""
+"""Aggregation of token losses (algorithms.md 10), and its independence of micro-batches and ranks (18.12)."""
 
 import copy
 from collections.abc import Callable
@@ -47,11 +47,11 @@ def test_every_mode_equals_the_oracle(mode: Mode) -> None:
         assert float(ours) == pytest.approx(expected, rel=1e-12, abs=1e-15), f"seed {seed}"
 
 
-def test_a_trajectory_without_trainable_tokens_leaves_the_mean() -> None:
+def test_the_mean_over_trajectories_excludes_those_without_trainable_tokens() -> None:
     assert Denominators.of([2, 0, 3], 10) == Denominators(tokens=5, sequences=2, length=10)
 
 
-def test_18_8_nothing_trainable_gives_a_loss_of_zero() -> None:
+def test_18_8_the_loss_is_zero_without_trainable_tokens() -> None:
     losses = torch.tensor([[float("nan")]], requires_grad=True)
     for mode in MODES:
         loss = aggregate(losses, torch.tensor([[False]]), mode, Denominators.of([0], LENGTH))
@@ -66,7 +66,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def minibatch(seed: int) -> Data:
-    """Six trajectories of a minibatch, the last without a trainable token; some tokens are removed."""
+    """Six trajectories of a minibatch, some tokens removed; the last trajectory has no trainable token."""
     generator = np.random.default_rng(seed)
     shape = (6, LENGTH)
     behavior = -generator.exponential(1.0, shape)
@@ -86,7 +86,7 @@ Share = Callable[[Data, Denominators], tuple[Tensor, Tensor]]
 
 
 def summed(data: Data, parts: list[Part], share: Share) -> tuple[float, np.ndarray]:
-    """Loss and gradient [rows, tokens], added up over the parts; each part sees only its own rows."""
+    """Loss and gradient [rows, tokens], summed over the parts; a part holds its own rows only."""
     denominators = Denominators.of(data.mask.sum(-1).tolist(), LENGTH)
     loss, gradient = 0.0, np.zeros_like(data.current)
     for rows in parts:
@@ -156,8 +156,8 @@ def test_18_12_removing_half_the_tokens_halves_loss_and_gradient(mode: Mode) -> 
     )
 
 
-def test_means_of_ranks_would_not_do() -> None:
-    """What global denominators are for: here the mean of the ranks' token means is another number."""
+def test_the_mean_of_the_ranks_means_is_not_the_token_mean() -> None:
+    """Denominators must be global: the mean of the ranks' token means is a different number."""
     losses, mask = torch.tensor([[4.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), torch.tensor([[True, False, False], [True] * 3])
     apart = [
         float(aggregate(losses[i : i + 1], mask[i : i + 1], "token_mean", Denominators.of([count], 4)))

@@ -1,4 +1,4 @@
-"""Discrepancy rules for tokens, and all rules together, against the oracle (algorithms.md 6, 9, 16)."""
+"""Discrepancy rules for tokens, and all rules together, compared with the oracle (algorithms.md 6, 9, 16)."""
 
 import math
 from typing import Any
@@ -45,10 +45,10 @@ def test_a_rule_for_tokens_removes_what_the_oracle_removes(
     assert all(count or bound == (0.0, 1.3) for count in found.values()), found
 
 
-@pytest.mark.parametrize("normalized", [False, True], ids=["as they are", "normalized"])
+@pytest.mark.parametrize("normalized", [False, True], ids=["not normalized", "normalized"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kind", ["off", "ratio", "truncated", "clipped"])
-def test_weights_are_those_of_the_oracle(kind: str, level: str, normalized: bool) -> None:
+def test_weights_equal_the_oracle(kind: str, level: str, normalized: bool) -> None:
     rules = Rules(
         weight=kind, weight_level=level, weight_low=0.6, weight_high=1.3, weight_normalize=normalized, band=3.0
     )  # type: ignore[arg-type]
@@ -74,10 +74,10 @@ def test_weights_are_those_of_the_oracle(kind: str, level: str, normalized: bool
     ("log_discrepancy", "ratio", "truncated", "clipped"),
     [(math.log(4), 4.0, 2.0, 2.0), (math.log(0.1), 0.1, 0.1, 0.5), (0.0, 1.0, 1.0, 1.0)],
 )
-def test_truncation_bounds_above_and_clipping_also_raises(
+def test_truncation_bounds_weights_above_and_clipping_also_below(
     log_discrepancy: float, ratio: float, truncated: float, clipped: float
 ) -> None:
-    """algorithms.md 6: TIS with C = 2, CIS inside [0.5, 2]."""
+    """algorithms.md 6: TIS with C = 2, CIS in [0.5, 2]."""
     for kind, expected in (("off", 1.0), ("ratio", ratio), ("truncated", truncated), ("clipped", clipped)):
         assert float(row([log_discrepancy], weight=kind).weight) == pytest.approx(expected)
 
@@ -86,7 +86,7 @@ def test_truncation_bounds_above_and_clipping_also_raises(
     ("x", "k1", "k2", "k3", "inverted"),
     [(0.1, -0.1, 0.005, 0.00517, 0.00484), (-0.5, 0.5, 0.125, 0.10653, 0.14872), (2.0, -2.0, 2.0, 4.38906, 1.13534)],
 )
-def test_the_table_of_estimates_and_not_the_inverted_ratio(
+def test_estimates_equal_the_table_and_use_the_ratio_not_its_inverse(
     x: float, k1: float, k2: float, k3: float, inverted: float
 ) -> None:
     """algorithms.md 9."""
@@ -99,7 +99,7 @@ def test_the_table_of_estimates_and_not_the_inverted_ratio(
     )
 
 
-def test_k3_of_a_tiny_discrepancy_does_not_drown_in_rounding() -> None:
+def test_k3_of_a_tiny_discrepancy_is_accurate_in_float32() -> None:
     x = torch.tensor([[1e-5]], dtype=torch.float32)
     assert float(divergence_estimate("k3", x)) == pytest.approx(0.5e-10, rel=1e-4)
 
@@ -109,18 +109,18 @@ def test_an_unknown_estimate_is_refused() -> None:
         divergence_estimate("k4", torch.zeros(1, 1))
 
 
-def test_low_means_that_the_proximal_likes_the_token_less_than_the_sampler_did() -> None:
+def test_low_causes_are_tokens_less_likely_under_the_proximal_than_under_the_behavior() -> None:
     causes = row([math.log(3), -math.log(3)], band=2.0, tokens=(0.5, 2.0)).causes
     assert causes["band_high"].tolist() == causes["tokens_high"].tolist() == [[True, False]]
     assert causes["band_low"].tolist() == causes["tokens_low"].tolist() == [[False, True]]
 
 
-def test_k1_removes_what_the_proximal_likes_less_and_no_mirror_of_it() -> None:
-    """Bounds on k1 = -log r, not on r (16.3a): 1 nat less is removed, 1 nat more is kept."""
+def test_k1_removes_tokens_less_likely_under_the_proximal_only() -> None:
+    """The bounds are on k1 = -log r, not on r (16.3a): 1 nat less is removed, 1 nat more is kept."""
     assert row([-1.0, 1.0], estimates={"k1_token": 0.5}).masked.tolist() == [[True, False]]
 
 
-def test_a_bound_that_is_met_keeps_the_token() -> None:
+def test_a_token_exactly_on_a_bound_is_kept() -> None:
     behavior = torch.zeros(1, 3)
     proximal = torch.log(torch.tensor([[2.0, 0.5, 1.0]]))
     mask = torch.ones(1, 3, dtype=torch.bool)
@@ -130,8 +130,8 @@ def test_a_bound_that_is_met_keeps_the_token() -> None:
 
 
 @pytest.mark.parametrize("log_probability", [0.0, 1e-7])
-def test_the_difference_is_of_probabilities_on_both_sides(log_probability: float) -> None:
-    """0.2 of probability: 0.75 -> 1.0 and 1.0 -> 0.75 go, 0.001 -> 0.1 stays though its ratio is 100."""
+def test_the_difference_rule_compares_probabilities_in_both_directions(log_probability: float) -> None:
+    """Bound 0.2: 0.75 -> 1.0 and 1.0 -> 0.75 are removed; 0.001 -> 0.1 is kept, although its ratio is 100."""
     proximal = torch.tensor([[log_probability, math.log(0.75), math.log(0.1)]])
     behavior = torch.tensor([[math.log(0.75), log_probability, math.log(0.001)]])
     mask = torch.ones(1, 3, dtype=torch.bool)
@@ -139,7 +139,7 @@ def test_the_difference_is_of_probabilities_on_both_sides(log_probability: float
     assert got.causes["difference"].tolist() == [[True, True, False]]
 
 
-def test_without_rules_every_finite_token_weighs_one() -> None:
+def test_without_rules_every_finite_token_has_weight_one() -> None:
     got = row([5.0, -5.0, 0.0])
     assert got.weight.tolist() == [[1.0, 1.0, 1.0]]
     assert not got.masked.any()

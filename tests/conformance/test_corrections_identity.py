@@ -15,24 +15,24 @@ Array = NDArray[np.float64]
 DRAWS = 200
 BEHAVIOR, OLD, CURRENT, ASYNC = -1.20, -1.10, -0.90, -0.95
 EDGE = 1e-9
-"""Draws nearer to a bound than this, in nats, are left out: rounding decides them."""
+"""Nats. Draws nearer than this to a bound are excluded: rounding decides them."""
 
 
 def arithmetic(behavior: Array | float, current: Array | float, share: float) -> Array:
-    """log of share mu + (1 - share) pi_theta."""
+    """log(share mu + (1 - share) pi_theta)."""
     return np.logaddexp(np.log(share) + behavior, np.log1p(-share) + current)
 
 
 def loglinear(behavior: Array | float, current: Array | float, staleness: int) -> Array:
-    """Weight (d - 1) / d on the current log-prob."""
+    """Log-linear mixture with weight (d - 1) / d on the current log-prob."""
     weight = (staleness - 1) / staleness
     return np.asarray((1 - weight) * behavior + weight * current)
 
 
-def judged(
+def masks_and_gradient(
     proximal: Array, behavior: Array, current: Array, advantages: Array, *, band: float | None, clip: float
 ) -> tuple[Array, Array, Array]:
-    """kept, clipped (bool) and gradient of the loss, all [tokens]."""
+    """Kept and clipped tokens (bool) and the gradient of the loss, each [tokens]."""
     anchor, sampler, signs = (torch.tensor(x, dtype=torch.float64)[None] for x in (proximal, behavior, advantages))
     live = torch.tensor(current, dtype=torch.float64)[None].requires_grad_()
     mask = torch.ones_like(anchor, dtype=torch.bool)
@@ -70,7 +70,7 @@ def test_18_2_example_a(proximal: float, discrepancy: float, staleness: float, m
     assert float(weight) == pytest.approx(discrepancy, abs=5e-6)
     assert float(update) == pytest.approx(staleness, abs=5e-6)
     assert float(weight * update) == pytest.approx(1.34986, abs=5e-6)
-    kept, hit, _ = judged(*(np.array([x]) for x in (proximal, BEHAVIOR, CURRENT, 1.0)), band=1.2, clip=0.2)
+    kept, hit, _ = masks_and_gradient(*(np.array([x]) for x in (proximal, BEHAVIOR, CURRENT, 1.0)), band=1.2, clip=0.2)
     assert (not kept[0], bool(hit[0])) == (masked, clipped)
 
 
@@ -89,7 +89,7 @@ def proximals(behavior: Array, current: Array, generator: np.random.Generator) -
     }
 
 
-def test_18_1_the_two_factors_make_the_total_ratio_for_every_proximal() -> None:
+def test_18_1_the_two_factors_multiply_to_the_total_ratio_for_every_proximal() -> None:
     for seed in range(DRAWS):
         behavior, current = draws(seed)
         total = np.exp(current - behavior)
@@ -108,7 +108,7 @@ def test_18_1_with_every_threshold_off_all_proximals_give_one_gradient() -> None
         advantages = generator.normal(0, 1, behavior.shape)
         expected = -np.exp(current - behavior) * advantages
         for name, proximal in proximals(behavior, current, generator).items():
-            # a lower bound of 0 and an upper one of 1e9 never bind
+            # a lower bound of 0 and an upper bound of 1e9 never bind
             live = torch.tensor(current)[None].requires_grad_()
             anchor, sampler, signs = (torch.tensor(x)[None] for x in (proximal, behavior, advantages))
             mask = torch.ones_like(anchor, dtype=torch.bool)
@@ -123,7 +123,7 @@ def test_18_1_with_every_threshold_off_all_proximals_give_one_gradient() -> None
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_18_2_loglinear_is_a_band_on_the_total_ratio(sign: float) -> None:
-    """r_d = R^a and r_s = R^(1 - a): both constraints are bands on R (Proposition 1)."""
+    """r_d = R^a and r_s = R^(1 - a), so both constraints are bands on R (Proposition 1)."""
     seen = np.zeros(2, dtype=int)
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def test_18_2_loglinear_is_a_band_on_the_total_ratio(sign: float) -> None:
         staleness = int(generator.integers(2, 9))
         band, clip = float(generator.uniform(1.02, 1.6)), float(generator.uniform(0.05, 0.5))
         a, log_total = (staleness - 1) / staleness, current - behavior
-        kept, clipped, _ = judged(
+        kept, clipped, _ = masks_and_gradient(
             loglinear(behavior, current, staleness), behavior, current, np.full(64, sign), band=band, clip=clip
         )
         edge = math.log(1 + sign * clip) / (1 - a)
@@ -149,13 +149,13 @@ def test_18_2_loglinear_at_staleness_4_never_clips_a_kept_token() -> None:
     total = np.log([0.7841, 0.7843, 1.2751, 1.2753])
     behavior = np.full(4, -3.0)
     current = behavior + total
-    kept, _, _ = judged(loglinear(behavior, current, 4), behavior, current, np.ones(4), band=1.2, clip=0.2)
+    kept, _, _ = masks_and_gradient(loglinear(behavior, current, 4), behavior, current, np.ones(4), band=1.2, clip=0.2)
     assert kept.tolist() == [False, True, True, False]
     kept_somewhere = 0
     for seed in range(DRAWS):
         behavior, current = draws(seed)
         for sign in (1.0, -1.0):
-            kept, clipped, gradient = judged(
+            kept, clipped, gradient = masks_and_gradient(
                 loglinear(behavior, current, 4), behavior, current, np.full(64, sign), band=1.2, clip=0.2
             )
             assert not clipped.any()
@@ -180,13 +180,13 @@ def test_18_2_arithmetic_is_a_band_on_the_total_ratio(share: float, low: float, 
         total, proximal = np.exp(current - behavior), arithmetic(behavior, current, share)
         for sign, beyond in ((1.0, total > edge(1.2)), (-1.0, total < edge(0.8))):
             advantages = np.full(64, sign)
-            kept, clipped, _ = judged(proximal, behavior, current, advantages, band=None, clip=0.2)
+            kept, clipped, _ = masks_and_gradient(proximal, behavior, current, advantages, band=None, clip=0.2)
             sure = np.abs(total - edge(1.2 if sign > 0 else 0.8)) > EDGE
             assert kept.all()
             np.testing.assert_array_equal(clipped[sure], beyond[sure], err_msg=f"seed {seed}")
             if share <= 0.2 / 1.2 and sign > 0:
                 assert not clipped.any()
-        kept, _, _ = judged(proximal, behavior, current, advantages, band=1.2, clip=0.2)
+        kept, _, _ = masks_and_gradient(proximal, behavior, current, advantages, band=1.2, clip=0.2)
         mixed = share + (1 - share) * total
         inside = (mixed >= 1 / 1.2) & (mixed <= 1.2)
         sure = (np.abs(mixed - 1.2) > EDGE) & (np.abs(mixed - 1 / 1.2) > EDGE)

@@ -1,4 +1,4 @@
-"""What holds for every discrepancy rule (algorithms.md 6.1, 16.1, 18.7, 18.8, 18.11)."""
+"""Properties of every discrepancy rule (algorithms.md 6.1, 16.1, 18.7, 18.8, 18.11)."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ DRAWS = 200
 
 
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, -math.inf, 1e30, 7.0])
-def test_18_7_numbers_off_the_mask_change_no_bit(spoil: float) -> None:
+def test_18_7_values_at_untrainable_tokens_change_no_bit(spoil: float) -> None:
     rules = Rules(weight="truncated", weight_level="sequence", weight_normalize=True, **ALL)
     for seed in range(40):
         data = draw(seed)
@@ -58,9 +58,7 @@ def test_18_7_padding_changes_no_decision() -> None:
 
 @pytest.mark.parametrize("where", ["proximal", "behavior"])
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
-def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing_of_the_others(
-    where: str, what: float
-) -> None:
+def test_18_8_a_nonfinite_token_is_masked_and_counted_and_does_not_affect_the_others(where: str, what: float) -> None:
     for seed in range(DRAWS // 5):
         data = draw(seed, broken=0.0)
         data.mask[0, 0] = True
@@ -71,7 +69,7 @@ def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing
         assert got.masked[0, 0]
         assert got.weight[0, 0] == 0
         assert torch.isfinite(got.weight).all()
-        # the others fare as if the token were not there (but for runs, which it would split)
+        # the others get the weights they have without the token; the segment rule is off, since the token splits a run
         left_out = Draw(data.proximal, data.behavior, data.mask.copy(), data.missing)
         left_out.mask[0, 0] = False
         without = corrected(left_out, Rules(weight="ratio", weight_level="sequence", **{**ALL, "segment": None}))
@@ -79,7 +77,7 @@ def test_18_8_a_token_that_is_not_finite_is_dropped_and_counted_and_says_nothing
         assert torch.equal(same.weight, without.weight)
 
 
-def test_18_8_a_batch_without_any_number_has_no_weight_and_no_nan() -> None:
+def test_18_8_a_batch_without_finite_tokens_has_zero_weights_and_no_nan() -> None:
     nothing = np.full((2, 3), np.nan)
     data = Draw(nothing, nothing, np.ones((2, 3), dtype=bool), np.zeros((2, 3), dtype=bool))
     got = corrected(data, Rules(weight="ratio", weight_level="sequence", weight_normalize=True, **ALL))
@@ -89,7 +87,7 @@ def test_18_8_a_batch_without_any_number_has_no_weight_and_no_nan() -> None:
 
 
 def test_a_missing_proximal_is_masked_and_never_a_discrepancy_of_one() -> None:
-    """16.1c: no other number stands in for it, also where one is written there."""
+    """16.1c: no other number replaces it, even if the array holds one."""
     proximal, behavior = torch.tensor([[-1.0, 0.0, math.nan]]), torch.full((1, 3), -1.0)
     mask, missing = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[False, True, True]])
     got = correct(proximal, behavior, mask, missing=missing, rules=Rules(weight="ratio"), limits=Limits())
@@ -100,7 +98,7 @@ def test_a_missing_proximal_is_masked_and_never_a_discrepancy_of_one() -> None:
     }
 
 
-def test_18_11_removals_by_one_cause_and_by_several_make_up_all_that_is_masked() -> None:
+def test_18_11_removals_by_one_cause_and_by_several_sum_to_the_masked_tokens() -> None:
     for seed in range(DRAWS):
         data = draw(seed)
         got = corrected(data, Rules(**ALL))
@@ -114,7 +112,7 @@ def test_18_11_removals_by_one_cause_and_by_several_make_up_all_that_is_masked()
 
 
 @pytest.mark.thorough
-def test_18_11_a_rule_removes_the_same_whatever_the_others_do() -> None:
+def test_18_11_a_rule_removes_the_same_tokens_with_and_without_the_others() -> None:
     for seed in range(DRAWS):
         data = draw(seed)
         together = corrected(data, Rules(**ALL)).causes
@@ -127,7 +125,7 @@ def test_18_11_a_rule_removes_the_same_whatever_the_others_do() -> None:
         assert all(torch.equal(by_itself[name], together[name]) for name in together)
 
 
-def test_the_causes_come_in_the_order_in_which_they_are_judged() -> None:
+def test_causes_are_listed_in_the_order_of_evaluation() -> None:
     causes = list(row([0.1, 0.2], **ALL).causes)
     assert causes[:6] == ["nonfinite", "missing", "veto", "sequence", "geometric", "segment"]
     assert causes[6:15] == [name for name in ESTIMATES if not name.endswith("token")]
@@ -138,7 +136,7 @@ def test_the_causes_come_in_the_order_in_which_they_are_judged() -> None:
 
 @pytest.mark.parametrize("which", ["mask", "missing"])
 def test_18_11_an_integer_mask_is_refused(which: str) -> None:
-    """16.1a: the complement of the integers 1 and 0 is -2 and -1, which are both true."""
+    """16.1a: the complements of the integers 1 and 0 are -2 and -1, and both are true."""
     masks = {"mask": torch.ones(1, 2, dtype=torch.bool), "missing": torch.zeros(1, 2, dtype=torch.bool)}
     masks[which] = masks[which].int()
     with pytest.raises(ValueError, match=f"{which} is torch.int32"):
@@ -152,7 +150,7 @@ def test_arguments_of_different_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (lambda: Rules(weight="cut"), "weight"),  # type: ignore[arg-type]
         (lambda: Rules(weight_level="batch"), "weight_level"),  # type: ignore[arg-type]
@@ -167,12 +165,12 @@ def test_arguments_of_different_shapes_are_refused() -> None:
         (lambda: Rules(estimates={"k3_token": math.nan}), "k3_token"),
     ],
 )
-def test_bounds_that_cannot_be_meant_are_refused(build: Callable[[], Rules], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_bounds_are_refused(build: Callable[[], Rules], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_nothing_has_a_gradient() -> None:
+def test_weights_have_no_gradient() -> None:
     proximal = torch.full((1, 2), -1.0, requires_grad=True)
     behavior = torch.full((1, 2), -1.1, requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
@@ -182,7 +180,7 @@ def test_nothing_has_a_gradient() -> None:
 
 
 @pytest.mark.thorough
-def test_every_rule_at_once_is_the_union_of_the_oracles() -> None:
+def test_all_rules_together_remove_the_union_of_the_oracles_masks() -> None:
     rules = {name: bound for name, bound in ALL.items() if name != "m2"}
     for seed in range(DRAWS):
         data = draw(seed)

@@ -1,4 +1,4 @@
-"""Numbers of the whole minibatch: M2PO's threshold and the mean weight (algorithms.md 5, 6.3, 18.12)."""
+"""Limits computed over a minibatch: M2PO's threshold and the mean weight (algorithms.md 5, 6.3, 18.12)."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def kept_under(threshold: float, values: torch.Tensor) -> list[bool]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_the_threshold_drops_what_the_oracle_drops(dtype: torch.dtype) -> None:
+def test_the_threshold_removes_the_same_values_as_the_oracle(dtype: torch.dtype) -> None:
     outcomes = {"all": 0, "some": 0, "none": 0}
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
@@ -44,9 +44,9 @@ def test_the_threshold_drops_what_the_oracle_drops(dtype: torch.dtype) -> None:
     [
         ([0.1, 0.2, 3.0], 0.03, [True, True, False]),
         ([0.1, 0.2, 3.0], 100.0, [True, True, True]),
-        ([0.1, -0.5, 0.5], 0.1, [True, False, False]),  # (0.01 + 0.25) / 2 is above: the two equals go together
+        ([0.1, -0.5, 0.5], 0.1, [True, False, False]),  # (0.01 + 0.25) / 2 is above: both equal values are removed
         ([0.5, 0.5], 0.25, [False, False]),  # the mean must be below, not on the bound
-        ([0.5, 0.1], 0.011, [False, True]),  # the smallest satisfies: never all
+        ([0.5, 0.1], 0.011, [False, True]),  # the smallest satisfies the bound
         ([0.0, 0.0, 9.0], 1e-9, [True, True, False]),
         ([], 1.0, []),
     ],
@@ -56,15 +56,15 @@ def test_m2po_by_hand(values: list[float], bound: float, kept: list[bool]) -> No
     assert kept_under(m2_threshold(ours, bound, gather=alone_on_its_machine), ours) == kept
 
 
-def test_equal_squares_on_the_bound_go_together_whatever_rounding_makes_of_their_mean() -> None:
-    """Ten squares of one value: their running mean is above, on and below it by a last digit."""
+def test_equal_squares_on_the_bound_are_removed_together_despite_rounding() -> None:
+    """Ten equal squares: rounding puts their running mean above, on or below the value."""
     for value in np.linspace(0.1, 0.9, 41):
         ours = torch.full((10,), float(value), dtype=torch.float64)
         threshold = m2_threshold(ours, float(value) ** 2, gather=alone_on_its_machine)
         assert kept_under(threshold, ours) == [False] * 10
 
 
-def test_m2po_masks_in_the_correction_and_says_so() -> None:
+def test_m2po_masks_tokens_and_records_the_cause() -> None:
     got = row([0.1, 0.2, 3.0], m2=0.03, weight="ratio")
     assert got.causes["m2"].tolist() == got.masked.tolist() == [[False, False, True]]
 
@@ -77,8 +77,8 @@ def test_m2po_without_its_threshold_is_refused() -> None:
 
 @pytest.mark.parametrize("weight", ["ratio", "truncated"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_18_12_limits_are_of_the_minibatch_however_it_is_split(ranks: int, weight: str) -> None:
-    """Micro-batches, ranks, ranks without any row: the same threshold and the same normalizer everywhere."""
+def test_18_12_limits_do_not_depend_on_the_split_of_the_minibatch(ranks: int, weight: str) -> None:
+    """Threshold and normalizer are equal for all micro-batches and ranks, including ranks without rows."""
     rules = Rules(weight=weight, weight_normalize=True, **{**ALL, "m2": 0.03})  # type: ignore[arg-type]
     bound_somewhere = 0
     for seed in range(0, 40, 4):
@@ -107,8 +107,8 @@ def test_the_kept_tokens_of_a_minibatch_have_mean_weight_one() -> None:
             assert float(got.weight[kept].mean()) == pytest.approx(1.0)
 
 
-def test_the_normalizer_is_the_mean_after_truncation_of_the_tokens_that_are_kept() -> None:
-    """Ratios 0.5, 1, 4, 100: the band takes the last, the cap makes the third 2: (0.5 + 1 + 2) / 3."""
+def test_the_normalizer_is_the_mean_truncated_weight_of_the_kept_tokens() -> None:
+    """Ratios 0.5, 1, 4, 100: the band removes the last, the cap makes the third 2: (0.5 + 1 + 2) / 3."""
     ratios = torch.tensor([[0.5, 1.0, 4.0, 100.0]], dtype=torch.float64)
     mask = torch.ones(1, 4, dtype=torch.bool)
     part = (ratios.log(), torch.zeros_like(ratios), mask, ~mask)
@@ -120,13 +120,13 @@ def test_the_normalizer_is_the_mean_after_truncation_of_the_tokens_that_are_kept
     assert got.weight[0].tolist() == pytest.approx([0.5 * 3 / 3.5, 3 / 3.5, 6 / 3.5, 0.0])
 
 
-def test_limits_of_nothing_leave_weights_as_they_are() -> None:
+def test_limits_of_an_empty_minibatch_do_not_change_weights() -> None:
     rules = Rules(weight="ratio", weight_normalize=True, m2=0.1)
     assert limits([], rules, gather=alone_on_its_machine) == Limits(1.0, math.inf)
 
 
-def test_limits_that_no_rule_asks_for_are_not_computed_and_nobody_is_called() -> None:
-    def nobody(value: Any) -> list[Any]:
-        raise AssertionError("no rank needs to be asked")
+def test_limits_are_computed_and_gathered_only_if_a_rule_needs_them() -> None:
+    def never(value: Any) -> list[Any]:
+        raise AssertionError("gather must not be called")
 
-    assert limits([tensors(draw(0))], Rules(weight="ratio", band=2.0), gather=nobody) == Limits()
+    assert limits([tensors(draw(0))], Rules(weight="ratio", band=2.0), gather=never) == Limits()

@@ -1,4 +1,4 @@
-"""Discrepancy rules for whole trajectories and runs of tokens, against the oracle (algorithms.md 6, 9, 16.1)."""
+"""Discrepancy rules for trajectories and for runs of tokens, compared with the oracle (algorithms.md 6, 9, 16.1)."""
 
 import math
 from typing import Any
@@ -48,7 +48,7 @@ def test_a_rule_for_rows_removes_what_the_oracle_removes(
     assert min(removed, kept) > 100
 
 
-def test_products_and_means_are_those_of_the_oracle() -> None:
+def test_products_and_means_equal_the_oracle() -> None:
     for seed in range(DRAWS):
         data = draw(seed)
         proximal, behavior, _, _ = tensors(data)
@@ -69,8 +69,8 @@ def test_a_product_stays_within_e_to_the_20() -> None:
     assert weight[0].tolist() == pytest.approx([math.exp(-20)] * 3)
 
 
-def test_the_mean_of_a_long_trajectory_is_good_to_the_width_of_its_band() -> None:
-    """Bands of 1e-4 on the mean of 32768 float32 terms."""
+def test_the_mean_of_a_long_trajectory_is_accurate_enough_for_a_narrow_band() -> None:
+    """Bands may be as narrow as 1e-4 on the mean of 32768 float32 terms."""
     generator = np.random.default_rng(0)
     values = torch.from_numpy(generator.normal(1e-4, 0.3, (1, 32768)).astype(np.float32))
     mean = float(log_mean(values, torch.ones_like(values, dtype=torch.bool)))
@@ -78,7 +78,7 @@ def test_the_mean_of_a_long_trajectory_is_good_to_the_width_of_its_band() -> Non
 
 
 def test_a_probability_that_vanishes_gives_a_number_not_nan() -> None:
-    """16.1b: exp(-200) is 0 in float32, and its logarithm times a mask of 0 is NaN; here no exp is taken back."""
+    """16.1b: exp(-200) is 0 in float32, and its log times a mask of 0 is NaN; the code never takes log(exp(x))."""
     proximal = torch.tensor([[-200.0, -1.0, -200.0], [-1.0, -1.0, -1.0]])
     behavior = torch.tensor([[-0.0, -1.0, -0.0], [-1.0, -1.0, -1.0]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
@@ -91,7 +91,7 @@ def test_a_probability_that_vanishes_gives_a_number_not_nan() -> None:
     assert got.weight.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 
 
-def test_one_token_that_the_proximal_all_but_excludes_vetoes_its_trajectory() -> None:
+def test_one_token_with_a_tiny_ratio_vetoes_its_trajectory() -> None:
     """algorithms.md 6: 1e-4."""
     assert row([0.0, math.log(0.9e-4), 0.0], veto=1e-4).masked.tolist() == [[True, True, True]]
     assert row([0.0, math.log(1.1e-4), 9.0], veto=1e-4).masked.tolist() == [[False, False, False]]
@@ -104,7 +104,7 @@ def test_the_geometric_band_does_not_depend_on_length_and_the_product_does() -> 
         assert bool(causes["sequence"].all()) is removed
 
 
-def test_a_token_without_a_number_neither_adds_to_a_mean_nor_counts_in_it() -> None:
+def test_unusable_tokens_do_not_count_in_a_mean() -> None:
     """Two usable tokens of log 0.3 each: mean 0.3, not 0.15."""
     proximal = torch.tensor([[-0.7, math.nan, -0.7, 0.0]], dtype=torch.float64)
     behavior = torch.tensor([[-1.0, -1.0, -1.0, -1.0]], dtype=torch.float64)
@@ -116,11 +116,11 @@ def test_a_token_without_a_number_neither_adds_to_a_mean_nor_counts_in_it() -> N
             assert bool(got.causes[name].all()) is removed
     rules = Rules(estimates={"k2_sequence_mean": 0.04})
     got = correct(proximal, behavior, mask, missing=missing, rules=rules, limits=Limits())
-    assert got.causes["k2_sequence_mean"].all()  # 0.045, and 0.0225 were all four counted
+    assert got.causes["k2_sequence_mean"].all()  # 0.045; with all four tokens counted it would be 0.0225
 
 
-def test_a_trajectory_without_any_number_fails_no_rule() -> None:
-    """Its tokens go for what they lack, and k1 of nothing is not below a bound below 0."""
+def test_a_trajectory_without_finite_tokens_fails_no_rule() -> None:
+    """Its tokens are masked as nonfinite, and k1 of no tokens is not above a negative bound."""
     nothing = torch.full((1, 2), math.nan)
     mask = torch.ones(1, 2, dtype=torch.bool)
     rules = Rules(
@@ -139,7 +139,7 @@ def test_runs_are_numbered_in_each_row_and_end_at_untrainable_tokens() -> None:
     assert runs(torch.zeros(1, 0, dtype=torch.bool)).shape == (1, 0)
 
 
-def test_a_turn_goes_without_the_others_of_its_trajectory() -> None:
+def test_the_segment_rule_removes_one_turn_only() -> None:
     proximal = torch.tensor([[-1.0, -1.0, 0.0, -2.0, -2.0]])
     behavior = torch.tensor([[-1.0, -1.0, 0.0, -1.0, -1.0]])
     mask = torch.tensor([[True, True, False, True, True]])

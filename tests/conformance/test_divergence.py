@@ -1,4 +1,4 @@
-"""Estimators of a divergence and the penalty made of one (algorithms.md 9)."""
+"""Estimators of the divergence, and the penalty (algorithms.md 9)."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def distributions(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def expected_loss(
     logits: np.ndarray, reference: np.ndarray, sampled: np.ndarray, name: Estimator, *, unbiased: bool
 ) -> tuple[float, np.ndarray]:
-    """Expectation of kl_loss over samples of the behavior policy, by counting them all; value and gradient."""
+    """Value and gradient of the expected kl_loss over samples of the behavior policy, by exact summation."""
     leaf = torch.tensor(logits, requires_grad=True)
     behavior = torch.tensor(sampled)
     losses = kl_loss(
@@ -62,7 +62,7 @@ def expected_loss(
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_unbiased_penalty_has_the_gradient_of_the_divergence_whoever_sampled(name: Estimator) -> None:
+def test_the_unbiased_penalty_has_the_gradient_of_the_divergence_under_any_sampling_policy(name: Estimator) -> None:
     for seed in range(CASES):
         logits, reference, behavior = distributions(seed)
         for sampled in (behavior, oracle.softmax(logits)):
@@ -73,14 +73,14 @@ def test_the_unbiased_penalty_has_the_gradient_of_the_divergence_whoever_sampled
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_without_the_total_ratio_stale_samples_give_another_gradient(name: Estimator) -> None:
+def test_without_the_total_ratio_stale_samples_bias_the_gradient(name: Estimator) -> None:
     logits, reference, behavior = distributions(1)
     _, gradient = expected_loss(logits, reference, behavior, name, unbiased=False)
     assert np.abs(gradient - oracle.kl_gradient(logits, reference)).max() > 1e-2
 
 
-def test_the_estimators_speak_of_samples_of_q() -> None:
-    """Under q, k1 and k3 of log p - log q average to KL(q || p), and k3 the other way round does not."""
+def test_the_estimators_expect_samples_of_q() -> None:
+    """Under q, k1 and k3 of log p - log q average to KL(q || p); k3 of log q - log p does not."""
     for seed in range(CASES):
         _, p, q = distributions(seed)
         log_ratio = torch.tensor(np.log(p) - np.log(q))
@@ -89,8 +89,8 @@ def test_the_estimators_speak_of_samples_of_q() -> None:
         assert float((torch.tensor(q) * k3(-log_ratio)).sum()) != pytest.approx(oracle.kl(q, p), rel=1e-3)
 
 
-def test_why_the_gradient_is_always_that_of_k2() -> None:
-    """Over samples of the current policy k1 itself has a gradient of zero, and k3 that of KL(reference || current)."""
+def test_the_gradients_of_k1_and_k3_are_not_that_of_the_divergence() -> None:
+    """Over samples of the current policy the gradient of k1 is zero, and that of k3 is KL(reference || current)'s."""
     logits, reference, _ = distributions(2)
     leaf = torch.tensor(logits, requires_grad=True)
     current = leaf.log_softmax(-1)

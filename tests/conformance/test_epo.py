@@ -1,4 +1,4 @@
-"""EPO's hinge on the entropy (algorithms.md 13, 18.14)."""
+"""EPO's hinge penalty on the entropy (algorithms.md 13, 18.14)."""
 
 import json
 
@@ -16,7 +16,7 @@ CASES = 200
 def penalty(
     entropy: Tensor, mask: Tensor, *, history: float | None = 1.0, weight: float = 0.5, low: float = 0.8
 ) -> tuple[float, Tensor]:
-    """Its value and its gradient, of all trajectories there are; the band ends at 1.2."""
+    """Value and gradient of the penalty over all trajectories; the upper bound of the band is 1.2."""
     leaf = entropy.clone().requires_grad_()
     rows = int(mask.any(-1).sum())
     loss = epo_loss(leaf, mask, history=history, low=low, high=1.2, weight=weight, sequences=rows)
@@ -44,14 +44,14 @@ def test_value_and_gradient_equal_the_oracle() -> None:
 def test_18_14_the_hinge_has_a_gradient_outside_the_band_and_none_inside(
     entropy: float, loss: float, slope: float
 ) -> None:
-    """History 1, band [.8, 1.2], weight .5, two tokens: each gets half the trajectory's slope."""
+    """History 1, band [0.8, 1.2], weight 0.5, two tokens: each token gets half the trajectory's slope."""
     found, gradient = penalty(torch.full((1, 2), entropy), torch.ones(1, 2, dtype=torch.bool))
     assert found == pytest.approx(loss, abs=1e-6)
     assert gradient.tolist() == [[slope, slope]]
 
 
 def test_descending_the_penalty_brings_the_entropy_back() -> None:
-    """What a penalty without a gradient could not do."""
+    """A penalty without a gradient could not do this."""
     logits = torch.tensor([[[4.0, 0.0, 0.0, 0.0]]], requires_grad=True)
     mask, history = torch.ones(1, 1, dtype=torch.bool), 1.2
     start = None
@@ -82,7 +82,7 @@ def test_without_a_history_there_is_no_penalty() -> None:
     assert (gradient == 0).all()
 
 
-def test_18_7_untrainable_tokens_and_18_8_broken_ones_stay_out_of_the_mean() -> None:
+def test_18_7_and_18_8_the_mean_excludes_untrainable_and_nonfinite_tokens() -> None:
     entropy = torch.tensor([[0.5, 99.0, float("nan"), 0.7], [5.0, float("nan"), 5.0, 5.0]])
     mask = torch.tensor([[True, False, True, True], [False] * 4])
     means, present = trajectory_entropy(entropy, mask)
@@ -93,7 +93,7 @@ def test_18_7_untrainable_tokens_and_18_8_broken_ones_stay_out_of_the_mean() -> 
     assert gradient.tolist() == [[-0.25, 0.0, 0.0, -0.25], [0.0] * 4]
 
 
-def test_the_hinge_measures_how_far_outside() -> None:
+def test_the_hinge_is_the_distance_from_the_band() -> None:
     entropies = torch.tensor([0.3, 0.8, 1.0, 1.2, 2.0], dtype=torch.float64)
     assert hinge(entropies, 1.0, low=0.8, high=1.2).tolist() == pytest.approx([0.5, 0.0, 0.0, 0.0, 0.8])
 
@@ -103,13 +103,13 @@ def test_the_history_is_the_mean_of_earlier_versions() -> None:
     assert history.mean is None
     seen = []
     for entropy in (1.0, 2.0, 6.0):
-        seen.append(history.mean)  # what the version itself is held to
+        seen.append(history.mean)  # the mean that the version's penalty uses
         history.add(entropy)
     assert seen == [None, 1.0, 1.5]
     assert history.mean == 3.0
 
 
-def test_a_history_goes_through_a_checkpoint() -> None:
+def test_a_history_restored_from_a_checkpoint_equals_the_original() -> None:
     history, restored = EntropyHistory(), EntropyHistory()
     for entropy in (0.1, 0.7, 1.3):
         history.add(entropy)
@@ -121,13 +121,13 @@ def test_a_history_goes_through_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("entropy", [float("nan"), float("inf")])
-def test_18_8_a_history_takes_no_entropy_that_is_not_finite(entropy: float) -> None:
+def test_18_8_a_history_refuses_a_nonfinite_entropy(entropy: float) -> None:
     history = EntropyHistory()
     with pytest.raises(ValueError, match="leave versions without one out"):
         history.add(entropy)
     assert history.mean is None
 
 
-def test_a_band_upside_down_is_refused() -> None:
+def test_a_band_with_low_above_high_is_refused() -> None:
     with pytest.raises(ValueError, match=r"entropy band of EPO is \[1\.3, 1\.2\]"):
         penalty(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), low=1.3)

@@ -1,4 +1,4 @@
-"""The moving average against its closed form, and what it must never do (algorithms.md 4.6, 4.7, 18.3)."""
+"""The moving average compared with its closed form, and its invariants (algorithms.md 4.6, 4.7, 18.3)."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def scalar(value: float) -> list[Tensor]:
 
 
 def run(values: Sequence[float], decays: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Average and weight after each version; a decay of -1 means a reset."""
+    """Average and weight after each version; a decay of -1 is a reset."""
     average = Average(scalar(values[0]))
     means, weights = [float(average.means[0])], [average.weight]
     for value, decay in zip(values[1:], decays, strict=True):
@@ -41,13 +41,13 @@ def run(values: Sequence[float], decays: Sequence[float]) -> tuple[list[float], 
     ],
     ids=["beta .5", "beta .5, reset at 3", "beta .8"],
 )
-def test_18_3_example_b_to_the_digits(decays: list[float], weights: list[float], means: list[float]) -> None:
+def test_18_3_example_b_to_all_digits(decays: list[float], weights: list[float], means: list[float]) -> None:
     got = run([1, 2, 3, 4], decays)
     assert got[0] == pytest.approx(means, abs=5e-6)
     assert got[1] == pytest.approx(weights, abs=1e-12)
 
 
-def test_18_3_it_is_not_the_biased_average() -> None:
+def test_18_3_the_average_is_the_unbiased_one() -> None:
     assert run([1, 2, 3, 4], [0.5] * 3)[0] != pytest.approx([1, 1.5, 2.25, 3.125], abs=1e-2)
 
 
@@ -74,7 +74,7 @@ def test_18_3_recursion_and_closed_form_agree_under_any_decays_and_resets() -> N
             assert got[t][2] == pytest.approx(age, rel=1e-9, abs=1e-12)
 
 
-def test_18_3_weights_that_stand_still_stay_bit_for_bit() -> None:
+def test_18_3_the_average_of_constant_weights_equals_them_bit_for_bit() -> None:
     theta = [torch.randn(500, generator=torch.Generator().manual_seed(1)) * 10**k for k in range(-6, 4)]
     average = Average(theta)
     for tick in range(50):
@@ -82,7 +82,7 @@ def test_18_3_weights_that_stand_still_stay_bit_for_bit() -> None:
         assert all(torch.equal(mean, master) for mean, master in zip(average.means, theta, strict=True))
 
 
-def test_18_3_after_a_reset_the_age_comes_back_as_the_table_says() -> None:
+def test_18_3_after_a_reset_the_mean_age_grows_as_in_the_table() -> None:
     table = {1: 0.0, 2: 0.4, 3: 0.737, 5: 1.242, 10: 1.824, 20: 1.994}
     average = Average(scalar(0.0))
     for _ in range(7):
@@ -96,7 +96,7 @@ def test_18_3_after_a_reset_the_age_comes_back_as_the_table_says() -> None:
         average.take(scalar(0.0), decay=2 / 3)
 
 
-def test_18_3_beta_of_a_window_puts_the_age_in_its_middle() -> None:
+def test_18_3_the_decay_of_a_window_gives_a_mean_age_of_half_the_window() -> None:
     table = {0: 0.0, 1: 1 / 3, 2: 0.5, 4: 0.6667, 8: 0.8, 16: 0.8889}
     for window, decay in table.items():
         assert window_decay(window) == pytest.approx(decay, abs=5e-5)
@@ -105,7 +105,7 @@ def test_18_3_beta_of_a_window_puts_the_age_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_decay_that_is_none_is_refused(wrong: float) -> None:
+def test_a_decay_out_of_range_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"it must be in \[0, 1\)"):
         Average(scalar(1.0)).take(scalar(2.0), decay=wrong)
 
@@ -117,7 +117,7 @@ def test_a_window_or_staleness_below_0_is_refused() -> None:
         staleness_decay(-0.5)
 
 
-def test_18_3_a_checkpoint_goes_on_bit_for_bit() -> None:
+def test_18_3_a_restored_average_continues_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def version() -> list[Tensor]:
@@ -139,7 +139,7 @@ def test_18_3_a_checkpoint_goes_on_bit_for_bit() -> None:
         assert (average.weight, average.center_of_mass) == (other.weight, other.center_of_mass)
 
 
-def test_what_is_no_checkpoint_of_this_average_is_refused() -> None:
+def test_the_state_of_another_model_is_refused() -> None:
     average = Average([torch.zeros(2, 3), torch.zeros(4)])
     with pytest.raises(ValueError, match="resuming would reset the average"):
         average.restore({})
@@ -151,7 +151,7 @@ def test_what_is_no_checkpoint_of_this_average_is_refused() -> None:
 
 
 def test_18_3_in_bf16_an_average_would_freeze() -> None:
-    """lr 1e-6 on weights of 1e-2, 100 versions at beta .8: a part in 10,000 each, where bf16 resolves a part in 256."""
+    """lr 1e-6 on weights of 1e-2, 100 versions at beta 0.8: steps of 1/10,000, where bf16 resolves 1/256."""
     decay, moved, versions = 0.8, 1e-6, 100
     thetas = [torch.full((3,), 1e-2 + moved * k) for k in range(versions)]
     average = Average(thetas[:1])
@@ -185,7 +185,7 @@ def test_the_average_is_a_copy_and_leaves_the_masters_alone() -> None:
     assert average.means[0].tolist() == [5.0] * 3
 
 
-def test_a_reset_forgets_what_is_not_finite() -> None:
+def test_a_reset_removes_nonfinite_values() -> None:
     average = Average(scalar(float("nan")))
     average.take(scalar(2.0), decay=0.0)
     assert average.means[0].tolist() == [2.0]

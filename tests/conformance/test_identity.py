@@ -1,4 +1,4 @@
-"""total ratio = discrepancy x staleness ratio, for every proximal (algorithms.md 2.1, 2.2, 18.1)."""
+"""Total ratio = discrepancy x staleness ratio, for every proximal (algorithms.md 2.1, 2.2, 18.1)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a surrogate does wrong, against a count token by token (algorithms.md 2.1, 2.2, 4.4 to 4.9)."""
+"""Errors of a surrogate, compared with a token-by-token count (algorithms.md 2.1, 2.2, 4.4 to 4.9)."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ WRONGS = (
 
 
 def tokens(**values: object) -> AuditedTokens:
-    """Tokens of these values; float32 as they come from a batch, staleness int."""
+    """Tokens with these values, as float32 like those of a batch; staleness as int32."""
     arrays = {name: np.atleast_1d(np.asarray(value, dtype=np.float32)) for name, value in values.items()}
     return AuditedTokens(**arrays | {"staleness": arrays["staleness"].astype(np.int32)})
 
@@ -44,7 +44,7 @@ def drawn(seed: int) -> AuditedTokens:
     )
 
 
-def test_every_number_equals_a_count_token_by_token() -> None:
+def test_all_statistics_equal_the_token_by_token_oracle() -> None:
     seen = dict.fromkeys(WRONGS, 0.0)
     for seed in range(DRAWS):
         data = drawn(seed)
@@ -86,8 +86,10 @@ A = {"staleness": 4, "behavior": -1.20, "old": -1.10, "current": -0.90, "advanta
     ],
     ids=["exact", "current_recompute", "bypass", "loglinear d=4", "arithmetic, same weights"],
 )
-def test_18_2_example_a_one_token_with_opposite_diagnoses(surrogate: float, leaked: float, wrong: set[str]) -> None:
-    """c = 1.2, epsilon = 0.2, A > 0. It is trained in no case: the errors of the two constraints cancel."""
+def test_18_2_surrogates_diagnose_the_token_of_example_a_differently(
+    surrogate: float, leaked: float, wrong: set[str]
+) -> None:
+    """c = 1.2, epsilon = 0.2, A > 0. No case trains on the token: the errors of the two constraints cancel."""
     found = surrogate_error(tokens(**A, surrogate=surrogate), Thresholds(band=1.2, clip_low=0.2, clip_high=0.2))
     assert found["leak_mean"] == pytest.approx(leaked, abs=2e-6)
     assert found["leak_rms"] == pytest.approx(abs(leaked), abs=2e-6)
@@ -104,7 +106,7 @@ def test_18_2_the_leak_moves_from_one_factor_to_the_other() -> None:
     assert surrogate_error(data, THRESHOLDS)["leak_mean"] == pytest.approx(float(e.mean()), abs=1e-6)
 
 
-def test_of_an_exact_proximal_there_is_nothing_to_say() -> None:
+def test_an_exact_proximal_has_no_errors() -> None:
     data = drawn(4)
     exact = surrogate_error(dataclasses.replace(data, surrogate=data.old), THRESHOLDS)
     assert exact["correlation"] == pytest.approx(1.0)
@@ -118,7 +120,7 @@ def test_a_surrogate_without_any_discrepancy_has_no_correlation() -> None:
     assert math.isnan(surrogate_error(dataclasses.replace(data, surrogate=data.behavior), THRESHOLDS)["correlation"])
 
 
-def test_constraints_that_are_off_do_nothing_wrong() -> None:
+def test_constraints_that_are_off_make_no_errors() -> None:
     data = drawn(6)
     everything = surrogate_error(data, Thresholds(band=None, clip_low=None, clip_high=None))
     assert [everything[name] for name in WRONGS] == [0.0] * len(WRONGS)
@@ -133,7 +135,7 @@ def test_constraints_that_are_off_do_nothing_wrong() -> None:
 
 @pytest.mark.parametrize("where", ["behavior", "surrogate", "old", "current"])
 @pytest.mark.parametrize("what", [float("nan"), float("-inf")])
-def test_18_8_a_token_that_is_not_finite_is_counted_and_left_out(where: str, what: float) -> None:
+def test_18_8_a_nonfinite_token_is_counted_and_excluded(where: str, what: float) -> None:
     data = drawn(7)
     values = getattr(data, where).copy()
     values[2] = what
@@ -146,7 +148,7 @@ def test_18_8_a_token_that_is_not_finite_is_counted_and_left_out(where: str, wha
     }
 
 
-def test_no_tokens_give_no_numbers() -> None:
+def test_statistics_of_no_tokens_are_nan() -> None:
     nothing = drawn(8).where(np.zeros(len(drawn(8).staleness), dtype=bool))
     found = surrogate_error(nothing, THRESHOLDS)
     assert (found["tokens"], found["nonfinite"]) == (0.0, 0.0)
@@ -154,7 +156,7 @@ def test_no_tokens_give_no_numbers() -> None:
     assert leak_by_staleness(nothing, THRESHOLDS) == {}
 
 
-def test_parts_joined_are_the_whole() -> None:
+def test_joined_tokens_have_the_weighted_mean_of_the_parts() -> None:
     a, b = drawn(9), drawn(10)
     both = AuditedTokens.joined([a, b])
     assert len(both.old) == len(a.old) + len(b.old)
@@ -163,8 +165,8 @@ def test_parts_joined_are_the_whole() -> None:
     assert surrogate_error(both, THRESHOLDS)["leak_mean"] == pytest.approx(mean)
 
 
-def test_the_constraints_at_their_edges() -> None:
-    """Inside means inside: a ratio a little beyond is out, by the sign of the advantage where it is the clip's."""
+def test_the_constraints_at_their_bounds() -> None:
+    """A ratio slightly beyond a bound is out; for the clip, the sign of the advantage selects the bound."""
     for factor, out in ((0.999, False), (1.001, True)):
         for sign in (1.0, -1.0):
             proximal = np.array([-1.0 + sign * factor * np.log(1.2)])
@@ -179,13 +181,13 @@ def test_the_constraints_at_their_edges() -> None:
         assert not clipped(above, zero, zero, THRESHOLDS)[0]
 
 
-def test_a_clip_at_0_never_binds_from_below() -> None:
+def test_a_lower_clip_bound_of_0_never_binds() -> None:
     whole = Thresholds(band=None, clip_low=1.0, clip_high=None)
     assert not clipped(np.array([-30.0]), np.zeros(1), -np.ones(1), whole).any()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("bounds", "message"),
     [
         ({"band": 1.0}, "lets nothing through"),
         ({"clip_low": -0.1}, r"clip_low is -0\.1"),
@@ -193,6 +195,6 @@ def test_a_clip_at_0_never_binds_from_below() -> None:
         ({"clip_high": 0.0}, r"clip_high is 0\.0"),
     ],
 )
-def test_numbers_that_are_no_bounds_are_refused(wrong: dict[str, float], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        Thresholds(**{"band": None, "clip_low": None, "clip_high": None} | wrong)
+def test_invalid_thresholds_are_refused(bounds: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Thresholds(**{"band": None, "clip_low": None, "clip_high": None} | bounds)

@@ -1,4 +1,4 @@
-"""The objective against a float64 oracle; what must not depend on the proximal (algorithms.md 18.1, 18.7, 18.12)."""
+"""The objective compared with a float64 oracle, and its invariants (algorithms.md 18.1, 18.7, 18.12)."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_with_all_thresholds_off_every_proximal_gives_the_same_gradient() -> Non
 
 
 def test_without_the_discrepancy_weight_the_gradients_differ() -> None:
-    """The invariance above rests on the weight: dropping it changes the estimator."""
+    """The invariance of the gradient requires the weight."""
     data = draw(3)
     exact = ours(data, proximal=data["proximal"], low=1.0, high=OFF, band=None, weighted=False)[1]
     bypass = ours(data, proximal=data["behavior"], low=1.0, high=OFF, band=None, weighted=False)[1]
@@ -97,7 +97,7 @@ def test_numbers_at_untrainable_tokens_change_nothing() -> None:
 
 
 def test_masking_half_the_tokens_halves_the_gradient_of_the_rest() -> None:
-    """The denominator counts masked tokens too: nothing is renormalized."""
+    """The denominator includes masked tokens: nothing is renormalized."""
     behavior = torch.full((1, 4), -1.0)
     proximal = torch.tensor([[-1.0, -1.0, 5.0 - 1.0, 5.0 - 1.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_masking_half_the_tokens_halves_the_gradient_of_the_rest() -> None:
 
 @pytest.mark.parametrize("where", ["proximal", "behavior"])
 @pytest.mark.parametrize("what", [float("nan"), float("-inf")])
-def test_a_token_without_a_finite_log_prob_is_masked_not_replaced(where: str, what: float) -> None:
+def test_a_token_without_a_finite_log_prob_is_masked(where: str, what: float) -> None:
     values = {"proximal": torch.full((1, 2), -1.0), "behavior": torch.full((1, 2), -1.1)}
     values[where][0, 1] = what
     mask = torch.ones(1, 2, dtype=torch.bool)
@@ -149,7 +149,7 @@ def test_a_token_without_a_finite_log_prob_is_masked_not_replaced(where: str, wh
         (1.1, 2.0, 2.2, False),
     ],
 )
-def test_the_clip_acts_by_the_sign_of_the_advantage(
+def test_the_clip_depends_on_the_sign_of_the_advantage(
     ratio: float, advantage: float, objective: float, clipped: bool
 ) -> None:
     mask = torch.tensor([[True]])

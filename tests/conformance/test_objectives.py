@@ -1,4 +1,4 @@
-"""Every objective against a float64 oracle, and the numbers of algorithms.md 2, 5, 7 and 14."""
+"""Every objective compared with a float64 oracle, and the numbers of algorithms.md 2, 5, 7 and 14."""
 
 import math
 from collections.abc import Callable
@@ -52,11 +52,11 @@ PAIRS: dict[str, tuple[Ours, Theirs]] = {
         lambda data: oracle.r2vpo(data, multiplier=0.7, target=0.02),
     ),
 }
-"""Name -> ours, the oracle's."""
+"""Name -> our objective, the oracle's objective."""
 
 
 def draw(seed: int) -> oracle.Data:
-    """With removed tokens, tokens off the mask, and log-probs that are not finite."""
+    """Random data with removed tokens, untrainable tokens and nonfinite log-probs."""
     generator = np.random.default_rng(seed)
     shape = (int(generator.integers(1, 5)), int(generator.integers(1, 9)))
     behavior = -generator.exponential(1.0, shape)
@@ -115,7 +115,7 @@ def test_losses_and_gradient_equal_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_an_anchor_made_of_the_current_log_probs_holds_none_of_their_gradient(name: str) -> None:
+def test_no_gradient_passes_through_a_proximal_that_depends_on_the_current_log_probs(name: str) -> None:
     ours, _ = PAIRS[name]
     inputs = inputs_of(draw(4))
     between = 0.5 * (inputs.behavior + inputs.current)
@@ -125,8 +125,8 @@ def test_an_anchor_made_of_the_current_log_probs_holds_none_of_their_gradient(na
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_18_8_ratios_that_no_float_could_hold_have_finite_losses_and_gradients(name: str) -> None:
-    """e^1000 and more in float32, either way, for either sign of the advantage, as ratio and as discrepancy."""
+def test_18_8_losses_and_gradients_are_finite_for_ratios_beyond_the_range_of_floats(name: str) -> None:
+    """Ratios and discrepancies beyond e^1000 and below e^-1000 in float32, for both signs of the advantage."""
     ours, _ = PAIRS[name]
     far = torch.tensor([-1e-3, -1e3, -1e30])
     current, proximal, behavior, sign = torch.cartesian_prod(far, far, far, torch.tensor([-1.0, 1.0])).T[:, None]
@@ -140,7 +140,7 @@ def test_18_8_ratios_that_no_float_could_hold_have_finite_losses_and_gradients(n
 
 
 @pytest.mark.parametrize("name", ["clipped", "dual_clip", "gspo", "minirl"])
-def test_a_token_is_said_to_be_clipped_exactly_when_it_lost_its_gradient(name: str) -> None:
+def test_a_token_counts_as_clipped_exactly_if_its_gradient_is_zero(name: str) -> None:
     ours, _ = PAIRS[name]
     seen = 0
     for seed in range(CASES):
@@ -153,7 +153,7 @@ def test_a_token_is_said_to_be_clipped_exactly_when_it_lost_its_gradient(name: s
 
 
 def test_with_all_bounds_off_every_objective_has_the_gradient_of_the_total_ratio() -> None:
-    """algorithms.md 2.2: R A at each token. GSPO's ratio is a trajectory's: the same where it has one token."""
+    """algorithms.md 2.2: R A at each token. Trajectories have one token, so GSPO's ratio is the token's."""
     for seed in range(CASES):
         generator = np.random.default_rng(seed)
         shape = (6, 1)
@@ -193,7 +193,7 @@ def test_with_all_bounds_off_every_objective_has_the_gradient_of_the_total_ratio
         (1.1, 2.0, -2.2, None),
     ],
 )
-def test_the_clip_acts_by_the_sign_of_the_advantage(
+def test_the_clip_depends_on_the_sign_of_the_advantage(
     ratio: float, advantage: float, loss: float, cause: str | None
 ) -> None:
     outcome = ppo_loss(one(math.log(ratio), advantage), clip_low=0.2, clip_high=0.2)
@@ -202,7 +202,7 @@ def test_the_clip_acts_by_the_sign_of_the_advantage(
 
 
 def test_the_dual_clip_bounds_the_loss_at_three_times_the_advantage() -> None:
-    """algorithms.md 5: A = -1, r = 10 gives 10 without, 3 with."""
+    """algorithms.md 5: for A = -1 and r = 10 the loss is 10 without the dual clip and 3 with it."""
     inputs = one(math.log(10.0), -1.0)
     outcome = ppo_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     assert float(outcome.losses.detach()) == pytest.approx(3.0)
@@ -212,7 +212,7 @@ def test_the_dual_clip_bounds_the_loss_at_three_times_the_advantage() -> None:
     }  # fmt: skip
 
 
-def test_the_dual_clip_leaves_positive_advantages_alone() -> None:
+def test_the_dual_clip_ignores_positive_advantages() -> None:
     inputs = one(math.log(10.0), 1.0)
     with_it = ppo_loss(inputs, clip_low=0.2, clip_high=OFF, dual_clip=3.0)
     assert float(with_it.losses.detach()) == pytest.approx(-10.0)
@@ -222,8 +222,8 @@ def test_the_dual_clip_leaves_positive_advantages_alone() -> None:
 @pytest.mark.parametrize(
     ("log_proximal", "clipped"), [(-1.10, True), (-0.95, False), (-1.20, True), (-0.975, False), (-0.96699, False)]
 )
-def test_the_clip_sees_another_ratio_under_each_proximal(log_proximal: float, clipped: bool) -> None:
-    """Example A of algorithms.md 2.1: one token, one A > 0, clip at 1.2."""
+def test_the_clip_depends_on_the_proximal(log_proximal: float, clipped: bool) -> None:
+    """Example A of algorithms.md 2.1: one token, A > 0, clip at 1.2."""
     inputs = one(-0.90 - log_proximal, 1.0, weight=math.exp(log_proximal + 1.20), log_discrepancy=log_proximal + 1.20)
     outcome = ppo_loss(inputs, clip_low=0.2, clip_high=0.2)
     assert bool(outcome.touched) is clipped
@@ -248,7 +248,7 @@ def test_gspo_ratio_is_the_geometric_mean() -> None:
 
 
 def test_gspo_clips_the_whole_trajectory_by_the_sign_of_its_advantage() -> None:
-    """s = .95123 is below 1 - 3e-4: with A < 0 the clip holds, with A > 0 it does not."""
+    """s = 0.95123 is below 1 - 3e-4: with A < 0 the clip binds, with A > 0 it does not."""
     bad = three_tokens(-1.0)
     outcome = gspo_loss(bad, clip_low=3e-4, clip_high=4e-4)
     np.testing.assert_allclose(outcome.losses.detach(), [[0.9997] * 3], atol=1e-12)
@@ -260,7 +260,7 @@ def test_gspo_clips_the_whole_trajectory_by_the_sign_of_its_advantage() -> None:
     assert (gradient(outcome, good) != 0).all()
 
 
-def test_gspo_in_token_form_has_value_and_gradient_of_the_trajectory_form() -> None:
+def test_gspo_per_token_has_the_value_and_gradient_of_the_trajectory_form() -> None:
     for seed in range(CASES):
         generator = np.random.default_rng(seed)
         rows, tokens = int(generator.integers(1, 4)), int(generator.integers(1, 7))
@@ -282,7 +282,7 @@ def test_gspo_in_token_form_has_value_and_gradient_of_the_trajectory_form() -> N
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
 
 
-def test_cispo_bounds_the_gradient_where_ppo_has_none() -> None:
+def test_cispo_keeps_a_bounded_gradient_where_ppo_has_none() -> None:
     inputs = one(math.log(1.5), 1.0)
     assert float(gradient(ppo_loss(inputs, clip_low=0.2, clip_high=0.2), inputs)) == 0.0
     outcome = cispo_loss(inputs, clip_low=0.2, clip_high=0.2)
@@ -290,8 +290,8 @@ def test_cispo_bounds_the_gradient_where_ppo_has_none() -> None:
     assert bool(outcome.clipped["clip_high"])
 
 
-def test_minirl_weighs_by_the_total_ratio_and_takes_the_weight_as_a_mask_only() -> None:
-    """Staleness ratio 1.1 and discrepancy 1.25: the factor is 1.375, whatever the weight."""
+def test_minirl_scales_by_the_total_ratio_and_uses_the_weight_only_as_a_mask() -> None:
+    """Staleness ratio 1.1 and discrepancy 1.25: the factor is 1.375 for every positive weight."""
     for weight in (1.25, 1.0, 0.01):
         inputs = one(math.log(1.1), 2.0, weight=weight, log_discrepancy=math.log(1.25))
         outcome = minirl_loss(inputs, clip_low=0.2, clip_high=0.2)
@@ -307,7 +307,7 @@ def test_minirl_weighs_by_the_total_ratio_and_takes_the_weight_as_a_mask_only() 
 def test_minirl_masks_by_the_staleness_ratio_not_by_the_total(
     ratio: float, advantage: float, cause: str | None
 ) -> None:
-    """The discrepancy is the ratio's inverse, so that the total ratio is 1 throughout."""
+    """The discrepancy is the inverse of the ratio, so the total ratio is 1."""
     inputs = one(math.log(ratio), advantage, log_discrepancy=-math.log(ratio))
     outcome = minirl_loss(inputs, clip_low=0.2, clip_high=0.2)
     assert {name for name, where in outcome.clipped.items() if where.any()} == ({cause} if cause else set())
@@ -315,7 +315,7 @@ def test_minirl_masks_by_the_staleness_ratio_not_by_the_total(
 
 
 @pytest.mark.parametrize(
-    ("bounds", "sentence"),
+    ("bounds", "message"),
     [
         ({"clip_low": 1.5, "clip_high": 0.2}, "clip_low is 1.5"),
         ({"clip_low": -0.1, "clip_high": 0.2}, "clip_low is -0.1"),
@@ -324,14 +324,14 @@ def test_minirl_masks_by_the_staleness_ratio_not_by_the_total(
     ],
 )
 @pytest.mark.parametrize("objective", [ppo_loss, gspo_loss, cispo_loss, minirl_loss])
-def test_bounds_that_are_none_are_refused(
-    objective: Callable[..., Outcome], bounds: dict[str, float], sentence: str
+def test_invalid_clip_bounds_are_refused(
+    objective: Callable[..., Outcome], bounds: dict[str, float], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         objective(one(0.1, 1.0), **bounds)
 
 
-def test_a_dual_clip_that_would_act_below_one_is_refused() -> None:
+def test_a_dual_clip_not_above_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dual_clip is 1\.0"):
         ppo_loss(one(0.1, 1.0), clip_low=0.2, clip_high=0.2, dual_clip=1.0)
 

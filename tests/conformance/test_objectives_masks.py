@@ -1,4 +1,4 @@
-"""What is not trainable, not finite or removed (algorithms.md 18.7, 18.8, 18.12), and OPSM, in every objective."""
+"""Untrainable, nonfinite and removed tokens in every objective (algorithms.md 18.7, 18.8, 18.12), and OPSM."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def with_garbage_off_the_mask(data: oracle.Data, generator: np.random.Generator)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_18_7_numbers_at_untrainable_tokens_change_no_bit(name: str) -> None:
+def test_18_7_garbage_at_untrainable_tokens_changes_no_bit(name: str) -> None:
     ours, _ = PAIRS[name]
     for seed in range(CASES):
         data = draw(seed)
@@ -42,7 +42,7 @@ def test_18_7_numbers_at_untrainable_tokens_change_no_bit(name: str) -> None:
 @pytest.mark.parametrize("where", ["current", "proximal", "behavior"])
 @pytest.mark.parametrize("what", [float("nan"), float("inf"), float("-inf")])
 def test_18_8_a_token_without_a_finite_log_prob_is_dropped(name: str, where: str, what: float) -> None:
-    """It has no loss and no gradient, and the others have what they would have without it."""
+    """It has neither loss nor gradient, and the others have the same values as without it."""
     ours, _ = PAIRS[name]
     data = draw(11)
     data.mask[0, 0] = True
@@ -61,7 +61,7 @@ def test_18_8_a_token_without_a_finite_log_prob_is_dropped(name: str, where: str
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_18_8_a_batch_without_any_finite_log_prob_has_a_loss_of_zero(name: str) -> None:
+def test_18_8_the_loss_is_zero_without_finite_log_probs(name: str) -> None:
     ours, _ = PAIRS[name]
     data = draw(3)
     data.current[:] = np.nan
@@ -73,7 +73,7 @@ def test_18_8_a_batch_without_any_finite_log_prob_has_a_loss_of_zero(name: str) 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_18_12_removing_half_of_equal_tokens_halves_the_gradient(name: str) -> None:
-    """The rest keep theirs: nothing is divided by what survives."""
+    """The other tokens keep their gradients: the denominator does not depend on removals."""
     ours, _ = PAIRS[name]
     ones = torch.ones(2, 4, dtype=torch.float64)
     removed = torch.tensor([[True, False] * 2] * 2)
@@ -105,7 +105,7 @@ def test_opsm_equals_the_oracle(threshold: float) -> None:
 
 
 def two_trajectories(advantage: float) -> Inputs:
-    """The policy has left the first by .2 nats a token, and moved towards the second by as much."""
+    """The first is 0.2 nats a token less likely under the current policy, the second 0.2 nats more likely."""
     current = torch.tensor([[-1.1, -1.3, -9.0], [-0.8, -0.8, -0.8]], dtype=torch.float64)
     flat = torch.full_like(current, -1.0)
     ones = torch.ones_like(current)
@@ -113,7 +113,7 @@ def two_trajectories(advantage: float) -> Inputs:
     return Inputs(current.requires_grad_(), flat, flat, ones, advantage * ones, mask)
 
 
-def test_opsm_removes_a_bad_trajectory_that_the_policy_has_left() -> None:
+def test_opsm_removes_a_failed_trajectory_that_became_less_likely() -> None:
     inputs = two_trajectories(-1.0)
     left = [[True, True, False], [False, False, False]]
     assert opsm_mask(inputs, threshold=0.19).tolist() == left
@@ -122,8 +122,8 @@ def test_opsm_removes_a_bad_trajectory_that_the_policy_has_left() -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_opsm_composes_with_every_objective(name: str) -> None:
-    """What it removes has no loss; the other trajectory keeps its own; the outcome says who did it."""
+def test_opsm_works_with_every_objective(name: str) -> None:
+    """Removed tokens have no loss, the other trajectory keeps its loss, and the outcome records the cause."""
     ours, _ = PAIRS[name]
     inputs = two_trajectories(-1.0)
     removed = opsm_mask(inputs, threshold=0.19)
@@ -136,7 +136,7 @@ def test_opsm_composes_with_every_objective(name: str) -> None:
     assert (gradient(outcome, inputs)[0] == 0).all()
 
 
-def test_opsm_removes_only_the_negative_advantages_of_a_trajectory() -> None:
+def test_opsm_removes_only_tokens_with_a_negative_advantage() -> None:
     inputs = two_trajectories(-1.0)
     inputs.advantages[0, 1] = 0.5
     assert opsm_mask(inputs, threshold=0.1).tolist() == [[True, False, False], [False, False, False]]
@@ -147,7 +147,7 @@ def test_a_negative_threshold_of_opsm_is_refused() -> None:
         opsm_mask(two_trajectories(-1.0), threshold=-0.1)
 
 
-def test_removing_tokens_leaves_the_inputs_and_the_mask_as_they_were() -> None:
+def test_without_does_not_change_its_inputs() -> None:
     inputs = two_trajectories(-1.0)
     smaller = inputs.without(inputs.mask)
     assert not smaller.usable.any()

@@ -1,4 +1,4 @@
-"""Recipes against the methods they are named after (algorithms.md 2.4, and the defaults of sections 5 to 14)."""
+"""Recipes compared with the published methods (algorithms.md 2.4, and the defaults of sections 5 to 14)."""
 
 import math
 from typing import Any
@@ -36,8 +36,10 @@ ROWS = {
 """Recipe -> log r_d, log r_s of section 2.4."""
 
 
-def through(config: LearnerConfig, *, behavior: float, proximal: float, current: float) -> tuple[float, float, float]:
-    """Of a token whose advantage is -1, so that a ratio above 1 is not clipped: weight, ratio, gradient."""
+def weight_ratio_gradient(
+    config: LearnerConfig, *, behavior: float, proximal: float, current: float
+) -> tuple[float, float, float]:
+    """Weight, ratio and gradient of a token with advantage -1, for which a ratio above 1 is not clipped."""
     objective = Objective(config, length=4)
     mask = torch.ones(1, 1, dtype=torch.bool)
     mu, anchor, theta = (torch.tensor([[x]], dtype=torch.float64) for x in (behavior, proximal, current))
@@ -49,23 +51,23 @@ def through(config: LearnerConfig, *, behavior: float, proximal: float, current:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_row_of_the_unifying_table_is_masked_importance_sampling_with_its_two_factors(name: str) -> None:
+def test_a_recipe_has_the_two_factors_of_its_row_in_the_table(name: str) -> None:
     config = a_learner(**apply_recipe(name, {}))
     discrepancy, staleness = ROWS[name]
-    found = through(config, behavior=BEHAVIOR, proximal=ANCHORS[config.proximal.kind], current=CURRENT)
+    found = weight_ratio_gradient(config, behavior=BEHAVIOR, proximal=ANCHORS[config.proximal.kind], current=CURRENT)
     assert found == pytest.approx((math.exp(discrepancy), math.exp(staleness), math.exp(discrepancy + staleness)))
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_row_masks_by_its_discrepancy_only_where_it_has_one(name: str) -> None:
-    """Three times as likely under every anchor but the behavior policy's own."""
+def test_a_recipe_masks_by_discrepancy_only_if_its_row_has_one(name: str) -> None:
+    """The proximal probability is three times the behavior probability, except for bypass."""
     config = a_learner(**apply_recipe(name, {}))
     anchor = BEHAVIOR if config.proximal.kind == "bypass" else BEHAVIOR + math.log(3)
-    weight, _, gradient = through(config, behavior=BEHAVIOR, proximal=anchor, current=anchor + 0.01)
+    weight, _, gradient = weight_ratio_gradient(config, behavior=BEHAVIOR, proximal=anchor, current=anchor + 0.01)
     assert (weight, gradient == 0.0) == ((0.0, True) if ROWS[name][0] else (1.0, False))
 
 
-def test_the_mixture_of_the_table_has_its_share_on_the_behavior_policy() -> None:
+def test_the_share_of_linear_prox_weighs_the_behavior_policy() -> None:
     share = a_learner(**apply_recipe("linear_prox", {})).proximal.model_dump()["behavior_share"]
     behavior, current = torch.tensor(BEHAVIOR), torch.tensor(CURRENT)
     assert float(linear(behavior, current, behavior_share=share)) == pytest.approx(MIXTURE)
@@ -105,18 +107,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_neighbor_has_the_numbers_of_its_publication(name: str) -> None:
+def test_a_recipe_has_the_published_numbers(name: str) -> None:
     assert name in NEIGHBORS
     config = a_learner(**apply_recipe(name, {}))
-    for key, wanted in PUBLISHED[name].items():
+    for key, expected in PUBLISHED[name].items():
         found: Any = config
         for part in key.split("."):
             found = getattr(found, part)
-        assert found == wanted, key
+        assert found == expected, key
 
 
-def test_no_recipe_clips_by_a_band_that_another_method_brought() -> None:
-    """The default band of the section would mask beside a rule of a recipe's own."""
+def test_recipes_with_their_own_rule_turn_the_default_band_off() -> None:
+    """Recipes with their own discrepancy rule turn the default band off."""
     own = {
         name for name, keys in RECIPES.items() if {"tokens", "geometric", "sequence", "m2"} & set(keys["discrepancy"])
     }

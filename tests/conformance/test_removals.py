@@ -1,4 +1,4 @@
-"""Removals by cause: they add up, and they are what the loss leaves out (algorithms.md 15.4, 18.11)."""
+"""Removals by cause sum to the removed tokens, and the loss excludes exactly these (algorithms.md 15.4, 18.11)."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ CLIP = Thresholds(band=1.3, clip_low=0.2, clip_high=0.2)
 
 
 def scored(seed: int, **loss: object) -> MicroBatchResult:
-    """A micro-batch of three rows through the real correction and the real objective."""
+    """A micro-batch of three rows, corrected and scored by the real correction and objective."""
     generator = np.random.default_rng(seed)
     length = 12
     versions = generator.choice([-1, 0, 1, 2], (3, length))
@@ -81,7 +81,7 @@ def scored(seed: int, **loss: object) -> MicroBatchResult:
 
 
 @pytest.mark.parametrize("loss", [{"dual_clip": 1.5}, {"objective": "minirl"}, {"objective": "cispo"}, {"opsm": 0.01}])
-def test_18_11_removals_by_cause_add_up(loss: dict[str, object]) -> None:
+def test_18_11_removals_by_cause_sum_to_the_removed_tokens(loss: dict[str, object]) -> None:
     seen = {"overlap": 0, "repeats": 0, "masked": 0, "clipped": 0}
     for seed in range(DRAWS):
         part = scored(seed, **loss)
@@ -98,11 +98,11 @@ def test_18_11_removals_by_cause_add_up(loss: dict[str, object]) -> None:
         assert got["masked"] == int(part.correction.masked.sum())
         for name in seen:
             seen[name] += got[name]
-    assert min(seen.values()) > DRAWS  # all of it happened, in every batch or nearly
+    assert min(seen.values()) > DRAWS  # almost every batch has each kind
 
 
-def test_18_11_what_is_active_is_what_the_loss_has() -> None:
-    """A token is active exactly where its log-prob has a gradient; tool output and padding never count."""
+def test_18_11_active_tokens_are_those_with_a_gradient() -> None:
+    """A token is active exactly if its log-prob has a gradient; tool output and padding never count."""
     for seed in range(DRAWS):
         part = scored(seed)
         mask = torch.from_numpy(part.batch.mask)
@@ -119,7 +119,7 @@ def test_18_11_what_is_active_is_what_the_loss_has() -> None:
         assert (totals.tokens, totals.active - no_current) == (got["tokens"], got["active"])
 
 
-def test_18_11_every_mask_of_a_token_is_boolean() -> None:
+def test_18_11_every_cause_is_known_and_its_mask_is_boolean() -> None:
     part = scored(0)
     assert all(gone.dtype == np.bool_ for gone in flatten(part, 2).causes.values())
     known = {
@@ -152,7 +152,7 @@ def tokens_of(**values: object) -> Tokens:
     return Tokens(**{name: np.array(value) for name, value in arrays.items()}, causes=causes)
 
 
-def test_removals_are_weighed_by_their_advantages() -> None:
+def test_removals_are_weighted_by_absolute_advantage() -> None:
     causes = {"band_high": [True, False, False, False], "clip_high": [False, False, False, True]}
     got = removal(tokens_of(causes=causes), CLIP)
     assert got["advantage"] == pytest.approx(2 / 4)
@@ -160,15 +160,15 @@ def test_removals_are_weighed_by_their_advantages() -> None:
     assert (got["masked"], got["clipped"], got["active"]) == (1, 1, 2)
 
 
-def test_without_any_advantage_there_is_no_share() -> None:
+def test_shares_are_none_if_all_advantages_are_zero() -> None:
     got = removal(tokens_of(advantages=[0.0] * 4), CLIP)
     assert got["advantage"] is got["positive"] is got["negative"] is None
     assert got["causes"] == {}
     assert got["active"] == 4
 
 
-def test_masked_tokens_that_the_clip_would_have_taken_too() -> None:
-    """log 1.3 up with A > 0, up with A < 0, down with A > 0, down with A < 0: the first and the last."""
+def test_masked_tokens_beyond_the_clip_bounds_are_counted() -> None:
+    """Ratio 1.3 with A > 0, 1.3 with A < 0, 1/1.3 with A > 0, 1/1.3 with A < 0: the clip removes the first and last."""
     up, causes = np.log(1.3), {"band_high": [True] * 4}
     tokens = tokens_of(current=[-1 + up, -1 + up, -1 - up, -1 - up], advantages=[1.0, -1.0, 1.0, -1.0], causes=causes)
     assert removal(tokens, CLIP)["masked_past_clip"] == 2
@@ -177,7 +177,7 @@ def test_masked_tokens_that_the_clip_would_have_taken_too() -> None:
     assert past_clip(tokens, Thresholds(band=1.3, clip_low=None, clip_high=None)) is None
 
 
-def test_masks_of_trajectories_are_none_of_single_tokens() -> None:
+def test_token_masks_exclude_the_masks_of_trajectories() -> None:
     causes = {
         "geometric": [True] * 4,
         "missing": [True] * 4,
@@ -201,14 +201,16 @@ def test_masks_of_trajectories_are_none_of_single_tokens() -> None:
         ({"loss": {"objective": "policy_gradient"}}, 2.0, None),
     ],
 )
-def test_what_a_run_compares_ratios_with(sections: dict[str, object], band: float | None, clip: float | None) -> None:
+def test_thresholds_follow_from_the_configuration(
+    sections: dict[str, object], band: float | None, clip: float | None
+) -> None:
     bounds = RunThresholds.of(a_learner(**sections))
     assert (bounds.thresholds.band, bounds.thresholds.clip_high) == (band, clip)
     assert bounds.exact
     assert (bounds.weight_low, bounds.weight_high) == (None, None)
 
 
-def test_weights_have_bounds_by_their_kind() -> None:
+def test_weight_bounds_follow_from_the_kind_of_weight() -> None:
     truncated = RunThresholds.of(a_learner(discrepancy={"weight": "truncated", "weight_high": 3.0}))
     assert (truncated.weight_low, truncated.weight_high, truncated.of_sequence) == (None, 3.0, False)
     clipped = RunThresholds.of(a_learner(discrepancy={"weight": "clipped", "weight_level": "sequence"}))

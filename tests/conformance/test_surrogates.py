@@ -1,4 +1,4 @@
-"""What holds for every surrogate, and what is special to each (algorithms.md 2.1 to 2.4, 4.4 to 4.9, 18.1 to 18.4)."""
+"""Properties of all surrogates and of each (algorithms.md 2.1 to 2.4, 4.4 to 4.9, 18.1 to 18.4)."""
 
 import importlib
 import inspect
@@ -52,8 +52,8 @@ def section(keys: dict[str, object]) -> ProximalConfig:
     return LearnerConfig.model_validate({"versions": 1, "proximal": keys}).proximal
 
 
-def moved(policy: TrainablePolicy, seed: int) -> None:
-    """One optimizer step along random gradients: the next version."""
+def step_randomly(policy: TrainablePolicy, seed: int) -> None:
+    """Take one optimizer step along random gradients, to the next version."""
     generator = torch.Generator().manual_seed(seed)
     for gradient in policy.gradients():
         gradient.copy_(torch.randn(gradient.shape, generator=generator))
@@ -63,14 +63,14 @@ def moved(policy: TrainablePolicy, seed: int) -> None:
 def trained(
     folder: Path, keys: dict[str, object], *, versions: int = 3, max_staleness: int = 8, lr: float = 3e-3
 ) -> tuple[TrainablePolicy, Source]:
-    """The source and the model that it followed for some versions."""
+    """A policy trained for some versions, and the source that followed it."""
     model = load(folder)
     policy = TrainablePolicy(model, OptimizerConfig(lr=lr, epsilon=1e-3))
     source = build_surrogate(
         section(keys), model=model, masters=policy.masters, device=CPU, max_staleness=max_staleness
     )
     for version in range(versions):
-        moved(policy, version)
+        step_randomly(policy, version)
         if hasattr(source, "published"):
             source.published(policy.masters, active_share=0.95, mean_staleness=2.0)
     return policy, source
@@ -114,7 +114,7 @@ def test_18_1_the_two_factors_give_the_total_ratio(keys: dict[str, object], star
     policy, source = trained(starting_model, keys)
     made = batches(starting_model)
     proximal = source.proximal(made, NOW)
-    moved(policy, 99)  # a later minibatch
+    step_randomly(policy, 99)  # a later minibatch
     for place, batch in enumerate(made):
         mask, behavior, now = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior), current(policy, batch)
         anchor = proximal.anchor(place, now, mask).logprobs
@@ -130,7 +130,7 @@ def test_18_1_the_two_factors_give_the_total_ratio(keys: dict[str, object], star
 def test_18_1_with_all_thresholds_off_the_gradient_is_that_of_exact(
     keys: dict[str, object], starting_model: Path
 ) -> None:
-    """Which needs that nothing of the proximal carries a gradient."""
+    """This requires that no gradient passes through the proximal."""
     policy, source = trained(starting_model, keys)
     made = batches(starting_model, seed=1)
     proximal = source.proximal(made, NOW)
@@ -170,7 +170,7 @@ def test_untrainable_tokens_are_0_and_change_nothing(keys: dict[str, object], st
 
 
 @EVERY
-def test_no_surrogate_says_that_it_is_exact(keys: dict[str, object], starting_model: Path) -> None:
+def test_surrogates_never_claim_to_be_exact(keys: dict[str, object], starting_model: Path) -> None:
     policy, source = trained(starting_model, keys)
     made = batches(starting_model, seed=3)
     proximal = source.proximal(made, NOW)
@@ -185,7 +185,7 @@ def test_no_surrogate_says_that_it_is_exact(keys: dict[str, object], starting_mo
 
 
 def classes() -> Iterator[type]:
-    """Every class of the package that gives a proximal."""
+    """Every class of the package that has a `proximal` method."""
     for module in pkgutil.iter_modules(surrogates.__path__):
         loaded = importlib.import_module(f"{surrogates.__name__}.{module.name}")
         for _, found in inspect.getmembers(loaded, inspect.isclass):
@@ -193,13 +193,13 @@ def classes() -> Iterator[type]:
                 yield found
 
 
-def test_the_type_of_no_surrogate_is_exact() -> None:
+def test_no_surrogate_returns_the_type_exact() -> None:
     found = {kind.__name__: typing.get_type_hints(kind.proximal)["return"] for kind in classes()}
     assert len(found) == 6
     assert set(found.values()) == {Surrogate, Interpolated}
 
 
-def test_no_file_of_a_surrogate_knows_the_exact_type() -> None:
+def test_no_surrogate_module_imports_the_type_exact() -> None:
     for module in pkgutil.iter_modules(surrogates.__path__):
         loaded = importlib.import_module(f"{surrogates.__name__}.{module.name}")
         assert not {name for name, value in vars(loaded).items() if value is Exact}, module.name
@@ -209,7 +209,7 @@ A = {"behavior": -1.20, "old": -1.10, "current": -0.90, "async": -0.95}
 
 
 def of_one_token(source: Source, staleness: int, *, current: float = A["current"]) -> float:
-    """The proximal of example A's token."""
+    """Proximal log-prob of the token of example A."""
     batch = pad([a_row("a", [5, 6], [-1, NOW - staleness], behavior=[0.0, A["behavior"]])])
     proximal = source.proximal([batch], NOW)
     mask = torch.from_numpy(batch.mask)
@@ -292,10 +292,10 @@ def test_18_2_proposition_1_the_loglinear_constraints_are_bands_on_the_total_rat
             below, above = oracle.loglinear_mask_band(staleness, band=1.2)
             assert is_masked[i] == (not below <= total[i] <= above), f"seed {seed}, {i}"
             kinds[bool(is_clipped[i])] += 1
-    assert min(kinds.values()) > 100  # both outcomes were tried
+    assert min(kinds.values()) > 100  # both outcomes occurred
 
 
-def test_18_2_the_bands_of_the_worked_numbers() -> None:
+def test_18_2_the_bands_have_the_worked_values() -> None:
     assert oracle.loglinear_clip_band(4, low=0.2, high=0.2) == pytest.approx((0.4096, 2.0736))
     assert oracle.loglinear_mask_band(4, band=1.2) == pytest.approx((0.7842, 1.2752), abs=5e-5)
     assert oracle.loglinear_clip_band(2, low=0.2, high=0.2)[1] == pytest.approx(1.44)
@@ -305,8 +305,8 @@ def test_18_2_the_bands_of_the_worked_numbers() -> None:
     assert oracle.linear_clip_band(1 / 6, low=0.2, high=0.2)[1] == np.inf
 
 
-def test_18_2_at_a_staleness_above_2_the_clip_is_dead_code_behind_the_mask() -> None:
-    """c = 1 + epsilon: whatever the total ratio, a token that is clipped is masked."""
+def test_18_2_at_a_staleness_above_2_the_mask_removes_every_clipped_token() -> None:
+    """With c = 1 + epsilon, every clipped token is masked too."""
     thresholds = Thresholds(band=1.2, clip_low=0.2, clip_high=0.2)
     total = np.linspace(-5.0, 5.0, 2001)[None]
     for staleness in range(3, 9):
@@ -345,8 +345,8 @@ def test_18_2_the_arithmetic_clip_never_fires_for_alpha_up_to_epsilon_over_1_plu
         assert gone.any()
 
 
-def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_model: Path) -> None:
-    """Weights 1, beta, beta^2 on theta(2), theta(1), theta(0), in float32, cast for the pass."""
+def test_18_3_the_average_includes_the_current_version(starting_model: Path) -> None:
+    """Weights 1, beta, beta^2 on theta(2), theta(1), theta(0), in float32, cast to the model's type for the pass."""
     decay, made = 0.6, batches(starting_model)
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig(lr=1e-2, epsilon=1e-3))
@@ -365,7 +365,7 @@ def test_18_3_the_pass_uses_the_average_that_holds_the_version_itself(starting_m
         for batch, ours, theirs in zip(made, got, expected, strict=True):
             mask = torch.from_numpy(batch.mask)
             assert torch.equal(ours[mask], theirs[mask])
-        moved(policy, version)
+        step_randomly(policy, version)
         thetas.append([master.double().clone() for master in policy.masters])
         source.published(policy.masters, active_share=1.0, mean_staleness=0.0)
 
@@ -381,10 +381,10 @@ SAME_AT_0: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("keys", SAME_AT_0, ids=lambda keys: "/".join(str(value) for value in keys.values()))
 @pytest.mark.parametrize("kind", ["starting_model", "untied_model"])
-def test_18_4_at_staleness_0_they_are_the_snapshot_bit_for_bit(
+def test_18_4_at_staleness_0_surrogates_equal_the_snapshot_bit_for_bit(
     keys: dict[str, object], kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """max_staleness 0: what the resident weights give is the old log-prob; the ratio before the first step is 1."""
+    """With max_staleness 0 the current weights give the old log-probs; the ratio before the first step is 1."""
     folder = request.getfixturevalue(kind)
     model = load(folder)
     policy = TrainablePolicy(model, OptimizerConfig(lr=3e-3, epsilon=1e-3))
@@ -397,13 +397,13 @@ def test_18_4_at_staleness_0_they_are_the_snapshot_bit_for_bit(
             anchor = got.anchor(place, now, mask).logprobs
             assert torch.equal(anchor[mask], exact.logprobs[place][mask])
             assert float(log_ratio(now, anchor, mask).abs().max()) == 0.0
-        moved(policy, version)
+        step_randomly(policy, version)
         if hasattr(source, "published"):
             source.published(policy.masters, active_share=1.0, mean_staleness=0.0)
 
 
-def test_current_recompute_leaves_the_clip_nothing_before_the_first_step(starting_model: Path) -> None:
-    """Whatever the staleness; the old log-probs of the same tokens are another matter."""
+def test_current_recompute_gives_a_ratio_of_1_before_the_first_step(starting_model: Path) -> None:
+    """For every staleness; the ratio to the old log-probs is not 1."""
     policy, source = trained(starting_model, {"kind": "current_recompute"})
     made = batches(starting_model)
     proximal = source.proximal(made, NOW)
@@ -415,7 +415,7 @@ def test_current_recompute_leaves_the_clip_nothing_before_the_first_step(startin
 
 
 @EVERY
-def test_the_model_in_training_stays_as_it_is(keys: dict[str, object], starting_model: Path) -> None:
+def test_a_surrogate_does_not_change_the_policy(keys: dict[str, object], starting_model: Path) -> None:
     policy, source = trained(starting_model, keys)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     masters = [master.clone() for master in policy.masters]

@@ -1,4 +1,4 @@
-"""Every key of learner.discrepancy and learner.loss reaches the formula that it speaks of, with its own number."""
+"""Every key of learner.discrepancy and learner.loss reaches its formula with the configured value."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ LOSSES: dict[str, tuple[dict[str, object], Ours]] = {
 }
 
 
-def test_a_rule_has_the_number_of_its_key() -> None:
+def test_every_rule_has_the_value_of_its_key() -> None:
     section = DiscrepancyConfig(
         weight="clipped", weight_level="sequence", weight_low=0.3, weight_high=1.7, weight_normalize=True, band=1.4,
         tokens=(0.6, 1.9), geometric=(0.98, 1.03), sequence=(0.2, 4.0), segment=(0.7, 1.1), veto=1e-3, difference=0.15,
@@ -44,13 +44,13 @@ def test_a_rule_has_the_number_of_its_key() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_an_objective_has_the_bounds_of_its_keys(name: str) -> None:
+def test_every_objective_has_the_bounds_of_its_keys(name: str) -> None:
     keys, ours = LOSSES[name]
     loss = {"objective": name.split(",")[0], "clip_low": 0.11, "clip_high": 0.07} | keys
     objective = Objective(a_learner(discrepancy=UNCORRECTED, loss=loss), length=8)
     for seed in range(20):
         inputs = inputs_of(draw(seed))
-        found, wanted = objective.outcome(inputs, multiplier=0.4), ours(inputs)
-        assert torch.equal(found.losses, wanted.losses)
-        assert torch.equal(gradient(found, inputs), gradient(wanted, inputs))
-        assert found.clipped.keys() == wanted.clipped.keys()
+        found, expected = objective.outcome(inputs, multiplier=0.4), ours(inputs)
+        assert torch.equal(found.losses, expected.losses)
+        assert torch.equal(gradient(found, inputs), gradient(expected, inputs))
+        assert found.clipped.keys() == expected.clipped.keys()

@@ -1,4 +1,4 @@
-"""What the configuration adds to the objective: entropy, divergence, EPO, OPSM; and what a version leaves for the next.
+"""Terms that the configuration adds to the objective (entropy, divergence, EPO, OPSM), and state kept between versions.
 
 algorithms.md 6 (OPSM), 8 (divergence in the reward), 9, 12 and 13.
 """
@@ -29,7 +29,7 @@ from tests.learner_parts.models import CPU, Resident, load, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 CURRENT, BEHAVIOR, START, ENTROPY = (-0.9, -0.5, -2.0), (-1.2, -0.5, -1.5), (-1.0, -0.8, -1.4), (0.4, 1.0, 3.0)
-"""Of the trainable tokens of two trajectories: two tokens of the first, one of the second."""
+"""Log-probs and entropies of the trainable tokens of two trajectories: two of the first, one of the second."""
 MASK = torch.tensor([[False, True, True], [False, True, False]])
 GARBAGE = 7.0
 
@@ -43,7 +43,7 @@ def placed(values: tuple[float, ...]) -> Tensor:
 def loss_of(history: float | None = None, **loss: object) -> tuple[float, list[float], list[float]]:
     """Loss, and its gradients with respect to the current log-probs and to the entropies of the trainable tokens.
 
-    All advantages are 0, so that nothing is left of the objective itself.
+    All advantages are 0, so the objective itself contributes nothing.
     """
     objective = Objective(a_learner(discrepancy=UNCORRECTED, loss=loss), length=3)
     current, entropy = placed(CURRENT).requires_grad_(), placed(ENTROPY).requires_grad_()
@@ -74,7 +74,7 @@ def test_the_entropy_bonus_is_aggregated_like_the_objective() -> None:
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_the_divergence_is_added_with_its_weight_and_pulls_to_the_starting_model(unbiased: bool) -> None:
+def test_the_weighted_divergence_is_added_and_pulls_towards_the_starting_model(unbiased: bool) -> None:
     total, ours, entropies = loss_of(kl={"weight": 0.6, "estimator": "k3", "unbiased": unbiased})
     apart = [c - s for c, s in zip(CURRENT, START, strict=True)]
     factor = [math.exp(c - b) if unbiased else 1.0 for c, b in zip(CURRENT, BEHAVIOR, strict=True)]
@@ -84,7 +84,7 @@ def test_the_divergence_is_added_with_its_weight_and_pulls_to_the_starting_model
     assert entropies == [0.0] * 3
 
 
-def test_a_token_that_a_rule_masked_has_no_divergence() -> None:
+def test_a_masked_token_has_no_divergence() -> None:
     objective = Objective(a_learner(discrepancy=UNCORRECTED, loss={"kl": {"weight": 0.6}}), length=3)
     current, masked = placed(CURRENT).requires_grad_(), placed((1.0, 0.0, 1.0))
     inputs = Inputs(current, placed(BEHAVIOR), placed(BEHAVIOR), masked, 0.0 * placed(CURRENT), MASK)
@@ -104,8 +104,8 @@ def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
     assert float(built.loss(outcome, inputs, terms, Denominators.of([2, 1], 3), history=None)) == 0.0
 
 
-def test_epos_penalty_holds_each_trajectory_to_the_history() -> None:
-    """Means .7 and 3 beside a history of 2: the band is [1.6, 2.4]."""
+def test_epo_penalizes_trajectories_outside_the_band_around_the_history() -> None:
+    """Mean entropies 0.7 and 3 with a history of 2: the band is [1.6, 2.4]."""
     total, ours, entropies = loss_of(history=2.0, epo={"weight": 0.5})
     assert total == pytest.approx(0.5 * ((1.6 - 0.7) + (3.0 - 2.4)) / 2)
     assert ours == [0.0] * 3
@@ -113,8 +113,8 @@ def test_epos_penalty_holds_each_trajectory_to_the_history() -> None:
     assert loss_of(history=None, epo={"weight": 0.5})[0] == 0.0
 
 
-def test_opsm_takes_its_tokens_out_of_the_loss_and_leaves_the_denominator() -> None:
-    """Both trajectories failed; the policy has left the second by .5 nats and come nearer to the first."""
+def test_opsm_removes_tokens_from_the_loss_but_not_from_the_denominator() -> None:
+    """Both trajectories failed; the second is 0.5 nats less likely under the current policy, the first more likely."""
     objective = Objective(a_learner(discrepancy=UNCORRECTED, loss={"opsm": 0.1}), length=3)
     current = placed(CURRENT).requires_grad_()
     inputs = Inputs(current, placed(BEHAVIOR), placed(BEHAVIOR), MASK.double(), -torch.ones(2, 3).double(), MASK)
@@ -126,7 +126,7 @@ def test_opsm_takes_its_tokens_out_of_the_loss_and_leaves_the_denominator() -> N
 
 
 class Constant(torch.nn.Module):
-    """Says the same of every token, whatever stands before it."""
+    """A model with the same distribution at every place."""
 
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
@@ -136,14 +136,14 @@ class Constant(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
 
 
-def test_a_divergence_in_the_reward_is_what_the_engine_paid_for_leaving_the_starting_model() -> None:
-    """Return of each token: the reward, less weight times log mu / start of it and of those after it."""
+def test_a_divergence_in_the_reward_lowers_the_returns() -> None:
+    """Return of a token: the reward minus weight x the sum of log(mu / start) over it and all later tokens."""
     config = a_learner(
         loss={"kl": {"weight": 0.1, "estimator": "k1", "place": "reward"}}, advantages={"kind": "reinforce_pp"}
     )
     batch = pad([a_row("a", [0, 1, 2, 1], [-1, 3, -1, 3], behavior=[0.0, -0.3, 0.0, -2.0], advantage=0.8)])
-    companions = TrainingState(Bypass(CPU), start=Constant([0.5, 0.3, 0.2]))
-    prepared = prepare_batch(companions, [batch], config, ProcessGroup(), CPU)
+    state = TrainingState(Bypass(CPU), start=Constant([0.5, 0.3, 0.2]))
+    prepared = prepare_batch(state, [batch], config, ProcessGroup(), CPU)
     (returns,), (advantages,) = prepared.returns, prepared.advantages
     paid = [-0.3 - math.log(0.3), -2.0 - math.log(0.3)]
     expected = [0.8 - 0.1 * (paid[0] + paid[1]), 0.8 - 0.1 * paid[1]]
@@ -153,7 +153,7 @@ def test_a_divergence_in_the_reward_is_what_the_engine_paid_for_leaving_the_star
 
 
 def trained(folder: Path, config: LearnerConfig) -> StepResult:
-    """Two minibatches of which the weights have moved since they were sampled."""
+    """Result of training on two minibatches that older weights sampled."""
     model, older = load(folder).float(), load(folder).float()
     perturb(older, by=0.02, seed=5)
     generator = torch.Generator().manual_seed(1)
@@ -167,7 +167,7 @@ def trained(folder: Path, config: LearnerConfig) -> StepResult:
     )
 
 
-def test_r2vpos_multiplier_follows_the_mean_square_of_the_whole_version(starting_model: Path) -> None:
+def test_the_multiplier_of_r2vpo_follows_the_mean_square_over_a_version(starting_model: Path) -> None:
     config = a_learner(
         discrepancy=UNCORRECTED, loss={"objective": "r2vpo", "r2vpo": {"rate": 2.0, "target": 0.001}}
     )  # fmt: skip
@@ -179,7 +179,7 @@ def test_r2vpos_multiplier_follows_the_mean_square_of_the_whole_version(starting
     assert result.gauges["multiplier"] == pytest.approx(0.5 + 2.0 * (mean - 0.001), rel=1e-4)
 
 
-def test_weights_are_divided_by_the_mean_of_their_minibatch_however_it_is_split(starting_model: Path) -> None:
+def test_normalized_weights_have_mean_1_over_each_minibatch(starting_model: Path) -> None:
     """Two minibatches of two micro-batches each."""
     discrepancy = {"band": "off", "weight": "truncated", "weight_normalize": True}
     result = trained(starting_model, a_learner(discrepancy=discrepancy, micro_batch_tokens=7))
@@ -194,7 +194,7 @@ def test_weights_are_divided_by_the_mean_of_their_minibatch_however_it_is_split(
     assert result.normalizer != 1.0
 
 
-def test_epos_history_takes_in_each_version_once_with_its_mean_over_trajectories(starting_model: Path) -> None:
+def test_the_history_of_epo_gets_the_mean_over_trajectories_once_per_version(starting_model: Path) -> None:
     result = trained(starting_model, a_learner(discrepancy=UNCORRECTED))
     means = [
         float(row[sampled].mean())

@@ -1,4 +1,4 @@
-"""Token-level advantages against float64 oracles; credit across tool gaps (algorithms.md 8, 16.3c, 18.7, 18.13)."""
+"""Token-level advantages and credit across tool output, in float64 (algorithms.md 8, 16.3c, 18.7, 18.13)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def draw(seed: int) -> Draw:
     )
 
 
-def test_the_draws_hold_what_they_must() -> None:
+def test_the_random_masks_cover_all_cases() -> None:
     draws = [draw(seed) for seed in range(CASES)]
     counts = [d.mask.sum(axis=1) for d in draws]
     assert sum(bool((c == 0).any() and (c > 0).any()) for c in counts) > 20  # some rows without trainable tokens
@@ -102,7 +102,7 @@ TWO_TURNS = np.array([[False, True, True, False, False, False, True, True, True,
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_18_13_reinforce_keeps_credit_across_a_tool_gap(gamma: float) -> None:
-    """The early turn has the late reward, discounted by the trainable tokens between and by nothing else."""
+    """The early turn gets the late reward, discounted only by the trainable tokens between."""
     returns = returns_to_go(TWO_TURNS, np.array([2.0]), gamma=gamma)
     expected = [0, 2 * gamma**4, 2 * gamma**3, 0, 0, 0, 2 * gamma**2, 2 * gamma, 2, 0]
     assert returns[0].tolist() == pytest.approx(expected)
@@ -110,7 +110,7 @@ def test_18_13_reinforce_keeps_credit_across_a_tool_gap(gamma: float) -> None:
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8)])
 def test_18_13_gae_keeps_credit_across_a_tool_gap(gamma: float, lam: float) -> None:
-    """A critic that says 0 leaves the reward, discounted by gamma lam for each trainable token between."""
+    """With values of 0 the advantage is the reward, discounted by gamma lam for each trainable token between."""
     values = np.zeros(TWO_TURNS.shape)
     estimated = generalized_advantages(TWO_TURNS, np.array([2.0]), values, gamma=gamma, lam=lam)
     rate = gamma * lam
@@ -118,7 +118,7 @@ def test_18_13_gae_keeps_credit_across_a_tool_gap(gamma: float, lam: float) -> N
     assert estimated[0].tolist() == pytest.approx(expected)
 
 
-def test_18_13_a_longer_tool_gap_changes_no_credit() -> None:
+def test_18_13_the_length_of_tool_output_does_not_change_credit() -> None:
     generator = np.random.default_rng(0)
     for seed in range(CASES):
         d = draw(seed)
@@ -132,8 +132,8 @@ def test_18_13_a_longer_tool_gap_changes_no_credit() -> None:
         assert np.array_equal(stretched[:, ::2], narrow), f"seed {seed}"
 
 
-def test_multiplying_by_the_mask_would_lose_the_early_turn() -> None:
-    """What 16.3c describes, so that the tests above are seen to tell the two apart."""
+def test_multiplying_by_the_mask_loses_the_credit_of_the_early_turn() -> None:
+    """The error that 16.3c describes: the tests above must tell the two apart."""
     running, returns = 0.0, np.zeros(TWO_TURNS.shape[1])
     for t in reversed(range(TWO_TURNS.shape[1])):
         running = ((2.0 if t == 8 else 0.0) + running) * TWO_TURNS[0, t]
@@ -142,7 +142,7 @@ def test_multiplying_by_the_mask_would_lose_the_early_turn() -> None:
     assert returns_to_go(TWO_TURNS, np.array([2.0]), gamma=1.0)[0, [1, 2]].tolist() == [2.0, 2.0]
 
 
-def test_whitening_equals_the_oracle_however_it_is_split_over_ranks() -> None:
+def test_whitening_equals_the_oracle_for_any_split_over_ranks() -> None:
     for seed in range(CASES):
         generator = np.random.default_rng(seed)
         drawn = [draw(1000 * seed + i) for i in range(int(generator.integers(1, 7)))]
@@ -158,16 +158,16 @@ def test_whitening_equals_the_oracle_however_it_is_split_over_ranks() -> None:
 
 
 def on_ranks(shares: list[list[tuple[oracle.Array, oracle.Mask]]]) -> list[list[oracle.Array]]:
-    """What each rank makes of its share: all speak first, then all hear everything."""
-    spoken: list[Moments] = []
+    """Result of each rank for its share, with a gather that returns the moments of all ranks."""
+    sent: list[Moments] = []
 
-    def speak(own: Moments) -> list[Moments]:
-        spoken.append(own)
+    def send(own: Moments) -> list[Moments]:
+        sent.append(own)
         return [own]
 
     for share in shares:
-        whitened(share, gather=speak)
-    return [whitened(share, gather=lambda _: list(spoken)) for share in shares]
+        whitened(share, gather=send)
+    return [whitened(share, gather=lambda _: list(sent)) for share in shares]
 
 
 def test_whitened_tokens_have_mean_0_and_deviation_1() -> None:
@@ -192,7 +192,7 @@ def test_equal_values_whiten_to_zeros_exactly(value: float) -> None:
     assert sum(len(share) for share in on_ranks([parts[:1], parts[1:], []])) == 2
 
 
-def test_merged_moments_do_not_lose_a_small_variance_beside_a_large_mean() -> None:
+def test_merged_moments_keep_a_small_variance_with_a_large_mean() -> None:
     values = 1e8 + np.array([0.0, 1.0, 2.0, 3.0])
     whole = merged([Moments.of(values[:1]), Moments.of(values[1:]), Moments.of(values[:0])])
     assert whole.squares == pytest.approx(5.0)
@@ -204,7 +204,7 @@ def alone(own: Moments) -> list[Moments]:
 
 
 @pytest.mark.parametrize("kind", ["reinforce_pp", "reinforce_pp_baseline", "gae"])
-def test_token_advantages_are_the_oracles_put_together(kind: str) -> None:
+def test_token_advantages_equal_the_combined_oracles(kind: str) -> None:
     for seed in range(CASES):
         drawn = [draw(seed), draw(seed + CASES)]
         gamma, lam = drawn[0].gamma, drawn[0].lam
@@ -239,7 +239,7 @@ def test_the_value_loss_and_its_gradient_equal_the_oracle(clip: float | None) ->
         shape = (int(generator.integers(1, 5)), int(generator.integers(1, 9)))
         before, returns = generator.normal(0, 1, shape), generator.normal(0, 1, shape)
         now, mask = before + generator.normal(0, 0.5, shape), generator.random(shape) < 0.7
-        returns[~mask], before[~mask] = np.nan, np.inf  # nothing that stands there may come in
+        returns[~mask], before[~mask] = np.nan, np.inf  # values at untrainable tokens must not count
         values = torch.tensor(now, requires_grad=True)
         loss = value_loss(
             values, torch.tensor(returns), torch.tensor(before), torch.tensor(mask), clip=clip, denominator=7.0

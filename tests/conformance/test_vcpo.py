@@ -1,4 +1,4 @@
-"""Effective samples, the learning rate they allow, the baseline of least variance (algorithms.md 11, 18.13, 18.14)."""
+"""Effective sample size, learning-rate factor, minimum-variance baseline (algorithms.md 11, 18.13, 18.14)."""
 
 import threading
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def alone(value: tuple[float, ...]) -> list[tuple[float, ...]]:
 
 
 def over_ranks(parts: list[Tensor]) -> list[float | Exception]:
-    """What `ess` gives on each rank, each in a thread of its own with its part of the log-weights."""
+    """Result of `ess` on each rank: one thread per rank, with its part of the log-weights."""
     barrier = threading.Barrier(len(parts), timeout=20)
     boxes: list[tuple[float, ...]] = [()] * len(parts)
 
@@ -58,7 +58,7 @@ def over_ranks(parts: list[Tensor]) -> list[float | Exception]:
     [((1.0, 1.0, 1.0, 5.0), 0.5714, 0.7559), ((1.0, 1.0, 1.0, 2.0), 0.893, 0.945)],
 )
 def test_18_13_example_c(weights: tuple[float, ...], share: float, sqrt: float) -> None:
-    """The second line is the first truncated at 2: which weights are counted matters."""
+    """The second case is the first truncated at 2."""
     found = ess(torch.tensor(weights).log(), gather=alone)
     assert found == pytest.approx(share, abs=5e-4 if share > 0.6 else 5e-5)
     assert lr_factor(found, 1.0, POWERS["sqrt"]) == pytest.approx(sqrt, abs=5e-4 if share > 0.6 else 5e-5)
@@ -83,8 +83,8 @@ def test_18_13_effective_samples_do_not_depend_on_scale(shift: float) -> None:
     assert ess(log_weights + shift, gather=alone) == pytest.approx(64 / 28 / 4, rel=1e-9)
 
 
-def test_18_13_the_shift_is_common_to_all_ranks() -> None:
-    """With a largest log-weight of its own each rank would count for as much as the other: .5 in place of .25."""
+def test_18_13_all_ranks_subtract_the_same_maximum() -> None:
+    """If each rank subtracted its own maximum, the result would be 0.5, not 0.25."""
     parts = [torch.zeros(2, dtype=torch.float64), torch.full((2,), 3000.0, dtype=torch.float64)]
     assert over_ranks(parts) == [pytest.approx(0.5, rel=1e-9)] * 2  # two of four trajectories count
     parts = [torch.zeros(2, dtype=torch.float64), torch.tensor([3000.0, 0.0], dtype=torch.float64)]
@@ -92,22 +92,22 @@ def test_18_13_the_shift_is_common_to_all_ranks() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_equal_weights_count_whole(count: int) -> None:
+def test_equal_weights_have_a_share_of_1(count: int) -> None:
     assert ess(torch.full((count,), -4.0), gather=alone) == pytest.approx(1.0, rel=1e-12)
 
 
-def test_no_trajectory_at_all_leaves_the_learning_rate_as_it_is() -> None:
+def test_the_share_of_no_trajectories_is_1() -> None:
     assert ess(torch.zeros(0), gather=alone) == 1.0
     assert over_ranks([torch.zeros(0), torch.zeros(0)]) == [1.0, 1.0]
 
 
 def test_a_log_weight_that_is_not_finite_is_refused_on_every_rank() -> None:
-    """Or the others would wait for the one that raised."""
+    """Otherwise the other ranks would wait for the rank that raised."""
     refused = over_ranks([torch.tensor([0.0, float("nan")]), torch.zeros(3)])
     assert all(isinstance(answer, ValueError) for answer in refused)
 
 
-def test_a_trajectory_weighs_the_product_of_its_total_ratios() -> None:
+def test_the_weight_of_a_trajectory_is_the_product_of_its_total_ratios() -> None:
     current = torch.tensor([[-1.0, -2.0, float("nan"), 5.0], [-1.0, -1.0, -100.0, -1.0]])
     behavior = torch.tensor([[-1.5, -2.25, -1.0, -9.0], [-1.0, -1.0, -1.0, float("-inf")]])
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
@@ -124,18 +124,18 @@ def test_the_factor_equals_the_oracle_and_is_never_above_one() -> None:
         assert lr_factor(share, base, power) <= 1
 
 
-def test_a_base_of_zero_leaves_the_learning_rate_whole() -> None:
+def test_a_base_of_zero_gives_a_factor_of_1() -> None:
     assert lr_factor(0.01, 0.0, 0.5) == 1.0
 
 
 @pytest.mark.parametrize(("share", "power"), [(1.2, 0.5), (-0.1, 0.5), (float("nan"), 0.5), (0.5, 0.0)])
-def test_a_factor_of_nonsense_is_refused(share: float, power: float) -> None:
+def test_a_share_or_power_out_of_range_is_refused(share: float, power: float) -> None:
     with pytest.raises(ValueError, match="effective sample share"):
         lr_factor(share, 1.0, power)
 
 
-def test_worked_baseline() -> None:
-    """5/7, where the mean is 2/3; with the weight counted twice it would be 17/19 = .895."""
+def test_the_worked_example_of_the_baseline() -> None:
+    """5/7; the mean reward is 2/3. With the weight counted twice it would be 17/19 = 0.895."""
     weights, norms, rewards = (1.0, 1.0, 2.0), (1.0, 2.0, 1.0), (1.0, 0.0, 1.0)
     assert minimum_variance_baseline(weights, norms, rewards) == pytest.approx(5 / 7, rel=1e-12)
     assert minimum_variance_baseline((1, 1, 1), (1.0, 2.0, 4.0), rewards) == pytest.approx(5 / 7, rel=1e-12)
@@ -158,9 +158,9 @@ def test_the_baseline_equals_the_oracle_at_any_scale_of_the_weights() -> None:
 
 
 def scores(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights, gradients of the log-prob and rewards of all answers of a policy, sampled evenly.
+    """Weights, gradients of the log-prob and rewards of all answers of a policy, sampled uniformly.
 
-    So w = pi K, and the mean of w g is exactly zero: what a baseline takes off has no mean, only variance.
+    So w = pi K, and the mean of w g is exactly zero: a baseline changes the variance of the estimate, not its mean.
     """
     generator = np.random.default_rng(seed)
     count = int(generator.integers(3, 9))
@@ -181,13 +181,13 @@ def test_18_14_any_other_baseline_has_more_variance() -> None:
             assert oracle.variance(weights, gradients, rewards, other) >= least
 
 
-def test_18_14_the_baseline_leaves_the_mean_gradient_as_it_is() -> None:
+def test_18_14_the_baseline_does_not_change_the_mean_gradient() -> None:
     weights, gradients, rewards = scores(4)
     with_it = oracle.estimator(weights, gradients, rewards, 0.7).mean(0)
     np.testing.assert_allclose(with_it, oracle.estimator(weights, gradients, rewards, 0.0).mean(0), atol=1e-12)
 
 
-def test_two_sums_give_the_gradient_with_the_baseline() -> None:
+def test_subtract_baseline_gives_the_gradient_from_two_sums() -> None:
     weights, gradients, rewards = scores(9)
     weighted = [torch.tensor((weights * rewards) @ gradients), torch.tensor([[2.0]])]
     subtract_baseline(weighted, [torch.tensor(weights @ gradients), torch.tensor([[4.0]])], 0.25)
@@ -196,7 +196,7 @@ def test_two_sums_give_the_gradient_with_the_baseline() -> None:
 
 
 class Measured:
-    """A model of one parameter: its gradient is what stands here."""
+    """A model with one parameter and a gradient that the test sets."""
 
     def __init__(self) -> None:
         self.gradient = torch.zeros(2)
@@ -206,7 +206,7 @@ class Measured:
 
 
 def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, Tensor]:
-    """Baseline and gradient of trajectories with these gradients, which hold their weights already."""
+    """Baseline and gradient for trajectories with these gradients, which include the weights."""
     model = Measured()
     least = MinimumVarianceBaseline(model)  # type: ignore[arg-type]
     for gradient, reward in zip(gradients, rewards, strict=True):
@@ -216,8 +216,8 @@ def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, 
     return least.settle(ProcessGroup()), model.gradient
 
 
-def test_gradients_that_were_measured_give_the_worked_baseline() -> None:
-    """w g of weights 1, 1, 2 and squared norms 1, 2, 1: sum w (R - 5/7) g."""
+def test_measured_gradients_give_the_baseline_of_the_worked_example() -> None:
+    """Weights 1, 1, 2 and squared norms 1, 2, 1: the gradient is the sum of w (R - 5/7) g."""
     baseline, gradient = settled([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [1.0, 0.0, 1.0])
     assert baseline == pytest.approx(5 / 7, rel=1e-12)
     assert gradient.tolist() == pytest.approx([2 / 7 - 5 / 7, 4 / 7 - 5 / 7], abs=1e-6)
@@ -225,8 +225,10 @@ def test_gradients_that_were_measured_give_the_worked_baseline() -> None:
 
 @pytest.mark.parametrize("others", [[], [1.0]])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_18_8_a_gradient_that_is_not_finite_is_left_to_be_skipped(broken: float, others: list[float]) -> None:
-    """Also when no other is: zeros would be a step by momentum alone."""
+def test_18_8_a_nonfinite_gradient_stays_nonfinite_so_that_the_step_is_skipped(
+    broken: float, others: list[float]
+) -> None:
+    """Also if it is the only one: zeros would cause a step by momentum alone."""
     baseline, gradient = settled([[broken, 1.0], *([other, 0.0] for other in others)], [0.5, *([1.0] * len(others))])
     assert baseline == (1.0 if others else 0.0)
     assert not torch.isfinite(gradient).all()
@@ -238,9 +240,9 @@ def test_without_any_gradient_the_baseline_is_the_mean_reward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norms", "rewards", "sentence"),
+    ("norms", "rewards", "message"),
     [((1.0,), (1.0, 2.0), "2 weights, 1 norms"), ((1.0, float("inf")), (1.0, 2.0), "not finite")],
 )
-def test_a_baseline_of_nonsense_is_refused(norms: tuple[float, ...], rewards: tuple[float, ...], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_a_baseline_refuses_invalid_norms(norms: tuple[float, ...], rewards: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         minimum_variance_baseline((1.0, 1.0), norms, rewards)

@@ -1,1 +1,1 @@
-"""Formulas once more, in float64 numpy and independent of the code that they judge: one file for each family."""
+"""Reference implementations of the formulas in float64 numpy, independent of the tested code; one file per family."""

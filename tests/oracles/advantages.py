@@ -1,4 +1,4 @@
-"""Advantages and the value loss in float64 numpy, written from the formulas, one token at a time."""
+"""Advantages and the value loss in float64 numpy, one token at a time."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,19 +8,19 @@ Mask = NDArray[np.bool_]
 
 
 def leave_one_out(rewards: list[float]) -> list[float]:
-    """algorithms.md 8: each reward less the mean of the others."""
+    """Each reward minus the mean of the others (algorithms.md 8)."""
     return [r - sum(rewards[:i] + rewards[i + 1 :]) / (len(rewards) - 1) for i, r in enumerate(rewards)]
 
 
 def over_deviation(rewards: list[float]) -> list[float]:
-    """algorithms.md 8: (R - mean) / (std + 1e-6), unbiased std."""
+    """(R - mean) / (std + 1e-6) with the unbiased std (algorithms.md 8)."""
     mean = sum(rewards) / len(rewards)
     variance = sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)
     return [(r - mean) / (variance**0.5 + 1e-6) for r in rewards]
 
 
 def token_rewards_of(mask: Mask, rewards: Array, own: Array | None) -> Array:
-    """Reward of each token: its own, and at the last trainable one the trajectory's."""
+    """Reward of each token: its own, plus the trajectory's reward at the last trainable token."""
     given = np.zeros(mask.shape)
     for row in range(mask.shape[0]):
         places = np.flatnonzero(mask[row])
@@ -42,10 +42,10 @@ def returns_to_go(mask: Mask, rewards: Array, own: Array | None, gamma: float) -
 
 
 def generalized(mask: Mask, rewards: Array, own: Array | None, values: Array, gamma: float, lam: float) -> Array:
-    """A_t = sum over k of (1 - lam) lam^(k - 1) (G_t^(k) - V_t), the rest of the weight on the longest.
+    """A_t = sum over k of (1 - lam) lam^(k - 1) (G_t^(k) - V_t), with the remaining weight on the largest k.
 
-    G_t^(k) is the return of k steps with the value behind them; so this is the mixture of estimates that the recursion
-    stands for, not the recursion.
+    G_t^(k) is the return of k steps plus the discounted value after them. This is the explicit mixture of estimates,
+    not the recursion.
     """
     given, result = token_rewards_of(mask, rewards, own), np.zeros(mask.shape)
     for row in range(mask.shape[0]):
@@ -82,7 +82,7 @@ def whitened(parts: list[tuple[Array, Mask]]) -> list[Array]:
 def clipped_value_loss(
     values: Array, returns: Array, before: Array, mask: Mask, *, clip: float | None, denominator: float
 ) -> tuple[float, Array]:
-    """Loss and its gradient with respect to the values: 1/2 max of the two squares, summed over the mask."""
+    """Loss and its gradient with respect to the values: half the larger of the two squares, summed over the mask."""
     loss, gradient = 0.0, np.zeros(mask.shape)
     for index in np.ndindex(mask.shape):
         if not mask[index]:
@@ -90,7 +90,7 @@ def clipped_value_loss(
         value, target = values[index], returns[index]
         kept = value if clip is None else min(max(value, before[index] - clip), before[index] + clip)
         if (kept - target) ** 2 > (value - target) ** 2:
-            loss += 0.5 * (kept - target) ** 2 / denominator  # the kept value is a constant: no gradient
+            loss += 0.5 * (kept - target) ** 2 / denominator  # the clipped value is constant: no gradient
         else:
             loss += 0.5 * (value - target) ** 2 / denominator
             gradient[index] = (value - target) / denominator

@@ -1,4 +1,4 @@
-"""algorithms.md 10 in float64 numpy: one loss of a list of trajectories, of different lengths and not padded."""
+"""Aggregation of token losses (algorithms.md 10) in float64 numpy, over unpadded trajectories of different lengths."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ Array = NDArray[np.float64]
 
 
 def aggregate(trajectories: list[Array], mode: str, *, length: int) -> float:
-    """trajectories: the losses of each one's trainable tokens, 0 where removed."""
+    """Aggregate the losses of trajectories. Each array holds the losses of the trainable tokens, 0 for removed ones."""
     counted = [losses for losses in trajectories if len(losses)]
     if mode == "token_mean":
         return float(np.concatenate(counted).mean())

@@ -1,4 +1,4 @@
-"""What the metrics say of a batch's tokens, counted one by one. From the formulas alone, float64."""
+"""Metrics of a batch's tokens in float64, counted token by token from the formulas."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ EDGES = [-2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.01, 0.02, 0.05, 0.1, 0
 
 
 def bins(values: Sequence[float]) -> list[int]:
-    """Counts below the first edge, between the edges, from the last on; an edge belongs to the bin above it."""
+    """Counts below the first edge, between edges, and from the last edge; an edge belongs to the bin above it."""
     counts = [0] * (len(EDGES) + 1)
     for value in values:
         counts[sum(value >= edge for edge in EDGES)] += 1
@@ -17,7 +17,7 @@ def bins(values: Sequence[float]) -> list[int]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """On a straight line between the two values around it."""
+    """Quantile by linear interpolation between the two neighboring values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = math.floor(place)
@@ -26,19 +26,19 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def line(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Slope of least squares through single points."""
+    """Least-squares slope through single points; None if all xs are equal."""
     if len(set(xs)) < 2:
         return None
     return float(np.polyfit(np.array(xs, dtype=np.float64), np.array(ys, dtype=np.float64), 1)[0])
 
 
 def ess(weights: Sequence[float]) -> float:
-    """(sum w)^2 / (N sum w^2)."""
+    """Effective sample share (sum w)^2 / (N sum w^2)."""
     return math.fsum(weights) ** 2 / math.fsum(w * w for w in weights) / len(weights)
 
 
 def removal(causes: dict[str, list[bool]]) -> dict[str, object]:
-    """Token by token: how many causes take it."""
+    """Removal counts from the number of causes per token."""
     count = len(next(iter(causes.values())))
     times = [sum(gone[i] for gone in causes.values()) for i in range(count)]
     return {
@@ -52,7 +52,7 @@ def removal(causes: dict[str, list[bool]]) -> dict[str, object]:
 
 
 def divergences(proximal: Sequence[float], behavior: Sequence[float], current: Sequence[float]) -> dict[str, float]:
-    """Means over tokens that are all finite and whose ratios need no clamp."""
+    """Means over the tokens; all must be finite with ratios that need no clamp."""
     x = [p - b for p, b in zip(proximal, behavior, strict=True)]
     y = [c - p for c, p in zip(current, proximal, strict=True)]
     unsure = [i for i, b in enumerate(behavior) if b < -1e-3]

@@ -1,4 +1,4 @@
-"""Independent reference computations in float64 numpy, written from the formulas, not from the code."""
+"""The decoupled clipped objective in float64 numpy, from the formulas."""
 
 import numpy as np
 from numpy.typing import NDArray

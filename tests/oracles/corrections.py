@@ -1,4 +1,4 @@
-"""What discrepancy rules do to single tokens: float64 numpy, one token after another (algorithms.md 5, 6 and 9)."""
+"""Discrepancy rules for single tokens in float64 numpy, one token at a time (algorithms.md 5, 6 and 9)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass
 class Draw:
-    """A random batch with untrainable, missing and broken tokens. [rows, tokens]"""
+    """A random batch with untrainable, missing and nonfinite tokens; arrays [rows, tokens]."""
 
     proximal: Array
     behavior: Array
@@ -20,12 +20,12 @@ class Draw:
 
     @property
     def usable(self) -> Mask:
-        """Tokens whose ratio exists."""
+        """Trainable tokens with a finite ratio."""
         return self.mask & ~self.missing & np.isfinite(self.proximal) & np.isfinite(self.behavior)
 
 
 def draw(seed: int, *, rows: int = 4, tokens: int = 12, spread: float = 0.5, broken: float = 0.1) -> Draw:
-    """The ratio's log has standard deviation `spread`; a tenth of the trajectories are much further off."""
+    """Random batch: log-ratios with deviation `spread`, eight times as large for a tenth of the trajectories."""
     generator = np.random.default_rng(seed)
     shape = (int(generator.integers(1, rows + 1)), int(generator.integers(1, tokens + 1)))
     behavior = -generator.exponential(1.5, shape)
@@ -37,12 +37,12 @@ def draw(seed: int, *, rows: int = 4, tokens: int = 12, spread: float = 0.5, bro
 
 
 def ratio(proximal: float, behavior: float) -> float:
-    """r = pi_prox / mu, its log inside +-20."""
+    """r = pi_prox / mu, with its log clamped to +-20."""
     return float(np.exp(np.clip(proximal - behavior, -20.0, 20.0)))
 
 
 def estimate(name: str, r: float) -> float:
-    """k1, k2 or k3 of KL(mu || pi_prox), from the ratio at a sample of mu."""
+    """Estimate k1, k2 or k3 of KL(mu || pi_prox) from the ratio at one sample of mu."""
     x = np.log(r)
     return float({"k1": -x, "k2": x * x / 2, "k3": r - 1.0 - x}[name])
 
@@ -74,12 +74,12 @@ def removed_tokens(data: Draw, rule: str, bound: float | tuple[float, float]) ->
 
 
 def token_weight(r: float, kind: str, low: float, high: float) -> float:
-    """Of a token that is kept, before normalizing."""
+    """Weight of a kept token, before normalization."""
     return {"off": 1.0, "ratio": r, "truncated": min(r, high), "clipped": min(max(r, low), high)}[kind]
 
 
 def m2_kept(squares: Array, bound: float) -> Mask:
-    """The largest value goes, with its equals, until the mean of the rest is below the bound or nothing is left."""
+    """Remove the largest value and its equals until the mean of the rest is below the bound or no value remains."""
     kept = np.ones(len(squares), dtype=bool)
     while kept.any() and squares[kept].mean() >= bound:
         kept &= squares != squares[kept].max()

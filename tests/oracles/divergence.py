@@ -1,4 +1,4 @@
-"""algorithms.md 9 in float64 numpy: divergences of whole distributions, and estimates from one sample."""
+"""Exact divergences of distributions and estimates from one sample, in float64 numpy (algorithms.md 9)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ def softmax(logits: Array) -> Array:
 
 
 def kl(q: Array, p: Array) -> float:
-    """KL(q || p)"""
+    """KL(q || p)."""
     return float((q * np.log(q / p)).sum())
 
 
@@ -24,6 +24,6 @@ def kl_gradient(logits: Array, reference: Array) -> Array:
 
 
 def estimate(q: float, p: float, name: str) -> float:
-    """From the probabilities of one sample of q."""
+    """Estimate of KL(q || p) from the probabilities of one sample of q."""
     ratio = p / q
     return {"k1": -np.log(ratio), "k2": np.log(ratio) ** 2 / 2, "k3": ratio - 1 - np.log(ratio)}[name]

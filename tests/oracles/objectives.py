@@ -1,6 +1,6 @@
-"""Objectives token by token in float64 numpy, with the gradient written out by hand.
+"""Objectives token by token in float64 numpy, with the gradient derived by hand.
 
-algorithms.md 5 (clip, dual clip, CISPO, unclipped), 6 (OPSM), 7 (GSPO), 12 (R2VPO), 13 (EPO), 14 (MiniRL). Each gives
+algorithms.md 5 (clip, dual clip, CISPO, unclipped), 6 (OPSM), 7 (GSPO), 12 (R2VPO), 13 (EPO), 14 (MiniRL). Each returns
 the losses [rows, tokens] and the gradient of their sum with respect to the current log-probs.
 """
 
@@ -16,7 +16,7 @@ Result = tuple[Array, Array]
 
 @dataclass
 class Data:
-    """[rows, tokens] each."""
+    """Inputs of an objective, each [rows, tokens]."""
 
     current: Array
     proximal: Array
@@ -26,18 +26,18 @@ class Data:
     mask: NDArray[np.bool_]
 
     def kept(self) -> Iterator[tuple[int, int]]:
-        """Tokens that count."""
+        """Indices of the tokens that count: trainable, weighted and finite."""
         for i, t in np.ndindex(self.mask.shape):
             numbers = (self.current[i, t], self.proximal[i, t], self.behavior[i, t])
             if self.mask[i, t] and self.weight[i, t] > 0 and all(np.isfinite(numbers)):
                 yield i, t
 
     def update(self, i: int, t: int) -> float:
-        """pi_theta / pi_prox"""
+        """pi_theta / pi_prox."""
         return float(np.exp(np.clip(self.current[i, t] - self.proximal[i, t], -20, 20)))
 
     def total(self, i: int, t: int) -> float:
-        """pi_theta / mu"""
+        """pi_theta / mu."""
         return float(np.exp(np.clip(self.current[i, t] - self.behavior[i, t], -20, 20)))
 
 
@@ -108,7 +108,7 @@ def r2vpo(data: Data, *, multiplier: float, target: float) -> Result:
 
 
 def opsm(data: Data, *, threshold: float) -> NDArray[np.bool_]:
-    """Tokens that are removed."""
+    """Mask of the removed tokens."""
     removed = np.zeros_like(data.mask)
     for i, t in data.kept():
         if data.advantages[i, t] < 0 and -np.log(trajectory_ratio(data, i)) > threshold:

@@ -1,4 +1,4 @@
-"""What discrepancy rules do to whole rows: float64 numpy, products of ratios, not sums of logs (algorithms.md 6, 9)."""
+"""Discrepancy rules for rows in float64 numpy, with products of ratios instead of sums of logs (algorithms.md 6, 9)."""
 
 import itertools
 
@@ -10,7 +10,7 @@ CLAMP = float(np.exp(20.0))
 
 
 def ratios_of(data: Draw, row: int, places: list[int] | None = None) -> Array:
-    """Ratios of the row's usable tokens, at these places only if there are any given."""
+    """Ratios of the row's usable tokens; with `places`, of those at these places."""
     chosen = range(data.mask.shape[1]) if places is None else places
     return np.array(
         [ratio(data.proximal[row, t], data.behavior[row, t]) for t in chosen if data.usable[row, t]], dtype=np.float64
@@ -18,7 +18,7 @@ def ratios_of(data: Draw, row: int, places: list[int] | None = None) -> Array:
 
 
 def product(ratios: Array) -> float:
-    """Its log inside +-20."""
+    """Product of the ratios, with its log clamped to +-20."""
     return float(np.clip(np.prod(ratios), 1 / CLAMP, CLAMP))
 
 
@@ -27,7 +27,7 @@ def geometric_mean(ratios: Array) -> float:
 
 
 def unbroken(mask_of_row: Mask) -> list[list[int]]:
-    """Places of each run of trainable tokens."""
+    """Places of each contiguous run of trainable tokens."""
     places = itertools.groupby(range(len(mask_of_row)), key=lambda t: bool(mask_of_row[t]))
     return [list(run) for trainable, run in places if trainable]
 
@@ -46,7 +46,7 @@ def removed_rows(data: Draw, rule: str, bound: float | tuple[float, float]) -> M
 
 
 def fails(rule: str, ratios: Array, bound: float | tuple[float, float]) -> bool:
-    """Whether a trajectory with these ratios is removed."""
+    """True if the rule removes a trajectory with these ratios."""
     if not len(ratios):
         return False
     match rule:
@@ -62,5 +62,5 @@ def fails(rule: str, ratios: Array, bound: float | tuple[float, float]) -> bool:
 
 
 def sequence_weight(data: Draw, row: int, kind: str, low: float, high: float) -> float:
-    """Of every kept token of the row, before normalizing."""
+    """Weight of every kept token of the row, before normalization."""
     return token_weight(product(ratios_of(data, row)), kind, low, high)

@@ -1,4 +1,4 @@
-"""Surrogates, their bands on the total ratio, moving averages and leaks (algorithms.md 2.2, 2.3, 4.5 to 4.7)."""
+"""Surrogates, their bands on the total ratio, moving averages and errors (algorithms.md 2.2, 2.3, 4.5 to 4.7)."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ Array = NDArray[np.float64]
 
 
 def loglinear(behavior: Array, current: Array, staleness: NDArray[np.int64]) -> Array:
-    """Geometric mixture: the behavior probability to the power 1/d, the current one to the rest; at 0 as at 1."""
+    """Log of mu^(1/d) pi_theta^(1 - 1/d) for staleness d; staleness 0 counts as 1."""
     on_behavior = 1.0 / np.maximum(staleness, 1)
     return on_behavior * behavior + (1.0 - on_behavior) * current
 
 
 def linear(behavior: Array, current: Array, alpha: float) -> Array:
-    """Arithmetic mixture, in probabilities."""
+    """Log of alpha mu + (1 - alpha) pi_theta."""
     return np.log(alpha * np.exp(behavior) + (1.0 - alpha) * np.exp(current))
 
 
@@ -39,9 +39,9 @@ def linear_clip_band(alpha: float, *, low: float, high: float) -> tuple[float, f
 
 
 def averages(thetas: Sequence[Array], decays: Sequence[float]) -> tuple[list[Array], list[float], list[float]]:
-    """After each version: average, total weight, mean age; decays[t] is of the tick that takes thetas[t + 1] in.
+    """Average, total weight and mean age after each version; decays[t] applies when thetas[t + 1] enters.
 
-    Closed form: theta(k) has at t the product of the decays of ticks k + 1 to t. A reset is a tick with decay 0.
+    Closed form: the weight of theta(k) at t is the product of decays[k] to decays[t - 1]. A reset is a decay of 0.
     """
     means, weights, ages = [], [], []
     for t in range(len(thetas)):
@@ -53,12 +53,12 @@ def averages(thetas: Sequence[Array], decays: Sequence[float]) -> tuple[list[Arr
 
 
 def center_of_mass(decay: float, versions: int) -> float:
-    """Mean age of `versions` versions under one decay."""
+    """Mean age of `versions` versions with a constant decay."""
     return decay / (1 - decay) - versions * decay**versions / (1 - decay**versions)
 
 
 def paces(measured: Sequence[float]) -> list[float]:
-    """beta in force at each tick: d / (1 + d) of the running mean, kept for three times its own age once taken."""
+    """beta at each tick: d / (1 + d) of the running mean d; each value holds for 3 d ticks."""
     betas, taken, at = [], 0.0, -1
     for t in range(len(measured)):
         shares = np.array([0.9 ** (t - k) for k in range(t + 1)])
@@ -100,7 +100,7 @@ def leak(
     low: float,
     high: float,
 ) -> dict[int, dict[str, float]]:
-    """Token by token, by staleness, in ratios."""
+    """Errors of a surrogate by staleness, counted token by token from the ratios."""
 
     def judged(proximal: float, i: int) -> tuple[bool, bool]:
         discrepancy, update = np.exp(proximal - behavior[i]), np.exp(current[i] - proximal)

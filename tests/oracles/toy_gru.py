@@ -1,4 +1,4 @@
-"""The toy's policy in float64 numpy, one row and one token at a time, from the GRU's equations."""
+"""The policy of the toy benchmark in float64 numpy, one row and one token at a time, from the GRU equations."""
 
 from collections.abc import Mapping
 
@@ -27,6 +27,6 @@ def token_logprob(weights: Mapping[str, Array], tokens: list[int], place: int) -
 
 
 def rounded(values: Array, levels: int) -> Array:
-    """The nearest of so many equally spaced values from the least to the greatest, by looking at all of them."""
+    """Round each value to the nearest of `levels` equally spaced values from the minimum to the maximum."""
     grid = np.linspace(values.min(), values.max(), levels)
     return grid[np.abs(values[..., None] - grid).argmin(-1)]

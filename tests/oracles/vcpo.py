@@ -1,4 +1,4 @@
-"""algorithms.md 11 in float64 numpy."""
+"""Effective sample size and minimum-variance baseline in float64 numpy (algorithms.md 11)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,12 @@ def factor(share: float, base: float, power: float) -> float:
 
 
 def estimator(weights: Array, gradients: Array, rewards: Array, baseline: float) -> Array:
-    """What each trajectory adds to the gradient: [trajectories, parameters]."""
+    """Contribution of each trajectory to the gradient, [trajectories, parameters]."""
     return (weights * (rewards - baseline))[:, None] * gradients
 
 
 def variance(weights: Array, gradients: Array, rewards: Array, baseline: float) -> float:
-    """Of that, summed over the parameters."""
+    """Variance of the contributions, summed over the parameters."""
     return float(estimator(weights, gradients, rewards, baseline).var(axis=0).sum())
 
 

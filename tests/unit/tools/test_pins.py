@@ -15,12 +15,12 @@ def pinned(kind: str) -> dict[str, str]:
     return pins.pins((pins.REQUIREMENTS / f"{kind}.txt").read_text())
 
 
-def asked_for(name: str) -> set[str]:
+def requested_packages(name: str) -> set[str]:
     """Names in an .in file and in those that it includes."""
     names = set()
     for line in (pins.REQUIREMENTS / name).read_text().splitlines():
         if line.startswith("-r "):
-            names |= asked_for(line.removeprefix("-r "))
+            names |= requested_packages(line.removeprefix("-r "))
         elif line and not line.startswith("#"):
             names.add(re.split(r"[=<>~;\[ ]", line)[0])
     return names
@@ -50,13 +50,15 @@ def test_the_project_admits_the_pythons_that_the_sets_were_resolved_for() -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_that_is_asked_for_is_pinned(kind: str) -> None:
-    assert asked_for(f"{kind}.in") - set(pinned(kind)) == set()
+    assert requested_packages(f"{kind}.in") - set(pinned(kind)) == set()
 
 
 def test_the_sets_agree_on_what_is_ours_to_choose() -> None:
     cpu, gpu, light = (pinned(kind) for kind in KINDS)
     assert {name for name in light if light[name] != cpu.get(name)} == set()
-    ours = (asked_for("light.in") | asked_for("dev.in") | {"torch", "transformers", "tokenizers"}) & set(gpu)
+    ours = (
+        requested_packages("light.in") | requested_packages("dev.in") | {"torch", "transformers", "tokenizers"}
+    ) & set(gpu)
     assert {name for name in ours if gpu[name] != cpu[name]} == set()
 
 
