@@ -64,7 +64,7 @@ class _Line(Struct):
     batch: int
     groups: dict[str, list[int]]
     by_staleness: dict[str, Any]
-    staleness_max: int
+    staleness_max: int | None
     trajectories: dict[str, Any]
 
 
@@ -163,12 +163,14 @@ def _line(text: bytes) -> Line:
     line = msgspec.json.decode(text, type=_Line)
     counts = line.trajectories
     staleness = [int(s) for s in line.by_staleness]
+    if line.staleness_max is not None:
+        staleness.append(line.staleness_max)
     return Line(
         version=line.version,
         published=line.published,
         trained=tuple(trajectory_id(group, sample) for group, samples in line.groups.items() for sample in samples),
         batch=line.batch,
-        staleness=(min([*staleness, line.staleness_max]), max([*staleness, line.staleness_max])),
+        staleness=(min(staleness, default=0), max(staleness, default=0)),
         counts={
             **{name: int(counts[name]) for name in ("offered", "trained", "dead_lettered", "pending")},
             "dropped": sum(counts["dropped"].values()),

@@ -52,6 +52,11 @@ GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping
 SKIPPED = Counter(
     "palimpsest_learner_skipped_steps", "Optimizer steps left out: gradient not finite", registry=REGISTRY
 )
+EMPTY = Counter(
+    "palimpsest_learner_empty_minibatches",
+    "Minibatches without a usable token, which took no optimizer step",
+    registry=REGISTRY,
+)
 NONFINITE = Counter("palimpsest_learner_nonfinite_tokens", "Tokens masked: a log-prob not finite", registry=REGISTRY)
 SNAPSHOT_LOADS = Counter(
     "palimpsest_learner_snapshot_loads", "Versions loaded by the shadow copy of the model", registry=REGISTRY
@@ -59,7 +64,12 @@ SNAPSHOT_LOADS = Counter(
 PHASE_SECONDS = Histogram(
     "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
 )  # phase: wait, train (old log-probs included), publish, checkpoint
-ALERT = Gauge("palimpsest_learner_alert", "1 while the rule's alert is on", ["rule"], registry=REGISTRY)
+ALERT = Gauge(
+    "palimpsest_learner_alert",
+    "1 while the rule's alert is on; NaN while the newest version has no value for it",
+    ["rule"],
+    registry=REGISTRY,
+)
 LOG_RATIO_TOKENS = Counter(
     "palimpsest_learner_log_ratio_tokens",
     "Tokens in each bin of a log-ratio; above: lower edge of the bin, nats",

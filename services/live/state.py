@@ -308,4 +308,6 @@ def _losses(ledger: Mapping[str, Any], trained: TrainedVersions) -> list[str]:
 def _alerts(last: Line | None) -> list[str]:
     """What is wrong at the newest version by the alert rules; notices about the configuration are not among them."""
     alerts = last.get("alerts", ()) if last else ()
-    return [f"{alert['rule']}: {alert['says']}" for alert in alerts if alert["level"] == "warning"]
+    unknown = last.get("unknown_alerts", ()) if last else ()
+    found = [f"{alert['rule']}: {alert['says']}" for alert in alerts if alert["level"] == "warning"]
+    return found + [f"{rule}: unknown; version {last['version']} has no value for it" for rule in unknown if last]

@@ -70,7 +70,10 @@ def line(state: State) -> str:
     if state.success:
         parts.append(f"success {recent(state.success):.3f}, reward {recent(state.reward):.3f}")
     if state.last is not None:
-        parts.append(f"staleness {state.last['staleness_mean']:.1f} mean, {state.last['staleness_max']} max")
+        mean, oldest = (
+            _number(state.last[f"staleness_{which}"], spec) for which, spec in (("mean", ".1f"), ("max", ""))
+        )
+        parts.append(f"staleness {mean} mean, {oldest} max")
     parts.append(f"tokens/s {_rate(state.rollout_tokens_per_s)} rollout, {_rate(state.learner_tokens_per_s)} learner")
     parts.append(f"{state.in_flight} in flight, {state.waiting} waiting")
     if state.still_s is not None:
@@ -230,6 +233,11 @@ def _flow(state: State) -> ViewSection:
     return ViewSection("flow", grid, 3, 3)
 
 
+def _number(value: float | None, spec: str) -> str:
+    """Format a value of a history line; "unknown" for one without a value."""
+    return "unknown" if value is None else format(value, spec)
+
+
 def _staleness(state: State, width: int, *, most: int) -> ViewSection:
     assert state.last is not None
     by_staleness = sorted(state.last["by_staleness"].items(), key=lambda item: int(item[0]))
@@ -249,8 +257,8 @@ def _staleness(state: State, width: int, *, most: int) -> ViewSection:
         cells: list[RenderableType] = [
             staleness,
             f"{values['tokens']:,.0f}",
-            f"{values['log_discrepancy_abs']:.5f}",
-            f"{values['log_staleness_ratio_abs']:.5f}",
+            _number(values["log_discrepancy_abs"], ".5f"),
+            _number(values["log_staleness_ratio_abs"], ".5f"),
             f"{100 * values['masked']:.1f} %",
             f"{100 * values['clipped']:.1f} %",
         ]

@@ -40,7 +40,7 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <section class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</section>
 <section class="figures">
 {"".join(_figure(i, figure, empty=not summary["versions"]) for i, figure in enumerate(figures))}
-{_alerts(summary["alerts"], summary["versions"])}
+{_alerts(summary["alerts"], summary["versions"], summary["unknown_alerts"])}
 {_removal(summary["removal"])}
 {_ledger(summary["trajectories"])}
 </section>
@@ -109,7 +109,7 @@ def _figure(i: int, figure: Figure, *, empty: bool) -> str:
     )
 
 
-def _alerts(spans: Sequence[dict[str, Any]], versions: int) -> str:
+def _alerts(spans: Sequence[dict[str, Any]], versions: int, unknown: dict[str, int]) -> str:
     """What the alert rules said, from when to when."""
     rows = [
         (span["rule"] + (" (notice)" if span["level"] == "notice" else ""), _when(span), span["says"]) for span in spans
@@ -119,6 +119,10 @@ def _alerts(spans: Sequence[dict[str, Any]], versions: int) -> str:
         for rule, when, says in rows
     )
     table = f"<table><tbody>{body}</tbody></table>" if rows else f"<p>None in {count(versions, 'version')}.</p>"
+    table += "".join(
+        f"<p>{html.escape(rule)}: unknown in {count(number, 'version')}, which have no value for it.</p>"
+        for rule, number in unknown.items()
+    )
     return f"""<figure class="wide"><h2>Alerts</h2>{table}
 <figcaption>Signs that discrepancy and staleness are taken for one another, or that something stood in silently for old
 log-probabilities, each with the versions at which it was on and what it said last. A notice is about what the

@@ -180,11 +180,13 @@ def _over_versions(figure: go.Figure, y: str) -> go.Figure:
     return label_axes(figure, "version published", y, **log_axis(heights))
 
 
-def _joined(by_staleness: dict[str, dict[str, float]], key: str) -> float:
-    tokens = sum(values["tokens"] for values in by_staleness.values())
-    return sum(values["tokens"] * values[key] for values in by_staleness.values()) / max(1.0, tokens)
+def _joined(by_staleness: dict[str, dict[str, float | None]], key: str) -> float | None:
+    """Mean over the tokens of all stalenesses with a value; None without any."""
+    known = [(values["tokens"] or 0.0, value) for values in by_staleness.values() if (value := values[key]) is not None]
+    tokens = sum(count for count, _ in known)
+    return sum(count * value for count, value in known) / tokens if tokens else None
 
 
-def _positive(value: float) -> float | None:
-    """A logarithmic axis has no 0."""
-    return value if value > 0 else None
+def _positive(value: float | None) -> float | None:
+    """None for 0, which a logarithmic axis cannot show, and for an unknown value."""
+    return value if value is not None and value > 0 else None

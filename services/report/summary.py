@@ -1,6 +1,7 @@
 """summary.json: a run in numbers (docs/report.md says what each means). Pure but for `write_summary`."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -90,7 +91,11 @@ def mean_by_staleness(lines: Sequence[Line], key: str, *, of: str = "by_stalenes
     sums: dict[int, tuple[float, float]] = {}
     for line in lines:
         for staleness, values in line[of].items():
-            tokens = values["tokens"] - (values["nonfinite"] if "log_" in key else 0.0)
+            if values[key] is None:
+                continue  # no token of this staleness has the value
+            tokens = values["tokens"]
+            if "log_" in key:
+                tokens -= values["nonfinite"] + values.get("missing", 0.0)
             total, count = sums.get(int(staleness), (0.0, 0.0))
             sums[int(staleness)] = (total + tokens * values[key], count + tokens)
     return {str(staleness): sums[staleness][0] / sums[staleness][1] for staleness in sorted(sums) if sums[staleness][1]}
@@ -184,12 +189,15 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
         "masked_share": mean_by_staleness(lines, "masked"),
         "clipped_share": mean_by_staleness(lines, "clipped"),
         "tokens_by_staleness": tokens_by_staleness(lines),
-        "max_staleness_seen": max((line["staleness_max"] for line in lines), default=None),
+        "max_staleness_seen": max(
+            (line["staleness_max"] for line in lines if line["staleness_max"] is not None), default=None
+        ),
         "multi_version_trajectories": sum(line["multi_version"] for line in lines),
         "cuts": sum(line["cuts"] for line in lines),
         "removal": removal(lines),
         "leak": leak(lines),
         "alerts": alert_spans(lines),
+        "unknown_alerts": dict(Counter(rule for line in lines for rule in line.get("unknown_alerts", ()))),
     }
 
 

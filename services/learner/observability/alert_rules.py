@@ -6,7 +6,7 @@ against staleness are fitted within each version (staleness_slope.py). While an 
 bounds, so that the alert does not flicker.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
@@ -155,7 +155,7 @@ def discrepancy_by_staleness(lines: Sequence[Line], ease: float = 1.0) -> Alert 
 def discrepancy_is_one(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa: ARG001  no bound to ease
     """Every discrepancy is exactly 1. Tokens that the engine was certain of do not count: any two engines agree on
     them."""
-    same = [line["all"]["same"] for line in lines if line["all"].get("unsure", 0.0) >= LEAST_TOKENS]
+    same = [line["all"]["same"] for line in lines if (line["all"].get("unsure") or 0.0) >= LEAST_TOKENS]
     if len(same) < PERSISTS or min(same[-PERSISTS:]) < ONE:
         return None
     newest = lines[-1]
@@ -208,6 +208,26 @@ _RULES: Mapping[str, Callable[[Sequence[Line], float], Alert | None]] = {
 RULES = tuple(_RULES)
 
 
+def unknown_rules(line: Line) -> list[str]:
+    """Return the rules that the line has no value for, for example because no token has a finite log-ratio.
+
+    Such a line neither starts nor ends an alert.
+    """
+    aged, first = line["by_staleness"].values(), line["first_minibatch"].values()
+    needed: dict[str, tuple[Iterable[Mapping[str, Any]], str]] = {
+        "mask_by_staleness": (aged, "token_masked"),
+        "discrepancy_by_staleness": (aged, "log_discrepancy_abs"),
+        "discrepancy_is_one": ([line["all"]], "log_discrepancy_abs"),
+    }
+    if line.get("objective") in CLIPPING:
+        needed["clip_idle"] = (first, "log_total_ratio_abs")
+    return [
+        rule
+        for rule, (parts, key) in needed.items()
+        if all(part.get(key, 0.0) is None for part in parts)  # a line of an older release may lack the key
+    ]
+
+
 def _alike(line: Line, newest: Line) -> bool:
     return all(line.get(name) == newest.get(name) for name in ("kind", "objective"))
 
@@ -220,7 +240,7 @@ def _firm(found: StalenessSlope | None, ease: float) -> TypeGuard[StalenessSlope
 def _points(by_staleness: Mapping[str, Mapping[str, float]], key: str, *, over: str | None = None) -> list[Point]:
     """Points of a line, one for each staleness that has the number `key` (divided by the number `over`).
 
-    Tokens without a ratio do not count: no mask evaluates them, and a mean over no tokens is written as 0.
+    Tokens without a ratio do not count: no mask evaluates them.
     """
     points = []
     for staleness, values in by_staleness.items():
@@ -237,6 +257,8 @@ def _stale(line: Line) -> dict[str, float]:
     for staleness, values in line["first_minibatch"].items():
         if int(staleness) > 0:
             tokens = values["tokens"]
+            if values["log_total_ratio_abs"] is None:
+                continue  # no token has a finite log-ratio
             sums["tokens"] += tokens
             sums["clipped"] += tokens * values["clipped"]
             sums["staleness"] += tokens * values["log_staleness_ratio_abs"]

@@ -1,6 +1,8 @@
 """Evaluates the alert rules on each version's line and reports alerts: in the log, in the line and as a metric."""
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import msgspec
 
 from palimpsest.common.logs import logger
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.observability.alert_rules import RULES, WINDOW, judge
+from palimpsest.services.learner.observability.alert_rules import RULES, WINDOW, judge, unknown_rules
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.version_record import Batch, version_record
 from palimpsest.services.learner.training.results import StepResult
@@ -36,13 +38,14 @@ class AlertTracker:
         except msgspec.DecodeError as error:
             logger().warning("alerts begin anew: the history cannot be read", file=str(history), error=str(error))
             self._lines.clear()
-        self._export(self._active())
+        self._export(self._active(), [])
 
     def evaluate(self, line: Line) -> None:
         """Set the line's `alerts`; log each alert that begins or ends."""
         before = self._active()
         self._lines.append(line)
         found = judge(list(self._lines))
+        line["unknown_alerts"] = unknown_rules(line)
         line["alerts"] = [asdict(alert) | {"value": float(f"{alert.value:.5g}")} for alert in found]
         for alert in found:
             if alert.level == "notice":
@@ -52,16 +55,17 @@ class AlertTracker:
         now = {alert.rule for alert in found if alert.level == "warning"}
         for rule in sorted(before - now):
             logger().info("alert over", rule=rule)
-        self._export(now)
+        self._export(now, line["unknown_alerts"])
 
     def _active(self) -> set[str]:
         """Rules whose alert is on at the newest line."""
         alerts: list[dict[str, Any]] = self._lines[-1].get("alerts", []) if self._lines else []
         return {alert["rule"] for alert in alerts if alert["level"] == "warning"}
 
-    def _export(self, active: set[str]) -> None:
+    def _export(self, active: set[str], unknown: Sequence[str]) -> None:
         for rule in RULES:
-            instruments.ALERT.labels(rule).set(rule in active)
+            known = rule in active or rule not in unknown
+            instruments.ALERT.labels(rule).set(float(rule in active) if known else math.nan)
 
 
 class VersionReporter:

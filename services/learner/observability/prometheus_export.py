@@ -30,10 +30,11 @@ def _training(line: Line) -> None:
     instruments.PROXIMAL_EXACT.set(float(line["exact"]))
     instruments.PENDING.set(line["trajectories"]["pending"])
     instruments.SKIPPED.inc(line["skipped"])
+    instruments.EMPTY.inc(line["empty_minibatches"])
     if line["grad_norm"] is not None:
         instruments.GRAD_NORM.set(line["grad_norm"])
     for what, value in line["gauges"].items():
-        instruments.COMPANION.labels(what).set(value)
+        _set(instruments.COMPANION.labels(what), value)
     for part, spent in line["train_seconds"].items():
         instruments.TRAIN_SECONDS.labels(part).inc(spent)
 
@@ -75,7 +76,7 @@ def _effective(line: Line) -> None:
         _set(instruments.EFFECTIVE.labels(*name.split("_")), share)
     for bound, count in (line["caps"] or {}).items():
         instruments.CAPPED.labels(bound).inc(count)
-    instruments.LR_FACTOR.set(line["lr_factor"])
+    _set(instruments.LR_FACTOR, line["lr_factor"])
     instruments.NORMALIZER.set(line["normalizer"])
     _set(instruments.GROUP_SPAN, line["versions"]["group_span_mean"])
 

@@ -143,7 +143,7 @@ def divergences(tokens: Tokens) -> dict[str, float]:
         "discrepancy_k2": _mean(ratios.discrepancy**2 / 2),
         "staleness_k1": _mean(-ratios.staleness),
         "staleness_k3": _mean(_k3(ratios.staleness)),
-        "difference_max": float(difference.max(initial=0.0)),
+        "difference_max": float(difference.max()) if len(difference) else float("nan"),
         "correlation": correlation(proximal, behavior),
         "unsure": float(unsure.sum()),
         "same": float((ratios.discrepancy[unsure] == 0.0).mean()) if unsure.any() else float("nan"),
@@ -192,4 +192,4 @@ def _k3(log_ratios: Array) -> Array:
 
 
 def _mean(values: Array) -> float:
-    return float(values.mean()) if len(values) else 0.0
+    return float(values.mean()) if len(values) else float("nan")

@@ -90,19 +90,20 @@ def version_record(
         "proximal": trained.method,
         "kind": bounds.kind if bounds else trained.method,
         "objective": bounds.objective if bounds else None,
-        "active_share": trained.active_share if trained.active_share == trained.active_share else None,
-        "lr_factor": trained.lr_factor,
+        "active_share": _known(trained.active_share),
+        "lr_factor": _known(trained.lr_factor),
         "normalizer": trained.normalizer,
         "baseline": trained.baseline,
         "train_seconds": {what: round(spent, 4) for what, spent in trained.seconds.items()},
-        "gauges": trained.gauges,
-        "loss": trained.loss,
-        "grad_norm": trained.grad_norm if trained.grad_norm == trained.grad_norm else None,
+        "gauges": {name: _known(value) for name, value in trained.gauges.items()},
+        "loss": _known(trained.loss),
+        "grad_norm": _known(trained.grad_norm),
         "skipped": trained.skipped,
+        "empty_minibatches": trained.empty,
         "learning_rate": learning_rate,
-        "ess": effective_sample_share(tokens),
-        "staleness_max": int(tokens.staleness.max(initial=0)),
-        "staleness_mean": float(tokens.staleness.mean()) if len(tokens.staleness) else 0.0,
+        "ess": _known(effective_sample_share(tokens)),
+        "staleness_max": int(tokens.staleness.max()) if len(tokens.staleness) else None,
+        "staleness_mean": float(tokens.staleness.mean()) if len(tokens.staleness) else None,
     }
     fields: dict[str, Any] = round_for_json(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
     fields["cost"] = round_for_json(_cost(trained.seconds, phases))
@@ -129,7 +130,7 @@ def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
         "by_staleness": {str(s): values for s, values in grouped.items()},
         "first_minibatch": {str(s): values for s, values in by_staleness(first, first_statistics).items()},
         "ratios": _ratios(tokens, flat.first),
-        "slopes": {name: slope([Point(s, v["tokens"], v[name]) for s, v in grouped.items()]) for name in SLOPES},
+        "slopes": {name: slope(_known_points(grouped, name)) for name in SLOPES},
         "removal": removal(tokens, thresholds),
         "ess_shares": effective_sample_sizes(*weights, by_total=bounds is not None and bounds.objective == "minirl"),
         "caps": capped_weights(*weights, low=bounds.weight_low, high=bounds.weight_high, of_sequence=bounds.of_sequence)
@@ -181,6 +182,15 @@ def round_for_json(value: Any) -> Any:
         case float():
             return (value if value.is_integer() else float(f"{value:.{DIGITS}g}")) if math.isfinite(value) else None
     return value
+
+
+def _known(value: float) -> float | None:
+    """None for a value that is not finite: it is unknown."""
+    return value if math.isfinite(value) else None
+
+
+def _known_points(by_age: Mapping[int, Mapping[str, Any]], name: str) -> list[Point]:
+    return [Point(age, values["tokens"], values[name]) for age, values in by_age.items() if math.isfinite(values[name])]
 
 
 def _ratios(tokens: Tokens, first: np.ndarray) -> dict[str, Any]:

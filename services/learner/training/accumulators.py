@@ -27,6 +27,8 @@ class MicroBatchPass:
     clipped: dict[str, Tensor]
     old: Tensor | None
     """See MicroBatchResult."""
+    usable: int
+    """Number of tokens with a loss: trainable, not removed by a mask, all log-probs finite."""
 
     def result(self, *, first: bool) -> MicroBatchResult:
         """Return the result on the CPU. first: whether the micro-batch belongs to the first minibatch."""
@@ -55,6 +57,8 @@ class StepAccumulator:
     baselines: list[float] = field(default_factory=list)
     normalizers: list[float] = field(default_factory=list)
     """Mean weight of each minibatch."""
+    empty: int = 0
+    """Minibatches without a usable token, which took no optimizer step."""
     squared_deviation: float = 0.0
     """Sum of (r - 1)^2 over usable tokens."""
     usable: int = 0
@@ -85,6 +89,15 @@ class StepAccumulator:
     def normalizer(self) -> float:
         """Mean normalizer over the minibatches."""
         return sum(self.normalizers) / len(self.normalizers)
+
+    @property
+    def lr_factor(self) -> float:
+        """Smallest factor on the learning rate; NaN without an optimizer step."""
+        return min(self.lr_factors, default=float("nan"))
+
+    def mean_loss(self, minibatches: int) -> float:
+        """Mean loss of the minibatches with a usable token; NaN without any. minibatches: their total number."""
+        return self.loss / (minibatches - self.empty) if minibatches > self.empty else float("nan")
 
     @property
     def _finite_norms(self) -> list[float]:

@@ -65,6 +65,8 @@ class StepResult:
     """Phase -> seconds: proximal, audit, prepare, passes, cut, step."""
     gauges: dict[str, float] = field(default_factory=dict)
     """Values of TrainingState.gauges, by name."""
+    empty: int = 0
+    """Minibatches without a usable token: they leave the weights and the optimizer unchanged."""
     missed: dict[str, int] = field(default_factory=dict)
     """"reason/policy" -> tokens of all ranks that had no old log-prob, and the policy that was applied to them."""
 
@@ -89,5 +91,6 @@ def merge(parts: Sequence[StepResult]) -> StepResult:
         normalizer=first.normalizer,
         seconds=first.seconds,
         gauges=first.gauges,
+        empty=first.empty,
         missed=first.missed,
     )

@@ -4,6 +4,7 @@ These are the proximal source (a moving average has a state), the critic, R2VPO'
 entropies. The starting model, from which the KL divergence is measured, is here too; it is built again at a restart.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,8 @@ class TrainingState:
 
     def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
         """Values for the metrics, by name. masters: float32 weights of the policy."""
-        gauges = {"multiplier": self.multiplier, "entropy_history": self.entropies.mean or 0.0}
+        history = self.entropies.mean
+        gauges = {"multiplier": self.multiplier, "entropy_history": math.nan if history is None else history}
         if isinstance(self.source, EwmaProx | PpoEwmaAsync):
             gauges |= {
                 "ewma_decay": self.source.decay,

@@ -94,6 +94,7 @@ class Trainer:
             places = range(place, place + len(own))
             place += len(own)
             denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
+            loss_before = sums.loss
             with timer.of("passes"):
                 bounds = self._limits(version, places)
                 passes = self._passes(version, places, denominators, bounds, sums)
@@ -102,22 +103,27 @@ class Trainer:
                 with timer.of("cut"):
                     before_first_step()
             with timer.of("step"):
-                self._step(passes, sums)
+                if any(self._ranks.all_gather_object(sum(one.usable for one in passes))):
+                    self._step(passes, sums)
+                else:
+                    sums.empty, sums.loss = sums.empty + 1, loss_before
+                    self._discard_gradients()
             sums.normalizers.append(bounds.normalizer)
         totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
         self._update_state(totals)
         return StepResult(
             results,
             method=proximal.method,
-            loss=sums.loss / len(minibatches),
+            loss=sums.mean_loss(len(minibatches)),
             grad_norm=sums.grad_norm,
             skipped=sums.skipped,
             active_share=totals.active_share,
-            lr_factor=min(sums.lr_factors),
+            lr_factor=sums.lr_factor,
             baseline=sums.baseline,
             normalizer=sums.normalizer,
             seconds=timer.take(),
             gauges=self._state.gauges(self._policy.masters),
+            empty=sums.empty,
             missed=self._missed(),
         )
 
@@ -191,7 +197,9 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
         old = None if version.old is None else version.old[place]
-        return MicroBatchPass(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old)
+        removed = outcome.clipped.get("opsm")
+        usable = int((inputs.usable if removed is None else inputs.usable & ~removed).sum())
+        return MicroBatchPass(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, usable)
 
     def _train_critic(self, version: _Version, place: int, denominators: Denominators) -> None:
         """Backward pass of the critic on one micro-batch, if there is a critic."""
@@ -226,6 +234,17 @@ class Trainer:
         if self._state.critic is not None:
             self._ranks.all_reduce_sum(self._state.critic.gradients())
             self._state.critic.step()
+
+    def _discard_gradients(self) -> None:
+        """Set all gradients to zero. Weights, moments, schedule and step count do not change.
+
+        AdamW would otherwise move the weights by momentum and decay, although the minibatch has no usable token.
+        """
+        for gradient in self._policy.gradients():
+            gradient.zero_()
+        if self._state.critic is not None:
+            for gradient in self._state.critic.gradients():
+                gradient.zero_()
 
     def _update_state(self, totals: TokenTotals) -> None:
         """Update the training state from the totals of a version. Every rank has the same totals and computes the
