@@ -1,1 +1,1 @@
-"""A run while it goes on: what its services say, made into a picture of the whole, on the terminal."""
+"""The live view of a run: polls its services and shows their state on the terminal."""

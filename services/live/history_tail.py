@@ -1,4 +1,4 @@
-"""What the view keeps of a run's history: a line has some 20 kB and a run tens of thousands of them."""
+"""Follows a run's history and keeps only what the view needs: a line has 20 kB, and a run has tens of thousands."""
 
 import math
 from array import array
@@ -13,20 +13,20 @@ from palimpsest.services.report.folder import Line
 from palimpsest.services.report.summary import is_first_after_start
 
 PACE = 20
-"""Versions over which the learner's pace is measured."""
+"""Number of versions over which the learner's pace is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionPace:
-    """What the pace needs of one version."""
+    """The values of one version that the pace needs."""
 
     seconds: float
-    """Of the run, when the version was trained."""
+    """The run's seconds when the version was trained."""
     tokens: int
     begins: bool
-    """It is the first after a start of the learner."""
+    """Whether it is the first version after a start of the learner."""
     arrived: float
-    """time.monotonic() when its line was read; -inf when it stood there before."""
+    """time.monotonic() when its line was read; -inf if the line is older than the view."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class TrainedVersions:
 
     versions: int = 0
     success: Sequence[float] = ()
-    """Of each version's batch, like `reward`."""
+    """Success rate of each version's batch; `reward` likewise."""
     reward: Sequence[float] = ()
     skipped: int = 0
-    """Optimizer steps left out so far."""
+    """Number of skipped optimizer steps so far."""
     newest: tuple[VersionPace, ...] = ()
     """The newest PACE + 1 versions."""
     last: Line | None = None
@@ -46,7 +46,7 @@ class TrainedVersions:
 
 
 class HistoryAccumulator:
-    """Takes lines in, one after another; keeps two numbers of each, and more of the newest."""
+    """Accumulates history lines; keeps two numbers of each line, and more of the newest."""
 
     def __init__(self) -> None:
         self._success, self._reward, self._skipped = array("d"), array("d"), 0
@@ -54,7 +54,7 @@ class HistoryAccumulator:
         self._last: Line | None = None
 
     def add(self, line: Line, *, arrived: float) -> None:
-        """The next version's line."""
+        """Add the next version's line."""
         self._success.append(line["successes"].count("1") / line["batch"])
         self._reward.append(line["reward"])
         self._skipped += line["skipped"]
@@ -62,22 +62,22 @@ class HistoryAccumulator:
         self._last = line
 
     def snapshot(self) -> TrainedVersions:
-        """A copy that later lines do not change."""
+        """Return a copy that later lines do not change."""
         return TrainedVersions(
             len(self._success), self._success[:], self._reward[:], self._skipped, tuple(self._newest), self._last
         )
 
 
 def accumulate(lines: Iterable[Line], *, arrived: float = math.inf) -> TrainedVersions:
-    """Of these lines."""
-    taken = HistoryAccumulator()
+    """Return the accumulated values of these lines."""
+    accumulator = HistoryAccumulator()
     for line in lines:
-        taken.add(line, arrived=arrived)
-    return taken.snapshot()
+        accumulator.add(line, arrived=arrived)
+    return accumulator.snapshot()
 
 
 class HistoryTail:
-    """Follows a history file that grows, and that a restart of the learner cuts back."""
+    """Follows a history file that grows, and that a restart of the learner truncates."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -86,10 +86,10 @@ class HistoryTail:
 
     def _reset(self) -> None:
         self._last, self._last_at = b"", 0
-        self._gathered = HistoryAccumulator()
+        self._accumulator = HistoryAccumulator()
 
     def read(self, now: float) -> TrainedVersions:
-        """Take in whole lines that were added; after a cut, begin anew. `now`: by time.monotonic()."""
+        """Read the complete lines added since; after a truncation, read from the start. `now`: time.monotonic()."""
         arrived = -math.inf if self._first else now
         self._first = False
         try:
@@ -103,9 +103,9 @@ class HistoryTail:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
-                    self._gathered.add(msgspec.json.decode(line), arrived=arrived)
+                    self._accumulator.add(msgspec.json.decode(line), arrived=arrived)
                     self._last, self._last_at = line, at
                     at += len(line)
         except FileNotFoundError:
             pass
-        return self._gathered.snapshot()
+        return self._accumulator.snapshot()

@@ -1,4 +1,4 @@
-"""The outages of a run: what its services say of them, merged, and in a person's words. Pure."""
+"""The outages of a run: merges the reports of its services and formats them. Pure."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,45 +9,46 @@ from palimpsest.common.outages import GATEWAY, KAFKA, S3, STORE
 from palimpsest.common.text import duration, listed
 
 SHOWN_S = 3.0
-"""A shorter outage is not worth a word."""
+"""Shorter outages are not shown."""
 GAP_S = 3.0
-"""An outage is over when nobody has told of it for so long: the services are asked one after another."""
+"""An outage is over once no service has reported it for this time; the services are polled one after another."""
 NAMES = {KAFKA: "Kafka", STORE: "snapshot store", S3: "S3", GATEWAY: "environment gateway"}
 MENDS = {
-    KAFKA: "Start the broker: the run then goes on by itself",
-    STORE: "See logs/snapshot_store.log. If its process hangs, kill -9 it: it is started again by itself",
-    S3: "Start it: the run then goes on by itself",
-    GATEWAY: "See logs/env_gateway.log. If its process hangs, kill -9 it: it is started again by itself",
+    KAFKA: "Start the broker; the run then continues by itself",
+    STORE: "See logs/snapshot_store.log. If its process hangs, end it with kill -9; the run restarts it",
+    S3: "Start it; the run then continues by itself",
+    GATEWAY: "See logs/env_gateway.log. If its process hangs, end it with kill -9; the run restarts it",
 }
 NEEDS = {
-    KAFKA: "every service reads and writes there",
+    KAFKA: "every service reads and writes its topics",
     STORE: "learner and workers need it for every version",
     S3: "the store needs it for every version",
     GATEWAY: "the workers need it for every message",
 }
-"""Who will wait, where nobody has said so: a call that hangs says nothing for a while."""
+"""Which services need it, if none reports a wait yet: a call that hangs is reported late."""
 LIMITS = {
-    KAFKA: "(bus.outage_limit_s); then the run ends with code 3 and can go on later with --resume",
-    STORE: "; then they are started again from the last checkpoint",
-    S3: "; then they are started again from the last checkpoint",
-    GATEWAY: "; then what waits is tried in a new session, and dropped when its attempts are used up",
+    KAFKA: " (bus.outage_limit_s); then the run ends with code 3, and --resume continues it",
+    STORE: "; then the run restarts {who}",
+    S3: "; then the run restarts {who}",
+    GATEWAY: "; then the trajectory is retried in a new session, and dropped after rollout.attempts",
 }
+"""What follows when the wait ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Something that the run needs and that does not answer."""
+    """A server that the run needs and that does not answer."""
 
     of: str
-    """As common/outages.py names it."""
+    """The name by common/outages.py."""
     address: str
     since: float
     """Unix seconds, like `until`."""
     until: float | None = None
-    """When the first of those who wait gives up; None: nobody does."""
+    """Earliest time at which a waiting service stops retrying; None: never."""
     problem: str = ""
     waiting: tuple[str, ...] = ()
-    """Services that wait for it."""
+    """The services that wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +62,18 @@ class EndedOutage:
     """Unix seconds, like `since`."""
 
 
-def merge(told: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage] = ()) -> tuple[Outage, ...]:
-    """What the services tell (service -> the `outages` of its status) and what was seen from outside, as one list.
+def merge(reported: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage] = ()) -> tuple[Outage, ...]:
+    """Merge the reports of the services (service -> `outages` of its status) with outages seen by this process.
 
-    The earliest beginning and the earliest end of trying count. The longest outage comes first.
+    Of one server, the earliest start and the earliest deadline count. The longest outage comes first.
     """
     found: dict[tuple[str, str], Outage] = {}
-    said = [
+    outages = [
         Outage(each["of"], each["address"], each["since"], each.get("until"), each.get("problem", ""), (service,))
-        for service, outages in told.items()
-        for each in outages
+        for service, of_service in reported.items()
+        for each in of_service
     ]
-    for outage in [*said, *own]:
+    for outage in [*outages, *own]:
         key = (outage.of, outage.address)
         known = found.get(key, outage)
         limits = [until for until in (known.until, outage.until) if until is not None]
@@ -87,25 +88,25 @@ def merge(told: Mapping[str, Iterable[Mapping[str, Any]]], own: Iterable[Outage]
 
 
 class OutageHistory:
-    """Outages over a run's time: what goes on, and what is over.
+    """The current and past outages of a run.
 
-    >>> course = OutageHistory()
-    >>> course.update(10.0, [Outage("Kafka", "k:1", 5.0)])
-    >>> course.update(20.0, [])
-    >>> course.current, course.past
+    >>> history = OutageHistory()
+    >>> history.update(10.0, [Outage("Kafka", "k:1", 5.0)])
+    >>> history.update(20.0, [])
+    >>> history.current, history.past
     ((), (EndedOutage(of='Kafka', address='k:1', since=5.0, ended=10.0),))
     """
 
     def __init__(self) -> None:
         self.current: tuple[Outage, ...] = ()
-        """Those that are long enough to be shown."""
+        """Current outages that have lasted SHOWN_S."""
         self.past: tuple[EndedOutage, ...] = ()
-        """Those that were shown, oldest first."""
+        """Past outages that were shown, oldest first."""
         self._seen: dict[tuple[str, str], tuple[Outage, float]] = {}
-        """Outage and when it was last told of."""
+        """Each outage, and when it was last reported."""
 
     def update(self, now: float, outages: Sequence[Outage]) -> None:
-        """Take in what is told at `now`, in Unix seconds."""
+        """Update with the outages reported at `now`, in Unix seconds."""
         for outage in outages:
             key = (outage.of, outage.address)
             earlier = self._seen[key][0].since if key in self._seen else outage.since
@@ -119,7 +120,7 @@ class OutageHistory:
 
 
 def place(outage: Outage | EndedOutage) -> str:
-    """What and where.
+    """Return the name and address.
 
     >>> place(Outage("S3", "http://s3:9000", 0.0))
     'S3 at http://s3:9000'
@@ -128,40 +129,40 @@ def place(outage: Outage | EndedOutage) -> str:
 
 
 def short_text(outage: Outage, now: float) -> str:
-    """Which, and since when."""
+    """Return which server does not answer, and since when."""
     return f"no answer from {place(outage)} since {clock(outage.since)} ({duration(now - outage.since)})"
 
 
 def who_waits(outage: Outage) -> str:
-    """Who waits for it, and until when."""
+    """Return which services wait for it, and until when."""
     if not outage.waiting:
-        return NEEDS.get(outage.of, "nobody has waited for it so far")
+        return NEEDS.get(outage.of, "no service has waited for it so far")
     who = f"{listed(outage.waiting)} {'waits' if len(outage.waiting) == 1 else 'wait'} for it"
     if outage.until is None:
-        return f"{who}, as long as it takes"
-    limit = LIMITS.get(outage.of, "")
-    return f"{who} until {clock(outage.until)}{'' if limit.startswith(';') else ' '}{limit}"
+        return f"{who} without a time limit"
+    limit = LIMITS.get(outage.of, "").format(who=listed(outage.waiting))
+    return f"{who} until {clock(outage.until)}{limit}"
 
 
 def remedy(outage: Outage) -> str:
-    """What to do."""
+    """Return the remedy."""
     return MENDS.get(outage.of, "Start it")
 
 
 def full_text(outage: Outage, now: float) -> str:
-    """All of that, and what the last try said."""
+    """Return all of these texts and the last error."""
     problem = f" ({outage.problem})" if outage.problem else ""
     return f"{short_text(outage, now)}{problem}; {who_waits(outage)}. {remedy(outage)}"
 
 
 def ended_text(past: EndedOutage) -> str:
-    """That it is over."""
+    """Return the line about an outage that is over."""
     return (
-        f"{place(past)} answers again: it was away for {duration(past.ended - past.since)}, "
-        f"from {clock(past.since)} to {clock(past.ended)}"
+        f"{place(past)} answers again after {duration(past.ended - past.since)} "
+        f"(from {clock(past.since)} to {clock(past.ended)})"
     )
 
 
 def clock(seconds: float) -> str:
-    """Unix seconds as the time of day here."""
+    """Return Unix seconds as the local time of day."""
     return time.strftime("%H:%M:%S", time.localtime(seconds))

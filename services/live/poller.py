@@ -1,4 +1,4 @@
-"""What the services of a run say of themselves, asked from threads: whoever looks never waits for them."""
+"""Polls the status of a run's services in threads, so that an observer never waits for them."""
 
 import threading
 import time
@@ -26,18 +26,18 @@ from palimpsest.services.live.outages import EndedOutage, Outage, OutageHistory,
 EVERY_S = 1.0
 TIMEOUT_S = 2.0
 SILENT_S = 8.0
-"""A store or gateway that has answered and does not for so long is away, whether anybody waits for it or not."""
+"""A store or gateway that stops answering for this time counts as an outage, even if no service waits for it."""
 STALE_S = 10.0
-"""What a service said of outages counts no longer than this when it says no more."""
+"""The outages that a service reported expire this many seconds after its last reply."""
 WINDOW = 15
-"""Answers remembered of each service, for rates."""
+"""Number of replies kept of each service, for rates."""
 
 Status = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReply:
-    """A service's /v1/status and when it came, by time.monotonic()."""
+    """A service's /v1/status, and when it was received, by time.monotonic()."""
 
     at: float
     status: Status
@@ -45,33 +45,33 @@ class StatusReply:
 
 @dataclass(frozen=True, slots=True)
 class ServiceObservation:
-    """What is known of a service. The last answer stays when later requests fail."""
+    """The observed state of a service. The last reply is kept if later requests fail."""
 
     last: StatusReply | None = None
     earlier: StatusReply | None = None
-    """One from some seconds before the last, of the same process: for rates."""
+    """A reply of the same process some seconds before the last, for rates."""
     trouble: str | None = None
-    """Why the newest request had no answer; None when it had."""
+    """Why the newest request failed; None if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunObservation:
-    """Everything that is known, at one moment."""
+    """The observed state of a run at one moment."""
 
     services: Mapping[str, ServiceObservation]
     trained: TrainedVersions = field(default_factory=TrainedVersions)
-    """By history.jsonl."""
+    """The versions in history.jsonl."""
     applied: tuple[VersionApplied, ...] = ()
     """Each worker's newest update, and every update that was refused, in the order of the log."""
     outages: tuple[Outage, ...] = ()
     past: tuple[EndedOutage, ...] = ()
     """Outages that are over, oldest first."""
     clock: float = 0.0
-    """Unix seconds at time.monotonic() = 0: what outages are told in."""
+    """Unix seconds at time.monotonic() = 0; outages have times in Unix seconds."""
 
 
 class RunPoller:
-    """Threads that ask; `with RunPoller(...)` starts and ends them."""
+    """Polls services, history and log in threads; `with RunPoller(...)` starts and stops them."""
 
     def __init__(self, urls: Mapping[str, str], home: Path, bus: Bus, *, run: str, token: str | None = None) -> None:
         self._urls, self._bus, self._run = dict(urls), bus, run
@@ -80,8 +80,8 @@ class RunPoller:
         self._tail = HistoryTail(home / run_folder.HISTORY)
         self._newest: dict[str, VersionApplied] = {}
         self._refused: list[VersionApplied] = []
-        self._course = OutageHistory()
-        OUTAGES.logged = False  # this process has no log but the terminal, and the view says it there
+        self._outage_history = OutageHistory()
+        OUTAGES.logged = False  # this process logs to the terminal, where the view shows outages
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._threads = [
@@ -90,13 +90,15 @@ class RunPoller:
         ]
 
     def observe(self) -> RunObservation:
-        """What is known now."""
+        """Return the observed state at this moment."""
         now, wall = time.monotonic(), time.time()
         with self._lock:
             seen, trained = dict(self._seen), self._tail.read(now)
-            self._course.update(wall, self._outages(seen, now, wall))
+            self._outage_history.update(wall, self._outages(seen, now, wall))
             applied = (*self._refused, *(update for update in self._newest.values() if update.accepted))
-            return RunObservation(seen, trained, applied, self._course.current, self._course.past, wall - now)
+            return RunObservation(
+                seen, trained, applied, self._outage_history.current, self._outage_history.past, wall - now
+            )
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -120,7 +122,7 @@ class RunPoller:
                 except (httpx.HTTPError, ValueError) as error:
                     seen = replace(seen, trouble=type(error).__name__)
                     if isinstance(error, httpx.ConnectError):
-                        answers.clear()  # the process is gone: its successor counts anew
+                        answers.clear()  # the process is gone; the next one counts from 0
                 else:
                     answers.append(StatusReply(time.monotonic(), status))
                     seen = ServiceObservation(answers[-1], answers[0] if len(answers) > 1 else None)
@@ -129,8 +131,8 @@ class RunPoller:
                 self._closed.wait(EVERY_S)
 
     def _outages(self, seen: Mapping[str, ServiceObservation], now: float, wall: float) -> tuple[Outage, ...]:
-        """What the services and this process cannot reach, and the servers that do not answer here."""
-        told = {
+        """Return the outages that services or this process report, and the servers that do not answer the poller."""
+        reported = {
             name: one.last.status.get("outages", ())
             for name, one in seen.items()
             if one.last is not None and (one.trouble is None or now - one.last.at < STALE_S)
@@ -142,16 +144,16 @@ class RunPoller:
             if name in (STORE, GATEWAY) and one.last and one.trouble and now - one.last.at > SILENT_S
         ]
         starting = {name for name, one in seen.items() if one.last is None}
-        return tuple(outage for outage in merge(told, own) if outage.of not in starting)
+        return tuple(outage for outage in merge(reported, own) if outage.of not in starting)
 
     def _read(self) -> None:
-        """Read the log; whatever becomes of it, this view is not worth the run's end."""
+        """Read the log in a loop; errors restart the reading, because a failure of the view must not end the run."""
         while not self._closed.is_set():
             self._newest, self._refused = {}, []
             try:
                 self._follow()
-            except (UserError, StoreUnavailable, LookupError) as problem:
-                logger().debug("the view reads the log anew", problem=str(problem))
+            except (UserError, StoreUnavailable, LookupError) as error:
+                logger().debug("the view reads the log again", problem=str(error))
                 self._closed.wait(EVERY_S)
 
     def _follow(self) -> None:
@@ -159,7 +161,7 @@ class RunPoller:
             self._poll_workers(consumer)
             while not self._closed.wait(EVERY_S):
                 self._poll_workers(consumer)
-            self._poll_workers(consumer)  # what came last
+            self._poll_workers(consumer)  # records that arrived during the last wait
 
     def _poll_workers(self, consumer: Consumer) -> None:
         for record in consumer.poll(limit=1024, timeout_s=0.0):

@@ -1,4 +1,4 @@
-"""Shows a run while it goes on: a live view on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a run: a live view on a terminal, else a line every few seconds."""
 
 import threading
 import time
@@ -15,14 +15,14 @@ from palimpsest.services.live.view import line, view
 
 REFRESH_S = 0.5
 LINE_S, NEWS_S = 10.0, 1.0
-"""Without a terminal: between two lines that say how the run fares, and two looks for what should be said at once."""
+"""Intervals without a terminal, in seconds: between progress lines, and between checks for urgent lines."""
 LOOK_S = 0.1
 
 
 class Screen:
-    """A thread of its own draws, so that nothing the services do can freeze the view.
+    """Draws in its own thread, so that slow services do not block the view.
 
-    When a stop is asked for, the terminal is given back at once: what follows is plain text.
+    After a stop request, the live view ends at once and plain text follows.
     """
 
     def __init__(self, console: Console, look: Callable[[], State], *, stopping: Callable[[], bool]) -> None:
@@ -43,40 +43,40 @@ class Screen:
     def _run(self) -> None:
         (self._draw if self._console.is_terminal else self._tell)()
         if self._stopping():
-            self._say("stopping ... (the services finish what they have begun; Ctrl-C again ends them now)")
+            self._say("stopping ... (the services finish their work in progress; press Ctrl-C again to end them now)")
 
     def _draw(self) -> None:
         size = self._console.size
         with Live(console=self._console, auto_refresh=False) as live:
             while self._going():
                 if self._console.size != size:
-                    self._console.clear()  # a narrower terminal has wrapped the lines that were there
+                    self._console.clear()  # a narrower terminal wraps the existing lines
                     size = self._console.size
                 live.update(view(self._look(), width=size.width, height=size.height - 1), refresh=True)
                 self._wait(REFRESH_S)
             live.update(view(self._look(), width=size.width, height=size.height - 1), refresh=True)
 
     def _tell(self) -> None:
-        told, told_away = set[str](), set[str]()
+        shown, shown_outages = set[str](), set[str]()
         over_so_far, due = 0, time.monotonic()
         while self._going():
             state = self._look()
             for past in state.past[over_so_far:]:
                 self._say(ended_text(past))
             over_so_far = len(state.past)
-            away = {f"{outage.of} {outage.address}": full_text(outage, state.wall) for outage in state.outages}
-            told_away = self._news(away, told_away)
+            outages = {f"{outage.of} {outage.address}": full_text(outage, state.wall) for outage in state.outages}
+            shown_outages = self._news(outages, shown_outages)
             if time.monotonic() >= due:
-                told = self._news({subject(warning): warning for warning in state.warnings}, told)
+                shown = self._news({subject(warning): warning for warning in state.warnings}, shown)
                 self._say(line(state))
                 due = time.monotonic() + LINE_S
             self._wait(min(LINE_S, NEWS_S))
-        if not self._stopping():  # what came since the last line, just before the end, is said as well
-            self._news({subject(warning): warning for warning in self._look().warnings}, told)
+        if not self._stopping():  # show the warnings that arrived since the last line
+            self._news({subject(warning): warning for warning in self._look().warnings}, shown)
 
-    def _news(self, now: Mapping[str, str], told: Collection[str]) -> set[str]:
-        """Say what was not told before; what is told by now. Both by what they are about."""
-        for new in [warning for of, warning in now.items() if of not in told]:
+    def _news(self, now: Mapping[str, str], shown: Collection[str]) -> set[str]:
+        """Print the texts of `now` whose subject is not in `shown`. Return the subjects of `now`."""
+        for new in [warning for of, warning in now.items() if of not in shown]:
             self._say(f"! {new}")
         return set(now)
 

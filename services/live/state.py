@@ -1,4 +1,4 @@
-"""A run at one moment, as a person wants to know it, from what the services said. Pure."""
+"""Computes the state that the view shows from the observations of a run. Pure."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,23 +16,23 @@ from palimpsest.services.report.folder import Line
 from palimpsest.services.report.labels import in_words
 
 RECENT = 5
-"""Versions over which "recent" success and reward are means."""
+"""Number of versions over which "recent" success and reward are averaged."""
 SILENT_S = 10.0
-"""A service that gave no answer for longer is reported."""
+"""A service that has not answered for longer is reported."""
 STARTING_S = 30.0
-"""So is one that was started so long ago and has not begun to answer: it answers before it loads anything large."""
+"""A service that has not answered this long after its start is reported; services answer before they load models."""
 STALLED_S, STALLED_PACES = 60.0, 10.0
-"""There is no estimate while the newest version is older than both: seconds, and times that a version takes."""
+"""The run makes no progress if the newest version is older than both: seconds, and multiples of the pace."""
 SILENCE = " has not answered for "
 LEARNER, STORE, GATEWAY = "learner", "snapshot_store", "env_gateway"
 NOTHING: Mapping[str, float] = MappingProxyType({})
 GONE = "ConnectError"
-"""Trouble of a service that does not listen."""
+"""`trouble` of a service that does not listen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What stays the same over a run's time."""
+    """Values that do not change during a run."""
 
     run: str
     versions: int
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class ServiceState:
-    """One process and what it does, or waits for."""
+    """A process and its activity, or the reason why it waits."""
 
     name: str
     doing: str
@@ -52,34 +52,34 @@ class ServiceState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What the view shows."""
+    """The values that the view shows."""
 
     plan: Plan
     elapsed_s: float
     setup: bool
-    """Nothing can be sampled yet."""
+    """Whether no worker can sample yet."""
     stopping: bool
     trained_versions: int
     services: tuple[ServiceState, ...]
     success: Sequence[float]
-    """Of each version's batch."""
+    """Success rate of each version's batch; `reward` likewise."""
     reward: Sequence[float]
     last: Line | None
     """The newest version's line."""
     left_s: float | None
-    """Estimate; None while there is no pace to go by, or nothing to hold it to."""
+    """Estimated seconds until the end; None without a pace, or while there is no progress."""
     still_s: float | None
-    """Since the newest version was trained, when nothing goes on; None while something does."""
+    """Seconds since the newest version was trained, if the run makes no progress; else None."""
     outages: tuple[Outage, ...]
     past: tuple[EndedOutage, ...]
     """Outages that are over, oldest first."""
     wall: float
-    """Now, in Unix seconds."""
+    """The current time in Unix seconds."""
     rollout_tokens_per_s: float | None
     learner_tokens_per_s: float | None
     in_flight: int
     waiting: int
-    """Trajectories that arrived and are not trained on yet."""
+    """Number of trajectories that arrived and are not trained on yet."""
     ledger: Mapping[str, Any]
     warnings: tuple[str, ...]
 
@@ -94,7 +94,7 @@ def state(
     starts_again_in: Mapping[str, float] = NOTHING,
     stopping: bool = False,
 ) -> State:
-    """The state at `now`, by the clock of the sight's answers. starts_again_in: dead process -> seconds."""
+    """Return the state at `now`, by the clock of the replies. starts_again_in: dead process -> seconds to restart."""
     trained, last = sight.trained, sight.trained.last
     learner = _status(sight.services.get(LEARNER, ServiceObservation()))
     others = {LEARNER, STORE, GATEWAY} | plan.replicas
@@ -111,7 +111,7 @@ def state(
         stopping=stopping,
         trained_versions=trained.versions,
         services=tuple(
-            ServiceState(name, f"starts again in {math.ceil(starts_again_in[name])} s", True)
+            ServiceState(name, f"restarts in {math.ceil(starts_again_in[name])} s", True)
             if name in starts_again_in
             else _service(plan, name, seen, sight.applied, outages, now=now, ending=ending)
             for name, seen in sight.services.items()
@@ -139,7 +139,7 @@ def state(
 
 
 def subject(warning: str) -> str:
-    """What it is about, while its numbers change: an alert's rule, a silent service; of others, all of it.
+    """Return the part of a warning that stays while its numbers change: the alert rule or the service, else all of it.
 
     >>> subject("clip_idle: 9 versions"), subject("dropped 3 trajectories: 3 deadline")
     ('clip_idle', 'dropped 3 trajectories: 3 deadline')
@@ -151,7 +151,7 @@ def subject(warning: str) -> str:
 
 
 def ready_at(sight: RunObservation) -> float | None:
-    """When the first worker could sample, by the clock of the answers; None before that."""
+    """Return when the first worker could sample, by the clock of the replies; None before that."""
     times = [
         seen.last.at - seen.last.status["seconds"]
         for seen in sight.services.values()
@@ -161,7 +161,7 @@ def ready_at(sight: RunObservation) -> float | None:
 
 
 def recent(values: Sequence[float]) -> float | None:
-    """Mean over the newest few versions."""
+    """Return the mean over the newest RECENT versions."""
     newest = values[-RECENT:]
     return sum(newest) / len(newest) if newest else None
 
@@ -194,7 +194,7 @@ def _service(
     elif name == STORE:
         doing = f"holds {count(status['versions'], 'version')}, {status['bytes'] / 2**20:.1f} MiB"
     elif name == GATEWAY:
-        doing = "plays the environments"
+        doing = "runs the environments"
     elif name in plan.replicas:
         doing = f"scores, {count(status['waiting'], 'trajectory', 'trajectories')} waiting"
     else:
@@ -214,7 +214,7 @@ def _left(plan: Plan, trained: TrainedVersions, steady: Sequence[VersionPace]) -
 
 
 def _pace(steady: Sequence[VersionPace]) -> float | None:
-    """Seconds a version."""
+    """Return the seconds per version."""
     return (steady[-1].seconds - steady[0].seconds) / (len(steady) - 1) if len(steady) > 1 else None
 
 
@@ -226,13 +226,13 @@ def _training_rate(steady: Sequence[VersionPace]) -> float | None:
 
 
 def _steady(newest: Sequence[VersionPace], disturbed: float) -> Sequence[VersionPace]:
-    """The newest versions that one start of the learner trained, with nothing amiss."""
+    """Return the newest versions that one start of the learner trained without a disturbance."""
     first = max((i for i, step in enumerate(newest) if step.begins), default=0)
     return [step for step in newest[first:] if step.arrived > disturbed]
 
 
 def _disturbed(sight: RunObservation, crashes: Sequence[Crash], workers: Iterable[ServiceObservation]) -> float:
-    """When something last kept the run from its pace: an outage, a crash, a worker that began to sample only then."""
+    """Return the time of the last disturbance of the pace: an outage, a crash, or a worker that started to sample."""
     times = [past.ended - sight.clock for past in sight.past] + [crash.at for crash in crashes]
     times += [
         seen.last.at - seen.last.status["seconds"]
@@ -256,7 +256,7 @@ def _sampling_rate(workers: Iterable[ServiceObservation]) -> float | None:
     rates = []
     for seen in workers:
         if seen.last is None or seen.earlier is None or "sampled_tokens" not in seen.earlier.status:
-            continue  # it is starting, or was a moment ago
+            continue  # the worker is starting
         tokens = seen.last.status.get("sampled_tokens", -1) - seen.earlier.status["sampled_tokens"]
         if tokens >= 0 and seen.last.at > seen.earlier.at:
             rates.append(tokens / (seen.last.at - seen.earlier.at))
@@ -264,7 +264,7 @@ def _sampling_rate(workers: Iterable[ServiceObservation]) -> float | None:
 
 
 def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, started: float) -> list[str]:
-    """What went wrong with processes, newest first."""
+    """Return warnings about processes: refused versions, then crashes, newest first."""
     found = [
         f"{refused.worker} refused version {refused.version}: canary error {refused.canary_error:.3g} nats "
         f"exceeds the tolerance {plan.canary_tolerance} nats"
@@ -275,28 +275,28 @@ def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, st
     return found
 
 
-def _silences(sight: RunObservation, told: Collection[str], *, now: float, started: float) -> list[str]:
-    """Who does not answer, but for what is told as an outage."""
+def _silences(sight: RunObservation, outages: Collection[str], *, now: float, started: float) -> list[str]:
+    """Return warnings about services that do not answer, except those shown as outages."""
     found = []
     for name, seen in sight.services.items():
         silent = now - (seen.last.at if seen.last else started)
-        if name not in told and silent > (
+        if name not in outages and silent > (
             STARTING_S if seen.last is None or seen.trouble == GONE else SILENT_S
-        ):  # a start takes its time
+        ):  # a start takes longer
             found.append(f"{name}{SILENCE}{duration(silent)}")
     return found
 
 
 def _losses(ledger: Mapping[str, Any], trained: TrainedVersions) -> list[str]:
-    """What went wrong with trajectories."""
+    """Return warnings about lost trajectories, skipped steps and the proximal policy."""
     found = []
     if dropped := ledger.get("dropped"):
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         found.append(f"dropped {count(sum(dropped.values()), 'trajectory', 'trajectories')}: {reasons}")
     if dead := ledger.get("dead_lettered"):
-        found.append(f"{dead:,} dead-lettered: `palimpsest dead-letters list` with the run's file says why")
+        found.append(f"{dead:,} dead-lettered: for the reasons, run `palimpsest dead-letters list` with the run's file")
     if skipped := trained.skipped:
-        found.append(f"left out {count(skipped, 'optimizer step')}: the gradient was not finite")
+        found.append(f"skipped {count(skipped, 'optimizer step')}: the gradient was not finite")
     if trained.last is not None and not trained.last["exact"]:
         found.append(
             f"the proximal is {in_words(trained.last)}: its correction and update are not discrepancy and staleness "
@@ -306,7 +306,7 @@ def _losses(ledger: Mapping[str, Any], trained: TrainedVersions) -> list[str]:
 
 
 def _alerts(last: Line | None) -> list[str]:
-    """What is wrong at the newest version by the alert rules; notices about the configuration are not among them."""
+    """Return the warnings of the alert rules at the newest version, without notices about the configuration."""
     alerts = last.get("alerts", ()) if last else ()
     unknown = last.get("unknown_alerts", ()) if last else ()
     found = [f"{alert['rule']}: {alert['says']}" for alert in alerts if alert["level"] == "warning"]

@@ -1,4 +1,4 @@
-"""seconds.json: how long a run took to set up and how long it ran, over all its starts."""
+"""Maintains seconds.json: the set-up time and the running time of a run, over all its starts."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SAVE_S = 5.0
 
 
 class Stopwatch:
-    """Counts this start on top of those before. `now` is any clock that only goes forward, in seconds.
+    """Adds this start to the earlier ones. `now` is any monotonic clock, in seconds.
 
     >>> watch = Stopwatch(Path("/nonexistent/seconds.json"), now=100.0)
     >>> watch.update(now=107.0, ready=None)
@@ -28,18 +28,18 @@ class Stopwatch:
         self._ready: float | None = None
 
     def update(self, *, now: float, ready: float | None) -> None:
-        """The run still goes on; `ready`: since when a worker can sample (only the first one counts)."""
+        """Count the time until `now`. `ready`: since when a worker can sample; only the first value counts."""
         self._looked = now
         if self._ready is None and ready is not None:
             self._ready = max(self._started, ready)
 
     def seconds(self) -> Seconds:
-        """Of all starts, up to the newest look: stopping and reporting are no part of the run."""
+        """Return the seconds of all starts up to the last update; stopping and reporting do not count."""
         ready = self._looked if self._ready is None else min(self._looked, self._ready)
         return Seconds(setup=self._before.setup + ready - self._started, run=self._before.run + self._looked - ready)
 
     def keep(self) -> None:
-        """Save every few seconds: the machine may go at any moment."""
+        """Save every SAVE_S seconds, because the machine can fail at any moment."""
         if self._looked - self._saved >= SAVE_S:
             self.save()
 

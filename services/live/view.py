@@ -1,4 +1,4 @@
-"""A run's state in a terminal. Pure: state and size -> something rich can draw."""
+"""Renders a run's state for a terminal, as a rich renderable. Pure."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from palimpsest.services.report.labels import method
 BARS = " ▁▂▃▄▅▆▇█"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 ROOMY = (100, 34)
-"""Columns and rows from which sections get frames."""
+"""Minimum columns and rows of a terminal for frames around sections."""
 OVER_S = 60.0
-"""An outage that is over is shown for so long."""
+"""Time for which a past outage is shown, in seconds."""
 DIM, GOOD, BAD = "dim", "green", "yellow"
 
 
@@ -34,11 +34,11 @@ class ViewSection:
     body: RenderableType
     rows: int
     rank: int
-    """Where there is no room for all, those of the lowest rank stay."""
+    """If there is no room for all sections, those with the lowest rank stay."""
 
 
 def view(state: State, *, width: int, height: int) -> RenderableType:
-    """The whole view, never higher than `height` nor wider than `width`."""
+    """Return the view, at most `height` rows and `width` columns."""
     framed = width >= ROOMY[0] and height >= ROOMY[1]
     inner = width - 4 if framed else width
     chosen = _fitting(_sections(state, inner, height), height, extra=2 if framed else 0)
@@ -60,12 +60,12 @@ def view(state: State, *, width: int, height: int) -> RenderableType:
 
 
 def line(state: State) -> str:
-    """The state in one line, for logs and pipes."""
+    """Return the state in one line, for logs and pipes."""
     if state.setup:
         waits = "; ".join(f"{s.name}: {s.doing}" for s in state.services if s.waits)
         away = [f"no answer from {place(outage)}" for outage in state.outages]
-        said = "; ".join([*away, waits] if waits else away)
-        return f"{duration(state.elapsed_s)}: starting; {said or 'all services are up'}"
+        reasons = "; ".join([*away, waits] if waits else away)
+        return f"{duration(state.elapsed_s)}: starting; {reasons or 'all services are up'}"
     parts = [f"version {state.trained_versions}/{state.plan.versions}"]
     if state.success:
         parts.append(f"success {recent(state.success):.3f}, reward {recent(state.reward):.3f}")
@@ -86,7 +86,7 @@ def line(state: State) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """At most `width` characters over all values, from 0 to the largest.
+    """Return at most `width` characters for all values, scaled from 0 to the largest.
 
     >>> sparkline([0.0, 0.5, 1.0, 1.0], 4), sparkline([0.0, 0.0, 1.0, 1.0], 2)
     ('▁▅██', '▁█')
@@ -103,7 +103,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of eighths.
+    """Return a bar in steps of an eighth of a character.
 
     >>> bar(0.5, 3), bar(1.0, 2)
     ('█▌', '██')
@@ -113,7 +113,7 @@ def bar(share: float, width: int) -> str:
 
 
 def _fitting(sections: list[ViewSection], height: int, *, extra: int) -> list[ViewSection]:
-    """As many as there is room for, in their own order."""
+    """Return the sections that fit, in their order."""
     left, chosen = height, []
     for section in sorted(sections, key=lambda s: s.rank):
         rows = section.rows + (extra if section.title else 0)
@@ -156,14 +156,14 @@ def _head(state: State) -> ViewSection:
 
 
 def _fresh(state: State) -> list[str]:
-    """Outages that were over a moment ago."""
+    """Return lines about outages that ended recently."""
     return [ended_text(past) for past in state.past if state.wall - past.ended < OVER_S]
 
 
 def _outages(state: State, width: int, *, most: int) -> ViewSection:
-    """Those that go on, before anything else; then those that are just over."""
+    """Return the section of current outages, followed by recent ones."""
     rows = [row for outage in state.outages for row in _rows(outage, state.wall, width)]
-    if len(rows) > most:  # what and since when, of each, is more than all of the first
+    if len(rows) > most:  # one line of each outage is more useful than all lines of the first
         rows = [short_text(outage, state.wall) for outage in state.outages]
     body = Text("\n".join(rows[:most]), style=f"bold {BAD}", no_wrap=True, overflow="ellipsis")
     for fresh in _fresh(state)[: max(0, most - len(rows))]:
@@ -173,16 +173,16 @@ def _outages(state: State, width: int, *, most: int) -> ViewSection:
 
 
 def _rows(outage: Outage, now: float, width: int) -> list[str]:
-    said = (short_text(outage, now), who_waits(outage), remedy(outage))
+    texts = (short_text(outage, now), who_waits(outage), remedy(outage))
     return [
         row
-        for i, text in enumerate(said)
+        for i, text in enumerate(texts)
         for row in textwrap.wrap(text, width, initial_indent="  " if i else "", subsequent_indent="  ")
     ]
 
 
 def _still(seconds: float) -> str:
-    return f"stands still for {duration(seconds)}"
+    return f"no progress for {duration(seconds)}"
 
 
 def _progress(state: State) -> ViewSection:
@@ -282,7 +282,7 @@ def _services(services: Sequence[ServiceState], *, most: int) -> ViewSection:
 
 
 def _warnings(warnings: Sequence[str], width: int, *, most: int) -> ViewSection:
-    """The first ones, two rows each at most."""
+    """Return the section of the first warnings, at most two rows each."""
     rows: list[str] = []
     for i, warning in enumerate(warnings):
         wrapped = textwrap.wrap(f"! {warning}", width, subsequent_indent="  ", max_lines=2, placeholder=" ...")
@@ -294,7 +294,7 @@ def _warnings(warnings: Sequence[str], width: int, *, most: int) -> ViewSection:
 
 
 def _grid(*alignments: Literal["left", "right"]) -> Table:
-    """Columns side by side; the last takes what is left of the width."""
+    """Return a table without borders; the last column takes the remaining width."""
     grid = Table.grid(padding=(0, 2), expand=True)
     for i, alignment in enumerate(alignments):
         grid.add_column(justify=alignment, ratio=1 if i == len(alignments) - 1 else None, no_wrap=True)

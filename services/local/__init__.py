@@ -1,1 +1,1 @@
-"""Everything on one machine: a run's folder and its processes, supervised."""
+"""Runs on one machine: the run's folder and the supervisor of its processes."""

@@ -1,4 +1,4 @@
-"""Opening the run's log while there is no view yet: a Ctrl-C is heard at once, and what is waited for is told."""
+"""Opens the run's log before the view starts: Ctrl-C stops at once, and a line reports a wait for the broker."""
 
 import threading
 import time
@@ -14,31 +14,31 @@ from palimpsest.services.local import console_text
 
 LOOK_S = 0.1
 SAY_S = 2.0
-"""A log that takes so long to open is told of."""
+"""If opening the log takes longer than this, in seconds, a line reports it."""
 
 
 def open_run_bus(
     config: RunConfig, stop: Stop, say: Callable[[str], None], *, how: Callable[[RunConfig], Bus] = open_bus
 ) -> Bus | None:
-    """The run's log, its topics created; None: the stop was asked for first. Raises what `how` raises.
+    """Open the run's log and create its topics. Return None if a stop request came first. Raises the errors of `how`.
 
-    `say` is given one line when a broker is waited for, and one when it has answered.
+    `say` receives one line if the broker does not answer for SAY_S, and one when it then answers.
     """
     if config.bus.kind != "kafka":
         return how(config)
-    OUTAGES.logged = False  # this process has no log but the terminal, and the line says it there
+    OUTAGES.logged = False  # this process logs to the terminal, where the line reports the outage
     opening: Future[Bus] = Future()
-    # a daemon: the process need not wait for a broker in order to end
+    # A daemon thread, so that the process can exit while the broker does not answer.
     threading.Thread(target=_open_in_thread, args=(how, config, opening), name="open the log", daemon=True).start()
-    began, said = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while not opening.done():
         if stop.wait(LOOK_S):
             return None
-        if not said and time.monotonic() - began >= SAY_S:
-            said = True
+        if not reported and time.monotonic() - began >= SAY_S:
+            reported = True
             say(console_text.waits_for_kafka(config.bus.servers, *_current_outage()))
     bus = opening.result()
-    if said:
+    if reported:
         say(f"Kafka at {config.bus.servers} answers")
     return bus
 
@@ -51,6 +51,6 @@ def _open_in_thread(how: Callable[[RunConfig], Bus], config: RunConfig, opening:
 
 
 def _current_outage() -> tuple[str, float | None]:
-    """Why the broker does not answer and until when it is tried, in Unix seconds, as far as that is known yet."""
+    """Return the broker's error and the deadline of the retries in Unix seconds; empty and None if unknown."""
     outage = next((outage for outage in OUTAGES.ongoing() if outage["of"] == KAFKA), None)
     return (outage["problem"], outage["until"]) if outage is not None else ("", None)

@@ -1,4 +1,4 @@
-"""The services of a run as commands of this machine: which programs, with which flags, on which ports."""
+"""Commands that start a run's services on this machine: programs, flags and ports."""
 
 import socket
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from palimpsest.services.local.processes import Child, python
 
 LEARNER = "learner"
 ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-"""What torchrun would tell one rank. The machine's own (a Slurm job's, say) are not meant for it."""
+"""The variables that torchrun sets for a single rank. They override those of the machine, such as a Slurm job's."""
 _given: set[int] = set()
 
 
@@ -30,20 +30,20 @@ def free_port(host: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Makes the processes of a run; starts none. The configuration has its ports (supervisor.addressed)."""
+    """Creates the processes of a run without starting them. `config` has its ports (supervisor.assign_ports)."""
 
     config: RunConfig
     source: Path
-    """The run's file, which every service reads."""
+    """The run's configuration file, which every service reads."""
     flags: list[str]
-    """What every service is told besides."""
+    """Additional flags of every service."""
 
     def servers(self) -> list[Child]:
-        """Store and gateway."""
+        """Return the processes of store and gateway."""
         return [self._child(name, (f"palimpsest.services.{name}",)) for name in ("snapshot_store", "env_gateway")]
 
     def learner(self) -> Child:
-        """One rank is a process of its own; several are launched by torchrun, which leaves files in a folder."""
+        """Return the learner's process: the single rank, or torchrun, which launches several ranks and writes files."""
         ranks = self.config.local.learner_ranks
         if ranks == 1:
             alone = self._child(LEARNER, ("palimpsest.services.learner",))
@@ -54,28 +54,28 @@ class Commands:
         return self._child(LEARNER, (*launcher, "-m", "palimpsest.services.learner"), scratch=scratch)
 
     def workers(self) -> dict[str, tuple[Child, str]]:
-        """Name -> the process and where it answers."""
+        """Return name -> (process, URL)."""
         names = [f"worker-{i}" for i in range(self.config.local.rollout_workers)]
         return self._numbered(
             names, "palimpsest.services.rollout", host=self.config.rollout.host, named="rollout.worker"
         )
 
     def replicas(self) -> dict[str, tuple[Child, str]]:
-        """Name -> the process and where it answers."""
+        """Return name -> (process, URL)."""
         kind = PROXIMAL_KINDS[self.config.learner.proximal.kind]
-        wanted = max(1, self.config.local.replicas) if kind.runs_replicas else 0
-        names = [f"replica-{i}" for i in range(wanted)]
+        number = max(1, self.config.local.replicas) if kind.runs_replicas else 0
+        names = [f"replica-{i}" for i in range(number)]
         return self._numbered(
             names, "palimpsest.services.learner.replica", host=self.config.replica.host, named="replica.name"
         )
 
     def _numbered(self, names: Iterable[str], module: str, *, host: str, named: str) -> dict[str, tuple[Child, str]]:
-        made = {}
+        processes = {}
         for name in names:
             port = free_port(host)
             own = (f"--{named}={name}", f"--{named.partition('.')[0]}.port={port}")
-            made[name] = (self._child(name, (module,), *own), f"http://{host}:{port}")
-        return made
+            processes[name] = (self._child(name, (module,), *own), f"http://{host}:{port}")
+        return processes
 
     def _child(self, name: str, program: tuple[str, ...], *own: str, scratch: Path | None = None) -> Child:
         home = self.config.run.home

@@ -1,4 +1,4 @@
-"""What `palimpsest run` says to a person, in plain words. Pure."""
+"""The terminal texts of `palimpsest run`. Pure."""
 
 import re
 import shlex
@@ -15,42 +15,42 @@ USAGE = """\
 usage: palimpsest run RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE ...]
        palimpsest run --resume FOLDER [--SECTION.KEY=VALUE ...]
 
-Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in a process
-of its own, until the run's last version is published. Ctrl-C stops cleanly; --resume goes on from there.
+Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in its own
+process, until the run's last version is published. Ctrl-C stops cleanly; --resume continues from there.
 
   RUN.toml             describes the run; examples/embedded.toml is one to start from
-  --check              print the resolved run, every default filled in, and stop
-  --resume FOLDER      go on with the run in this folder (runs/ID); without RUN.toml, as it was configured
+  --check              print the resolved configuration with all defaults, and exit
+  --resume FOLDER      continue the run in this folder (runs/ID); without RUN.toml, with its own configuration
   --learner.versions=50
                        any key of the run (docs/configuration.md lists them); environment variables work as well:
                        PALIMPSEST_LEARNER__VERSIONS=50
 
-Exit codes: 0 done, 1 crashed, 2 configuration, 3 something of this machine is missing or taken, 4 damaged data,
-5 the engine does not compute what the learner published, 6 another learner took the run over, 130 stopped by Ctrl-C or
+Exit codes: 0 done, 1 crashed, 2 configuration, 3 a resource is missing or in use, 4 damaged data,
+5 the engine does not compute what the learner published, 6 another learner took over the run, 130 stopped by Ctrl-C or
 SIGTERM."""
-STOPPED = "Stopped cleanly. Go on with:"
-STOPPED_BEFORE = "Stopped before anything was started. Go on with:"
+STOPPED = "Stopped cleanly. Continue with:"
+STOPPED_BEFORE = "Stopped before any service started. Continue with:"
 MODEL = "model"
-"""Folder in the run's own, to which a finished run exports its last version."""
+"""Subfolder of the run's folder, to which a finished run exports its last version."""
 EMBEDDED, CLUSTER = Path("examples/embedded.toml"), Path("examples/cluster.toml")
-"""What `make run` and `make run-cluster` run unless they are told otherwise."""
+"""Default files of `make run` and `make run-cluster`."""
 
 
 def format_start(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -> str:
-    """Where the run is kept and what answers where."""
+    """Return the first lines: the run's folder and the addresses of its services."""
     home = config.run.home
     places = {**urls, **_elsewhere(config)}
     widest = max(map(len, places))
-    said = [f"{'Going on with run' if resumed else 'Run'} {config.run.id}, kept in {home}"]
-    said += [f"  {name:{widest}}  {place}" for name, place in places.items()]
-    said.append(f"Each answers /v1/status and /metrics; what they log is in {home / 'logs'}.")
+    lines = [f"{'Resuming run' if resumed else 'Run'} {config.run.id} in {home}"]
+    lines += [f"  {name:{widest}}  {place}" for name, place in places.items()]
+    lines.append(f"Each service answers /v1/status and /metrics; the logs are in {home / 'logs'}.")
     if config.rollout.engine.kind == "vllm":
-        said.append("The engine takes half a minute to a minute to start; versions follow after that.")
-    return "\n".join([*said, "Ctrl-C stops cleanly, and the run can go on later.", ""])
+        lines.append("The engine takes 30 to 60 s to start; then training begins.")
+    return "\n".join([*lines, "Ctrl-C stops cleanly; the run can be continued later.", ""])
 
 
 def _elsewhere(config: RunConfig) -> dict[str, str]:
-    """What of the run is not in its folder."""
+    """Return the addresses of run data outside its folder."""
     places = {}
     if config.bus.kind == "kafka":
         places["Kafka"] = f"{config.bus.servers}, topics {config.topic_prefix}*"
@@ -61,7 +61,7 @@ def _elsewhere(config: RunConfig) -> dict[str, str]:
 
 
 def waits_for_kafka(servers: str, problem: str, until: float | None) -> str:
-    """Before there is anything to show. until: in Unix seconds.
+    """Return the line about a broker that does not answer before the run starts. until: in Unix seconds.
 
     >>> waits_for_kafka("k:9092", "k:9092: Connection refused", None)
     'waiting for Kafka at k:9092 (k:9092: Connection refused): start the broker, or correct bus.servers; Ctrl-C stops'
@@ -74,24 +74,24 @@ def waits_for_kafka(servers: str, problem: str, until: float | None) -> str:
 def resume(
     home: Path, source: Path, overrides: Sequence[str], *, kafka: bool, by_make: bool, program: str = "palimpsest"
 ) -> str:
-    """The command to go on with, to be pasted into the shell that the run was started from.
+    """Return the command that continues the run, for the shell that started it.
 
-    kafka: the log of the run is one; by_make: make started it; program: what `called` gives.
+    kafka: the run's log is Kafka; by_make: make started the run; program: the result of `called`.
     """
-    again = f"--resume {shlex.quote(str(home))}"
+    flags = f"--resume {shlex.quote(str(home))}"
     if source == EMBEDDED and by_make and not overrides:
-        return f"  make run ARGS={_for_make(again)}"
+        return f"  make run ARGS={_for_make(flags)}"
     own = home / run_folder.RUN_FILE
-    if by_make and (source == CLUSTER or (source == own and kafka)):  # make has its credentials
+    if by_make and (source == CLUSTER or (source == own and kafka)):  # make sets the credentials
         run = "" if source == CLUSTER and not overrides else f"RUN={_for_make(shlex.quote(str(own)))} "
-        return f"  make run-cluster {run}ARGS={_for_make(again)}"
-    return f"  {program} run {again}"
+        return f"  make run-cluster {run}ARGS={_for_make(flags)}"
+    return f"  {program} run {flags}"
 
 
 def called(script: Path, executable: Path, working_folder: Path, *, on_path: Path | None) -> str:
-    """How the shell calls `palimpsest` again: by its name, by its path, or as a module of the interpreter.
+    """Return how the shell can call `palimpsest` again: by name, by path, or as a module of the interpreter.
 
-    script: sys.argv[0]; on_path: what the shell finds under the name `palimpsest`.
+    script: sys.argv[0]; on_path: the program that the shell finds under the name `palimpsest`.
 
     >>> venv, here = Path("/a/.venv/bin"), Path("/a")
     >>> called(venv / "palimpsest", venv / "python", here, on_path=venv / "palimpsest")
@@ -109,13 +109,13 @@ def called(script: Path, executable: Path, working_folder: Path, *, on_path: Pat
 
 
 def _typed(program: Path, working_folder: Path) -> str:
-    """As one types it in the working folder. Not resolved: a virtual environment's Python is a symbolic link."""
+    """Return the path relative to the working folder, unresolved: a virtual environment's Python is a symbolic link."""
     inside = program.is_relative_to(working_folder)
     return str(program.relative_to(working_folder) if inside else program)
 
 
 def _for_make(text: str) -> str:
-    """A variable's value: make reads it, then the shell of the recipe, after the shell that this is pasted into.
+    """Quote the value of a make variable for the user's shell, for make, and for the shell of the recipe.
 
     >>> print(_for_make("--resume runs/r1"), _for_make("--resume 'a b$1'"))
     "--resume runs/r1" '--resume '"'"'a b$$1'"'"''
@@ -125,7 +125,7 @@ def _for_make(text: str) -> str:
 
 
 def export_command(home: Path, *, overwrite: bool, program: str) -> str:
-    """The command that exports the run's newest version to where a finished run leaves it; program: see `called`.
+    """Return the command that exports the run's newest version to its `model` folder; program: see `called`.
 
     >>> print(export_command(Path("runs/first"), overwrite=False, program="palimpsest"))
       palimpsest export runs/first runs/first/model
@@ -135,19 +135,19 @@ def export_command(home: Path, *, overwrite: bool, program: str) -> str:
 
 
 def format_stop(summary: Mapping[str, Any]) -> str:
-    """How far it came."""
-    return f"Stopped cleanly after {count(summary['versions'], 'version')}. Go on with:"
+    """Return the last line of a stopped run."""
+    return f"Stopped cleanly after {count(summary['versions'], 'version')}. Continue with:"
 
 
 def format_result(summary: Mapping[str, Any], home: Path) -> str:
-    """The result in short, and where to read more."""
-    said = []
+    """Return a short result and the paths of report and summary."""
+    lines = []
     if summary["versions"]:
         seconds = summary["seconds"]
         setup = f" (and {duration(seconds['setup'])} to start)" if seconds["setup"] is not None else ""
         trained, first, last = summary["trajectories"]["trained"], summary["success_first"], summary["success_last"]
-        said += [
+        lines += [
             f"{count(summary['versions'], 'version')} in {duration(seconds['run'])}{setup}",
             f"success {first:.3f} -> {last:.3f} (first and last tenth of {trained:,} trajectories)",
         ]
-    return "\n".join([*said, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])
+    return "\n".join([*lines, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])

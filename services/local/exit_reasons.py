@@ -1,4 +1,4 @@
-"""How a process of a run ended, in plain words. Pure."""
+"""Texts about how a process of a run ended. Pure."""
 
 import re
 import signal
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from palimpsest.common.user_error import ExitCode
 
 MEANINGS = {
-    "SIGABRT": "native code gave up: its log says why",
-    "SIGBUS": "a file that it had mapped was cut short, or /dev/shm or the disk is full",
+    "SIGABRT": "native code aborted; its log has the reason",
+    "SIGBUS": "a mapped file was truncated, or /dev/shm or the disk is full",
     "SIGFPE": "native code divided by zero",
-    "SIGILL": "an instruction that this processor, or the kernel, does not allow",
-    "SIGINT": "somebody asked it to stop",
-    "SIGKILL": "the machine ran out of memory, or somebody killed it",
-    "SIGSEGV": "native code touched memory that is not its own",
-    "SIGTERM": "somebody asked it to stop",
+    "SIGILL": "an instruction that this CPU or the kernel does not allow",
+    "SIGINT": "a user or another process stopped it",
+    "SIGKILL": "the machine ran out of memory, or another process killed it",
+    "SIGSEGV": "native code accessed memory outside its own",
+    "SIGTERM": "a user or another process stopped it",
     "SIGXCPU": "its limit of CPU time is used up (ulimit -t)",
     "SIGXFSZ": "a file has grown to the size limit (ulimit -f)",
 }
-"""What it usually means that a process was ended by this signal."""
+"""The usual cause of each signal that ended a process."""
 REMEDIES = {
     "SIGBUS": "Free space on the disk and in /dev/shm (`df -h`), or give the container a larger /dev/shm.",
-    "SIGILL": "A library was built for another kind of processor: its log names it.",
-    "SIGKILL": "See whether memory ran out (`free -h`; `dmesg` names what the kernel killed) and give the run more, or "
-    "let it take less: fewer rollout.max_live, a smaller rollout.engine.kv_cache_gib or learner.micro_batch_tokens.",
+    "SIGILL": "A library was built for another kind of CPU; the log names the library.",
+    "SIGKILL": "Check whether memory ran out (`free -h`; `dmesg` lists killed processes). Give the run more memory, or "
+    "reduce its use: lower rollout.max_live, rollout.engine.kv_cache_gib or learner.micro_batch_tokens.",
 }
-"""What to do about it."""
+"""A remedy for each signal that has one."""
 MOST_LETTERS = 400
-"""A longer error is cut."""
+"""Longer errors are truncated to this number of characters."""
 MOST_LINES = 4
-"""Lines of one error's message that are quoted."""
+"""Maximum number of lines of one error message."""
 
 _PYTHON = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Failed|Interrupt|Exit)\b(:|$)")
 _NATIVE = re.compile(
@@ -43,47 +43,48 @@ _RANK = re.compile(r"traceback : Signal \d+ \((SIG\w+)\) received by PID \d+")
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """A process that ended of itself, though the run was not over, and is started again."""
+    """A process that ended before the run did, and that the supervisor restarts."""
 
     name: str
     at: float
-    """time.monotonic() when it was noticed."""
+    """time.monotonic() when the supervisor noticed it."""
     exit_code: int
     """Negative: the signal that ended it."""
     words: str
-    """The last error that it wrote since its start, in one line; empty if it wrote none."""
+    """The last error in its log since its start, in one line; empty if there is none."""
     wait_s: float = 0.0
     """Seconds from `at` to its next start."""
 
     def to_text(self, after: str) -> str:
-        """For people. after: the run's time when it happened.
+        """Return a sentence. after: the run's elapsed time at the crash.
 
         >>> Crash("learner", 0.0, 1, "ValueError: no").to_text("8 s")
-        'learner crashed after 8 s (exit code 1: ValueError: no), and was started again'
+        'learner crashed after 8 s (exit code 1: ValueError: no); it was restarted'
         >>> Crash("worker-0", 0.0, -11, "", wait_s=2.0).to_text("9 s")
-        'worker-0 was ended by SIGSEGV after 9 s (native code touched memory that is not its own); starts again in 2 s'
+        'worker-0 was ended by SIGSEGV after 9 s (native code accessed memory outside its own); it restarts in 2 s'
         >>> Crash("worker-0", 0.0, 0, "").to_text("9 s")
-        'worker-0 ended after 9 s although the run goes on (exit code 0), and was started again'
+        'worker-0 ended after 9 s before the end of the run (exit code 0); it was restarted'
         """
-        again = f"; starts again in {self.wait_s:.0f} s" if self.wait_s else ", and was started again"
-        return describe_exit(self.name, self.exit_code, self.words, after=f" after {after}") + again
+        restart = f"; it restarts in {self.wait_s:.0f} s" if self.wait_s else "; it was restarted"
+        return describe_exit(self.name, self.exit_code, self.words, after=f" after {after}") + restart
 
 
 def describe_exit(name: str, exit_code: int, words: str, *, after: str = "") -> str:
-    """A clause: who ended, how, and its last error."""
-    said = f"; the last error in its log: {words}" if words else ""
+    """Return a clause: which process ended, how, and its last error."""
+    error = f"; the last error in its log: {words}" if words else ""
     if exit_code < 0:
-        told = signal_name(exit_code)
-        return f"{name} was ended by {told}{after} ({MEANINGS.get(told, 'see `man 7 signal`')}{said})"
+        killer = signal_name(exit_code)
+        meaning = MEANINGS.get(killer, "see `man 7 signal`")
+        return f"{name} was ended by {killer}{after} ({meaning}{error})"
     if exit_code == ExitCode.DONE:
-        return f"{name} ended{after} although the run goes on (exit code 0{said})"
+        return f"{name} ended{after} before the end of the run (exit code 0{error})"
     if exit_code == ExitCode.INTERRUPTED:
-        return f"{name} was asked to stop{after} although the run goes on (exit code 130: SIGTERM or SIGINT{said})"
-    return f"{name} crashed{after} (exit code {exit_code}: {words or 'it wrote no error'})"
+        return f"{name} was stopped{after} before the end of the run (exit code 130: SIGTERM or SIGINT{error})"
+    return f"{name} crashed{after} (exit code {exit_code}: {words or 'its log has no error'})"
 
 
 def signal_name(exit_code: int) -> str:
-    """Of a process that a signal ended.
+    """Return the name of the signal that ended a process.
 
     >>> signal_name(-9), signal_name(-64), signal_name(-99)
     ('SIGKILL', 'SIGRTMAX', 'signal 99')
@@ -95,14 +96,14 @@ def signal_name(exit_code: int) -> str:
 
 
 def remedy(exit_code: int, words: str) -> str:
-    """What to do about a process that always ends so; empty if nothing better is known than to read its log."""
+    """Return a remedy for a process that keeps ending this way; empty if there is none besides reading its log."""
     return next((text for name, text in REMEDIES.items() if name in f"{signal_name(exit_code)} {words}"), "")
 
 
 def last_error(log: str) -> str:
-    """What a log's end says went wrong: its last error with its whole message, in one line; empty if it tells of none.
+    """Return the last error in the end of a log with its complete message, in one line; empty if there is none.
 
-    torchrun ends with a report of its own, under its own error; what the rank said stands above it.
+    torchrun ends its log with its own report and error; the rank's error is above it.
 
     >>> last_error("Traceback:\\nValueError: no\\nx.ChildFailedError: \\n====")
     'ValueError: no'
@@ -124,7 +125,7 @@ def _is_error(line: str) -> bool:
 
 
 def _full_message(lines: Sequence[str]) -> str:
-    """An error and what follows as part of its message."""
+    """Return an error and the following lines that belong to its message."""
     first = lines[0].strip()
     logged = _LOGGED.match(first)
     message = [(logged["text"] or first) if logged else first]

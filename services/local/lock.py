@@ -1,7 +1,7 @@
-"""A run has one supervisor at a time: a lock on a file in its folder, held as long as the supervisor lives.
+"""A lock on a file in the run's folder, so that a run has one supervisor at a time.
 
-The kernel holds the lock, not the file: however the supervisor dies, the lock is free at once. What stands in the file
-is only for the sentence that a second supervisor is refused with.
+The kernel holds the lock, not the file: it is free as soon as the supervisor exits, however it ends. The content of the
+file is only for the error message of a second supervisor.
 """
 
 import errno
@@ -19,19 +19,19 @@ from palimpsest.common import run_folder
 from palimpsest.common.user_error import ExitCode, UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system says that has no locks."""
+"""Error numbers of file systems without locks."""
 
 
 class RunLock:
-    """The run in this folder is ours from here to the end of the process, or of the `with` block.
+    """Locks the run in this folder until the end of the process or of the `with` block.
 
-    Raises UserError when another supervisor has it.
+    Raises UserError if another supervisor holds the lock.
     """
 
     def __init__(self, home: Path, *, now: datetime) -> None:
         self._path = home / run_folder.LOCK
         self.warning: str | None = None
-        """What a person has to know of it."""
+        """A warning for the terminal, or None."""
         self._handle = _open_lock_file(self._path)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            self.warning = f"{self._path}: this file system has no locks, so nothing keeps a second supervisor out"
+            self.warning = f"{self._path}: this file system has no locks; do not start a second supervisor for this run"
         self._write_holder(now)
 
     def __enter__(self) -> Self:
@@ -54,8 +54,8 @@ class RunLock:
         os.close(self._handle)
 
     def _write_holder(self, now: datetime) -> None:
-        """Write down who holds it; a file of another user's stays as it is."""
-        said = {
+        """Write the holder into the file, unless the file belongs to another user."""
+        holder = {
             "pid": os.getpid(),
             "user": _user(),
             "host": socket.gethostname(),
@@ -63,23 +63,23 @@ class RunLock:
         }
         if fcntl.fcntl(self._handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
             os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, json.dumps(said).encode() + b"\n", 0)
+            os.pwrite(self._handle, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _open_lock_file(path: Path) -> int:
-    """Never inherited by a child: a service that outlives its supervisor does not hold the run."""
+    """Open the lock file. Child processes do not inherit it, so a surviving service does not hold the lock."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: enough to see whether it is held
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's file: read access suffices to test the lock
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text())
+        holder = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _lock_error(home: Path, holder: dict[str, Any]) -> str:
@@ -87,9 +87,9 @@ def _lock_error(home: Path, holder: dict[str, Any]) -> str:
     if {"pid", "user", "host", "since"} <= holder.keys():
         who = f"process {holder['pid']} of {holder['user']} on {holder['host']} (since {holder['since']})"
     return (
-        f"the run in {home} is alive: {who} supervises it. Let it go on, or stop it first (Ctrl-C in its terminal, or "
-        f"`kill {holder.get('pid', 'PID')}`); `palimpsest report {home}` and `audit` work beside it. For a run "
-        f"of its own choose another --run.id"
+        f"the run in {home} is active: {who} supervises it. Wait until it ends, or stop it (Ctrl-C in its terminal, or "
+        f"`kill {holder.get('pid', 'PID')}`); `palimpsest report {home}` and `audit` work on an active run. For a "
+        f"separate run, choose another --run.id"
     )
 
 

@@ -1,7 +1,7 @@
-"""One start of a process, as far as its answers tell: when it became ready, and whether it has worked. Pure.
+"""Tracks one start of a process by its status replies: when it became ready, and whether it has worked. Pure.
 
-Invariant: a process has worked only if it became ready in this start *and* afterwards the run went on, so that no
-start-up, however long, and no waiting forgives a crash.
+Invariant: a process has worked only if it became ready in this start *and* the run made progress afterward. A long
+start-up or a long wait therefore never resets the count of crashes.
 """
 
 from dataclasses import dataclass
@@ -9,38 +9,38 @@ from dataclasses import dataclass
 from palimpsest.services.live.poller import ServiceObservation
 
 STEADY_S = 600.0
-"""Any but the learner, ready for so long, has worked, even if no version came in that time."""
+"""A process other than the learner has worked once it was ready for this time, even without a new version."""
 STARTS = ("the start", "the engine", "the model")
-"""What learner, worker and replica wait for while they start."""
+"""Values of `waiting_for` of learner, worker and replica while they start."""
 WORK = {"rollout": "sampled_tokens", "replica": "scored_tokens"}
-"""Service -> what it counts of its own work, from 0 at each start. It is ready once that is more than 0: an engine that
-dies at its first request was never of use."""
+"""Service -> the status field that counts its work, from 0 at each start. The process is ready once the count is above
+0, because an engine can die at its first request."""
 
 
 @dataclass(slots=True)
 class ProcessStart:
-    """Of one start. Times are time.monotonic()."""
+    """The progress of one start. Times are time.monotonic()."""
 
     started: float
     versions: int
-    """Versions that the run had trained when it started."""
+    """Number of versions that the run had trained at the start."""
     ready: float | None = None
     worked: bool = False
     trains: bool = False
-    """Whether it is the learner: every version that comes is its work, heard of by an answer or not."""
+    """Whether the process is the learner: every new version is its work, whether or not it replies."""
 
     def observe(self, seen: ServiceObservation, *, versions: int, now: float) -> None:
-        """Take in what the process said newest. versions: that the run has trained by now."""
+        """Update with the newest status reply. versions: number of versions that the run has trained by now."""
         if self._is_past_startup(seen):
             self.ready = now if self.ready is None else self.ready
-        went_on = versions > self.versions
+        progressed = versions > self.versions
         if self.trains:
-            self.worked = self.worked or went_on
+            self.worked = self.worked or progressed
         elif self.ready is not None:
-            self.worked = self.worked or went_on or now - self.ready >= STEADY_S
+            self.worked = self.worked or progressed or now - self.ready >= STEADY_S
 
     def _is_past_startup(self, seen: ServiceObservation) -> bool:
-        """Whether this start, not the one before it, said that it is past its start."""
+        """Whether a reply of this start, not of an earlier one, shows that start-up is over."""
         answer = seen.last
         if answer is None or answer.at < self.started:
             return False

@@ -1,4 +1,4 @@
-"""Child processes of one machine's run: started, watched, started again when they crash, and gone when we are."""
+"""Child processes of a run on one machine. They end when this process ends."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from palimpsest.common.parent_death import on_parents_death
 from palimpsest.common.user_error import ExitCode
 
 MOST_READ = 1 << 16
-"""Bytes of a log's end that are read for a process's last words."""
+"""Number of bytes read from the end of a log."""
 
 
 @dataclass(eq=False)
@@ -31,12 +31,12 @@ class Child:
     starts: int = 0
     environment: dict[str, str] = field(default_factory=dict)
     scratch: Path | None = None
-    """A folder that is only of use while it runs; removed with what it leaves."""
+    """A folder that the process needs only while it runs; it is deleted afterward."""
     _log_begins: int = 0
-    """Bytes that its earlier starts, or an earlier supervisor's, have left in the log."""
+    """Size of the log at the newest start, in bytes."""
 
     def start(self) -> None:
-        """Run it in a process group of its own, its output appended to the log. What an earlier start left is ended."""
+        """Start the process in its own process group and append its output to the log. Kills an earlier group first."""
         self.kill_group()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -47,7 +47,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.environment},
-                start_new_session=True,  # Ctrl-C is ours to hand on
+                start_new_session=True,  # Ctrl-C reaches only the supervisor, which stops the children
                 preexec_fn=_die_with_parent,
             )
         self.started = time.monotonic()
@@ -55,21 +55,21 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether the process lives."""
+        """Whether the process is alive."""
         return self.process is not None and self.process.poll() is None
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended; negative for a signal, None while it lives or was never started."""
+        """The exit code; negative for a signal, None while the process is alive or before its start."""
         return self.process.poll() if self.process is not None else None
 
     def terminate(self) -> None:
-        """Ask it to stop."""
+        """Send SIGTERM."""
         if self.process is not None and self.running:
             self.process.terminate()
 
     def kill_group(self) -> None:
-        """End it and everything it started (torchrun's ranks, the engine's workers)."""
+        """Kill the process and everything it started (torchrun's ranks, the engine's workers)."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ class Child:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def last_words(self, lines: int = 12) -> str:
-        """The end of what this start of it has written."""
+        """Return the last lines of the log since the newest start."""
         try:
             with self.log.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
@@ -96,14 +96,14 @@ HOPELESS = frozenset(
         (ExitCode.CONFIGURATION, ExitCode.UNAVAILABLE, ExitCode.DAMAGED, ExitCode.CANARY, ExitCode.REPLACED),
     )
 )
-"""Exit codes after which starting again would end the same way."""
+"""Exit codes after which another start would fail in the same way."""
 
 
 def python(*arguments: str) -> list[str]:
-    """A command of this interpreter."""
+    """Return a command of this interpreter."""
     return [sys.executable, *arguments]
 
 
 def _die_with_parent() -> None:
-    """Runs in the child before its program: when this process is gone, however it went, the child is asked to stop."""
+    """Make the kernel send SIGTERM to the child when this process ends. Runs in the child before its program."""
     on_parents_death(signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""Whether a process that died is started again, and when. Pure.
+"""Decides whether and when a process that died is restarted. Pure.
 
-Invariant: a process that dies again and again without having worked in between is started at most `local.restarts`
-times, and at most twice when it always dies in the same way; so every crash loop ends, however long one start takes.
-A process that worked (services/local/process_start.py says when) begins a new row.
+Invariant: a process that dies repeatedly without having worked in between is restarted at most `local.restarts` times,
+and at most twice if it always dies in the same way. Every crash loop therefore ends, however long a start takes. A
+process that has worked (see services/local/process_start.py) starts a new row of deaths.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAME = 3
-"""So many deaths in a row that are alike end the run."""
+"""This number of equal deaths in a row ends the run."""
 LONGEST_WAIT_S = 30.0
 
 
@@ -21,12 +21,12 @@ class Death:
     exit_code: int
     """Negative: the signal that ended it."""
     error: str
-    """The last error that it wrote since its start."""
+    """The last error in its log since its start."""
     worked: bool
-    """Whether it did something for the run before it died."""
+    """Whether the process worked before it died."""
 
     def is_same_failure(self, other: "Death") -> bool:
-        """Whether they died in the same way: numbers in the error (ids of processes, addresses, times) may differ.
+        """Whether both died in the same way; numbers in the error (process ids, addresses, times) may differ.
 
         >>> Death(1, "OSError: port 4711", False).is_same_failure(Death(1, "OSError: port 4712", False))
         True
@@ -35,17 +35,17 @@ class Death:
 
 
 def append_death(row: Sequence[Death], death: Death) -> tuple[Death, ...]:
-    """The deaths in a row, this one the last: those before one that worked are forgiven."""
+    """Return the row of deaths with this one appended. A death after work starts a new row."""
     return (death,) if death.worked else (*row, death)
 
 
 def is_crash_loop(row: Sequence[Death]) -> bool:
-    """Whether the newest deaths in a row are the same one, so that another start would end in the same way."""
+    """Whether the newest deaths are equal, so that another start would fail in the same way."""
     return len(row) >= SAME and all(death.is_same_failure(row[-1]) for death in row[-SAME:])
 
 
 def restart_delay_s(row: Sequence[Death], *, restarts: int) -> float | None:
-    """Seconds until the next start; None when there is none. restarts: local.restarts.
+    """Return the seconds until the next start, or None if there is none. restarts: local.restarts.
 
     >>> killed, raised = Death(-9, "", False), Death(1, "ValueError", False)
     >>> rows = [killed], [killed, killed], [killed, raised, killed], [killed] * 3

@@ -1,7 +1,7 @@
-"""Which keys make a run what it is. With another value of one of them `--resume` would go on with another run.
+"""The configuration keys that define a run. `--resume` refuses a changed value of one of them.
 
-Every key of the schema is in exactly one of the two tables (a test compares them with it): who adds a key decides here.
-An entry stands for the key, or for every key of the section, of that name.
+Every key of the schema is in exactly one of the two tables; a test compares them with the schema. An entry is a key, or
+a section with all its keys.
 """
 
 from typing import Any
@@ -32,14 +32,14 @@ IDENTITY = (
     "learner.proximal.threshold",
     "learner.proximal.patience",
     "learner.proximal.cooldown",
-    # formulas: every key is a part of one
+    # formulas
     "learner.discrepancy",
     "learner.loss",
     "learner.advantages",
     "learner.vcpo",
     "learner.optimizer",
 )
-"""What is trained on what, by which formula, and where its record is."""
+"""Model, data, formulas, and the place of the log."""
 CHANGEABLE = (
     # names and places
     "run.id",
@@ -59,7 +59,7 @@ CHANGEABLE = (
     "learner.port",
     "replica.host",
     "replica.port",
-    # how the log is reached, and how it is kept: a broker refuses what its topics do not allow
+    # connection and retention of the log; the broker refuses values that its topics do not allow
     "bus.servers",
     "bus.security",
     "bus.sasl_mechanism",
@@ -72,7 +72,7 @@ CHANGEABLE = (
     "bus.retention_hours",
     "bus.max_record_bytes",
     "bus.claim_bytes",
-    # how the store is reached, and where it keeps things: the learner refuses a store that does not know its checkpoint
+    # connection and place of the store; the learner refuses a store without its checkpoint
     "snapshot_store.storage",
     "snapshot_store.folder",
     "snapshot_store.endpoint",
@@ -88,7 +88,7 @@ CHANGEABLE = (
     "snapshot_store.compression",
     "snapshot_store.sweep_s",
     "learner.checkpoint",
-    # limits: how long and how much, not what
+    # limits
     "tasks.time_limit_s",
     "env_gateway.lease_s",
     "env_gateway.step_limit_s",
@@ -104,7 +104,7 @@ CHANGEABLE = (
     "learner.proximal.wait_s",
     "learner.proximal.deadline_s",
     "learner.proximal.missing",
-    # how it is computed, and what is told of it
+    # computation and reporting
     "env_gateway.plugins",
     "rollout.engine",
     "model.attention",
@@ -119,17 +119,17 @@ CHANGEABLE = (
     "local",
     "logs",
 )
-"""What may be otherwise when a run goes on."""
+"""Keys that may change when a run is resumed."""
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Key, value before and value now of everything that makes it another run."""
+    """Return (key, value before, value now) of every key of IDENTITY that differs."""
     old, new = before.model_dump(), now.model_dump()
     return [found for entry in IDENTITY for found in _differences(entry, _value_at(old, entry), _value_at(new, entry))]
 
 
 def _value_at(values: Any, key: str) -> Any:
-    """None where the kind of a section does not have the key."""
+    """Return the value of a key; None if the section's kind does not have the key."""
     for part in key.split("."):
         values = values.get(part)
     return values

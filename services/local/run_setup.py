@@ -1,4 +1,4 @@
-"""Run folders: a new one for a new run, the old one for a run that goes on."""
+"""Creates the folder of a new run, or takes the folder of a resumed run."""
 
 import datetime
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from palimpsest.services.local.run_identity import differences
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run that is ours to supervise."""
+    """A run that this process may supervise."""
 
     config: RunConfig
     saved: Path
-    """Its file, which every service reads."""
+    """The run's configuration file, which every service reads."""
     lock: RunLock
 
 
 def resolve(invocation: Invocation) -> RunConfig:
-    """The run to start or to go on with. Raises UserError when that would be another run. Changes nothing."""
+    """Return the configuration to start or resume; writes nothing. Raises UserError if it does not match the run."""
     config, home = invocation.config, invocation.resume
     if home is None:
         return config
@@ -34,16 +34,16 @@ def resolve(invocation: Invocation) -> RunConfig:
         raise UserError(f"--resume {home}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     before = load([str(home / run_folder.RUN_FILE)], {}, program="").config
     if found := differences(before, config):
-        told = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
+        lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
         raise UserError(
-            f"--resume {home}: that run has another configuration:\n{told}\n"
-            f"Give those values, or leave RUN.toml out to go on with the run's own, or start a new run"
+            f"--resume {home}: the run has another configuration:\n{lines}\n"
+            f"Use the run's values, leave out RUN.toml to resume with its own configuration, or start a new run"
         )
     return config.model_copy(update={"run": config.run.model_copy(update={"id": before.run.id, "folder": home.parent})})
 
 
 def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRun:
-    """Take the run's folder: nobody else may supervise it from here on. Raises UserError."""
+    """Create or open the run's folder and lock it. Raises UserError."""
     config = resolve(invocation)
     if invocation.resume is None:
         name = config.run.id or f"{now:%Y%m%d-%H%M%S}"
@@ -53,6 +53,6 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
     saved = home / run_folder.RUN_FILE
     lock = RunLock(home, now=now)
     if invocation.resume is None and saved.exists():
-        raise UserError(f"{home} is another run already: go on with it by --resume {home}, or choose another --run.id")
+        raise UserError(f"{home} already holds a run: continue it with --resume {home}, or choose another --run.id")
     write(saved, to_toml(config).encode())
     return PreparedRun(config, saved, lock)

@@ -1,6 +1,6 @@
-"""Everything on one machine: the services as processes, supervised until the run is done or stopped.
+"""Supervises the processes of a run on one machine until the run is done or stopped.
 
-Which process is started again, and when, is decided in restarts.py; what is said of it, in deaths.py.
+restart_policy.py decides which process is restarted and when; exit_reasons.py has the texts.
 """
 
 import json
@@ -22,15 +22,15 @@ from palimpsest.services.local.restart_policy import Death, append_death, is_cra
 
 LOOK_S = 0.5
 DRAIN_S = 25.0
-"""Services get so long to stop cleanly."""
+"""Time limit for a service to stop cleanly, in seconds."""
 START_DRAIN_S = 3.0
-"""One that is still starting has nothing to finish: it gets so long."""
+"""Time limit for a service that is still starting: it has nothing to finish."""
 FOLLOW_S = 10.0
-"""The learner is gone so long, at most, after a worker or replica that ended because the run did."""
+"""When the run ends, workers and replicas can exit this many seconds before the learner, at most."""
 
 
 def assign_ports(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The run with free ports in place of 0, and the flags that say so to every service."""
+    """Return the configuration with free ports in place of 0, and the flags that pass them to every service."""
     flags = [f"--run.id={config.run.id}", f"--run.folder={config.run.folder}"]
     sections = {}
     for name in ("snapshot_store", "env_gateway", LEARNER):
@@ -42,7 +42,7 @@ def assign_ports(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 class Supervisor:
-    """The processes of one run. `clock` counts the seconds between two starts of a process."""
+    """Supervises the processes of one run. `clock` measures the delay before a restart."""
 
     def __init__(
         self, config: RunConfig, source: Path, flags: list[str], *, clock: Callable[[], float] = time.monotonic
@@ -61,31 +61,31 @@ class Supervisor:
         } | {name: url for name, (_, url) in workers.items()}
         self.replica_urls = {name: url for name, (_, url) in replicas.items()}
         self.crashes: list[Crash] = []
-        """Those that were, or will be, followed by a new start."""
+        """Crashes after which the process was or will be restarted."""
         self._versions = 0
-        """That the run has trained, as far as is known."""
+        """Number of versions that the run has trained, by the last observation."""
         self._lives: dict[Child, ProcessStart] = {}
         self._rows: dict[Child, tuple[Death, ...]] = {}
         """Deaths since the process last worked."""
         self._due: dict[Child, float] = {}
-        """When a dead process is started again, by the clock."""
+        """Time of the restart of a dead process, by the clock."""
         self._ended: dict[Child, float] = {}
 
     @property
     def children(self) -> list[Child]:
-        """Every process, in the order they start in."""
+        """All processes, in the order of their start."""
         return [*self.servers, *self.workers, *self.replicas, self.learner]
 
     @property
     def starts_again_in(self) -> Mapping[str, float]:
-        """Names of the processes that wait for their next start, and seconds until then."""
+        """Seconds until the restart of each process that waits for one, by name."""
         now = self._clock()
         return {child.name: max(0.0, due - now) for child, due in self._due.copy().items()}
 
     def run(self, stop: Stop, look: Callable[[], RunObservation]) -> bool:
-        """Until the learner is done (True) or a stop is asked for (False). `look` is called twice a second.
+        """Supervise until the learner is done (True) or a stop is requested (False). Calls `look` twice a second.
 
-        Raises UserError when a process cannot be kept alive.
+        Raises UserError if a process refuses to run or crashes repeatedly.
         """
         try:
             for child in self.children:
@@ -115,7 +115,7 @@ class Supervisor:
                 )
 
     def _tend(self, child: Child) -> None:
-        """A process that does not live: start it if it is time to, else see what its end means."""
+        """Handle a process that is not running: restart it if its delay is over, or decide on its death."""
         if child in self._due:
             if self._clock() >= self._due[child]:
                 del self._due[child]
@@ -125,7 +125,7 @@ class Supervisor:
             self._on_death(child)
 
     def _may_be_done(self, child: Child) -> bool:
-        """A worker or replica that ended well: they hear of the run's end before the learner's process has gone."""
+        """Whether a worker or replica exited because the run ended; it can exit before the learner does."""
         if child not in (*self.workers, *self.replicas) or child.exit_code != 0:
             return False
         ended = self._ended.setdefault(child, time.monotonic())
@@ -154,20 +154,20 @@ class Supervisor:
         last = row[-1]
         how = exit_reasons.describe_exit("It", last.exit_code, last.error)
         if is_crash_loop(row):
-            said = f"{child.name} died {len(row)} times in a row in the same way, before it could do anything. {how}."
+            text = f"{child.name} died {len(row)} times in a row in the same way, before it did any work. {how}."
         else:
-            said = f"{child.name} died {len(row)} times in a row (local.restarts). The last time: {how}."
+            text = f"{child.name} died {len(row)} times in a row (local.restarts). The last time: {how}."
         words = child.last_words()
         quoted = f"\nThe end of its log:\n{words}" if words else ""
-        return f"{said} {exit_reasons.remedy(last.exit_code, last.error)}".rstrip() + f"{quoted}\nits log: {child.log}"
+        return f"{text} {exit_reasons.remedy(last.exit_code, last.error)}".rstrip() + f"{quoted}\nits log: {child.log}"
 
     def _stop(self) -> None:
-        """Workers, replicas and learner first: what they finish still needs the servers."""
+        """Stop workers, replicas and learner first, because they need the servers until they exit."""
         for group in ([*self.workers, *self.replicas, self.learner], self.servers):
             for child in group:
                 child.terminate()
-            asked = time.monotonic()
-            while any(child.running and time.monotonic() < asked + self._stop_limit_s(child) for child in group):
+            begun = time.monotonic()
+            while any(child.running and time.monotonic() < begun + self._stop_limit_s(child) for child in group):
                 time.sleep(0.05)
             for child in group:
                 child.kill_group()
@@ -178,14 +178,14 @@ class Supervisor:
 
 
 def _refusal(home: Path, child: Child) -> tuple[str, int] | None:
-    """What this process, or one that it launched, refused, as common/program.py leaves it.
+    """Return message and exit code of a UserError in this process, or in one that it launched; None if there is none.
 
-    torchrun would swallow the exit code.
+    common/program.py writes them to a file, because torchrun replaces the exit code.
     """
     try:
-        said = json.loads(run_folder.refusal_file(home, child.name).read_text())
+        refusal = json.loads(run_folder.refusal_file(home, child.name).read_text())
     except (OSError, ValueError):
         return None
-    if child.process is None or child.process.pid not in said["processes"]:
+    if child.process is None or child.process.pid not in refusal["processes"]:
         return None
-    return str(said["message"]), int(said["code"])
+    return str(refusal["message"]), int(refusal["code"])

@@ -189,12 +189,12 @@ def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Pat
     )
     assert code == 2
     assert output.splitlines() == [
-        f"--resume {home}: that run has another configuration:",
+        f"--resume {home}: the run has another configuration:",
         "  tasks.samples_per_group: 4 there, 9 here",
         "  learner.optimizer.lr: 0.0001 there, 0.5 here",
-        "Give those values, or leave RUN.toml out to go on with the run's own, or start a new run",
+        "Use the run's values, leave out RUN.toml to resume with its own configuration, or start a new run",
     ]
     assert list(home.iterdir()) == [home / "run.toml"]
     code, output = ended("palimpsest", "run", toml)
     assert code == 2
-    assert output.startswith(f"{home} is another run already: go on with it by --resume {home}, or choose another")
+    assert output.startswith(f"{home} already holds a run: continue it with --resume {home}, or choose another")

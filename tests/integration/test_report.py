@@ -191,7 +191,7 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
     again = start("--resume", home, f"--learner.versions={more}")
     said, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, said
-    assert f"Going on with run short, kept in {home}" in said
+    assert f"Resuming run short in {home}" in said
     assert f"{more} versions in" in said
     newest = max(int(path.stem) for path in (home / "snapshots" / "versions").iterdir())
     assert said.endswith(f"\nmodel: {home / 'model'} (version {newest})\n")

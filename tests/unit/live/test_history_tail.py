@@ -87,5 +87,5 @@ def test_a_line_costs_bytes_not_kilobytes(tmp_path: Path):
     kept = tail.read(0.0)
     assert kept.versions == 200
     assert all(isinstance(step.seconds, float) for step in kept.newest)
-    held = [value for value in vars(tail._gathered).values() if not isinstance(value, dict)]
+    held = [value for value in vars(tail._accumulator).values() if not isinstance(value, dict)]
     assert sum(len(repr(value)) for value in held) < 20_000

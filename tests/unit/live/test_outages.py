@@ -90,11 +90,11 @@ def test_an_outage_that_nobody_told_of_for_a_moment_goes_on() -> None:
 def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() -> None:
     assert full_text(KAFKA, WALL + 145.0) == (
         f"no answer from Kafka at k:9092 since {clock(WALL + 50.0)} (1 min 35 s) (refused); learner and worker-0 wait "
-        f"for it until {clock(WALL + 650.0)} (bus.outage_limit_s); then the run ends with code 3 and can go on later "
-        f"with --resume. Start the broker: the run then goes on by itself"
+        f"for it until {clock(WALL + 650.0)} (bus.outage_limit_s); then the run ends with code 3, and --resume "
+        f"continues it. Start the broker; the run then continues by itself"
     )
     assert ended_text(EndedOutage("Kafka", "k:9092", WALL, WALL + 100.0)) == (
-        f"Kafka at k:9092 answers again: it was away for 1 min 40 s, from {clock(WALL)} to {clock(WALL + 100.0)}"
+        f"Kafka at k:9092 answers again after 1 min 40 s (from {clock(WALL)} to {clock(WALL + 100.0)})"
     )
     assert clock(WALL) == time.strftime("%H:%M:%S", time.localtime(WALL))
 
@@ -126,10 +126,10 @@ def test_during_an_outage_no_time_left_is_promised() -> None:
     assert (shown.left_s, shown.still_s) == (None, 100.0)
     said = line(shown)
     assert "left" not in said
-    assert "stands still for 1 min 40 s; no answer from Kafka at k:9092 since" in said
+    assert "no progress for 1 min 40 s; no answer from Kafka at k:9092 since" in said
     whole = "\n".join(text(shown, 100, 40))
     assert "about" not in whole
-    assert "stands still for 1 min 40 s" in whole
+    assert "no progress for 1 min 40 s" in whole
     assert "waits for an answer from Kafka" in whole
 
 
@@ -142,7 +142,7 @@ def test_a_narrow_terminal_shows_the_outage_first() -> None:
     whole = " ".join(row.strip() for row in rows)
     assert "learner and worker-0 wait for it until" in whole
     assert "Start the broker" in whole
-    assert "stands still for 1 min 40 s" in whole
+    assert "no progress for 1 min 40 s" in whole
 
 
 @pytest.mark.parametrize("width", [40, 60, 140])
@@ -188,7 +188,7 @@ def test_without_a_new_version_for_long_there_is_no_estimate() -> None:
     assert seen(arrived=100.0, now=150.0).left_s is not None
     shown = seen(arrived=100.0, now=170.0)
     assert shown.left_s is None
-    assert "stands still for 1 min 10 s" in line(shown)
+    assert "no progress for 1 min 10 s" in line(shown)
 
 
 def test_an_outage_of_a_server_is_not_told_twice() -> None:

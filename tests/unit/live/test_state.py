@@ -59,7 +59,7 @@ def test_a_worker_that_is_gone_has_nothing_in_flight():
 def test_a_process_that_waits_for_its_next_start_says_for_how_long():
     gone = {"learner": learner(), "worker-0": worker(trouble="ConnectError"), "worker-1": ServiceObservation()}
     shown = seen(RunObservation(gone), starts_again_in={"worker-0": 2.2, "worker-1": 0.0})
-    assert (doing(shown)["worker-0"], doing(shown)["worker-1"]) == ("starts again in 3 s", "starts again in 0 s")
+    assert (doing(shown)["worker-0"], doing(shown)["worker-1"]) == ("restarts in 3 s", "restarts in 0 s")
     assert doing(shown)["learner"] == "trains on the batch at version 5"
 
 
@@ -81,7 +81,7 @@ def test_who_waits_for_what():
     shown = seen(RunObservation(services))
     assert doing(shown) == {
         "snapshot_store": "holds 6 versions, 1.0 MiB",
-        "env_gateway": "plays the environments",
+        "env_gateway": "runs the environments",
         "learner": "waits for trajectories: 3 of 32 groups are complete",
         "worker-0": "waits for the engine",
         "worker-1": "starting its process",
@@ -134,8 +134,8 @@ def test_warnings_say_what_happened_in_plain_words():
         "worker-0 refused version 3: canary error 0.15 nats exceeds the tolerance 0.03 nats",
         killed.to_text("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
-        "1 dead-lettered: `palimpsest dead-letters list` with the run's file says why",
-        "left out 1 optimizer step: the gradient was not finite",
+        "1 dead-lettered: for the reasons, run `palimpsest dead-letters list` with the run's file",
+        "skipped 1 optimizer step: the gradient was not finite",
         "the proximal is ewma_prox, a surrogate: its correction and update are not discrepancy and staleness ratio",
     )
 

@@ -59,7 +59,7 @@ def test_at_80_columns_everything_is_there():
         "25.0 %",
         "trains on the batch at version 5",
         "samples with version 4, 12 in flight, last update paused 172 ms",
-        "learner crashed after 49 s (exit code 1: E: x), and was started again",
+        "learner crashed after 49 s (exit code 1: E: x); it was restarted",
     ):
         assert expected in whole, expected
 

@@ -120,7 +120,7 @@ def test_a_ctrl_c_while_the_broker_is_away_ends_the_program_with_the_command_to_
         os.kill(run.pid, signal.SIGINT)
         said = run.stdout.read()
     assert waiting.startswith(f"waiting for Kafka at {NOBODY} ({NOBODY}: Connection refused) until ")
-    assert said.startswith("Stopped before anything was started. Go on with:\n")
+    assert said.startswith("Stopped before any service started. Continue with:\n")
     assert f"-m palimpsest run --resume {tmp_path / 't'}\n" in said
     assert "no answer" not in said, "the log's own lines stay out of the terminal"
     assert run.returncode == int(ExitCode.INTERRUPTED)

@@ -36,7 +36,7 @@ pydantic_core.ValidationError: 1 validation error for ModelConfig
         ("KeyError: 'first'\nIndexError: the last", "IndexError: the last"),
         ("Fatal Python error: Segmentation fault\n\nCurrent thread 0x1", "Fatal Python error: Segmentation fault"),
         ("/usr/bin/python: No module named services", "/usr/bin/python: No module named services"),
-        (KILLED_RANK, "a rank was ended by SIGKILL (the machine ran out of memory, or somebody killed it)"),
+        (KILLED_RANK, "a rank was ended by SIGKILL (the machine ran out of memory, or another process killed it)"),
         (RANK_RAISED, "ValueError: loss is no number"),
     ],
 )
@@ -55,18 +55,18 @@ def test_an_error_is_quoted_with_its_whole_message() -> None:
 @pytest.mark.parametrize(
     ("exit_code", "words", "said"),
     [
-        (-9, "", "it was ended by SIGKILL (the machine ran out of memory, or somebody killed it)"),
-        (-4, "", "it was ended by SIGILL (an instruction that this processor, or the kernel, does not allow)"),
+        (-9, "", "it was ended by SIGKILL (the machine ran out of memory, or another process killed it)"),
+        (-4, "", "it was ended by SIGILL (an instruction that this CPU or the kernel does not allow)"),
         (
             -11,
             "E: x",
-            "it was ended by SIGSEGV (native code touched memory that is not its own; the last error in its log: E: x)",
+            "it was ended by SIGSEGV (native code accessed memory outside its own; the last error in its log: E: x)",
         ),
         (-35, "", "it was ended by signal 35 (see `man 7 signal`)"),
-        (0, "", "it ended although the run goes on (exit code 0)"),
-        (1, "", "it crashed (exit code 1: it wrote no error)"),
+        (0, "", "it ended before the end of the run (exit code 0)"),
+        (1, "", "it crashed (exit code 1: its log has no error)"),
         (7, "the engine died", "it crashed (exit code 7: the engine died)"),
-        (130, "", "it was asked to stop although the run goes on (exit code 130: SIGTERM or SIGINT)"),
+        (130, "", "it was stopped before the end of the run (exit code 130: SIGTERM or SIGINT)"),
     ],
 )
 def test_how_it_ended(exit_code: int, words: str, said: str) -> None:
@@ -74,8 +74,8 @@ def test_how_it_ended(exit_code: int, words: str, said: str) -> None:
 
 
 def test_a_crash_says_when_it_is_made_up_for() -> None:
-    assert Crash("it", 0.0, 1, "E", 0.0).to_text("9 s").endswith("(exit code 1: E), and was started again")
-    assert Crash("it", 0.0, 1, "E", 4.0).to_text("9 s").endswith("(exit code 1: E); starts again in 4 s")
+    assert Crash("it", 0.0, 1, "E", 0.0).to_text("9 s").endswith("(exit code 1: E); it was restarted")
+    assert Crash("it", 0.0, 1, "E", 4.0).to_text("9 s").endswith("(exit code 1: E); it restarts in 4 s")
 
 
 def test_what_to_do_about_a_signal_is_said_of_a_rank_too() -> None:

@@ -31,7 +31,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
         with pytest.raises(UserError) as found:
             RunLock(tmp_path, now=NOW)
         said = str(found.value)
-        assert said.startswith(f"the run in {tmp_path} is alive: process {holder.pid} of ")
+        assert said.startswith(f"the run in {tmp_path} is active: process {holder.pid} of ")
         assert "(since 2026-11-28 11:00:00+00:00) supervises it" in said
         assert f"`kill {holder.pid}`" in said
         assert found.value.code is ExitCode.UNAVAILABLE
@@ -64,5 +64,5 @@ def test_a_service_that_outlives_its_supervisor_does_not_hold_the_run(tmp_path: 
 def test_a_lock_file_that_says_nothing_is_told_of_all_the_same(tmp_path: Path) -> None:
     with RunLock(tmp_path, now=NOW):
         (tmp_path / "lock").write_text("not JSON")
-        with pytest.raises(UserError, match="is alive: another process supervises it"):
+        with pytest.raises(UserError, match="is active: another process supervises it"):
             RunLock(tmp_path, now=NOW)

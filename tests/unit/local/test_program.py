@@ -66,7 +66,7 @@ def test_check_prints_the_resolved_run_and_starts_nothing(
 
 
 def test_a_report_is_of_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         call(monkeypatch, "report", tmp_path)
 
 

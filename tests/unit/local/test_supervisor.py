@@ -64,7 +64,7 @@ def test_a_worker_that_ends_well_though_the_run_goes_on_is_started_again(
 ):
     monkeypatch.setattr(supervisor, "FOLLOW_S", 0.0)
     run = supervised(tmp_path, worker="pass", learner=LASTS)
-    with pytest.raises(UserError, match=r"worker-0 died 2 times in a row .*although the run goes on \(exit code 0\)"):
+    with pytest.raises(UserError, match=r"worker-0 died 2 times in a row .*before the end of the run \(exit code 0\)"):
         run.run(Stop(), look)
     assert run.workers[0].starts == 2
     assert "crashed" not in run.crashes[0].to_text("1 s")
@@ -118,7 +118,7 @@ def test_the_same_death_three_times_ends_the_run_with_its_cause(tmp_path: Path):
     with pytest.raises(UserError) as refused:
         run.run(Stop(), look)
     said = str(refused.value)
-    assert "worker-0 died 3 times in a row in the same way, before it could do anything" in said
+    assert "worker-0 died 3 times in a row in the same way, before it did any work" in said
     assert "exit code 1: ValueError: port " in said
     assert f"its log: {tmp_path}/worker-0.log" in said
     assert (run.workers[0].starts, [crash.wait_s for crash in run.crashes]) == (3, [0.0, 1.0])
