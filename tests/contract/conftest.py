@@ -18,7 +18,7 @@ from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, MemoryLog, Spa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """On which logs a test runs: what lies in one process's memory is no log for several."""
+    """Parametrize `log` over the adapters. Tests that spawn processes skip the log in memory."""
     if "log" in metafunc.fixturenames:
         logs = ["sqlite", *([] if "spawn" in metafunc.fixturenames else ["memory"])]
         kafka = pytest.param("kafka", marks=pytest.mark.servers)
@@ -53,21 +53,21 @@ def _make_topic(log: Log) -> None:
 
 @pytest.fixture
 def bus(log: Log) -> Iterator[Bus]:
-    """The log, open."""
+    """An open bus on the log."""
     with closing(log.open()) as opened:
         yield opened
 
 
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
-    """Run a function of a test file in a process of its own, with a line to it; ended with the test."""
+    """Run a function in a separate process with a pipe to it. The fixture kills the process after the test."""
     context, started = multiprocessing.get_context("spawn"), list[SpawnProcess]()
 
     def spawn(target: Callable[..., None], *arguments: Any) -> tuple[SpawnProcess, Connection]:
         ours, theirs = context.Pipe()
         process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
         process.start()
-        theirs.close()  # so that its death ends the line
+        theirs.close()  # so that the pipe closes when the process dies
         started.append(process)
         return process, ours
 

@@ -1,4 +1,4 @@
-"""The logs that the contract suite runs on, and what its tests read them with."""
+"""Logs for the contract suite, and functions that read them."""
 
 import itertools
 import sqlite3
@@ -29,7 +29,7 @@ KEYS = [f"g{i:06d}" for i in range(60)]
 
 @dataclass(frozen=True)
 class SqliteLog:
-    """A log in a SQLite file; `open` may be called in any process."""
+    """A log in a SQLite file. Any process may call `open`."""
 
     path: Path
     lease_s: float = 10.0
@@ -42,7 +42,7 @@ class SqliteLog:
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "SqliteLog":
-        """A log of its own that nobody has opened yet."""
+        """A new log that no process has opened."""
         return replace(self, path=self.path.parent / "another" / "bus.sqlite")
 
     def cut(self, partition: int, before: int) -> None:
@@ -56,7 +56,7 @@ class SqliteLog:
 
 @dataclass(frozen=True)
 class MemoryLog:
-    """A log in this process: tests that need others do without it."""
+    """A log in the memory of this process; unusable for tests with several processes."""
 
     store: Store = field(default_factory=Store)
     lease_s: float = 10.0
@@ -69,7 +69,7 @@ class MemoryLog:
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "MemoryLog":
-        """A log of its own."""
+        """A new log."""
         return MemoryLog()
 
     def cut(self, partition: int, before: int) -> None:
@@ -79,7 +79,7 @@ class MemoryLog:
 
 @dataclass(frozen=True)
 class KafkaLog:
-    """Topics of its own on a real Kafka, long bodies in a real snapshot store; `open` may be called in any process."""
+    """Topics with a unique prefix on a real Kafka, long bodies in a snapshot store. Any process may call `open`."""
 
     servers: str
     store_url: str
@@ -95,7 +95,7 @@ class KafkaLog:
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "KafkaLog":
-        """Topics that nobody has made yet."""
+        """A new log without topics."""
         return KafkaLog(self.servers, self.store_url)
 
     def cut(self, partition: int, before: int) -> None:
@@ -108,21 +108,21 @@ Log = SqliteLog | MemoryLog | KafkaLog
 Spawn = Callable[..., tuple[SpawnProcess, Connection]]
 
 
-def told(line: Connection) -> Any:
-    """What the process says next."""
-    assert line.poll(LIMIT_S), "the process says nothing"
+def receive(line: Connection) -> Any:
+    """Next message from the process."""
+    assert line.poll(LIMIT_S), "the process sent no message"
     return line.recv()
 
 
-def everything_told(line: Connection) -> list[Any]:
-    """All that a process said before it died."""
-    said = []
+def receive_all(line: Connection) -> list[Any]:
+    """All messages that a process sent before it died."""
+    received = []
     try:
         while line.poll(LIMIT_S):
-            said.append(line.recv())
+            received.append(line.recv())
     except (EOFError, ConnectionResetError):
-        return said
-    raise AssertionError("the process lives")
+        return received
+    raise AssertionError("the process is still running")
 
 
 def things(*bodies: str, key: str = "k") -> list[Outgoing]:
@@ -130,11 +130,11 @@ def things(*bodies: str, key: str = "k") -> list[Outgoing]:
 
 
 def take(consumer: Consumer, count: int) -> list[Record]:
-    """The next so many records."""
+    """Read the next `count` records."""
     records: list[Record] = []
     deadline = time.monotonic() + LIMIT_S
     while len(records) < count:
-        assert time.monotonic() < deadline, f"{len(records)} of {count} came"
+        assert time.monotonic() < deadline, f"received {len(records)} of {count} records"
         records += consumer.poll(limit=count - len(records), timeout_s=1.0)
     return records
 
@@ -149,7 +149,7 @@ def bodies(records: list[Record]) -> list[str]:
 
 
 def poll_until(done: Callable[[], bool], *consumers: Consumer) -> list[Record]:
-    """Poll them in turn; everything read until then."""
+    """Poll the consumers in turn until done() holds. Returns all records read."""
     records: list[Record] = []
     deadline = time.monotonic() + LIMIT_S
     while not done():
@@ -160,11 +160,11 @@ def poll_until(done: Callable[[], bool], *consumers: Consumer) -> list[Record]:
 
 
 def everything(consumer: Consumer) -> bool:
-    """Whether it reads every partition."""
+    """True if the consumer has every partition."""
     return consumer.assignment() == frozenset(range(PARTITIONS))
 
 
 def shared(*consumers: Consumer) -> bool:
-    """Whether they read every partition among them, each one once, and each has some."""
+    """True if each partition belongs to exactly one consumer and each consumer has at least one."""
     shares = [consumer.assignment() for consumer in consumers]
     return all(shares) and sorted(itertools.chain(*shares)) == list(range(PARTITIONS))

@@ -1,5 +1,4 @@
-"""What the services rely on in a log, for every adapter: records, offsets, seeking; in real processes where the promise
-is about processes."""
+"""Contract of every bus adapter: records, offsets, seeking. Tests about several processes start real processes."""
 
 import itertools
 import threading
@@ -20,29 +19,29 @@ from tests.contract.logs import (
     Spawn,
     SqliteLog,
     bodies,
-    everything_told,
     read_all,
+    receive,
+    receive_all,
     take,
     things,
-    told,
 )
 
 BATCH = 25
 
 
-def test_a_record_is_read_as_it_was_published(bus: Bus) -> None:
+def test_a_record_is_read_unchanged(bus: Bus) -> None:
     headers = {"trajectory": "g000007/3", "ä": "größer als π ≈ 3\n"}
     (at,) = bus.publish(TOPIC, [Outgoing("g000007", b"\x00\xffbody", headers)])
     assert read_all(bus) == [Record(TOPIC, at.partition, at.offset, "g000007", b"\x00\xffbody", headers)]
 
 
 @pytest.mark.parametrize("body", [b"", b"\x00", bytes(range(256))])
-def test_any_bytes_are_a_body(bus: Bus, body: bytes) -> None:
+def test_a_body_may_hold_any_bytes(bus: Bus, body: bytes) -> None:
     bus.publish(TOPIC, [Outgoing("", body)])
     assert [(record.key, record.body) for record in read_all(bus)] == [("", body)]
 
 
-def test_a_record_of_five_megabytes_is_whole(bus: Bus) -> None:
+def test_a_record_of_five_megabytes_is_read_unchanged(bus: Bus) -> None:
     body = bytes(range(250)) * 20_000
     bus.publish(TOPIC, [Outgoing("big", body)])
     (record,) = read_all(bus)
@@ -66,7 +65,7 @@ def test_positions_come_in_the_order_of_the_records(bus: Bus) -> None:
     assert [found[at] for at in positions] == [str(i).encode() for i in range(20)]
 
 
-def test_publishing_nothing_is_harmless(bus: Bus) -> None:
+def test_publishing_no_records_does_nothing(bus: Bus) -> None:
     assert bus.publish(TOPIC, []) == []
     assert read_all(bus) == []
 
@@ -94,7 +93,7 @@ def test_threads_of_one_process_may_share_a_bus(bus: Bus) -> None:
 
 
 def publish_many(log: Log, name: str, line: Connection) -> None:
-    """A process: publishes batches under shared keys as fast as it can."""
+    """Process body: publish batches under shared keys without pauses."""
     with closing(log.open()) as bus:
         line.send("ready")
         line.recv()
@@ -107,10 +106,10 @@ def publish_many(log: Log, name: str, line: Connection) -> None:
 def test_several_processes_publish_at_once_without_loss_and_each_key_in_order(log: Log, spawn: Spawn) -> None:
     names = ["one", "two", "three"]
     lines = [spawn(publish_many, log, name)[1] for name in names]
-    assert [told(line) for line in lines] == ["ready"] * 3
+    assert [receive(line) for line in lines] == ["ready"] * 3
     for line in lines:
         line.send("go")
-    assert [told(line) for line in lines] == ["done"] * 3
+    assert [receive(line) for line in lines] == ["done"] * 3
     with closing(log.open()) as bus:
         records = read_all(bus)
     assert Counter(bodies(records)) == Counter(f"{name} {i}" for name in names for i in range(200))
@@ -124,20 +123,20 @@ def test_several_processes_publish_at_once_without_loss_and_each_key_in_order(lo
 
 
 def publish_keys(log: Log, line: Connection) -> None:
-    """A process: one record for each key; says where they went."""
+    """Process body: publish one record per key and send the partitions."""
     with closing(log.open()) as bus:
         line.send([at.partition for at in bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])])
 
 
 @pytest.mark.thorough
-def test_a_key_lands_in_the_same_partition_whichever_process_publishes(log: Log, bus: Bus, spawn: Spawn) -> None:
+def test_every_process_publishes_a_key_to_the_same_partition(log: Log, bus: Bus, spawn: Spawn) -> None:
     ours = [at.partition for at in bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])]
     assert set(ours) == set(range(PARTITIONS))
-    assert told(spawn(publish_keys, log)[1]) == ours
+    assert receive(spawn(publish_keys, log)[1]) == ours
 
 
 def publish_forever(log: Log, line: Connection) -> None:
-    """A process: batch after batch, each one said after `publish` has returned."""
+    """Process body: publish batches forever, and send each batch number after `publish` returns."""
     with closing(log.open()) as bus:
         for batch in itertools.count():
             bus.publish(TOPIC, [Outgoing("k", f"{batch} {i}".encode() + bytes(2000)) for i in range(BATCH)])
@@ -146,18 +145,16 @@ def publish_forever(log: Log, line: Connection) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("after", [0, 7])
-def test_a_publisher_killed_in_the_middle_leaves_all_that_it_was_told_of_in_order(
-    log: Log, spawn: Spawn, after: int
-) -> None:
+def test_a_killed_publisher_leaves_every_acknowledged_record_in_order(log: Log, spawn: Spawn, after: int) -> None:
     process, line = spawn(publish_forever, log)
-    while told(line) < after:
+    while receive(line) < after:
         pass
     process.kill()
-    acknowledged = max(everything_told(line), default=after)
+    acknowledged = max(receive_all(line), default=after)
     with closing(log.open()) as bus:
         found = [record.body.rstrip(b"\0").decode() for record in read_all(bus)]
         batches, rest = divmod(len(found), BATCH)
-        assert rest == 0 or not isinstance(log, SqliteLog)  # there a batch is one commit
+        assert rest == 0 or not isinstance(log, SqliteLog)  # in SQLite a batch is one transaction
         assert found == [f"{n // BATCH} {n % BATCH}" for n in range(len(found))]
         assert acknowledged + 1 <= batches <= acknowledged + 2
         assert bus.publish(TOPIC, things("next"))[0].offset == len(found)
@@ -178,7 +175,7 @@ def test_a_reader_without_a_group_has_nothing_to_commit_to(bus: Bus) -> None:
         consumer.commit({0: 0})
 
 
-def test_a_poll_gives_at_most_what_it_is_asked_for_and_goes_on_behind_it(bus: Bus) -> None:
+def test_a_poll_returns_at_most_limit_records_and_the_next_continues_after_them(bus: Bus) -> None:
     bus.publish(TOPIC, things(*map(str, range(10))))
     with bus.consumer(TOPIC) as consumer:
         polls: list[list[str]] = []
@@ -189,7 +186,7 @@ def test_a_poll_gives_at_most_what_it_is_asked_for_and_goes_on_behind_it(bus: Bu
     assert list(itertools.chain(*polls)) == list(map(str, range(10)))
 
 
-def test_no_partition_starves_behind_a_full_one(bus: Bus) -> None:
+def test_a_full_partition_does_not_starve_the_others(bus: Bus) -> None:
     busy, quiet = KEYS[0], next(k for k in KEYS if bus.publish(TOPIC, things("x", key=k))[0].partition != 0)
     bus.publish(TOPIC, [Outgoing(busy, b"busy")] * 100)
     (at,) = bus.publish(TOPIC, things("quiet", key=quiet))
@@ -199,7 +196,7 @@ def test_no_partition_starves_behind_a_full_one(bus: Bus) -> None:
     assert "quiet" in bodies(list(itertools.chain(*polls)))
 
 
-def test_a_poll_without_news_ends_when_its_time_is_over(bus: Bus) -> None:
+def test_a_poll_without_records_ends_after_its_timeout(bus: Bus) -> None:
     with bus.consumer(TOPIC) as consumer:
         began = time.monotonic()
         assert consumer.poll(limit=10, timeout_s=0.05) == []
@@ -207,7 +204,7 @@ def test_a_poll_without_news_ends_when_its_time_is_over(bus: Bus) -> None:
 
 
 def publish_one(log: Log, line: Connection) -> None:
-    """A process: publishes when it is told to."""
+    """Process body: publish one record after a message arrives."""
     with closing(log.open()) as bus:
         line.send("ready")
         line.recv()
@@ -216,18 +213,16 @@ def publish_one(log: Log, line: Connection) -> None:
 
 
 @pytest.mark.thorough
-def test_a_poll_returns_before_its_time_is_over_when_another_process_publishes(
-    log: Log, bus: Bus, spawn: Spawn
-) -> None:
+def test_a_poll_returns_before_its_timeout_when_another_process_publishes(log: Log, bus: Bus, spawn: Spawn) -> None:
     _, line = spawn(publish_one, log)
-    assert told(line) == "ready"
+    assert receive(line) == "ready"
     with bus.consumer(TOPIC) as consumer:
         assert consumer.poll(limit=10, timeout_s=0) == []
         began = time.monotonic()
         line.send("go")
         assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["news"]
         assert time.monotonic() - began < LIMIT_S
-    assert told(line) == "published"
+    assert receive(line) == "published"
 
 
 def test_ends_are_the_offsets_after_the_last_records(bus: Bus) -> None:
@@ -237,7 +232,7 @@ def test_ends_are_the_offsets_after_the_last_records(bus: Bus) -> None:
         assert consumer.ends() == {**dict.fromkeys(range(PARTITIONS), 0), at.partition: 3}
 
 
-def test_after_a_seek_reading_goes_on_from_there(bus: Bus) -> None:
+def test_reading_continues_from_the_offset_of_a_seek(bus: Bus) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     with bus.consumer(TOPIC) as consumer:
         assert bodies(take(consumer, 3)) == ["a", "b", "c"]
@@ -248,7 +243,7 @@ def test_after_a_seek_reading_goes_on_from_there(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("offset", [4, 1000, -1])
-def test_a_seek_to_where_the_log_never_was_is_refused_and_changes_nothing(bus: Bus, offset: int) -> None:
+def test_a_seek_out_of_range_is_refused_and_changes_nothing(bus: Bus, offset: int) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     with bus.consumer(TOPIC) as consumer:
         with pytest.raises(OffsetGone, match=rf"{TOPIC}\[{at.partition}\] holds offsets 0 to 3, not {offset}"):
@@ -256,19 +251,19 @@ def test_a_seek_to_where_the_log_never_was_is_refused_and_changes_nothing(bus: B
         assert bodies(take(consumer, 3)) == ["a", "b", "c"]
 
 
-def test_a_seek_in_a_partition_that_is_not_there_is_refused(bus: Bus) -> None:
+def test_a_seek_in_a_missing_partition_is_refused(bus: Bus) -> None:
     with bus.consumer(TOPIC) as consumer, pytest.raises(OffsetGone, match=f"{TOPIC} has no partition {PARTITIONS}"):
         consumer.seek({PARTITIONS: 0})
 
 
-def test_a_seek_below_where_the_log_was_cut_is_refused(log: Log, bus: Bus) -> None:
+def test_a_seek_to_a_deleted_offset_is_refused(log: Log, bus: Bus) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     log.cut(at.partition, before=2)
     with bus.consumer(TOPIC) as consumer, pytest.raises(OffsetGone, match="holds offsets 2 to 3, not 1"):
         consumer.seek({at.partition: 1})
 
 
-def test_a_reader_overtaken_by_a_cut_is_told_and_skips_nothing(log: Log, bus: Bus) -> None:
+def test_a_reader_gets_an_error_and_skips_nothing_if_retention_deletes_its_next_record(log: Log, bus: Bus) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     with bus.consumer(TOPIC) as consumer:
         assert bodies(take(consumer, 1)) == ["a"]

@@ -1,4 +1,4 @@
-"""What the services rely on in a log, for every adapter: consumer groups."""
+"""Contract of every bus adapter: consumer groups."""
 
 from contextlib import closing
 from multiprocessing.connection import Connection
@@ -17,23 +17,23 @@ from tests.contract.logs import (
     bodies,
     everything,
     poll_until,
+    receive,
     shared,
     take,
     things,
-    told,
 )
 
 pytestmark = pytest.mark.thorough
 
 
-def test_a_group_member_that_waits_hears_of_news_too(bus: Bus) -> None:
+def test_a_waiting_group_member_receives_new_records(bus: Bus) -> None:
     with bus.consumer(TOPIC, group=GROUP, member="a") as consumer:
         assert consumer.poll(limit=10, timeout_s=0.05) == []
         bus.publish(TOPIC, things("news"))
         assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["news"]
 
 
-def test_a_group_goes_on_where_it_committed(bus: Bus) -> None:
+def test_a_group_continues_from_its_commit(bus: Bus) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     with bus.consumer(TOPIC, group=GROUP, member="first") as consumer:
         assert bodies(take(consumer, 3)) == ["a", "b", "c"]
@@ -42,14 +42,14 @@ def test_a_group_goes_on_where_it_committed(bus: Bus) -> None:
         assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["c"]
 
 
-def test_a_group_that_committed_nothing_starts_at_the_beginning(bus: Bus) -> None:
+def test_a_group_without_commits_starts_at_the_beginning(bus: Bus) -> None:
     bus.publish(TOPIC, things("a"))
     for member in ("first", "second"):
         with bus.consumer(TOPIC, group=GROUP, member=member) as consumer:
             assert bodies(consumer.poll(limit=10, timeout_s=LIMIT_S)) == ["a"]
 
 
-def test_groups_do_not_know_of_each_other(bus: Bus) -> None:
+def test_groups_are_independent(bus: Bus) -> None:
     (at,) = bus.publish(TOPIC, things("a"))
     for group in ("these", "those"):
         with bus.consumer(TOPIC, group=group, member="m") as consumer:
@@ -58,7 +58,7 @@ def test_groups_do_not_know_of_each_other(bus: Bus) -> None:
             consumer.commit({at.partition: 1})
 
 
-def test_a_member_alone_has_every_partition_once_it_polls(bus: Bus) -> None:
+def test_a_single_member_gets_every_partition_when_it_polls(bus: Bus) -> None:
     with bus.consumer(TOPIC, group=GROUP, member="a") as consumer:
         assert consumer.assignment() == frozenset()
         poll_until(lambda: bool(consumer.assignment()), consumer)
@@ -94,7 +94,7 @@ def test_an_assignment_changes_only_inside_a_poll(bus: Bus) -> None:
         assert everything(a)
 
 
-def test_a_commit_of_partitions_that_went_to_another_member_is_left_out(bus: Bus) -> None:
+def test_a_commit_ignores_partitions_that_moved_to_another_member(bus: Bus) -> None:
     bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
     with bus.consumer(TOPIC, group=GROUP, member="a") as a:
         take(a, len(KEYS))
@@ -112,7 +112,7 @@ def test_a_commit_of_partitions_that_went_to_another_member_is_left_out(bus: Bus
 
 
 def work_in_group(log: Log, line: Connection) -> None:
-    """A process: a member that reads, commits what it is told to, and waits for its death."""
+    """Process body: a member that reads, commits the offsets it receives, and polls until it is killed."""
     with closing(log.open()) as bus, bus.consumer(TOPIC, group=GROUP, member="victim") as consumer:
         records: list[Record] = take(consumer, sum(consumer.ends().values()))
         line.send((consumer.assignment(), [(r.partition, r.offset, r.body) for r in records]))
@@ -122,15 +122,15 @@ def work_in_group(log: Log, line: Connection) -> None:
             consumer.poll(limit=1000, timeout_s=1.0)
 
 
-def test_what_a_killed_member_had_not_committed_is_delivered_again(log: Log, spawn: Spawn) -> None:
+def test_records_that_a_killed_member_did_not_commit_are_delivered_again(log: Log, spawn: Spawn) -> None:
     log = log.with_lease(2.0)
     with closing(log.open()) as bus:
         bus.publish(TOPIC, [Outgoing(key, f"{i}".encode()) for key in KEYS for i in range(2)])
         process, line = spawn(work_in_group, log)
-        assignment, read = told(line)
+        assignment, read = receive(line)
         assert assignment == frozenset(range(PARTITIONS))
         line.send(dict.fromkeys(range(PARTITIONS), 5))
-        assert told(line) == "committed"
+        assert receive(line) == "committed"
         with bus.consumer(TOPIC, group=GROUP, member="survivor") as survivor:
             process.kill()
             process.join()
@@ -142,12 +142,12 @@ def test_what_a_killed_member_had_not_committed_is_delivered_again(log: Log, spa
     assert again == {(p, offset) for p, end in ends.items() for offset in range(5, end)}
 
 
-def test_without_its_lease_running_out_a_dead_members_partitions_would_stay_with_it(log: Log, spawn: Spawn) -> None:
+def test_a_dead_member_keeps_its_partitions_until_its_lease_expires(log: Log, spawn: Spawn) -> None:
     log = log.with_lease(1000.0)
     with closing(log.open()) as bus:
         bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
         process, line = spawn(work_in_group, log)
-        told(line)
+        receive(line)
         process.kill()
         process.join()
         with bus.consumer(TOPIC, group=GROUP, member="survivor") as survivor:

@@ -1,4 +1,4 @@
-"""A log looked at from outside, on every adapter: everything that stands is read once."""
+"""Contract of `read_existing` on every adapter: it reads each existing record once."""
 
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing
@@ -6,19 +6,19 @@ from tests.contract.logs import TOPIC, Log
 
 
 def fill(bus: Bus, records: int) -> dict[int, int]:
-    """Publish them; where the partitions end now."""
+    """Publish records. Returns the end offset of each partition."""
     bus.publish(TOPIC, [Outgoing(f"key {i}", str(i).encode()) for i in range(records)])
     with bus.consumer(TOPIC) as consumer:
         return consumer.ends()
 
 
-def test_everything_that_stands_is_read_once(bus: Bus) -> None:
+def test_every_existing_record_is_read_once(bus: Bus) -> None:
     assert list(read_existing(bus, TOPIC)) == []
-    fill(bus, 5000)  # several polls' worth
+    fill(bus, 5000)  # more than one poll returns
     assert sorted(int(record.body) for record in read_existing(bus, TOPIC)) == list(range(5000))
 
 
-def test_what_comes_meanwhile_is_left_for_the_next_time(bus: Bus) -> None:
+def test_records_published_during_the_read_are_not_read(bus: Bus) -> None:
     fill(bus, 10)
     reading = read_existing(bus, TOPIC)
     first = next(reading)
@@ -26,7 +26,7 @@ def test_what_comes_meanwhile_is_left_for_the_next_time(bus: Bus) -> None:
     assert len([first, *reading]) == 10
 
 
-def test_it_begins_where_it_is_told_and_at_the_front_elsewhere(bus: Bus) -> None:
+def test_reading_starts_at_the_given_offsets_and_else_at_the_first_record(bus: Bus) -> None:
     ends = fill(bus, 60)
     found = list(read_existing(bus, TOPIC, {0: ends[0] - 2, 1: ends[1]}))
     assert [record.offset for record in found if record.partition == 0] == [ends[0] - 2, ends[0] - 1]
@@ -34,7 +34,7 @@ def test_it_begins_where_it_is_told_and_at_the_front_elsewhere(bus: Bus) -> None
     assert [record.offset for record in found if record.partition == 2] == list(range(ends[2]))
 
 
-def test_what_retention_took_does_not_keep_it_waiting(log: Log, bus: Bus) -> None:
+def test_deleted_records_do_not_block_the_read(log: Log, bus: Bus) -> None:
     ends = fill(bus, 60)
     log.cut(0, ends[0])
     log.cut(1, 5)

@@ -1,4 +1,4 @@
-"""What every environment on offer keeps to, wherever it runs: built-in ones here, reasoning-gym's in children."""
+"""Contract of every environment: built-in ones run in this process, those of reasoning-gym in child processes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -33,7 +33,7 @@ POLICIES: dict[str, list[str]] = {
 Transcript = tuple[Opening, str, list[Outcome]]
 
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")  # that of the pool
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # the pool's loop
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -68,14 +68,14 @@ async def play(world: EnvironmentHost, seed: int, texts: list[str]) -> Transcrip
 
 
 @pytest.mark.parametrize("name", OFFERED)
-async def test_a_seed_is_a_task_that_plays_alike_every_time(opened: Any, name: str) -> None:
+async def test_a_seed_gives_the_same_transcript_every_time(opened: Any, name: str) -> None:
     for policy in ("calls first", "calls badly"):
         first = await play(await opened(name), 7, POLICIES[policy])
         assert await play(await opened(name), 7, POLICIES[policy]) == first
 
 
 @pytest.mark.parametrize("name", OFFERED)
-async def test_a_session_in_between_changes_nothing(opened: Any, name: str) -> None:
+async def test_another_session_does_not_change_a_transcript(opened: Any, name: str) -> None:
     texts = POLICIES["calls first"]
     alone = await play(await opened(name), 7, texts)
     one, other = await opened(name), await opened(name)
@@ -91,7 +91,7 @@ async def test_a_session_in_between_changes_nothing(opened: Any, name: str) -> N
 
 
 @pytest.mark.parametrize("name", OFFERED)
-async def test_sessions_at_once_do_not_disturb_each_other(opened: Any, name: str) -> None:
+async def test_concurrent_sessions_are_independent(opened: Any, name: str) -> None:
     texts = POLICIES["calls first"]
     alone = [await play(await opened(name), seed, texts) for seed in SEEDS[:2]]
     worlds = [await opened(name) for _ in range(2)]
@@ -100,7 +100,7 @@ async def test_sessions_at_once_do_not_disturb_each_other(opened: Any, name: str
 
 
 @pytest.mark.parametrize("name", OFFERED)
-async def test_seeds_are_different_tasks(opened: Any, name: str) -> None:
+async def test_different_seeds_give_different_tasks(opened: Any, name: str) -> None:
     hashes, openings = set(), set()
     for seed in SEEDS:
         world = await opened(name)
@@ -114,7 +114,7 @@ async def test_seeds_are_different_tasks(opened: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", OFFERED)
 @pytest.mark.parametrize("policy", POLICIES)
-async def test_rewards_lie_in_the_unit_interval_and_no_family_is_solved_idly(
+async def test_rewards_are_between_0_and_1_and_fixed_policies_solve_no_family(
     opened: Any, name: str, policy: str
 ) -> None:
     for seed in SEEDS[:2]:
@@ -129,7 +129,7 @@ async def test_rewards_lie_in_the_unit_interval_and_no_family_is_solved_idly(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-async def test_the_solution_of_a_family_earns_one(opened: Any, name: str) -> None:
+async def test_the_solution_of_a_family_gets_reward_1(opened: Any, name: str) -> None:
     for seed in SEEDS:
         _, _, outcomes = await play(await opened(name), seed, FAMILIES[name].solution(seed))
         assert outcomes[-1] == Score(1.0, True, outcomes[-1].parts)  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ async def test_the_solution_of_a_family_earns_one(opened: Any, name: str) -> Non
 @pytest.mark.servers
 @pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("form", ["{}", " {}\n", "It must be <answer>{}</answer>."])
-async def test_the_answer_of_a_generated_task_earns_one(opened: Any, name: str, form: str) -> None:
+async def test_the_answer_of_a_generated_task_gets_reward_1(opened: Any, name: str, form: str) -> None:
     import reasoning_gym
 
     dataset = name.removeprefix("reasoning_gym.")
@@ -156,7 +156,7 @@ async def test_a_malformed_call_does_not_end_the_session(opened: Any, name: str)
 
 
 @pytest.mark.parametrize("name", OFFERED)
-async def test_the_opening_asks_something_and_offers_one_tool(opened: Any, name: str) -> None:
+async def test_the_opening_has_one_user_message_and_one_tool(opened: Any, name: str) -> None:
     opening, _ = await (await opened(name)).reset(7)
     assert [message.role for message in opening.messages] == ["user"]
     (schema,) = opening.tools
@@ -169,14 +169,14 @@ async def test_the_calculator_of_a_generated_task_can_be_used_eight_times(opened
     world = await opened("reasoning_gym.chain_sum")
     await world.reset(7)
     call = read(render("calculator", {"expression": "1 + 2"}))
-    told = [(await world.step(call)).messages[0].content for _ in range(MAX_TURNS - 1)]
-    assert told == ["3"] * MAX_CALLS + ["the calculator was used 8 times: answer now"]
+    replies = [(await world.step(call)).messages[0].content for _ in range(MAX_TURNS - 1)]
+    assert replies == ["3"] * MAX_CALLS + ["the calculator was used 8 times: answer now"]
     assert await world.step(Turn("")) == Score(0.0, False, {"answer": 0.0})
 
 
 @pytest.mark.servers
-async def test_every_dataset_but_the_composite_is_on_offer() -> None:
-    import reasoning_gym  # noqa: F401 (it fills the table)
+async def test_every_dataset_but_the_composite_is_available() -> None:
+    import reasoning_gym  # noqa: F401 (the import registers the datasets)
     from reasoning_gym.factory import DATASETS as REGISTERED
 
     assert {*DATASETS, "composite"} == set(REGISTERED)

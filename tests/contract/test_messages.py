@@ -1,7 +1,7 @@
-"""Every record on the log: its bytes decode for ever, and nothing else does.
+"""Records on the log: the bytes of every release decode, and other bytes are refused.
 
-A file in golden/ is what a release wrote. It is never changed: a change of meaning takes a new schema number, a new
-file, and a decoder that still reads the old one.
+The files in golden/ hold bytes that a release wrote, and never change. A change of meaning needs a new schema number, a
+new file, and a decoder that still reads the old one.
 """
 
 from pathlib import Path
@@ -130,7 +130,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "old_logprobs_computed-1": (OLD_LOGPROBS, SCORED),
     "dead_letter-2": (DEAD_LETTERS, LETTER),
 }
-"""What each golden file holds."""
+"""Golden file -> topic and record."""
 
 
 def golden(name: str) -> bytes:
@@ -138,20 +138,20 @@ def golden(name: str) -> bytes:
 
 
 def fields(record: msgspec.Struct) -> dict[str, Any]:
-    """The map on the wire, read without knowing the type."""
+    """The encoded map, decoded without the type."""
     decoded: dict[str, Any] = msgspec.msgpack.decode(encode(record))
     return decoded
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_bytes_written_once_decode_for_ever(name: str) -> None:
+def test_the_bytes_of_every_release_decode(name: str) -> None:
     topic, record = WRITTEN[name]
     assert decode(topic, golden(name)) == record
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_this_release_writes_the_same_bytes(name: str) -> None:
-    """Other bytes under the same schema number mean that readers of both releases must be thought through."""
+    """If this fails, check that readers of both releases accept the new bytes."""
     _, record = WRITTEN[name]
     assert encode(record) == golden(name)
 
@@ -221,7 +221,7 @@ def test_an_unknown_tag_is_refused(tag: object) -> None:
 
 
 @pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS, OLD_LOGPROBS])
-def test_a_record_without_a_tag_is_refused_where_there_are_several_kinds(topic: str) -> None:
+def test_a_record_without_a_tag_is_refused_on_topics_with_several_kinds(topic: str) -> None:
     for other, record in WRITTEN.values():
         if other == topic:
             with pytest.raises(Undecodable):
@@ -257,13 +257,13 @@ def test_a_field_of_another_type_is_refused(field: str, value: object) -> None:
         decode(TASKS, msgspec.msgpack.encode({**fields(OFFERED), field: value}))
 
 
-def test_an_ending_that_is_none_is_refused() -> None:
+def test_an_unknown_ending_is_refused() -> None:
     with pytest.raises(Undecodable, match="ending"):
         decode(TRAJECTORIES, msgspec.msgpack.encode({**fields(FINISHED), "ending": "exhausted"}))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_bytes_cut_short_anywhere_are_refused(name: str) -> None:
+def test_truncated_bytes_are_refused(name: str) -> None:
     topic, _ = WRITTEN[name]
     body = golden(name)
     for length in range(len(body)):
@@ -272,7 +272,7 @@ def test_bytes_cut_short_anywhere_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_bytes_with_more_behind_them_are_refused(name: str) -> None:
+def test_trailing_bytes_are_refused(name: str) -> None:
     topic, _ = WRITTEN[name]
     with pytest.raises(Undecodable):
         decode(topic, golden(name) + b"\0")
@@ -280,7 +280,7 @@ def test_bytes_with_more_behind_them_are_refused(name: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(TOPICS), st.binary(max_size=60))
-def test_garbage_is_refused_and_nothing_else_happens(topic: str, body: bytes) -> None:
+def test_garbage_raises_undecodable(topic: str, body: bytes) -> None:
     with pytest.raises(Undecodable) as refused:
         decode(topic, body)
     assert refused.value.cause is RejectCause.UNDECODABLE
@@ -291,12 +291,12 @@ def test_text_that_is_not_utf8_is_refused() -> None:
         decode(CONTROL, encode(ENDED).replace(b"first", b"\xff\xfe\xfd\xfc\xfb"))
 
 
-def test_very_deep_garbage_is_refused() -> None:
+def test_deeply_nested_garbage_is_refused() -> None:
     with pytest.raises(Undecodable):
         decode(TRAJECTORIES, msgspec.msgpack.encode(fields(FINISHED))[:-1] + b"\x91" * 100_000)
 
 
-def test_a_dead_letter_keeps_the_record_whole() -> None:
+def test_a_dead_letter_holds_the_complete_record() -> None:
     record = Record("tasks", 3, 17, "g000007", b"\x00\xff", {"trajectory": "x"})
     assert dead_letter("first", record, RejectedRecord(RejectCause.NOT_FINITE, "why"), now=5.5) == DeadLetter(
         run="first", topic="tasks", partition=3, offset=17, key="g000007", headers={"trajectory": "x"},
@@ -304,7 +304,7 @@ def test_a_dead_letter_keeps_the_record_whole() -> None:
     )  # fmt: skip
 
 
-def test_every_member_of_a_topics_union_is_a_kind_of_its_own() -> None:
+def test_the_kinds_of_a_topic_have_different_tags() -> None:
     for union in (messages.Trajectory, messages.Control, messages.FromWorker, messages.OldLogprobs):
         tags = [kind.__struct_config__.tag for kind in get_args(union)]
         assert len(set(tags)) == len(tags) > 1

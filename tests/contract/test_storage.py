@@ -1,4 +1,4 @@
-"""What the snapshot store needs of a place for bytes, for every adapter."""
+"""Contract of every storage adapter of the snapshot store."""
 
 import asyncio
 import multiprocessing
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.thorough
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder; `open` may be called in any process."""
+    """A folder. Any process may call `open`."""
 
     folder: Path
 
@@ -36,7 +36,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class S3:
-    """A prefix of a bucket; `open` may be called in any process that inherits the credentials."""
+    """A prefix of a bucket. Any process that inherits the credentials may call `open`."""
 
     endpoint: str
     prefix: str
@@ -53,13 +53,13 @@ Place = Disk | S3
 MEBIBYTE = 1 << 20
 A_PIECE = bytes(range(256)) * 4096
 LARGE = [A_PIECE] * 70
-"""Too long to be held whole, and more than two parts for an S3."""
+"""A body of several read pieces and more than two parts of an S3 upload."""
 BAD_KEYS = ["../x", "a/../../x", "/etc", "/etc/passwd", ".hidden", "a/.hidden", "", "a//b", "a/", ".", ".."]
 
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.servers)])
 async def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """An empty place for bytes."""
+    """An empty folder or bucket prefix."""
     if request.param == "disk":
         return Disk(tmp_path / "place")
     server: Minio = request.getfixturevalue("minio_server")
@@ -72,7 +72,7 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def storage(place: Place) -> Storage:
-    """A storage over it."""
+    """An open storage at `place`."""
     return place.open()
 
 
@@ -89,7 +89,7 @@ async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
 
 
 async def broken(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """A sender that goes away in the middle."""
+    """An upload that fails in the middle."""
     for piece in pieces:
         yield piece
     raise ConnectionError("the sender is gone")
@@ -99,14 +99,14 @@ async def streamed(storage: Storage, key: str) -> bytes:
     return b"".join([piece async for piece in storage.stream(key)])
 
 
-async def test_what_is_put_is_there(storage: Storage) -> None:
+async def test_a_body_that_was_put_can_be_read(storage: Storage) -> None:
     assert await storage.put("objects/a", chunks(b"one ", b"", b"two")) == 7
     assert await storage.read("objects/a") == b"one two"
     assert await streamed(storage, "objects/a") == b"one two"
     assert await storage.size("objects/a") == 7
 
 
-async def test_nothing_at_all_can_be_put(storage: Storage) -> None:
+async def test_a_body_may_be_empty(storage: Storage) -> None:
     assert await storage.put("a", chunks()) == 0
     assert (await storage.read("a"), await storage.size("a"), await streamed(storage, "a")) == (b"", 0, b"")
 
@@ -122,7 +122,7 @@ async def test_a_body_of_many_megabytes_is_streamed_in_pieces(storage: Storage) 
 
 
 @pytest.mark.parametrize("size", [(8 << 20) - 1, 8 << 20, (8 << 20) + 1, (32 << 20) - 1, 32 << 20, (32 << 20) + 1])
-async def test_a_body_of_any_size_is_whole(storage: Storage, size: int) -> None:
+async def test_a_body_around_the_part_sizes_is_read_unchanged(storage: Storage, size: int) -> None:
     body = (b"".join(LARGE))[:size]
     assert await storage.put("a", chunks(body[:1000], body[1000:]), digest=blake3(body).hexdigest()) == size
     assert blake3((await storage.read("a")) or b"").hexdigest() == blake3(body).hexdigest()
@@ -134,21 +134,21 @@ async def test_putting_again_replaces_the_body(storage: Storage) -> None:
     assert await storage.read("a") == b"second"
 
 
-async def test_what_was_put_is_there_for_the_next_process(place: Place) -> None:
+async def test_a_new_storage_reads_the_bodies_of_an_earlier_one(place: Place) -> None:
     await place.open().put("a/b", chunks(b"body"))
     assert await place.open().read("a/b") == b"body"
 
 
-async def test_what_is_not_there_is_none(storage: Storage) -> None:
+async def test_a_missing_key_reads_as_none(storage: Storage) -> None:
     assert (await storage.read("a"), await storage.size("a")) == (None, None)
 
 
-async def test_a_stream_of_what_is_not_there_raises_key_error(storage: Storage) -> None:
+async def test_streaming_a_missing_key_raises_key_error(storage: Storage) -> None:
     with pytest.raises(KeyError):
         await streamed(storage, "a")
 
 
-async def test_keys_are_those_with_the_prefix_in_order(storage: Storage) -> None:
+async def test_keys_lists_the_keys_with_the_prefix_in_order(storage: Storage) -> None:
     for key in ("b/2", "a/1", "b/1", "b10", "c"):
         await storage.put(key, chunks(b"x"))
     assert await storage.keys("b/") == ["b/1", "b/2"]
@@ -157,14 +157,14 @@ async def test_keys_are_those_with_the_prefix_in_order(storage: Storage) -> None
     assert await storage.keys("none") == []
 
 
-async def test_what_is_deleted_is_gone_and_the_rest_stays(storage: Storage) -> None:
+async def test_delete_removes_one_key_only(storage: Storage) -> None:
     await storage.put("a/1", chunks(b"x"))
     await storage.put("a/2", chunks(b"y"))
     await storage.delete("a/1")
     assert await storage.keys("") == ["a/2"]
 
 
-async def test_deleting_what_is_not_there_is_harmless(storage: Storage) -> None:
+async def test_deleting_a_missing_key_does_nothing(storage: Storage) -> None:
     await storage.delete("none")
     await storage.delete("no/such/folder")
 
@@ -174,20 +174,20 @@ async def test_creating_stores_the_body(storage: Storage) -> None:
     assert await storage.read("versions/1") == b"body"
 
 
-async def test_creating_what_exists_leaves_it_as_it_is(storage: Storage) -> None:
+async def test_create_does_not_replace_an_existing_body(storage: Storage) -> None:
     await storage.create("versions/1", b"first")
     assert not await storage.create("versions/1", b"second")
     assert await storage.read("versions/1") == b"first"
     assert await storage.keys("") == ["versions/1"]
 
 
-async def test_what_was_deleted_can_be_created_again(storage: Storage) -> None:
+async def test_a_deleted_key_can_be_created_again(storage: Storage) -> None:
     await storage.create("a", b"first")
     await storage.delete("a")
     assert await storage.create("a", b"second")
 
 
-async def test_of_twenty_that_create_at_once_exactly_one_wins(storage: Storage) -> None:
+async def test_exactly_one_of_twenty_concurrent_creates_succeeds(storage: Storage) -> None:
     won = await asyncio.gather(*(storage.create("versions/1", b"%d" % i) for i in range(20)))
     assert won.count(True) == 1
     assert await storage.read("versions/1") == b"%d" % won.index(True)
@@ -198,7 +198,7 @@ KEYS = 40
 
 
 def create_all(place: Place, name: str, say: "SimpleQueue[str]", go: Event) -> None:
-    """Another process: creates every key as fast as it can, then says which it won."""
+    """Process body: create every key, then send the keys that this process created."""
 
     async def race() -> list[str]:
         storage = place.open()
@@ -209,7 +209,7 @@ def create_all(place: Place, name: str, say: "SimpleQueue[str]", go: Event) -> N
     say.put(",".join(asyncio.run(race())))
 
 
-async def test_of_several_processes_that_create_at_once_exactly_one_wins_each_key(place: Place) -> None:
+async def test_exactly_one_of_several_processes_creates_each_key(place: Place) -> None:
     context = multiprocessing.get_context("spawn")
     go = context.Event()
     answers = [context.SimpleQueue() for _ in range(3)]
@@ -230,39 +230,39 @@ async def test_of_several_processes_that_create_at_once_exactly_one_wins_each_ke
     assert stored == {key: name for name, keys in won.items() for key in keys}
 
 
-async def test_bytes_of_the_announced_digest_are_stored(storage: Storage) -> None:
+async def test_a_body_with_the_announced_digest_is_stored(storage: Storage) -> None:
     assert await storage.put("a", chunks(b"bo", b"dy"), digest=blake3(b"body").hexdigest()) == 4
     assert await storage.read("a") == b"body"
 
 
-async def test_bytes_of_another_digest_leave_nothing(storage: Storage, half: list[bytes]) -> None:
+async def test_a_body_with_another_digest_is_not_stored(storage: Storage, half: list[bytes]) -> None:
     body = b"".join(half)
     with pytest.raises(DigestMismatch, match=f"{len(body)} bytes arrived with digest {blake3(body).hexdigest()}"):
         await storage.put("a", chunks(*half), digest=blake3(b"body").hexdigest())
     assert await storage.keys("") == []
 
 
-async def test_bytes_of_another_digest_leave_what_stood_there(storage: Storage, half: list[bytes]) -> None:
+async def test_a_body_with_another_digest_does_not_replace_the_old_body(storage: Storage, half: list[bytes]) -> None:
     await storage.put("a", chunks(b"old"))
     with pytest.raises(DigestMismatch):
         await storage.put("a", chunks(*half), digest=blake3(b"body").hexdigest())
     assert await storage.read("a") == b"old"
 
 
-async def test_an_upload_that_breaks_off_leaves_nothing(storage: Storage, half: list[bytes]) -> None:
+async def test_a_failed_upload_stores_nothing(storage: Storage, half: list[bytes]) -> None:
     with pytest.raises(ConnectionError, match="the sender is gone"):
         await storage.put("a", broken(half))
     assert await storage.keys("") == []
 
 
-async def test_an_upload_that_breaks_off_leaves_what_stood_there(storage: Storage, half: list[bytes]) -> None:
+async def test_a_failed_upload_does_not_replace_the_old_body(storage: Storage, half: list[bytes]) -> None:
     await storage.put("a", chunks(b"old"))
     with pytest.raises(ConnectionError, match="the sender is gone"):
         await storage.put("a", broken(half))
     assert await storage.read("a") == b"old"
 
 
-async def test_an_upload_that_is_cancelled_leaves_nothing(storage: Storage, half: list[bytes]) -> None:
+async def test_a_cancelled_upload_stores_nothing(storage: Storage, half: list[bytes]) -> None:
     arrived = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
@@ -279,7 +279,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing(storage: Storage, half
     assert await storage.keys("") == []
 
 
-async def test_while_an_upload_is_under_way_nothing_is_seen_of_it(storage: Storage, half: list[bytes]) -> None:
+async def test_an_unfinished_upload_is_invisible(storage: Storage, half: list[bytes]) -> None:
     async def looking() -> AsyncIterator[bytes]:
         for piece in half:
             yield piece
@@ -291,7 +291,7 @@ async def test_while_an_upload_is_under_way_nothing_is_seen_of_it(storage: Stora
 
 
 @pytest.mark.parametrize("length", [1000, 4 * MEBIBYTE])
-async def test_two_uploads_of_one_key_at_once_do_not_mix(storage: Storage, length: int) -> None:
+async def test_concurrent_uploads_of_one_key_do_not_mix(storage: Storage, length: int) -> None:
     both = asyncio.Barrier(2)
 
     async def turns(letter: bytes) -> AsyncIterator[bytes]:
@@ -304,17 +304,17 @@ async def test_two_uploads_of_one_key_at_once_do_not_mix(storage: Storage, lengt
     assert (len(body), set(body)) in ((10 * length, set(b"x")), (10 * length, set(b"y")))
 
 
-async def test_what_is_older_than_a_time_is_told_from_what_is_not(storage: Storage) -> None:
+async def test_older_lists_the_keys_above_an_age(storage: Storage) -> None:
     for key in ("claims/b", "claims/a", "objects/a"):
         await storage.put(key, chunks(b"x"))
     assert await storage.older("claims/", 3600.0) == []
-    async with asyncio.timeout(10):  # an S3 tells the time in whole seconds
+    async with asyncio.timeout(10):  # S3 timestamps are in whole seconds
         while await storage.older("claims/", 1.0) != ["claims/a", "claims/b"]:
             await asyncio.sleep(0.05)
     assert await storage.older("claims/", 3600.0) == []
 
 
-async def test_what_is_put_again_is_young_again(storage: Storage) -> None:
+async def test_putting_a_body_again_resets_its_age(storage: Storage) -> None:
     for key in ("claims/a", "claims/b"):
         await storage.put(key, chunks(b"x"))
     stored = time.monotonic()
@@ -325,28 +325,28 @@ async def test_what_is_put_again_is_young_again(storage: Storage) -> None:
 
 
 async def until(moment: float) -> None:
-    """Bodies' ages are what is tested here: nothing but time makes them older."""
+    """Wait until the time: the tests need bodies of a certain age."""
     while time.monotonic() < moment:
         await asyncio.sleep(0.05)
 
 
-async def test_an_address_if_there_is_one_gives_the_body_and_nothing_else(storage: Storage) -> None:
+async def test_an_address_gives_read_access_to_one_body(storage: Storage) -> None:
     await storage.put("a/b", chunks(b"one two"))
     address = await storage.address("a/b")
     if isinstance(storage, DiskStorage):
         assert address is None
         return
     assert address is not None
-    async with httpx.AsyncClient() as anybody:
-        assert (await anybody.get(address)).content == b"one two"
-        assert (await anybody.get(address, headers={"Range": "bytes=4-"})).content == b"two"
-        assert (await anybody.put(address, content=b"x")).status_code == 403
-        assert (await anybody.get(address.replace("/b?", "/c?"))).status_code == 403
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(address)).content == b"one two"
+        assert (await client.get(address, headers={"Range": "bytes=4-"})).content == b"two"
+        assert (await client.put(address, content=b"x")).status_code == 403
+        assert (await client.get(address.replace("/b?", "/c?"))).status_code == 403
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in address
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
-async def test_a_name_that_would_leave_the_place_is_refused(storage: Storage, key: str) -> None:
+async def test_a_key_that_is_not_a_plain_relative_path_is_refused(storage: Storage, key: str) -> None:
     with pytest.raises(ValueError, match="is not a key"):
         await storage.put(key, chunks(b"x"))
     with pytest.raises(ValueError, match="is not a key"):

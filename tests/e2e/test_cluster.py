@@ -1,7 +1,7 @@
-"""The main job on the real engine over a real Kafka and a real MinIO: examples/cluster.toml, shortened.
+"""examples/cluster.toml, shortened: a training run on the real engine over a real Kafka and a real MinIO.
 
-Its batches are small and its tool is slow, so that every machine has trajectories in flight while versions change. On
-the way one of its two workers is killed, and later the engine of the other.
+Batches are small and the tool is slow, so that on every machine trajectories are in flight while versions change. The
+test kills one of the two workers, and later the engine of the other.
 """
 
 import json
@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.servers]
 VERSIONS = 20
 GROUPS = 2
 KILLED_AT, ENGINE_KILLED_AT = 5, 9
-"""Versions trained when the worker, and when the engine, is killed."""
+"""Versions trained when the test kills the worker and the engine."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that came to its end, and what the killed worker had started."""
+    """A finished run, and the processes that the killed worker had started."""
 
     home: Path
     orphans: list[psutil.Process]
@@ -44,7 +44,7 @@ def servers(kafka_server: Kafka, minio_server: Minio) -> Cluster:
 
 @pytest.fixture(scope="module")
 def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Finished:
-    """With every version kept and every batch recorded."""
+    """The finished run, with every version kept and every batch recorded."""
     folder = tmp_path_factory.mktemp("runs")
     home = folder / "cluster"
     run = RunProcess(
@@ -75,7 +75,7 @@ def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, startin
 
 
 def killed(run: RunProcess, name: str) -> list[psutil.Process]:
-    """SIGKILL this worker once it has an engine; the processes that it had started."""
+    """SIGKILL this worker once it has an engine. Returns the processes that it had started."""
     worker, engine = worker_with_engine(run, name)
     started = worker.children(recursive=True)
     assert engine in started
@@ -84,12 +84,12 @@ def killed(run: RunProcess, name: str) -> list[psutil.Process]:
 
 
 def kill_engine(run: RunProcess, name: str) -> None:
-    """SIGKILL the engine of this worker once it has one; the worker is left alone."""
+    """SIGKILL the engine of this worker once it has one."""
     worker_with_engine(run, name)[1].kill()
 
 
 def worker_with_engine(run: RunProcess, name: str) -> tuple[psutil.Process, psutil.Process]:
-    """The worker's process and its engine's, as soon as both are there."""
+    """Wait for the worker's process and its engine's process, and return both."""
     found: list[tuple[psutil.Process, psutil.Process]] = []
 
     def has_an_engine() -> bool:
@@ -98,7 +98,7 @@ def worker_with_engine(run: RunProcess, name: str) -> tuple[psutil.Process, psut
                 if f"--rollout.worker={name}" in worker.cmdline():
                     children = worker.children(recursive=True)
                     found.extend((worker, child) for child in children if "EngineCore" in "".join(child.cmdline()))
-        except psutil.Error:  # one of them is gone meanwhile
+        except psutil.Error:  # a process ended meanwhile
             return False
         return bool(found)
 
@@ -111,7 +111,7 @@ def home(finished: Finished) -> Path:
     return finished.home
 
 
-def test_it_is_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> None:
+def test_the_run_has_two_workers_and_two_ranks_over_kafka_and_minio(home: Path) -> None:
     config = load([str(home / "run.toml")], {}, program="").config
     assert (config.local.rollout_workers, config.local.learner_ranks) == (2, 2)
     assert (config.bus.kind, config.snapshot_store.storage) == ("kafka", "s3")
@@ -124,20 +124,20 @@ def test_a_killed_worker_leaves_no_engine_behind(finished: Finished) -> None:
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in finished.orphans)
 
 
-def test_a_killed_engine_is_named_and_costs_no_trajectory(finished: Finished, servers: Cluster) -> None:
+def test_a_killed_engine_is_reported_and_drops_no_trajectory(finished: Finished, servers: Cluster) -> None:
     assert "worker-0 crashed" in finished.output
     assert "the inference engine died of SIGKILL" in finished.output
     assert "engine_failed" not in servers.audit(finished.home)["trajectories"]["dropped"]
 
 
 def test_the_ledger_balances(servers: Cluster, home: Path) -> None:
-    said = servers.audit(home)
-    assert said["sound"], said["findings"]
-    check_whole_groups(said["trajectories"], groups=VERSIONS * GROUPS, samples=8)
-    assert said["dead_letters"] == {}
+    audit = servers.audit(home)
+    assert audit["sound"], audit["findings"]
+    check_whole_groups(audit["trajectories"], groups=VERSIONS * GROUPS, samples=8)
+    assert audit["dead_letters"] == {}
 
 
-def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
+def test_training_is_asynchronous_and_exact(home: Path) -> None:
     seen = json.loads((home / "summary.json").read_text())
     assert seen["versions"] == VERSIONS
     assert 1 <= seen["max_staleness_seen"] <= 3
@@ -146,8 +146,8 @@ def test_it_is_really_asynchronous_and_exact(home: Path) -> None:
     assert seen["refused_versions"] == 0
 
 
-def test_old_log_probs_are_those_of_plain_transformers(servers: Cluster, home: Path) -> None:
-    """With the versions as they stand in the bucket."""
+def test_old_log_probs_equal_plain_transformers(servers: Cluster, home: Path) -> None:
+    """The rescoring reads the versions from the bucket."""
     done = subprocess.run(
         [sys.executable, "-m", "palimpsest", "rescore", str(home), "--every", "2"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The main job on the real engine: examples/embedded.toml as `make run` starts it, shortened or whole."""
+"""examples/embedded.toml on the real engine, as `make run` starts it, shortened or complete."""
 
 import json
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ EMBEDDED = "examples/embedded.toml"
 AS_IN_THE_EXAMPLE = 8
 """Samples in a group."""
 EVERY = 25
-"""So many versions apart are those whose old log-probs are computed again."""
+"""The test recomputes the old log-probs of every 25th version."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of so many versions."""
+    """A finished run of `versions` versions."""
 
     home: Path
     versions: int
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Its summary.json."""
+        """Contents of summary.json."""
         found: dict[str, Any] = json.loads((self.home / "summary.json").read_text())
         return found
 
 
 @pytest.fixture(scope="module", params=[300, pytest.param(500, marks=pytest.mark.long)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Run:
-    """Recorded, with every version kept; 500 versions are the example itself."""
+    """A run with every batch recorded and every version kept; 500 versions are the complete example."""
     folder = tmp_path_factory.mktemp("runs")
     shorter = [f"--learner.versions={request.param}"] if request.param != 500 else []
     process = RunProcess(
@@ -53,13 +53,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Run(folder / "main", request.param)
 
 
-def test_it_learns_to_use_the_tool(run: Run) -> None:
+def test_the_policy_learns_to_use_the_tool(run: Run) -> None:
     assert run.summary["success_first"] <= 0.35
     assert run.summary["success_last"] >= 0.8
 
 
-def test_it_is_really_asynchronous(run: Run) -> None:
-    """How stale tokens are depends on the machine; that they are, and never beyond the bound, does not."""
+def test_training_is_asynchronous(run: Run) -> None:
+    """Staleness depends on the machine, but occurs everywhere and never exceeds the bound."""
     assert 1 <= run.summary["max_staleness_seen"] <= 3
     assert run.summary["multi_version_trajectories"] > 0
 
@@ -75,22 +75,22 @@ def test_every_trajectory_is_accounted_for(run: Run) -> None:
     check_whole_groups(ledger, groups=run.versions * 16, samples=AS_IN_THE_EXAMPLE)
 
 
-def test_old_log_probs_are_those_of_plain_transformers(run: Run, starting_model: Path) -> None:
-    """Every twenty-fifth version: each token under the stored weights that sampled it, by code that shares nothing."""
+def test_old_log_probs_equal_plain_transformers(run: Run, starting_model: Path) -> None:
+    """Independent code rescores each token of every 25th version under the stored weights that sampled it."""
     seen = rescore(run.home / "records", Models(run.home / "snapshots", str(starting_model), "eager"), every=EVERY)
     lines = history(run.home)[::EVERY]
     assert seen["tokens"] == sum(line["tokens"] for line in lines)
-    assert seen["versions"] >= len(lines), "so far apart no two have a version in common"
+    assert seen["versions"] >= len(lines), "versions so far apart share no sampled version"
     assert seen["same_layout_unequal"] == 0
     assert seen["alone_max_abs"] <= 2e-3
     exact, recomputed = seen["exact_discrepancy"], seen["current_recompute_discrepancy"]
     aged = [s for s in exact if int(s) >= 2]
     assert max(exact.values()) < 0.01, "discrepancy is engine noise at every staleness"
     for staleness in aged:
-        assert recomputed[staleness] > 5 * exact[staleness], "current weights in the old ones' place show a trend"
+        assert recomputed[staleness] > 5 * exact[staleness], "the error of current weights grows with staleness"
 
 
-def test_the_summary_and_the_report_are_there(run: Run) -> None:
+def test_the_summary_and_the_report_are_complete(run: Run) -> None:
     seen = run.summary
     for key in (
         "versions", "tokens_trained", "trajectories", "success_first", "success_last", "log_discrepancy",

@@ -1,4 +1,4 @@
-"""Every exact route to old log-probs in a short run on the real engine, all with the same seed.
+"""Short runs on the real engine, one per exact route to old log-probs, with the same seed.
 
 Surrogates: integration/test_surrogate_runs.py.
 """
@@ -18,12 +18,12 @@ GROUPS = 2
 SAMPLES = 8
 EXACT = ("snapshot", "replica", "interruption")
 AT_ONCE = 2
-"""Runs side by side: an engine's start leaves half of the machine idle."""
+"""Concurrent runs: the start of an engine leaves half of the machine idle."""
 
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> dict[str, Path]:
-    """Kind of proximal -> its run's folder; recorded, with every version kept, and a tool that outlives versions."""
+    """Kind of proximal -> folder of its run, with recorded batches, all versions, and a tool slower than a version."""
     folder = tmp_path_factory.mktemp("routes")
 
     def run(kind: str) -> tuple[int, str]:
@@ -62,7 +62,7 @@ def test_exact_routes_agree_with_plain_transformers(kind: str, homes: dict[str, 
     assert seen["alone_max_abs"] <= 2e-3
     if kind == "snapshot":
         assert seen["same_layout_unequal"] == 0
-    if kind != "interruption":  # there, whoever stops late is left out
+    if kind != "interruption":  # a cut ignores workers that answer late
         assert seen["tokens"] == sum(line["tokens"] for line in lines)
     assert sum(line["multi_version"] for line in lines) > 0
 

@@ -1,4 +1,4 @@
-"""The real engine: log-probs, spans and weight updates against plain transformers."""
+"""The real engine compared with plain transformers: log-probs, spans and weight updates."""
 
 import asyncio
 import copy
@@ -25,12 +25,12 @@ from tests.records.stored_runs import a_run, put
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.04
-"""Deviation of the noise between two test versions: far more than an optimizer step, so that mix-ups show."""
+"""Deviation of the noise between two test versions: far above an optimizer step, so that mixed versions show."""
 ENOUGH = 16
-"""Requests that a pause has to meet in the middle."""
+"""Unfinished requests that a pause must catch."""
 Live = dict[str, "asyncio.Task[tuple[list[int], SampledTokens]]"]
 MEAN, MOST = 0.02, 0.2
-"""Engine against transformers inside one version, nats a token, both in bf16."""
+"""Mean and maximum difference between engine and transformers in one version, nats per token, both in bf16."""
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A version with other weights than the starting model's, exported: the engine begins with it."""
+    """An exported version with other weights than the starting model; the engine starts with it."""
     model, runs = load(folder), tmp_path_factory.mktemp("runs")
     perturb(model, by=STEP, seed=99)
     home = a_run(runs / "first", folder)
@@ -51,7 +51,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, an update leaves a tied head at the old weights, as the CPU build does by itself."""
+    """While this file exists, an update leaves a tied head at the old weights, as the CPU build of vLLM does."""
     return tmp_path_factory.mktemp("faults") / "broken"
 
 
@@ -82,8 +82,10 @@ def errors(model: Model, prompt: list[int], sampled: SampledTokens, *, temperatu
     return [abs(a - b) for a, b in zip(sampled.logprobs, exact, strict=True)]
 
 
-async def test_it_loads_an_exported_version(engine: VllmEngine, exported: Path, folder: Path, tmp_path: Path) -> None:
-    """Before any update: the first test of its engine."""
+async def test_the_engine_loads_an_exported_version(
+    engine: VllmEngine, exported: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Must be the first test of its engine: no update has happened."""
     for model, same in ((load(exported), True), (load(folder), False)):
         canaries = stored(model, 0, tmp_path).manifest.canaries
         scores = [await engine.score(canary.tokens) for canary in canaries]
@@ -91,7 +93,7 @@ async def test_it_loads_an_exported_version(engine: VllmEngine, exported: Path, 
 
 
 async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:
-    """One story, because an engine takes long to start: versions 0 to 3, the last while requests live."""
+    """One test, because an engine takes long to start: versions 0 to 3, the last while requests run."""
     model = load(folder)
     for version in range(3):
         if version:
@@ -114,10 +116,10 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     await updates_in_flight(engine, model, tmp_path)
 
 
-async def test_an_update_that_leaves_the_tied_head_behind_is_refused(
+async def test_the_canaries_refuse_an_update_without_the_tied_head(
     engine: VllmEngine, folder: Path, broken: Path, tmp_path: Path
 ) -> None:
-    """Only the canaries notice; integration/test_bad_data.py proves that a refusal ends the run."""
+    """Only the canaries detect it; integration/test_bad_data.py tests that a refusal ends the run."""
     model = load(folder)
     for version, works in ((21, False), (22, True)):
         perturb(model, by=STEP, seed=version)
@@ -134,7 +136,7 @@ async def test_an_update_that_leaves_the_tied_head_behind_is_refused(
 
 
 async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) -> None:
-    """From version 2 to 3 as it should be; to 4 with the prefix's old keys and values kept, which must show."""
+    """Update from version 2 to 3 correctly, then to 4 without resetting the prefix cache; the error must show."""
     before, after, mixed_up = await cut(engine, model, 3, tmp_path)
     assert before < MEAN
     assert after < MEAN
@@ -143,18 +145,18 @@ async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) ->
         patch.setattr(engine._running, "reset_prefix_cache", kept)
         before, after, _ = await cut(engine, model, 4, tmp_path)
     assert before < MEAN
-    assert after > 2 * MEAN, "keys of the old weights under the new ones went unnoticed"
+    assert after > 2 * MEAN, "the errors do not show the stale prefix cache"
 
 
 async def kept(**_: object) -> bool:
-    """In place of the cache's reset."""
+    """Replaces the reset of the cache, and resets nothing."""
     return True
 
 
 async def paused_in_the_middle(engine: VllmEngine, lengths: dict[str, int]) -> Live:
-    """Requests of these names and lengths; the engine stands still while enough of them have a part of their tokens.
+    """Start requests and pause the engine while at least ENOUGH of them are unfinished.
 
-    How far they come until a pause is for the machine to say: it is tried until it fits.
+    The number of tokens before a pause depends on the machine, so this repeats until it fits.
     """
     while True:
         live = {name: asyncio.create_task(sample(engine, name, length=length)) for name, length in lengths.items()}
@@ -171,9 +173,9 @@ async def paused_in_the_middle(engine: VllmEngine, lengths: dict[str, int]) -> L
 
 
 async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> tuple[float, float, float]:
-    """Update 32 live requests to `version`; mean error before the cut, after it, and with the versions mixed up.
+    """Update 32 running requests to `version`. Returns mean errors: before and after the cut, with swapped versions.
 
-    `model` holds the version before, and afterwards this one.
+    `model` holds the previous version before the call and this one after it.
     """
     previous = copy.deepcopy(model)
     perturb(model, by=STEP, seed=version)
@@ -196,21 +198,21 @@ async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> t
 
 
 async def test_partial_outputs_at_a_pause(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:
-    """What a cut sends ahead: at a pause every token that the engine has sampled is told of, with its version."""
+    """At a pause `partial` returns every token that the engine has sampled, with its version."""
     model = load(folder)
     perturb(model, by=STEP, seed=11)
     await engine.pause()
     await engine.load(stored(model, 11, tmp_path))
     await engine.resume()
-    names = [f"partial{i}" for i in range(48)]  # some end before the pause, some soon after it
+    names = [f"partial{i}" for i in range(48)]  # some end before the pause, others soon after it
     live = await paused_in_the_middle(engine, {name: 20 + 4 * i for i, name in enumerate(names)})
     partial = {name: await engine.partial(name) for name in names if not live[name].done()}
     await asyncio.sleep(0.2)
     again = {name: await engine.partial(name) for name in partial if not live[name].done()}
-    assert again == {name: partial[name] for name in again}, "it was sampled, or came, after the pause"
+    assert again == {name: partial[name] for name in again}, "a token was sampled or delivered after the pause"
     perturb(model, by=STEP, seed=12)
     await engine.load(stored(model, 12, tmp_path))
-    assert again == {name: await engine.partial(name) for name in again}, "new weights change nothing about it"
+    assert again == {name: await engine.partial(name) for name in again}, "the update changed the partial outputs"
     await engine.resume()
     whole = {name: (await live[name])[1] for name in names}
     underway = {name: sampled for name, sampled in partial.items() if sampled is not None and whole[name] != sampled}
@@ -219,13 +221,13 @@ async def test_partial_outputs_at_a_pause(engine: VllmEngine, folder: Path, tmp_
         length = len(sampled.tokens)
         assert (whole[name].tokens[:length], whole[name].logprobs[:length]) == (sampled.tokens, sampled.logprobs)
         assert not sampled.stopped
-        # the cut stands exactly behind the last token that was told of: none of version 11 was still on its way
+        # the cut is exactly after the last reported token: no token of version 11 was in transit
         assert [(s.version, s.start, s.stop) for s in sampled.spans] == [(11, 0, length)]
         assert [(s.version, s.start) for s in whole[name].spans] == [(11, 0), (12, length)]
 
 
-async def test_a_request_that_has_just_ended_is_told_of_whole(engine: VllmEngine) -> None:
-    """Between its end at the engine and the turn of whoever awaits it, a cut must not miss it."""
+async def test_partial_returns_a_request_that_has_just_ended_in_full(engine: VllmEngine) -> None:
+    """A cut between the end of a request and the resumption of its caller must not miss it."""
     saying = asyncio.create_task(sample(engine, "ended", length=12))
     while "ended" not in engine._waiting or engine._waiting["ended"].output is None:
         await asyncio.sleep(0)
@@ -237,7 +239,7 @@ async def test_a_request_that_has_just_ended_is_told_of_whole(engine: VllmEngine
     assert await engine.partial("ended") is None
 
 
-async def test_a_request_that_is_given_up_leaves_nothing(engine: VllmEngine) -> None:
+async def test_a_cancelled_request_leaves_no_state(engine: VllmEngine) -> None:
     saying = asyncio.create_task(sample(engine, "given up", length=200))
     while "given up" not in engine._waiting:
         await asyncio.sleep(0)
@@ -248,15 +250,14 @@ async def test_a_request_that_is_given_up_leaves_nothing(engine: VllmEngine) -> 
     assert len((await sample(engine, "given up", length=4))[1].tokens) == 4
 
 
-async def test_amx_is_used_where_there_is_any_and_the_kernel_permits_it(engine: VllmEngine) -> None:
-    """The engine's process says what it does; that it samples at all is what the tests above show."""
-    said = engine._log.read_text()
-    assert f"AMX: {amx.configure().value}\n" in said
+async def test_amx_is_used_if_the_cpu_has_it_and_the_kernel_permits_it(engine: VllmEngine) -> None:
+    """The engine's process logs whether it uses AMX."""
+    assert f"AMX: {amx.configure().value}\n" in engine._log.read_text()
     assert engine.status() == {"kind": "vllm", "amx": amx.configure().value}
 
 
-async def test_an_engine_that_is_killed_is_dead_for_everybody_and_says_so(engine: VllmEngine) -> None:
-    """The last test: nothing works afterwards."""
+async def test_every_call_to_a_killed_engine_raises_engine_dead_with_the_cause(engine: VllmEngine) -> None:
+    """Must be the last test: the engine is dead afterwards."""
     manager = engine._running.engine_core.resources.engine_manager
     watching = asyncio.create_task(engine.watch())
     live = [asyncio.create_task(sample(engine, f"lost{i}", length=200)) for i in range(16)]
@@ -268,7 +269,7 @@ async def test_an_engine_that_is_killed_is_dead_for_everybody_and_says_so(engine
     (text,) = {str(error) for error in ended}
     assert text.startswith("the inference engine died of SIGKILL")
     assert f"pid {manager.processes[0].pid}, exit code -9" in text
-    for asked in (engine.pause(), engine.resume(), engine.score((1, 2, 3)), sample(engine, "after", length=1)):
+    for call in (engine.pause(), engine.resume(), engine.score((1, 2, 3)), sample(engine, "after", length=1)):
         with pytest.raises(EngineDead, match="died of SIGKILL"):
-            await asked
+            await call
     await engine.close()

@@ -1,4 +1,4 @@
-"""How clients reach the servers of tools/backends."""
+"""Clients of the servers of tools/backends."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tools.backends.minio import Minio
 
 
 def kafka_client(kafka: Kafka, mechanism: str = "SCRAM-SHA-512") -> dict[str, Any]:
-    """What any client of kafka-python needs to be let in by this server."""
+    """Settings with which any kafka-python client can connect to this server."""
     settings: dict[str, Any] = {
         "bootstrap_servers": kafka.servers,
         "security_protocol": PROTOCOLS[kafka.security],
@@ -29,7 +29,7 @@ def kafka_client(kafka: Kafka, mechanism: str = "SCRAM-SHA-512") -> dict[str, An
 
 
 def s3_client(minio: Minio) -> Client:
-    """A client with this server's credentials."""
+    """S3 client with this server's credentials."""
     http = urllib3.PoolManager(ca_certs=str(minio.ca_file)) if minio.tls else None
     return Client(
         f"127.0.0.1:{minio.port}",

@@ -1,4 +1,4 @@
-"""A Kafka and a MinIO of a test's own, which it may kill, and runs over them."""
+"""A Kafka and a MinIO for one test, which may kill them, and runs over both."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from tools.backends.minio import Minio
 
 @dataclass(frozen=True)
 class Cluster:
-    """The two servers; `flags` and `environment` make any run use them."""
+    """The two servers; a run with `flags` and `environment` uses them."""
 
     kafka: Kafka
     minio: Minio
 
     @property
     def flags(self) -> list[str]:
-        """Keys of the run."""
+        """Configuration keys of a run over these servers."""
         return [
             "--bus.kind=kafka",
             f"--bus.servers={self.kafka.servers}",
@@ -35,7 +35,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Credentials."""
+        """Environment variables with the credentials."""
         return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
 
     def run(self, toml: Path, *flags: str) -> RunProcess:
@@ -44,7 +44,7 @@ class Cluster:
         return RunProcess(toml, *self.flags, *both, *flags, environment=self.environment)
 
     def audit(self, home: Path) -> dict[str, Any]:
-        """What the audit says of a run, for machines; `sound` is whether it found nothing wrong."""
+        """JSON output of the audit of a run, plus `sound`: True if the audit found no fault."""
         done = subprocess.run(
             [sys.executable, "-m", "palimpsest", "audit", str(home), "--json"],
             cwd=ROOT,
@@ -59,6 +59,6 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Both, started; gone afterwards."""
+    """Start both servers, and stop them on exit."""
     with Kafka(folder / "kafka") as kafka, Minio(folder / "minio") as minio:
         yield Cluster(kafka, minio)

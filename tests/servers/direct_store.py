@@ -1,6 +1,6 @@
-"""A snapshot store without a socket: requests are answered by the application in the thread that asks.
+"""A snapshot store without a socket: the application answers requests in the thread of the client.
 
-For tests that ask thousands of times, and for those in which nothing may happen at the same time.
+For tests with thousands of requests, and for tests that allow no concurrency.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ URL = "http://store"
 
 
 class Direct(httpx.BaseTransport):
-    """Runs the application for each request; one at a time."""
+    """Transport that runs the application for each request, one at a time."""
 
     def __init__(self, app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
         self._app, self._loop = app, loop
@@ -39,13 +39,13 @@ class Direct(httpx.BaseTransport):
             "query_string": request.url.query,
             "headers": [(name.lower(), value) for name, value in request.headers.raw],
         }  # fmt: skip
-        asked = False
+        sent = False
 
         async def receive() -> dict[str, Any]:
-            nonlocal asked
-            if asked:
+            nonlocal sent
+            if sent:
                 return {"type": "http.disconnect"}
-            asked = True
+            sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send(message: MutableMapping[str, Any]) -> None:
@@ -60,19 +60,19 @@ class Direct(httpx.BaseTransport):
 
 
 class DirectStore:
-    """Over a folder; it never sweeps."""
+    """Snapshot store over a folder, without sweeps."""
 
     def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._app = loop, create_app(DiskStorage(folder), sweep_s=NEVER_S)
 
     def connect(self, client: SnapshotClient) -> None:
-        """Have this client, which was made for `URL`, ask here. Not in a thread whose event loop runs."""
+        """Connect a client of `URL` to this store. Must not be called in a thread with a running event loop."""
         client._calls._http.close()
         client._calls._http = httpx.Client(transport=Direct(self._app, self._loop), base_url=URL)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """It answers inside."""
+        """Run the application's lifespan; the store answers inside the block."""
         context = self._app.router.lifespan_context(self._app)
         self._loop.run_until_complete(context.__aenter__())
         try:
@@ -83,7 +83,7 @@ class DirectStore:
 
 @contextmanager
 def direct_store(folder: Path) -> Iterator[DirectStore]:
-    """One that answers; what it writes is not synced, for the machine does not fail."""
+    """Open a store that does not sync its writes, since the tests simulate no machine failure."""
 
     async def at_once(call: Any, *arguments: Any) -> Any:
         return call(*arguments)

@@ -1,4 +1,4 @@
-"""Snapshot stores over a bucket of a real MinIO, each under a prefix of its own, and weights to keep in them."""
+"""Snapshot stores over a bucket of a real MinIO, each with a unique prefix, and weights to store."""
 
 import asyncio
 import uuid
@@ -40,14 +40,14 @@ SWEEP_S = 0.05
 
 
 def objects(minio: Minio, prefix: str, under: str = "objects/") -> dict[str, int]:
-    """What the bucket holds for the store of this prefix, with its size."""
+    """Keys in the bucket below prefix + under -> size in bytes."""
     start = prefix + under
     listed = s3_client(minio).list_objects(BUCKET, start, recursive=True)
     return {(entry.object_name or "")[len(start) :]: entry.size or 0 for entry in listed}
 
 
 class Store(ServedStore):
-    """Over one prefix of the bucket, in this process."""
+    """Snapshot store over one prefix of the bucket, in this process."""
 
     def __init__(self, minio: Minio, *, prefix: str = "", claims_keep_s: float, **settings: Any) -> None:
         self.minio, self.prefix = minio, prefix or f"{uuid.uuid4().hex}/"
@@ -62,7 +62,7 @@ class Store(ServedStore):
 
 
 class Process(StoreProcess):
-    """Over one prefix of the bucket, as a process of its own."""
+    """Snapshot store over one prefix of the bucket, in a separate process."""
 
     def __init__(self, home: Path, minio: Minio, *more: str) -> None:
         self.minio, self.prefix = minio, f"{uuid.uuid4().hex}/"
@@ -77,7 +77,7 @@ class Process(StoreProcess):
 
 
 def some(seed: int, *, parts: int = 3, size: int = 1000) -> list[RawTensor]:
-    """Tensors that no compression makes smaller."""
+    """Incompressible tensors."""
     numbers = np.random.default_rng(seed)
     return [
         RawTensor(f"part {i}", "uint8", (size,), numbers.integers(0, 256, size, dtype=np.uint8)) for i in range(parts)
@@ -85,24 +85,24 @@ def some(seed: int, *, parts: int = 3, size: int = 1000) -> list[RawTensor]:
 
 
 def plain(tensors: list[RawTensor]) -> list[tuple[str, bytes]]:
-    """To be compared."""
+    """Names and bytes of the tensors, for comparison."""
     return [(tensor.name, tensor.raw.tobytes()) for tensor in tensors]
 
 
 def put(client: SnapshotClient, version: int, tensors: list[RawTensor]) -> Manifest:
-    """Store a version, by a writer of its own."""
+    """Store a version as a new writer."""
     return client.put("t", Version(version), iter(tensors), CANARIES, writer=a_writer(client))
 
 
 def a_writer(client: SnapshotClient) -> int:
-    """The epoch of one that may write from now on."""
+    """Register a writer and return its epoch."""
     writer = Writer(client, "tests")
     writer.begin()
     return writer.epoch
 
 
 def tamper(store: Store, manifest: Manifest, change: Callable[[bytes], bytes]) -> None:
-    """Change an object behind the store's back."""
+    """Change an object in the bucket without the store."""
     client, name = s3_client(store.minio), f"{store.prefix}objects/{manifest.object}"
     body = change(client.get_object("runs", name).data)
     client._put_object("runs", name, body)

@@ -1,8 +1,8 @@
 """One Kafka and one MinIO for all processes of a test session.
 
-A process of their own starts them and ends with the session, however that ends: the first test that needs a server
-starts that process, those in other workers of pytest-xdist find it by its folder. Nobody stops, kills or pauses a
-shared server: a test that has to takes one of its own (`own_kafka`, `own_minio` in conftest.py).
+A keeper process runs each server and ends with the session, however the session ends. The first test that needs a
+server starts the keeper; tests in other workers of pytest-xdist find the server by its folder. Tests must not stop,
+kill or pause a shared server; a test that needs to uses `own_kafka` or `own_minio` of conftest.py.
 
     python -m tests.servers.shared_servers kafka FOLDER SESSION_PROCESS_ID
 """
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"kafka": Kafka, "minio": Minio}
 READY = b"ready\n"
 _keepers: list[subprocess.Popen[bytes]] = []
-"""Those that this process started; kept so that nobody complains that they still run."""
+"""Keepers that this process started. The references prevent ResourceWarnings about running processes."""
 
 
 def shared(kind: str, folder: Path, session: int) -> Server:
-    """The session's server of this kind, started if it is not. `folder`: the session's; `session`: its process."""
+    """Server of this kind for the session, started if necessary. `folder`: of the session; `session`: its pid."""
     home = folder / kind
     with (folder / f"{kind}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -46,16 +46,17 @@ def _start(kind: str, home: Path, session: int) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C ends the session, and that ends it
+            start_new_session=True,  # Ctrl-C ends the session, and the keeper ends with it
         )
     _keepers.append(keeper)
     assert keeper.stdout is not None
-    with keeper.stdout as said:
-        assert said.readline() == READY, f"no {kind} for this session: {log.read_text()[-4000:]}"
+
+    with keeper.stdout as output:
+        assert output.readline() == READY, f"no {kind} for this session: {log.read_text()[-4000:]}"
 
 
 def main(kind: str, folder: Path, session: int) -> None:
-    """Keep the server until the session's process is gone."""
+    """Run the server until the session's process ends."""
     watched = os.pidfd_open(session)
     with KINDS[kind](folder):
         os.write(1, READY)

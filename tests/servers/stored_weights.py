@@ -1,4 +1,4 @@
-"""Weights of a few tensors for tests of the snapshot store: made, stored, fetched again and damaged."""
+"""Weights of a few tensors for tests of the snapshot store: create, store, fetch and damage them."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ MEBIBYTE = 1 << 20
 
 
 def a_tensor(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> RawTensor:
-    """Any bits at all: not-a-numbers, infinities, denormals."""
+    """A tensor of random bits, including NaNs, infinities and denormals."""
     size = ITEMSIZES[dtype] * int(np.prod(shape))
     return RawTensor(name, dtype, shape, np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
 
 
 def some_tensors(seed: int) -> list[RawTensor]:
-    """One of every kind that the store must bring back."""
+    """Tensors of every dtype and shape that the store must reproduce."""
     return [
         a_tensor("layers.0.weight", "bfloat16", (17, 33), seed),
         a_tensor("norm", "float32", (64,), seed + 1),
@@ -33,12 +33,12 @@ def some_tensors(seed: int) -> list[RawTensor]:
 
 
 def large(seed: int) -> list[RawTensor]:
-    """24 MiB that no compression makes smaller, in three tensors."""
+    """24 MiB of incompressible data in three tensors."""
     return [a_tensor(f"part {i}", "uint8", (8 * MEBIBYTE,), 10 * seed + i) for i in range(3)]
 
 
 def plain(tensors: list[RawTensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Name -> dtype, shape, bytes: to be compared."""
+    """Name -> dtype, shape and bytes, for comparison."""
     return {t.name: (t.dtype, t.shape, t.raw.tobytes()) for t in tensors}
 
 
@@ -53,7 +53,7 @@ def fetched(client: SnapshotClient, version: int) -> list[RawTensor]:
 
 
 def flip(path: Path, place: int) -> None:
-    """Change one bit of the file's byte at this place."""
+    """Flip one bit of the byte at this offset of the file."""
     body = bytearray(path.read_bytes())
     body[place] ^= 0x10
     path.write_bytes(body)

@@ -1,4 +1,4 @@
-"""The snapshot store for tests: served in this process, or a process of its own, however often it is started."""
+"""The snapshot store for tests: served in this process, or in a separate process that can restart."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from tools.backends.ports import free
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Look until it does."""
+    """Wait until holds() is true."""
     deadline = time.monotonic() + LIMIT_S
     while not holds():
         assert time.monotonic() < deadline
@@ -28,7 +28,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 class ServedStore(Server):
-    """The store's application in this process, for tests that never kill it: `with ServedStore(...)` it answers."""
+    """The store's application in this process, for tests that never kill it. Use as a context manager."""
 
     def __init__(self, storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> None:
         app = create_app(storage, sweep_s=sweep_s, claims_keep_s=claims_keep_s)
@@ -36,19 +36,19 @@ class ServedStore(Server):
         self.url = f"http://127.0.0.1:{self.port}"
 
     def metric(self, name: str) -> float:
-        """The present value of palimpsest_store_`name`, of all stores of this process."""
+        """Current value of palimpsest_store_`name`, over all stores of this process."""
         return metric_of(self.url, name)
 
 
 class FolderStore(ServedStore):
-    """One that keeps everything in a folder."""
+    """Served store over a folder."""
 
     def __init__(self, folder: Path, *, sweep_s: float) -> None:
         super().__init__(DiskStorage(folder), sweep_s=sweep_s)
         self.folder = folder
 
     def objects(self) -> dict[str, int]:
-        """Every file below objects/, hidden ones too, with its size."""
+        """Files below objects/, including hidden ones -> size in bytes."""
         return {path.name: path.stat().st_size for path in self.folder.glob("objects/*")}
 
 
@@ -74,7 +74,7 @@ class StoreProcess:
         return self.process
 
     def ready(self) -> None:
-        """Wait until it answers."""
+        """Wait until the store answers."""
         deadline = time.monotonic() + LIMIT_S
         while time.monotonic() < deadline:
             assert self.process is not None
@@ -93,24 +93,24 @@ class StoreProcess:
             self.process = None
 
     def again(self) -> None:
-        """Killed, and started again without waiting for it."""
+        """Kill the process and start it again, without waiting for it to answer."""
         self.kill()
         self.start()
 
     def refused(self) -> tuple[int, str]:
-        """How a store that cannot start ended, and what it said."""
+        """Start a store that cannot start. Returns its exit code and its standard error."""
         process = self.start()
-        _, said = process.communicate(timeout=LIMIT_S)
+        _, output = process.communicate(timeout=LIMIT_S)
         self.process = None
-        return process.returncode, said
+        return process.returncode, output
 
     def metric(self, name: str) -> float:
-        """The present value of palimpsest_store_`name`."""
+        """Current value of palimpsest_store_`name`."""
         return metric_of(self.url, name)
 
 
 def metric_of(url: str, name: str) -> float:
-    """The present value of palimpsest_store_`name` at a store."""
+    """Current value of palimpsest_store_`name` at a store."""
     for line in httpx.get(f"{url}/metrics").text.splitlines():
         if line.startswith(f"palimpsest_store_{name} "):
             return float(line.split()[1])
