@@ -53,7 +53,7 @@ NEIGHBORS: dict[str, dict[str, Any]] = {
         "discrepancy": NEITHER,
         "loss": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean_token_mean"},
     },
-    "cispo": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"objective": "cispo"}},
+    "cispo": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"objective": "cispo", "clip_low": 1.0}},
     "minirl": {
         "proximal": EXACT,
         "discrepancy": NEITHER,

@@ -107,6 +107,27 @@ def test_the_kept_tokens_of_a_minibatch_have_mean_weight_one() -> None:
             assert float(got.weight[kept].mean()) == pytest.approx(1.0)
 
 
+def test_sequence_weights_count_a_trajectory_once() -> None:
+    """Weight 1 on four tokens and 2 on one token: divide by (1 + 2) / 2, not by (4 + 2) / 5."""
+    ratios = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, False, False, False]])
+    part = (ratios.log(), torch.zeros_like(ratios), mask, torch.zeros_like(mask))
+    rules = Rules(weight="ratio", weight_level="sequence", weight_normalize=True)
+    fixed = limits([part], rules, gather=alone_on_its_machine)
+    assert fixed.normalizer == pytest.approx(1.5)
+    got = correct(*part[:3], missing=part[3], rules=rules, limits=fixed)
+    assert got.weight[:, 0].tolist() == pytest.approx([1 / 1.5, 2 / 1.5])
+
+
+def test_the_product_is_clamped_after_the_sum() -> None:
+    """Log-ratios -40, 12.5 and 12.5: their sum is -15; clamped one by one, it would be +5."""
+    got = row([-40.0, 12.5, 12.5], weight="ratio", weight_level="sequence")
+    assert got.weight[0].tolist() == pytest.approx([math.exp(-15.0)] * 3)
+    assert row([-40.0, 12.5, 12.5], sequence=(1.0, 1e9)).causes["sequence"].all()
+    assert row([-40.0, 12.5, 12.5], geometric=(1.0, 1e9)).causes["geometric"].all()
+    assert row([-60.0, 12.5], weight="ratio", weight_level="sequence").weight[0, 0] == pytest.approx(math.exp(-20.0))
+
+
 def test_the_normalizer_is_the_mean_truncated_weight_of_the_kept_tokens() -> None:
     """Ratios 0.5, 1, 4, 100: the band removes the last, the cap makes the third 2: (0.5 + 1 + 2) / 3."""
     ratios = torch.tensor([[0.5, 1.0, 4.0, 100.0]], dtype=torch.float64)

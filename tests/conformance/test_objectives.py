@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_the_dual_clip_bounds_the_loss_at_three_times_the_advantage() -> None:
     assert float(outcome.losses.detach()) == pytest.approx(3.0)
     assert float(gradient(outcome, inputs)) == 0.0
     assert {name: bool(where) for name, where in outcome.clipped.items()} == {
-        "clip_high": False, "clip_low": False, "dual": True,
+        "clip_high": False, "clip_low": False, "ratio_bound": False, "dual": True,
     }  # fmt: skip
 
 
@@ -312,6 +313,26 @@ def test_minirl_masks_by_the_staleness_ratio_not_by_the_total(
     outcome = minirl_loss(inputs, clip_low=0.2, clip_high=0.2)
     assert {name for name, where in outcome.clipped.items() if where.any()} == ({cause} if cause else set())
     assert float(gradient(outcome, inputs)) == pytest.approx(0.0 if cause else -advantage)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        partial(ppo_loss, clip_low=0.2, clip_high=0.2),
+        policy_gradient_loss,
+        partial(r2vpo_loss, multiplier=0.1, target=0.02),
+    ],
+)
+def test_a_log_ratio_outside_20_has_no_gradient_and_a_cause(objective: Callable[..., Outcome]) -> None:
+    """A < 0 and a ratio of e^25: the clamp takes the gradient, so the token does not count as active."""
+    inputs = one(25.0, -1.0)
+    outcome = objective(inputs)
+    assert gradient(outcome, inputs).item() == 0.0
+    assert outcome.clipped["ratio_bound"].item()
+    within = one(19.0, -1.0)
+    outcome = objective(within)
+    assert gradient(outcome, within).item() != 0.0
+    assert not outcome.touched.any()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ def test_opsm_works_with_every_objective(name: str) -> None:
     assert (gradient(outcome, inputs)[0] == 0).all()
 
 
+def test_opsm_compares_with_the_log_probs_of_the_sampler() -> None:
+    """DeepSeek-V3.2: the mean is over log mu / pi_theta, whatever the proximal is."""
+    inputs = two_trajectories(-1.0)
+    from_sampler = replace(inputs, behavior=inputs.behavior - 1.0)  # 0.8 nats a token more likely now
+    assert not opsm_mask(from_sampler, threshold=0.19).any()
+    from_proximal = replace(inputs, proximal=inputs.proximal - 1.0)
+    assert opsm_mask(from_proximal, threshold=0.19)[0].tolist() == [True, True, False]
+
+
 def test_opsm_removes_only_tokens_with_a_negative_advantage() -> None:
     inputs = two_trajectories(-1.0)
     inputs.advantages[0, 1] = 0.5

@@ -88,6 +88,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dapo": {"loss.clip_low": 0.2, "loss.clip_high": 0.28, "loss.aggregation": "token_mean"},
     "dual_clip": {"loss.dual_clip": 3.0},
     "gspo": {"loss.clip_low": 3e-4, "loss.clip_high": 4e-4, "loss.aggregation": "seq_mean_token_mean"},
+    "cispo": {"loss.objective": "cispo", "loss.clip_low": 1.0},
     "minirl": {"loss.aggregation": "seq_mean_token_sum", "advantages.kind": "dr_grpo"},
     "opsm": {"loss.opsm": 1e-4},
     "vcpo": {

@@ -111,7 +111,9 @@ def opsm(data: Data, *, threshold: float) -> NDArray[np.bool_]:
     """Mask of the removed tokens."""
     removed = np.zeros_like(data.mask)
     for i, t in data.kept():
-        if data.advantages[i, t] < 0 and -np.log(trajectory_ratio(data, i)) > threshold:
+        places = [place for row, place in data.kept() if row == i]
+        moved = np.mean([data.behavior[i, place] - data.current[i, place] for place in places])
+        if data.advantages[i, t] < 0 and moved > threshold:
             removed[i, t] = True
     return removed
 

@@ -10,10 +10,10 @@ CLAMP = float(np.exp(20.0))
 
 
 def ratios_of(data: Draw, row: int, places: list[int] | None = None) -> Array:
-    """Ratios of the row's usable tokens; with `places`, of those at these places."""
+    """Unclamped ratios of the row's usable tokens; with `places`, of those at these places."""
     chosen = range(data.mask.shape[1]) if places is None else places
     return np.array(
-        [ratio(data.proximal[row, t], data.behavior[row, t]) for t in chosen if data.usable[row, t]], dtype=np.float64
+        [np.exp(data.proximal[row, t] - data.behavior[row, t]) for t in chosen if data.usable[row, t]], dtype=np.float64
     )
 
 
@@ -57,7 +57,7 @@ def fails(rule: str, ratios: Array, bound: float | tuple[float, float]) -> bool:
         case "geometric":
             return not bound[0] <= geometric_mean(ratios) <= bound[1]
     name, level = rule.split("_", 1)
-    values = [estimate(name, r) for r in ratios]
+    values = [estimate(name, ratio(np.log(r), 0.0)) for r in ratios]
     return {"sequence_sum": sum, "sequence_mean": np.mean, "sequence_max": max}[level](values) > bound
 
 

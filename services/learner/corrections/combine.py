@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.corrections import m2po, sequence_rules, token_rules
-from palimpsest.services.learner.corrections.ratios import log_ratio
+from palimpsest.services.learner.corrections.ratios import LOG_RATIO_BOUND, unclamped_log_ratio
 from palimpsest.services.learner.corrections.rules import ESTIMATES, Correction, Gather, Limits, Rules
 from palimpsest.services.learner.corrections.weights import weights
 
@@ -28,8 +28,9 @@ def correct(
     off the mask have no influence. limits: of the minibatch; see `limits`. Raises ValueError for differing shapes,
     masks that are not boolean, and M2PO without its threshold.
     """
-    log_discrepancy, usable, unusable = _discrepancy(proximal, behavior, mask, missing)
-    causes = unusable | _of_sequences(log_discrepancy, usable, mask, rules)
+    unclamped, usable, unusable = _discrepancy(proximal, behavior, mask, missing)
+    log_discrepancy = unclamped.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    causes = unusable | _of_sequences(unclamped, log_discrepancy, usable, mask, rules)
     causes |= _of_tokens(proximal.detach(), behavior.detach(), log_discrepancy, usable, rules)
     if rules.m2 is not None:
         if limits.m2_threshold is None:
@@ -37,7 +38,7 @@ def correct(
         causes["m2"] = m2po.m2_rule(log_discrepancy, usable, limits.m2_threshold)
     masked = torch.stack(list(causes.values())).any(dim=0)
     weight = weights(
-        log_discrepancy,
+        unclamped,
         usable,
         kind=rules.weight,
         level=rules.weight_level,
@@ -57,7 +58,7 @@ def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
     threshold = None
     if rules.m2 is not None:
         judged = [_discrepancy(*part) for part in parts]
-        tokens = [log_discrepancy[usable].cpu() for log_discrepancy, usable, _ in judged]
+        tokens = [unclamped[usable].clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).cpu() for unclamped, usable, _ in judged]
         threshold = m2po.m2_threshold(torch.cat([torch.empty(0), *tokens]), rules.m2, gather=gather)
     unscaled = Limits(m2_threshold=threshold)
     if not rules.weight_normalize:
@@ -65,11 +66,16 @@ def limits(parts: Sequence[Part], rules: Rules, *, gather: Gather) -> Limits:
     total, count = 0.0, 0
     for proximal, behavior, mask, missing in parts:
         correction = correct(proximal, behavior, mask, missing=missing, rules=rules, limits=unscaled)
-        total += float(correction.weight.double().sum())
-        count += int((mask & ~correction.masked).sum())
+        kept, weight = mask & ~correction.masked, correction.weight.double()
+        if rules.weight_level == "sequence":  # all kept tokens of a row have its weight: count the row once
+            total += float(weight.amax(dim=1).sum()) if weight.numel() else 0.0
+            count += int(kept.any(dim=1).sum())
+        else:
+            total += float(weight.sum())
+            count += int(kept.sum())
     shares = gather((total, count))
-    kept = sum(share[1] for share in shares)
-    return Limits(sum(share[0] for share in shares) / kept if kept else 1.0, threshold)
+    counted = sum(share[1] for share in shares)
+    return Limits(sum(share[0] for share in shares) / counted if counted else 1.0, threshold)
 
 
 def alone(causes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +96,7 @@ def _times(causes: Mapping[str, Tensor]) -> Tensor:
 def _discrepancy(
     proximal: Tensor, behavior: Tensor, mask: Tensor, missing: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return log pi_prox / mu (0 where not usable), the usable tokens, and the other tokens of the mask by cause."""
+    """Return unclamped log pi_prox / mu (0 where not usable), the usable tokens, and the others by cause."""
     for name, values in (("mask", mask), ("missing", missing)):
         # `~` on an integer mask gives -1 and -2, so counts of the complement would be wrong
         if values.dtype != torch.bool:
@@ -104,10 +110,13 @@ def _discrepancy(
     # a missing proximal holds an arbitrary value; do not test it
     nonfinite = mask & ~(torch.isfinite(behavior) & (torch.isfinite(proximal) | missing))
     usable = mask & ~nonfinite & ~missing
-    return log_ratio(proximal, behavior, usable), usable, {"nonfinite": nonfinite, "missing": missing}
+    return unclamped_log_ratio(proximal, behavior, usable), usable, {"nonfinite": nonfinite, "missing": missing}
 
 
-def _of_sequences(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, rules: Rules) -> dict[str, Tensor]:
+def _of_sequences(
+    unclamped: Tensor, log_discrepancy: Tensor, usable: Tensor, mask: Tensor, rules: Rules
+) -> dict[str, Tensor]:
+    """Return the removed tokens by rule. Sums over a row take unclamped log-ratios, all else the clamped ones."""
     causes: dict[str, Tensor] = {}
     switches: tuple[tuple[str, Callable[..., Tensor]], ...] = (
         ("veto", sequence_rules.veto_rule),
@@ -117,7 +126,7 @@ def _of_sequences(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, rules: 
     )
     for name, rule in switches:
         if (bound := getattr(rules, name)) is not None:
-            causes[name] = rule(log_discrepancy, usable, mask, bound)
+            causes[name] = rule(unclamped, usable, mask, bound)
     for name in ESTIMATES:
         estimator, level = name.split("_", 1)
         if name in rules.estimates and level != "token":

@@ -14,8 +14,17 @@ def log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
 
     A positive value means that the numerator gives the token the higher probability.
     """
-    difference = torch.where(mask, numerator - denominator, torch.zeros((), device=mask.device))
-    return difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return unclamped_log_ratio(numerator, denominator, mask).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def unclamped_log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
+    """Return log(numerator / denominator), 0 off the mask. [rows, tokens], nats. Sums over a row use these values."""
+    return torch.where(mask, numerator - denominator, torch.zeros((), device=mask.device))
+
+
+def beyond_bound(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
+    """Return the tokens whose log-ratio is outside +-20, bool: where `log_ratio` is clamped and has no gradient."""
+    return mask & (unclamped_log_ratio(numerator.detach(), denominator.detach(), mask).abs() > LOG_RATIO_BOUND)
 
 
 def above(log_values: Tensor, ratio: float) -> Tensor:
@@ -45,7 +54,10 @@ def row_counts(counted: Tensor) -> Tensor:
 
 
 def log_product(log_ratios: Tensor, counted: Tensor) -> Tensor:
-    """Return the log of the product of each row's ratios, within +-20. [rows, 1], nats; 0 without counted tokens."""
+    """Return the log of the product of each row's ratios, within +-20. [rows, 1], nats; 0 without counted tokens.
+
+    The sum is clamped, not its terms: terms of -40, 12.5 and 12.5 give -15. log_ratios: unclamped.
+    """
     total = row_sums(log_ratios, counted).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return total.to(log_ratios.dtype)
 

@@ -43,7 +43,8 @@ class Rules:
     weight_low: float = 0.5
     weight_high: float = 2.0
     weight_normalize: bool = False
-    """Divide by the mean weight of the minibatch."""
+    """Divide by the mean weight of the minibatch: over its kept tokens, or, at the sequence level, over its kept
+    trajectories."""
     band: float | None = None
     """c: mask tokens outside [1/c, c]."""
     tokens: Interval | None = None

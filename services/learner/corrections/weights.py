@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.corrections.ratios import log_product
+from palimpsest.services.learner.corrections.ratios import LOG_RATIO_BOUND, log_product
 
 
 def weights(
@@ -19,7 +19,7 @@ def weights(
 ) -> Tensor:
     """Return the weights before masking and normalization. [rows, tokens], > 0 where usable, undefined elsewhere.
 
-    log_discrepancy: nats, 0 off `usable`, within +-20. `off`: 1. At the sequence level, each token has the product of
+    log_discrepancy: nats, 0 off `usable`, unclamped. `off`: 1. At the sequence level, each token has the product of
     the usable ratios of its row; the log of the product is clamped to +-20. `truncated`: at most high; `clipped`:
     within [low, high].
     """
@@ -27,7 +27,7 @@ def weights(
         return torch.ones_like(log_discrepancy)
     if level == "sequence":
         log_discrepancy = log_product(log_discrepancy, usable).expand_as(log_discrepancy)
-    ratio = log_discrepancy.exp()
+    ratio = log_discrepancy.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     if kind == "ratio":
         return ratio
     return ratio.clamp(min=low if kind == "clipped" else None, max=high)

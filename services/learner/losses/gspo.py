@@ -9,7 +9,7 @@ advantages, the mean over the trajectory has the value and the gradient of the s
 
 import torch
 
-from palimpsest.services.learner.corrections.ratios import log_mean, log_ratio
+from palimpsest.services.learner.corrections.ratios import LOG_RATIO_BOUND, log_mean, unclamped_log_ratio
 from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, masked_fill_zero
 
 
@@ -20,8 +20,9 @@ def gspo_loss(inputs: Inputs, *, clip_low: float, clip_high: float) -> Outcome:
     aggregation `seq_mean_token_mean`. log_update is log s_i at every usable token.
     """
     usable = inputs.usable
-    apart = log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
-    log_update = masked_fill_zero(log_mean(apart, usable).expand_as(apart), usable)
+    difference = unclamped_log_ratio(inputs.current.detach(), inputs.proximal.detach(), usable)
+    mean = log_mean(difference, usable).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    log_update = masked_fill_zero(mean.expand_as(difference), usable)
     ratio, advantages = log_update.exp(), masked_fill_zero(inputs.advantages, usable)
     current = masked_fill_zero(inputs.current, usable)
     high, low = beyond(ratio, advantages, clip_low=clip_low, clip_high=clip_high)

@@ -1,13 +1,14 @@
 """Off-policy sequence mask (OPSM): remove failed trajectories that became unlikely (docs/algorithms/opsm.md). Pure.
 
-    removed where A < 0 and mean_t (log pi_prox - log pi_theta) over the trajectory > delta
+    removed where A < 0 and mean_t (log mu - log pi_theta) over the trajectory > delta
 
-It is not an objective: it removes tokens from the inputs of any objective.
+mu is the behavior policy, as in DeepSeek-V3.2. OPSM is not an objective: it removes tokens from the inputs of any
+objective.
 """
 
 from torch import Tensor
 
-from palimpsest.services.learner.corrections.ratios import log_mean, log_ratio
+from palimpsest.services.learner.corrections.ratios import log_mean, unclamped_log_ratio
 from palimpsest.services.learner.losses.types import Inputs
 
 
@@ -24,5 +25,5 @@ def opsm_mask(inputs: Inputs, *, threshold: float) -> Tensor:
     if not threshold >= 0:
         raise ValueError(f"the OPSM threshold is {threshold} nats per token; it must be at least 0")
     usable = inputs.usable
-    moved = log_ratio(inputs.proximal.detach(), inputs.current.detach(), usable)
+    moved = unclamped_log_ratio(inputs.behavior.detach(), inputs.current.detach(), usable)
     return usable & (inputs.advantages < 0) & (log_mean(moved, usable) > threshold)

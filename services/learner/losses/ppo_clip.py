@@ -9,12 +9,13 @@ staleness ratio, and the clip anchor of each token is the version that sampled i
 
 import torch
 
-from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.corrections.ratios import beyond_bound, log_ratio
 from palimpsest.services.learner.losses.types import Inputs, Outcome, beyond, masked_fill_zero
 
 
 def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Outcome:
-    """Return the loss of each token. A token with the cause "clip_high", "clip_low" or "dual" has no gradient.
+    """Return the loss of each token. A token with the cause "clip_high", "clip_low", "dual" or "ratio_bound" has no
+    gradient. "ratio_bound": the log-ratio is outside +-20, where it is clamped.
 
     dual_clip: bounds the loss of a token with a negative advantage to this multiple of |A|; None: off. Raises
     ValueError for invalid bounds.
@@ -27,7 +28,8 @@ def ppo_loss(inputs: Inputs, *, clip_low: float, clip_high: float, dual_clip: fl
     high, low = beyond(update.detach(), advantages, clip_low=clip_low, clip_high=clip_high)
     value = torch.where(high, (1 + clip_high) * advantages, update * advantages)
     value = torch.where(low, (1 - clip_low) * advantages, value)
-    clipped = {"clip_high": high, "clip_low": low}
+    lost = beyond_bound(inputs.current, inputs.proximal, usable)
+    clipped = {"clip_high": high, "clip_low": low, "ratio_bound": lost & (advantages != 0)}
     if dual_clip is not None:
         clipped["dual"] = (advantages < 0) & (update.detach() > dual_clip)
         value = torch.where(clipped["dual"], dual_clip * advantages, value)

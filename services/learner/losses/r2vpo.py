@@ -9,12 +9,14 @@ token's log-prob is -w r (A - 2 lambda (r - 1)).
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.corrections.ratios import beyond_bound, log_ratio
 from palimpsest.services.learner.losses.types import Inputs, Outcome, masked_fill_zero
 
 
 def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
     """Return the loss of each token. multiplier: lambda; target: delta, which shifts the value and has no gradient.
+
+    The cause "ratio_bound" marks tokens with a log-ratio outside +-20, which have no gradient.
 
     Raises ValueError for a negative multiplier, which would reward variance.
     """
@@ -24,7 +26,8 @@ def r2vpo_loss(inputs: Inputs, *, multiplier: float, target: float) -> Outcome:
     log_update = log_ratio(inputs.current, inputs.proximal.detach(), usable)
     value = log_update.exp() * masked_fill_zero(inputs.advantages, usable)
     value = value - multiplier * (squared_deviation(log_update) - target)
-    return Outcome(masked_fill_zero(-inputs.weight * value, usable), {}, log_update.detach())
+    lost = {"ratio_bound": beyond_bound(inputs.current, inputs.proximal, usable)}
+    return Outcome(masked_fill_zero(-inputs.weight * value, usable), lost, log_update.detach())
 
 
 def squared_deviation(log_update: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ class Outcome:
     losses: Tensor
     """Loss of each token before aggregation, with gradient, to be minimized; 0 where not usable."""
     clipped: dict[str, Tensor]
-    """bool, by cause ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm"): the token has no gradient, or
-    the factor on its gradient is bounded. A cause that does not apply to the objective has no key."""
+    """bool, by cause ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm", "ratio_bound"): the token has
+    no gradient, or the factor on its gradient is bounded. A cause that does not apply to the objective has no key."""
     log_update: Tensor
     """Log of the ratio in the objective, detached; 0 where not usable."""
 

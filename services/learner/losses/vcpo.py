@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from palimpsest.services.learner.corrections import log_ratio
+from palimpsest.services.learner.corrections.ratios import unclamped_log_ratio
 
 Gather = Callable[[tuple[float, ...]], list[tuple[float, ...]]]
 """Every rank's value, on every rank."""
@@ -23,11 +23,11 @@ POWERS = {"sqrt": 0.5, "linear": 1.0}
 def trajectory_log_ratio(current: Tensor, behavior: Tensor, mask: Tensor) -> Tensor:
     """log w of each row, [rows] float64 without gradient: total log-ratios of its trainable tokens added up.
 
-    A token whose log-prob is not finite adds nothing. Nothing is truncated but single tokens at +-20: what the gradient
-    is weighted with may be, the effective sample size of truncated weights flatters.
+    A token whose log-prob is not finite adds 0. Nothing is truncated, because truncated weights overstate the effective
+    sample size.
     """
     usable = mask & torch.isfinite(current) & torch.isfinite(behavior)
-    return log_ratio(current.detach(), behavior.detach(), usable).double().sum(-1)
+    return unclamped_log_ratio(current.detach().double(), behavior.detach().double(), usable).sum(-1)
 
 
 def ess(log_weights: Tensor, *, gather: Gather) -> float:

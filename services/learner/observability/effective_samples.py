@@ -28,8 +28,8 @@ def effective_sample_sizes(tokens: Tokens, weight: Array, trajectory: Array, *, 
     off-policy; truncation raises the ESS.
     """
     ratios, kept = LogRatios.of(tokens), tokens.finite
-    total, used = np.zeros(len(kept)), np.zeros(len(kept))
-    total[kept] = ratios.total
+    unclamped, used = np.zeros(len(kept)), np.zeros(len(kept))
+    unclamped[kept] = tokens.current[kept].astype(np.float64) - tokens.behavior[kept]
     used[kept] = np.exp(ratios.total) if by_total else weight[kept] * np.exp(ratios.staleness)
     used[weight == 0] = 0.0
     _, number = np.unique(trajectory, return_inverse=True)
@@ -38,7 +38,7 @@ def effective_sample_sizes(tokens: Tokens, weight: Array, trajectory: Array, *, 
         return {
             "tokens_raw": effective_sample_share(tokens),
             "tokens_used": ess_share(np.log(used)),
-            "sequences_raw": ess_share(np.bincount(number, weights=total, minlength=len(lengths))),
+            "sequences_raw": ess_share(np.bincount(number, weights=unclamped, minlength=len(lengths))),
             "sequences_used": ess_share(
                 np.log(np.bincount(number, weights=used, minlength=len(lengths)) / np.maximum(lengths, 1))
             ),
@@ -64,10 +64,11 @@ def capped_weights(
     finite = np.isfinite(tokens.proximal) & np.isfinite(tokens.behavior) & ~tokens.missing
     discrepancy = tokens.proximal[finite].astype(np.float64) - tokens.behavior[finite]
     log_weight: Array = np.zeros(len(finite))
-    log_weight[finite] = np.clip(discrepancy, -BOUND, BOUND)
+    log_weight[finite] = discrepancy
     if of_sequence and len(trajectory):
         _, number = np.unique(trajectory, return_inverse=True)
-        log_weight = np.clip(np.bincount(number, weights=log_weight), -BOUND, BOUND)[number]
+        log_weight = np.bincount(number, weights=log_weight)[number]
+    log_weight = np.clip(log_weight, -BOUND, BOUND)
     kept = weight > 0
     return {
         "low": 0 if low is None else int((kept & (log_weight < np.log(low))).sum()),

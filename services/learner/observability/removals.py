@@ -15,7 +15,7 @@ from palimpsest.services.learner.observability.surrogate_error import Thresholds
 from palimpsest.services.learner.observability.token_statistics import Tokens
 
 Array = NDArray[Any]
-CLIPS = ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm")
+CLIPS = ("clip_high", "clip_low", "dual", "mask_high", "mask_low", "opsm", "ratio_bound")
 """Causes from the objective. All others are masks of the correction."""
 TOKEN_MASKS = (
     "band_high", "band_low", "tokens_high", "tokens_low", "difference", "k1_token", "k2_token", "k3_token", "m2",
