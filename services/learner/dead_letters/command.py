@@ -48,7 +48,7 @@ class Request:
 
 
 @dataclass
-class _Own:
+class _Arguments:
     """The flags of this command, and the remaining arguments for the configuration."""
 
     values: dict[str, list[str]] = field(default_factory=lambda: {"cause": [], "offset": []})
@@ -61,7 +61,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
     if {"--help", "-h"} & set(arguments):
         yield USAGE
         return
-    request = _request(arguments, environment)
+    request = _parse_request(arguments, environment)
     bus = open_existing_bus(request.config)
     try:
         buried, unreadable = read(bus, request.config.run.id)
@@ -75,23 +75,23 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
                 letter = sent.buried.letter
                 yield (
                     f"dead letter {sent.buried.at.offset} ({letter.cause}): {len(letter.body)} bytes, key "
-                    f"{_plain(letter.key)}, sent to {letter.topic}[{sent.to.partition}]@{sent.to.offset}"
+                    f"{_escape(letter.key)}, sent to {letter.topic}[{sent.to.partition}]@{sent.to.offset}"
                 )
-            yield _replayed(request, selected)
+            yield _format_replayed(request, selected)
         elif request.json:
             yield msgspec.json.encode(_to_json(request.config.run.id, selected, unreadable)).decode()
         else:
-            yield from _table(selected)
-            yield from _summary(selected, unreadable)
+            yield from _format_table(selected)
+            yield from _format_summary(selected, unreadable)
     finally:
         bus.close()
 
 
-def _request(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
+def _parse_request(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
     action, *rest = arguments or [""]
     if action not in ("list", "replay"):
         raise UserError(USAGE)
-    own = _split(rest)
+    own = _split_arguments(rest)
     if not own.rest:
         raise UserError(USAGE)
     for switch, of in (("json", "list"), ("again", "replay")):
@@ -103,15 +103,15 @@ def _request(arguments: Sequence[str], environment: Mapping[str, str]) -> Reques
     return Request(
         action=action,
         config=config,
-        causes=tuple(_cause(text) for text in own.values["cause"]),
-        offsets=tuple(_offset(text) for text in own.values["offset"]),
+        causes=tuple(_parse_cause(text) for text in own.values["cause"]),
+        offsets=tuple(_parse_offset(text) for text in own.values["offset"]),
         json="json" in own.switches,
         again="again" in own.switches,
     )
 
 
-def _split(arguments: Sequence[str]) -> _Own:
-    own, waiting = _Own(), list(arguments)
+def _split_arguments(arguments: Sequence[str]) -> _Arguments:
+    own, waiting = _Arguments(), list(arguments)
     while waiting:
         argument = waiting.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -126,7 +126,7 @@ def _split(arguments: Sequence[str]) -> _Own:
     return own
 
 
-def _cause(text: str) -> RejectCause:
+def _parse_cause(text: str) -> RejectCause:
     if text in list(RejectCause):
         return RejectCause(text)
     near = difflib.get_close_matches(text, list(RejectCause), n=1, cutoff=0.4)
@@ -134,26 +134,26 @@ def _cause(text: str) -> RejectCause:
     raise UserError(f"--cause={text}: unknown cause; {hint}")
 
 
-def _offset(text: str) -> int:
+def _parse_offset(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UserError(f"--offset={text}: must be a whole number; `list` shows the offsets")
     return int(text)
 
 
-def _table(buried: Sequence[Buried]) -> Iterator[str]:
+def _format_table(buried: Sequence[Buried]) -> Iterator[str]:
     if not buried:
         return
     heads = ("offset", "when (UTC)", "record", "key", "bytes", "sent", "cause", "reason")
     rows = [
         (
             str(one.at.offset),
-            _when(one.letter.buried_at),
+            _format_time(one.letter.buried_at),
             f"{one.letter.topic}[{one.letter.partition}]@{one.letter.offset}",
-            _plain(one.letter.key),
+            _escape(one.letter.key),
             str(len(one.letter.body)),
             "yes" if one.replayed else "",
             one.letter.cause.value,
-            _plain(one.letter.reason),
+            _escape(one.letter.reason),
         )
         for one in buried
     ]
@@ -167,20 +167,20 @@ def _table(buried: Sequence[Buried]) -> Iterator[str]:
     yield ""
 
 
-def _summary(buried: Sequence[Buried], unreadable: Sequence[Unreadable]) -> Iterator[str]:
+def _format_summary(buried: Sequence[Buried], unreadable: Sequence[Unreadable]) -> Iterator[str]:
     if buried:
-        yield f"{_count(len(buried), 'record')}: {_by_cause(buried)}"
+        yield f"{_count(len(buried), 'record')}: {_count_by_cause(buried)}"
     else:
         yield "no dead letters"
     if unreadable:
         first = unreadable[0]
         yield (
             f"{_count(len(unreadable), 'record')} on {DEAD_LETTERS} cannot be read; another release may have written "
-            f"them. The first is at offset {first.at.offset}: {_plain(first.reason)}"
+            f"them. The first is at offset {first.at.offset}: {_escape(first.reason)}"
         )
 
 
-def _replayed(request: Request, selected: Sequence[Buried]) -> str:
+def _format_replayed(request: Request, selected: Sequence[Buried]) -> str:
     before = sum(bool(one.replayed) for one in selected)
     if not selected:
         return "nothing to send: no dead letter matches"
@@ -215,7 +215,7 @@ def _to_json(run: str, buried: Sequence[Buried], unreadable: Sequence[Unreadable
     }
 
 
-def _by_cause(buried: Sequence[Buried]) -> str:
+def _count_by_cause(buried: Sequence[Buried]) -> str:
     counts = Counter(one.letter.cause.value for one in buried).most_common()
     return ", ".join(f"{count:,} {cause}" for cause, count in counts)
 
@@ -224,13 +224,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _when(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     try:
         return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S}"
     except (OverflowError, ValueError, OSError):  # any program can write a letter, so the time may be out of range
         return "?"
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Return the text on one line, with unprintable characters escaped: any program can write keys and reasons."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

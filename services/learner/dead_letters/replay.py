@@ -91,7 +91,7 @@ def replay(bus: Bus, buried: Sequence[Buried], *, again: bool) -> Iterator[Sent]
             continue
         letter = one.letter
         headers = {name: value for name, value in letter.headers.items() if name != LOST}  # added by the reader
-        record = Outgoing(letter.key, letter.body, headers | {REPLAYED: _name(one.at)})
+        record = Outgoing(letter.key, letter.body, headers | {REPLAYED: _letter_name(one.at)})
         (to,) = bus.publish(letter.topic, [record])
         yield Sent(one, to)
 
@@ -107,10 +107,12 @@ def _with_replays(bus: Bus, buried: list[Buried]) -> list[Buried]:
             if (name := record.headers.get(REPLAYED)) is not None:
                 sent.setdefault((topic, name), []).append(Position(record.partition, record.offset))
     return [
-        replace(one, replayed=tuple(to for at in one.letters for to in sent.get((one.letter.topic, _name(at)), ())))
+        replace(
+            one, replayed=tuple(to for at in one.letters for to in sent.get((one.letter.topic, _letter_name(at)), ()))
+        )
         for one in buried
     ]
 
 
-def _name(at: Position) -> str:
+def _letter_name(at: Position) -> str:
     return f"{at.partition}/{at.offset}"

@@ -14,14 +14,14 @@ WRONG = (
 
 def export_to_prometheus(line: Line) -> None:
     """Update the series from a line. Call it once for each line. alerts.py exports the alerts."""
-    _training(line)
-    _tokens(line)
-    _removal(line)
-    _effective(line)
-    _old(line)
+    _export_training(line)
+    _export_tokens(line)
+    _export_removal(line)
+    _export_effective(line)
+    _export_old_logprobs(line)
 
 
-def _training(line: Line) -> None:
+def _export_training(line: Line) -> None:
     successes: str = line["successes"]
     instruments.TRAINED.inc(line["batch"])
     instruments.TOKENS.inc(line["tokens"])
@@ -39,7 +39,7 @@ def _training(line: Line) -> None:
         instruments.TRAIN_SECONDS.labels(part).inc(spent)
 
 
-def _tokens(line: Line) -> None:
+def _export_tokens(line: Line) -> None:
     instruments.NONFINITE.inc(line["all"]["nonfinite"])
     for gauge, key in (
         (instruments.LOG_DISCREPANCY, "log_discrepancy_abs"),
@@ -59,7 +59,7 @@ def _tokens(line: Line) -> None:
                 instruments.LOG_RATIO_TOKENS.labels(ratio, group(int(staleness)), above).inc(count)
 
 
-def _removal(line: Line) -> None:
+def _export_removal(line: Line) -> None:
     removal = line["removal"]
     for cause, (marginal, exclusive) in removal["causes"].items():
         instruments.REMOVED.labels(cause, "no").inc(marginal)
@@ -71,7 +71,7 @@ def _removal(line: Line) -> None:
         _set(instruments.SLOPE.labels(name), slope)
 
 
-def _effective(line: Line) -> None:
+def _export_effective(line: Line) -> None:
     for name, share in line["ess_shares"].items():
         _set(instruments.EFFECTIVE.labels(*name.split("_")), share)
     for bound, count in (line["caps"] or {}).items():
@@ -81,7 +81,7 @@ def _effective(line: Line) -> None:
     _set(instruments.GROUP_SPAN, line["versions"]["group_span_mean"])
 
 
-def _old(line: Line) -> None:
+def _export_old_logprobs(line: Line) -> None:
     _set(instruments.OLD_COVERAGE, line["old"]["coverage"])
     for cause, count in line["fallbacks"].items():
         instruments.FALLBACKS.labels(cause).inc(count)

@@ -87,7 +87,7 @@ class ScoreReader:
         """
         taken = 0
         while announced := self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
-            taken += sum(map(self._announce, announced))
+            taken += sum(map(self._store_digest, announced))
         while records := self._consumer.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 try:
@@ -132,7 +132,7 @@ class ScoreReader:
         while True:
             if self.read(timeout_s=0.0 if first_read else POLL_S) or first_read:
                 rows, first_read = self.attach(rows), False
-            lacking = [(row, spans) for row in rows if (spans := self._lacking(row, now))]
+            lacking = [(row, spans) for row in rows if (spans := self._missing_spans(row, now))]
             if not lacking:
                 return rows
             if self._scores_began and not timed:
@@ -153,7 +153,7 @@ class ScoreReader:
                 self._request_scores(lacking)
             heartbeat()
 
-    def _lacking(self, row: Row, now: Version) -> list[Missing]:
+    def _missing_spans(self, row: Row, now: Version) -> list[Missing]:
         return [span for span in self._scores.missing(row) if span[2] != now]
 
     def _request_scores(self, lacking: Sequence[tuple[Row, list[Missing]]]) -> None:
@@ -184,7 +184,7 @@ class ScoreReader:
         self._scores.put(message)
         return 1
 
-    def _announce(self, record: Record) -> bool:
+    def _store_digest(self, record: Record) -> bool:
         """Store the digest of a version. Return whether the record announced a version of this run."""
         try:
             message = message_in(record)

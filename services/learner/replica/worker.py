@@ -57,7 +57,7 @@ class ReplicaWorker:
         self._backlog, self._frontier = ScoringQueue(), OffsetTracker()
         self._committed: dict[int, int] = {}
         self._committed_at = float("-inf")
-        self._mine: frozenset[int] = frozenset()
+        self._assigned: frozenset[int] = frozenset()
         self._leave_by: float | None = None
         self._finished = False
         self._waiting_for: str | None = "the model"
@@ -79,7 +79,7 @@ class ReplicaWorker:
             "run": self._run,
             "replica": self._name,
             "version": self._resident.version if self._waiting_for is None else None,
-            "partitions": sorted(self._mine),
+            "partitions": sorted(self._assigned),
             "waiting": len(self._backlog),
             "scored_tokens": self._tokens,
             "loads": self._loads,
@@ -99,12 +99,12 @@ class ReplicaWorker:
             self._waiting_for = None
             while not self._finished and not self._stop.requested:
                 self._read_control()
-                self._prioritize(self._requests())
+                self._prioritize(self._read_requests())
                 records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)
-                self._keep_assignment()
+                self._update_assignment()
                 for record in records:
                     self._take(record)
-                self._sweep()
+                self._score_all()
                 self._commit()
 
     def _read_control(self) -> None:
@@ -118,7 +118,7 @@ class ReplicaWorker:
                 logger().info("run finished", version=message.version)
                 self._finished = True
 
-    def _requests(self) -> list[Mapping[Version, Row]]:
+    def _read_requests(self) -> list[Mapping[Version, Row]]:
         """Rows that batches have requested since the last call, by version."""
         requests = []
         while records := self._requested.poll(limit=POLL_RECORDS, timeout_s=0.0):
@@ -159,7 +159,7 @@ class ReplicaWorker:
             )
             return {}
 
-    def _sweep(self) -> None:
+    def _score_all(self) -> None:
         """Score all queued jobs, version by version.
 
         No trajectories are read meanwhile, so that every job is scored. Only requests of batches come first.
@@ -191,7 +191,7 @@ class ReplicaWorker:
             self._poll_between_passes()
             if self._must_leave():
                 return
-            if requests := self._requests():
+            if requests := self._read_requests():
                 self._backlog.put_back(left.values())
                 self._prioritize(requests)
                 return
@@ -227,25 +227,25 @@ class ReplicaWorker:
 
     def _resolve(self, job: ScoringJob) -> None:
         at = self._backlog.done(job)
-        if at is not None and at.partition in self._mine:
+        if at is not None and at.partition in self._assigned:
             self._frontier.resolve(at.partition, at.offset)
 
     def _poll_between_passes(self) -> None:
         """Between two passes: stay a member of the group, note the end of the run, commit the records that are done."""
         self._read_control()
         self._trajectories.poll(limit=0, timeout_s=0.0)
-        self._keep_assignment()
+        self._update_assignment()
         if time.monotonic() - self._committed_at > COMMIT_S:
             self._commit()
 
-    def _keep_assignment(self) -> None:
+    def _update_assignment(self) -> None:
         """Forget the partitions that were assigned to another replica."""
         mine = self._trajectories.assignment()
-        for partition in self._mine - mine:
+        for partition in self._assigned - mine:
             self._frontier.forget(partition)
             self._backlog.forget(partition)
             self._committed.pop(partition, None)
-        self._mine = mine
+        self._assigned = mine
 
     def _commit(self) -> None:
         offsets = self._frontier.offsets()

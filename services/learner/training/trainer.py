@@ -37,7 +37,7 @@ def no_cut() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Version:
+class _VersionInputs:
     """Inputs of a version's passes. Lists have one entry for each micro-batch."""
 
     batches: list[PaddedBatch]
@@ -87,7 +87,7 @@ class Trainer:
             old = self._audit(batches, now)
         with timer.of("prepare"):
             prepared = prepare_batch(self._state, batches, self._config, self._ranks, self._device)
-        version = _Version(batches, proximal, old, prepared)
+        version = _VersionInputs(batches, proximal, old, prepared)
         results: list[MicroBatchResult] = []
         place = 0
         for number, (own, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
@@ -146,7 +146,7 @@ class Trainer:
             known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
         return known
 
-    def _limits(self, version: _Version, places: range) -> Limits:
+    def _limits(self, version: _VersionInputs, places: range) -> Limits:
         """Compute the limits that depend on all tokens of a minibatch, before its forward passes."""
         rules = self._objective.rules
         if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalize):
@@ -159,7 +159,7 @@ class Trainer:
         return limits(parts, rules, gather=self._ranks.all_gather_object)
 
     def _passes(
-        self, version: _Version, places: range, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+        self, version: _VersionInputs, places: range, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> list[MicroBatchPass]:
         """Forward and backward passes of a minibatch's micro-batches."""
         baseline = MinimumVarianceBaseline(self._policy) if self._config.vcpo.baseline else None
@@ -174,7 +174,7 @@ class Trainer:
         return passes
 
     def _pass(
-        self, version: _Version, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+        self, version: _VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> MicroBatchPass:
         """Forward and backward pass of one micro-batch."""
         batch, prepared = version.batches[place], version.prepared
@@ -201,7 +201,7 @@ class Trainer:
         usable = int((inputs.usable if removed is None else inputs.usable & ~removed).sum())
         return MicroBatchPass(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, usable)
 
-    def _train_critic(self, version: _Version, place: int, denominators: Denominators) -> None:
+    def _train_critic(self, version: _VersionInputs, place: int, denominators: Denominators) -> None:
         """Backward pass of the critic on one micro-batch, if there is a critic."""
         if self._state.critic is None:
             return

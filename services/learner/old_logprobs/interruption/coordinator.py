@@ -75,11 +75,11 @@ class CutCoordinator:
 
         Call it after Ingest.start and after the first version was published.
         """
-        control = list(self._existing_messages(CONTROL))
+        control = list(self._read_existing_messages(CONTROL))
         self._first = self._next = next_number(control)
         self._scores.digests = {m.version: m.digest for m in control if isinstance(m, VersionPublished)}
         found = 0
-        for message in self._existing_messages(OLD_LOGPROBS, self._ingest.tasks.score_offsets()):
+        for message in self._read_existing_messages(OLD_LOGPROBS, self._ingest.tasks.score_offsets()):
             if isinstance(message, OldLogprobsComputed) and self._reader.is_pending(message.trajectory):
                 self._scores.put(message)
                 found += message.stop - message.start
@@ -96,7 +96,7 @@ class CutCoordinator:
         self._note_other_cuts(self._workers.poll().answers)
         until = self._clock() + SLICE_S
         tokens = self._scorer.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
-        self._settle(now)
+        self._resolve_scored_flushes(now)
         instruments.OLD_SCORED.labels("early").inc(tokens)
         return tokens
 
@@ -157,9 +157,9 @@ class CutCoordinator:
             # score arrived tokens before the workers pause
             self._reader.read_all(now, timeout_s=0.0)
             before = self._scorer.work(self._sampled(training), now, digest)
-            settled = self._settle(now)
+            settled = self._resolve_scored_flushes(now)
         self._note_other_cuts(self._workers.read_to_end().answers)
-        cut = self._request(now)
+        cut = self._request_cut(now)
         requested_at = self._clock()
         self._workers.begin_cut()
         tokens, flushed = before, settled
@@ -168,7 +168,7 @@ class CutCoordinator:
             nonlocal tokens, flushed
             with timer.of("score"):
                 scored = self._scorer.work(self._sampled(training), now, digest, should_stop=lambda: enough)
-            tokens, flushed = tokens + scored, flushed + self._settle(now)
+            tokens, flushed = tokens + scored, flushed + self._resolve_scored_flushes(now)
             return scored
 
         failpoints.reach("learner.at_cut")
@@ -185,9 +185,9 @@ class CutCoordinator:
                 wait_s = 0.0 if score(enough=True) else POLL_S  # score while the cut waits for the other workers
         timer.seconds["wait"] -= timer.seconds.get("score", 0.0)
         with timer.of("read"):
-            caught_up = self._read(cut.positions, now)
+            caught_up = self._read_trajectories(cut.positions, now)
             # a late worker may have flushed, and a dead one may have finished trajectories
-            self._read(dict.fromkeys(self._reader.offsets(), sys.maxsize), now)
+            self._read_trajectories(dict.fromkeys(self._reader.offsets(), sys.maxsize), now)
         score(enough=False)
         failpoints.reach("learner.after_cut")
         if not caught_up:
@@ -205,14 +205,14 @@ class CutCoordinator:
             seconds=timer.take(),
         )
 
-    def _read(self, positions: Mapping[int, int], now: Version) -> bool:
+    def _read_trajectories(self, positions: Mapping[int, int], now: Version) -> bool:
         """Read topic `trajectories` up to these offsets. Return whether that succeeded.
 
         The second attempt covers an outage of the log during the first: it waits until the log answers.
         """
         return any(self._reader.read_until(positions, now, deadline_s=READ_S) for _ in range(2))
 
-    def _request(self, now: Version) -> Cut:
+    def _request_cut(self, now: Version) -> Cut:
         self._confirm()  # a learner that was replaced must not pause its successor's workers
         number, self._next = self._next, self._next + 1
         request = CutRequested(run=self._run, cut=number, version=now, deadline_s=self._deadline_s)
@@ -225,17 +225,17 @@ class CutCoordinator:
         arrived = (received for name, received in self._reader.arrived.items() if name not in training)
         return [*arrived, *self._reader.flushed]
 
-    def _settle(self, now: Version) -> int:
+    def _resolve_scored_flushes(self, now: Version) -> int:
         """Resolve the flushes without unscored tokens. Return their number."""
         done = [flushed for flushed in self._reader.flushed if self._scorer.is_done(flushed)]
         for flushed in done:
-            late = self._late(flushed, now)
+            late = self._count_late_tokens(flushed, now)
             instruments.FLUSHES.labels("late" if late else "scored").inc()
             instruments.LATE_TOKENS.inc(late)
             self._reader.resolve_flushed(flushed)
         return len(done)
 
-    def _late(self, flushed: Flushed, now: Version) -> int:
+    def _count_late_tokens(self, flushed: Flushed, now: Version) -> int:
         """Number of tokens in a flush that were not scored before the weights of their version changed."""
         record = flushed.record
         if any(segment.version == now for segment in record.segments):
@@ -255,13 +255,13 @@ class CutCoordinator:
                 instruments.LATE_ANSWERS.inc()
                 logger().info("late answer", worker=answer.worker, cut=answer.cut)
 
-    def _existing_messages(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
+    def _read_existing_messages(self, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Any]:
         """Yield the messages of this run that are on the topic now, from these offsets on."""
         for record in read_existing(self._bus, topic, start):
-            if (message := self._message(record)) is not None:
+            if (message := self._decode_or_dead_letter(record)) is not None:
                 yield message
 
-    def _message(self, record: Record) -> Any:
+    def _decode_or_dead_letter(self, record: Record) -> Any:
         """Return the record's message. If it cannot be used, dead-letter the record and return None."""
         try:
             message = decode_for_run(record, self._run)
