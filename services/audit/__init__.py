@@ -1,1 +1,1 @@
-"""The audit: what a run's log, history, checkpoints and store say of one another, and where they disagree."""
+"""The audit: compares a run's log, history, checkpoints and store, and reports inconsistencies."""

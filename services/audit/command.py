@@ -1,4 +1,4 @@
-"""`palimpsest audit ...`: what is asked, and the answer."""
+"""The command `palimpsest audit`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from palimpsest.services.snapshot_store.storage import Unavailable
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What to print, and how to exit."""
+    """The output and the exit code."""
 
     text: str
     code: int
 
 
 def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> CommandResult:
-    """Audit the run that is named. Raises UserError."""
+    """Audit the run that the arguments name. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         return CommandResult(rendering.USAGE, 0)
     rest = [argument for argument in arguments if argument not in ("--quick", "--json")]
@@ -31,8 +31,8 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Com
     config, home = named_run(rest, environment, program=rendering.PROGRAM)
     try:
         evidence = read(config, home, quick="--quick" in arguments)
-    except Unavailable as silent:
-        raise UserError(f"the snapshot store's storage cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
+    except Unavailable as error:
+        raise UserError(f"the snapshot store's storage cannot be read: {error}", ExitCode.UNAVAILABLE) from None
     judgement = judge(evidence)
     if "--json" in arguments:
         text = msgspec.json.encode(rendering.to_json(evidence, judgement)).decode()

@@ -1,4 +1,4 @@
-"""What the audit goes by, as plain values: everything a run has left, as it was read. Pure."""
+"""The evidence of an audit: the records, lines, checkpoints and versions of a run, as plain values. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,54 +8,54 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 
 FINISHED = "finished"
-"""How a trajectory ended that came back whole; any other way is a drop reason."""
+"""Value of `how` of a finished trajectory; every other value is a drop reason."""
 
 
 class Kind(StrEnum):
-    """What can be wrong with a run."""
+    """The kinds of inconsistencies."""
 
     TRAINED_TWICE = "trained_twice"
     TRAINED_UNOFFERED = "trained_unoffered"
     TRAINED_UNHEARD = "trained_unheard"
-    """No record of it is on the log."""
+    """The log has no record of a trained trajectory."""
     TASK_CHANGED = "task_changed"
-    """One group was offered with different tasks."""
+    """A group was offered with different tasks."""
     SUMS = "sums"
     """offered = trained + dropped + dead-lettered + pending does not hold."""
     RECOUNT = "recount"
-    """The ledger says otherwise than a recount from log and history."""
+    """The ledger differs from a recount of log and history."""
     UNEXPLAINED = "unexplained"
-    """The ledger counts ends of which the log knows nothing."""
+    """The ledger counts ends that have no record on the log."""
     UNRESOLVED = "unresolved"
-    """A record that counts as read ended as nothing at all."""
+    """A record below the checkpoint's offsets whose trajectory has no end."""
     LETTERS_MISSING = "letters_missing"
-    """More was dead-lettered than there are dead letters."""
+    """The ledger counts more dead-lettered records than there are dead letters."""
     HISTORY_ORDER = "history_order"
     HISTORY_DAMAGED = "history_damaged"
     HISTORY_TAIL = "history_tail"
-    """Lines beyond the checkpoint that no learner can have left."""
+    """Lines after the checkpoint that no learner can have written."""
     STALENESS = "staleness"
-    """Over the bound, or negative."""
+    """A staleness above the bound, or negative."""
     OFFSET_OUTSIDE = "offset_outside"
-    """The checkpoint begins to read where the log has nothing."""
+    """The checkpoint's offset is outside the log."""
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     CHECKPOINT_UNKNOWN = "checkpoint_unknown"
-    """A checkpoint that the store never took, and newer than those it took."""
+    """A checkpoint that the store never accepted and that is newer than the accepted ones."""
     VERSION_MISSING = "version_missing"
     VERSION_DIGEST = "version_digest"
-    """Other weights than were announced."""
+    """The weights differ from the announced ones."""
     VERSION_DAMAGED = "version_damaged"
     ANNOUNCED_TWICE = "announced_twice"
-    """With different digests."""
+    """A version was announced with different digests."""
     OBJECT_DAMAGED = "object_damaged"
     FENCED_WRITER = "fenced_writer"
-    """A replaced learner wrote after its successor had begun."""
+    """A replaced learner wrote after its successor started."""
     STORE_DAMAGED = "store_damaged"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One inconsistency: a sentence with where and what to do."""
+    """One inconsistency. The sentence has the place and a remedy."""
 
     kind: Kind
     sentence: str
@@ -74,7 +74,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRecord:
-    """A record on topic `trajectories`; `trajectory` is empty when it cannot be read or is another run's."""
+    """A record on topic `trajectories`. `trajectory` is empty if the record is unreadable or of another run."""
 
     partition: int
     offset: int
@@ -82,10 +82,10 @@ class LoggedRecord:
     how: str = ""
     """FINISHED or a drop reason."""
     oldest: int | None = None
-    """Lowest version among its tokens; None when nothing was sampled."""
+    """Lowest version among its tokens; None if no token was sampled."""
     newest: int | None = None
     sound: bool = True
-    """Whether a learner could have used it."""
+    """Whether the record is valid for a learner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +94,14 @@ class Letter:
 
     partition: int
     offset: int
-    """Of the record that it is of."""
+    """Offset of the dead-lettered record."""
     trajectory: str
-    """As the worker's header names it."""
+    """The id in the worker's header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A version said to stand: by the learner, or by a worker that took it on (`by`)."""
+    """A version that the learner announced, or that the worker `by` applied."""
 
     version: Version
     digest: str
@@ -110,7 +110,7 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of one partition: the first offset that stands, and the one after the last."""
+    """The first offset of a partition, and the offset after its last record."""
 
     first: int
     end: int
@@ -118,51 +118,51 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class LogContents:
-    """What the log says."""
+    """The records of the log."""
 
     offers: tuple[Offer, ...] = ()
     heard: tuple[LoggedRecord, ...] = ()
     letters: tuple[Letter, ...] = ()
     announced: tuple[Announced, ...] = ()
-    """By the learner, in order."""
+    """Versions that the learner announced, in order."""
     applied: tuple[Announced, ...] = ()
-    """What workers verified and took on."""
+    """Versions that workers verified and applied."""
     finished: bool = False
-    """Whether the learner said that the run is over."""
+    """Whether the learner published the end of the run."""
     bounds: Mapping[str, Mapping[int, Bounds]] = field(default_factory=dict)
     """Topic -> partition -> bounds."""
     causes: Mapping[str, int] = field(default_factory=dict)
-    """Cause -> dead letters, of every topic, each record once."""
+    """Cause -> number of dead-lettered records of all topics; each record counts once."""
 
     def cut(self, topic: str) -> bool:
-        """Whether the topic no longer reaches back to its beginning."""
+        """Whether retention has removed the first records of the topic."""
         return any(bounds.first > 0 for bounds in self.bounds.get(topic, {}).values())
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A version trained, as history.jsonl has it."""
+    """A trained version by history.jsonl."""
 
     version: int
     published: int
     trained: tuple[str, ...]
-    """Ids."""
+    """Trajectory ids."""
     batch: int
     staleness: tuple[int, int]
-    """Least and greatest of its tokens, versions."""
+    """Lowest and highest staleness of its tokens, in versions."""
     counts: Mapping[str, int]
-    """The ledger's sums after it: offered, trained, dropped, dead_lettered, pending."""
+    """The ledger's counts after the version: offered, trained, dropped, dead_lettered, pending."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedCheckpoint:
-    """One that the store took and that holds."""
+    """A checkpoint that the store accepted and that is intact."""
 
     name: str
     version: Version
     writer: int
     digest: str
-    """Of weights that were announced."""
+    """Digest of its announced weights."""
     trained_versions: int
     ledger: LedgerState
     offsets: Mapping[int, int]
@@ -179,34 +179,34 @@ class Stored:
     bytes: int
     object: str = ""
     trouble: str = ""
-    """What is wrong with its object, if that was looked at."""
+    """The fault of its object; empty if it has none or was not examined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A run."""
+    """The evidence of one run."""
 
     run: str
     samples: int
-    """In a group, where the log does not say."""
+    """Samples of a group whose offer is not on the log."""
     max_staleness: int
     every: int
-    """Versions from one checkpoint to the next."""
+    """Number of versions between checkpoints."""
     log: LogContents = LogContents()
     checkpoint: AuditedCheckpoint | None = None
-    """In force: the newest that holds."""
+    """The checkpoint in force: the newest intact one."""
     lines: tuple[Line, ...] = ()
-    """That the checkpoint counts."""
+    """History lines that the checkpoint includes."""
     tail: tuple[Line, ...] = ()
-    """Beyond: trained, and not yet counted. Without a checkpoint, all."""
+    """History lines after the checkpoint; all lines if there is no checkpoint."""
     damaged: tuple[str, ...] = ()
-    """What is wrong with newer checkpoints than that in force, a sentence each."""
+    """One sentence for each damaged checkpoint that is newer than the one in force."""
     stored: tuple[Stored, ...] = ()
     leases: Mapping[str, int] = field(default_factory=dict)
     epoch: int = 0
-    """Of the newest writer; 0 when none was issued."""
+    """Epoch of the newest writer; 0 if none was issued."""
     commits: tuple[tuple[int, int], ...] = ()
-    """Version and writer of each checkpoint that counts."""
+    """Version and writer of each accepted checkpoint."""
     faults: tuple[Finding, ...] = ()
-    """What could not be read at all."""
+    """Findings about files that could not be read."""
     notes: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""Judges a run: from what was read to what is wrong. Pure.
+"""Finds the inconsistencies in the evidence of a run. Pure.
 
-Nothing here trusts a sum that could be counted: the ledger in the checkpoint is set against the log, the history and
-itself. What depends on records that the log no longer holds is left out, and a note says so.
+The audit recounts all sums: it compares the ledger in the checkpoint with the log, the history and itself. It omits
+checks that need records which retention removed from the log, and adds a note.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from palimpsest.services.audit.trained import judge_history, judge_training
 from palimpsest.services.audit.versions import judge_versions
 
 _NEEDS = {
-    TASKS: "what was offered is not recounted",
-    TRAJECTORIES: "how trajectories ended is not recounted",
+    TASKS: "the offers are not recounted",
+    TRAJECTORIES: "the ends of trajectories are not recounted",
     DEAD_LETTERS: "dead letters are not recounted",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What came of an audit."""
+    """The result of an audit."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
@@ -31,57 +31,57 @@ class Judgement:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no findings."""
         return not self.findings
 
 
 def judge(evidence: Evidence) -> Judgement:
-    """Everything that is wrong with the run, and what could not be judged."""
+    """Return all findings about the run, and notes about omitted checks."""
     counted = recount(evidence)
     findings = [
         *evidence.faults,
-        *_damaged(evidence),
-        *_offsets(evidence),
+        *_find_damaged_checkpoints(evidence),
+        *_find_outside_offsets(evidence),
         *judge_history(evidence),
         *judge_training(evidence, counted),
         *judge_sums(evidence, counted),
         *judge_ends(evidence, counted),
         *judge_versions(evidence),
     ]
-    return Judgement(tuple(findings), tuple(_notes(evidence)), counted)
+    return Judgement(tuple(findings), tuple(_collect_notes(evidence)), counted)
 
 
-def _damaged(evidence: Evidence) -> Iterator[Finding]:
+def _find_damaged_checkpoints(evidence: Evidence) -> Iterator[Finding]:
     for sentence in evidence.damaged:
         yield Finding(Kind.CHECKPOINT_DAMAGED, sentence)
 
 
-def _offsets(evidence: Evidence) -> Iterator[Finding]:
+def _find_outside_offsets(evidence: Evidence) -> Iterator[Finding]:
     checkpoint = evidence.checkpoint
     if checkpoint is None:
         return
     for topic, offsets in ((TRAJECTORIES, checkpoint.offsets), (TASKS, checkpoint.task_offsets)):
         bounds = evidence.log.bounds.get(topic, {})
         for partition, offset in sorted(offsets.items()):
-            stands = bounds.get(partition)
-            if stands is None or not stands.first <= offset <= stands.end:
-                holds = f"holds offsets {stands.first} to {stands.end}" if stands else "has no such partition"
+            existing = bounds.get(partition)
+            if existing is None or not existing.first <= offset <= existing.end:
+                holds = f"holds offsets {existing.first} to {existing.end}" if existing else "has no such partition"
                 yield Finding(
                     Kind.OFFSET_OUTSIDE,
                     f"checkpoint {checkpoint.name} reads {topic}[{partition}] from offset {offset}, but the log "
-                    f"{holds}: the log was cut or is another run's; restore it",
+                    f"{holds}: the log was truncated or belongs to another run; restore it",
                 )
 
 
-def _notes(evidence: Evidence) -> Iterator[str]:
+def _collect_notes(evidence: Evidence) -> Iterator[str]:
     yield from evidence.notes
     for topic, consequence in _NEEDS.items():
         if evidence.log.cut(topic):
-            yield f"the log of {topic} no longer reaches back to the beginning (retention): {consequence}"
+            yield f"retention has removed the first records of {topic}: {consequence}"
     if evidence.checkpoint is None:
-        yield "there is no checkpoint yet: a restart would begin anew, so nothing counts as trained"
+        yield "there is no checkpoint yet: a restart would begin from the start, so no trajectory counts as trained"
     elif evidence.tail:
         yield (
-            f"{len(evidence.tail)} lines of history.jsonl lie beyond the checkpoint in force: a restart would train "
-            f"those versions again"
+            f"{len(evidence.tail)} lines of history.jsonl are newer than the checkpoint in force: a restart would "
+            f"train those versions again"
         )

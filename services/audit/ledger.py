@@ -1,4 +1,4 @@
-"""The ledger in the checkpoint against the log: who was offered, and how each ended. Pure."""
+"""Compares the ledger in the checkpoint with the log: the offers and the ends of trajectories. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,13 +9,13 @@ from palimpsest.services.audit.recount import Recount, trajectories
 from palimpsest.services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, LedgerState
 
 BY_WORKERS = (DropReason.ENVIRONMENT_FAILED, DropReason.PROMPT_TOO_LONG, DropReason.ENGINE_FAILED)
-"""Reasons that a worker gives in a record of its own."""
+"""Drop reasons that a worker publishes in a record."""
 AFTER_ARRIVAL = (DropReason.OVER_STALENESS, DropReason.GROUP_TOO_SMALL)
-"""Reasons for which the learner drops what it has in hand."""
+"""Drop reasons of the learner for trajectories that arrived."""
 
 
 def recount(evidence: Evidence) -> Recount:
-    """Count the run anew."""
+    """Recount the run's trajectories by id."""
     log, checkpoint = evidence.log, evidence.checkpoint
     known = len({offer.index for offer in log.offers}) if checkpoint is None else checkpoint.ledger.next_index
     offers: dict[str, Offer] = {}
@@ -49,95 +49,98 @@ def recount(evidence: Evidence) -> Recount:
 
 
 def pending_by_sums(ledger: LedgerState) -> int:
-    """What is left of the offered."""
+    """Return the number of pending trajectories by the ledger's sums."""
     return ledger.offered - ledger.trained - sum(ledger.dropped.values()) - ledger.dead_lettered
 
 
 def judge_sums(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
-    """Whether the ledger agrees with itself, and with what was offered."""
-    yield from _tasks(evidence)
+    """Yield findings where the ledger contradicts itself or the offers."""
+    yield from _find_changed_tasks(evidence)
     if (checkpoint := evidence.checkpoint) is None:
         return
     ledger, name = checkpoint.ledger, checkpoint.name
-    mend = "the ledger was damaged or edited; go on from an older checkpoint or a copy"
+    remedy = "the ledger was damaged or edited; continue from an older checkpoint or a backup"
     by_sums = pending_by_sums(ledger)
     if by_sums != len(counted.pending):
         yield Finding(
             Kind.SUMS,
             f"checkpoint {name}: {ledger.offered} offered - {ledger.trained} trained - {sum(ledger.dropped.values())} "
             f"dropped - {ledger.dead_lettered} dead-lettered leave {by_sums} pending, but the open groups hold "
-            f"{len(counted.pending)}: {mend}",
+            f"{len(counted.pending)}: {remedy}",
         )
     counts = {"offered": ledger.offered, "trained": ledger.trained, "dead_lettered": ledger.dead_lettered}
     for what, number in (counts | ledger.dropped).items():
         if number < 0:
-            yield Finding(Kind.SUMS, f"checkpoint {name}: {what} is {number}, below 0: {mend}")
+            yield Finding(Kind.SUMS, f"checkpoint {name}: {what} is {number}; it must be at least 0: {remedy}")
     if evidence.log.cut(TASKS):
         return
     if missing := [i for i in range(ledger.next_index) if group_id(i) not in counted.offers]:
         yield Finding(
             Kind.RECOUNT,
             f"checkpoint {name} counts {ledger.next_index} groups as offered, but {len(missing)} of them are not on "
-            f"the log, {group_id(missing[0])} first: the log lost records or is another run's; restore it",
+            f"the log, {group_id(missing[0])} first: the log lost records or belongs to another run; restore it",
         )
     elif ledger.offered != len(counted.offered):
         yield Finding(
             Kind.RECOUNT,
             f"checkpoint {name} counts {ledger.offered} trajectories as offered, the log holds {len(counted.offered)} "
-            f"of the same {ledger.next_index} groups: {mend}",
+            f"of the same {ledger.next_index} groups: {remedy}",
         )
-    if strangers := sorted(set(ledger.open_groups) - counted.offers.keys() - set(map(group_id, missing))):
+    if unknown := sorted(set(ledger.open_groups) - counted.offers.keys() - set(map(group_id, missing))):
         yield Finding(
-            Kind.RECOUNT, f"checkpoint {name} holds group {strangers[0]} open, which was never offered: {mend}"
+            Kind.RECOUNT, f"checkpoint {name} holds group {unknown[0]} open, which was never offered: {remedy}"
         )
 
 
 def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
-    """Whether every end that the ledger counts can be found, and every record that counts as read has an end."""
+    """Yield findings about ends in the ledger without a record, and about records that were read but have no end."""
     checkpoint, log = evidence.checkpoint, evidence.log
     if checkpoint is None:
         return
     if not log.cut(DEAD_LETTERS):
-        yield from _letters(checkpoint, counted, log.heard)
+        yield from _find_missing_letters(checkpoint, counted, log.heard)
     if log.cut(TRAJECTORIES):
         return
     if not log.cut(TASKS):
-        yield from _unresolved(checkpoint, counted)
-        yield from _unexplained(checkpoint, counted)
+        yield from _find_unresolved(checkpoint, counted)
+        yield from _find_unexplained_ends(checkpoint, counted)
         if not log.cut(DEAD_LETTERS):
-            yield from _silent(checkpoint, counted)
+            yield from _find_ends_without_record(checkpoint, counted)
     if not log.cut(DEAD_LETTERS):
-        yield from _unexplained_open(checkpoint, counted)
+        yield from _find_unexplained_open_ends(checkpoint, counted)
 
 
 def below(checkpoint: AuditedCheckpoint, record: LoggedRecord) -> bool:
-    """Whether a restart would not read the record again."""
+    """Whether the record is below the checkpoint's offsets, so that a restart does not read it again."""
     return record.offset < checkpoint.offsets.get(record.partition, 0)
 
 
-def _tasks(evidence: Evidence) -> Iterator[Finding]:
+def _find_changed_tasks(evidence: Evidence) -> Iterator[Finding]:
     first: dict[str, Offer] = {}
     for offer in evidence.log.offers:
-        standing = first.setdefault(offer.group, offer)
+        earlier = first.setdefault(offer.group, offer)
         if offer.group != group_id(offer.index):
             yield Finding(
                 Kind.TASK_CHANGED,
-                f"group {offer.group} is offered as number {offer.index}, which is {group_id(offer.index)}: somebody "
-                f"else writes to the run's log of tasks; find out who",
+                f"group {offer.group} is offered as number {offer.index}, which is {group_id(offer.index)}: another "
+                f"program writes to the run's topic of tasks; find it and stop it",
             )
-        elif (standing.task, standing.samples) != (offer.task, offer.samples):
+        elif (earlier.task, earlier.samples) != (offer.task, offer.samples):
             yield Finding(
                 Kind.TASK_CHANGED,
-                f"group {offer.group} is offered twice with different tasks, {_task(standing)} and {_task(offer)}: the "
-                f"seed, the environments or the learner's release changed under the run; set them back",
+                f"group {offer.group} is offered twice with different tasks, {_task_text(earlier)} and "
+                f"{_task_text(offer)}: the seed, the environments or the learner's release changed during the run; "
+                f"restore their values",
             )
 
 
-def _task(offer: Offer) -> str:
+def _task_text(offer: Offer) -> str:
     return f"{offer.samples} of {offer.task[0]}/{offer.task[1]}"
 
 
-def _letters(checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[LoggedRecord]) -> Iterator[Finding]:
+def _find_missing_letters(
+    checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[LoggedRecord]
+) -> Iterator[Finding]:
     counts, found = checkpoint.ledger.dead_lettered, len(counted.otherwise & counted.letters)
     if counts > found:
         yield Finding(
@@ -156,13 +159,13 @@ def _letters(checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[Lo
         at = unusable[0]
         yield Finding(
             Kind.LETTERS_MISSING,
-            f"of {len(unusable)} unusable below the frontier of checkpoint {checkpoint.name} there is no dead letter, "
+            f"{len(unusable)} unusable records below the offsets of checkpoint {checkpoint.name} have no dead letter, "
             f"{TRAJECTORIES}[{at.partition}]@{at.offset} first: records were removed from {DEAD_LETTERS}; restore the "
             f"log",
         )
 
 
-def _unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
+def _find_unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     lost = sorted(
         name
         for name, records in counted.heard.items()
@@ -172,26 +175,26 @@ def _unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Fin
         first = next(r for r in counted.heard[lost[0]] if below(checkpoint, r))
         yield Finding(
             Kind.UNRESOLVED,
-            f"{trajectories(len(lost))} on the log below the frontier of checkpoint {checkpoint.name} ended as nothing,"
-            f" {lost[0]} first ({TRAJECTORIES}[{first.partition}]@{first.offset}): no restart would read them again; "
-            f"go on from an older checkpoint",
+            f"{trajectories(len(lost))} on the log below the offsets of checkpoint {checkpoint.name} have no end,"
+            f" {lost[0]} first ({TRAJECTORIES}[{first.partition}]@{first.offset}): a restart does not read them again; "
+            f"continue from an older checkpoint",
         )
 
 
-def _unexplained(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
-    """Sums over all groups: closed ones are counted, not listed, in a checkpoint."""
+def _find_unexplained_ends(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
+    """Compare sums over all groups, because a checkpoint counts closed groups without listing them."""
     dropped, ended = checkpoint.ledger.dropped, counted.otherwise
     ways = {name: {record.how for record in counted.heard.get(name, ())} for name in ended}
     for reason in BY_WORKERS:
         found = sum(reason.value in how for how in ways.values())
         if dropped.get(reason, 0) > found:
-            yield _more(checkpoint, dropped[reason], reason.value, f"only {found} such records")
+            yield _surplus_finding(checkpoint, dropped[reason], reason.value, f"only {found} such records")
     finished = sum(FINISHED in how for how in ways.values())
     if (counts := sum(dropped.get(reason, 0) for reason in AFTER_ARRIVAL)) > finished:
-        yield _more(checkpoint, counts, " or ".join(AFTER_ARRIVAL), f"only {finished} such that came back")
+        yield _surplus_finding(checkpoint, counts, " or ".join(AFTER_ARRIVAL), f"only {finished} finished trajectories")
 
 
-def _silent(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
+def _find_ends_without_record(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     silent = sorted(name for name in counted.otherwise - counted.letters if name not in counted.heard)
     deadline = checkpoint.ledger.dropped.get(DropReason.DEADLINE, 0)
     if len(silent) > deadline:
@@ -202,25 +205,25 @@ def _silent(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding
         )
 
 
-def _more(checkpoint: AuditedCheckpoint, counts: int, reason: str, found: str) -> Finding:
+def _surplus_finding(checkpoint: AuditedCheckpoint, counts: int, reason: str, found: str) -> Finding:
     return Finding(
         Kind.UNEXPLAINED,
         f"checkpoint {checkpoint.name} counts {counts} dropped as {reason}, the log holds {found}: the ledger was "
-        f"edited or the log lost records; restore the one that did",
+        f"edited or the log lost records; restore the damaged one",
     )
 
 
-def _unexplained_open(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
+def _find_unexplained_open_ends(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     for name, how in sorted(counted.ended_open.items()):
-        if not _explained(name, how, counted.heard, counted):
+        if not _is_explained(name, how, counted.heard, counted):
             yield Finding(
                 Kind.UNEXPLAINED,
-                f"checkpoint {checkpoint.name} says that {name} ended as {how}, of which the log and the history know "
-                f"nothing: the ledger was edited or the log lost records; restore the one that did",
+                f"checkpoint {checkpoint.name} has {name} as ended by {how}, but log and history have no record of "
+                f"that end: the ledger was edited or the log lost records; restore the damaged one",
             )
 
 
-def _explained(name: str, how: str, heard: Mapping[str, tuple[LoggedRecord, ...]], counted: Recount) -> bool:
+def _is_explained(name: str, how: str, heard: Mapping[str, tuple[LoggedRecord, ...]], counted: Recount) -> bool:
     ways = Counter(record.how for record in heard.get(name, ()))
     if how == TRAINED:
         return name in counted.trained

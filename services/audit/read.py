@@ -1,7 +1,8 @@
-"""Reads what a run has left, touching nothing: it may be going on.
+"""Reads the evidence of a run without changing it; the run may be active.
 
-The order matters while it goes on: checkpoint, history, log, versions, leases. Each is written before the one it is
-read after, or only grows, and a version is only swept away below a lease that is read later.
+The order of reading matters for an active run: checkpoint, history, log, versions, leases. Each of them either is
+written before the one that is read before it, or only grows. The store deletes a version only below a lease, and leases
+are read last.
 """
 
 import asyncio
@@ -55,7 +56,7 @@ from palimpsest.services.learner.ingest.validation import check_finished
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
 ANY_VERSION = Version(1 << 62)
-"""Whether a version had been published when a trajectory came is judged from the history, not here."""
+"""Newest version passed to the validation of records; the history shows which versions were published by then."""
 
 
 class _Line(Struct):
@@ -70,33 +71,33 @@ class _Line(Struct):
 
 @dataclass
 class _Topics:
-    """Reads topics and notes where they begin and end."""
+    """Reads topics and notes their bounds."""
 
     bus: Bus
     run: str
     bounds: dict[str, dict[int, Bounds]] = field(default_factory=dict)
 
-    def records(self, topic: str) -> Iterator[tuple[Record, Any]]:
-        """Each record with its message: None when it cannot be read or is another run's."""
+    def read_records(self, topic: str) -> Iterator[tuple[Record, Any]]:
+        """Yield each record with its message; None if the record is unreadable or of another run."""
         with self.bus.consumer(topic) as consumer:
-            stands = {p: Bounds(end, end) for p, end in consumer.ends().items()}
-        self.bounds[topic] = stands
+            bounds = {p: Bounds(end, end) for p, end in consumer.ends().items()}
+        self.bounds[topic] = bounds
         for record in read_existing(self.bus, topic):
-            known = stands[record.partition]
-            stands[record.partition] = Bounds(min(known.first, record.offset), max(known.end, record.offset + 1))
+            known = bounds[record.partition]
+            bounds[record.partition] = Bounds(min(known.first, record.offset), max(known.end, record.offset + 1))
             try:
                 message = message_in(record)
             except RejectedRecord:
                 message = None
             yield record, message if message is not None and message.run == self.run else None
 
-    def messages(self, topic: str) -> Iterator[Any]:
-        """The run's own messages."""
-        return (message for _, message in self.records(topic) if message is not None)
+    def read_messages(self, topic: str) -> Iterator[Any]:
+        """Yield the messages of this run."""
+        return (message for _, message in self.read_records(topic) if message is not None)
 
 
 def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
-    """Everything there is of the run; `quick` leaves out reading what must be hashed. Raises UserError, Unavailable."""
+    """Read all evidence of the run. `quick` omits files that must be hashed. Raises UserError, Unavailable."""
     path, kept = home / run_folder.HISTORY, config.checkpoint_folder
     with asyncio.Runner() as runner:
         storage = runner.run(open_offline(config))
@@ -129,14 +130,14 @@ def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
 def read_history(
     path: Path, body: bytes, checkpoints: CheckpointSearch
 ) -> tuple[list[Line], list[Line], list[Finding]]:
-    """The lines that the checkpoint counts, those beyond, and what is wrong with the file."""
+    """Return the lines that the checkpoint includes, the lines after it, and findings about the file."""
     length = checkpoints.history_bytes if checkpoints.in_force else 0
     findings = []
     if len(body) < length:
         findings.append(
             Finding(
                 Kind.HISTORY_DAMAGED,
-                f"{path} holds {len(body)} bytes, the checkpoint counts {length}: restore the file from a copy",
+                f"{path} holds {len(body)} bytes, the checkpoint counts {length}: restore the file from a backup",
             )
         )
     counted, beyond = body[:length], body[length:]
@@ -148,18 +149,18 @@ def read_history(
     number = 0
     for part in (counted, beyond):
         parsed.append([])
-        for text in part.split(b"\n")[:-1]:  # what comes behind the last end of line is being written
+        for text in part.split(b"\n")[:-1]:  # the part after the last newline is being written
             number += 1
             try:
-                parsed[-1].append(_line(text))
+                parsed[-1].append(_parse_line(text))
             except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
                 findings.append(
-                    Finding(Kind.HISTORY_DAMAGED, f"{path}, line {number}: {error}: restore the file from a copy")
+                    Finding(Kind.HISTORY_DAMAGED, f"{path}, line {number}: {error}: restore the file from a backup")
                 )
     return parsed[0], parsed[1], findings
 
 
-def _line(text: bytes) -> Line:
+def _parse_line(text: bytes) -> Line:
     line = msgspec.json.decode(text, type=_Line)
     counts = line.trajectories
     staleness = [int(s) for s in line.by_staleness]
@@ -179,43 +180,45 @@ def _line(text: bytes) -> Line:
 
 
 def read_log(bus: Bus, run: str) -> LogContents:
-    """What the log says of the run."""
+    """Read the run's records on the log."""
     topics = _Topics(bus, run)
-    log = _control(topics, LogContents())
+    log = _read_control(topics, LogContents())
     log = replace(
         log,
         applied=tuple(
             Announced(m.version, m.digest, by=m.worker)
-            for m in topics.messages(WORKERS)
+            for m in topics.read_messages(WORKERS)
             if isinstance(m, VersionApplied) and m.accepted
         ),
         offers=tuple(
             Offer(offer.group, offer.index, offer.samples, (offer.environment, offer.task_seed))
-            for offer in topics.messages(TASKS)
+            for offer in topics.read_messages(TASKS)
         ),
         heard=tuple(
-            _heard(record, message)
-            for record, message in topics.records(TRAJECTORIES)
-            if not isinstance(message, SegmentFlushed)  # what becomes of the trajectory is told by another record
+            _logged_record(record, message)
+            for record, message in topics.read_records(TRAJECTORIES)
+            if not isinstance(message, SegmentFlushed)  # another record has the end of the trajectory
         ),
     )
-    return _letters(topics, replace(log, bounds=topics.bounds))  # letters last: each is written before its record ends
+    return _read_letters(
+        topics, replace(log, bounds=topics.bounds)
+    )  # dead letters last: each is written before its record counts as read
 
 
-def _control(topics: _Topics, log: LogContents) -> LogContents:
+def _read_control(topics: _Topics, log: LogContents) -> LogContents:
     announced, finished = [], False
-    for message in topics.messages(CONTROL):
+    for message in topics.read_messages(CONTROL):
         match message:
             case VersionPublished():
                 announced.append(Announced(message.version, message.digest))
-                finished = False  # a run that was over may go on with more versions
+                finished = False  # a finished run can be resumed with more versions
             case RunFinished():
                 finished = True
     return replace(log, announced=tuple(announced), finished=finished)
 
 
-def _letters(topics: _Topics, log: LogContents) -> LogContents:
-    letters: Sequence[DeadLetter] = list(topics.messages(DEAD_LETTERS))
+def _read_letters(topics: _Topics, log: LogContents) -> LogContents:
+    letters: Sequence[DeadLetter] = list(topics.read_messages(DEAD_LETTERS))
     causes = {(letter.topic, letter.partition, letter.offset): letter.cause.value for letter in letters}
     return replace(
         log,
@@ -232,7 +235,7 @@ def _letters(topics: _Topics, log: LogContents) -> LogContents:
     )
 
 
-def _heard(record: Record, message: Any) -> LoggedRecord:
+def _logged_record(record: Record, message: Any) -> LoggedRecord:
     if message is None:
         return LoggedRecord(record.partition, record.offset, sound=False)
     if not isinstance(message, TrajectoryFinished):

@@ -1,4 +1,4 @@
-"""Reads versions, leases and checkpoints where they are stored; no service needs to run."""
+"""Reads versions, leases and checkpoints from storage, without a running service."""
 
 import asyncio
 import re
@@ -30,7 +30,7 @@ _VERSION = re.compile(r"versions/(\d+)\.json")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A checkpoint that the store took: what its manifest says, or why it cannot be used."""
+    """A checkpoint that the store accepted: its manifest, or the reason why it is unusable."""
 
     commit: CheckpointCommit
     progress: Progress | None
@@ -38,13 +38,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Its folder's."""
+        """The name of its folder."""
         return folder_name(self.commit.version, self.commit.writer)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """All of them, oldest first, and what else the store says of writers."""
+    """All accepted checkpoints, oldest first, with the epoch of the newest writer."""
 
     each: tuple[Candidate, ...]
     epoch: int
@@ -53,18 +53,18 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSearch:
-    """Which of them a restart would go on from, and what is wrong with the others."""
+    """The checkpoint from which a restart would continue, and the faults of the others."""
 
     in_force: AuditedCheckpoint | None
     history_bytes: int
     damaged: tuple[str, ...]
-    """Of those newer than that in force."""
+    """Faults of checkpoints that are newer than the one in force."""
     faults: tuple[Finding, ...]
 
 
 @dataclass
 class Versions:
-    """What the store holds."""
+    """The versions and leases in the store."""
 
     stored: tuple[Stored, ...] = ()
     leases: dict[str, int] = field(default_factory=dict)
@@ -72,62 +72,64 @@ class Versions:
 
 
 async def read_candidates(folder: Path, storage: Storage) -> Candidates:
-    """The manifests of all checkpoints that count; their states are not looked at yet."""
-    named = complete(folder)  # before asking the store: it takes a checkpoint before that gets its name
+    """Read the manifests of all accepted checkpoints; their states are not examined yet."""
+    named = complete(folder)  # list before the store's, which accepts a checkpoint before that gets its final name
     writers, faults = Writers(storage, asyncio.Lock()), []
     epoch, committed = 0, list[CheckpointCommit]()
     try:
         await writers.open()
         newest = await writers.newest()
         epoch, committed = newest.epoch if newest else 0, await writers.committed()
-        each = [_candidate(folder, commit) for commit in committed]
-        if any(candidate.trouble for candidate in each):  # withdrawn while we looked, perhaps
+        each = [_read_candidate(folder, commit) for commit in committed]
+        if any(candidate.trouble for candidate in each):  # it may have been deleted during the reading
             still = await writers.committed()
             each = [candidate for candidate in each if not candidate.trouble or candidate.commit in still]
     except Damaged as damage:
         each = []
-        faults.append(Finding(Kind.STORE_DAMAGED, f"the store's {damage}: restore the store from a copy"))
-    return Candidates(tuple(each), epoch, (*faults, *_unknown(named, committed)))
+        faults.append(Finding(Kind.STORE_DAMAGED, f"the store's {damage}: restore the store from a backup"))
+    return Candidates(tuple(each), epoch, (*faults, *_find_unknown_checkpoints(named, committed)))
 
 
 async def choose(folder: Path, storage: Storage, candidates: Candidates, *, quick: bool) -> CheckpointSearch:
-    """The one that a restart goes on from: the newest that holds."""
+    """Return the checkpoint from which a restart continues: the newest intact one."""
     in_force, damaged, faults = None, [], []
     for candidate in reversed(candidates.each):
-        trouble = candidate.trouble or _state_trouble(folder / candidate.name, candidate.progress, quick=quick)
+        trouble = candidate.trouble or _state_fault(folder / candidate.name, candidate.progress, quick=quick)
         if trouble:
             if candidate.commit not in await Writers(storage, asyncio.Lock()).committed():
-                continue  # withdrawn while we looked
-            said = f"checkpoint {candidate.name}: {trouble}: a restart passes it over; restore its folder from a copy"
+                continue  # deleted during the reading
+            fault = f"checkpoint {candidate.name}: {trouble}: a restart ignores it; restore its folder from a backup"
             if in_force is None:
-                damaged.append(said)
+                damaged.append(fault)
             else:
-                faults.append(Finding(Kind.CHECKPOINT_DAMAGED, said))
+                faults.append(Finding(Kind.CHECKPOINT_DAMAGED, fault))
         elif in_force is None:
             in_force = candidate
     if in_force is None or in_force.progress is None:
         return CheckpointSearch(None, 0, tuple(damaged), tuple(faults))
     progress = in_force.progress
-    return CheckpointSearch(_checkpoint(in_force.name, progress), progress.history_bytes, tuple(damaged), tuple(faults))
+    return CheckpointSearch(
+        _audited_checkpoint(in_force.name, progress), progress.history_bytes, tuple(damaged), tuple(faults)
+    )
 
 
 async def read_versions(storage: Storage, *, quick: bool) -> Versions:
-    """Every version, whether its object holds, and then the leases: those only rise."""
+    """Read every version and check its object. Leases are read after the versions, because they only rise."""
     read, manifests = Versions(), dict[Version, Manifest]()
     stored = []
     for key in await storage.keys("versions/"):
         match = _VERSION.fullmatch(key)
         body = await storage.read(key) if match else None
         if match is None or body is None:
-            continue  # swept away while we looked
+            continue  # deleted during the reading
         number = Version(int(match[1]))
         try:
             manifests[number] = unseal(body)
             if manifests[number].version != number:
-                raise Damaged(f"the manifest in it is of version {manifests[number].version}")
+                raise Damaged(f"its manifest belongs to version {manifests[number].version}")
         except Damaged as damage:
             read.faults.append(
-                Finding(Kind.VERSION_DAMAGED, f"version {number} ({key}): {damage}: restore the store from a copy")
+                Finding(Kind.VERSION_DAMAGED, f"version {number} ({key}): {damage}: restore the store from a backup")
             )
             manifests.pop(number, None)
             stored.append(Stored(number, "", 0, 0))
@@ -135,29 +137,29 @@ async def read_versions(storage: Storage, *, quick: bool) -> Versions:
         try:
             read.leases = msgspec.json.decode(leases, type=dict[str, int])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            read.faults.append(Finding(Kind.STORE_DAMAGED, f"leases.json: {error}: restore the store from a copy"))
+            read.faults.append(Finding(Kind.STORE_DAMAGED, f"leases.json: {error}: restore the store from a backup"))
     lowest, checked = min(read.leases.values(), default=0), dict[str, str]()
     for number, manifest in manifests.items():
         trouble = ""
         if number >= lowest or number == max(manifests):
             if manifest.object not in checked:
-                checked[manifest.object] = await _trouble(storage, manifest, quick=quick)
+                checked[manifest.object] = await _object_fault(storage, manifest, quick=quick)
             trouble = checked[manifest.object]
             if trouble and await storage.size(f"versions/{number:08d}.json") is None:
-                continue  # swept away while we looked
+                continue  # deleted during the reading
         stored.append(Stored(number, manifest.digest, manifest.writer, manifest.object_size, manifest.object, trouble))
     read.stored = tuple(sorted(stored, key=lambda one: one.version))
     return read
 
 
-async def _trouble(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
-    """What is wrong with a version's object; empty when nothing is."""
+async def _object_fault(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
+    """Return the fault of a version's object; empty if it has none."""
     key, name = f"objects/{manifest.object}", f"its object {manifest.object[:12]}"
     size = await storage.size(key)
     if size is None:
         return f"{name} is not in the store"
     if size != manifest.object_size:
-        return f"{name} is {size} bytes long, {manifest.object_size} are due"
+        return f"{name} has {size} bytes in place of {manifest.object_size}"
     if quick:
         return ""
     hasher = blake3()
@@ -170,35 +172,35 @@ async def _trouble(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
     return "" if found == manifest.object else f"the bytes of {name} have the digest {found[:12]}"
 
 
-def _unknown(named: list[Path], committed: list[CheckpointCommit]) -> list[Finding]:
+def _find_unknown_checkpoints(named: list[Path], committed: list[CheckpointCommit]) -> list[Finding]:
     newest = max(((int(commit.version), commit.writer) for commit in committed), default=(-1, 0))
     return [
         Finding(
             Kind.CHECKPOINT_UNKNOWN,
-            f"checkpoint {folder.name} is newer than any that the store took: the store was emptied, put back from an "
-            f"older copy, or is another run's; restore it",
+            f"checkpoint {folder.name} is newer than any that the store accepted: the store was emptied, restored from "
+            f"an older backup, or belongs to another run; restore it",
         )
         for folder in named
         if (place := version_and_writer(folder.name)) is None or place > newest
     ]
 
 
-def _candidate(folder: Path, commit: CheckpointCommit) -> Candidate:
+def _read_candidate(folder: Path, commit: CheckpointCommit) -> Candidate:
     place = folder / folder_name(commit.version, commit.writer)
     try:
         body = (place / (MANIFEST if (place / MANIFEST).exists() else PROPOSED)).read_bytes()
         if blake3(body).hexdigest() != commit.digest:
-            return Candidate(commit, None, "its manifest is not the one that the store took")
+            return Candidate(commit, None, "its manifest is not the one that the store accepted")
         progress = msgspec.json.decode(body, type=Progress)
     except (OSError, ValueError, msgspec.DecodeError) as error:
         return Candidate(commit, None, str(error))
     if progress.schema != SCHEMA:
-        return Candidate(commit, None, f"its schema is {progress.schema}, this release reads {SCHEMA}")
+        return Candidate(commit, None, f"its schema is {progress.schema}, but this release reads {SCHEMA}")
     return Candidate(commit, progress)
 
 
-def _state_trouble(folder: Path, progress: Progress | None, *, quick: bool) -> str:
-    """What is wrong with the tensors; empty when nothing is."""
+def _state_fault(folder: Path, progress: Progress | None, *, quick: bool) -> str:
+    """Return the fault of the checkpoint's state file; empty if it has none."""
     assert progress is not None
     hasher = blake3()
     try:
@@ -207,10 +209,10 @@ def _state_trouble(folder: Path, progress: Progress | None, *, quick: bool) -> s
                 hasher.update(chunk)
     except OSError as error:
         return str(error)
-    return "" if quick or hasher.hexdigest() == progress.state_digest else "its state contradicts its digest"
+    return "" if quick or hasher.hexdigest() == progress.state_digest else "its state does not match its digest"
 
 
-def _checkpoint(name: str, progress: Progress) -> AuditedCheckpoint:
+def _audited_checkpoint(name: str, progress: Progress) -> AuditedCheckpoint:
     return AuditedCheckpoint(
         name=name,
         version=progress.version,

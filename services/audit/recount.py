@@ -1,4 +1,4 @@
-"""The run counted anew, id by id. Pure."""
+"""The recount of a run by trajectory id. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,42 +9,42 @@ from palimpsest.services.audit.evidence import LoggedRecord, Offer
 
 @dataclass(frozen=True, slots=True)
 class Recount:
-    """What log, history and the ledger's open groups say of each trajectory."""
+    """Trajectory ids by their state in log, history and the ledger's open groups."""
 
     offers: Mapping[str, Offer]
-    """Group -> its offer, of the groups that the ledger knows."""
+    """Group -> its offer, of the groups that the ledger includes."""
     offered: frozenset[str]
-    """Ids of these groups."""
+    """Trajectory ids of these groups."""
     trained: frozenset[str]
     pending: frozenset[str]
-    """Of open groups, without an end."""
+    """Ids of open groups without an end."""
     ended_open: Mapping[str, str]
-    """Of open groups, with an end -> how."""
+    """Id -> end, of open groups."""
     heard: Mapping[str, tuple[LoggedRecord, ...]]
-    """Id -> its records on the log that were not buried."""
+    """Id -> its records on the log, without dead-lettered ones."""
     letters: frozenset[str]
-    """Ids that a dead letter names."""
+    """Ids in dead letters."""
     buried: frozenset[tuple[int, int]]
-    """Positions on `trajectories` of which there is a dead letter."""
+    """Positions on `trajectories` that have a dead letter."""
 
     @property
     def otherwise(self) -> frozenset[str]:
-        """Ids that ended, but not by being trained on."""
+        """Ids that ended without training."""
         return self.offered - self.trained - self.pending
 
     @property
     def arrived(self) -> frozenset[str]:
-        """Pending ids that are on the log: they wait to be trained on."""
+        """Pending ids with a record on the log: they wait for training."""
         return frozenset(name for name in self.pending if name in self.heard)
 
     @property
     def repeats(self) -> int:
-        """Records of trajectories that had come before."""
+        """Number of records of trajectories that have an earlier record."""
         return sum(len(records) - 1 for records in self.heard.values())
 
 
 def trajectories(number: int) -> str:
-    """So many, in words.
+    """Return the number with its noun.
 
     >>> trajectories(1), trajectories(3)
     ('1 trajectory', '3 trajectories')

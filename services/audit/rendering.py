@@ -1,4 +1,4 @@
-"""What an audit says to a person, and to a machine. Pure."""
+"""Renders an audit as text and as JSON. Pure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,41 +14,41 @@ USAGE = f"""\
 usage: {PROGRAM} FOLDER [--quick] [--json]
        {PROGRAM} RUN.toml [--quick] [--json] [--SECTION.KEY=VALUE ...]
 
-Sets what a run has left side by side (log, history, checkpoints, versions in the store), counts it anew and says every
-inconsistency in a sentence. It touches nothing and needs no service, so it works while the run goes on, too.
+Compares the log, the history, the checkpoints and the versions of a run, recounts its trajectories and prints every
+inconsistency with a remedy. The audit changes nothing and needs no service, so it also works on an active run.
 
   FOLDER           the run's folder (runs/ID)
-  RUN.toml         describes the run, for one that was started by hand; with --run.id=ID
+  RUN.toml         the file of a run whose services were started by hand; with --run.id=ID
   --quick          do not read and hash weights and optimizer state
-  --json           for machines
+  --json           print JSON
 
-Exit codes: 0 nothing is wrong, 1 something is, 2 there is no such run, 3 its log or store does not answer."""
+Exit codes: 0 no inconsistency, 1 inconsistencies, 2 no such run, 3 its log or store does not answer."""
 
 
 def to_text(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
-    """The audit, line by line."""
+    """Yield the lines of the text."""
     yield f"Run {evidence.run}"
     yield ""
-    yield from _trajectories(evidence, judgement)
+    yield from _format_trajectories(evidence, judgement)
     yield ""
-    yield from _checkpoint(evidence)
-    yield from _open_groups(evidence, judgement)
+    yield from _format_checkpoint(evidence)
+    yield from _format_open_groups(evidence, judgement)
     yield ""
-    yield from _versions(evidence)
+    yield from _format_versions(evidence)
     for note in judgement.notes:
         yield ""
         yield f"note: {note}"
     yield ""
     if judgement.sound:
-        yield "Nothing is wrong."
+        yield "No inconsistencies found."
         return
-    yield f"{len(judgement.findings)} {'thing is' if len(judgement.findings) == 1 else 'things are'} wrong:"
+    yield f"{len(judgement.findings)} {'inconsistency' if len(judgement.findings) == 1 else 'inconsistencies'}:"
     for number, finding in enumerate(judgement.findings, start=1):
         yield f"{number}. {finding.kind}: {finding.sentence}"
 
 
 def to_json(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
-    """The same as values."""
+    """Return the audit as JSON values."""
     checkpoint, counted = evidence.checkpoint, judgement.recount
     return {
         "run": evidence.run,
@@ -62,7 +62,7 @@ def to_json(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
         "duplicates": counted.repeats,
         "repeated_offers": len(evidence.log.offers) - len({offer.group for offer in evidence.log.offers}),
         "dead_letters": dict(evidence.log.causes),
-        "open_groups": _awaited(evidence, judgement),
+        "open_groups": _missing_samples(evidence, judgement),
         "checkpoint": None
         if checkpoint is None
         else {
@@ -94,7 +94,7 @@ def _sums(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+def _format_trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
     sums, counted = _sums(evidence, judgement), judgement.recount
     dropped = sum(sums["dropped"].values())
     yield (
@@ -104,15 +104,15 @@ def _trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
     for reason, count in sorted(sums["dropped"].items()):
         yield f"  dropped as {reason}: {count:,}"
     if counted.pending:
-        yield f"  of the pending, {len(counted.arrived):,} have arrived and wait to be trained on"
+        yield f"  {len(counted.arrived):,} of the pending have arrived and wait for training"
     if counted.repeats:
-        yield f"  {counted.repeats:,} records on the log are of trajectories that had come before: passed over"
+        yield f"  {counted.repeats:,} records on the log repeat an earlier trajectory: ignored"
     if causes := evidence.log.causes:
-        said = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
-        yield f"  dead letters: {said} (`palimpsest dead-letters list` tells more)"
+        numbers = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
+        yield f"  dead letters: {numbers} (`palimpsest dead-letters list` has details)"
 
 
-def _checkpoint(evidence: Evidence) -> Iterator[str]:
+def _format_checkpoint(evidence: Evidence) -> Iterator[str]:
     if (checkpoint := evidence.checkpoint) is None:
         yield "checkpoint     none"
         return
@@ -122,15 +122,15 @@ def _checkpoint(evidence: Evidence) -> Iterator[str]:
     )
 
 
-def _open_groups(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
-    awaited = _awaited(evidence, judgement)
+def _format_open_groups(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
+    awaited = _missing_samples(evidence, judgement)
     yield f"open groups    {len(awaited)}"
     for group, samples in awaited.items():
-        yield f"  {group}  {'awaits sample ' + ', '.join(map(str, samples)) if samples else 'is complete'}"
+        yield f"  {group}  {'waits for sample ' + ', '.join(map(str, samples)) if samples else 'is complete'}"
 
 
-def _awaited(evidence: Evidence, judgement: Judgement) -> dict[str, list[int]]:
-    """Open group -> samples of which nothing has arrived."""
+def _missing_samples(evidence: Evidence, judgement: Judgement) -> dict[str, list[int]]:
+    """Return open group -> samples that have not arrived."""
     counted = judgement.recount
     groups = evidence.checkpoint.ledger.open_groups if evidence.checkpoint else dict.fromkeys(counted.offers)
     found = {}
@@ -141,19 +141,19 @@ def _awaited(evidence: Evidence, judgement: Judgement) -> dict[str, list[int]]:
     return found
 
 
-def _versions(evidence: Evidence) -> Iterator[str]:
+def _format_versions(evidence: Evidence) -> Iterator[str]:
     leases = ", ".join(f"{holder} needs {lowest} and later" for holder, lowest in sorted(evidence.leases.items()))
     yield f"versions       {len(evidence.stored)} in the store; {leases or 'no lease'}"
     if not evidence.stored:
         return
     rows = [("number", "digest", "writer", "bytes", "")]
-    rows += [_row(one, evidence.leases, needed_from(evidence)) for one in evidence.stored]
+    rows += [_version_row(one, evidence.leases, needed_from(evidence)) for one in evidence.stored]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, digest, writer, size, lease in rows:
         cells = (number.rjust(widths[0]), digest.ljust(widths[1]), writer.rjust(widths[2]), size.rjust(widths[3]))
         yield ("  " + "  ".join((*cells, lease))).rstrip()
 
 
-def _row(one: Stored, leases: Mapping[str, int], lowest: int) -> tuple[str, str, str, str, str]:
+def _version_row(one: Stored, leases: Mapping[str, int], lowest: int) -> tuple[str, str, str, str, str]:
     lease = "leased" if leases and one.version >= lowest else ""
     return str(one.version), one.digest[:12] or "damaged", str(one.writer), f"{one.bytes:,}", lease

@@ -1,4 +1,4 @@
-"""The audit of a real run: nothing is wrong with it until somebody meddles, and then the audit says what."""
+"""The audit of a real run: it finds no inconsistency until a file is edited, and then names it."""
 
 import json
 import shutil
@@ -63,21 +63,21 @@ def audit(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return program("palimpsest", "audit", home, *flags)
 
 
-def test_nothing_is_wrong_with_a_run_that_nobody_meddled_with(run: Path) -> None:
+def test_an_unchanged_run_has_no_inconsistencies(run: Path) -> None:
     done = audit(run)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == "Run scripted"
-    assert lines[-1] == "Nothing is wrong."
+    assert lines[-1] == "No inconsistencies found."
     (sums,) = [line for line in lines if line.startswith("trajectories")]
     assert "= 480 trained + 0 dropped + " in sums
-    assert "  dead letters: 4 undecodable (`palimpsest dead-letters list` tells more)" in lines
+    assert "  dead letters: 4 undecodable (`palimpsest dead-letters list` has details)" in lines
     (checkpoint,) = [line for line in lines if line.startswith("checkpoint")]
     assert "is in force: version 30, 30 versions trained, by writer 1 of 1" in checkpoint
     assert not [line for line in lines if line.startswith("note")]
 
 
-def test_it_is_named_by_its_run_file_as_well_and_told_to_machines(run: Path) -> None:
+def test_the_run_file_names_the_run_too_and_json_has_the_values(run: Path) -> None:
     done = program("palimpsest", "audit", run / "run.toml", "--json", "--quick")
     told = json.loads(done.stdout)
     assert (done.returncode, told["sound"], told["trajectories"]["trained"]) == (0, True, 480)
@@ -165,30 +165,36 @@ def remove_the_letters(home: Path) -> None:
 @pytest.mark.parametrize(
     ("meddle", "kind", "says"),
     [
-        (edit_the_ledger, "checkpoint_damaged", "its manifest is not the one that the store took"),
+        (edit_the_ledger, "checkpoint_damaged", "its manifest is not the one that the store accepted"),
         (edit_it_so_that_its_digest_holds, "recount", "counts 479 trajectories as trained, history.jsonl lists 480"),
-        (tear_the_state, "checkpoint_damaged", "its state contradicts its digest"),
-        (forget_the_commits, "checkpoint_unknown", "is newer than any that the store took"),
-        (lose_a_version, "version_missing", "version 30 was announced and is not in the store, though learner's lease"),
+        (tear_the_state, "checkpoint_damaged", "its state does not match its digest"),
+        (forget_the_commits, "checkpoint_unknown", "is newer than any that the store accepted"),
+        (
+            lose_a_version,
+            "version_missing",
+            "version 30 was announced and is not in the store, although the lease of learner",
+        ),
         (lose_an_object, "object_damaged", "is not in the store"),
         (turn_a_bit_of_an_object, "object_damaged", "have the digest"),
         (turn_a_bit_of_a_manifest, "version_damaged", "version 30 (versions/00000030.json)"),
-        (append_a_line, "history_tail", "goes on beyond checkpoint 00000030-00000001 for 1 lines"),
+        (append_a_line, "history_tail", "has 1 line after checkpoint 00000030-00000001"),
         (spoil_a_line, "history_damaged", "history.jsonl, line 4: "),
         (cut_the_history, "history_damaged", "bytes, the checkpoint counts"),
-        (remove_the_letters, "letters_missing", "there is no dead letter, trajectories["),
+        (remove_the_letters, "letters_missing", "have no dead letter, trajectories["),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_what_somebody_meddled_with_is_said(home: Path, meddle: Callable[[Path], None], kind: str, says: str) -> None:
+def test_each_edited_file_gives_a_finding_with_a_remedy(
+    home: Path, meddle: Callable[[Path], None], kind: str, says: str
+) -> None:
     meddle(home)
     done = audit(home)
     assert done.returncode == 1, done.stdout + done.stderr
     (found, *_) = [line for line in done.stdout.splitlines() if f". {kind}: " in line and says in line]
-    assert "restore" in found or "cut them off" in found or "go on from" in found, "and what to do"
+    assert "restore" in found or "continue from" in found, "a remedy"
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     done = audit(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "not the folder of a run" in done.stderr

@@ -1,4 +1,4 @@
-"""The judge of the audit: every inconsistency is found by its name, and nothing else ever is."""
+"""The judge of the audit finds every kind of inconsistency, and only real ones."""
 
 from dataclasses import replace
 
@@ -206,8 +206,8 @@ def test_every_kind_is_tried() -> None:
 
 
 @pytest.mark.parametrize("topic", [TASKS, TRAJECTORIES, DEAD_LETTERS])
-def test_what_retention_took_is_a_note_and_no_finding(topic: str) -> None:
-    """The log begins behind its first records: those are gone, the offsets stand."""
+def test_records_removed_by_retention_give_a_note_and_no_finding(topic: str) -> None:
+    """Retention removed the first records; the offsets of the others stay."""
     gone = {
         TASKS: {"offers": LOG.offers[2:]},
         TRAJECTORIES: {"heard": HEARD[4:]},
@@ -228,22 +228,22 @@ def test_without_a_checkpoint_the_log_and_the_store_are_judged() -> None:
     assert to_json(young, judge(young))["trajectories"]["pending"] == 8
 
 
-def test_a_person_is_told_what_there_is_and_what_is_wrong() -> None:
+def test_the_text_lists_the_sums_and_the_findings() -> None:
     said = list(to_text(SOUND, judge(SOUND)))
     assert said[:2] == ["Run test", ""]
     assert "trajectories   8 offered = 4 trained + 1 dropped + 1 dead-lettered + 2 pending" in said
     assert "  dropped as environment_failed: 1" in said
-    assert "  of the pending, 1 have arrived and wait to be trained on" in said
-    assert "  g000003  awaits sample 1" in said
+    assert "  1 of the pending have arrived and wait for training" in said
+    assert "  g000003  waits for sample 1" in said
     assert "       2  020202020202       1    100  leased" in said
-    assert said[-1] == "Nothing is wrong."
+    assert said[-1] == "No inconsistencies found."
     wrong = ledger(dropped={"environment_failed": 2})
     assert list(to_text(wrong, judge(wrong)))[-2].startswith(
         "1. sums: checkpoint 00000002-00000001: 8 offered - 4 trained"
     )
 
 
-def test_a_machine_is_told_the_same() -> None:
+def test_the_json_has_the_same_values() -> None:
     said = to_json(SOUND, judge(SOUND))
     assert said["sound"]
     assert said["findings"] == []
