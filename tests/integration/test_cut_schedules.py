@@ -1,4 +1,4 @@
-"""Whatever happens when: every token that is trained on was scored once, by the weights that sampled it."""
+"""Random schedules of cuts and faults: the sampling weights score every trained token exactly once."""
 
 import os
 import random
@@ -24,8 +24,8 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.weights import WeightSync
 from tests.runs.run_process import ROOT
-from tests.simulation.cut_judge import Judge, Violated
-from tests.simulation.cut_schedules import Engine, Schedule, latency, life, make_rare
+from tests.simulation.cut_schedules import Engine, Schedule, latency, process_name, slow_polling
+from tests.simulation.score_checker import InvariantViolated, ScoreChecker
 from tests.simulation.simulated_time import SimulatedLoop, run
 
 pytestmark = pytest.mark.thorough
@@ -35,9 +35,9 @@ CHUNKS = [
     *(0, 100, 200),
     *(pytest.param(first, marks=pytest.mark.long) for first in range(300, 1000, CHUNK)),
 ]
-"""The first seed of each."""
+"""First seed of each chunk."""
 ENOUGH = 100
-"""A mechanism whose lack shows in none of so many schedules would hardly be tried by the others."""
+"""Schedules within which the removal of a mechanism must show; else the schedules hardly test it."""
 
 Patch = pytest.MonkeyPatch
 THIS = Path(__file__).relative_to(ROOT)
@@ -45,54 +45,52 @@ THIS = Path(__file__).relative_to(ROOT)
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: Patch) -> Iterator[None]:
-    make_rare(monkeypatch)
+    slow_polling(monkeypatch)
     with structlog.testing.capture_logs():
         yield
 
 
 @contextmanager
 def noted(schedule: Schedule) -> Iterator[None]:
-    """The judge is told when a worker gives the learner up, and the learner's patience is simulated, too."""
+    """Record when a worker ends its hold by itself, and put the reader on the simulated clock."""
     with Patch.context() as patch:
         real = cut_responder.CutResponder._end_hold
 
-        def give_up(self: cut_responder.CutResponder) -> None:
-            schedule.judge.gave_up.append((life.get(), self._cuts.held, schedule.loop.time()))
+        def end_hold(self: cut_responder.CutResponder) -> None:
+            schedule.checker.released_holds.append((process_name.get(), self._cuts.held, schedule.loop.time()))
             real(self)
 
-        patch.setattr(cut_responder.CutResponder, "_end_hold", give_up)
+        patch.setattr(cut_responder.CutResponder, "_end_hold", end_hold)
         patch.setattr(trajectory_reader, "time", SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time))
         yield
 
 
-def judged(seed: int, folder: Path) -> Judge:
-    """The account of this schedule's run. Raises Violated."""
+def run_and_check(seed: int, folder: Path) -> ScoreChecker:
+    """Run the schedule and return its checker. Raises InvariantViolated."""
     chances = random.Random(seed)
 
-    async def main(loop: SimulatedLoop) -> Judge:
+    async def main(loop: SimulatedLoop) -> ScoreChecker:
         schedule = Schedule(loop, chances, folder)
         with noted(schedule):
             await schedule.run()
-        schedule.judge.verdict()
-        return schedule.judge
+        schedule.checker.check()
+        return schedule.checker
 
     return run(main, latency(chances))
 
 
 @pytest.mark.parametrize("first", CHUNKS)
-def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that_sampled_it(
-    first: int, tmp_path: Path
-) -> None:
-    judges = judged_all(range(first, first + CHUNK), tmp_path)
-    assert all(judge.kept and judge.reached for judge in judges)
-    assert sum(judge.unscored() for judge in judges) < 0.05 * sum(len(judge.tokens) for judge in judges)
-    # what is to be survived has happened
+def test_18_6_every_trained_token_is_scored_once_by_the_weights_that_sampled_it(first: int, tmp_path: Path) -> None:
+    checkers = run_and_check_all(range(first, first + CHUNK), tmp_path)
+    assert all(checker.kept and checker.reached for checker in checkers)
+    assert sum(checker.unscored() for checker in checkers) < 0.05 * sum(len(checker.tokens) for checker in checkers)
+    # every kind of fault has occurred
     assert all(
         (
-            any(judge.gave_up for judge in judges),
-            sum(map(Judge.unscored, judges)),
-            sum(map(Judge.deaths, judges)),
-            sum(judge.engines_died for judge in judges),
+            any(checker.released_holds for checker in checkers),
+            sum(map(ScoreChecker.unscored, checkers)),
+            sum(map(ScoreChecker.deaths, checkers)),
+            sum(checker.engines_died for checker in checkers),
         )
     )
 
@@ -100,11 +98,11 @@ def test_18_6_every_token_that_is_trained_on_was_scored_once_by_the_weights_that
 if "SEED" in os.environ:
 
     def test_18_6_one_schedule(tmp_path: Path) -> None:
-        """Repeats one schedule: SEED=17 names it."""
-        judged_all([int(os.environ["SEED"])], tmp_path)
+        """Repeat one schedule: SEED=17 selects it."""
+        run_and_check_all([int(os.environ["SEED"])], tmp_path)
 
 
-def nothing_is_held(patch: Patch) -> None:
+def workers_do_not_hold(patch: Patch) -> None:
     real = WeightSync._resume_unless_held
 
     async def resume(self: WeightSync) -> None:
@@ -114,37 +112,37 @@ def nothing_is_held(patch: Patch) -> None:
     patch.setattr(WeightSync, "_resume_unless_held", resume)
 
 
-def messages_under_way_are_left_out(patch: Patch) -> None:
+def cuts_ignore_unfinished_messages(patch: Patch) -> None:
     async def partial(self: Engine, request: str) -> None:
         return None
 
     patch.setattr(Engine, "partial", partial)
 
 
-def trajectories_at_a_tool_are_left_out(patch: Patch) -> None:
+def cuts_ignore_trajectories_at_a_tool(patch: Patch) -> None:
     real = cut_responder.flush
     patch.setattr(cut_responder, "flush", lambda live, *a, **k: real(live, *a, **k) if live.request else None)
 
 
-def it_answers_before_its_records_are_durable(patch: Patch) -> None:
+def workers_answer_before_their_records_are_durable(patch: Patch) -> None:
     async def flushed(self: Outbox) -> None:
         return None
 
     patch.setattr(Outbox, "flush", flushed)
 
 
-def a_release_is_taken_for_any_version(patch: Patch) -> None:
-    def let_go(self: CutState) -> None:
+def a_release_ends_the_hold_of_any_version(patch: Patch) -> None:
+    def release(self: CutState) -> None:
         self.open, self.held = None, NOTHING
 
-    patch.setattr(CutState, "release", let_go)
+    patch.setattr(CutState, "release", release)
 
 
-def a_copy_is_taken_for_news(patch: Patch) -> None:
+def copies_of_messages_count_as_new(patch: Patch) -> None:
     patch.setattr(CutState, "_is_news", lambda self, message: True)
 
 
-def versions_are_mixed_up(patch: Patch) -> None:
+def versions_of_tokens_are_wrong(patch: Patch) -> None:
     real = Engine._sample
 
     def sample(self, request, message):
@@ -154,19 +152,19 @@ def versions_are_mixed_up(patch: Patch) -> None:
     patch.setattr(Engine, "_sample", sample)
 
 
-def an_outage_takes_the_workers_time(patch: Patch) -> None:
+def outages_count_against_the_deadline(patch: Patch) -> None:
     patch.setattr(Cut, "restart_deadline", lambda self, *, now: None)
 
 
-def an_outage_goes_unnoticed(patch: Patch) -> None:
+def outages_are_not_detected(patch: Patch) -> None:
     patch.setattr(outage_clock, "OUTAGE_S", 1e9)
 
 
-def silence_of_all_is_taken_for_their_death(patch: Patch) -> None:
+def silence_during_an_outage_counts_as_death(patch: Patch) -> None:
     patch.setattr(WorkerLiveness, "discount_outage", lambda self, lost_s, *, now: None)
 
 
-def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
+def the_learner_reads_one_poll_only(patch: Patch) -> None:
     def read_to_end(self: WorkerFeed, *, wait_s: float = 0.0) -> Heard:
         answers, _ = self._poll(timeout_s=wait_s)
         return Heard(answers, extends_cut=self._outages.extends_cut(self._note_read()))
@@ -174,11 +172,11 @@ def one_poll_is_taken_for_all_that_workers_say(patch: Patch) -> None:
     patch.setattr(WorkerFeed, "read_to_end", read_to_end)
 
 
-def a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone(patch: Patch) -> None:
+def outages_end_the_hold(patch: Patch) -> None:
     patch.setattr(cut_responder, "ANSWER_S", 1e9)
 
 
-def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
+def a_finished_cut_can_be_released(patch: Patch) -> None:
     real = asking.CutCoordinator.cut
 
     def cut(self: asking.CutCoordinator, *args: Any, **options: Any) -> asking.CutReport:
@@ -193,7 +191,7 @@ def a_cut_is_released_when_it_is_over(patch: Patch) -> None:
     patch.setattr(asking.CutCoordinator, "published", published)
 
 
-def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:
+def a_dead_engine_counts_as_a_failed_request(patch: Patch) -> None:
     patch.setattr(trajectory_sampler, "EngineFailed", (EngineFailed, EngineDead))
     patch.setattr(Engine, "watch", ScriptedEngine.watch)
 
@@ -201,38 +199,38 @@ def a_dead_engine_is_taken_for_one_that_fails(patch: Patch) -> None:
 @pytest.mark.parametrize(
     "without",
     [
-        a_dead_engine_is_taken_for_one_that_fails,
-        nothing_is_held,
-        messages_under_way_are_left_out,
-        trajectories_at_a_tool_are_left_out,
-        it_answers_before_its_records_are_durable,
-        a_release_is_taken_for_any_version,
-        a_copy_is_taken_for_news,
-        versions_are_mixed_up,
-        an_outage_takes_the_workers_time,
-        an_outage_goes_unnoticed,
-        silence_of_all_is_taken_for_their_death,
-        one_poll_is_taken_for_all_that_workers_say,
-        a_log_that_does_not_answer_is_taken_for_a_learner_that_is_gone,
-        a_cut_is_released_when_it_is_over,
+        a_dead_engine_counts_as_a_failed_request,
+        workers_do_not_hold,
+        cuts_ignore_unfinished_messages,
+        cuts_ignore_trajectories_at_a_tool,
+        workers_answer_before_their_records_are_durable,
+        a_release_ends_the_hold_of_any_version,
+        copies_of_messages_count_as_new,
+        versions_of_tokens_are_wrong,
+        outages_count_against_the_deadline,
+        outages_are_not_detected,
+        silence_during_an_outage_counts_as_death,
+        the_learner_reads_one_poll_only,
+        outages_end_the_hold,
+        a_finished_cut_can_be_released,
     ],
     ids=lambda without: without.__name__,
 )
-def test_18_6_the_lack_of_a_mechanism_does_not_go_unnoticed(
+def test_18_6_removing_a_mechanism_makes_a_schedule_fail(
     without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     without(monkeypatch)
-    with pytest.raises(Violated):
-        judged_all(range(ENOUGH), tmp_path)
+    with pytest.raises(InvariantViolated):
+        run_and_check_all(range(ENOUGH), tmp_path)
 
 
-def judged_all(seeds: Iterable[int], folder: Path) -> list[Judge]:
-    """The accounts of all these; a failure says how to repeat its schedule alone."""
-    judges = []
+def run_and_check_all(seeds: Iterable[int], folder: Path) -> list[ScoreChecker]:
+    """Checkers of all schedules. A failure notes the command that repeats its schedule."""
+    checkers = []
     for seed in seeds:
         try:
-            judges.append(judged(seed, folder))
+            checkers.append(run_and_check(seed, folder))
         except BaseException as error:
             error.add_note(f"schedule {seed}; alone: SEED={seed} make test ARGS='{THIS}::test_18_6_one_schedule'")
             raise
-    return judges
+    return checkers

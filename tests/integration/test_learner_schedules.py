@@ -1,4 +1,4 @@
-"""Wherever a process dies, stands still or is stopped, the run goes on, and what is left is what one learner leaves."""
+"""A run survives processes that die, pause or are stopped at any failpoint, and leaves what a single learner leaves."""
 
 import asyncio
 import itertools
@@ -20,9 +20,9 @@ from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from tests.runs.run_process import ROOT
-from tests.simulation.cut_schedules import LIMIT_S, life, make_rare
-from tests.simulation.learner_faults import ANYWHERE, Fault, How, places
-from tests.simulation.learner_judge import judged
+from tests.simulation.cut_schedules import LIMIT_S, process_name, slow_polling
+from tests.simulation.learner_checks import run_and_check
+from tests.simulation.learner_faults import ANYWHERE, Fault, FaultKind, places
 from tests.simulation.learner_schedules import LearnerSchedule
 from tests.simulation.simulated_time import SimulatedLoop, run
 
@@ -31,61 +31,63 @@ pytestmark = pytest.mark.thorough
 LEARNERS = [place for place in places() if place.startswith("learner.")]
 WORKERS = [place for place in places() if place.startswith("rollout.")]
 VISITS = 3
-"""A fault comes at one of the first so many visits of its place."""
+"""A fault occurs at one of the first three visits of its place."""
 ENOUGH = 30
-"""A mechanism whose lack shows in none of so many runs would hardly be tried by the others."""
+"""Runs within which the removal of a mechanism must show; else the runs hardly test it."""
 Patch = pytest.MonkeyPatch
 CHUNK = 20
 CHUNKS = [
     0,
     *(pytest.param(first, marks=pytest.mark.long) for first in range(CHUNK, 400, CHUNK)),
 ]
-"""The first seed of each."""
+"""First seed of each chunk."""
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: Patch) -> Iterator[None]:
-    make_rare(monkeypatch)
+    slow_polling(monkeypatch)
     with structlog.testing.capture_logs():
         yield
 
 
-def test_every_place_is_tried() -> None:
+def test_every_failpoint_is_tested() -> None:
     replicas = [place for place in places() if place.startswith("replica.")]
     assert {*LEARNERS, *WORKERS, *replicas} == set(places())
     text = (ROOT / "tests" / "integration" / "test_replica.py").read_text()
     assert all(f'"{place}"' in text for place in replicas)
 
 
-@pytest.mark.parametrize(("place", "how"), list(zip(LEARNERS, itertools.cycle(How), strict=False)))
-def test_a_learner_meets_something_anywhere(place: str, how: How, tmp_path: Path) -> None:
-    """One of the three for each place; all of them below."""
-    meets(tmp_path, 0, learner=Fault(place, 2, how))
+@pytest.mark.parametrize(("place", "kind"), list(zip(LEARNERS, itertools.cycle(FaultKind), strict=False)))
+def test_the_run_survives_a_learner_fault_at_every_failpoint(place: str, kind: FaultKind, tmp_path: Path) -> None:
+    """One kind of fault for each place; the next test tries all kinds."""
+    run_with_fault(tmp_path, 0, learner=Fault(place, 2, kind))
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("how", How)
+@pytest.mark.parametrize("kind", FaultKind)
 @pytest.mark.parametrize("place", LEARNERS)
-def test_a_learner_that_dies_stands_still_or_is_stopped_costs_time_only(
-    place: str, how: How, seed: int, tmp_path: Path
+def test_the_run_survives_every_kind_of_learner_fault_at_every_failpoint(
+    place: str, kind: FaultKind, seed: int, tmp_path: Path
 ) -> None:
-    meets(tmp_path, seed, learner=Fault(place, 1 + seed % VISITS, how))
+    run_with_fault(tmp_path, seed, learner=Fault(place, 1 + seed % VISITS, kind))
 
 
-@pytest.mark.parametrize("how", [How.DIES, How.STANDS_STILL])
+@pytest.mark.parametrize("kind", [FaultKind.DIE, FaultKind.PAUSE])
 @pytest.mark.parametrize("place", WORKERS)
-def test_a_worker_that_dies_or_is_not_heard_of_costs_time_only(place: str, how: How, tmp_path: Path) -> None:
-    meets(tmp_path, 0, worker=Fault(place, 1, how))
+def test_the_run_survives_every_kind_of_worker_fault_at_every_failpoint(
+    place: str, kind: FaultKind, tmp_path: Path
+) -> None:
+    run_with_fault(tmp_path, 0, worker=Fault(place, 1, kind))
 
 
-def test_a_worker_that_dies_does_not_wait_for_the_log(tmp_path: Path) -> None:
-    """Of the simulation: a worker that lives waits for its call to return before it ends (reader.py)."""
+def test_a_simulated_worker_that_dies_does_not_wait_for_the_log(tmp_path: Path) -> None:
+    """Test of the simulation: a living worker waits for its call to return before it ends (reader.py)."""
 
     async def dies(loop: SimulatedLoop) -> float:
-        life.set("worker-0.0")
-        schedule = LearnerSchedule(loop, random.Random(0), tmp_path, of_worker=Fault("here", 1, How.DIES))
-        schedule.falls[life.get()] = loop.create_future()
-        schedule.silent[life.get()] = 10.0
+        process_name.set("worker-0.0")
+        schedule = LearnerSchedule(loop, random.Random(0), tmp_path, of_worker=Fault("here", 1, FaultKind.DIE))
+        schedule.death_signals[process_name.get()] = loop.create_future()
+        schedule.silent[process_name.get()] = 10.0
         calling = asyncio.create_task(AsyncConsumer(schedule.bus.consumer(CONTROL)).ends())
         await asyncio.sleep(5.0)
         with pytest.raises(asyncio.CancelledError):
@@ -97,42 +99,44 @@ def test_a_worker_that_dies_does_not_wait_for_the_log(tmp_path: Path) -> None:
     assert run(dies, lambda: 0.1) < LIMIT_S
 
 
-def meets(folder: Path, seed: int, *, learner: Fault | None = None, worker: Fault | None = None) -> None:
-    schedule = judged(seed, folder, plan=[] if learner is None else [learner], of_worker=worker)
+def run_with_fault(folder: Path, seed: int, *, learner: Fault | None = None, worker: Fault | None = None) -> None:
+    schedule = run_and_check(seed, folder, plan=[] if learner is None else [learner], of_worker=worker)
     for fault in (learner, worker):
-        assert fault is None or fault.happened, "the place was never reached"
-    if learner is not None and learner.how is How.STANDS_STILL:
-        assert schedule.replaced, "nobody took over"
+        assert fault is None or fault.happened, "the run did not reach the failpoint"
+    if learner is not None and learner.kind is FaultKind.PAUSE:
+        assert schedule.replaced, "no learner took over"
 
 
 @pytest.mark.parametrize("first", CHUNKS)
-def test_whatever_befalls_learners_one_after_another(first: int, tmp_path: Path) -> None:
+def test_the_run_survives_random_faults_of_successive_learners(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + CHUNK):
         try:
-            by_chance(seed, tmp_path / f"{seed}")
+            run_with_random_faults(seed, tmp_path / f"{seed}")
         except BaseException as error:
-            error.add_note(f"schedule {seed}: by_chance({seed}, folder) in {Path(__file__).name} repeats it")
+            error.add_note(
+                f"schedule {seed}: run_with_random_faults({seed}, folder) in {Path(__file__).name} repeats it"
+            )
             raise
 
 
-def by_chance(seed: int, folder: Path) -> LearnerSchedule:
-    """A run whose seed says what befalls whom."""
+def run_with_random_faults(seed: int, folder: Path) -> LearnerSchedule:
+    """A run with faults that the seed determines."""
     folder.mkdir()
     chances = random.Random(f"plan {seed}")
 
-    def fault(places: list[str], hows: list[How]) -> Fault:
-        return Fault(chances.choice(places), chances.randint(1, VISITS), chances.choice(hows))
+    def fault(places: list[str], kinds: list[FaultKind]) -> Fault:
+        return Fault(chances.choice(places), chances.randint(1, VISITS), chances.choice(kinds))
 
-    plan = [fault([*LEARNERS, *LEARNERS, ANYWHERE], list(How)) for _ in range(chances.randint(1, 5))]
-    worker = fault(WORKERS, [How.DIES, How.STANDS_STILL]) if chances.random() < 0.5 else None
-    return judged(seed, folder, plan=plan, of_worker=worker)
+    plan = [fault([*LEARNERS, *LEARNERS, ANYWHERE], list(FaultKind)) for _ in range(chances.randint(1, 5))]
+    worker = fault(WORKERS, [FaultKind.DIE, FaultKind.PAUSE]) if chances.random() < 0.5 else None
+    return run_and_check(seed, folder, plan=plan, of_worker=worker)
 
 
-def the_store_takes_from_everybody(patch: Patch) -> None:
+def the_store_accepts_replaced_writers(patch: Patch) -> None:
     patch.setenv(failpoints.VARIABLE, "store.skip_fencing")
 
 
-def the_learner_does_not_ask_whose_the_run_is(patch: Patch) -> None:
+def the_learner_does_not_confirm_its_lease(patch: Patch) -> None:
     patch.setattr(Writer, "confirm", lambda self: None)
 
 
@@ -147,11 +151,11 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
     patch.setattr(Loop, "_publish", published)
 
 
-def what_was_read_counts_as_done(patch: Patch) -> None:
+def records_count_as_done_when_read(patch: Patch) -> None:
     patch.setattr(TrajectoryReader, "offsets", lambda self: dict(self._read_to))
 
 
-def groups_offered_after_the_checkpoint_are_not_looked_for(patch: Patch) -> None:
+def groups_offered_after_the_checkpoint_are_not_adopted(patch: Patch) -> None:
     patch.setattr(TaskPublisher, "_adopt", lambda self, task_offsets, now: None)
 
 
@@ -159,32 +163,32 @@ def the_ledger_is_not_restored(patch: Patch) -> None:
     patch.setattr(TrajectoryLedger, "restore", lambda self, state, *, now: None)
 
 
-def the_history_is_not_cut(patch: Patch) -> None:
+def the_history_is_not_truncated(patch: Patch) -> None:
     patch.setattr(history, "_first", lambda path, length: path.read_bytes() if path.exists() else b"")
 
 
-DEATHS: Mapping[Callable[[Patch], None], tuple[str, How]] = {
-    the_store_takes_from_everybody: ("learner.after_step", How.STANDS_STILL),
-    the_learner_does_not_ask_whose_the_run_is: ("learner.before_announcing", How.STANDS_STILL),
-    a_version_is_announced_before_its_checkpoint: ("learner.after_publishing", How.DIES),
-    what_was_read_counts_as_done: ("learner.before_reading", How.DIES),
-    groups_offered_after_the_checkpoint_are_not_looked_for: ("learner.before_reading", How.DIES),
-    the_ledger_is_not_restored: ("learner.after_publishing", How.DIES),
-    the_history_is_not_cut: ("learner.inside_checkpoint", How.DIES),
+DEATHS: Mapping[Callable[[Patch], None], tuple[str, FaultKind]] = {
+    the_store_accepts_replaced_writers: ("learner.after_step", FaultKind.PAUSE),
+    the_learner_does_not_confirm_its_lease: ("learner.before_announcing", FaultKind.PAUSE),
+    a_version_is_announced_before_its_checkpoint: ("learner.after_publishing", FaultKind.DIE),
+    records_count_as_done_when_read: ("learner.before_reading", FaultKind.DIE),
+    groups_offered_after_the_checkpoint_are_not_adopted: ("learner.before_reading", FaultKind.DIE),
+    the_ledger_is_not_restored: ("learner.after_publishing", FaultKind.DIE),
+    the_history_is_not_truncated: ("learner.inside_checkpoint", FaultKind.DIE),
 }
 
 
 @pytest.mark.parametrize("without", DEATHS, ids=lambda without: without.__name__)
-def test_the_lack_of_a_mechanism_does_not_go_unnoticed(
+def test_removing_a_mechanism_makes_a_run_fail(
     without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     without(monkeypatch)
-    place, how = DEATHS[without]
+    place, kind = DEATHS[without]
     with pytest.raises((AssertionError, TimeoutError)):
-        unnoticed(tmp_path, Fault(place, 2, how))
+        run_all(tmp_path, Fault(place, 2, kind))
 
 
-def unnoticed(folder: Path, fault: Fault) -> None:
+def run_all(folder: Path, fault: Fault) -> None:
     for seed in range(ENOUGH):
         (folder / f"{seed}").mkdir()
-        judged(seed, folder / f"{seed}", plan=[replace(fault)])
+        run_and_check(seed, folder / f"{seed}", plan=[replace(fault)])

@@ -1,6 +1,6 @@
-"""The learner's side of simulated runs (cut_schedules.py): it trains nothing, but asks for cuts, scores and publishes.
+"""The learner of simulated runs (cut_schedules.py): it requests cuts, scores and publishes, but trains nothing.
 
-`schedule` has the chances, the log and the judge.
+`schedule` holds the random numbers, the log and the checker.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTraject
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
-from tests.simulation.cut_judge import score_under
 from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.score_checker import score_under
 from tests.simulation.simulated_time import Actor
 
 RUN = "test"
@@ -33,7 +33,7 @@ DEADLINE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnerCheckpoint:
     """A checkpoint."""
 
     version: Version = START
@@ -43,24 +43,24 @@ class Learned:
     score_offsets: dict[int, int] = field(default_factory=dict)
 
 
-class Broken(Exception):
-    """The learner cannot go on."""
+class LearnerFailed(Exception):
+    """The learner must end."""
 
 
 class Learner:
-    """Trains without training: what it needs of the log, the ledger and the cuts is real."""
+    """Learner without training; its ingest, ledger and cut coordinator are real."""
 
-    def __init__(self, schedule: Any, learned: Learned, *, writer: int, versions: int) -> None:
+    def __init__(self, schedule: Any, checkpoint: LearnerCheckpoint, *, writer: int, versions: int) -> None:
         self._writer, self._cutting = writer, False
         self._schedule, self._random = schedule, schedule.random
-        self._bus, self._now = ActorsBus(schedule, self._confirm), schedule.store.clock
-        self._version = learned.version
-        """Resident."""
+        self._bus, self._now = LearnerBus(schedule, self._confirm), schedule.store.clock
+        self._version = checkpoint.version
+        """Version of the current weights."""
         ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=SAMPLES, groups_per_batch=GROUPS, max_staleness=2, time_limit_s=200.0
         )
-        if learned.ledger is not None:
-            ledger.restore(learned.ledger, now=self._now())
+        if checkpoint.ledger is not None:
+            ledger.restore(checkpoint.ledger, now=self._now())
         self._scores = ScoreStore()
         self._ingest = build_ingest(
             self._bus, ledger, TaskSettings(0, {"any": 1.0}, SAMPLES, SAMPLING, 600.0), run=RUN, confirm=self._confirm,
@@ -72,18 +72,18 @@ class Learner:
             self._bus, self._ingest, scorer, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
             clock=self._now,
         )  # fmt: skip
-        self._learned, self._versions = learned, versions
+        self._checkpoint, self._versions = checkpoint, versions
 
     def live(self) -> None:
-        """From its start until the run's last version, or until it is broken or replaced."""
+        """Run until the last version, a failure or a replacement."""
         try:
             self._live()
-        except (Broken, Fenced):
+        except (LearnerFailed, Fenced):
             self._interruption.release()
 
     def _live(self) -> None:
         self._ingest.start(
-            self._learned.offsets, self._learned.task_offsets, self._learned.score_offsets, now=self._now()
+            self._checkpoint.offsets, self._checkpoint.task_offsets, self._checkpoint.score_offsets, now=self._now()
         )
         self._publish()
         self._interruption.start()
@@ -120,17 +120,17 @@ class Learner:
         for arrived in batch:
             self._reader.resolve(arrived)
             self._scores.forget(arrived.record.trajectory)
-        self._schedule.judge.changed(self._version, report.cut, report.answered, heard_by=heard_by)
+        self._schedule.checker.changed(self._version, report.cut, report.answered, heard_by=heard_by)
         self._version = Version(self._version + 1)
-        self._schedule.learned.append(
-            Learned(
+        self._schedule.checkpoints.append(
+            LearnerCheckpoint(
                 self._version, self._ledger.state(), self._reader.offsets(), self._tasks.offsets(),
                 self._tasks.score_offsets(),
             )
         )  # fmt: skip
         self._sleep(2.0)
         if self._schedule.chance(0.05):
-            raise Broken  # the store is full, say
+            raise LearnerFailed  # for example, the store is full
         self._publish()
         self._interruption.published(self._version, str(self._version))
 
@@ -138,7 +138,7 @@ class Learner:
         row = self._scores.attach(as_row(arrived.record))
         known = row.old if row.old is not None else np.full(len(row.tokens), np.nan)
         old = {int(token): float(value) for token, value in zip(row.tokens, known, strict=True) if not np.isnan(value)}
-        self._schedule.judge.keeps(arrived.record, old, self._version)
+        self._schedule.checker.keeps(arrived.record, old, self._version)
 
     def _confirm(self) -> None:
         if self._writer != self._schedule.writer:
@@ -152,18 +152,18 @@ class Learner:
     def _score(self, batches: Sequence[PaddedBatch]) -> Any:
         self._sleep(0.3)
         if self._cutting and self._schedule.chance(0.02):
-            raise Broken
+            raise LearnerFailed
         return [np.full(batch.tokens.shape, score_under(self._version), dtype=np.float32) for batch in batches]
 
     def _sleep(self, most_s: float) -> None:
-        Actor.here.actor.sleep(self._schedule.some(most_s))
+        Actor.here.actor.sleep(self._schedule.delay_s(most_s))
 
 
-class ActorsBus(MemoryBus):
-    """A learner may die before its records stand on the log, and before it is told so.
+class LearnerBus(MemoryBus):
+    """Bus of a learner that may die before its records are on the log, or before publish returns.
 
-    It does not stand still between the question whether the run is its own and what it says to workers: with
-    `confirm`, it is asked once more.
+    No pause may fall between the check that the learner has the run and its messages to workers, so `publish` calls
+    `confirm` again.
     """
 
     def __init__(self, schedule: Any, confirm: Callable[[], None]) -> None:
@@ -171,14 +171,14 @@ class ActorsBus(MemoryBus):
         self._schedule, self._confirm = schedule, confirm
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
-        self._takes_a_while()
-        self.store.reached()
+        self._delay()
+        self.store.on_access()
         if topic in (CONTROL, TASKS):
             self._confirm()
         positions = super().publish(topic, records)
-        self._takes_a_while()
+        self._delay()
         return positions
 
-    def _takes_a_while(self) -> None:
+    def _delay(self) -> None:
         if self._schedule.chance(0.5):
-            Actor.here.actor.sleep(self._schedule.some(1.0))
+            Actor.here.actor.sleep(self._schedule.delay_s(1.0))

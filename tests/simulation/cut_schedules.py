@@ -1,9 +1,9 @@
-"""Runs in simulated time: four real workers, the real learner's side of cuts, and whatever may go wrong between them.
+"""Runs in simulated time: four real workers, the real cut coordinator, and random faults between them.
 
-Workers, their engines and the learner die and start again, the learner breaks in the middle of a cut, or stands still,
-is replaced and wakes; acknowledgements come late, engines take long to stand still, tools take long to answer, sessions
-fail, the log holds copies of records, gives less than stands on it, does not answer for a while, or not to one of them;
-tasks are delivered twice. A seed repeats a run exactly.
+Workers, engines and the learner die and restart. The learner fails in the middle of a cut, or pauses, is replaced and
+resumes. Acknowledgements are late, engines pause slowly, tools answer slowly, sessions fail. The log holds copies of
+records, returns only some of its records, or has outages for all or for one process. Tasks are delivered twice. A seed
+repeats a run exactly.
 """
 
 import asyncio
@@ -38,48 +38,48 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
-from tests.simulation.cut_judge import Judge
-from tests.simulation.cut_learner import RUN, Learned, Learner
+from tests.simulation.cut_learner import RUN, Learner, LearnerCheckpoint
 from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.score_checker import ScoreChecker
 from tests.simulation.simulated_time import Actor, NotYet, SimulatedLoop, SimulatedStore
 
 WORKERS_AT_WORK = 4
 VERSIONS = 3
-"""So many are trained in a run."""
+"""Versions that a run trains."""
 LIMIT_S = 1500.0
-"""No run takes so long unless it is stuck."""
+"""Simulated seconds. A longer run is stuck."""
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 ALL = ""
 FIRST_TOKEN = 1000
-"""Below it are tokens that nobody sampled."""
-life: ContextVar[str] = ContextVar("life", default="learner")
-"""On whose behalf something is done: a worker's name and which one of its processes."""
+"""Smallest number of a sampled token."""
+process_name: ContextVar[str] = ContextVar("process_name", default="learner")
+"""Process that the present code belongs to: a worker's or learner's name and the number of the process."""
 
 
 @dataclass
 class Schedule:
-    """One run: its chances, its log, its judge."""
+    """One run: its random numbers, its log, its checker."""
 
     loop: SimulatedLoop
     random: random.Random
     folder: Path
-    judge: Judge = field(default_factory=Judge)
+    checker: ScoreChecker = field(default_factory=ScoreChecker)
     numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(FIRST_TOKEN))
-    learned: list[Learned] = field(default_factory=lambda: [Learned()])
+    checkpoints: list[LearnerCheckpoint] = field(default_factory=lambda: [LearnerCheckpoint()])
     """The learner's checkpoints."""
     at_work: list[Worker] = field(default_factory=list)
-    falls: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
-    """Worker's life -> it dies when this is done."""
+    death_signals: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
+    """Worker process -> future; the process dies when the future is done."""
     lives: list[str] = field(default_factory=list)
-    """All that began so far."""
+    """All processes that started so far."""
     silent: dict[str, float] = field(default_factory=lambda: {ALL: 0.0})
-    """Until when the log does not answer, to all or to one life."""
+    """End of the present outage, for all or for one process."""
     writer: int = 0
     """Epoch of the learner that has the run."""
     over: bool = False
 
     def __post_init__(self) -> None:
-        self.store = SimulatedStore(self.loop, self._note, self._at_hand, self._silent_until)
+        self.store = SimulatedStore(self.loop, self._note, self._available, self._silent_until)
         self.bus = MemoryBus(self.store, lease_s=60.0)
         self.bus.create_topics(dict.fromkeys(TOPICS, 1) | {TASKS: 8, TRAJECTORIES: 2, OLD_LOGPROBS: 2})
         self.copies, self.deaths, self.outages = self.chance(0.3), self.chance(0.7), self.chance(0.3)
@@ -88,42 +88,42 @@ class Schedule:
     def chance(self, likely: float) -> bool:
         return self.random.random() < likely
 
-    def some(self, most_s: float) -> float:
-        """Seconds: mostly few."""
+    def delay_s(self, most_s: float) -> float:
+        """Random delay, seconds; small delays are the most frequent."""
         return most_s * self.random.random() ** 3
 
     async def run(self) -> None:
-        """Until the learner has trained its versions and the workers have stopped."""
+        """Run until the learner has trained all versions and the workers have stopped."""
         workers = [asyncio.create_task(self._worker(f"worker-{i}")) for i in range(WORKERS_AT_WORK)]
         learner = asyncio.create_task(self._learner())
         async with asyncio.timeout(LIMIT_S):
             await asyncio.wait({learner, *workers}, return_when=asyncio.FIRST_EXCEPTION)
             await asyncio.gather(learner, *workers)
 
-    def _goes_out(self) -> None:
-        """The log is silent for a while: to all, or only to one of them."""
+    def _start_outage(self) -> None:
+        """Start an outage of the log, for all processes or for one."""
         now = self.loop.time()
         until = now + self.random.uniform(8.0, 60.0)
         if self.chance(0.3):
             self.silent[self.random.choice(self.lives)] = until
         elif self.silent[ALL] <= now:
             self.silent[ALL] = until
-            self.judge.outages.append((now, until))
+            self.checker.outages.append((now, until))
         self.loop.call_at(until, self.store.look_again)
 
     def _silent_until(self) -> float:
-        return max(self.silent[ALL], self.silent.get(life.get(), 0.0))
+        return max(self.silent[ALL], self.silent.get(process_name.get(), 0.0))
 
-    def _begins(self, name: str) -> None:
-        life.set(name)
+    def _start_process(self, name: str) -> None:
+        process_name.set(name)
         self.lives.append(name)
 
     async def _learner(self) -> None:
         actors: list[Actor] = []
-        while self.learned[-1].version < VERSIONS:
+        while self.checkpoints[-1].version < VERSIONS:
             self.writer += 1
-            learner = Learner(self, self.learned[-1], writer=self.writer, versions=VERSIONS)
-            self._begins(f"learner.{self.writer}")
+            learner = Learner(self, self.checkpoints[-1], writer=self.writer, versions=VERSIONS)
+            self._start_process(f"learner.{self.writer}")
             actor = Actor(self.loop, learner.live)
             actors.append(actor)
             replaced_after = None
@@ -133,11 +133,11 @@ class Schedule:
                     self.loop.call_later(after, actor.kill)
                 else:
                     self.loop.call_later(after, actor.suspend, self.random.uniform(10.0, 90.0))
-                    replaced_after = after + self.some(60.0)
+                    replaced_after = after + self.delay_s(60.0)
             await asyncio.wait({actor.ended}, timeout=replaced_after)
             if actor.ended.done():
                 actor.ended.result()
-                await asyncio.sleep(self.some(90.0))
+                await asyncio.sleep(self.delay_s(90.0))
         await asyncio.gather(*(actor.ended for actor in actors))
         self.over = True
         for worker in self.at_work:
@@ -146,7 +146,7 @@ class Schedule:
     async def _worker(self, name: str) -> None:
         lives = itertools.count()
         while not self.over:
-            self._begins(f"{name}.{next(lives)}")
+            self._start_process(f"{name}.{next(lives)}")
             engine = Engine(self)
             worker = a_worker(self, name, engine)
             self.at_work.append(worker)
@@ -154,32 +154,32 @@ class Schedule:
             dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
             if self.deaths and self.chance(0.3):
                 engine.dies_at = self.loop.time() + self.random.uniform(0.0, 80.0)
-            falls = self.falls[life.get()] = self.loop.create_future()
-            await asyncio.wait({working, falls}, timeout=dies_after, return_when=asyncio.FIRST_COMPLETED)
+            death_signals = self.death_signals[process_name.get()] = self.loop.create_future()
+            await asyncio.wait({working, death_signals}, timeout=dies_after, return_when=asyncio.FIRST_COMPLETED)
             self.at_work.remove(worker)
-            if falls.done():
-                pass  # it dies at a place, in the middle of something
+            if death_signals.done():
+                pass  # the worker died at a failpoint
             elif working.done() and isinstance(working.exception(), EngineDead):
-                self.judge.engines_died += 1
+                self.checker.engines_died += 1
             elif working.done():
                 working.result()
-                assert self.over, "it ended by itself"
+                assert self.over, "the worker ended before the run"
             working.cancel()
             await asyncio.wait({working})
-            await asyncio.sleep(self.some(10.0))
+            await asyncio.sleep(self.delay_s(10.0))
 
     def _note(self, topic: str, records: Sequence[Record]) -> None:
         if self._copying:
             return
-        by = life.get()
+        by = process_name.get()
         replaced = by.startswith("learner") and by != f"learner.{self.writer}"
-        self.judge.note(topic, records, by, at=self.loop.time(), replaced=replaced)
-        if topic == CONTROL and self.outages and self.chance(0.3):  # above all when workers are asked or wait
-            self.loop.call_later(self.some(5.0), self._goes_out)
+        self.checker.note(topic, records, by, at=self.loop.time(), replaced=replaced)
+        if topic == CONTROL and self.outages and self.chance(0.3):  # most often around cuts
+            self.loop.call_later(self.delay_s(5.0), self._start_outage)
         if topic == DEAD_LETTERS:
-            raise AssertionError(f"buried: {records}")
+            raise AssertionError(f"dead-lettered: {records}")
         if topic in (CONTROL, TRAJECTORIES, OLD_LOGPROBS) and self.copies and self.chance(0.2):
-            self.loop.call_later(self.some(30.0), self._copy, topic, [Outgoing(r.key, r.body) for r in records])
+            self.loop.call_later(self.delay_s(30.0), self._copy, topic, [Outgoing(r.key, r.body) for r in records])
 
     def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
         self._copying = True
@@ -191,23 +191,23 @@ class Schedule:
             self._copying = False
 
     def manifest(self, version: Version) -> Manifest:
-        """Of weights that come from nowhere."""
+        """Manifest of a version without weights."""
         return Manifest(
             schema=SCHEMA, run=RUN, writer=1, version=version, digest=str(version), encoding="base", object="",
             object_size=0, tensors=(), canaries=(CANARY,),
         )  # fmt: skip
 
     def reward(self) -> float:
-        """Of a session that ends."""
+        """Reward of a session."""
         return 0.5
 
-    def _at_hand(self, limit: int) -> int:
-        """What a poll finds that does not wait: often nothing yet, or only a part."""
+    def _available(self, limit: int) -> int:
+        """Number of records that a poll without waiting returns: often none, or only some."""
         return self.random.choice([0, 1, limit]) if self.hesitates else limit
 
 
 def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
-    """A worker as its process puts it together, round a scripted engine and stand-ins for gateway and store."""
+    """A worker assembled as its process does, with a scripted engine and fakes of gateway and store."""
     weights = Fetching(
         engine,
         schedule,  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
 
 
 class Engine(ScriptedEngine):
-    """Numbers its tokens, may take long to do what it is told, and may die."""
+    """Scripted engine with numbered tokens, random delays and deaths."""
 
     dies_at = float("inf")
 
@@ -248,7 +248,7 @@ class Engine(ScriptedEngine):
     async def watch(self) -> NoReturn:
         if self.dies_at == float("inf"):
             return await super().watch()
-        await asyncio.sleep(self.dies_at - self._schedule.loop.time() + self._schedule.some(1.0))
+        await asyncio.sleep(self.dies_at - self._schedule.loop.time() + self._schedule.delay_s(1.0))
         raise EngineDead("the inference engine died")
 
     def _sample(self, request: str, message: Any) -> None:
@@ -256,40 +256,40 @@ class Engine(ScriptedEngine):
         super()._sample(request, message)
         place = len(message.versions) - 1
         now = self._schedule.loop.time()
-        self._schedule.judge.sampled(message.script[place], life.get(), message.versions[place], at=now)
+        self._schedule.checker.sampled(message.script[place], process_name.get(), message.versions[place], at=now)
 
     async def pause(self) -> None:
-        await asyncio.sleep(self._schedule.some(8.0 if self._slow else 0.5))
+        await asyncio.sleep(self._schedule.delay_s(8.0 if self._slow else 0.5))
         await super().pause()
 
     async def partial(self, request: str) -> SampledTokens | None:
         if self._schedule.chance(0.2):
-            await asyncio.sleep(self._schedule.some(1.0))
+            await asyncio.sleep(self._schedule.delay_s(1.0))
         return await super().partial(request)
 
     async def load(self, weights: StoredWeights) -> None:
-        await asyncio.sleep(self._schedule.some(1.0))
+        await asyncio.sleep(self._schedule.delay_s(1.0))
         self._alive()
         await super().load(weights)
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        await asyncio.sleep(self._schedule.some(3.0))
+        await asyncio.sleep(self._schedule.delay_s(3.0))
         self._alive()
         return await super().score(tokens)
 
 
 class Fetching(WeightSync):
-    """Versions come from nowhere, after a while."""
+    """Fetches versions without weights, after a delay."""
 
     async def _fetch(self, version: Version) -> StoredWeights:
-        await asyncio.sleep(self._store.some(5.0))  # type: ignore[attr-defined]
+        await asyncio.sleep(self._store.delay_s(5.0))  # type: ignore[attr-defined]
         path = self._folder / f"{version}.raw"
         path.touch()
         return StoredWeights(self._store.manifest(version), path)  # type: ignore[attr-defined]
 
 
 class ChatRenderer:
-    """Texts say nothing; every stop token has a number, too."""
+    """Renders empty texts; stop tokens are numbered too."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -309,21 +309,21 @@ class ChatRenderer:
 
 
 class Sessions:
-    """A gateway whose tools mostly answer soon, and sometimes not at all."""
+    """A gateway whose tools usually answer soon and sometimes fail."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
 
     async def create(self, wanted: CreateSession, *, idempotency_key: str) -> Session:
-        await asyncio.sleep(self._schedule.some(2.0))
+        await asyncio.sleep(self._schedule.delay_s(2.0))
         return Session(
             session_id=str(self._schedule.random.randint(1, 3)), lease_expires_in_s=600.0, messages=(), tools=(),
             next_step=0, initial_state_hash="", environment_version="1",
         )  # fmt: skip
 
     async def step(self, session_id: str, number: int, text: str) -> Step:
-        """The session's id tells how many turns it has."""
-        await asyncio.sleep(self._schedule.some(25.0))
+        """The session's id is its number of turns."""
+        await asyncio.sleep(self._schedule.delay_s(25.0))
         if self._schedule.chance(0.05):
             raise SessionFailed("environment_raised", "no")
         if number + 1 < int(session_id):
@@ -331,12 +331,12 @@ class Sessions:
         return Step(step=number, status=Status.TERMINATED, reward=self._schedule.reward(), success=False)
 
     async def finalize(self, session_id: str) -> Step:
-        await asyncio.sleep(self._schedule.some(5.0))
+        await asyncio.sleep(self._schedule.delay_s(5.0))
         return Step(step=0, status=Status.TRUNCATED, reward=self._schedule.reward(), success=False)
 
 
-def make_rare(patch: pytest.MonkeyPatch) -> None:
-    """What goes on all the time is made rare, so that a run has few events; the worker's patience can be tried."""
+def slow_polling(patch: pytest.MonkeyPatch) -> None:
+    """Lengthen polling intervals, so that a run has few events, and shorten the hold limit, so that runs reach it."""
     for module, name, seconds in (
         (worker_module, "POLL_S", 5.0),
         (cut_responder, "ANSWER_S", 10.0),
@@ -349,6 +349,6 @@ def make_rare(patch: pytest.MonkeyPatch) -> None:
 
 
 def latency(chances: random.Random) -> Callable[[], float]:
-    """Seconds between a coroutine and its thread: acknowledgements above all. Some schedules have a slow log."""
+    """Delays between a coroutine and its thread, seconds. Some schedules have a slow log."""
     usual = chances.choice([0.02, 0.02, 0.2])
     return lambda: usual * chances.random() if chances.random() < 0.95 else 4.0 * chances.random()

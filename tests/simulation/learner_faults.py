@@ -1,4 +1,4 @@
-"""What befalls processes in learner_schedules.py, and the small run that it befalls."""
+"""Faults of processes in learner_schedules.py, and the configuration of their small run."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tests.simulation.cut_learner import RUN
 
 VERSIONS, SAMPLES, GROUPS, STALENESS = 5, 2, 2, 2
 VOCABULARY, FIRST_SAMPLED = 32, 8
-"""Tokens below FIRST_SAMPLED stand in prompts only."""
+"""Tokens below FIRST_SAMPLED occur in prompts only."""
 ANYWHERE = ""
 CONFIG = """
 run.id = "{run}"
@@ -40,29 +40,31 @@ learner.optimizer.weight_decay = 0.1
 """
 
 
-class How(Enum):
-    """What becomes of a process at its place."""
+class FaultKind(Enum):
+    """Fault of a process at a failpoint."""
 
-    DIES = auto()
-    STANDS_STILL = auto()
-    """A learner is replaced meanwhile, and wakes; the log does not hear of a worker for a while."""
-    IS_STOPPED = auto()
-    """As by Ctrl-C: a learner finishes what it must, and another goes on."""
+    DIE = auto()
+    PAUSE = auto()
+    """A paused learner is replaced and resumes; a paused worker does not reach the log for a while."""
+    STOP = auto()
+    """As by Ctrl-C: the learner shuts down, and another one continues."""
 
 
 @dataclass
 class Fault:
-    """Of the process that comes to `place` (common/failpoints.py) for the `visit`-th time; ANYWHERE: of a learner that
-    dies at some moment."""
+    """Fault at the `visit`-th visit of the failpoint `place` (common/failpoints.py).
+
+    ANYWHERE: a learner dies at a random time.
+    """
 
     place: str
     visit: int
-    how: How
+    kind: FaultKind
     happened: bool = False
 
 
 def places() -> list[str]:
-    """All places of learner and workers where a test can make them fail, from their source."""
+    """All failpoints in the source of the learner and the workers."""
     found = set()
     for service in ("learner", "rollout"):
         for path in (ROOT / "services" / service).rglob("*.py"):
@@ -71,7 +73,7 @@ def places() -> list[str]:
 
 
 class Table(torch.nn.Module):
-    """A model whose next token depends on the present one alone."""
+    """A model whose next token depends only on the current token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class Table(torch.nn.Module):
 
 
 def configured(folder: Path) -> RunConfig:
-    """Of these runs, in this folder, where it is kept as of any run."""
+    """Configuration of these runs; the first call writes run.toml as a run does."""
     path = folder / "run.toml"
     if not path.exists():
         text = CONFIG.format(

@@ -1,7 +1,7 @@
-"""Whole learners in simulated time: they die, stand still or are stopped at a given place, and others take over.
+"""Complete learners in simulated time: they die, pause or are stopped at a failpoint, and others replace them.
 
-A learner is everything that services/learner/coordinator.py puts together, over a log in memory and a real snapshot
-store on a folder. Its model is a table, so that it trains in milliseconds. The workers are those of cut_schedules.py. A
+A learner consists of all parts that services/learner/coordinator.py assembles, over a log in memory and a real snapshot
+store on a folder. Its model is a table, so training takes milliseconds. The workers are those of cut_schedules.py. A
 seed repeats a run exactly.
 """
 
@@ -39,17 +39,17 @@ from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
 from tests.runs.fencing import Things, stored
 from tests.servers.direct_store import URL, DirectStore
-from tests.simulation.cut_judge import Judge
-from tests.simulation.cut_schedules import Schedule, life
-from tests.simulation.learner_faults import ANYWHERE, FIRST_SAMPLED, VOCABULARY, Fault, How, Table, configured
+from tests.simulation.cut_schedules import Schedule, process_name
+from tests.simulation.learner_faults import ANYWHERE, FIRST_SAMPLED, VOCABULARY, Fault, FaultKind, Table, configured
 from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.score_checker import ScoreChecker
 from tests.simulation.simulated_time import Actor, Killed
 
 FOREVER_S = 1e7
 
 
-class Deaf(Judge):
-    """These runs are judged by what they leave."""
+class NullChecker(ScoreChecker):
+    """Records nothing: learner_checks.py checks the folder of the run instead."""
 
     def note(self, *_: Any, **__: Any) -> None: ...
     def sampled(self, *_: Any, **__: Any) -> None: ...
@@ -57,28 +57,27 @@ class Deaf(Judge):
 
 @dataclass
 class LearnerSchedule(Schedule):
-    """One run; `plan`: what becomes of the learners, one after another, and then of no more; `of_worker`: of the first
-    worker that comes there."""
+    """One run; `plan`: faults of successive learners, later ones have none; `of_worker`: fault of the first worker that
+    reaches its place."""
 
     plan: list[Fault] = field(default_factory=list)
     of_worker: Fault | None = None
     home: Path = Path()
     stored: DirectStore = None  # type: ignore[assignment]
     replaced: dict[int, Things] = field(default_factory=dict)
-    """Learner -> what it had stored when it was replaced."""
+    """Learner -> versions and checkpoints that it had stored when it was replaced."""
     trained: list[tuple[int, Version, Row]] = field(default_factory=list)
-    """Learner, resident version, and each row it trained on."""
+    """Learner, its version, and each row of its training."""
     visits: "Counter[tuple[str, str]]" = field(default_factory=Counter)
     dead: set[str] = field(default_factory=set)
-    """Workers' lives that ended at a place. Their coroutines still unwind; the log takes nothing from them and keeps
-    none of them waiting."""
+    """Worker processes that died at a failpoint. While their coroutines unwind, the log refuses their calls at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.judge = Deaf()
+        self.checker = NullChecker()
         self.numbers = itertools.cycle(range(FIRST_SAMPLED, VOCABULARY))  # type: ignore[assignment]
         self.config = configured(self.folder)
-        self.alive: dict[str, Life] = {}
+        self.alive: dict[str, SimulatedLearner] = {}
 
     def manifest(self, version: Version) -> Manifest:
         return unseal((self.home / "snapshots" / "versions" / f"{version:08d}.json").read_bytes())
@@ -86,17 +85,17 @@ class LearnerSchedule(Schedule):
     def _note(self, topic: str, records: Sequence[Record]) -> None:
         super()._note(topic, records)
         if topic == CONTROL and any(isinstance(decode(topic, record.body), RunFinished) for record in records):
-            self.over = True  # workers end by themselves
+            self.over = True  # workers end after RunFinished
 
     def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
-        if topic != CONTROL:  # the order in which learners spoke is judged by it
+        if topic != CONTROL:  # a check needs the order of the learners' messages
             super()._copy(topic, records)
 
     def reward(self) -> float:
         return self.random.choice([0.0, 1.0])
 
     def _silent_until(self) -> float:
-        if life.get() in self.dead:
+        if process_name.get() in self.dead:
             raise Killed
         return super()._silent_until()
 
@@ -105,8 +104,8 @@ class LearnerSchedule(Schedule):
         while not any(one.finished for one in self.alive.values()):
             self.writer += 1
             fault = self.plan[self.writer - 1] if self.writer <= len(self.plan) else None
-            self._begins(f"learner.{self.writer}")
-            one = self.alive[life.get()] = Life(self, self.writer, fault)
+            self._start_process(f"learner.{self.writer}")
+            one = self.alive[process_name.get()] = SimulatedLearner(self, self.writer, fault)
             one.begin()
             ended.append(one.ended)
             if fault is not None and fault.place == ANYWHERE:
@@ -117,15 +116,15 @@ class LearnerSchedule(Schedule):
             else:
                 self.replaced[one.writer] = stored(self.home, one.writer)
                 self.loop.call_later(self.random.uniform(10.0, 150.0), one.wake)
-            await asyncio.sleep(self.some(20.0))
+            await asyncio.sleep(self.delay_s(20.0))
         await asyncio.gather(*ended)
         self.over = True
         for worker in self.at_work:
             worker.stop()
 
     def reach(self, place: str) -> None:
-        """Somebody comes to this place."""
-        name = life.get()
+        """Called at every failpoint: apply the fault of the present process, if its place and visit match."""
+        name = process_name.get()
         self.visits[name, place] += 1
         one = self.alive.get(name)
         fault = one.fault if one is not None else self.of_worker
@@ -133,61 +132,61 @@ class LearnerSchedule(Schedule):
             return
         fault.happened = True
         if one is not None:
-            one.meets(fault.how)
-        elif fault.how is How.DIES:
+            one.apply(fault.kind)
+        elif fault.kind is FaultKind.DIE:
             self.dead.add(name)
-            self.falls[name].set_result(None)
+            self.death_signals[name].set_result(None)
             raise asyncio.CancelledError
         else:
             self.silent[name] = self.loop.time() + self.random.uniform(10.0, 40.0)
             self.loop.call_at(self.silent[name], self.store.look_again)
 
 
-class Life:
+class SimulatedLearner:
     """One learner process."""
 
     def __init__(self, schedule: LearnerSchedule, writer: int, fault: Fault | None) -> None:
         self.schedule, self.writer, self.fault = schedule, writer, fault
         self.stop, self.finished = Stop(), False
         self.still: asyncio.Future[None] = schedule.loop.create_future()
-        """Done when it stands still."""
+        """Done when the learner pauses."""
         self._dead = False
         self._waking: list[Callable[[], None]] = []
 
     def begin(self) -> None:
-        """From now on it lives; `ended` raises what it should not have met."""
+        """Start the process; `ended` raises its unexpected errors."""
         self._actor = Actor(self.schedule.loop, self._live)
         self.ended = self._actor.ended
 
-    def meets(self, how: How) -> None:
-        """On its own thread: die, stand still until somebody calls `wake`, or be asked to stop."""
-        if how is How.DIES:
+    def apply(self, kind: FaultKind) -> None:
+        """On the learner's thread: die, pause until `wake`, or stop."""
+        if kind is FaultKind.DIE:
             self._dead = True
             raise Killed
-        if how is How.IS_STOPPED:
+        if kind is FaultKind.STOP:
             self.stop.request()
             return
         self.schedule.loop.call_soon(self.still.set_result, None)
         self._actor.sleep(FOREVER_S, self._waking.append)
 
     def wake(self) -> None:
-        """It goes on where it stood still."""
+        """Resume after a pause."""
         for callback in self._waking:
             callback()
 
     def kill(self) -> None:
-        """It dies where it waits, unless it has ended or has said that the run is over."""
+        """Kill the process at its present wait, unless it has ended or the run is over."""
         if not (self.ended.done() or self.schedule.over):
             assert self.fault is not None
             self.fault.happened = self._dead = True
             self._actor.kill()
 
     def pause(self) -> None:
-        """What is said to others takes a while. Nothing is said by the dead."""
+        """Delay a call to another process. A dead process makes no calls."""
         if self._dead:
             raise Killed
         if self.schedule.chance(0.3):
-            self._actor.sleep(self.schedule.some(1.0))
+            self._actor.sleep(self.schedule.delay_s(1.0))
 
     def _live(self) -> None:
         config = self.schedule.config
@@ -198,46 +197,46 @@ class Life:
                 config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
             )
             trainer = WatchedTrainer(policy, state, ranks, config.learner, length=60, seed=config.run.seed)
-            trainer.life = self
+            trainer.learner = self
             try:
                 training = Training(trainer, policy, state, ranks)
-                run_coordinator(config, self.stop, store, training, model_scorer(model, ranks.device), Unheard())
+                run_coordinator(config, self.stop, store, training, model_scorer(model, ranks.device), NoServer())
             except Fenced:
-                assert self.still.done(), "it was replaced, and nobody meant to"
+                assert self.still.done(), "the learner was replaced without a pause"
             else:
-                assert self.writer == self.schedule.writer, "it was replaced, and went on to the end"
+                assert self.writer == self.schedule.writer, "the learner was replaced but trained to the end"
                 self.finished = not self.stop.requested
 
 
 class WatchedTrainer(Trainer):
-    """What it trains on is kept for the verdict."""
+    """Records all rows of training for the checks."""
 
-    life: Life
+    learner: SimulatedLearner
 
     def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> StepResult:
         """See Trainer."""
-        trained = self.life.schedule.trained
-        trained += [(self.life.writer, now, row) for minibatch in minibatches for row in minibatch]
+        trained = self.learner.schedule.trained
+        trained += [(self.learner.writer, now, row) for minibatch in minibatches for row in minibatch]
         return super().train(minibatches, now, **options)
 
 
 class Log(MemoryBus):
-    """A learner may die before its records stand on the log, and before it is told so."""
+    """Bus of a learner that may die before its records are on the log, or before publish returns."""
 
-    def __init__(self, one: Life) -> None:
+    def __init__(self, one: SimulatedLearner) -> None:
         super().__init__(one.schedule.store)
-        self._life = one
+        self._learner = one
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         """See Bus."""
-        self._life.pause()
+        self._learner.pause()
         positions = super().publish(topic, records)
-        self._life.pause()
+        self._learner.pause()
         return positions
 
 
-class Unheard(Starting):
-    """In place of the learner's HTTP server: nobody asks."""
+class NoServer(Starting):
+    """Replaces the learner's HTTP server; no client needs it."""
 
     def __init__(self) -> None:
         self.doing = ""
@@ -247,35 +246,35 @@ class Unheard(Starting):
 
 
 class Store(SnapshotClient):
-    """The same with what is stored."""
+    """Client of the store, for a learner that may die before or after a request."""
 
-    def __init__(self, one: Life) -> None:
+    def __init__(self, one: SimulatedLearner) -> None:
         super().__init__(URL)
         one.schedule.stored.connect(self)
-        self._life = one
+        self._learner = one
 
     def put(self, *arguments: Any, **options: Any) -> Manifest:
         """See SnapshotClient."""
-        self._life.pause()
+        self._learner.pause()
         manifest = super().put(*arguments, **options)
-        self._life.pause()
+        self._learner.pause()
         return manifest
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """See SnapshotClient."""
-        self._life.pause()
+        self._learner.pause()
         answer = super().request(method, path, body)
-        if method != "GET":  # a right to write that was just confirmed is used at once
-            self._life.pause()
+        if method != "GET":  # no delay between the confirmation of the lease and the write
+            self._learner.pause()
         return answer
 
 
 @contextmanager
 def simulated(schedule: LearnerSchedule) -> Iterator[None]:
-    """Learners of this schedule are put together from its parts, and live in its time."""
+    """Patch the learner's modules to use the parts and the clock of this schedule."""
     clock = SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leading, "open_bus", lambda _: Log(schedule.alive[life.get()]))
+        patch.setattr(leading, "open_bus", lambda _: Log(schedule.alive[process_name.get()]))
         patch.setattr(looping, "time", clock)
         patch.setattr(looping, "POLL_S", 2.0)
         patch.setattr(trajectory_reader, "time", clock)

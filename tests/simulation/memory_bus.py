@@ -1,6 +1,6 @@
-"""The log in this process's memory, for tests: as exact as the real ones, and gone with the process.
+"""A bus in the memory of one process, for tests, with the semantics of the real adapters.
 
-Time is whatever `Store.clock` says, and waiting whatever `Store.wait` does, so that a test may simulate both.
+`Store.clock` and `Store.wait` provide time and waiting, so tests can simulate both.
 """
 
 import threading
@@ -19,7 +19,7 @@ LEASE_S = 10.0
 class _Partition:
     first: int = 0
     records: list[Record] = field(default_factory=list)
-    """From offset `first` on."""
+    """Records from offset `first`."""
 
     @property
     def end(self) -> int:
@@ -28,38 +28,38 @@ class _Partition:
 
 @dataclass
 class Store:
-    """What outlives buses and consumers."""
+    """State that buses and consumers share."""
 
     clock: Callable[[], float] = time.monotonic
     topics: dict[str, list[_Partition]] = field(default_factory=dict)
     commits: dict[tuple[str, str], dict[int, int]] = field(default_factory=dict)
     members: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
-    """By topic and group: member -> when it was heard of."""
+    """By topic and group: member -> time of its last poll."""
     change: threading.Condition = field(default_factory=threading.Condition)
 
     def wait(self, topic: str, timeout_s: float) -> None:
-        """Until something was published on the topic, or so long; the lock is held and given up meanwhile."""
+        """Wait until a publication on the topic or for timeout_s. The caller holds the lock; waiting releases it."""
         self.change.wait(timeout_s)
 
     def published(self, topic: str, records: Sequence[Record]) -> None:
-        """These stand on the topic now; the lock is held."""
+        """Called after records were added, with the lock held: wake the waiting consumers."""
         self.change.notify_all()
 
-    def reached(self) -> None:
-        """Somebody turns to the log, for anything but a poll: where outages are simulated, this waits."""
+    def on_access(self) -> None:
+        """Called before every access but a poll. Simulations of outages wait here."""
 
-    def at_hand(self, limit: int, timeout_s: float) -> int:
-        """How many of this many records a poll may be given that waits for so long: not those that are on their way."""
+    def available(self, limit: int, timeout_s: float) -> int:
+        """Number of records that a poll with this limit and timeout may return; simulations return fewer."""
         return limit
 
     def partitions(self, topic: str) -> list[_Partition]:
-        """Raises LookupError."""
+        """Partitions of the topic. Raises LookupError if it does not exist."""
         if topic not in self.topics:
             raise LookupError(f"topic {topic} does not exist; whoever begins the run creates it")
         return self.topics[topic]
 
     def cut(self, topic: str, partition: int, before: int) -> None:
-        """Retention: the log lets go of the records below this offset."""
+        """Delete the records below this offset, as retention does."""
         with self.change:
             standing = self.topics[topic][partition]
             del standing.records[: before - standing.first]
@@ -86,7 +86,7 @@ class MemoryBus:
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         if not records:
             return []
-        self.store.reached()
+        self.store.on_access()
         standing: list[Record] = []
         with self.store.change:
             partitions = self.store.partitions(topic)
@@ -119,12 +119,12 @@ class MemoryConsumer:
             self._next = {number: partition.first for number, partition in enumerate(store.partitions(topic))}
 
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
-        if self._until is None:  # else it is the same poll: a store that simulates waiting may have left it by raising
+        if self._until is None:  # else the same poll continues: a simulated wait may have left it by raising
             self._until = self._store.clock() + timeout_s
         with self._store.change:
             while True:
-                self._stay_a_member()
-                records = self._read(self._store.at_hand(limit, timeout_s))
+                self._renew_membership()
+                records = self._read(self._store.available(limit, timeout_s))
                 left = self._until - self._store.clock()
                 if records or left <= 0:
                     self._until = None
@@ -135,7 +135,7 @@ class MemoryConsumer:
         return frozenset(self._next)
 
     def seek(self, offsets: Mapping[int, int]) -> None:
-        self._store.reached()
+        self._store.on_access()
         partitions = self._store.partitions(self._topic)
         for number, offset in offsets.items():
             if number >= len(partitions):
@@ -148,14 +148,14 @@ class MemoryConsumer:
     def commit(self, offsets: Mapping[int, int]) -> None:
         if self._group is None:
             raise ValueError(f"a consumer of {self._topic} without a group has nothing to commit to")
-        self._store.reached()
+        self._store.on_access()
         with self._store.change:
             mine = self._share()
             commits = self._store.commits.setdefault((self._topic, self._group), {})
             commits.update({partition: offset for partition, offset in offsets.items() if partition in mine})
 
     def ends(self) -> dict[int, int]:
-        self._store.reached()
+        self._store.on_access()
         return {number: partition.end for number, partition in enumerate(self._store.partitions(self._topic))}
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class MemoryConsumer:
     def _read(self, limit: int) -> list[Record]:
         records: list[Record] = []
         numbers = sorted(self._next)
-        self._turn += 1  # each poll begins with another partition, so that none starves
+        self._turn += 1  # each poll begins with another partition, so none starves
         for i in range(len(numbers)):
             number = numbers[(self._turn + i) % len(numbers)]
             partition, following = self._store.partitions(self._topic)[number], self._next[number]
@@ -187,7 +187,7 @@ class MemoryConsumer:
             self._next[number] = max(following, *(r.offset + 1 for r in records if r.partition == number), 0)
         return records
 
-    def _stay_a_member(self) -> None:
+    def _renew_membership(self) -> None:
         if self._group is None:
             return
         partitions = self._store.partitions(self._topic)

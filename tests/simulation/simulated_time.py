@@ -1,8 +1,8 @@
-"""Simulated time: an event loop whose clock jumps to whatever happens next, and synchronous code that lives in it.
+"""Simulated time: an event loop whose clock jumps to the next event, and synchronous code that runs in it.
 
-What a coroutine hands to a thread (`asyncio.to_thread`) happens some latency later, at once, and is told of after
-another latency. Synchronous code with waits of its own is an `Actor`: it has a thread, which runs only while the loop
-stands still. So of all that goes on, one thing happens at a time, and a seed repeats it exactly.
+A call that a coroutine hands to a thread (`asyncio.to_thread`) runs after a latency, and its result arrives after
+another latency. Synchronous code that waits is an `Actor`: it has a thread, which runs only while the loop pauses. So
+only one thing happens at a time, and a seed repeats a run exactly.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from tests.simulation.memory_bus import Store
 
 
 class Stuck(AssertionError):
-    """Nothing will ever happen any more."""
+    """No event is left."""
 
 
 class Killed(BaseException):
-    """An actor's end, in the middle of a wait; or what a call meets whose process is dead."""
+    """Ends an actor in the middle of a wait, or a call of a dead process."""
 
 
 class NotYet(BaseException):
-    """What a thread would wait for: `subscribe` has a callback called when it is worth another try."""
+    """Raised instead of waiting in a thread: `subscribe` registers a callback that retries the call."""
 
     def __init__(self, subscribe: Callable[[Callable[[], None]], None]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class NotYet(BaseException):
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """`latency`: seconds, for each crossing between a coroutine and its thread."""
+    """Event loop in simulated time. `latency`: seconds between a coroutine and its thread, each way."""
 
     def __init__(self, latency: Callable[[], float]) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return self._now
 
     def select(self, timeout: float | None) -> tuple[()]:
-        """Nothing comes from outside: the next timer is the next event."""
+        """Advance the clock to the next timer; there is no I/O."""
         if timeout is None:
-            raise Stuck("nobody waits for a time, everybody for each other")
+            raise Stuck("no timer is pending: all tasks wait for each other")
         self._now += max(0.0, timeout)
         return ()
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-        """The call happens in this thread, between two other things."""
+        """Run the call in this thread, as an event of its own."""
         future = self.create_future()
         self.call_later(self._latency(), self._attempt, future, func, args)
         return future
@@ -66,7 +66,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         except NotYet as wait:
             wait.subscribe(lambda: self._attempt(future, func, args))
             return
-        except Killed:  # a dead process waits for none of its calls
+        except Killed:  # a dead process does not wait for its calls
             future.cancel()
             return
         except Exception as error:
@@ -79,10 +79,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
 
 class Actor:
-    """`body` runs on a thread of its own and waits by `sleep`; `dies` tells, for each wait, whether it is its last."""
+    """Synchronous code in simulated time: `body` runs on a separate thread and waits by `sleep`."""
 
     here = threading.local()
-    """`here.actor`: of this thread, if it is an actor's."""
+    """`here.actor`: the actor of the present thread, if any."""
 
     def __init__(self, loop: SimulatedLoop, body: Callable[[], None]) -> None:
         self._loop, self._body = loop, body
@@ -93,7 +93,7 @@ class Actor:
         self._awaited: int | None = None
         self._killed = self._suspended = self._missed = False
         self.ended: asyncio.Future[None] = loop.create_future()
-        """With what `body` raised."""
+        """Done when `body` returns; holds its exception."""
         self._context: Context = copy_context()
         self._thread = threading.Thread(target=self._context.run, args=(self._live,), daemon=True)
         self._thread.start()
@@ -101,7 +101,7 @@ class Actor:
         loop.call_soon(self._turn)
 
     def sleep(self, seconds: float, subscribe: Callable[[Callable[[], None]], None] = lambda _: None) -> None:
-        """On the actor's thread: let the others have their turns, for so long or until what is subscribed to."""
+        """On the actor's thread: wait for `seconds`, or until the subscribed callback is called."""
         self._awaited = number = next(self._wait)
         self._loop.call_later(seconds, self._wake, number)
         subscribe(lambda: self._wake(number))
@@ -111,13 +111,13 @@ class Actor:
             raise Killed
 
     def kill(self) -> None:
-        """It ends where it waits, now."""
+        """End the actor at its present wait."""
         if not self.ended.done():
             self._killed = True
             self._turn()
 
     def suspend(self, seconds: float) -> None:
-        """It gets no turn for so long."""
+        """Pause the actor for `seconds`."""
         self._suspended = True
         self._loop.call_later(seconds, self._go_on)
 
@@ -156,9 +156,9 @@ class Actor:
 class SimulatedStore(Store):
     """A log in memory on the loop's clock.
 
-    `note` is told of all that is published: topic, records. `fewer` says how many of so many records are at hand for a
-    poll that does not wait for them. Until `silent_until`, for whoever asks, polls bring nothing, and all else waits;
-    it raises Killed for a process that is dead.
+    `note` receives every publication: topic and records. `fewer` returns how many of `limit` records a poll without
+    waiting gets. Until `silent_until()` of the present process polls return nothing and all other calls wait;
+    `silent_until` raises Killed for a dead process.
     """
 
     def __init__(
@@ -173,18 +173,18 @@ class SimulatedStore(Store):
         self._waiting: dict[str, list[Callable[[], None]]] = {}
 
     def look_again(self) -> None:
-        """Whoever waits for records has another try."""
+        """Wake all calls that wait for records."""
         for topic in list(self._waiting):
             self._call(topic)
 
-    def reached(self) -> None:
+    def on_access(self) -> None:
         while (left := self._silent_until() - self._loop.time()) > 0:
             actor = getattr(Actor.here, "actor", None)
             if actor is None:
                 raise NotYet(lambda again: self._loop.call_later(left, again))
             actor.sleep(left)
 
-    def at_hand(self, limit: int, timeout_s: float) -> int:
+    def available(self, limit: int, timeout_s: float) -> int:
         if self._silent_until() > self._loop.time():
             return 0
         return limit if timeout_s else self._fewer(limit)
@@ -209,7 +209,7 @@ class SimulatedStore(Store):
 
 
 def _once(callback: Callable[[], None], *subscriptions: Callable[[Callable[[], None]], Any]) -> None:
-    """Call it when the first of these happens."""
+    """Call the callback once, at the first of these events."""
     called = False
 
     def first() -> None:
@@ -223,7 +223,7 @@ def _once(callback: Callable[[], None], *subscriptions: Callable[[Callable[[], N
 
 
 def run(main: Callable[[SimulatedLoop], Any], latency: Callable[[], float]) -> Any:
-    """What the coroutine function returns, in a loop of its own; whatever it leaves behind is ended."""
+    """Run the coroutine function in a new loop and return its result; end all remaining tasks and actors."""
     loop = SimulatedLoop(latency)
     try:
         asyncio.set_event_loop(loop)

@@ -1,4 +1,4 @@
-"""The verdict on learners in simulated time (learner_schedules.py), from what they leave in the run's folder."""
+"""Checks of learners in simulated time (learner_schedules.py), from the folder of the run."""
 
 import random
 from collections.abc import Sequence
@@ -23,8 +23,10 @@ from tests.simulation.learner_schedules import LearnerSchedule, simulated
 from tests.simulation.simulated_time import SimulatedLoop, run
 
 
-def judged(seed: int, folder: Path, *, plan: Sequence[Fault] = (), of_worker: Fault | None = None) -> LearnerSchedule:
-    """A run that is over and sound. Raises AssertionError when it is not."""
+def run_and_check(
+    seed: int, folder: Path, *, plan: Sequence[Fault] = (), of_worker: Fault | None = None
+) -> LearnerSchedule:
+    """Run a schedule to its end and check the result. Raises AssertionError if a check fails."""
     chances = random.Random(seed)
     home = configured(folder).run.home
 
@@ -48,7 +50,7 @@ def judged(seed: int, folder: Path, *, plan: Sequence[Fault] = (), of_worker: Fa
 
 
 def kept(schedule: LearnerSchedule, path: Path) -> None:
-    """The log as a file, where an audit looks for it."""
+    """Write the log to the file that the audit reads."""
     bus = SqliteBus(path)
     topics = schedule.store.topics
     bus.create_topics({topic: len(partitions) for topic, partitions in topics.items()})
@@ -60,17 +62,17 @@ def kept(schedule: LearnerSchedule, path: Path) -> None:
 
 
 def nothing_is_trained_on_twice(schedule: LearnerSchedule, client: SnapshotClient) -> None:
-    """Of all versions that were stored no two have learned from one trajectory."""
+    """No two stored versions were trained on the same trajectory."""
     writers = {version: client.manifest(version).writer for version in client.versions()}
     seen: set[str] = set()
     for version, writer in writers.items():
         batch = {row.trajectory for by, now, row in schedule.trained if (by, now + 1) == (writer, version)}
-        assert not batch & seen, f"version {version} of writer {writer} has learned from {batch & seen} again"
+        assert not batch & seen, f"version {version} of writer {writer} was trained again on {batch & seen}"
         seen |= batch
 
 
 def old_logprobs_are_exact(schedule: LearnerSchedule, client: SnapshotClient) -> None:
-    """Every old log-prob that came with a row is that of the weights that sampled its token."""
+    """Every old log-prob of a row equals that of the weights that sampled the token."""
     tables: dict[Version, Any] = {}
     for version in client.versions():
         model = Table()

@@ -1,8 +1,8 @@
-"""Whether an interruption lost or doubled a score: an independent account of every sampled token.
+"""Checks that no interruption loses or repeats a score, by an independent record of every sampled token.
 
-Every sampled token of a simulated run has a number of its own, so that each can be followed: who sampled it, when,
-under which version; which record of scores it stands in; whether it was trained on, and with what. Nothing here is
-taken from the code under test but the records themselves.
+Every sampled token of a simulated run has a unique number. The checker records which worker sampled it, when and under
+which version, which score records contain it, and the old log-prob that training used. It shares no code with the
+code under test but the record types.
 """
 
 from collections import defaultdict
@@ -33,17 +33,17 @@ from palimpsest.common.messages import (
 )
 
 KNOWN_S = 9.0
-"""A worker that has spoken so shortly before a cut is known of."""
+"""Seconds. The learner must count a worker that sent a message within this time before a cut."""
 HOLD_LIMIT_S = 15.0
-"""The patience of simulated workers."""
+"""Seconds after which a simulated worker without messages from the learner ends its hold."""
 NOTICED_S = 10.0
-"""Outages that are longer are noticed by them."""
+"""Seconds. Workers detect longer outages."""
 MARGIN_S = 4.5
-"""What is said may be under way for so long."""
+"""Seconds that a message may be in transit."""
 
 
-class Violated(AssertionError):
-    """A promise was not kept."""
+class InvariantViolated(AssertionError):
+    """A check failed."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Token:
     """One sampled token."""
 
     by: str
-    """Life of a worker: its name and which one of its processes."""
+    """Worker process: the worker's name and the number of its process."""
     version: int
     at: float
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A worker's answer to a cut, when it stood on the log."""
+    """A worker's answer to a cut, and the time when it was on the log."""
 
     by: str
     at: float
@@ -66,44 +66,44 @@ class Reached:
 
 
 @dataclass
-class Judge:
-    """Told of everything while it happens; `verdict` at the end."""
+class ScoreChecker:
+    """Record of a run, filled while it runs; `check` at the end."""
 
     problems: list[str] = field(default_factory=list)
-    """What was seen at once to be wrong."""
+    """Faults found during the run."""
 
     tokens: dict[int, Token] = field(default_factory=dict)
     control: list[tuple[float, CutRequested | CutReleased | VersionPublished]] = field(default_factory=list)
     reached: list[Reached] = field(default_factory=list)
-    gave_up: list[tuple[str, int, float]] = field(default_factory=list)
-    """Worker's life, the version it held, and when it would wait no longer."""
-    spoke: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Worker's life -> when it said that it has a version."""
+    released_holds: list[tuple[str, int, float]] = field(default_factory=list)
+    """Worker process, the version it held, and the time when it ended the hold by itself."""
+    announced: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Worker process -> times of its messages that name a version."""
     engines_died: int = 0
-    """Engines that died under their worker."""
+    """Number of engines that died while their worker ran."""
     outages: list[tuple[float, float]] = field(default_factory=list)
-    """From when until when the log did not answer."""
+    """Start and end of each outage of the log."""
     sent: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
-    """Trajectory -> all token arrays that were sent of it."""
+    """Trajectory -> all token arrays of its records."""
     sent_at: dict[int, float] = field(default_factory=dict)
-    """Token -> when a record that holds it stood on the log."""
+    """Token -> time when the first record with it was on the log."""
     scored: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Token -> versions whose weights scored it, as often as a durable record says so."""
-    scored_in_vain: set[int] = field(default_factory=set)
-    """Tokens that a learner scored after it was replaced: its successor may have done so, too."""
+    """Token -> versions of the weights that scored it, once per durable record."""
+    scored_by_replaced: set[int] = field(default_factory=set)
+    """Tokens that a learner scored after its replacement; its successor may have scored them too."""
     counted: list[tuple[int, int]] = field(default_factory=list)
-    """Version, and the cut after which its weights changed."""
+    """Versions, and the cut after which the weights of each changed."""
     cuts: dict[int, frozenset[str]] = field(default_factory=dict)
-    """Version -> lives of workers that were heard at the cut after which its weights changed."""
+    """Version -> worker processes whose answers the learner had read at the cut after which its weights changed."""
     kept: dict[str, tuple[TrajectoryFinished, Mapping[int, float], int]] = field(default_factory=dict)
-    """Trajectory -> its record, the old log-probs the learner found for it by token, and the version then resident."""
+    """Trajectory -> its record, its old log-probs by token, and the learner's version at that time."""
 
     def sampled(self, token: int, by: str, version: int, *, at: float) -> None:
-        """An engine sampled this token."""
+        """Record that an engine sampled this token."""
         self.tokens[token] = Token(by, version, at)
 
     def note(self, topic: str, records: Sequence[Record], by: str, *, at: float, replaced: bool = False) -> None:
-        """These were published, by this life of a worker or a learner, which another one has replaced."""
+        """Record published messages. `by`: the process; `replaced`: whether another learner has replaced it."""
         for message in (decode(topic, record.body) for record in records):
             match message:
                 case SegmentFlushed() | TrajectoryFinished():
@@ -115,7 +115,7 @@ class Judge:
                     assert topic == WORKERS
                     self.reached.append(Reached(by, at, message))
                 case WorkerAlive() | VersionApplied() if message.version >= 0:
-                    self.spoke[by].append(at)
+                    self.announced[by].append(at)
                 case OldLogprobsComputed():
                     assert topic == OLD_LOGPROBS
                     self._scored(message, replaced)
@@ -124,7 +124,7 @@ class Judge:
                     self.control.append((at, message))
 
     def changed(self, version: int, cut: int, answered: Sequence[str], *, heard_by: float) -> None:
-        """The weights of this version are gone, after this cut; by then the learner had heard of these workers."""
+        """Record that the version's weights changed after this cut, with the workers whose answers had been read."""
         self.counted.append((version, cut))
         self.cuts[version] = frozenset(
             answer.by
@@ -133,60 +133,65 @@ class Judge:
         )
 
     def keeps(self, record: TrajectoryFinished, old: Mapping[int, float], now: int) -> None:
-        """The learner has this trajectory, with these old log-probs by token; the last word of it counts."""
+        """Record a trajectory of the learner with its old log-probs by token; the last call counts."""
         self.kept[record.trajectory] = (record, old, now)
 
-    def verdict(self) -> None:
-        """Raise Violated unless every promise was kept."""
+    def check(self) -> None:
+        """Raises InvariantViolated if a check fails."""
         if self.problems:
-            raise Violated(self.problems[0])
-        self._nothing_behind_the_learners_back()
-        self._nobody_was_left_out_who_was_in_time()
-        self._nobody_gave_up_too_early()
+            raise InvariantViolated(self.problems[0])
+        self._check_no_sampling_after_an_answer()
+        self._check_answers_in_time_were_used()
+        self._check_no_early_release()
         for token, versions in self.scored.items():
             if versions != [self.tokens[token].version]:
-                raise Violated(f"token {token} of version {self.tokens[token].version} was scored by {versions}")
+                raise InvariantViolated(
+                    f"token {token} of version {self.tokens[token].version} was scored by {versions}"
+                )
         for record, old, now in self.kept.values():
-            self._is_whole(record, old, now)
+            self._check_kept(record, old, now)
 
     def deaths(self) -> int:
-        """Workers that sampled something before they died and something when they were started again."""
+        """Number of workers that sampled tokens both before a death and after the restart."""
         lives = {token.by for token in self.tokens.values()}
         return len(lives) - len({by.partition(".")[0] for by in lives})
 
     def unscored(self) -> int:
-        """Tokens of trajectories that were kept, without a score when they were needed."""
+        """Number of tokens of kept trajectories that had no score when training needed it."""
         return sum(
             token not in old and self.tokens[token].version != now
             for record, old, now in self.kept.values()
             for token, _ in trainable(record)
         )
 
-    def _is_whole(self, record: TrajectoryFinished, old: Mapping[int, float], now: int) -> None:
+    def _check_kept(self, record: TrajectoryFinished, old: Mapping[int, float], now: int) -> None:
         for token, version in trainable(record):
             what = f"{record.trajectory}: token {token} of version {version}"
             times = len(self.scored.get(token, ()))
             if token in old:
                 if old[token] != score_under(version):
-                    raise Violated(f"{what} was given {old[token]}")
-                if times != 1 and token not in self.scored_in_vain:
-                    raise Violated(f"{what} has a value, and {times} records of it")
+                    raise InvariantViolated(f"{what} has the wrong value {old[token]}")
+                if times != 1 and token not in self.scored_by_replaced:
+                    raise InvariantViolated(f"{what} has a value, but {times} records")
             elif version != now and not self._is_late(token):
-                raise Violated(f"{what} has no score at {now}, {times} records of it: {self.tokens[token]}")
+                raise InvariantViolated(f"{what} has no score at {now}, {times} records: {self.tokens[token]}")
 
     def _is_late(self, number: int) -> bool:
-        """Whether it was not on the log yet when its version's cut was asked for, and its worker was not heard in time,
-        or had given the learner up before it was sampled."""
+        """True if the token may lack a score.
+
+        That is, the token was not on the log when the cut of its version was requested, and the learner did not read
+        the worker's answer in time, or the worker had ended its hold before it sampled the token.
+        """
         token = self.tokens[number]
         asked = {m.cut: at for at, m in self.control if isinstance(m, CutRequested)}
         if any(self.sent_at[number] < asked[cut] for version, cut in self.counted if version == token.version):
             return False
         if token.by not in self.cuts.get(token.version, frozenset()):
             return True
-        return any(by == token.by and token.version <= held and at <= token.at for by, held, at in self.gave_up)
+        return any(by == token.by and token.version <= held and at <= token.at for by, held, at in self.released_holds)
 
-    def _nothing_behind_the_learners_back(self) -> None:
-        """After a worker's answer nothing of the cut's version before the log let it go on, and of older ones never."""
+    def _check_no_sampling_after_an_answer(self) -> None:
+        """After its answer a worker samples the cut's version only once released, and older versions never."""
         by_life = defaultdict(list)
         for number, token in self.tokens.items():
             by_life[token.by].append((number, token))
@@ -195,37 +200,37 @@ class Judge:
             for number, token in by_life[answer.by]:
                 late = token.version < version or (token.version == version and token.at < until)
                 if answer.at < token.at and late:
-                    raise Violated(f"token {number} was sampled behind {answer}: {token}, held until {until}")
+                    raise InvariantViolated(f"token {number} was sampled after {answer}: {token}, held until {until}")
 
-    def _nobody_was_left_out_who_was_in_time(self) -> None:
-        """A worker that the learner must have known of, and that had answered by the deadline, outages left aside."""
+    def _check_answers_in_time_were_used(self) -> None:
+        """The learner used every answer within the deadline (without outages) of a worker that it must count."""
         asked = {m.cut: (at, m) for at, m in self.control if isinstance(m, CutRequested)}
         for version, cut in self.counted:
             at, request = asked[cut]
             for answer in self.reached:
-                known = any(at - KNOWN_S < spoke < at for spoke in self.spoke[answer.by])
+                known = any(at - KNOWN_S < announced < at for announced in self.announced[answer.by])
                 in_time = self._well_s(at, answer.at) < request.deadline_s
                 if answer.message.cut == cut and known and in_time and answer.by not in self.cuts[version]:
-                    raise Violated(f"{answer} came in time for what was asked at {at}, and nobody waited")
+                    raise InvariantViolated(f"{answer} was in time for the cut at {at}, but was not used")
 
-    def _nobody_gave_up_too_early(self) -> None:
-        """A worker may take the learner for gone only when a log that was well was silent for so long."""
-        for by, held, until in self.gave_up:
+    def _check_no_early_release(self) -> None:
+        """A worker may end its hold only after HOLD_LIMIT_S without messages from the learner on a working log."""
+        for by, held, until in self.released_holds:
             last = max(at for at, _ in self.control if at <= until - MARGIN_S)
             last = max([last, *(back for gone, back in self.outages if back <= until and back - gone > NOTICED_S)])
             if until - last < HOLD_LIMIT_S - MARGIN_S:
-                raise Violated(f"{by} gave up version {held} at {until}, the learner could be heard until {last}")
+                raise InvariantViolated(f"{by} released version {held} at {until}; the last message was at {last}")
 
     def _well_s(self, start: float, stop: float) -> float:
-        """So long between these times the log was well; it answers again when an outage is over."""
+        """Seconds between these times without an outage of the log."""
         gone = sum(max(0.0, min(stop, back) - max(start, out)) for out, back in self.outages)
         return stop - start - gone
 
     def _held(self, answer: Reached) -> tuple[int, float]:
-        """The version that the worker held from its answer on, and until when."""
+        """Version that the worker held from its answer on, and the time when the hold ended."""
         versions = {m.cut: m.version for _, m in self.control if isinstance(m, CutRequested)}
         version = versions[answer.message.cut]
-        until = [at for by, held, at in self.gave_up if (by, held) == (answer.by, version) and at >= answer.at]
+        until = [at for by, held, at in self.released_holds if (by, held) == (answer.by, version) and at >= answer.at]
         asked = False
         for at, message in self.control:
             match message:
@@ -244,35 +249,35 @@ class Judge:
         self.sent_at |= {token: at for token in covered if token not in self.sent_at}
         for token, version in covered.items():
             if self.tokens[token].version != version:
-                self.problems.append(f"{message.trajectory}: {self.tokens[token]} is said to be of version {version}")
+                self.problems.append(f"{message.trajectory}: {self.tokens[token]} is labeled version {version}")
         if missing := [token for token in tokens if token in self.tokens and token not in covered]:
-            self.problems.append(f"{message.trajectory}: tokens {missing} were sampled, and no segment covers them")
+            self.problems.append(f"{message.trajectory}: no segment covers the sampled tokens {missing}")
 
-    def _scored(self, message: OldLogprobsComputed, in_vain: bool) -> None:
+    def _scored(self, message: OldLogprobsComputed, replaced: bool) -> None:
         digests = (
             (tokens, blake3(np.array(tokens[: message.stop], dtype="<i4").tobytes()).hexdigest())
             for tokens in self.sent[message.trajectory]
         )
         tokens = next((tokens for tokens, digest in digests if digest == message.prefix), None)
         if tokens is None or len(tokens) < message.stop:
-            self.problems.append(f"scores of tokens that nobody sent: {message}")
+            self.problems.append(f"scores of tokens that no worker sent: {message}")
             return
         values = np.frombuffer(message.values, dtype="<f4")
         for token, value in zip(tokens[message.start : message.stop], values, strict=True):
             if value != score_under(message.version):
                 self.problems.append(f"{message} was not computed by the weights of its version")
-            if in_vain:
-                self.scored_in_vain.add(token)
+            if replaced:
+                self.scored_by_replaced.add(token)
             else:
                 self.scored[token].append(message.version)
 
 
 def score_under(version: int) -> float:
-    """What the simulated learner's weights of this version give for any token; exact in float32."""
+    """Log-prob of any token under the simulated learner's weights of this version; exact in float32."""
     return -(version + 1) / 64
 
 
 def trainable(record: SegmentFlushed | TrajectoryFinished) -> list[tuple[int, int]]:
-    """Token and version of all that its segments cover."""
+    """Token and version of every token that a segment covers."""
     tokens = np.frombuffer(record.tokens, dtype="<i4")
     return [(int(tokens[i]), s.version) for s in record.segments for i in range(s.start, s.stop)]
