@@ -19,15 +19,15 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
-    """A finished run's folder, in which garbage was met and a dead letter sent again; not to be changed."""
+    """Folder of a finished run with garbage records and replayed dead letters. Tests must not change it."""
     folder = tmp_path_factory.mktemp("audited")
     home = folder / "scripted"
-    # a bound of 0, so that nothing can be overtaken: what is trained on is known
+    # with max_staleness 0 no trajectory goes stale, so the set of trained trajectories is known
     toml = scripted(folder, starting_model, versions=30, tokens_per_s=200.0)
     process = RunProcess(toml, "--learner.max_staleness=0")
     wait_for(lambda: len(history(home)) >= 1, process, name="version 1")
     (worker,) = process.services()["rollout"]
-    worker.suspend()  # so that the run does not end meanwhile
+    worker.suspend()  # the run must not end meanwhile
     bus = SqliteBus(home / "bus.sqlite")
     bus.publish(TRAJECTORIES, [Outgoing("g000001", b"\x00 garbage", {"trajectory": "g000001/1"}), Outgoing("?", b"")])
     wait_for(lambda: len(letters(bus)) == 2, process, name="two dead letters")
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
 
 @pytest.fixture
 def home(run: Path, tmp_path: Path) -> Path:
-    """A copy to meddle with."""
+    """A copy of the run that tests may change."""
     return Path(shutil.copytree(run, tmp_path / "scripted"))
 
 
@@ -79,10 +79,10 @@ def test_an_unchanged_run_has_no_inconsistencies(run: Path) -> None:
 
 def test_the_run_file_names_the_run_too_and_json_has_the_values(run: Path) -> None:
     done = program("palimpsest", "audit", run / "run.toml", "--json", "--quick")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["sound"], told["trajectories"]["trained"]) == (0, True, 480)
-    assert told["dead_letters"] == {"undecodable": 4}
-    assert len(told["notes"]) == 1, "what --quick left out"
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["sound"], report["trajectories"]["trained"]) == (0, True, 480)
+    assert report["dead_letters"] == {"undecodable": 4}
+    assert len(report["notes"]) == 1, "the note names the checks that --quick skips"
 
 
 def edit_the_ledger(home: Path) -> None:
@@ -163,7 +163,7 @@ def remove_the_letters(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("meddle", "kind", "says"),
+    ("meddle", "kind", "message"),
     [
         (edit_the_ledger, "checkpoint_damaged", "its manifest is not the one that the store accepted"),
         (edit_it_so_that_its_digest_holds, "recount", "counts 479 trajectories as trained, history.jsonl lists 480"),
@@ -185,12 +185,12 @@ def remove_the_letters(home: Path) -> None:
     ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_each_edited_file_gives_a_finding_with_a_remedy(
-    home: Path, meddle: Callable[[Path], None], kind: str, says: str
+    home: Path, meddle: Callable[[Path], None], kind: str, message: str
 ) -> None:
     meddle(home)
     done = audit(home)
     assert done.returncode == 1, done.stdout + done.stderr
-    (found, *_) = [line for line in done.stdout.splitlines() if f". {kind}: " in line and says in line]
+    (found, *_) = [line for line in done.stdout.splitlines() if f". {kind}: " in line and message in line]
     assert "restore" in found or "continue from" in found, "a remedy"
 
 
@@ -200,6 +200,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert "not the folder of a run" in done.stderr
 
 
-def test_the_newest_manifest_is_the_one_in_force(run: Path) -> None:
-    told = json.loads(audit(run, "--json", "--quick").stdout)
-    assert newest_manifest(run)["trained_versions"] == told["checkpoint"]["trained_versions"] == 30
+def test_the_newest_manifest_is_the_checkpoint_in_force(run: Path) -> None:
+    report = json.loads(audit(run, "--json", "--quick").stdout)
+    assert newest_manifest(run)["trained_versions"] == report["checkpoint"]["trained_versions"] == 30

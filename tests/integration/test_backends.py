@@ -1,4 +1,4 @@
-"""The servers of tests and trials: what they keep, whom they let in, and that nobody else's process is touched."""
+"""The servers of tools/backends: persistence, TLS, commands, and that they touch no foreign process."""
 
 import contextlib
 import io
@@ -61,13 +61,13 @@ def command(*words: str | Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where `up` keeps its servers; whatever a test leaves running there is stopped."""
+    """Folder for the servers of `up`; the fixture stops the servers after the test."""
     yield tmp_path / "with blank"
     command("down", tmp_path / "with blank")
 
 
 def processes(folder: Path) -> list[Identity]:
-    """Those that the records in this folder name."""
+    """Processes that the process.json files of this folder name."""
     read = [Identity.read(folder / name / "process.json") for name in ("kafka", "minio")]
     return [process for process in read if process is not None]
 
@@ -84,7 +84,7 @@ def create_topic(settings: dict[str, object]) -> None:
 
 
 def append(settings: dict[str, object], values: list[bytes]) -> None:
-    """Every record acknowledged."""
+    """Append records and wait for their acknowledgements."""
     producer = kafka_python.KafkaProducer(acks="all", **settings)
     for sent in [producer.send(TOPIC, value) for value in values]:
         sent.get(timeout=LIMIT_S)
@@ -92,7 +92,7 @@ def append(settings: dict[str, object], values: list[bytes]) -> None:
 
 
 def records(settings: dict[str, object], count: int) -> list[bytes]:
-    """The first so many of the topic."""
+    """First `count` records of the topic."""
     partition = kafka_python.TopicPartition(TOPIC, 0)
     consumer = kafka_python.KafkaConsumer(auto_offset_reset="none", enable_auto_commit=False, **settings)
     consumer.assign([partition])
@@ -103,7 +103,7 @@ def records(settings: dict[str, object], count: int) -> list[bytes]:
     return found
 
 
-def test_up_starts_both_prints_how_to_reach_them_and_does_nothing_the_second_time(folder: Path) -> None:
+def test_up_starts_both_servers_prints_their_addresses_and_is_idempotent(folder: Path) -> None:
     chosen = chosen_ports()
     first = command("up", folder, *chosen)
     assert first.returncode == ExitCode.DONE, first.stderr
@@ -137,10 +137,10 @@ def test_up_starts_both_prints_how_to_reach_them_and_does_nothing_the_second_tim
     assert "did not run" in command("down", folder).stdout
 
     assert command("up", folder).returncode == ExitCode.DONE
-    assert s3_client(minio).bucket_exists("kept")  # on the same port, with the same credentials
+    assert s3_client(minio).bucket_exists("kept")  # same port and credentials as before
 
 
-def test_down_leaves_alone_a_process_that_has_the_number_of_one_that_ran(folder: Path) -> None:
+def test_down_does_not_kill_a_foreign_process_with_a_recycled_pid(folder: Path) -> None:
     with subprocess.Popen(["sleep", "600"]) as foreign, contextlib.ExitStack() as at_last:
         at_last.callback(foreign.kill)
         identity = Identity.of(foreign.pid)
@@ -157,7 +157,7 @@ def test_down_leaves_alone_a_process_that_has_the_number_of_one_that_ran(folder:
         assert processes(folder) == []
 
 
-def test_a_port_that_is_taken_is_refused_by_number_and_nothing_is_left_running(folder: Path) -> None:
+def test_up_refuses_a_port_in_use_and_leaves_no_process(folder: Path) -> None:
     with socket.create_server((ports.HOST, port := ports.free())):
         refused = command("up", folder, "--kafka-port", str(port))
     assert refused.returncode == ExitCode.UNAVAILABLE
@@ -166,11 +166,11 @@ def test_a_port_that_is_taken_is_refused_by_number_and_nothing_is_left_running(f
     assert processes(folder) == []
 
 
-def test_ctrl_c_while_kafka_starts_leaves_nothing_half_started(folder: Path) -> None:
+def test_ctrl_c_while_kafka_starts_leaves_no_process(folder: Path) -> None:
     words = [sys.executable, "-m", "tools.backends", "up", str(folder), *chosen_ports()]
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     ) as up:  # fmt: skip
         until(lambda: processes(folder) != [])
         (kafka,) = processes(folder)
@@ -182,7 +182,7 @@ def test_ctrl_c_while_kafka_starts_leaves_nothing_half_started(folder: Path) -> 
     assert processes(folder) == []
 
 
-def test_a_server_outlives_the_thread_that_started_it_and_not_the_process(tmp_path: Path) -> None:
+def test_a_server_outlives_the_thread_that_started_it_but_not_the_process(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", IN_A_THREAD_THAT_ENDS, str(tmp_path)],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -196,7 +196,7 @@ def test_a_server_outlives_the_thread_that_started_it_and_not_the_process(tmp_pa
     until(lambda: not server.alive)
 
 
-def test_kafka_answers_again_after_a_pause_and_keeps_acknowledged_records_over_a_kill(tmp_path: Path) -> None:
+def test_kafka_survives_a_pause_and_keeps_acknowledged_records_after_a_kill(tmp_path: Path) -> None:
     with Kafka(tmp_path) as kafka:
         answers_again_after_a_pause(kafka)
         settings = kafka_client(kafka)
@@ -211,7 +211,7 @@ def test_kafka_answers_again_after_a_pause_and_keeps_acknowledged_records_over_a
     assert not kafka.running
 
 
-def test_minio_answers_again_after_a_pause_and_keeps_objects_over_a_kill(tmp_path: Path) -> None:
+def test_minio_survives_a_pause_and_keeps_objects_after_a_kill(tmp_path: Path) -> None:
     body = os.urandom(3 << 20)
     with Minio(tmp_path) as minio:
         answers_again_after_a_pause(minio)
@@ -232,16 +232,16 @@ def answers_again_after_a_pause(server: Kafka | Minio) -> None:
     until(server.answers)
 
 
-def test_a_server_that_cannot_start_is_refused_with_the_end_of_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(tmp_path: Path) -> None:
     kafka = Kafka(tmp_path / "kafka")
-    (kafka.folder / "data").mkdir()  # and nothing in it
+    (kafka.folder / "data").mkdir()  # an empty folder is invalid
     with pytest.raises(UserError, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as refusal:
         kafka.start()
     assert refusal.value.code == ExitCode.UNAVAILABLE
     assert not kafka.running
 
 
-def test_minio_over_tls_is_checked_against_its_authority(tmp_path: Path) -> None:
+def test_clients_verify_the_certificate_of_minio(tmp_path: Path) -> None:
     with Minio(tmp_path, tls=True) as minio:
         client = s3_client(minio)
         client.make_bucket("kept")

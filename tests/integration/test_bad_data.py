@@ -1,6 +1,6 @@
-"""What can go wrong under a run that goes on: its disk, its store, its log, its environments, its engine.
+"""Faults of the disk, store, log, environments and engine of a run.
 
-Either the run goes on and every trajectory is accounted for, or it ends with a sentence and can be gone on with.
+Either the run continues and accounts for every trajectory, or it ends with an error message and can be resumed.
 """
 
 import json
@@ -42,14 +42,14 @@ AWKWARD = {
     "not_a_number": "NotANumber",
     "nothing": "Nothing",
 }
-"""Environments that cannot be trained on -> their classes."""
+"""Failing environments -> their classes."""
 GARBAGE = (b"\x00 garbage", b"\xff garbage", b"")
 
 
 class Disk:
-    """A folder whose disk can be filled under a run: a small one of its own, if this process may mount one.
+    """A folder whose disk a test can fill: a small tmpfs, if this process may mount one.
 
-    Elsewhere a limit on the size of the learner's files takes its place: a write fails just as for want of space.
+    Otherwise a limit on the size of the learner's files replaces it: writes fail in the same way.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class Disk:
         self.says = "the disk is full" if self.own else "a file has grown to the size limit (ulimit -f)"
 
     def fill(self, run: RunProcess) -> None:
-        """Leave no room for the next checkpoint at least."""
+        """Leave too little space for the next checkpoint."""
         if self.own:
             with (self.folder / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
                 while ballast.write(bytes(1 << 16)):
@@ -71,11 +71,11 @@ class Disk:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (state.stat().st_size - 1, resource.RLIM_INFINITY))
 
     def free(self) -> None:
-        """Make room again."""
+        """Free the space."""
         (self.folder / "ballast").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give it back."""
+        """Unmount the folder."""
         if self.own:
             subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
 
@@ -92,7 +92,7 @@ Start = Callable[..., RunProcess]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts runs; what still lives of them when the test is over is killed."""
+    """Start runs; the fixture kills their remaining processes after the test."""
     started: list[RunProcess] = []
 
     def start(*arguments: str | Path, environment: dict[str, str] | None = None) -> RunProcess:
@@ -106,12 +106,12 @@ def start() -> Iterator[Start]:
 
 
 def trained(home: Path, versions: int, run: RunProcess) -> None:
-    """Wait until so many versions are trained."""
+    """Wait until `versions` versions are trained."""
     wait_for(lambda: len(history(home)) >= versions, run, name=f"version {versions}")
 
 
 def records(home: Path, topic: str) -> Iterator[Any]:
-    """Every record of the topic, as it stands on the log."""
+    """Every record of the topic on the log."""
     bus = SqliteBus(home / "bus.sqlite")
     with bus.consumer(topic) as consumer:
         while found := consumer.poll(limit=1000, timeout_s=0):
@@ -120,12 +120,12 @@ def records(home: Path, topic: str) -> Iterator[Any]:
 
 
 def letters(home: Path) -> list[Any]:
-    """The dead letters."""
+    """Decoded dead letters of the run."""
     return [decode(DEAD_LETTERS, record.body) for record in records(home, DEAD_LETTERS)]
 
 
 def refused(run: RunProcess, code: int, *says: str) -> str:
-    """The run ends with this exit code, these words, and no traceback; all it said."""
+    """Assert that the run ends with this exit code and these texts, without a traceback. Returns its output."""
     ended, output = run.finish()
     assert ended == code, output
     for words in says:
@@ -135,7 +135,7 @@ def refused(run: RunProcess, code: int, *says: str) -> str:
 
 
 def done(run: RunProcess, home: Path, versions: int) -> dict[str, Any]:
-    """The run comes to its end, and its ledger balances; its summary."""
+    """Assert that the run finishes and its ledger balances. Returns its summary."""
     code, output = run.finish()
     assert code == 0, output
     ledger = check_ledger(home)
@@ -148,7 +148,7 @@ def done(run: RunProcess, home: Path, versions: int) -> dict[str, Any]:
 
 @contextmanager
 def truncated(paths: Iterable[Path]) -> Iterator[None]:
-    """These files have lost their second half."""
+    """Truncate these files to their first half inside the block."""
     whole = {path: path.read_bytes() for path in set(paths)}
     for path, body in whole.items():
         path.write_bytes(body[: len(body) // 2])
@@ -157,11 +157,11 @@ def truncated(paths: Iterable[Path]) -> Iterator[None]:
         path.write_bytes(body)
 
 
-def test_a_run_goes_on_after_a_full_disk_and_a_damaged_store(
+def test_a_run_resumes_after_a_full_disk_and_a_damaged_store(
     start: Start, disk: Disk, tmp_path: Path, starting_model: Path
 ) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=30), disk.folder / "scripted"
-    # the decay makes the weights of each version others than those before: the store keeps equal ones once
+    # the decay changes the weights with every version; the store would keep equal weights once
     run = start(toml, f"--run.folder={disk.folder}", "--learner.optimizer.weight_decay=50.0")
     trained(home, 3, run)
     disk.fill(run)
@@ -208,7 +208,9 @@ def test_garbage_on_the_log_and_from_environments_is_accounted_for(
     assert all(letter.reason.startswith(f"{letter.topic}: ") for letter in letters(home))
     assert summary["dead_letters"] == {CONTROL: 2, TASKS: 2, TRAJECTORIES: 3, WORKERS: 2}
     assert {letter.cause for letter in letters(home)} == {RejectCause.UNDECODABLE}
-    assert summary["trajectories"]["dead_lettered"] <= 1, "the one that the garbage names, unless it came in time"
+    assert summary["trajectories"]["dead_lettered"] <= 1, (
+        "the trajectory that the garbage names, unless it arrived first"
+    )
 
     sound = (record.body for record in records(home, TRAJECTORIES) if record.body not in GARBAGE)
     ended = [decode(TRAJECTORIES, body) for body in sound]
@@ -236,9 +238,7 @@ def test_an_environment_that_always_fails_ends_the_run(start: Start, tmp_path: P
     assert "environment_raised: LookupError: no such turn" in (home / "logs" / "worker-0.log").read_text()
 
 
-def test_an_engine_that_computes_something_else_ends_the_run(
-    start: Start, tmp_path: Path, starting_model: Path
-) -> None:
+def test_an_engine_with_wrong_log_probs_ends_the_run(start: Start, tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     run = start(toml, environment={"PALIMPSEST_FAULT": "rollout.scripted_canary"})
     refused(
@@ -247,4 +247,4 @@ def test_an_engine_that_computes_something_else_ends_the_run(
     )  # fmt: skip
     summary = json.loads((home / "summary.json").read_text())
     assert (summary["refused_versions"], summary["canary_error_max"]) == (1, pytest.approx(0.5))
-    assert list(records(home, TRAJECTORIES)) == [], "nothing that it sampled has left the worker"
+    assert list(records(home, TRAJECTORIES)) == [], "the worker must not publish samples of an unverified version"

@@ -1,4 +1,4 @@
-"""What a person can get wrong: one clear sentence on it, the exit code for it, and never a traceback."""
+"""User errors: each gives one clear message and its exit code, and no traceback."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ WITHIN_S = 120.0
 
 
 def ended(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code of the program, run to its end, and all it said."""
+    """Run the program to its end. Returns its exit code and its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
@@ -34,9 +34,9 @@ def ended(module: str, *arguments: str | Path, environment: dict[str, str] | Non
 
 
 def refused(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """The same without a process: for what is refused before a program touches logs, signals or folders."""
-    said = answered(module, *arguments, environment=environment)
-    return said.code, said.out + said.err
+    """Like `ended`, in this process: for errors before the program configures logs, signals or folders."""
+    answer = answered(module, *arguments, environment=environment)
+    return answer.code, answer.out + answer.err
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def toml(tmp_path: Path, starting_model: Path) -> Path:
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that another program holds."""
+    """A port in use."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -67,14 +67,14 @@ def taken() -> Iterator[int]:
         ("--rollout.top_p=0.9", "rollout.top_p is not a key of [rollout]; it has "),
     ],
 )
-def test_a_flag_that_cannot_be_used(toml: Path, flag: str, says: str) -> None:
+def test_an_invalid_flag_is_refused(toml: Path, flag: str, says: str) -> None:
     code, output = refused("palimpsest", "run", toml, flag)
     assert code == 2
     assert output.startswith(f"{flag.partition('=')[0]}: {says}")
-    assert list(toml.parent.iterdir()) == [toml], "no run was begun"
+    assert list(toml.parent.iterdir()) == [toml], "no run started"
 
 
-def test_every_mistake_is_told_at_once_with_the_layer_it_came_from(toml: Path) -> None:
+def test_all_configuration_errors_are_listed_with_their_source(toml: Path) -> None:
     written = toml.read_text().replace("samples_per_group = 4", 'samples_per_group = "four"')
     toml.write_text(written.replace("max_turns", "max_turn"))
     code, output = refused(
@@ -120,7 +120,7 @@ def without_tokenizer(folder: Path, starting: Path) -> None:
         (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): it takes a"),
     ],
 )
-def test_a_model_folder_that_cannot_be_read(
+def test_an_unreadable_model_folder_is_refused(
     toml: Path, tmp_path: Path, starting_model: Path, make: Callable[[Path, Path], None], says: str
 ) -> None:
     model = tmp_path / "model"
@@ -128,11 +128,11 @@ def test_a_model_folder_that_cannot_be_read(
     code, output = refused("palimpsest", "run", toml, f"--model.path={model}")
     assert code == 2
     assert output.startswith(says.format(model=model))
-    assert not (tmp_path / "scripted").exists(), "no run was begun"
+    assert not (tmp_path / "scripted").exists(), "no run started"
 
 
 @pytest.mark.servers
-def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_model: Path) -> None:
+def test_a_model_without_a_chat_template_is_refused(toml: Path, tmp_path: Path, starting_model: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(starting_model, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
     code, output = ended("palimpsest.services.rollout", toml, f"--model.path={model}")
@@ -145,8 +145,8 @@ def test_a_model_without_a_chat_template(toml: Path, tmp_path: Path, starting_mo
     "program",
     ["palimpsest", "palimpsest.services.rollout", "palimpsest.services.snapshot_store", "palimpsest.services.learner"],
 )
-def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
-    """Nobody can make a folder below a file, root included."""
+def test_an_unwritable_run_folder_is_refused(toml: Path, program: str) -> None:
+    """No user, not even root, can create a folder below a file."""
     command = ("run",) if program == "palimpsest" else ()
     code, output = ended(program, *command, toml, f"--run.folder={toml}")
     assert code == 2
@@ -156,7 +156,7 @@ def test_a_run_folder_that_cannot_be_written(toml: Path, program: str) -> None:
 
 @pytest.mark.servers
 @pytest.mark.parametrize("service", ["snapshot_store", "env_gateway"])
-def test_a_port_that_is_taken(toml: Path, taken: int, service: str) -> None:
+def test_a_service_refuses_a_port_in_use(toml: Path, taken: int, service: str) -> None:
     code, output = ended(f"palimpsest.services.{service}", toml, f"--{service}.port={taken}")
     assert code == 3
     assert output.startswith(f"port {taken} on 127.0.0.1 is in use: stop the program that holds it")
@@ -164,7 +164,7 @@ def test_a_port_that_is_taken(toml: Path, taken: int, service: str) -> None:
 
 
 @pytest.mark.servers
-def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
+def test_a_port_in_use_ends_the_run(toml: Path, taken: int) -> None:
     code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
     assert code == 3, output
     assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that holds it" in output
@@ -172,13 +172,13 @@ def test_a_port_that_is_taken_ends_the_run(toml: Path, taken: int) -> None:
     assert "Traceback" not in output
 
 
-def test_a_folder_without_a_run_cannot_be_gone_on_with(toml: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_cannot_be_resumed(toml: Path, tmp_path: Path) -> None:
     for arguments in (("--resume", tmp_path), (toml, "--resume", tmp_path)):
         code, output = ended("palimpsest", "run", *arguments)
         assert (code, output) == (2, f"--resume {tmp_path}: not the folder of a run (it has no run.toml)\n")
 
 
-def test_a_run_goes_on_with_its_own_configuration_only(toml: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_own_configuration_only(toml: Path, tmp_path: Path) -> None:
     home = tmp_path / "scripted"
     home.mkdir()
     code, resolved = ended("palimpsest", "run", toml, "--check")

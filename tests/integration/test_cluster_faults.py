@@ -1,10 +1,10 @@
-"""The run over a real Kafka and a real MinIO, with everything killed under it: nothing is lost, nothing counted twice,
-and the weights at the end are those of the run that nothing happened to.
+"""A run over a real Kafka and a real MinIO with every kind of fault loses nothing, counts nothing twice, and ends with
+the same weights as a run without faults.
 
-One run meets every fault, one after another; `--faults=killed,paused` (pytest) leaves the others out.
+One run has all faults, one after another; `--faults=killed,paused` (of pytest) selects some.
 
-Rollouts are scripted and the staleness bound is 0, so that every token's version, and with it the weights, follows
-from the seed alone: what a fault changes in the training, the digest of the last version shows.
+Rollouts are scripted and max_staleness is 0, so the seed alone determines every token's version and the weights. If a
+fault changes the training, the digest of the last version differs.
 """
 
 import random
@@ -39,20 +39,20 @@ from tools.backends import ports
 
 pytestmark = pytest.mark.servers
 VERSIONS = 24
-"""The faults wait for 15; the rest is for what is trained while this test looks elsewhere."""
+"""The faults wait for 15 versions; the others are trained in between."""
 OUTAGE_S = 12.0
-"""Longer than a consumer's lease (10 s), so that its partitions are another's when the log is back."""
+"""Longer than a consumer's lease (10 s), so that its partitions have moved when the log is back."""
 WORKERS = ("worker-0", "worker-1")
 REPEATABLE = (
     "--learner.max_staleness=0",
     f"--learner.versions={VERSIONS}",
-    "--tasks.time_limit_s=3600",  # an outage must not drop anything: the clean run does not either
+    "--tasks.time_limit_s=3600",  # an outage must not drop trajectories, since the clean run drops none
     "--rollout.attempts=100",
 )
 
 
 class Faulty:
-    """A run over several machines, each service started by itself: nobody but this test starts one again."""
+    """A run as on several machines: the test starts and restarts every service itself."""
 
     def __init__(self, cluster: Cluster, toml: Path, name: str) -> None:
         self.cluster, self.name = cluster, name
@@ -70,42 +70,42 @@ class Faulty:
         self.learner = self.another_learner()
 
     def server(self, name: str) -> None:
-        """The store or the gateway, started."""
+        """Start the store or the gateway."""
         self.services.start(name, name)
 
     def worker(self, name: str) -> None:
-        """A rollout worker, started."""
+        """Start a rollout worker."""
         self.services.start(name, "rollout", f"--rollout.worker={name}", f"--rollout.port={ports.free()}")
 
     def another_learner(self) -> str:
-        """A learner of two ranks, started; its name."""
+        """Start a learner of two ranks. Returns its name."""
         self.learners += 1
         name = f"learner-{self.learners}"
         self.services.ranks(name, 2)
         return name
 
     def ranks(self) -> list[psutil.Process]:
-        """The present learner's two."""
+        """Processes of the present learner's two ranks."""
         family = psutil.Process(self.services.process(self.learner).pid).children(recursive=True)
         return [process for process in family if "palimpsest.services.learner" in process.cmdline()]
 
     def versions(self, more: int) -> None:
-        """Wait until so many further versions are trained. Nobody may end badly of itself meanwhile."""
-        wanted = len(history(self.home)) + more
-        assert wanted <= VERSIONS, "the run is too short for so many faults"
+        """Wait until `more` further versions are trained. No service may fail meanwhile."""
+        expected = len(history(self.home)) + more
+        assert expected <= VERSIONS, "the run is too short for all faults"
         self.services.until(
-            lambda: bool(self.services.died()) or len(history(self.home)) >= wanted, f"version {wanted}"
+            lambda: bool(self.services.died()) or len(history(self.home)) >= expected, f"version {expected}"
         )
         assert self.services.died() == {}
 
     def sound(self) -> dict[str, Any]:
-        """What the audit says now; nothing may be wrong."""
-        said = self.cluster.audit(self.home)
-        assert said["sound"], said["findings"]
-        return said
+        """Assert that the audit finds no fault now. Returns its report."""
+        report = self.cluster.audit(self.home)
+        assert report["sound"], report["findings"]
+        return report
 
     def finished(self) -> dict[str, Any]:
-        """Wait for the end; what the audit says then."""
+        """Wait for the end of the run. Returns the report of the audit."""
         self.versions(VERSIONS - len(history(self.home)))
         assert self.services.forget(self.learner) == 0
         return self.sound()
@@ -113,39 +113,39 @@ class Faulty:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of this file alone: its test stops them."""
+    """Servers of this file only: its test stops them."""
     with cluster(tmp_path_factory.mktemp("cluster")) as both:
         yield both
 
 
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
-    """The run file of both runs."""
+    """Run file of the clean and the faulty run."""
     return scripted(tmp_path_factory.mktemp("runs"), starting_model, versions=VERSIONS, tokens_per_s=50.0)
 
 
 @pytest.fixture(scope="module")
 def clean(servers: Cluster, toml: Path) -> str:
-    """Digest of the last version of the run that nothing happens to, under the supervisor."""
+    """Digest of the last version of a run without faults, under the supervisor."""
     code, output = servers.run(toml, *REPEATABLE, "--run.id=clean").finish()
     assert code == 0, output[-3000:]
     return digest(servers.audit(toml.parent / "clean"))
 
 
-def digest(said: dict[str, Any]) -> str:
-    """That of the last version, when every trajectory was trained on and nothing else is on the ledger."""
-    assert said["sound"], said["findings"]
-    assert said["trajectories"] == {
+def digest(report: dict[str, Any]) -> str:
+    """Digest of the last version. Asserts that every offered trajectory was trained on."""
+    assert report["sound"], report["findings"]
+    assert report["trajectories"] == {
         "offered": 16 * VERSIONS, "trained": 16 * VERSIONS, "dropped": {}, "dead_lettered": 0, "pending": 0
     }  # fmt: skip
-    last = said["versions"][-1]
+    last = report["versions"][-1]
     assert last["version"] == VERSIONS
     found: str = last["digest"]
     return found
 
 
 def killed_services(run: Faulty) -> None:
-    """Both workers at once, then the gateway, the store, the learner: each is started again."""
+    """Kill and restart both workers together, then the gateway, the store and the learner."""
     for name in WORKERS:
         run.services.kill(name)
     for name in WORKERS:
@@ -160,7 +160,7 @@ def killed_services(run: Faulty) -> None:
 
 
 def a_killed_rank(run: Faulty) -> None:
-    """One of two: the other must not go on without it."""
+    """Kill one of two ranks: the other must not continue."""
     (one, _) = run.ranks()
     one.kill()
     assert run.services.forget(run.learner) != 0
@@ -168,7 +168,7 @@ def a_killed_rank(run: Faulty) -> None:
 
 
 def outages(run: Faulty) -> None:
-    """Of the log, long and short, and of the object store: they cost time, not processes."""
+    """A long and a short outage of the log, and one of the object store. No process may end."""
     run.cluster.kafka.kill()
     time.sleep(OUTAGE_S)
     run.cluster.kafka.start()
@@ -182,7 +182,7 @@ def outages(run: Faulty) -> None:
 
 
 def poison(run: str, group: str) -> Iterator[tuple[RejectCause, Outgoing]]:
-    """Records that no one can use, and what each has to be buried as. `group`: one that was offered."""
+    """Invalid records, each with its expected cause of rejection. `group`: an offered group."""
     index = int(group[1:])
 
     def finished(*segments: Segment, **changes: Any) -> Outgoing:
@@ -206,7 +206,7 @@ def poison(run: str, group: str) -> Iterator[tuple[RejectCause, Outgoing]]:
 
 
 def bad_records(run: Faulty) -> list[RejectCause]:
-    """Poison, then everything that was said so far twice more, in any order; the causes of the poison."""
+    """Publish invalid records, then two copies of all earlier records in random order. Returns the expected causes."""
     with closing(KafkaBus(Connection(run.cluster.kafka.servers, {}), prefix=f"palimpsest.{run.name}.")) as bus:
         bad = list(poison(run.name, "g000000"))
         bus.publish(TRAJECTORIES, [record for _, record in bad])
@@ -220,8 +220,8 @@ def bad_records(run: Faulty) -> list[RejectCause]:
     return [cause for cause, _ in bad]
 
 
-def a_learner_that_stood_still(run: Faulty) -> None:
-    """It wakes when another has taken over, and ends."""
+def a_paused_learner(run: Faulty) -> None:
+    """A paused learner ends when it resumes after its replacement."""
     ranks = run.ranks()
     for rank in ranks:
         rank.suspend()
@@ -238,22 +238,24 @@ FAULTS: dict[str, Callable[[Faulty], list[RejectCause] | None]] = {
     "rank": a_killed_rank,
     "outages": outages,
     "records": bad_records,
-    "paused": a_learner_that_stood_still,
+    "paused": a_paused_learner,
 }
 
 
-def test_faults_change_nothing(servers: Cluster, toml: Path, clean: str, pytestconfig: pytest.Config) -> None:
+def test_faults_do_not_change_the_trained_weights(
+    servers: Cluster, toml: Path, clean: str, pytestconfig: pytest.Config
+) -> None:
     chosen = pytestconfig.getoption("--faults")
     run, buried = Faulty(servers, toml, "faulty"), list[RejectCause]()
     try:
         for name in chosen.split(",") if chosen else FAULTS:
             run.versions(1)
-            print(f"version {len(history(run.home))}: {name}")  # a failure shows which came last
+            print(f"version {len(history(run.home))}: {name}")  # shows the last fault if the test fails
             buried += FAULTS[name](run) or []
-        said = run.finished()
+        report = run.finished()
     finally:
         run.services.end()
-    assert digest(said) == clean
-    assert said["writer"] == run.learners
-    assert said["dead_letters"] == {cause.value: n for cause, n in Counter(buried).items()}
-    assert said["duplicates"] >= run.repeated
+    assert digest(report) == clean
+    assert report["writer"] == run.learners
+    assert report["dead_letters"] == {cause.value: n for cause, n in Counter(buried).items()}
+    assert report["duplicates"] >= run.repeated

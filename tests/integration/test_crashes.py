@@ -1,4 +1,4 @@
-"""Whatever is killed and whenever: the run goes on, the ledger balances, no trajectory is trained twice."""
+"""Runs survive killed processes: the ledger balances and no trajectory is trained twice."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.servers
 SEED = 20261121
 
 
-def test_every_service_killed_at_a_random_point(tmp_path: Path, starting_model: Path) -> None:
+def test_a_run_survives_the_kill_of_every_service_at_a_random_time(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=400), tmp_path / "scripted"
     run = RunProcess(toml, "--local.restarts=20")
     try:
@@ -31,7 +31,7 @@ def test_every_service_killed_at_a_random_point(tmp_path: Path, starting_model: 
     assert ledger["trained"] >= 7 * 16
 
 
-def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Path, starting_model: Path) -> None:
+def test_a_run_resumes_after_a_kill_of_all_its_processes(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=12), tmp_path / "scripted"
     for versions in (2, 5):
         arguments = (toml,) if versions == 2 else (toml, "--resume", home)
@@ -50,8 +50,8 @@ def test_the_supervisor_and_all_its_services_die_at_once_and_resume(tmp_path: Pa
     assert newest_manifest(home)["trained_versions"] == 12
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, starting_model: Path) -> None:
-    """Else the old learner trains on beside its successor: torchrun's ranks are not in its process group."""
+def test_the_ranks_end_when_their_launcher_is_killed(tmp_path: Path, starting_model: Path) -> None:
+    """Otherwise the old ranks would train on while their successor runs: they are not in torchrun's process group."""
     toml, home = scripted(tmp_path, starting_model, versions=8), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2")
     try:
@@ -68,8 +68,8 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, startin
     assert len(history(home)) == 8
 
 
-def test_a_learner_that_dies_inside_a_checkpoint(tmp_path: Path, starting_model: Path) -> None:
-    """Of all places where a process may die, one with real processes; test_learner_schedules.py tries every one."""
+def test_a_run_survives_a_learner_that_dies_inside_a_checkpoint(tmp_path: Path, starting_model: Path) -> None:
+    """One failpoint with real processes; test_learner_schedules.py tests all of them."""
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     marker = tmp_path / "it happened"
     fault = {"PALIMPSEST_FAULT": "learner.inside_checkpoint:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
@@ -78,19 +78,17 @@ def test_a_learner_that_dies_inside_a_checkpoint(tmp_path: Path, starting_model:
     assert code == 0, output[-3000:]
     check_ledger(home)
     assert len(history(home)) == 4
-    assert marker.exists(), "the fault was never reached"
+    assert marker.exists(), "the run did not reach the failpoint"
 
 
-def test_a_worker_that_always_dies_at_its_start_ends_the_run_with_its_cause(
-    tmp_path: Path, starting_model: Path
-) -> None:
+def test_a_worker_that_always_dies_at_startup_ends_the_run_with_the_cause(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     run = RunProcess(toml, "--local.restarts=99", environment={"PALIMPSEST_FAULT": "rollout.start"})
     code, output = run.finish(within_s=LIMIT_S)
     assert code == 1, output
-    said = " ".join(output.split())
-    assert "! worker-0 was ended by SIGKILL after" in said
-    assert "it restarts in 1 s" in said
-    assert "worker-0 died 3 times in a row in the same way, before it did any work. It was ended by SIGKILL" in said
-    assert f"its log: {home}/logs/worker-0.log" in said
-    assert f"-m palimpsest run --resume {home}" in said
+    text = " ".join(output.split())
+    assert "! worker-0 was ended by SIGKILL after" in text
+    assert "it restarts in 1 s" in text
+    assert "worker-0 died 3 times in a row in the same way, before it did any work. It was ended by SIGKILL" in text
+    assert f"its log: {home}/logs/worker-0.log" in text
+    assert f"-m palimpsest run --resume {home}" in text

@@ -1,4 +1,4 @@
-"""A run over several environments at once, one of them in processes of its own."""
+"""A run with several environments, one of them in child processes."""
 
 import json
 from collections import defaultdict
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.servers
 CHAIN_SUM = "reasoning_gym.chain_sum"
 VERSIONS = 5
 SHARES = {"lookup": 1.0, "hop": 1.0, "add": 1.0, CHAIN_SUM: 3.0}
-"""So much of the slow one that the others alone do not fill the versions, however far they overtake it."""
+"""Shares. The slow environment has enough that the others alone cannot fill all versions."""
 MADE_VERSIONS = {"lookup": "1", "hop": "1", "add": "1", CHAIN_SUM: ReasoningGymTask.version}
 FLAG = "--tasks.environments={" + ", ".join(f'"{name}" = {share}' for name, share in SHARES.items()) + "}"
 
@@ -27,7 +27,7 @@ TEXTS = f"--rollout.engine.texts={json.dumps([*CALLS, '7'])}"
 
 
 def finished(home: Path) -> dict[str, TrajectoryFinished]:
-    """Id -> what the workers published."""
+    """Trajectory id -> record that the workers published."""
     bus = SqliteBus(home / "bus.sqlite")
     found = {}
     with bus.consumer(TRAJECTORIES) as consumer:
@@ -40,7 +40,7 @@ def finished(home: Path) -> dict[str, TrajectoryFinished]:
     return found
 
 
-def test_every_environment_of_a_mixed_run_is_trained_on(tmp_path: Path, starting_model: Path) -> None:
+def test_a_run_trains_on_every_environment(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=VERSIONS), tmp_path / "scripted"
     run = RunProcess(toml, FLAG, TEXTS, "--sampling.max_trajectory_tokens=400")
     try:
@@ -66,4 +66,4 @@ def test_every_environment_of_a_mixed_run_is_trained_on(tmp_path: Path, starting
         assert all(t.reward == pytest.approx(sum(t.reward_parts.values())) for t in trajectories)
         assert {t.attempt for t in trajectories} == {0}
     assert len({t.reward for t in trained["lookup"]}) > 1
-    assert {t.turns for t in trained[CHAIN_SUM]} > {1}  # answered at once, and after the calculator
+    assert {t.turns for t in trained[CHAIN_SUM]} > {1}  # immediate answers, and answers after the calculator

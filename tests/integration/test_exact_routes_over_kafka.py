@@ -1,6 +1,6 @@
-"""Replicas and interruption over a real Kafka: what was said over the log is what plain transformers say.
+"""Replicas and interruption over a real Kafka: old log-probs on the log equal those of plain transformers.
 
-The engine is scripted and slow, so that trajectories are alive while versions change.
+The engine is scripted and slow, so trajectories are in progress while versions change.
 """
 
 from collections import defaultdict
@@ -20,13 +20,13 @@ from tools.backends.kafka import Kafka
 pytestmark = pytest.mark.servers
 VERSIONS = 8
 LAYOUTS = 5e-3
-"""Largest difference that another padding makes to a log-prob of the small bf16 model, in nats."""
+"""Nats. Largest effect of padding on a log-prob of the small bf16 model."""
 
 
 def finished(
     kind: str, kafka: Kafka, folder: Path, model: Path, *flags: str, environment: dict[str, str] | None = None
 ) -> Path:
-    """The folder of a run that came to its end: two rollout workers, every version kept and every batch recorded."""
+    """Folder of a finished run with two rollout workers, every version kept and every batch recorded."""
     run = RunProcess(
         scripted(folder, model, versions=VERSIONS, tokens_per_s=4.0),
         "--bus.kind=kafka",
@@ -50,12 +50,12 @@ def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
         return [decode(topic, record.body) for record in read_existing(bus, topic)]
 
 
-def check(home: Path, model: Path, said: list[Any]) -> None:
-    """Every trajectory is accounted for; every trained token has one old log-prob, that of the weights it came from."""
+def check(home: Path, model: Path, scores: list[Any]) -> None:
+    """Every trajectory is accounted for, and every trained token has one old log-prob, from its own weights."""
     check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
     lines = history(home)
     assert len(lines) == VERSIONS
-    assert any(newest_manifest(home)["score_offsets"].values()), "a restart would read all scores again"
+    assert any(newest_manifest(home)["score_offsets"].values()), "without offsets a restart would read all scores again"
     for line in lines:
         assert (line["exact"], line["all"]["missing"]) == (True, 0)
     assert sum(line["multi_version"] for line in lines) > 0
@@ -63,7 +63,7 @@ def check(home: Path, model: Path, said: list[Any]) -> None:
     assert seen["tokens"] == sum(line["tokens"] for line in lines)
     assert seen["alone_max_abs"] <= LAYOUTS
     weights: dict[tuple[str, int, int], set[str]] = defaultdict(set)
-    for score in said:
+    for score in scores:
         assert isinstance(score, OldLogprobsComputed)
         for token in range(score.start, score.stop):
             weights[score.trajectory, token, score.version].add(score.digest)
@@ -71,22 +71,24 @@ def check(home: Path, model: Path, said: list[Any]) -> None:
     assert all(len(digests) == 1 for digests in weights.values())
 
 
-def test_replicas_share_the_work(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
+def test_replicas_score_every_trained_token(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
     home = finished("replica", kafka_server, tmp_path, starting_model, "--local.replicas=2")
-    said = records("replica", kafka_server, OLD_LOGPROBS)
-    check(home, starting_model, said)
-    assert {score.by for score in said} <= {"replica-0", "replica-1"}
+    scores = records("replica", kafka_server, OLD_LOGPROBS)
+    check(home, starting_model, scores)
+    assert {score.by for score in scores} <= {"replica-0", "replica-1"}
 
 
-def test_cuts_and_a_learner_that_dies_in_one(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
-    """Restarted, it finds on the log what it scored before."""
-    died = tmp_path / "died"
-    environment = {"PALIMPSEST_FAULT": "learner.after_cut:3", "PALIMPSEST_FAULT_ONCE": str(died)}
+def test_scores_survive_a_learner_that_dies_after_a_cut(
+    tmp_path: Path, kafka_server: Kafka, starting_model: Path
+) -> None:
+    """The restarted learner finds its earlier scores on the log."""
+    marker = tmp_path / "died"
+    environment = {"PALIMPSEST_FAULT": "learner.after_cut:3", "PALIMPSEST_FAULT_ONCE": str(marker)}
     patient = "--learner.proximal.deadline_s=600"
     home = finished("interruption", kafka_server, tmp_path, starting_model, patient, environment=environment)
-    assert died.exists()
-    said = records("interruption", kafka_server, OLD_LOGPROBS)
-    check(home, starting_model, said)
-    assert {score.by for score in said} == {"learner"}
+    assert marker.exists()
+    scores = records("interruption", kafka_server, OLD_LOGPROBS)
+    check(home, starting_model, scores)
+    assert {score.by for score in scores} == {"learner"}
     cuts = {m.cut for m in records("interruption", kafka_server, TRAJECTORIES) if isinstance(m, SegmentFlushed)}
-    assert len(cuts) > 1, "trajectories were alive at several cuts"
+    assert len(cuts) > 1, "cuts must flush trajectories more than once"

@@ -1,4 +1,4 @@
-"""An exported version is the stored one, bit for bit, to whoever loads it; and runs export their last version."""
+"""An exported version equals the stored version bit for bit, and runs export their last version."""
 
 import shutil
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ snapshot_store.prefix = "{prefix}"
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run, whose learner was in this process and whose trajectories came from a script."""
+    """Folder of a finished run with the learner in this process and scripted trajectories."""
     model: Path = request.getfixturevalue("starting_model" if request.param == "tied" else "untied_model")
     folder = tmp_path_factory.mktemp("exported")
     app = create_app(DiskStorage(folder / "first" / "snapshots"), sweep_s=3600)
@@ -67,20 +67,20 @@ def export(*words: str | Path) -> Answer:
 
 @torch.no_grad()
 def logprobs(model: torch.nn.Module) -> torch.Tensor:
-    """Of every token of three rows, given those before it."""
+    """Log-prob of every token of three rows, given the earlier tokens."""
     tokens = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(1))
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
 
 
 def loaded(folder: Path) -> torch.nn.Module:
-    """As anybody loads a model."""
+    """Load the model with plain transformers."""
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     return model.eval()
 
 
-def test_log_probs_are_those_of_the_stored_version(run: Path, tmp_path: Path) -> None:
-    """The stored versions are read by code that shares nothing with the export."""
+def test_log_probs_equal_the_stored_version(run: Path, tmp_path: Path) -> None:
+    """The test reads the stored versions with code independent of the export."""
     model = load([str(run / "run.toml")], {}, program="").config.model.path
     stored, seen = Models(run / "snapshots", model, "eager"), []
     for version in (0, 1, VERSIONS):
@@ -114,7 +114,7 @@ def test_a_flipped_byte_is_refused(run: Path, tmp_path: Path) -> None:
     largest = max((copy / "snapshots" / "objects").iterdir(), key=lambda path: path.stat().st_mtime)
     flip(largest, 1000)
     config = (copy / "run.toml").read_text()
-    assert str(run) not in config, "so that the copy is the one that is read"
+    assert str(run) not in config, "the export must read the copy"
     done = export(copy, tmp_path / "out")
     assert (done.code, done.out) == (4, "")
     assert f"object {largest.name}, in {copy / 'snapshots'}" in done.err
@@ -129,7 +129,9 @@ def store(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stor
         yield stack.enter_context(Store(minio_server, claims_keep_s=3600.0))
 
 
-def test_it_is_read_out_of_a_bucket_while_the_run_goes_on(store: Store, starting_model: Path, tmp_path: Path) -> None:
+def test_a_version_is_exported_from_a_bucket_while_the_store_runs(
+    store: Store, starting_model: Path, tmp_path: Path
+) -> None:
     model = load_plain(starting_model)
     perturb(model, by=0.05, seed=1)
     with SnapshotClient(store.url) as client:
@@ -156,16 +158,16 @@ def test_it_is_read_out_of_a_bucket_while_the_run_goes_on(store: Store, starting
     assert not (tmp_path / "more").exists()
 
 
-def test_a_store_that_does_not_answer_is_a_sentence(
+def test_an_unreachable_store_gives_an_error_message(
     starting_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINIO_ACCESS_KEY", "somebody")
     monkeypatch.setenv("MINIO_SECRET_KEY", "something")
-    nobody = f"http://127.0.0.1:{free()}"
+    closed = f"http://127.0.0.1:{free()}"
     (tmp_path / "run.toml").write_text(
-        RUN.format(folder=tmp_path, model=starting_model, endpoint=nobody, bucket=BUCKET, prefix="t/")
+        RUN.format(folder=tmp_path, model=starting_model, endpoint=closed, bucket=BUCKET, prefix="t/")
     )
     done = export(tmp_path / "run.toml", "--run.id=t", tmp_path / "out")
     assert (done.code, done.out) == (3, "")
-    assert nobody.removeprefix("http://") in done.err
+    assert closed.removeprefix("http://") in done.err
     assert "Traceback" not in done.err

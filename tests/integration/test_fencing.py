@@ -1,7 +1,8 @@
-"""A learner that was paused and replaced is refused when it wakes; its successor trains on. With real processes at one
-place; test_learner_schedules.py tries every place where it may have been paused.
+"""A paused and replaced learner is refused when it resumes, and its successor trains on.
 
-The services are started one by one, as on several machines: the supervisor would not start a second learner.
+These tests use real processes at one failpoint; test_learner_schedules.py tests a pause at every failpoint.
+
+The test starts the services itself, as on several machines: the supervisor would not start a second learner.
 """
 
 import json
@@ -20,7 +21,7 @@ from tests.runs.unsupervised import WITHIN_S, Process, Services
 
 pytestmark = pytest.mark.servers
 PLACE = "learner.after_step"
-"""Where learners are stopped (common/failpoints.py), the second time they come there."""
+"""Failpoint (common/failpoints.py) at whose second visit learners pause."""
 VERSIONS = 6
 
 
@@ -34,7 +35,7 @@ def services(tmp_path: Path, starting_model: Path) -> Iterator[Services]:
 
 
 def begun(services: Services, *, fault: str = "") -> None:
-    """Everything but the learner."""
+    """Start all services but the learner."""
     services.start("snapshot_store", "snapshot_store", fault=fault)
     services.start("env_gateway", "env_gateway", fault=fault)
     services.start("rollout", "rollout", f"--rollout.port={services.ports['rollout']}", fault=fault)
@@ -42,7 +43,7 @@ def begun(services: Services, *, fault: str = "") -> None:
 
 
 def paused(services: Services, learner: Process, place: str) -> None:
-    """Wait until the learner stands still at its place."""
+    """Wait until the learner has paused at its failpoint."""
 
     def stopped() -> bool:
         assert learner.poll() is None, services.log(place).read_text()[-3000:]
@@ -52,21 +53,21 @@ def paused(services: Services, learner: Process, place: str) -> None:
 
 
 def trained_on(home: Path, writer: int, versions: int) -> bool:
-    """Whether this learner has taken over and trained beyond so many versions."""
+    """True if this learner has stored something and the run has more than `versions` versions."""
     return bool(stored(home, writer)) and len(history(home)) > versions
 
 
 def woken(services: Services, learner: Process, place: str, epoch: int) -> None:
-    """The replaced learner goes on, and ends with a sentence."""
+    """Resume the replaced learner, and assert that it ends with the error message."""
     learner.send_signal(signal.SIGCONT)
     assert learner.wait(timeout=WITHIN_S) == 6, services.log(place).read_text()[-3000:]
-    said = services.log(place).read_text()
-    assert f"another learner took this run over: writer {epoch} (" in said
-    assert f") was replaced by writer {epoch + 1} (" in said
-    assert "Traceback" not in said
+    text = services.log(place).read_text()
+    assert f"another learner took this run over: writer {epoch} (" in text
+    assert f") was replaced by writer {epoch + 1} (" in text
+    assert "Traceback" not in text
 
 
-def test_a_learner_that_was_replaced_while_it_stood_still_ends_and_has_done_nothing(services: Services) -> None:
+def test_a_learner_replaced_during_a_pause_ends_without_further_effect(services: Services) -> None:
     begun(services)
     first = services.learner("first", fault=f"{PLACE}:2:STOP")
     paused(services, first, "first")
@@ -80,7 +81,7 @@ def test_a_learner_that_was_replaced_while_it_stood_still_ends_and_has_done_noth
     assert newest_manifest(services.home)["writer"] == 2
 
 
-def test_all_ranks_of_a_replaced_learner_end_and_its_launcher_leaves_the_code(services: Services) -> None:
+def test_all_ranks_of_a_replaced_learner_end_and_the_refusal_records_the_code(services: Services) -> None:
     begun(services)
     launcher = services.ranks("ranks", 2, fault=f"{PLACE}:2:STOP")
     services.until(lambda: bool(stopped(launcher)), "the pause of rank 0")
@@ -103,7 +104,7 @@ def test_all_ranks_of_a_replaced_learner_end_and_its_launcher_leaves_the_code(se
 
 
 def stopped(launcher: Process) -> list[psutil.Process]:
-    """Its ranks that stand still."""
+    """Paused ranks of the launcher."""
     assert launcher.poll() is None
     children = psutil.Process(launcher.pid).children(recursive=True)
     return [child for child in children if child.status() == psutil.STATUS_STOPPED]

@@ -1,4 +1,4 @@
-"""The gateway as a process of its own, asked by the client that rollout workers use."""
+"""The gateway in a separate process, called by the client of the rollout workers."""
 
 import asyncio
 import re
@@ -47,7 +47,7 @@ async def client(url: str, *, timeout_s: float = 60.0) -> AsyncIterator[SessionC
 
 
 async def played(sessions: SessionClient, environment: str, seed: int, texts: list[str]) -> Step:
-    """The last reply of a session with these model messages."""
+    """Last reply of a session with these model messages."""
     session = await sessions.create(
         CreateSession(environment=environment, seed=seed), idempotency_key=f"{environment}{seed}"
     )
@@ -57,7 +57,7 @@ async def played(sessions: SessionClient, environment: str, seed: int, texts: li
     return step
 
 
-async def test_two_hundred_sessions_at_once_are_each_played_to_the_end(launch: Launch) -> None:
+async def test_two_hundred_concurrent_sessions_run_to_their_end(launch: Launch) -> None:
     gateway = answering(launch)
     async with client(gateway.url) as sessions:
         ends = await asyncio.gather(*(played(sessions, "lookup", seed, lookup.solution(seed)) for seed in range(200)))
@@ -68,7 +68,7 @@ async def test_two_hundred_sessions_at_once_are_each_played_to_the_end(launch: L
     assert gateway.metric('palimpsest_gateway_reward_sum{environment="lookup"}') == 200
 
 
-async def test_lost_answers_are_asked_for_again_and_every_step_is_applied_once(launch: Launch) -> None:
+async def test_lost_answers_are_requested_again_and_every_step_is_applied_once(launch: Launch) -> None:
     gateway = answering(launch)
     proxy = LosesAnswers(gateway.port)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
@@ -77,7 +77,7 @@ async def test_lost_answers_are_asked_for_again_and_every_step_is_applied_once(l
         ends = await asyncio.gather(
             *(played(sessions, "lookup", seed, [*texts, *lookup.solution(seed)[1:]]) for seed in range(200))
         )
-    # a step applied twice would be the sixth message too early, and end the session without the answer
+    # a step applied twice would reach the sixth message early and end the session without the answer
     assert all(end.status is Status.TERMINATED and end.step == 5 for end in ends)
     assert sum(end.reward or 0.0 for end in ends) == pytest.approx(
         sum(0.3 for seed in range(200) if "amber" in lookup.solution(seed)[0])
@@ -90,7 +90,7 @@ async def test_lost_answers_are_asked_for_again_and_every_step_is_applied_once(l
     assert gateway.metric('palimpsest_gateway_sessions_created_total{environment="lookup"}') == 200
 
 
-async def test_a_step_whose_client_gave_up_is_applied_once_and_answered_later(launch: Launch, tmp_path: Path) -> None:
+async def test_a_step_whose_client_timed_out_is_applied_once_and_answered_later(launch: Launch, tmp_path: Path) -> None:
     gateway = answering(launch, plugged_in("Waits"))
     gate = tmp_path / "gate"
     async with client(gateway.url) as sessions:
@@ -109,7 +109,7 @@ async def test_a_step_whose_client_gave_up_is_applied_once_and_answered_later(la
     assert gateway.metric('palimpsest_gateway_steps_total{environment="waits"}') == 1
 
 
-async def test_environments_that_fail_end_as_errors_and_the_gateway_goes_on(launch: Launch) -> None:
+async def test_failing_environments_end_as_errors_and_the_gateway_continues(launch: Launch) -> None:
     failing = {
         "Raises": "environment_raised",
         "Hangs": "environment_timeout",
@@ -133,7 +133,7 @@ async def test_environments_that_fail_end_as_errors_and_the_gateway_goes_on(laun
     assert psutil.wait_procs(nursery.children(recursive=True), timeout=LIMIT_S)[1] == []
 
 
-async def test_an_environment_that_cannot_begin_is_refused_and_asked_again_it_is_tried_again(launch: Launch) -> None:
+async def test_an_environment_that_fails_at_reset_is_tried_again_at_the_next_request(launch: Launch) -> None:
     gateway = answering(launch, plugged_in("RaisesAtReset"))
     async with client(gateway.url) as sessions:
         for _ in range(2):
@@ -144,7 +144,7 @@ async def test_an_environment_that_cannot_begin_is_refused_and_asked_again_it_is
     assert gateway.metric(sample) == 2
 
 
-async def test_more_sessions_than_processes_wait_and_are_then_refused(launch: Launch) -> None:
+async def test_sessions_beyond_max_processes_wait_and_are_then_refused(launch: Launch) -> None:
     gateway = answering(launch, plugged_in("Counts"), "--env_gateway.max_processes=2")
     async with client(gateway.url) as sessions:
         held = [
@@ -159,7 +159,7 @@ async def test_more_sessions_than_processes_wait_and_are_then_refused(launch: La
         assert (await waiting).messages[0].content == "task 2"
 
 
-async def test_generated_tasks_are_played_in_children(launch: Launch) -> None:
+async def test_generated_tasks_run_in_child_processes(launch: Launch) -> None:
     gateway = answering(launch, "--tasks.environments={ 'reasoning_gym.chain_sum' = 1.0 }")
     async with client(gateway.url) as sessions:
         wanted = CreateSession(environment="reasoning_gym.chain_sum", seed=3)
@@ -170,7 +170,7 @@ async def test_generated_tasks_are_played_in_children(launch: Launch) -> None:
     assert (end.reward, end.success) == (1.0, True)
 
 
-async def test_only_who_has_the_token_gets_in_and_environments_do_not_see_it(
+async def test_requests_need_the_token_and_environments_do_not_see_it(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = answering(launch, plugged_in("Looks"), **{VARIABLE: "right"})
@@ -194,7 +194,7 @@ def test_an_open_address_without_a_token_is_refused(launch: Launch) -> None:
     assert VARIABLE in said
 
 
-def test_a_port_in_use_is_said_with_its_key(launch: Launch) -> None:
+def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -206,7 +206,7 @@ def test_a_port_in_use_is_said_with_its_key(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "said_first"),
+    ("flag", "start"),
     [
         (
             "--env_gateway.plugins={ mine = 'absent.module:Class' }",
@@ -220,16 +220,14 @@ def test_a_port_in_use_is_said_with_its_key(launch: Launch) -> None:
         ("--tasks.environments={ lokup = 1.0 }", "tasks.environments: the gateway has no environment 'lokup'; did you"),
     ],
 )
-def test_what_cannot_be_offered_is_refused_before_the_gateway_listens(
-    launch: Launch, flag: str, said_first: str
-) -> None:
+def test_unusable_environments_are_refused_before_the_gateway_listens(launch: Launch, flag: str, start: str) -> None:
     process = launch(f"--env_gateway.port={free_port()}", flag)
     code, said = refusal(process)
     assert code == 2
-    assert said.startswith(said_first)
+    assert said.startswith(start)
 
 
-async def test_sigterm_finishes_the_step_under_way_and_leaves_nothing_behind(launch: Launch, tmp_path: Path) -> None:
+async def test_sigterm_finishes_running_steps_and_leaves_no_process(launch: Launch, tmp_path: Path) -> None:
     gateway = answering(launch, plugged_in("Waits", "Counts"))
     gate = tmp_path / "gate"
     async with client(gateway.url) as sessions:
@@ -247,7 +245,7 @@ async def test_sigterm_finishes_the_step_under_way_and_leaves_nothing_behind(lau
     assert psutil.wait_procs(descendants, timeout=LIMIT_S)[1] == []
 
 
-async def test_a_killed_gateway_leaves_no_process_even_if_they_hang(launch: Launch, tmp_path: Path) -> None:
+async def test_a_killed_gateway_leaves_no_process_even_if_environments_hang(launch: Launch, tmp_path: Path) -> None:
     gateway = answering(launch, plugged_in("Counts", "Hangs", "HangsInC", "StartsOthers"))
     async with client(gateway.url) as sessions:
         await played(sessions, "counts", 0, [])
@@ -264,9 +262,7 @@ async def test_a_killed_gateway_leaves_no_process_even_if_they_hang(launch: Laun
     assert psutil.wait_procs(descendants, timeout=LIMIT_S)[1] == []
 
 
-async def test_a_gateway_killed_while_a_module_is_being_loaded_leaves_no_process(
-    launch: Launch, tmp_path: Path
-) -> None:
+async def test_a_gateway_killed_while_it_loads_a_module_leaves_no_process(launch: Launch, tmp_path: Path) -> None:
     process = launch(f"--env_gateway.port={free_port()}", "--env_gateway.plugins={ mine = 'never_loads:Class' }")
     await until((tmp_path / "never_loads.entered").exists)
     (nursery,) = psutil.Process(process.pid).children()
@@ -275,7 +271,7 @@ async def test_a_gateway_killed_while_a_module_is_being_loaded_leaves_no_process
     assert psutil.wait_procs([nursery], timeout=LIMIT_S)[1] == []
 
 
-async def test_the_environment_of_the_documentation_works_as_it_stands(launch: Launch, tmp_path: Path) -> None:
+async def test_the_example_environment_of_the_documentation_works(launch: Launch, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "gateway.md").read_text()
     (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (table,) = re.findall(r"```toml\n\[env_gateway\]\nplugins = (.*?)\n```", page, re.DOTALL)
@@ -285,13 +281,13 @@ async def test_the_environment_of_the_documentation_works_as_it_stands(launch: L
     assert described["description"] == "Find a number by asking whether it is higher or lower."
     async with client(gateway.url) as sessions:
         session = await sessions.create(CreateSession(environment="guess", seed=5), idempotency_key="k")
-        told = await sessions.step(session.session_id, 0, render("ask", {"n": "ten"}))
-        assert told.messages[0].content == "n is a whole number"
+        reply = await sessions.step(session.session_id, 0, render("ask", {"n": "ten"}))
+        assert reply.messages[0].content == "n is a whole number"
         low, high, number = 1, 100, 1
-        while (hint := told.messages[0].content) != "right":
+        while (hint := reply.messages[0].content) != "right":
             middle = (low + high) // 2
-            told = await sessions.step(session.session_id, number, render("ask", {"n": middle}))
-            number, hint = number + 1, told.messages[0].content
+            reply = await sessions.step(session.session_id, number, render("ask", {"n": middle}))
+            number, hint = number + 1, reply.messages[0].content
             low, high = (middle + 1 if hint == "higher" else low), (middle - 1 if hint == "lower" else high)
         end = await sessions.step(session.session_id, number, str(middle))
     assert (end.status, end.reward, end.success) == (Status.TERMINATED, 1.0, True)
