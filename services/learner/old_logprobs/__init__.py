@@ -1,1 +1,1 @@
-"""Where old log-probs come from, one source a file."""
+"""Sources of old log-probs, and the routes that feed them."""

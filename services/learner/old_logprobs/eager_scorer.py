@@ -53,8 +53,7 @@ class _Waiting:
 
 
 def as_row(record: TrajectoryFinished | SegmentFlushed) -> Row:
-    """Return a row with the record's tokens and versions, to look up its scores. Advantage and behavior log-probs are
-    0."""
+    """Return a row with the record's tokens and versions, to look up its scores. All other values are 0."""
     tokens = unpack_int32(record.tokens)
     return _row(record, tokens, token_versions(record.segments, len(tokens)))
 
@@ -144,8 +143,10 @@ class EagerScorer:
     def _store(
         self, rows: Sequence[Row], values: Float32Array, tokens: Sequence[bytes], now: Version, digest: str
     ) -> int:
-        """Publish and store the values of tokens of `now`. NaN values are left out and counted. Return the number of
-        tokens stored."""
+        """Publish and store the values of tokens of `now`. Return the number of tokens stored.
+
+        NaN values are left out and counted.
+        """
         records: list[OldLogprobsComputed] = []
         for row, packed, scored in zip(rows, tokens, values, strict=True):
             resident = row.versions == now

@@ -43,8 +43,7 @@ class Route(Protocol):
         """Return the rows of a batch with the available old log-probs; None if a stop was requested during the wait."""
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
-        """Called before the first optimizer step, after which the weights of `now` are gone. training: the batch's
-        ids."""
+        """Called before the first optimizer step, which changes the weights of `now`. training: ids of the batch."""
 
     def published(self, version: Version, digest: str) -> None:
         """Called after a version was announced."""

@@ -46,16 +46,14 @@ class ScoreStore:
         self.conflicts = 0
         """Number of records received again with other values; the first values are kept."""
         self.largest_conflict = 0.0
-        """Largest difference between conflicting values, in nats. Other padding changes bf16 by about 1e-3; more is an
-        error."""
+        """Largest difference between conflicting values, nats. Padding changes bf16 by about 1e-3; more is an error."""
 
     def __len__(self) -> int:
         """Number of trajectories with values."""
         return len(self._known)
 
     def put(self, computed: OldLogprobsComputed) -> None:
-        """Store computed log-probs. A repeated record changes nothing. Raises MalformedTrajectory (see
-        check_computed)."""
+        """Store computed log-probs. A repeated record changes nothing. Raises MalformedTrajectory."""
         check_computed(computed)
         key = _Key(computed.start, computed.stop, computed.version, computed.digest, computed.prefix)
         values = unpack_float32(computed.values)

@@ -40,7 +40,7 @@ class MinimumVarianceBaseline:
         parts = ranks.all_gather_object((self._norms, self._rewards))
         norms = [norm for part in parts for norm in part[0]]
         rewards = [reward for part in parts for reward in part[1]]
-        finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # NaN is not either
+        finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # excludes NaN too
         kept = [norms[i] for i in finite]
         baseline = minimum_variance_baseline([1.0] * len(kept), kept, [rewards[i] for i in finite]) if kept else 0.0
         subtract_baseline(self._weighted, self._scores, baseline)

@@ -64,8 +64,7 @@ class Cut:
         paused."""
 
     def take(self, answer: CutReached) -> bool:
-        """Record an answer. Return False if it belongs to another cut. A worker may answer twice: the offsets are
-        merged."""
+        """Record an answer. Return False if it belongs to another cut. Offsets of repeated answers are merged."""
         if answer.cut != self.number:
             return False
         self._answers.add(answer.worker)
