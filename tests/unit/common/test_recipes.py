@@ -95,7 +95,10 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"], "is computed in each forward pass: choose another"),
+        (
+            ["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"],
+            "is computed in each forward pass: choose another",
+        ),
         (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient", not "clipped"'),
         (["--learner.recipe=vcpo", "--learner.loss.entropy=0.008"], "its reward: it needs loss.entropy = 0, not 0.008"),
         (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "choose one of reinforce_pp"),
