@@ -1,1 +1,1 @@
-"""What a run leaves: its folder read back, the summary, and runs/ID/report.html (docs/report.md)."""
+"""Reads a run's folder and writes its summary and runs/ID/report.html (docs/report.md)."""

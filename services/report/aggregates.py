@@ -1,4 +1,4 @@
-"""A run's removals, leaks and alerts, added up over its versions. Pure."""
+"""Aggregates a run's removals, surrogate errors and alerts over its versions. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -12,46 +12,48 @@ WRONGS = (
 
 
 def removal(lines: Sequence[Line]) -> dict[str, Any] | None:
-    """Tokens removed by cause, over the run: `causes` -> [by it, by it alone]; None where nobody counted.
+    """Return removed tokens of the run: `causes` -> [removed by it, removed by it alone]. None: no line has counts.
 
-    `advantage`: of the sum of |A|, weighed by each version's tokens.
+    `advantage`: removed share of the sum of |A|, weighted by each version's tokens.
     """
-    told = [line["removal"] for line in lines if "removal" in line]
-    if not told:
+    counted = [line["removal"] for line in lines if "removal" in line]
+    if not counted:
         return None
     causes: dict[str, list[int]] = {}
-    for part in told:
+    for part in counted:
         for cause, (marginal, exclusive) in part["causes"].items():
             sums = causes.setdefault(cause, [0, 0])
             sums[0], sums[1] = sums[0] + marginal, sums[1] + exclusive
-    past = [part["masked_past_clip"] for part in told if part["masked_past_clip"] is not None]
-    shares = {name: _mean([(part[name], part["tokens"]) for part in told]) for name in _SHARES}
-    counts = {name: sum(part[name] for part in told) for name in COUNTS}
+    past = [part["masked_past_clip"] for part in counted if part["masked_past_clip"] is not None]
+    shares = {name: _mean([(part[name], part["tokens"]) for part in counted]) for name in _SHARES}
+    counts = {name: sum(part[name] for part in counted) for name in COUNTS}
     return counts | {"masked_past_clip": sum(past) if past else None} | shares | {"causes": causes}
 
 
 def leak(lines: Sequence[Line]) -> dict[str, Any] | None:
-    """Of the audited versions, weighed by tokens: rms and mean of log surrogate / old, nats, as a whole and
-    `by_staleness`; shares of tokens judged otherwise than with old log-probs, None for a constraint that is off. None
-    when no version was audited."""
-    told = [line["leak"] for line in lines if line.get("leak")]
-    if not told:
+    """Return the surrogate error over the audited versions, weighted by tokens; None without audited versions.
+
+    rms and mean of log surrogate / old in nats, in total and `by_staleness`, and the shares of tokens that are masked
+    or clipped differently than with old log-probs (None for a constraint that is off).
+    """
+    audited = [line["leak"] for line in lines if line.get("leak")]
+    if not audited:
         return None
-    stalenesses = sorted({int(age) for part in told for age in part["by_staleness"]})
+    stalenesses = sorted({int(age) for part in audited for age in part["by_staleness"]})
     return {
-        "versions": len(told),
-        "tokens": int(sum(part["tokens"] for part in told)),
-        **_leak(told),
-        **{name: _mean([(part[name], part["tokens"]) for part in told]) for name in WRONGS},
+        "versions": len(audited),
+        "tokens": int(sum(part["tokens"] for part in audited)),
+        **_leak(audited),
+        **{name: _mean([(part[name], part["tokens"]) for part in audited]) for name in WRONGS},
         "by_staleness": {
-            str(age): _leak([part["by_staleness"][str(age)] for part in told if str(age) in part["by_staleness"]])
+            str(age): _leak([part["by_staleness"][str(age)] for part in audited if str(age) in part["by_staleness"]])
             for age in stalenesses
         },
     }
 
 
 def alert_spans(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Each alert from its beginning to its end, in versions, with what it said last; `on`: at the newest version."""
+    """Return each alert with its first and last version and its last text; `on`: active at the newest version."""
     found: list[dict[str, Any]] = []
     open_now: dict[str, dict[str, Any]] = {}
     for line in lines:
@@ -78,7 +80,7 @@ def _leak(parts: Sequence[Line]) -> dict[str, float | None]:
 
 
 def _mean(pairs: Sequence[tuple[float | None, float]]) -> float | None:
-    """Weighted, of those that are known."""
+    """Return the weighted mean of the known values."""
     known = [(value, weight) for value, weight in pairs if value is not None]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else None

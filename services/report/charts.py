@@ -1,4 +1,4 @@
-"""What all figures share: colors, axes, numbers short enough to be written down. Pure."""
+"""Shared parts of the figures: colors, axes, rounding. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,30 +8,30 @@ from typing import Any
 import plotly.graph_objects as go
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = "#3b82f6", "#f97316", "#10b981", "#ef4444", "#a855f7", "#94a3b8"
-"""Legible on light and on dark ground."""
+"""Legible on light and dark backgrounds."""
 _AGES = ("#3b82f6", "#14b8a6", "#84cc16", "#eab308", "#f97316", "#ef4444", "#d946ef", "#8b5cf6")
 WINDOW = 10
-"""Versions of the moving means."""
+"""Number of versions of the moving means."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A drawing with what one has to know to read it."""
+    """A drawing with its title and explanation."""
 
     title: str
     explanation: str
-    """What it shows, and what would be alarming."""
+    """What the figure shows, and which shapes indicate a fault."""
     drawing: go.Figure
     wide: bool = False
 
 
 def color(staleness: int) -> str:
-    """Of a staleness, in every figure."""
+    """Return the color of a staleness; the same in every figure."""
     return _AGES[staleness % len(_AGES)]
 
 
 def short(values: Iterable[float | None]) -> list[float | None]:
-    """Five digits are more than a screen shows.
+    """Return the values rounded to five digits, the precision of a screen.
 
     >>> short([0.123456789, None])
     [0.12346, None]
@@ -40,7 +40,7 @@ def short(values: Iterable[float | None]) -> list[float | None]:
 
 
 def moving_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Of each value and those before it, at most `window`.
+    """Return the mean of each value and its predecessors, over at most `window` values.
 
     >>> moving_mean([0.0, 1.0, 2.0], window=2)
     [0.0, 0.5, 1.5]
@@ -53,19 +53,19 @@ def moving_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def line(x: Sequence[Any], y: Iterable[float | None], name: str, paint: str, **more: Any) -> go.Scatter:
-    """A line; `more` goes to plotly."""
+    """Return a line; `more` goes to plotly."""
     look = {"color": paint, "width": more.pop("width", 2), "dash": more.pop("dash", "solid")}
     return go.Scatter(x=list(x), y=short(y), name=name, mode=more.pop("mode", "lines"), line=look, **more)
 
 
 def dots(x: Sequence[Any], y: Iterable[float | None], name: str, paint: str, **more: Any) -> go.Scatter:
-    """Points."""
+    """Return points; `more` goes to plotly."""
     look = {"color": paint, "size": more.pop("size", 5), "opacity": more.pop("opacity", 1.0)}
     return go.Scatter(x=list(x), y=short(y), name=name, mode="markers", marker=look, **more)
 
 
 def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
-    """A logarithmic axis for these values: labels at the powers of ten, and at 2 and 5 times them if they are few.
+    """Return a logarithmic axis for the values, labeled at powers of ten, and at 2 and 5 times them if those are few.
 
     >>> log_axis([0.01, None, 0.04])["ticktext"]
     ['0.01', '0.02', '0.05', '0.1']
@@ -80,7 +80,7 @@ def log_axis(values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def label_axes(figure: go.Figure, x: str, y: str, *, height: int = 340, **y_axis: Any) -> go.Figure:
-    """The figure with titles on both axes; `y_axis` goes to plotly."""
+    """Return the figure with titles on both axes; `y_axis` goes to plotly."""
     figure.update_layout(height=height)
     figure.update_xaxes(title=x)
     figure.update_yaxes(title=y, **y_axis)

@@ -1,4 +1,4 @@
-"""Figures that a run has only if its lines tell of it: how ratios are spread, and what a surrogate leaks."""
+"""Optional figures: the distributions of the ratios, and the surrogate error."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,16 +16,16 @@ BINS = (f"< {EDGES[0]}", *(f"{low} to {high}" for low, high in pairwise(EDGES)),
 
 
 def spreads(lines: Sequence[Line]) -> Figure | None:
-    """Histograms of both log-ratios by staleness; None where nobody counted."""
-    told = [line["ratios"] for line in lines if "ratios" in line]
-    if not told:
+    """Return histograms of both log-ratios by staleness; None if no line has them."""
+    counted = [line["ratios"] for line in lines if "ratios" in line]
+    if not counted:
         return None
     words = names(lines)
     titles = (f"log {words.discrepancy}", f"log {words.ratio}, first minibatch")
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1)
     for column, ratio in ((1, "discrepancy"), (2, "staleness_first")):
         counts: dict[int, list[int]] = {}
-        for part in told:
+        for part in counted:
             for age, spread in part[ratio].items():
                 if age != "all":
                     before = counts.get(int(age), [0] * len(BINS))
@@ -39,18 +39,18 @@ def spreads(lines: Sequence[Line]) -> Figure | None:
         figure.update_yaxes(title="share of tokens (%)", rangemode="tozero", row=1, col=column)
     figure.update_layout(height=400, legend={"title": {"text": "staleness"}})
     return Figure(
-        f"How the log {words.discrepancy} and the log {words.ratio} are spread",
-        "Shares of the run's tokens in bins of fixed edges, one curve for each staleness. The left curves should lie "
-        "on one another, whatever their staleness; the right ones may widen with it. Alarming: left curves that widen "
-        "with staleness, a heap in an outermost bin, or everything in the middle bin of the left (nothing to see "
-        "between engine and learner usually means that nothing was looked at).",
+        f"Distributions of the log {words.discrepancy} and the log {words.ratio}",
+        "Shares of the run's tokens in bins with fixed edges, one curve for each staleness. The left curves should "
+        "coincide for all stalenesses; the right curves may widen with it. Signs of a fault: left curves that widen "
+        "with staleness, many tokens in an outermost bin, or all tokens in the middle bin on the left (no difference "
+        "between engine and learner usually means that none was measured).",
         figure,
         wide=True,
     )
 
 
 def leaks(lines: Sequence[Line]) -> Figure | None:
-    """What the surrogate did wrong in audited versions; None when none was audited."""
+    """Return the surrogate error in audited versions; None without audited versions."""
     found = leak(lines)
     if found is None:
         return None
@@ -58,7 +58,7 @@ def leaks(lines: Sequence[Line]) -> Figure | None:
     ages = found["by_staleness"]
     for name, paint, dash in (("rms", BLUE, "solid"), ("mean", ORANGE, "dash")):
         values = [part[name] for part in ages.values()]
-        figure.add_trace(line(list(map(int, ages)), values, f"{name} of the leak", paint, dash=dash,
+        figure.add_trace(line(list(map(int, ages)), values, f"{name} of the surrogate error", paint, dash=dash,
                               mode="lines+markers"), row=1, col=1)  # fmt: skip
     figure.update_xaxes(title="staleness (versions)", dtick=1 if len(ages) < 16 else None, row=1, col=1)
     figure.update_yaxes(title="log surrogate / old (nats)", row=1, col=1)
@@ -71,16 +71,16 @@ def leaks(lines: Sequence[Line]) -> Figure | None:
         showlegend=False,
     )
     figure.add_trace(bars, row=1, col=2)
-    figure.update_xaxes(title="otherwise than with old log-probs", row=1, col=2)
+    figure.update_xaxes(title="different than with old log-probs", row=1, col=2)
     figure.update_yaxes(title="share of tokens (%)", rangemode="tozero", row=1, col=2)
     figure.update_layout(height=400)
     return Figure(
-        "What the surrogate leaks, and what it judges wrongly",
+        "Surrogate error, and tokens that it masks or clips wrongly",
         f"In {found['versions']} audited versions ({found['tokens']:,} tokens) the old log-probs were computed beside "
-        "the surrogate's. Left: log surrogate / old, which is taken from one factor and given to the other; exact "
-        "values would lie at 0. Right: tokens masked though their true discrepancy is inside the band, kept though it "
-        "is outside, the same of the clip, and of both together: removed though neither is due, trained on though one "
-        "is. Constraints that are off, or do not judge single tokens, are left out.",
+        "the surrogate's. Left: log surrogate / old, the error that moves from one factor to the other; it is 0 for "
+        "exact values. Right: tokens that are masked although their true discrepancy is inside the band, kept although "
+        "it is outside, the same for the clip, and for both together: removed although no constraint applies, trained "
+        "on although one does. Constraints that are off, or that do not apply to single tokens, are omitted.",
         figure,
         wide=True,
     )

@@ -6,7 +6,7 @@ from palimpsest.services.report.folder import Contents
 
 
 def figures(contents: Contents) -> list[Figure]:
-    """All of them; a run without versions has the same ones, empty. Those that only some runs have come last."""
+    """Return all figures, optional ones last. A run without versions has the same figures, without data."""
     lines, log = contents.lines, contents.log
     always = [
         learning.over_versions(lines),

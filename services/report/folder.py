@@ -1,7 +1,7 @@
-"""What a run's folder holds, parsed, for the summary and the report. Good while the run goes on, too.
+"""Reads a run's folder for the summary and the report; the run may be active.
 
-The newest checkpoint decides what counts: history lines after it, and what the ledger says after it, a restart would
-undo. Before the first checkpoint the history stands alone.
+The newest checkpoint is the reference: a restart would undo later history lines and ledger entries. Before the first
+checkpoint, the history alone counts.
 """
 
 import asyncio
@@ -38,20 +38,20 @@ from palimpsest.services.learner.checkpointing.manifest import MANIFEST, complet
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
 Line = dict[str, Any]
-"""One version trained, as services/learner/observability/version_record.py writes it."""
+"""One trained version, as services/learner/observability/version_record.py writes it."""
 
 
 class Seconds(Struct, frozen=True):
     """Wall-clock seconds of a run on one machine, over all its starts."""
 
     setup: float = 0.0
-    """From each start until a worker could sample."""
+    """Seconds from each start until a worker could sample."""
     run: float = 0.0
-    """The rest."""
+    """The remaining seconds."""
 
 
 class CheckpointSummary(Struct, frozen=True):
-    """Of the newest checkpoint, what is told to people."""
+    """The values of the newest checkpoint that the report needs."""
 
     ledger: LedgerState
     history_bytes: int
@@ -60,28 +60,28 @@ class CheckpointSummary(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class LogSummary:
-    """What the log says of workers and trajectories."""
+    """The log's records about workers and trajectories."""
 
     alive: tuple[WorkerAlive, ...] = ()
     applied: tuple[VersionApplied, ...] = ()
     offered: int = 0
-    """Trajectories."""
+    """Offered trajectories."""
     records: int = 0
-    """Ended trajectories, as often as they were published."""
+    """Records of ended trajectories, including repeats."""
     duplicates: int = 0
-    """Records of a trajectory that had been published before."""
+    """Records of a trajectory that has an earlier record."""
     tokens: int = 0
-    """In the finished ones: prompts, tool output and sampled."""
+    """Tokens of finished trajectories: prompts, tool output and sampled tokens."""
     trainable_tokens: int = 0
     bytes: int = 0
-    """Of all records' bodies."""
+    """Size of all records' bodies."""
     dead_letters: Mapping[str, int] | None = None
-    """Topic -> records on it that could not be used; None when there is no log."""
+    """Topic -> unusable records; None if there is no log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A run's folder."""
+    """The contents of a run's folder."""
 
     folder: Path
     config: RunConfig
@@ -92,7 +92,7 @@ class Contents:
 
 
 def contents(folder: Path) -> Contents:
-    """Read the folder. Raises UserError when it is no run's folder or its history is damaged."""
+    """Read the folder. Raises UserError if it is not the folder of a run or its history is damaged."""
     config = read_run_config(folder)
     checkpoint = newest_checkpoint(config.checkpoint_folder)  # before the history, which only grows
     return Contents(
@@ -106,7 +106,7 @@ def contents(folder: Path) -> Contents:
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """The run's configuration, its files looked for in this folder wherever it lies now."""
+    """Read the run's configuration, with default paths relative to the folder's current place."""
     if not (folder / run_folder.RUN_FILE).is_file():
         raise UserError(f"{folder}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     config = load([str(folder / run_folder.RUN_FILE)], {}, program="").config
@@ -121,7 +121,7 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
-    """The lines of the first `length` bytes (default: all). A last line that is not whole is left out.
+    """Yield the lines of the first `length` bytes (default: all), without an incomplete last line.
 
     Raises UserError for a line before it that cannot be read.
     """
@@ -138,17 +138,17 @@ def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
 
 
 def newest_checkpoint(folder: Path) -> CheckpointSummary | None:
-    """The newest whose manifest can be read; None if there is none."""
+    """Return the newest checkpoint with a readable manifest; None if there is none."""
     for checkpoint in reversed(complete(folder)):
         try:
             return msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=CheckpointSummary)
         except (OSError, msgspec.DecodeError):
-            continue  # swept just now, or damaged: the learner passes it over as well, and says so
+            continue  # deleted meanwhile, or damaged: the learner ignores it as well, with a warning
     return None
 
 
 def read_seconds(path: Path) -> Seconds | None:
-    """None where nobody kept them: services started by hand, or a run from before."""
+    """Read seconds.json; None if there is none, as for services started by hand."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Seconds)
     except (FileNotFoundError, msgspec.DecodeError):
@@ -178,7 +178,7 @@ def _read(bus: Bus, config: RunConfig) -> LogSummary:
 
 
 def _count_dead_letters(bus: Bus, run: str) -> dict[str, int]:
-    """Topic -> records. Every reader of a topic writes its own letter, and a reader that starts again one more."""
+    """Return topic -> records. Every reader of a topic writes its own dead letter, and another one after a restart."""
     letters = (message for _, message in _messages(bus, DEAD_LETTERS, run))
     found = {(letter.topic, letter.partition, letter.offset) for letter in letters}
     return dict(sorted(Counter(topic for topic, _, _ in found).items()))
@@ -190,7 +190,7 @@ def _count_trajectories(bus: Bus, run: str, log: LogSummary) -> LogSummary:
     for length, message in _messages(bus, TRAJECTORIES, run):
         size += length
         if isinstance(message, SegmentFlushed):
-            continue  # no end: its tokens come again, with the trajectory's
+            continue  # its tokens occur again in the record of the trajectory's end
         records += 1
         known.add(message.trajectory)
         if hasattr(message, "tokens"):
@@ -207,7 +207,7 @@ def _count_trajectories(bus: Bus, run: str, log: LogSummary) -> LogSummary:
 
 
 def _messages(bus: Bus, topic: str, run: str) -> Iterator[tuple[int, Any]]:
-    """Length and message of each of the run's records; those that cannot be read are the dead letters' matter."""
+    """Yield length and message of each readable record of the run; dead letters cover the others."""
     for record in read_existing(bus, topic):
         try:
             message = message_in(record)

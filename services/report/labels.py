@@ -1,7 +1,7 @@
-"""What a run's two factors may be called. Pure.
+"""Names of a run's two factors. Pure.
 
-Only with old log-probs in the proximal's place is one factor the engine's discrepancy and the other the staleness
-ratio. With a surrogate they are a correction and an update, and the surrogate has a name.
+The factors are the discrepancy and the staleness ratio only if the proximal log-probs are the old ones. With a
+surrogate they are called correction and update, and the surrogate is named.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Of the factors."""
+    """Names and symbols of the two factors."""
 
     discrepancy: str
     ratio: str
@@ -31,12 +31,12 @@ SURROGATE = Names(
 
 
 def names(lines: Sequence[Line]) -> Names:
-    """Of a run's factors: one version with a surrogate is enough to lose the names."""
+    """Return the names of a run's factors: SURROGATE if any version used a surrogate."""
     return EXACT if all(line["exact"] for line in lines) else SURROGATE
 
 
 def method(line: Line) -> str:
-    """What stood in the proximal's place: "exact", or a surrogate's name.
+    """Return the source of the proximal log-probs: "exact", or a surrogate's name.
 
     >>> method({"exact": False, "proximal": "ewma_prox"}), method({"exact": False}), method({"exact": True})
     ('ewma_prox', 'unknown', 'exact')
@@ -45,7 +45,7 @@ def method(line: Line) -> str:
 
 
 def methods(lines: Sequence[Line]) -> dict[str, int]:
-    """The same over a run -> versions, in the order of their first use."""
+    """Return method -> number of versions, in the order of first use."""
     counts: dict[str, int] = {}
     for line in lines:
         counts[method(line)] = counts.get(method(line), 0) + 1
@@ -53,13 +53,13 @@ def methods(lines: Sequence[Line]) -> dict[str, int]:
 
 
 def coverage(line: Line) -> float | None:
-    """Share of the tokens that had their old log-prob in the proximal's place; None where nobody counted."""
-    told: float | None = line.get("old", {}).get("coverage")
-    return told
+    """Return the share of the tokens whose proximal log-prob is the old one; None if the line has no count."""
+    share: float | None = line.get("old", {}).get("coverage")
+    return share
 
 
 def in_words(line: Line) -> str:
-    """Of the proximal of a version.
+    """Describe the proximal policy of a version.
 
     >>> in_words({"exact": False, "proximal": "bypass", "old": {"coverage": 0.98}})
     'bypass for 2.0 % of the tokens, for the others exact'

@@ -1,4 +1,4 @@
-"""Figures: what the policy learned."""
+"""Figures of reward and success."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,14 +19,14 @@ def over_versions(lines: Sequence[Line]) -> Figure:
         figure.add_trace(line(x, moving_mean(values), f"{name}, mean of {WINDOW} versions", paint))
     return Figure(
         "Success and reward over versions",
-        "Points: the mean over each batch's trajectories; lines: the moving mean. A curve that falls and stays down, "
-        "or reward that rises while success does not, would be alarming.",
+        "Points: the mean over each batch's trajectories. Lines: the moving mean. Signs of a fault: a curve that falls "
+        "and stays down, or reward that rises without success.",
         label_axes(figure, "version published", "mean over trajectories (0 to 1)", rangemode="tozero"),
     )
 
 
 def over_time(lines: Sequence[Line]) -> Figure:
-    """Success by the clock."""
+    """Success over the running time."""
     minutes = [line["seconds"] / 60 for line in lines]
     figure = go.Figure()
     figure.add_trace(dots(minutes, success(lines), "each batch", GREEN, size=4, opacity=0.35))
@@ -34,19 +34,19 @@ def over_time(lines: Sequence[Line]) -> Figure:
     mark_starts(figure, lines)
     return Figure(
         "Success against wall-clock",
-        "The same success by the learner's running time, the start of the engines included, breaks between runs left "
-        "out; a dashed line marks each resumption. Long gaps between points mean that something stood still.",
+        "Success over the learner's running time, including the start of the engines, without breaks between runs. A "
+        "dashed line marks each resumption. A long gap between points means that the run made no progress.",
         label_axes(figure, "running time (minutes)", "success (share of trajectories)", rangemode="tozero"),
     )
 
 
 def success(lines: Sequence[Line]) -> list[float]:
-    """Share of each batch's trajectories that solved their task."""
+    """Return the share of each batch's trajectories that solved their task."""
     return [line["successes"].count("1") / line["batch"] for line in lines]
 
 
 def mark_starts(figure: go.Figure, lines: Sequence[Line]) -> None:
-    """A line where the run was resumed."""
+    """Add a vertical line at each resumption of the run."""
     for before, after in pairwise(lines):
         if is_first_after_start(after):
             figure.add_vline(x=before["seconds"] / 60, line={"dash": "dash", "width": 1, "color": GRAY})

@@ -1,4 +1,4 @@
-"""The run that a command line names: by its folder, or by its run file with flags."""
+"""Resolves the run that a command line names: its folder, or its run file with flags."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from palimpsest.services.report.folder import read_run_config
 
 
 def named_run(arguments: Sequence[str], environment: Mapping[str, str], *, program: str) -> tuple[RunConfig, Path]:
-    """The run's configuration and the folder of its files, wherever that lies now. Raises UserError."""
+    """Return the run's configuration and the current folder of its files. Raises UserError."""
     if len(arguments) == 1 and not arguments[0].startswith("-") and not arguments[0].endswith(".toml"):
         folder = Path(arguments[0])
         config = read_run_config(folder)
@@ -20,5 +20,5 @@ def named_run(arguments: Sequence[str], environment: Mapping[str, str], *, progr
         return config.model_copy(update={"snapshot_store": store}), folder
     config = load(arguments, environment, program=program).config
     if not config.run.id:
-        raise UserError("run.id is empty: name the run that is meant, for example --run.id=first, or give its folder")
+        raise UserError("run.id is empty: name the run, for example --run.id=first, or give its folder")
     return config, config.run.home

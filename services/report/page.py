@@ -1,4 +1,4 @@
-"""The page: figures, ledger and configuration in one HTML file that loads nothing. Pure."""
+"""Renders the report: figures, ledger and configuration in one HTML file that loads no other file. Pure."""
 
 import html
 import json
@@ -14,11 +14,11 @@ from palimpsest.services.report.charts import Figure
 from palimpsest.services.report.style import SCRIPT, STYLE
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""The browser itself refuses to load anything."""
+"""Makes the browser refuse to load other files."""
 
 
 def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) -> str:
-    """The whole file."""
+    """Return the HTML file."""
     run = html.escape(str(summary["run"]))
     return f"""<!doctype html>
 <html lang="en">
@@ -65,18 +65,18 @@ def _subtitle(summary: dict[str, Any]) -> str:
 
 
 def _proximal(summary: dict[str, Any]) -> str:
-    """What stood in the proximal's place, by name."""
+    """Return a text about the source of the proximal log-probs."""
     if summary["exact"]:
         return "exact old log-probabilities in every batch"
     used = (f"{method} in {versions:,}" for method, versions in summary["proximal"].items() if method != "exact")
-    said = f"NOT old log-probabilities but a surrogate: {', '.join(used)} of {summary['versions']:,} versions"
+    text = f"surrogate in place of old log-probabilities: {', '.join(used)} of {summary['versions']:,} versions"
     if summary["old_coverage"]:
-        said += f" (old ones for {_share(summary['old_coverage'])} of all tokens)"
-    return said
+        text += f" (old ones for {_share(summary['old_coverage'])} of all tokens)"
+    return text
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Title and value of each."""
+    """Return title and value of each tile."""
     rates, seconds = summary["tokens_per_second"], summary["seconds"]
     success = f"{_number(summary['success_first'], '.3f')} → {_number(summary['success_last'], '.3f')}"
     return [
@@ -102,7 +102,7 @@ def _tile(title: str, value: str) -> str:
 def _figure(i: int, figure: Figure, *, empty: bool) -> str:
     wide = ' class="wide"' if figure.wide else ""
     title = html.escape(figure.title)
-    drawing = "<p>No version was trained yet: nothing to draw.</p>" if empty else f'<div id="figure-{i}"></div>'
+    drawing = "<p>No version is trained yet; there is no data to draw.</p>" if empty else f'<div id="figure-{i}"></div>'
     return (
         f'<figure{wide} aria-label="{title}"><h2>{title}</h2>{drawing}'
         f"<figcaption>{html.escape(figure.explanation)}</figcaption></figure>\n"
@@ -110,7 +110,7 @@ def _figure(i: int, figure: Figure, *, empty: bool) -> str:
 
 
 def _alerts(spans: Sequence[dict[str, Any]], versions: int, unknown: dict[str, int]) -> str:
-    """What the alert rules said, from when to when."""
+    """Return the figure of alerts, with the versions of each."""
     rows = [
         (span["rule"] + (" (notice)" if span["level"] == "notice" else ""), _when(span), span["says"]) for span in spans
     ]
@@ -124,9 +124,8 @@ def _alerts(spans: Sequence[dict[str, Any]], versions: int, unknown: dict[str, i
         for rule, number in unknown.items()
     )
     return f"""<figure class="wide"><h2>Alerts</h2>{table}
-<figcaption>Signs that discrepancy and staleness are taken for one another, or that something stood in silently for old
-log-probabilities, each with the versions at which it was on and what it said last. A notice is about what the
-configuration asks for.</figcaption>
+<figcaption>Signs that discrepancy and staleness are confused, or that other values replaced old log-probabilities, each
+with the versions at which the alert was active and its last text. A notice concerns the configuration.</figcaption>
 </figure>"""
 
 
@@ -140,7 +139,7 @@ def _when(span: dict[str, Any]) -> str:
 
 
 def _removal(counts: dict[str, Any] | None) -> str:
-    """Tokens masked and clipped, by cause."""
+    """Return the figure of masked and clipped tokens by cause."""
     if counts is None:
         return ""
     tokens = max(1, counts["tokens"])
@@ -160,14 +159,13 @@ def _removal(counts: dict[str, Any] | None) -> str:
         )
     )
     both = counts["masked_past_clip"]
-    also = "" if both is None else f" Of the masked tokens the clip would have taken {both:,}, too."
+    also = "" if both is None else f" The clip would also have removed {both:,} of the masked tokens."
     return f"""<figure class="wide"><h2>Tokens removed, by cause</h2>
 <table><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>
-<figcaption>What each mask and each clip takes by itself, whatever others do, and what it alone takes: the last column
-and the tokens taken by several causes add up to all that was removed. Removed were
-{_share(counts["advantage"])} of the sum of |A|, {_share(counts["positive"])} of the tokens with A &gt; 0 and
-{_share(counts["negative"])} of those with A &lt; 0.{also} Alarming: a cause that you did not expect, or one side of the
-advantage that loses far more.</figcaption>
+<figcaption>Tokens that each mask and each clip removes, and that it alone removes. The last column and the tokens
+removed by several causes add up to all removed tokens. Removed: {_share(counts["advantage"])} of the sum of |A|,
+{_share(counts["positive"])} of the tokens with A &gt; 0 and {_share(counts["negative"])} of those with A &lt; 0.{also}
+Signs of a fault: an unexpected cause, or one sign of the advantage that loses far more.</figcaption>
 </figure>"""
 
 
@@ -180,16 +178,16 @@ def _ledger(counts: dict[str, Any]) -> str:
     return f"""<figure class="wide"><h2>Ledger of trajectories</h2>
 <table><tbody>{body}</tbody><tfoot><tr><td>sum</td><td>{balance:,}</td></tr>
 <tr><td>offered</td><td>{counts["offered"]:,}</td></tr></tfoot></table>
-<figcaption>Every trajectory offered ends as exactly one of these; pending ones were offered and had not come to an end
-when the newest checkpoint was written. Alarming: drops or dead letters whose reason you do not know.</figcaption>
+<figcaption>Every offered trajectory has exactly one of these states. Pending ones had no end when the newest checkpoint
+was written. Sign of a fault: drops or dead letters for unknown reasons.</figcaption>
 </figure>"""
 
 
 def _embedded(figures: Sequence[Figure]) -> str:
-    """The figures as JSON that can stand in a script."""
+    """Return the figures as JSON that is safe inside a script element."""
     drawings = [{key: figure.drawing.to_plotly_json()[key] for key in ("data", "layout")} for figure in figures]
     for drawing in drawings:
-        drawing["layout"].pop("template", None)  # look.py gives one for light and one for dark ground
+        drawing["layout"].pop("template", None)  # style.py has one template for light and one for dark backgrounds
     return json.dumps(drawings, separators=(",", ":")).replace("<", "\\u003c")
 
 

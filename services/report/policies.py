@@ -1,4 +1,4 @@
-"""Figures: discrepancy and staleness ratio, apart by staleness, and what mask and clip made of them."""
+"""Figures of discrepancy and staleness ratio by staleness, and of masked and clipped tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
         (f"{words.discrepancy} {STAND_IN}", instead, PURPLE, "dash", 2),
     ):
         trace = line(ages(values), values.values(), name, paint, dash=dash, width=width, **look)
-        trace.opacity = 0.6 if width > 2 else 1.0  # the dashed line runs on top of it
+        trace.opacity = 0.6 if width > 2 else 1.0  # the dashed line covers this one
         figure.add_trace(trace, row=1, col=1)
     every: list[float] = []
     for name, values, per, paint, dash in (
@@ -72,19 +72,19 @@ def factors_by_staleness(lines: Sequence[Line]) -> Figure:
     figure.update_yaxes(title="per nat of entropy (log scale)", row=1, col=2, **log_axis(every))
     figure.update_layout(height=480)
     meaning = (
-        "With exact old log-probabilities the discrepancy compares two engines at the same weights, so it must not "
-        "grow with staleness; the staleness ratio holds what the weights have learned since, and may. "
+        "With exact old log-probabilities, the discrepancy compares two engines at the same weights, so it must not "
+        "grow with staleness. The staleness ratio contains the updates since then, so it may grow. "
         if words is EXACT
-        else "A surrogate stood in the proximal's place, not the old policy (see the top of the page), so the two "
-        "factors have no names of their own: what the correction holds of the staleness, the update lacks. With old "
-        "log-probabilities the blue line would not depend on staleness. "
+        else "A surrogate replaces the old policy (see the top of the page), so the factors are called correction and "
+        "update: the correction contains a part of the staleness, which the update lacks. With old log-probabilities, "
+        "the blue line would not depend on staleness. "
     )
     return Figure(
         f"{words.discrepancy.capitalize()} and {words.ratio} against staleness",
         meaning + "Left: means over the run's tokens. Right: divided by the entropy of the same tokens, because "
-        "rounding weighs more where the policy is undecided, and tokens of different staleness stem from different "
-        "parts of the run. A blue line that climbs towards the dashed one on the right would be alarming: values that "
-        "are not of the tokens' versions.",
+        "rounding matters more where the policy is undecided, and tokens of different staleness come from different "
+        "parts of the run. Sign of a fault: a blue line on the right that climbs toward the dashed one; the values "
+        "then do not belong to the tokens' versions.",
         figure,
         wide=True,
     )
@@ -99,9 +99,8 @@ def discrepancy_over_versions(lines: Sequence[Line]) -> Figure:
     figure.add_trace(trace)
     return Figure(
         f"|log {words.discrepancy}| over versions, per staleness",
-        "Mean over each batch's tokens of one staleness; dashed, what current_recompute would have given on the same "
-        "data. Alarming: curves of different staleness that drift apart for good, or any that rise over "
-        "the run.",
+        "Mean over each batch's tokens of one staleness; dashed: the values of current_recompute on the same data. "
+        "Signs of a fault: curves of different staleness that stay apart, or a curve that rises over the run.",
         _over_versions(figure, f"mean {words.discrepancy_symbol} (nats)"),
     )
 
@@ -110,20 +109,20 @@ def staleness_ratio_over_versions(lines: Sequence[Line]) -> Figure:
     """Curves of |log staleness ratio|, one for each staleness."""
     words = names(lines)
     moved = (
-        "the one that sampled the token. It is 0 at staleness 0 in the first minibatch"
+        "the policy that sampled the token. It is 0 at staleness 0 in the first minibatch"
         if words is EXACT
-        else "the surrogate in the proximal's place"
+        else "the surrogate"
     )
     return Figure(
         f"|log {words.ratio}| over versions, per staleness",
-        f"How far the current policy has moved from {moved}. Alarming: a steady rise, which says that the learning "
-        "rate or the staleness bound is too high.",
+        f"The distance of the current policy from {moved}. Sign of a fault: a steady rise, which means that the "
+        "learning rate or the staleness bound is too high.",
         _over_versions(_curves(lines, "log_staleness_ratio_abs"), f"mean {words.ratio_symbol} (nats)"),
     )
 
 
 def removed_by_staleness(lines: Sequence[Line]) -> Figure:
-    """Shares of tokens that mask and clip took out of the gradient."""
+    """Shares of tokens that mask and clip removed from the gradient."""
     figure = go.Figure()
     words = names(lines)
     for name, key, paint in (("masked", "masked", BLUE), ("clipped", "clipped", ORANGE)):
@@ -135,15 +134,15 @@ def removed_by_staleness(lines: Sequence[Line]) -> Figure:
     figure.update_xaxes(dtick=1 if len(tokens_by_staleness(lines)) < 16 else None)
     return Figure(
         "Masked and clipped tokens by staleness",
-        f"The mask answers to the {words.discrepancy} and must not depend on staleness; the clip answers to the "
-        f"{words.ratio} and should grow with it. Alarming: a masked share that grows with staleness, or a clipped "
-        "share of 0 at high staleness: both are signs of a stand-in for the old policy.",
+        f"The mask depends on the {words.discrepancy} and must not grow with staleness; the clip depends on the "
+        f"{words.ratio} and should grow with it. Signs of a fault: a masked share that grows with staleness, or a "
+        "clipped share of 0 at high staleness. Both indicate that other values replace the old policy.",
         label_axes(figure, "staleness (versions)", "share of tokens (%)", rangemode="tozero"),
     )
 
 
 def staleness_over_versions(lines: Sequence[Line]) -> Figure:
-    """How old the data was."""
+    """Staleness of the trained tokens."""
     figure, x = go.Figure(), [e["published"] for e in lines]
     for age in map(int, tokens_by_staleness(lines)):
         shares = [100 * e["by_staleness"].get(str(age), {}).get("tokens", 0.0) / max(1, e["tokens"]) for e in lines]
@@ -152,15 +151,15 @@ def staleness_over_versions(lines: Sequence[Line]) -> Figure:
     figure.update_layout(barmode="stack", bargap=0, legend={"title": {"text": "staleness"}, "traceorder": "normal"})
     return Figure(
         "Staleness of the trained tokens over versions",
-        "Shares of each batch's tokens by how many versions had been published since they were sampled. Alarming: "
-        "everything at the bound (learner.max_staleness) together with drops, which means that rollout outruns the "
+        "Shares of each batch's tokens by the number of versions published since their sampling. Sign of a fault: all "
+        "tokens at the bound (learner.max_staleness) together with drops, which means that rollout is faster than the "
         "learner.",
         label_axes(figure, "version published", "share of tokens (%)", range=[0, 100]),
     )
 
 
 def ages(values: dict[str, Any]) -> list[int]:
-    """The stalenesses as numbers."""
+    """Return the stalenesses as numbers."""
     return [int(age) for age in values]
 
 
@@ -181,12 +180,12 @@ def _over_versions(figure: go.Figure, y: str) -> go.Figure:
 
 
 def _joined(by_staleness: dict[str, dict[str, float | None]], key: str) -> float | None:
-    """Mean over the tokens of all stalenesses with a value; None without any."""
+    """Return the mean over the tokens of all stalenesses that have a value; None if none has."""
     known = [(values["tokens"] or 0.0, value) for values in by_staleness.values() if (value := values[key]) is not None]
     tokens = sum(count for count, _ in known)
     return sum(count * value for count, value in known) / tokens if tokens else None
 
 
 def _positive(value: float | None) -> float | None:
-    """None for 0, which a logarithmic axis cannot show, and for an unknown value."""
+    """Return None for 0, which a logarithmic axis cannot show, and for an unknown value."""
     return value if value is not None and value > 0 else None

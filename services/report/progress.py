@@ -1,4 +1,4 @@
-"""Figures: versions as they came, and where the time went."""
+"""Figures of versions over time and of the learner's time."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old l
 
 
 def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance: float) -> Figure:
-    """Versions published, taken on by the workers, and cut into trajectories."""
+    """Published versions, updates of the workers, and cuts."""
     figure = make_subplots(
         rows=4, cols=1, shared_xaxes=True, row_heights=[0.3, 0.26, 0.22, 0.22], vertical_spacing=0.04
     )
@@ -47,10 +47,9 @@ def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance
     figure.update_layout(height=680)
     return Figure(
         "Timeline of versions, updates and cuts",
-        "From the top: versions as they were published; how long each update stood in the way of a worker's sampling; "
-        "how far the updated engine was from the learner on the canary (dashed: what is allowed); and, in the batches, "
-        "how often a version changed inside a turn. Alarming: a flat stretch at the top, pauses that grow, a canary "
-        "error that creeps up to the line.",
+        "From the top: published versions; the pause of a worker's sampling for each update; the canary error of the "
+        "updated engine (dashed: the tolerance); and the number of version changes inside turns, by batch. Signs of a "
+        "fault: a flat stretch at the top, pauses that grow, or a canary error that approaches the line.",
         figure,
         wide=True,
     )
@@ -70,21 +69,21 @@ def where_the_time_went(lines: Sequence[Line]) -> Figure:
         figure.add_trace(total, row=1, col=1)
     x = [e["published"] for e in lines]
     for phase, name, paint in PHASES:
-        # what is written with a version's line of checkpoint and publish was spent on the version before
+        # A version's line has the seconds of checkpoint and publish of the version before it.
         spent = steady if phase in ("wait", "train") else [*steady[1:], {}][: len(steady)]
         bars = go.Bar(x=x, y=short(e.get(phase, 0.0) for e in spent), name=name, legendgroup=name, showlegend=False)
         bars.marker = {"color": paint, "line": {"width": 0}}
         figure.add_trace(bars, row=2, col=1)
     figure.update_layout(barmode="stack", bargap=0, height=480, legend={"traceorder": "normal"})
-    figure.update_xaxes(title="seconds, whole run", row=1, col=1)
+    figure.update_xaxes(title="seconds, entire run", row=1, col=1)
     figure.update_yaxes(showticklabels=False, row=1, col=1)
     figure.update_xaxes(title="version published", row=2, col=1)
     figure.update_yaxes(title="seconds for the version", row=2, col=1)
     return Figure(
         "Where the learner's time went",
-        "Above: the whole run; below: each version, the wait for the first batch after a start left out. A learner "
-        "that mostly waits could be fed by more rollout workers; one that never waits is the bottleneck. Alarming: "
-        "publishing or checkpointing that outgrows training.",
+        "Above: the run; below: each version, without the wait for the first batch after a start. If the learner "
+        "mostly waits, add rollout workers; if it never waits, it is the bottleneck. Sign of a fault: publishing or "
+        "checkpointing takes longer than training.",
         figure,
         wide=True,
     )

@@ -1,4 +1,4 @@
-"""How the page looks, on light and on dark ground: its style sheet, and the script that draws the figures."""
+"""The report's style sheet for light and dark backgrounds, and the script that draws the figures."""
 
 STYLE = """\
 :root { --ground: #f8fafc; --card: #ffffff; --ink: #0f172a; --soft: #64748b; --edge: #e2e8f0; }

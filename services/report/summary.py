@@ -1,4 +1,4 @@
-"""summary.json: a run in numbers (docs/report.md says what each means). Pure but for `write_summary`."""
+"""Computes summary.json (docs/report.md describes its keys). Pure except for `write_summary`."""
 
 import statistics
 from collections import Counter
@@ -20,14 +20,14 @@ PHASES = ("wait", "train", "publish", "checkpoint")
 
 
 def write_summary(contents: Contents) -> dict[str, Any]:
-    """Make the folder's summary.json; what it says."""
+    """Write the folder's summary.json and return its values."""
     summary = summarize(contents)
     write(contents.folder / run_folder.SUMMARY, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     return summary
 
 
 def summarize(contents: Contents) -> dict[str, Any]:
-    """The summary. A number that nothing is known of is None, never 0."""
+    """Return the summary. An unknown number is None, never 0."""
     lines, config = contents.lines, contents.config
     seconds = run_seconds(contents)
     tokens_trained = sum(line["tokens"] for line in lines)
@@ -58,7 +58,7 @@ def summarize(contents: Contents) -> dict[str, Any]:
 
 
 def ledger(contents: Contents) -> dict[str, Any]:
-    """offered = trained + dropped + dead_lettered + pending, in trajectories."""
+    """Return the counts of trajectories: offered = trained + dropped + dead_lettered + pending."""
     known: dict[str, Any]
     if contents.checkpoint is not None:
         state = contents.checkpoint.ledger
@@ -77,7 +77,7 @@ def ledger(contents: Contents) -> dict[str, Any]:
 
 
 def tenth(successes: str) -> tuple[str, str]:
-    """The first and the last tenth, at least one of each.
+    """Return the first and the last tenth, at least one character each.
 
     >>> tenth("00000000000000000111")
     ('00', '11')
@@ -87,7 +87,7 @@ def tenth(successes: str) -> tuple[str, str]:
 
 
 def mean_by_staleness(lines: Sequence[Line], key: str, *, of: str = "by_staleness") -> dict[str, float]:
-    """Staleness -> mean of `key` over all its tokens in the run, those that are not finite left out of log-ratios."""
+    """Return staleness -> mean of `key` over its tokens in the run; log-ratios without values that are not finite."""
     sums: dict[int, tuple[float, float]] = {}
     for line in lines:
         for staleness, values in line[of].items():
@@ -102,7 +102,7 @@ def mean_by_staleness(lines: Sequence[Line], key: str, *, of: str = "by_stalenes
 
 
 def tokens_by_staleness(lines: Sequence[Line]) -> dict[str, int]:
-    """Staleness -> tokens trained."""
+    """Return staleness -> trained tokens."""
     counts: dict[int, int] = {}
     for line in lines:
         for staleness, values in line["by_staleness"].items():
@@ -111,23 +111,23 @@ def tokens_by_staleness(lines: Sequence[Line]) -> dict[str, int]:
 
 
 def phases(lines: Sequence[Line]) -> dict[str, float]:
-    """Seconds of the learner by what they were spent on; `wait` holds the wait for the engines at each start."""
+    """Return the learner's seconds by phase; `wait` includes the wait for the engines at each start."""
     return {phase: sum(line["phases"].get(phase, 0.0) for line in lines) for phase in PHASES}
 
 
 def is_first_after_start(line: Line) -> bool:
-    """Whether the line is the first after a start: only then did no publication come before it."""
+    """Whether the line is the first after a start: only then no publication precedes it."""
     return "publish" not in line["phases"]
 
 
 def learner_wait_share(lines: Sequence[Line]) -> float | None:
-    """Share of its time that the learner waited for trajectories, the first batch after each start left out."""
+    """Return the share of time in which the learner waited for trajectories, without the first batch of each start."""
     steady = phases([line for line in lines if not is_first_after_start(line)])
     return _share(steady["wait"], sum(steady.values()))
 
 
 def last_heartbeats(alive: Sequence[WorkerAlive]) -> list[WorkerAlive]:
-    """The last word of each worker process: a worker that was started again counts anew from 0."""
+    """Return the last heartbeat of each worker process; a restarted worker counts from 0."""
     last = []
     for worker in dict.fromkeys(message.worker for message in alive):
         own = [message for message in alive if message.worker == worker]
@@ -137,7 +137,7 @@ def last_heartbeats(alive: Sequence[WorkerAlive]) -> list[WorkerAlive]:
 
 
 def run_seconds(contents: Contents) -> dict[str, float | None]:
-    """Setup and run; where nobody kept them apart, the learner's own seconds are the run's."""
+    """Return the seconds of setup and run. Without seconds.json, `run` is the learner's time."""
     if contents.seconds is not None:
         return {"setup": contents.seconds.setup, "run": contents.seconds.run}
     if contents.checkpoint is not None:
@@ -168,7 +168,7 @@ def _learning(lines: Sequence[Line]) -> dict[str, float | None]:
 
 
 def _mean_reward(lines: Sequence[Line], trajectories: int) -> float:
-    """Over so many trajectories from the front; of a batch that is only partly among them, the batch's mean."""
+    """Return the mean over the first `trajectories`; a partly included batch counts with its mean."""
     total, left = 0.0, trajectories
     for line in lines:
         taken = min(left, line["batch"])
@@ -202,7 +202,7 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _old_coverage(lines: Sequence[Line]) -> float | None:
-    """Share of the run's tokens that had their old log-prob in the proximal's place."""
+    """Return the share of the run's tokens whose proximal log-prob is the old one."""
     counted = [(coverage(line), line["tokens"]) for line in lines]
     known = [(share, tokens) for share, tokens in counted if share is not None]
     return _share(sum(share * tokens for share, tokens in known), sum(tokens for _, tokens in known))
@@ -222,7 +222,7 @@ def _workers(contents: Contents) -> dict[str, Any]:
 
 
 def _rollout_rate(alive: Sequence[WorkerAlive]) -> float | None:
-    """Tokens sampled for each second a worker could sample; the workers' rates added up."""
+    """Return the tokens sampled per second in which a worker could sample, summed over workers."""
     rates = []
     for worker in {message.worker for message in alive}:
         lives = last_heartbeats([message for message in alive if message.worker == worker])
@@ -231,7 +231,7 @@ def _rollout_rate(alive: Sequence[WorkerAlive]) -> float | None:
 
 
 def _dropped_share(trajectories: dict[str, Any]) -> float | None:
-    """Of the trajectories whose end is known."""
+    """Return the dropped share of the trajectories that have an end."""
     return _share(sum(trajectories["dropped"].values()), trajectories["offered"] - trajectories["pending"])
 
 

@@ -1,4 +1,4 @@
-"""runs/ID/report.html: a run in figures, one file that opens without network (docs/report.md)."""
+"""Writes runs/ID/report.html, one file that opens without network access (docs/report.md)."""
 
 from typing import Any
 
@@ -10,5 +10,5 @@ from palimpsest.services.report.page import page
 
 
 def write_report(contents: Contents, summary: dict[str, Any]) -> None:
-    """Make the folder's report."""
+    """Write the folder's report."""
     write(contents.folder / run_folder.REPORT, page(summary, contents.config, figures(contents)).encode())

@@ -153,7 +153,7 @@ def test_a_run_stopped_before_its_first_version_has_both_too(tmp_path: Path):
     (tmp_path / "run.toml").write_text(RUN)
     conclude(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("nothing to draw") == len(TITLES) - 2
+    assert page.count("there is no data to draw") == len(TITLES) - 2
     assert json.loads((tmp_path / "summary.json").read_text())["success_last"] is None
 
 

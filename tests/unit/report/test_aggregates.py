@@ -102,7 +102,7 @@ def test_a_surrogate_is_never_called_old() -> None:
 def test_the_page_names_the_surrogate(empty: Contents) -> None:
     used = a_line(1, exact=False, proximal="ewma_prox", old={"coverage": 0.0})
     whole = shown(empty, a_line(0), used)
-    assert "NOT old log-probabilities but a surrogate: ewma_prox in 1 of 2 versions" in whole
+    assert "surrogate in place of old log-probabilities: ewma_prox in 1 of 2 versions" in whole
     assert "Correction and update against staleness" in whole
     assert "|log correction| over versions, per staleness" in whole
     assert "It is 0 at staleness 0" not in whole  # a moving average is not the current policy there, nor is bypass
@@ -117,7 +117,7 @@ def test_the_page_of_an_exact_run_has_its_own_names(empty: Contents) -> None:
     assert "Discrepancy and staleness ratio against staleness" in whole
     assert "It is 0 at staleness 0 in the first minibatch" in whole
     assert "None in 1 version." in whole
-    assert "What the surrogate leaks" not in whole
+    assert "Surrogate error" not in whole
 
 
 def test_the_page_lists_alerts_and_removals(empty: Contents) -> None:
@@ -134,7 +134,7 @@ def test_the_page_lists_alerts_and_removals(empty: Contents) -> None:
         "<td>band_high</td><td>60</td><td>20.0 %</td><td>45</td>",
         "<td>by several causes</td><td>15</td><td>5.0 %</td>",
         "<td>removed</td><td>90</td><td>30.0 %</td><td>75</td>",
-        "the clip would have taken 12, too",
+        "The clip would also have removed 12 of the masked tokens",
     ):
         assert expected in whole, expected
     assert "<td>missing</td>" not in whole  # nothing was
@@ -146,8 +146,8 @@ def test_figures_that_only_some_runs_have_come_last(empty: Contents) -> None:
     held = Contents(empty.folder, empty.config, (a_line(0, ratios=ratios, leak=LEAK), a_line(1, ratios=ratios)))
     found = figures(held)
     assert [figure.title for figure in found[9:]] == [
-        "How the log discrepancy and the log staleness ratio are spread",
-        "What the surrogate leaks, and what it judges wrongly",
+        "Distributions of the log discrepancy and the log staleness ratio",
+        "Surrogate error, and tokens that it masks or clips wrongly",
     ]
     (left, right) = found[9].drawing.data
     assert len(left.y) == len(right.y) == 17

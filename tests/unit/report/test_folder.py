@@ -89,7 +89,7 @@ def test_a_run_that_never_began_is_empty(folder: Path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         contents(tmp_path)
 
 
