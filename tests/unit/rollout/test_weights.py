@@ -1,8 +1,11 @@
-"""Updates in flight: the order of things, and what an unverified version may not do."""
+"""Weight updates: order of update steps, limits on unverified versions, and pauses for cuts."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 
 
 class Engine:
-    """Records what is asked of it; scores the canary `off` nats too low."""
+    """An engine that records its calls; its canary scores are `off` nats too low."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -63,152 +66,198 @@ def put(store: SnapshotClient, *versions: int) -> None:
         store.put("test", Version(version), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY], writer=1)
 
 
-def the_weights(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[WeightSync, list[UpdateResult]]:
+def weight_sync(engine: Engine, store: SnapshotClient, folder: Path) -> tuple[WeightSync, list[UpdateResult]]:
     reports: list[UpdateResult] = []
     return WeightSync(engine, store, folder, tolerance=0.05, report=reports.append), reports  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def syncing(weights: WeightSync) -> AsyncIterator["asyncio.Task[None]"]:
+    """Run the sync loop in a task inside the context."""
+    loop = asyncio.create_task(weights.sync_loop())
+    try:
+        yield loop
+    finally:
+        loop.cancel()
+
+
+async def consumed(weights: WeightSync) -> None:
+    """Wait until the sync loop has read every announcement."""
+    while weights._announced.is_set():
+        await asyncio.sleep(0)
+
+
+def update(version: int) -> list[str]:
+    """Calls of an update to this version."""
+    return ["pause", f"load {version}: 64 bytes", "resume", "score"]
 
 
 async def test_a_version_is_fetched_loaded_and_verified_in_this_order(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 3)
     engine = Engine()
-    weights, reports = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(3))
-    await weights.wait_verified(Version(3))
-    assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
-    assert [(r.manifest.version, r.accepted, r.canary_error) for r in reports] == [(3, True, 0.0)]
-    keeping.cancel()
+    weights, reports = weight_sync(engine, store, tmp_path / "cache")
+    async with syncing(weights):
+        weights.announce(Version(3))
+        await weights.wait_verified(Version(3))
+        assert engine.events == update(3)
+        assert [(r.manifest.version, r.accepted, r.canary_error) for r in reports] == [(3, True, 0.0)]
 
 
-async def test_nothing_is_trusted_before_the_canary_has_spoken(store: SnapshotClient, tmp_path: Path) -> None:
+async def test_no_version_is_trusted_before_its_canary_is_scored(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 1)
     engine = Engine()
     engine.scoring.clear()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    waiting = asyncio.create_task(weights.wait_verified(Version(1)))
-    while engine.events[-1:] != ["resume"]:
-        await asyncio.sleep(0)
-    assert not waiting.done()
-    assert weights.verified == -1
-    engine.scoring.set()
-    await waiting
-    assert weights.verified == 1
-    keeping.cancel()
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
+    async with syncing(weights):
+        weights.announce(Version(1))
+        waiting = asyncio.create_task(weights.wait_verified(Version(1)))
+        while engine.events[-1:] != ["resume"]:
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        assert weights.verified == -1
+        engine.scoring.set()
+        await waiting
+        assert weights.verified == 1
 
 
-async def test_a_version_the_engine_does_not_compute_is_refused(store: SnapshotClient, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("off", "message"),
+    [
+        pytest.param(0.15, r"refused version 2: canary error 0\.1500 nats exceeds", id="head-left-at-the-old-weights"),
+        pytest.param(float("nan"), "refused version 2", id="nan"),
+        pytest.param(float("inf"), "refused version 2", id="inf"),
+    ],
+)
+async def test_a_version_whose_canary_fails_is_refused(
+    store: SnapshotClient, tmp_path: Path, off: float, message: str
+) -> None:
     put(store, 1, 2)
     engine = Engine()
-    weights, reports = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    await weights.wait_verified(Version(1))
-    engine.off = 0.15  # what a head left at the old weights was measured to do
-    weights.announce(Version(2))
-    with pytest.raises(UserError, match=r"refused version 2: canary error 0\.1500 nats exceeds") as refusal:
-        await keeping
-    assert refusal.value.code is ExitCode.CANARY
+    weights, reports = weight_sync(engine, store, tmp_path / "cache")
+    async with syncing(weights) as loop:
+        weights.announce(Version(1))
+        await weights.wait_verified(Version(1))
+        engine.off = off
+        weights.announce(Version(2))
+        with pytest.raises(UserError, match=message) as error:
+            await loop
+    assert error.value.code is ExitCode.CANARY
     assert [r.accepted for r in reports] == [True, False]
     assert weights.verified == 1
 
 
-@pytest.mark.parametrize("off", [float("nan"), float("inf")])
-async def test_a_canary_that_is_not_a_number_is_refused(store: SnapshotClient, tmp_path: Path, off: float) -> None:
-    put(store, 1)
-    engine = Engine()
-    engine.off = off
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    weights.announce(Version(1))
-    with pytest.raises(UserError, match="refused version 1"):
-        await weights.sync_loop()
-
-
-async def test_only_the_newest_of_several_is_applied(store: SnapshotClient, tmp_path: Path) -> None:
+async def test_only_the_newest_of_several_versions_is_loaded(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 1, 2, 3)
     engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
     for version in (1, 2, 3, 2):
         weights.announce(Version(version))
-    keeping = asyncio.create_task(weights.sync_loop())
-    await weights.wait_verified(Version(3))
-    assert engine.events == ["pause", "load 3: 64 bytes", "resume", "score"]
-    keeping.cancel()
-
-
-async def test_a_version_swept_in_the_meantime_is_skipped(store: SnapshotClient, tmp_path: Path) -> None:
-    put(store, 2)
-    engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    while weights._announced.is_set():
-        await asyncio.sleep(0)
-    weights.announce(Version(2))
-    await weights.wait_verified(Version(2))
-    assert engine.events == ["pause", "load 2: 64 bytes", "resume", "score"]
-    keeping.cancel()
+    async with syncing(weights):
+        await weights.wait_verified(Version(3))
+        assert engine.events == update(3)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 async def test_damaged_weights_never_reach_the_engine(store: SnapshotClient, tmp_path: Path, damage: str) -> None:
     put(store, 1)
-    held = tmp_path / "store" / "objects" / store.manifest(Version(1)).object
-    body = bytearray(held.read_bytes())
+    stored = tmp_path / "store" / "objects" / store.manifest(Version(1)).object
+    body = bytearray(stored.read_bytes())
     if damage == "flip":
         body[-1] ^= 0xFF
-    held.write_bytes(body[:-3] if damage == "truncate" else body)
+    stored.write_bytes(body[:-3] if damage == "truncate" else body)
     engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
     weights.announce(Version(1))
-    with pytest.raises(UserError, match="returned damaged weights: version 1") as refusal:
+    with pytest.raises(UserError, match="returned damaged weights: version 1") as error:
         await weights.sync_loop()
-    assert refusal.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
     assert engine.events == []
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-async def test_files_of_an_earlier_process_are_removed_and_none_are_left(store: SnapshotClient, tmp_path: Path) -> None:
+async def test_cache_files_are_removed_after_an_update_and_at_the_start(store: SnapshotClient, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "7.raw").write_bytes(b"left")
     put(store, 1)
-    weights, _ = the_weights(Engine(), store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    await weights.wait_verified(Version(1))
-    await asyncio.sleep(0)
-    assert list((tmp_path / "cache").iterdir()) == []
-    keeping.cancel()
-
-
-async def test_while_a_version_is_held_neither_it_nor_an_older_one_is_loaded(
-    store: SnapshotClient, tmp_path: Path
-) -> None:
-    put(store, 1, 2, 3)
-    engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    await weights.wait_verified(Version(1))
-    engine.events.clear()
-    async with weights.paused_for_cut(Version(2)):
-        assert engine.events == ["pause"]
-        weights.announce(Version(2))
-    while weights._announced.is_set():
+    weights, _ = weight_sync(Engine(), store, tmp_path / "cache")
+    async with syncing(weights):
+        weights.announce(Version(1))
+        await weights.wait_verified(Version(1))
         await asyncio.sleep(0)
-    weights.announce(Version(3))
-    await weights.wait_verified(Version(3))
-    assert engine.events == ["pause", "pause", "load 3: 64 bytes", "resume", "score"]
-    keeping.cancel()
+        assert list((tmp_path / "cache").iterdir()) == []
 
 
-async def test_a_version_that_was_fetched_when_it_is_held_is_not_loaded_before_it_may_be_sampled_with(
+@dataclass(frozen=True)
+class Step:
+    """One event of a run, and the engine's calls until the next one.
+
+    update: announce a version and wait until it is verified. ignore: announce a version that must not be loaded.
+    hold: pause for a cut of a version. release: end the hold, with the newest version that may be sampled with.
+    """
+
+    kind: Literal["update", "ignore", "hold", "release"]
+    version: int
+    calls: list[str]
+
+
+RUNS: dict[str, tuple[tuple[int, ...], list[Step]]] = {
+    "a version swept from the store is skipped": ((2,), [Step("ignore", 1, []), Step("update", 2, update(2))]),
+    "a held version and older ones are not loaded": (
+        (1, 2, 3),
+        [Step("update", 1, update(1)), Step("hold", 2, ["pause"]), Step("ignore", 2, []), Step("update", 3, update(3))],
+    ),
+    "a release resumes the held version and no older one": (
+        (1, 2),
+        [
+            Step("update", 1, update(1)),
+            Step("hold", 1, ["pause"]),
+            Step("release", 1, []),
+            Step("release", 0, ["resume"]),
+            Step("hold", 2, ["pause"]),
+            Step("release", 1, []),  # the engine has version 1
+            Step("update", 2, update(2)),
+        ],
+    ),
+    "an engine ahead of the held version resumes at once": (
+        (2,),
+        [Step("update", 2, update(2)), Step("hold", 1, ["pause", "resume"])],
+    ),
+}
+"""Case -> versions in the store, and steps."""
+
+
+@pytest.mark.parametrize(("stored", "steps"), RUNS.values(), ids=RUNS)
+async def test_calls_of_the_engine(
+    store: SnapshotClient, tmp_path: Path, stored: tuple[int, ...], steps: list[Step]
+) -> None:
+    put(store, *stored)
+    engine = Engine()
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
+    async with syncing(weights):
+        for number, step in enumerate(steps):
+            engine.events.clear()
+            version = Version(step.version)
+            match step.kind:
+                case "update":
+                    weights.announce(version)
+                    await weights.wait_verified(version)
+                case "ignore":
+                    weights.announce(version)
+                    await consumed(weights)
+                case "hold":
+                    async with weights.paused_for_cut(version):
+                        assert engine.events == ["pause"]
+                case "release":
+                    await weights.release_hold(version)
+            assert engine.events == step.calls, f"step {number}: {step.kind} {version}"
+
+
+async def test_a_version_fetched_before_its_hold_is_not_loaded_until_the_release(
     store: SnapshotClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, 1)
     engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
     fetched = 0
     real = weights._fetch
 
@@ -222,97 +271,53 @@ async def test_a_version_that_was_fetched_when_it_is_held_is_not_loaded_before_i
         return stored
 
     monkeypatch.setattr(weights, "_fetch", fetch)
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    while not fetched:
-        await asyncio.sleep(0)
-    assert engine.events == ["pause"]
-    await weights.release_hold(Version(0))
-    await weights.wait_verified(Version(1))
-    assert engine.events == ["pause", "pause", "pause", "load 1: 64 bytes", "resume", "score"]
-    keeping.cancel()
-
-
-async def test_letting_go_of_a_version_lets_the_engine_go_on_with_it_but_not_with_an_older_one(
-    store: SnapshotClient, tmp_path: Path
-) -> None:
-    put(store, 1, 2)
-    engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    await weights.wait_verified(Version(1))
-    engine.events.clear()
-    async with weights.paused_for_cut(Version(1)):
-        pass
-    await weights.release_hold(Version(1))
-    assert engine.events == ["pause"]
-    await weights.release_hold(Version(0))
-    assert engine.events == ["pause", "resume"]
-    async with weights.paused_for_cut(Version(2)):
-        pass
-    await weights.release_hold(Version(1))
-    assert engine.events == ["pause", "resume", "pause"]  # what it has is version 1
-    weights.announce(Version(2))
-    await weights.wait_verified(Version(2))
-    assert engine.events[3:] == ["pause", "load 2: 64 bytes", "resume", "score"]
-    keeping.cancel()
-
-
-async def test_an_engine_that_is_ahead_of_the_held_version_goes_on_at_once(
-    store: SnapshotClient, tmp_path: Path
-) -> None:
-    put(store, 2)
-    engine = Engine()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(2))
-    await weights.wait_verified(Version(2))
-    engine.events.clear()
-    async with weights.paused_for_cut(Version(1)):
+    async with syncing(weights):
+        weights.announce(Version(1))
+        while not fetched:
+            await asyncio.sleep(0)
         assert engine.events == ["pause"]
-    assert engine.events == ["pause", "resume"]
-    keeping.cancel()
+        await weights.release_hold(Version(0))
+        await weights.wait_verified(Version(1))
+        assert engine.events == ["pause", "pause", "pause", "load 1: 64 bytes", "resume", "score"]
 
 
-async def test_standing_still_waits_for_the_verdict(store: SnapshotClient, tmp_path: Path) -> None:
+async def test_a_pause_for_a_cut_waits_for_the_canary(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 1)
     engine = Engine()
     engine.scoring.clear()
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
-    keeping = asyncio.create_task(weights.sync_loop())
-    weights.announce(Version(1))
-    while engine.events[-1:] != ["resume"]:
-        await asyncio.sleep(0)
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
+    async with syncing(weights):
+        weights.announce(Version(1))
+        while engine.events[-1:] != ["resume"]:
+            await asyncio.sleep(0)
 
-    async def stand_still() -> None:
-        async with weights.paused_for_cut(Version(1)):
-            assert weights.verified == 1
+        async def pause() -> None:
+            async with weights.paused_for_cut(Version(1)):
+                assert weights.verified == 1
 
-    standing = asyncio.create_task(stand_still())
-    await turns()
-    assert engine.events[-1] == "resume"  # paused now, it could not be scored
-    engine.scoring.set()
-    await standing
-    assert engine.events[-2:] == ["score", "pause"]
-    keeping.cancel()
+        pausing = asyncio.create_task(pause())
+        await turns()
+        assert engine.events[-1] == "resume"  # a paused engine could not score the canary
+        engine.scoring.set()
+        await pausing
+        assert engine.events[-2:] == ["score", "pause"]
 
 
-async def test_after_a_refusal_nobody_finds_the_engine_standing_still(store: SnapshotClient, tmp_path: Path) -> None:
+async def test_a_refused_version_never_pauses_for_a_cut(store: SnapshotClient, tmp_path: Path) -> None:
     put(store, 1)
     engine = Engine()
     engine.off = 0.15
-    weights, _ = the_weights(engine, store, tmp_path / "cache")
+    weights, _ = weight_sync(engine, store, tmp_path / "cache")
     weights.announce(Version(1))
     with pytest.raises(UserError):
         await weights.sync_loop()
 
-    async def stand_still() -> None:
+    async def pause() -> None:
         async with weights.paused_for_cut(Version(1)):
-            raise AssertionError("what the refused version said would be sent ahead")
+            raise AssertionError("tokens of the refused version would be flushed")
 
-    standing = asyncio.create_task(stand_still())
+    pausing = asyncio.create_task(pause())
     await turns()
-    assert not standing.done()
-    assert engine.events[-1] == "pause", "it came as far as to wait for the verdict"
-    standing.cancel()
+    assert not pausing.done()
+    assert engine.events[-1] == "pause", "the pause waits for the canary"
+    pausing.cancel()
