@@ -1,9 +1,10 @@
-"""A worker at a cut: it stands still, sends ahead what it sampled, says so, and waits for what the log says next."""
+"""A worker at a cut: it pauses, flushes sampled tokens, answers, and waits for the end of the cut on the log."""
 
 import asyncio
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from tests.unit.rollout.working import (
     RUN,
     GatedEngine,
     Place,
+    Working,
     announce,
     finished,
     ids,
@@ -45,7 +47,7 @@ from tests.unit.rollout.working import (
 
 
 class Gate(asyncio.Event):
-    """Set when the engine runs and may still sample."""
+    """Set while the engine runs and is below its token limit."""
 
     def __init__(self, engine: "Limited") -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class Gate(asyncio.Event):
 
 
 class Limited(GatedEngine):
-    """Waits in the middle of a message when it has sampled so many tokens; says 8 at a time, its limit."""
+    """An engine that waits after `limit` tokens in total; each message has 8 tokens."""
 
     def __init__(self, place: Place, limit: int) -> None:
         super().__init__(place.dialogue)
@@ -78,12 +80,12 @@ class Limited(GatedEngine):
         self.sampled.append(message.versions[-1])
 
     def allow(self, tokens: int) -> None:
-        """So many in all."""
+        """Raise the limit to this total."""
         self.limit = tokens
         self._running.more.set()  # type: ignore[attr-defined]
 
 
-def ask(bus: SqliteBus, cut: int, version: int) -> None:
+def request(bus: SqliteBus, cut: int, version: int) -> None:
     bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(version), 5.0)))])
 
 
@@ -100,102 +102,100 @@ def flushes(bus: SqliteBus) -> list[SegmentFlushed]:
 
 
 def ends(bus: SqliteBus) -> dict[int, int]:
-    """Of the partitions in which anything stands."""
+    """End offsets of the partitions with records."""
     with bus.consumer(TRAJECTORIES) as consumer:
         return {partition: end for partition, end in consumer.ends().items() if end}
 
 
-async def stands_still(engine: Limited) -> None:
-    """Though it may sample, it does not."""
+async def assert_paused(engine: Limited) -> None:
+    """Check that the engine samples no token although its limit allows it."""
     count = len(engine.sampled)
     engine.allow(1000)
     await turns()
     assert len(engine.sampled) == count
 
 
-async def test_a_worker_stands_still_from_its_answer_until_a_newer_version(place: Place) -> None:
+@asynccontextmanager
+async def worker_mid_message(
+    place: Place, tokens: int = 5, *, bus: SqliteBus | None = None
+) -> AsyncIterator[tuple[Working, Limited]]:
+    """A worker whose engine waits after this many tokens of version 0 in the only trajectory."""
     offer(place.bus, 0, samples=1)
     announce(place.bus, 0)
-    engine = Limited(place, 5)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 5)
+    engine = Limited(place, tokens)
+    async with working(place, engine=engine, bus=bus) as at_work:
+        await at_work.until(lambda: len(engine.sampled) == tokens)
+        yield at_work, engine
+
+
+def republish(bus: SqliteBus) -> None:
+    """Announce version 0 as a restarted learner does."""
+    published = VersionPublished(run=RUN, version=Version(0), digest="", published_at=1.0)
+    bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
+
+
+END_OF_CUT: dict[str, tuple[Callable[[SqliteBus], None], list[int], list[tuple[int, int]]]] = {
+    "a newer version": (lambda bus: announce(bus, 1), [0, 1], [(0, 5), (1, 3)]),
+    "a release": (lambda bus: release(bus, 1), [0], [(0, 8)]),
+    "a restart of the learner": (republish, [0], [(0, 8)]),
+}
+"""Record that ends a cut -> how to publish it, versions that the engine loads, and segments of the trajectory."""
+
+
+@pytest.mark.parametrize(("end", "loaded", "segments"), END_OF_CUT.values(), ids=END_OF_CUT)
+async def test_a_worker_pauses_from_its_answer_until_the_end_of_the_cut(
+    place: Place, end: Callable[[SqliteBus], None], loaded: list[int], segments: list[tuple[int, int]]
+) -> None:
+    async with worker_mid_message(place) as (at_work, engine):
         assert at_work.worker.status()["cut"] is None
-        ask(place.bus, 1, 0)
+        request(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         assert at_work.worker.status()["cut"] == 1
-        await stands_still(engine)
-        (answer,), (sent,) = reached(place.bus), flushes(place.bus)
+        announce(place.bus, 0)  # a copy of an earlier record does not end the cut
+        await assert_paused(engine)
+        (answer,), (flush,) = reached(place.bus), flushes(place.bus)
         assert (answer.run, answer.worker, answer.cut, answer.version, answer.flushed) == (RUN, "worker-0", 1, 0, 1)
         assert answer.positions == ends(place.bus)
         assert answer.pause_s >= 0
-        assert (sent.trajectory, [(segment.version, len(segment)) for segment in sent.segments]) == (
-            "g000000/0",
-            [(0, 5)],
-        )
-        announce(place.bus, 1)
+        assert flush.trajectory == "g000000/0"
+        assert [(segment.version, len(segment)) for segment in flush.segments] == [(0, 5)]
+        end(place.bus)
         await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
-    assert at_work.engine.loaded == [0, 1]
-    assert engine.sampled == [0] * 5 + [1] * 3
+    assert engine.loaded == loaded
+    assert engine.sampled == [version for version, count in segments for _ in range(count)]
     (whole,) = (m for m in messages(place.bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished))
-    assert whole.tokens.startswith(sent.tokens)
-    assert whole.segments[:1] == sent.segments
-    assert [(segment.version, len(segment)) for segment in whole.segments] == [(0, 5), (1, 3)]
+    assert whole.tokens.startswith(flush.tokens)
+    assert whole.segments[0].start == flush.segments[0].start
+    assert whole.segments[0].behavior_logprobs.startswith(flush.segments[0].behavior_logprobs)
+    assert [(segment.version, len(segment)) for segment in whole.segments] == segments
 
 
-@pytest.mark.parametrize("how", ["released", "the learner was started again"])
-async def test_when_no_version_comes_of_a_cut_the_worker_goes_on_with_the_one_it_has(place: Place, how: str) -> None:
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 5)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 5)
-        ask(place.bus, 1, 0)
+async def test_a_release_does_not_resume_a_replaced_version(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer version is announced and not yet loaded when its own cut is requested and released."""
+    async with worker_mid_message(place) as (at_work, engine):
+        request(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
-        announce(place.bus, 0)  # a copy of what stands before the request: it says nothing
-        await stands_still(engine)
-        assert len(reached(place.bus)) == 1
-        if how == "released":
-            release(place.bus, 1)
-        else:
-            published = VersionPublished(run=RUN, version=Version(0), digest="", published_at=1.0)
-            place.bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
-        await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
-    assert engine.loaded == [0]
-    assert engine.sampled == [0] * 8
-
-
-async def test_a_release_allows_for_no_version_that_was_succeeded(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The newer version is announced, and not loaded yet, when its own cut comes and goes."""
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 5)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 5)
-        ask(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
-        goes_on, fetch = asyncio.Event(), at_work.weights._fetch
+        resume, fetch = asyncio.Event(), at_work.weights._fetch
 
         async def slow(version: Version) -> Any:
-            await goes_on.wait()
+            await resume.wait()
             return await fetch(version)
 
         monkeypatch.setattr(at_work.weights, "_fetch", slow)
         announce(place.bus, 1)
-        ask(place.bus, 2, 1)
+        request(place.bus, 2, 1)
         release(place.bus, 2)
-        ask(place.bus, 3, 1)
+        request(place.bus, 3, 1)
         await at_work.until(lambda: reached(place.bus)[-1].cut == 3)
         release(place.bus, 3)
         await at_work.until(lambda: at_work.worker.status()["cut"] is None)
-        await stands_still(engine)
-        goes_on.set()
+        await assert_paused(engine)
+        resume.set()
         await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
     assert engine.sampled == [0] * 5 + [1] * 3
 
 
-async def test_what_waits_for_a_tool_is_sent_ahead_and_what_was_sent_is_not_sent_again(
+async def test_trajectories_that_wait_for_a_tool_are_flushed_once(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = asyncio.Event()
@@ -213,52 +213,71 @@ async def test_what_waits_for_a_tool_is_sent_ahead_and_what_was_sent_is_not_sent
 
         monkeypatch.setattr(at_work.worker._sampler.sessions, "step", step)
         monkeypatch.setattr(at_work.worker._sampler.sessions, "finalize", finalize)
-        await at_work.until(lambda: at_work.worker.alive().sampled_tokens == 4)  # both messages have ended
-        ask(place.bus, 1, 0)
+        await at_work.until(lambda: at_work.worker.alive().sampled_tokens == 4)  # both messages are complete
+        request(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
-        ask(place.bus, 2, 0)
+        request(place.bus, 2, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 2)
         assert [(answer.cut, answer.flushed) for answer in reached(place.bus)] == [(1, 2), (2, 0)]
         assert sorted(flush.trajectory for flush in flushes(place.bus)) == ids(0, 1, samples=[0])
         answers.set()
-        await at_work.until(lambda: finished(place.bus) == ids(0, 1, samples=[0]))  # no token is needed for that
+        await at_work.until(lambda: finished(place.bus) == ids(0, 1, samples=[0]))  # no further token is sampled
     whole = {m.trajectory: m for m in messages(place.bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished)}
     assert all(whole[flush.trajectory].tokens == flush.tokens for flush in flushes(place.bus))
 
 
-async def test_a_worker_that_starts_while_a_request_stands_answers_and_waits_with_the_others(place: Place) -> None:
-    announce(place.bus, 0)
-    ask(place.bus, 1, 0)
-    announce(place.bus, 1)  # that was the end of cut 1
-    ask(place.bus, 2, 1)
+@dataclass(frozen=True)
+class OpenCut:
+    """A control topic with an open cut."""
+
+    records: list[Callable[[SqliteBus], None]]
+    cut: int
+    end: Callable[[SqliteBus], None]
+    loaded: list[int]
+
+
+STARTS = {
+    "then a newer version": OpenCut(
+        [
+            lambda bus: announce(bus, 0),
+            lambda bus: request(bus, 1, 0),
+            lambda bus: announce(bus, 1),  # ends cut 1
+            lambda bus: request(bus, 2, 1),
+        ],
+        cut=2,
+        end=lambda bus: announce(bus, 2),
+        loaded=[2],  # version 1, which the learner is about to replace, is not loaded
+    ),
+    "then a release": OpenCut(
+        [lambda bus: announce(bus, 1), lambda bus: request(bus, 1, 1)],
+        cut=1,
+        end=lambda bus: release(bus, 1),
+        loaded=[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+async def test_a_worker_that_starts_during_a_cut_answers_and_waits_for_its_end(place: Place, start: OpenCut) -> None:
+    for publish in start.records:
+        publish(place.bus)
     offer(place.bus, 0)
     async with working(place) as at_work:
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         (answer,) = reached(place.bus)
-        assert (answer.cut, answer.version, answer.positions, answer.flushed) == (2, -1, {}, 0)
+        assert (answer.cut, answer.version, answer.positions, answer.flushed) == (start.cut, -1, {}, 0)
         await at_work.looked()
         assert (at_work.engine.loaded, at_work.engine.asked) == ([], [])
-        announce(place.bus, 2)
+        start.end(place.bus)
         await at_work.until(lambda: finished(place.bus) == ids(0))
-        assert at_work.engine.loaded == [2]  # the version whose weights are about to go is not even loaded
+        assert at_work.engine.loaded == start.loaded
         assert len(reached(place.bus)) == 1
 
 
-async def test_a_worker_that_starts_while_a_request_stands_takes_its_version_when_it_is_released(place: Place) -> None:
-    announce(place.bus, 1)
-    ask(place.bus, 1, 1)
-    offer(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
-        release(place.bus, 1)
-        await at_work.until(lambda: finished(place.bus) == ids(0))
-        assert at_work.engine.loaded == [1]
-
-
-async def test_cuts_of_the_past_are_not_answered_however_many_there_were(place: Place) -> None:
+async def test_ended_cuts_are_not_answered(place: Place) -> None:
     announce(place.bus, 0)
-    for cut in range(200):  # more than are read at once: the 256th record is a request
-        ask(place.bus, cut, 0)
+    for cut in range(200):  # more than one poll returns: the 256th record is a request
+        request(place.bus, cut, 0)
         release(place.bus, cut)
     announce(place.bus, 1)
     offer(place.bus, 0)
@@ -268,34 +287,30 @@ async def test_cuts_of_the_past_are_not_answered_however_many_there_were(place: 
         assert reached(place.bus) == []
 
 
-async def test_when_nothing_is_heard_any_more_the_worker_goes_on_and_says_so(
+async def test_a_worker_resumes_and_reports_it_when_the_cut_does_not_end_in_time(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
     before = instruments.HOLDS_GIVEN_UP._value.get()
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 5)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 5)
-        ask(place.bus, 1, 0)
+    async with worker_mid_message(place) as (at_work, engine):
+        request(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         engine.allow(1000)
         await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
         assert instruments.HOLDS_GIVEN_UP._value.get() == before + 1
         assert at_work.worker.status()["cut"] is None
         announce(place.bus, 1)
-        ask(place.bus, 2, 1)  # a learner that comes back is served as ever
+        request(place.bus, 2, 1)  # a learner that returns gets an answer
         await at_work.until(lambda: [answer.cut for answer in reached(place.bus)] == [1, 2])
 
 
-class Silent(SqliteBus):
-    """A log that does not say where `control` ends until it is told to go on."""
+class UnresponsiveBus(SqliteBus):
+    """A log whose `ends` of the control topic blocks while `resume` is clear."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.asked, self.goes_on = threading.Event(), threading.Event()
-        self.goes_on.set()
+        self.asked, self.resume = threading.Event(), threading.Event()
+        self.resume.set()
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
         consumer = super().consumer(topic, group=group, member=member)
@@ -304,65 +319,53 @@ class Silent(SqliteBus):
         def ends() -> dict[int, int]:
             if topic == CONTROL:
                 self.asked.set()
-                assert self.goes_on.wait(LIMIT_S)
+                assert self.resume.wait(LIMIT_S)
             return real()
 
         consumer.ends = ends  # type: ignore[method-assign]
         return consumer
 
 
-async def test_a_log_that_does_not_answer_is_not_taken_for_a_learner_that_is_gone(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is sampled behind the learner's back can never be scored, and an outage is to cost time only."""
+async def test_an_outage_of_the_log_does_not_end_a_cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens sampled outside the cut could never be scored, and an outage must cost only time."""
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
     before = instruments.HOLDS_GIVEN_UP._value.get()
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 5)
-    with closing(Silent(place.bus.path)) as bus:
-        async with working(place, engine=engine, bus=bus) as at_work:
-            await at_work.until(lambda: len(engine.sampled) == 5)
-            bus.goes_on.clear()
+    with closing(UnresponsiveBus(place.bus.path)) as bus:
+        async with worker_mid_message(place, bus=bus) as (at_work, engine):
+            bus.resume.clear()
             bus.asked.clear()
-            ask(place.bus, 1, 0)
+            request(place.bus, 1, 0)
             await at_work.until(lambda: bus.asked.is_set() and len(reached(place.bus)) == 1)
-            await stands_still(engine)
-            announce(place.bus, 1)  # the learner is back as soon as the log is
-            bus.goes_on.set()
+            await assert_paused(engine)
+            announce(place.bus, 1)  # the learner publishes once the log answers
+            bus.resume.set()
             await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
     assert engine.sampled == [0] * 5 + [1] * 3
     assert instruments.HOLDS_GIVEN_UP._value.get() == before
 
 
-async def test_after_an_outage_the_learner_has_its_time_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_responder, "ANSWER_S", 0.0)  # every look counts as one that took too long
+async def test_after_an_outage_the_time_limit_of_the_cut_starts_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut_responder, "ANSWER_S", 0.0)  # every read of the log counts as too slow
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.001)
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 5)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 5)
-        ask(place.bus, 1, 0)
+    async with worker_mid_message(place) as (at_work, engine):
+        request(place.bus, 1, 0)
         await at_work.until(lambda: len(reached(place.bus)) == 1)
         await at_work.looked()
-        await stands_still(engine)
+        await assert_paused(engine)
         assert at_work.worker.status()["cut"] == 1
 
 
-async def test_a_cut_waits_for_the_verdict_on_what_is_on_the_engine(place: Place) -> None:
-    """What an unverified version said is not sent ahead either."""
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 2)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 2)
+async def test_a_cut_waits_for_the_canary_of_the_loaded_version(place: Place) -> None:
+    """Tokens of an unverified version are not flushed."""
+    async with worker_mid_message(place, 2) as (at_work, engine):
         engine.scoring.clear()
         announce(place.bus, 1)
         await at_work.until(lambda: engine.loaded == [0, 1])
         engine.allow(4)
         await at_work.until(lambda: engine.sampled == [0, 0, 1, 1])
-        ask(place.bus, 1, 1)
+        request(place.bus, 1, 1)
         await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
         await at_work.looked()
         assert (flushes(place.bus), reached(place.bus)) == ([], [])
@@ -372,19 +375,15 @@ async def test_a_cut_waits_for_the_verdict_on_what_is_on_the_engine(place: Place
         assert [segment.version for segment in flushes(place.bus)[0].segments] == [0, 1]
 
 
-async def test_nothing_of_a_refused_version_is_sent_ahead(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, 2)
-    async with working(place, engine=engine) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == 2)
+async def test_no_token_of_a_refused_version_is_flushed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with worker_mid_message(place, 2) as (at_work, engine):
         engine.scoring.clear()
         monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
         announce(place.bus, 1)
         await at_work.until(lambda: engine.loaded == [0, 1])
         engine.allow(4)
         await at_work.until(lambda: engine.sampled == [0, 0, 1, 1])
-        ask(place.bus, 1, 1)
+        request(place.bus, 1, 1)
         await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
         engine.scoring.set()
         with pytest.raises(UserError, match="refused version 1"):
@@ -394,42 +393,42 @@ async def test_nothing_of_a_refused_version_is_sent_ahead(place: Place, monkeypa
 
 
 class SlowDisk(SqliteBus):
-    """A log that takes trajectories only when it is told to go on."""
+    """A log whose writes of trajectories block until `resume` is set."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.publishing, self.goes_on = threading.Event(), threading.Event()
+        self.publishing, self.resume = threading.Event(), threading.Event()
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         if topic == TRAJECTORIES:
             self.publishing.set()
-            assert self.goes_on.wait(LIMIT_S)
+            assert self.resume.wait(LIMIT_S)
         return super().publish(topic, records)
 
 
-async def test_a_worker_answers_when_all_that_it_sampled_is_durable(place: Place) -> None:
-    """The trajectories that ended just before the cut, too."""
+async def test_a_worker_answers_after_all_its_trajectories_are_durable(place: Place) -> None:
+    """This includes trajectories that finished just before the cut."""
     offer(place.bus, 0)
     announce(place.bus, 0)
     with closing(SlowDisk(place.bus.path)) as bus:
         async with working(place, bus=bus) as at_work:
             await at_work.until(lambda: at_work.worker.status()["finished"] == 2)
-            ask(place.bus, 1, 0)
+            request(place.bus, 1, 0)
             await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
             await at_work.until(bus.publishing.is_set)
             await at_work.looked()
             assert reached(place.bus) == []
-            bus.goes_on.set()
+            bus.resume.set()
             await at_work.until(lambda: len(reached(place.bus)) == 1)
             assert finished(place.bus) == ids(0)
             assert reached(place.bus)[0].positions == ends(place.bus)
 
 
-async def test_requests_of_another_run_or_without_sense_are_buried(place: Place) -> None:
+async def test_requests_of_another_run_and_invalid_requests_are_dead_lettered(place: Place) -> None:
     announce(place.bus, 0)
     offer(place.bus, 0)
-    for wrong in (CutRequested("another", 1, Version(0), 5.0), CutRequested(RUN, -1, Version(0), 5.0)):
-        place.bus.publish(CONTROL, [Outgoing(RUN, encode(wrong))])
+    for invalid in (CutRequested("another", 1, Version(0), 5.0), CutRequested(RUN, -1, Version(0), 5.0)):
+        place.bus.publish(CONTROL, [Outgoing(RUN, encode(invalid))])
     async with working(place) as at_work:
         await at_work.until(lambda: finished(place.bus) == ids(0))
         assert at_work.worker.status()["cut"] is None
