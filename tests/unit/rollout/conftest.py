@@ -1,4 +1,4 @@
-"""What a worker finds around it: a store with versions 0 to 3, a gateway with the built-in environments, a log."""
+"""Services around a worker: a store with versions 0 to 3, a gateway with the built-in environments, and a log."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -53,7 +53,7 @@ def gateway() -> Iterator[str]:
 def place(
     tmp_path: Path, versions: SnapshotClient, gateway: str, dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
-    for pause in ("POLL_S", "KEEP_S"):  # so that a test waits for nothing but what it waits for
+    for pause in ("POLL_S", "KEEP_S"):  # tests wait for conditions, not for these pauses
         monkeypatch.setattr(worker, pause, 0.01)
     with closing(opened_bus(tmp_path / "bus.sqlite")) as bus:
         yield Place(tmp_path, bus, versions, gateway, dialogue)

@@ -1,4 +1,4 @@
-"""A consumer is closed after its last call is back, however often whoever waits for that call is cancelled."""
+"""A consumer closes after its last call returns, even if the caller is cancelled several times."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ LIMIT_S = 60.0
 
 
 class SlowConsumer:
-    """Polls until it is told to come back; remembers what was done to it in which order."""
+    """A consumer whose poll blocks until released; it records its calls in order."""
 
     def __init__(self) -> None:
         self.polling, self.back = threading.Event(), threading.Event()
@@ -32,7 +32,7 @@ class SlowConsumer:
 
 
 @pytest.mark.parametrize("cancellations", [1, 2, 3])
-async def test_it_closes_when_the_call_under_way_is_back(cancellations: int) -> None:
+async def test_the_consumer_closes_after_the_running_call_returns(cancellations: int) -> None:
     consumer = SlowConsumer()
 
     async def read() -> None:
@@ -53,7 +53,7 @@ async def test_it_closes_when_the_call_under_way_is_back(cancellations: int) -> 
     assert consumer.events == ["poll", "back", "close"]
 
 
-async def test_calls_wait_for_one_another() -> None:
+async def test_calls_run_one_at_a_time() -> None:
     consumer = SlowConsumer()
     async with AsyncConsumer(consumer) as reader:  # type: ignore[arg-type]
         first = asyncio.create_task(reader.poll(limit=1, timeout_s=0.0))
@@ -66,7 +66,7 @@ async def test_calls_wait_for_one_another() -> None:
     assert consumer.events == ["poll", "back", "poll", "back", "close"]
 
 
-async def test_what_a_call_gives_or_raises_comes_through(tmp_path: Path) -> None:
+async def test_results_and_errors_of_calls_are_passed_on(tmp_path: Path) -> None:
     bus = SqliteBus(tmp_path / "bus.sqlite")
     bus.create_topics({"things": 1})
     bus.publish("things", [Outgoing("key", b"body")])

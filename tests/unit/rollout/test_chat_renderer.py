@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: what the model said is never tokenized again."""
+"""The chat renderer never tokenizes sampled text again."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ print("torch" in sys.modules, type(dialogue._tokenizer).__name__)
 
 @pytest.mark.thorough
 def test_a_tokenizer_of_the_general_class_is_loaded_without_torch(starting_model: Path) -> None:
-    """And is the one that AutoTokenizer would have made."""
+    """It equals the tokenizer that AutoTokenizer loads."""
     command = [sys.executable, "-c", SAVED_BY_TRANSFORMERS_5, str(starting_model)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     expected = AutoTokenizer.from_pretrained(starting_model)
@@ -64,7 +64,7 @@ def test_a_prompt_ends_where_the_model_begins(dialogue: ChatRenderer) -> None:
     assert whole.endswith("<|im_start|>user\nWhat is the value of amber?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: ChatRenderer) -> None:
+def test_a_turn_separator_is_the_tools_answer_and_the_next_opening(dialogue: ChatRenderer) -> None:
     answer = [Message(role="tool", content="4")]
     stopped = dialogue.render_turn_separator(answer, after_stop=True)
     cut_short = dialogue.render_turn_separator(answer, after_stop=False)
@@ -75,7 +75,7 @@ def test_between_two_messages_stands_the_tool_and_the_next_opening(dialogue: Cha
     )
 
 
-def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: ChatRenderer) -> None:
+def test_the_joined_pieces_equal_the_rendered_template(dialogue: ChatRenderer) -> None:
     first = [Message(role="user", content="What is the value of amber?")]
     call = '<tool_call>\n{"name": "lookup", "arguments": {"key": "amber"}}\n</tool_call>'
     said = [*dialogue.encode(call), *dialogue.stop_tokens]
@@ -88,7 +88,7 @@ def test_the_pieces_put_together_are_what_the_template_would_render(dialogue: Ch
     assert pieces == dialogue.encode(rendered)
 
 
-def test_a_template_that_rewrites_earlier_messages_does_no_harm() -> None:
+def test_a_template_that_rewrites_earlier_messages_changes_no_tokens() -> None:
     dialogue = ChatRenderer(a_tokenizer(REWRITING), options={})
     between = dialogue.render_turn_separator([Message(role="tool", content="4")], after_stop=False)
     assert dialogue._tokenizer.decode(between) == "<|im_end|>\n<|im_start|>user\n[4]<|im_end|>\n<|im_start|>assistant\n"
@@ -106,7 +106,7 @@ def test_the_environment_gets_the_text_without_the_stop_token(dialogue: ChatRend
     assert dialogue.text([*dialogue.encode("Größe 4\n"), *dialogue.stop_tokens]) == "Größe 4\n"
 
 
-def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(dialogue: ChatRenderer) -> None:
+def test_a_stop_token_in_an_environments_text_stays_text(dialogue: ChatRenderer) -> None:
     tokens = dialogue.encode("amber")
     assert dialogue.text(tokens) == "amber"
 
@@ -119,13 +119,15 @@ def test_a_stop_token_inside_a_text_from_outside_stays_text_for_the_environment(
         ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "omits"),
     ],
 )
-def test_a_tokenizer_that_cannot_hold_a_dialogue_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
+def test_an_unsuitable_chat_template_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
     a_tokenizer(template).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=says):
         ChatRenderer.load(str(tmp_path), {})
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, starting_model: Path) -> None:
-    shutil.copy(starting_model / "config.json", tmp_path)  # with it transformers makes an empty tokenizer, no error
+    shutil.copy(
+        starting_model / "config.json", tmp_path
+    )  # with config.json alone, transformers makes an empty tokenizer and raises no error
     with pytest.raises(UserError, match=r"model\.path: .* has no usable tokenizer"):
         ChatRenderer.load(str(tmp_path), {})

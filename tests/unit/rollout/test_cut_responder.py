@@ -123,9 +123,9 @@ async def worker_mid_message(
     offer(place.bus, 0, samples=1)
     announce(place.bus, 0)
     engine = Limited(place, tokens)
-    async with working(place, engine=engine, bus=bus) as at_work:
-        await at_work.until(lambda: len(engine.sampled) == tokens)
-        yield at_work, engine
+    async with working(place, engine=engine, bus=bus) as running:
+        await running.until(lambda: len(engine.sampled) == tokens)
+        yield running, engine
 
 
 def republish(bus: SqliteBus) -> None:
@@ -146,11 +146,11 @@ END_OF_CUT: dict[str, tuple[Callable[[SqliteBus], None], list[int], list[tuple[i
 async def test_a_worker_pauses_from_its_answer_until_the_end_of_the_cut(
     place: Place, end: Callable[[SqliteBus], None], loaded: list[int], segments: list[tuple[int, int]]
 ) -> None:
-    async with worker_mid_message(place) as (at_work, engine):
-        assert at_work.worker.status()["cut"] is None
+    async with worker_mid_message(place) as (running, engine):
+        assert running.worker.status()["cut"] is None
         request(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
-        assert at_work.worker.status()["cut"] == 1
+        await running.until(lambda: len(reached(place.bus)) == 1)
+        assert running.worker.status()["cut"] == 1
         announce(place.bus, 0)  # a copy of an earlier record does not end the cut
         await assert_paused(engine)
         (answer,), (flush,) = reached(place.bus), flushes(place.bus)
@@ -160,7 +160,7 @@ async def test_a_worker_pauses_from_its_answer_until_the_end_of_the_cut(
         assert flush.trajectory == "g000000/0"
         assert [(segment.version, len(segment)) for segment in flush.segments] == [(0, 5)]
         end(place.bus)
-        await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
+        await running.until(lambda: finished(place.bus) == ["g000000/0"])
     assert engine.loaded == loaded
     assert engine.sampled == [version for version, count in segments for _ in range(count)]
     (whole,) = (m for m in messages(place.bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished))
@@ -172,26 +172,26 @@ async def test_a_worker_pauses_from_its_answer_until_the_end_of_the_cut(
 
 async def test_a_release_does_not_resume_a_replaced_version(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newer version is announced and not yet loaded when its own cut is requested and released."""
-    async with worker_mid_message(place) as (at_work, engine):
+    async with worker_mid_message(place) as (running, engine):
         request(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
-        resume, fetch = asyncio.Event(), at_work.weights._fetch
+        await running.until(lambda: len(reached(place.bus)) == 1)
+        resume, fetch = asyncio.Event(), running.weights._fetch
 
         async def slow(version: Version) -> Any:
             await resume.wait()
             return await fetch(version)
 
-        monkeypatch.setattr(at_work.weights, "_fetch", slow)
+        monkeypatch.setattr(running.weights, "_fetch", slow)
         announce(place.bus, 1)
         request(place.bus, 2, 1)
         release(place.bus, 2)
         request(place.bus, 3, 1)
-        await at_work.until(lambda: reached(place.bus)[-1].cut == 3)
+        await running.until(lambda: reached(place.bus)[-1].cut == 3)
         release(place.bus, 3)
-        await at_work.until(lambda: at_work.worker.status()["cut"] is None)
+        await running.until(lambda: running.worker.status()["cut"] is None)
         await assert_paused(engine)
         resume.set()
-        await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
+        await running.until(lambda: finished(place.bus) == ["g000000/0"])
     assert engine.sampled == [0] * 5 + [1] * 3
 
 
@@ -201,8 +201,8 @@ async def test_trajectories_that_wait_for_a_tool_are_flushed_once(
     answers = asyncio.Event()
     offer(place.bus, 0, 1, samples=1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        real = at_work.worker._sampler.sessions.finalize
+    async with working(place) as running:
+        real = running.worker._sampler.sessions.finalize
 
         async def finalize(session_id: str) -> object:
             await answers.wait()
@@ -211,17 +211,17 @@ async def test_trajectories_that_wait_for_a_tool_are_flushed_once(
         async def step(session_id: str, number: int, text: str) -> object:
             return await finalize(session_id)
 
-        monkeypatch.setattr(at_work.worker._sampler.sessions, "step", step)
-        monkeypatch.setattr(at_work.worker._sampler.sessions, "finalize", finalize)
-        await at_work.until(lambda: at_work.worker.alive().sampled_tokens == 4)  # both messages are complete
+        monkeypatch.setattr(running.worker._sampler.sessions, "step", step)
+        monkeypatch.setattr(running.worker._sampler.sessions, "finalize", finalize)
+        await running.until(lambda: running.worker.alive().sampled_tokens == 4)  # both messages are complete
         request(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
+        await running.until(lambda: len(reached(place.bus)) == 1)
         request(place.bus, 2, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 2)
+        await running.until(lambda: len(reached(place.bus)) == 2)
         assert [(answer.cut, answer.flushed) for answer in reached(place.bus)] == [(1, 2), (2, 0)]
         assert sorted(flush.trajectory for flush in flushes(place.bus)) == ids(0, 1, samples=[0])
         answers.set()
-        await at_work.until(lambda: finished(place.bus) == ids(0, 1, samples=[0]))  # no further token is sampled
+        await running.until(lambda: finished(place.bus) == ids(0, 1, samples=[0]))  # no further token is sampled
     whole = {m.trajectory: m for m in messages(place.bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished)}
     assert all(whole[flush.trajectory].tokens == flush.tokens for flush in flushes(place.bus))
 
@@ -262,15 +262,15 @@ async def test_a_worker_that_starts_during_a_cut_answers_and_waits_for_its_end(p
     for publish in start.records:
         publish(place.bus)
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
+    async with working(place) as running:
+        await running.until(lambda: len(reached(place.bus)) == 1)
         (answer,) = reached(place.bus)
         assert (answer.cut, answer.version, answer.positions, answer.flushed) == (start.cut, -1, {}, 0)
-        await at_work.looked()
-        assert (at_work.engine.loaded, at_work.engine.asked) == ([], [])
+        await running.looked()
+        assert (running.engine.loaded, running.engine.asked) == ([], [])
         start.end(place.bus)
-        await at_work.until(lambda: finished(place.bus) == ids(0))
-        assert at_work.engine.loaded == start.loaded
+        await running.until(lambda: finished(place.bus) == ids(0))
+        assert running.engine.loaded == start.loaded
         assert len(reached(place.bus)) == 1
 
 
@@ -281,9 +281,9 @@ async def test_ended_cuts_are_not_answered(place: Place) -> None:
         release(place.bus, cut)
     announce(place.bus, 1)
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: finished(place.bus) == ids(0))
-        assert at_work.engine.loaded == [1]
+    async with working(place) as running:
+        await running.until(lambda: finished(place.bus) == ids(0))
+        assert running.engine.loaded == [1]
         assert reached(place.bus) == []
 
 
@@ -292,16 +292,16 @@ async def test_a_worker_resumes_and_reports_it_when_the_cut_does_not_end_in_time
 ) -> None:
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
     before = instruments.HOLDS_GIVEN_UP._value.get()
-    async with worker_mid_message(place) as (at_work, engine):
+    async with worker_mid_message(place) as (running, engine):
         request(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
+        await running.until(lambda: len(reached(place.bus)) == 1)
         engine.allow(1000)
-        await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
+        await running.until(lambda: finished(place.bus) == ["g000000/0"])
         assert instruments.HOLDS_GIVEN_UP._value.get() == before + 1
-        assert at_work.worker.status()["cut"] is None
+        assert running.worker.status()["cut"] is None
         announce(place.bus, 1)
         request(place.bus, 2, 1)  # a learner that returns gets an answer
-        await at_work.until(lambda: [answer.cut for answer in reached(place.bus)] == [1, 2])
+        await running.until(lambda: [answer.cut for answer in reached(place.bus)] == [1, 2])
 
 
 class UnresponsiveBus(SqliteBus):
@@ -331,15 +331,15 @@ async def test_an_outage_of_the_log_does_not_end_a_cut(place: Place, monkeypatch
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
     before = instruments.HOLDS_GIVEN_UP._value.get()
     with closing(UnresponsiveBus(place.bus.path)) as bus:
-        async with worker_mid_message(place, bus=bus) as (at_work, engine):
+        async with worker_mid_message(place, bus=bus) as (running, engine):
             bus.resume.clear()
             bus.asked.clear()
             request(place.bus, 1, 0)
-            await at_work.until(lambda: bus.asked.is_set() and len(reached(place.bus)) == 1)
+            await running.until(lambda: bus.asked.is_set() and len(reached(place.bus)) == 1)
             await assert_paused(engine)
             announce(place.bus, 1)  # the learner publishes once the log answers
             bus.resume.set()
-            await at_work.until(lambda: finished(place.bus) == ["g000000/0"])
+            await running.until(lambda: finished(place.bus) == ["g000000/0"])
     assert engine.sampled == [0] * 5 + [1] * 3
     assert instruments.HOLDS_GIVEN_UP._value.get() == before
 
@@ -349,45 +349,45 @@ async def test_after_an_outage_the_time_limit_of_the_cut_starts_again(
 ) -> None:
     monkeypatch.setattr(cut_responder, "ANSWER_S", 0.0)  # every read of the log counts as too slow
     monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.001)
-    async with worker_mid_message(place) as (at_work, engine):
+    async with worker_mid_message(place) as (running, engine):
         request(place.bus, 1, 0)
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
-        await at_work.looked()
+        await running.until(lambda: len(reached(place.bus)) == 1)
+        await running.looked()
         await assert_paused(engine)
-        assert at_work.worker.status()["cut"] == 1
+        assert running.worker.status()["cut"] == 1
 
 
 async def test_a_cut_waits_for_the_canary_of_the_loaded_version(place: Place) -> None:
     """Tokens of an unverified version are not flushed."""
-    async with worker_mid_message(place, 2) as (at_work, engine):
+    async with worker_mid_message(place, 2) as (running, engine):
         engine.scoring.clear()
         announce(place.bus, 1)
-        await at_work.until(lambda: engine.loaded == [0, 1])
+        await running.until(lambda: engine.loaded == [0, 1])
         engine.allow(4)
-        await at_work.until(lambda: engine.sampled == [0, 0, 1, 1])
+        await running.until(lambda: engine.sampled == [0, 0, 1, 1])
         request(place.bus, 1, 1)
-        await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
-        await at_work.looked()
+        await running.until(lambda: running.worker.status()["cut"] == 1)
+        await running.looked()
         assert (flushes(place.bus), reached(place.bus)) == ([], [])
         engine.scoring.set()
-        await at_work.until(lambda: len(reached(place.bus)) == 1)
+        await running.until(lambda: len(reached(place.bus)) == 1)
         assert reached(place.bus)[0].version == 1
         assert [segment.version for segment in flushes(place.bus)[0].segments] == [0, 1]
 
 
 async def test_no_token_of_a_refused_version_is_flushed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with worker_mid_message(place, 2) as (at_work, engine):
+    async with worker_mid_message(place, 2) as (running, engine):
         engine.scoring.clear()
         monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
         announce(place.bus, 1)
-        await at_work.until(lambda: engine.loaded == [0, 1])
+        await running.until(lambda: engine.loaded == [0, 1])
         engine.allow(4)
-        await at_work.until(lambda: engine.sampled == [0, 0, 1, 1])
+        await running.until(lambda: engine.sampled == [0, 0, 1, 1])
         request(place.bus, 1, 1)
-        await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
+        await running.until(lambda: running.worker.status()["cut"] == 1)
         engine.scoring.set()
         with pytest.raises(UserError, match="refused version 1"):
-            await at_work.ends()
+            await running.ends()
     assert messages(place.bus, TRAJECTORIES) == []
     assert reached(place.bus) == []
 
@@ -411,15 +411,15 @@ async def test_a_worker_answers_after_all_its_trajectories_are_durable(place: Pl
     offer(place.bus, 0)
     announce(place.bus, 0)
     with closing(SlowDisk(place.bus.path)) as bus:
-        async with working(place, bus=bus) as at_work:
-            await at_work.until(lambda: at_work.worker.status()["finished"] == 2)
+        async with working(place, bus=bus) as running:
+            await running.until(lambda: running.worker.status()["finished"] == 2)
             request(place.bus, 1, 0)
-            await at_work.until(lambda: at_work.worker.status()["cut"] == 1)
-            await at_work.until(bus.publishing.is_set)
-            await at_work.looked()
+            await running.until(lambda: running.worker.status()["cut"] == 1)
+            await running.until(bus.publishing.is_set)
+            await running.looked()
             assert reached(place.bus) == []
             bus.resume.set()
-            await at_work.until(lambda: len(reached(place.bus)) == 1)
+            await running.until(lambda: len(reached(place.bus)) == 1)
             assert finished(place.bus) == ids(0)
             assert reached(place.bus)[0].positions == ends(place.bus)
 
@@ -429,9 +429,9 @@ async def test_requests_of_another_run_and_invalid_requests_are_dead_lettered(pl
     offer(place.bus, 0)
     for invalid in (CutRequested("another", 1, Version(0), 5.0), CutRequested(RUN, -1, Version(0), 5.0)):
         place.bus.publish(CONTROL, [Outgoing(RUN, encode(invalid))])
-    async with working(place) as at_work:
-        await at_work.until(lambda: finished(place.bus) == ids(0))
-        assert at_work.worker.status()["cut"] is None
+    async with working(place) as running:
+        await running.until(lambda: finished(place.bus) == ids(0))
+        assert running.worker.status()["cut"] is None
     assert reached(place.bus) == []
     assert {letter.cause for letter in messages(place.bus, DEAD_LETTERS)} == {
         RejectCause.WRONG_RUN,

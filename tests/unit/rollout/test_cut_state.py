@@ -1,4 +1,4 @@
-"""What the log of control says about cuts, in whatever order and however often; and what is sent ahead at one."""
+"""State of cuts from the control topic, with duplicate and late records; and which trajectories a cut flushes."""
 
 import random
 
@@ -27,7 +27,7 @@ def published(version: int, at: float = 0.0) -> VersionPublished:
 
 
 def after(*messages: Control) -> tuple[int | None, int]:
-    """The cut that stands, and the version that is held."""
+    """Return the open cut and the held version after these messages."""
     cuts = CutState()
     for message in messages:
         cuts.observe(message)
@@ -44,42 +44,42 @@ def after(*messages: Control) -> tuple[int | None, int]:
         ([published(0), request(1, 0), release(1)], (None, -1)),
         ([published(3), request(7, 3), release(7)], (None, 2)),
         ([published(3), request(7, 3), release(6)], (7, 3)),
-        ([published(3), request(7, 3), published(3, at=1.0)], (None, 2)),  # the learner was started again
-        ([published(3), request(7, 3), request(8, 3)], (8, 3)),  # and has not found time to say so
+        ([published(3), request(7, 3), published(3, at=1.0)], (None, 2)),  # the learner restarts
+        ([published(3), request(7, 3), request(8, 3)], (8, 3)),  # and has published nothing yet
         ([published(3), request(7, 3), request(8, 3), release(7)], (8, 3)),
         ([published(3), request(7, 3), published(4), request(8, 4), release(8)], (None, 3)),
         ([published(3), request(7, 3), RunFinished("test", Version(3))], (7, 3)),
-        # of a learner that was replaced while it asked; its successor has not seen that number
+        # from a replaced learner; its successor does not know that number
         ([published(2), published(3), request(7, 2)], (None, -1)),
         ([published(2), published(3), request(7, 2), request(7, 3)], (7, 3)),
     ],
 )
-def test_a_request_stands_until_a_record_behind_it_says_more(
+def test_a_request_is_open_until_a_later_record_ends_it(
     messages: list[Control], stands: tuple[int | None, int]
 ) -> None:
     assert after(*messages) == stands
 
 
-def test_a_copy_of_a_record_that_an_outage_left_says_nothing() -> None:
-    """However many copies come however late: what stands is as without them."""
-    story = [
+def test_duplicate_records_change_nothing() -> None:
+    """For any number of copies, delivered late, the state equals that without copies."""
+    records = [
         published(0), request(1, 0), published(1), request(2, 1), published(1, at=1.0), request(3, 1), release(3),
         request(4, 1), published(2), request(5, 2), published(5), request(6, 5),
     ]  # fmt: skip
     chances = random.Random(0)
     for _ in range(300):
-        told, clean = CutState(), CutState()
-        for place, message in enumerate(story):
-            told.observe(message)
+        delivered, clean = CutState(), CutState()
+        for place, message in enumerate(records):
+            delivered.observe(message)
             clean.observe(message)
-            for copy in chances.choices(story[: place + 1], k=chances.randrange(3)):
+            for copy in chances.choices(records[: place + 1], k=chances.randrange(3)):
                 if not (isinstance(copy, CutReleased) and clean.open is not None and copy.cut == clean.open.cut):
-                    told.observe(copy)
-            assert (told.open, told.held) == (clean.open, clean.held)
+                    delivered.observe(copy)
+            assert (delivered.open, delivered.held) == (clean.open, clean.held)
 
 
-def test_a_version_that_was_succeeded_is_never_sampled_with_again() -> None:
-    """Whatever a learner says from its first cut on, held is the last succeeded version or later."""
+def test_a_replaced_version_is_never_released() -> None:
+    """For random control records, the held version is the last replaced version or a later one."""
     chances = random.Random(1)
     for _ in range(300):
         cuts, version, cut = CutState(), 0, 0
@@ -100,11 +100,11 @@ def test_a_version_that_was_succeeded_is_never_sampled_with_again() -> None:
 
 
 def a_live(*versions: int) -> InFlightTrajectory:
-    """Two prompt tokens, then one token for each of these versions, in one message."""
+    """Two prompt tokens, then one message with one token of each of these versions."""
     group = GroupOffered("test", "g000007", 7, Version(0), "lookup", 3, 2, SAMPLING, 600.0)
-    assembly = TrajectoryBuilder([1, 2])
-    assembly.add_sampled(sampled(*versions))
-    return InFlightTrajectory(group, "g000007/1", 2, assembly)
+    builder = TrajectoryBuilder([1, 2])
+    builder.add_sampled(sampled(*versions))
+    return InFlightTrajectory(group, "g000007/1", 2, builder)
 
 
 def sampled(*versions: int) -> SampledTokens:
@@ -112,7 +112,7 @@ def sampled(*versions: int) -> SampledTokens:
     return SampledTokens(tuple(range(50, 50 + len(versions))), (-0.5,) * len(versions), spans, stopped=True)
 
 
-def test_a_flush_holds_everything_so_far_the_message_under_way_included() -> None:
+def test_a_flush_holds_all_tokens_including_the_partial_message() -> None:
     live = a_live(3)
     live.assembly.add_environment([9])
     partial = SampledTokens(
@@ -128,7 +128,7 @@ def test_a_flush_holds_everything_so_far_the_message_under_way_included() -> Non
         Segment(4, 5, Version(3), pack_float32([-1.0])),
         Segment(5, 7, Version(4), pack_float32([-2.0, -3.0])),
     )
-    assert live.assembly.tokens == [1, 2, 50, 9]  # the message is still under way
+    assert live.assembly.tokens == [1, 2, 50, 9]  # the message is partial
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_a_flush_holds_everything_so_far_the_message_under_way_included() -> Non
         ((4, 4), 0, 4, True),
         ((3, 4), 0, 4, True),
         ((3, 4), 0, 3, True),
-        ((4, 4), 4, 4, False),  # all of it was sent ahead already
+        ((4, 4), 4, 4, False),  # all tokens were flushed before
         ((4, 4, 4), 4, 4, True),
         ((4, 4, 5), 4, 4, False),
         ((4, 4, 5), 4, 5, True),
     ],
 )
-def test_only_tokens_of_the_cuts_version_that_were_not_sent_ahead_are_a_reason_to_flush(
+def test_a_trajectory_is_flushed_only_if_it_has_unflushed_tokens_of_the_cuts_version(
     versions: tuple[int, ...], flushed: int, version: int, sent: bool
 ) -> None:
     live = a_live(*versions)

@@ -1,4 +1,4 @@
-"""Nothing counts as done before it is durable, and nothing that was put is lost or out of order."""
+"""The outbox: a record is done only when it is durable; no record is lost or reordered."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,7 +30,7 @@ LIMIT_S = 60.0
 
 
 class FailingBus(SqliteBus):
-    """Fails from the n-th publish on; counts them."""
+    """A bus that counts publishes and fails from the n-th one on."""
 
     def __init__(self, path: Path, *, fails_at: int | None = None) -> None:
         super().__init__(path)
@@ -45,7 +45,7 @@ class FailingBus(SqliteBus):
         return super().publish(topic, records)
 
     def numbers(self) -> dict[Topic, list[int]]:
-        """What `put` numbered, as it stands on each topic."""
+        """Numbers of the published records per topic."""
         return {topic: [_number(topic, body) for body in self._bodies(topic)] for topic in PUTS}
 
     def _bodies(self, topic: str) -> list[bytes]:
@@ -57,7 +57,7 @@ class FailingBus(SqliteBus):
 
 
 def _put_trajectory(outbox: Outbox, number: int, done: Callable[[], None]) -> None:
-    record = a_finished(0, number)  # one group, so one partition: its order shows
+    record = a_finished(0, number)  # one group means one partition, which keeps the order
     outbox.put_trajectory(record, group=record.group, trajectory=record.trajectory, done=done)
 
 
@@ -83,19 +83,19 @@ def _number(topic: Topic, body: bytes) -> int:
 
 
 def run(test: Callable[[FailingBus], Awaitable[None]], *, fails_at: int | None = None) -> None:
-    """With a log of its own."""
+    """Run a test with a new log."""
     with TemporaryDirectory() as folder, closing(FailingBus(Path(folder) / "bus.sqlite", fails_at=fails_at)) as bus:
         asyncio.run(asyncio.wait_for(test(bus), LIMIT_S))
 
 
 puts = st.lists(st.lists(st.sampled_from(sorted(PUTS)), max_size=8), min_size=1, max_size=6)
-"""Bursts of records; between two of them the outbox gets a turn."""
+"""Bursts of records; the outbox runs between two bursts."""
 
 
 @pytest.mark.thorough
 @given(bursts=puts, fails_at=st.none() | st.integers(0, 6))
 @settings(max_examples=60, deadline=None)
-def test_whatever_is_put_is_done_when_it_is_durable_and_only_then(bursts: list[list[Topic]], fails_at: int) -> None:
+def test_a_record_is_done_exactly_when_it_is_durable(bursts: list[list[Topic]], fails_at: int) -> None:
     async def test(bus: FailingBus) -> None:
         outbox, put, done = Outbox(bus), list[tuple[Topic, int]](), list[tuple[Topic, int]]()
 
@@ -125,8 +125,8 @@ def test_whatever_is_put_is_done_when_it_is_durable_and_only_then(bursts: list[l
     run(test, fails_at=fails_at)
 
 
-def test_a_batch_of_which_a_part_fails_is_not_done() -> None:
-    """The trajectory stands on the log, the dead letter does not: both tasks are read again after a restart."""
+def test_a_partly_failed_batch_is_not_done() -> None:
+    """The trajectory is on the log and the dead letter is not; a restart reads both tasks again."""
     done: list[str] = []
 
     async def test(bus: FailingBus) -> None:
@@ -155,15 +155,15 @@ def test_many_records_are_published_in_batches() -> None:
     run(test)
 
 
-def test_an_outbox_without_anything_is_flushed() -> None:
+def test_an_empty_outbox_is_flushed() -> None:
     async def test(bus: FailingBus) -> None:
         await Outbox(bus).flush()
 
     run(test)
 
 
-def test_it_knows_where_its_last_trajectories_stand() -> None:
-    """And nothing of what others published, before or between."""
+def test_positions_are_those_of_its_own_last_trajectories() -> None:
+    """Records of other publishers, before or between, do not count."""
 
     async def test(bus: FailingBus) -> None:
         outbox, others = Outbox(bus), Outgoing("g000000", b"another worker's")
@@ -187,8 +187,8 @@ def test_it_knows_where_its_last_trajectories_stand() -> None:
     run(test)
 
 
-def test_what_is_put_meanwhile_is_not_waited_for() -> None:
-    """Else a worker that says something all the time would never come to an end of it."""
+def test_a_flush_does_not_wait_for_later_records() -> None:
+    """Otherwise a flush of a worker that publishes all the time would never end."""
 
     async def test(bus: FailingBus) -> None:
         outbox = Outbox(bus)
@@ -204,8 +204,8 @@ def test_what_is_put_meanwhile_is_not_waited_for() -> None:
     run(test)
 
 
-def test_a_flush_has_no_header_that_would_end_its_trajectory() -> None:
-    """Whoever cannot read it must not take the trajectory for lost: its end is still to come."""
+def test_a_flushed_segment_has_no_header_that_ends_its_trajectory() -> None:
+    """A reader that cannot decode it must not count the trajectory as lost, because its end is still to come."""
 
     async def test(bus: FailingBus) -> None:
         outbox, end = Outbox(bus), a_finished(7, 3)

@@ -1,4 +1,4 @@
-"""Whatever is sampled and cut in whatever way: segments cover sampled tokens exactly once (style.md, section 7)."""
+"""For any tokens and cuts, segments cover sampled tokens exactly once (style.md, section 7)."""
 
 import pytest
 from hypothesis import given, strategies as st
@@ -11,7 +11,7 @@ from palimpsest.services.rollout.trajectory_builder import Contradiction, Trajec
 
 
 def sampled(versions: list[int], first: int = 0) -> SampledTokens:
-    """One token for each version; token and log-prob tell their place."""
+    """One token per version; token and log-prob encode their index."""
     spans: list[Span] = []
     for i, version in enumerate(versions):
         if spans and spans[-1].version == version:
@@ -24,7 +24,7 @@ def sampled(versions: list[int], first: int = 0) -> SampledTokens:
 
 turns = st.lists(
     st.tuples(
-        st.lists(st.integers(0, 3), min_size=1, max_size=8).map(sorted),  # versions only ever rise
+        st.lists(st.integers(0, 3), min_size=1, max_size=8).map(sorted),  # versions never decrease
         st.integers(0, 5),
     ),
     min_size=1,
@@ -34,23 +34,23 @@ turns = st.lists(
 
 @given(st.integers(1, 5), turns)
 def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[tuple[list[int], int]]) -> None:
-    assembly = TrajectoryBuilder(range(prompt))
+    builder = TrajectoryBuilder(range(prompt))
     expected_tokens, expected_versions = list(range(prompt)), [UNTRAINABLE] * prompt
     expected_cuts = []
     for versions, answer in dialogue:
         message = sampled(versions, first=len(expected_tokens))
         expected_cuts += [len(expected_tokens) + i for i in range(1, len(versions)) if versions[i] != versions[i - 1]]
-        assembly.add_sampled(message)
-        assembly.add_environment([7] * answer)
+        builder.add_sampled(message)
+        builder.add_environment([7] * answer)
         expected_tokens += [*message.tokens, *[7] * answer]
         expected_versions += [*versions, *[UNTRAINABLE] * answer]
-    assert unpack_int32(assembly.pack()).tolist() == expected_tokens == assembly.tokens
-    check(assembly.segments, len(expected_tokens))
-    assert token_versions(assembly.segments, len(expected_tokens)).tolist() == expected_versions
-    assert assembly.turns == len(dialogue)
-    separate = [cut for cut in cuts(assembly.segments) if expected_versions[cut - 1] != UNTRAINABLE]
+    assert unpack_int32(builder.pack()).tolist() == expected_tokens == builder.tokens
+    check(builder.segments, len(expected_tokens))
+    assert token_versions(builder.segments, len(expected_tokens)).tolist() == expected_versions
+    assert builder.turns == len(dialogue)
+    separate = [cut for cut in cuts(builder.segments) if expected_versions[cut - 1] != UNTRAINABLE]
     assert set(expected_cuts) <= set(separate)
-    for segment in assembly.segments:  # each log-prob stands at its own token
+    for segment in builder.segments:  # each log-prob belongs to its token
         assert unpack_float32(segment.behavior_logprobs).tolist() == [
             -(expected_tokens[t] - 1000) / 8 for t in range(segment.start, segment.stop)
         ]
@@ -69,8 +69,8 @@ def test_segments_cover_sampled_tokens_exactly_once(prompt: int, dialogue: list[
     ],
 )
 def test_spans_that_do_not_cover_the_tokens_are_refused(bad: SampledTokens) -> None:
-    assembly = TrajectoryBuilder([5])
+    builder = TrajectoryBuilder([5])
     with pytest.raises(Contradiction):
-        assembly.add_sampled(bad)
-    assert assembly.tokens == [5]
-    assert assembly.segments == ()
+        builder.add_sampled(bad)
+    assert builder.tokens == [5]
+    assert builder.segments == ()

@@ -1,4 +1,4 @@
-"""One trajectory against a real gateway: tokens in, tokens out, a segment for each version, and no invented reward."""
+"""Sampling of one trajectory with a real gateway: its tokens, its segments, and its reward."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -36,8 +36,8 @@ BROKEN = EnvironmentFailed("environment_raised", "ValueError: no")
 
 
 @dataclass(frozen=True)
-class Saying:
-    """A model message to come."""
+class NextMessage:
+    """The next model message."""
 
     tokens: Sequence[int]
     stopped: bool = True
@@ -45,7 +45,7 @@ class Saying:
     """Of each token; all 0 by default."""
 
     def sampled(self, max_tokens: int, stop: Sequence[int]) -> SampledTokens:
-        """As an engine gives it."""
+        """Return the message as an engine does."""
         tokens = (*self.tokens, *(stop[:1] if self.stopped else ()))[:max_tokens]
         versions = [*self.versions, *[max(self.versions, default=0)] * len(tokens)][: len(tokens)]
         cuts = [0, *(i for i in range(1, len(tokens)) if versions[i] != versions[i - 1]), len(tokens)]
@@ -55,17 +55,17 @@ class Saying:
 
 
 @dataclass
-class Says:
-    """An engine that says what it is told, and remembers what it was given."""
+class MessageEngine:
+    """An engine that returns given messages and records its prompts."""
 
-    sayings: Iterable[Saying | Exception]
+    sayings: Iterable[NextMessage | Exception]
     prompts: list[list[int]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     answers: list[SampledTokens] = field(default_factory=list)
     asked: list[tuple[float, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._rest: Iterator[Saying | Exception] = iter(self.sayings)
+        self._rest: Iterator[NextMessage | Exception] = iter(self.sayings)
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
@@ -82,13 +82,13 @@ class Says:
 
 @dataclass
 class Setting:
-    """What a trajectory needs besides an engine."""
+    """Dependencies of a trajectory other than the engine."""
 
     url: str
     dialogue: ChatRenderer
 
     async def sample(
-        self, engine: Says, *, environment: str = "lookup", seed: int = 3, sampling: Sampling = SAMPLING,
+        self, engine: MessageEngine, *, environment: str = "lookup", seed: int = 3, sampling: Sampling = SAMPLING,
         trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3,
     ) -> Ended:  # fmt: skip
         sampler = self.sampler(engine, trusted=trusted, attempts=attempts)
@@ -98,9 +98,9 @@ class Setting:
             return ended
 
     def sampler(
-        self, engine: Says, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
+        self, engine: MessageEngine, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
     ) -> TrajectorySampler:
-        """Its sessions are to be opened."""
+        """Return a sampler; the caller opens its sessions."""
         sessions = SessionClient(self.url, timeout_s=LIMIT_S, connections=4)
         return TrajectorySampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
 
@@ -110,9 +110,9 @@ class Setting:
             samples=4, sampling=sampling, time_limit_s=600.0,
         )  # fmt: skip
 
-    def says(self, *texts: str) -> Says:
-        """An engine that says these texts."""
-        return Says([Saying(self.dialogue.encode(text)) for text in texts])
+    def engine_of(self, *texts: str) -> MessageEngine:
+        """Return an engine that samples these texts."""
+        return MessageEngine([NextMessage(self.dialogue.encode(text)) for text in texts])
 
 
 async def _at_once(version: Version) -> None:
@@ -125,8 +125,8 @@ def setting(gateway: str, dialogue: ChatRenderer) -> Setting:
 
 
 @contextmanager
-def worlds(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed) -> Iterator[Setting]:
-    """A gateway with one environment, `fake`, whose sessions get these worlds in turn."""
+def gateway_of(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed) -> Iterator[Setting]:
+    """Run a gateway with one environment, `fake`, whose sessions use these hosts in turn."""
     rest = iter(opened)
 
     async def open_next() -> EnvironmentHost:
@@ -141,8 +141,8 @@ def worlds(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed)
         yield Setting(f"http://127.0.0.1:{server.port}", dialogue)
 
 
-def assert_tokens_are_what_the_engine_saw_and_said(ended: TrajectoryFinished, engine: Says) -> None:
-    """Each prompt begins with all tokens before it; each sampled token has its version and log-prob, no other has."""
+def assert_tokens_match_the_engine(ended: TrajectoryFinished, engine: MessageEngine) -> None:
+    """Check that each prompt has all earlier tokens, and that only sampled tokens have a version and a log-prob."""
     tokens = unpack_int32(ended.tokens).tolist()
     versions, logprobs = [UNTRAINABLE] * len(tokens), dict[int, float]()
     for prompt, answer in zip(engine.prompts, engine.answers, strict=True):
@@ -163,10 +163,10 @@ def assert_tokens_are_what_the_engine_saw_and_said(ended: TrajectoryFinished, en
 
 
 async def test_a_task_is_solved_over_several_turns(setting: Setting) -> None:
-    engine = setting.says(*hop.solution(5))
+    engine = setting.engine_of(*hop.solution(5))
     ended = await setting.sample(engine, environment="hop", seed=5)
     assert isinstance(ended, TrajectoryFinished)
-    assert_tokens_are_what_the_engine_saw_and_said(ended, engine)
+    assert_tokens_match_the_engine(ended, engine)
     assert (ended.run, ended.trajectory, ended.group, ended.worker) == ("test", "g000007/2", "g000007", "worker-0")
     assert (ended.environment, ended.environment_version, ended.attempt) == ("hop", "1", 0)
     assert (ended.reward, ended.success, ended.ending, ended.turns) == (1.0, True, Ending.TERMINATED, 3)
@@ -176,9 +176,9 @@ async def test_a_task_is_solved_over_several_turns(setting: Setting) -> None:
     assert {temperature for temperature, _ in engine.asked} == {0.7}
 
 
-async def test_between_two_messages_stands_what_the_tool_said(setting: Setting) -> None:
+async def test_the_tools_answer_is_between_two_messages(setting: Setting) -> None:
     call, answer = lookup.solution(3)
-    engine = setting.says(call, answer)
+    engine = setting.engine_of(call, answer)
     await setting.sample(engine)
     first, second = engine.prompts
     assert second[: len(first)] == first
@@ -198,30 +198,30 @@ TEXTS = st.one_of(
 
 
 @st.composite
-def sayings(draw: st.DrawFn, dialogue: ChatRenderer) -> Saying:
-    """Tokens that the tokenizer would not have chosen, under versions that rise in the middle of them."""
+def sayings(draw: st.DrawFn, dialogue: ChatRenderer) -> NextMessage:
+    """Tokens that the tokenizer would not choose, with versions that rise between them."""
     text = draw(TEXTS)
     cuts = sorted(draw(st.sets(st.integers(1, len(text) - 1), max_size=4))) if len(text) > 1 else []
     tokens = [t for a, b in pairwise([0, *cuts, len(text)]) for t in dialogue.encode(text[a:b])]
     versions = sorted(draw(st.lists(st.integers(0, 5), min_size=1, max_size=len(tokens) + 1)))
-    return Saying(tokens, stopped=draw(st.booleans()), versions=versions)
+    return NextMessage(tokens, stopped=draw(st.booleans()), versions=versions)
 
 
 @pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_whatever_is_said_tokens_stay_as_sampled(gateway: str, dialogue: ChatRenderer, data: st.DataObject) -> None:
+def test_tokens_are_kept_as_sampled(gateway: str, dialogue: ChatRenderer, data: st.DataObject) -> None:
     sampling = Sampling(
         temperature=1.0,
         max_turn_tokens=data.draw(st.integers(1, 60), "max_turn_tokens"),
         max_trajectory_tokens=data.draw(st.integers(150, 400), "max_trajectory_tokens"),
         max_turns=data.draw(st.integers(1, 7), "max_turns"),
     )
-    engine = Says(data.draw(sayings(dialogue), f"message {i}") for i in range(7))
+    engine = MessageEngine(data.draw(sayings(dialogue), f"message {i}") for i in range(7))
     environment = data.draw(st.sampled_from(["lookup", "hop"]), "environment")
     ended = asyncio.run(Setting(gateway, dialogue).sample(engine, environment=environment, sampling=sampling))
     assert isinstance(ended, TrajectoryFinished)
-    assert_tokens_are_what_the_engine_saw_and_said(ended, engine)
+    assert_tokens_match_the_engine(ended, engine)
     for (before, after), answer in zip(pairwise(engine.prompts), engine.answers, strict=False):
         assert after[: len(before) + len(answer.tokens)] == [*before, *answer.tokens]
         assert answer.stopped, "a message that a limit cut off is the last"
@@ -235,22 +235,22 @@ def test_whatever_is_said_tokens_stay_as_sampled(gateway: str, dialogue: ChatRen
     assert 0 <= ended.reward <= 1
 
 
-async def test_a_trajectory_that_reaches_its_last_turn_is_truncated_and_scored(setting: Setting) -> None:
+async def test_a_trajectory_at_its_turn_limit_is_truncated_and_scored(setting: Setting) -> None:
     call, _ = lookup.solution(3)
-    engine = setting.says(call, call)
+    engine = setting.engine_of(call, call)
     limited = Sampling(temperature=1.0, max_turn_tokens=8, max_trajectory_tokens=1000, max_turns=2)
     ended = await setting.sample(engine, sampling=limited)
     assert isinstance(ended, TrajectoryFinished)
     assert (ended.ending, ended.reward, ended.success, ended.turns) == (Ending.TRUNCATED, 0.3, False, 2)
-    assert_tokens_are_what_the_engine_saw_and_said(ended, engine)
+    assert_tokens_match_the_engine(ended, engine)
 
 
-async def test_a_message_that_a_limit_cuts_off_is_not_acted_on(setting: Setting) -> None:
-    """Else everything behind a call is free: the model learns to say anything there."""
+async def test_a_truncated_message_is_not_executed(setting: Setting) -> None:
+    """Otherwise tokens after a call cost nothing, and the model learns to sample anything there."""
     call, answer = lookup.solution(3)
     length = len(setting.dialogue.encode(call))
-    whole = await setting.sample(setting.says(call, answer), sampling=Sampling(1.0, length + 1, 1000, 6))
-    cut_off = await setting.sample(setting.says(call, answer), sampling=Sampling(1.0, length, 1000, 6))
+    whole = await setting.sample(setting.engine_of(call, answer), sampling=Sampling(1.0, length + 1, 1000, 6))
+    cut_off = await setting.sample(setting.engine_of(call, answer), sampling=Sampling(1.0, length, 1000, 6))
     assert isinstance(whole, TrajectoryFinished)
     assert isinstance(cut_off, TrajectoryFinished)
     assert (whole.ending, whole.reward, whole.turns) == (Ending.TERMINATED, 1.0, 2)
@@ -259,16 +259,16 @@ async def test_a_message_that_a_limit_cuts_off_is_not_acted_on(setting: Setting)
 
 async def test_a_trajectory_that_runs_out_of_room_is_truncated_and_scored(setting: Setting) -> None:
     call, _ = lookup.solution(3)
-    prompt = setting.says(call)
+    prompt = setting.engine_of(call)
     await setting.sample(prompt, sampling=Sampling(1.0, 8, 1000, 1))
-    engine = setting.says(call, call)
+    engine = setting.engine_of(call, call)
     ended = await setting.sample(engine, sampling=Sampling(1.0, 8, len(prompt.prompts[0]) + 5, 6))
     assert isinstance(ended, TrajectoryFinished)
     assert (ended.ending, ended.turns, engine.asked) == (Ending.TRUNCATED, 1, [(1.0, 5)])
 
 
 async def test_a_prompt_without_room_for_an_answer_is_dropped(setting: Setting) -> None:
-    engine = setting.says()
+    engine = setting.engine_of()
     ended = await setting.sample(engine, sampling=Sampling(1.0, 4, 5, 1))
     assert isinstance(ended, TrajectoryDropped)
     assert ended.reason is DropReason.PROMPT_TOO_LONG
@@ -277,7 +277,7 @@ async def test_a_prompt_without_room_for_an_answer_is_dropped(setting: Setting) 
 
 
 async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(setting: Setting) -> None:
-    engine = Says([EngineFailed(f"request g000007/2#{attempt}.0: lost") for attempt in range(3)])
+    engine = MessageEngine([EngineFailed(f"request g000007/2#{attempt}.0: lost") for attempt in range(3)])
     ended = await setting.sample(engine)
     assert isinstance(ended, TrajectoryDropped)
     assert (ended.reason, ended.detail) == (DropReason.ENGINE_FAILED, "request g000007/2#2.0: lost")
@@ -285,20 +285,20 @@ async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(settin
 
 
 async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> None:
-    said = [Saying(setting.dialogue.encode(text)) for text in lookup.solution(3)]
-    ended = await setting.sample(Says([EngineFailed("lost"), *said]))
+    said = [NextMessage(setting.dialogue.encode(text)) for text in lookup.solution(3)]
+    ended = await setting.sample(MessageEngine([EngineFailed("lost"), *said]))
     assert isinstance(ended, TrajectoryFinished)
     assert (ended.attempt, ended.success) == (1, True)
 
 
-async def test_a_dead_engine_drops_nothing(setting: Setting) -> None:
-    engine = Says([EngineDead("the inference engine died of SIGKILL")])
+async def test_a_dead_engine_drops_no_trajectory(setting: Setting) -> None:
+    engine = MessageEngine([EngineDead("the inference engine died of SIGKILL")])
     with pytest.raises(EngineDead, match="died of SIGKILL"):
         await setting.sample(engine)
     assert len(engine.requests) == 1, "no attempt of the same engine can mend it"
 
 
-async def test_what_an_unverified_version_said_stays_in_the_worker(
+async def test_tokens_of_an_unverified_version_stay_in_the_worker(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[str] = []
@@ -316,7 +316,7 @@ async def test_what_an_unverified_version_said_stays_in_the_worker(
 
     monkeypatch.setattr(SessionClient, "step", noted)
     first, second = (setting.dialogue.encode(text) for text in lookup.solution(3))
-    engine = Says([Saying(first, versions=[1]), Saying(second, versions=[1, 2])])
+    engine = MessageEngine([NextMessage(first, versions=[1]), NextMessage(second, versions=[1, 2])])
     sampling = asyncio.create_task(setting.sample(engine, trusted=trusted))
     seen = asyncio.create_task(waiting.wait())
     await asyncio.wait({sampling, seen}, return_when=asyncio.FIRST_COMPLETED)
@@ -328,12 +328,12 @@ async def test_what_an_unverified_version_said_stays_in_the_worker(
     assert [segment.version for segment in ended.segments] == [1, 1, 2]
 
 
-async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
+async def test_a_trajectory_is_visible_to_cuts_while_it_is_in_flight(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all its tokens: those of the message under way are at the engine, under the name it has for it."""
+    """Its partial message is at the engine, under the trajectory's request name."""
     seen: list[tuple[str, int, str | None, int]] = []
-    sampler = setting.sampler(setting.says(*lookup.solution(3)))
+    sampler = setting.sampler(setting.engine_of(*lookup.solution(3)))
 
     def look() -> None:
         (live,) = sampler.live
@@ -366,13 +366,13 @@ async def test_a_trajectory_is_known_to_cuts_while_it_lives_and_no_longer(
 
 
 @pytest.mark.parametrize("how", ["it is cancelled", "the engine fails", "the session fails"])
-async def test_a_trajectory_that_comes_to_nothing_is_forgotten(
+async def test_a_failed_trajectory_leaves_the_in_flight_table(
     dialogue: ChatRenderer, setting: Setting, how: str
 ) -> None:
-    with worlds(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
+    with gateway_of(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
         place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
-        sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [Saying([70, 71])] * 3
-        engine = Says(sayings)
+        sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [NextMessage([70, 71])] * 3
+        engine = MessageEngine(sayings)
         sampler = place.sampler(engine)
         if how == "it is cancelled":
             waiting = asyncio.Event()
@@ -393,9 +393,9 @@ async def test_a_trajectory_that_comes_to_nothing_is_forgotten(
     assert sampler.live == []
 
 
-async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the_engine(setting: Setting) -> None:
+async def test_a_redelivered_task_gets_another_request_name(setting: Setting) -> None:
     both = asyncio.Event()
-    engine = Says([Saying([70, 71]), Saying([70, 71])])
+    engine = MessageEngine([NextMessage([70, 71]), NextMessage([70, 71])])
     said = engine.generate
 
     async def together(*arguments: object, **options: object) -> SampledTokens:
@@ -413,28 +413,30 @@ async def test_a_task_that_is_delivered_again_meanwhile_gets_another_name_at_the
     assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
 
 
-async def test_a_session_that_fails_is_tried_again_afresh(dialogue: ChatRenderer) -> None:
+async def test_a_failed_session_is_retried_from_the_start(dialogue: ChatRenderer) -> None:
     limited = Sampling(1.0, 8, 1000, 1)
-    with worlds(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
-        engine = setting.says("a", "b")
+    with gateway_of(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
+        engine = setting.engine_of("a", "b")
         ended = await setting.sample(engine, environment="fake", sampling=limited)
     assert isinstance(ended, TrajectoryFinished)
     assert engine.requests == ["g000007/2#1.0", "g000007/2#2.0"]
     assert (ended.attempt, ended.reward, ended.success, ended.turns) == (2, 0.5, False, 1)
     assert ended.environment_version == "7"
-    assert unpack_int32(ended.tokens).tolist()[: len(engine.prompts[1])] == engine.prompts[1]  # nothing of the first
+    assert (
+        unpack_int32(ended.tokens).tolist()[: len(engine.prompts[1])] == engine.prompts[1]
+    )  # no tokens of the first attempt
 
 
 @pytest.mark.parametrize("fails_at", ["create", "step", "finalize"])
-async def test_a_reward_that_stays_unknown_is_never_given_a_number(dialogue: ChatRenderer, fails_at: str) -> None:
+async def test_an_unknown_reward_drops_the_trajectory(dialogue: ChatRenderer, fails_at: str) -> None:
     made = {
         "create": BROKEN,
         "step": ScriptedWorld(said("go on"), BROKEN),
         "finalize": ScriptedWorld(said("go on"), said("go on"), final=BROKEN),
     }
-    with worlds(dialogue, made[fails_at]) as setting:
+    with gateway_of(dialogue, made[fails_at]) as setting:
         ended = await setting.sample(
-            setting.says("a", "b"), environment="fake", sampling=Sampling(1.0, 8, 1000, 2), attempts=1
+            setting.engine_of("a", "b"), environment="fake", sampling=Sampling(1.0, 8, 1000, 2), attempts=1
         )
     assert isinstance(ended, TrajectoryDropped)
     assert (ended.reason, ended.trajectory) == (DropReason.ENVIRONMENT_FAILED, "g000007/2")
@@ -442,13 +444,13 @@ async def test_a_reward_that_stays_unknown_is_never_given_a_number(dialogue: Cha
     assert "ValueError: no" in ended.detail
 
 
-async def test_a_gateway_that_never_answers_costs_the_trajectory_and_no_reward_is_invented(
+async def test_a_gateway_without_answers_drops_the_trajectory(
     dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
     monkeypatch.setattr(client, "PATIENCE_S", 0)
     nobody = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
-    ended = await nobody.sample(nobody.says())
+    ended = await nobody.sample(nobody.engine_of())
     assert isinstance(ended, TrajectoryDropped)
     assert ended.reason is DropReason.ENVIRONMENT_FAILED
     assert ended.detail.startswith("unreachable: POST /v1/sessions")

@@ -1,4 +1,4 @@
-"""A worker's promises: what is not trusted is not sampled, failures are loud, and it says how it fares."""
+"""A worker: it samples with verified versions only, stops on failures, and reports its status."""
 
 import random
 import threading
@@ -50,7 +50,7 @@ from tests.unit.rollout.working import (
 
 
 class SlowDisk(SqliteBus):
-    """A log that takes trajectories only when it is told to go on."""
+    """A log whose writes of trajectories block until `goes_on` is set."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -66,37 +66,37 @@ class SlowDisk(SqliteBus):
 async def test_a_group_is_not_begun_before_its_version_is_verified(place: Place) -> None:
     offer(place.bus, 0, version=2)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: Version(2) in at_work.weights.awaited)
-        assert (at_work.weights.verified, at_work.engine.asked) == (0, [])
-        at_work.engine.scoring.clear()
+    async with working(place) as running:
+        await running.until(lambda: Version(2) in running.weights.awaited)
+        assert (running.weights.verified, running.engine.asked) == (0, [])
+        running.engine.scoring.clear()
         announce(place.bus, 2)
-        await at_work.until(lambda: at_work.engine.loaded == [0, 2])  # on the engine, but no canary has spoken
-        assert (at_work.weights.verified, at_work.engine.asked) == (0, [])
-        at_work.engine.scoring.set()
-        await at_work.until(lambda: finished(place.bus) == ids(0))
+        await running.until(lambda: running.engine.loaded == [0, 2])  # loaded, and its canary is not scored yet
+        assert (running.weights.verified, running.engine.asked) == (0, [])
+        running.engine.scoring.set()
+        await running.until(lambda: finished(place.bus) == ids(0))
     assert {s.version for m in messages(place.bus, TRAJECTORIES) for s in m.segments} == {2}
 
 
 async def test_nothing_is_sampled_before_the_first_version(place: Place) -> None:
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: Version(0) in at_work.weights.awaited)
-        assert at_work.worker.waiting_for() == "the first version"
-        assert at_work.engine.asked == []
+    async with working(place) as running:
+        await running.until(lambda: Version(0) in running.weights.awaited)
+        assert running.worker.waiting_for() == "the first version"
+        assert running.engine.asked == []
         announce(place.bus, 0)
-        await at_work.until(lambda: finished(place.bus) == ids(0))
-        await at_work.until(lambda: at_work.worker.waiting_for() == "tasks")
+        await running.until(lambda: finished(place.bus) == ids(0))
+        await running.until(lambda: running.worker.waiting_for() == "tasks")
 
 
-async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goes_on(place: Place) -> None:
+async def test_unreadable_records_are_dead_lettered_and_work_continues(place: Place) -> None:
     place.bus.publish(TASKS, [Outgoing("a key", b"\xff\x00")])
     place.bus.publish(CONTROL, [Outgoing("another", b"\xc1")])
     offer(place.bus, 1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: committed(place.bus) == 2)
-        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
+    async with working(place) as running:
+        await running.until(lambda: committed(place.bus) == 2)
+        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
     letters = {letter.topic: letter for letter in messages(place.bus, DEAD_LETTERS)}
     assert {(d.run, d.topic, d.partition, d.offset, d.key, d.body) for d in letters.values()} == {
         ("test", TASKS, 0, 0, "a key", b"\xff\x00"),
@@ -117,7 +117,7 @@ async def test_records_that_cannot_be_read_are_kept_as_dead_letters_and_work_goe
         ({"sampling": msgspec.structs.replace(SAMPLING, temperature=float("inf"))}, RejectCause.NOT_FINITE),
     ],
 )
-async def test_an_offer_that_makes_no_sense_is_buried_and_work_goes_on(
+async def test_an_invalid_offer_is_dead_lettered_and_work_continues(
     place: Place, changes: dict[str, Any], cause: RejectCause
 ) -> None:
     offer(place.bus, 0)
@@ -125,62 +125,62 @@ async def test_an_offer_that_makes_no_sense_is_buried_and_work_goes_on(
     place.bus.publish(TASKS, [Outgoing("g", encode(msgspec.structs.replace(standing, **changes)))])
     place.bus.publish(CONTROL, [Outgoing("test", encode(VersionPublished("test", Version(-4), "", 0.0)))])
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: committed(place.bus) == 2)
-        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
+    async with working(place) as running:
+        await running.until(lambda: committed(place.bus) == 2)
+        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 2)
     causes = {letter.topic: letter.cause for letter in messages(place.bus, DEAD_LETTERS)}
     assert causes == {TASKS: cause, CONTROL: RejectCause.NEGATIVE_VERSION}
     assert finished(place.bus) == ids(0)
 
 
-async def test_records_of_another_run_are_buried_and_not_acted_on(place: Place) -> None:
+async def test_records_of_another_run_are_dead_lettered_and_ignored(place: Place) -> None:
     offer(place.bus, 0, run="another")
     announce(place.bus, 3, run="another")
     announce(place.bus, 1)
-    async with working(place) as at_work:
+    async with working(place) as running:
         finish(place.bus, run="another")
         offer(place.bus, 1)
-        await at_work.until(lambda: committed(place.bus) == 2)
-        announce(place.bus, 2)  # heard of after the other run's end
-        await at_work.until(lambda: at_work.weights.verified == 2)
-        assert at_work.engine.loaded == [1, 2]
-        assert sorted(at_work.engine.asked) == ids(1)
-        await at_work.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 3)
+        await running.until(lambda: committed(place.bus) == 2)
+        announce(place.bus, 2)  # read after the other run's end
+        await running.until(lambda: running.weights.verified == 2)
+        assert running.engine.loaded == [1, 2]
+        assert sorted(running.engine.asked) == ids(1)
+        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 3)
     letters = messages(place.bus, DEAD_LETTERS)
     assert sorted(letter.topic for letter in letters) == [CONTROL, CONTROL, TASKS]
     assert {(letter.run, letter.cause) for letter in letters} == {("test", RejectCause.WRONG_RUN)}
 
 
-async def test_a_worker_stops_by_itself_when_its_run_is_over(place: Place) -> None:
-    finish(place.bus)  # of an earlier start: history, not news
+async def test_a_worker_stops_when_its_run_is_over(place: Place) -> None:
+    finish(place.bus)  # from an earlier start of the run, so not its end
     announce(place.bus, 0)
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
+    async with working(place) as running:
+        running.engine.shut()
+        await running.until(lambda: sorted(running.engine.asked) == ids(0))
         finish(place.bus)
-        await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
-        at_work.engine.open()
-        await at_work.ends()
+        await running.until(lambda: running.worker.waiting_for() == "trajectories in flight, before it stops")
+        running.engine.open()
+        await running.ends()
     assert finished(place.bus) == ids(0)
     assert committed(place.bus) == 1
-    assert messages(place.bus, WORKERS)[-1].live == 2  # it says goodbye when it begins to stop
+    assert messages(place.bus, WORKERS)[-1].live == 2  # it publishes its stop when it begins to stop
 
 
-async def test_a_worker_that_is_asked_to_stop_begins_nothing_more(place: Place) -> None:
+async def test_a_stopping_worker_begins_no_task(place: Place) -> None:
     offer(place.bus, 0)
     announce(place.bus, 0)
-    async with working(place, max_live=4) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
-        at_work.worker.stop()
-        await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
+    async with working(place, max_live=4) as running:
+        running.engine.shut()
+        await running.until(lambda: sorted(running.engine.asked) == ids(0))
+        running.worker.stop()
+        await running.until(lambda: running.worker.waiting_for() == "trajectories in flight, before it stops")
         offer(place.bus, 1, 2)
         announce(place.bus, 1)
-        await at_work.until(lambda: at_work.weights.verified == 1)  # of versions it still hears, of tasks no more
-        at_work.engine.open()
-        await at_work.ends()
-        assert sorted(at_work.engine.asked) == ids(0)
+        await running.until(lambda: running.weights.verified == 1)  # it still reads versions and reads no tasks
+        running.engine.open()
+        await running.ends()
+        assert sorted(running.engine.asked) == ids(0)
     assert finished(place.bus) == ids(0)
     assert committed(place.bus) == 1
     async with working(place) as again:
@@ -189,48 +189,48 @@ async def test_a_worker_that_is_asked_to_stop_begins_nothing_more(place: Place) 
 
 
 @pytest.mark.parametrize("moment", ["at work", "while it drains"])
-async def test_what_no_attempt_can_mend_ends_the_worker(place: Place, moment: str) -> None:
+async def test_a_permanent_error_ends_the_worker(place: Place, moment: str) -> None:
     offer(place.bus, 0)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        at_work.engine.failure = RuntimeError("a bug")
-        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0))
+    async with working(place) as running:
+        running.engine.shut()
+        running.engine.failure = RuntimeError("a bug")
+        await running.until(lambda: sorted(running.engine.asked) == ids(0))
         if moment == "while it drains":
-            at_work.worker.stop()
-            await at_work.until(lambda: at_work.worker.waiting_for() == "trajectories in flight, before it stops")
-        at_work.engine.open()
+            running.worker.stop()
+            await running.until(lambda: running.worker.waiting_for() == "trajectories in flight, before it stops")
+        running.engine.open()
         with pytest.raises(RuntimeError, match="a bug"):
-            await at_work.ends()
+            await running.ends()
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
 
 
 async def test_a_dead_engine_ends_the_worker_and_drops_nothing(place: Place) -> None:
     offer(place.bus, 0, 1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: sorted(at_work.engine.asked) == ids(0, 1))
-        at_work.engine.die()
+    async with working(place) as running:
+        running.engine.shut()
+        await running.until(lambda: sorted(running.engine.asked) == ids(0, 1))
+        running.engine.die()
         with pytest.raises(EngineDead, match="died of SIGKILL"):
-            await at_work.ends()
+            await running.ends()
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
     async with working(place) as again:
         await again.until(lambda: committed(place.bus) == 2)
     assert finished(place.bus) == ids(0, 1)
 
 
-async def test_a_dead_engine_is_noticed_while_nothing_is_asked_of_it(place: Place) -> None:
+async def test_a_dead_engine_is_detected_while_idle(place: Place) -> None:
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: at_work.worker.waiting_for() == "tasks")
-        at_work.engine.die()
+    async with working(place) as running:
+        await running.until(lambda: running.worker.waiting_for() == "tasks")
+        running.engine.die()
         with pytest.raises(EngineDead, match="died of SIGKILL"):
-            await at_work.ends()
+            await running.ends()
 
 
 class DiesAfter(GatedEngine):
-    """Its process is killed when it has begun so many messages; then some of them are waited for."""
+    """An engine whose process is killed after it has begun this many messages."""
 
     def __init__(self, dialogue: ChatRenderer, messages: int) -> None:
         super().__init__(dialogue)
@@ -243,23 +243,23 @@ class DiesAfter(GatedEngine):
         return await super().generate(*args, **options)
 
 
-async def lives(place: Place, chances: random.Random, groups: int) -> int:
-    """Workers one after another, each with an engine that dies at some moment, until all is done; how many died."""
+async def run_through_deaths(place: Place, chances: random.Random, groups: int) -> int:
+    """Run workers in turn, each with an engine that dies at a random moment, until all tasks are done; count deaths."""
     died = 0
     while committed(place.bus) < groups:
-        async with working(place, engine=DiesAfter(place.dialogue, chances.randint(1, 12))) as at_work:
+        async with working(place, engine=DiesAfter(place.dialogue, chances.randint(1, 12))) as running:
             with suppress(EngineDead):
-                await at_work.until(lambda: committed(place.bus) == groups)
+                await running.until(lambda: committed(place.bus) == groups)
                 break
             died += 1
     return died
 
 
 @pytest.mark.thorough
-async def test_whenever_engines_die_each_trajectory_is_finished_and_none_is_dropped(place: Place) -> None:
+async def test_engine_deaths_at_any_moment_drop_no_trajectory(place: Place) -> None:
     offer(place.bus, *range(10), samples=3)
     announce(place.bus, 0)
-    assert await lives(place, random.Random(7), 10) >= 3, "too few deaths to prove anything"
+    assert await run_through_deaths(place, random.Random(7), 10) >= 3, "too few deaths to prove anything"
     said = messages(place.bus, TRAJECTORIES)
     assert all(isinstance(message, TrajectoryFinished) for message in said)
     assert sorted({message.trajectory for message in said}) == ids(*range(10), samples=range(3))
@@ -268,16 +268,16 @@ async def test_whenever_engines_die_each_trajectory_is_finished_and_none_is_drop
 async def test_a_dead_engine_that_counted_as_a_failed_request_would_drop_trajectories(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test before this one proves: the same deaths, told as failures of requests, cost trajectories."""
+    """The counterpart of the previous test: the same deaths, reported as failed requests, drop trajectories."""
     monkeypatch.setattr("palimpsest.services.rollout.trajectory_sampler.EngineFailed", (EngineFailed, EngineDead))
     monkeypatch.setattr(DiesAfter, "watch", ScriptedEngine.watch)
     offer(place.bus, *range(10), samples=3)
     announce(place.bus, 0)
-    await lives(place, random.Random(7), 10)
+    await run_through_deaths(place, random.Random(7), 10)
     assert any(isinstance(message, TrajectoryDropped) for message in messages(place.bus, TRAJECTORIES))
 
 
-async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -> None:
+async def test_an_inconsistent_engine_ends_the_worker(place: Place) -> None:
     class Contradicts(GatedEngine):
         async def generate(self, *args, **kwargs) -> SampledTokens:
             right = await super().generate(*args, **kwargs)
@@ -285,9 +285,9 @@ async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -
 
     offer(place.bus, 0)
     announce(place.bus, 0)
-    async with working(place, engine=Contradicts(place.dialogue)) as at_work:
+    async with working(place, engine=Contradicts(place.dialogue)) as running:
         with pytest.raises(Contradiction, match="spans cover 0 of 2 sampled tokens"):
-            await at_work.ends()
+            await running.ends()
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
 
 
@@ -296,31 +296,31 @@ async def test_an_engine_that_contradicts_itself_ends_the_worker(place: Place) -
 async def test_there_are_never_more_live_trajectories_than_slots(place: Place, max_live: int) -> None:
     offer(place.bus, *range(6), samples=4)
     announce(place.bus, 0)
-    async with working(place, max_live=max_live) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: at_work.engine.live == max_live)
+    async with working(place, max_live=max_live) as running:
+        running.engine.shut()
+        await running.until(lambda: running.engine.live == max_live)
         announce(place.bus, 1)
-        await at_work.until(lambda: at_work.weights.verified == 1)  # it has looked around often since
-        assert at_work.worker.alive().live == at_work.engine.live == max_live
-        at_work.engine.open()
-        await at_work.until(lambda: committed(place.bus) == 6)
-        assert at_work.engine.most == max_live
-        assert at_work.worker.alive().live == 0
+        await running.until(lambda: running.weights.verified == 1)  # it has polled many times since
+        assert running.worker.alive().live == running.engine.live == max_live
+        running.engine.open()
+        await running.until(lambda: committed(place.bus) == 6)
+        assert running.engine.most == max_live
+        assert running.worker.alive().live == 0
     assert finished(place.bus) == ids(*range(6), samples=range(4))
 
 
-async def test_updates_are_told_and_so_is_how_the_worker_fares(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_updates_and_status_are_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(the_worker, "ALIVE_S", 0.02)
     announce(place.bus, 0)
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: at_work.engine.live == 2)
-        assert at_work.worker.status()["engine"] == {"kind": "scripted"}
+    async with working(place) as running:
+        running.engine.shut()
+        await running.until(lambda: running.engine.live == 2)
+        assert running.worker.status()["engine"] == {"kind": "scripted"}
         announce(place.bus, 1)
-        await at_work.until(lambda: at_work.weights.verified == 1)
+        await running.until(lambda: running.weights.verified == 1)
         told = len(messages(place.bus, WORKERS))
-        await at_work.until(lambda: len(messages(place.bus, WORKERS)) > told + 2)
+        await running.until(lambda: len(messages(place.bus, WORKERS)) > told + 2)
     said = messages(place.bus, WORKERS)
     applied = [m for m in said if isinstance(m, VersionApplied)]
     assert [(m.run, m.worker, m.version, m.accepted, m.canary_error, m.live) for m in applied] == [
@@ -333,34 +333,36 @@ async def test_updates_are_told_and_so_is_how_the_worker_fares(place: Place, mon
     assert last.seconds > last.idle_s >= 0
 
 
-async def test_a_refused_version_ends_the_worker_and_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refused_version_ends_the_worker_and_is_published(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     announce(place.bus, 0)
     offer(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: at_work.engine.live == 2)
+    async with working(place) as running:
+        running.engine.shut()
+        await running.until(lambda: running.engine.live == 2)
         monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
         announce(place.bus, 1)
-        await at_work.until(lambda: at_work.engine.loaded == [0, 1])
-        at_work.engine.open()  # what they say now, version 1 says
+        await running.until(lambda: running.engine.loaded == [0, 1])
+        running.engine.open()  # version 1 samples from here on
         with pytest.raises(UserError, match="refused version 1") as refusal:
-            await at_work.ends()
+            await running.ends()
     assert refusal.value.code is ExitCode.CANARY
     applied = [m for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)]
     assert [(m.version, m.accepted, m.canary_error) for m in applied] == [(0, True, 0.0), (1, False, 0.5)]
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
 
 
-async def test_a_refusal_is_told_before_the_worker_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refusal_is_published_before_the_worker_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     announce(place.bus, 0)
     offer(place.bus, 0)
     with closing(SlowDisk(place.bus.path)) as bus:
-        async with working(place, bus=bus) as at_work:
-            await at_work.until(bus.publishing.is_set)  # the trajectories; what is put now has to wait
+        async with working(place, bus=bus) as running:
+            await running.until(bus.publishing.is_set)  # while trajectories are being written, later records wait
             monkeypatch.setenv("PALIMPSEST_FAULT", "rollout.scripted_canary")
             announce(place.bus, 1)
-            await at_work.until(lambda: [report.accepted for report in at_work.reports] == [True, False])
+            await running.until(lambda: [report.accepted for report in running.reports] == [True, False])
             bus.goes_on.set()
             with pytest.raises(UserError, match="refused version 1"):
-                await at_work.ends()
+                await running.ends()
     assert [m.accepted for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)] == [True, False]

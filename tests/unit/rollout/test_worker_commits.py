@@ -1,4 +1,4 @@
-"""What a worker acknowledges: a task is done with when all its trajectories stand on the log, and not before."""
+"""Commits of a worker: a task is committed only after all its trajectories are on the log."""
 
 import errno
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class FullDisk(SqliteBus):
-    """A log that takes no more records on these topics."""
+    """A log that refuses records on these topics."""
 
     refuses: tuple[str, ...] = ()
 
@@ -47,22 +47,22 @@ def full_disk(place: Place) -> Iterator[FullDisk]:
         yield bus
 
 
-async def test_a_task_is_committed_when_all_its_trajectories_stand_on_the_log(place: Place) -> None:
+async def test_a_task_is_committed_when_all_its_trajectories_are_on_the_log(place: Place) -> None:
     offer(place.bus, 0, 1, 2)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut(lambda trajectory: trajectory == "g000001/1")
-        await at_work.until(lambda: len(finished(place.bus)) == 5)
-        await at_work.until(lambda: committed(place.bus) == 1)
+    async with working(place) as running:
+        running.engine.shut(lambda trajectory: trajectory == "g000001/1")
+        await running.until(lambda: len(finished(place.bus)) == 5)
+        await running.until(lambda: committed(place.bus) == 1)
         offer(place.bus, 3)
-        await at_work.until(lambda: set(ids(3)) <= set(finished(place.bus)))  # it read on and committed meanwhile
+        await running.until(lambda: set(ids(3)) <= set(finished(place.bus)))  # it polled and committed in the meantime
         assert committed(place.bus) == 1
-        at_work.engine.open()
-        await at_work.until(lambda: committed(place.bus) == 4)
+        running.engine.open()
+        await running.until(lambda: committed(place.bus) == 4)
         assert finished(place.bus) == ids(0, 1, 2, 3)
 
 
-async def test_a_worker_that_died_before_that_samples_the_same_trajectories_again(place: Place) -> None:
+async def test_a_worker_killed_before_the_commit_samples_the_same_trajectories_again(place: Place) -> None:
     offer(place.bus, 0, 1, 2)
     announce(place.bus, 0)
     async with working(place) as killed:
@@ -77,7 +77,7 @@ async def test_a_worker_that_died_before_that_samples_the_same_trajectories_agai
 
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_whenever_a_worker_ends_nothing_is_lost(place: Place, data: st.DataObject) -> None:
+async def test_no_trajectory_is_lost_at_any_end_of_a_worker(place: Place, data: st.DataObject) -> None:
     groups, samples = data.draw(st.integers(1, 4), "groups"), data.draw(st.integers(1, 3), "samples")
     everything = ids(*range(groups), samples=range(samples))
     held = data.draw(st.sets(st.sampled_from(everything)), "held")
@@ -109,8 +109,8 @@ async def test_a_dropped_trajectory_counts_as_done(place: Place) -> None:
     offer(place.bus, 0, environment="no_such_environment")
     offer(place.bus, 1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        await at_work.until(lambda: committed(place.bus) == 2)
+    async with working(place) as running:
+        await running.until(lambda: committed(place.bus) == 2)
     dropped = [m for m in messages(place.bus, TRAJECTORIES) if isinstance(m, TrajectoryDropped)]
     assert sorted((d.trajectory, d.reason) for d in dropped) == [(i, DropReason.ENVIRONMENT_FAILED) for i in ids(0)]
     assert all("unknown_environment" in d.detail for d in dropped)
@@ -118,16 +118,16 @@ async def test_a_dropped_trajectory_counts_as_done(place: Place) -> None:
 
 
 @pytest.mark.parametrize("topic", [TRAJECTORIES, WORKERS, DEAD_LETTERS])
-async def test_a_publish_that_fails_ends_the_worker_and_nothing_is_acknowledged(
+async def test_a_failed_publish_ends_the_worker_and_commits_nothing(
     place: Place, full_disk: FullDisk, topic: str
 ) -> None:
     full_disk.refuses = (topic,)
     place.bus.publish(TASKS, [Outgoing("x", b"not a task")])
     offer(place.bus, 1)
     announce(place.bus, 0)
-    async with working(place, bus=full_disk) as at_work:
+    async with working(place, bus=full_disk) as running:
         with pytest.raises(OSError, match="No space left"):
-            await at_work.ends()
+            await running.ends()
     assert committed(place.bus) <= len(messages(place.bus, DEAD_LETTERS))
     async with working(place) as again:
         await again.until(lambda: committed(place.bus) == 2)
@@ -135,15 +135,17 @@ async def test_a_publish_that_fails_ends_the_worker_and_nothing_is_acknowledged(
     assert set(finished(place.bus)) == set(ids(1))
 
 
-async def test_what_does_not_finish_in_time_stays_uncommitted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_task_that_does_not_finish_in_time_stays_uncommitted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(the_worker, "DRAIN_S", 0.2)
     offer(place.bus, 0, 1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut(lambda trajectory: trajectory == "g000001/0")
-        await at_work.until(lambda: len(finished(place.bus)) == 3)
-        at_work.worker.stop()
-        await at_work.ends()
+    async with working(place) as running:
+        running.engine.shut(lambda trajectory: trajectory == "g000001/0")
+        await running.until(lambda: len(finished(place.bus)) == 3)
+        running.worker.stop()
+        await running.ends()
     assert committed(place.bus) == 1
     async with working(place) as again:
         await again.until(lambda: committed(place.bus) == 2)
@@ -151,31 +153,31 @@ async def test_what_does_not_finish_in_time_stays_uncommitted(place: Place, monk
 
 
 @pytest.mark.parametrize("waits_for", ["a slot", "a version"])
-async def test_a_worker_that_can_take_no_task_stays_a_member(place: Place, waits_for: str) -> None:
-    """Otherwise the others would sample again what it has been sampling all along."""
+async def test_a_worker_that_cannot_take_a_task_stays_a_group_member(place: Place, waits_for: str) -> None:
+    """Otherwise other workers would sample its tasks again."""
     with closing(opened_bus(place.folder / "short.sqlite", lease_s=0.3)) as bus:
         offer(bus, 0, 1, version=0 if waits_for == "a slot" else 1)
         announce(bus, 0)
-        async with working(place, bus=bus, max_live=2) as at_work:
-            at_work.engine.shut()
+        async with working(place, bus=bus, max_live=2) as running:
+            running.engine.shut()
             if waits_for == "a slot":
-                await at_work.until(lambda: at_work.engine.live == 2)
+                await running.until(lambda: running.engine.live == 2)
             else:
-                await at_work.until(lambda: Version(1) in at_work.weights.awaited)
+                await running.until(lambda: Version(1) in running.weights.awaited)
             for _ in range(3):
                 last = heard(bus, "worker-0")
-                await at_work.until(lambda last=last: heard(bus, "worker-0") > last)
+                await running.until(lambda last=last: heard(bus, "worker-0") > last)
 
 
-async def test_what_is_done_is_committed_also_while_no_task_can_be_taken(place: Place) -> None:
+async def test_done_tasks_are_committed_while_no_task_can_be_taken(place: Place) -> None:
     offer(place.bus, 0)
     offer(place.bus, 1, version=1)
     announce(place.bus, 0)
-    async with working(place) as at_work:
-        at_work.engine.shut()
-        await at_work.until(lambda: Version(1) in at_work.weights.awaited)
-        at_work.engine.open()
-        await at_work.until(lambda: committed(place.bus) == 1)
+    async with working(place) as running:
+        running.engine.shut()
+        await running.until(lambda: Version(1) in running.weights.awaited)
+        running.engine.open()
+        await running.until(lambda: committed(place.bus) == 1)
     assert finished(place.bus) == ids(0)
 
 

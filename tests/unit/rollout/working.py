@@ -1,4 +1,4 @@
-"""A rollout worker at work: log, store, gateway and scripted engine are real, and a test holds the gates."""
+"""A running rollout worker with a real log, store, and gateway, and a scripted engine that the test controls."""
 
 import asyncio
 import sqlite3
@@ -45,13 +45,13 @@ CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 
 
 class GatedEngine(ScriptedEngine):
-    """The scripted engine; a trajectory whose gate is shut waits, and so does scoring."""
+    """The scripted engine; requests of shut trajectories and scoring wait."""
 
     def __init__(self, dialogue: ChatRenderer) -> None:
         config = ScriptedEngineConfig(kind="scripted", texts=("3",), tokens_per_s=1e6)
         super().__init__(config, encode=dialogue.encode)
         self.asked: list[str] = []
-        """Trajectories it was asked to sample for, in order."""
+        """Trajectories of the requests, in order."""
         self.live = self.most = 0
         """Requests under way, now and at most."""
         self.loaded: list[Version] = []
@@ -63,16 +63,16 @@ class GatedEngine(ScriptedEngine):
         self._opened, self._gone = asyncio.Event(), asyncio.Event()
 
     def shut(self, holds: Callable[[str], bool] = lambda _: True) -> None:
-        """Requests of these trajectories wait from now on."""
+        """Make requests of these trajectories wait."""
         self._shut = holds
 
     def open(self) -> None:
-        """Nobody waits any more."""
+        """Release all waiting requests."""
         self._shut = lambda _: False
         self._opened.set()
 
     def die(self) -> None:
-        """As an engine whose process is killed: whoever waits for it hears of that."""
+        """Fail as an engine whose process is killed; waiting requests raise EngineDead."""
         self.failure = EngineDead("the inference engine died of SIGKILL")
         self._gone.set()
         self.open()
@@ -109,7 +109,7 @@ class GatedEngine(ScriptedEngine):
 
 
 class KnownWaits(WeightSync):
-    """Remembers which versions somebody waited for."""
+    """A WeightSync that records the versions of `wait_verified`."""
 
     awaited: frozenset[Version] = frozenset()
 
@@ -120,7 +120,7 @@ class KnownWaits(WeightSync):
 
 @dataclass(frozen=True)
 class Place:
-    """What a worker finds around it."""
+    """Services around a worker."""
 
     folder: Path
     bus: SqliteBus
@@ -131,33 +131,33 @@ class Place:
 
 @dataclass(frozen=True)
 class Working:
-    """A worker that has begun."""
+    """A running worker."""
 
     worker: Worker
     engine: GatedEngine
     weights: KnownWaits
     reports: list[UpdateResult]
-    """What came of its updates so far."""
+    """Results of its updates so far."""
     ending: "asyncio.Task[None]"
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Look again and again until it holds; the worker must not end before."""
+        """Poll until the condition holds; raises AssertionError if the worker ends first."""
         deadline = time.monotonic() + LIMIT_S
         while not holds():
             if self.ending.done():
                 self.ending.result()
-                raise AssertionError("the worker stopped by itself")
-            assert time.monotonic() < deadline, "it never came to hold"
+                raise AssertionError("the worker ended before the condition held")
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             await asyncio.sleep(0.005)
 
     async def ends(self) -> None:
-        """Wait until it has stopped; raises what it raised."""
+        """Wait until the worker has ended; raises its error."""
         async with asyncio.timeout(LIMIT_S):
             await asyncio.wait({self.ending})
         self.ending.result()
 
     async def looked(self, times: int = 3) -> None:
-        """Wait until a worker that holds has read the whole log so often, and found nothing new; or holds no more."""
+        """Wait until a paused worker has read the log to its end this many times, or the cut is over."""
         interruption, left = self.worker._interruption, times
         heard_all = interruption.heard_all
 
@@ -172,7 +172,7 @@ class Working:
 
 
 async def turns(count: int = 200) -> None:
-    """Let everything that could go on in this event loop do so, many times over."""
+    """Yield to the event loop this many times, so that every ready task runs."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -182,10 +182,10 @@ async def working(
     place: Place, *, engine: GatedEngine | None = None, bus: SqliteBus | None = None, name: str = "worker-0",
     max_live: int = 8,
 ) -> AsyncIterator[Working]:  # fmt: skip
-    """A worker from here on; killed at the end of the block if it has not stopped."""
+    """Run a worker inside the block; it is killed at the end of the block if it has not stopped."""
     engine, bus = engine or GatedEngine(place.dialogue), bus or place.bus
     async with SessionClient(place.gateway, timeout_s=LIMIT_S, connections=100) as sessions:
-        folder = Path(mkdtemp(dir=place.folder))  # a process that was killed writes no more; its threads here may
+        folder = Path(mkdtemp(dir=place.folder))  # threads of a cancelled worker may still write here
         reports: list[UpdateResult] = []
 
         def report(applied: UpdateResult) -> None:
@@ -204,7 +204,7 @@ async def working(
 
 
 def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> SqliteBus:
-    """A log with all topics; with one partition of tasks, one offset tells what is committed."""
+    """A log with all topics; with one partition of tasks, one offset is the commit."""
     bus = SqliteBus(path, lease_s=lease_s)
     bus.create_topics({TASKS: partitions, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, DEAD_LETTERS: 1})
     return bus
@@ -213,7 +213,7 @@ def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> Sql
 def offer(
     bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup"
 ) -> None:
-    """Put groups on the log of tasks."""
+    """Publish groups on the task topic."""
     for index in indexes:
         group = GroupOffered(
             run=run, group=group_id(index), index=index, version=Version(version), environment=environment,
@@ -223,18 +223,18 @@ def offer(
 
 
 def announce(bus: SqliteBus, version: int, *, run: str = RUN) -> None:
-    """Say that a version stands in the store."""
+    """Publish that a version is in the store."""
     published = VersionPublished(run=run, version=Version(version), digest="", published_at=0.0)
     bus.publish(CONTROL, [Outgoing(run, encode(published))])
 
 
 def finish(bus: SqliteBus, *, run: str = RUN) -> None:
-    """Say that the run is over."""
+    """Publish the end of the run."""
     bus.publish(CONTROL, [Outgoing(run, encode(RunFinished(run=run, version=Version(0))))])
 
 
 def messages(bus: SqliteBus, topic: str) -> list[Any]:
-    """Everything on a topic, decoded."""
+    """Return all records of a topic, decoded."""
     found: list[Any] = []
     with bus.consumer(topic) as consumer:
         while records := consumer.poll(limit=1000, timeout_s=0):
@@ -243,24 +243,24 @@ def messages(bus: SqliteBus, topic: str) -> list[Any]:
 
 
 def finished(bus: SqliteBus) -> list[str]:
-    """Ids of the finished trajectories on the log, as often as they stand there, in order."""
+    """Return the sorted ids of finished trajectories on the log, with repeats."""
     return sorted(m.trajectory for m in messages(bus, TRAJECTORIES) if isinstance(m, TrajectoryFinished))
 
 
 def ids(*indexes: int, samples: Iterable[int] = (0, 1)) -> list[str]:
-    """Trajectories of these groups."""
+    """Return the trajectory ids of these groups."""
     return [f"{group_id(index)}/{sample}" for index in indexes for sample in samples]
 
 
 def committed(bus: SqliteBus) -> int:
-    """Offset at which the workers' group starts again."""
+    """Return the committed task offset of the workers' group."""
     with closing(sqlite3.connect(bus.path)) as db:
         row = db.execute("SELECT offset FROM commits WHERE topic = ? AND grp = ?", (TASKS, GROUP)).fetchone()
     return int(row[0]) if row else 0
 
 
 def heard(bus: SqliteBus, name: str) -> float:
-    """When the workers' group last heard of this member; 0 if it is none."""
+    """Return the time of the member's last heartbeat in the workers' group; 0 if it is no member."""
     with closing(sqlite3.connect(bus.path)) as db:
         row = db.execute("SELECT heard FROM members WHERE grp = ? AND member = ?", (GROUP, name)).fetchone()
     return float(row[0]) if row else 0.0

@@ -1,4 +1,4 @@
-"""What an engine does about the CPU's matrix tiles."""
+"""Permission for the CPU's matrix tiles (AMX), and how it is passed to vLLM."""
 
 import multiprocessing
 import platform
@@ -21,7 +21,9 @@ from tests.processes.refuse_amx import refuse
         (True, False, True, Amx.OFF),
     ],
 )
-def test_what_is_done_about_amx(supported: bool, wanted: bool, permitted: bool, expected: Amx) -> None:
+def test_amx_is_requested_only_when_supported_and_wanted(
+    supported: bool, wanted: bool, permitted: bool, expected: Amx
+) -> None:
     asked = []
 
     def ask() -> bool:
@@ -38,12 +40,12 @@ def refused_and_settled(told: Connection) -> None:
     told.send((configure().name, torch.cpu._is_amx_tile_supported()))
 
 
-def test_where_the_kernel_refuses_the_tiles_vllm_is_told_that_there_are_none() -> None:
-    """In a process of its own: the refusal and what follows from it are for good."""
+def test_vllm_does_not_use_amx_if_the_kernel_refuses_it() -> None:
+    """Runs in its own process, because the refusal lasts for the life of a process."""
     told, tells = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=refused_and_settled, args=(tells,))
     process.start()
-    tells.close()  # if it dies, nothing comes
+    tells.close()  # the pipe stays empty if the process dies
     expected = Amx.REFUSED if torch.cpu._is_amx_tile_supported() else Amx.ABSENT
     assert told.recv() == (expected.name, False)
     process.join()

@@ -1,4 +1,4 @@
-"""What a person reads when an engine has died: by processes that really die, read as docs/operations.md tells it."""
+"""Crash reports of processes that really die, compared with the texts in docs/operations.md."""
 
 import asyncio
 import re
@@ -25,20 +25,20 @@ SECTION = "When the engine dies"
 
 
 def documented(title: str) -> str:
-    """The text that docs/operations.md gives for this death."""
+    """Return the text of docs/operations.md for this death."""
     section = DOCUMENT.read_text().partition(f"\n## {SECTION}\n")[2].partition("\n## ")[0]
     block = re.search(rf"^{re.escape(title)}.*?\n```text\n(.*?)\n```", section, re.MULTILINE | re.DOTALL)
     return block[1] if block is not None else f"docs/operations.md, {SECTION}: nothing about {title}"
 
 
-def told(text: str, folder: Path) -> str:
-    """The text as the document has it: of no machine and no moment."""
+def normalized(text: str, folder: Path) -> str:
+    """Return the text without paths, process ids, and times, as the document shows it."""
     text = text.replace(str(crashing_engine.log_of(folder)), "runs/ID/logs/worker-0.engine.log")
     return re.sub(r"\bpid \d+", "pid N", re.sub(r":\d+ ", ":N ", text))
 
 
 async def serving(folder: Path, die: Callable[[], None]) -> CrashEvidence:
-    """What is left of an engine that dies like this at work."""
+    """Return the evidence of an engine that dies like this while it serves."""
     watch = EngineMonitor(crashing_engine.log_of(folder))
     watch.doing = "serving"
     watch.watch([crashing_engine.begin(watch, die)])
@@ -47,7 +47,7 @@ async def serving(folder: Path, die: Callable[[], None]) -> CrashEvidence:
 
 
 def starting(folder: Path, die: Callable[[], None]) -> CrashEvidence:
-    """What is left of an engine that dies like this before it is ready."""
+    """Return the evidence of an engine that dies like this before it is ready."""
     watch = EngineMonitor(crashing_engine.log_of(folder))
     evidence = watch.failed_start_evidence(crashing_engine.not_started(crashing_engine.begin(watch, die)))
     assert evidence is not None
@@ -69,13 +69,15 @@ async def test_the_text_of_a_death_is_the_documented_one(
 ) -> None:
     evidence = await serving(tmp_path, die) if doing == "serving" else starting(tmp_path, die)
     assert refusal_error(evidence) is None, "it may be started again"
-    # whether the kernel kills for memory meanwhile is not for this test to say
-    assert told(crash_text(replace(evidence, killed_for_memory=0)), tmp_path) == documented(title)
+    # ignore out-of-memory kills of other processes
+    assert normalized(crash_text(replace(evidence, killed_for_memory=0)), tmp_path) == documented(title)
 
 
 async def test_the_text_of_a_kernel_that_ran_out_of_memory_is_the_documented_one(tmp_path: Path) -> None:
     evidence = await serving(tmp_path, crashing_engine.killed)
-    assert told(crash_text(replace(evidence, killed_for_memory=1)), tmp_path) == documented("Killed by the kernel")
+    assert normalized(crash_text(replace(evidence, killed_for_memory=1)), tmp_path) == documented(
+        "Killed by the kernel"
+    )
 
 
 def test_the_text_of_a_refused_model_is_the_documented_one(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_the_text_of_a_refused_model_is_the_documented_one(tmp_path: Path) -> No
     assert model_refusal_text("/models/mine", str(failure)) == documented("A refused model")
 
 
-async def test_an_engine_that_does_not_answer_is_ended_and_says_where_it_stood(tmp_path: Path) -> None:
+async def test_an_engine_that_does_not_answer_is_ended_and_reports_its_stack(tmp_path: Path) -> None:
     watch = EngineMonitor(crashing_engine.log_of(tmp_path))
     process = crashing_engine.begin(watch, crashing_engine.sleeps)
     watch.watch([process])
@@ -114,13 +116,13 @@ def test_only_what_was_written_since_the_start_is_evidence(tmp_path: Path) -> No
     assert "SIGKILL" in crash_text(evidence)
 
 
-def test_the_first_line_names_the_death_and_is_the_same_for_the_same_death(tmp_path: Path) -> None:
+def test_the_first_line_names_the_death_and_is_equal_for_equal_deaths(tmp_path: Path) -> None:
     first, second = (crash_text(starting(tmp_path / str(i), crashing_engine.illegal_instruction)) for i in range(2))
     assert first != second, "pids and places differ"
     assert first.splitlines()[0] == second.splitlines()[0]
 
 
-def test_an_error_before_any_process_of_the_engine_is_no_death(tmp_path: Path) -> None:
+def test_an_error_before_the_engines_process_starts_is_no_death(tmp_path: Path) -> None:
     assert EngineMonitor(crashing_engine.log_of(tmp_path)).failed_start_evidence(ValueError("no such model")) is None
 
 
@@ -137,7 +139,7 @@ def test_a_refusal_names_the_key_to_change(error: str, key: str) -> None:
     assert key in model_refusal_text("m", error).splitlines()[-1]
 
 
-def test_the_first_error_with_a_type_is_the_cause_of_the_others() -> None:
+def test_the_first_error_with_a_type_is_the_cause() -> None:
     lines = [
         '{"process": "EngineCore", "pid": 1, "type": "", "message": "a worker died"}',
         '{"process": "Worker-0", "pid": 2, "type": "ValueError", "message": "why"}',

@@ -1,4 +1,4 @@
-"""Where the kernel counts processes killed for memory, by what machines and containers of both kinds show."""
+"""Where the kernel counts out-of-memory kills, with the files of hosts and containers of cgroup versions 1 and 2."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ VMSTAT = "nr_free_pages 104321\noom_kill {}\ncompact_stall 0\n"
         (("0::/\n", ""), []),
     ],
 )
-def test_the_own_cgroup_is_asked_first(texts: tuple[str, str], expected: list[str]) -> None:
+def test_the_processs_own_cgroup_comes_first(texts: tuple[str, str], expected: list[str]) -> None:
     assert list(map(str, candidate_paths(*texts))) == expected
 
 
@@ -76,17 +76,17 @@ def test_the_own_cgroup_is_asked_first(texts: tuple[str, str], expected: list[st
         (EVENTS.format(4), 4),
         (CONTROL.format(2), 2),
         (VMSTAT.format(0), 0),
-        ("oom_kill_disable 1\nunder_oom 0\n", None),  # version 1 before Linux 4.13
+        ("oom_kill_disable 1\nunder_oom 0\n", None),  # cgroup version 1 before Linux 4.13
         ("oom 7\noom_group_kill 1\n", None),
         ("", None),
     ],
 )
-def test_the_count_of_processes_is_read_and_nothing_else(text: str, expected: int | None) -> None:
+def test_only_the_count_of_killed_processes_is_read(text: str, expected: int | None) -> None:
     assert parse_count(text) == expected
 
 
 def machine(folder: Path, *, cgroup: str, point: str) -> Path:
-    """A /proc whose process is in this cgroup; the folder `point` is where its file system is mounted."""
+    """Make a /proc whose process is in this cgroup; the cgroup file system is mounted at the folder `point`."""
     proc = folder / "proc"
     (proc / "self").mkdir(parents=True)
     (proc / "self/cgroup").write_text(cgroup)
@@ -100,19 +100,19 @@ def machine(folder: Path, *, cgroup: str, point: str) -> Path:
     ("cgroup", "name", "text"),
     [("0::/jobs/7\n", "memory.events", EVENTS), ("4:memory:/jobs/7\n", "memory.oom_control", CONTROL)],
 )
-def test_kills_of_others_on_the_machine_are_not_counted(tmp_path: Path, cgroup: str, name: str, text: str) -> None:
+def test_kills_outside_the_cgroup_are_not_counted(tmp_path: Path, cgroup: str, name: str, text: str) -> None:
     proc = machine(tmp_path, cgroup=cgroup, point="fs")
     own = tmp_path / "fs/jobs/7" / name
     own.parent.mkdir(parents=True)
     own.write_text(text.format(1))
-    (tmp_path / "fs" / name).write_text(text.format(50))  # of its parent, with others in it
+    (tmp_path / "fs" / name).write_text(text.format(50))  # the parent cgroup, which has other processes
     found = find_counter(proc)
     assert (found, read_count(found)) == (own, 1)
     own.write_text(text.format(2))
     assert read_count(found) == 2
 
 
-def test_where_no_cgroup_counts_the_machine_does(tmp_path: Path) -> None:
+def test_without_a_cgroup_counter_the_machines_counter_is_read(tmp_path: Path) -> None:
     proc = machine(tmp_path, cgroup="0::/jobs/7\n", point="fs")
     assert read_count(find_counter(proc)) == 90
     (proc / "vmstat").write_text("nr_free_pages 1\n")
@@ -120,9 +120,9 @@ def test_where_no_cgroup_counts_the_machine_does(tmp_path: Path) -> None:
     assert read_count(None) == 0
 
 
-def test_a_kernel_without_any_of_them_counts_nothing(tmp_path: Path) -> None:
+def test_a_kernel_without_counters_gives_no_count(tmp_path: Path) -> None:
     assert find_counter(tmp_path) is None
 
 
-def test_whatever_this_machine_is_it_can_be_asked() -> None:
+def test_the_count_of_this_machine_is_readable() -> None:
     assert read_count(find_counter()) >= 0

@@ -1,4 +1,4 @@
-"""A living engine that refuses what its worker needs: a sentence and code 7, and nothing is lost."""
+"""A live engine that refuses a required step ends its worker with a message and exit code 7; no trajectory is lost."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ ERROR = "weight update: RuntimeError: [enforce fail at alloc_cpu.cpp:124] not en
 
 
 class Refuses(GatedEngine):
-    """Refuses the step that is named from then on, and lives."""
+    """An engine that refuses the named step from now on and stays alive."""
 
     step = ""
 
@@ -57,7 +57,7 @@ class Refuses(GatedEngine):
         await super().resume()
 
 
-def ask(place: Place, cut: int) -> None:
+def request_cut(place: Place, cut: int) -> None:
     place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(0), 5.0)))])
 
 
@@ -73,28 +73,28 @@ def ask(place: Place, cut: int) -> None:
         ("resume", "to resume after a cut"),
     ],
 )
-async def test_a_step_that_is_refused_ends_the_worker_with_a_sentence_and_drops_nothing(
+async def test_a_refused_step_ends_the_worker_with_a_message_and_drops_nothing(
     place: Place, step: str, what: str
 ) -> None:
     offer(place.bus, 0)
     announce(place.bus, 0)
     engine = Refuses(place.dialogue)
-    async with working(place, engine=engine) as at_work:
+    async with working(place, engine=engine) as running:
         engine.shut()
-        await at_work.until(lambda: engine.live == 2)
+        await running.until(lambda: engine.live == 2)
         if "cut" not in what:
             engine.step = step
             announce(place.bus, 1)
         elif step != "resume":
             engine.step = step
-            ask(place, 4)
+            request_cut(place, 4)
         else:
-            ask(place, 4)
-            await at_work.until(lambda: at_work.worker.status()["cut"] == 4)
+            request_cut(place, 4)
+            await running.until(lambda: running.worker.status()["cut"] == 4)
             engine.step = step
             place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4)))])
         with pytest.raises(UserError) as refused:
-            await at_work.ends()
+            await running.ends()
     assert refused.value.code is ExitCode.ENGINE
     assert str(refused.value).startswith(f"the inference engine refused {what}\nits error: {ERROR}\nwhat to try: ")
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])

@@ -1,4 +1,4 @@
-"""What cuts rely on in an engine: it stands still when it says so, and tells of messages under way."""
+"""Engine behavior that cuts rely on: a paused engine samples nothing and reports partial messages."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ def weights(version: int) -> StoredWeights:
 
 
 class Stepped(ScriptedEngine):
-    """Says when it has sampled a token."""
+    """An engine that signals each sampled token."""
 
     def __init__(self) -> None:
         config = ScriptedEngineConfig(kind="scripted", texts=("text",), tokens_per_s=1e6)
@@ -44,14 +44,14 @@ class Stepped(ScriptedEngine):
         await self.resume()
 
 
-def say(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "asyncio.Task[SampledTokens]":
+def start_request(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "asyncio.Task[SampledTokens]":
     return asyncio.create_task(engine.generate([1], request=request, temperature=1.0, max_tokens=64, stop=[2]))
 
 
-async def test_a_message_under_way_is_told_of_exactly() -> None:
+async def test_a_partial_message_is_reported_exactly() -> None:
     engine = Stepped()
     await engine.update(3)
-    saying = say(engine)
+    saying = start_request(engine)
     await engine.until(4)
     await engine.update(5)
     await engine.until(9)
@@ -62,18 +62,18 @@ async def test_a_message_under_way_is_told_of_exactly() -> None:
     assert partial.spans == (Span(Version(3), 0, 4), Span(Version(5), 4, count))
     for _ in range(20):
         await asyncio.sleep(0)
-    assert await engine.partial("g000000/0#0.0") == partial  # nothing was sampled since
+    assert await engine.partial("g000000/0#0.0") == partial  # no token was sampled since
     await engine.resume()
     whole = await saying
     assert (whole.tokens[:count], whole.logprobs[:count]) == (partial.tokens, partial.logprobs)
     assert (whole.tokens, whole.stopped) == ((*WORDS, 2), True)
 
 
-async def test_nothing_is_told_of_a_message_that_has_not_begun_or_has_ended() -> None:
+async def test_messages_that_have_not_begun_or_are_complete_are_not_partial() -> None:
     engine = Stepped()
     await engine.update(0)
     await engine.pause()
-    begun = say(engine, "g000000/0#0.1")
+    begun = start_request(engine, "g000000/0#0.1")
     await asyncio.sleep(0)
     assert await engine.partial("g000000/0#0.1") is None
     assert await engine.partial("nobody's") is None
@@ -83,10 +83,10 @@ async def test_nothing_is_told_of_a_message_that_has_not_begun_or_has_ended() ->
     assert await engine.partial("g000000/0#0.1") is None
 
 
-async def test_a_message_that_was_given_up_is_forgotten() -> None:
+async def test_a_cancelled_message_is_discarded() -> None:
     engine = Stepped()
     await engine.update(0)
-    saying = say(engine)
+    saying = start_request(engine)
     await engine.until(3)
     saying.cancel()
     await asyncio.gather(saying, return_exceptions=True)
@@ -94,17 +94,17 @@ async def test_a_message_that_was_given_up_is_forgotten() -> None:
     assert await engine.partial("g000000/0#0.0") is None
 
 
-async def test_partial_messages_are_told_of_only_while_it_stands_still() -> None:
+async def test_partial_messages_are_available_only_while_paused() -> None:
     engine = Stepped()
     await engine.update(0)
     with pytest.raises(EngineFailed, match="pause the engine first"):
         await engine.partial("g000000/0#0.0")
 
 
-async def test_who_waits_for_the_engine_samples_nothing_when_it_is_paused_again_at_once() -> None:
+async def test_a_waiting_request_samples_nothing_if_the_engine_pauses_again_at_once() -> None:
     engine = Stepped()
     await engine.update(0)
-    saying = say(engine)
+    saying = start_request(engine)
     await engine.until(3)
     await engine.pause()
     for _ in range(5):
