@@ -2,7 +2,6 @@
 
 import socket
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +13,20 @@ from palimpsest.services.local.processes import Child, python
 LEARNER = "learner"
 ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 """The variables that torchrun sets for a single rank. They override those of the machine, such as a Slurm job's."""
-_given: set[int] = set()
+_reserved: list[socket.socket] = []
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at this moment, and that was not given out before."""
-    while True:
-        with closing(socket.socket()) as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given:  # the system may offer the same one again before anybody listens there
-            _given.add(port)
-            return port
+    """Return a free port and reserve it until this process ends.
+
+    A socket that is bound with SO_REUSEADDR and does not listen keeps other processes from receiving the port as an
+    ephemeral one. A service that also sets SO_REUSEADDR (common/service.py) can still listen on it.
+    """
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((host, 0))
+    _reserved.append(reserved)
+    return int(reserved.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
 """The services as commands."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from palimpsest.common.config import load
+from palimpsest.common.service import listen
 from palimpsest.services.local.commands import Commands, free_port
 from palimpsest.services.local.processes import Child, python
 from palimpsest.services.local.supervisor import assign_ports
@@ -47,3 +49,20 @@ def test_what_a_process_leaves_beside_its_work_goes_with_it(tmp_path: Path):
 def test_no_port_is_given_out_twice():
     ports = [free_port("127.0.0.1") for _ in range(500)]
     assert len(set(ports)) == 500
+
+
+def test_a_service_can_listen_on_a_reserved_port_twice_in_a_row():
+    port = free_port("127.0.0.1")
+    for _ in range(2):
+        with listen("127.0.0.1", port, key="learner") as service:
+            with socket.create_connection(("127.0.0.1", port)):
+                pass
+            assert service.getsockname()[1] == port
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+
+
+def test_a_reserved_port_is_not_free_for_another_program():
+    port = free_port("127.0.0.1")
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
