@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -40,6 +40,8 @@ class Stop:
         self._event = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._signaled = False
+        self.last_words = ""
+        """Text for stdout when a second signal ends the process at once."""
 
     def install(self) -> Self:
         """Listen for SIGTERM and SIGINT."""
@@ -75,6 +77,8 @@ class Stop:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._signaled:
+            with suppress(OSError):  # the terminal may be closed
+                os.write(1, self.last_words.encode())
             os._exit(128 + number)
         self._signaled = True
         self.request()

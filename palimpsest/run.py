@@ -70,6 +70,7 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         by_make="MAKELEVEL" in os.environ,
         program=program(),
     )
+    stop.last_words = f"{console_text.ENDED}\n{again}\n"
     print(
         console_text.format_start(config, {**local.urls, **local.replica_urls}, resumed=invocation.resume is not None),
         flush=True,

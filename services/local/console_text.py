@@ -28,7 +28,7 @@ process, until the run's last version is published. Ctrl-C stops cleanly; --resu
 Exit codes: 0 done, 1 crashed, 2 configuration, 3 a resource is missing or in use, 4 damaged data,
 5 the engine does not compute what the learner published, 6 another learner took over the run, 130 stopped by Ctrl-C or
 SIGTERM."""
-STOPPED = "Stopped cleanly. Continue with:"
+STOPPED, ENDED = "Stopped cleanly. Continue with:", "Ended without a clean stop. Continue with:"
 STOPPED_BEFORE = "Stopped before any service started. Continue with:"
 MODEL = "model"
 """Subfolder of the run's folder, to which a finished run exports its last version."""

@@ -163,6 +163,25 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.servers
+def test_a_second_ctrl_c_ends_the_run_and_prints_the_command_that_continues_it(tmp_path: Path, starting_model: Path):
+    file, home = tmp_path / "short.toml", tmp_path / "short"
+    file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
+    run = start(file)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("Ctrl-C stops cleanly"):
+            break
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 130, output
+    assert "Ended without a clean stop. Continue with:\n" in output
+    assert f"palimpsest run --resume {home}" in output
+
+
+@pytest.mark.servers
 def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, starting_model: Path):
     file, home = tmp_path / "short.toml", tmp_path / "short"
     file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))

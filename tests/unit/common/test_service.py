@@ -213,6 +213,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     never_done = (
         "from palimpsest.common.service import Stop\n"
         "stop = Stop().install()\n"
+        "stop.last_words = 'continue with this\\n'\n"
         "print('listening', flush=True)\n"
         "stop.wait(60)\n"
         "print('stopping', flush=True)\n"
@@ -227,3 +228,4 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert process.stdout.readline() == "stopping\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.stdout.read() == "continue with this\n"
