@@ -113,7 +113,7 @@ def state(
         services=tuple(
             ServiceState(name, f"restarts in {math.ceil(starts_again_in[name])} s", True)
             if name in starts_again_in
-            else _service(plan, name, seen, sight.applied, outages, now=now, ending=ending)
+            else _service(plan, name, seen, sight.applied, outages, crashes, now=now, ending=ending)
             for name, seen in sight.services.items()
         ),
         success=trained.success,
@@ -176,6 +176,7 @@ def _service(
     seen: ServiceObservation,
     applied: Sequence[VersionApplied],
     outages: Sequence[Outage],
+    crashes: Sequence[Crash],
     *,
     now: float,
     ending: bool,
@@ -184,7 +185,8 @@ def _service(
     if seen.last is None:
         return ServiceState(name, "starting its process", True)
     if seen.trouble == GONE:
-        return ServiceState(name, "ended" if ending else "its process has ended and starts again", not ending)
+        restarts = any(crash.name == name and crash.at >= seen.last.at for crash in crashes)
+        return ServiceState(name, "ended" if ending else _exited_text(restarts=restarts), not ending)
     if away := [NAMES.get(outage.of, outage.of) for outage in outages if name in outage.waiting]:
         return ServiceState(name, f"waits for an answer from {' and '.join(away)}", True)
     if waiting is not None:
@@ -201,6 +203,11 @@ def _service(
         doing = f"samples with version {status['version']}, {status['live']} in flight" + _update(name, applied)
     age = now - seen.last.at
     return ServiceState(name, doing + (f" ({duration(age)} ago)" if age > SILENT_S else ""), False)
+
+
+def _exited_text(*, restarts: bool) -> str:
+    """The supervisor decides on a restart after the process exits, and lists the crash only if it restarts it."""
+    return "its process exited; restarting it" if restarts else "its process exited"
 
 
 def _update(worker: str, applied: Sequence[VersionApplied]) -> str:

@@ -79,6 +79,8 @@ def line(state: State) -> str:
     if state.still_s is not None:
         parts.append(_still(state.still_s))
         parts += [short_text(outage, state.wall) for outage in state.outages]
+    elif state.trained_versions >= state.plan.versions:
+        parts.append("finishing")
     elif state.left_s is not None:
         parts.append(f"about {duration(state.left_s)} left")
     parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits and not state.outages]

@@ -8,7 +8,16 @@ import pytest
 from rich.console import Console
 
 from palimpsest.services.live.history_tail import accumulate
-from palimpsest.services.live.outages import EndedOutage, Outage, OutageHistory, clock, ended_text, full_text, merge
+from palimpsest.services.live.outages import (
+    EndedOutage,
+    Outage,
+    OutageHistory,
+    clock,
+    ended_text,
+    full_text,
+    merge,
+    who_waits,
+)
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.live.state import Plan, State, state
 from palimpsest.services.live.view import line, view
@@ -97,6 +106,21 @@ def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() ->
         f"Kafka at k:9092 answers again after 1 min 40 s (from {clock(WALL)} to {clock(WALL + 100.0)})"
     )
     assert clock(WALL) == time.strftime("%H:%M:%S", time.localtime(WALL))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "words"),
+    [
+        (("learner",), "learner waits for it until {}; then the run restarts learner"),
+        (
+            ("learner", "worker-0"),
+            "learner and worker-0 wait for it until {}; then the run restarts learner and worker-0",
+        ),
+    ],
+)
+def test_an_outage_of_the_store_names_the_services_that_restart(waiting: tuple[str, ...], words: str) -> None:
+    outage = Outage("snapshot_store", "http://s", WALL, WALL + 120.0, waiting=waiting)
+    assert who_waits(outage) == words.format(clock(WALL + 120.0))
 
 
 def seen(

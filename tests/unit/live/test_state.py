@@ -53,7 +53,14 @@ def test_a_worker_that_is_gone_has_nothing_in_flight():
     gone = worker(trouble="ConnectError")
     shown = seen(RunObservation({"learner": learner(), "worker-0": gone}))
     assert shown.in_flight == 0
-    assert doing(shown)["worker-0"] == "its process has ended and starts again"
+    assert doing(shown)["worker-0"] == "its process exited"
+
+
+def test_a_restart_is_shown_only_once_it_is_decided():
+    gone = {"worker-0": worker(at=100.0, trouble="ConnectError")}
+    before, after = Crash("worker-0", 90.0, 1, "E: x"), Crash("worker-0", 101.0, 1, "E: x")
+    assert doing(seen(RunObservation(gone), crashes=[before]))["worker-0"] == "its process exited"
+    assert doing(seen(RunObservation(gone), crashes=[before, after]))["worker-0"] == "its process exited; restarting it"
 
 
 def test_a_process_that_waits_for_its_next_start_says_for_how_long():
@@ -104,7 +111,7 @@ def test_a_replica_is_no_worker():
     shown = state(plan, RunObservation(services), now=130.0, started=1.0)
     assert doing(shown)["replica-0"] == "scores, 21 trajectories waiting (30 s ago)"
     assert doing(shown)["replica-1"] == "starting its process"
-    assert doing(shown)["replica-2"] == "its process has ended and starts again"
+    assert doing(shown)["replica-2"] == "its process exited"
     assert (shown.setup, shown.in_flight, shown.rollout_tokens_per_s) == (True, 0, None)
     assert "replica-0 has not answered for 30 s" in shown.warnings
 

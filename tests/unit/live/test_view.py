@@ -116,6 +116,10 @@ def test_without_a_terminal_a_line_says_the_same():
     assert line(starting) == "1 min 40 s: starting; worker-0: waits for the engine"
 
 
+def test_the_line_says_finishing_after_the_last_version():
+    assert line(a_state(20)).endswith("7 waiting; finishing")
+
+
 def test_bars_and_sparklines_keep_their_width():
     assert [len(bar(share / 100, 10)) <= 10 for share in range(-5, 110)] == [True] * 115
     assert sparkline([], 10) == ""
