@@ -1,4 +1,4 @@
-"""Fixtures that many tests share. A backend that is missing is a failure, never a skip."""
+"""Fixtures for many tests. A missing backend is a failure, never a skip."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: concurrent processes share the cores
 
 from palimpsest.common.outages import OUTAGES
 from tests.pytest_hooks import failure_report
@@ -26,37 +26,37 @@ __all__ = [
 ]
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SESSION = os.getppid() if WORKER else os.getpid()
-"""The process that ends with the session: pytest's, and not that of one of its workers."""
+"""Pid of the main pytest process, also in the workers of pytest-xdist."""
 
 
 settings.register_profile("palimpsest", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("few", settings.get_profile("palimpsest"), max_examples=15)  # of `make check`
-settings.load_profile("palimpsest")  # the same examples every time, however slow the machine is
+settings.register_profile("few", settings.get_profile("palimpsest"), max_examples=15)  # for `make check`
+settings.load_profile("palimpsest")  # the same examples on every machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Flags of our own."""
+    """Add the project's flags."""
     parser.addoption("--faults", default="", help="integration/test_cluster_faults.py: only these, as killed,paused")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _logs_are_found(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where a failed test's logs are."""
+    """Set the folders in which the report of a failed test looks for logs."""
     folder = _shared(tmp_path_factory)
     failure_report.folders[:] = [tmp_path_factory.getbasetemp(), folder / "kafka", folder / "minio"]
 
 
 @pytest.fixture(autouse=True)
 def _no_outage_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test begins with an empty register of outages: a client that another test left behind may still be in it."""
+    """Give each test an empty register of outages; clients of earlier tests may still be registered."""
     monkeypatch.setattr(OUTAGES, "_entries", {})
 
 
 @pytest.fixture(scope="session")
 def starting_model() -> Path:
-    """The starting model, tied as the real small Qwen3 are."""
+    """The starting model, with tied embeddings like the real small Qwen3 models."""
     from tests.learner_parts.models import (
-        build,  # here, because it imports torch: four seconds that most single tests do without
+        build,  # here, because it imports torch for four seconds, and most tests do not need it
     )
 
     return build(tied=True)
@@ -64,7 +64,7 @@ def starting_model() -> Path:
 
 @pytest.fixture(scope="session")
 def untied_model() -> Path:
-    """The same with an output head of its own."""
+    """The starting model with an untied output head."""
     from tests.learner_parts.models import build
 
     return build(tied=False)
@@ -72,7 +72,7 @@ def untied_model() -> Path:
 
 @pytest.fixture(scope="session")
 def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Kafka:
-    """The Kafka of this test session. No test stops, kills or pauses it. First use may install it."""
+    """Kafka of this test session. Tests must not stop, kill or pause it. The first use may install it."""
     server = shared("kafka", _shared(tmp_path_factory), SESSION)
     assert isinstance(server, Kafka)
     return server
@@ -80,7 +80,7 @@ def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Kafka:
 
 @pytest.fixture(scope="session")
 def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Minio:
-    """The MinIO of this test session. No test stops, kills or pauses it. First use may build it."""
+    """MinIO of this test session. Tests must not stop, kill or pause it. The first use may build it."""
     server = shared("minio", _shared(tmp_path_factory), SESSION)
     assert isinstance(server, Minio)
     return server
@@ -88,19 +88,19 @@ def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Minio:
 
 @pytest.fixture(scope="module")
 def own_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """A Kafka of the file's own, which its tests may stop, kill and pause."""
+    """A Kafka of one test file, which its tests may stop, kill and pause."""
     with Kafka(tmp_path_factory.mktemp("own-kafka")) as kafka:
         yield kafka
 
 
 @pytest.fixture(scope="module")
 def own_minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minio]:
-    """A MinIO of the file's own, which its tests may stop, kill and pause."""
+    """A MinIO of one test file, which its tests may stop, kill and pause."""
     with Minio(tmp_path_factory.mktemp("own-minio")) as minio:
         yield minio
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all processes of this test session."""
+    """Temporary folder that all processes of this test session share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if WORKER else own

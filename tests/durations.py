@@ -1,4 +1,4 @@
-"""How long the tests of a session took: each tier's sum, and the slowest.
+"""Print the durations of a test session: the sum of each tier, and the slowest tests.
 
 python -m tests.durations            # of the last `make test`
 python -m tests.durations check 50   # of the last `make check`, the fifty slowest
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parent.parent / ".setup" / "durations"
 
 
 def table(session: str, most: int) -> str:
-    """Seconds and counts. A test's seconds include the fixtures that it was the first to need."""
+    """Table of seconds and counts. A test's seconds include the fixtures that it set up first."""
     tiers: dict[str, list[float]] = defaultdict(list)
     tests: list[tuple[float, str]] = []
     for case in ElementTree.parse(FOLDER / f"{session}.xml").iter("testcase"):
@@ -30,7 +30,7 @@ def table(session: str, most: int) -> str:
 
 
 def main() -> None:
-    """Print the table, or that there is none."""
+    """Print the table, or a message if there are no durations."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("session", nargs="?", default="test", choices=("test", "check", "test-long"))
     arguments.add_argument("most", nargs="?", default=20, type=int, help="so many of the slowest")

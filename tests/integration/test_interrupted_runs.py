@@ -1,7 +1,7 @@
-"""Runs by interruption with real processes, one of which dies in the middle of a cut.
+"""Runs with the interruption route and real processes, one of which dies in the middle of a cut.
 
-The engine is scripted and slow, so that trajectories are alive at every cut; the learner's scores are checked token by
-token against plain transformers under the stored weights of the version that sampled it.
+The engine is scripted and slow, so trajectories are in progress at every cut. The tests compare the learner's score of
+every token with plain transformers under the stored weights of the version that sampled it.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups,
 pytestmark = pytest.mark.servers
 VERSIONS = 8
 LAYOUTS = 5e-3
-"""Largest difference that another padding makes to a log-prob of the small bf16 model, in nats."""
+"""Nats. Largest effect of padding on a log-prob of the small bf16 model."""
 
 
 def interrupted(
@@ -48,15 +48,15 @@ def records(home: Path, topic: str) -> list[Any]:
 
 
 def check_scores(home: Path, model: Path) -> dict[str, Any]:
-    """Every recorded old log-prob is that of plain transformers; no token was scored twice with different weights."""
+    """Every recorded old log-prob equals plain transformers, and no token has scores of different weights."""
     seen = rescore(home / "records", Models(home / "snapshots", str(model), "eager"))
     assert seen["alone_max_abs"] <= LAYOUTS
-    said: dict[tuple[Any, ...], set[str]] = {}
+    digests_of: dict[tuple[Any, ...], set[str]] = {}
     for score in records(home, OLD_LOGPROBS):
         assert isinstance(score, OldLogprobsComputed)
         for token in range(score.start, score.stop):
-            said.setdefault((score.trajectory, token, score.version), set()).add(score.digest)
-    assert all(len(digests) == 1 for digests in said.values())
+            digests_of.setdefault((score.trajectory, token, score.version), set()).add(score.digest)
+    assert all(len(digests) == 1 for digests in digests_of.values())
     return seen
 
 
@@ -64,8 +64,8 @@ def missing(home: Path) -> float:
     return sum(line["all"]["missing"] for line in history(home))
 
 
-def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
-    patient = "--learner.proximal.deadline_s=600"  # nobody dies here: all the time a busy machine needs
+def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
+    patient = "--learner.proximal.deadline_s=600"  # no process dies here, so a busy machine may take its time
     run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient)
     code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
@@ -80,16 +80,15 @@ def test_cuts_flush_what_is_alive_and_every_token_is_exact(tmp_path: Path, start
     assert check_scores(home, starting_model)["tokens"] > 500
 
 
-def test_a_worker_that_dies_in_the_middle_of_a_cut_costs_time_only(tmp_path: Path, starting_model: Path) -> None:
-    """Of all places in a cut, one with real processes; test_learner_schedules.py tries every one, and workers that are
-    not heard of for a while, and learners that are stopped."""
+def test_a_run_survives_a_worker_that_dies_in_the_middle_of_a_cut(tmp_path: Path, starting_model: Path) -> None:
+    """One failpoint with real processes; test_learner_schedules.py tests all, silent workers and stopped learners."""
     environment = {"PALIMPSEST_FAULT": "rollout.at_cut:2", "PALIMPSEST_FAULT_ONCE": str(tmp_path / "died")}
     run, home = interrupted(tmp_path, starting_model, environment=environment)
     code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
     assert (tmp_path / "died").exists()
     ledger = check_ledger(home)
-    # overtaken while the worker started anew, and what that left of their groups
+    # trajectories that went stale during the restart, and the rest of their groups
     assert set(ledger["dropped"]) <= {"over_staleness", "group_too_small"}
     assert ledger["trained"] + sum(ledger["dropped"].values()) >= VERSIONS * 16
     assert all(line["exact"] for line in history(home))

@@ -1,4 +1,4 @@
-"""A real Kafka that is killed in mid-stream: what was acknowledged stays, nothing is skipped, waiting has an end."""
+"""A real Kafka killed during a stream: acknowledged records stay, readers skip nothing, and waits end."""
 
 import threading
 import time
@@ -30,13 +30,13 @@ GIVE_UP_S = 4.0
 LEASE_S = 5.0
 ATTEMPTS = 30
 HANGS_S = 3.0
-"""A lone member has its partitions in a tenth of this; one that is only slow is tried again."""
+"""Seconds. A single member gets its partitions in a tenth of this; a slow attempt is repeated."""
 SOME = 50
 """Calls of `publish` between two events."""
 
 
 class GivingUp(KafkaBus):
-    """Says when kafka-python has given records up."""
+    """A bus that records when kafka-python gives up sending records."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -50,7 +50,7 @@ class GivingUp(KafkaBus):
 
 
 def a_bus(kafka: Kafka, outage_limit_s: float = LIMIT_S) -> GivingUp:
-    """A log with one topic of its own."""
+    """A log with one new topic."""
     bus = GivingUp(
         Connection(kafka.servers, {}, outage_limit_s),
         prefix=f"outage.{uuid.uuid4().hex[:8]}.",
@@ -63,7 +63,7 @@ def a_bus(kafka: Kafka, outage_limit_s: float = LIMIT_S) -> GivingUp:
 
 @pytest.fixture
 def kafka(own_kafka: Kafka) -> Iterator[Kafka]:
-    """The file's own broker, running again after the test."""
+    """The file's own broker; the fixture restarts it after the test."""
     yield own_kafka
     if not own_kafka.running:
         own_kafka.start()
@@ -77,7 +77,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 class Stream:
-    """Threads that publish numbers without a pause and read them, alone and as the only member of a group."""
+    """Threads that publish numbers without pauses and read them, without a group and as the only member of a group."""
 
     def __init__(self, bus: KafkaBus) -> None:
         self.bus = bus
@@ -99,7 +99,7 @@ class Stream:
             work.result()
 
     def goes_on(self) -> None:
-        """Wait until records that are published from now on have been read by both."""
+        """Wait until both readers have read records published after this call."""
         enough = len(self.acknowledged) + SOME
         until(lambda: len(self.acknowledged) > enough or any(work.done() for work in self._work))
         read = self.acknowledged[-1]
@@ -140,7 +140,7 @@ class Stream:
 
 
 def consumed(records: Sequence[Record]) -> dict[int, int]:
-    """Partition -> offset after the last record read of it."""
+    """Partition -> offset after the last record read."""
     found: dict[int, int] = {}
     for record in records:
         found[record.partition] = max(found.get(record.partition, 0), record.offset + 1)
@@ -155,34 +155,34 @@ def offsets_in_order_of_reading(records: list[Record]) -> dict[int, list[int]]:
 
 
 def first_readings(records: list[Record]) -> dict[str, list[int]]:
-    """Key -> its numbers in the order in which each came for the first time."""
+    """Key -> its numbers in the order of their first reading."""
     found: dict[str, dict[int, None]] = defaultdict(dict)
     for record in records:
         found[record.key].setdefault(int(record.body))
     return {key: list(numbers) for key, numbers in found.items()}
 
 
-def told(kafka: Kafka) -> list[dict[str, Any]]:
-    """This broker's outages: the register is the process's, and other tests may have left one in it."""
+def ongoing(kafka: Kafka) -> list[dict[str, Any]]:
+    """This broker's ongoing outages; the register of the process may hold outages of other tests."""
     return [outage for outage in OUTAGES.ongoing() if outage["address"] == kafka.servers]
 
 
-def test_nothing_is_lost_or_skipped_while_the_broker_is_killed_and_started(kafka: Kafka) -> None:
+def test_no_record_is_lost_or_skipped_when_the_broker_is_killed_and_restarted(kafka: Kafka) -> None:
     with closing(a_bus(kafka)) as bus, Stream(bus) as stream:
         stream.goes_on()
         kafka.kill()
         kafka.start()
         stream.goes_on()
-        until(lambda: told(kafka) == [])
+        until(lambda: ongoing(kafka) == [])
         kafka.kill()
-        assert bus.gave_up.wait(LIMIT_S)  # what was being sent then is not on the log
-        until(lambda: any(outage["until"] for outage in told(kafka)))
-        (outage,) = told(kafka)
+        assert bus.gave_up.wait(LIMIT_S)  # the records in flight are not on the log
+        until(lambda: any(outage["until"] for outage in ongoing(kafka)))
+        (outage,) = ongoing(kafka)
         assert outage["of"] == KAFKA
         assert outage["since"] < time.time() < outage["until"]
         kafka.start()
         stream.goes_on()
-        until(lambda: told(kafka) == [])
+        until(lambda: ongoing(kafka) == [])
     found = first_readings(stream.alone)
     assert {n for numbers in found.values() for n in numbers} >= set(stream.acknowledged)
     assert all(numbers == sorted(numbers) for numbers in found.values())
@@ -190,7 +190,7 @@ def test_nothing_is_lost_or_skipped_while_the_broker_is_killed_and_started(kafka
     assert {(r.partition, r.offset) for r in stream.member} == {(r.partition, r.offset) for r in stream.alone}
 
 
-def test_a_group_goes_on_behind_what_it_committed_during_an_outage(kafka: Kafka) -> None:
+def test_a_commit_during_an_outage_takes_effect(kafka: Kafka) -> None:
     with closing(a_bus(kafka)) as bus:
         (at,) = bus.publish(TOPIC, things("a"))
         with bus.consumer(TOPIC, group=GROUP, member="m") as member, ThreadPoolExecutor(1) as thread:
@@ -204,7 +204,7 @@ def test_a_group_goes_on_behind_what_it_committed_during_an_outage(kafka: Kafka)
             assert bodies(take(successor, 1)) == ["b"]
 
 
-def test_with_outcomes_unchecked_the_same_outage_loses_records(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_check_of_sends_an_outage_loses_records(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(a_bus(kafka)) as bus:
         bus.publish(TOPIC, things("before"))
         kafka.kill()
@@ -218,7 +218,7 @@ def test_with_outcomes_unchecked_the_same_outage_loses_records(kafka: Kafka, mon
             assert bodies(take(consumer, sum(consumer.ends().values()))) == ["before", "after"]
 
 
-def test_an_outage_beyond_the_limit_ends_everything_but_a_poll(kafka: Kafka) -> None:
+def test_an_outage_beyond_the_limit_fails_every_call_but_poll(kafka: Kafka) -> None:
     with (
         closing(a_bus(kafka, outage_limit_s=1.0)) as bus,
         bus.consumer(TOPIC) as reader,
@@ -238,16 +238,16 @@ def test_an_outage_beyond_the_limit_ends_everything_but_a_poll(kafka: Kafka) -> 
             while not all(work.done() for work in ended):
                 assert reader.poll(limit=10, timeout_s=0.2) == []
         for work in ended:
-            with pytest.raises(UserError, match=rf"Kafka at {kafka.servers} \(bus.servers\) did not let us") as told:
+            with pytest.raises(UserError, match=rf"Kafka at {kafka.servers} \(bus.servers\) did not let us") as failure:
                 work.result()
-            assert told.value.code is ExitCode.UNAVAILABLE
+            assert failure.value.code is ExitCode.UNAVAILABLE
         kafka.start()
-        bus._connection = replace(bus._connection, outage_limit_s=LIMIT_S)  # however long it takes to come back
+        bus._connection = replace(bus._connection, outage_limit_s=LIMIT_S)  # the broker may take long to restart
         bus.publish(TOPIC, things("c"))
         assert bodies(take(reader, 1)) == bodies(take(member, 1)) == ["c"]
 
 
-def test_a_reader_that_only_waits_tells_of_a_broker_that_is_gone_and_of_its_return(kafka: Kafka) -> None:
+def test_a_waiting_reader_records_an_outage_and_its_end(kafka: Kafka) -> None:
     outages = Outages()
     bus = KafkaBus(Connection(kafka.servers, {}, outages=outages), prefix=f"outage.{uuid.uuid4().hex[:8]}.")
     bus.create_topics({TOPIC: PARTITIONS})
@@ -266,7 +266,7 @@ def test_a_reader_that_only_waits_tells_of_a_broker_that_is_gone_and_of_its_retu
 
 
 class Unseeing(KafkaConsumer):
-    """Joins its group, the first time, without having looked at the topic before."""
+    """Joins its group the first time without metadata of the topic."""
 
     _begun = False
 
@@ -278,7 +278,7 @@ class Unseeing(KafkaConsumer):
         return None
 
 
-def test_a_membership_that_hangs_in_the_client_is_begun_anew(kafka: Kafka) -> None:
+def test_a_hanging_group_membership_is_restarted(kafka: Kafka) -> None:
     connection = Connection(kafka.servers, {})
     for _ in range(ATTEMPTS):
         prefix = f"stuck.{uuid.uuid4().hex[:8]}."
@@ -291,21 +291,19 @@ def test_a_membership_that_hangs_in_the_client_is_begun_anew(kafka: Kafka) -> No
                 while not everything(member) and time.monotonic() - began < HANGS_S:
                     member.poll(limit=1, timeout_s=0.01)
                 if everything(member) or client.group_metadata().state != MemberState.REBALANCING:
-                    continue  # the client was lucky: two times in three
+                    continue  # the client did not hang, as in two of three attempts
                 member._stuck_s = 1.0
                 poll_until(lambda: everything(member), member)
                 if member._client is client:
-                    continue  # it was only slow
+                    continue  # the client was only slow
                 bus.publish(TOPIC, things("a"))
                 assert bodies(take(member, 1)) == ["a"]
                 return
-    raise AssertionError(f"the client did not hang in {ATTEMPTS} attempts: is the watch over it still needed?")
+    raise AssertionError(f"the client did not hang in {ATTEMPTS} attempts: is the restart of members still needed?")
 
 
 @pytest.mark.parametrize("watched", [True, False])
-def test_a_producer_that_keeps_its_records_is_begun_anew(
-    kafka: Kafka, watched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_producer_is_restarted(kafka: Kafka, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not watched:
         monkeypatch.setattr(KafkaBus, "_restart_producer", lambda *_: None)
     bus = KafkaBus(
@@ -317,7 +315,7 @@ def test_a_producer_that_keeps_its_records_is_begun_anew(
     with closing(bus), ThreadPoolExecutor(2) as threads:
         bus.publish(TOPIC, things("a"))
         stuck = bus._producer
-        stuck._sender.run_once = lambda: time.sleep(0.01)  # as kafka-python's own may come to do after an outage
+        stuck._sender.run_once = lambda: time.sleep(0.01)  # as kafka-python's sender may do after an outage
         sent = [threads.submit(bus.publish, TOPIC, things(body)) for body in "bc"]
         if not watched:
             with pytest.raises(UserError, match=f"did not let us write to {TOPIC}"):

@@ -1,4 +1,4 @@
-"""A Kafka that demands TLS, certificates, logins and rights: who is let in, and what the others are told."""
+"""A Kafka that requires TLS, certificates, logins and rights: accepted clients, and the errors of refused ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -34,11 +34,11 @@ RUN = 'model.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions
 TOPIC_RIGHTS = (
     ACLOperation.CREATE, ACLOperation.DESCRIBE_CONFIGS, ACLOperation.READ, ACLOperation.WRITE,
 )  # fmt: skip
-"""As docs/operations.md lists them; each of READ and WRITE brings DESCRIBE."""
+"""Rights that docs/operations.md lists; READ and WRITE each include DESCRIBE."""
 
 
 class Guarded(Kafka):
-    """Whoever logs in may do what access control lists allow; the inner listener may do everything."""
+    """A Kafka with access control lists for logged-in users; the inner listener has all rights."""
 
     def _settings(self, data: Path) -> dict[str, str]:
         return super()._settings(data) | {
@@ -47,7 +47,7 @@ class Guarded(Kafka):
         }
 
     def allow(self, prefix: str, topics: Sequence[ACLOperation], groups: Sequence[ACLOperation]) -> None:
-        """Give the user these rights on all topics and groups whose names begin so."""
+        """Give the user these rights on all topics and groups with the prefix."""
         kinds = [(ResourceType.TOPIC, operation) for operation in topics]
         kinds += [(ResourceType.GROUP, operation) for operation in groups]
         with closing(KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self._internal}")) as admin:
@@ -71,12 +71,12 @@ def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 @pytest.fixture
 def tls(over_tls: Kafka) -> Kafka:
-    """It demands certificates."""
+    """A broker that requires client certificates."""
     return demanding(over_tls, certificates=True)
 
 
 def demanding(kafka: Kafka, *, certificates: bool) -> Kafka:
-    """The same broker, started again if it does otherwise."""
+    """Restart the broker if its setting differs, and return it."""
     if kafka.require_certificate != certificates:
         kafka.stop()
         kafka.require_certificate = certificates
@@ -98,7 +98,7 @@ def sasl_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for a run whose environment holds no credentials yet."""
+    """A folder for a run; the environment holds no credentials."""
     for name in (USERNAME, PASSWORD):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(f"{name}_FILE", raising=False)
@@ -122,7 +122,7 @@ def certified(kafka: Kafka) -> list[str]:
 
 
 def goes_through(bus: Bus) -> None:
-    """A record is published, and read alone and in a group, which remembers it."""
+    """Publish a record, read it without and within a group, and commit it."""
     (at,) = bus.publish(TRAJECTORIES, [Outgoing("g", b"body", {"trajectory": "t"})])
     with bus.consumer(TRAJECTORIES) as alone:
         assert [record.body for record in take(alone, 1)] == [b"body"]
@@ -135,10 +135,10 @@ def goes_through(bus: Bus) -> None:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """What cannot mend itself is refused inside without waiting: a client that waits asks for the reason."""
+    """Fail inside the block if a client waits for an error to go away; a waiting client calls `reason`."""
 
     def waits(_: Connection, problem: Exception) -> str:
-        raise AssertionError(f"the client waits for this to mend itself: {problem}")
+        raise AssertionError(f"the client waits although the error is permanent: {problem}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Connection, "reason", waits)
@@ -146,20 +146,22 @@ def at_once() -> Iterator[None]:
 
 
 def refused(config: RunConfig) -> str:
-    """What a run with this configuration is told, at once."""
+    """Message of the immediate error of a run with this configuration."""
     with at_once(), pytest.raises(UserError) as caught:
         open_bus(config).close()
     assert caught.value.code is ExitCode.CONFIGURATION
     return str(caught.value)
 
 
-def test_a_certificate_of_ours_is_shown_where_it_is_demanded(home: Path, tls: Kafka) -> None:
+def test_a_required_client_certificate_is_sent(home: Path, tls: Kafka) -> None:
     with closing(open_bus(configured(home, tls, *certified(tls)))) as bus:
         goes_through(bus)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
-def test_every_login_over_tls(home: Path, sasl_tls: Kafka, mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sasl_mechanism_works_over_tls(
+    home: Path, sasl_tls: Kafka, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(USERNAME, sasl_tls.username)
     monkeypatch.setenv(PASSWORD, sasl_tls.password)
     more = [f"--bus.ca_file={sasl_tls.ca_file}", f"--bus.sasl_mechanism={mechanism}"]
@@ -169,7 +171,7 @@ def test_every_login_over_tls(home: Path, sasl_tls: Kafka, mechanism: str, monke
     assert "the login of" in refused(configured(home, sasl_tls, *more))
 
 
-def test_a_listener_that_wants_both_tls_and_a_login_takes_neither_alone(
+def test_a_listener_with_tls_and_login_requires_both(
     home: Path, sasl_tls: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(USERNAME, sasl_tls.username)
@@ -216,7 +218,7 @@ def test_each_right_in_the_manual_is_needed(
     ("username", "password", "mechanism"),
     [(USER, "wrong", "PLAIN"), (USER, "wrong", "SCRAM-SHA-512"), ("nobody", "wrong", "SCRAM-SHA-256")],
 )
-def test_a_wrong_login_is_said_at_once(
+def test_a_wrong_login_fails_at_once(
     home: Path, guarded: Guarded, username: str, password: str, mechanism: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(USERNAME, username)
@@ -227,7 +229,7 @@ def test_a_wrong_login_is_said_at_once(
     assert password not in told
 
 
-def test_a_listener_spoken_to_in_the_wrong_way_says_how(
+def test_the_error_for_a_wrong_protocol_names_the_right_setting(
     home: Path, tls: Kafka, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "it wants a login: bus.security must be sasl_" in refused(configured(home, guarded, security="plaintext"))
@@ -244,7 +246,7 @@ def test_a_listener_spoken_to_in_the_wrong_way_says_how(
     )
 
 
-def test_certificates_that_do_not_do_are_named_by_their_keys(home: Path, tls: Kafka) -> None:
+def test_the_error_for_an_unusable_certificate_names_its_key(home: Path, tls: Kafka) -> None:
     ours = certified(tls)
     assert "its certificate is not to be trusted (unable to get local issuer certificate): bus.ca_file" in refused(
         configured(home, tls)
@@ -256,7 +258,7 @@ def test_certificates_that_do_not_do_are_named_by_their_keys(home: Path, tls: Ka
     assert f"bus.key_file = '{absent}'" in refused(configured(home, tls, *ours[:2], f"--bus.key_file={absent}"))
 
 
-def test_nobody_there_is_waited_for_and_then_named(home: Path, kafka_server: Kafka) -> None:
+def test_an_unreachable_broker_is_retried_and_then_named(home: Path, kafka_server: Kafka) -> None:
     config = configured(home, kafka_server)
     closed = f"127.0.0.1:{free()}"
     for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "no such host is known")):
@@ -266,13 +268,13 @@ def test_nobody_there_is_waited_for_and_then_named(home: Path, kafka_server: Kaf
         assert told.value.code is ExitCode.UNAVAILABLE
 
 
-def test_one_broker_of_those_named_is_enough_to_begin_with(home: Path, kafka_server: Kafka) -> None:
+def test_one_reachable_broker_of_the_list_is_enough(home: Path, kafka_server: Kafka) -> None:
     config = configured(home, kafka_server, f"--bus.servers=127.0.0.1:{free()},{kafka_server.servers}")
     with closing(open_bus(config)) as bus:
         assert len(bus.publish(TASKS, [Outgoing("g", b"")])) == 1
 
 
-def test_a_broker_that_only_asks_for_certificates_lets_in_a_client_without_one(home: Path, over_tls: Kafka) -> None:
-    kafka = demanding(over_tls, certificates=False)  # comes last: the other tests need one that demands them
+def test_a_broker_with_optional_certificates_accepts_a_client_without_one(home: Path, over_tls: Kafka) -> None:
+    kafka = demanding(over_tls, certificates=False)  # must be the last test: the others need required certificates
     with closing(open_bus(configured(home, kafka, f"--bus.ca_file={kafka.ca_file}"))) as bus:
         goes_through(bus)

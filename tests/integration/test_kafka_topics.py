@@ -1,4 +1,4 @@
-"""Topics on a real Kafka: their settings, what retention takes, and long records beside them."""
+"""Topics on a real Kafka: settings, retention, and long records in the store."""
 
 import asyncio
 import re
@@ -78,13 +78,13 @@ def settings_of(admin: KafkaAdminClient, topic: str) -> dict[str, str]:
 
 
 def make(admin: KafkaAdminClient, topic: str, partitions: int = 2, **options: str) -> None:
-    """A topic that somebody else made."""
+    """Create a topic as another user would."""
     configs = {name.replace("_", "."): value for name, value in options.items()}
     admin.create_topics({topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs}})
     admin.wait_for_topics([topic])
 
 
-def test_a_topic_is_made_with_the_stated_settings(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
+def test_a_new_topic_has_the_configured_settings(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
     bus.create_topics({TOPIC: 3})
     assert (
         settings_of(admin, prefix + TOPIC).items()
@@ -110,7 +110,7 @@ def test_a_topic_is_made_with_the_stated_settings(bus: KafkaBus, prefix: str, ad
         ({"retention_ms": "1000", "cleanup_policy": "compact,delete"}, "cleanup.policy=delete,retention.ms=3600000"),
     ],
 )
-def test_a_tighter_topic_is_refused_with_the_command_that_mends_it(
+def test_a_topic_with_too_strict_settings_is_refused_with_the_command_that_fixes_it(
     bus: KafkaBus, kafka_server: Kafka, prefix: str, admin: KafkaAdminClient, standing: Mapping[str, str], mend: str
 ) -> None:
     make(admin, prefix + TOPIC, **standing)
@@ -129,19 +129,19 @@ def test_a_tighter_topic_is_refused_with_the_command_that_mends_it(
 
 
 def alter(admin: KafkaAdminClient, command: str) -> None:
-    """What the command does."""
+    """Apply the change that the command describes."""
     named = re.search(r"--entity-name (\S+) --add-config (\S+)$", command)
     assert named
     options = dict(option.split("=") for option in named[2].split(","))
     admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, named[1], options)])
 
 
-def test_a_generous_topic_is_accepted(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
+def test_a_topic_with_larger_limits_is_accepted(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:
     make(admin, prefix + TOPIC, retention_ms="-1", max_message_bytes="9000000")
     bus.create_topics({TOPIC: 2})
 
 
-def test_too_few_replicas_and_other_partitions_are_refused(
+def test_too_few_replicas_and_a_different_number_of_partitions_are_refused(
     bus: KafkaBus, kafka_server: Kafka, prefix: str, admin: KafkaAdminClient
 ) -> None:
     make(admin, prefix + TOPIC, retention_ms="-1")
@@ -162,11 +162,11 @@ def finished(record: TrajectoryFinished) -> Outgoing:
 
 
 def cut(admin: KafkaAdminClient, topic: str, partition: int, before: int) -> None:
-    """Retention: the log lets go of the partition's records below this offset."""
+    """Delete the partition's records below this offset, as retention does."""
     admin.delete_records({TopicPartition(topic, partition): before})
 
 
-def test_a_learner_whose_next_record_is_gone_stops_and_says_so(
+def test_a_learner_stops_with_an_error_if_its_next_record_is_deleted(
     bus: KafkaBus, prefix: str, admin: KafkaAdminClient
 ) -> None:
     bus.create_topics(dict.fromkeys(TOPICS, 1))
@@ -183,7 +183,7 @@ def test_a_learner_whose_next_record_is_gone_stops_and_says_so(
     assert told.value.code is ExitCode.DAMAGED
 
 
-def test_a_setting_that_skips_what_is_gone_would_be_noticed_and_without_the_check_it_skips(
+def test_the_offset_check_detects_skipped_records(
     bus: KafkaBus, prefix: str, admin: KafkaAdminClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus.create_topics({TOPIC: 1})
@@ -211,7 +211,7 @@ def test_a_setting_that_skips_what_is_gone_would_be_noticed_and_without_the_chec
 
 
 class Folder:
-    """Bodies in a folder."""
+    """Storage of bodies in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.storage = folder, DiskStorage(folder)
@@ -221,7 +221,7 @@ class Folder:
 
 
 class Bucket:
-    """Bodies in a real MinIO."""
+    """Storage of bodies in a real MinIO."""
 
     def __init__(self, minio: Minio) -> None:
         config = SnapshotStoreConfig(storage="s3", endpoint=minio.endpoint, bucket="claims", create_bucket=True)
@@ -243,7 +243,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Bucket(minio)
 
 
-def test_a_long_trajectory_goes_through_whole_and_a_lost_one_is_buried(
+def test_a_long_trajectory_is_read_unchanged_and_a_lost_body_is_dead_lettered(
     bus: KafkaBus, kafka_server: Kafka, prefix: str, place: Folder | Bucket
 ) -> None:
     bus.create_topics(dict.fromkeys(TOPICS, 1))
@@ -276,9 +276,9 @@ def test_a_long_trajectory_goes_through_whole_and_a_lost_one_is_buried(
 
 
 def read_until(reader: TrajectoryReader, arrived: int) -> None:
-    """Read until so many trajectories are there."""
+    """Read until `arrived` trajectories have arrived."""
     for _ in range(int(LIMIT_S)):
         reader.read_all(Version(0), timeout_s=1.0)
         if len(reader.arrived) == arrived:
             return
-    raise AssertionError(f"{len(reader.arrived)} of {arrived} came")
+    raise AssertionError(f"{len(reader.arrived)} of {arrived} trajectories arrived")

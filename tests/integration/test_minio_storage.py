@@ -1,4 +1,4 @@
-"""The snapshot store over a real MinIO, through outages, damage and sweeps; a process of its own where it is killed."""
+"""The snapshot store over a real MinIO: outages, damage and sweeps. Tests that kill the store run it as a process."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture
 def serve(minio_server: Minio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Store]]:
-    """Serves stores; settings: of [snapshot_store]."""
+    """Serve stores; settings: keys of [snapshot_store]."""
     with ExitStack() as served:
 
         def start(*, minio: Minio = minio_server, claims_keep_s: float = 3600.0, **settings: Any) -> Store:
@@ -44,7 +44,7 @@ def store(serve: Callable[..., Store]) -> Store:
 
 @pytest.fixture
 def start_process(tmp_path: Path, minio_server: Minio) -> Iterator[Callable[..., Process]]:
-    """Starts stores as processes."""
+    """Start stores as processes."""
     made: list[Process] = []
 
     def start(*more: str) -> Process:
@@ -60,16 +60,14 @@ def start_process(tmp_path: Path, minio_server: Minio) -> Iterator[Callable[...,
 
 @pytest.fixture
 def own_minio(own_minio: Minio) -> Minio:
-    """One that a test may kill; it runs."""
+    """A running MinIO that a test may kill."""
     if not own_minio.running:
         own_minio.start()
     return own_minio
 
 
 @pytest.mark.parametrize("presign", [True, False])
-def test_versions_come_back_bit_for_bit_from_the_next_process_too(
-    start_process: Callable[..., Process], presign: bool
-) -> None:
+def test_versions_survive_a_restart_bit_for_bit(start_process: Callable[..., Process], presign: bool) -> None:
     store = start_process(f"--snapshot_store.presign={str(presign).lower()}")
     with SnapshotClient(store.url) as client:
         manifests = [put(client, version, some(version, size=13 * MEBIBYTE)) for version in range(2)]
@@ -85,7 +83,7 @@ def test_versions_come_back_bit_for_bit_from_the_next_process_too(
     assert store.metric("redirected_reads_total") == (2 if presign else 0)
 
 
-def test_a_minio_killed_in_the_middle_of_an_upload_costs_only_time(
+def test_an_upload_succeeds_although_minio_is_killed_and_restarted(
     serve: Callable[..., Store], own_minio: Minio
 ) -> None:
     store, tensors, seen = serve(minio=own_minio), some(1, parts=5, size=16 * MEBIBYTE), []
@@ -93,7 +91,7 @@ def test_a_minio_killed_in_the_middle_of_an_upload_costs_only_time(
     data = own_minio.folder / "data"
 
     def fail_once() -> None:
-        """As soon as parts have arrived, and until the store has noticed."""
+        """Kill MinIO when parts have arrived, and restart it after the store has recorded the failure."""
         parts, failures = data / ".minio.sys" / "multipart", store.metric("storage_failures_total")
         eventually(lambda: any(path.is_file() and path.name.startswith("part.") for path in parts.rglob("*")))
         own_minio.kill()
@@ -115,7 +113,7 @@ def test_a_minio_killed_in_the_middle_of_an_upload_costs_only_time(
     assert seen[0][1] == {}, "no manifest before its object"
 
 
-def test_an_outage_during_everything_else_costs_only_time(serve: Callable[..., Store], own_minio: Minio) -> None:
+def test_all_other_calls_succeed_after_an_outage_of_minio(serve: Callable[..., Store], own_minio: Minio) -> None:
     store = serve(minio=own_minio)
     failures = store.metric("storage_failures_total")
     with SnapshotClient(store.url) as client:
@@ -146,21 +144,21 @@ def test_an_outage_during_everything_else_costs_only_time(serve: Callable[..., S
         assert plain(fetched(client, 1)) == plain(some(1))
         assert client.claim(digest) == body
         client.lease("learner", Version(1))
-        eventually(lambda: client.versions() == [1])  # sweeping outlived the outage
+        eventually(lambda: client.versions() == [1])  # sweeping continues after the outage
 
 
-def test_a_silent_minio_costs_only_time(serve: Callable[..., Store], own_minio: Minio) -> None:
-    store, asked = serve(minio=own_minio), threading.Event()
+def test_a_read_continues_after_a_pause_of_minio(serve: Callable[..., Store], own_minio: Minio) -> None:
+    store, requested = serve(minio=own_minio), threading.Event()
     with SnapshotClient(store.url) as client:
         put(client, 0, some(0))
         manifest = client.manifest(Version(0))
-        client._calls._http.event_hooks = {"request": [lambda request: asked.set()]}
+        client._calls._http.event_hooks = {"request": [lambda request: requested.set()]}
         own_minio.pause()
         try:
             with ThreadPoolExecutor(1) as thread:
                 reading = thread.submit(lambda: list(client.tensors(manifest)))
-                assert asked.wait(LIMIT_S)
-                assert not wait([reading], timeout=1.0).done, "who says this while it is silent?"
+                assert requested.wait(LIMIT_S)
+                assert not wait([reading], timeout=1.0).done, "the read must wait while MinIO is paused"
                 own_minio.resume()
                 assert plain(reading.result(LIMIT_S)) == plain(some(0))
         finally:
@@ -168,7 +166,7 @@ def test_a_silent_minio_costs_only_time(serve: Callable[..., Store], own_minio: 
 
 
 def test_a_store_killed_in_the_middle_of_an_upload_leaves_no_parts(start_process: Callable[..., Process]) -> None:
-    """The one that starts removes them, or the next upload of the same bytes does."""
+    """The restarted store or the next upload of the same bytes removes them."""
     store = start_process()
     body = b"".join(bytes(tensor.raw.data) for tensor in some(3, parts=1, size=80 * MEBIBYTE))
     digest = blake3(body).hexdigest()
@@ -193,19 +191,19 @@ def test_a_store_killed_in_the_middle_of_an_upload_leaves_no_parts(start_process
 
 
 @pytest.mark.parametrize("presign", [True, False])
-def test_a_truncated_object_is_damage(serve: Callable[..., Store], presign: bool) -> None:
+def test_a_truncated_object_is_reported_as_damaged(serve: Callable[..., Store], presign: bool) -> None:
     store = serve(presign=presign)
     with SnapshotClient(store.url) as client:
         manifest = put(client, 5, some(1))
         tamper(store, manifest, lambda body: body[:-1])
         with pytest.raises(Damaged, match=r"^version 5: the object \w{12} ends inside tensor part 2: it is truncated$"):
             fetched(client, 5)
-        tamper(store, manifest, lambda body: body + b"x")  # the byte that was lost was another
+        tamper(store, manifest, lambda body: body + b"x")  # right length, wrong last byte
         with pytest.raises(Damaged, match=r"^version 5, tensor part 2"):
             fetched(client, 5)
 
 
-def test_an_object_removed_behind_the_stores_back_is_missing_and_can_be_put_again(store: Store) -> None:
+def test_an_object_deleted_from_the_bucket_is_missing_and_can_be_put_again(store: Store) -> None:
     with SnapshotClient(store.url) as client:
         manifest = put(client, 5, some(1))
         s3_client(store.minio).remove_object("runs", f"{store.prefix}objects/{manifest.object}")
@@ -224,7 +222,7 @@ def test_versions_below_every_lease_are_swept_from_the_bucket(store: Store) -> N
         assert client.versions() == [2, 3]
 
 
-def test_claims_pass_through_the_bucket_and_end_with_their_time(serve: Callable[..., Store]) -> None:
+def test_claims_are_stored_in_the_bucket_and_expire(serve: Callable[..., Store]) -> None:
     store, body = serve(), os.urandom(3 * MEBIBYTE)
     with SnapshotClient(store.url) as client:
         digest = client.put_claim(body)
@@ -238,7 +236,7 @@ def test_claims_pass_through_the_bucket_and_end_with_their_time(serve: Callable[
             client.claim(digest)
 
 
-def test_a_claim_that_was_changed_in_the_bucket_is_damage(store: Store) -> None:
+def test_a_claim_changed_in_the_bucket_is_reported_as_damaged(store: Store) -> None:
     with SnapshotClient(store.url) as client:
         digest = client.put_claim(b"a record's body")
         s3_client(store.minio)._put_object("runs", f"{store.prefix}claims/{digest}", b"another's body")
@@ -246,8 +244,8 @@ def test_a_claim_that_was_changed_in_the_bucket_is_damage(store: Store) -> None:
             client.claim(digest)
 
 
-def test_an_address_that_expired_is_asked_for_again(serve: Callable[..., Store]) -> None:
-    """The reader takes longer than an address holds, and its connection breaks after that."""
+def test_an_expired_address_is_requested_again(serve: Callable[..., Store]) -> None:
+    """The reader takes longer than the address is valid, and then its connection breaks."""
     store, tensors = serve(presigned_s=10), some(1, parts=24, size=4 * MEBIBYTE)
     store.storage._config = store.storage._config.model_copy(update={"presigned_s": 2})
     sent = store.metric("sent_bytes_total")
@@ -268,7 +266,7 @@ def test_an_address_that_expired_is_asked_for_again(serve: Callable[..., Store])
     assert store.metric("sent_bytes_total") == sent
 
 
-def test_everything_works_over_tls_with_a_ca_of_ones_own(serve: Callable[..., Store], tmp_path: Path) -> None:
+def test_the_store_works_over_tls_with_a_private_ca(serve: Callable[..., Store], tmp_path: Path) -> None:
     with Minio(tmp_path / "tls", tls=True) as minio:
         store = serve(ca_file=minio.ca_file, minio=minio)
         sent = store.metric("sent_bytes_total")

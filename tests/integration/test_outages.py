@@ -1,4 +1,4 @@
-"""A store and a gateway that go away and come back: who asks them notes it, and that it is over."""
+"""Outages of the store and the gateway: clients record the beginning and the end."""
 
 import asyncio
 import threading
@@ -45,7 +45,7 @@ def a_store(*, storage_away: bool = False) -> FastAPI:
 
 @contextmanager
 def calling(call: Callable[[], object]) -> Iterator[None]:
-    """`call` runs on a thread of its own and has ended well after the block."""
+    """Run `call` on a separate thread, and assert that it returns after the block."""
     ended: list[object] = []
     thread = threading.Thread(target=lambda: ended.append(call()), daemon=True)
     thread.start()
@@ -55,11 +55,11 @@ def calling(call: Callable[[], object]) -> Iterator[None]:
 
 
 def entries(*addresses: str) -> list[tuple[str, str]]:
-    """Those of these addresses: the register is the process's, and other tests may have left an outage in it."""
-    return [(told["of"], told["address"]) for told in OUTAGES.ongoing() if told["address"] in addresses]
+    """Ongoing outages of these addresses; the register of the process may hold outages of other tests."""
+    return [(outage["of"], outage["address"]) for outage in OUTAGES.ongoing() if outage["address"] in addresses]
 
 
-def test_a_store_that_goes_away_is_told_until_it_is_back() -> None:
+def test_an_outage_of_the_store_is_recorded_until_its_end() -> None:
     port = free()
     url = f"http://{HOST}:{port}"
     with SnapshotClient(url) as client:
@@ -68,13 +68,13 @@ def test_a_store_that_goes_away_is_told_until_it_is_back() -> None:
             assert entries(url) == []
         with calling(client.versions):
             until(lambda: entries(url) == [(STORE, url)])
-            (told,) = [each for each in OUTAGES.ongoing() if each["address"] == url]
-            assert told["since"] < time.time() < told["until"]
+            (outage,) = [each for each in OUTAGES.ongoing() if each["address"] == url]
+            assert outage["since"] < time.time() < outage["until"]
             with Server(a_store(), HOST, port, key="snapshot_store"):
                 until(lambda: entries(url) == [])
 
 
-def test_a_store_whose_s3_is_away_names_the_s3() -> None:
+def test_an_outage_of_the_s3_storage_names_the_s3() -> None:
     port = free()
     url, s3 = f"http://{HOST}:{port}", "http://s3:1"
     with SnapshotClient(url) as client:
@@ -88,7 +88,7 @@ def test_a_store_whose_s3_is_away_names_the_s3() -> None:
     assert entries(url, s3) == []
 
 
-def test_a_gateway_that_goes_away_is_told_until_it_is_back() -> None:
+def test_an_outage_of_the_gateway_is_recorded_until_its_end() -> None:
     port = free()
     url = f"http://{HOST}:{port}"
 
@@ -111,18 +111,16 @@ def test_a_gateway_that_goes_away_is_told_until_it_is_back() -> None:
             until(lambda: entries(url) == [])
 
 
-def test_a_status_tells_what_its_process_cannot_reach() -> None:
+def test_a_status_lists_the_outages_of_its_process() -> None:
     with Server(service("learner"), HOST, 0, key="learner") as server, OUTAGES.waiting() as call:
         call.record_failure(S3, "http://s3:1", "no answer", until=9e9)
-        told = httpx.get(f"http://{HOST}:{server.port}/v1/status").json()["outages"]
+        listed = httpx.get(f"http://{HOST}:{server.port}/v1/status").json()["outages"]
         (own,) = [each for each in OUTAGES.ongoing() if each["address"] == "http://s3:1"]
-        assert own in told
+        assert own in listed
         assert (own["of"], own["until"]) == (S3, 9e9)
 
 
-def test_the_view_hears_of_an_outage_from_the_services_and_of_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_view_shows_an_outage_of_a_service_and_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palimpsest.services.live.poller.EVERY_S", 0.05)
     address = "http://s3:2"
     bus = SqliteBus(tmp_path / "bus.sqlite")

@@ -1,4 +1,4 @@
-"""Replicas as processes over one log and one store: killed in the middle, started beside each other, drained."""
+"""Replica processes over one log and one store: killed at failpoints, several at once, stopped."""
 
 import os
 import signal
@@ -59,11 +59,11 @@ replica.batch_tokens = 96
 """
 VERSIONS = 3
 LAYOUT_NOISE = 2e-3
-"""nats; what another padding or other rows in the pass do to bf16."""
+"""Nats. Largest effect of padding and of other rows in a pass, in bf16."""
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Look until it does."""
+    """Wait until holds() is true."""
     deadline = time.monotonic() + LIMIT_S
     while not holds():
         assert time.monotonic() < deadline
@@ -71,7 +71,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 class ReplicaProcess:
-    """`python -m palimpsest.services.learner.replica`, its port kept over restarts."""
+    """`python -m palimpsest.services.learner.replica`, on the same port after restarts."""
 
     def __init__(self, run: Path, store: str, name: str) -> None:
         self.run, self.store, self.name, self.port = run, store, name, free()
@@ -92,7 +92,7 @@ class ReplicaProcess:
             )  # fmt: skip
 
     def ready(self) -> None:
-        """Wait until it works."""
+        """Wait until the replica is ready."""
         eventually(lambda: self._asked("readyz").get("ready") is True)
 
     def status(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class ReplicaProcess:
         return answer
 
     def ended(self) -> int:
-        """Wait for its end; how it ended."""
+        """Wait for the end of the process. Returns its exit code."""
         assert self.process is not None
         return self.process.wait(LIMIT_S)
 
@@ -119,7 +119,7 @@ class ReplicaProcess:
 
 
 class Setup:
-    """Versions in the store and announced; trajectories that hold tokens of all of them."""
+    """A store with announced versions, a log, and replicas."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.run = folder / "run.toml"
@@ -154,13 +154,13 @@ class Setup:
     def publish(self, messages: list[TrajectoryFinished]) -> None:
         self.bus.publish(TRAJECTORIES, [Outgoing(message.group, encode(message)) for message in messages])
 
-    def said(self) -> list[OldLogprobsComputed]:
+    def scores_on_log(self) -> list[OldLogprobsComputed]:
         with self.bus.consumer(OLD_LOGPROBS) as consumer:
             records = consumer.poll(limit=100_000, timeout_s=0.0)
         return [decode(OLD_LOGPROBS, record.body) for record in records]
 
     def attached(self, messages: list[TrajectoryFinished]) -> tuple[list[Row], ScoreStore]:
-        """What the learner makes of the topic."""
+        """Rows with the old log-probs that the learner reads from the topic, and its score store."""
         scores = ScoreStore()
         dead_letters = DeadLetterWriter(self.bus, run="t", confirm=lambda: None)
         reader = ScoreReader(
@@ -172,7 +172,7 @@ class Setup:
         return rows, scores
 
     def check(self, messages: list[TrajectoryFinished]) -> ScoreStore:
-        """Every trainable token has the old log-prob of its own version."""
+        """Assert that every trainable token has the old log-prob of its own version."""
         rows, scores = self.attached(messages)
         for row in rows:
             assert scores.missing(row) == []
@@ -190,7 +190,7 @@ class Setup:
 
 
 def some_trajectories(groups: range) -> list[TrajectoryFinished]:
-    """Tokens of their own, all versions in each."""
+    """Trajectories with different tokens, each with segments of several versions."""
     made = []
     for index in groups:
         generator = torch.Generator().manual_seed(index)
@@ -225,23 +225,23 @@ def complete(setup: Setup, messages: list[TrajectoryFinished]) -> bool:
 
 
 @pytest.mark.parametrize("place", ["replica.before_publishing", "replica.after_publishing"])
-def test_a_replica_killed_in_the_middle_leaves_nothing_unscored(setup: Setup, place: str) -> None:
+def test_a_replica_killed_and_restarted_leaves_no_token_unscored(setup: Setup, place: str) -> None:
     messages = some_trajectories(range(24))
     setup.publish(messages)
     killed = setup.replica("replica-0", fault=f"{place}:3")
     assert killed.ended() == -signal.SIGKILL
-    before = len(setup.said())
+    before = len(setup.scores_on_log())
     assert not complete(setup, messages)
     killed.start()
     killed.ready()
     eventually(lambda: complete(setup, messages))
     scores = setup.check(messages)
     assert before > 0
-    assert scores.repeats + scores.conflicts > 0, "what was published before it died is said again"
+    assert scores.repeats + scores.conflicts > 0, "the restarted replica publishes some scores again"
     assert scores.largest_conflict <= LAYOUT_NOISE
 
 
-def test_two_replicas_share_the_work_and_one_does_it_all_when_the_other_is_killed(setup: Setup) -> None:
+def test_two_replicas_share_the_work_and_one_takes_over_when_the_other_is_killed(setup: Setup) -> None:
     one, other = setup.replica("replica-0"), setup.replica("replica-1")
     one.ready()
     other.ready()
@@ -249,35 +249,35 @@ def test_two_replicas_share_the_work_and_one_does_it_all_when_the_other_is_kille
     first, second = some_trajectories(range(16)), some_trajectories(range(16, 48))
     setup.publish(first)
     eventually(lambda: complete(setup, first))
-    assert {said.by for said in setup.said()} == {"replica-0", "replica-1"}
+    assert {score.by for score in setup.scores_on_log()} == {"replica-0", "replica-1"}
     scores = setup.check(first)
-    assert (scores.repeats, scores.conflicts) == (0, 0), "every segment is scored by one of them"
+    assert (scores.repeats, scores.conflicts) == (0, 0), "exactly one replica scores each segment"
     other.kill()
     setup.publish(second)
     eventually(lambda: complete(setup, second))
     setup.check(second)
 
 
-def test_asked_to_stop_it_finishes_what_it_has_read_and_its_successor_has_nothing_to_do(setup: Setup) -> None:
+def test_a_stopped_replica_finishes_the_records_it_has_read(setup: Setup) -> None:
     messages = some_trajectories(range(24))
     replica = setup.replica("replica-0")
     replica.ready()
     setup.publish(messages)
-    eventually(lambda: len(setup.said()) > 0)
+    eventually(lambda: len(setup.scores_on_log()) > 0)
     assert replica.process is not None
     replica.process.terminate()
     assert replica.ended() == 130, replica.log.read_text()
     setup.check(messages)
-    said = len(setup.said())
+    published = len(setup.scores_on_log())
     replica.start()
     replica.ready()
     eventually(lambda: len(replica.status()["partitions"]) == 4)
     setup.bus.publish(CONTROL, [Outgoing("t", encode(RunFinished(run="t", version=Version(2))))])
     assert replica.ended() == 0, replica.log.read_text()
-    assert len(setup.said()) == said
+    assert len(setup.scores_on_log()) == published
 
 
-def test_it_answers_like_every_service_and_outlasts_a_restart_of_the_store(setup: Setup) -> None:
+def test_a_replica_serves_its_status_and_survives_a_restart_of_the_store(setup: Setup) -> None:
     messages = some_trajectories(range(4))
     replica = setup.replica("replica-0")
     replica.ready()
@@ -296,7 +296,7 @@ def test_it_answers_like_every_service_and_outlasts_a_restart_of_the_store(setup
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "interruption"])
-def test_where_nobody_would_listen_it_does_not_start(setup: Setup, starting_model: Path, kind: str) -> None:
+def test_a_replica_does_not_start_if_no_process_reads_its_scores(setup: Setup, starting_model: Path, kind: str) -> None:
     setup.run.write_text(RUN.format(folder=setup.run.parent / "runs", model=starting_model, kind=kind))
     replica = setup.replica("replica-0")
     assert replica.ended() == int(ExitCode.CONFIGURATION)

@@ -1,4 +1,4 @@
-"""From a run's folder to summary.json and report.html; and a whole short run that leaves both."""
+"""summary.json and report.html from a run's folder, and from a complete short run."""
 
 import json
 import re
@@ -55,7 +55,7 @@ learner.groups_per_batch = 4
 
 
 class _Loaded(HTMLParser):
-    """Every attribute by which a page loads something."""
+    """Collects every attribute by which a page loads another file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
     bus = SqliteBus(tmp_path / "bus.sqlite")
     bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
     bus.publish(TRAJECTORIES, [Outgoing("g000000", encode(a_finished(0, sample))) for sample in range(4)])
-    told = [
+    messages = [
         message
         for worker in ("worker-0", "worker-1")
         for message in (
@@ -90,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
             WorkerAlive("test", worker, version=1, live=2, sampled_tokens=80, seconds=8.0, idle_s=2.0),
         )
     ]
-    bus.publish(WORKERS, [Outgoing("w", encode(message)) for message in told])
+    bus.publish(WORKERS, [Outgoing("w", encode(message)) for message in messages])
     bus.close()
     return tmp_path
 
@@ -102,7 +102,7 @@ def figures(page: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_report_has_every_figure_and_loads_nothing(folder: Path):
+def test_the_report_has_every_figure_and_loads_no_other_file(folder: Path):
     conclude(folder)
     page = (folder / "report.html").read_text()
     for title in TITLES:
@@ -110,7 +110,7 @@ def test_the_report_has_every_figure_and_loads_nothing(folder: Path):
     loaded = _Loaded()
     loaded.feed(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
     assert loaded.found == []
-    assert "default-src 'none'" in page  # the browser would refuse, too
+    assert "default-src 'none'" in page  # the browser refuses loads too
     assert not re.search(
         r"@import|url\(|<link|<iframe|<img", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     )
@@ -127,7 +127,7 @@ def test_every_axis_has_a_title(folder: Path):
                 assert axis.get("title", {}).get("text"), (name, axis)
 
 
-def test_the_figures_show_the_runs_numbers(folder: Path):
+def test_the_figures_show_the_numbers_of_the_run(folder: Path):
     summary = conclude(folder)
     key = figures((folder / "report.html").read_text())[2]["data"]
     by_name = {trace["name"]: trace for trace in key if "name" in trace}
@@ -137,7 +137,7 @@ def test_the_figures_show_the_runs_numbers(folder: Path):
     assert summary["tokens_by_staleness"] == {"0": 50, "1": 120}
 
 
-def test_the_summary_stands_beside_it(folder: Path):
+def test_the_summary_is_written_with_the_report(folder: Path):
     conclude(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["versions"] == 3
@@ -149,7 +149,7 @@ def test_the_summary_stands_beside_it(folder: Path):
     assert summary["update_pause_ms_p50"] == 100.0
 
 
-def test_a_run_stopped_before_its_first_version_has_both_too(tmp_path: Path):
+def test_a_run_stopped_before_its_first_version_has_a_report_and_a_summary(tmp_path: Path):
     (tmp_path / "run.toml").write_text(RUN)
     conclude(tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -182,7 +182,7 @@ def test_a_second_ctrl_c_ends_the_run_and_prints_the_command_that_continues_it(t
 
 
 @pytest.mark.servers
-def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, starting_model: Path):
+def test_a_run_stopped_by_ctrl_c_prints_the_command_that_resumes_it(tmp_path: Path, starting_model: Path):
     file, home = tmp_path / "short.toml", tmp_path / "short"
     file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
     run = start(file)
@@ -191,30 +191,32 @@ def test_a_run_stopped_by_ctrl_c_says_how_to_go_on_and_does(tmp_path: Path, star
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=LIMIT_S)
-    assert run.returncode == 130, said
-    assert said.index("stopping ...") < said.index("Stopped cleanly after")
-    assert f"palimpsest run --resume {home}" in said
+    output, _ = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 130, output
+    assert output.index("stopping ...") < output.index("Stopped cleanly after")
+    assert f"palimpsest run --resume {home}" in output
     stopped = json.loads((home / "summary.json").read_text())
     assert stopped["versions"] >= 1
     assert not stopped["finished"]
     counts = stopped["trajectories"]
     assert counts["offered"] == counts["trained"] + sum(counts["dropped"].values()) + counts["pending"]
     assert (home / "report.html").exists()
-    assert not (home / "model").exists(), "a stopped run exports nothing by itself"
-    assert f"palimpsest export {home} {home / 'model'}\n" in said
+    assert not (home / "model").exists(), "a stopped run does not export"
+    assert f"palimpsest export {home} {home / 'model'}\n" in output
     exported = answered("palimpsest", "export", home, home / "model")
     assert exported.code == 0, exported.err
 
     more = stopped["versions"] + 2
     again = start("--resume", home, f"--learner.versions={more}")
-    said, _ = again.communicate(timeout=LIMIT_S)
-    assert again.returncode == 0, said
-    assert f"Resuming run short in {home}" in said
-    assert f"{more} versions in" in said
+    output, _ = again.communicate(timeout=LIMIT_S)
+    assert again.returncode == 0, output
+    assert f"Resuming run short in {home}" in output
+    assert f"{more} versions in" in output
     newest = max(int(path.stem) for path in (home / "snapshots" / "versions").iterdir())
-    assert said.endswith(f"\nmodel: {home / 'model'} (version {newest})\n")
-    assert f"| version | {newest} |" in (home / "model" / "README.md").read_text(), "in place of the earlier one"
+    assert output.endswith(f"\nmodel: {home / 'model'} (version {newest})\n")
+    assert f"| version | {newest} |" in (home / "model" / "README.md").read_text(), (
+        "the new export replaces the earlier one"
+    )
     done = json.loads((home / "summary.json").read_text())
     assert (done["versions"], done["finished"], done["engine"]) == (more, True, "scripted")
     assert done["seconds"]["setup"] > stopped["seconds"]["setup"]

@@ -1,4 +1,4 @@
-"""The snapshot store over a folder, served in this process, used by the client that learner and workers use."""
+"""The snapshot store over a folder, served in this process, with the client of the learner and the workers."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FolderStore]:
-    """An empty store that answers; writer 1 has begun."""
+    """A running, empty store with writer 1."""
     with FolderStore(tmp_path / "snapshots", sweep_s=0.05) as served:
         with SnapshotClient(served.url) as first:
             Writer(first).begin()
@@ -33,7 +33,7 @@ def client(store: FolderStore) -> Iterator[SnapshotClient]:
         yield opened
 
 
-def test_every_tensor_comes_back_bit_for_bit(client: SnapshotClient) -> None:
+def test_every_tensor_is_read_bit_for_bit(client: SnapshotClient) -> None:
     tensors = some_tensors(seed=1)
     manifest = put(client, 0, tensors)
     assert plain(fetched(client, 0)) == plain(tensors)
@@ -48,27 +48,27 @@ def test_the_same_weights_under_two_numbers_are_stored_once(store: FolderStore, 
     assert client.versions() == [0, 1]
 
 
-def test_putting_a_version_again_is_harmless(store: FolderStore, client: SnapshotClient) -> None:
+def test_putting_a_version_again_does_nothing(store: FolderStore, client: SnapshotClient) -> None:
     assert put(client, 3, some_tensors(seed=1)) == put(client, 3, some_tensors(seed=1))
     assert client.versions() == [3]
     assert len(store.objects()) == 1
 
 
-def test_other_weights_under_a_taken_number_are_a_conflict(client: SnapshotClient) -> None:
+def test_different_weights_for_an_existing_version_are_a_conflict(client: SnapshotClient) -> None:
     put(client, 3, some_tensors(seed=1))
     with pytest.raises(VersionConflict, match="version 3 already stands with digest"):
         put(client, 3, some_tensors(seed=2))
     assert plain(fetched(client, 3)) == plain(some_tensors(seed=1))
 
 
-def test_a_version_that_is_not_there_is_missing(client: SnapshotClient) -> None:
+def test_the_manifest_of_an_unknown_version_raises_version_missing(client: SnapshotClient) -> None:
     with pytest.raises(VersionMissing, match="version 8 is not in the store"):
         client.manifest(Version(8))
 
 
 def test_versions_below_every_lease_are_swept_and_the_others_stay(store: FolderStore, client: SnapshotClient) -> None:
     manifests = [put(client, version, some_tensors(seed=version)) for version in range(4)]
-    client.lease("replica", Version(2))  # first: a sweep may come between the two
+    client.lease("replica", Version(2))  # first: a sweep may run between the two leases
     client.lease("learner", Version(3))
     eventually(lambda: client.versions() == [2, 3] and len(store.objects()) == 2)
     with pytest.raises(VersionMissing):
@@ -78,16 +78,14 @@ def test_versions_below_every_lease_are_swept_and_the_others_stay(store: FolderS
     assert plain(fetched(client, 2)) == plain(some_tensors(seed=2))
 
 
-def test_a_version_whose_weights_vanish_between_manifest_and_fetch_is_missing(
-    store: FolderStore, client: SnapshotClient
-) -> None:
+def test_fetching_deleted_weights_raises_version_missing(store: FolderStore, client: SnapshotClient) -> None:
     manifest = put(client, 0, some_tensors(seed=1))
     (store.folder / "objects" / manifest.object).unlink()
     with pytest.raises(VersionMissing, match="version 0: its weights are no longer in the store"):
         list(client.tensors(manifest))
 
 
-def test_a_version_put_again_mends_weights_that_vanished(store: FolderStore, client: SnapshotClient) -> None:
+def test_putting_a_version_again_restores_deleted_weights(store: FolderStore, client: SnapshotClient) -> None:
     manifest = put(client, 0, some_tensors(seed=1))
     (store.folder / "objects" / manifest.object).unlink()
     put(client, 0, some_tensors(seed=1))
@@ -95,7 +93,7 @@ def test_a_version_put_again_mends_weights_that_vanished(store: FolderStore, cli
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_a_truncated_object_is_damage_and_names_the_version(
+def test_the_error_for_a_truncated_object_names_the_version(
     store: FolderStore, client: SnapshotClient, share: float
 ) -> None:
     manifest = put(client, 5, some_tensors(seed=1))
@@ -104,13 +102,11 @@ def test_a_truncated_object_is_damage_and_names_the_version(
         fetched(client, 5)
 
 
-def test_a_flipped_byte_among_the_numbers_is_damage_and_names_the_tensor(
-    store: FolderStore, client: SnapshotClient
-) -> None:
+def test_the_error_for_a_flipped_byte_names_the_tensor(store: FolderStore, client: SnapshotClient) -> None:
     manifest = put(client, 5, some_tensors(seed=1))
     path = store.folder / "objects" / manifest.object
     for entry in manifest.tensors:
-        if entry.name in ("empty", "zeros"):  # no numbers of theirs stand in the object
+        if entry.name in ("empty", "zeros"):  # the object holds no values of these tensors
             continue
         flip(path, entry.start + entry.length - 1)
         with pytest.raises(Damaged, match=f"^version 5, tensor {entry.name}: "):
@@ -119,8 +115,8 @@ def test_a_flipped_byte_among_the_numbers_is_damage_and_names_the_tensor(
     assert plain(fetched(client, 5)) == plain(some_tensors(seed=1))
 
 
-def test_a_flipped_byte_anywhere_never_leads_to_other_weights(store: FolderStore, client: SnapshotClient) -> None:
-    """zstd has a bit or two that mean nothing; every other one is noticed."""
+def test_no_flipped_byte_changes_the_weights_undetected(store: FolderStore, client: SnapshotClient) -> None:
+    """Every flipped byte is detected, except for a few unused bits of zstd."""
     tensors = [a_tensor("w", "float32", (2, 3), seed=1), a_tensor("scalar", "bfloat16", (), seed=2)]
     manifest = put(client, 5, tensors)
     path, noticed = store.folder / "objects" / manifest.object, 0
@@ -134,9 +130,7 @@ def test_a_flipped_byte_anywhere_never_leads_to_other_weights(store: FolderStore
     assert noticed >= manifest.object_size - 4
 
 
-def test_tensors_before_the_damage_are_whole_and_none_after_it_is_handed_on(
-    store: FolderStore, client: SnapshotClient
-) -> None:
+def test_only_tensors_before_the_damage_are_returned(store: FolderStore, client: SnapshotClient) -> None:
     manifest = put(client, 5, some_tensors(seed=1))
     third = manifest.tensors[2]
     flip(store.folder / "objects" / manifest.object, third.start + third.length // 2)
@@ -146,7 +140,7 @@ def test_tensors_before_the_damage_are_whole_and_none_after_it_is_handed_on(
     assert plain(had) == plain(some_tensors(seed=1)[:2])
 
 
-def test_without_the_digests_flipped_weights_would_be_handed_on(
+def test_without_the_digest_check_damaged_weights_are_returned(
     store: FolderStore, client: SnapshotClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = [a_tensor("w", "uint8", (4096,), seed=1)]
@@ -163,7 +157,7 @@ def test_without_the_digests_flipped_weights_would_be_handed_on(
     assert plain(fetched(client, 5)) != plain(tensors)
 
 
-def test_a_store_that_never_answers_is_given_up_with_its_address() -> None:
+def test_the_error_for_an_unreachable_store_names_its_address() -> None:
     pauses: list[float] = []
     url = f"http://127.0.0.1:{free()}"
     said = f"the snapshot store at {url} did not answer in 120 s: ConnectError"
@@ -172,7 +166,7 @@ def test_a_store_that_never_answers_is_given_up_with_its_address() -> None:
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, *[5.0] * 22]
 
 
-def test_how_long_a_store_is_waited_for_can_be_said() -> None:
+def test_the_patience_for_a_store_can_be_set() -> None:
     pauses: list[float] = []
     url = f"http://127.0.0.1:{free()}"
     with (

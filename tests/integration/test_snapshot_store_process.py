@@ -1,7 +1,7 @@
-"""The snapshot store as a process of its own: killed at any moment, refused, stopped, out of disk.
+"""The snapshot store in a separate process: kills, refusals, stops and a full disk.
 
-The tests share one process, which those that kill it start again. So what they store stays: each takes versions of
-its own, which are also the seeds of its weights.
+The tests share one process, and tests that kill it restart it. Stored versions stay, so each test uses its own version
+numbers, which are also the seeds of the weights.
 """
 
 import itertools
@@ -35,11 +35,11 @@ snapshot_store.sweep_s = 0.05
 """
 VERSIONS = itertools.count()
 PAUSES = [0.2, 0.4, 0.8, 1.6, 3.2, *[5.0] * 22]
-"""Of a client that tries for 120 s."""
+"""Pauses of a client that retries for 120 s."""
 
 
 class Store(StoreProcess):
-    """Over one folder."""
+    """Store process over one folder."""
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "runs" / "t" / "snapshots"
@@ -48,17 +48,17 @@ class Store(StoreProcess):
         super().__init__(run)
 
     def objects(self) -> set[str]:
-        """Every file below objects/, hidden ones too."""
+        """Names of all files below objects/, including hidden ones."""
         return {path.name for path in self.folder.glob("objects/*")}
 
     def partial(self) -> int:
-        """Bytes of uploads that are not finished."""
+        """Bytes of unfinished uploads."""
         return sum(path.stat().st_size for path in self.folder.glob("objects/.*.partial"))
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """The one of this module; writer 1 has begun."""
+    """The store of this module, with writer 1."""
     made = Store(tmp_path_factory.mktemp("store"))
     try:
         made.start()
@@ -72,7 +72,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @pytest.fixture
 def store(shared: Store) -> Store:
-    """It answers."""
+    """The running store."""
     if shared.process is None:
         shared.start()
     shared.ready()
@@ -81,7 +81,7 @@ def store(shared: Store) -> Store:
 
 @pytest.fixture
 def version() -> int:
-    """One that no other test uses; the one after it is free as well."""
+    """A version that no other test uses; the next nine are unused too."""
     return 10 * next(VERSIONS)
 
 
@@ -92,7 +92,7 @@ def client(store: Store) -> Iterator[SnapshotClient]:
 
 
 class Between:
-    """Passes bytes between client and store. `before` sees each piece before it goes on, and which way it goes."""
+    """Proxy between client and store; it calls `before` with the direction and the bytes of each piece."""
 
     def __init__(self, store: Store, before: Callable[[str, bytes], None]) -> None:
         self._store, self._before = store, before
@@ -127,7 +127,7 @@ class Between:
 
 
 class Once:
-    """Acts the first time that so many bytes have gone this way, or that they contain a text."""
+    """Calls `act` once: when `after` bytes have passed in this direction and the piece contains `text`."""
 
     def __init__(self, way: str, act: Callable[[], None], *, after: int = 0, text: bytes = b"") -> None:
         self._way, self._act, self._left, self._text = way, act, after, text
@@ -150,7 +150,7 @@ def through(store: Store, once: Once) -> Iterator[SnapshotClient]:
     assert once.done
 
 
-def test_a_store_killed_in_the_middle_of_an_upload_costs_only_time(store: Store, version: int) -> None:
+def test_an_upload_succeeds_although_the_store_is_killed_and_restarted(store: Store, version: int) -> None:
     once, before = Once("up", store.again, after=10 * MEBIBYTE), store.objects()
     for client in through(store, once):
         manifest = put(client, version, large(seed=version))
@@ -158,7 +158,7 @@ def test_a_store_killed_in_the_middle_of_an_upload_costs_only_time(store: Store,
         assert plain(fetched(client, version)) == plain(large(seed=version))
 
 
-def test_a_killed_store_leaves_versions_and_leases_to_the_next_and_no_half_upload(
+def test_versions_and_leases_survive_a_kill_and_unfinished_uploads_do_not(
     store: Store, client: SnapshotClient, version: int
 ) -> None:
     for number in range(version, version + 3):
@@ -182,15 +182,15 @@ def test_a_killed_store_leaves_versions_and_leases_to_the_next_and_no_half_uploa
     eventually(lambda: client.versions() == [version + 1, version + 2])
 
 
-def test_a_store_killed_in_the_middle_of_a_download_costs_only_time(store: Store, version: int) -> None:
+def test_a_download_succeeds_although_the_store_is_killed_and_restarted(store: Store, version: int) -> None:
     once = Once("down", store.again, after=10 * MEBIBYTE)
     for client in through(store, once):
         put(client, version, large(seed=version))
         assert plain(fetched(client, version)) == plain(large(seed=version))
 
 
-def test_weights_that_vanish_before_their_manifest_comes_are_sent_again(store: Store, version: int) -> None:
-    """The store dies after the upload; the one that starts knows nothing of it and sweeps."""
+def test_weights_swept_before_their_manifest_arrives_are_sent_again(store: Store, version: int) -> None:
+    """The store dies after the upload; the restarted store sweeps the object, which no manifest names."""
     before = store.objects()
 
     def swept() -> None:
@@ -205,41 +205,41 @@ def test_weights_that_vanish_before_their_manifest_comes_are_sent_again(store: S
         assert plain(fetched(client, version)) == plain(some_tensors(seed=version))
 
 
-def test_a_damaged_manifest_keeps_the_store_from_starting_and_is_named(tmp_path: Path) -> None:
+def test_a_store_with_a_damaged_manifest_does_not_start_and_names_it(tmp_path: Path) -> None:
     damaged = Store(tmp_path)
     with FolderStore(damaged.folder, sweep_s=3600) as served, SnapshotClient(served.url) as client:
         Writer(client).begin()
         for version in range(3):
             put(client, version, some_tensors(seed=version))
     flip(damaged.folder / "versions" / "00000001.json", 200)
-    code, said = damaged.refused()
+    code, output = damaged.refused()
     assert code == 4
-    assert "version 1 (versions/00000001.json): the manifest contradicts its seal" in said
-    assert "Traceback" not in said
-    assert len(said.strip().splitlines()) == 1
+    assert "version 1 (versions/00000001.json): the manifest contradicts its seal" in output
+    assert "Traceback" not in output
+    assert len(output.strip().splitlines()) == 1
 
 
-def test_a_taken_port_keeps_the_store_from_starting(store: Store, tmp_path: Path) -> None:
+def test_a_store_does_not_start_on_a_port_in_use(store: Store, tmp_path: Path) -> None:
     another = Store(tmp_path)
     another.port = store.port
-    code, said = another.refused()
+    code, output = another.refused()
     assert code == 3
-    assert f"port {store.port} on 127.0.0.1 is in use" in said
-    assert "--snapshot_store.port=PORT" in said
-    assert "Traceback" not in said
+    assert f"port {store.port} on 127.0.0.1 is in use" in output
+    assert "--snapshot_store.port=PORT" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_store_that_is_asked_to_stop_ends_cleanly(store: Store, number: signal.Signals) -> None:
+def test_a_store_ends_cleanly_on_a_signal(store: Store, number: signal.Signals) -> None:
     process, store.process = store.process, None
     assert process is not None
     process.send_signal(number)
-    _, said = process.communicate(timeout=LIMIT_S)
+    _, output = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
-def test_a_store_gone_for_good_in_the_middle_of_a_download_is_given_up(store: Store, version: int) -> None:
+def test_a_download_fails_if_the_store_does_not_return(store: Store, version: int) -> None:
     once = Once("down", store.kill, after=10 * MEBIBYTE)
     pauses: list[float] = []
     between = Between(store, once)
@@ -252,7 +252,7 @@ def test_a_store_gone_for_good_in_the_middle_of_a_download_is_given_up(store: St
 
 
 @pytest.mark.parametrize("tensors", [some_tensors, large])
-def test_a_full_disk_of_the_store_is_a_full_disk_for_its_clients(
+def test_a_full_disk_of_the_store_raises_os_error_at_its_clients(
     store: Store, version: int, tensors: Callable[[int], list[RawTensor]]
 ) -> None:
     assert store.process is not None
@@ -264,7 +264,7 @@ def test_a_full_disk_of_the_store_is_a_full_disk_for_its_clients(
             with pytest.raises(OSError, match="File too large") as full:
                 put(client, version, tensors(version))
             assert Path(full.value.filename).parent == store.folder / "objects"
-            assert pauses == [*PAUSES[:5], 5.0, 5.0], "room may be made meanwhile"
+            assert pauses == [*PAUSES[:5], 5.0, 5.0], "the client retries, since space may be freed"
             resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, unlimited)
             put(client, version, tensors(version))
             assert plain(fetched(client, version)) == plain(tensors(version))

@@ -1,6 +1,6 @@
-"""Every surrogate in a whole learner: its loop, its store, its log and its checkpoints, in one process.
+"""Every surrogate in a complete learner (loop, store, log and checkpoints) in one process.
 
-What is asserted are facts of the learner, so the trajectories come from a script, with a staleness that is known.
+The trajectories come from a script, so their staleness is known.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ SURROGATES = (
 
 @pytest.fixture(scope="module", params=SURROGATES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Path:
-    """The folder of a finished run of this surrogate."""
+    """Folder of a finished run with this surrogate."""
     kind: str = request.param
     folder = tmp_path_factory.mktemp("surrogates")
     app = create_app(DiskStorage(folder / kind / "snapshots"), sweep_s=3600)
@@ -57,15 +57,15 @@ def test_every_trajectory_is_accounted_for(run: Path) -> None:
     assert (ledger["dropped"], ledger["dead_lettered"]) == ({}, 0)
 
 
-def test_a_surrogate_is_never_called_exact(run: Path) -> None:
+def test_the_history_never_marks_a_surrogate_as_exact(run: Path) -> None:
     lines = history(run)
     assert len(lines) == VERSIONS
     for line in lines:
         assert (line["exact"], line["proximal"]) == (False, run.name)
 
 
-def test_it_saw_the_staleness_of_the_script(run: Path) -> None:
-    """So that what is asserted here is asserted of stale tokens, and of trajectories of several versions."""
+def test_the_history_has_the_staleness_of_the_script(run: Path) -> None:
+    """The other tests are valid for stale tokens and trajectories of several versions only if this holds."""
     for version, line in enumerate(history(run)):
         tokens = {int(staleness): part["tokens"] for staleness, part in line["by_staleness"].items()}
         expected = {version - max(0, version - 3): HALF * 8}
@@ -74,11 +74,11 @@ def test_it_saw_the_staleness_of_the_script(run: Path) -> None:
         assert tokens == expected
 
 
-def test_what_each_kind_promises(run: Path) -> None:
+def test_bypass_has_no_discrepancy_and_current_recompute_no_staleness_ratio(run: Path) -> None:
     for line in history(run):
         seen: dict[str, Any] = line["all"]
         if run.name == "bypass":
             assert seen["log_discrepancy_abs"] == 0.0
-        if run.name == "current_recompute":  # one optimizer step a version: the anchor is the policy itself
+        if run.name == "current_recompute":  # one optimizer step per version: the proximal equals the current policy
             assert seen["log_staleness_ratio_abs"] < 1e-4
             assert seen["clipped"] == 0.0

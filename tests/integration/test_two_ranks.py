@@ -1,4 +1,4 @@
-"""The learner as two processes: together they compute what one computes, and a run with them goes well."""
+"""A learner of two ranks computes the same as one rank, and a run with two ranks finishes."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.servers
 
 
 def launched(model: Path, folder: Path, *, ranks: int) -> dict[str, list[dict[str, Any]]]:
-    """Case -> what each rank had after tests/processes/train_on_ranks.py."""
+    """Case -> results of each rank of tests/processes/train_on_ranks.py."""
     folder.mkdir()
     launcher = (
         "-m",
@@ -54,9 +54,9 @@ def together(starting_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_compute_what_one_computes(alone: Any, together: Any, case: str) -> None:
+def test_two_ranks_compute_the_same_as_one_rank(alone: Any, together: Any, case: str) -> None:
     (whole,), parts = alone[case], together[case]
-    assert whole["steps"] == 3  # one before, one for each minibatch
+    assert whole["steps"] == 3  # one before, and one per minibatch
     assert whole["masked"] > 0
     for part in parts:
         for own, expected in zip(part["gradients"], whole["gradients"], strict=True):
@@ -71,7 +71,7 @@ def test_two_ranks_compute_what_one_computes(alone: Any, together: Any, case: st
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_ranks_end_with_the_same_bits(together: Any, case: str) -> None:
+def test_both_ranks_have_the_same_state_bit_for_bit(together: Any, case: str) -> None:
     first, second = together[case]
     assert first["state"].keys() == second["state"].keys()
     for name, tensor in first["state"].items():
@@ -80,28 +80,26 @@ def test_both_ranks_end_with_the_same_bits(together: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_row_is_computed_by_one_rank(together: Any, case: str) -> None:
+def test_exactly_one_rank_computes_each_row(together: Any, case: str) -> None:
     first, second = (part["mine"] for part in together[case])
     rows = [row.trajectory for minibatch in CASES[case] for row in minibatch]
     assert sorted(first + second) == sorted(rows)
-    assert len(first) - len(second) in (1, 2)  # dealt in turn, in each minibatch
+    assert len(first) - len(second) in (1, 2)  # rows alternate between ranks in each minibatch
     assert (second == []) == (case == "a rank without any rows")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scoring_is_shared_out_and_its_values_are_those_of_one_rank_bit_for_bit(
-    alone: Any, together: Any, case: str
-) -> None:
+def test_distributed_scores_equal_those_of_one_rank_bit_for_bit(alone: Any, together: Any, case: str) -> None:
     (whole,), (first, second) = alone[case], together[case]
     assert len(whole["values"]) == whole["passes"] >= 2
     for own, expected in zip(first["values"], whole["values"], strict=True):
         assert torch.equal(own, expected)
-    # the first micro-batch is handed out alone, the others together
+    # the first call has one micro-batch, the second all others
     shared = whole["passes"] - 1
     assert (first["passes"], second["passes"]) == (1 + (shared + 1) // 2, shared // 2)
 
 
-def test_a_run_with_two_ranks_goes_on_after_one_of_them_died(tmp_path: Path, starting_model: Path) -> None:
+def test_a_run_with_two_ranks_continues_after_the_death_of_a_rank(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=6), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2", "--learner.minibatches=2")
     try:

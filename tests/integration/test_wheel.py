@@ -1,4 +1,4 @@
-"""The wheel, as a user has it: without the checkout, beside packages of the user's own called common and services."""
+"""The installed wheel, without the checkout, and with user packages named common and services."""
 
 import os
 import shutil
@@ -21,14 +21,14 @@ FOREIGN = "raise RuntimeError('this package is the user\\'s own')\n"
 
 
 def done(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run it to its end. Nothing but the working folder and the environment's own packages can be imported."""
+    """Run the command to its end. Only the working folder and the environment's packages can be imported."""
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=cwd, env=outside, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def sources() -> list[Path]:
-    """Files of the package and of its build, those included that git does not know yet; paths from the top."""
+    """Files of the package and of its build, including untracked ones, as paths from the root."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *TOPS, *OTHERS]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     return [Path(name) for name in names if name and os.path.lexists(ROOT / name)]
@@ -36,7 +36,7 @@ def sources() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel that was built from it."""
+    """A folder with the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("wheel")
     copy, dist = folder / "source", folder / "dist"
     for name in sources():
@@ -56,7 +56,7 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of a fresh environment with the wheel; what it depends on is this environment's."""
+    """bin/ of a new environment with the wheel; its dependencies come from this environment."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     made = done(UV, "venv", "--offline", "--python", sys.executable, folder, cwd=folder.parent)
     assert made.returncode == 0, made.stderr
@@ -65,14 +65,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert put.returncode == 0, put.stderr
     (own,) = (folder / "lib").glob("python3*/site-packages")
     (ours,) = Path(sys.prefix, "lib").glob("python3*/site-packages")
-    # a line that is a folder: its .pth files, and with them the editable install, are not read
+    # .pth files in that folder, including the editable install, are not read
     (own / "dependencies.pth").write_text(f"{ours}\n")
     return folder / "bin"
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the user works: with packages of their own that have the names of two folders of the repository."""
+    """A working folder with user packages that have the names of two folders of the repository."""
     folder = tmp_path_factory.mktemp("work")
     for name in ("common", "services"):
         (folder / name).mkdir()
@@ -86,7 +86,7 @@ def test_the_only_package_of_the_wheel_is_palimpsest(wheel: Path) -> None:
 
 
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> None:
-    """Each folder has an __init__.py, or its files would be missing here."""
+    """Files of a folder without __init__.py would be missing."""
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("palimpsest/")}
     tracked = {
         str(path if path.parts[0] == "palimpsest" else Path("palimpsest", path))
@@ -103,35 +103,35 @@ def test_the_sdist_has_no_links(built: Path) -> None:
         assert [member.name for member in archive if not (member.isfile() or member.isdir())] == []
 
 
-def test_what_is_imported_is_the_wheel(installed: Path, work: Path) -> None:
-    said = done(installed / "python", "-c", "import palimpsest.env, sys; print(sys.modules['palimpsest'])", cwd=work)
-    assert str(installed.parent / "lib") in said.stdout, said.stderr
+def test_imports_come_from_the_wheel(installed: Path, work: Path) -> None:
+    result = done(installed / "python", "-c", "import palimpsest.env, sys; print(sys.modules['palimpsest'])", cwd=work)
+    assert str(installed.parent / "lib") in result.stdout, result.stderr
 
 
-def test_a_service_finds_the_users_packages_first(installed: Path, work: Path) -> None:
-    """`python -m` looks in the working folder before all else, so an import of `common` would end every service."""
-    said = done(installed / "python", "-c", "import common", cwd=work)
-    assert "this package is the user's own" in said.stderr
+def test_an_import_finds_the_user_s_package_first(installed: Path, work: Path) -> None:
+    """`python -m` searches the working folder first, so an import of `common` would end every service."""
+    result = done(installed / "python", "-c", "import common", cwd=work)
+    assert "this package is the user's own" in result.stderr
 
 
-def test_a_run_is_checked(installed: Path, work: Path, starting_model: Path) -> None:
-    said = done(installed / "palimpsest", "check", scripted(work, starting_model, versions=4), cwd=work)
-    assert (said.returncode, said.stderr) == (0, "")
-    assert "versions = 4" in said.stdout
+def test_the_check_command_works(installed: Path, work: Path, starting_model: Path) -> None:
+    result = done(installed / "palimpsest", "check", scripted(work, starting_model, versions=4), cwd=work)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "versions = 4" in result.stdout
 
 
-def test_the_doctor_examines_the_machine_and_looks_for_no_checkout(installed: Path, work: Path) -> None:
-    said = done(installed / "palimpsest", "doctor", cwd=work)
-    assert said.returncode in (0, 3), said.stderr
-    assert said.stdout.startswith("Palimpsest ")
-    assert "whether runs can begin here" in said.stdout.splitlines()[0]
-    assert "Checkout" not in said.stdout
-    assert str(work / "runs") in said.stdout
+def test_the_doctor_works_without_a_checkout(installed: Path, work: Path) -> None:
+    result = done(installed / "palimpsest", "doctor", cwd=work)
+    assert result.returncode in (0, 3), result.stderr
+    assert result.stdout.startswith("Palimpsest ")
+    assert "whether runs can begin here" in result.stdout.splitlines()[0]
+    assert "Checkout" not in result.stdout
+    assert str(work / "runs") in result.stdout
 
 
-def test_four_versions_are_trained(installed: Path, work: Path, starting_model: Path) -> None:
+def test_a_run_trains_four_versions(installed: Path, work: Path, starting_model: Path) -> None:
     run = scripted(work, starting_model, versions=4)
-    said = done(installed / "palimpsest", "run", run, cwd=work)
-    assert said.returncode == 0, said.stdout + said.stderr
+    result = done(installed / "palimpsest", "run", run, cwd=work)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert [line["version"] for line in history(work / "scripted")] == [0, 1, 2, 3]
     assert (work / "scripted" / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""The decoupled clipped objective as one call for its correction and one for its loss."""
+"""The decoupled clipped objective in two calls: correction and loss."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from palimpsest.services.learner.losses.types import Inputs
 
 @dataclass(frozen=True)
 class Clipped:
-    """A scalar with gradient, and which tokens were clipped."""
+    """Scalar loss with gradient, and the mask of clipped tokens."""
 
     loss: Tensor
     clipped: Tensor
@@ -21,7 +21,7 @@ class Clipped:
 def discrepancy_band(
     proximal: Tensor, behavior: Tensor, mask: Tensor, *, band: float, use_mask: bool, use_weight: bool
 ) -> Correction:
-    """Band and weight, each a switch."""
+    """Correction with a band, a ratio weight, or both."""
     rules = Rules(weight="ratio" if use_weight else "off", band=band if use_mask else None)
     return correct(proximal, behavior, mask, missing=zeros_like(mask), rules=rules, limits=Limits())
 
@@ -37,7 +37,7 @@ def clipped_loss(
     clip_high: float,
     denominator: float,
 ) -> Clipped:
-    """Mean over `denominator` tokens. The behavior plays no part once the weight is there."""
+    """Clipped loss, summed and divided by `denominator` tokens. The weight replaces the behavior log-probs."""
     inputs = Inputs(current, proximal, zeros_like(proximal), weight, advantages, mask)
     outcome = ppo_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     loss = aggregate(outcome.losses, mask, "token_mean", Denominators(int(denominator), 1, 1))

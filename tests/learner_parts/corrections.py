@@ -1,4 +1,4 @@
-"""Batches of the discrepancy oracle, put through the learner's corrections."""
+"""The learner's corrections, applied to batches of the discrepancy oracle."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -23,16 +23,16 @@ ALL: dict[str, Any] = {
     "estimates": dict.fromkeys(ESTIMATES, 0.3),
     "m2": 0.2,
 }
-"""Every rule on, with bounds that some draws meet and others do not."""
+"""All rules, with bounds that some draws satisfy and others do not."""
 
 
 def alone_on_its_machine(value: Any) -> list[Any]:
-    """The gather of a run with one rank."""
+    """Gather function of a run with one rank."""
     return [value]
 
 
 def tensors(data: Draw, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """proximal, behavior, mask, missing."""
+    """Tensors of proximal, behavior, mask and missing."""
     return (
         torch.tensor(data.proximal, dtype=dtype),
         torch.tensor(data.behavior, dtype=dtype),
@@ -42,21 +42,21 @@ def tensors(data: Draw, dtype: torch.dtype = torch.float64) -> tuple[torch.Tenso
 
 
 def corrected(data: Draw, rules: Rules, dtype: torch.dtype = torch.float64) -> Correction:
-    """With the limits of this batch alone."""
+    """Correction of a batch with the limits of this batch."""
     proximal, behavior, mask, missing = part = tensors(data, dtype)
     fixed = limits([part], rules, gather=alone_on_its_machine)
     return correct(proximal, behavior, mask, missing=missing, rules=rules, limits=fixed)
 
 
 def row(log_discrepancies: list[float], **rules: Any) -> Correction:
-    """One trajectory with these log-discrepancies, all trainable."""
+    """Correction of one trajectory with these log-discrepancies, all trainable."""
     values = np.array([log_discrepancies])
     nowhere = np.zeros(values.shape, dtype=bool)
     return corrected(Draw(values - 30.0, np.full(values.shape, -30.0), ~nowhere, nowhere), Rules(**rules))
 
 
 def on_ranks(ranks: int, work: Callable[[int, Gather], Limits]) -> list[Limits]:
-    """What every rank gets from work(rank, gather), with threads for ranks."""
+    """Result of work(rank, gather) on each rank, with one thread per rank."""
     boxes: list[Any] = [None] * ranks
     meeting = threading.Barrier(ranks, timeout=60)
 
@@ -75,7 +75,7 @@ def on_ranks(ranks: int, work: Callable[[int, Gather], Limits]) -> list[Limits]:
 
 
 def joined(parts: Sequence[Draw]) -> Draw:
-    """All rows in one batch, padded on the right."""
+    """One batch of all rows, padded on the right."""
     longest = max(part.mask.shape[1] for part in parts)
 
     def stacked(name: str) -> Any:

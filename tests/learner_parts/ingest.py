@@ -1,4 +1,4 @@
-"""A learner's ingest for tests: one environment, groups of two."""
+"""A learner's ingest for tests, with one environment and groups of two."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def an_ingest(
     on_resolved: Callable[[str], None] = lambda _: None,
     ledger: type[Ledger] = Ledger,
 ) -> Ingest:
-    """Not started yet. groups: in a batch."""
+    """An ingest that is not started. `groups`: groups per batch."""
     return build_ingest(
         bus,
         ledger(samples=samples, groups_per_batch=groups, max_staleness=max_staleness, time_limit_s=60),

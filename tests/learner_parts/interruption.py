@@ -1,5 +1,5 @@
-"""A learner's side of the interruption route on a real log, with stand-ins for what is not under test: the weights
-(`Table`), the clock (`Ticking`) and the workers (functions that answer a cut as soon as it stands on the log)."""
+"""The learner's side of the interruption route on a real log, with fakes for the weights (`Table`), the clock
+(`Ticking`) and the workers (functions that answer a cut as soon as it is on the log)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,19 +43,19 @@ Answer = Callable[["Log", CutRequested], None]
 
 
 def digest(version: int) -> str:
-    """Of this version's weights, as if."""
+    """Fake digest of this version's weights."""
     return f"digest of {version}"
 
 
 class Log(SqliteBus):
-    """The log; whoever stands in `answers` hears of a cut as soon as it is asked for."""
+    """The log; it calls every function of `answers` with each published cut request."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "bus.sqlite")
         self.create_topics(dict.fromkeys(TOPICS, 2) | {CONTROL: 1})
         self.answers: list[Answer] = []
         self.order: list[str] = []
-        """What was published, in order: topics."""
+        """Topics of all publications, in order."""
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
         """See Bus."""
@@ -68,22 +68,22 @@ class Log(SqliteBus):
         return at
 
     def messages(self, topic: str) -> list[Any]:
-        """All that stands on a topic."""
+        """All messages of a topic."""
         return [decode(topic, record.body) for record in read_existing(self, topic)]
 
     def sampled(self, *records: TrajectoryFinished | SegmentFlushed) -> dict[int, int]:
-        """Publish trajectories; the positions a worker would tell of."""
+        """Publish trajectories. Returns the positions that a worker would report."""
         placed = self.publish(
             TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records]
         )
         return {at.partition: at.offset + 1 for at in placed}
 
     def said(self, *messages: WorkerAlive | CutReached) -> None:
-        """Publish what workers say."""
+        """Publish messages of workers."""
         self.publish(WORKERS, [Outgoing(message.worker, encode(message)) for message in messages])
 
     def announced(self, version: int) -> None:
-        """Publish that a version stands in the store."""
+        """Announce a version."""
         message = VersionPublished(RUN, Version(version), digest(version), 0.0)
         self.publish(CONTROL, [Outgoing(RUN, encode(message))])
 
@@ -93,7 +93,7 @@ class Log(SqliteBus):
 
 
 class Ticking:
-    """A clock that goes on by `tick` seconds whenever it is looked at."""
+    """A clock that advances by `tick` seconds at every reading."""
 
     def __init__(self, tick: float = 0.001) -> None:
         self.now, self.tick = 1000.0, tick
@@ -104,7 +104,7 @@ class Ticking:
 
 
 class Table:
-    """Stands in for the model: a token's log-prob is -(version + 1) - token / 1000, whatever stands before it."""
+    """Fake model: a token's log-prob is -(version + 1) - token / 1000, independent of its prefix."""
 
     def __init__(self, version: int = 0) -> None:
         self.version, self.rows = version, 0
@@ -114,18 +114,18 @@ class Table:
         return [self.value(batch.tokens) for batch in batches]
 
     def value(self, tokens: Any) -> Float32Array:
-        """What it says of these tokens."""
+        """Log-probs of these tokens."""
         values: Float32Array = (-(self.version + 1) - np.asarray(tokens) / 1000).astype(np.float32)
         return values
 
 
 def alive(worker: str, version: int = 0) -> WorkerAlive:
-    """It says how it fares."""
+    """A heartbeat of a worker."""
     return WorkerAlive(RUN, worker, version=version, live=1, sampled_tokens=0, seconds=1.0, idle_s=0.0)
 
 
 def reached(worker: str, cut: int, positions: dict[int, int] | None = None, version: int = 0) -> CutReached:
-    """It stands still."""
+    """A worker's answer to a cut."""
     return CutReached(RUN, worker, cut=cut, version=version, positions=positions or {}, flushed=0, pause_s=0.0)
 
 
@@ -139,7 +139,7 @@ def a_flush(
     worker: str = "a",
     run: str = RUN,
 ) -> SegmentFlushed:
-    """A live trajectory; without segments, tokens 2 to 6 are of version 0."""
+    """An unfinished trajectory; without segments, tokens [2, 6) have version 0."""
     return SegmentFlushed(
         run=run,
         trajectory=trajectory_id(group_id(index), sample),
@@ -154,7 +154,7 @@ def a_flush(
 
 
 def flushing(worker: str, *sampled: SegmentFlushed | TrajectoryFinished) -> Answer:
-    """A worker that publishes these and stands still."""
+    """A worker that publishes these records and answers the cut."""
 
     def answer(log: Log, request: CutRequested) -> None:
         log.said(reached(worker, request.cut, log.sampled(*sampled), request.version))
@@ -163,7 +163,7 @@ def flushing(worker: str, *sampled: SegmentFlushed | TrajectoryFinished) -> Answ
 
 
 class Learner:
-    """Rank 0, as far as cuts concern it."""
+    """Rank 0 of a learner, reduced to what cuts need."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Learner:
         groups: int = 4,
         micro_batch_tokens: int = 10_000,
     ) -> None:
-        """`before`: the learner whose checkpoint it goes on from."""
+        """`before`: the learner whose checkpoint this learner resumes from."""
         self.scores = ScoreStore()
         self.ingest = an_ingest(
             log, samples=samples, groups=groups, max_staleness=0, keep_flushed=True, confirm=confirm,
@@ -200,10 +200,10 @@ class Learner:
         self.interruption.start()
 
     def read(self, newest: int = 0) -> None:
-        """Take in what stands on the log."""
+        """Read all records of the log."""
         self.reader.read_all(Version(newest), timeout_s=0)
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Close the consumers of the log."""
         self.interruption.close()
         self.ingest.close()

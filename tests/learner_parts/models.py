@@ -1,4 +1,4 @@
-"""Models to test with, built once for all test processes; and their weights as the store would hand them out."""
+"""Models for tests, built once for all test processes, and their weights in the form of the store."""
 
 import fcntl
 from collections.abc import Sequence
@@ -29,28 +29,28 @@ CPU = torch.device("cpu")
 
 
 def build(*, tied: bool) -> Path:
-    """Folder of the starting model, not to be changed: built once for this checkout, again if its sources change.
+    """Folder of the starting model, built once per checkout and again if its sources change. Must not be changed.
 
-    The first process to ask builds it, the others wait.
+    The first caller builds it; other processes wait.
     """
     from tools.starting_model.__main__ import write
 
     made_of = setup.made_of()
     stamp = setup.STAMPS / "starting_model"
     if tied and stamp.is_file() and stamp.read_text() == made_of and (setup.MODEL / "config.json").exists():
-        return setup.MODEL  # `make setup` has built the very same
+        return setup.MODEL  # `make setup` has built the same model
     kept = setup.STAMPS / "models"
     kept.mkdir(exist_ok=True)
     folder = kept / f"{made_of[:16]}-{'tied' if tied else 'untied'}"
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            write(folder, tied=tied)  # whole or not at all
+            write(folder, tied=tied)  # atomic
     return folder
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The model as plain transformers loads it, in bf16."""
+    """Load the model with plain transformers, in bf16."""
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
     )
@@ -58,7 +58,7 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def perturb(model: torch.nn.Module, *, by: float, seed: int) -> None:
-    """Another version: every weight moved by noise of this deviation."""
+    """Add noise with this standard deviation to every weight, which makes another version."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +67,7 @@ def perturb(model: torch.nn.Module, *, by: float, seed: int) -> None:
 
 
 def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
-    """The model's weights as a worker has them before an update."""
+    """The model's weights as a worker stores them before an update."""
     entries, path = [], folder / f"{version}.raw"
     with path.open("wb") as file:
         for tensor in raw_tensors(named_weights(model)):
@@ -90,12 +90,12 @@ def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
 
 
 def canaries(model: torch.nn.Module) -> tuple[Canary, ...]:
-    """The learner's canaries for these weights, without any batch yet."""
+    """The learner's canaries for these weights, before the first batch."""
     return Canaries(model, CPU, trajectories=1).made()
 
 
 class Resident:
-    """Proximal = the model as it stands when asked: exact at staleness 0."""
+    """Source whose proximal is the model at the time of the call: exact at staleness 0."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.asked = model, 0
@@ -129,7 +129,7 @@ def train(
 
 @torch.no_grad()
 def logprobs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0) -> list[float]:
-    """log pi of each token after the first, by plain transformers, one row at a time."""
+    """Log-prob of each token after the first, by plain transformers, one row at a time."""
     logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float() / temperature
     chosen = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[1:, None])
     return [float(value) for value in chosen[:, 0]]

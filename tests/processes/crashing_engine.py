@@ -1,4 +1,4 @@
-"""Processes that die as an engine's do, and leave evidence as an engine's do; without vLLM."""
+"""Processes that die like an engine's process and leave the same evidence, without vLLM."""
 
 import faulthandler
 import logging
@@ -30,7 +30,7 @@ def run_busy_loop(die: Callable[[], None]) -> None:
 
 
 def run_engine_core(die: Callable[[], None]) -> None:
-    """As vLLM's: what is raised is logged and ends the process."""
+    """Like vLLM's function: log an exception and end the process."""
     enable_crash_log(AMX="used")
     try:
         run_busy_loop(die)
@@ -48,7 +48,7 @@ def segmentation_fault() -> None:
 
 
 def signal_taken() -> None:
-    """A library has a handler of its own for SIGSEGV."""
+    """Die of SIGSEGV after a library has replaced the handler."""
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     reinstall_fault_handlers()
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -75,7 +75,7 @@ def sleeps() -> None:
 
 
 def begin(watch: EngineMonitor, die: Callable[[], None]) -> multiprocessing.process.BaseProcess:
-    """A process that is to die like this."""
+    """Start a process that dies by calling `die`."""
     process = multiprocessing.get_context("spawn").Process(target=run_engine_core, args=(die,), name="EngineCore")
     with watch.export_log_path():
         process.start()
@@ -83,7 +83,7 @@ def begin(watch: EngineMonitor, die: Callable[[], None]) -> multiprocessing.proc
 
 
 def not_started(process: multiprocessing.process.BaseProcess) -> RuntimeError:
-    """What vLLM raises when this process has ended before it was ready."""
+    """The error of vLLM when this process ends before it is ready."""
     process.join()
     return RuntimeError(
         "Engine core initialization failed. See root cause above. "

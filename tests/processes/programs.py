@@ -1,4 +1,4 @@
-"""What `python -m MODULE ...` answers, in this process: a second saved for each call, and the same main block runs."""
+"""Run `python -m MODULE ...` in this process: the same main block, and a second faster per call."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Answer:
-    """How the program ended and what it wrote."""
+    """Exit code and output of a program."""
 
     code: int
     out: str
@@ -21,7 +21,7 @@ class Answer:
 
 
 def answered(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Answer:
-    """For programs that end by themselves before they configure logs or signals: --check, --help, bad input."""
+    """Run a program that ends before it configures logs or signals: --check, --help, bad input."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -32,7 +32,7 @@ def answered(module: str, *arguments: object, environment: Mapping[str, str] | N
         patch.setattr(sys, "argv", [module, *map(str, arguments)])
         for name, value in (environment or {}).items():
             patch.setenv(name, value)
-        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: another test has imported the module already
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy warns if another test has imported the module
         try:
             runpy.run_module(module, run_name="__main__")
         except SystemExit as end:

@@ -23,7 +23,7 @@ class _Program(ctypes.Structure):
 
 
 def refuse() -> None:
-    """From now on this process and its children are refused the permission."""
+    """Install the filter for this process and its children."""
     steps = [
         (_LOAD, 0, 0, _NUMBER_AT),
         (_JUMP_IF_EQUAL, 0, 3, ARCH_PRCTL),

@@ -1,4 +1,4 @@
-"""One version's training on fixed rows, for torchrun to launch with any number of ranks; saves what came of it.
+"""Train one version on fixed rows under torchrun, with any number of ranks, and save the results.
 
 torchrun --standalone --nproc-per-node=2 -m tests.processes.train_on_ranks MODEL FOLDER
 """
@@ -26,11 +26,11 @@ from tests.records.builders import a_learner, a_row
 NOW = Version(3)
 LEARNER = a_learner(loss=LossConfig(entropy=0.01), micro_batch_tokens=40)
 OPTIMIZER = OptimizerConfig(lr=1e-2, epsilon=1e-3, weight_decay=0.1, max_grad_norm=0.05)
-"""With an epsilon above the gradients' rounding, so that the step is a smooth function of them."""
+"""epsilon is above the rounding of the gradients, so the step is a smooth function of them."""
 
 
 def some_rows(name: str, lengths: list[int]) -> list[Row]:
-    """Rows of these lengths; their second and third token, and the fifth, are not trained on."""
+    """Rows of these lengths; tokens 0, 1 and 4 are not trainable."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     rows = []
     for i, length in enumerate(lengths):
@@ -50,11 +50,11 @@ CASES = {
     "a rank without rows in one minibatch": [some_rows("c", [9, 30, 12]), some_rows("d", [21])],
     "a rank without any rows": [some_rows("e", [14]), some_rows("f", [33])],
 }
-"""Minibatches of a version."""
+"""Case -> minibatches of one version."""
 
 
 def main(model: Path, folder: Path) -> None:
-    """Train each case from the same start; leave one file for each case and rank."""
+    """Train each case from the same start, and save one file per case and rank."""
     torch.set_num_threads(1)
     ranks = ProcessGroup()
     for case, minibatches in CASES.items():
@@ -63,14 +63,14 @@ def main(model: Path, folder: Path) -> None:
 
 
 def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:
-    """What this rank has afterwards. In float32 arithmetic, so that only the split can make a difference."""
+    """Results of this rank. Training is in float32, so only the split over ranks can make a difference."""
     model = load(folder).float()
-    perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # what rank 0 has must win
+    perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # ranks must take the weights of rank 0
     policy = TrainablePolicy(model, OPTIMIZER)
     if ranks.is_rank0:
         for gradient in policy.gradients():
             gradient.fill_(1e-3)
-        policy.step()  # rank 0 goes on from a checkpoint: it has moments and steps
+        policy.step()  # rank 0 resumes from a checkpoint, with moments and steps
     broadcast_state(policy, TrainingState(Resident(model)), ranks)
     values, passes = scored_together(model, [row for minibatch in minibatches for row in minibatch], ranks)
     gradients: list[torch.Tensor] = []
@@ -99,13 +99,13 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
 
 
 def scored_together(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> tuple[list[torch.Tensor], int]:
-    """What rank 0 is given for each micro-batch (other ranks: nothing), and how many passes this rank made for it."""
-    one, passes = model_scorer(model, ranks.device), 0
+    """Scores of each micro-batch on rank 0 (empty on other ranks), and the number of forward passes of this rank."""
+    forward, passes = model_scorer(model, ranks.device), 0
 
     def counted(batch: PaddedBatch) -> Float32Array:
         nonlocal passes
         passes += 1
-        return one(batch)
+        return forward(batch)
 
     if not ranks.is_rank0:
         assert serve_scoring(ranks, counted) == "enough"

@@ -1,15 +1,15 @@
-"""How long tests wait: for an event, and never longer than the one limit that guards against hanging."""
+"""Waiting for events in tests, with one limit for all tests that only guards against hanging."""
 
 import time
 from collections.abc import Callable
 
 LIMIT_S = 900.0
-"""Reached only if something hangs. No test passes or fails because of how long anything took."""
+"""Seconds. Reached only if something hangs; no test result depends on a duration."""
 LOOK_S = 0.02
 
 
 def until(holds: Callable[[], bool], name: str = "what the test waits for", *, tell: Callable[[], str] = str) -> None:
-    """Look until it holds. Fails with `name` and what `tell` returns once LIMIT_S is over."""
+    """Wait until holds() is true. After LIMIT_S, fail with `name` and the text of `tell`."""
     deadline = time.monotonic() + LIMIT_S
     while not holds():
         assert time.monotonic() < deadline, f"{name} did not come within {LIMIT_S:.0f} s {tell()}"

@@ -1,4 +1,4 @@
-"""What a failed test prints besides its error: how to repeat it alone, its seed, the ends of the logs it wrote."""
+"""Sections of a failed test's report: the command that repeats it, its seed, and the ends of its logs."""
 
 import shlex
 import time
@@ -9,14 +9,14 @@ import pytest
 LAST_LINES = 40
 MOST_LOGS = 12
 folders: list[Path] = []
-"""Where to look for logs: the temporary folder of this process, and that of the session's shared servers."""
+"""Folders with logs: the temporary folder of this process, and those of the session's shared servers."""
 _begun: dict[Path, float] = {}
-"""A file of tests -> when its first test began: fixtures of the file, and so their logs, are no older."""
+"""Test file -> start of its first test. Logs of the file's fixtures are not older."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Note when the file's first test began."""
+    """Record the start of the file's first test."""
     _begun.setdefault(item.path, time.time())
 
 
@@ -31,23 +31,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def repeat(item: pytest.Item) -> str:
-    """The command that runs this test and no other; and its seed, where it is known."""
+    """Command that runs only this test, and its seed if known."""
     name = item.nodeid
     if name.rfind("@") > name.rfind("]"):  # xdist appends the group
         name = name.rpartition("@")[0]
     callspec = getattr(item, "callspec", None)
     seeds = {**(callspec.params if callspec else {}), **dict(item.user_properties)}
-    said = [f"seed: {seeds['seed']}"] if "seed" in seeds else []
-    return "\n".join([f'make test ARGS="{shlex.quote(name)}"', *said])
+    seed = [f"seed: {seeds['seed']}"] if "seed" in seeds else []
+    return "\n".join([f'make test ARGS="{shlex.quote(name)}"', *seed])
 
 
 def logs(since: float) -> list[tuple[Path, str]]:
-    """The last lines of every log written since then, the newest last."""
+    """Path and last lines of the newest logs written since `since`, the newest last."""
     found = []
     for path in {path for folder in folders for path in folder.rglob("*.log") if not path.stem.isdigit()}:
-        try:  # digits: segments of Kafka's own log
+        try:  # names of digits are segments of Kafka's log
             written, text = path.stat().st_mtime, path.read_text(errors="replace")
-        except OSError:  # gone meanwhile
+        except OSError:  # deleted meanwhile
             continue
         if written >= since and text.strip():
             found.append((written, path, "\n".join(text.strip().splitlines()[-LAST_LINES:])))

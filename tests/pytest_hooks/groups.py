@@ -1,7 +1,7 @@
-"""Which tests run one after another in the same worker of pytest-xdist, and in which order they begin.
+"""Groups of tests that one worker of pytest-xdist runs in sequence, and the order of the groups.
 
-A group is one unit of work: a worker takes the next one when it is nearly done with its own. Long groups begin first,
-so that the many short ones fill what is left of the time. See docs/testing.md.
+A group is one unit of work: a worker takes the next group when it has nearly finished its own. Long groups start first,
+so that the many short ones fill the remaining time. See docs/testing.md.
 """
 
 import pytest
@@ -20,26 +20,26 @@ LONGEST_FIRST = (
     "tests/integration/test_kafka_outage.py",
     "tests/integration/",
 )
-"""Beginnings of paths. Tests that are marked and match none come next, then all others in the order of the files."""
+"""Prefixes of paths. Other marked tests come next, then all remaining tests in the order of the files."""
 ALONE = (
     "tests/integration/test_cut_schedules.py",
     "tests/integration/test_learner_schedules.py",
     "tests/architecture/test_readme.py",
 )
-"""Files whose tests are long, share nothing, and are dealt out one by one."""
+"""Files with long, independent tests, which are distributed one by one."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put every test into its group, and the groups into their order."""
+    """Assign every test to its group, and sort the groups."""
     for item in items:
         if (group := group_of(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_rank)  # stable: within a group nothing changes
+    items.sort(key=_rank)  # stable: keeps the order within a group
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fail where xdist runs the tests and has not taken the groups up: tests that share a server would meet."""
+    """Fail if pytest-xdist ignores the groups: tests that share a server would run concurrently."""
     if not getattr(session.config.option, "loadgroup", False):
         return
     for item in session.items:
@@ -49,7 +49,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def group_of(item: pytest.Item) -> str | None:
-    """The name of the test's group; None: it is a unit by itself."""
+    """Name of the test's group, or None if the test is distributed alone."""
     path = _path(item)
     if item.get_closest_marker("vllm"):
         return ENGINE

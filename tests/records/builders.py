@@ -1,4 +1,4 @@
-"""Small, valid examples of the project's values."""
+"""Builders of small, valid records and configurations."""
 
 import numpy as np
 
@@ -11,12 +11,12 @@ from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row
 
 UNCORRECTED = DiscrepancyConfig(band="off", weight="off")
-"""Neither mask nor weight."""
+"""No mask and no weight."""
 SAMPLING = Sampling(temperature=1.0, max_turn_tokens=8, max_trajectory_tokens=64, max_turns=4)
 
 
 def a_segment(start: int, stop: int, version: int, logprob: float = -0.5) -> Segment:
-    """Tokens [start, stop) of this version, all with one log-prob."""
+    """Segment [start, stop) of this version, with the same log-prob for every token."""
     return Segment(start, stop, Version(version), pack_float32([logprob] * (stop - start)))
 
 
@@ -29,7 +29,7 @@ def a_finished(
     reward: float = 0.5,
     run: str = "test",
 ) -> TrajectoryFinished:
-    """A trajectory of `tokens` tokens; without segments, tokens 2 to 6 are of version 0."""
+    """A trajectory of `tokens` tokens; without segments, tokens [2, 6) have version 0."""
     return TrajectoryFinished(
         run=run,
         trajectory=trajectory_id(group_id(index), sample),
@@ -59,7 +59,7 @@ def a_row(
     reward: float = 0.0,
     temperature: float = 1.0,
 ) -> Row:
-    """A row; versions[t] < 0 makes token t untrainable."""
+    """A row. A negative versions[t] makes token t untrainable."""
     return Row(
         trajectory=name,
         tokens=np.array(tokens, dtype=np.int32),
@@ -73,5 +73,5 @@ def a_row(
 
 
 def a_learner(*, micro_batch_tokens: int = 10_000, **sections: object) -> LearnerConfig:
-    """The learner's configuration with these sections."""
+    """A learner configuration with these sections."""
     return LearnerConfig.model_validate({"versions": 1, "micro_batch_tokens": micro_batch_tokens, **sections})

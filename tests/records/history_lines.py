@@ -1,4 +1,4 @@
-"""Small history lines and statuses to count by hand."""
+"""Small history lines and statuses, with values that are easy to sum by hand."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def a_line(
     tokens: dict[int, dict[str, float]] | None = None,
     **more: Any,
 ) -> Line:
-    """The line of the version trained at `version`; `tokens`: staleness -> what differs from `some`."""
+    """The history line of `version`. `tokens`: staleness -> values that differ from `some`."""
     by_staleness = {str(s): some(**values) for s, values in (tokens or {0: {}}).items()}
     count = sum(values["tokens"] for values in by_staleness.values())
     return {
@@ -42,7 +42,7 @@ def a_line(
 
 
 def some(tokens: float = 10.0, **more: float) -> dict[str, float]:
-    """Statistics of tokens of one staleness."""
+    """Statistics of the tokens of one staleness."""
     return {
         "tokens": tokens,
         "log_discrepancy_abs": 0.001,
@@ -58,13 +58,13 @@ def some(tokens: float = 10.0, **more: float) -> dict[str, float]:
 def worker(
     at: float = 100.0, *, earlier: ServiceObservation | None = None, trouble: str | None = None, **more: Any
 ) -> ServiceObservation:
-    """A worker that samples."""
+    """Observation of a sampling worker."""
     status = {"version": 4, "live": 12, "sampled_tokens": 1000, "seconds": 60.0, "idle_s": 0.0, "waiting_for": None}
     return ServiceObservation(StatusReply(at, status | more), earlier.last if earlier else None, trouble)
 
 
 def learner(at: float = 100.0, *, trouble: str | None = None, **more: Any) -> ServiceObservation:
-    """A learner that trains."""
+    """Observation of a training learner."""
     status = {
         "version": 5,
         "versions": 10,
@@ -77,7 +77,7 @@ def learner(at: float = 100.0, *, trouble: str | None = None, **more: Any) -> Se
 
 
 def servers(at: float = 100.0) -> dict[str, ServiceObservation]:
-    """Store and gateway, well."""
+    """Observations of a healthy store and gateway."""
     return {
         "snapshot_store": ServiceObservation(StatusReply(at, {"versions": 6, "bytes": 2**20, "waiting_for": None})),
         "env_gateway": ServiceObservation(StatusReply(at, {"waiting_for": None})),

@@ -1,4 +1,4 @@
-"""Runs as they lie on the disk, for those who read them from outside: no service wrote them."""
+"""Folders of runs on disk, written by the test instead of services."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +20,14 @@ learner.versions = 1
 
 
 def a_run(home: Path, model: Path) -> Path:
-    """A run's folder, nothing published yet."""
+    """A run's folder without published versions."""
     home.mkdir()
     (home / "run.toml").write_text(RUN.format(id=home.name, folder=home.parent, model=model))
     return home
 
 
 def put(home: Path, version: int, tensors: Iterable[RawTensor], *, run: str = "") -> Manifest:
-    """Have the run's store hold a version."""
+    """Write a version into the run's store."""
     entries, body = [], b""
     for tensor in tensors:
         frame = encode_base(tensor.raw, itemsize=ITEMSIZE[tensor.dtype], level=3)

@@ -1,4 +1,4 @@
-"""What learners that replaced each other must leave behind: judged from the run's folder."""
+"""Checks of a run's folder after learners have replaced each other."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ from palimpsest.services.learner.checkpointing.manifest import complete
 from tests.runs.run_process import check_ledger, history
 
 Things = set[tuple[str, int, int]]
-"""In the store: `version` or `checkpoint`, its version, its writer."""
+"""Objects in the store: kind (`version` or `checkpoint`), version, writer."""
 
 
 def stored(home: Path, writer: int | None = None) -> Things:
-    """Versions and committed checkpoints; those of one writer, or all."""
+    """Versions and committed checkpoints of one writer, or of all."""
     manifests = [json.loads(path.read_bytes())["manifest"] for path in home.glob("snapshots/versions/*.json")]
     commits = [path.stem.split("-") for path in home.glob("snapshots/checkpoints/*.json")]
     things = {("version", manifest["version"], manifest["writer"]) for manifest in manifests} | {
@@ -28,7 +28,7 @@ def stored(home: Path, writer: int | None = None) -> Things:
 
 
 def check_whole(home: Path, before: Mapping[int, Things], *, samples: int = 4, max_staleness: int = 3) -> None:
-    """What the learners leave is what one would have; `before`: what each had stored when it was replaced."""
+    """Assert that the folder is that of a single learner. `before`: writer -> its objects when it was replaced."""
     for writer, things in before.items():
         assert stored(home, writer) == things, f"writer {writer} stored something after it was replaced"
     check_ledger(home, samples=samples, max_staleness=max_staleness)
@@ -41,14 +41,16 @@ def check_whole(home: Path, before: Mapping[int, Things], *, samples: int = 4, m
     writers = [writer for _, _, writer in sorted(stored(home), key=lambda thing: thing[1:])]
     assert writers == sorted(writers), "a replaced learner stored a later version than its successor's first"
     bus = SqliteBus(home / "bus.sqlite")
-    said = [decode(CONTROL, record.body) for record in everything(bus, CONTROL)]
-    told = [message for message in said if isinstance(message, VersionPublished | RunFinished)]
-    announced = [message.version for message in told if isinstance(message, VersionPublished)]
+    control = [decode(CONTROL, record.body) for record in everything(bus, CONTROL)]
+    messages = [message for message in control if isinstance(message, VersionPublished | RunFinished)]
+    announced = [message.version for message in messages if isinstance(message, VersionPublished)]
     assert announced == sorted(announced), "an older version was announced after a newer one"
-    # a learner that dies after it said so is started again, and its successor says the same once more
-    ending = [message.version for message in told[next(i for i, m in enumerate(told) if isinstance(m, RunFinished)) :]]
-    assert set(ending) == {announced[-1]}, "the run went on after it was said to be over"
-    assert isinstance(told[-1], RunFinished)
+    # a learner that dies after RunFinished is restarted, and its successor publishes RunFinished again
+    ending = [
+        message.version for message in messages[next(i for i, m in enumerate(messages) if isinstance(m, RunFinished)) :]
+    ]
+    assert set(ending) == {announced[-1]}, "the run continued after RunFinished"
+    assert isinstance(messages[-1], RunFinished)
     assert list(everything(bus, DEAD_LETTERS)) == []
     bus.close()
 

@@ -1,4 +1,4 @@
-"""Real runs as processes: started, watched, killed, and judged by what they left on disk."""
+"""Real runs as processes: start, watch and kill them, and check the files that they leave."""
 
 import json
 import os
@@ -69,7 +69,7 @@ lr = 1e-4
 def scripted(
     folder: Path, model: Path, *, versions: int, tokens_per_s: float = 500.0, time_limit_s: int = 3600
 ) -> Path:
-    """A run file for a run without a real engine; everything else is real."""
+    """Write a run file for a run with the scripted engine; all other parts are real."""
     path = folder / "scripted.toml"
     path.write_text(
         SCRIPTED.format(
@@ -80,7 +80,7 @@ def scripted(
 
 
 class RunProcess:
-    """`palimpsest run ...` in a process group of its own."""
+    """`palimpsest run ...` in a separate process group."""
 
     def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
         self.started = time.monotonic()
@@ -95,17 +95,19 @@ class RunProcess:
         )
 
     def finish(self, *, within_s: float = LIMIT_S) -> tuple[int, str]:
-        """Exit code and output; the whole group is killed if it takes longer."""
+        """Wait for the end. Returns exit code and output. After within_s, kill the process group and fail."""
         try:
             output, _ = self.process.communicate(timeout=within_s)
         except subprocess.TimeoutExpired:
             self.kill_everything()
             output, _ = self.process.communicate()
-            raise AssertionError(f"the run did not end within {within_s:.0f} s; it said:\n{output[-4000:]}") from None
+            raise AssertionError(
+                f"the run did not end within {within_s:.0f} s; its output:\n{output[-4000:]}"
+            ) from None
         return self.process.returncode, output
 
     def services(self) -> dict[str, list[psutil.Process]]:
-        """Service name -> its living processes."""
+        """Service name -> its running processes."""
         found: dict[str, list[psutil.Process]] = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -119,14 +121,14 @@ class RunProcess:
         return found
 
     def kill(self, service: str) -> bool:
-        """SIGKILL a service's process; False if it has none at the moment."""
+        """SIGKILL a service's processes. Returns False if there are none."""
         processes = self.services().get(service, [])
         for process in processes:
             process.kill()
         return bool(processes)
 
     def kill_everything(self) -> None:
-        """SIGKILL the supervisor and all its descendants, at once."""
+        """SIGKILL the supervisor and all its descendants."""
         try:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -137,11 +139,11 @@ class RunProcess:
 
 
 def wait_for(what: Callable[[], bool], run: RunProcess, *, name: str, within_s: float = LIMIT_S) -> None:
-    """Look until it holds; the run must not end before."""
+    """Wait until what() is true. Fails if the run ends before."""
     deadline = time.monotonic() + within_s
     while not what():
         if run.process.poll() is not None:
-            if what():  # it came with the run's last breath
+            if what():  # true at the end of the run
                 return
             output, _ = run.process.communicate()
             raise AssertionError(f"the run ended with {run.process.returncode} before {name}:\n{output[-4000:]}")
@@ -150,7 +152,7 @@ def wait_for(what: Callable[[], bool], run: RunProcess, *, name: str, within_s: 
 
 
 def history(home: Path, length: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of history.jsonl, or of its first `length` bytes."""
+    """Complete lines of history.jsonl, or of its first `length` bytes."""
     path = home / "history.jsonl"
     if not path.exists():
         return []
@@ -159,38 +161,38 @@ def history(home: Path, length: int | None = None) -> list[dict[str, Any]]:
 
 
 def newest_manifest(home: Path) -> dict[str, Any]:
-    """Of the newest complete checkpoint."""
+    """Manifest of the newest complete checkpoint."""
     newest = max(home.glob("checkpoints/*/manifest.json"))
     return json.loads(newest.read_text())
 
 
 def check_ledger(home: Path, *, samples: int = 4, max_staleness: int = 3) -> dict[str, Any]:
-    """The audit finds nothing wrong with the run; its sums.
+    """Assert that the audit finds no fault. Returns its sums.
 
-    Stricter than the audit in one thing: a group that is offered again, though with the same task, is not let pass.
+    Stricter than the audit in one point: a group must not be offered twice, even with the same task.
     """
     audited = run_command([str(home), "--json"], {})
-    told: dict[str, Any] = json.loads(audited.text)
-    assert told["findings"] == []
-    assert (audited.code, told["sound"]) == (0, True)
-    assert (told["samples_per_group"], told["max_staleness"]) == (samples, max_staleness)
-    assert told["repeated_offers"] == 0
-    assert told["checkpoint"], "nothing was counted yet"
-    sums: dict[str, Any] = told["trajectories"]
+    report: dict[str, Any] = json.loads(audited.text)
+    assert report["findings"] == []
+    assert (audited.code, report["sound"]) == (0, True)
+    assert (report["samples_per_group"], report["max_staleness"]) == (samples, max_staleness)
+    assert report["repeated_offers"] == 0
+    assert report["checkpoint"], "the run has no checkpoint"
+    sums: dict[str, Any] = report["trajectories"]
     resolved = sums["trained"] + sum(sums["dropped"].values()) + sums["dead_lettered"]
     assert sums["offered"] == resolved + sums["pending"]
     return sums
 
 
 NEVER_TRAINED = frozenset({"over_staleness", "group_too_small"})
-"""Reasons that the learner drops for where nothing fails: a trajectory overtaken, and what is left of its group."""
+"""Drop reasons without a failure: a trajectory went stale, and the rest of its group is too small."""
 
 
 def check_whole_groups(ledger: Mapping[str, Any], *, groups: int, samples: int) -> None:
-    """So many groups were trained on, whole but for what went stale: the rest of a group trains without it.
+    """Assert that `groups` groups were trained on, complete except for stale trajectories.
 
-    How many went stale depends on the machine, so only this is asserted: a group is trained on with two trajectories at
-    the least, none is missing from one without a drop, and every drop is of a kind that needs no failure.
+    The number of stale trajectories depends on the machine. So this asserts only that each group has at least two
+    trained trajectories, that every missing trajectory has a drop, and that no drop reason implies a failure.
     """
     dropped: dict[str, int] = ledger["dropped"]
     assert set(dropped) <= NEVER_TRAINED
@@ -199,7 +201,7 @@ def check_whole_groups(ledger: Mapping[str, Any], *, groups: int, samples: int) 
 
 
 def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
-    """Kill services at random moments, each time after some further version was trained; the schedule."""
+    """Kill services at random times, each after a further version. Returns the schedule."""
     rng = random.Random(seed)
     services = ["learner", "rollout", "env_gateway", "snapshot_store"]
     order = [services[i % len(services)] for i in range(kills)]
@@ -208,7 +210,7 @@ def chaos(run: RunProcess, home: Path, *, seed: int, kills: int) -> list[str]:
     for service in order:
         trained = len(history(home))
         wait_for(lambda n=trained: len(history(home)) > n, run, name=f"version after {done[-1:]}")
-        time.sleep(rng.random())  # anywhere inside a version, that is the point
+        time.sleep(rng.random())  # a random time within a version
         wait_for(lambda s=service: run.kill(s), run, name=f"a {service} to kill")
         done.append(f"{service} at {trained + 1}")
     return done

@@ -1,8 +1,8 @@
-"""A worker that follows a script, in a thread: what it publishes depends on the learner's progress and on nothing else.
+"""A worker with scripted trajectories, in a thread: its records depend only on the learner's progress.
 
-Group g is trained on at version g // groups, because it arrives when that version is published. The first half of each
-of its trajectories is as old as the bound allows, the second half is of the version before. So no trajectory is ever
-too old, and staleness and ledger are known beforehand.
+Group g is trained at version g // groups, because it arrives when that version is published. The first half of each of
+its trajectories has the largest allowed staleness, the second half staleness 1. So no trajectory is dropped as stale,
+and staleness and ledger are known in advance.
 """
 
 import threading
@@ -32,14 +32,14 @@ from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 
 PROMPT, HALF = 12, 6
-"""Tokens of a prompt, and of each half of what is sampled."""
+"""Tokens of a prompt, and of each half of the sampled tokens."""
 VOCABULARY = range(3, 250)
 POLL_S = 0.05
 
 
 @dataclass
 class ScriptedWorker:
-    """`with` starts and ends it."""
+    """Worker thread; the context manager starts and ends it."""
 
     config: RunConfig
     published: list[TrajectoryFinished] = field(default_factory=list)
@@ -73,7 +73,7 @@ class ScriptedWorker:
                 open_groups = [group for group in open_groups if not self._answered(bus, group, newest)]
 
     def _answered(self, bus: Bus, group: GroupOffered, newest: int) -> bool:
-        """Publish the group's trajectories if it is their time."""
+        """Publish the group's trajectories if their version is published. Returns whether it did."""
         number = int(group.group[1:])
         now = number // self.config.learner.groups_per_batch
         if newest < now:
@@ -90,7 +90,7 @@ class ScriptedWorker:
     ) -> TrajectoryFinished:
         rng = np.random.default_rng((number, sample))
         tokens = rng.integers(VOCABULARY.start, VOCABULARY.stop, PROMPT + 2 * HALF)
-        # not those of any weights: surrogates take them as they come
+        # random log-probs: surrogates need no real ones
         halves = rng.uniform(-6.0, -4.0, (2, HALF)).astype(np.float32)
         cut = PROMPT + HALF
         segments = (

@@ -23,7 +23,7 @@ def tensors(draw: st.DrawFn) -> tuple[bytes, int]:
 
 @settings(deadline=None)
 @given(tensors(), st.sampled_from([1, 3, 19]))
-def test_every_tensor_comes_back_bit_for_bit(tensor: tuple[bytes, int], level: int) -> None:
+def test_every_tensor_is_read_bit_for_bit(tensor: tuple[bytes, int], level: int) -> None:
     raw, itemsize = tensor
     frame = encode_base(np.frombuffer(raw, dtype=np.uint8), itemsize=itemsize, level=level)
     assert decode_base(frame, itemsize=itemsize, size=len(raw)).tobytes() == raw
