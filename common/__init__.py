@@ -1,1 +1,1 @@
-"""What every service speaks: versions, trajectories, messages, the log, configuration. Imports no service."""
+"""Code shared by all services: versions, trajectories, messages, the log, configuration. Imports no service."""

@@ -1,4 +1,4 @@
-"""Number arrays as bytes on the wire: little-endian, no header, length known from the bytes."""
+"""Number arrays as bytes on the wire: little-endian, without a header. The byte count gives the length."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,24 +11,24 @@ _FLOAT32 = np.dtype("<f4")
 
 
 def pack_int32(values: "Int32Array | list[int]") -> bytes:
-    """Bytes of the values, 4 each. Raises OverflowError for a value that does not fit."""
-    given = np.asarray(values)
-    packed = given.astype(_INT32)
-    if not np.array_equal(packed, given):  # numpy wraps wider arrays silently
+    """Return the values as 4-byte integers. Raises OverflowError for a value that does not fit."""
+    array = np.asarray(values)
+    packed = array.astype(_INT32)
+    if not np.array_equal(packed, array):  # numpy silently wraps values that do not fit
         raise OverflowError("a value is not a 4-byte integer")
     return packed.tobytes()
 
 
 def unpack_int32(packed: bytes) -> Int32Array:
-    """Read-only view of the values; raises ValueError when the length is not a multiple of 4."""
+    """Return a read-only view of the values. Raises ValueError if the length is not a multiple of 4."""
     return np.frombuffer(packed, dtype=_INT32)
 
 
 def pack_float32(values: "Float32Array | list[float]") -> bytes:
-    """Bytes of the values, 4 each."""
+    """Return the values as 4-byte floats."""
     return np.asarray(values, dtype=_FLOAT32).tobytes()
 
 
 def unpack_float32(packed: bytes) -> Float32Array:
-    """Read-only view of the values; raises ValueError when the length is not a multiple of 4."""
+    """Return a read-only view of the values. Raises ValueError if the length is not a multiple of 4."""
     return np.frombuffer(packed, dtype=_FLOAT32)

@@ -1,6 +1,6 @@
-"""The records of cuts and of old log-probs: how the interruption and the replica are told of on the log.
+"""Messages of cuts and of old log-probs, which the interruption and replica routes exchange.
 
-They are part of common/messages.py, which says what a record is, and are imported from there.
+common/messages.py describes the message format and re-exports these messages. Import them from there.
 """
 
 from msgspec import Struct
@@ -10,8 +10,11 @@ from palimpsest.common.versions import Version
 
 
 class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segment_flushed/1"):
-    """A live trajectory at a cut, so that its tokens are scored before the weights change. Topic `trajectories`, key =
-    group. Its end follows later, whole: this record changes nothing in the ledger."""
+    """A live trajectory at a cut, flushed so that its tokens are scored before the weights change.
+
+    Topic `trajectories`, key = group. The complete trajectory follows later as another message; this one does not
+    change the ledger.
+    """
 
     run: str
     trajectory: str
@@ -19,73 +22,81 @@ class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segme
     attempt: int
     worker: str
     cut: int
-    """The cut it was flushed for."""
+    """Number of the cut."""
     tokens: bytes
-    """int32: everything up to the cut, the prefix that the tokens are scored behind."""
+    """int32: all tokens up to the cut, prompt included."""
     segments: tuple[Segment, ...]
-    """All so far; those of the cut's version are to be scored."""
+    """All segments up to the cut. The learner scores those of the version of the cut."""
     temperature: float
 
 
 class CutRequested(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_requested/1"):
-    """Stop sampling with this version and flush what it sampled: its weights are about to change. Topic `control`."""
+    """Request to stop sampling with this version and to flush its tokens, because the weights are about to change.
+
+    Topic `control`.
+    """
 
     run: str
     cut: int
-    """Counts up over the whole run, restarts included."""
+    """Number of the cut. It increases over the run, restarts included."""
     version: Version
     deadline_s: float
-    """From the request on; a worker that has not answered by then is left out."""
+    """Seconds after the request. The cut excludes workers that answer later."""
 
 
 class CutReleased(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_released/1"):
-    """Sample on, with the weights you have: no version comes of this cut. Topic `control`."""
+    """Request to resume sampling with the same weights: this cut publishes no version. Topic `control`."""
 
     run: str
     cut: int
 
 
 class CutReached(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_reached/1"):
-    """A worker stands still, and everything it sampled so far is on the log. Topic `workers`, key = worker."""
+    """A worker stopped sampling, and all tokens that it sampled are on the log. Topic `workers`, key = worker."""
 
     run: str
     worker: str
     cut: int
     version: int
-    """On its engine; when it is not the cut's, there is nothing of the cut's version to flush. -1 before the first."""
+    """Version on the engine of the worker, -1 before the first. If it is not the version of the cut, the worker has
+    nothing to flush."""
     positions: dict[int, int]
-    """Topic `trajectories`: partition -> offset after its last record there."""
+    """Partition of topic `trajectories` -> offset after the last record of the worker."""
     flushed: int
-    """Live trajectories flushed for this cut."""
+    """Number of live trajectories flushed for this cut."""
     pause_s: float
-    """From the request's arrival until the engine stood still."""
+    """Seconds from the arrival of the request until the engine stopped."""
 
 
 class OldLogprobsRequested(Struct, frozen=True, forbid_unknown_fields=True, tag="old_logprobs_requested/1"):
-    """Scores are awaited in vain: whichever replica reads this scores them. Topic `old_logprobs`, key = trajectory."""
+    """Request to score segments whose scores did not arrive. The replica that reads it scores them.
+
+    Topic `old_logprobs`, key = trajectory.
+    """
 
     run: str
     trajectory: str
     tokens: bytes
-    """int32"""
+    """int32: all tokens of the trajectory."""
     segments: tuple[Segment, ...]
-    """Those to be scored."""
+    """Segments to score."""
     temperature: float
 
 
 class OldLogprobsComputed(Struct, frozen=True, forbid_unknown_fields=True, tag="old_logprobs_computed/1"):
-    """Old log-probs of one segment. Topic `old_logprobs`, key = trajectory. Said twice, it means the same."""
+    """Old log-probs of one segment. Topic `old_logprobs`, key = trajectory. A duplicate has no effect."""
 
     run: str
     trajectory: str
     by: str
-    """`learner`, or the replica's name."""
+    """`learner`, or the name of the replica."""
     version: Version
     digest: str
-    """Of the version's weights."""
+    """Digest of the weights of the version."""
     start: int
     stop: int
     prefix: str
-    """blake3 of the int32 bytes of tokens [0, stop): a trajectory sampled twice has other tokens under the same id."""
+    """blake3 of the int32 bytes of tokens [0, stop). A second attempt at a trajectory has the same id and different
+    tokens."""
     values: bytes
-    """float32, one for each token [start, stop), nats: log pi_version of the sampled token."""
+    """float32, one value per token of [start, stop), in nats: log pi_version of the sampled token."""

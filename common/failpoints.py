@@ -1,12 +1,13 @@
-"""Places where a test makes a running service fail, by the environment variable PALIMPSEST_FAULT.
+"""Failpoints: places where a test makes a running service fail, selected by the environment variable PALIMPSEST_FAULT.
 
-    PALIMPSEST_FAULT=learner.after_step:3         die by SIGKILL the third time this place is reached; once for
-                                                  all processes, if PALIMPSEST_FAULT_ONCE names a file to remember it by
-    PALIMPSEST_FAULT=learner.after_step:3:STOP    the same, but stand still (SIGSTOP) until somebody sends SIGCONT
-    PALIMPSEST_FAULT=rollout.skip_head            behave wrongly there (the place asks `active`)
+    PALIMPSEST_FAULT=learner.after_step:3         SIGKILL this process when it reaches the place for the third time.
+                                                  If PALIMPSEST_FAULT_ONCE names a file, only the first process that
+                                                  gets there is killed; the file marks it.
+    PALIMPSEST_FAULT=learner.after_step:3:STOP    the same with SIGSTOP: the process stops until it gets a SIGCONT
+    PALIMPSEST_FAULT=rollout.skip_head            behave wrongly there (the code checks `active`)
     PALIMPSEST_FAULT=rollout.skip_head:/FILE      the same, while this file exists
 
-Without the variable a place costs one dictionary look-up.
+Without the variable, a failpoint costs one dictionary look-up.
 """
 
 import os
@@ -19,7 +20,7 @@ _reached: dict[str, int] = {}
 
 
 def active(place: str) -> bool:
-    """Whether the fault of this place is switched on."""
+    """Whether the environment switches on the fault of this place."""
     for fault in os.environ.get(VARIABLE, "").split(","):
         name, _, file = fault.partition(":")
         if name == place:
@@ -28,7 +29,7 @@ def active(place: str) -> bool:
 
 
 def reach(place: str) -> None:
-    """Die, or stand still, here if the environment says so."""
+    """Kill or stop this process here if the environment selects this place."""
     for fault in os.environ.get(VARIABLE, "").split(","):
         name, _, how = fault.partition(":")
         count, _, end = how.partition(":")

@@ -1,4 +1,4 @@
-"""Files and folders that the system does not let this program use, as sentences that say what to do."""
+"""Error texts for files and folders that the program cannot use. Each text says what to do."""
 
 import contextlib
 import errno
@@ -13,49 +13,48 @@ from palimpsest.common.files import FULL
 from palimpsest.common.user_error import ExitCode, UserError
 
 RIGHTS = frozenset((errno.EACCES, errno.EPERM))
-"""No right to it: whose it is belongs to the sentence."""
+"""Missing permission. The error text names the owner of the file."""
 BLOCKED = {
-    errno.EACCES: ("permission denied", "give that user the right to it (`chown`, `chmod`)"),
-    errno.EPERM: ("the system does not permit it", "give that user the right to it (`chown`, `chmod`, `lsattr`)"),
+    errno.EACCES: ("permission denied", "give that user permission (`chown`, `chmod`)"),
+    errno.EPERM: ("the system does not permit it", "give that user permission (`chown`, `chmod`, `lsattr`)"),
     errno.EROFS: ("the file system is read-only", "mount it writable"),
     errno.ENOTDIR: ("a part of that path is a file, not a folder", "move the file away"),
     errno.EEXIST: ("there is a file where a folder is needed", "move the file away"),
     errno.EISDIR: ("there is a folder where a file is needed", "move the folder away"),
-    errno.ENAMETOOLONG: ("the name is too long for this file system", "choose a shorter one"),
-    errno.ELOOP: ("its symbolic links lead in a circle", "mend them"),
+    errno.ENAMETOOLONG: ("the name is too long for this file system", "choose a shorter name"),
+    errno.ELOOP: ("its symbolic links form a loop", "correct the links"),
 }
-"""A path that cannot be used, with room or without: errno -> what that is, what to do."""
+"""Errors of a path that cannot be used, other than a full disk: errno -> (problem, remedy)."""
 
 
 @contextlib.contextmanager
 def file_errors_as_user_errors() -> Iterator[None]:
-    """A UserError in place of an error of this block that says that a file cannot be written or used."""
+    """Convert an OSError of this block into a UserError if it means that a file cannot be written or used."""
     try:
         yield
     except OSError as error:
-        if (refusal := user_error_for(error)) is None:
+        if (user_error := user_error_for(error)) is None:
             raise
-        raise refusal from None
+        raise user_error from None
 
 
 def user_error_for(error: OSError) -> UserError | None:
-    """The sentence for this error; None if it is none of a file that cannot be used."""
+    """Return the UserError for this error, or None if the error has another cause than an unusable file."""
     path = error.filename if isinstance(error.filename, str | os.PathLike) else None
     if error.errno in FULL:
-        what, mend = FULL[error.errno]
+        problem, remedy = FULL[error.errno]
         where = f" (writing {error.filename})" if error.filename else ""
-        said = f"{what}{where}: {mend} and start again; a run goes on from its last checkpoint"
-        return UserError(said, ExitCode.UNAVAILABLE)
+        message = f"{problem}{where}: {remedy} and start again; a run resumes from its last checkpoint"
+        return UserError(message, ExitCode.UNAVAILABLE)
     if error.errno not in BLOCKED or path is None:
         return None
-    what, mend = BLOCKED[error.errno]
-    whose = f" ({owner(Path(path))})" if error.errno in RIGHTS else ""
-    return UserError(f"{path} cannot be used: {what}{whose}. Choose another place, or {mend}")
+    problem, remedy = BLOCKED[error.errno]
+    ownership = f" ({owner(Path(path))})" if error.errno in RIGHTS else ""
+    return UserError(f"{path} cannot be used: {problem}{ownership}. Choose another place, or {remedy}")
 
 
 def usable_folder(folder: Path, *, key: str) -> None:
-    """Make the folder if it is missing. Raises UserError, with the key that names it, when nothing can be put into
-    it."""
+    """Create the folder if it is missing. Raises UserError, which names the key, if it cannot hold files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}.partial"
@@ -64,21 +63,22 @@ def usable_folder(folder: Path, *, key: str) -> None:
     except OSError as error:
         if error.errno in FULL:
             raise
-        what, mend = BLOCKED.get(error.errno or 0, (error.strerror or str(error), "mend that"))
-        whose = f" ({owner(folder)})" if error.errno in RIGHTS else ""
+        problem, remedy = BLOCKED.get(error.errno or 0, (error.strerror or str(error), "correct that"))
+        ownership = f" ({owner(folder)})" if error.errno in RIGHTS else ""
         raise UserError(
-            f"{key}: nothing can be written to {folder}: {what}{whose}. Choose another place with "
-            f"--{key}=FOLDER, or {mend}"
+            f"{key}: cannot write to {folder}: {problem}{ownership}. Choose another place with "
+            f"--{key}=FOLDER, or {remedy}"
         ) from None
 
 
 def owner(path: Path) -> str:
-    """Owner and mode of the nearest visible folder or file at or above the path, and the user of this process."""
+    """Describe owner and mode of the nearest existing path at or above `path`, and the user of this process."""
     user = _current_user()
     for place in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
-            seen = place.stat()
-            return f"{place} is {_user_name(seen.st_uid)}'s, {stat.filemode(seen.st_mode)}; this program runs as {user}"
+            status = place.stat()
+            mode = stat.filemode(status.st_mode)
+            return f"{place} belongs to {_user_name(status.st_uid)}, {mode}; this program runs as {user}"
     return f"this program runs as {user}"
 
 

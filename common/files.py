@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, synced, then renamed."""
+"""Atomic file writes: the file is written under another name, synced, then renamed."""
 
 import errno
 import os
@@ -10,14 +10,14 @@ from typing import BinaryIO
 FULL = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("the disk quota is used up", "free some space"),
-    errno.EFBIG: ("a file has grown to the size limit (ulimit -f)", "raise it"),
+    errno.EFBIG: ("a file reached the size limit (ulimit -f)", "raise the limit"),
 }
-"""No room for a file: errno -> what that is, what to do."""
+"""Errors of a file without room: errno -> (problem, remedy)."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write. It appears under `path` when the block ends well; after an error nothing is left."""
+    """Open a file to write. It appears under `path` when the block succeeds; an error leaves no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -33,14 +33,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, body: bytes) -> None:
-    """Write a whole file."""
+    """Write a file atomically."""
     with atomic_write(path) as file:
         file.write(body)
 
 
 @contextmanager
 def with_filename(path: Path | str) -> Iterator[None]:
-    """An OSError in this block that names no file, as those of writes do, names this one."""
+    """Add this path to an OSError of the block that names no file, for example one of `write`."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def with_filename(path: Path | str) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in this folder durable."""
+    """Make renames and deletions in this folder durable (fsync)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

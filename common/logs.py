@@ -1,4 +1,4 @@
-"""Structured logs on standard error: one event, its fields; text for people, JSON for collectors."""
+"""Structured logs on standard error: one event with fields per line, as text for people or JSON for collectors."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
-    """Set up logging for this process; every event carries the service's name."""
+    """Set up logging for this process. Every event carries the name of the service."""
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if form == "json"
@@ -30,12 +30,12 @@ def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
-    # it tells every attempt of an outage; common/bus/kafka says what matters of one
+    # kafka-python logs every attempt during an outage; common/bus/kafka logs the outage itself
     logging.getLogger("kafka").setLevel(logging.CRITICAL if LEVELS[level] > logging.DEBUG else logging.DEBUG)
 
 
 class _Lines(structlog.PrintLogger):
-    """A line that cannot be written (the disk is full, nobody reads) is left out: logging never ends a service."""
+    """Logger that skips a line that cannot be written (full disk, closed pipe), so that logging ends no service."""
 
     def msg(self, message: str) -> None:
         with contextlib.suppress(OSError):
@@ -46,6 +46,6 @@ class _Lines(structlog.PrintLogger):
 
 
 def logger() -> structlog.stdlib.BoundLogger:
-    """The process's logger."""
+    """Return the logger of this process."""
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     return log

@@ -1,8 +1,8 @@
-"""Every record on the log, and its bytes.
+"""Messages on the log, and their encoding.
 
-A record is a msgspec struct in msgpack, a map keyed by field name with a tag `name/schema`: a reader refuses
-unknown fields and unknown tags instead of guessing. A change of meaning takes a new schema number; golden bytes in
-tests/contract/golden keep old ones readable. docs/messages.md lists the fields.
+A message is a msgspec struct in msgpack: a map keyed by field name, with a tag `name/schema`. A reader rejects unknown
+fields and unknown tags. A change of meaning needs a new schema number. The golden bytes in tests/contract/golden check
+that old messages stay readable. docs/messages.md lists the fields.
 """
 
 from enum import StrEnum
@@ -30,46 +30,46 @@ WORKERS = "workers"
 OLD_LOGPROBS = "old_logprobs"
 DEAD_LETTERS = "dead_letters"
 REPLAYED = "replayed"
-"""Header of a dead letter that was sent to its topic again: where the letter stands, `partition/offset`."""
+"""Header of a replayed dead letter. Its value is the position of the dead letter, `partition/offset`."""
 TOPICS = (TASKS, TRAJECTORIES, CONTROL, WORKERS, OLD_LOGPROBS, DEAD_LETTERS)
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """How tokens are sampled. top_p is 1 and top_k off for training: there are no fields for them."""
+    """Sampling settings. They have no top_p and top_k, because training needs top_p = 1 and top_k off."""
 
     temperature: float
     max_turn_tokens: int
-    """Longest model message."""
+    """Maximum length of a model message, in tokens."""
     max_trajectory_tokens: int
-    """Longest trajectory, prompt and tool output included."""
+    """Maximum length of a trajectory in tokens, prompt and tool output included."""
     max_turns: int
-    """Most model messages."""
+    """Maximum number of model messages."""
 
 
 class Ending(StrEnum):
     """How a trajectory ended."""
 
     TERMINATED = "terminated"
-    """The environment said so."""
+    """The environment ended it."""
     TRUNCATED = "truncated"
-    """A limit on turns or tokens was reached; the environment scored what there was."""
+    """It reached a limit on turns or tokens; the environment scored the turns up to there."""
 
 
 class DropReason(StrEnum):
-    """Why a trajectory was discarded."""
+    """Reason for dropping a trajectory."""
 
     ENVIRONMENT_FAILED = "environment_failed"
-    """Every attempt at the session failed: reward unknown, so never 0."""
+    """Every attempt at the session failed. The reward is unknown, which is not a reward of 0."""
     PROMPT_TOO_LONG = "prompt_too_long"
     """The first observation leaves no room for an answer."""
     ENGINE_FAILED = "engine_failed"
-    """The engine refused or lost a request in every attempt. (One that dies drops nothing.)"""
+    """The engine refused or lost a request in every attempt. (An engine that dies drops no trajectory.)"""
     OVER_STALENESS = "over_staleness"
-    """Older than max_staleness when it could have been trained on (the backstop behind admission)."""
+    """Its staleness exceeded max_staleness when the learner could train on it (a second check after admission)."""
     DEADLINE = "deadline"
-    """Nothing heard of it within the group's time limit."""
+    """It did not arrive within the time limit of its group."""
     GROUP_TOO_SMALL = "group_too_small"
-    """Too few of its group came back for a baseline."""
+    """Too few trajectories of its group arrived to compute a baseline."""
 
 
 class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, tag="group_offered/1"):
@@ -78,48 +78,49 @@ class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, tag="group_o
     run: str
     group: str
     index: int
-    """Place in the run's order of offers; the task follows from it and the run's seed."""
+    """Index in the run's sequence of offers. The index and the run's seed determine the task."""
     version: Version
-    """Newest when it was offered. No token of it may be sampled by an older one: the staleness bound rests on that."""
+    """Newest version at the time of the offer. No older version may sample a token of the group; the staleness bound
+    depends on this."""
     environment: str
     task_seed: int
     samples: int
-    """Trajectories wanted; they share a baseline."""
+    """Number of trajectories to sample. They share a baseline."""
     sampling: Sampling
     time_limit_s: float
-    """The learner gives up on what is not back by then."""
+    """Time limit in seconds. The learner drops trajectories that arrive later."""
 
 
 class TrajectoryFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_finished/1"):
-    """A whole trajectory. Topic `trajectories`, key = group."""
+    """A complete trajectory. Topic `trajectories`, key = group."""
 
     run: str
     trajectory: str
-    """`group/sample`, stable across attempts: the unit of the ledger."""
+    """`group/sample`, the same for all attempts: the key of the ledger."""
     group: str
     attempt: int
-    """Sessions that failed before this one."""
+    """Number of sessions that failed before this one."""
     worker: str
     environment: str
     environment_version: str
-    """As the environment names itself: a change means other tasks or rewards."""
+    """Version that the environment reports. A change means different tasks or rewards."""
     tokens: bytes
     """int32: prompt, model and tool tokens in order."""
     segments: tuple[Segment, ...]
     temperature: float
     reward: float
-    """In [0, 1]. A trajectory whose reward is not known is dropped, never given 0."""
+    """Reward in [0, 1]. A trajectory with an unknown reward is dropped; it does not get 0."""
     reward_parts: dict[str, float]
-    """What the reward is made of."""
+    """Components of the reward."""
     success: bool
-    """Whether the task was solved, apart from the reward."""
+    """Whether the task was solved. Independent of the reward."""
     ending: Ending
     turns: int
-    """Model messages."""
+    """Number of model messages."""
 
 
 class TrajectoryDropped(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_dropped/1"):
-    """A trajectory that a worker had to give up. Topic `trajectories`, key = group."""
+    """A trajectory that a worker dropped. Topic `trajectories`, key = group."""
 
     run: str
     trajectory: str
@@ -130,7 +131,7 @@ class TrajectoryDropped(Struct, frozen=True, forbid_unknown_fields=True, tag="tr
 
 
 class VersionPublished(Struct, frozen=True, forbid_unknown_fields=True, tag="version_published/1"):
-    """A version stands complete in the store. Topic `control`."""
+    """The store holds a version completely. Topic `control`."""
 
     run: str
     version: Version
@@ -140,30 +141,31 @@ class VersionPublished(Struct, frozen=True, forbid_unknown_fields=True, tag="ver
 
 
 class RunFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="run_finished/1"):
-    """The learner trained its last version; workers drain and stop. Topic `control`."""
+    """The learner trained its last version. Workers drain and stop. Topic `control`."""
 
     run: str
     version: Version
 
 
 class WorkerAlive(Struct, frozen=True, forbid_unknown_fields=True, tag="worker_alive/1"):
-    """How a worker fares, every few seconds. Topic `workers`, key = worker."""
+    """State of a worker, sent every few seconds. Topic `workers`, key = worker."""
 
     run: str
     worker: str
     version: int
-    """Verified on its engine; -1 before the first."""
+    """Verified version on its engine; -1 before the first."""
     live: int
+    """Trajectories in flight."""
     sampled_tokens: int
-    """Since the process began."""
+    """Tokens sampled since the process started."""
     seconds: float
-    """Since it could first sample."""
+    """Seconds since the worker was first able to sample."""
     idle_s: float
-    """Of these, without any trajectory in flight."""
+    """Seconds of these without a trajectory in flight."""
 
 
 class VersionApplied(Struct, frozen=True, forbid_unknown_fields=True, tag="version_applied/1"):
-    """A worker's engine holds a version, or refused it. Topic `workers`, key = worker."""
+    """The engine of a worker holds a version, or refused it. Topic `workers`, key = worker."""
 
     run: str
     worker: str
@@ -171,18 +173,18 @@ class VersionApplied(Struct, frozen=True, forbid_unknown_fields=True, tag="versi
     digest: str
     accepted: bool
     canary_error: float
-    """Mean |engine - learner| over the canary's tokens, nats."""
+    """Mean |engine - learner| over the canary tokens, in nats."""
     pause_s: float
-    """How long generation stood still."""
+    """Seconds for which generation paused."""
     live: int
     """Trajectories in flight during the update."""
 
 
 class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_letter/2"):
-    """A record that could not be used, whole. Topic `dead_letters`, key = the original's."""
+    """A rejected record with its complete content. Topic `dead_letters`, key = key of the original record."""
 
     run: str
-    """Of the reader that buried it."""
+    """Run of the reader that rejected the record."""
     topic: str
     partition: int
     offset: int
@@ -191,7 +193,7 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
     body: bytes
     cause: RejectCause
     reason: str
-    """What was wrong, for a person."""
+    """Error text for a person."""
     buried_at: float
     """Unix seconds, for displays only."""
 
@@ -203,11 +205,11 @@ OldLogprobs = OldLogprobsRequested | OldLogprobsComputed
 
 
 class Undecodable(RejectedRecord):
-    """Bytes on the log that are not a record of this topic; the message says why."""
+    """Raised for bytes on the log that are not a message of this topic. The error text says why."""
 
 
 class _Tagged(Struct):
-    """Of any record, its tag."""
+    """The tag of any message."""
 
     type: str
 
@@ -227,12 +229,12 @@ _tags = msgspec.msgpack.Decoder(_Tagged)
 
 
 def encode(record: Struct) -> bytes:
-    """The record's bytes on the log."""
+    """Return the bytes of the message on the log."""
     return _encoder.encode(record)
 
 
 def decode(topic: str, body: bytes) -> Any:
-    """The record of `topic` in these bytes; raises Undecodable."""
+    """Return the message of `topic` in these bytes. Raises Undecodable."""
     try:
         return _DECODERS[topic].decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -240,21 +242,21 @@ def decode(topic: str, body: bytes) -> Any:
         if tag is not None and tag not in _TAGS[topic]:
             raise Undecodable(
                 RejectCause.UNKNOWN_SCHEMA,
-                f"{topic}: {tag!r} is not known here, only {', '.join(sorted(_TAGS[topic]))}",
+                f"{topic}: unknown message type {tag!r}; this release reads {', '.join(sorted(_TAGS[topic]))}",
             ) from error
         raise Undecodable(RejectCause.UNDECODABLE, f"{topic}: {error}") from error
 
 
 def _tag(body: bytes) -> str | None:
-    """What kind of record the bytes say they are; None where they say nothing."""
+    """Return the tag in these bytes, or None if they have none."""
     try:
         return _tags.decode(body).type
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the fields passed over may be nested garbage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # skipped fields may be deeply nested garbage
         return None
 
 
 def trajectory_id(group: str, sample: int) -> str:
-    """Id of a group's sample.
+    """Return the id of a trajectory from its group and sample number.
 
     >>> trajectory_id("g000007", 3)
     'g000007/3'
@@ -263,7 +265,7 @@ def trajectory_id(group: str, sample: int) -> str:
 
 
 def group_id(index: int) -> str:
-    """Id of the run's index-th group.
+    """Return the id of the group with this index.
 
     >>> group_id(7)
     'g000007'

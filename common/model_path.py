@@ -1,23 +1,23 @@
-"""Mistakes in model.path that can be told without loading anything."""
+"""Checks of model.path that need no model to be loaded."""
 
 import json
 from pathlib import Path
 
 from palimpsest.common.user_error import UserError
 
-WHOLE = "it takes a whole model folder, with config, weights and tokenizer, as `save_pretrained` writes it"
+WHOLE = "a complete model folder with config, weights and tokenizer is needed, as `save_pretrained` writes it"
 _OF_A_TOKENIZER = ("token", "vocab", "piece", "tekken")
-"""Parts of the file names under which the families keep their tokenizers."""
+"""Parts of tokenizer file names, over all model families."""
 
 
 def refuse_absent(path: str) -> None:
-    """Raises UserError when the path is neither there nor the hub id of a model."""
+    """Raise UserError if the path does not exist and is not the hub id of a model."""
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model.path: {path} does not exist; `make setup` builds the starting model of the examples")
 
 
 def refuse_no_model(path: str) -> None:
-    """Raises UserError when the path is there and holds no model, too."""
+    """Raise UserError if the path does not exist (see `refuse_absent`) or exists and holds no model."""
     refuse_absent(path)
     if not Path(path).exists():
         return
@@ -31,12 +31,12 @@ def refuse_no_model(path: str) -> None:
 
 
 def refuse_no_tokenizer(path: str) -> None:
-    """Raises UserError when the path is a folder without a tokenizer: transformers makes an empty one of it."""
+    """Raise UserError if the path is a folder without a tokenizer. transformers would load an empty tokenizer."""
     folder = Path(path)
     if folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in _OF_A_TOKENIZER):
         raise UserError(f"model.path: {path} has no usable tokenizer (no tokenizer.json or its like): {WHOLE}")
 
 
 def sentence(error: Exception) -> str:
-    """What a library says of a model, in one line."""
+    """Return the error text of a library in one line, at most 400 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:400]

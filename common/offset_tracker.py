@@ -1,4 +1,4 @@
-"""Where reading has to start again so that nothing unresolved is missed. Pure."""
+"""Offsets from which reading must restart so that no unresolved record is skipped. Pure."""
 
 import heapq
 
@@ -7,7 +7,7 @@ class OffsetTracker:
     """Offsets read and offsets resolved, per partition.
 
     The frontier of a partition is its lowest offset that was read and is not resolved, or the offset after the last
-    one read. Everything below it is done with for ever.
+    record read if all are resolved. Records below the frontier need not be read again.
 
     >>> frontier = OffsetTracker()
     >>> for offset in (4, 5, 6):
@@ -26,25 +26,25 @@ class OffsetTracker:
         self._next: dict[int, int] = {}
 
     def start(self, partition: int, offset: int) -> None:
-        """Reading of this partition begins here."""
+        """Record the first offset to read of this partition."""
         self._next[partition] = offset
 
     def read(self, partition: int, offset: int) -> None:
-        """A record was read; it is unresolved."""
+        """Add a record that was read. It is unresolved."""
         heapq.heappush(self._open.setdefault(partition, []), offset)
         self._next[partition] = max(self._next.get(partition, 0), offset + 1)
 
     def resolve(self, partition: int, offset: int) -> None:
-        """The record needs no further attention."""
+        """Mark the record as resolved."""
         self._resolved.setdefault(partition, set()).add(offset)
 
     def forget(self, partition: int) -> None:
-        """Another reader has this partition now."""
+        """Remove the partition, which now belongs to another reader."""
         for states in (self._open, self._resolved, self._next):
             states.pop(partition, None)
 
     def offsets(self) -> dict[int, int]:
-        """Partition -> frontier, for every partition read from."""
+        """Return partition -> frontier, for every partition that this reader reads."""
         frontier = {}
         for partition, following in self._next.items():
             unresolved = self._open.get(partition, [])

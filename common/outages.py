@@ -1,7 +1,7 @@
-"""What this process depends on and cannot reach: which, since when, until when it is tried. One register a process.
+"""Register of the services that this process cannot reach, with the start and the deadline of each outage.
 
-The clients of the broker, the store and the gateway enter an outage when a call fails and leave it when a later try
-succeeds or the call is given up. `/v1/status` publishes the register, `palimpsest_outage` counts it.
+The clients of the broker, the store and the gateway enter an outage when a call fails. They leave it when a retry
+succeeds or the call ends without success. `/v1/status` shows the register; the gauge `palimpsest_outage` reports it.
 """
 
 import threading
@@ -17,10 +17,12 @@ from palimpsest.common.logs import logger
 from palimpsest.common.metrics import REGISTRY
 
 KAFKA, STORE, S3, GATEWAY = "Kafka", "snapshot_store", "S3", "env_gateway"
-"""What may be away, as `of` names it."""
+"""Values of `of`: the services that may be unreachable."""
 TOLD_S = 2.0
 """An outage shorter than this is not logged."""
-OUTAGE = Gauge("palimpsest_outage", "1 while this process cannot reach it, 0 after that", ["of"], registry=REGISTRY)
+OUTAGE = Gauge(
+    "palimpsest_outage", "1 while this process cannot reach the service `of`, 0 after that", ["of"], registry=REGISTRY
+)
 
 
 @dataclass(slots=True)
@@ -28,12 +30,12 @@ class _OngoingOutage:
     since: float
     problem: str = ""
     waiting: "dict[int, float | None]" = field(default_factory=dict)
-    """Call -> until when it tries, in Unix seconds; None: for as long as it takes."""
+    """Call -> end of its retries in Unix seconds; None if it retries without a limit."""
     told: bool = False
 
 
 class Outages:
-    """Any thread may use it. `clock` gives Unix seconds.
+    """Register of outages. Thread-safe. `clock` returns Unix seconds.
 
     >>> outages = Outages(clock=lambda: 100.0)
     >>> with outages.waiting() as call:
@@ -46,17 +48,20 @@ class Outages:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self.logged = True
-        """Whether an outage that lasts is written to the log; a program that shows outages otherwise does not."""
+        """Whether outages longer than TOLD_S are logged. False in programs that show outages in another way."""
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str], _OngoingOutage] = {}
 
     def waiting(self) -> "Waiting":
-        """For one call, or for one client whose calls succeed or fail one after another."""
+        """Return an entry for one call, or for one client that makes one call at a time."""
         return Waiting(self)
 
     def ongoing(self) -> list[dict[str, Any]]:
-        """The outages that go on, for /v1/status; `until` is when the first call gives up, null if none will."""
+        """Return the current outages for /v1/status.
+
+        `until` is the earliest end of the retries of a call, or None if all calls retry without a limit.
+        """
         with self._lock:
             return [
                 {
@@ -70,7 +75,7 @@ class Outages:
             ]
 
     def now(self) -> float:
-        """Unix seconds."""
+        """Return the time in Unix seconds."""
         return self._clock()
 
     def _enter(self, key: tuple[str, str], call: int, since: float, until: float | None, problem: str) -> None:
@@ -89,7 +94,7 @@ class Outages:
     def _leave(self, key: tuple[str, str], call: int) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:  # the register was emptied meanwhile
+            if entry is None:  # another call emptied the register
                 return
             entry.waiting.pop(call, None)
             if entry.waiting:
@@ -102,7 +107,7 @@ class Outages:
 
 
 class Waiting:
-    """A call's part in the register. Leaving the block leaves the outage, whatever became of the call."""
+    """Entry of one call in the register. Exit of the block removes it, after success and failure alike."""
 
     def __init__(self, outages: Outages) -> None:
         self._outages, self._began = outages, outages.now()
@@ -112,7 +117,10 @@ class Waiting:
     def record_failure(
         self, of: str, address: str, problem: str, *, until: float | None = None, since: float | None = None
     ) -> None:
-        """There was no answer; it is tried again until `until`. `since`: by default when the call began."""
+        """Record that the service did not answer.
+
+        `until`: end of the retries in Unix seconds. `since`: start of the outage, by default the start of the call.
+        """
         with self._lock:
             if self._key not in (None, (of, address)):
                 self._leave()
@@ -120,7 +128,7 @@ class Waiting:
             self._outages._enter(self._key, id(self), self._began if since is None else since, until, problem)
 
     def record_answer(self) -> None:
-        """There was an answer. A failure after it begins another outage."""
+        """Record an answer. A later failure starts a new outage."""
         with self._lock:
             self._leave()
             self._began = self._outages.now()
@@ -140,4 +148,4 @@ class Waiting:
 
 
 OUTAGES = Outages()
-"""This process's."""
+"""The register of this process."""

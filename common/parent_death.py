@@ -1,4 +1,4 @@
-"""A process that does not outlive its parent, however that one dies (Linux)."""
+"""Kill a process when its parent dies (Linux)."""
 
 import ctypes
 import os
@@ -6,21 +6,21 @@ import signal
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-"""Loaded here: between fork and exec is no time for it."""
+"""Loaded at import, because loading a library between fork and exec is not safe."""
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, which has this id, is gone."""
+    """Let the kernel kill this process when the parent with this id ends."""
     on_parents_death(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 
 def survive_parent() -> None:
-    """Undo `tie`: this process hears of its parent's end in another way."""
+    """Undo `die_with_parent`, for a process that detects the end of its parent in another way."""
     on_parents_death(0)
 
 
 def on_parents_death(number: int) -> None:
-    """Have the kernel send this process a signal when the thread that started it is gone; 0: none."""
+    """Let the kernel send this signal when the thread that started this process ends; 0: no signal."""
     _libc.prctl(_PR_SET_PDEATHSIG, number)

@@ -1,4 +1,4 @@
-"""How every service's `__main__` begins and ends: read the run, set up logs and signals, turn errors into exits."""
+"""Start and end of every service: load the configuration, set up logs and signals, convert errors to exit codes."""
 
 import contextlib
 import json
@@ -17,11 +17,14 @@ from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
 
 NO_FOLDER = ("env_gateway", "snapshot_store")
-"""Services that keep nothing in the run's folder, or not necessarily."""
+"""Services that do not need the run's folder. (The snapshot store needs it only for storage = "folder".)"""
 
 
 def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
-    """Run a service's body with its run and a Stop; exits the process (docs/operations.md, "exit codes")."""
+    """Run the body of a service with its configuration and a Stop.
+
+    Exits the process (docs/operations.md, "exit codes").
+    """
 
     def begin() -> None:
         invocation = load(sys.argv[1:], os.environ, program=f"python -m palimpsest.services.{name}")
@@ -30,8 +33,8 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             return
         if not invocation.config.run.id:
             raise UserError(
-                "run.id is empty: services started by hand need the same one each, for example --run.id=first "
-                "(`palimpsest run` makes one)"
+                "run.id is empty: start all services of a run with the same id, for example --run.id=first "
+                "(`palimpsest run` creates one)"
             )
         config, stop = invocation.config, Stop().install()
         logs.configure(name, config.logs.level, config.logs.format)
@@ -41,15 +44,14 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
                     usable_folder(config.run.home, key="run.folder")
                 failpoints.reach(f"{name}.start")
                 body(invocation, stop)
-        except UserError as refusal:
-            # for the supervisor: a launcher in between (torchrun) would swallow the sentence and its code. It looks for
-            # its own child among the processes: a replaced learner leaves its sentence in the same place
-            named = {"rollout": config.rollout.worker, "learner.replica": config.replica.name}
-            process = named.get(name, name)
+        except UserError as error:
+            # The supervisor reads this file, because a launcher in between (torchrun) hides the error text and the exit
+            # code. `processes` lets it recognize its own child: a replaced learner writes to the same file.
+            process = {"rollout": config.rollout.worker, "learner.replica": config.replica.name}.get(name, name)
             processes = [os.getpid(), os.getppid()]
-            said = json.dumps({"message": str(refusal), "code": int(refusal.code), "processes": processes})
-            with contextlib.suppress(OSError):  # a folder that cannot be written must not hide the sentence
-                write(run_folder.refusal_file(config.run.home, process), said.encode())
+            report = json.dumps({"message": str(error), "code": int(error.code), "processes": processes})
+            with contextlib.suppress(OSError):  # a read-only folder must not hide the error
+                write(run_folder.refusal_file(config.run.home, process), report.encode())
             raise
         if stop.signaled:
             sys.exit(int(ExitCode.INTERRUPTED))
@@ -58,36 +60,36 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
 
 
 def main(program: Callable[[], None]) -> None:
-    """Run a program: a UserError, or a file it cannot use, becomes a sentence and an exit code; all else a
-    traceback."""
+    """Run a program. A UserError or an unusable file prints its error text and sets the exit code; any other error
+    prints a traceback."""
     try:
         with file_errors_as_user_errors():
             program()
-    except UserError as refusal:
-        with contextlib.suppress(OSError):  # where the sentence goes may be on the full disk, too
-            print(refusal, file=sys.stderr)
-        sys.exit(int(refusal.code))
+    except UserError as error:
+        with contextlib.suppress(OSError):  # standard error may be a file on the full disk
+            print(error, file=sys.stderr)
+        sys.exit(int(error.code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
 
 
 def print_line(text: str) -> None:
-    """Print it at once. A reader that has read enough (`| head`) ends the program, without a word."""
+    """Print a line and flush it. A closed pipe (`| head`) ends the program silently."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout at exit
         sys.exit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager
 def gap_as_user_error() -> Iterator[None]:
-    """A UserError in place of the error of a reader whose next record is gone."""
+    """Convert OffsetGone, which a reader raises if its next record is not on the log, into a UserError."""
     try:
         yield
-    except OffsetGone as gone:
+    except OffsetGone as error:
         raise UserError(
-            f"the log no longer holds what comes next: {gone}. Records would be lost silently, so the program stops "
-            f"here: restore the log, or start a new run; what is kept how long: bus.retention_hours",
+            f"the log no longer holds the next record: {error}. Reading on would skip records, so the program stops: "
+            f"restore the log, or start a new run. bus.retention_hours sets the retention",
             ExitCode.DAMAGED,
         ) from None

@@ -1,6 +1,6 @@
-"""The files of a run's folder, `runs/ID`: every name once. Pure.
+"""Names of the files in a run's folder, `runs/ID`. Pure.
 
-Functions take the run's folder and return a path; none creates anything.
+The functions take the run's folder and return a path. They create no files.
 """
 
 from pathlib import Path
@@ -8,36 +8,36 @@ from pathlib import Path
 RUN_FILE = "run.toml"
 """The resolved configuration, which every service reads."""
 LOCK = "lock"
-"""Held by the supervisor for as long as it lives."""
+"""Lock file that the supervisor holds while it runs."""
 HISTORY = "history.jsonl"
-"""One line for each version trained."""
+"""One line per trained version."""
 SUMMARY = "summary.json"
 REPORT = "report.html"
 SECONDS = "seconds.json"
-"""Wall-clock seconds over all starts of the run."""
+"""Wall-clock seconds, summed over all starts of the run."""
 BUS = "bus.sqlite"
-"""The log, unless it is on Kafka or `bus.path` names another file."""
+"""Default file of the SQLite log (`bus.path`)."""
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
 RECORDS = "records"
-"""Dumped batches, one file for each version (`learner.record`)."""
+"""Recorded batches, one file per version (`learner.record`)."""
 
 
 def log_file(home: Path, process: str) -> Path:
-    """What a process writes to stdout and stderr."""
+    """Return the file with the stdout and stderr of a process."""
     return home / "logs" / f"{process}.log"
 
 
 def engine_log_file(home: Path, worker: str) -> Path:
-    """What the processes of a worker's inference engine write when they fail."""
+    """Return the file in which the processes of a worker's inference engine write their failures."""
     return home / "logs" / f"{worker}.engine.log"
 
 
 def refusal_file(home: Path, process: str) -> Path:
-    """The error with which a process ended, for its supervisor."""
+    """Return the file with the error that ended a process, for its supervisor."""
     return home / "refusals" / f"{process}.json"
 
 
 def cache_folder(home: Path, owner: str) -> Path:
-    """Scratch space of one process; nothing in it outlives the run."""
+    """Return the scratch folder of one process. It is removed with the run."""
     return home / "cache" / owner

@@ -1,11 +1,11 @@
-"""The skeleton every service shares: start, serve, drain, stop; health, readiness, metrics and status over HTTP.
+"""HTTP server and stop handling of every service: health, readiness, metrics, status.
 
-    GET /healthz     200 while the process turns over
-    GET /readyz      200 when it can do its work, else 503 with the reason
-    GET /metrics     Prometheus
-    GET /v1/status   one JSON object: what it does, what it waits for, and what it cannot reach (`outages`)
+    GET /healthz     200 while the process runs
+    GET /readyz      200 when the service is ready, else 503 with the reason
+    GET /metrics     Prometheus metrics
+    GET /v1/status   one JSON object: state of the service, `waiting_for`, and unreachable services (`outages`)
 
-SIGTERM and SIGINT ask for a clean stop (`Stop`); a second one ends the process at once.
+SIGTERM and SIGINT request a clean stop (`Stop`). A second signal ends the process at once.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from palimpsest.common.user_error import ExitCode, UserError
 
 Status = dict[str, Any]
 GRACE_S = 10
-"""Open HTTP requests get so long to finish when a server stops."""
+"""Time for open HTTP requests to finish when a server stops, in seconds."""
 
 
 class Stop:
-    """Becomes set when the process is asked to stop. Install once, in the main thread."""
+    """Stop request of the process, an event. Install it once, in the main thread."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -44,35 +44,38 @@ class Stop:
         """Text for stdout when a second signal ends the process at once."""
 
     def install(self) -> Self:
-        """Listen for SIGTERM and SIGINT."""
+        """Handle SIGTERM and SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
 
     def request(self) -> None:
-        """Ask for the stop from inside."""
+        """Request the stop from inside the process."""
         self._event.set()
         for callback in self._callbacks:
             callback()
 
     def on_request(self, callback: Callable[[], None]) -> None:
-        """Call this, from the signal handler or the requesting thread, when the stop is asked for; now if it was."""
+        """Register a callback for the stop request; call it now if the stop is already requested.
+
+        The signal handler or the requesting thread runs the callback.
+        """
         self._callbacks.append(callback)
         if self.requested:
             callback()
 
     @property
     def requested(self) -> bool:
-        """Whether the stop has been asked for."""
+        """Whether the stop is requested."""
         return self._event.is_set()
 
     @property
     def signaled(self) -> bool:
-        """Whether a signal asked for it."""
+        """Whether a signal requested the stop."""
         return self._signaled
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the stop, at most so long; whether it came."""
+        """Wait up to `timeout_s` seconds for the stop. Returns whether it is requested."""
         return self._event.wait(timeout_s)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -85,7 +88,7 @@ class Stop:
 
 
 class HttpError(Exception):
-    """An answer other than success: a code a program can act on and a sentence for a person."""
+    """An error reply: HTTP status, a code for programs and an error text for people."""
 
     def __init__(self, status: int, code: str, message: str, *, retryable: bool = False, **extra: Any) -> None:
         super().__init__(message)
@@ -103,7 +106,7 @@ def application(
     outages: Outages = OUTAGES,
     **options: Any,
 ) -> FastAPI:
-    """A FastAPI app with the four common routes. `ready` gives None, or what is not ready yet."""
+    """Return a FastAPI app with the four common routes. `ready` returns None, or the reason if it is not ready."""
     app = FastAPI(title=f"Palimpsest {service}", docs_url="/docs", redoc_url=None, **options)
 
     @app.get("/healthz")
@@ -131,7 +134,7 @@ def application(
 
 
 class Server:
-    """An HTTP server on its own thread: `with Server(...):` listens inside and is gone afterwards."""
+    """An HTTP server on a thread. It listens inside the block `with Server(...):`."""
 
     def __init__(self, app: FastAPI, host: str, port: int, *, key: str) -> None:
         self._socket = listen(host, port, key=key)
@@ -141,7 +144,7 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
     def show(self, app: FastAPI) -> None:
-        """Answer by this application from now on."""
+        """Replace the application that answers requests."""
         self._app = app
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
@@ -162,9 +165,9 @@ class Server:
 
 
 class Starting(Server):
-    """A server for the time before a service can say more: its status is what it does at the moment.
+    """A server for the start of a service. Its readiness reports `doing`, the current activity.
 
-    `doing` may be set from any thread; `show` ends this.
+    Any thread may set `doing`. `show` replaces this application with that of the service.
     """
 
     def __init__(self, service: str, host: str, port: int, *, key: str, registry: CollectorRegistry) -> None:
@@ -174,7 +177,7 @@ class Starting(Server):
 
 
 def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
-    """Serve in this thread until `stop`, then let open requests finish."""
+    """Serve in this thread until `stop`, then wait for open requests."""
     listening = listen(host, port, key=key)
     server = _Uvicorn(app)
 
@@ -187,7 +190,7 @@ def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
 
 
 def listen(host: str, port: int, *, key: str) -> socket.socket:
-    """A listening socket; UserError names the key to change when the port is taken."""
+    """Return a listening socket. Raises UserError, which names the key to change, if it cannot listen there."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -197,8 +200,8 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"port {port} on {host} is in use: stop the program that holds it (`ss -ltnp`), or choose "
-                f"another with --{key}.port=PORT (0 = any free one, under `palimpsest run`)",
+                f"port {port} on {host} is in use: stop the program that uses it (`ss -ltnp`), or choose "
+                f"another port with --{key}.port=PORT (0 = any free port, with `palimpsest run`)",
                 ExitCode.UNAVAILABLE,
             ) from None
         raise UserError(f"cannot listen on {host}:{port} ({key}.host, {key}.port): {error}") from None
@@ -207,7 +210,7 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: `Stop` has them."""
+    """uvicorn without its signal handlers, because `Stop` handles signals."""
 
     def __init__(self, app: Any) -> None:
         super().__init__(

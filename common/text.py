@@ -1,8 +1,8 @@
-"""Numbers in a person's words. Pure."""
+"""Numbers and lists as text for people. Pure."""
 
 
 def duration(seconds: float) -> str:
-    """For people.
+    """Return a duration as text.
 
     >>> duration(8.4), duration(130), duration(7260)
     ('8 s', '2 min 10 s', '2 h 1 min')
@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, thing: str, things: str | None = None) -> str:
-    """A number of things.
+    """Return a number with its noun in singular or plural.
 
     >>> count(1, "version"), count(1200, "version")
     ('1 version', '1,200 versions')
@@ -25,7 +25,7 @@ def count(number: int, thing: str, things: str | None = None) -> str:
 
 
 def listed(names: tuple[str, ...]) -> str:
-    """Names in a sentence.
+    """Join names for a sentence.
 
     >>> listed(("learner",)), listed(("learner", "worker-0", "worker-1"))
     ('learner', 'learner, worker-0 and worker-1')

@@ -1,8 +1,8 @@
-"""A trajectory's tokens, and which of them were sampled by which version.
+"""Tokens of a trajectory, and the segments that say which version sampled them.
 
-One token array, and segments over it. A token is trainable because a segment covers it: there is no separate
-mask that could disagree. Index t always speaks of token t itself: its version and its log-probabilities
-describe the prediction *of* token t (docs/paper.md, "alignment").
+A trajectory has one token array and segments over it. A token is trainable if a segment covers it; there is no separate
+mask that could disagree. Index t refers to token t: its version and its log-probs describe the prediction *of* token t
+(docs/paper.md, "alignment").
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     stop: int
     version: Version
     behavior_logprobs: bytes
-    """float32, one per token, nats: log mu_version of the sampled token, as the engine measured it."""
+    """float32, one value per token, in nats: log mu_version of the sampled token, measured by the engine."""
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 class MalformedTrajectory(RejectedRecord):
-    """A trajectory that contradicts itself; the message says where."""
+    """Raised for a trajectory that contradicts itself. The error text names the segment."""
 
 
 def check(segments: Sequence[Segment], tokens: int) -> None:
@@ -42,7 +42,7 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
             raise MalformedTrajectory(RejectCause.NEGATIVE_VERSION, f"{where}: versions start at 0")
         if segment.start < end:
             raise MalformedTrajectory(
-                RejectCause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the one before it ends"
+                RejectCause.LENGTH_MISMATCH, f"{where}: starts before token {end}, where the previous segment ends"
             )
         if segment.stop <= segment.start:
             raise MalformedTrajectory(RejectCause.LENGTH_MISMATCH, f"{where}: holds no token")
@@ -51,19 +51,19 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
         if len(segment.behavior_logprobs) != 4 * len(segment):
             raise MalformedTrajectory(
                 RejectCause.LENGTH_MISMATCH,
-                f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs "
-                f"(4 a token are due)",
+                f"{where}: {len(segment)} tokens but {len(segment.behavior_logprobs)} bytes of log-probs, expected "
+                f"{4 * len(segment)}",
             )
         logprobs = unpack_float32(segment.behavior_logprobs)
         if not np.isfinite(logprobs).all():
             raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
-        if (logprobs > 1e-3).any():  # a little above 0 is rounding in the engine's log-softmax
+        if (logprobs > 1e-3).any():  # values slightly above 0 are rounding errors of the engine's log-softmax
             raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
         end = segment.stop
 
 
 def token_versions(segments: Sequence[Segment], tokens: int) -> Int32Array:
-    """Version that sampled each token, UNTRAINABLE where none did. [tokens] int32
+    """Return the version that sampled each token, UNTRAINABLE for tokens outside of segments. [tokens] int32
 
     >>> token_versions([Segment(1, 3, Version(4), bytes(8))], 4).tolist()
     [-1, 4, 4, -1]
@@ -75,7 +75,7 @@ def token_versions(segments: Sequence[Segment], tokens: int) -> Int32Array:
 
 
 def behavior_logprobs(segments: Sequence[Segment], tokens: int) -> Float32Array:
-    """Behavior log-prob of each token, 0 where no segment covers it. [tokens] float32, nats"""
+    """Return the behavior log-prob of each token, 0 for tokens outside of segments. [tokens] float32, nats"""
     logprobs = np.zeros(tokens, dtype=np.float32)
     for segment in segments:
         logprobs[segment.start : segment.stop] = unpack_float32(segment.behavior_logprobs)
@@ -83,7 +83,7 @@ def behavior_logprobs(segments: Sequence[Segment], tokens: int) -> Float32Array:
 
 
 def cuts(segments: Sequence[Segment]) -> list[int]:
-    """Token indexes at which the version changes inside a turn (adjacent segments).
+    """Return the token indexes at which the version changes inside a turn (adjacent segments).
 
     >>> cuts([Segment(1, 3, Version(4), b""), Segment(3, 5, Version(5), b""), Segment(9, 10, Version(6), b"")])
     [3]
@@ -96,5 +96,5 @@ def cuts(segments: Sequence[Segment]) -> list[int]:
 
 
 def trainable(segments: Sequence[Segment]) -> int:
-    """Number of tokens that some version sampled."""
+    """Return the number of trainable tokens."""
     return sum(map(len, segments))

@@ -1,32 +1,32 @@
-"""Errors a person has to act on: one sentence that says what was wrong, where, and what to do; and an exit code."""
+"""Errors for the user. The text says what is wrong, where, and what to do; the exit code classifies the error."""
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a Palimpsest program ends. docs/operations.md lists them."""
+    """Exit codes of the programs. docs/operations.md describes them."""
 
     DONE = 0
     CRASHED = 1
-    """A bug or a fault from outside; the traceback says which."""
+    """A bug or an external fault, with a traceback."""
     CONFIGURATION = 2
-    """A key, a value, a folder or a model that the person named cannot be used."""
+    """A key, value, folder or model of the configuration cannot be used."""
     UNAVAILABLE = 3
-    """Something of the machine is missing or taken: a port, disk space, another service."""
+    """A resource is missing or in use: a port, disk space, another service."""
     DAMAGED = 4
-    """Stored data contradicts its digest or another run's."""
+    """Stored data contradicts its digest, or belongs to another run."""
     CANARY = 5
     """The engine does not compute what the learner published."""
     REPLACED = 6
-    """Another learner took this run over."""
+    """Another learner took over this run."""
     ENGINE = 7
-    """The inference engine died, or refused what its worker needs. Nothing is lost, and the process may start again."""
+    """The inference engine died, or refused a request of its worker. No data is lost; the process may be restarted."""
     INTERRUPTED = 130
-    """Ctrl-C or SIGTERM; stopped cleanly."""
+    """Clean stop after Ctrl-C or SIGTERM."""
 
 
 class UserError(Exception):
-    """Stops the program with this sentence and this exit code, without a traceback."""
+    """Ends the program with this error text and exit code, without a traceback."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
         super().__init__(message)

@@ -1,20 +1,22 @@
 """Versions: the identity of a set of weights.
 
-A version counts publications; 0 is the start. The number orders, the digest identifies: two versions are the
-same weights only if both agree (docs/paper.md, "version").
+A version number counts publications; the starting model is version 0. The number orders versions, the digest identifies
+the weights. Two versions have the same weights only if number and digest agree (docs/paper.md, "version").
 """
 
 from typing import NewType
 
 Version = NewType("Version", int)
-"""Publications behind the weights; 0 = the start."""
+"""Number of publications up to these weights; 0 for the starting model."""
 
 UNTRAINABLE = -1
-"""Stands in per-token version arrays where no segment covers the token (prompt, tool output, padding)."""
+"""Value in per-token version arrays for tokens outside of segments (prompt, tool output, padding)."""
 
 
 def staleness(now: Version, sampled: Version) -> int:
-    """Versions published since the token was sampled, measured when it is trained on.
+    """Return the number of versions published since the token was sampled. Measured when it is trained on.
+
+    Raises ValueError if the token is from a later version than `now`.
 
     >>> staleness(Version(7), Version(5))
     2

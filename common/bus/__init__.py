@@ -1,1 +1,1 @@
-"""The log: a port and its adapters. One contract suite (tests/contract/test_bus.py) runs on all of them."""
+"""The log: a port and its adapters. One contract test suite (tests/contract/test_bus.py) covers all adapters."""

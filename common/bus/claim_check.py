@@ -1,7 +1,6 @@
-"""Long records: the body goes to the object store under its digest, the log carries the digest (claim check).
+"""Long records (claim check pattern): the object store holds the body, and the record on the log carries its digest.
 
-A broker refuses records beyond its limit, and a log full of long ones serves every reader badly. Small records pass
-untouched.
+A broker refuses records above its size limit, and long records slow down every reader. Small records are not changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,30 +11,30 @@ from typing import Protocol, Self
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
 
 CLAIM = "claim"
-"""Header of a record whose body is elsewhere: blake3 of the body, hex."""
+"""Header of a record whose body is in the object store: blake3 of the body, hex."""
 LOST = "claim_lost"
-"""Header, added on reading, of one whose body is nowhere any more: why."""
+"""Header that the reader adds to a record whose body is lost. Its value is the error text."""
 
 
 class ClaimLost(LookupError):
-    """The object store does not hold this body any more, or not whole."""
+    """Raised if the object store does not hold this body, or holds it damaged."""
 
 
 class Claims(Protocol):
-    """A place for bodies. Its methods may be called from several threads."""
+    """Store of record bodies. Thread-safe."""
 
     def put_claim(self, body: bytes) -> str:
-        """Store durably; the digest to fetch it by."""
+        """Store the body durably. Returns its digest."""
 
     def claim(self, digest: str) -> bytes:
-        """The body; raises ClaimLost."""
+        """Return the body with this digest. Raises ClaimLost."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 class ClaimCheck:
-    """See common/bus/port.py: a bus for records of any length, over one with a limit."""
+    """See common/bus/port.py: a bus for records of any length, on top of a bus with a size limit."""
 
     def __init__(self, bus: Bus, claims: Claims, *, over_bytes: int) -> None:
         self._bus, self._claims, self._over_bytes = bus, claims, over_bytes
@@ -56,13 +55,13 @@ class ClaimCheck:
     def _check_in(self, record: Outgoing) -> Outgoing:
         if len(record.body) <= self._over_bytes:
             return record
-        # before the record: what is on the log can be fetched
+        # store the body before the record, so that readers of the record can fetch it
         digest = self._claims.put_claim(record.body)
         return replace(record, body=b"", headers={**record.headers, CLAIM: digest})
 
 
 class ClaimingConsumer:
-    """See common/bus/port.py: a consumer that hands out whole records."""
+    """See common/bus/port.py: a consumer that fetches the bodies of long records."""
 
     def __init__(self, consumer: Consumer, claims: Claims) -> None:
         self._consumer, self._claims = consumer, claims
@@ -94,14 +93,16 @@ class ClaimingConsumer:
         self.close()
 
     def _fetch(self, record: Record) -> Record:
-        """The record with its body. One whose body is lost is handed out without it, and says so: its reader buries
-        it like any other that cannot be used, and the records behind it are read."""
+        """Return the record with its body. If the body is lost, return the record with the header LOST instead.
+
+        The reader then dead-letters the record and continues with the next one.
+        """
         if CLAIM not in record.headers or record.body:
             return record
         headers = dict(record.headers)
         try:
             body = self._claims.claim(headers[CLAIM])
-        except ClaimLost as lost:
-            return replace(record, headers=headers | {LOST: str(lost)})
+        except ClaimLost as error:
+            return replace(record, headers=headers | {LOST: str(error)})
         del headers[CLAIM]
         return replace(record, body=body, headers=headers)

@@ -1,4 +1,4 @@
-"""Long records' bodies in the snapshot store, through its service."""
+"""Bodies of long records in the snapshot store service."""
 
 from palimpsest.common.bus.claim_check import ClaimLost
 from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient
@@ -6,7 +6,7 @@ from palimpsest.common.snapshots.manifest import Damaged
 
 
 class StoreClaims:
-    """See Claims in claims.py."""
+    """See Claims in claim_check.py."""
 
     def __init__(self, store: SnapshotClient) -> None:
         self._store = store
@@ -17,8 +17,8 @@ class StoreClaims:
     def claim(self, digest: str) -> bytes:
         try:
             return self._store.claim(digest)
-        except (ClaimMissing, Damaged) as lost:
-            raise ClaimLost(str(lost)) from None
+        except (ClaimMissing, Damaged) as error:
+            raise ClaimLost(str(error)) from None
 
     def close(self) -> None:
         self._store.close()

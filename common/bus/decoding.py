@@ -1,4 +1,4 @@
-"""Between records of the log and messages: decoding a record, and dead-lettering one that cannot be used."""
+"""Conversion of records to messages: decode a record, and make a dead letter of one that cannot be used."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
 
 def message_in(record: Record) -> Any:
-    """The message in this record. Raises RejectedRecord: the body is lost or is not a record of the topic."""
+    """Return the message in this record. Raises RejectedRecord if the body is lost or is no message of the topic."""
     if LOST in record.headers:
-        raise RejectedRecord(RejectCause.MISSING_CLAIM, f"{record.topic}: its body is lost: {record.headers[LOST]}")
+        raise RejectedRecord(RejectCause.MISSING_CLAIM, f"{record.topic}: the body is lost: {record.headers[LOST]}")
     return decode(record.topic, record.body)
 
 
 def dead_letter(run: str, record: Record, error: RejectedRecord, *, now: float) -> DeadLetter:
-    """The dead letter of a record that cannot be used. `now`: Unix seconds."""
+    """Return the dead letter of a record that cannot be used. `now`: Unix seconds."""
     return DeadLetter(
         run=run,
         topic=record.topic,

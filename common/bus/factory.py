@@ -1,4 +1,4 @@
-"""The log a run's configuration names."""
+"""Open the log of a run from its configuration."""
 
 from palimpsest.common.bus.claim_check import Claims
 from palimpsest.common.bus.port import Bus
@@ -9,7 +9,10 @@ from palimpsest.common.user_error import UserError
 
 
 def open_bus(config: RunConfig) -> Bus:
-    """The run's log, its topics created. Raises UserError when they stand there otherwise, or nobody answers."""
+    """Open the log of the run and create its topics.
+
+    Raises UserError if a topic exists with other settings, or if no broker answers.
+    """
     bus = connect(config)
     try:
         bus.create_topics(
@@ -32,12 +35,12 @@ def open_bus(config: RunConfig) -> Bus:
 
 
 def connect(config: RunConfig, claims: Claims | None = None) -> Bus:
-    """The run's log, its topics as they are. `claims`: where long bodies are, if not with the store's service."""
+    """Open the log of the run without creating topics. `claims`: store of long bodies; default: the snapshot store."""
     return _kafka(config, claims) if config.bus.kind == "kafka" else SqliteBus(config.bus_path)
 
 
 def _kafka(config: RunConfig, claims: Claims | None) -> Bus:
-    # imported here: a run on one machine need not wait for it
+    # imported here, because a run with the SQLite log does not need kafka-python
     from palimpsest.common.bus.claim_check import ClaimCheck
     from palimpsest.common.bus.claim_check_store import StoreClaims
     from palimpsest.common.bus.kafka import KafkaBus, Settings, connection

@@ -1,4 +1,4 @@
-"""A log as it stands, for those who look at a run from outside: nothing is made, everything there is is read once."""
+"""Read an existing log from outside the run. No topics are created, and every existing record is read once."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +12,15 @@ from palimpsest.common.user_error import ExitCode, UserError
 
 READ_RECORDS = 1024
 SILENT_S = 60.0
-"""A record that is there and does not come for so long will not come."""
+"""Time to wait for an existing record before reading fails, in seconds."""
 
 
 def open_existing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
-    """The log of a run that has begun; see `connect`. Raises UserError when there is none."""
+    """Open the log of an existing run; see `connect`. Raises UserError if the log does not exist."""
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
         raise UserError(
-            f"{config.bus_path}: no such log; name the run that is meant by its run.toml (runs/ID/run.toml), or by "
-            f"--run.id and --run.folder"
+            f"{config.bus_path}: no such log; name the run file of the run (runs/ID/run.toml), or set --run.id and "
+            f"--run.folder"
         )
     bus = connect(config, claims)
     try:
@@ -29,15 +29,15 @@ def open_existing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
                 pass
     except LookupError as error:
         bus.close()
-        raise UserError(f"run {config.run.id} has no log yet, or another one is meant: {error}") from None
+        raise UserError(f"run {config.run.id} has no log: {error}. Check run.id and bus.servers") from None
     return bus
 
 
 def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) -> Iterator[Record]:
-    """Every record that stands on the topic when this begins.
+    """Iterate over the records that are on the topic at the time of the call.
 
-    `start`: partition -> offset to begin at. Where the log has moved on, and in other partitions, its first record is
-    the first one.
+    `start`: partition -> first offset to read. Reading starts at the first record of the log in all other partitions,
+    and in partitions whose offset is gone.
     """
     with bus.consumer(topic) as consumer:
         ends, begun = consumer.ends(), start or {}
@@ -45,14 +45,14 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
             _seek_if_present(consumer.seek, partition, offset)
         with bus.consumer(topic) as probe:
             left = {p for p, end in ends.items() if begun.get(p, 0) < end and _seek_if_present(probe.seek, p, end - 1)}
-        heard = time.monotonic()
+        last_answer = time.monotonic()
         while left:
             records = consumer.poll(limit=READ_RECORDS, timeout_s=1.0)
             if records:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > SILENT_S:
+                last_answer = time.monotonic()
+            elif time.monotonic() - last_answer > SILENT_S:
                 raise UserError(
-                    f"{topic}: records up to {ends} stand there, but none came for {SILENT_S:.0f} s: is the log well?",
+                    f"{topic}: the log ends at {ends}, but no record arrived for {SILENT_S:.0f} s: check the log",
                     ExitCode.UNAVAILABLE,
                 )
             for record in records:
@@ -63,7 +63,7 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
 
 
 def _seek_if_present(seek: Callable[[Mapping[int, int]], None], partition: int, offset: int) -> bool:
-    """Whether the offset is on the log."""
+    """Seek to the offset. Returns False if the offset is not on the log."""
     try:
         seek({partition: offset})
     except OffsetGone:

@@ -1,11 +1,11 @@
-"""What the services need of a log.
+"""The interface of a log, as the services use it.
 
-Promises every adapter keeps: records of one partition keep their order and get consecutive offsets; a key always
-lands in the same partition; `publish` returns when the records are durable, so that those of a later call stand behind
-them; reading never skips: an offset that is gone raises OffsetGone. Delivery to a group is at least once.
+Guarantees of every adapter: the records of a partition keep their order and get consecutive offsets. A key always maps
+to the same partition. `publish` returns when the records are durable, so that records of a later call follow them.
+Reading never skips a record: an offset that is gone raises OffsetGone. Delivery to a group is at least once.
 
-What an outage may do: a record stands on the log twice; of the records of one call, a later one stands before an
-earlier one of the same key. Readers know ids and rely on no more.
+After an outage, a record may be on the log twice, and a later record of one `publish` call may precede an earlier one
+of the same key. Readers deduplicate by id and do not depend on this order.
 """
 
 import zlib
@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 PARTITIONS_STAY = (
-    "Partitions cannot be changed under a run: set bus.task_partitions and bus.trajectory_partitions back, or use a "
-    "new run"
+    "The number of partitions cannot change during a run: restore bus.task_partitions and bus.trajectory_partitions, "
+    "or start a new run"
 )
-"""What to do about a topic that stands there with other partitions."""
+"""Remedy for a topic that exists with another number of partitions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a record stands on the log."""
+    """Position of a record on the log."""
 
     partition: int
     offset: int
@@ -51,29 +51,29 @@ class Record:
 
 
 class OffsetGone(LookupError):
-    """The log no longer (or not yet) holds the offset a reader asked for."""
+    """Raised if the log does not hold the requested offset."""
 
 
 class Consumer(Protocol):
     """Reads one topic: all partitions, or a share of them as a member of a group."""
 
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
-        """Next records, at most `limit`; [] when none came in time. Raises OffsetGone."""
+        """Return the next records, at most `limit`, or [] after `timeout_s` seconds. Raises OffsetGone."""
 
     def assignment(self) -> frozenset[int]:
-        """Partitions this consumer reads at present; changes only inside `poll`."""
+        """Return the assigned partitions. They change only inside `poll`."""
 
     def seek(self, offsets: Mapping[int, int]) -> None:
-        """Read on from these offsets (partition -> offset of the next record)."""
+        """Continue from these offsets (partition -> offset of the next record). Raises OffsetGone."""
 
     def commit(self, offsets: Mapping[int, int]) -> None:
-        """Remember for the group where reading starts again. Partitions no longer assigned are left out."""
+        """Store the offsets at which the group restarts. Partitions that are not assigned are ignored."""
 
     def ends(self) -> dict[int, int]:
-        """Offset after the last record, for every partition of the topic."""
+        """Return the offset after the last record of every partition of the topic."""
 
     def close(self) -> None:
-        """Leave the group; its partitions go to the other members."""
+        """Leave the group. Its partitions go to the other members."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -85,20 +85,20 @@ class Bus(Protocol):
     """A log of named topics."""
 
     def create_topics(self, partitions: Mapping[str, int]) -> None:
-        """Make these topics if they are missing. Raises ValueError if one exists with other partitions."""
+        """Create missing topics. Raises ValueError if a topic exists with another number of partitions."""
 
     def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
-        """Append the records, durably; in their order, but for an outage. Positions in the same order."""
+        """Append the records durably, in order except after an outage. Returns their positions."""
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> Consumer:
-        """A reader. Without a group: all partitions from the start, nothing remembered."""
+        """Return a consumer. Without a group it reads all partitions from the start and commits nothing."""
 
     def close(self) -> None:
-        """Let go of the log; consumers are closed on their own."""
+        """Close the log. Consumers are closed separately."""
 
 
 def partition_of(key: str, partitions: int) -> int:
-    """Partition of a key: the same in every process and every release.
+    """Return the partition of a key. It is the same in every process and release.
 
     >>> partition_of("g000007", 4)
     3

@@ -1,8 +1,8 @@
-"""The log in one SQLite file (WAL): durable, for several processes of one machine.
+"""The log in one SQLite file (WAL mode): durable, for several processes of one machine.
 
-A commit is synced to disk before `publish` returns. Group membership is a lease in the same file: a member that
-stops polling loses its partitions after `lease_s`. Readers look for new commits by SQLite's data_version counter,
-which costs microseconds; nothing is notified.
+`publish` returns after the commit is synced to disk. Group membership is a lease in the same file: a member that stops
+polling loses its partitions after `lease_s` seconds. Readers poll SQLite's data_version counter for new commits, which
+takes microseconds.
 """
 
 import errno
@@ -20,13 +20,13 @@ from typing import Self
 from palimpsest.common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
 
 LEASE_S = 10.0
-"""A group member not heard of for so long is gone."""
+"""Time without a poll after which a group member loses its partitions, in seconds."""
 LOOK_S = 0.01
-"""Pause between two looks for new records."""
+"""Polling interval for new records, in seconds."""
 BUSY_S = 30.0
-"""How long to wait for another process's write."""
+"""Time to wait for the write of another process, in seconds."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""What SQLite says on a full disk: of its files, of the memory they share."""
+"""SQLite's error codes of a full disk: for its files, for their shared memory file."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, partitions INTEGER NOT NULL);
@@ -51,7 +51,7 @@ class SqliteBus:
 
     def __init__(self, path: Path, *, lease_s: float = LEASE_S) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))  # SQLite would not say what is in the way
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))  # SQLite's own error names no cause
         self.path = path
         self._lease_s = lease_s
         self._lock = threading.RLock()
@@ -64,10 +64,10 @@ class SqliteBus:
         with self._lock, _writing(self._db):
             for topic, count in partitions.items():
                 self._db.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (topic, count))
-                (standing,) = self._db.execute("SELECT partitions FROM topics WHERE topic = ?", (topic,)).fetchone()
-                if standing != count:
+                (existing,) = self._db.execute("SELECT partitions FROM topics WHERE topic = ?", (topic,)).fetchone()
+                if existing != count:
                     raise ValueError(
-                        f"topic {topic} in {self.path} has {standing} partitions, {count} are asked for\n"
+                        f"topic {topic} in {self.path} has {existing} partitions; the run needs {count}\n"
                         f"{PARTITIONS_STAY}"
                     )
                 self._db.executemany(
@@ -110,7 +110,7 @@ class SqliteConsumer:
 
     def __init__(self, path: Path, topic: str, group: str | None, member: str, *, lease_s: float) -> None:
         if group is not None and not member:
-            raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
+            raise ValueError(f"a consumer of group {group} needs a member name")
         self._db = _open(path)
         self._topic, self._group, self._member, self._lease_s = topic, group, member, lease_s
         self._next: dict[int, int] = {}
@@ -142,8 +142,8 @@ class SqliteConsumer:
             first, end = bounds[partition]
             if not first <= offset <= end:
                 raise OffsetGone(
-                    f"{self._topic}[{partition}] holds offsets {first} to {end}, not {offset}: the log was cut or "
-                    f"belongs to another run"
+                    f"{self._topic}[{partition}] holds offsets {first} to {end}, not {offset}: the log was truncated "
+                    f"or belongs to another run"
                 )
         self._next.update(offsets)
         self._seen = -1
@@ -182,7 +182,7 @@ class SqliteConsumer:
         seen = self._data_version()
         records: list[Record] = []
         partitions = sorted(self._next)
-        self._turn += 1  # each poll begins with another partition, so that none starves
+        self._turn += 1  # each poll starts at another partition, so that no partition starves
         for i in range(len(partitions)):
             partition = partitions[(self._turn + i) % len(partitions)]
             rows = self._db.execute(
@@ -256,21 +256,21 @@ class SqliteConsumer:
 
 @contextmanager
 def _writing(db: sqlite3.Connection) -> Iterator[None]:
-    """A write transaction: begins at once (no upgrade deadlocks), commits or rolls back."""
+    """Run the block in a write transaction. BEGIN IMMEDIATE avoids deadlocks of lock upgrades."""
     with _on_disk(db):
         db.execute("BEGIN IMMEDIATE")
         try:
             yield
             db.execute("COMMIT")
         except BaseException:
-            if db.in_transaction:  # a full disk has ended it already
+            if db.in_transaction:  # SQLite itself ends the transaction on a full disk
                 db.execute("ROLLBACK")
             raise
 
 
 @contextmanager
 def _on_disk(db: sqlite3.Connection) -> Iterator[None]:
-    """What SQLite says of a full disk, as the system says it."""
+    """Convert SQLite's errors of a full disk into OSError with ENOSPC."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -289,7 +289,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _use_wal(db: sqlite3.Connection) -> None:
-    """Switch a new file over; SQLite does not wait by itself for another process that does so at this moment."""
+    """Switch the file to WAL mode. Retries, because SQLite does not wait for another process that does the same."""
     deadline = time.monotonic() + BUSY_S
     while True:
         try:

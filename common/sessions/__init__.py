@@ -1,1 +1,1 @@
-"""Sessions with environments: what travels between a rollout worker and the gateway, and the worker's client."""
+"""Sessions with environments: requests and replies of the gateway, and the client of the rollout worker."""

@@ -1,4 +1,4 @@
-"""The rollout worker's side of a session: retries are safe because steps are numbered."""
+"""Client of the environment gateway, for rollout workers. Retries are safe because steps are numbered."""
 
 import asyncio
 import json
@@ -15,15 +15,15 @@ from palimpsest.common.sessions.wire import CreateSession, Lease, Session, Step,
 
 W = TypeVar("W", bound=Wire)
 TRIES = 6
-"""Of a call that the gateway answers with "later"."""
+"""Attempts at a call that the gateway answers with a retryable error."""
 PATIENCE_S = 120.0
-"""An outage of the gateway that is shorter costs time, and the sessions that a gateway started again has forgotten."""
+"""Maximum outage of the gateway that a call survives, in seconds. (A restarted gateway has lost its sessions.)"""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.2
-"""Before the second try; doubles for each further one."""
+"""Pause before the second attempt, in seconds; it doubles for each further attempt, up to the second value."""
 
 
 class SessionFailed(Exception):
-    """The gateway or the environment could not do what was asked: the reward stays unknown."""
+    """Raised if the gateway or the environment could not serve the request. The reward stays unknown."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -31,7 +31,7 @@ class SessionFailed(Exception):
 
 
 class SessionClient:
-    """Talks to one gateway; many sessions at once. Sends the token of PALIMPSEST_GATEWAY_TOKEN, if there is one."""
+    """Client of one gateway for many concurrent sessions. Sends the token in PALIMPSEST_GATEWAY_TOKEN, if it is set."""
 
     def __init__(self, url: str, *, timeout_s: float, connections: int, outages: Outages = OUTAGES) -> None:
         self._url, self._outages = url.rstrip("/"), outages
@@ -56,34 +56,34 @@ class SessionClient:
         assert self._http is not None
         await self._http.close()
 
-    async def create(self, wanted: CreateSession, *, idempotency_key: str) -> Session:
-        """Begin a session; the key makes a repeated call return the same one. Raises SessionFailed."""
-        body = await self._call("POST", "/v1/sessions", wanted, {"Idempotency-Key": idempotency_key})
+    async def create(self, request: CreateSession, *, idempotency_key: str) -> Session:
+        """Create a session. A repeated call with the same key returns the same session. Raises SessionFailed."""
+        body = await self._call("POST", "/v1/sessions", request, {"Idempotency-Key": idempotency_key})
         return Session.model_validate_json(body)
 
     async def step(self, session_id: str, number: int, text: str) -> Step:
-        """Hand over what the model wrote. Raises SessionFailed."""
+        """Send the model message of step `number`. Raises SessionFailed."""
         taken = TakeStep(step=number, action=TextAction(text=text))
         return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/step", taken))
 
     async def heartbeat(self, session_id: str) -> Lease:
-        """Keep a session that waits for its next step. Raises SessionFailed."""
+        """Renew the lease of a session. Raises SessionFailed."""
         return Lease.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/heartbeat"))
 
     async def finalize(self, session_id: str) -> Step:
-        """End the session here and have what there is scored. Raises SessionFailed."""
+        """End the session and score the steps so far. Raises SessionFailed."""
         return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/finalize"))
 
     async def close(self, session_id: str) -> None:
-        """Forget the session. Raises SessionFailed."""
+        """Delete the session. Raises SessionFailed."""
         await self._call("DELETE", f"/v1/sessions/{session_id}")
 
     async def _call(
         self, method: str, path: str, sent: Wire | None = None, headers: dict[str, str] | None = None
     ) -> bytes:
-        assert self._http is not None, "use the client as a context"
+        assert self._http is not None, "use the client as a context manager"
         data = sent.model_dump_json().encode() if sent is not None else None
-        tries, pause_s, late = 0, FIRST_PAUSE_S, time.monotonic() + PATIENCE_S
+        tries, pause_s, deadline = 0, FIRST_PAUSE_S, time.monotonic() + PATIENCE_S
         with self._outages.waiting() as outage:
             while True:
                 tries += 1
@@ -96,7 +96,7 @@ class SessionClient:
                         outage.record_answer()
                 except (aiohttp.ClientError, TimeoutError) as error:
                     code, message, retryable = "unreachable", f"{type(error).__name__}: {error}", True
-                left_s = late - time.monotonic()
+                left_s = deadline - time.monotonic()
                 if code == "unreachable":
                     outage.record_failure(GATEWAY, self._url, message, until=self._outages.now() + max(0.0, left_s))
                     retryable = left_s > pause_s or tries < TRIES
@@ -108,7 +108,7 @@ class SessionClient:
 
 def _problem(status: int, body: bytes) -> tuple[str, str, bool]:
     try:
-        said: dict[str, Any] = json.loads(body)
-        return str(said["code"]), str(said["message"]), bool(said.get("retryable", False))
+        error: dict[str, Any] = json.loads(body)
+        return str(error["code"]), str(error["message"]), bool(error.get("retryable", False))
     except (ValueError, KeyError, TypeError):
         return f"http_{status}", body[:200].decode("utf-8", "replace"), status in (429, 502, 503, 504)

@@ -1,4 +1,4 @@
-"""The shared secret between rollout workers and the gateway. It comes from the environment only."""
+"""The shared secret of rollout workers and gateway. It is read from an environment variable only."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ VARIABLE = "PALIMPSEST_GATEWAY_TOKEN"
 
 
 def token(environment: Mapping[str, str]) -> str | None:
-    """The token, if one is set. Raises UserError when it could not stand in a header."""
+    """Return the token, or None if it is not set. Raises UserError if it is not valid in an HTTP header."""
     found = environment.get(VARIABLE, "").strip()
     if not (found.isascii() and found.isprintable()) or " " in found:
         raise UserError(f"{VARIABLE} must be printable ASCII without spaces: it is sent in a header")

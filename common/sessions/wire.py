@@ -1,4 +1,4 @@
-"""Requests and replies of the gateway's /v1 interface (../docs/gateway.md has the whole protocol)."""
+"""Requests and replies of the gateway's /v1 interface (docs/gateway.md describes the protocol)."""
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -6,23 +6,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-"""Names of environments and splits: looked up in a registry, never joined to a path."""
+"""Name of an environment. It is looked up in a registry and never joined to a path."""
 
 
 class Wire(BaseModel):
-    """What passes between client and gateway: frozen, and it takes no field it does not know."""
+    """Base class of requests and replies: immutable; unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Status(StrEnum):
-    """Where a session stands. Reward is null in `expired`, `cancelled` and `error`: unknown is not 0."""
+    """State of a session. The reward is null in `expired`, `cancelled` and `error`, because it is unknown."""
 
     RUNNING = "running"
     TERMINATED = "terminated"
     """The environment ended it."""
     TRUNCATED = "truncated"
-    """The client ended it before the environment did (finalize); the reward is for what there was."""
+    """The client ended it before the environment did (finalize). The reward covers the steps up to there."""
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     ERROR = "error"
@@ -34,7 +34,7 @@ class Status(StrEnum):
 
 
 class ToolCall(Wire):
-    """The model asks for a tool."""
+    """A tool call of the model."""
 
     id: str = ""
     name: str
@@ -42,28 +42,28 @@ class ToolCall(Wire):
 
 
 class Message(Wire):
-    """One message of the dialogue, in the shape chat templates take."""
+    """One message of the dialog, in the form that chat templates take."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
 class TextAction(Wire):
-    """What the model wrote, as it stands: the gateway finds the tool calls in it."""
+    """The unparsed text of the model. The gateway extracts the tool calls."""
 
     type: Literal["text"] = "text"
     text: str
 
 
 class ToolCallsAction(Wire):
-    """Tool calls already parsed by the client."""
+    """Tool calls that the client has parsed."""
 
     type: Literal["tool_calls"]
     calls: tuple[ToolCall, ...]
 
 
 class MessageAction(Wire):
-    """A plain message to the environment, without tool calls."""
+    """A message to the environment without tool calls."""
 
     type: Literal["message"]
     content: str
@@ -77,22 +77,22 @@ class CreateSession(Wire):
 
     environment: Name
     seed: int
-    """The task: the same seed is the same task."""
+    """Seed of the task. The same seed gives the same task."""
     group: str = ""
     attempt: int = 0
 
 
 class Session(Wire):
-    """A session has begun."""
+    """A new session."""
 
     session_id: str
     lease_expires_in_s: float
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
-    """JSON schemas in the shape of the `tools` argument of chat templates."""
+    """JSON schemas in the form of the `tools` argument of chat templates."""
     next_step: int
     initial_state_hash: str
-    """Equal for all sessions of one task."""
+    """The same for all sessions of one task."""
     environment_version: str
 
 
@@ -100,34 +100,34 @@ class TakeStep(Wire):
     """POST /v1/sessions/{id}/step"""
 
     step: Annotated[int, Field(ge=0)]
-    """The session's next_step. The same number with the same action again gives the stored reply."""
+    """`next_step` of the session. A repeat with the same number and action gets the stored reply."""
     action: Action
 
 
 class StepError(Wire):
-    """Why a session ended as `error`."""
+    """Error that ended a session with status `error`."""
 
     code: str
     message: str
 
 
 class Step(Wire):
-    """What came of a step, of finalize, or of asking for the session."""
+    """Result of a step or of finalize."""
 
     step: int
     status: Status
     messages: tuple[Message, ...] = ()
-    """What the environment says; empty when it ended."""
+    """Messages of the environment. Empty if the session ended."""
     reward: float | None = None
-    """Set once, when terminated or truncated; in [0, 1]."""
+    """Reward in [0, 1], set once, when the session is terminated or truncated."""
     reward_parts: dict[str, float] = {}
     success: bool | None = None
-    """Whether the task is solved, apart from the reward."""
+    """Whether the task is solved. Independent of the reward."""
     error: StepError | None = None
 
 
 class Lease(Wire):
-    """The answer to a heartbeat."""
+    """Reply to a heartbeat."""
 
     lease_expires_in_s: float
 
@@ -140,7 +140,7 @@ class SessionState(Wire):
     status: Status
     next_step: int
     lease_expires_in_s: float | None = None
-    """Null when it has ended."""
+    """Null if the session ended."""
     reward: float | None = None
     reward_parts: dict[str, float] = {}
     success: bool | None = None
@@ -154,4 +154,4 @@ class EnvironmentInfo(Wire):
     version: str
     description: str
     isolated: bool
-    """Whether each session has a process of its own."""
+    """Whether each session runs in a separate process."""

@@ -1,1 +1,1 @@
-"""Snapshots: the immutable weights of one version; their form, and the client of the store."""
+"""Snapshots: the immutable weights of one version. Their format, and the client of the store."""

@@ -1,7 +1,7 @@
-"""The learner's and the workers' way to the snapshot store.
+"""Client of the snapshot store, for the learner and the workers.
 
-Tensors pass one at a time in both directions, so that memory holds one tensor, not one model. Every byte read is
-checked against its digest before it is handed on.
+The client transfers one tensor at a time in both directions, so that memory holds one tensor and not a model. It
+verifies the digest of every tensor before it returns the tensor.
 """
 
 import tempfile
@@ -45,26 +45,26 @@ __all__ = [
 
 CHUNK = 1 << 20
 PATIENCE_S = 120.0
-"""An outage of the store, or of the S3 behind it, that is shorter costs time only."""
+"""Maximum outage of the store, or of the S3 behind it, that a call survives, in seconds."""
 
 
 class VersionMissing(LookupError):
-    """The store does not hold this version (any more)."""
+    """Raised if the store does not hold this version."""
 
 
 class VersionConflict(Exception):
-    """The store already holds other weights under this number."""
+    """Raised if the store already holds other weights under this version number."""
 
 
 class ClaimMissing(LookupError):
-    """The store does not hold this body (any more)."""
+    """Raised if the store does not hold this body."""
 
 
 class SnapshotClient:
-    """Talks to one store. Any of its methods may be called from any thread, several at once.
+    """Client of one store. Thread-safe.
 
-    `patience_s` is how long a call goes on trying a store that does not answer; `ca_file` is what an S3 that the store
-    sends readers to is checked against.
+    `patience_s`: time for which a call retries if the store does not answer, in seconds. `ca_file`: CA certificates
+    that verify the store and the S3 to which the store redirects readers.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SnapshotClient:
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """URL of the store."""
         return self._calls.url
 
     def __enter__(self) -> Self:
@@ -93,16 +93,16 @@ class SnapshotClient:
         self.close()
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Close the connections."""
         self._calls.close()
 
     def put(
         self, run: str, version: Version, tensors: Iterable[RawTensor], canaries: Sequence[Canary], *, writer: int
     ) -> Manifest:
-        """Store a version whole. When this returns it can be announced.
+        """Store a version. After the return it is complete and may be announced.
 
-        Repeating it with the same weights is harmless. Raises VersionConflict if the number is taken by others, Fenced
-        if `writer` is no longer the newest.
+        A repeat with the same weights has no effect. Raises VersionConflict if the store holds other weights under this
+        number, and Fenced if there is a newer writer than `writer`.
         """
         with tempfile.TemporaryFile(prefix="palimpsest-put-") as temporary:
             file = cast("IO[bytes]", temporary)
@@ -121,7 +121,7 @@ class SnapshotClient:
                 canaries=tuple(canaries),
             )
             reply = self._send(manifest, file)
-            if reply.status_code == 424:  # the store restarted in between and swept the object away
+            if reply.status_code == 424:  # the store restarted after the first call and removed the object
                 reply = self._send(manifest, file)
         raise_if_refused(reply)
         if reply.status_code == 409:
@@ -134,34 +134,34 @@ class SnapshotClient:
         return self._calls.call(lambda http: http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
 
     def manifest(self, version: Version) -> Manifest:
-        """What stands for a version. Raises VersionMissing, Damaged."""
+        """Return the manifest of a version. Raises VersionMissing, Damaged."""
         reply = self._calls.call(lambda http: http.get(f"/v1/versions/{version}"))
         if reply.status_code == 404:
             raise VersionMissing(f"version {version} is not in the store at {self._calls.url}")
         raise_for_status(reply, 200)
         manifest = unseal(reply.content)
         if manifest.version != version:
-            raise Damaged(f"version {version} was asked for, the store gave version {manifest.version}")
+            raise Damaged(f"requested version {version}, but the store returned version {manifest.version}")
         return manifest
 
     def versions(self) -> list[Version]:
-        """Every version in the store, ascending."""
+        """Return every version in the store, in ascending order."""
         reply = self._calls.call(lambda http: http.get("/v1/versions"))
         raise_for_status(reply, 200)
         return [Version(entry["version"]) for entry in reply.json()["versions"]]
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
-        """The version's tensors, one after another. Raises VersionMissing, Damaged."""
+        """Iterate over the tensors of the version. Raises VersionMissing, Damaged."""
         with closing(self._object(manifest)) as chunks:
             yield from decode_tensors(chunks, manifest)
 
     def lease(self, holder: str, lowest: Version) -> None:
-        """Keep every version from `lowest` on, until the holder names another."""
+        """Retain every version from `lowest` on. A later call of the same holder replaces this lease."""
         body = msgspec.json.encode({"lowest": lowest})
         raise_for_status(self._calls.call(lambda http: http.put(f"/v1/leases/{holder}", content=body)), 200)
 
     def request(self, method: str, path: str, body: Mapping[str, str] | None = None) -> Any:
-        """The store's answer about writers and checkpoints, decoded. Raises Fenced."""
+        """Send a request about writers or checkpoints and return the decoded reply. Raises Fenced."""
         content = b"" if body is None else msgspec.json.encode(body)
         reply = self._calls.call(lambda http: http.request(method, path, content=content))
         raise_if_refused(reply)
@@ -169,22 +169,22 @@ class SnapshotClient:
         return reply.json()
 
     def put_claim(self, body: bytes) -> str:
-        """Store the body of a long record; its digest, by which `claim` gives it back.
+        """Store the body of a long record. Returns its digest, the argument of `claim`.
 
-        Repeating it with the same bytes is harmless, and makes them young again.
+        A repeat with the same bytes only restarts their retention time.
         """
         digest = blake3(body).hexdigest()
         raise_for_status(self._calls.call(lambda http: http.put(f"/v1/claims/{digest}", content=body)), 201)
         return digest
 
     def claim(self, digest: str) -> bytes:
-        """The body of this digest. Raises ClaimMissing, Damaged."""
+        """Return the body with this digest. Raises ClaimMissing, Damaged."""
         try:
             body = b"".join(self._calls.body(f"/v1/claims/{digest}"))
         except NotFound:
             raise ClaimMissing(f"the body {digest} is not in the store at {self._calls.url}") from None
         if blake3(body).hexdigest() != digest:
-            raise Damaged(f"the body {digest[:12]}: its {len(body)} bytes contradict its digest")
+            raise Damaged(f"body {digest[:12]}: the digest of its {len(body)} bytes is different")
         return body
 
     def _encode(self, tensors: Iterable[RawTensor], file: IO[bytes]) -> tuple[list[TensorEntry], str, int]:
@@ -214,4 +214,4 @@ class SnapshotClient:
         try:
             yield from self._calls.body(f"/v1/objects/{manifest.object}")
         except NotFound:
-            raise VersionMissing(f"version {manifest.version}: its weights are no longer in the store") from None
+            raise VersionMissing(f"version {manifest.version}: the store no longer holds its weights") from None

@@ -1,4 +1,4 @@
-"""A version's object, read as its tensors: one at a time, each checked against its digest before it is handed on."""
+"""Decode the object of a version into tensors, one at a time. The digest of each tensor is verified."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,30 +20,30 @@ class RawTensor:
 
 
 def decode_tensors(chunks: Iterator[bytes], manifest: Manifest) -> Iterator[RawTensor]:
-    """The version's tensors in the order of the object whose bytes `chunks` are. Raises Damaged."""
+    """Iterate over the tensors of a version. `chunks`: the bytes of its object. Raises Damaged."""
     frames = _Frames(chunks, manifest)
     for entry in sorted(manifest.tensors, key=lambda entry: entry.start):
         yield _decode(entry, frames.take(entry), manifest)
 
 
 class _Frames:
-    """Cuts a stream of bytes into the frames of its tensors."""
+    """Splits a stream of bytes into the frames of its tensors."""
 
     def __init__(self, chunks: Iterator[bytes], manifest: Manifest) -> None:
         self._chunks, self._manifest = chunks, manifest
-        self._held = bytearray()
+        self._buffer = bytearray()
 
     def take(self, entry: TensorEntry) -> bytes:
         try:
-            while len(self._held) < entry.length:
-                self._held += next(self._chunks)
+            while len(self._buffer) < entry.length:
+                self._buffer += next(self._chunks)
         except StopIteration:
             raise Damaged(
                 f"version {self._manifest.version}: the object {self._manifest.object[:12]} ends inside tensor "
                 f"{entry.name}: it is truncated"
             ) from None
-        frame = bytes(self._held[: entry.length])
-        del self._held[: entry.length]
+        frame = bytes(self._buffer[: entry.length])
+        del self._buffer[: entry.length]
         return frame
 
 
@@ -53,5 +53,5 @@ def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
     except ValueError as error:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: {error}") from error
     if blake3(raw.data).hexdigest() != entry.digest:
-        raise Damaged(f"version {manifest.version}, tensor {entry.name}: its bytes contradict its digest")
+        raise Damaged(f"version {manifest.version}, tensor {entry.name}: the digest of its bytes is different")
     return RawTensor(entry.name, entry.dtype, entry.shape, raw)

@@ -1,7 +1,7 @@
-"""What stands in the store for a version: which tensors, where their bytes are, and what identifies them.
+"""Manifest of a version in the store: its tensors, the place of their bytes, and their digests.
 
-The version's digest is blake3 over its tensors' names, types, shapes and digests: equal digests mean equal weights,
-however they are encoded. The manifest itself carries a digest of its own text, so that a damaged one is noticed.
+The digest of a version is blake3 over the names, types, shapes and digests of its tensors. Equal digests mean equal
+weights, independent of the encoding. A stored manifest carries a digest of its own text, which reveals damage.
 """
 
 from collections.abc import Iterable
@@ -28,11 +28,11 @@ ITEMSIZE = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
 }
-"""Bytes of one number, by torch's name of its type."""
+"""torch dtype name -> bytes per number."""
 
 
 class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor: its identity, and where its frame lies in the object."""
+    """One tensor: its identity, and the position of its frame in the object."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def size(self) -> int:
-        """Raw bytes."""
+        """Number of raw bytes."""
         count = ITEMSIZE[self.dtype]
         for side in self.shape:
             count *= side
@@ -53,15 +53,15 @@ class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Canary(Struct, frozen=True, forbid_unknown_fields=True):
-    """A token sequence and what the learner makes of it under this version, at temperature 1."""
+    """A token sequence and its log-probs on the learner under this version, at temperature 1."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
-    """Which tokens are compared; none is the first, which nothing predicts."""
+    """Indexes of the tokens to compare. They exclude index 0, because no token predicts the first one."""
     logprobs: tuple[float, ...]
     """log pi(tokens[p] | tokens[:p]) for each position p, nats."""
     previous: tuple[float, ...]
-    """The same under the weights just before these; empty when nobody knows."""
+    """The same under the previous version; empty if unknown."""
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SealedManifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A manifest as it is stored."""
+    """The stored form of a manifest."""
 
     seal: str
     """blake3 of the manifest's text, hex."""
@@ -91,11 +91,11 @@ class SealedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Damaged(Exception):
-    """Stored bytes contradict their digest or are not whole; the message says which."""
+    """Raised if stored bytes contradict their digest or are incomplete. The error text says which."""
 
 
 def version_digest(tensors: Iterable[TensorEntry]) -> str:
-    """Identity of the weights, whatever their order and encoding. blake3, hex"""
+    """Return the digest of the weights (blake3, hex), independent of their order and encoding."""
     hasher = blake3()
     for entry in sorted(tensors, key=lambda entry: entry.name):
         hasher.update(msgspec.json.encode((entry.name, entry.dtype, entry.shape, entry.digest)))
@@ -103,13 +103,13 @@ def version_digest(tensors: Iterable[TensorEntry]) -> str:
 
 
 def seal(manifest: Manifest) -> bytes:
-    """The manifest's bytes for the store."""
+    """Return the bytes of the manifest for the store."""
     text = msgspec.json.encode(manifest)
     return msgspec.json.encode(SealedManifest(blake3(text).hexdigest(), msgspec.Raw(text)))
 
 
 def unseal(body: bytes) -> Manifest:
-    """The manifest in these bytes. Raises Damaged."""
+    """Return the manifest in these bytes. Raises Damaged."""
     try:
         sealed = msgspec.json.decode(body, type=SealedManifest)
         if blake3(bytes(sealed.manifest)).hexdigest() != sealed.seal:
@@ -118,7 +118,10 @@ def unseal(body: bytes) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Damaged(f"not a manifest: {error}") from error
     if manifest.schema != SCHEMA:
-        raise Damaged(f"manifest schema {manifest.schema} is not known here (this is {SCHEMA}): use a newer release")
+        raise Damaged(
+            f"manifest schema {manifest.schema} is unknown; this release reads schema {SCHEMA}: use the release that "
+            f"wrote it"
+        )
     if version_digest(manifest.tensors) != manifest.digest:
-        raise Damaged(f"version {manifest.version}: its digest is not that of its tensors")
+        raise Damaged(f"version {manifest.version}: its digest is different from the digest of its tensors")
     return manifest

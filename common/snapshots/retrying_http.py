@@ -1,7 +1,7 @@
-"""HTTP with the snapshot store that outlasts an outage: tried again until a stated time is used up.
+"""HTTP client of the snapshot store that retries during an outage, up to a time limit.
 
-A body may come from the store or, where the store answers 307, from the S3 behind it, by an address that holds for a
-while. Either way a connection that breaks is taken up where it broke: what stands in the store never changes.
+The store may send a body itself, or answer 307 with a presigned URL of the S3 behind it. In both cases the client
+resumes a broken transfer at the byte where it broke, because stored objects never change.
 """
 
 import os
@@ -17,23 +17,24 @@ from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
 from palimpsest.common.tls import tls_context
 
 FIRST_PAUSE_S = 0.2
-"""Before the second try; doubles, up to LONGEST_PAUSE_S."""
+"""Pause before the second attempt, in seconds. It doubles, up to LONGEST_PAUSE_S."""
 LONGEST_PAUSE_S = 5.0
 FULL_PATIENCE_S = 20.0
-"""A full disk is waited for no longer than this: room may be made meanwhile, but somebody has to hear of it."""
+"""Time for which a call retries on a full disk, in seconds. It is shorter than the time for outages, because a person
+has to free space."""
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
 class StoreUnavailable(Exception):
-    """The store did not answer in the time allowed."""
+    """Raised if the store did not answer within the time limit."""
 
 
 class NotFound(LookupError):
-    """The store does not hold this."""
+    """Raised if the store does not hold the object."""
 
 
 class RetryingHttp:
-    """Requests to one store. Any number of threads may use it at once."""
+    """Client of one store. Thread-safe."""
 
     def __init__(
         self,
@@ -44,24 +45,24 @@ class RetryingHttp:
         sleep: Callable[[float], None] = time.sleep,
         outages: Outages = OUTAGES,
     ) -> None:
-        trusted = tls_context(ca_file, key="snapshot_store.ca_file")  # once: to read certificates takes 40 ms
-        self._http = httpx.Client(base_url=url, verify=trusted, timeout=_TIMEOUT)
-        # no header but Host is signed in a presigned address; identity, so that a range counts stored bytes
-        self._direct = httpx.Client(verify=trusted, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
+        context = tls_context(ca_file, key="snapshot_store.ca_file")  # once, because reading certificates takes 40 ms
+        self._http = httpx.Client(base_url=url, verify=context, timeout=_TIMEOUT)
+        # A presigned URL signs only the Host header, so others may be sent. `identity`: ranges count stored bytes
+        self._direct = httpx.Client(verify=context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
         self.url = url
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Close the connections."""
         self._http.close()
         self._direct.close()
 
     def call(self, send: Callable[[httpx.Client], httpx.Response]) -> httpx.Response:
-        """The first reply that is no fault of the server (below 500).
+        """Return the first reply with a status below 500.
 
-        Raises StoreUnavailable, and OSError when the disk of the store stays full.
+        Raises StoreUnavailable at the time limit, and OSError if the disk of the store stays full.
         """
-        waiting = _RetryState(self._sleep)
+        retry = _RetryState(self._sleep)
         with self._outages.waiting() as outage:
             while True:
                 of, address = STORE, self.url
@@ -71,56 +72,58 @@ class RetryingHttp:
                         return reply
                     error, limit_s = _failure(reply), self._patience_s
                     of, address = _storage_outage(reply) or (of, address)
-                except httpx.TransportError as broken:
-                    error, limit_s = StoreUnavailable(f"{type(broken).__name__}: {broken}"), self._patience_s
+                except httpx.TransportError as failure:
+                    error, limit_s = StoreUnavailable(f"{type(failure).__name__}: {failure}"), self._patience_s
                 if isinstance(error, OSError):
                     limit_s = min(limit_s, FULL_PATIENCE_S)
-                outage.record_failure(of, address, str(error), until=self._outages.now() + waiting.remaining_s(limit_s))
-                if not waiting.pause(limit_s):
+                outage.record_failure(of, address, str(error), until=self._outages.now() + retry.remaining_s(limit_s))
+                if not retry.pause(limit_s):
                     break
         if isinstance(error, OSError):
             raise error
         raise StoreUnavailable(f"the snapshot store at {self.url} did not answer in {limit_s:g} s: {error}")
 
     def body(self, path: str) -> Generator[bytes, None, None]:
-        """The bytes under `path`, in pieces. Raises NotFound, StoreUnavailable."""
+        """Iterate over the bytes under `path`. Raises NotFound, StoreUnavailable."""
         with self._outages.waiting() as outage:
             yield from self._body(path, outage)
 
     def _body(self, path: str, outage: Waiting) -> Generator[bytes, None, None]:
-        had, waiting = 0, _RetryState(self._sleep)
+        received, retry = 0, _RetryState(self._sleep)
         while True:
-            asked = [(STORE, self.url)]
+            servers = [(STORE, self.url)]
             try:
-                with self._open_stream(path, had, asked) as (reply, start):
-                    if reply.status_code == 416:  # nothing from there on: whoever reads sees what is lacking
+                with self._open_stream(path, received, servers) as (reply, start):
+                    if reply.status_code == 416:  # no bytes from there on: the reader detects a truncated body
                         return
                     if reply.status_code in (200, 206):
-                        at = start
-                        # as it comes: what were held back would be lost with the connection
+                        position = start
+                        # yield each chunk at once, because a broken connection loses buffered ones
                         for chunk in reply.iter_bytes():
-                            new, at = chunk[max(0, had - at) :], at + len(chunk)
+                            new, position = chunk[max(0, received - position) :], position + len(chunk)
                             if new:
-                                had, waiting = had + len(new), _RetryState(self._sleep)
+                                received, retry = received + len(new), _RetryState(self._sleep)
                                 outage.record_answer()
                                 yield new
                         return
                     reply.read()
                     problem = f"{reply.status_code} {reply.text[:200]}"
-                    asked += [away] if (away := _storage_outage(reply)) else []
+                    servers += [storage] if (storage := _storage_outage(reply)) else []
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             outage.record_failure(
-                *asked[-1], problem, until=self._outages.now() + waiting.remaining_s(self._patience_s)
+                *servers[-1], problem, until=self._outages.now() + retry.remaining_s(self._patience_s)
             )
-            if not waiting.pause(self._patience_s):
+            if not retry.pause(self._patience_s):
                 raise StoreUnavailable(f"GET {path}: no answer in {self._patience_s:g} s: {problem}")
 
     @contextmanager
-    def _open_stream(self, path: str, had: int, asked: list[tuple[str, str]]) -> Iterator[tuple[httpx.Response, int]]:
-        """The reply, from the store or from where it points, and at which byte its body begins.
+    def _open_stream(
+        self, path: str, received: int, servers: list[tuple[str, str]]
+    ) -> Iterator[tuple[httpx.Response, int]]:
+        """Open the body at byte `received`, from the store or from the URL to which it redirects.
 
-        Whom it asks besides the store is appended to `asked`.
+        Yields the reply and the byte at which its body starts. Appends the redirect target to `servers`.
         """
         with self._http.stream("GET", path) as reply:
             if reply.status_code == 404:
@@ -129,25 +132,25 @@ class RetryingHttp:
                 yield reply, 0
                 return
             address = reply.headers["Location"]
-        asked.append((S3, str(httpx.URL(address).copy_with(raw_path=b"/")).rstrip("/")))
-        # what is refused there (the address expired, the object just went) is asked of the store again
-        with self._direct.stream("GET", address, headers={"Range": f"bytes={had}-"} if had else {}) as reply:
-            yield reply, had if reply.status_code == 206 else 0
+        servers.append((S3, str(httpx.URL(address).copy_with(raw_path=b"/")).rstrip("/")))
+        # if the S3 refuses (expired URL, removed object), the caller asks the store again
+        with self._direct.stream("GET", address, headers={"Range": f"bytes={received}-"} if received else {}) as reply:
+            yield reply, received if reply.status_code == 206 else 0
 
 
 class _RetryState:
-    """Pauses that grow, until a time is used up; pauses count even where the clock stands still."""
+    """Growing pauses up to a time limit. The sum of the pauses counts if it exceeds the elapsed time (test clocks)."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._sleep = sleep
         self._began, self._paused, self._next_s = time.monotonic(), 0.0, FIRST_PAUSE_S
 
     def remaining_s(self, limit_s: float) -> float:
-        """Seconds until the limit."""
+        """Return the seconds until the limit."""
         return limit_s - max(self._paused, time.monotonic() - self._began)
 
     def pause(self, limit_s: float) -> bool:
-        """Pause before another try; False when that would go beyond the limit."""
+        """Pause before another attempt. Returns False without a pause if it would exceed the limit."""
         if self._next_s > self.remaining_s(limit_s):
             return False
         self._sleep(self._next_s)
@@ -157,7 +160,7 @@ class _RetryState:
 
 
 def raise_for_status(reply: httpx.Response, *codes: int) -> None:
-    """Raises StoreUnavailable for any other status."""
+    """Raise StoreUnavailable if the status is not one of `codes`."""
     if reply.status_code not in codes:
         raise StoreUnavailable(
             f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text[:300]}"
@@ -165,17 +168,17 @@ def raise_for_status(reply: httpx.Response, *codes: int) -> None:
 
 
 def _storage_outage(reply: httpx.Response) -> tuple[str, str] | None:
-    """The S3 behind the store, where the store says that it does not answer."""
+    """Return the S3 and its address if the reply says that the S3 behind the store is unreachable, else None."""
     try:
-        said = msgspec.json.decode(reply.content)
-        return (S3, str(said["address"])) if said["code"] == "storage_unavailable" else None
+        body = msgspec.json.decode(reply.content)
+        return (S3, str(body["address"])) if body["code"] == "storage_unavailable" else None
     except (msgspec.DecodeError, KeyError, TypeError):
         return None
 
 
 def _failure(reply: httpx.Response) -> OSError | StoreUnavailable:
-    """What a 5xx says: a full disk of the store is a full disk here, too."""
+    """Return the error of a 5xx reply: an OSError for a full disk of the store, else StoreUnavailable."""
     if reply.status_code == 507:
-        said = reply.json()
-        return OSError(said["errno"], os.strerror(said["errno"]), said["path"])
+        body = reply.json()
+        return OSError(body["errno"], os.strerror(body["errno"]), body["path"])
     return StoreUnavailable(f"{reply.status_code} {reply.text[:200]}")

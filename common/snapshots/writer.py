@@ -1,6 +1,6 @@
-"""A learner's right to write, as the store gives and takes it.
+"""The right of a learner to write to the store.
 
-The newest learner has it. Whoever asks for it replaces the one before, who hears so at its next write or question.
+The newest writer has the right. A new writer replaces the previous one, whose next request fails with Fenced.
 """
 
 import os
@@ -13,7 +13,7 @@ from palimpsest.common.versions import Version
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A checkpoint that counts."""
+    """A committed checkpoint."""
 
     version: Version
     writer: int
@@ -22,31 +22,32 @@ class Committed:
 
 
 class Writer:
-    """One learner's. Every method but `begin` and `committed` raises Fenced once another learner has begun."""
+    """Writer of one learner. After another learner calls `begin`, every method except `begin` and `committed` raises
+    Fenced."""
 
     def __init__(self, store: SnapshotClient, holder: str | None = None) -> None:
         self._store = store
         self._holder = holder or f"{socket.gethostname()}, process {os.getpid()}"
         self.epoch = 0
-        """From 1 on after `begin`."""
+        """Epoch of this writer: 0 before `begin`, at least 1 after it."""
 
     def begin(self) -> None:
-        """Take the run over: from now on the store refuses every earlier writer."""
+        """Take over the run. From then on the store refuses every earlier writer."""
         self.epoch = self._store.request("POST", "/v1/writers", {"holder": self._holder})["epoch"]
 
     def confirm(self) -> None:
-        """Raise Fenced if another learner has begun."""
+        """Raise Fenced if another learner took over the run."""
         self._store.request("GET", f"/v1/writers/{self.epoch}")
 
     def committed(self) -> list[Committed]:
-        """The checkpoints that count, whoever wrote them; oldest first."""
+        """Return the committed checkpoints of all writers, oldest first."""
         return [Committed(**commit) for commit in self._store.request("GET", "/v1/checkpoints")["checkpoints"]]
 
     def commit(self, version: Version, digest: str) -> Committed:
-        """Make this writer's checkpoint of the version count; `digest` is that of its manifest. Harmless again."""
+        """Commit this writer's checkpoint of the version. `digest`: digest of its manifest. Idempotent."""
         self._store.request("PUT", f"/v1/checkpoints/{version}/{self.epoch}", {"digest": digest})
         return Committed(version, self.epoch, digest)
 
     def withdraw(self, commit: Committed) -> None:
-        """Let a checkpoint count no longer."""
+        """Withdraw the commit of a checkpoint."""
         self._store.request("DELETE", f"/v1/checkpoints/{commit.version}/{commit.writer}?by={self.epoch}")

@@ -18,7 +18,7 @@ usage: palimpsest run RUN.toml [--check] [--resume FOLDER] [--SECTION.KEY=VALUE 
 Runs everything on this machine: snapshot store, environment gateway, rollout workers and learner, each in its own
 process, until the run's last version is published. Ctrl-C stops cleanly; --resume continues from there.
 
-  RUN.toml             describes the run; examples/embedded.toml is one to start from
+  RUN.toml             describes the run; start from a copy of examples/embedded.toml
   --check              print the resolved configuration with all defaults, and exit
   --resume FOLDER      continue the run in this folder (runs/ID); without RUN.toml, with its own configuration
   --learner.versions=50

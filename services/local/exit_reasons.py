@@ -17,7 +17,7 @@ MEANINGS = {
     "SIGSEGV": "native code accessed memory outside its own",
     "SIGTERM": "a user or another process stopped it",
     "SIGXCPU": "its limit of CPU time is used up (ulimit -t)",
-    "SIGXFSZ": "a file has grown to the size limit (ulimit -f)",
+    "SIGXFSZ": "a file reached the size limit (ulimit -f)",
 }
 """The usual cause of each signal that ended a process."""
 REMEDIES = {

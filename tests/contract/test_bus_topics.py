@@ -17,7 +17,7 @@ def test_creating_an_existing_topic_keeps_its_records(bus: Bus) -> None:
 
 
 def test_a_different_number_of_partitions_is_refused_with_both_numbers(bus: Bus) -> None:
-    with pytest.raises(ValueError, match=rf"topic \S*{TOPIC} .* has {PARTITIONS} partitions, 5 are asked for"):
+    with pytest.raises(ValueError, match=rf"topic \S*{TOPIC} .* has {PARTITIONS} partitions; the run needs 5"):
         bus.create_topics({"new": 2, TOPIC: 5})
     with pytest.raises(LookupError):
         bus.publish("new", things("a"))

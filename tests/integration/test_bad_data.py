@@ -57,7 +57,7 @@ class Disk:
         folder.mkdir()
         mount = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
         self.own = subprocess.run(mount, capture_output=True).returncode == 0
-        self.says = "the disk is full" if self.own else "a file has grown to the size limit (ulimit -f)"
+        self.says = "the disk is full" if self.own else "a file reached the size limit (ulimit -f)"
 
     def fill(self, run: RunProcess) -> None:
         """Leave too little space for the next checkpoint."""

@@ -115,7 +115,7 @@ def without_tokenizer(folder: Path, starting: Path) -> None:
     ("make", "says"),
     [
         (absent, "model.path: {model} does not exist; `make setup` builds"),
-        (empty, "model.path: {model} holds no model (there is no {model}/config.json): it takes a whole model folder"),
+        (empty, "model.path: {model} holds no model (there is no {model}/config.json): a complete model folder"),
         (garbage, "model.path: {model}/config.json cannot be read ("),
         (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): it takes a"),
     ],
@@ -150,7 +150,7 @@ def test_an_unwritable_run_folder_is_refused(toml: Path, program: str) -> None:
     command = ("run",) if program == "palimpsest" else ()
     code, output = ended(program, *command, toml, f"--run.folder={toml}")
     assert code == 2
-    assert output.startswith(f"run.folder: nothing can be written to {toml}/scripted")
+    assert output.startswith(f"run.folder: cannot write to {toml}/scripted")
     assert "a part of that path is a file, not a folder. Choose another place with --run.folder=FOLDER" in output
 
 
@@ -159,7 +159,7 @@ def test_an_unwritable_run_folder_is_refused(toml: Path, program: str) -> None:
 def test_a_service_refuses_a_port_in_use(toml: Path, taken: int, service: str) -> None:
     code, output = ended(f"palimpsest.services.{service}", toml, f"--{service}.port={taken}")
     assert code == 3
-    assert output.startswith(f"port {taken} on 127.0.0.1 is in use: stop the program that holds it")
+    assert output.startswith(f"port {taken} on 127.0.0.1 is in use: stop the program that uses it")
     assert f"--{service}.port=PORT" in output
 
 
@@ -167,7 +167,7 @@ def test_a_service_refuses_a_port_in_use(toml: Path, taken: int, service: str) -
 def test_a_port_in_use_ends_the_run(toml: Path, taken: int) -> None:
     code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
     assert code == 3, output
-    assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that holds it" in output
+    assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that uses it" in output
     assert f"palimpsest run --resume {toml.parent / 'scripted'}" in output
     assert "Traceback" not in output
 

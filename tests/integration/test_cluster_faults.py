@@ -230,7 +230,7 @@ def a_paused_learner(run: Faulty) -> None:
     for rank in ranks:
         rank.resume()
     assert run.services.forget(first) != 0
-    assert "another learner took this run over" in run.services.log(first).read_text()
+    assert "another learner took over this run" in run.services.log(first).read_text()
 
 
 FAULTS: dict[str, Callable[[Faulty], list[RejectCause] | None]] = {

@@ -62,7 +62,7 @@ def woken(services: Services, learner: Process, place: str, epoch: int) -> None:
     learner.send_signal(signal.SIGCONT)
     assert learner.wait(timeout=WITHIN_S) == 6, services.log(place).read_text()[-3000:]
     text = services.log(place).read_text()
-    assert f"another learner took this run over: writer {epoch} (" in text
+    assert f"another learner took over this run: writer {epoch} (" in text
     assert f") was replaced by writer {epoch + 1} (" in text
     assert "Traceback" not in text
 
@@ -97,7 +97,7 @@ def test_all_ranks_of_a_replaced_learner_end_and_the_refusal_records_the_code(se
     refusal = json.loads((services.home / "refusals" / "learner.json").read_text())
     assert refusal["code"] == 6
     assert launcher.pid in refusal["processes"]
-    assert "another learner took this run over: writer 1 (" in refusal["message"]
+    assert "another learner took over this run: writer 1 (" in refusal["message"]
     assert "Traceback" not in services.log("ranks").read_text().partition("torch/distributed")[0]
     assert second.wait(timeout=WITHIN_S) == 0
     check_whole(services.home, {})

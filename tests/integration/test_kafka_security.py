@@ -177,10 +177,10 @@ def test_a_listener_with_tls_and_login_requires_both(
     monkeypatch.setenv(USERNAME, sasl_tls.username)
     monkeypatch.setenv(PASSWORD, sasl_tls.password)
     trusting = f"--bus.ca_file={sasl_tls.ca_file}"
-    assert "it speaks TLS there" in refused(configured(home, sasl_tls, security="plaintext"))
-    assert "it speaks TLS there" in refused(configured(home, sasl_tls, security="sasl_plaintext"))
-    assert "it wants a login" in refused(configured(home, sasl_tls, trusting, security="tls"))
-    assert "its certificate is not to be trusted" in refused(configured(home, sasl_tls))
+    assert "its listener uses TLS" in refused(configured(home, sasl_tls, security="plaintext"))
+    assert "its listener uses TLS" in refused(configured(home, sasl_tls, security="sasl_plaintext"))
+    assert "it requires a login" in refused(configured(home, sasl_tls, trusting, security="tls"))
+    assert "its certificate is not trusted" in refused(configured(home, sasl_tls))
 
 
 def test_the_rights_in_the_manual_suffice_with_credentials_in_files(
@@ -206,7 +206,7 @@ def test_each_right_in_the_manual_is_needed(
     with (
         at_once(),
         pytest.raises(
-            UserError, match=r"refuses us: .*AuthorizationFailed.*rights that docs/operations.md lists"
+            UserError, match=r"refuses access: .*AuthorizationFailed.*permissions that docs/operations.md lists"
         ) as told,
         closing(open_bus(configured(home, guarded, run=run))) as bus,
     ):
@@ -232,26 +232,26 @@ def test_a_wrong_login_fails_at_once(
 def test_the_error_for_a_wrong_protocol_names_the_right_setting(
     home: Path, tls: Kafka, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "it wants a login: bus.security must be sasl_" in refused(configured(home, guarded, security="plaintext"))
-    assert "it speaks without TLS there: bus.security must be plaintext or sasl_plaintext" in refused(
+    assert "it requires a login: bus.security must be sasl_" in refused(configured(home, guarded, security="plaintext"))
+    assert "its listener does not use TLS: bus.security must be plaintext or sasl_plaintext" in refused(
         configured(home, guarded, security="tls")
     )
-    assert "it speaks TLS there: bus.security must be tls or sasl_tls" in refused(
+    assert "its listener uses TLS: bus.security must be tls or sasl_tls" in refused(
         configured(home, tls, security="plaintext")
     )
     monkeypatch.setenv(USERNAME, "u")
     monkeypatch.setenv(PASSWORD, "p")
-    assert "it knows no logins there: bus.security must be plaintext or tls" in refused(
+    assert "its listener has no SASL login: bus.security must be plaintext or tls" in refused(
         configured(home, tls, *certified(tls), security="sasl_tls")
     )
 
 
 def test_the_error_for_an_unusable_certificate_names_its_key(home: Path, tls: Kafka) -> None:
     ours = certified(tls)
-    assert "its certificate is not to be trusted (unable to get local issuer certificate): bus.ca_file" in refused(
+    assert "its certificate is not trusted (unable to get local issuer certificate): bus.ca_file" in refused(
         configured(home, tls)
     )
-    assert "it does not accept our certificate" in refused(configured(home, tls, ours[0]))
+    assert "it does not accept the client certificate" in refused(configured(home, tls, ours[0]))
     assert "bus.certificate_file and bus.key_file" in refused(configured(home, tls, ours[0]))
     absent = home / "absent.pem"
     assert f"bus.ca_file = '{absent}'" in refused(configured(home, tls, f"--bus.ca_file={absent}"))
@@ -261,7 +261,7 @@ def test_the_error_for_an_unusable_certificate_names_its_key(home: Path, tls: Ka
 def test_an_unreachable_broker_is_retried_and_then_named(home: Path, kafka_server: Kafka) -> None:
     config = configured(home, kafka_server)
     closed = f"127.0.0.1:{free()}"
-    for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "no such host is known")):
+    for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "unknown host")):
         nobody = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
         with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\) .*{said}") as told:
             KafkaBus(nobody, prefix="t.")

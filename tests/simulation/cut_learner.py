@@ -142,7 +142,7 @@ class Learner:
 
     def _confirm(self) -> None:
         if self._writer != self._schedule.writer:
-            raise Fenced("another learner took this run over")
+            raise Fenced("another learner took over this run")
 
     def _publish(self) -> None:
         self._confirm()

@@ -78,7 +78,7 @@ class MemoryBus:
                 standing = len(self.store.topics.get(topic, ())) or count
                 if standing != count:
                     raise ValueError(
-                        f"topic {topic} in memory has {standing} partitions, {count} are asked for\n{PARTITIONS_STAY}"
+                        f"topic {topic} in memory has {standing} partitions; the run needs {count}\n{PARTITIONS_STAY}"
                     )
             for topic, count in partitions.items():
                 self.store.topics.setdefault(topic, [_Partition() for _ in range(count)])
@@ -109,7 +109,7 @@ class MemoryConsumer:
 
     def __init__(self, store: Store, topic: str, group: str | None, member: str, *, lease_s: float) -> None:
         if group is not None and not member:
-            raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
+            raise ValueError(f"a consumer of group {group} needs a member name")
         self._store, self._topic, self._group, self._member = store, topic, group, member
         self._lease_s = lease_s
         self._next: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The log on Apache Kafka, by kafka-python. Nothing outside this folder imports it."""
+"""The log on Apache Kafka, with kafka-python. Only this folder imports kafka-python."""
 
 from palimpsest.common.bus.kafka.bus import KafkaBus
 from palimpsest.common.bus.kafka.connection import Connection, connection

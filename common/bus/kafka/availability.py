@@ -1,6 +1,6 @@
-"""Finds out on a thread of its own whether a silent Kafka is unreachable, so that no caller waits for the answer.
+"""Probe in a background thread whether a Kafka that does not answer is unreachable, so that no caller waits for it.
 
-kafka-python's readers say nothing of an outage, and its writers only when their time is over.
+kafka-python's consumers do not report an outage, and its producer reports one only after its timeout.
 """
 
 import threading
@@ -12,11 +12,11 @@ from palimpsest.common.outages import KAFKA, Outages
 
 EVERY_S = 1.0
 SUSPECTED_S = 30.0
-"""A Kafka not suspected for so long is not probed any more."""
+"""Time without a new suspicion after which probing stops, in seconds."""
 
 
 class AvailabilityMonitor:
-    """Probes a suspected Kafka, and keeps an outage in the register until a broker answers."""
+    """Probes a Kafka that does not answer, and keeps an outage in the register until a broker answers."""
 
     def __init__(self, address: str, probe: Callable[[], None], outages: Outages) -> None:
         self._address, self._probe_brokers, self._outages = address, probe, outages
@@ -26,7 +26,7 @@ class AvailabilityMonitor:
         self._until: float | None = None
 
     def suspect(self, until: float | None = None) -> None:
-        """Report a missing answer; the caller gives up at `until` (Unix seconds). Returns at once."""
+        """Report a missing answer. `until`: end of the caller's retries in Unix seconds. Returns at once."""
         with self._lock:
             self._suspected = time.monotonic()
             if until is not None:

@@ -1,9 +1,9 @@
-"""The producing side, and the way to consumers.
+"""The bus on Kafka: the producer, and the factory of consumers.
 
-A record counts as published when the broker has acknowledged it: every send's outcome is looked at, and what failed is
-sent again, the same bytes, so the same ids. A producer that is idempotent does not make that superfluous: when it
-gives a batch up (an outage longer than its patience) only the caller still has the records. A record can so stand on
-the log twice, and behind others of its key that the same call published; readers know ids.
+A record counts as published when the broker acknowledged it. The bus checks the outcome of every send and sends failed
+records again, with the same bytes and therefore the same ids. An idempotent producer does not replace this: when an
+outage exceeds its timeout it discards the batch, and only the caller still has the records. A record may therefore be
+on the log twice, or after other records of its key from the same call. Readers deduplicate by id.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from palimpsest.common.logs import logger
 from palimpsest.common.outages import KAFKA
 
 GIVE_UP_S = 20.0
-"""kafka-python itself tries for so long; then we say so and send again."""
+"""Time for which kafka-python retries a send, in seconds. After it the bus logs the failure and sends again."""
 SOON_S = 3.0
-"""A send without an outcome for so long raises the question whether anybody is there."""
+"""Time without an outcome of a send after which the availability monitor probes the brokers, in seconds."""
 LEASE_S = 10.0
-"""A group member not heard of for so long is gone."""
+"""Time without a heartbeat after which a group member loses its partitions, in seconds."""
 ENDING_S = 10.0
-"""A producer's thread that is told to end waits for no longer than this for an answer."""
+"""Time that the thread of a closed producer gets to end, in seconds."""
 BATCH_BYTES = 1 << 18
 OVERHEAD_BYTES = 4096
-"""Room for a batch's header, the key and the headers beside a record's body."""
+"""Space reserved for the header of a batch and of a record, in addition to key, headers and body."""
 
 
 class KafkaBus:
@@ -64,7 +64,7 @@ class KafkaBus:
             max_request_size=self._settings.max_record_bytes,
             batch_size=min(BATCH_BYTES, self._settings.max_record_bytes),
             delivery_timeout_ms=int(self._give_up_s * 1000),
-            request_timeout_ms=int(self._give_up_s * 500),  # kafka-python wants it below the former
+            request_timeout_ms=int(self._give_up_s * 500),  # must be below delivery_timeout_ms
             max_block_ms=int(self._give_up_s * 1000),
             metrics_enabled=False,
         )
@@ -103,7 +103,7 @@ class KafkaBus:
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> KafkaConsumer:
         if group is None:
-            self._count(topic)  # a topic that is not there is refused here; to a group it may come later
+            self._count(topic)  # raises LookupError for a missing topic; for a group it may be created later
         return KafkaConsumer(
             self._connection, self._prefix, topic, group, member,
             partitions=lambda: self._count(topic), lease_s=self._lease_s,
@@ -121,9 +121,10 @@ class KafkaBus:
         positions: dict[int, Position],
         until: float,
     ) -> Exception | None:
-        """Send these and wait for each one's outcome; fills in where the acknowledged stand. The last problem.
+        """Send the records with the indexes `left` and wait for their outcomes. Returns the last error, if any.
 
-        `until`: when `publish` gives up, in Unix seconds.
+        Adds the positions of acknowledged records to `positions`. `until`: end of the retries of `publish`, in Unix
+        seconds.
         """
         producer, problem, sent = self._producer, None, []
         try:
@@ -139,13 +140,15 @@ class KafkaBus:
                     )
                 )
         except (errors.KafkaTimeoutError, errors.IllegalStateError) as error:
-            problem = error  # no room or no metadata in time, or closed by another thread: the rest is sent again
-        late = time.monotonic() + 2 * self._give_up_s
+            problem = (
+                error  # buffer full, no metadata in time, or closed by another thread: `publish` sends the rest again
+            )
+        deadline = time.monotonic() + 2 * self._give_up_s
         if not self._wait_for_outcomes(sent):
             self._connection.prober.suspect(until)
         for i, future in zip(left, sent, strict=False):
             try:
-                done = future.get(timeout=max(0.0, late - time.monotonic()))
+                done = future.get(timeout=max(0.0, deadline - time.monotonic()))
             except DENIED as error:
                 raise self._connection.access_error(error) from None
             except errors.KafkaError as error:
@@ -158,7 +161,7 @@ class KafkaBus:
         return problem
 
     def _wait_for_outcomes(self, sent: "Sequence[Any]") -> bool:
-        """Wait a little; whether all have an outcome by then."""
+        """Wait up to SOON_S. Returns whether all sends have an outcome."""
         deadline = time.monotonic() + SOON_S
         for future in sent:
             with contextlib.suppress(errors.KafkaError):
@@ -166,15 +169,15 @@ class KafkaBus:
         return all(future.is_done for future in sent)
 
     def _restart_producer(self, stuck: Any) -> None:
-        """Another producer, for this one neither sends what it has nor gives it up.
+        """Replace a producer that neither sends its records nor fails them.
 
-        kafka-python 3.0.12 can end so after an outage: a batch that had been drained when another one ran out of time
-        is never sent, and whatever comes behind it waits.
+        kafka-python 3.0.12 can reach this state after an outage: it never sends a batch that was drained when another
+        batch timed out, and all later batches wait for it.
         """
         with self._renewing:
             if self._producer is stuck:
                 logger().warning("producer restarted")
-                _close(stuck, 0.0)  # first: nothing of it may come behind what is sent again
+                _close(stuck, 0.0)  # first, because its records must not arrive after those that are sent again
                 self._producer = self._connect(self._connection.outage_limit_s)
 
     def _count(self, topic: str) -> int:
@@ -186,17 +189,17 @@ class KafkaBus:
         beside = len(record.key.encode()) + sum(len(n) + len(v.encode()) + 8 for n, v in record.headers.items())
         if len(record.body) + beside + OVERHEAD_BYTES > self._settings.max_record_bytes:
             raise ValueError(
-                f"a record of {len(record.body)} bytes for {topic} does not fit into bus.max_record_bytes "
-                f"({self._settings.max_record_bytes}): long bodies travel as claims (common/bus/claim_check.py)"
+                f"a record of {len(record.body)} bytes for {topic} exceeds bus.max_record_bytes "
+                f"({self._settings.max_record_bytes}): send long bodies as claims (common/bus/claim_check.py)"
             )
 
 
 def _close(producer: Any, timeout_s: float) -> None:
-    """Let it send what it has for so long; then fail that, and end it."""
+    """Close the producer. Records that are not sent after `timeout_s` seconds fail."""
     try:
         producer.close(timeout=timeout_s)
     except errors.KafkaTimeoutError:
-        # its own `close` goes no further than this
+        # kafka-python's `close` leaves the sender thread running after a timeout
         producer._sender.force_close()
         producer._sender.join(ENDING_S)
         with contextlib.suppress(errors.KafkaError):

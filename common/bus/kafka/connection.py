@@ -1,4 +1,4 @@
-"""How brokers are reached: addresses, encryption, identity; and what to do while they are silent."""
+"""Connection to the brokers: addresses, encryption, credentials; and retries while they do not answer."""
 
 import os
 import ssl
@@ -20,12 +20,12 @@ from palimpsest.common.user_error import ExitCode, UserError
 
 T = TypeVar("T")
 USERNAME, PASSWORD = "PALIMPSEST_KAFKA_USERNAME", "PALIMPSEST_KAFKA_PASSWORD"
-"""Environment variables; with _FILE behind the name, a file that holds the value."""
+"""Environment variables. With the suffix _FILE they name a file that holds the value."""
 START_S = 60.0
-"""A broker that has not answered for so long when a process starts is not there."""
+"""Time for a broker to answer when a process starts, in seconds."""
 PAUSE_S = 0.5
 SAY_S = 10.0
-"""Between two lines that say that the log does not answer."""
+"""Interval between two log lines about a log that does not answer, in seconds."""
 PROTOCOLS = {"plaintext": "PLAINTEXT", "tls": "SSL", "sasl_plaintext": "SASL_PLAINTEXT", "sasl_tls": "SASL_SSL"}
 DENIED = (
     errors.AuthorizationError,
@@ -34,42 +34,45 @@ DENIED = (
     errors.IllegalSaslStateError,
     BrokerRefused,
 )
-"""No waiting mends these."""
+"""Errors for which a retry cannot succeed."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """What every client of one Kafka needs."""
+    """Settings shared by the clients of one Kafka."""
 
     servers: str
     options: Mapping[str, Any] = field(repr=False)
-    """Keyword arguments of kafka-python's clients: protocol, certificates, credentials."""
+    """Keyword arguments for kafka-python's clients: protocol, certificates, credentials."""
     outage_limit_s: float = 600.0
     start_limit_s: float = START_S
     outages: Outages = field(default=OUTAGES, repr=False)
     prober: AvailabilityMonitor = field(init=False, repr=False)
-    """To be told of every silence."""
+    """Monitor to notify of every missing answer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prober", AvailabilityMonitor(self.servers, self.probe, self.outages))
 
     def arguments(self) -> dict[str, Any]:
-        """For a client: bootstrap, retries of connections, identity."""
+        """Return the keyword arguments of a client: bootstrap servers, reconnects, credentials."""
         return {
             "bootstrap_servers": self.servers.split(","),
             "bootstrap_timeout_ms": 5_000,
-            "reconnect_backoff_max_ms": 1_000,  # an outage is over for us a second after it is over
+            "reconnect_backoff_max_ms": 1_000,  # clients reconnect within a second after an outage
             "request_timeout_ms": 10_000,
             **self.options,
         }
 
     def client(self, make: Callable[..., T], *, limit_s: float | None = None, **arguments: Any) -> T:
-        """A client of this kind. Raises UserError when no broker answers for `limit_s` (default: the time a process has
-        to start), or none lets us in."""
+        """Create a client with `make`.
+
+        Raises UserError if no broker answers for `limit_s` seconds (default: start_limit_s), or if the brokers refuse
+        the login.
+        """
         settings = {**self.arguments(), **arguments}
 
         def create() -> T:
-            self.probe()  # a client that finds nobody leaves a thread behind
+            self.probe()  # a kafka-python client that cannot connect leaves a thread behind
             return make(**settings)
 
         return self.retry_until_answered(
@@ -77,7 +80,7 @@ class Connection:
         )
 
     def probe(self) -> None:
-        """Log in to one of the brokers. Raises BrokerUnreachable, or BrokerRefused when a broker rejects the login."""
+        """Log in to one of the brokers. Raises BrokerUnreachable, or BrokerRefused if a broker rejects the login."""
         problems = []
         for server in self.servers.split(","):
             try:
@@ -87,10 +90,12 @@ class Connection:
         raise BrokerUnreachable("; ".join(problems))
 
     def retry_until_answered(self, call: Callable[[], T], *, doing: str, limit_s: float | None = None) -> T:
-        """Call until it succeeds. Raises UserError after `limit_s` (default: the run's limit of outages), or at once
-        when the broker does not let us."""
+        """Retry the call until it succeeds.
+
+        Raises UserError after `limit_s` seconds (default: outage_limit_s), or at once if the broker denies access.
+        """
         limit_s = self.outage_limit_s if limit_s is None else limit_s
-        began = said = time.monotonic()
+        began = logged_at = time.monotonic()
         with self.outages.waiting() as outage:
             until = self.outages.now() + limit_s
             while True:
@@ -104,43 +109,43 @@ class Connection:
                 now = time.monotonic()
                 if now - began > limit_s:
                     raise self.outage_error(doing, now - began, self.reason(problem)) from None
-                if now - said > SAY_S:
-                    said = now
+                if now - logged_at > SAY_S:
+                    logged_at = now
                     reason = self.reason(problem)
                     if self.outages.logged:
                         logger().warning("the log does not answer", servers=self.servers, doing=doing, problem=reason)
                 time.sleep(PAUSE_S)
 
     def reason(self, problem: Exception) -> str:
-        """What lies behind a client's failure, asked at the brokers. Raises UserError when they do not let us in."""
+        """Probe the brokers for the cause of a client's failure. Raises UserError if they refuse the login."""
         try:
             self.probe()
-        except BrokerUnreachable as found:
-            return str(found)
-        except BrokerRefused as found:
-            raise self.access_error(found) from None
+        except BrokerUnreachable as error:
+            return str(error)
+        except BrokerRefused as error:
+            raise self.access_error(error) from None
         return _describe_error(problem)
 
     def outage_error(self, doing: str, seconds: float, problem: str) -> UserError:
-        """What to say when an outage has lasted too long."""
+        """Return the error for an outage that exceeds the limit."""
         return UserError(
-            f"Kafka at {self.servers} (bus.servers) did not let us {doing} for {seconds:.0f} s: {problem}. Is the "
-            f"broker up, the address right, and bus.security ({self._protocol()}) what its listener wants? Start it "
-            f"and start again; a run goes on from its last checkpoint",
+            f"Kafka at {self.servers} (bus.servers): could not {doing} for {seconds:.0f} s: {problem}. Check that the "
+            f"broker runs, that the address is right and that its listener uses bus.security ({self._protocol()}). "
+            f"Then start again; a run resumes from its last checkpoint",
             ExitCode.UNAVAILABLE,
         )
 
     def access_error(self, error: Exception) -> UserError:
-        """What to say when the broker refuses us."""
+        """Return the error for a login or an operation that the broker refuses."""
         if isinstance(error, errors.AuthorizationError):
-            remedy = "Give the user the rights that docs/operations.md lists (ACLs on topics and groups)"
+            remedy = "Give the user the permissions that docs/operations.md lists (ACLs on topics and groups)"
         else:
             remedy = (
                 f"Check bus.security ({self._protocol()}), bus.sasl_mechanism ({self._mechanism()}), {USERNAME} and "
                 f"{PASSWORD}"
             )
         return UserError(
-            f"Kafka at {self.servers} (bus.servers) refuses us: {_describe_error(error)}. {remedy}",
+            f"Kafka at {self.servers} (bus.servers) refuses access: {_describe_error(error)}. {remedy}",
             ExitCode.CONFIGURATION,
         )
 
@@ -152,7 +157,7 @@ class Connection:
 
 
 def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -> Connection:
-    """The connection that a run's configuration describes. Raises UserError for what is missing."""
+    """Return the connection of a configuration. Raises UserError if credentials or certificates are missing."""
     options: dict[str, Any] = {"security_protocol": PROTOCOLS[config.security]}
     if config.security.startswith("sasl"):
         options |= {
@@ -166,22 +171,22 @@ def connection(config: BusConfig, environment: Mapping[str, str] = os.environ) -
 
 
 def _context(config: BusConfig) -> ssl.SSLContext:
-    """Whom we trust, and the certificate that we show."""
+    """Return the TLS context with trusted CA certificates and the client certificate."""
     context = tls_context(config.ca_file, key="bus.ca_file")
     if config.certificate_file is None:
         return context
     try:
         context.load_cert_chain(config.certificate_file, config.key_file)
-    except OSError as problem:  # ssl.SSLError is one, too
+    except OSError as problem:  # includes ssl.SSLError
         raise UserError(
             f"bus.certificate_file = {str(config.certificate_file)!r} and bus.key_file = {str(config.key_file)!r} are "
-            f"no certificate (PEM) with its private key: {problem.strerror or problem}"
+            f"not a certificate (PEM) with its private key: {problem.strerror or problem}"
         ) from None
     return context
 
 
 def _describe_error(problem: Exception) -> str:
-    """Errors of kafka-python and of the probe already name their kind; others get the type's name."""
+    """Return the error text. Errors of kafka-python and of the probe contain their type; others get it as a prefix."""
     named = isinstance(problem, errors.KafkaError | BrokerRefused | BrokerUnreachable)
     return f"{problem}" if named else f"{type(problem).__name__}: {problem}"
 
@@ -190,8 +195,8 @@ def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str
     file = environment.get(f"{name}_FILE")
     if name not in environment and file is None:
         raise UserError(
-            f"bus.security is {config.security}, so the environment must hold {name}, or {name}_FILE with the path of "
-            f"a file that does"
+            f"bus.security is {config.security}: set the environment variable {name}, or {name}_FILE with the path of "
+            f"a file that holds the value"
         )
     where = name if name in environment else f"{name}_FILE"
     try:
@@ -199,5 +204,5 @@ def _secret(name: str, environment: Mapping[str, str], config: BusConfig) -> str
     except OSError as error:
         raise UserError(f"{where} = {file}: cannot be read ({error.strerror})") from None
     if not found:
-        raise UserError(f"{where} is empty: it must hold what the brokers know us by")
+        raise UserError(f"{where} is empty: set it to the Kafka user name or password")
     return found

@@ -1,8 +1,8 @@
-"""The reading side: one topic, alone or as a member of a group.
+"""Consumer of one topic, alone or as a member of a group.
 
-What kafka-python has fetched is handed out partition by partition in turn, so that none starves behind a full one.
-Where to read is never guessed: `auto_offset_reset` is off, so an offset that is gone is an error; a group that never
-committed begins at the beginning.
+The consumer returns fetched records in turn from each partition, so that a full partition does not starve the others.
+`auto_offset_reset` is off, so that an offset that is gone is an error. A group without a commit starts at the first
+record.
 """
 
 import time
@@ -20,28 +20,28 @@ from palimpsest.common.logs import logger
 
 FETCH_RECORDS = 500
 FEW_RECORDS = 64
-"""With fewer at hand, more are fetched before a caller has to wait for them."""
+"""Number of buffered records below which the consumer fetches more."""
 IDLE_LIMIT_S = 120.0
-"""A member that does not poll for so long, though its process lives, gives its partitions up."""
+"""Time without a poll after which a live member loses its partitions, in seconds."""
 STUCK_S = IDLE_LIMIT_S + 30.0
-"""No sharing-out of a group takes so long: the slowest member is out of it by then."""
+"""Maximum duration of a rebalance, in seconds. The slowest member has left the group by then."""
 QUIET_S = 5.0
-"""A broker that has said nothing for so long may be away."""
+"""Time without an answer of the broker after which the monitor probes it, in seconds."""
 HEARTBEATS = 3.3
-"""Heartbeats in a lease."""
+"""Heartbeats per lease."""
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Notes that the group was shared out anew; called on the client's own thread."""
+    """Records that a rebalance happened. The thread of the client calls it."""
 
     def __init__(self) -> None:
-        self.heard = False
+        self.rebalanced = False
 
     def on_partitions_revoked(self, _revoked: Any) -> None:
-        """What was ours stays ours, for `assignment`, until the new share is known."""
+        """Keep the partitions in `assignment` until the new assignment is known."""
 
     def on_partitions_assigned(self, _assigned: Any) -> None:
-        self.heard = True
+        self.rebalanced = True
 
 
 class KafkaConsumer:
@@ -59,13 +59,13 @@ class KafkaConsumer:
         lease_s: float,
     ) -> None:
         if group is not None and not member:
-            raise ValueError(f"a consumer of group {group} needs a member name, stable for its process")
+            raise ValueError(f"a consumer of group {group} needs a member name")
         self._connection, self._topic, self._group = connection, topic, group
         self._named = prefix + topic
         self._waiting: dict[int, deque[Any]] = {}
-        """Partition -> fetched, not yet handed out."""
+        """Partition -> records fetched and not yet returned."""
         self._next: dict[int, int] = {}
-        """Partition -> offset of the next record to hand out."""
+        """Partition -> offset of the next record to return."""
         self._turn = 0
         self._partitions = partitions
         self._listener = _Listener()
@@ -80,7 +80,7 @@ class KafkaConsumer:
             self._start_at(dict(self._first_offsets()))
 
     def _group_settings(self, prefix: str, lease_s: float) -> dict[str, Any]:
-        """The client's settings for a member of the group."""
+        """Return the settings of the client for a member of the group."""
         if self._group is None:
             return {}
         return {
@@ -105,9 +105,9 @@ class KafkaConsumer:
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
         deadline = time.monotonic() + timeout_s
         while True:
-            at_hand = sum(map(len, self._waiting.values()))
-            if at_hand < max(limit, FEW_RECORDS):
-                self._fetch(0.0 if limit == 0 or at_hand else max(0.0, deadline - time.monotonic()))
+            buffered = sum(map(len, self._waiting.values()))
+            if buffered < max(limit, FEW_RECORDS):
+                self._fetch(0.0 if limit == 0 or buffered else max(0.0, deadline - time.monotonic()))
             elif self._group is not None:
                 self._keep_membership()
             if limit and (records := self._take_records(limit)):
@@ -130,7 +130,7 @@ class KafkaConsumer:
             if not firsts[partition] <= offset <= ends[partition]:
                 raise OffsetGone(
                     f"{self._topic}[{partition}] holds offsets {firsts[partition]} to {ends[partition]}, not {offset}: "
-                    f"the log was cut or belongs to another run"
+                    f"the log was truncated or belongs to another run"
                 )
         self._start_at(offsets)
 
@@ -148,13 +148,13 @@ class KafkaConsumer:
             )
         except (errors.CommitFailedError, errors.RebalanceInProgressError, errors.UnknownMemberIdError,
                 errors.IllegalGenerationError) as error:  # fmt: skip
-            # the partitions are with somebody else by now, or about to be: who has them reads from the last commit
+            # another member has the partitions now, or gets them soon, and reads from the last commit
             logger().debug("commit left out", topic=self._topic, reason=type(error).__name__)
 
     def ends(self) -> dict[int, int]:
         tps = self._all_partitions()
         found = self._connection.retry_until_answered(
-            lambda: self._client.end_offsets(tps), doing=f"look at {self._topic}"
+            lambda: self._client.end_offsets(tps), doing=f"read the offsets of {self._topic}"
         )
         return {tp.partition: offset for tp, offset in sorted(found.items())}
 
@@ -170,13 +170,13 @@ class KafkaConsumer:
         self.close()
 
     def _fetch(self, timeout_s: float) -> None:
-        """One poll of the client: keeps the membership, takes on a new share, brings records."""
+        """Poll the client once: keep the membership, adopt a new assignment, buffer records."""
         if self._group is not None:
             self._join()
         try:
             fetched = self._client.poll(timeout_ms=int(timeout_s * 1000), max_records=FETCH_RECORDS)
         except errors.NoOffsetForPartitionError:
-            fetched = {}  # a share of which nothing was ever committed
+            fetched = {}  # the group has no commit for these partitions
         except errors.OffsetOutOfRangeError as error:
             ((tp, offset),) = list(error.args[0].items())[:1]
             raise OffsetGone(
@@ -184,43 +184,43 @@ class KafkaConsumer:
                 f"{self._first_offsets()[tp.partition]}"
             ) from None
         except errors.LogTruncationError as error:
-            raise OffsetGone(f"{self._topic}: the broker lost records that were read already: {error}") from None
+            raise OffsetGone(f"{self._topic}: the broker lost records that were already read: {error}") from None
         except DENIED as error:
             raise self._connection.access_error(error) from None
         except errors.RetriableError as error:
             logger().debug("nothing fetched", topic=self._topic, reason=f"{type(error).__name__}: {error}")
             fetched = {}
-        if self._listener.heard:
-            self._adopt_assignment()  # the client forgot where it was, so what it fetched may be from anywhere
+        if self._listener.rebalanced:
+            self._adopt_assignment()  # the client lost its positions, so the fetched records have arbitrary offsets
             return
         for tp, records in fetched.items():
             self._waiting.setdefault(tp.partition, deque()).extend(records)
 
     def _is_silent(self) -> bool:
-        """Whether no broker is connected, or none has answered for a while: one answers every fetch in half a second.
+        """Whether no broker is connected, or none answered for QUIET_S. A broker answers a fetch within half a second.
 
-        kafka-python says so nowhere in public, and a poll that finds nobody there just brings nothing.
+        kafka-python has no public interface for this: a poll without a broker returns no records and no error.
         """
-        connections = list(self._client._manager._conns.values())  # another thread opens and closes them
-        heard = max((getattr(one.transport, "last_read", 0.0) for one in connections if one.connected), default=0.0)
-        return time.monotonic() - heard > QUIET_S
+        connections = list(self._client._manager._conns.values())  # a copy: another thread opens and closes them
+        last_read = max((getattr(one.transport, "last_read", 0.0) for one in connections if one.connected), default=0.0)
+        return time.monotonic() - last_read > QUIET_S
 
     def _keep_membership(self) -> None:
-        """Poll without fetching."""
+        """Poll without fetching records."""
         self._client.pause(*self._client.assignment())
         self._fetch(0.0)
         self._client.resume(*self._client.paused())
 
     def _join(self) -> None:
-        """Subscribe, once; begin anew when the client is stuck between two shares.
+        """Subscribe once. Replace the client if it is stuck in a rebalance.
 
-        kafka-python 3.0.12 waits for ever when the topic's partitions become known to it while it joins. Hence the
-        look at the topic before, and the watch over what may be left of that.
+        kafka-python 3.0.12 waits forever if it learns of the partitions of the topic while it joins. Therefore this
+        method reads the metadata of the topic first, and replaces a client that does not become stable in time.
         """
         if not self._subscribed:
             self._all_partitions()
             self._client.subscribe([self._named], listener=self._listener)
-            self._connection.retry_until_answered(self._client.topics, doing=f"look at {self._topic}")
+            self._connection.retry_until_answered(self._client.topics, doing=f"read the metadata of {self._topic}")
             self._subscribed, self._stable_at = True, time.monotonic()
         elif self._client.group_metadata().state == MemberState.STABLE:
             self._stable_at = time.monotonic()
@@ -231,7 +231,7 @@ class KafkaConsumer:
             self._join()
 
     def _adopt_assignment(self) -> None:
-        self._listener.heard = False
+        self._listener.rebalanced = False
         share = {tp.partition for tp in self._client.assignment()}
         for partition in set(self._next) - share:
             del self._next[partition]
@@ -247,7 +247,7 @@ class KafkaConsumer:
     def _committed_offset(self, partition: int) -> int | None:
         tp = TopicPartition(self._named, partition)
         committed: int | None = self._connection.retry_until_answered(
-            lambda: self._client.committed(tp, timeout_ms=10_000), doing=f"look at {self._topic}"
+            lambda: self._client.committed(tp, timeout_ms=10_000), doing=f"read the commits of {self._topic}"
         )
         return committed
 
@@ -273,21 +273,21 @@ class KafkaConsumer:
     def _record(self, partition: int, fetched: Any) -> Record:
         if fetched.offset != self._next[partition]:
             raise OffsetGone(
-                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the log goes on at "
+                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the next record has offset "
                 f"{fetched.offset}"
             )
         self._next[partition] = fetched.offset + 1
         headers = {name: (value or b"").decode(errors="replace") for name, value in fetched.headers or ()}
-        key = (fetched.key or b"").decode(errors="replace")  # anyone may write to a topic
+        key = (fetched.key or b"").decode(errors="replace")  # other programs may write to a topic
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
 
     def _all_partitions(self) -> list[TopicPartition]:
-        """Every partition of the topic. Raises LookupError when it does not exist."""
+        """Return every partition of the topic. Raises LookupError if the topic does not exist."""
         return [TopicPartition(self._named, p) for p in range(self._partitions())]
 
     def _first_offsets(self) -> dict[int, int]:
         tps = self._all_partitions()
         found = self._connection.retry_until_answered(
-            lambda: self._client.beginning_offsets(tps), doing=f"look at {self._topic}"
+            lambda: self._client.beginning_offsets(tps), doing=f"read the offsets of {self._topic}"
         )
         return {tp.partition: offset for tp, offset in found.items()}

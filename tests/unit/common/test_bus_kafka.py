@@ -40,8 +40,8 @@ def test_credentials_come_from_the_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({}, f"bus.security is sasl_plaintext, so the environment must hold {USERNAME}, or {USERNAME}_FILE"),
-        ({USERNAME: "me"}, f"must hold {PASSWORD}, or {PASSWORD}_FILE"),
+        ({}, f"bus.security is sasl_plaintext: set the environment variable {USERNAME}, or {USERNAME}_FILE"),
+        ({USERNAME: "me"}, f"set the environment variable {PASSWORD}, or {PASSWORD}_FILE"),
         ({USERNAME: "me", f"{PASSWORD}_FILE": "/nowhere"}, f"{PASSWORD}_FILE = /nowhere: cannot be read"),
         ({USERNAME: "", PASSWORD: "x"}, f"{USERNAME} is empty"),
         ({USERNAME: "me", f"{PASSWORD}_FILE": "/dev/null"}, f"{PASSWORD}_FILE is empty"),
@@ -73,15 +73,15 @@ TOPIC = {"partitions": [{"replica_nodes": [1, 2]}, {"replica_nodes": [2]}]}
 def test_every_problem_of_a_topic_is_named_and_one_command_mends_its_settings() -> None:
     standing = Settings(retention_ms=1000).options() | {"max.message.bytes": "10"}
     replicas = (
-        "has 1 replicas, bus.replicas asks for 2: kafka-reassign-partitions.sh adds some, or set bus.replicas to 1"
+        "has 1 replicas; bus.replicas is 2: add replicas with kafka-reassign-partitions.sh, or set bus.replicas to 1"
     )
     command = "kafka-configs.sh --bootstrap-server a:1 --alter --entity-type topics --entity-name t --add-config "
     assert _problems("a:1", Settings(replicas=2, retention_ms=2000), "t", 3, TOPIC, standing) == [
-        "topic t on a:1 has 2 partitions, 3 are asked for",
+        "topic t on a:1 has 2 partitions; the run needs 3",
         f"topic t on a:1 {replicas}",
-        "topic t on a:1 has retention.ms = 1000, the run needs 2000",
-        "topic t on a:1 has max.message.bytes = 10, the run needs 1048576",
-        f"  mend it: {command}retention.ms=2000,max.message.bytes=1048576",
+        "topic t on a:1 has retention.ms = 1000; the run needs 2000",
+        "topic t on a:1 has max.message.bytes = 10; the run needs 1048576",
+        f"  to change it: {command}retention.ms=2000,max.message.bytes=1048576",
     ]
 
 
@@ -171,12 +171,12 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_l
         raise problem
 
     nobody = Connection(server, {}, outage_limit_s=0.6)
-    with pytest.raises(UserError, match=rf"Kafka at {server} \(bus.servers\) did not let us read for 1 s: {server}"):
+    with pytest.raises(UserError, match=rf"Kafka at {server} \(bus.servers\): could not read for 1 s: {server}"):
         nobody.retry_until_answered(lambda: failing(errors.NodeNotReadyError()), doing="read")
     assert calls == [0.0, 0.5, 1.0]
-    for final in (errors.TopicAuthorizationFailedError("t"), BrokerRefused("it wants a login")):
+    for final in (errors.TopicAuthorizationFailedError("t"), BrokerRefused("it requires a login")):
         calls.clear()
-        with pytest.raises(UserError, match="refuses us"):
+        with pytest.raises(UserError, match="refuses access"):
             nobody.retry_until_answered(lambda: failing(final), doing="read")  # noqa: B023
         assert len(calls) == 1
 
@@ -198,7 +198,7 @@ def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> N
     ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     *_, said = ended.stderr.splitlines()
     assert said.startswith(
-        "palimpsest.common.user_error.UserError: Kafka at 127.0.0.1:1 (bus.servers) did not let us connect"
+        "palimpsest.common.user_error.UserError: Kafka at 127.0.0.1:1 (bus.servers): could not connect"
     )
     assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]
 

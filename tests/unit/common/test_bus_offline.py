@@ -26,7 +26,7 @@ def test_a_log_that_is_not_there_is_refused_and_not_made(config: RunConfig) -> N
         open_existing_bus(config)
     assert not config.bus_path.exists()
     SqliteBus(config.bus_path).close()
-    with pytest.raises(UserError, match="run test has no log yet"):
+    with pytest.raises(UserError, match="run test has no log"):
         open_existing_bus(config)
     open_bus(config).close()
     open_existing_bus(config).close()

@@ -117,8 +117,9 @@ def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_pa
         open_bus(a_run(tmp_path, task_partitions=4))
     assert refused.value.code is ExitCode.CONFIGURATION
     assert "topic tasks" in str(refused.value)
-    assert "has 3 partitions, 4 are asked for\nPartitions cannot be changed under a run: set bus.task" in str(
-        refused.value
+    assert (
+        "has 3 partitions; the run needs 4\nThe number of partitions cannot change during a run: restore bus.task"
+        in str(refused.value)
     )
 
 

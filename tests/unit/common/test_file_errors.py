@@ -12,15 +12,19 @@ from palimpsest.common.user_error import ExitCode, UserError
 TABLE = [
     (errno.ENOSPC, ExitCode.UNAVAILABLE, "the disk is full (writing /there/x): free some space"),
     (errno.EDQUOT, ExitCode.UNAVAILABLE, "the disk quota is used up"),
-    (errno.EFBIG, ExitCode.UNAVAILABLE, "a file has grown to the size limit (ulimit -f)"),
-    (errno.EACCES, ExitCode.CONFIGURATION, "/there/x cannot be used: permission denied (/ is root's, drwx"),
-    (errno.EPERM, ExitCode.CONFIGURATION, "/there/x cannot be used: the system does not permit it (/ is root's, drwx"),
+    (errno.EFBIG, ExitCode.UNAVAILABLE, "a file reached the size limit (ulimit -f)"),
+    (errno.EACCES, ExitCode.CONFIGURATION, "/there/x cannot be used: permission denied (/ belongs to root, drwx"),
+    (
+        errno.EPERM,
+        ExitCode.CONFIGURATION,
+        "/there/x cannot be used: the system does not permit it (/ belongs to root, drwx",
+    ),
     (errno.EROFS, ExitCode.CONFIGURATION, "/there/x cannot be used: the file system is read-only. Choose another"),
     (errno.ENOTDIR, ExitCode.CONFIGURATION, "/there/x cannot be used: a part of that path is a file"),
     (errno.EEXIST, ExitCode.CONFIGURATION, "/there/x cannot be used: there is a file where a folder is needed"),
     (errno.EISDIR, ExitCode.CONFIGURATION, "/there/x cannot be used: there is a folder where a file is needed"),
     (errno.ENAMETOOLONG, ExitCode.CONFIGURATION, "/there/x cannot be used: the name is too long"),
-    (errno.ELOOP, ExitCode.CONFIGURATION, "/there/x cannot be used: its symbolic links lead in a circle"),
+    (errno.ELOOP, ExitCode.CONFIGURATION, "/there/x cannot be used: its symbolic links form a loop"),
 ]
 
 
@@ -53,6 +57,6 @@ def test_a_folder_that_cannot_be_used_names_key_and_folder(tmp_path: Path, place
     (tmp_path / "a file").touch()
     with pytest.raises(UserError) as found:
         usable_folder(tmp_path / place, key="run.folder")
-    assert str(found.value).startswith(f"run.folder: nothing can be written to {tmp_path / place}: ")
+    assert str(found.value).startswith(f"run.folder: cannot write to {tmp_path / place}: ")
     assert "--run.folder=FOLDER" in str(found.value)
     assert found.value.code is ExitCode.CONFIGURATION

@@ -113,7 +113,7 @@ def test_a_refusal_is_told_even_where_the_runs_folder_cannot_be_written(end: End
 
 def test_a_full_disk_is_one_sentence_and_exit_code_3(end: End) -> None:
     ended = end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None)
-    sentence = "the disk is full: free some space and start again; a run goes on from its last checkpoint\n"
+    sentence = "the disk is full: free some space and start again; a run resumes from its last checkpoint\n"
     assert ended == Ended(3, "", sentence)
 
 
@@ -154,7 +154,10 @@ def test_a_gap_in_the_log_is_one_sentence_and_exit_code_4(end: End) -> None:
 
     ended = end(body)
     assert ended.code == 4
-    assert "what comes next: tasks[0]: offset 7 is gone, the log starts at 9. Records would be lost" in ended.errors
+    assert (
+        "the next record: tasks[0]: offset 7 is gone, the log starts at 9. Reading on would skip records"
+        in ended.errors
+    )
 
 
 def test_another_error_is_not_explained_away(end: End) -> None:
@@ -181,7 +184,7 @@ def test_a_run_folder_that_cannot_be_written_ends_a_service_before_its_body(
     (tmp_path / "runs").write_text("a file where the folder should be")
     ended = end(never, name=name)
     assert (ended.code, ended.output) == (2, "")
-    assert ended.errors.startswith(f"run.folder: nothing can be written to {tmp_path}/runs/first: a part of that path ")
+    assert ended.errors.startswith(f"run.folder: cannot write to {tmp_path}/runs/first: a part of that path ")
 
 
 def test_a_log_in_a_place_that_cannot_be_used_is_one_sentence(end: End, tmp_path: Path) -> None:
@@ -236,4 +239,4 @@ def test_the_exit_code_is_that_of_the_process(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{absent}: no such file. examples/embedded.toml is one to start from\n"
+    assert done.stderr == f"{absent}: no such file. Start from a copy of examples/embedded.toml\n"

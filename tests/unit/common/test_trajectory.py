@@ -113,7 +113,10 @@ def test_a_trajectory_without_segments_is_whole_and_untrainable() -> None:
 SOUND = a_segment(1, 3, 2)
 MALFORMED = {
     "negative version": (Segment(4, 5, Version(-1), packed(-1)), "versions start at 0"),
-    "overlap": (Segment(2, 5, Version(3), packed(-1, -1, -1)), "starts before token 3, where the one before it ends"),
+    "overlap": (
+        Segment(2, 5, Version(3), packed(-1, -1, -1)),
+        "starts before token 3, where the previous segment ends",
+    ),
     "out of order": (Segment(0, 1, Version(3), packed(-1)), "starts before token 3"),
     "empty": (Segment(5, 5, Version(3), b""), "holds no token"),
     "backwards": (Segment(6, 5, Version(3), b""), "holds no token"),

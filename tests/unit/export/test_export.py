@@ -198,7 +198,7 @@ def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) ->
     with no_file_above(20_000):
         done = answered("palimpsest", "export", home, tmp_path / "out")
     assert (done.code, done.out) == (ExitCode.UNAVAILABLE, "")
-    assert f"a file has grown to the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
+    assert f"a file reached the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -90,11 +90,11 @@ def test_a_log_that_opens_soon_is_not_worth_a_word(tmp_path: Path, monkeypatch: 
 
 def test_what_ends_the_waiting_is_passed_on(tmp_path: Path) -> None:
     def refuse() -> None:
-        raise UserError("refuses us", ExitCode.UNAVAILABLE)
+        raise UserError("refuses access", ExitCode.UNAVAILABLE)
 
     broker = Broker(tmp_path, refuse)
     broker.goes_on.set()
-    with pytest.raises(UserError, match="refuses us") as refused:
+    with pytest.raises(UserError, match="refuses access") as refused:
         open_run_bus(config(tmp_path), Stop(), print, how=broker.open)
     assert refused.value.code is ExitCode.UNAVAILABLE
 

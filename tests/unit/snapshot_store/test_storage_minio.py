@@ -374,7 +374,7 @@ def test_a_ca_file_without_certificates_is_refused(tmp_path: Any, text: str | No
     path = tmp_path / "ca.pem"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=r"snapshot_store.ca_file = '.*ca.pem' holds no certificates"):
+    with pytest.raises(UserError, match=r"snapshot_store.ca_file = '.*ca.pem' holds no usable certificates"):
         MinioStorage(config("https://127.0.0.1:1", ca_file=path), prefix="t/")
 
 

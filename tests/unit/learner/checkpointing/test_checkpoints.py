@@ -155,7 +155,7 @@ def test_a_replaced_learner_commits_and_removes_nothing_and_names_its_successor(
     with pytest.raises(Fenced) as fenced:
         learner.save(3)
     assert fenced.value.code is ExitCode.REPLACED
-    assert "another learner took this run over: writer 2 (a test) was replaced by writer 3 (a test)" in str(
+    assert "another learner took over this run: writer 2 (a test) was replaced by writer 3 (a test)" in str(
         fenced.value
     )
     assert successor.committed() == [(1, 2), (2, 2)]

@@ -190,9 +190,7 @@ def test_truncated_weights_are_refused(tmp_path: Path, starting_model: Path) -> 
     shutil.copytree(starting_model, tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("r+b") as weights:
         weights.truncate(1000)
-    with pytest.raises(
-        UserError, match=r"is not a causal language model that can be loaded \(.*\): it takes a whole model"
-    ):
+    with pytest.raises(UserError, match=r"is not a causal language model that can be loaded \(.*\): a complete model"):
         load_model(str(tmp_path / "model"), CPU, "eager")
 
 

@@ -345,7 +345,7 @@ def test_a_replaced_learner_requests_no_cut_and_does_not_raise(log: Log) -> None
 
     def confirm() -> None:
         if fenced:
-            raise Fenced("another learner took this run over")
+            raise Fenced("another learner took over this run")
 
     learner = Learner(log, Table(0), confirm=confirm)
     log.sampled(a_finished(0, 0))
