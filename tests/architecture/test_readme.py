@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import palimpsest
 from palimpsest import cli
 from palimpsest.common.config.schema import RunConfig
-from tests.processes.programs import answered
+from tests.processes.programs import run_program
 from tools import references
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_a_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with_check = module == "palimpsest" and arguments[:1] in (["run"], ["check"])
     helped = module in ("bench", "tests.durations", "tools.pictures") or (module == "palimpsest" and not with_check)
-    done = answered(module, *arguments, "--help" if helped else "--check")
+    done = run_program(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "not the folder of a run" in done.err  # the flag is valid; the folder is a placeholder
     else:
@@ -137,7 +137,7 @@ def test_a_command_within_text_names_existing_targets_and_programs(command: str)
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
 def test_an_example_is_a_valid_run_file(example: Path) -> None:
-    done = answered("palimpsest", "run", example, "--check")
+    done = run_program("palimpsest", "run", example, "--check")
     assert done.code == 0, done.err
     written, resolved = tomllib.loads(example.read_text()), tomllib.loads(done.out)
     assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
@@ -263,14 +263,14 @@ def test_defined_lists_the_names_of_one_file_only() -> None:
 
 
 def test_the_generated_references_are_current() -> None:
-    done = answered("tools.references", "--check")
+    done = run_program("tools.references", "--check")
     assert (done.code, done.out) == (0, ""), f"{done.out}{done.err}: `make docs` writes them"
 
 
 def test_a_program_prints_the_same_in_a_separate_process() -> None:
     words = ["palimpsest", "run", "examples/embedded.toml", "--check"]
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    here = answered("palimpsest", "run", ROOT / "examples" / "embedded.toml", "--check")
+    here = run_program("palimpsest", "run", ROOT / "examples" / "embedded.toml", "--check")
     assert (done.returncode, done.stdout, done.stderr) == (here.code, here.out, here.err)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.programs import answered
+from tests.processes.programs import run_program
 from tests.runs.run_process import ROOT, RunProcess, scripted
 
 pytestmark = pytest.mark.thorough
@@ -35,7 +35,7 @@ def ended(module: str, *arguments: str | Path, environment: dict[str, str] | Non
 
 def refused(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Like `ended`, in this process: for errors before the program configures logs, signals or folders."""
-    answer = answered(module, *arguments, environment=environment)
+    answer = run_program(module, *arguments, environment=environment)
     return answer.code, answer.out + answer.err
 
 

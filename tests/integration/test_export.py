@@ -21,7 +21,7 @@ from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.learner_parts.models import load as load_plain, perturb
-from tests.processes.programs import Answer, answered
+from tests.processes.programs import ProgramResult, run_program
 from tests.runs.run_process import scripted
 from tests.runs.scripted_worker import ScriptedWorker
 from tests.servers.minio_stores import BUCKET, Store, put, some, tamper
@@ -61,8 +61,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return invocation.config.run.home
 
 
-def export(*words: str | Path) -> Answer:
-    return answered("palimpsest", "export", *words)
+def export(*words: str | Path) -> ProgramResult:
+    return run_program("palimpsest", "export", *words)
 
 
 @torch.no_grad()

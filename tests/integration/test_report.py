@@ -18,7 +18,7 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TASKS, TRAJECTORIES, WORKERS, VersionApplied, WorkerAlive, encode
 from palimpsest.common.versions import Version
 from palimpsest.run import conclude
-from tests.processes.programs import answered
+from tests.processes.programs import run_program
 from tests.processes.waiting import LIMIT_S
 from tests.records.builders import a_finished
 from tests.records.history_lines import a_line
@@ -203,7 +203,7 @@ def test_a_run_stopped_by_ctrl_c_prints_the_command_that_resumes_it(tmp_path: Pa
     assert (home / "report.html").exists()
     assert not (home / "model").exists(), "a stopped run does not export"
     assert f"palimpsest export {home} {home / 'model'}\n" in output
-    exported = answered("palimpsest", "export", home, home / "model")
+    exported = run_program("palimpsest", "export", home, home / "model")
     assert exported.code == 0, exported.err
 
     more = stopped["versions"] + 2

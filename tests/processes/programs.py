@@ -12,7 +12,7 @@ import pytest
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProgramResult:
     """Exit code and output of a program."""
 
     code: int
@@ -20,7 +20,7 @@ class Answer:
     err: str
 
 
-def answered(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Answer:
+def run_program(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> ProgramResult:
     """Run a program that ends before it configures logs or signals: --check, --help, bad input."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
@@ -39,4 +39,4 @@ def answered(module: str, *arguments: object, environment: Mapping[str, str] | N
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             if isinstance(end.code, str):
                 err.write(end.code)
-    return Answer(code, out.getvalue(), err.getvalue())
+    return ProgramResult(code, out.getvalue(), err.getvalue())

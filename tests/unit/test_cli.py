@@ -10,7 +10,7 @@ import pytest
 
 import palimpsest
 from palimpsest import cli
-from tests.processes.programs import answered
+from tests.processes.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = sorted(cli.COMMANDS.keys() - {"rescore"})  # which imports torch
@@ -21,14 +21,14 @@ NOTHING_NEEDED = {"doctor"}
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("name", LIGHT)
 def test_help_is_printed(name: str, flag: str) -> None:
-    done = answered("palimpsest", name, flag)
+    done = run_program("palimpsest", name, flag)
     assert (done.code, done.err) == (0, "")
     assert f"usage: palimpsest {name}" in done.out
 
 
 @pytest.mark.parametrize("name", sorted(set(LIGHT) - NOTHING_NEEDED))
 def test_a_command_without_its_arguments_prints_its_usage_as_an_error(name: str) -> None:
-    done = answered("palimpsest", name)
+    done = run_program("palimpsest", name)
     assert (done.code, done.out) == (2, "")
     assert f"usage: palimpsest {name}" in done.err
 
@@ -41,31 +41,31 @@ def test_an_unknown_flag_is_named(name: str) -> None:
         "audit": ["examples/embedded.toml"],
     }
     words |= {"dead-letters": ["list", "examples/embedded.toml"], "env": ["list"], "report": ["runs/a"]}
-    done = answered("palimpsest", name, *words.get(name, []), "--color-scheme=red")
+    done = run_program("palimpsest", name, *words.get(name, []), "--color-scheme=red")
     assert (done.code, done.out) == (2, "")
     assert "color-scheme" in done.err
     assert "Traceback" not in done.err
 
 
 def test_the_command_alone_prints_the_usage_as_an_error() -> None:
-    done = answered("palimpsest")
+    done = run_program("palimpsest")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("usage: palimpsest COMMAND")
 
 
 def test_the_version() -> None:
-    assert answered("palimpsest", "--version").out == f"palimpsest {palimpsest.__version__}\n"
+    assert run_program("palimpsest", "--version").out == f"palimpsest {palimpsest.__version__}\n"
 
 
 @pytest.mark.parametrize("name", ["fly", "--fly"])
 def test_an_unknown_command_is_refused(name: str) -> None:
-    done = answered("palimpsest", name)
+    done = run_program("palimpsest", name)
     assert done.code == 2
     assert f"palimpsest {name}: there is no such" in done.err
 
 
 def test_two_folders_are_no_report() -> None:
-    assert "one folder is wanted" in answered("palimpsest", "report", "a", "b").err
+    assert "one folder is wanted" in run_program("palimpsest", "report", "a", "b").err
 
 
 def started(*arguments: str, path: Path | None = None, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:

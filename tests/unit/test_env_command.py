@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.services.env_gateway.environments.lookup import Lookup
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
-from tests.processes.programs import Answer, answered
+from tests.processes.programs import ProgramResult, run_program
 
 PLUGIN = '''
 from palimpsest.env import Message, Opening, Score
@@ -40,8 +40,8 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def env(*arguments: object) -> Answer:
-    return answered("palimpsest", "env", *arguments)
+def env(*arguments: object) -> ProgramResult:
+    return run_program("palimpsest", "env", *arguments)
 
 
 def test_what_comes_with_palimpsest_is_listed_with_a_line_on_each() -> None:

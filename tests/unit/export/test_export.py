@@ -18,7 +18,7 @@ from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export.export import export
 from palimpsest.services.report.named_run import named_run
-from tests.processes.programs import answered
+from tests.processes.programs import run_program
 from tests.processes.waiting import LIMIT_S, until
 from tests.records.stored_runs import a_run, put
 from tests.runs.run_process import ROOT
@@ -196,7 +196,7 @@ def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) ->
     put(home, 6, [RawTensor("embed.weight", "uint8", (50_000,), np.zeros(50_000, dtype=np.uint8))])
     before = sorted(tmp_path.iterdir())
     with no_file_above(20_000):
-        done = answered("palimpsest", "export", home, tmp_path / "out")
+        done = run_program("palimpsest", "export", home, tmp_path / "out")
     assert (done.code, done.out) == (ExitCode.UNAVAILABLE, "")
     assert f"a file reached the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
     assert sorted(tmp_path.iterdir()) == before
@@ -220,13 +220,13 @@ def test_a_signal_halfway_leaves_nothing(home: Path, tmp_path: Path, sent: signa
 
 def test_a_place_that_cannot_be_is_a_sentence(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = answered("palimpsest", "export", home, tmp_path / "file" / "out")
+    done = run_program("palimpsest", "export", home, tmp_path / "file" / "out")
     assert done.code == ExitCode.CONFIGURATION
     assert "file cannot be used: there is a file where a folder is needed" in done.err
 
 
 def test_the_command_says_what_it_wrote(home: Path, tmp_path: Path) -> None:
-    done = answered("palimpsest", "export", home, "--version", "4", tmp_path / "out")
+    done = run_program("palimpsest", "export", home, "--version", "4", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
     said, digest, where = done.out.splitlines()
     assert said == "version 4 of run first: 4 tensors, 161 bytes"
@@ -236,13 +236,13 @@ def test_the_command_says_what_it_wrote(home: Path, tmp_path: Path) -> None:
 
 def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_path: Path) -> None:
     model.rename(tmp_path / "moved")
-    gone = answered("palimpsest", "export", home, tmp_path / "out")
+    gone = run_program("palimpsest", "export", home, tmp_path / "out")
     assert gone.code == ExitCode.CONFIGURATION
     assert "model.path: " in gone.err
     moved = f"--model.path={tmp_path / 'moved'}"
-    refused = answered("palimpsest", "export", home, moved, tmp_path / "out")
+    refused = run_program("palimpsest", "export", home, moved, tmp_path / "out")
     assert f"keys are set beside a run file: palimpsest export {home / 'run.toml'} {moved} ..." in refused.err
-    done = answered("palimpsest", "export", home / "run.toml", moved, "--version=3", tmp_path / "out")
+    done = run_program("palimpsest", "export", home / "run.toml", moved, "--version=3", tmp_path / "out")
     assert done.code == 0, done.err
     assert held(tmp_path / "out") == plain(some(30))
 
@@ -260,6 +260,6 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
-    done = answered("palimpsest", "export", *words)
+    done = run_program("palimpsest", "export", *words)
     assert (done.code, done.out) == (ExitCode.CONFIGURATION, "")
     assert done.err.startswith(said)
