@@ -108,6 +108,11 @@ class LearnerConfig(Service):
             raise ValueError(
                 f"vcpo.baseline weights the gradient of each trajectory by its reward: it needs {'; '.join(other)}"
             )
+        if self.vcpo.baseline and self.advantages.kind in TOKEN_LEVEL:
+            raise ValueError(
+                f'vcpo.baseline replaces the advantages, so advantages.kind = "{self.advantages.kind}" would have no '
+                f"effect: choose a group-level kind (grpo, dr_grpo, rloo), or set vcpo.baseline = false"
+            )
         if kl.weight and kl.place == "reward" and self.advantages.kind not in TOKEN_LEVEL:
             raise ValueError(
                 f'loss.kl.place = "reward" changes the reward of each token, but advantages.kind = '

@@ -60,8 +60,8 @@ class DiscrepancyConfig(Section):
     estimates: dict[Estimate, PositiveFloat] = {}
     """Mask tokens or trajectories for which this estimate of the divergence exceeds the bound."""
     m2: PositiveFloat | Off = "off"
-    """M2PO: mask tokens, largest squared log-discrepancy first, until the mean square of the rest is below this
-    value."""
+    """Mask tokens, largest squared log-discrepancy first, until the mean square of the rest is below this value, nats^2
+    (second-moment mask). The published M2PO is loss.objective = "m2po"."""
 
     @model_validator(mode="after")
     def _weights_are_ordered(self) -> "DiscrepancyConfig":
@@ -81,6 +81,19 @@ class EpoConfig(Section):
     """Entropy below this multiple of its running mean is penalized."""
     high: Annotated[float, Field(ge=1)] = 1.2
     """Entropy above this multiple of its running mean is penalized."""
+    history: Literal["cumulative", "window"] = "cumulative"
+    """Running mean of each turn's entropy: over all earlier versions, or over the newest 5."""
+    phase: Annotated[int, Field(ge=2)] | Off = "off"
+    """K: number of versions over which the weight of the penalty follows the published schedule. "off": constant."""
+    gamma: PositiveFloat = 3.0
+    """Decay of the weight in the second half of the schedule."""
+
+
+class M2poConfig(Section):
+    """Clip with a width that follows from the second moment of the log-ratios (M2PO)."""
+
+    budget: PositiveFloat = 0.04
+    """Upper bound of the mean of min(log-ratio^2, tau^2) over a minibatch's harmful tokens, nats^2; it sets tau."""
 
 
 class KlConfig(Section):
@@ -110,7 +123,7 @@ class R2vpoConfig(Section):
 class LossConfig(Section):
     """The objective (docs/paper.md, "objective")."""
 
-    objective: Literal["clipped", "policy_gradient", "gspo", "cispo", "minirl", "r2vpo"] = "clipped"
+    objective: Literal["clipped", "policy_gradient", "gspo", "cispo", "m2po", "minirl", "r2vpo"] = "clipped"
     """Function of the staleness ratio that the loss maximizes."""
     clip_low: Share = 0.2
     """The staleness ratio is clipped at 1 - clip_low."""
@@ -128,6 +141,7 @@ class LossConfig(Section):
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus per trained token."""
     epo: EpoConfig = EpoConfig()
+    m2po: M2poConfig = M2poConfig()
     kl: KlConfig = KlConfig()
     r2vpo: R2vpoConfig = R2vpoConfig()
 

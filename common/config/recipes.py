@@ -61,7 +61,11 @@ NEIGHBORS: dict[str, dict[str, Any]] = {
         "advantages": {"kind": "dr_grpo"},
     },
     "r2vpo": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"objective": "r2vpo"}},
-    "m2po": {"proximal": {"kind": "current_recompute"}, "discrepancy": {"weight": "off", "band": "off", "m2": 0.04}},
+    "m2po": {
+        "proximal": {"kind": "bypass"},
+        "discrepancy": NEITHER,
+        "loss": {"objective": "m2po", "clip_low": 0.3, "clip_high": 0.5, "m2po": {"budget": 0.04}},
+    },
     "opsm": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"opsm": 1e-4}},
     "vcpo": {
         "proximal": {"kind": "current_recompute"},
@@ -70,7 +74,7 @@ NEIGHBORS: dict[str, dict[str, Any]] = {
         "advantages": {"kind": "dr_grpo"},
         "vcpo": {"lr_scaling": "sqrt", "baseline": True},
     },
-    "epo": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"entropy": 1e-3, "epo": {"weight": 1e-3}}},
+    "epo": {"proximal": EXACT, "discrepancy": BOTH, "loss": {"entropy": 1e-3, "epo": {"weight": 1e-3, "phase": 150}}},
     "dr_grpo": {
         "proximal": EXACT,
         "discrepancy": BOTH,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.losses.aggregate import Denominators, Mode, aggregate
-from palimpsest.services.learner.losses.entropy import epo_loss
+from palimpsest.services.learner.losses.entropy import TURNS, epo_loss
 from palimpsest.services.learner.losses.kl import kl_loss
 from tests.conformance.test_objectives import CASES, PAIRS, inputs_of
 from tests.oracles import aggregation as oracle
@@ -131,7 +131,13 @@ def test_18_12_splitting_changes_neither_the_divergence_nor_the_entropy_penalty(
     def entropy(data: Data, denominators: Denominators) -> tuple[Tensor, Tensor]:
         leaf = torch.tensor(-data.current, requires_grad=True)
         share = epo_loss(
-            leaf, torch.tensor(data.mask), history=1.0, low=0.8, high=1.2, weight=0.5, sequences=denominators.sequences
+            leaf,
+            torch.tensor(data.mask),
+            history=np.full(TURNS, 1.0),
+            low=0.8,
+            high=1.2,
+            weight=0.5,
+            sequences=denominators.sequences,
         )
         return share, leaf
 

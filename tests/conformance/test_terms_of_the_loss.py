@@ -17,6 +17,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import pad
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
+from palimpsest.services.learner.losses.entropy import TURNS
 from palimpsest.services.learner.losses.objective import Objective, Terms
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
@@ -53,7 +54,7 @@ def loss_of(history: float | None = None, **loss: object) -> tuple[float, list[f
         inputs,
         Terms(entropy, placed(START)),
         Denominators.of([2, 1], 3),
-        history=history,
+        history=np.full(TURNS, np.nan if history is None else history),
     )
     (total + 0.0 * (current.sum() + entropy.sum())).backward()  # type: ignore[no-untyped-call]
     assert current.grad is not None
@@ -89,7 +90,9 @@ def test_a_masked_token_has_no_divergence() -> None:
     current, masked = placed(CURRENT).requires_grad_(), placed((1.0, 0.0, 1.0))
     inputs = Inputs(current, placed(BEHAVIOR), placed(BEHAVIOR), masked, 0.0 * placed(CURRENT), MASK)
     terms, counted = Terms(placed(ENTROPY), placed(START)), Denominators.of([2, 1], 3)
-    total = objective.loss(objective.outcome(inputs, multiplier=0.0), inputs, terms, counted, history=None)
+    total = objective.loss(
+        objective.outcome(inputs, multiplier=0.0), inputs, terms, counted, history=np.full(TURNS, np.nan)
+    )
     (found,) = torch.autograd.grad(total, current)
     assert (found[MASK] != 0).tolist() == [True, False, True]
 
@@ -101,7 +104,7 @@ def test_a_divergence_in_the_reward_is_not_in_the_loss() -> None:
     built = Objective(config, length=3)
     outcome = built.outcome(inputs, multiplier=0.0)
     terms = Terms(placed(ENTROPY), placed(START))
-    assert float(built.loss(outcome, inputs, terms, Denominators.of([2, 1], 3), history=None)) == 0.0
+    assert float(built.loss(outcome, inputs, terms, Denominators.of([2, 1], 3), history=np.full(TURNS, np.nan))) == 0.0
 
 
 def test_epo_penalizes_trajectories_outside_the_band_around_the_history() -> None:
@@ -121,7 +124,7 @@ def test_opsm_removes_tokens_from_the_loss_but_not_from_the_denominator() -> Non
     outcome = objective.outcome(inputs, multiplier=0.0)
     assert outcome.clipped["opsm"][MASK].tolist() == [False, False, True]
     terms = Terms(placed(ENTROPY), None)
-    total = objective.loss(outcome, inputs, terms, Denominators.of([2, 1], 3), history=None)
+    total = objective.loss(outcome, inputs, terms, Denominators.of([2, 1], 3), history=np.full(TURNS, np.nan))
     assert float(total.detach()) == pytest.approx((math.exp(0.3) + 1.0) / 3)
 
 

@@ -213,7 +213,33 @@ def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, 
         model.gradient.copy_(torch.tensor(gradient))
         least.add(reward)
         assert not model.gradient.any()
-    return least.settle(ProcessGroup()), model.gradient
+    baseline = least.end_group(ProcessGroup())
+    least.settle(ProcessGroup())
+    return baseline, model.gradient
+
+
+def test_each_group_has_its_own_baseline() -> None:
+    """An easy and a hard task: two baselines, and a smaller variance than with one baseline for the minibatch."""
+    generator = np.random.default_rng(0)
+    rewards = [(generator.random(64) < p).astype(float) for p in (0.05, 0.95)]
+    gradients = [generator.normal(0, 1, (64, 2)) for _ in rewards]
+    model = Measured()
+    least = MinimumVarianceBaseline(model)  # type: ignore[arg-type]
+    expected, apart, common = np.zeros(2), 0.0, 0.0
+    norms = [(g**2).sum(1) for g in gradients]
+    of_all = oracle.baseline(np.ones(128), np.concatenate(norms), np.concatenate(rewards))
+    for group_gradients, group_rewards, group_norms in zip(gradients, rewards, norms, strict=True):
+        for gradient, reward in zip(group_gradients, group_rewards, strict=True):
+            model.gradient.copy_(torch.tensor(gradient))
+            least.add(float(reward))
+        best = oracle.baseline(np.ones(64), group_norms, group_rewards)
+        assert least.end_group(ProcessGroup()) == pytest.approx(best, rel=1e-5)
+        expected += oracle.estimator(np.ones(64), group_gradients, group_rewards, best).sum(0)
+        apart += oracle.variance(np.ones(64), group_gradients, group_rewards, best)
+        common += oracle.variance(np.ones(64), group_gradients, group_rewards, of_all)
+    least.settle(ProcessGroup())
+    assert model.gradient.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-4)
+    assert apart < common / 3
 
 
 def test_measured_gradients_give_the_baseline_of_the_worked_example() -> None:

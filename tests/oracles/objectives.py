@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.oracles.sequence_rules import unbroken
+
 Array = NDArray[np.float64]
 Result = tuple[Array, Array]
 
@@ -121,16 +123,18 @@ def opsm(data: Data, *, threshold: float) -> NDArray[np.bool_]:
 def epo(
     entropy: Array, mask: NDArray[np.bool_], *, history: float, low: float, high: float, weight: float
 ) -> tuple[float, Array]:
-    """Mean over trajectories of the hinge, and its gradient with respect to the entropies."""
+    """Mean over trajectories of the mean hinge over turns, and its gradient with respect to the entropies."""
     rows = [i for i in range(len(mask)) if mask[i].any()]
     loss, gradient = 0.0, np.zeros_like(entropy)
     for i in rows:
-        mean = float(np.mean(entropy[i][mask[i]]))
-        share = weight / len(rows)
-        if mean < low * history:
-            loss += share * (low * history - mean)
-            gradient[i][mask[i]] = -share / mask[i].sum()
-        elif mean > high * history:
-            loss += share * (mean - high * history)
-            gradient[i][mask[i]] = share / mask[i].sum()
+        turns = unbroken(mask[i])
+        share = weight / len(rows) / len(turns)
+        for places in turns:
+            mean = float(np.mean(entropy[i][places]))
+            if mean < low * history:
+                loss += share * (low * history - mean)
+                gradient[i][places] = -share / len(places)
+            elif mean > high * history:
+                loss += share * (mean - high * history)
+                gradient[i][places] = share / len(places)
     return loss, gradient

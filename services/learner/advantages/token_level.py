@@ -27,6 +27,8 @@ class MicroBatchRewards:
     """Additional reward of each token, for example minus a KL estimate. None: no such reward."""
     values: Floats | None = None
     """Values of the critic (gae)."""
+    final_values: Floats | None = None
+    """[rows]: value of the state after the last token of a truncated trajectory, 0 for others (gae). None: all 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,5 +78,6 @@ def _estimates(kind: str, part: MicroBatchRewards, *, gamma: float, lam: float) 
         gamma=gamma,
         lam=lam,
         token_rewards=part.token_rewards,
+        final_values=part.final_values,
     )
     return advantages, advantages + np.where(part.mask, part.values, 0.0)

@@ -28,6 +28,10 @@ class Row:
     advantage: float
     reward: float
     success: bool
+    group: str = ""
+    """Group of the trajectory."""
+    truncated: bool = False
+    """Whether a limit on turns or tokens ended the trajectory."""
     old: Float32Array | None = None
     """Old log-probs in nats; NaN where a token has none. None if no token has one."""
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from palimpsest.common.arrays import unpack_int32
-from palimpsest.common.messages import TrajectoryFinished
+from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.common.trajectory import behavior_logprobs, token_versions
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.advantages import group_advantages
@@ -26,6 +26,8 @@ def to_rows(records: Sequence[TrajectoryFinished], advantages: str) -> list[Row]
                 advantage=advantage,
                 reward=record.reward,
                 success=record.success,
+                group=record.group,
+                truncated=record.ending is Ending.TRUNCATED,
             )
         )
     return rows

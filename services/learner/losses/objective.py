@@ -16,9 +16,10 @@ from palimpsest.common.config.objective import DiscrepancyConfig, LossConfig
 from palimpsest.services.learner.corrections import Rules
 from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
 from palimpsest.services.learner.losses.cispo import cispo_loss
-from palimpsest.services.learner.losses.entropy import epo_loss
+from palimpsest.services.learner.losses.entropy import Turns, epo_loss
 from palimpsest.services.learner.losses.gspo import gspo_loss
 from palimpsest.services.learner.losses.kl import kl_loss
+from palimpsest.services.learner.losses.m2po import m2po_loss
 from palimpsest.services.learner.losses.minirl import minirl_loss
 from palimpsest.services.learner.losses.opsm import opsm_mask
 from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
@@ -75,19 +76,29 @@ class Objective:
         self.length = length
         self._config: LossConfig = config.loss
 
-    def outcome(self, inputs: Inputs, *, multiplier: float) -> Outcome:
-        """Return the loss and the removal causes of each token. multiplier: present lambda of R2VPO."""
+    def outcome(self, inputs: Inputs, *, multiplier: float, tau: float = 0.0) -> Outcome:
+        """Return the loss and the removal causes of each token. multiplier: lambda of R2VPO; tau: see `m2po_tau`."""
         removed = None
         if (threshold := switch(self._config.opsm)) is not None:
             removed = opsm_mask(inputs, threshold=threshold)
             inputs = inputs.without(removed)
-        outcome = self._loss(multiplier)(inputs)
+        outcome = self._loss(multiplier, tau)(inputs)
         return outcome if removed is None else outcome.and_also(opsm=removed)
 
     def loss(
-        self, outcome: Outcome, inputs: Inputs, terms: Terms, denominators: Denominators, *, history: float | None
+        self,
+        outcome: Outcome,
+        inputs: Inputs,
+        terms: Terms,
+        denominators: Denominators,
+        *,
+        history: Turns,
+        phase: float = 1.0,
     ) -> Tensor:
-        """Return this micro-batch's share of the loss, with gradient. history: mean entropy of earlier versions."""
+        """Return this micro-batch's share of the loss, with gradient.
+
+        history: mean entropy of each turn over earlier versions; phase: weight of EPO's penalty at this version.
+        """
         config = self._config
         losses = outcome.losses
         if config.entropy:
@@ -109,12 +120,12 @@ class Objective:
                 history=history,
                 low=config.epo.low,
                 high=config.epo.high,
-                weight=config.epo.weight,
+                weight=config.epo.weight * phase,
                 sequences=denominators.sequences,
             )
         return total
 
-    def _loss(self, multiplier: float) -> Callable[[Inputs], Outcome]:
+    def _loss(self, multiplier: float, tau: float) -> Callable[[Inputs], Outcome]:
         config = self._config
         low, high = config.clip_low, config.clip_high
         match config.objective:
@@ -126,6 +137,8 @@ class Objective:
                 return partial(gspo_loss, clip_low=low, clip_high=high)
             case "cispo":
                 return partial(cispo_loss, clip_low=low, clip_high=high)
+            case "m2po":
+                return partial(m2po_loss, tau=tau, clip_low=low, clip_high=high)
             case "minirl":
                 return partial(minirl_loss, clip_low=low, clip_high=high)
             case "r2vpo":

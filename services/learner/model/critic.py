@@ -35,6 +35,16 @@ class Critic:
         values: Tensor = self._valued(tokens)
         return values
 
+    @torch.no_grad()
+    def final_values(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Value of the state after the last token of each row. [rows] float32
+
+        tokens: [rows, length] int64, padded on the right; lengths: [rows], tokens of each row without padding.
+        """
+        longer = torch.nn.functional.pad(tokens, (0, 1))  # the state after the last token needs one more position
+        values: Tensor = self._valued(longer).gather(1, lengths[:, None])[:, 0]
+        return values
+
     def loss(
         self,
         tokens: Tensor,

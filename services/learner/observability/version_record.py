@@ -132,7 +132,9 @@ def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
         "ratios": _ratios(tokens, flat.first),
         "slopes": {name: slope(_known_points(grouped, name)) for name in SLOPES},
         "removal": removal(tokens, thresholds),
-        "ess_shares": effective_sample_sizes(*weights, by_total=bounds is not None and bounds.objective == "minirl"),
+        "ess_shares": effective_sample_sizes(
+            *weights, by_total=bounds is not None and bounds.objective in ("minirl", "m2po")
+        ),
         "caps": capped_weights(*weights, low=bounds.weight_low, high=bounds.weight_high, of_sequence=bounds.of_sequence)
         if bounds
         else None,

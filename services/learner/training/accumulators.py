@@ -10,6 +10,7 @@ from torch import Tensor
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import Correction
+from palimpsest.services.learner.losses.entropy import TURNS, Turns, turn_entropy
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.proximal.types import ProximalValues
 from palimpsest.services.learner.training.results import MicroBatchResult
@@ -27,6 +28,8 @@ class MicroBatchPass:
     clipped: dict[str, Tensor]
     old: Tensor | None
     """See MicroBatchResult."""
+    advantages: Tensor
+    """Advantages in the loss. With VCPO's baseline, the loss is computed with 1 and this is R - b afterwards."""
     usable: int
     """Number of tokens with a loss: trainable, not removed by a mask, all log-probs finite."""
 
@@ -40,7 +43,7 @@ class MicroBatchPass:
             entropy=self.entropy.cpu(),
             correction=self.correction.cpu(),
             clipped={cause: where.cpu() for cause, where in self.clipped.items()},
-            advantages=self.inputs.advantages.cpu(),
+            advantages=self.advantages.cpu(),
             old=self.old,
             first=first,
         )
@@ -59,6 +62,8 @@ class StepAccumulator:
     """Mean weight of each minibatch."""
     empty: int = 0
     """Minibatches without a usable token, which took no optimizer step."""
+    taus: list[float] = field(default_factory=list)
+    """M2PO's tau of each minibatch."""
     squared_deviation: float = 0.0
     """Sum of (r - 1)^2 over usable tokens."""
     usable: int = 0
@@ -95,6 +100,10 @@ class StepAccumulator:
         """Smallest factor on the learning rate; NaN without an optimizer step."""
         return min(self.lr_factors, default=float("nan"))
 
+    def gauges(self) -> dict[str, float]:
+        """Return values for the metrics, by name."""
+        return {"m2po_tau": sum(self.taus) / len(self.taus)} if self.taus else {}
+
     def mean_loss(self, minibatches: int) -> float:
         """Mean loss of the minibatches with a usable token; NaN without any. minibatches: their total number."""
         return self.loss / (minibatches - self.empty) if minibatches > self.empty else float("nan")
@@ -121,12 +130,16 @@ class TokenTotals:
     """Sum over trajectories of the mean entropy of their tokens, nats."""
     trajectories: int = 0
     """Number of trajectories with such a mean."""
+    unmasked: int = 0
+    """Trainable tokens that the corrections leave in the loss."""
+    turns: Turns = field(default_factory=lambda: np.zeros((TURNS, 2)), compare=False)
+    """Sum over trajectories of the mean entropy of each turn, and their number."""
 
     @classmethod
     def of(cls, results: Sequence[MicroBatchResult], now: Version, sums: StepAccumulator) -> "TokenTotals":
         """Return the totals of one rank's micro-batches, trained at version `now`."""
-        tokens = active = staleness = trajectories = 0
-        entropy = 0.0
+        tokens = active = staleness = trajectories = unmasked = 0
+        entropy, turns = 0.0, np.zeros((TURNS, 2))
         for result in results:
             mask = result.batch.mask
             tokens += int(mask.sum())
@@ -137,7 +150,12 @@ class TokenTotals:
             means = torch.where(known, result.entropy, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
             entropy += float(means[has].double().sum())
             trajectories += int(has.sum())
-        return cls(tokens, active, staleness, sums.squared_deviation, sums.usable, entropy, trajectories)
+            unmasked += int((mask & ~result.correction.masked.numpy()).sum())
+            of_turns, present = turn_entropy(result.entropy.double(), torch.from_numpy(mask))
+            turns += torch.stack([of_turns.sum(0), present.sum(0).double()], dim=1).numpy()
+        return cls(
+            tokens, active, staleness, sums.squared_deviation, sums.usable, entropy, trajectories, unmasked, turns
+        )
 
     @classmethod
     def summed(cls, parts: "Sequence[TokenTotals]") -> "TokenTotals":
@@ -148,6 +166,18 @@ class TokenTotals:
     def active_share(self) -> float:
         """Share of the trainable tokens neither masked nor clipped; NaN without any."""
         return self.active / self.tokens if self.tokens else float("nan")
+
+    @property
+    def unmasked_share(self) -> float:
+        """Share of the trainable tokens that the corrections leave in the loss; NaN without any."""
+        return self.unmasked / self.tokens if self.tokens else float("nan")
+
+    @property
+    def mean_turns(self) -> Turns:
+        """Mean entropy of each turn over trajectories, [TURNS]; NaN for a turn without any."""
+        total, count = self.turns.T
+        means: Turns = np.divide(total, count, out=np.full(TURNS, np.nan), where=count > 0)
+        return means
 
     @property
     def mean_staleness(self) -> float:

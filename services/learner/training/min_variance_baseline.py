@@ -1,7 +1,8 @@
 """VCPO's minimum-variance baseline: computes the gradient of each trajectory separately, then combines them.
 
-The baseline weighs trajectories by the norm of their gradients, so it is known only after the last pass. Until then two
-sums are kept: of w g and of w g R. They cost two more copies of the gradient and one pass for each trajectory.
+The baseline of a group weights its trajectories by the norm of their gradients, so it is known only after the last pass
+of the group. Until then, two sums are kept: w g R over the minibatch and w g over the group. They cost two more copies
+of the gradient and one pass for each trajectory.
 """
 
 import torch
@@ -12,7 +13,7 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 
 class MinimumVarianceBaseline:
-    """Collects the gradients of one minibatch."""
+    """Collects the gradients of one minibatch, group after group."""
 
     def __init__(self, policy: TrainablePolicy) -> None:
         self._gradients = policy.gradients()
@@ -22,7 +23,7 @@ class MinimumVarianceBaseline:
         self._rewards: list[float] = []
 
     def add(self, reward: float) -> None:
-        """Add the gradients of one trajectory, computed with advantages of 1, and set them to zero."""
+        """Add the gradients of one trajectory of the group, computed with advantages of 1, and set them to zero."""
         self._norms.append(sum(float(gradient.double().square().sum()) for gradient in self._gradients))
         self._rewards.append(reward)
         for gradient, weighted, score in zip(self._gradients, self._weighted, self._scores, strict=True):
@@ -30,20 +31,27 @@ class MinimumVarianceBaseline:
             score.add_(gradient)
             gradient.zero_()
 
-    def settle(self, ranks: ProcessGroup) -> float:
-        """Set the gradients to those of the minibatch over all ranks; return the baseline, in units of reward.
+    def end_group(self, ranks: ProcessGroup) -> float:
+        """Subtract the baseline of the group and return it, in units of reward. Every rank calls it for every group.
 
-        A trajectory whose gradient is not finite is left out of the baseline but not of the gradients, so that the step
-        is skipped.
+        A rank's part of a group may be empty. A trajectory whose gradient is not finite is left out of the baseline but
+        not of the gradients, so that the step is skipped.
         """
-        ranks.all_reduce_sum([*self._weighted, *self._scores])
         parts = ranks.all_gather_object((self._norms, self._rewards))
         norms = [norm for part in parts for norm in part[0]]
         rewards = [reward for part in parts for reward in part[1]]
         finite = [i for i, norm in enumerate(norms) if norm < float("inf")]  # excludes NaN too
         kept = [norms[i] for i in finite]
+        # the measured gradient holds w, so its squared norm is w^2 |g|^2
         baseline = minimum_variance_baseline([1.0] * len(kept), kept, [rewards[i] for i in finite]) if kept else 0.0
         subtract_baseline(self._weighted, self._scores, baseline)
+        for score in self._scores:
+            score.zero_()
+        self._norms, self._rewards = [], []
+        return baseline
+
+    def settle(self, ranks: ProcessGroup) -> None:
+        """Set the gradients to those of the minibatch over all ranks. Call it after the last group."""
+        ranks.all_reduce_sum(self._weighted)
         for gradient, weighted in zip(self._gradients, self._weighted, strict=True):
             gradient.copy_(weighted)
-        return baseline

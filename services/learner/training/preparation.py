@@ -14,6 +14,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import log_ratio
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.kl import estimate
+from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.training.state import TrainingState
 
@@ -55,6 +56,7 @@ def prepare_batch(
             rewards=np.array([row.advantage for row in batch.rows], dtype=np.float32),
             token_rewards=_kl_rewards(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
             values=values[i].cpu().numpy() if values else None,
+            final_values=_final_values(state.critic, batch, device) if state.critic is not None else None,
         )
         for i, batch in enumerate(batches)
     ]
@@ -67,6 +69,16 @@ def prepare_batch(
         values,
         [torch.from_numpy(part.returns).to(device) for part in estimated],
     )
+
+
+def _final_values(critic: Critic, batch: PaddedBatch, device: torch.device) -> np.ndarray:
+    """Value of the state after the last token of each truncated trajectory, 0 for the others. [rows] float32"""
+    values = np.zeros(len(batch.rows), dtype=np.float32)
+    truncated = [i for i, row in enumerate(batch.rows) if row.truncated]
+    if truncated:
+        lengths = torch.tensor([len(batch.rows[i].tokens) for i in truncated], device=device)
+        values[truncated] = critic.final_values(torch.from_numpy(batch.tokens[truncated]).to(device), lengths).cpu()
+    return values
 
 
 def _kl_rewards(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:

@@ -65,7 +65,8 @@ class TrainingState:
             "critic": self.critic.state() if self.critic else {},
             "scalars": {
                 "multiplier": torch.tensor(self.multiplier, dtype=torch.float64),
-                "entropies": torch.tensor([history["total"], history["count"]], dtype=torch.float64),
+                "entropies": torch.tensor(history["mean"], dtype=torch.float64),
+                "entropy_turns": torch.tensor(history["turns"], dtype=torch.float64),
             },
         }
         return {f"{PREFIX}{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
@@ -82,8 +83,10 @@ class TrainingState:
             self.critic.restore(parts.get("critic", {}))
         scalars = parts["scalars"]
         self.multiplier = float(scalars["multiplier"])
-        total, count = scalars["entropies"].tolist()
-        self.entropies.restore({"total": total, "count": count})
+        histories = {"mean": scalars["entropies"].tolist()}
+        if "entropy_turns" in scalars:  # not in a checkpoint of an older release
+            histories["turns"] = scalars["entropy_turns"].tolist()
+        self.entropies.restore(histories)
 
 
 def split_checkpoint(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

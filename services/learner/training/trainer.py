@@ -14,16 +14,18 @@ from torch import Tensor
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, partition_by_rank
-from palimpsest.services.learner.corrections import Limits, correct, limits
+from palimpsest.services.learner.corrections import Correction, Limits, correct, limits
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
+from palimpsest.services.learner.losses.entropy import phase_weight
+from palimpsest.services.learner.losses.m2po import harmful_squares, m2po_tau
 from palimpsest.services.learner.losses.objective import Objective, Terms, switch
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.proximal.types import Interpolated, Proximal
+from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
@@ -45,6 +47,8 @@ class _VersionInputs:
     old: list[Tensor] | None
     """Old log-probs of an audited batch; None if the batch is not audited."""
     prepared: Prepared
+    phase: float
+    """Weight of EPO's penalty at this version."""
 
 
 class Trainer:
@@ -87,7 +91,9 @@ class Trainer:
             old = self._audit(batches, now)
         with timer.of("prepare"):
             prepared = prepare_batch(self._state, batches, self._config, self._ranks, self._device)
-        version = _VersionInputs(batches, proximal, old, prepared)
+        epo = self._config.loss.epo
+        phase = 1.0 if isinstance(epo.phase, str) else phase_weight(now, epo.phase, epo.gamma)
+        version = _VersionInputs(batches, proximal, old, prepared, phase)
         results: list[MicroBatchResult] = []
         place = 0
         for number, (own, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
@@ -97,7 +103,10 @@ class Trainer:
             loss_before = sums.loss
             with timer.of("passes"):
                 bounds = self._limits(version, places)
-                passes = self._passes(version, places, denominators, bounds, sums)
+                if self._config.loss.objective == "m2po":
+                    sums.taus.append(self._tau(version, places, bounds, first=number == 0))
+                groups = sorted({row.group for row in minibatch}) if self._config.vcpo.baseline else []
+                passes = self._passes(version, places, groups, denominators, bounds, sums)
             results += [one.result(first=number == 0) for one in passes]
             if number == 0:
                 with timer.of("cut"):
@@ -122,7 +131,7 @@ class Trainer:
             baseline=sums.baseline,
             normalizer=sums.normalizer,
             seconds=timer.take(),
-            gauges=self._state.gauges(self._policy.masters),
+            gauges=self._state.gauges(self._policy.masters) | sums.gauges(),
             empty=sums.empty,
             missed=self._missed(),
         )
@@ -130,8 +139,10 @@ class Trainer:
     def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
         """This rank's share of a minibatch."""
         share = partition_by_rank(minibatch, self._ranks.size)[self._ranks.rank]
-        most = 1 if self._config.vcpo.baseline else self._config.micro_batch_tokens
-        return [pad(rows) for rows in micro_batches(share, max_tokens=most)]
+        if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
+            share = sorted(share, key=lambda row: (row.group, len(row.tokens), row.trajectory))
+            return [pad([row]) for row in share]
+        return [pad(rows) for rows in micro_batches(share, max_tokens=self._config.micro_batch_tokens)]
 
     def _audit(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
         """Return old log-probs if this version is audited, else None. NaN marks tokens that could not be scored."""
@@ -158,48 +169,101 @@ class Trainer:
             parts.append((anchor.logprobs, behavior, mask, anchor.missing))
         return limits(parts, rules, gather=self._ranks.all_gather_object)
 
+    def _tau(self, version: _VersionInputs, places: range, bounds: Limits, *, first: bool) -> float:
+        """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
+        squares = [torch.empty(0, dtype=torch.float64)]
+        for place in places:
+            batch = version.batches[place]
+            if first and version.proximal.method == "current_recompute":
+                current = version.proximal.anchor(place, torch.empty(0), torch.empty(0)).logprobs
+            else:
+                with torch.no_grad():
+                    current = score_batch(self._policy.model, batch, self._device)[0]
+            inputs, _, _ = self._inputs(version, place, current, bounds)
+            squares.append(harmful_squares(inputs).cpu())
+        return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
+
     def _passes(
-        self, version: _VersionInputs, places: range, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+        self,
+        version: _VersionInputs,
+        places: range,
+        groups: Sequence[str],
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
     ) -> list[MicroBatchPass]:
-        """Forward and backward passes of a minibatch's micro-batches."""
-        baseline = MinimumVarianceBaseline(self._policy) if self._config.vcpo.baseline else None
+        """Forward and backward passes of a minibatch's micro-batches. groups: of all ranks, with VCPO's baseline."""
+        if self._config.vcpo.baseline:
+            return self._passes_with_baseline(version, places, groups, denominators, bounds, sums)
         passes = []
         for place in places:
             passes.append(self._pass(version, place, denominators, bounds, sums))
-            if baseline is not None:
-                baseline.add(version.batches[place].rows[0].reward)
             self._train_critic(version, place, denominators)
-        if baseline is not None:
-            sums.baselines.append(baseline.settle(self._ranks))
         return passes
+
+    def _passes_with_baseline(
+        self,
+        version: _VersionInputs,
+        places: range,
+        groups: Sequence[str],
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+    ) -> list[MicroBatchPass]:
+        """One pass for each trajectory, with the minimum-variance baseline of each group."""
+        baseline = MinimumVarianceBaseline(self._policy)
+        passes = []
+        for group in groups:
+            of_group = []
+            for place in (place for place in places if version.batches[place].rows[0].group == group):
+                of_group.append(self._pass(version, place, denominators, bounds, sums))
+                baseline.add(version.batches[place].rows[0].reward)
+            sums.baselines.append(baseline.end_group(self._ranks))
+            for one in of_group:
+                one.advantages = torch.full_like(one.advantages, one.batch.rows[0].reward - sums.baselines[-1])
+            passes += of_group
+        baseline.settle(self._ranks)
+        return passes
+
+    def _inputs(
+        self, version: _VersionInputs, place: int, current: Tensor, bounds: Limits
+    ) -> tuple[Inputs, ProximalValues, Correction]:
+        """Inputs of the objective for one micro-batch. current: log-probs of the policy."""
+        batch = version.batches[place]
+        mask, behavior = self._on_device(batch.mask, batch.behavior)
+        anchor = version.proximal.anchor(place, current.detach(), mask)
+        correction = correct(
+            anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
+        )
+        vcpo = self._config.vcpo.baseline
+        advantages = torch.ones_like(behavior) if vcpo else version.prepared.advantages[place]
+        return Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask), anchor, correction
 
     def _pass(
         self, version: _VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> MicroBatchPass:
         """Forward and backward pass of one micro-batch."""
         batch, prepared = version.batches[place], version.prepared
-        mask, behavior = self._on_device(batch.mask, batch.behavior)
         current, entropy = score_batch(self._policy.model, batch, self._device)
-        anchor = version.proximal.anchor(place, current.detach(), mask)
-        correction = correct(
-            anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
-        )
-        advantages = torch.ones_like(behavior) if self._config.vcpo.baseline else prepared.advantages[place]
-        inputs = Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask)
-        outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier)
+        inputs, anchor, correction = self._inputs(version, place, current, bounds)
+        tau = sums.taus[-1] if sums.taus else 0.0
+        outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)
         loss = self._objective.loss(
             outcome,
             inputs,
             Terms(entropy, prepared.reference[place] if prepared.reference else None),
             denominators,
-            history=self._state.entropies.mean,
+            history=self._state.entropies.turns(self._config.loss.epo.history),
+            phase=version.phase,
         )
         loss.backward()  # type: ignore[no-untyped-call]
         sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
         old = None if version.old is None else version.old[place]
         removed = outcome.clipped.get("opsm")
         usable = int((inputs.usable if removed is None else inputs.usable & ~removed).sum())
-        return MicroBatchPass(batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, usable)
+        return MicroBatchPass(
+            batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable
+        )
 
     def _train_critic(self, version: _VersionInputs, place: int, denominators: Denominators) -> None:
         """Backward pass of the critic on one micro-batch, if there is a critic."""
@@ -256,7 +320,7 @@ class Trainer:
             )
         state.multiplier = next_multiplier(state.multiplier, totals.mean_squared_deviation, r2vpo.target, r2vpo.rate)
         if totals.mean_entropy is not None:
-            state.entropies.add(totals.mean_entropy)
+            state.entropies.add(totals.mean_entropy, totals.mean_turns)
 
     def _missed(self) -> dict[str, int]:
         """ "reason/policy" -> tokens of all ranks without an old log-prob."""

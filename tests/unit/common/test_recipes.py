@@ -100,6 +100,7 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
             "is computed in each forward pass: choose another",
         ),
         (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient", not "clipped"'),
+        (["--learner.recipe=vcpo", "--learner.advantages.kind=gae"], 'advantages.kind = "gae" would have no effect'),
         (["--learner.recipe=vcpo", "--learner.loss.entropy=0.008"], "it needs loss.entropy = 0, not 0.008"),
         (["--learner.loss.kl={weight = 0.1, place = \"reward\"}"], "choose one of reinforce_pp"),
         (["--learner.audit.fraction=0.1"], 'proximal.kind = "snapshot" is exact: set audit.fraction to 0'),

@@ -48,6 +48,20 @@ def test_a_tokens_cost_lowers_the_return_of_all_tokens_before_it() -> None:
     assert returns[2].tolist() == [0.0] * 5
 
 
+def test_a_truncated_trajectory_bootstraps_with_the_value_of_its_last_state() -> None:
+    """V = (.5, .6, .8) and .7 after the last token, gamma .9, lambda .5: the last error is 1 + .9 * .7 - .8."""
+    values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]])
+    ours = generalized_advantages(
+        MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5, final_values=np.array([0.7], dtype=np.float32)
+    )
+    last = 1.0 + 0.9 * 0.7 - 0.8
+    middle = (0.9 * 0.8 - 0.6) + 0.45 * last
+    first = (0.9 * 0.6 - 0.5) + 0.45 * middle
+    assert ours[0].tolist() == pytest.approx([0.0, first, 0.0, middle, last])
+    with pytest.raises(ValueError, match="final_values must be 1 finite values"):
+        generalized_advantages(MASK[:1], REWARDS[:1], values, gamma=0.9, lam=0.5, final_values=np.array([np.nan]))
+
+
 def test_gae_by_hand() -> None:
     """V = (.5, .6, .8), gamma .9, lambda .5: accumulates TD errors from the last token backward."""
     values = np.array([[7.0, 0.5, 7.0, 0.6, 0.8]])

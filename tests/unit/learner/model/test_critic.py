@@ -72,6 +72,16 @@ def test_values_are_the_head_on_the_models_last_hidden_state(starting_model: Pat
         )
 
 
+def test_the_final_value_is_that_of_the_state_after_the_last_token(starting_model: Path) -> None:
+    critic = a_critic(starting_model, head=0.5)
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+    found = critic.final_values(tokens, torch.tensor([5, 3]))
+    for row, length in enumerate((5, 3)):
+        extended = torch.cat([tokens[row, :length], torch.tensor([99])])[None]
+        assert float(found[row]) == pytest.approx(float(critic.values(extended)[0, length]), rel=1e-2)
+    assert found.unique().numel() == 2
+
+
 def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) -> None:
     critic = a_critic(starting_model, head=0.1)
     short = critic.values(ROWS[1:, :4])

@@ -1,5 +1,6 @@
 """Every recipe trains a version of the small real model, and the gradient without thresholds ignores the proximal."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,47 @@ def test_vcpo_subtracts_its_baseline_from_every_reward(starting_model: Path) -> 
     result = train(policy, Resident(model), ProcessGroup(), [even], NOW, config=config)
     assert result.baseline == pytest.approx(0.7)
     assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
+
+
+def test_vcpo_reports_the_rewards_minus_the_baseline_of_the_group_as_advantages(starting_model: Path) -> None:
+    config = a_learner(
+        vcpo={"baseline": True},
+        loss={"objective": "policy_gradient"},
+        proximal={"kind": "bypass"},
+        discrepancy=UNCORRECTED,
+    )
+    model = load(starting_model).float()
+    policy = TrainablePolicy(model, OptimizerConfig())
+    grouped = [
+        dataclasses.replace(row, group=f"g{i // 4}", reward=float(i % 2 if i < 4 else 1))
+        for i, row in enumerate(rows(model))
+    ]
+    result = train(policy, Resident(model), ProcessGroup(), [grouped], NOW, config=config)
+    found = {one.batch.rows[0].trajectory: flatten(one, NOW).advantages.tolist() for one in result.micro_batches}
+    assert len(found) == 8
+    for i, row in enumerate(grouped):
+        advantages = found[row.trajectory]
+        assert len(set(advantages)) == 1
+        if i >= 4:  # equal rewards: the baseline of the group equals them
+            assert advantages[0] == pytest.approx(0.0, abs=1e-6)
+    between = {found[row.trajectory][0] for row in grouped[:4]}
+    assert {round(value + (1 - max(between)), 6) for value in between} == {0.0, 1.0}
+
+
+def test_m2po_trains_and_reports_its_tau(starting_model: Path) -> None:
+    config = a_learner(**apply_recipe("m2po", {}))
+    result, _ = trained(starting_model, config)
+    assert result.gauges["m2po_tau"] >= 0.0
+    assert {"clip_high", "clip_low", "ratio_bound"} == result.micro_batches[0].clipped.keys()
+
+
+def test_a_checkpoint_without_the_entropies_of_turns_can_be_restored(starting_model: Path) -> None:
+    state = TrainingState(Resident(load(starting_model)), multiplier=0.5)
+    state.entropies.add(1.5)
+    older = {name: tensor for name, tensor in state.state().items() if not name.endswith("entropy_turns")}
+    restored = TrainingState(Resident(load(starting_model)))
+    restored.restore(older)
+    assert (restored.multiplier, restored.entropies.mean) == (0.5, 1.5)
 
 
 def test_training_state_is_restored_exactly_from_a_checkpoint(starting_model: Path) -> None:
