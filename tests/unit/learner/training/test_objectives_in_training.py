@@ -84,8 +84,8 @@ def test_every_recipe_trains_a_version(name: str, starting_model: Path) -> None:
     config = a_learner(**apply_recipe(name, {}))
     result, policy = trained(starting_model, config)
     assert result.skipped == 0
-    assert policy.steps == 2
-    assert result.loss == result.loss
+    assert policy.steps == 2 - result.empty  # a recipe may mask all tokens of a minibatch
+    assert (result.loss == result.loss) is (result.empty < 2)
     assert result.exact is (config.proximal.kind == "snapshot")
     assert 0 <= result.active_share <= 1
     tokens = [flatten(scored, NOW) for scored in result.micro_batches]
