@@ -16,6 +16,8 @@ class Place:
     """Bytes that this user may still write there."""
     writable: bool = True
     read_only_mount: bool = False
+    without_storage: str = ""
+    """Type of the file system, if it is one that stores no files, such as proc or sysfs; else empty."""
     owner: str = ""
     """Name of the user whom it belongs to, where that is another; empty where it is ours."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -110,8 +111,20 @@ def place(path: Path) -> Place:
         free=room.f_bavail * room.f_frsize,
         writable=there.is_dir() and os.access(there, os.W_OK | os.X_OK),
         read_only_mount=bool(room.f_flag & os.ST_RDONLY),
+        without_storage=file_system(found.st_dev) if room.f_blocks == 0 else "",
         owner=owner,
     )
+
+
+def file_system(device: int) -> str:
+    """Return the type of the file system on this device (`st_dev`), or "unknown"."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == number:
+                return source.split()[0]
+    return "unknown"
 
 
 def user(number: int) -> str:

@@ -104,6 +104,11 @@ def _port(port: Port) -> Finding:
 
 def _written(check: str, place: Place, purpose: str, otherwise: str = "") -> Finding:
     value = f"{place.path}, {place.free / GB:.1f} GB free"
+    if place.without_storage:
+        return Finding(
+            check, f"{place.path} is on a {place.without_storage} file system, which stores no files", STOPS, purpose,
+            otherwise or "Use a folder on a disk.",
+        )  # fmt: skip
     if place.read_only_mount:
         return Finding(
             check, f"{place.path} is on a read-only file system", STOPS, purpose,

@@ -101,6 +101,9 @@ BADLY: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "root in a checkout of another": ({"checkout": replace(ROOM, owner="ada")}, "Checkout", WARNS, "ada"),
     "a read-only checkout": ({"checkout": replace(ROOM, read_only_mount=True)}, "Checkout", STOPS, "read-only"),
+    "a run folder on proc": (
+        {"run_folder": replace(ROOM, without_storage="proc", free=0)}, "Run folder", STOPS, "proc file system, which",
+    ),
     "no disk to install": ({"checkout": replace(ROOM, free=5 * GB)}, "Disk", STOPS, "5.0 GB free"),
     "little disk for downloads": ({"cache": replace(ROOM, free=5 * GB)}, "Cache", WARNS, "UV_CACHE_DIR"),
     "an unwritable cache": ({"cache": replace(ROOM, writable=False)}, "Cache", STOPS, "UV_CACHE_DIR"),
@@ -148,6 +151,11 @@ def test_a_machine_that_lacks_something(change: dict[str, Any], check: str, leve
     assert word in found.sentence
     assert found.meaning.endswith(".")
     assert found.remedy.endswith(".")
+
+
+def test_a_folder_on_proc_is_on_a_file_system_without_storage(tmp_path: Path) -> None:
+    assert gather.place(Path("/proc/palimpsest")).without_storage == "proc"
+    assert gather.place(tmp_path).without_storage == ""
 
 
 def test_every_check_is_seen_to_fail() -> None:
