@@ -78,7 +78,7 @@ def dead_letters(arguments: Sequence[str]) -> None:
 
 def rescore(arguments: Sequence[str]) -> None:
     """Compare a recorded run's old log-probs with plain transformers."""
-    from palimpsest.rescore import command
+    from palimpsest.rescore_command import command
 
     command(arguments)
 

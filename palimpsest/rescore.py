@@ -1,26 +1,18 @@
-"""Check a recorded run's old log-probs with plain transformers, and nothing of Palimpsest's own code.
+"""Recompute the old log-probs of a recorded run with plain transformers, without the code of the services.
 
-    palimpsest rescore runs/ID [--model FOLDER] [--every 10]
+For every trained token with an old log-prob: load the stored version that sampled the token into a plain
+`AutoModelForCausalLM`, and score the token
 
-The run must have been recorded (learner.record = true), and its store must still hold the versions: keep them with
-learner.checkpoint.keep = learner.versions. For every trained token that has an old log-prob: load the version that
-sampled it, as stored, into a plain `AutoModelForCausalLM`, and score the token
+    alone         with its trajectory as one row without padding: how much do batch layouts differ?
+    same layout   with the rows of the learner's batch: the values must be equal bit for bit
 
-    alone         its trajectory as one row without padding: how far do layouts differ?
-    same layout   the rows the learner put together: must be equal bit for bit
-
-Versions in a bucket are copied out of it first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-
-Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_unequal (tokens, must be
-0), and by staleness the mean |exact - behavior| beside what the current weights would give in the old ones' place.
+palimpsest/rescore_command.py is the command.
 """
 
-import argparse
 import json
 import tempfile
-import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,37 +30,21 @@ UNTRAINABLE = -1
 
 
 class Lacking(Exception):
-    """There is nothing to compare."""
+    """Raised if there are no values to compare."""
 
 
-def command(words: Sequence[str]) -> None:
-    """Compare, and print one JSON line. Exits with 2 for arguments that cannot be used."""
-    arguments = argparse.ArgumentParser(
-        prog="palimpsest rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("run", type=Path)
-    arguments.add_argument("--model", help="default: model.path of the run")
-    arguments.add_argument("--every", type=int, default=1, help="look at every n-th recorded version only")
-    options = arguments.parse_args(words)
-    if options.every < 1:
-        arguments.error(f"--every {options.every}: a number above 0 is wanted")
-    if not (options.run / "run.toml").is_file():
-        arguments.error(f"{options.run}: not the folder of a run (it has no run.toml)")
+def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> dict[str, Any]:
+    """Return the comparison of a run folder with the configuration `config`. Raises Lacking."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    config = tomllib.loads((options.run / "run.toml").read_text())
-    path, attention = options.model or config["model"]["path"], config["model"]["attention"]
+    path, attention = model or config["model"]["path"], config["model"]["attention"]
     with tempfile.TemporaryDirectory() as folder:
-        store = snapshots(options.run, config, Path(folder))
-        try:
-            compared = rescore(options.run / "records", Models(store, path, attention), options.every)
-        except Lacking as lacking:
-            arguments.error(str(lacking))
-    print(json.dumps(compared))
+        store = snapshots(run, config, Path(folder))
+        return rescore(run / "records", Models(store, path, attention), every)
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
-    """Where the run's versions can be read: its own folder, or a copy of what is in its bucket."""
+    """Return the folder with the versions of the run. Versions in a bucket are copied to `folder` first."""
     store = config["snapshot_store"]
     if store["storage"] == "folder":
         return Path(store.get("folder") or run / "snapshots")
@@ -84,26 +60,26 @@ def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
 
 
 class Models:
-    """Stored versions as plain models, one at a time in memory."""
+    """Loads stored versions as plain models. Memory holds one model at a time."""
 
     def __init__(self, store: Path, path: str, attention: str) -> None:
         self._store, self._path, self._attention = store, path, attention
         self._loaded: tuple[int, Any] | None = None
 
     def __call__(self, version: int) -> Any:
-        """The model with this version's weights."""
+        """Return the model with the weights of this version. Raises Lacking if the store does not hold it."""
         if self._loaded is None or self._loaded[0] != version:
             self._loaded = (version, self._load(version))
         return self._loaded[1]
 
     def _load(self, version: int) -> Any:
-        kept = self._store / "versions" / f"{version:08d}.json"
-        if not kept.is_file():
+        manifest_file = self._store / "versions" / f"{version:08d}.json"
+        if not manifest_file.is_file():
             raise Lacking(
-                f"version {version}, which sampled recorded tokens, is not in {self._store} any more: run with "
-                f"learner.checkpoint.keep = learner.versions, which keeps them all"
+                f"version {version}, which sampled recorded tokens, is not in {self._store}: record the run with "
+                f"learner.checkpoint.keep = learner.versions, which keeps all versions"
             )
-        manifest = json.loads(kept.read_text())["manifest"]
+        manifest = json.loads(manifest_file.read_text())["manifest"]
         blob = (self._store / "objects" / manifest["object"]).read_bytes()
         tensors = {entry["name"]: decode(entry, blob) for entry in manifest["tensors"]}
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +91,7 @@ class Models:
 
 
 def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
-    """A stored tensor: one zstd frame with the bytes of equal significance together."""
+    """Return a stored tensor: one zstd frame with the bytes grouped by significance."""
     dtype = getattr(torch, entry["dtype"])
     frame = blob[entry["start"] : entry["start"] + entry["length"]]
     planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
@@ -125,7 +101,7 @@ def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
 
 @torch.no_grad()
 def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """log pi of every token given those before it; [rows, length], 0 for the first."""
+    """Return log pi of every token given the tokens before it, 0 for the first one. [rows, length], nats"""
     rows = torch.from_numpy(tokens)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
     logprobs = (logits / torch.from_numpy(temperatures)[:, :, None]).log_softmax(-1)
@@ -134,7 +110,7 @@ def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray) -> np.ndarra
 
 
 def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
-    """Compare every recorded token. Raises Lacking."""
+    """Compare the old log-prob of every recorded token. Raises Lacking if there is none."""
     if not any(records.glob("*.npz")):
         raise Lacking(f"{records} holds no batch: record the run with learner.record = true")
     alone: list[np.ndarray] = []
@@ -145,7 +121,7 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
         versions.update(present)
         for version in present:
             own = (batch["versions"] == version) & batch["exact"]
-            rows = np.flatnonzero((batch["versions"] == version).any(axis=1))  # as the learner put them together
+            rows = np.flatnonzero((batch["versions"] == version).any(axis=1))  # the rows of the learner's batch
             lengths = batch["lengths"][rows]
             together = score(models(version), batch["tokens"][rows, : lengths.max()], batch["temperatures"][rows])
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -162,7 +138,7 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
                 if batch["first"]:
                     recomputed[staleness].append(np.abs(batch["current"][row, :length][chosen] - behavior))
     if not alone:
-        raise Lacking(f"no token in {records} has an old log-prob: a surrogate stood in the proximal's place")
+        raise Lacking(f"no token in {records} has an old log-prob: the run used a surrogate")
     differences = np.concatenate(alone)
     return {
         "tokens": len(differences),
@@ -176,7 +152,7 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
 
 
 def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
-    """Micro-batches of the recorded versions, in order."""
+    """Iterate over the micro-batches of the recorded versions, in order."""
     for path in sorted(records.glob("*.npz"))[::every]:
         with np.load(path) as file:
             for i in range(sum(name.startswith("tokens_") for name in file.files)):
@@ -193,5 +169,5 @@ def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
 
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:
-    """The mean in nats at each staleness, lowest first; JSON has strings for keys."""
+    """Return the mean in nats for each staleness, lowest first. Keys are strings, as in JSON."""
     return {str(s): float(np.concatenate(parts).mean()) for s, parts in sorted(by_staleness.items())}

@@ -46,6 +46,7 @@ LIGHT = (
     "palimpsest.services.rollout.__main__",
     "palimpsest.services.audit.command",
     "palimpsest.export.export",
+    "palimpsest.rescore_command",
     "palimpsest.run",
     "palimpsest.cli",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palimpsest.rescore import command
+from palimpsest.rescore_command import command
 
 RUN = 'model = { path = "none", attention = "eager" }\nsnapshot_store = { storage = "folder" }\n'
 
@@ -42,7 +42,7 @@ def test_what_is_no_runs_folder_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "not the folder of a run" in said(monkeypatch, capsys, run / "records")
-    assert "--every 0: a number above 0 is wanted" in said(monkeypatch, capsys, run, "--every", "0")
+    assert "--every 0: must be at least 1" in said(monkeypatch, capsys, run, "--every", "0")
 
 
 def test_a_run_that_was_not_recorded_is_told_how_to(
@@ -56,7 +56,7 @@ def test_a_version_that_was_not_kept_is_named(
 ) -> None:
     record(run, versions=[-1, 4, 4])
     told = said(monkeypatch, capsys, run)
-    assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'} any more" in told
+    assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'}: record" in told
     assert "learner.checkpoint.keep = learner.versions" in told
 
 
@@ -64,4 +64,4 @@ def test_a_record_without_old_log_probs_is_not_compared(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(run, versions=[-1, -1])
-    assert "has an old log-prob: a surrogate stood in the proximal's place" in said(monkeypatch, capsys, run)
+    assert "has an old log-prob: the run used a surrogate" in said(monkeypatch, capsys, run)

@@ -1,0 +1,46 @@
+"""Check the old log-probs of a recorded run with plain transformers, without the code of the services.
+
+    palimpsest rescore runs/ID [--model FOLDER] [--every 10]
+
+The run must be recorded (learner.record = true), and its store must still hold the versions: keep them with
+learner.checkpoint.keep = learner.versions. For every trained token with an old log-prob, the command loads the stored
+version that sampled the token into a plain `AutoModelForCausalLM`, and scores the token
+
+    alone         with its trajectory as one row without padding: how much do batch layouts differ?
+    same layout   with the rows of the learner's batch: the values must be equal bit for bit
+
+Versions in a bucket are downloaded first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+
+Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_unequal (tokens, must be
+0), and for each staleness the mean |exact - behavior| and the same mean for the current weights in place of the old
+ones.
+"""
+
+import argparse
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def command(words: Sequence[str]) -> None:
+    """Compare, and print one JSON line. Exits with 2 for arguments that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="palimpsest rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--model", help="folder of the model with config and tokenizer; default: model.path of the run")
+    parser.add_argument("--every", type=int, default=1, help="check every n-th recorded version only")
+    options = parser.parse_args(words)
+    if options.every < 1:
+        parser.error(f"--every {options.every}: must be at least 1")
+    run_file = options.run / "run.toml"
+    if not run_file.is_file():
+        parser.error(f"{options.run}: not the folder of a run (it has no run.toml)")
+    from palimpsest.rescore import Lacking, main  # imports torch, which takes seconds
+
+    try:
+        result = main(options.run, tomllib.loads(run_file.read_text()), options.model, options.every)
+    except Lacking as error:
+        parser.error(str(error))
+    print(json.dumps(result))
