@@ -1,4 +1,4 @@
-"""Number arrays as bytes."""
+"""Arrays of numbers packed as bytes."""
 
 import struct
 
@@ -38,7 +38,7 @@ def test_an_integer_of_more_than_4_bytes_is_refused(value: int) -> None:
         pack_int32([1, value])
 
 
-def test_a_wider_array_is_not_wrapped_round() -> None:
+def test_values_that_overflow_int32_are_refused() -> None:
     with pytest.raises(OverflowError, match="4-byte integer"):
         pack_int32(np.array([1, 2**32 + 7]))
 
@@ -54,7 +54,7 @@ def test_bytes_that_are_no_multiple_of_4_are_refused(unpack: object) -> None:
         unpack(b"12345")
 
 
-def test_what_is_unpacked_cannot_be_written_to() -> None:
+def test_unpacked_arrays_are_read_only() -> None:
     values = unpack_int32(pack_int32([1, 2]))
     with pytest.raises(ValueError, match="read-only"):
         values[0] = 5

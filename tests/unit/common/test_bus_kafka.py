@@ -1,4 +1,4 @@
-"""What of the Kafka log needs no broker: credentials, verdicts on topics, those who answer as no broker would."""
+"""Parts of the Kafka log that need no broker: credentials, checks of topics, and servers that are no broker."""
 
 import socket
 import ssl
@@ -38,7 +38,7 @@ def test_credentials_come_from_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({}, f"bus.security is sasl_plaintext: set the environment variable {USERNAME}, or {USERNAME}_FILE"),
         ({USERNAME: "me"}, f"set the environment variable {PASSWORD}, or {PASSWORD}_FILE"),
@@ -47,10 +47,10 @@ def test_credentials_come_from_the_environment(tmp_path: Path) -> None:
         ({USERNAME: "me", f"{PASSWORD}_FILE": "/dev/null"}, f"{PASSWORD}_FILE is empty"),
     ],
 )
-def test_credentials_that_are_missing_are_named(environment: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as told:
+def test_missing_credentials_are_named(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         connection(SASL, environment)
-    assert told.value.code is ExitCode.CONFIGURATION
+    assert error.value.code is ExitCode.CONFIGURATION
 
 
 def test_a_password_is_not_shown() -> None:
@@ -70,7 +70,7 @@ def test_a_certificate_without_its_key_is_refused_by_both_names(tmp_path: Path) 
 TOPIC = {"partitions": [{"replica_nodes": [1, 2]}, {"replica_nodes": [2]}]}
 
 
-def test_every_problem_of_a_topic_is_named_and_one_command_mends_its_settings() -> None:
+def test_every_problem_of_a_topic_is_named_with_one_command_that_fixes_its_settings() -> None:
     standing = Settings(retention_ms=1000).options() | {"max.message.bytes": "10"}
     replicas = (
         "has 1 replicas; bus.replicas is 2: add replicas with kafka-reassign-partitions.sh, or set bus.replicas to 1"
@@ -94,14 +94,14 @@ def test_more_suffices_and_less_does_not(has: int, wanted: int) -> None:
 
 
 @given(st.text(max_size=8).filter(lambda text: text != "delete"))
-def test_whatever_else_stands_there_does_not_suffice(has: str) -> None:
+def test_another_policy_or_an_invalid_number_does_not_suffice(has: str) -> None:
     assert not _suffices("cleanup.policy", has, "delete")
     assert not _suffices("max.message.bytes", f"{has}x", "1")
 
 
 @pytest.fixture
 def answering() -> Iterator[Callable[[Answer], str]]:
-    """A port where each connection is answered so; its address."""
+    """Open ports whose connections are served by the given function; returns their addresses."""
     listeners: list[socket.socket] = []
 
     def serve(listener: socket.socket, answer: Answer) -> None:
@@ -126,7 +126,7 @@ def answering() -> Iterator[Callable[[Answer], str]]:
 
 
 def hang_up(line: socket.socket) -> None:
-    """As a proxy does whose broker is not there yet."""
+    """Close the connection, as a proxy does before its broker is up."""
 
 
 def garbage(line: socket.socket) -> None:
@@ -136,7 +136,7 @@ def garbage(line: socket.socket) -> None:
 
 @pytest.mark.parametrize("answer", [hang_up, garbage])
 @pytest.mark.parametrize("options", [{}, {"ssl_context": ssl.create_default_context()}])
-def test_who_hangs_up_may_yet_become_a_broker_and_who_never_speaks_tls_does_not(
+def test_a_closed_connection_is_retried_and_a_server_without_tls_is_not(
     answering: Callable[[Answer], str], answer: Answer, options: dict[str, Any]
 ) -> None:
     server = answering(answer)
@@ -147,7 +147,7 @@ def test_who_hangs_up_may_yet_become_a_broker_and_who_never_speaks_tls_does_not(
 
 
 class Clock:
-    """Stands in for the module `time`: pauses are over at once, and the clock knows of them."""
+    """Stand-in for the module `time`: sleep returns at once and advances the clock."""
 
     now = 0.0
 
@@ -158,7 +158,7 @@ class Clock:
         self.now += seconds
 
 
-def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_when_we_are_not_let_in(
+def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_if_access_is_denied(
     answering: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = answering(hang_up)
@@ -194,7 +194,7 @@ KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=
 """
 
 
-def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> None:
+def test_outage_messages_of_kafka_python_stay_out_of_a_services_log() -> None:
     ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
     *_, said = ended.stderr.splitlines()
     assert said.startswith(
@@ -203,7 +203,7 @@ def test_what_kafka_python_tells_of_an_outage_stays_out_of_a_services_log() -> N
     assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]
 
 
-def test_what_waiting_cannot_explain_is_passed_on() -> None:
+def test_other_errors_while_waiting_are_passed_on() -> None:
     def failing() -> None:
         raise KeyError("a mistake of ours")
 

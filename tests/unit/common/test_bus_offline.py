@@ -1,4 +1,4 @@
-"""A log looked at from outside: nothing is made. tests/contract/test_bus_offline.py has what is read of it."""
+"""Opening a log offline creates nothing. tests/contract/test_bus_offline.py tests reads."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def config(tmp_path: Path) -> RunConfig:
     return load([str(path), f"--run.folder={tmp_path}"], {}, program="").config
 
 
-def test_a_log_that_is_not_there_is_refused_and_not_made(config: RunConfig) -> None:
+def test_a_missing_log_is_refused_and_not_created(config: RunConfig) -> None:
     with pytest.raises(UserError, match="no such log"):
         open_existing_bus(config)
     assert not config.bus_path.exists()

@@ -1,4 +1,4 @@
-"""What the SQLite log promises beyond the port, and what its safety rests on."""
+"""The SQLite log: guarantees beyond the port, and the settings that its durability needs."""
 
 import errno
 import sqlite3
@@ -43,14 +43,14 @@ def test_every_commit_is_synced_to_the_disk(bus: SqliteBus) -> None:
             assert db.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
-def test_a_publish_that_fails_in_the_middle_leaves_nothing(bus: SqliteBus) -> None:
+def test_a_failed_publish_leaves_no_record(bus: SqliteBus) -> None:
     with pytest.raises(sqlite3.ProgrammingError):
         bus.publish("t", HALF_BAD)
     assert bodies(bus) == []
     assert [at.offset for at in bus.publish("t", [Outgoing("k", b"next")])] == [0]
 
 
-def test_without_the_transaction_half_a_batch_would_stand(bus: SqliteBus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_transaction_half_a_batch_would_remain(bus: SqliteBus, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def nothing(_db: sqlite3.Connection) -> Iterator[None]:
         yield
@@ -61,14 +61,14 @@ def test_without_the_transaction_half_a_batch_would_stand(bus: SqliteBus, monkey
     assert bodies(bus) == [b"first", b"second"]
 
 
-def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(bus: SqliteBus) -> None:
+def test_a_full_disk_is_an_os_error_that_names_the_file(bus: SqliteBus) -> None:
     bus._db.execute("PRAGMA max_page_count = 20")
     with pytest.raises(OSError, match="No space left on device") as full:
         bus.publish("t", [Outgoing("k", bytes(1 << 20))])
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(bus.path))
 
 
-def test_after_a_full_disk_the_log_goes_on_where_it_was(bus: SqliteBus) -> None:
+def test_after_a_full_disk_the_log_continues_at_the_same_offset(bus: SqliteBus) -> None:
     bus.publish("t", [Outgoing("k", b"before")])
     bus._db.execute("PRAGMA max_page_count = 20")
     with pytest.raises(OSError, match="No space"):
@@ -85,7 +85,7 @@ def test_a_member_of_a_group_needs_a_name(bus: SqliteBus) -> None:
 
 @pytest.mark.parametrize(("key", "partition"), [("", 0), ("g000007", 3), ("g000000", 0), ("worker-0", 2), ("ä", 3)])
 def test_the_partition_of_a_key_never_changes(key: str, partition: int) -> None:
-    """crc32 modulo 4, as computed once; another value would tear keys apart on logs that exist."""
+    """crc32 modulo 4; another value would move keys to other partitions of existing logs."""
     assert partition_of(key, 4) == partition
 
 
@@ -111,7 +111,7 @@ def test_a_runs_log_has_every_topic(tmp_path: Path) -> None:
     assert partitions == {TASKS: 3, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, OLD_LOGPROBS: 2, DEAD_LETTERS: 1}
 
 
-def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_path: Path) -> None:
+def test_a_run_with_other_partitions_than_its_log_is_refused(tmp_path: Path) -> None:
     open_bus(a_run(tmp_path, task_partitions=3)).close()
     with pytest.raises(UserError) as refused:
         open_bus(a_run(tmp_path, task_partitions=4))
@@ -123,8 +123,8 @@ def test_a_run_that_asks_for_other_partitions_than_its_log_has_is_refused(tmp_pa
     )
 
 
-def test_a_new_log_waits_for_another_process_that_begins_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite's own waiting leaves this case out: the switch to WAL fails at once while another writes."""
+def test_a_new_log_waits_for_another_process_that_creates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's busy timeout does not cover this case: the switch to WAL fails at once while another process writes."""
     other = sqlite3.connect(tmp_path / "bus.sqlite", isolation_level=None)
     other.execute("CREATE TABLE begun (by TEXT)")
     other.execute("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""Weights to bytes and back."""
+"""Encoding of weights."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def tensors(draw: st.DrawFn) -> tuple[bytes, int]:
     count = draw(st.integers(0, 40))
     if draw(st.booleans()):
         return draw(st.binary(min_size=itemsize * count, max_size=itemsize * count)), itemsize
-    return draw(st.binary(min_size=itemsize, max_size=itemsize)) * count * 200, itemsize  # compresses well
+    return draw(st.binary(min_size=itemsize, max_size=itemsize)) * count * 200, itemsize  # compressible
 
 
 @settings(deadline=None)
@@ -29,18 +29,18 @@ def test_every_tensor_is_read_bit_for_bit(tensor: tuple[bytes, int], level: int)
     assert decode_base(frame, itemsize=itemsize, size=len(raw)).tobytes() == raw
 
 
-def test_bytes_of_equal_significance_stand_together() -> None:
+def test_bytes_of_equal_significance_are_adjacent() -> None:
     assert zstandard.ZstdDecompressor().decompress(FRAME) == bytes([10, 11, 12, 20, 21, 22])
 
 
 @pytest.mark.parametrize("cut", range(len(FRAME)))
-def test_a_frame_cut_short_is_refused(cut: int) -> None:
+def test_a_truncated_frame_is_refused(cut: int) -> None:
     with pytest.raises(ValueError, match="frame"):
         decode_base(FRAME[:cut], itemsize=2, size=6)
 
 
 @pytest.mark.parametrize("padding", [b"\0", b"xyz", FRAME])
-def test_a_frame_with_more_behind_it_is_refused(padding: bytes) -> None:
+def test_a_frame_with_trailing_bytes_is_refused(padding: bytes) -> None:
     with pytest.raises(ValueError, match="not a complete zstd frame"):
         decode_base(FRAME + padding, itemsize=2, size=6)
 
@@ -53,7 +53,7 @@ def test_a_frame_of_another_size_is_refused_by_both_sizes(size: int) -> None:
 
 @pytest.mark.parametrize("place", range(len(FRAME)))
 def test_a_flipped_byte_is_refused_or_leads_to_other_bytes_of_the_same_size(place: int) -> None:
-    """Never a crash, and never more memory than is due: the digest of the tensor then tells the others."""
+    """No crash and no excess memory; the tensor's digest detects bytes that decode differently."""
     for value in range(256):
         flipped = FRAME[:place] + bytes([value]) + FRAME[place + 1 :]
         try:

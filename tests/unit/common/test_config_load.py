@@ -1,4 +1,4 @@
-"""From files, environment and flags to one configuration; and what every wrong thing is told."""
+"""Loading a configuration from files, environment, and flags; and the message of every error."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ NOTHING: Mapping[str, str] = {}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run file that sets only what has no default."""
+    """A run file that sets only keys without a default."""
     path = tmp_path / "run.toml"
     path.write_text(RUN)
     return path
@@ -36,7 +36,7 @@ def loaded(path: Path, *flags: str, **variables: str) -> RunConfig:
 
 
 def refused(path: Path, *flags: str, more: str = "", **variables: str) -> str:
-    """What is said to a run file with these lines added, these flags and these variables."""
+    """Return the error message of a run file with these additional lines, flags, and variables."""
     path.write_text(path.read_text() + more)
     with pytest.raises(UserError) as refusal:
         load([str(path), *flags], variables, program="prog")
@@ -44,48 +44,48 @@ def refused(path: Path, *flags: str, more: str = "", **variables: str) -> str:
     return str(refusal.value)
 
 
-def test_what_no_layer_sets_has_its_default(run: Path) -> None:
+def test_a_key_that_no_layer_sets_has_its_default(run: Path) -> None:
     assert loaded(run).learner.optimizer.lr == 1e-6
 
 
-def test_toml_goes_before_defaults(run: Path) -> None:
+def test_toml_overrides_defaults(run: Path) -> None:
     run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
     assert loaded(run).learner.optimizer.lr == 1e-5
 
 
-def test_the_environment_goes_before_toml(run: Path) -> None:
+def test_the_environment_overrides_toml(run: Path) -> None:
     run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
     assert loaded(run, PALIMPSEST_LEARNER__OPTIMIZER__LR="2e-5").learner.optimizer.lr == 2e-5
 
 
-def test_flags_go_before_the_environment(run: Path) -> None:
+def test_flags_override_the_environment(run: Path) -> None:
     run.write_text(RUN + "[learner.optimizer]\nlr = 1e-5\n")
     config = loaded(run, "--learner.optimizer.lr=3e-5", PALIMPSEST_LEARNER__OPTIMIZER__LR="2e-5")
     assert config.learner.optimizer.lr == 3e-5
 
 
-def test_of_two_equal_flags_the_last_one_counts(run: Path) -> None:
+def test_the_last_of_two_equal_flags_applies(run: Path) -> None:
     assert loaded(run, "--run.seed=1", "--run.seed=2").run.seed == 2
 
 
-def test_a_variable_for_a_key_goes_before_one_for_its_section(run: Path) -> None:
+def test_a_variable_for_a_key_overrides_one_for_its_section(run: Path) -> None:
     config = loaded(run, PALIMPSEST_TASKS__ENVIRONMENTS="{ hop = 1.0 }", PALIMPSEST_TASKS__ENVIRONMENTS__ADD="2.0")
     assert config.tasks.environments == {"hop": 1.0, "add": 2.0}
 
 
-def test_variables_without_the_prefix_are_left_alone(run: Path) -> None:
+def test_variables_without_the_prefix_are_ignored(run: Path) -> None:
     config = loaded(run, RUN__SEED="7", PALIMPSEST_FAULT="learner.after_publish:3", PALIMPSEST_GATEWAY_TOKEN="secret")
     assert config.run.seed == 0
 
 
-def test_every_variable_that_the_documentation_names_can_be_set(run: Path) -> None:
+def test_every_documented_variable_can_be_set(run: Path) -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.toml")]
     named = {name for page in pages for name in re.findall(r"PALIMPSEST_\w+[A-Z]", page.read_text())}
     assert {"PALIMPSEST_CACHE", "PALIMPSEST_GATEWAY_TOKEN", "PALIMPSEST_KAFKA_PASSWORD"} <= named
     loaded(run, **{name: "5" for name in named if "__" not in name})
 
 
-def test_a_flag_takes_its_value_after_a_space_too(run: Path) -> None:
+def test_a_flag_takes_its_value_after_a_space(run: Path) -> None:
     assert loaded(run, "--run.seed", "5").run.seed == 5
 
 
@@ -98,11 +98,11 @@ def test_a_flag_takes_its_value_after_a_space_too(run: Path) -> None:
         ('--model.path="quoted"', '"quoted"'),
     ],
 )
-def test_a_flag_for_a_text_is_taken_as_it_stands(run: Path, flag: str, value: str) -> None:
+def test_a_flag_for_a_string_is_taken_verbatim(run: Path, flag: str, value: str) -> None:
     assert loaded(run, flag).model.path == value
 
 
-def test_a_flag_for_a_path_is_taken_as_it_stands(run: Path) -> None:
+def test_a_flag_for_a_path_is_taken_verbatim(run: Path) -> None:
     assert loaded(run, "--bus.path=3").bus.path == Path("3")
 
 
@@ -115,7 +115,7 @@ def test_a_flag_for_a_chat_template_option_keeps_its_type(run: Path, value: str,
     assert type(found["enable_thinking"]) is type(expected)
 
 
-def test_a_flag_may_set_a_whole_table(run: Path) -> None:
+def test_a_flag_may_set_a_table(run: Path) -> None:
     assert loaded(run, "--tasks.environments={ hop = 2, add = 1.5 }").tasks.environments == {"hop": 2.0, "add": 1.5}
 
 
@@ -124,11 +124,11 @@ def test_a_flag_may_choose_a_member_of_a_union(run: Path) -> None:
     assert engine.model_dump() == {"kind": "scripted", "texts": ("a", "b"), "tokens_per_s": 2000.0}
 
 
-def test_a_whole_number_is_a_number(run: Path) -> None:
+def test_an_integer_is_a_number(run: Path) -> None:
     assert loaded(run, "--sampling.temperature=2").sampling.temperature == 2.0
 
 
-def test_flags_that_set_keys_are_remembered_to_be_passed_on(run: Path) -> None:
+def test_flags_that_set_keys_are_kept_for_child_processes(run: Path) -> None:
     found = load([str(run), "--run.seed", "5", "--check", "--run.id=x"], NOTHING, program="prog")
     assert found == Invocation(found.config, run, check=True, overrides=("--run.seed=5", "--run.id=x"))
 
@@ -145,7 +145,7 @@ def test_a_configuration_cannot_be_changed(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         ("learner.versions=3.5", "input should be a valid integer, got 3.5"),
         ("learner.versions=true", "input should be a valid integer, got True"),
@@ -162,51 +162,55 @@ def test_a_configuration_cannot_be_changed(run: Path) -> None:
         ("rollout.worker=Worker 1", "string should match pattern '^[a-z0-9][a-z0-9_-]{0,31}$', got 'Worker 1'"),
     ],
 )
-def test_a_wrong_value_is_answered_with_its_layer_its_key_and_what_is_right(run: Path, flag: str, said: str) -> None:
+def test_an_invalid_value_is_reported_with_its_layer_key_and_valid_values(run: Path, flag: str, message: str) -> None:
     key, _, value = flag.partition("=")
-    assert refused(run, f"--{flag}") == f"--{key}: {key}: {said}"
+    assert refused(run, f"--{flag}") == f"--{key}: {key}: {message}"
     variable = "PALIMPSEST_" + key.upper().replace(".", "__")
-    assert refused(run, **{variable: value}) == f"{variable}: {key}: {said}"
+    assert refused(run, **{variable: value}) == f"{variable}: {key}: {message}"
 
 
-def test_a_wrong_value_in_the_file_names_the_file(run: Path) -> None:
-    said = refused(run, more="[learner.optimizer]\nlr = 'fast'\n")
-    assert said == f"{run}: learner.optimizer.lr: input should be a valid number, got 'fast'"
+def test_an_invalid_value_in_the_file_names_the_file(run: Path) -> None:
+    message = refused(run, more="[learner.optimizer]\nlr = 'fast'\n")
+    assert message == f"{run}: learner.optimizer.lr: input should be a valid number, got 'fast'"
 
 
-def test_a_wrong_value_inside_a_table_names_the_flag_that_set_the_table(run: Path) -> None:
-    said = refused(run, "--tasks.environments={ hop = 1.0, add = 'x' }")
-    assert said == "--tasks.environments: tasks.environments.add: input should be a valid number, got 'x'"
+def test_an_invalid_value_inside_a_table_names_the_flag_that_set_the_table(run: Path) -> None:
+    message = refused(run, "--tasks.environments={ hop = 1.0, add = 'x' }")
+    assert message == "--tasks.environments: tasks.environments.add: input should be a valid number, got 'x'"
 
 
-def test_a_wrong_item_of_a_list_names_the_flag_that_set_the_list(run: Path) -> None:
-    said = refused(run, "--rollout.engine.kind=scripted", '--rollout.engine.texts=["a", 3]')
-    assert said == "--rollout.engine.texts: rollout.engine.texts.1: input should be a valid string, got 3"
+def test_an_invalid_item_of_a_list_names_the_flag_that_set_the_list(run: Path) -> None:
+    message = refused(run, "--rollout.engine.kind=scripted", '--rollout.engine.texts=["a", 3]')
+    assert message == "--rollout.engine.texts: rollout.engine.texts.1: input should be a valid string, got 3"
 
 
-def test_every_problem_is_told_at_once(run: Path) -> None:
-    said = refused(run, "--learner.versions=-1", "--learnr.lr=3", more="[sampling]\nmax_turns = 0\n")
-    assert sorted(line.split(":")[0] for line in said.splitlines()) == ["--learner.versions", "--learnr.lr", str(run)]
+def test_all_problems_are_reported_at_once(run: Path) -> None:
+    message = refused(run, "--learner.versions=-1", "--learnr.lr=3", more="[sampling]\nmax_turns = 0\n")
+    assert sorted(line.split(":")[0] for line in message.splitlines()) == [
+        "--learner.versions",
+        "--learnr.lr",
+        str(run),
+    ]
 
 
 def test_top_p_below_1_is_refused_with_the_reason(run: Path) -> None:
-    said = refused(run, "--sampling.top_p=0.9")
-    assert said.startswith("--sampling.top_p: sampling.top_p: 0.9 cannot be used for training: ")
-    assert "log-probs" in said
-    assert said.endswith("Set it to 1.0")
+    message = refused(run, "--sampling.top_p=0.9")
+    assert message.startswith("--sampling.top_p: sampling.top_p: 0.9 cannot be used for training: ")
+    assert "log-probs" in message
+    assert message.endswith("Set it to 1.0")
 
 
 def test_top_k_on_is_refused_with_the_reason(run: Path) -> None:
-    said = refused(run, PALIMPSEST_SAMPLING__TOP_K="50")
-    assert said.startswith("PALIMPSEST_SAMPLING__TOP_K: sampling.top_k: 50 cannot be used for training")
-    assert "log-probs" in said
-    assert said.endswith("Set it to 0")
+    message = refused(run, PALIMPSEST_SAMPLING__TOP_K="50")
+    assert message.startswith("PALIMPSEST_SAMPLING__TOP_K: sampling.top_k: 50 cannot be used for training")
+    assert "log-probs" in message
+    assert message.endswith("Set it to 0")
 
 
 def test_a_turn_that_leaves_no_room_for_a_prompt_is_refused(run: Path) -> None:
-    said = refused(run, "--sampling.max_turn_tokens=4096")
-    assert "sampling.max_turn_tokens (4096) leaves no room" in said
-    assert "sampling.max_trajectory_tokens (4096)" in said
+    message = refused(run, "--sampling.max_turn_tokens=4096")
+    assert "sampling.max_turn_tokens (4096) leaves no room" in message
+    assert "sampling.max_trajectory_tokens (4096)" in message
 
 
 def test_more_minibatches_than_groups_are_refused(run: Path) -> None:
@@ -226,22 +230,22 @@ def test_more_minibatches_than_groups_are_refused(run: Path) -> None:
         ("rollout.engine.kv_cache_gb", "rollout.engine.kv_cache_gib"),
     ],
 )
-def test_a_misspelt_key_is_answered_with_the_nearest_one(run: Path, key: str, near: str) -> None:
+def test_a_misspelled_key_is_reported_with_the_nearest_one(run: Path, key: str, near: str) -> None:
     assert refused(run, f"--{key}=1").splitlines()[0].endswith(f"; did you mean {near}?")
     variable = "PALIMPSEST_" + key.upper().replace(".", "__")
     assert refused(run, **{variable: "1"}).startswith(f"{variable}: ")
 
 
-def test_a_misspelt_key_in_the_file_is_answered_with_the_file_and_the_nearest_key(run: Path) -> None:
-    said = refused(run, more="[sampling]\ntemprature = 1.0\n")
-    assert said == f"{run}: sampling.temprature is not a key of [sampling]; did you mean sampling.temperature?"
+def test_a_misspelled_key_in_the_file_is_reported_with_the_file_and_the_nearest_key(run: Path) -> None:
+    message = refused(run, more="[sampling]\ntemprature = 1.0\n")
+    assert message == f"{run}: sampling.temprature is not a key of [sampling]; did you mean sampling.temperature?"
 
 
-def test_a_misspelt_section_in_the_file_is_answered_with_the_nearest_one(run: Path) -> None:
+def test_a_misspelled_section_in_the_file_is_reported_with_the_nearest_one(run: Path) -> None:
     assert refused(run, more="[sampler]\n") == f"{run}: sampler is not a key of a run; did you mean sampling?"
 
 
-def test_a_key_like_no_other_is_answered_with_all_there_are(run: Path) -> None:
+def test_a_key_without_a_near_match_is_reported_with_all_keys(run: Path) -> None:
     assert refused(run, "--logs.xyzzy=1") == "--logs.xyzzy: logs.xyzzy is not a key of [logs]; it has format, level"
 
 
@@ -249,28 +253,30 @@ def test_a_key_below_a_plain_value_is_refused(run: Path) -> None:
     assert refused(run, "--model.path.x=1") == "--model.path.x: model.path.x is not a key: model.path has none"
 
 
-def test_a_key_of_another_member_of_the_union_is_answered_with_those_of_this_one(run: Path) -> None:
-    said = refused(run, "--learner.proximal.kind=ewma_prox", "--learner.proximal.window=3")
-    assert said == (
+def test_a_key_of_another_union_member_is_reported_with_the_keys_of_this_one(run: Path) -> None:
+    message = refused(run, "--learner.proximal.kind=ewma_prox", "--learner.proximal.window=3")
+    assert message == (
         "--learner.proximal.window: learner.proximal.window is not a key of learner.proximal with "
         'kind = "ewma_prox" by --learner.proximal.kind; that has decay, kind'
     )
-    said = refused(run, "--learner.proximal.kind=bypass", more="proximal = { kind = 'snapshot', prefetch = true }")
-    assert said == (
+    message = refused(run, "--learner.proximal.kind=bypass", more="proximal = { kind = 'snapshot', prefetch = true }")
+    assert message == (
         f"{run}: learner.proximal.prefetch is not a key of learner.proximal with "
         'kind = "bypass" by --learner.proximal.kind; that has kind'
     )
 
 
-def test_a_key_of_no_member_of_the_union_is_answered_with_those_of_all(run: Path) -> None:
-    said = refused(run, "--rollout.engine.xyzzy=1")
-    assert said.startswith("--rollout.engine.xyzzy: rollout.engine.xyzzy is not a key of any kind of rollout.engine; ")
-    assert said.endswith("they have amx, compile, gpu_memory_utilization, kind, kv_cache_gib, "
+def test_a_key_of_no_union_member_is_reported_with_the_keys_of_all(run: Path) -> None:
+    message = refused(run, "--rollout.engine.xyzzy=1")
+    assert message.startswith(
+        "--rollout.engine.xyzzy: rollout.engine.xyzzy is not a key of any kind of rollout.engine; "
+    )
+    assert message.endswith("they have amx, compile, gpu_memory_utilization, kind, kv_cache_gib, "
                          "max_concurrent_tokens, tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [
         ("learner.proximal=bypass", "is a section, got 'bypass'; did you mean learner.proximal.kind?"),
         ("learner.advantages=grpo", "is a section, got 'grpo'; did you mean learner.advantages.kind?"),
@@ -278,56 +284,56 @@ def test_a_key_of_no_member_of_the_union_is_answered_with_those_of_all(run: Path
         ("learner.vcpo=true", "is a section, got True; its keys are base, baseline, lr_scaling"),
     ],
 )
-def test_a_value_for_a_section_is_answered_with_its_keys(run: Path, flag: str, said: str) -> None:
+def test_a_value_for_a_section_is_reported_with_its_keys(run: Path, flag: str, message: str) -> None:
     key = flag.partition("=")[0]
-    assert refused(run, f"--{flag}") == f"--{key}: {key} {said}"
+    assert refused(run, f"--{flag}") == f"--{key}: {key} {message}"
 
 
 @pytest.mark.parametrize("value", ["0.5", "0.5,2", "[0.5]", "[0.5, 1, 2]", "{ low = 0.5, high = 2 }"])
-def test_what_is_no_interval_is_answered_with_its_form(run: Path, value: str) -> None:
-    said = refused(run, f"--learner.discrepancy.tokens={value}")
+def test_an_invalid_interval_is_reported_with_its_form(run: Path, value: str) -> None:
+    message = refused(run, f"--learner.discrepancy.tokens={value}")
     key = "learner.discrepancy.tokens"
-    assert said.startswith(f"--{key}: {key}: input should be two numbers, [low, high], or be 'off', got ")
-    assert len(said.splitlines()) == 1
+    assert message.startswith(f"--{key}: {key}: input should be two numbers, [low, high], or be 'off', got ")
+    assert len(message.splitlines()) == 1
 
 
-def test_a_wrong_end_of_an_interval_is_named_by_its_place(run: Path) -> None:
-    said = refused(run, "--learner.discrepancy.tokens=['a', 2]")
+def test_an_invalid_end_of_an_interval_is_named_by_its_index(run: Path) -> None:
+    message = refused(run, "--learner.discrepancy.tokens=['a', 2]")
     key = "learner.discrepancy.tokens"
-    assert said == f"--{key}: {key}.0: input should be a valid number, got 'a'"
+    assert message == f"--{key}: {key}.0: input should be a valid number, got 'a'"
 
 
-def test_a_name_that_a_table_does_not_take_is_answered_with_those_it_does(run: Path) -> None:
-    said = refused(run, "--learner.discrepancy.estimates.k9_token=0.1")
-    assert said.startswith(
+def test_an_invalid_name_in_a_table_is_reported_with_the_valid_ones(run: Path) -> None:
+    message = refused(run, "--learner.discrepancy.estimates.k9_token=0.1")
+    assert message.startswith(
         "--learner.discrepancy.estimates.k9_token: learner.discrepancy.estimates: there is no 'k9_token'; it can be "
         "'k1_token', 'k1_sequence_sum',"
     )
 
 
-def test_keys_that_contradict_each_other_name_the_flags_that_set_them(run: Path) -> None:
+def test_contradicting_keys_name_the_flags_that_set_them(run: Path) -> None:
     run.write_text(RUN.replace("versions = 3", "versions = 3\nproximal.kind = 'bypass'"))
     flags = ("--learner.audit.fraction=0.1", "--learner.proximal.kind=snapshot", "--learner.threads=2")
-    said = refused(run, *flags)
-    assert said.startswith("--learner.audit.fraction and --learner.proximal.kind: learner: audit.fraction compares")
+    message = refused(run, *flags)
+    assert message.startswith("--learner.audit.fraction and --learner.proximal.kind: learner: audit.fraction compares")
     assert refused(run, "--learner.minibatches=33").startswith("--learner.minibatches: learner.minibatches (33)")
     more = "[learner.discrepancy]\nweight = 'clipped'\nweight_low = 3.0\n"
     assert refused(run, more=more).startswith(f"{run}: learner.discrepancy: weight_low (3.0)")
 
 
-def test_an_unknown_member_of_a_union_is_answered_with_those_there_are(run: Path) -> None:
-    said = refused(run, "--rollout.engine.kind=sglang")
-    assert said == "--rollout.engine.kind: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
+def test_an_unknown_union_member_is_reported_with_the_known_ones(run: Path) -> None:
+    message = refused(run, "--rollout.engine.kind=sglang")
+    assert message == "--rollout.engine.kind: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
 
 
 def test_an_unknown_member_of_a_union_in_the_file_names_the_file(run: Path) -> None:
-    said = refused(run, more="[rollout.engine]\nkind = 'sglang'\n")
-    assert said == f"{run}: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
+    message = refused(run, more="[rollout.engine]\nkind = 'sglang'\n")
+    assert message == f"{run}: rollout.engine.kind: there is no 'sglang'; it can be 'vllm', 'scripted'"
 
 
-def test_keys_of_a_union_whose_kind_is_left_out_are_answered_with_that(run: Path) -> None:
-    said = refused(run, more="[rollout.engine]\nkv_cache_gib = 1.0\n")
-    assert said == f"{run}: rollout.engine.kind is missing; it decides which other keys are valid"
+def test_keys_of_a_union_without_its_kind_are_reported(run: Path) -> None:
+    message = refused(run, more="[rollout.engine]\nkv_cache_gib = 1.0\n")
+    assert message == f"{run}: rollout.engine.kind is missing; it decides which other keys are valid"
 
 
 def test_a_key_missing_from_the_file_is_named(run: Path) -> None:
@@ -341,24 +347,24 @@ def test_a_section_missing_from_the_file_is_named(tmp_path: Path) -> None:
     assert refused(path).splitlines() == [f"{path}: {name} is missing" for name in ("model", "tasks", "learner")]
 
 
-def test_a_plain_value_where_a_section_is_due_is_refused(tmp_path: Path) -> None:
+def test_a_plain_value_in_place_of_a_section_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(RUN.replace("[learner]\nversions = 3", "").replace("[run]", "learner = 3\n[run]"))
     assert "learner is already set to 3, which has no keys" in refused(path, "--learner.versions=3")
 
 
-def test_a_missing_file_is_named_with_one_to_start_from(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_an_example_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.toml: no such file\. Start from a copy of examples/embedded\.toml"):
         load([str(tmp_path / "none.toml")], NOTHING, program="prog")
 
 
-def test_what_is_not_toml_is_named_with_the_place(run: Path) -> None:
+def test_invalid_toml_is_named_with_its_line(run: Path) -> None:
     run.write_text("[run]\nid = = 3")
     assert refused(run).startswith(f"{run}: invalid TOML: ")
     assert "line 2" in refused(run)
 
 
-def test_what_is_not_text_is_refused(run: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(run: Path) -> None:
     run.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         load([str(run)], NOTHING, program="prog")
@@ -374,7 +380,7 @@ def test_a_folder_is_refused_and_a_runs_own_names_the_file_in_it(run: Path, tmp_
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["run.toml", "--help"]])
-def test_no_file_and_a_wish_for_help_are_answered_with_the_usage(arguments: list[str]) -> None:
+def test_no_file_and_a_help_flag_give_the_usage(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=r"^usage: prog RUN\.toml \[--check\]"):
         load(arguments, NOTHING, program="prog")
 
@@ -401,8 +407,10 @@ def test_a_key_that_was_renamed_is_taken_under_its_old_name(run: Path) -> None:
 
 
 def test_a_key_under_both_its_names_is_refused(run: Path) -> None:
-    said = refused(run, more=f"[learner.discrepancy]\n{OLD_KEY.rpartition('.')[2]} = true\nweight_normalize = false\n")
+    message = refused(
+        run, more=f"[learner.discrepancy]\n{OLD_KEY.rpartition('.')[2]} = true\nweight_normalize = false\n"
+    )
     assert (
         f"{OLD_KEY} is the old name of learner.discrepancy.weight_normalize, which is also set: remove the old one"
-        in said
+        in message
     )

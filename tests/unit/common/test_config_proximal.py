@@ -1,4 +1,4 @@
-"""The table of proximal kinds: one row for each kind that the configuration knows."""
+"""The table of proximal kinds: one row per kind of the configuration."""
 
 from typing import get_args
 
@@ -14,11 +14,11 @@ SECTIONS = {
 }
 
 
-def test_every_kind_has_one_row_with_its_own_section() -> None:
+def test_every_kind_has_one_row_with_its_section() -> None:
     assert {kind: row.section for kind, row in PROXIMAL_KINDS.items()} == SECTIONS
 
 
-def test_exact_kinds_are_those_with_a_policy_for_missing_values() -> None:
+def test_exact_kinds_have_a_policy_for_missing_values() -> None:
     assert {SECTIONS[kind] for kind in EXACT_KINDS} == set(get_args(ExactConfig))
     assert all(("missing" in section.model_fields) is (kind in EXACT_KINDS) for kind, section in SECTIONS.items())
 

@@ -1,4 +1,4 @@
-"""A resolved run as TOML."""
+"""A resolved run written as TOML."""
 
 import tomllib
 from pathlib import Path
@@ -63,12 +63,12 @@ def a_run(**sections: Any) -> RunConfig:
 
 @settings(max_examples=100, deadline=None)
 @given(RUNS)
-def test_what_is_shown_reads_back_as_the_same_run(values: dict[str, Any]) -> None:
+def test_the_written_toml_reads_back_as_the_same_run(values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(values)
     assert RunConfig.model_validate(tomllib.loads(to_toml(config))) == config
 
 
-def test_every_default_is_shown() -> None:
+def test_every_default_is_written() -> None:
     shown = tomllib.loads(to_toml(a_run()))
     assert shown["learner"]["optimizer"]["lr"] == 1e-6
     assert shown["rollout"]["engine"]["kind"] == "vllm"
@@ -76,11 +76,11 @@ def test_every_default_is_shown() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning_gym.chain_sum", "two words", "", "Ä", "a\nb", "\x7f"])
-def test_an_environment_of_any_name_survives(name: str) -> None:
+def test_an_environment_of_any_name_reads_back(name: str) -> None:
     config = a_run(tasks={"environments": {name: 1.0}})
     assert tomllib.loads(to_toml(config))["tasks"]["environments"] == {name: 1.0}
 
 
-def test_a_folder_is_shown_as_it_was_given() -> None:
+def test_a_folder_is_written_as_given() -> None:
     config = a_run(run={"folder": "my runs/ß"})
     assert tomllib.loads(to_toml(config))["run"]["folder"] == str(Path("my runs/ß"))

@@ -1,4 +1,4 @@
-"""Places where a test makes a running service fail."""
+"""Failpoints: places where a test makes a running service fail."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ for i in range(5):
 
 
 def reached(fault: str | None) -> tuple[int, int]:
-    """Exit code of a process that reaches the place five times, and how often it came there."""
+    """Return the exit code of a process that reaches the failpoint five times, and how often it reached it."""
     environment = {"PATH": ""} | ({failpoints.VARIABLE: fault} if fault is not None else {})
     done = subprocess.run([sys.executable, "-c", REACHES], env=environment, capture_output=True, text=True, check=False)
     return done.returncode, len(done.stdout.split())
@@ -37,7 +37,7 @@ def reached(fault: str | None) -> tuple[int, int]:
         ("elsewhere,place:2", (-9, 2)),
     ],
 )
-def test_a_process_dies_when_it_comes_to_the_place_for_the_nth_time(
+def test_a_process_dies_when_it_reaches_the_failpoint_for_the_nth_time(
     fault: str | None, expected: tuple[int, int]
 ) -> None:
     assert reached(fault) == expected

@@ -1,4 +1,4 @@
-"""What the system says of a file that cannot be used, and what is made of it."""
+"""User errors made from OS errors of files."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
-def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str) -> None:
+def test_an_os_error_of_a_file_becomes_a_user_error(number: int, code: ExitCode, said: str) -> None:
     with pytest.raises(UserError) as found, file_errors_as_user_errors():
         raise OSError(number, os.strerror(number), "/there/x")
     assert found.value.code is code
@@ -37,23 +37,23 @@ def test_an_error_of_a_file_is_a_sentence(number: int, code: ExitCode, said: str
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.EIO])
-def test_another_error_stays_what_it_is(number: int) -> None:
+def test_other_os_errors_are_unchanged(number: int) -> None:
     assert user_error_for(OSError(number, os.strerror(number), "/there/x")) is None
 
 
-def test_an_error_that_names_no_file_is_not_one_of_a_file() -> None:
+def test_an_os_error_without_a_file_is_unchanged() -> None:
     assert user_error_for(PermissionError(errno.EACCES, "of a socket")) is None
 
 
-def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
+def test_a_missing_folder_is_created(tmp_path: Path) -> None:
     usable_folder(tmp_path / "a" / "b", key="run.folder")
     assert (tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["a file/below", "a file", "/proc/palimpsest", "/sys/palimpsest", "/dev/null/below"])
-def test_a_folder_that_cannot_be_used_names_key_and_folder(tmp_path: Path, place: str) -> None:
-    """The same for root, who has every right: nobody can make a folder there."""
+def test_an_unusable_folder_is_reported_with_key_and_folder(tmp_path: Path, place: str) -> None:
+    """Holds for root too: no user can create a folder there."""
     (tmp_path / "a file").touch()
     with pytest.raises(UserError) as found:
         usable_folder(tmp_path / place, key="run.folder")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file is complete or absent."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ from palimpsest.common.files import atomic_write, write
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """The kernel refuses to let any file of this process grow beyond this many bytes."""
+    """Limit the size of files that this process writes, in bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -25,14 +25,14 @@ def files_limited_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
+def test_a_file_appears_complete_with_its_folders(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     write(path, b"body")
     assert path.read_bytes() == b"body"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_nothing_stands_under_the_name_until_the_block_ends(tmp_path: Path) -> None:
+def test_the_name_does_not_exist_until_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_write(path) as file:
         file.write(b"body")
@@ -41,7 +41,7 @@ def test_nothing_stands_under_the_name_until_the_block_ends(tmp_path: Path) -> N
     assert path.read_bytes() == b"body"
 
 
-def test_until_it_is_replaced_the_old_file_stands(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_it_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, b"old")
     with path.open("rb") as reader:
@@ -50,11 +50,11 @@ def test_until_it_is_replaced_the_old_file_stands(tmp_path: Path) -> None:
             file.flush()
             assert path.read_bytes() == b"old"
         assert path.read_bytes() == b"new, and longer"
-        assert reader.read() == b"old"  # a reader that had opened it keeps what it opened
+        assert reader.read() == b"old"  # a reader that opened the old file still reads it
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_in_the_block_leaves_only_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     write(path, b"old")
 
@@ -68,7 +68,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Pa
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
 
 
-def test_a_write_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, b"old")
     with files_limited_to(4096), pytest.raises(OSError, match="File too large"):
@@ -76,14 +76,14 @@ def test_a_write_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
 
 
-def test_a_name_that_cannot_be_taken_leaves_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         write(tmp_path / "folder", b"body")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_process_killed_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, b"old")
     dies = (
@@ -95,10 +95,10 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) ->
     assert path.read_bytes() == b"old"
 
 
-def test_the_bytes_are_synced_before_the_name_and_the_name_before_the_end(
+def test_the_bytes_are_synced_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut a name must never stand over bytes that were not written."""
+    """After a power loss, a name must never refer to unwritten bytes."""
     seen: list[tuple[str, bool]] = []
     real, path = os.fsync, tmp_path / "file"
 

@@ -1,4 +1,4 @@
-"""What stands for a version: identity and damage."""
+"""Manifests: the identity of a version, and detection of damage."""
 
 import msgspec
 import pytest
@@ -51,12 +51,12 @@ def a_manifest(*entries: TensorEntry, version: int = 3, **fields: object) -> Man
 
 @settings(deadline=None)
 @given(LISTS, st.integers(0, 1 << 31), st.text(max_size=8))
-def test_a_sealed_manifest_comes_back_equal(entries: list[TensorEntry], version: int, run: str) -> None:
+def test_a_sealed_manifest_reads_back_equal(entries: list[TensorEntry], version: int, run: str) -> None:
     manifest = a_manifest(*entries, version=version, run=run)
     assert unseal(seal(manifest)) == manifest
 
 
-def test_any_flipped_byte_of_a_sealed_manifest_is_noticed() -> None:
+def test_any_flipped_byte_of_a_sealed_manifest_is_detected() -> None:
     body = seal(a_manifest(A))
     for place in range(len(body)):
         for mask in (0x01, 0x20, 0x80, 0xFF):
@@ -65,15 +65,15 @@ def test_any_flipped_byte_of_a_sealed_manifest_is_noticed() -> None:
                 unseal(damaged)
 
 
-def test_a_manifest_cut_short_anywhere_is_noticed() -> None:
+def test_a_manifest_truncated_anywhere_is_refused() -> None:
     body = seal(a_manifest(A))
     for length in range(len(body)):
         with pytest.raises(Damaged):
             unseal(body[:length])
 
 
-def test_without_the_seal_a_changed_size_would_pass() -> None:
-    """What the seal is for: nothing else in a manifest contradicts another object_size."""
+def test_without_the_seal_a_changed_size_would_be_accepted() -> None:
+    """The seal is the only check that detects a changed object_size."""
     text = msgspec.json.encode(a_manifest(A)).replace(b'"object_size":33', b'"object_size":34')
     resealed = b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}"
     assert unseal(resealed).object_size == 34
@@ -82,12 +82,12 @@ def test_without_the_seal_a_changed_size_would_pass() -> None:
         unseal(kept)
 
 
-def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused_by_version() -> None:
+def test_a_manifest_with_a_digest_of_other_tensors_is_refused() -> None:
     with pytest.raises(Damaged, match="version 3: its digest is different from the digest of its tensors"):
         unseal(seal(a_manifest(A, digest=version_digest([B]))))
 
 
-def test_a_later_schema_is_refused_as_one_to_upgrade_for() -> None:
+def test_a_later_schema_is_refused_with_the_release_to_use() -> None:
     with pytest.raises(
         Damaged, match=r"manifest schema 2 is unknown; this release reads schema 1: use the release that wrote it"
     ):
@@ -95,12 +95,12 @@ def test_a_later_schema_is_refused_as_one_to_upgrade_for() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"null", b'{"seal":"","manifest":{},"more":1}', b"\xff\xfe"])
-def test_what_is_no_manifest_is_refused(body: bytes) -> None:
+def test_a_body_that_is_no_manifest_is_refused(body: bytes) -> None:
     with pytest.raises(Damaged):
         unseal(body)
 
 
-def test_a_field_that_no_manifest_has_is_refused() -> None:
+def test_an_unknown_field_is_refused() -> None:
     text = msgspec.json.encode({**msgspec.to_builtins(a_manifest(A)), "surprise": 1})
     with pytest.raises(Damaged, match="surprise"):
         unseal(b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}")
@@ -128,7 +128,7 @@ def test_a_version_digest_is_blake3_over_name_type_shape_and_digest_of_each_tens
         TensorEntry(A.name, A.dtype, A.shape, blake3(b"other").hexdigest(), A.start, A.length),
     ],
 )
-def test_a_version_digest_changes_with_what_a_tensor_is(changed: TensorEntry) -> None:
+def test_a_version_digest_changes_with_every_property_of_a_tensor(changed: TensorEntry) -> None:
     assert version_digest([changed, B]) != version_digest([A, B])
 
 

@@ -1,4 +1,4 @@
-"""Where reading has to start again, against a model that keeps every offset."""
+"""The offset tracker, compared with a model that keeps every offset."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from palimpsest.common.offset_tracker import OffsetTracker
 
 @dataclass
 class Naive:
-    """Everything read and resolved of one partition since reading began, in plain sets."""
+    """Offsets of one partition that were read and resolved, in sets."""
 
     following: int
     read: set[int] = field(default_factory=set)
@@ -32,7 +32,7 @@ def test_the_frontier_is_the_lowest_offset_read_and_not_resolved(data: st.DataOb
                 frontier.start(partition, offset)
                 naive[partition] = Naive(offset)
             case "read":
-                gap = data.draw(st.integers(0, 2))  # a log may have holes
+                gap = data.draw(st.integers(0, 2))  # a log may have gaps
                 offset = known.following + gap if known else gap
                 frontier.read(partition, offset)
                 known = naive.setdefault(partition, Naive(0))
@@ -47,7 +47,7 @@ def test_the_frontier_is_the_lowest_offset_read_and_not_resolved(data: st.DataOb
             case "forget":
                 frontier.forget(partition)
                 naive.pop(partition, None)
-        if data.draw(st.booleans()):  # asking changes nothing
+        if data.draw(st.booleans()):  # a query changes no state
             assert frontier.offsets() == {p: n.frontier() for p, n in naive.items()}
     assert frontier.offsets() == {p: n.frontier() for p, n in naive.items()}
 
@@ -58,7 +58,7 @@ def test_a_partition_not_read_from_yet_starts_where_reading_starts() -> None:
     assert frontier.offsets() == {3: 17}
 
 
-def test_a_record_resolved_late_moves_the_frontier_over_all_that_waited_behind_it() -> None:
+def test_a_record_resolved_late_advances_the_frontier_over_resolved_records_after_it() -> None:
     frontier = OffsetTracker()
     for offset in range(100):
         frontier.read(0, offset)
@@ -69,7 +69,7 @@ def test_a_record_resolved_late_moves_the_frontier_over_all_that_waited_behind_i
     assert frontier.offsets() == {0: 100}
 
 
-def test_a_partition_that_comes_back_is_read_anew() -> None:
+def test_a_forgotten_partition_starts_at_its_next_read() -> None:
     frontier = OffsetTracker()
     frontier.read(1, 4)
     frontier.resolve(1, 4)
@@ -79,7 +79,7 @@ def test_a_partition_that_comes_back_is_read_anew() -> None:
     assert frontier.offsets() == {1: 2}
 
 
-def test_what_is_resolved_after_its_partition_went_counts_when_the_record_comes_again() -> None:
+def test_a_record_resolved_after_its_partition_was_revoked_counts_when_it_is_read_again() -> None:
     frontier = OffsetTracker()
     frontier.read(1, 4)
     frontier.forget(1)

@@ -1,4 +1,4 @@
-"""The register of what cannot be reached."""
+"""The register of unreachable services."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,36 +31,36 @@ def test_an_outage_begins_with_the_first_call_and_ends_with_the_last() -> None:
     one.record_failure(STORE, "http://s:1", "ConnectError", until=1120.0)
     clock.now = 1005.0
     other.record_failure(STORE, "http://s:1", "ReadTimeout", until=1060.0)
-    (told,) = outages.ongoing()
-    assert told == {
+    (found,) = outages.ongoing()
+    assert found == {
         "of": STORE, "address": "http://s:1", "since": 1000.0, "until": 1060.0, "problem": "ReadTimeout"
     }  # fmt: skip
     other.record_answer()
-    (told,) = outages.ongoing()
-    assert (told["since"], told["until"]) == (1000.0, 1120.0)
+    (found,) = outages.ongoing()
+    assert (found["since"], found["until"]) == (1000.0, 1120.0)
     one.record_answer()
     assert outages.ongoing() == []
 
 
-def test_a_call_that_is_given_up_leaves_the_outage() -> None:
+def test_an_abandoned_call_leaves_the_outage() -> None:
     outages = Outages()
 
-    def given_up() -> None:
+    def abandoned_call() -> None:
         with outages.waiting() as call:
             call.record_failure(KAFKA, "k:1", "refused")
             raise ValueError("given up")
 
     with pytest.raises(ValueError, match="given up"):
-        given_up()
+        abandoned_call()
     assert outages.ongoing() == []
 
 
-def test_a_call_that_finds_the_fault_elsewhere_waits_for_that_only() -> None:
+def test_a_call_that_fails_for_another_service_waits_for_that_one_only() -> None:
     outages = Outages()
     with outages.waiting() as call:
         call.record_failure(STORE, "http://s:1", "ConnectError")
         call.record_failure("S3", "http://s3:1", "503")
-        assert [told["of"] for told in outages.ongoing()] == ["S3"]
+        assert [found["of"] for found in outages.ongoing()] == ["S3"]
 
 
 def test_the_next_failure_after_an_answer_is_another_outage() -> None:
@@ -72,7 +72,7 @@ def test_the_next_failure_after_an_answer_is_another_outage() -> None:
     call.record_answer()
     clock.now = 1060.0
     call.record_failure(KAFKA, "k:1", "refused")
-    assert [told["since"] for told in outages.ongoing()] == [1050.0]  # since the last answer
+    assert [found["since"] for found in outages.ongoing()] == [1050.0]  # since the last answer
 
 
 def test_the_gauge_is_1_during_an_outage_and_0_after_it() -> None:
@@ -85,7 +85,7 @@ def test_the_gauge_is_1_during_an_outage_and_0_after_it() -> None:
     assert gauge(KAFKA) == 0
 
 
-def test_many_threads_enter_and_leave_and_nothing_stays() -> None:
+def test_no_outage_remains_after_many_threads_enter_and_leave() -> None:
     outages = Outages()
 
     def calls(number: int) -> None:

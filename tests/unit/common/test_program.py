@@ -1,4 +1,4 @@
-"""How a service's process begins and ends."""
+"""Start and end of a service's process: exit codes and messages."""
 
 import json
 import os
@@ -34,7 +34,7 @@ Body = Callable[[Invocation, Stop], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended and what it said."""
+    """Exit code and output of a program."""
 
     code: int
     output: str
@@ -46,7 +46,7 @@ End = Callable[..., Ended]
 
 @pytest.fixture
 def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[End]:
-    """Run a service with this body to its end, in this process."""
+    """Run a service with this body to its end in this process."""
     run = tmp_path / "run.toml"
     run.write_text(RUN.format(folder=tmp_path / "runs"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -79,7 +79,7 @@ def never(_invocation: Invocation, _stop: Stop) -> None:
     raise AssertionError("the body ran")
 
 
-def test_a_service_that_is_done_exits_0_with_nothing_said(end: End) -> None:
+def test_a_finished_service_exits_0_without_a_message(end: End) -> None:
     given: list[str] = []
     assert end(lambda invocation, _: given.append(invocation.config.run.id)) == Ended(0, "", "")
     assert given == ["first"]
@@ -89,11 +89,11 @@ def test_a_service_that_is_done_exits_0_with_nothing_said(end: End) -> None:
     ("code", "number"),
     [("CRASHED", 1), ("CONFIGURATION", 2), ("UNAVAILABLE", 3), ("DAMAGED", 4), ("CANARY", 5), ("REPLACED", 6)],
 )
-def test_a_refusal_is_one_sentence_and_its_exit_code(end: End, code: str, number: int) -> None:
+def test_a_user_error_prints_one_message_and_gives_its_exit_code(end: End, code: str, number: int) -> None:
     assert end(refusing(ExitCode[code])) == Ended(number, "", "the model is gone: put it back\n")
 
 
-def test_a_refusal_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
+def test_a_user_error_is_written_to_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
     end(refusing(ExitCode.DAMAGED))
     left = tmp_path / "runs" / "first" / "refusals" / "snapshot_store.json"
     said = json.loads(left.read_text())
@@ -101,42 +101,42 @@ def test_a_refusal_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_p
     assert said == {"message": "the model is gone: put it back", "code": 4}
 
 
-def test_a_workers_refusal_is_left_under_its_own_name(end: End, tmp_path: Path) -> None:
+def test_a_workers_user_error_is_written_under_its_name(end: End, tmp_path: Path) -> None:
     end(refusing(ExitCode.CANARY), "--rollout.worker=worker-3", name="rollout")
     assert [path.name for path in (tmp_path / "runs" / "first" / "refusals").iterdir()] == ["worker-3.json"]
 
 
-def test_a_refusal_is_told_even_where_the_runs_folder_cannot_be_written(end: End, tmp_path: Path) -> None:
+def test_a_user_error_is_printed_if_the_runs_folder_is_not_writable(end: End, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     assert end(refusing(ExitCode.CANARY)) == Ended(5, "", "the model is gone: put it back\n")
 
 
-def test_a_full_disk_is_one_sentence_and_exit_code_3(end: End) -> None:
+def test_a_full_disk_prints_one_message_and_gives_exit_code_3(end: End) -> None:
     ended = end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None)
     sentence = "the disk is full: free some space and start again; a run resumes from its last checkpoint\n"
     assert ended == Ended(3, "", sentence)
 
 
-def test_a_full_disk_is_told_with_the_file_that_met_it(end: End) -> None:
+def test_a_full_disk_is_reported_with_its_file(end: End) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
         raise OSError(28, "No space left on device", "/runs/x")
 
     assert end(body).errors.startswith("the disk is full (writing /runs/x): ")
 
 
-def test_a_full_disk_is_left_in_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
+def test_a_full_disk_is_written_to_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
     end(lambda _, __: Path("/dev/full").write_bytes(b"x") and None, name="learner")
     left = json.loads((tmp_path / "runs" / "first" / "refusals" / "learner.json").read_text())
     assert (left["code"], left["message"][:16]) == (3, "the disk is full")
 
 
-def test_a_whole_file_that_meets_a_full_disk_is_named(tmp_path: Path) -> None:
+def test_an_atomic_write_on_a_full_disk_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as full, atomic_write(tmp_path / "state"):
         Path("/dev/full").write_bytes(b"x")
     assert full.value.filename == str(tmp_path / "state")
 
 
-def test_a_log_that_meets_a_full_disk_is_told_like_any_file(end: End, tmp_path: Path) -> None:
+def test_a_full_disk_of_the_log_is_reported_like_that_of_a_file(end: End, tmp_path: Path) -> None:
     def body(invocation: Invocation, _stop: Stop) -> None:
         bus = SqliteBus(invocation.config.bus_path)
         bus.create_topics({"t": 1})
@@ -148,7 +148,7 @@ def test_a_log_that_meets_a_full_disk_is_told_like_any_file(end: End, tmp_path: 
     assert ended.errors.startswith(f"the disk is full (writing {tmp_path}/runs/first/bus.sqlite): ")
 
 
-def test_a_gap_in_the_log_is_one_sentence_and_exit_code_4(end: End) -> None:
+def test_a_gap_in_the_log_prints_one_message_and_gives_exit_code_4(end: End) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
         raise OffsetGone("tasks[0]: offset 7 is gone, the log starts at 9")
 
@@ -160,7 +160,7 @@ def test_a_gap_in_the_log_is_one_sentence_and_exit_code_4(end: End) -> None:
     )
 
 
-def test_another_error_is_not_explained_away(end: End) -> None:
+def test_other_errors_give_a_traceback(end: End) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
         raise FileNotFoundError(2, "no", "x")
 
@@ -168,7 +168,7 @@ def test_another_error_is_not_explained_away(end: End) -> None:
         end(body)
 
 
-def test_a_file_that_cannot_be_used_is_one_sentence_and_exit_code_2(end: End, tmp_path: Path) -> None:
+def test_an_unusable_file_prints_one_message_and_gives_exit_code_2(end: End, tmp_path: Path) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
         (tmp_path / "run.toml" / "below a file").write_bytes(b"x")
 
@@ -178,30 +178,28 @@ def test_a_file_that_cannot_be_used_is_one_sentence_and_exit_code_2(end: End, tm
 
 
 @pytest.mark.parametrize("name", ["learner", "learner.replica", "rollout"])
-def test_a_run_folder_that_cannot_be_written_ends_a_service_before_its_body(
-    end: End, tmp_path: Path, name: str
-) -> None:
+def test_an_unwritable_run_folder_ends_a_service_before_its_body(end: End, tmp_path: Path, name: str) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     ended = end(never, name=name)
     assert (ended.code, ended.output) == (2, "")
     assert ended.errors.startswith(f"run.folder: cannot write to {tmp_path}/runs/first: a part of that path ")
 
 
-def test_a_log_in_a_place_that_cannot_be_used_is_one_sentence(end: End, tmp_path: Path) -> None:
+def test_an_unusable_path_of_the_log_prints_one_message(end: End, tmp_path: Path) -> None:
     (tmp_path / "bus.sqlite").mkdir()
     ended = end(lambda _, __: SqliteBus(tmp_path / "bus.sqlite") and None)
     assert ended.code == 2
     assert ended.errors.startswith(f"{tmp_path}/bus.sqlite cannot be used: there is a folder where a file is needed")
 
 
-def test_ctrl_c_is_exit_code_130(end: End) -> None:
+def test_ctrl_c_gives_exit_code_130(end: End) -> None:
     def body(_invocation: Invocation, _stop: Stop) -> None:
         raise KeyboardInterrupt
 
     assert end(body) == Ended(130, "", "")
 
 
-def test_a_service_hears_sigterm_and_exits_130(end: End) -> None:
+def test_a_service_stops_on_sigterm_and_exits_130(end: End) -> None:
     stopped: list[bool] = []
 
     def body(_invocation: Invocation, stop: Stop) -> None:
@@ -212,13 +210,13 @@ def test_a_service_hears_sigterm_and_exits_130(end: End) -> None:
     assert stopped == [True]
 
 
-def test_a_wrong_key_is_exit_code_2_and_the_body_never_runs(end: End) -> None:
+def test_an_invalid_key_gives_exit_code_2_and_the_body_never_runs(end: End) -> None:
     ended = end(never, "--run.sed=3")
     assert (ended.code, ended.output) == (2, "")
     assert "did you mean run.seed?" in ended.errors
 
 
-def test_a_service_by_hand_needs_the_runs_id(end: End) -> None:
+def test_a_manually_started_service_needs_the_runs_id(end: End) -> None:
     ended = end(never, "--run.id=")
     assert (ended.code, ended.output) == (2, "")
     assert ended.errors.startswith("run.id is empty")

@@ -1,4 +1,4 @@
-"""Recipes: each is a run that can be started, a run's own keys win, and the names are helped with."""
+"""Recipes: each is a valid run, keys of the run override it, and unknown names are reported with the nearest one."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def learner(folder: Path, more: str, *flags: str) -> LearnerConfig:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_run_and_comes_back_from_what_check_prints(name: str, tmp_path: Path) -> None:
+def test_every_recipe_is_a_valid_run_that_reads_back_from_the_output_of_check(name: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(RUN.format(more=f'recipe = "{name}"'))
     config = load([str(path)], {}, program="").config
@@ -36,27 +36,27 @@ def test_every_recipe_is_a_run_and_comes_back_from_what_check_prints(name: str, 
     assert load([str(tmp_path / "again.toml")], {}, program="").config == config
 
 
-def test_the_rows_of_the_unifying_table_differ_in_what_they_say_of_both_ratios() -> None:
+def test_the_rows_of_the_unifying_table_differ_in_their_treatment_of_both_ratios() -> None:
     rows = {(r["proximal"]["kind"], r["discrepancy"]["weight"], r["discrepancy"]["band"]) for r in TABLE.values()}
     assert len(rows) == len(TABLE) == 7
 
 
 def test_two_rows_drop_the_discrepancy_and_two_surrogates_share_it(tmp_path: Path) -> None:
-    """Section 2.4: PPO-clip has r_d = 1 beside an exact anchor, decoupled_exact weighs and masks by it."""
+    """Section 2.4: PPO-clip has r_d = 1 and an exact proximal; decoupled_exact weights and masks by r_d."""
     plain, decoupled = learner(tmp_path, 'recipe = "ppo_clip"'), learner(tmp_path, 'recipe = "decoupled_exact"')
     assert plain.proximal == decoupled.proximal
     assert (plain.discrepancy.weight, plain.discrepancy.band) == ("off", "off")
     assert (decoupled.discrepancy.weight, decoupled.discrepancy.band) == ("ratio", 2.0)
 
 
-def test_what_the_run_sets_wins_over_the_recipe(tmp_path: Path) -> None:
+def test_keys_of_the_run_override_the_recipe(tmp_path: Path) -> None:
     config = learner(tmp_path, 'recipe = "vcpo"\nloss.clip_high = 0.5', "--learner.discrepancy.weight_high=4.0")
     assert (config.loss.clip_high, config.loss.objective) == (0.5, "policy_gradient")
     assert (config.discrepancy.weight_high, config.discrepancy.weight_level) == (4.0, "sequence")
     assert config.vcpo.baseline
 
 
-def test_another_kind_of_proximal_brings_its_own_keys(tmp_path: Path) -> None:
+def test_another_kind_of_proximal_has_its_own_keys(tmp_path: Path) -> None:
     recipe = next(name for name, keys in NEIGHBORS.items() if keys["proximal"]["kind"] == "ppo_ewma_async")
     config = learner(tmp_path, f'recipe = "{recipe}"\nproximal = {{ kind = "ewma_prox", decay = 0.5 }}')
     assert config.proximal.model_dump() == {"kind": "ewma_prox", "decay": 0.5}
@@ -75,11 +75,11 @@ def test_a_recipe_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
         ("--learner.discrepancy.tokens=[3.0, 2.0]", "it must satisfy 0 <= low < high, or be 'off'"),
     ],
 )
-def test_a_switch_says_that_it_can_be_off(flag: str, sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
+def test_an_invalid_switch_is_reported_with_the_value_for_off(flag: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
         learner(tmp_path, "", flag)
-    assert sentence in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 1
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> None:
@@ -107,7 +107,9 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
         (["--learner.discrepancy={weight = \"clipped\", weight_low = 3.0}"], "is greater than weight_high (2.0)"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit_are_refused_with_what_would(flags: list[str], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
+def test_incompatible_keys_are_refused_with_a_compatible_choice(
+    flags: list[str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
         learner(tmp_path, "", *flags)
-    assert sentence in str(refused.value)
+    assert sentence in str(error.value)

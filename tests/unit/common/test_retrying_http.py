@@ -1,4 +1,4 @@
-"""The client's way to a body that the store sends it to fetch elsewhere: followed, resumed, asked for anew."""
+"""Downloads that the store redirects: redirects are followed, broken downloads resume, and addresses are renewed."""
 
 import asyncio
 import threading
@@ -17,10 +17,10 @@ BODY = bytes(range(256)) * 12_000
 BROKEN_AT = 1_000_000
 
 
-class Elsewhere:
-    """A store whose reads are redirected, and the place they are redirected to, in one server.
+class RedirectingStore:
+    """A store that redirects reads, and the redirect target, in one server.
 
-    `plan` says what that place does with its requests, one word each; afterwards it serves. The body stands whole.
+    `plan` has one word per request to the target; after the plan, the target serves the complete body.
     """
 
     def __init__(self, plan: list[str]) -> None:
@@ -66,9 +66,9 @@ def _start(wanted: str | None) -> int:
     return int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
 
 
-def fetched(elsewhere: Elsewhere, *, patience_s: float = 120.0) -> tuple[bytes, list[float]]:
+def fetched(store: RedirectingStore, *, patience_s: float = 120.0) -> tuple[bytes, list[float]]:
     pauses: list[float] = []
-    with Server(elsewhere.app, "127.0.0.1", 0, key="t") as server:
+    with Server(store.app, "127.0.0.1", 0, key="t") as server:
         calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=patience_s, sleep=pauses.append)
         try:
             return b"".join(calls.body("/v1/objects/a")), pauses
@@ -76,42 +76,42 @@ def fetched(elsewhere: Elsewhere, *, patience_s: float = 120.0) -> tuple[bytes, 
             calls.close()
 
 
-def test_a_body_comes_from_where_the_store_points_without_headers_that_a_signature_would_miss() -> None:
-    elsewhere = Elsewhere([])
-    assert fetched(elsewhere) == (BODY, [])
-    assert elsewhere.headers[0].keys() <= {"host", "accept", "accept-encoding", "connection", "user-agent"}
-    assert elsewhere.headers[0]["accept-encoding"] == "identity"
+def test_a_redirect_is_followed_without_headers_that_the_signature_does_not_cover() -> None:
+    store = RedirectingStore([])
+    assert fetched(store) == (BODY, [])
+    assert store.headers[0].keys() <= {"host", "accept", "accept-encoding", "connection", "user-agent"}
+    assert store.headers[0]["accept-encoding"] == "identity"
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke_by_a_new_address() -> None:
-    elsewhere = Elsewhere(["breaks", "breaks"])
-    assert fetched(elsewhere) == (BODY, [0.2, 0.2])
-    assert elsewhere.ranges == [None, f"bytes={BROKEN_AT}-", f"bytes={2 * BROKEN_AT}-"]
-    assert elsewhere.asked == 3
+def test_a_broken_download_resumes_at_its_offset_with_a_new_address() -> None:
+    store = RedirectingStore(["breaks", "breaks"])
+    assert fetched(store) == (BODY, [0.2, 0.2])
+    assert store.ranges == [None, f"bytes={BROKEN_AT}-", f"bytes={2 * BROKEN_AT}-"]
+    assert store.asked == 3
 
 
-def test_a_place_that_knows_no_ranges_sends_the_body_again_and_what_was_had_is_passed_over() -> None:
-    assert fetched(Elsewhere(["breaks", "no ranges"])) == (BODY, [0.2])
+def test_a_target_without_ranges_sends_the_body_again_and_received_bytes_are_skipped() -> None:
+    assert fetched(RedirectingStore(["breaks", "no ranges"])) == (BODY, [0.2])
 
 
 @pytest.mark.parametrize("trouble", ["expired", "busy", "gone"])
-def test_an_address_that_is_refused_is_asked_for_again(trouble: str) -> None:
-    elsewhere = Elsewhere([trouble, "breaks", trouble])
-    assert fetched(elsewhere) == (BODY, [0.2, 0.2, 0.4])
-    assert elsewhere.asked == 4
+def test_a_refused_address_is_requested_again(trouble: str) -> None:
+    store = RedirectingStore([trouble, "breaks", trouble])
+    assert fetched(store) == (BODY, [0.2, 0.2, 0.4])
+    assert store.asked == 4
 
 
-def test_addresses_that_are_always_refused_end_in_a_sentence() -> None:
+def test_addresses_that_are_always_refused_end_in_an_error() -> None:
     with pytest.raises(StoreUnavailable, match=r"^GET /v1/objects/a: no answer in 3 s: 403 <Code>AccessDenied</Code>$"):
-        fetched(Elsewhere(["expired"] * 100), patience_s=3.0)
+        fetched(RedirectingStore(["expired"] * 100), patience_s=3.0)
 
 
-def test_a_body_that_became_shorter_ends_early_for_the_reader_to_notice() -> None:
-    body, _ = fetched(Elsewhere(["breaks", "beyond"]))
+def test_a_body_that_became_shorter_ends_early() -> None:
+    body, _ = fetched(RedirectingStore(["breaks", "beyond"]))
     assert body == BODY[:BROKEN_AT]
 
 
-def test_what_is_nowhere_is_not_there() -> None:
+def test_a_missing_body_is_reported_as_missing() -> None:
     with Server(FastAPI(), "127.0.0.1", 0, key="t") as server:
         calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=1.0)
         with pytest.raises(NotFound):
@@ -121,9 +121,9 @@ def test_what_is_nowhere_is_not_there() -> None:
 
 @pytest.mark.thorough
 def test_many_threads_share_one_client() -> None:
-    elsewhere, together = Elsewhere([]), threading.Barrier(8)
-    elsewhere.app.put("/v1/echo")(echo)
-    with Server(elsewhere.app, "127.0.0.1", 0, key="t") as server:
+    store, together = RedirectingStore([]), threading.Barrier(8)
+    store.app.put("/v1/echo")(echo)
+    with Server(store.app, "127.0.0.1", 0, key="t") as server:
         calls = RetryingHttp(f"http://127.0.0.1:{server.port}", patience_s=60.0)
 
         def work(number: int) -> list[bytes]:
@@ -141,5 +141,5 @@ def test_many_threads_share_one_client() -> None:
 
 
 async def echo(request: Request) -> Response:
-    """The request's body."""
+    """Return the request's body."""
     return Response(await request.body())

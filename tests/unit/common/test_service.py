@@ -1,4 +1,4 @@
-"""The skeleton that services share: listening, health, stopping."""
+"""Common parts of services: listening, health checks, and stopping."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ HOST = "127.0.0.1"
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that another program listens on."""
+    """A port in use by another program."""
     with socket.socket() as holder:
         holder.bind((HOST, 0))
         holder.listen()
@@ -64,13 +64,13 @@ async def test_a_service_is_healthy_before_it_is_ready() -> None:
     assert (reply.status_code, reply.json()) == (200, {"service": "thing"})
 
 
-async def test_a_service_that_waits_answers_503_with_the_reason() -> None:
+async def test_a_waiting_service_answers_503_with_the_reason() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/readyz")
     assert (reply.status_code, reply.json()) == (503, {"ready": False, "waiting_for": "the first version"})
 
 
-async def test_a_service_that_works_answers_200() -> None:
+async def test_a_working_service_answers_200() -> None:
     work = Work()
     work.waits_for = None
     async with asking(an_app(work)) as client:
@@ -78,7 +78,7 @@ async def test_a_service_that_works_answers_200() -> None:
     assert (reply.status_code, reply.json()) == (200, {"ready": True, "waiting_for": None})
 
 
-async def test_the_status_names_the_service_what_it_waits_for_and_what_it_does() -> None:
+async def test_the_status_has_the_service_its_wait_and_its_work() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/v1/status")
     assert reply.json() == {"service": "thing", "waiting_for": "the first version", "outages": [], "live": 3}
@@ -91,21 +91,21 @@ async def test_the_metrics_are_those_of_the_registry() -> None:
     assert reply.headers["content-type"].startswith("text/plain")
 
 
-async def test_an_error_is_answered_with_its_code_its_sentence_and_when_to_come_again() -> None:
+async def test_an_error_is_answered_with_its_code_message_and_retry_time() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/refuses")
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
     assert reply.json() == {"code": "too_many", "message": "come later", "retryable": True, "limit": 2}
 
 
-async def test_an_error_that_stays_says_nothing_of_coming_again() -> None:
+async def test_a_permanent_error_has_no_retry_time() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/conflict")
     assert "retry-after" not in reply.headers
     assert reply.json()["retryable"] is False
 
 
-def test_a_taken_port_is_refused_with_the_key_to_change(taken: int) -> None:
+def test_a_port_in_use_is_refused_with_the_key_to_change(taken: int) -> None:
     with pytest.raises(UserError) as refused:
         Server(an_app(Work()), HOST, taken, key="env_gateway")
     assert refused.value.code is ExitCode.UNAVAILABLE
@@ -114,7 +114,7 @@ def test_a_taken_port_is_refused_with_the_key_to_change(taken: int) -> None:
     assert "--env_gateway.port=PORT" in str(refused.value)
 
 
-def test_an_address_that_is_not_ours_is_refused_with_its_keys() -> None:
+def test_an_address_of_another_machine_is_refused_with_its_keys() -> None:
     with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.7:0 \(thing\.host, thing\.port\)"):
         listen("203.0.113.7", 0, key="thing")
 
@@ -124,7 +124,7 @@ def test_port_0_is_any_free_port() -> None:
         assert 0 < one.getsockname()[1] != other.getsockname()[1] > 0
 
 
-def test_a_server_answers_inside_its_block_and_is_gone_afterwards() -> None:
+def test_a_server_answers_inside_its_block_only() -> None:
     with Server(an_app(Work()), HOST, 0, key="thing") as server:
         url = f"http://{HOST}:{server.port}/healthz"
         assert httpx.get(url).json() == {"service": "thing"}
@@ -132,7 +132,7 @@ def test_a_server_answers_inside_its_block_and_is_gone_afterwards() -> None:
         httpx.get(url)
 
 
-def test_a_service_that_starts_says_what_it_does_until_it_can_say_more() -> None:
+def test_a_starting_service_reports_its_phase() -> None:
     with Starting("thing", HOST, 0, key="thing", registry=CollectorRegistry()) as server:
         url = f"http://{HOST}:{server.port}"
         server.doing = "the model to be loaded"
@@ -145,14 +145,14 @@ def test_a_service_that_starts_says_what_it_does_until_it_can_say_more() -> None
         assert httpx.get(f"{url}/v1/status").json()["live"] == 3
 
 
-def test_a_port_that_a_server_has_left_can_be_taken_again() -> None:
+def test_a_released_port_can_be_used_again() -> None:
     with Server(an_app(Work()), HOST, 0, key="thing") as first:
         httpx.get(f"http://{HOST}:{first.port}/healthz")
     with Server(an_app(Work()), HOST, first.port, key="thing") as second:
         assert httpx.get(f"http://{HOST}:{second.port}/healthz").status_code == 200
 
 
-def test_a_stop_is_seen_by_who_waits_for_it() -> None:
+def test_a_stop_wakes_its_waiters() -> None:
     stop, woken = Stop(), threading.Event()
     waiter = threading.Thread(target=lambda: stop.wait(30) and woken.set())
     waiter.start()
@@ -163,26 +163,26 @@ def test_a_stop_is_seen_by_who_waits_for_it() -> None:
     assert (stop.requested, stop.wait(0)) == (True, True)
 
 
-def test_a_stop_calls_everyone_who_asked_to_be_told() -> None:
-    stop, told = Stop(), list[str]()
-    stop.on_request(lambda: told.append("first"))
-    stop.on_request(lambda: told.append("second"))
-    assert told == []
+def test_a_stop_calls_every_callback() -> None:
+    stop, calls = Stop(), list[str]()
+    stop.on_request(lambda: calls.append("first"))
+    stop.on_request(lambda: calls.append("second"))
+    assert calls == []
     stop.request()
-    assert told == ["first", "second"]
+    assert calls == ["first", "second"]
 
 
-def test_who_asks_to_be_told_after_the_stop_is_told_at_once() -> None:
+def test_a_callback_added_after_the_stop_is_called_at_once() -> None:
     """A SIGTERM while a service is still starting must not be lost."""
-    stop, told = Stop(), list[str]()
+    stop, calls = Stop(), list[str]()
     stop.request()
-    stop.on_request(lambda: told.append("late"))
-    assert told == ["late"]
+    stop.on_request(lambda: calls.append("late"))
+    assert calls == ["late"]
 
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Puts the handlers back that this process had."""
+    """Restore the signal handlers of this process."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -192,21 +192,21 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("signals")
-def test_a_signal_asks_for_a_clean_stop(number: signal.Signals) -> None:
-    stop, told = Stop().install(), list[str]()
-    stop.on_request(lambda: told.append("told"))
+def test_a_signal_requests_a_clean_stop(number: signal.Signals) -> None:
+    stop, calls = Stop().install(), list[str]()
+    stop.on_request(lambda: calls.append("stopped"))
     os.kill(os.getpid(), number)
     assert stop.wait(10)
-    assert told == ["told"]
+    assert calls == ["stopped"]
 
 
 @pytest.mark.usefixtures("signals")
-def test_after_a_stop_from_inside_the_first_signal_is_still_a_clean_one() -> None:
-    stop, told = Stop().install(), list[str]()
+def test_after_an_internal_stop_the_first_signal_requests_a_clean_stop() -> None:
+    stop, calls = Stop().install(), list[str]()
     stop.request()
-    stop.on_request(lambda: told.append("told"))
+    stop.on_request(lambda: calls.append("stopped"))
     os.kill(os.getpid(), signal.SIGTERM)
-    assert told == ["told", "told"]
+    assert calls == ["stopped", "stopped"]
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:

@@ -1,4 +1,4 @@
-"""Segments over tokens: what each token says of itself, and what is refused."""
+"""Segments over tokens: version and log-prob of each token, and refused segments."""
 
 import struct
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def a_segment(start: int, stop: int, version: int) -> Segment:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a trajectory says of each of its tokens: None where it was not sampled."""
+    """Version and log-prob of each token; None where the token was not sampled."""
 
     sampled: list[tuple[int, float] | None]
     turns: list[int]
@@ -52,7 +52,7 @@ def trajectories(draw: st.DrawFn) -> Tokens:
 
 
 def segments_of(tokens: Tokens) -> list[Segment]:
-    """Longest runs of one version in one turn, token by token."""
+    """Return the longest runs of one version in one turn, computed token by token."""
     runs: list[list[int]] = []
     for t, sampled in enumerate(tokens.sampled):
         if sampled is None:
@@ -75,7 +75,7 @@ def segments_of(tokens: Tokens) -> list[Segment]:
 
 @settings(deadline=None)
 @given(trajectories())
-def test_segments_give_every_token_its_own_version_and_log_prob(tokens: Tokens) -> None:
+def test_segments_give_every_token_its_version_and_log_prob(tokens: Tokens) -> None:
     segments, count = segments_of(tokens), len(tokens.sampled)
     check(segments, count)
     assert token_versions(segments, count).tolist() == [s[0] if s else UNTRAINABLE for s in tokens.sampled]
@@ -104,7 +104,7 @@ def test_adjacent_segments_of_one_version_have_no_cut_between_them() -> None:
     assert cuts([a_segment(1, 3, 4), a_segment(3, 7, 4)]) == []
 
 
-def test_a_trajectory_without_segments_is_whole_and_untrainable() -> None:
+def test_a_trajectory_without_segments_is_valid_and_untrainable() -> None:
     check([], 3)
     assert token_versions([], 3).tolist() == [UNTRAINABLE] * 3
     assert trainable([]) == 0
@@ -131,7 +131,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_segment_is_refused_by_its_place_and_version(case: str) -> None:
+def test_a_malformed_segment_is_refused_with_its_span_and_version(case: str) -> None:
     segment, reason = MALFORMED[case]
     with pytest.raises(MalformedTrajectory) as refused:
         check([SOUND, segment], 8)
@@ -145,5 +145,5 @@ def test_a_segment_that_starts_before_the_first_token_is_refused() -> None:
         check([Segment(-1, 2, Version(0), packed(-1, -1, -1))], 8)
 
 
-def test_rounding_a_little_above_0_is_let_pass() -> None:
+def test_log_probs_slightly_above_0_are_accepted() -> None:
     check([Segment(0, 2, Version(0), packed(0.0, 0.0009))], 2)

@@ -10,7 +10,7 @@ def test_staleness_counts_the_versions_published_since(now: int, sampled: int, e
     assert staleness(Version(now), Version(sampled)) == expected
 
 
-def test_a_token_of_a_later_version_is_refused_by_name() -> None:
+def test_a_token_of_a_later_version_is_refused_with_its_version() -> None:
     with pytest.raises(
         ValueError, match=r"a token of version 6 cannot be trained on at version 5: it is in the future"
     ):
