@@ -1,4 +1,4 @@
-"""For all tests of the gateway's parts."""
+"""Fixtures of the gateway's unit tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Environments and clocks that do as a test says."""
+"""Environments and clocks that a test controls."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,7 +24,7 @@ HALF = Score(0.5, False, {"half": 0.5})
 
 
 class ManualClock:
-    """Stands still unless told."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -34,12 +34,12 @@ class ManualClock:
 
 
 def said(text: str) -> Reply:
-    """A reply of one tool message."""
+    """A reply with one tool message."""
     return Reply((Message(role="tool", content=text),))
 
 
 class ScriptedWorld:
-    """Gives the outcomes in turn; counts its calls; each waits until `gate` is open."""
+    """A host that returns the given outcomes in turn and counts its calls; each call waits until `gate` is open."""
 
     def __init__(self, *outcomes: Outcome | EnvironmentFailed, final: Score | EnvironmentFailed = HALF) -> None:
         self.outcomes, self.final = list(outcomes), final
@@ -51,7 +51,7 @@ class ScriptedWorld:
         self.gate.set()
 
     def hold(self) -> None:
-        """Let the next call wait; `entered` is set when it has come."""
+        """Block the next call; `entered` is set when it arrives."""
         self.gate.clear()
         self.entered.clear()
 
@@ -85,7 +85,7 @@ def _given(result: Any) -> Any:
 
 
 def some_sessions(open_world: Callable[[], EnvironmentHost], clock: Callable[[], float], **limits: Any) -> Sessions:
-    """Sessions over one environment named `fake`."""
+    """Sessions of one environment named `fake`."""
 
     async def opened() -> EnvironmentHost:
         return open_world()
@@ -95,20 +95,20 @@ def some_sessions(open_world: Callable[[], EnvironmentHost], clock: Callable[[],
 
 
 async def begun(sessions: Sessions, key: str | None = None) -> str:
-    """A new session over the fake environment."""
+    """Create a session of the fake environment."""
     return Session.model_validate_json(await sessions.create(WANTED, key)).session_id
 
 
 async def taken(sessions: Sessions, session_id: str, number: int, text: str = "hello") -> Step:
-    """The reply to this step."""
+    """Take this step and return the reply."""
     return Step.model_validate_json(await sessions.step(session_id, a_step(number, text)))
 
 
 def a_step(number: int, text: str = "hello") -> TakeStep:
-    """A step that says something."""
+    """A step with a text."""
     return TakeStep(step=number, action=TextAction(text=text))
 
 
 def counted(name: str, **labels: str) -> float:
-    """What the metric stands at."""
+    """Return the metric's value."""
     return REGISTRY.get_sample_value(name, labels) or 0.0

@@ -1,4 +1,4 @@
-"""A gateway as a process of its own, and what a test does to it."""
+"""A gateway in its own process, and functions that act on it."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ class Gateway:
         return f"http://127.0.0.1:{self.port}"
 
     def metric(self, line: str) -> float:
-        """The value of the sample that begins like this; 0 if there is none."""
+        """Return the value of the sample that begins like this; 0 if there is none."""
         found = re.search(rf"^{re.escape(line)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 @contextmanager
 def launching(folder: Path) -> Iterator[Launch]:
-    """Start `python -m palimpsest.services.env_gateway` with these flags; ended with the context."""
+    """Start `python -m palimpsest.services.env_gateway` with these flags; the context ends it."""
     started: list[subprocess.Popen[str]] = []
     run = folder / "run.toml"
     run.write_text(RUN)
@@ -85,7 +85,7 @@ def launching(folder: Path) -> Iterator[Launch]:
 
 
 def answering(launch: Launch, *flags: str, **environment: str) -> Gateway:
-    """A gateway that has begun to answer."""
+    """Start a gateway and wait until it answers."""
     port = free_port()
     process = launch(f"--env_gateway.port={port}", *flags, **environment)
     deadline = time.monotonic() + START_LIMIT_S
@@ -100,7 +100,7 @@ def answering(launch: Launch, *flags: str, **environment: str) -> Gateway:
 
 
 def plugged_in(*names: str) -> str:
-    """The flag that plugs in awkward environments."""
+    """The flag that plugs in the environments of plugins/awkward.py."""
     paths = ", ".join(f'{name.lower()} = "awkward:{name}"' for name in names)
     return f"--env_gateway.plugins={{ {paths} }}"
 
@@ -112,7 +112,7 @@ def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 class LosesAnswers:
-    """A proxy that passes every request on, and loses the first answer to every third of them."""
+    """A proxy that forwards every request and loses the first answer to every third one."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -144,7 +144,7 @@ class LosesAnswers:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Look again and again until it holds."""
+    """Poll until the condition holds."""
     async with asyncio.timeout(START_LIMIT_S):
         while not holds():
             await asyncio.sleep(0.02)

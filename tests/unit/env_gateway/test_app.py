@@ -1,4 +1,4 @@
-"""The gateway's HTTP: status codes, bodies, limits, the token."""
+"""HTTP interface of the gateway: status codes, bodies, limits, and the token."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -106,7 +106,7 @@ async def test_every_error_has_the_same_body() -> None:
         (b"\xff", "body"),
     ],
 )
-async def test_a_request_that_cannot_be_read_is_a_422_naming_the_field(body: bytes, names: str) -> None:
+async def test_an_invalid_request_is_a_422_that_names_the_field(body: bytes, names: str) -> None:
     async with gateway() as client:
         refused = assert_error(await client.post("/v1/sessions", content=body), 422, "invalid_request")
         assert names in refused["message"]
@@ -119,7 +119,7 @@ async def test_a_negative_step_and_an_unknown_action_are_422s() -> None:
             assert_error(await client.post(f"{session}/step", json=bad), 422, "invalid_request")
 
 
-async def test_a_long_request_is_refused_whether_it_says_so_or_not() -> None:
+async def test_a_long_request_is_refused_with_and_without_a_content_length() -> None:
     async def parts() -> AsyncIterator[bytes]:
         for _ in range(3):
             yield b" " * 50
@@ -130,7 +130,7 @@ async def test_a_long_request_is_refused_whether_it_says_so_or_not() -> None:
         assert (await client.post("/v1/sessions", json=WANTED)).status_code == 201
 
 
-async def test_a_full_gateway_says_when_to_come_again() -> None:
+async def test_a_full_gateway_answers_with_a_retry_time() -> None:
     async with gateway() as client:
         for _ in range(LIMITS.max_sessions):
             assert (await client.post("/v1/sessions", json=WANTED)).status_code == 201
@@ -139,7 +139,7 @@ async def test_a_full_gateway_says_when_to_come_again() -> None:
         assert refused.headers["retry-after"] == "1"
 
 
-async def test_the_idempotency_key_is_a_header_and_an_empty_one_is_none() -> None:
+async def test_the_idempotency_key_is_a_header_and_an_empty_one_does_not_count() -> None:
     async with gateway() as client:
 
         async def begun(key: str) -> str:
@@ -152,7 +152,7 @@ async def test_the_idempotency_key_is_a_header_and_an_empty_one_is_none() -> Non
         assert_error(await client.post("/v1/sessions", json=WANTED, headers=long), 422, "invalid_request")
 
 
-async def test_status_and_metrics_tell_what_is_going_on() -> None:
+async def test_status_and_metrics_report_open_sessions() -> None:
     async with gateway() as client:
         await client.post("/v1/sessions", json=WANTED)
         status = (await client.get("/v1/status")).json()
@@ -177,7 +177,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_without_the_token_every_v1_route_is_closed(method: str, path: str) -> None:
+async def test_every_v1_route_needs_the_token(method: str, path: str) -> None:
     async with gateway(token="secret") as client:
         for given in (None, "", "Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer secret2", "bearer secret"):
             refused = await client.request(method, path, headers={} if given is None else {"Authorization": given})

@@ -1,4 +1,4 @@
-"""Whom the gateway lets in."""
+"""Access to the gateway: addresses and tokens."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_loopback_needs_no_token(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "gateway.example", "localhost.example"])
-def test_any_other_address_needs_one(host: str) -> None:
+def test_any_other_address_needs_a_token(host: str) -> None:
     with pytest.raises(UserError, match=VARIABLE):
         require_token_off_loopback(host, None)
     require_token_off_loopback(host, "secret")
@@ -30,12 +30,12 @@ def test_the_token_is_read_without_the_newline_of_a_secret_file() -> None:
 
 
 @pytest.mark.parametrize("bad", ["two words", "naïve", "a\nb"])
-def test_a_token_that_cannot_stand_in_a_header_is_refused(bad: str) -> None:
+def test_a_token_that_is_invalid_in_a_header_is_refused(bad: str) -> None:
     with pytest.raises(UserError, match=VARIABLE):
         token({VARIABLE: bad})
 
 
-def test_the_token_is_not_taken_for_a_key_of_the_run(tmp_path: Path) -> None:
+def test_the_tokens_variable_is_not_read_as_a_key_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run.toml"
     run.write_text('model.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 1\n')
     assert load([str(run)], {VARIABLE: "secret"}, program="x").config.learner.versions == 1

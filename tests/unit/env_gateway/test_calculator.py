@@ -1,4 +1,4 @@
-"""Arithmetic on untrusted text."""
+"""The calculator: arithmetic on untrusted text."""
 
 import ast
 import operator
@@ -70,7 +70,7 @@ def test_values(expression: str, value: str) -> None:
         ("2**" * 60 + "1", "nested deeper than 32"),
     ],
 )
-def test_what_has_no_value_is_said(expression: str, problem: str) -> None:
+def test_an_expression_without_a_value_gives_a_problem(expression: str, problem: str) -> None:
     with pytest.raises(NotArithmetic, match=f"^{problem.replace('*', '[*]').replace(')', '[)]')}$"):
         calculate(expression)
 
@@ -100,7 +100,7 @@ WHOLE = st.recursive(
 
 
 def by_python(node: Any) -> int:
-    """The value of a syntax tree of whole numbers."""
+    """Value of a syntax tree of integers."""
     if isinstance(node, ast.Expression):
         return by_python(node.body)
     if isinstance(node, ast.BinOp):
@@ -115,7 +115,7 @@ def by_python(node: Any) -> int:
 
 @settings(deadline=None)
 @given(WHOLE)
-def test_whole_numbers_agree_with_python(expression: str) -> None:
+def test_integers_agree_with_python(expression: str) -> None:
     try:
         expected = str(by_python(ast.parse(expression, mode="eval")))
     except ZeroDivisionError:

@@ -1,4 +1,4 @@
-"""The built-in families: what pays, what does not, and what a model is told."""
+"""The built-in task families: rewards, and messages to the model."""
 
 import random
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def calculate(expression: object) -> str:
 
 
 def played(family: str, seed: int, texts: list[str]) -> Score:
-    """The score of these model messages; finalized if they do not end it."""
+    """Return the score of these model messages; finalizes the session if they do not end it."""
     environment = CLASSES[family]()
     environment.reset(seed)
     for text in texts:
@@ -38,7 +38,7 @@ def played(family: str, seed: int, texts: list[str]) -> Score:
 
 
 def replies(family: str, seed: int, texts: list[str]) -> list[list[str]]:
-    """What the environment says to each of these messages."""
+    """Return the environment's reply to each of these messages."""
     environment = CLASSES[family]()
     environment.reset(seed)
     return [contents(environment.step(read(text))) for text in texts]
@@ -112,7 +112,7 @@ def test_random_content_does_not_depend_on_the_task(family: str) -> None:
     assert made(1, random.Random(7)) == made(2, random.Random(7)) != made(1, random.Random(8))
 
 
-def test_words_cover_whatever_varies() -> None:
+def test_random_words_cover_every_varying_part() -> None:
     for family in ("lookup", "hop"):
         assert set(FAMILIES[family].WORDS) == {*KEYS, *VALUES}
     for seed in SEEDS:
@@ -153,7 +153,7 @@ def test_tasks_differ_and_every_key_and_value_occurs() -> None:
     ],
 )
 @pytest.mark.parametrize("family", ["lookup", "add"])
-def test_what_earns_which_part(family: str, messages: list[str], parts: tuple[float, float]) -> None:
+def test_each_part_of_the_reward(family: str, messages: list[str], parts: tuple[float, float]) -> None:
     right_call, right = FAMILIES[family].solution(11)
     wrong_call = ask(other_key(read(right_call).calls[0].arguments["key"])) if family == "lookup" else calculate("1+1")
     texts = [
@@ -193,12 +193,12 @@ def test_hop_grades_the_calls_in_order(order: str, parts: tuple[float, float, fl
     assert score.reward == pytest.approx(sum(parts), abs=1e-12)
 
 
-def test_a_sum_counts_in_either_order_and_with_any_spaces_but_only_as_a_sum() -> None:
+def test_a_sum_counts_in_either_order_and_spacing_and_only_as_a_sum() -> None:
     for expression, reward in (("9+3", 1.0), (" 3 +  9", 1.0), ("12", 0.0), ("3 + 9 + 0", 0.0), ("4 * 3", 0.0)):
         assert played("add", 3, [calculate(expression), "12"]).reward == reward
 
 
-def test_only_the_first_call_of_a_message_is_carried_out() -> None:
+def test_only_the_first_call_of_a_message_is_executed() -> None:
     first = KEYS[0]
     value = replies("lookup", 3, [ask(first)])[0][0]
     assert replies("lookup", 3, [ask(first) + ask("basil") + ask("cedar")]) == [[value, ONE_CALL, ONE_CALL]]
@@ -206,7 +206,7 @@ def test_only_the_first_call_of_a_message_is_carried_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "call", "told"),
+    ("family", "call", "expected"),
     [
         ("lookup", ask("zebra"), "unknown key"),
         ("lookup", ask(5), "wrong arguments"),
@@ -220,11 +220,11 @@ def test_only_the_first_call_of_a_message_is_carried_out() -> None:
         ("add", ask("amber"), "unknown tool"),
     ],
 )
-def test_a_call_that_cannot_be_carried_out_is_told_why(family: str, call: str, told: str) -> None:
+def test_a_call_that_cannot_be_executed_is_answered_with_the_reason(family: str, call: str, expected: str) -> None:
     environment = CLASSES[family]()
     environment.reset(3)
     outcome = environment.step(read(call))
-    assert contents(outcome) == [told]
+    assert contents(outcome) == [expected]
     assert isinstance(outcome, Reply)
     assert outcome.tool_errors == 1
 
@@ -242,7 +242,7 @@ def test_the_sixth_message_is_the_last(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSES)
-def test_a_task_leaves_the_global_generator_alone(family: str) -> None:
+def test_a_task_does_not_use_the_global_generator(family: str) -> None:
     random.seed(1)
     expected = random.random()
     random.seed(1)

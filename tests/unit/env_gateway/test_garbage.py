@@ -1,4 +1,4 @@
-"""Whatever an environment returns or raises, it becomes a reward only if it is one."""
+"""Invalid results and errors of an environment never become a reward."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from tests.unit.env_gateway.fakes import ManualClock, begun, counted, said, some
 
 
 class Environment:
-    """Returns or raises what it is given."""
+    """An environment that returns or raises the given outcome."""
 
     version = "1"
 
@@ -75,7 +75,7 @@ async def test_garbage_from_finalize_never_becomes_a_reward(clock: ManualClock, 
     assert (ended.status, ended.reward) == (Status.ERROR, None)
 
 
-async def test_an_environment_that_raises_ends_its_session_with_what_it_said(clock: ManualClock) -> None:
+async def test_an_environment_that_raises_ends_its_session_with_its_message(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: InProcess(Environment(ZeroDivisionError("by zero"))), clock)
     session = await begun(sessions)
     before = counted("palimpsest_gateway_environment_failures_total", environment="fake", code="environment_raised")

@@ -1,4 +1,4 @@
-"""What is refused before the gateway listens, without loading anything."""
+"""Checks of plugins before the gateway listens, without loading them."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from palimpsest.services.env_gateway.registry import built_in
         ("mine", "package.module:Class()"),
     ],
 )
-def test_a_plugin_that_cannot_be_meant_is_refused_by_its_key(name: str, path: str) -> None:
+def test_an_invalid_plugin_is_refused_with_its_key(name: str, path: str) -> None:
     with pytest.raises(UserError) as refused:
         blueprints({name: path}, taken=built_in())
     assert str(refused.value).startswith(f"env_gateway.plugins.{name}: ")
@@ -37,7 +37,7 @@ def test_a_plugin_is_a_path_to_a_class() -> None:
     }
 
 
-def test_a_run_that_names_an_environment_nobody_has_is_refused_with_the_nearest() -> None:
+def test_an_unknown_environment_is_refused_with_the_nearest_name() -> None:
     check_tasks(["lookup", "add"], built_in())
     with pytest.raises(
         UserError, match=r"tasks.environments: the gateway has no environment 'lokup'; did you mean lookup\?"

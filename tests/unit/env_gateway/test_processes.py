@@ -1,4 +1,4 @@
-"""Environments in children: what they may do without anyone else noticing."""
+"""Environments in child processes: their failures stay in their session."""
 
 import asyncio
 import os
@@ -41,7 +41,7 @@ async def opened(pool: Pool) -> AsyncIterator["Opened"]:
 
 
 class Opened:
-    """Worlds of the awkward environments, reset and ready."""
+    """Opens hosts of the environments in plugins/awkward.py and resets them."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -54,18 +54,18 @@ class Opened:
         return world
 
 
-def nurseries() -> list[psutil.Process]:
-    """Other tests of this process leave children of other kinds behind, such as multiprocessing's resource tracker."""
+def fork_servers() -> list[psutil.Process]:
+    """Fork servers of this process; other tests leave other children, such as multiprocessing's resource tracker."""
     return [child for child in psutil.Process().children() if fork_server.__name__ in child.cmdline()]
 
 
 def children() -> list[psutil.Process]:
-    """Nurseries, the children they forked, and what those started."""
-    return [process for each in nurseries() for process in (each, *each.children(recursive=True))]
+    """Fork servers, their children, and processes started by those."""
+    return [process for each in fork_servers() for process in (each, *each.children(recursive=True))]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    """Wait until they are."""
+    """Wait until these processes have ended."""
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
@@ -99,9 +99,7 @@ async def test_a_child_plays_a_session(opened: Opened) -> None:
         ("Floods", "environment_invalid", "it sent more than 16777216 bytes"),
     ],
 )
-async def test_whatever_a_child_does_is_a_failure_with_a_name(
-    opened: Opened, name: str, code: str, message: str
-) -> None:
+async def test_every_fault_of_a_child_is_a_named_failure(opened: Opened, name: str, code: str, message: str) -> None:
     world = await opened(name)
     with pytest.raises(EnvironmentFailed) as failed:
         await world.step(Turn("go on"))
@@ -115,7 +113,7 @@ async def test_a_class_that_cannot_be_loaded_fails_its_session(pool: Pool) -> No
     world.close()
 
 
-async def test_no_more_children_than_allowed_run_and_a_closed_one_makes_room(opened: Opened) -> None:
+async def test_the_number_of_children_is_bounded_and_a_closed_one_frees_a_slot(opened: Opened) -> None:
     first, *_ = [await opened("Counts") for _ in range(3)]
     with pytest.raises(AtCapacity, match="3 sessions have a process of their own already"):
         await opened("Counts")
@@ -123,7 +121,7 @@ async def test_no_more_children_than_allowed_run_and_a_closed_one_makes_room(ope
     await opened("Counts")
 
 
-async def test_closing_kills_a_hanging_child_and_what_it_started(opened: Opened) -> None:
+async def test_closing_kills_a_hanging_child_and_its_descendants(opened: Opened) -> None:
     starter, hanging = await opened("StartsOthers"), await opened("HangsInC")
     said = await starter.step(Turn("go on"))
     assert isinstance(said, Reply)
@@ -139,7 +137,7 @@ async def test_closing_kills_a_hanging_child_and_what_it_started(opened: Opened)
     assert_gone(running)
 
 
-async def test_closing_the_pool_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_the_pool_ends_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(children())
     pool = Pool(limit=3, wait_s=0.2, call_limit_s=LIMIT_S, modules=("awkward",))
@@ -152,9 +150,9 @@ async def test_closing_the_pool_leaves_no_process(monkeypatch: pytest.MonkeyPatc
     assert_gone(started)
 
 
-async def test_a_killed_nursery_fails_its_sessions_and_is_replaced(opened: Opened) -> None:
+async def test_a_killed_fork_server_fails_its_sessions_and_is_replaced(opened: Opened) -> None:
     world = await opened("Counts")
-    (running,) = nurseries()
+    (running,) = fork_servers()
     (child,) = running.children()
     running.kill()
     child.wait(10)
@@ -164,9 +162,9 @@ async def test_a_killed_nursery_fails_its_sessions_and_is_replaced(opened: Opene
     assert isinstance(await (await opened("Counts")).step(Turn("go on")), Reply)
 
 
-async def test_global_chance_depends_on_the_seed_alone_in_every_gateway(pool: Pool) -> None:
+async def test_global_random_numbers_depend_only_on_the_seed_in_every_gateway(pool: Pool) -> None:
     async def drawn(pool: Pool, *seeds: int) -> list[list[str]]:
-        """What each of these sessions, open at once, draws from the global generator and from a set."""
+        """Return the draws of concurrent sessions from the global generator and from a set."""
         worlds = [await InChild.open(pool, EnvironmentSpec(path="awkward:UsesGlobalChance")) for _ in seeds]
         for world, seed in zip(worlds, seeds, strict=True):
             await world.reset(seed)
@@ -197,9 +195,9 @@ async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool)
     assert_gone([child])
 
 
-async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_taken(opened: Opened) -> None:
+async def test_a_creation_cancelled_at_any_point_leaves_no_child_and_no_occupied_slot(opened: Opened) -> None:
     await opened("Counts")
-    (running,) = nurseries()
+    (running,) = fork_servers()
     (first,) = running.children()
     for turns_of_the_loop in range(12):
         opening = asyncio.create_task(InChild.open(opened.pool, EnvironmentSpec(path="awkward:Counts")))
@@ -228,20 +226,20 @@ async def test_a_creation_given_up_at_any_point_leaves_no_child_and_no_place_tak
         ("leaves:Class", "its import ended the process"),
     ],
 )
-def test_a_plugin_that_cannot_be_used_is_refused_with_the_reason(pool: Pool, path: str, problem: str) -> None:
+def test_an_unusable_plugin_is_refused_with_the_reason(pool: Pool, path: str, problem: str) -> None:
     with pytest.raises(UserError, match=f"env_gateway.plugins.mine: {path} cannot be used: {problem}"):
         plugins.entries(pool, plugins.blueprints({"mine": path}, taken=()))
 
 
-def test_a_plugin_that_can_be_used_is_on_offer(pool: Pool) -> None:
+def test_a_usable_plugin_is_offered(pool: Pool) -> None:
     found = plugins.entries(pool, plugins.blueprints({"mine": "awkward:Counts"}, taken=()))
     entry = found["mine"]
     assert (entry.version, entry.description, entry.isolated) == (
-        "3", "Counts its turns, and ends when told so.", True,
+        "3", "Counts its turns and ends on request.", True,
     )  # fmt: skip
 
 
-def test_a_module_that_breaks_when_loaded_beforehand_does_not_stop_the_others(
+def test_a_module_that_fails_to_preload_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))

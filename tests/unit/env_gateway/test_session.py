@@ -1,4 +1,4 @@
-"""The examples in docstrings, and what is left of a session in memory."""
+"""The examples in docstrings, and the memory that an ended session keeps."""
 
 import doctest
 

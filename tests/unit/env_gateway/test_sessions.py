@@ -1,4 +1,4 @@
-"""What a client may rely on while a session runs, and when it ends."""
+"""Guarantees to a client while a session runs and when it ends."""
 
 import asyncio
 
@@ -37,7 +37,7 @@ async def test_a_session_opens_with_the_task_and_ends_with_the_reward(clock: Man
     assert world.closed == 1
 
 
-async def test_a_repeated_step_is_applied_once_and_answered_alike(clock: ManualClock) -> None:
+async def test_a_repeated_step_is_applied_once_and_gets_the_same_answer(clock: ManualClock) -> None:
     world = ScriptedWorld(said("4"), HALF)
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -48,7 +48,7 @@ async def test_a_repeated_step_is_applied_once_and_answered_alike(clock: ManualC
     assert len(world.turns) == 2
 
 
-async def test_retries_during_a_step_wait_for_it_and_are_not_applied(clock: ManualClock) -> None:
+async def test_retries_during_a_step_wait_for_its_answer_and_are_not_applied(clock: ManualClock) -> None:
     world = ScriptedWorld(said("4"), said("5"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -61,7 +61,9 @@ async def test_retries_during_a_step_wait_for_it_and_are_not_applied(clock: Manu
 
 
 @pytest.mark.parametrize(("number", "text", "code"), [(0, "something else", "step_conflict"), (2, "hello", "step_gap")])
-async def test_a_step_out_of_order_says_which_comes_next(clock: ManualClock, number: int, text: str, code: str) -> None:
+async def test_a_step_out_of_order_is_refused_with_the_next_number(
+    clock: ManualClock, number: int, text: str, code: str
+) -> None:
     world = ScriptedWorld(said("4"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -72,7 +74,7 @@ async def test_a_step_out_of_order_says_which_comes_next(clock: ManualClock, num
     assert len(world.turns) == 1
 
 
-async def test_no_step_follows_the_end(clock: ManualClock) -> None:
+async def test_a_step_after_the_end_is_refused(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(HALF), clock)
     session = await begun(sessions)
     await taken(sessions, session, 0)
@@ -81,7 +83,7 @@ async def test_no_step_follows_the_end(clock: ManualClock) -> None:
     assert (refused.value.status, refused.value.body["code"]) == (410, "gone")
 
 
-async def test_finalize_scores_once_what_there_is(clock: ManualClock) -> None:
+async def test_finalize_scores_the_session_once(clock: ManualClock) -> None:
     world = ScriptedWorld(said("4"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -93,7 +95,7 @@ async def test_finalize_scores_once_what_there_is(clock: ManualClock) -> None:
     assert (world.finalized, world.closed) == (1, 1)
 
 
-async def test_finalize_of_an_ended_session_gives_its_ending(clock: ManualClock) -> None:
+async def test_finalize_of_an_ended_session_returns_its_last_reply(clock: ManualClock) -> None:
     world = ScriptedWorld(Score(1.0, True))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -142,7 +144,7 @@ async def test_a_malformed_call_is_an_observation(clock: ManualClock) -> None:
     assert counted("palimpsest_gateway_tool_errors_total", environment="fake", cause="malformed") - before == 2
 
 
-async def test_a_long_tool_result_is_cut_with_a_note(clock: ManualClock) -> None:
+async def test_a_long_tool_result_is_truncated_with_a_note(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(said("é" * 600), said("é" * 500)), clock, result_bytes=1001)
     session = await begun(sessions)
     cut = await taken(sessions, session, 0)

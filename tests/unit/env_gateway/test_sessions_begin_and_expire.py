@@ -1,4 +1,4 @@
-"""Who may begin a session, how long it lives unheard of, how long it is remembered."""
+"""Creation of sessions, their leases, and how long ended sessions are kept."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ from tests.unit.env_gateway.fakes import (
 )
 
 
-async def test_the_same_key_gives_the_same_session_and_no_key_never_does(clock: ManualClock) -> None:
+async def test_the_same_key_gives_the_same_session_and_no_key_a_new_one(clock: ManualClock) -> None:
     sessions = some_sessions(ScriptedWorld, clock)
     first = await sessions.create(WANTED, "k")
     assert await sessions.create(WANTED, "k") == first
@@ -30,7 +30,7 @@ async def test_the_same_key_gives_the_same_session_and_no_key_never_does(clock: 
     assert sessions.status()["live_sessions"] == 4
 
 
-async def test_a_key_that_began_another_session_is_a_conflict(clock: ManualClock) -> None:
+async def test_a_key_reused_for_another_session_is_a_conflict(clock: ManualClock) -> None:
     sessions = some_sessions(ScriptedWorld, clock)
     await begun(sessions, "k")
     with pytest.raises(HttpError) as refused:
@@ -38,7 +38,7 @@ async def test_a_key_that_began_another_session_is_a_conflict(clock: ManualClock
     assert (refused.value.status, refused.value.body["code"]) == (409, "key_conflict")
 
 
-async def test_creations_with_one_key_at_once_begin_one_session(clock: ManualClock) -> None:
+async def test_concurrent_creations_with_one_key_begin_one_session(clock: ManualClock) -> None:
     spare = [ScriptedWorld() for _ in range(8)]
     held = spare[-1]
     held.hold()
@@ -50,7 +50,7 @@ async def test_creations_with_one_key_at_once_begin_one_session(clock: ManualClo
     assert len(spare) == 7
 
 
-async def test_a_failed_creation_is_refused_and_leaves_its_key_free(clock: ManualClock) -> None:
+async def test_a_failed_creation_is_refused_and_frees_its_key(clock: ManualClock) -> None:
     class Unlucky(ScriptedWorld):
         async def reset(self, seed: int) -> tuple[Opening, str]:
             raise EnvironmentFailed("environment_raised", "ValueError: no such task")
@@ -66,13 +66,13 @@ async def test_a_failed_creation_is_refused_and_leaves_its_key_free(clock: Manua
     await begun(sessions, "k")
 
 
-async def test_a_session_not_heard_of_for_a_lease_expires_without_a_reward(clock: ManualClock) -> None:
+async def test_a_session_without_requests_for_a_lease_expires_without_a_reward(clock: ManualClock) -> None:
     world = ScriptedWorld(said("4"))
     sessions = some_sessions(lambda: world, clock, lease_s=10.0)
     session = await begun(sessions)
     clock.now += 9.9
     sessions.sweep()
-    await taken(sessions, session, 0)  # renews it
+    await taken(sessions, session, 0)  # renews the lease
     clock.now += 9.9
     sessions.sweep()
     assert sessions.state(session).lease_expires_in_s == pytest.approx(0.1)
@@ -88,7 +88,7 @@ async def test_a_session_not_heard_of_for_a_lease_expires_without_a_reward(clock
     assert (ended.status, ended.reward, world.finalized) == (Status.EXPIRED, None, 0)
 
 
-async def test_a_late_step_does_not_revive_a_session_that_was_not_swept_yet(clock: ManualClock) -> None:
+async def test_a_late_step_does_not_revive_an_expired_session(clock: ManualClock) -> None:
     world = ScriptedWorld(said("4"))
     sessions = some_sessions(lambda: world, clock, lease_s=10.0)
     session = await begun(sessions)
@@ -124,7 +124,7 @@ async def test_a_session_busy_with_a_step_does_not_expire(clock: ManualClock) ->
     assert (await step).reward == 0.5
 
 
-async def test_an_ended_session_is_remembered_for_a_while(clock: ManualClock) -> None:
+async def test_an_ended_session_is_kept_for_a_limited_time(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(said("4"), HALF), clock, remember_s=60.0)
     session = await begun(sessions, "k")
     await taken(sessions, session, 0)
@@ -143,7 +143,7 @@ async def test_an_ended_session_is_remembered_for_a_while(clock: ManualClock) ->
     assert await begun(sessions, "k") != session
 
 
-async def test_the_number_of_remembered_sessions_is_bounded(clock: ManualClock) -> None:
+async def test_the_number_of_kept_ended_sessions_is_bounded(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, max_sessions=1)
     ids = []
     for number in range(REMEMBERED_PER_SESSION + 2):
@@ -156,7 +156,7 @@ async def test_the_number_of_remembered_sessions_is_bounded(clock: ManualClock) 
     assert sessions.state(ids[2]).reward == 0.5
 
 
-async def test_more_sessions_than_there_may_be_are_refused_until_one_ends(clock: ManualClock) -> None:
+async def test_sessions_over_the_limit_are_refused_until_one_ends(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, max_sessions=2)
     first, _ = await begun(sessions), await begun(sessions)
     with pytest.raises(HttpError) as refused:
@@ -171,7 +171,7 @@ async def test_more_sessions_than_there_may_be_are_refused_until_one_ends(clock:
     await begun(sessions)
 
 
-async def test_a_world_without_room_is_refused_like_capacity(clock: ManualClock) -> None:
+async def test_a_host_at_capacity_is_refused_like_a_full_gateway(clock: ManualClock) -> None:
     def full() -> ScriptedWorld:
         raise AtCapacity("64 sessions have a process of their own already")
 
@@ -192,7 +192,7 @@ async def test_an_unknown_environment_is_a_404(clock: ManualClock) -> None:
     assert (refused.value.status, refused.value.body["code"]) == (404, "unknown_environment")
 
 
-async def test_a_stopping_gateway_begins_nothing_but_finishes_steps(clock: ManualClock) -> None:
+async def test_a_stopping_gateway_begins_no_session_and_finishes_steps(clock: ManualClock) -> None:
     spare = [ScriptedWorld(HALF) for _ in range(3)]
     sessions = some_sessions(spare.pop, clock)
     running, begun_with_key = await begun(sessions), await sessions.create(WANTED, "k")
@@ -209,7 +209,7 @@ async def test_a_stopping_gateway_begins_nothing_but_finishes_steps(clock: Manua
     assert (await taken(sessions, running, 0)).reward == 0.5
 
 
-async def test_draining_expires_what_is_left_without_a_reward(clock: ManualClock) -> None:
+async def test_draining_expires_open_sessions_without_a_reward(clock: ManualClock) -> None:
     world = ScriptedWorld()
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
@@ -218,7 +218,7 @@ async def test_draining_expires_what_is_left_without_a_reward(clock: ManualClock
     assert sessions.status()["sessions"] == {"expired": 1}
 
 
-async def test_a_creation_under_way_when_the_gateway_drains_is_refused_and_closed(clock: ManualClock) -> None:
+async def test_a_creation_in_progress_when_the_gateway_drains_is_refused_and_closed(clock: ManualClock) -> None:
     world = ScriptedWorld()
     world.hold()
     sessions = some_sessions(lambda: world, clock)

@@ -1,4 +1,4 @@
-"""The store's HTTP: every status code of app.py."""
+"""HTTP interface of the store: every status code of app.py."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -56,19 +56,19 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"palimpsest_store_{name}", labels) or 0.0
 
 
-async def test_an_object_is_taken_in(client: httpx.AsyncClient) -> None:
+async def test_an_object_is_stored(client: httpx.AsyncClient) -> None:
     reply = await send(client, 1)
     assert (reply.status_code, reply.json()) == (201, {"size": len(an_object(1))})
 
 
-async def test_an_object_is_given_out_as_it_came(client: httpx.AsyncClient) -> None:
+async def test_an_object_is_returned_unchanged(client: httpx.AsyncClient) -> None:
     await send(client, 1)
     reply = await client.get(f"/v1/objects/{digest_of(1)}")
     assert (reply.status_code, reply.content) == (200, an_object(1))
     assert reply.headers["content-type"] == "application/octet-stream"
 
 
-async def test_an_object_with_other_bytes_than_its_name_is_refused_and_not_kept(client: httpx.AsyncClient) -> None:
+async def test_an_object_that_does_not_match_its_name_is_refused_and_not_kept(client: httpx.AsyncClient) -> None:
     refused = metric("refused_total", reason="digest_mismatch")
     reply = await client.put(f"/v1/objects/{digest_of(1)}", content=an_object(2))
     assert digest_of(2) in assert_error(reply, 422, "digest_mismatch", retryable=True)
@@ -76,29 +76,29 @@ async def test_an_object_with_other_bytes_than_its_name_is_refused_and_not_kept(
     assert metric("refused_total", reason="digest_mismatch") == refused + 1
 
 
-async def test_an_object_that_is_not_here_is_404(client: httpx.AsyncClient) -> None:
+async def test_a_missing_object_is_404(client: httpx.AsyncClient) -> None:
     assert_error(await client.get(f"/v1/objects/{digest_of(1)}"), 404, "object_missing")
 
 
 @pytest.mark.parametrize("name", ["abc", "A" * 64, "g" * 64, "0" * 63, "0" * 65, "..%2Fleases.json"])
-async def test_an_object_whose_name_is_no_digest_is_refused(client: httpx.AsyncClient, name: str) -> None:
+async def test_an_object_name_that_is_no_digest_is_refused(client: httpx.AsyncClient, name: str) -> None:
     assert (await client.put(f"/v1/objects/{name}", content=b"x")).status_code in (404, 422)
     assert (await client.get(f"/v1/objects/{name}")).status_code in (404, 422)
 
 
-async def test_a_new_version_is_201_and_the_same_again_200(client: httpx.AsyncClient) -> None:
+async def test_a_new_version_is_201_and_a_repeated_one_200(client: httpx.AsyncClient) -> None:
     await send(client, 1)
     assert [(await announce(client, 0, 1)).status_code for _ in range(2)] == [201, 200]
 
 
-async def test_a_version_is_given_out_as_it_was_sealed(client: httpx.AsyncClient) -> None:
+async def test_a_manifest_is_returned_as_sealed(client: httpx.AsyncClient) -> None:
     await send(client, 1)
     await announce(client, 0, 1)
     reply = await client.get("/v1/versions/0")
     assert (reply.status_code, reply.content) == (200, seal(a_manifest(0, 1)))
 
 
-async def test_other_weights_under_a_taken_number_are_409(client: httpx.AsyncClient) -> None:
+async def test_other_weights_for_an_existing_version_are_409(client: httpx.AsyncClient) -> None:
     await send(client, 1)
     await send(client, 2)
     await announce(client, 0, 1)
@@ -107,7 +107,7 @@ async def test_other_weights_under_a_taken_number_are_409(client: httpx.AsyncCli
     assert (await client.get("/v1/versions/0")).content == seal(a_manifest(0, 1))
 
 
-async def test_a_version_before_its_object_is_424(client: httpx.AsyncClient) -> None:
+async def test_a_version_without_its_object_is_424(client: httpx.AsyncClient) -> None:
     message = assert_error(await announce(client, 0, 1), 424, "object_missing", retryable=True)
     assert message == f"object {digest_of(1)} is not here whole: send it first"
     assert (await client.get("/v1/versions/0")).status_code == 404
@@ -127,11 +127,11 @@ async def test_a_manifest_of_another_version_is_422(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize("number", ["-1", "one", "1.5"])
-async def test_a_number_that_is_no_version_is_422(client: httpx.AsyncClient, number: str) -> None:
+async def test_an_invalid_version_number_is_422(client: httpx.AsyncClient, number: str) -> None:
     assert (await client.get(f"/v1/versions/{number}")).status_code == 422
 
 
-async def test_a_version_that_is_not_here_is_404(client: httpx.AsyncClient) -> None:
+async def test_a_missing_version_is_404(client: httpx.AsyncClient) -> None:
     assert assert_error(await client.get("/v1/versions/9"), 404, "version_missing") == "no version 9"
 
 
@@ -158,12 +158,12 @@ async def test_a_lease_without_a_proper_holder_is_422(client: httpx.AsyncClient,
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"[]", b'{"lowest": "4"}', b'{"lowest": 4, "highest": 5}', b'{"lowest": 4.5}', b'{"\xff": 4}']
 )
-async def test_a_lease_that_says_something_else_is_422(client: httpx.AsyncClient, body: bytes) -> None:
+async def test_an_invalid_lease_is_422(client: httpx.AsyncClient, body: bytes) -> None:
     assert_error(await client.put("/v1/leases/learner", content=body), 422, "bad_lease")
     assert (await client.get("/v1/status")).json()["leases"] == {}
 
 
-async def test_what_no_lease_needs_is_swept_while_the_store_runs(tmp_path: Path) -> None:
+async def test_versions_that_no_lease_needs_are_swept_while_the_store_runs(tmp_path: Path) -> None:
     async with store(DiskStorage(tmp_path), sweep_s=0.005) as client:
         for version in range(3):
             await send(client, version)
@@ -206,7 +206,7 @@ class Broken(DiskStorage):
         raise OSError(5, "Input/output error")
 
 
-async def test_another_fault_of_the_disk_is_500(tmp_path: Path) -> None:
+async def test_another_disk_error_is_500(tmp_path: Path) -> None:
     async with store(Broken(tmp_path)) as client:
         assert (await send(client, 2)).status_code == 500
 
@@ -221,7 +221,7 @@ async def test_the_store_is_ready_once_the_catalog_is_open(tmp_path: Path) -> No
     assert after.status_code == 200
 
 
-async def test_the_status_says_what_stands(client: httpx.AsyncClient) -> None:
+async def test_the_status_lists_stored_versions(client: httpx.AsyncClient) -> None:
     for version in (3, 5):
         await send(client, version)
         await announce(client, version, version)

@@ -1,4 +1,4 @@
-"""A storage that does not answer for a while: a sentence in every reply, nothing lost, and sweeping goes on."""
+"""A storage outage: every reply has a message, no data is lost, and sweeps continue afterward."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
 
 
 class Flaky(DiskStorage):
-    """A folder that can be out of reach; what is created in `last_words` lands all the same."""
+    """A folder that can be unreachable; a creation in `last_words` succeeds without an answer."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -77,7 +77,7 @@ async def test_every_request_that_needs_the_storage_is_503(tmp_path: Path) -> No
         assert (await client.get("/v1/versions/0")).content == seal(a_manifest(0, 1))
 
 
-async def test_a_version_whose_creation_was_never_answered_is_the_same_again(tmp_path: Path) -> None:
+async def test_a_creation_without_an_answer_can_be_repeated(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     async with store(storage) as client:
         await send(client, 1)
@@ -90,7 +90,7 @@ async def test_a_version_whose_creation_was_never_answered_is_the_same_again(tmp
         assert [entry["version"] for entry in (await client.get("/v1/versions")).json()["versions"]] == [0]
 
 
-async def test_weights_are_not_swept_while_nobody_knows_whether_their_manifest_stands(tmp_path: Path) -> None:
+async def test_weights_are_not_swept_while_the_state_of_their_manifest_is_unknown(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     async with store(storage, sweep_s=0.005) as client:
         await send(client, 1)
@@ -101,7 +101,7 @@ async def test_weights_are_not_swept_while_nobody_knows_whether_their_manifest_s
         assert (await client.get(f"/v1/objects/{digest_of(1)}")).status_code == 200
 
 
-async def test_sweeping_goes_on_after_an_outage(tmp_path: Path) -> None:
+async def test_sweeps_continue_after_an_outage(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     async with store(storage, sweep_s=0.005) as client:
         for version in range(2):
@@ -117,7 +117,7 @@ async def test_sweeping_goes_on_after_an_outage(tmp_path: Path) -> None:
 
 
 async def swept_once(client: httpx.AsyncClient) -> None:
-    """A sweep has begun and ended after this was called: weights that nobody announces are gone."""
+    """Wait for a complete sweep, which removes weights without a manifest."""
     garbage = digest_of(99)
     path = f"/v1/objects/{garbage}"
     await client.put(path, content=an_object(99))
@@ -130,7 +130,7 @@ async def swept_once(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_storage_that_cannot_be_read_at_the_start_is_refused(tmp_path: Path) -> None:
+async def test_an_unreadable_storage_is_refused_at_the_start(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     storage.out = True
     with pytest.raises(UserError, match="the snapshot store's storage cannot be read: the folder is out of") as refused:

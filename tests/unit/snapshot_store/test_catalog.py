@@ -1,4 +1,4 @@
-"""Versions and leases over a folder: what is kept, what goes, and what a crash leaves."""
+"""Versions and leases in a folder: retention, sweeps, and recovery from a crash."""
 
 import asyncio
 import tempfile
@@ -16,7 +16,7 @@ from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, dig
 
 
 async def opened(folder: Path) -> Catalog:
-    """The catalog as a store that starts now has it."""
+    """Open the catalog as a starting store does."""
     catalog = Catalog(DiskStorage(folder))
     await catalog.open()
     if await catalog.writers.newest() is None:
@@ -34,7 +34,7 @@ async def announce(catalog: Catalog, version: int, content: int) -> bool:
 
 
 async def put(catalog: Catalog, version: int, content: int | None = None) -> bool:
-    """A version with weights of its own, unless told which."""
+    """Store a version; its weights are distinct unless given."""
     content = version if content is None else content
     await upload(catalog, content)
     return await announce(catalog, version, content)
@@ -44,7 +44,7 @@ def objects(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("objects/*")}
 
 
-async def test_a_version_put_is_there_with_its_manifest_and_its_bytes(tmp_path: Path) -> None:
+async def test_a_stored_version_has_its_manifest_and_bytes(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     assert await put(catalog, 3)
     assert list(catalog.versions) == [3]
@@ -52,12 +52,12 @@ async def test_a_version_put_is_there_with_its_manifest_and_its_bytes(tmp_path: 
     assert await DiskStorage(tmp_path).read(catalog.object_key(digest_of(3))) == an_object(3)
 
 
-async def test_the_same_weights_again_are_no_new_version(tmp_path: Path) -> None:
+async def test_repeated_weights_are_no_new_version(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     assert [await put(catalog, 3), await put(catalog, 3)] == [True, False]
 
 
-async def test_other_weights_under_a_taken_number_are_a_conflict_that_names_both(tmp_path: Path) -> None:
+async def test_other_weights_for_an_existing_version_are_a_conflict_that_names_both(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await put(catalog, 3, content=1)
     with pytest.raises(Conflict) as conflict:
@@ -74,7 +74,7 @@ async def test_a_version_without_its_object_is_refused(tmp_path: Path) -> None:
     assert catalog.versions == {}
 
 
-async def test_a_version_whose_object_is_not_whole_is_refused(tmp_path: Path) -> None:
+async def test_a_version_with_a_truncated_object_is_refused(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await upload(catalog, 3)
     (tmp_path / "objects" / digest_of(3)).write_bytes(an_object(3)[:-1])
@@ -89,7 +89,7 @@ async def test_versions_are_listed_in_order_after_a_restart(tmp_path: Path) -> N
     assert list((await opened(tmp_path)).versions) == [2, 10, 100_000_000]
 
 
-async def test_18_5_leases_outlive_a_restart(tmp_path: Path) -> None:
+async def test_18_5_leases_survive_a_restart(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await catalog.lease("learner", Version(4))
     await catalog.lease("replica", Version(2))
@@ -97,7 +97,7 @@ async def test_18_5_leases_outlive_a_restart(tmp_path: Path) -> None:
     assert (await opened(tmp_path)).leases == {"learner": 5, "replica": 2}
 
 
-async def test_18_5_a_sweep_removes_what_is_below_every_lease(tmp_path: Path) -> None:
+async def test_18_5_a_sweep_removes_versions_below_every_lease(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     for version in range(5):
         await put(catalog, version)
@@ -121,7 +121,7 @@ async def test_without_its_lease_a_version_would_be_swept(tmp_path: Path) -> Non
     assert await catalog.sweep() == [0, 1]
 
 
-async def test_weights_that_two_versions_share_stay_while_one_of_them_does(tmp_path: Path) -> None:
+async def test_weights_shared_by_two_versions_stay_as_long_as_one_of_them(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await put(catalog, 0, content=7)
     await put(catalog, 1, content=7)
@@ -130,8 +130,8 @@ async def test_weights_that_two_versions_share_stay_while_one_of_them_does(tmp_p
     assert objects(tmp_path) == {digest_of(7)}
 
 
-async def test_weights_put_twice_go_with_their_version(tmp_path: Path) -> None:
-    """A client that lost the answer sends everything again: that must not keep the bytes for ever."""
+async def test_weights_stored_twice_are_removed_with_their_version(tmp_path: Path) -> None:
+    """A client that lost the answer sends the weights again; the bytes must not stay forever."""
     catalog = await opened(tmp_path)
     await put(catalog, 0)
     await put(catalog, 0)
@@ -150,15 +150,15 @@ async def test_weights_that_lost_a_conflict_are_swept(tmp_path: Path) -> None:
     assert objects(tmp_path) == {digest_of(1)}
 
 
-async def test_a_store_that_died_before_the_manifest_came_sweeps_the_object(tmp_path: Path) -> None:
+async def test_an_object_without_a_manifest_is_swept_after_a_restart(tmp_path: Path) -> None:
     await upload(await opened(tmp_path), 5)
     catalog = await opened(tmp_path)
     await catalog.sweep()
     assert objects(tmp_path) == set()
 
 
-async def test_a_store_that_died_while_it_swept_finishes_at_the_next_sweep(tmp_path: Path) -> None:
-    """Removing takes the manifest first: what a crash leaves is an object that nobody names."""
+async def test_an_interrupted_sweep_is_finished_by_the_next_one(tmp_path: Path) -> None:
+    """A removal deletes the manifest first, so a crash leaves an object without a manifest."""
     catalog = await opened(tmp_path)
     await put(catalog, 0)
     await put(catalog, 1)
@@ -170,7 +170,7 @@ async def test_a_store_that_died_while_it_swept_finishes_at_the_next_sweep(tmp_p
 
 
 class DiesWhileSweeping(DiskStorage):
-    """The process ends at its second deletion."""
+    """A storage whose process ends at its second deletion."""
 
     deletions = 0
 
@@ -181,7 +181,7 @@ class DiesWhileSweeping(DiskStorage):
         await super().delete(key)
 
 
-async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tmp_path: Path) -> None:
+async def test_an_interrupted_sweep_leaves_no_version_without_its_bytes(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     for version in range(3):
         await put(catalog, version)
@@ -195,7 +195,7 @@ async def test_a_sweep_that_dies_half_way_leaves_no_version_without_its_bytes(tm
     assert after.versions.keys() == {1, 2}
 
 
-async def test_an_upload_under_way_is_not_swept(tmp_path: Path) -> None:
+async def test_an_upload_in_progress_is_not_swept(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
 
     async def sweeping() -> AsyncIterator[bytes]:
@@ -214,7 +214,7 @@ async def test_an_upload_that_waits_for_its_manifest_is_not_swept(tmp_path: Path
     assert await announce(catalog, 5, content=5)
 
 
-async def test_if_uploads_were_not_noted_a_sweep_would_take_them(tmp_path: Path) -> None:
+async def test_a_sweep_would_remove_unregistered_uploads(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await upload(catalog, 5)
     catalog._uploading.clear()
@@ -224,7 +224,7 @@ async def test_if_uploads_were_not_noted_a_sweep_would_take_them(tmp_path: Path)
 
 
 class WaitsAfterLooking(DiskStorage):
-    """Lets others go on between `size` and what follows it."""
+    """A storage that lets other tasks run after `size`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -237,15 +237,15 @@ class WaitsAfterLooking(DiskStorage):
         return size
 
 
-async def test_no_sweep_comes_between_looking_for_the_object_and_standing_by_it(tmp_path: Path) -> None:
+async def test_no_sweep_runs_between_the_check_of_an_object_and_its_manifest(tmp_path: Path) -> None:
     await upload(await opened(tmp_path), 5)
     storage = WaitsAfterLooking(tmp_path)
-    restarted = Catalog(storage)  # it has not seen the upload
+    restarted = Catalog(storage)  # the restarted catalog does not know the upload
     await restarted.open()
     announcing = asyncio.create_task(announce(restarted, 5, content=5))
     await storage.looked.wait()
     sweeping = asyncio.create_task(restarted.sweep())
-    for _ in range(100):  # as far as it can get
+    for _ in range(100):  # runs until it blocks
         await asyncio.sleep(0)
     storage.go_on.set()
     assert await announcing
@@ -254,7 +254,7 @@ async def test_no_sweep_comes_between_looking_for_the_object_and_standing_by_it(
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
-async def test_a_damaged_manifest_is_named_when_the_store_opens(tmp_path: Path, place: int) -> None:
+async def test_a_damaged_manifest_is_reported_when_the_store_opens(tmp_path: Path, place: int) -> None:
     await put(await opened(tmp_path), 7)
     path = tmp_path / "versions" / "00000007.json"
     body = bytearray(path.read_bytes())
@@ -264,7 +264,7 @@ async def test_a_damaged_manifest_is_named_when_the_store_opens(tmp_path: Path, 
         await opened(tmp_path)
 
 
-async def test_a_manifest_under_another_number_is_named_when_the_store_opens(tmp_path: Path) -> None:
+async def test_a_manifest_under_another_number_is_reported_when_the_store_opens(tmp_path: Path) -> None:
     await put(await opened(tmp_path), 7)
     (tmp_path / "versions" / "00000007.json").rename(tmp_path / "versions" / "00000008.json")
     with pytest.raises(Damaged, match=r"^version 8 \(versions/00000008\.json\): the manifest in it is of version 7$"):
@@ -272,13 +272,13 @@ async def test_a_manifest_under_another_number_is_named_when_the_store_opens(tmp
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"learner": "x"}', b"\xff"])
-async def test_damaged_leases_are_named_when_the_store_opens(tmp_path: Path, body: bytes) -> None:
+async def test_damaged_leases_are_reported_when_the_store_opens(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "leases.json").write_bytes(body)
     with pytest.raises(Damaged, match=r"^leases\.json: "):
         await opened(tmp_path)
 
 
-async def test_files_that_are_no_versions_are_left_alone(tmp_path: Path) -> None:
+async def test_files_that_are_no_versions_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "versions").mkdir()
     (tmp_path / "versions" / "README").write_text("mine")
     catalog = await opened(tmp_path)
@@ -298,7 +298,9 @@ ACTS = st.one_of(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(ACTS, max_size=14))
-def test_whatever_happens_what_is_needed_is_whole_and_the_rest_goes(acts: list[tuple[str, int | str, int]]) -> None:
+def test_random_events_keep_needed_versions_complete_and_remove_the_rest(
+    acts: list[tuple[str, int | str, int]],
+) -> None:
     async def play(folder: Path) -> None:
         catalog = await opened(folder)
         standing: dict[int, int] = {}

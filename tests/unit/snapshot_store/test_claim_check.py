@@ -1,4 +1,4 @@
-"""Bodies of long records: kept for a time after they were last sent, whatever else goes on."""
+"""Bodies of long records: each is kept for a fixed time after it was last sent."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ DIGEST = blake3(BODY).hexdigest()
 
 
 def age(folder: Path, digest: str, age_s: float) -> None:
-    """Make a body as if it had been sent so long ago."""
+    """Set the age of a body, in seconds."""
     then = time.time() - age_s
     os.utime(folder / "claims" / digest, (then, then))
 
@@ -31,7 +31,7 @@ def standing(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("claims/*")}
 
 
-async def test_a_body_is_kept_for_its_time_and_no_longer(tmp_path: Path) -> None:
+async def test_a_body_is_removed_after_its_time(tmp_path: Path) -> None:
     claims = ClaimCheckBlobs(DiskStorage(tmp_path))
     await claims.put(DIGEST, chunks(BODY))
     age(tmp_path, DIGEST, KEEP_S - 5)
@@ -42,7 +42,7 @@ async def test_a_body_is_kept_for_its_time_and_no_longer(tmp_path: Path) -> None
     assert standing(tmp_path) == set()
 
 
-async def test_a_body_sent_again_is_young_again(tmp_path: Path) -> None:
+async def test_a_body_sent_again_is_kept_longer(tmp_path: Path) -> None:
     claims = ClaimCheckBlobs(DiskStorage(tmp_path))
     await claims.put(DIGEST, chunks(BODY))
     age(tmp_path, DIGEST, KEEP_S + 5)
@@ -50,7 +50,7 @@ async def test_a_body_sent_again_is_young_again(tmp_path: Path) -> None:
     assert await claims.sweep(KEEP_S) == 0
 
 
-async def test_weights_and_manifests_are_no_claims_however_old(tmp_path: Path) -> None:
+async def test_old_weights_and_manifests_are_not_removed_as_claims(tmp_path: Path) -> None:
     storage = DiskStorage(tmp_path)
     for key in ("objects/a", "versions/a", "leases.json"):
         await storage.put(key, chunks(b"x"))
@@ -66,7 +66,7 @@ async def test_a_body_of_another_digest_is_refused(tmp_path: Path) -> None:
 
 
 class Stepped(DiskStorage):
-    """Stops before a removal, and before it answers which bodies are older, until it may go on."""
+    """A storage that blocks before a removal and before the answer of `older` until released."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -94,7 +94,7 @@ async def old_claim(folder: Path) -> tuple[ClaimCheckBlobs, Stepped]:
     return claims, storage
 
 
-async def test_a_body_sent_between_the_look_and_the_removal_stays(tmp_path: Path) -> None:
+async def test_a_body_sent_between_the_listing_and_the_removal_stays(tmp_path: Path) -> None:
     claims, storage = await old_claim(tmp_path)
     storage.remove.set()
     storage.answer.clear()
@@ -119,19 +119,19 @@ async def test_a_body_that_is_being_sent_is_not_removed(tmp_path: Path) -> None:
     assert await claims.sweep(KEEP_S) == 0
 
 
-async def test_a_body_sent_during_its_removal_stands_afterwards(tmp_path: Path) -> None:
+async def test_a_body_sent_during_its_removal_is_stored_again(tmp_path: Path) -> None:
     claims, storage = await old_claim(tmp_path)
     sweeping = asyncio.create_task(claims.sweep(KEEP_S))
     await storage.removing.wait()
     sending = asyncio.create_task(claims.put(DIGEST, chunks(BODY)))
-    for _ in range(100):  # as far as it can get
+    for _ in range(100):  # runs until it blocks
         await asyncio.sleep(0)
     storage.remove.set()
     assert (await sweeping, await sending) == (1, len(BODY))
     assert standing(tmp_path) == {DIGEST}
 
 
-async def test_a_claim_is_taken_in_given_out_and_counted(tmp_path: Path) -> None:
+async def test_a_claim_is_stored_returned_and_counted(tmp_path: Path) -> None:
     before = metric("claim_bytes_total")
     async with store(DiskStorage(tmp_path)) as client:
         for _ in range(2):
@@ -142,7 +142,7 @@ async def test_a_claim_is_taken_in_given_out_and_counted(tmp_path: Path) -> None
     assert metric("claim_bytes_total") == before + 2 * len(BODY)
 
 
-async def test_a_claim_that_is_not_here_is_404(tmp_path: Path) -> None:
+async def test_a_missing_claim_is_404(tmp_path: Path) -> None:
     async with store(DiskStorage(tmp_path)) as client:
         message = assert_error(await client.get(f"/v1/claims/{DIGEST}"), 404, "claim_missing")
         assert message == f"no body {DIGEST}: it never came, or was swept for its age"
@@ -153,7 +153,7 @@ async def test_a_claim_that_is_not_here_is_404(tmp_path: Path) -> None:
 async def test_old_claims_are_swept_while_the_store_runs(tmp_path: Path) -> None:
     async with store(DiskStorage(tmp_path), sweep_s=0.005) as client:
         await client.put(f"/v1/claims/{DIGEST}", content=BODY)
-    age(tmp_path, DIGEST, 193 * 3600)  # longer than claims are kept by default
+    age(tmp_path, DIGEST, 193 * 3600)  # older than the default retention of claims
     async with store(DiskStorage(tmp_path), sweep_s=0.005) as client:
         await gone(client)
 

@@ -1,4 +1,4 @@
-"""Which versions may go."""
+"""Which versions a sweep may remove."""
 
 from hypothesis import given, settings, strategies as st
 
@@ -11,7 +11,7 @@ LEASES = st.dictionaries(st.sampled_from(["learner", "replica", "worker"]), st.i
 
 @settings(deadline=None)
 @given(VERSIONS, LEASES)
-def test_a_version_goes_when_every_lease_is_above_it_and_a_newer_one_stands(
+def test_a_version_is_removed_if_every_lease_is_above_it_and_a_newer_one_exists(
     versions: set[Version], leases: dict[str, Version]
 ) -> None:
     gone = removable(versions, leases)
@@ -24,14 +24,16 @@ def test_a_version_goes_when_every_lease_is_above_it_and_a_newer_one_stands(
 
 @settings(deadline=None)
 @given(VERSIONS, LEASES, st.integers(0, 32))
-def test_one_more_lease_never_lets_more_go(versions: set[Version], leases: dict[str, Version], lowest: int) -> None:
+def test_an_additional_lease_never_removes_more_versions(
+    versions: set[Version], leases: dict[str, Version], lowest: int
+) -> None:
     if leases:
         assert removable(versions, {**leases, "another": Version(lowest)}) <= removable(versions, leases)
 
 
-def test_without_any_lease_nothing_goes() -> None:
+def test_without_leases_no_version_is_removed() -> None:
     assert removable({Version(0), Version(1), Version(2)}, {}) == set()
 
 
-def test_a_lease_above_all_versions_still_leaves_the_newest() -> None:
+def test_a_lease_above_all_versions_keeps_the_newest() -> None:
     assert removable({Version(0), Version(1), Version(2)}, {"learner": Version(99)}) == {0, 1}

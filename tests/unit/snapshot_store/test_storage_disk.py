@@ -1,4 +1,4 @@
-"""What the folder looks like, and what its safety rests on."""
+"""Layout of the storage folder, and the operations that its durability needs."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file, hidden ones too."""
+    """Return every file, including hidden ones."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -32,7 +32,7 @@ async def test_a_key_is_a_path_and_a_body_a_plain_file(tmp_path: Path) -> None:
     assert files(tmp_path) == {"objects/a": b"one", "versions/1": b"two"}
 
 
-async def test_what_fails_leaves_no_file_of_any_name(tmp_path: Path) -> None:
+async def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     storage = DiskStorage(tmp_path)
     with pytest.raises(DigestMismatch):
         await storage.put("a", chunks(b"x"), digest=blake3(b"y").hexdigest())
@@ -53,7 +53,7 @@ asyncio.run(DiskStorage(pathlib.Path(sys.argv[1])).put("objects/a", half()))
 """
 
 
-async def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+async def test_temporary_files_of_a_killed_process_are_removed_at_the_next_start(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], check=False)
     assert done.returncode == -9
     left = files(tmp_path)
@@ -63,12 +63,12 @@ async def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path:
     assert files(tmp_path) == {}
 
 
-async def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
+async def test_foreign_files_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert await DiskStorage(tmp_path).keys("") == ["notes.txt"]
 
 
-async def test_without_the_digest_wrong_bytes_would_stand_under_a_right_name(
+async def test_without_the_digest_check_wrong_bytes_would_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     announced = blake3(b"right").hexdigest()
@@ -84,8 +84,8 @@ async def test_without_the_digest_wrong_bytes_would_stand_under_a_right_name(
     assert files(tmp_path) == {"a": b"wrong"}
 
 
-async def test_without_the_link_a_second_create_would_win_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `create` links instead of renaming."""
+async def test_without_the_link_a_second_create_would_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason that `create` links instead of renaming."""
     monkeypatch.setattr(storage_disk.os, "link", shutil.copyfile)
     storage = DiskStorage(tmp_path)
     assert [await storage.create("a", b"first"), await storage.create("a", b"second")] == [True, True]
@@ -93,7 +93,7 @@ async def test_without_the_link_a_second_create_would_win_too(tmp_path: Path, mo
 
 
 async def test_bytes_are_synced_before_their_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power cut a name must never stand over bytes that were not written."""
+    """After a power loss, a name must never refer to unwritten bytes."""
     seen: list[tuple[str, list[str]]] = []
     real = storage_disk.os.fsync
 

@@ -1,4 +1,4 @@
-"""What the safety of the bucket rests on, and an S3 that answers otherwise than it should."""
+"""The MinIO storage: conditions that its safety needs, and unexpected answers of an S3 service."""
 
 import asyncio
 import itertools
@@ -57,7 +57,7 @@ async def storage(minio_server: Minio, credentials: None) -> MinioStorage:
 
 
 @pytest.mark.parametrize("size", [10, SMALL + PART])
-async def test_without_the_digest_wrong_bytes_would_stand_under_a_right_name(
+async def test_without_the_digest_check_wrong_bytes_would_be_stored(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     announced, wrong = blake3(b"right").hexdigest(), b"x" * size
@@ -86,7 +86,7 @@ def without_the_condition(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(storage._once, "_put_object", plain)
 
 
-async def test_without_the_condition_a_second_create_would_win_too(
+async def test_without_the_condition_a_second_create_would_succeed(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_the_condition(storage, monkeypatch)
@@ -104,7 +104,7 @@ async def test_an_s3_that_ignores_the_condition_is_refused_at_the_start(
 
 
 def losing_replies(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, replies: int, *, land: bool) -> None:
-    """The first so many requests of `create` end without an answer; the very first has an effect, or none has."""
+    """Lose the answers to the first requests of `create`; with `land`, the first request takes effect."""
     real, count = storage._once._put_object, itertools.count()
 
     def lossy(*arguments: Any) -> object:
@@ -119,7 +119,7 @@ def losing_replies(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, repli
 
 
 @pytest.mark.parametrize("land", [True, False])
-async def test_a_create_whose_reply_was_lost_knows_that_it_won(
+async def test_a_create_with_a_lost_reply_detects_its_success(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch, land: bool
 ) -> None:
     losing_replies(storage, monkeypatch, 1, land=land)
@@ -127,7 +127,7 @@ async def test_a_create_whose_reply_was_lost_knows_that_it_won(
     assert await storage.read("a") == b"body"
 
 
-async def test_a_create_whose_reply_was_lost_is_not_taken_for_anothers_of_the_same_bytes(
+async def test_a_create_with_a_lost_reply_is_distinct_from_another_of_the_same_bytes(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     another = MinioStorage(storage._config, prefix=storage._prefix)
@@ -136,7 +136,7 @@ async def test_a_create_whose_reply_was_lost_is_not_taken_for_anothers_of_the_sa
     assert not await storage.create("a", b"body")
 
 
-async def test_a_create_that_never_hears_an_answer_is_unavailable_and_may_stand(
+async def test_a_create_without_any_answer_is_unavailable_and_may_have_succeeded(
     storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losing_replies(storage, monkeypatch, 3, land=True)
@@ -164,7 +164,7 @@ async def test_an_upload_that_fails_leaves_no_parts(storage: MinioStorage) -> No
     assert (seen, unfinished(storage, "a")) == ([1], 0)
 
 
-async def test_parts_that_a_killed_store_left_are_removed_by_the_next_upload(storage: MinioStorage) -> None:
+async def test_parts_of_a_killed_store_are_removed_by_the_next_upload(storage: MinioStorage) -> None:
     name = f"{storage._prefix}a"
     upload = storage._client._create_multipart_upload(BUCKET, name, {})
     storage._client._upload_part(BUCKET, name, bytes(SMALL), None, upload, 1)
@@ -173,9 +173,7 @@ async def test_parts_that_a_killed_store_left_are_removed_by_the_next_upload(sto
     assert unfinished(storage, "a") == 0
 
 
-async def test_the_event_loop_turns_while_the_s3_is_waited_for(
-    storage: MinioStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_event_loop_runs_during_s3_requests(storage: MinioStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, ours, waited = asyncio.get_running_loop(), threading.get_ident(), set[str]()
 
     def watch(name: str) -> None:
@@ -183,7 +181,9 @@ async def test_the_event_loop_turns_while_the_s3_is_waited_for(
 
         def call(*arguments: Any, **more: Any) -> object:
             assert threading.get_ident() != ours, f"{name} holds the loop up"
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(LIMIT_S)  # it turns meanwhile
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(
+                LIMIT_S
+            )  # the event loop runs during the call
             waited.add(name)
             return real(*arguments, **more)
 
@@ -246,7 +246,7 @@ async def test_wrong_credentials_are_refused(
 
 
 def documented_policy() -> dict[str, Any]:
-    """The one in docs/operations.md, for this bucket and any prefix that begins with t-."""
+    """Return the policy of docs/operations.md for this bucket and any prefix that begins with t-."""
     text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
     found = re.search(r"```json\n(.*?)```", text, re.DOTALL)
     assert found
@@ -256,7 +256,7 @@ def documented_policy() -> dict[str, Any]:
 
 
 def a_user(server: Minio, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose credentials the storages of this test have."""
+    """Create a user with this policy; storages of the test use its credentials."""
     root = StaticProvider(server.access_key, server.secret_key)
     admin = MinioAdmin(endpoint=server.endpoint.removeprefix("http://"), credentials=root, secure=False)
     name = f"user-{uuid.uuid4().hex[:8]}"
@@ -305,7 +305,7 @@ async def test_without_one_of_the_documented_actions_the_start_is_refused(
         await MinioStorage(config(minio_server.endpoint), prefix=f"t-{uuid.uuid4().hex}/").open()
 
 
-async def test_a_bucket_that_is_missing_is_refused_or_made(minio_server: Minio, credentials: None) -> None:
+async def test_a_missing_bucket_is_refused_or_created(minio_server: Minio, credentials: None) -> None:
     name = f"made-{uuid.uuid4().hex[:12]}"
     with pytest.raises(UserError, match=f"has no bucket '{name}' .*--snapshot_store.create_bucket=true"):
         await MinioStorage(config(minio_server.endpoint, bucket=name), prefix="t/").open()
@@ -321,13 +321,13 @@ async def test_an_endpoint_that_does_not_answer_is_refused(credentials: None) ->
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost", "http://localhost:9000/minio", "http://a:b"])
-def test_an_endpoint_that_is_no_address_is_refused(endpoint: str) -> None:
+def test_an_invalid_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"snapshot_store.endpoint = {endpoint!r} cannot be used: ")):
         MinioStorage(config(endpoint), prefix="t/")
 
 
 @pytest.mark.parametrize("prefix", ["/", "a//", "../", ".a/", "a/../b/"])
-async def test_a_prefix_that_is_no_name_is_refused(prefix: str) -> None:
+async def test_an_invalid_prefix_is_refused(prefix: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"snapshot_store.prefix = {prefix!r} cannot begin")):
         await MinioStorage(config("http://127.0.0.1:1"), prefix=prefix).open()
 
@@ -342,7 +342,7 @@ async def test_a_clock_that_is_an_hour_off_is_refused(
     assert refused.value.code is ExitCode.UNAVAILABLE
 
 
-async def test_another_region_than_the_buckets_is_refused(
+async def test_a_region_other_than_the_buckets_is_refused(
     tmp_path: Any, credentials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINIO_SITE_REGION", "eu-north-7")
@@ -360,7 +360,7 @@ async def test_a_certificate_of_an_unknown_authority_is_refused_and_its_file_is_
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", minio.secret_key)
         with pytest.raises(UserError, match=r"is not trusted: name the file .* with snapshot_store.ca_file"):
             await MinioStorage(config(minio.endpoint), prefix="t/").open()
-        with pytest.raises(UserError, match="the S3 at http://"):  # spoken to without TLS
+        with pytest.raises(UserError, match="the S3 at http://"):  # an http endpoint
             await MinioStorage(config(minio.endpoint.replace("https", "http")), prefix="t/").open()
         trusted = config(minio.endpoint, ca_file=minio.ca_file, create_bucket=True)
         storage = MinioStorage(trusted, prefix="t/")
@@ -385,7 +385,7 @@ NOTHING: Answer = (200, "application/xml", f"{XML}<ListResult><Name>unit</Name><
 
 @pytest.fixture
 def answering(credentials: None) -> Iterator[Callable[..., MinioStorage]]:
-    """A storage over an S3 that answers each request of a method (and query) as it is told, else with an empty list."""
+    """A storage over an S3 stand-in with given answers per method and query; other requests get an empty list."""
     servers: list[Server] = []
 
     def make(**answers: Answer) -> MinioStorage:
@@ -424,8 +424,8 @@ async def test_a_full_s3_is_a_full_disk(answering: Callable[..., MinioStorage], 
         assert full.value.errno == number
 
 
-async def test_parts_that_could_not_be_put_together_are_no_object(answering: Callable[..., MinioStorage]) -> None:
-    """The answer is 200, sent before the S3 knew better; the error is in the body."""
+async def test_parts_that_could_not_be_joined_are_no_object(answering: Callable[..., MinioStorage]) -> None:
+    """The status is 200, sent before the error occurred; the body has the error."""
     begun = f"{XML}<Begun><UploadId>1</UploadId></Begun>"
     storage = answering(
         POST_uploads=(200, "application/xml", begun), POST_uploadId=(200, "application/xml", error("InternalError"))
@@ -442,7 +442,7 @@ async def test_parts_that_could_not_be_put_together_are_no_object(answering: Cal
         (200, "text/html", "<p>Log in<br></p>"), (503, "text/plain", ""),
     ],
 )  # fmt: skip
-async def test_an_s3_that_answers_something_else_is_unavailable(
+async def test_an_s3_with_unexpected_answers_is_unavailable(
     answering: Callable[..., MinioStorage], answer: Answer
 ) -> None:
     storage = answering(GET=answer)
@@ -450,7 +450,7 @@ async def test_an_s3_that_answers_something_else_is_unavailable(
         await storage.keys("")
 
 
-async def test_a_body_that_breaks_off_is_unavailable_and_not_short(answering: Callable[..., MinioStorage]) -> None:
+async def test_a_broken_download_is_unavailable_and_not_a_short_body(answering: Callable[..., MinioStorage]) -> None:
     storage = answering(GET=(200, "application/octet-stream", "only this", {"Content-Length": "1000"}))
     for read in (storage.read("a"), anext(storage.stream("a"))):
         with pytest.raises(Unavailable, match="IncompleteRead"):

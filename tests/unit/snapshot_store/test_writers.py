@@ -1,4 +1,4 @@
-"""Who may write: one epoch for each who asks, and nothing of an earlier one after a later was issued."""
+"""Write access: each request gets a new epoch, and writes of earlier epochs are refused."""
 
 import asyncio
 import tempfile
@@ -26,7 +26,7 @@ ONE, TWO = "1" * 64, "2" * 64
 
 @asynccontextmanager
 async def store(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a store over this folder that nobody has written to before."""
+    """A client of a new store in this folder."""
     app = create_app(DiskStorage(folder), sweep_s=3600.0)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://s") as client:
@@ -61,7 +61,7 @@ async def standing(client: httpx.AsyncClient) -> list[tuple[int, int, str]]:
     return [(entry["version"], entry["writer"], entry["digest"]) for entry in found]
 
 
-async def test_epochs_count_from_one_and_outlive_a_restart(tmp_path: Path) -> None:
+async def test_epochs_count_from_one_and_survive_a_restart(tmp_path: Path) -> None:
     async with store(tmp_path) as client:
         assert (await client.get("/v1/writers")).json() == {"epoch": None, "holder": None}
         assert [await begin(client, "first"), await begin(client, "second")] == [1, 2]
@@ -78,7 +78,7 @@ async def test_a_holder_without_a_name_is_refused(client: httpx.AsyncClient, bod
     assert (await client.get("/v1/writers")).json()["epoch"] is None
 
 
-async def test_only_the_newest_is_confirmed(client: httpx.AsyncClient) -> None:
+async def test_only_the_newest_writer_is_confirmed(client: httpx.AsyncClient) -> None:
     assert_error(await client.get("/v1/writers/1"), 409, "writer_unknown")
     await begin(client, "first")
     assert (await client.get("/v1/writers/1")).json() == {"epoch": 1}
@@ -90,7 +90,7 @@ async def test_only_the_newest_is_confirmed(client: httpx.AsyncClient) -> None:
         assert message == f"this store never issued epoch {unknown}; its newest is 2"
 
 
-async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_go(
+async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_are_removed(
     client: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     await begin(client, "first")
@@ -100,7 +100,7 @@ async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_go(
     message = assert_error(await announce(client, 1, 1, writer=1), 409, "fenced")
     assert message == "writer 1 (first) was replaced by writer 2 (second)"
     assert metric("refused_total", reason="fenced") == before + 1
-    assert_error(await announce(client, 0, 0, writer=1), 409, "fenced")  # the same again, but no longer his
+    assert_error(await announce(client, 0, 0, writer=1), 409, "fenced")  # the same version from the replaced writer
     assert_error(await announce(client, 1, 1, writer=3), 409, "writer_unknown")
     assert [entry["version"] for entry in (await client.get("/v1/versions")).json()["versions"]] == [0]
     catalog = await open_catalog(DiskStorage(tmp_path))
@@ -108,7 +108,7 @@ async def test_a_version_of_a_replaced_writer_is_refused_and_its_weights_go(
     assert [path.name for path in tmp_path.glob("objects/*")] == [a_manifest(0, 0).object]
 
 
-async def test_the_newest_may_repeat_what_an_earlier_one_stored(client: httpx.AsyncClient) -> None:
+async def test_the_newest_writer_may_repeat_a_version_of_an_earlier_one(client: httpx.AsyncClient) -> None:
     await begin(client)
     await announce(client, 0, 0, writer=1)
     await begin(client)
@@ -116,7 +116,7 @@ async def test_the_newest_may_repeat_what_an_earlier_one_stored(client: httpx.As
     assert_error(await announce(client, 0, 5, writer=2), 409, "version_conflict")
 
 
-async def test_a_checkpoint_counts_once_committed_until_it_is_withdrawn(tmp_path: Path) -> None:
+async def test_a_checkpoint_is_valid_from_its_commit_to_its_withdrawal(tmp_path: Path) -> None:
     async with store(tmp_path) as client:
         await begin(client)
         assert (await commit(client, 10, 1, TWO)).status_code == 201
@@ -126,7 +126,7 @@ async def test_a_checkpoint_counts_once_committed_until_it_is_withdrawn(tmp_path
         assert message.startswith("writer 1 has committed a checkpoint of version 9 with digest 1111")
     async with store(tmp_path) as client:
         assert await standing(client) == [(9, 1, ONE), (10, 1, TWO)]
-        for _ in range(2):  # harmless again
+        for _ in range(2):  # a repeated withdrawal has no effect
             assert (await client.delete("/v1/checkpoints/9/1?by=1")).status_code == 200
         assert await standing(client) == [(10, 1, TWO)]
 
@@ -144,7 +144,7 @@ async def test_a_replaced_writer_neither_commits_nor_withdraws(client: httpx.Asy
     assert await standing(client) == [(3, 2, TWO)]
 
 
-async def test_without_fencing_a_replaced_writer_would_be_heard(
+async def test_without_fencing_a_replaced_writer_could_write(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await begin(client)
@@ -177,14 +177,14 @@ async def test_a_damaged_commit_is_refused_when_the_store_opens_and_a_damaged_ho
     assert refused.value.code is ExitCode.DAMAGED
 
 
-async def test_of_many_at_once_each_gets_another_epoch(client: httpx.AsyncClient) -> None:
+async def test_concurrent_requests_get_distinct_epochs(client: httpx.AsyncClient) -> None:
     assert sorted(await asyncio.gather(*(begin(client, f"l{i}") for i in range(40)))) == list(range(1, 41))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=24))
-def test_of_many_at_several_stores_over_one_storage_each_gets_another_epoch(asked: list[int]) -> None:
-    """The storage decides, whoever asks: a store that was replaced itself issues no epoch twice."""
+def test_concurrent_requests_to_several_stores_over_one_storage_get_distinct_epochs(asked: list[int]) -> None:
+    """The storage decides, so a replaced store issues no epoch twice."""
 
     async def race(folder: Path) -> None:
         stores = [Writers(DiskStorage(folder), asyncio.Lock()) for _ in range(4)]
@@ -204,7 +204,7 @@ def test_of_many_at_several_stores_over_one_storage_each_gets_another_epoch(aske
 
 
 class WaitsBeforeCreating(DiskStorage):
-    """Lets others go on between the check of a writer and what it writes."""
+    """A storage that lets other tasks run between the check of a writer and its write."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -218,7 +218,7 @@ class WaitsBeforeCreating(DiskStorage):
 
 
 @pytest.mark.parametrize("what", ["version", "checkpoint"])
-async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_what_it_writes(tmp_path: Path, what: str) -> None:
+async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_its_write(tmp_path: Path, what: str) -> None:
     storage = WaitsBeforeCreating(tmp_path)
     catalog = await open_catalog(storage)
     await catalog.writers.issue("first")
@@ -234,7 +234,7 @@ async def test_no_epoch_is_issued_between_the_check_of_a_writer_and_what_it_writ
         writing = asyncio.create_task(catalog.writers.commit(Version(0), 1, ONE))
     await storage.checked.wait()
     taking_over = asyncio.create_task(catalog.writers.issue("second"))
-    for _ in range(100):  # as far as it can get
+    for _ in range(100):  # runs until it blocks
         await asyncio.sleep(0)
     assert not taking_over.done()
     storage.go_on.set()
@@ -255,7 +255,7 @@ ACTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(ACTS)
-def test_whatever_happens_commits_are_those_of_whoever_was_newest(acts: list[tuple[str, int, int]]) -> None:
+def test_random_events_accept_commits_of_the_newest_writer_only(acts: list[tuple[str, int, int]]) -> None:
     async def play(folder: Path) -> None:
         writers = Writers(DiskStorage(folder), asyncio.Lock())
         newest, counts = 0, set()

@@ -11,17 +11,17 @@ from palimpsest.common.versions import Version
 
 
 def an_object(content: int) -> bytes:
-    """An object with one tensor of one number."""
+    """Return an object with one tensor of one number."""
     return encode_base(np.frombuffer(content.to_bytes(4, "little"), dtype=np.uint8), itemsize=4, level=3)
 
 
 def digest_of(content: int) -> str:
-    """The object's name."""
+    """Return the object's name."""
     return blake3(an_object(content)).hexdigest()
 
 
 def a_manifest(version: int, content: int) -> Manifest:
-    """A version with these weights."""
+    """Return the manifest of a version with these weights."""
     raw, body = content.to_bytes(4, "little"), an_object(content)
     entry = TensorEntry("w", "int32", (1,), blake3(raw).hexdigest(), 0, len(body))
     return Manifest(
@@ -39,6 +39,6 @@ def a_manifest(version: int, content: int) -> Manifest:
 
 
 async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
-    """The pieces, as an upload."""
+    """Yield the pieces of an upload."""
     for piece in pieces:
         yield piece

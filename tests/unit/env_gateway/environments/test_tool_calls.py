@@ -1,4 +1,4 @@
-"""Finding tool calls in what a model wrote."""
+"""Parsing tool calls in a model's message."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ CALLS = st.tuples(st.text(), st.dictionaries(st.text(), JSON, max_size=4))
 @example("<tool_call>" + "9" * 10_000 + "</tool_call>")
 @example("<tool_call>" * 1000)
 @example("<tool_call>\ud800</tool_call>")
-def test_no_text_makes_reading_fail(text: str) -> None:
+def test_parsing_never_fails(text: str) -> None:
     found = read(text)
     assert len(found.attempts) <= MAX_CALLS + 1
     assert found.text == found.text.strip()
@@ -38,7 +38,7 @@ def test_no_text_makes_reading_fail(text: str) -> None:
 @settings(deadline=None)
 @given(st.lists(CALLS, min_size=1, max_size=MAX_CALLS), st.text(alphabet="ab <>/{\n"))
 @example([("f", {"x": "</tool_call><tool_call></think><think>"})], "")
-def test_well_formed_calls_come_back_as_they_were(calls: list[tuple[str, dict[str, Any]]], between: str) -> None:
+def test_well_formed_calls_are_parsed_unchanged(calls: list[tuple[str, dict[str, Any]]], between: str) -> None:
     found = read(between.join(["", *(render(name, arguments) for name, arguments in calls), ""]))
     assert [(call.name, call.arguments) for call in found.calls] == calls
     assert found.attempts == found.calls
@@ -81,14 +81,14 @@ def test_text_around_calls_is_kept_and_calls_stay_in_order() -> None:
         ('{"name": "f", "arguments": {}, "id": 3}', "Object contains unknown field `id`"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_said(body: str, problem: str) -> None:
+def test_the_problem_of_a_malformed_call_is_reported(body: str, problem: str) -> None:
     found = read(f"<tool_call>\n{body}\n</tool_call>")
     assert found.attempts == (Malformed(problem),)
     assert found.calls == ()
     assert found.answer is None
 
 
-def test_a_call_that_does_not_end_is_malformed() -> None:
+def test_an_unterminated_call_is_malformed() -> None:
     assert read('so <tool_call>\n{"name": "f", "arguments": {}}') == Turn("so", (Malformed("no </tool_call>"),))
 
 
@@ -97,7 +97,7 @@ def test_a_malformed_call_does_not_hide_the_next_one() -> None:
     assert found.attempts == (Malformed("not JSON"), ToolCall(name="f", arguments={}))
 
 
-def test_calls_beyond_the_most_are_answered_with_one_remark() -> None:
+def test_calls_over_the_limit_are_reported_once() -> None:
     found = read(render("f", {}) * (MAX_CALLS + 3))
     assert len(found.calls) == MAX_CALLS
     assert found.attempts[-1] == Malformed("more than 8 calls in one message")

@@ -1,4 +1,4 @@
-"""Environments that misbehave, each in its own way; and one that does not."""
+"""Environments that misbehave, each in one way, and one that behaves."""
 
 import ctypes
 import math
@@ -13,7 +13,7 @@ from palimpsest.env import Message, Opening, Outcome, Reply, Score, Turn, digest
 
 
 class Counts:
-    """Counts its turns, and ends when told so."""
+    """Counts its turns and ends on request."""
 
     version = "3"
 
@@ -51,7 +51,7 @@ class LeavesPython(Counts):
 
 
 def entered(turn: Turn) -> None:
-    """Tell a test that the step has begun, by a file whose name starts with the model's words."""
+    """Signal the start of a step with a file whose name starts with the model's text."""
     if turn.text.startswith("/"):
         Path(f"{turn.text}.entered").touch()
 
@@ -64,7 +64,7 @@ class Hangs(Counts):
 
 
 class HangsInC(Counts):
-    """Holds the interpreter's lock, so that no thread of the process runs any more."""
+    """Holds the interpreter lock, so that no other thread of the process runs."""
 
     def step(self, turn: Turn) -> Outcome:
         entered(turn)
@@ -99,7 +99,7 @@ class Nothing(Counts):
 
 
 class Forges(Counts):
-    """Writes a reward of its own on whatever socket it finds."""
+    """Writes a forged reward to every open socket."""
 
     def step(self, turn: Turn) -> Outcome:
         for descriptor in range(3, 64):
@@ -116,7 +116,7 @@ class Floods(Counts):
 
 
 class StartsOthers(Counts):
-    """Starts a process and says its id."""
+    """Starts a process and returns its id."""
 
     def step(self, turn: Turn) -> Outcome:
         other = subprocess.Popen(["sleep", "3600"])
@@ -124,7 +124,7 @@ class StartsOthers(Counts):
 
 
 class UsesGlobalChance(Counts):
-    """Draws from the global generator and from the order of a set, as libraries do."""
+    """Draws from the global generator and the order of a set, as libraries do."""
 
     def step(self, turn: Turn) -> Outcome:
         words = {f"word{number}" for number in range(50)}
@@ -132,7 +132,7 @@ class UsesGlobalChance(Counts):
 
 
 class Waits(Counts):
-    """Ends the session when the file exists that the model names."""
+    """Ends the session when the file named by the model exists."""
 
     def step(self, turn: Turn) -> Outcome:
         entered(turn)
@@ -142,7 +142,7 @@ class Waits(Counts):
 
 
 class Looks(Counts):
-    """Says what it sees of the gateway's surroundings."""
+    """Returns the parts of the gateway's environment that it can see."""
 
     def step(self, turn: Turn) -> Outcome:
         seen = {name for name in os.environ if "TOKEN" in name}

@@ -1,4 +1,4 @@
-"""A module whose import never ends; a file where the gateway was started tells that it has begun."""
+"""A module whose import never ends; a file in the gateway's working directory marks its start."""
 
 import time
 from pathlib import Path
