@@ -16,23 +16,23 @@ from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0
-"""A session waits so long for a free process before it is refused with 429."""
+"""Time limit for a new session to get a free process, in seconds; then it is refused with 429."""
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
-    """Serve until stopped."""
+    """Serve until a stop request."""
     config, secret = invocation.config.env_gateway, token(os.environ)
     require_token_off_loopback(config.host, secret)
-    os.environ.pop(VARIABLE, None)  # environments are other people's code
-    wanted = plugins.blueprints(config.plugins, taken=registry.built_in())
+    os.environ.pop(VARIABLE, None)  # environments are third-party code and must not read the token
+    plugged_in = plugins.blueprints(config.plugins, taken=registry.built_in())
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,
         call_limit_s=config.step_limit_s,
-        modules=_modules(invocation.config, wanted.values()),
+        modules=_modules(invocation.config, plugged_in.values()),
     )
     try:
-        offered = {**registry.built_in(), **registry.reasoning_gym(pool), **plugins.entries(pool, wanted)}
+        offered = {**registry.built_in(), **registry.reasoning_gym(pool), **plugins.entries(pool, plugged_in)}
         plugins.check_tasks(invocation.config.tasks.environments, offered)
         if any(offered[name].isolated for name in invocation.config.tasks.environments):
             pool.warm()
@@ -56,9 +56,9 @@ def _limits(config: EnvGatewayConfig) -> SessionLimits:
 
 
 def _modules(config: RunConfig, plugged_in: Iterable[EnvironmentSpec]) -> tuple[str, ...]:
-    """What children find loaded: every plugin, and reasoning-gym (seconds, 100 MB) if the run trains on it."""
-    wanted = any(name.startswith(registry.REASONING_GYM) for name in config.tasks.environments)
-    return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if wanted else []))
+    """Return the modules that the fork server preloads: every plugin, and reasoning-gym if the run trains on it."""
+    uses_reasoning_gym = any(name.startswith(registry.REASONING_GYM) for name in config.tasks.environments)
+    return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if uses_reasoning_gym else []))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The gateway over HTTP (docs/gateway.md).
 
-GET     /v1/envs                        every environment
+GET     /v1/envs                        all environments
 GET     /v1/envs/{name}
-POST    /v1/sessions                    begin one; Idempotency-Key: the same key is the same session
+POST    /v1/sessions                    begin a session; the same Idempotency-Key returns the same session
 POST    /v1/sessions/{id}/step          {"step": next_step, "action": {...}}
 POST    /v1/sessions/{id}/heartbeat     renew the lease
-POST    /v1/sessions/{id}/finalize      end it here, score what there is
+POST    /v1/sessions/{id}/finalize      end the session and score its current state
 GET     /v1/sessions/{id}
 DELETE  /v1/sessions/{id}
 """
@@ -41,7 +41,7 @@ from palimpsest.services.env_gateway.sessions import Sessions
 
 W = TypeVar("W", bound=Wire)
 SWEEP_S = 1.0
-"""Seconds between two looks for sessions whose lease has run out."""
+"""Interval between checks for expired leases, in seconds."""
 MAX_KEY = 255
 """Longest Idempotency-Key, in characters."""
 
@@ -54,7 +54,7 @@ def create_app(
     request_limit_bytes: int = 2**20,
     on_exit: Callable[[], Awaitable[None]] | None = None,
 ) -> FastAPI:
-    """The gateway's application. It expires sessions while it runs, and drains them when it ends, before `on_exit`."""
+    """Return the gateway's application. It expires sessions while it runs and drains them before `on_exit`."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +85,7 @@ def create_app(
 def _add_environment_routes(app: FastAPI, registry: Registry) -> None:
     @app.get("/v1/envs")
     async def environments() -> dict[str, list[EnvironmentInfo]]:
-        """Every environment on offer."""
+        """All environments."""
         return {"environments": [_info(entry) for entry in registry.values()]}
 
     @app.get("/v1/envs/{name}")
@@ -98,19 +98,19 @@ def _add_environment_routes(app: FastAPI, registry: Registry) -> None:
 
 def _add_session_routes(app: FastAPI, sessions: Sessions, limit: int) -> None:
     async def create(request: Request) -> bytes:
-        """Begin a session; with an Idempotency-Key that began one, give that one."""
+        """Begin a session, or return the session that the same Idempotency-Key began."""
         key = request.headers.get("idempotency-key") or None
         if key is not None and len(key) > MAX_KEY:
             raise HttpError(422, "invalid_request", f"an Idempotency-Key has at most {MAX_KEY} characters")
         return await sessions.create(_parsed(CreateSession, await _body(request, limit)), key)
 
     async def step(request: Request) -> bytes:
-        """Take a step; the same one again gives the stored reply."""
+        """Take a step; a repeated step returns the stored reply."""
         taken = _parsed(TakeStep, await _body(request, limit))
         return await sessions.step(request.path_params["session_id"], taken)
 
     async def finalize(request: Request) -> bytes:
-        """End the session here and score what there is."""
+        """End the session and score its current state."""
         return await sessions.finalize(request.path_params["session_id"])
 
     async def heartbeat(request: Request) -> bytes:
@@ -124,17 +124,17 @@ def _add_session_routes(app: FastAPI, sessions: Sessions, limit: int) -> None:
 
     @app.get("/v1/sessions/{session_id}")
     async def state(session_id: str) -> SessionState:
-        """Where the session stands."""
+        """The state of the session."""
         return sessions.state(session_id)
 
     @app.delete("/v1/sessions/{session_id}", status_code=204)
     async def close(session_id: str) -> None:
-        """End the session at once, even during a step; nothing happens if it has ended."""
+        """End the session at once, even during a step; no effect if it has ended."""
         sessions.close(session_id)
 
 
 def _answer_errors_alike(app: FastAPI) -> None:
-    """Every error has the same body: {code, message, retryable}."""
+    """Give every error the same body: {code, message, retryable}."""
 
     @app.exception_handler(HttpError)
     async def refused(_request: Request, error: HttpError) -> JSONResponse:
@@ -152,7 +152,7 @@ def _answer_errors_alike(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def left(_request: Request, _error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # nobody reads it
+        return Response(status_code=400)  # the client has disconnected
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, error: Exception) -> JSONResponse:
@@ -167,7 +167,7 @@ async def _sweep(sessions: Sessions) -> None:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises HttpError (413) as soon as it is known to be too long."""
+    """Return the body. Raises HttpError (413) as soon as it exceeds the limit."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise _too_long(limit)
     body = b""

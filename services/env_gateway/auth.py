@@ -1,4 +1,4 @@
-"""Who may talk to the gateway: on a loopback address anyone on the machine, elsewhere only who has the token."""
+"""Authentication: on a loopback address every process of the machine has access, elsewhere requests need the token."""
 
 import hmac
 import ipaddress
@@ -12,15 +12,15 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import instruments
 
 GUARDED = "/v1"
-"""Everything under this path needs the token; health and metrics do not."""
+"""Path prefix of the routes that need the token; health and metrics do not."""
 
 
 def require_token_off_loopback(host: str, token: str | None) -> None:
-    """Raises UserError if the gateway would answer strangers."""
+    """Raise UserError if other machines could reach the gateway without a token."""
     if token is None and not is_loopback(host):
         raise UserError(
-            f"env_gateway.host: {host or 'every address'} can be reached from outside this machine, and whoever "
-            f"reaches the gateway can run its environments: set {VARIABLE} to a secret (for the gateway and for the "
+            f"env_gateway.host: {host or 'every address'} can be reached from outside this machine, and every "
+            f"client can run environments there: set {VARIABLE} to a secret (for the gateway and for the "
             f"rollout workers), or listen on 127.0.0.1"
         )
 
@@ -36,17 +36,17 @@ def is_loopback(host: str) -> bool:
 
 
 class BearerAuth:
-    """Lets requests through that carry the token; compares in constant time."""
+    """Middleware that rejects requests without the token. The comparison takes constant time."""
 
     def __init__(self, app: ASGIApp, *, token: str) -> None:
         self._app = app
         self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http" and scope["path"].startswith(GUARDED) and not self._admitted(scope):
             instruments.REFUSED.labels("unauthorized").inc()
-            error = HttpError(401, "unauthorized", f"`Authorization: Bearer` with the token of {VARIABLE} is needed")
+            error = HttpError(401, "unauthorized", f"`Authorization: Bearer` with the token of {VARIABLE} is required")
             await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Where one session's environment runs. Two adapters: in this process, and in a child (processes/world.py)."""
+"""The port to one session's environment, with two adapters: in this process, and in a child (child_host.py)."""
 
 from typing import Protocol
 
@@ -14,36 +14,36 @@ from palimpsest.services.env_gateway.output_validation import check_opening, che
 
 
 class AtCapacity(Exception):
-    """As many sessions of this kind run as may run at once."""
+    """The maximum number of concurrent sessions is reached."""
 
 
 class EnvironmentHost(Protocol):
-    """An environment at a distance: the same calls, checked results, and an end that always succeeds.
+    """Runs an environment: the same calls with checked results, and a `close` that always succeeds.
 
-    A call that cannot be relied on to come back has a deadline, and raises EnvironmentFailed when that has passed.
+    A call that may not return has a deadline, after which it raises EnvironmentFailed.
     """
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
-        """Begin; gives the opening and the hash of the state it leaves. Raises EnvironmentFailed."""
+        """Begin the task. Return the opening and the hash of the state. Raises EnvironmentFailed."""
 
     async def step(self, turn: Turn) -> Outcome:
-        """Take one message. Raises EnvironmentFailed."""
+        """Process one message of the model. Raises EnvironmentFailed."""
 
     async def finalize(self) -> Score:
-        """Score what there is. Raises EnvironmentFailed."""
+        """Score the current state. Raises EnvironmentFailed."""
 
     def close(self) -> None:
-        """Give back what it holds, even in the middle of a call. Safe to call twice."""
+        """Release all resources, even during a call. Idempotent."""
 
 
 class InProcess:
-    """The environment is an object here: for the built-in ones, which are pure, quick and trusted."""
+    """Runs the environment in this process: for the built-in ones, which are pure, fast and trusted."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
-        """See World."""
+        """See EnvironmentHost."""
         try:
             opening, state_hash = self._environment.reset(seed), self._environment.state_hash()
         except Exception as error:
@@ -51,7 +51,7 @@ class InProcess:
         return check_opening(opening), state_hash
 
     async def step(self, turn: Turn) -> Outcome:
-        """See World."""
+        """See EnvironmentHost."""
         try:
             outcome = self._environment.step(turn)
         except Exception as error:
@@ -59,7 +59,7 @@ class InProcess:
         return check_outcome(outcome)
 
     async def finalize(self) -> Score:
-        """See World."""
+        """See EnvironmentHost."""
         try:
             score = self._environment.finalize()
         except Exception as error:
@@ -67,9 +67,9 @@ class InProcess:
         return check_score(score)
 
     def close(self) -> None:
-        """See World."""
+        """See EnvironmentHost."""
 
 
 def as_environment_failure(error: BaseException) -> EnvironmentFailed:
-    """The failure of an environment that raised."""
+    """Return the failure of an environment that raised."""
     return EnvironmentFailed("environment_raised", f"{type(error).__name__}: {error}"[:2000])

@@ -1,4 +1,4 @@
-"""What the gateway reports to Prometheus."""
+"""Prometheus metrics of the gateway."""
 
 from functools import cache
 
@@ -39,7 +39,7 @@ REWARD = Histogram(
 
 
 class Of:
-    """One environment's metrics, looked up once."""
+    """The metrics of one environment; cached, because a lookup by label is slow."""
 
     def __init__(self, environment: str) -> None:
         self.created = CREATED.labels(environment)

@@ -1,4 +1,4 @@
-"""What an environment may return. Anything else fails the session, so that garbage never becomes a reward."""
+"""Validates the values that an environment returns. An invalid value fails the session and never becomes a reward."""
 
 import json
 import math
@@ -10,7 +10,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_opening(returned: Any) -> Opening:
-    """The opening, if it is one. Raises EnvironmentFailed."""
+    """Return a valid opening. Raises EnvironmentFailed."""
     if not isinstance(returned, Opening):
         raise _invalid(f"reset returned {_shown(returned)}, not an Opening")
     _check_messages(returned.messages)
@@ -26,7 +26,7 @@ def check_opening(returned: Any) -> Opening:
 
 
 def check_outcome(returned: Any) -> Outcome:
-    """The reply or score, if it is one. Raises EnvironmentFailed."""
+    """Return a valid reply or score. Raises EnvironmentFailed."""
     if isinstance(returned, Reply):
         _check_messages(returned.messages)
         if type(returned.tool_errors) is not int or returned.tool_errors < 0:
@@ -36,7 +36,7 @@ def check_outcome(returned: Any) -> Outcome:
 
 
 def check_score(returned: Any) -> Score:
-    """The score, if it is one and its reward lies in [0, 1]. Raises EnvironmentFailed."""
+    """Return a valid score, with a reward in [0, 1]. Raises EnvironmentFailed."""
     if not isinstance(returned, Score):
         raise _invalid(f"{_shown(returned)} is neither a Reply nor a Score")
     if not _is_number(returned.reward) or not 0 <= returned.reward <= 1:
@@ -66,14 +66,14 @@ def _check_messages(messages: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number; True and False are not."""
+    """Whether the value is a finite number; True and False are not."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def _shown(value: Any) -> str:
     try:
         return repr(value)[:100]
-    except Exception:  # the value's own code
+    except Exception:  # repr runs code of the value
         return f"a {type(value).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""The environments a person plugs in: looked at before the gateway listens, so that a mistake is refused at once."""
+"""The environments of `env_gateway.plugins`. They are checked before the gateway listens, so errors appear at once."""
 
 import difflib
 import re
@@ -18,7 +18,7 @@ def blueprints(plugins: Mapping[str, str], *, taken: Iterable[str]) -> dict[str,
     for name, path in plugins.items():
         key = f"env_gateway.plugins.{name}"
         if not _NAME.fullmatch(name):
-            raise UserError(f"{key}: a name is made of a-z, 0-9, _, . and -, begins with a letter or digit, up to 64")
+            raise UserError(f"{key}: a name has up to 64 of a-z, 0-9, _, . and -, and begins with a letter or digit")
         if name in taken or name.startswith(REASONING_GYM):
             raise UserError(f"{key}: an environment of this name comes with Palimpsest; choose another")
         if not _PATH.fullmatch(path):
@@ -26,10 +26,10 @@ def blueprints(plugins: Mapping[str, str], *, taken: Iterable[str]) -> dict[str,
     return {name: EnvironmentSpec(path=path) for name, path in plugins.items()}
 
 
-def entries(pool: Pool, wanted: Mapping[str, EnvironmentSpec]) -> dict[str, Entry]:
-    """Every plugin, once its class has been loaded in a child and found usable. Raises UserError."""
+def entries(pool: Pool, specs: Mapping[str, EnvironmentSpec]) -> dict[str, Entry]:
+    """Return every plugin, after a child has loaded and checked its class. Raises UserError."""
     found: dict[str, Entry] = {}
-    for name, blueprint in wanted.items():
+    for name, blueprint in specs.items():
         described = pool.describe(blueprint)
         if described.problem:
             raise UserError(
@@ -41,7 +41,7 @@ def entries(pool: Pool, wanted: Mapping[str, EnvironmentSpec]) -> dict[str, Entr
 
 
 def check_tasks(environments: Iterable[str], registry: Registry) -> None:
-    """Every environment a run trains on is on offer. Raises UserError."""
+    """Check that the gateway has every environment of the run. Raises UserError."""
     for name in environments:
         if name not in registry:
             near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)

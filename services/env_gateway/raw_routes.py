@@ -1,6 +1,6 @@
-"""Routes past FastAPI's handling of parameters, models and responses, which costs more than a step does.
+"""Routes that bypass FastAPI's parameters, models and responses, which take longer than an environment's step.
 
-They are in its OpenAPI like any other; their errors go to the application's exception handlers.
+They are part of the OpenAPI document, and their errors reach the application's exception handlers.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from palimpsest.common.sessions.wire import Wire
 
 
 class RawRoute(APIRoute):
-    """A route whose endpoint takes the request and gives the reply's JSON as bytes."""
+    """A route whose endpoint takes the request and returns the reply's JSON as bytes."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         super().__init__(path, endpoint, response_model=None, **options)
@@ -30,7 +30,7 @@ class RawRoute(APIRoute):
 def post(
     app: FastAPI, path: str, endpoint: Any, *, takes: type[Wire] | None = None, gives: type[Wire], status: int = 200
 ) -> None:
-    """Add such a route, to be matched before all others."""
+    """Add a raw POST route that is matched before all others."""
     content = {"application/json": {"schema": takes.model_json_schema()}} if takes else None
     app.router.routes.insert(
         0,

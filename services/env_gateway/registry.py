@@ -1,4 +1,4 @@
-"""Names and what they stand for. A name from outside is looked up here and goes nowhere else."""
+"""Maps names to environments. A name from a request is used only for this lookup."""
 
 import importlib.util
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,7 +14,7 @@ from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 
 FAMILIES: Mapping[str, TaskFamily] = {"lookup": lookup, "hop": hop, "add": add}
-"""The built-in families, with what is needed to prepare a model for each."""
+"""The built-in task families, with the functions that prepare a model for each."""
 
 REASONING_GYM = "reasoning_gym."
 CLASSES: Mapping[str, type[Environment]] = {"lookup": lookup.Lookup, "hop": hop.Hop, "add": add.Add}
@@ -23,22 +23,22 @@ CLASSES: Mapping[str, type[Environment]] = {"lookup": lookup.Lookup, "hop": hop.
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One environment on offer."""
+    """One environment of the gateway."""
 
     name: str
     version: str
     description: str
     isolated: bool
-    """Whether each session has a process of its own."""
+    """Whether each session has its own process."""
     open: Callable[[], Awaitable[EnvironmentHost]]
-    """A world for a new session. Raises AtCapacity, EnvironmentFailed."""
+    """Opens a host for a new session. Raises AtCapacity, EnvironmentFailed."""
 
 
 Registry = Mapping[str, Entry]
 
 
 def built_in() -> dict[str, Entry]:
-    """The families that come with Palimpsest."""
+    """Return the built-in families."""
     return {
         name: Entry(name, made.version, _first_line(FAMILIES[name].__doc__), False, partial(_in_process, made))
         for name, made in CLASSES.items()
@@ -46,7 +46,7 @@ def built_in() -> dict[str, Entry]:
 
 
 def reasoning_gym(pool: Pool) -> dict[str, Entry]:
-    """Every dataset, if reasoning-gym is installed."""
+    """Return every dataset of reasoning-gym; empty if it is not installed."""
     if importlib.util.find_spec("reasoning_gym") is None:
         return {}
     path = f"{ReasoningGymTask.__module__}:{ReasoningGymTask.__name__}"
@@ -63,7 +63,7 @@ def reasoning_gym(pool: Pool) -> dict[str, Entry]:
 
 
 def isolated(pool: Pool, name: str, blueprint: EnvironmentSpec, *, version: str, description: str) -> Entry:
-    """An environment whose sessions have a child each."""
+    """Return an environment whose sessions each run in a child process."""
     return Entry(name, version, description, True, partial(InChild.open, pool, blueprint))
 
 

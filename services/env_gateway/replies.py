@@ -1,4 +1,4 @@
-"""What an environment returned, as the replies that go to the client."""
+"""Converts the return values of an environment to replies for the client."""
 
 from palimpsest.common.sessions.wire import Message, Status, Step, StepError
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
@@ -6,18 +6,20 @@ from palimpsest.services.env_gateway.environments.tool_calls import remark
 
 
 def continue_step(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:
-    """The session goes on: remarks on malformed calls, then what the environment says. Raises EnvironmentFailed."""
+    """Return the step of a running session: remarks on malformed calls, then the messages. Raises EnvironmentFailed."""
     remarks = [
         Message(role="tool", content=remark(attempt)) for attempt in turn.attempts if isinstance(attempt, Malformed)
     ]
     messages = (*remarks, *(shorten(message, limit_bytes) for message in reply.messages))
     if not messages:
-        raise EnvironmentFailed("environment_invalid", "it neither said anything nor ended the session")
+        raise EnvironmentFailed(
+            "environment_invalid", "the environment returned no message and did not end the session"
+        )
     return Step(step=number, status=Status.RUNNING, messages=messages)
 
 
 def final_step(number: int, status: Status, score: Score) -> Step:
-    """The session is over, with a reward."""
+    """Return the last step of a session that ended with a reward."""
     return Step(
         step=number,
         status=status,
@@ -28,13 +30,13 @@ def final_step(number: int, status: Status, score: Score) -> Step:
 
 
 def failed_step(number: int, failure: EnvironmentFailed) -> Step:
-    """The session is over because of its environment: the reward is unknown."""
+    """Return the last step of a session whose environment failed; the reward is unknown."""
     return Step(step=number, status=Status.ERROR, error=StepError(code=failure.code, message=str(failure)))
 
 
 def shorten(message: Message, limit_bytes: int) -> Message:
-    """The message, cut to so many bytes of text if it is longer, with a note in place of the rest."""
-    if 4 * len(message.content) <= limit_bytes:  # no character takes more than four
+    """Return the message, truncated to `limit_bytes` of text with a note if it is longer."""
+    if 4 * len(message.content) <= limit_bytes:  # a character has at most four bytes
         return message
     encoded = message.content.encode()
     if len(encoded) <= limit_bytes:

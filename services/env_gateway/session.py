@@ -1,7 +1,7 @@
-"""One session's numbers: which step comes next, what was replied to the earlier ones, and how it ended.
+"""The state of one session: its next step, the replies to earlier steps, and its end.
 
-Invariant: replies have been given to steps 0 to next_step - 1; while the session runs all are kept, afterwards the last
-one. The status leaves `running` once.
+Invariant: steps 0 to next_step - 1 have replies. A running session keeps all of them, an ended one the last. The status
+leaves `running` once.
 """
 
 import asyncio
@@ -15,30 +15,30 @@ from palimpsest.services.env_gateway.hosts import EnvironmentHost
 
 @dataclass(slots=True)
 class LiveSession:
-    """A live session, or what is remembered of an ended one."""
+    """A live session, or the remembered state of an ended one."""
 
     id: str
     wanted: CreateSession
     key: str | None
-    """The Idempotency-Key it was created with."""
+    """The Idempotency-Key of its creation."""
     lease_until: float
     on_end: Callable[["LiveSession"], None]
-    """Called once, when it ends."""
+    """Called once, when the session ends."""
     world: EnvironmentHost | None = None
-    """Where the environment runs, while it does."""
+    """The host of the environment; None before it opens and after the end."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     opened: bytes | None = None
-    """The reply to its creation, once there is one; forgotten at the end."""
+    """The reply to its creation; None before that and after the end."""
     next_step: int = 0
     status: Status = Status.RUNNING
     ending: Step | None = None
-    """How it ended; its number is that of the step that ended it, else the next step's."""
+    """The last step. Its number is that of the step that ended the session, else the next step's."""
     _replies: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def stored(self, number: int, action: bytes) -> bytes | None:
-        """The reply to a step taken before; None if this one comes next. Raises HttpError (409, 410).
+        """Return the reply to an earlier step; None if this is the next step. Raises HttpError (409, 410).
 
-        A step is known by its number and its action: the same again gets the same reply, another one is a conflict.
+        Number and action identify a step: a repeated step gets the same reply, another action is a conflict.
         """
         if number < self.next_step:
             if number not in self._replies:
@@ -52,13 +52,11 @@ class LiveSession:
         if self.status.is_terminal:
             raise self.gone()
         if number > self.next_step:
-            raise HttpError(
-                409, "step_gap", f"step {number} leaves out step {self.next_step}", next_step=self.next_step
-            )
+            raise HttpError(409, "step_gap", f"step {number} skips step {self.next_step}", next_step=self.next_step)
         return None
 
     def replied(self, action: bytes, step: Step) -> bytes:
-        """Note the reply to the next step, and the session's end if it is one. Gives the reply's bytes."""
+        """Store the reply to the next step, and end the session if it is the last. Return the reply's bytes."""
         reply = step.model_dump_json().encode()
         self._replies[self.next_step] = action, reply
         self.next_step += 1
@@ -67,7 +65,7 @@ class LiveSession:
         return reply
 
     def end(self, ending: Step) -> None:
-        """Leave `running` for good: let go of the environment, keep the last reply and the ending."""
+        """End the session: close the environment, keep the last reply and the ending."""
         assert self.ending is None, "a session ends once"
         self.status, self.ending, self.opened = ending.status, ending, None
         self._replies = {number: reply for number, reply in self._replies.items() if number == self.next_step - 1}
@@ -77,15 +75,15 @@ class LiveSession:
         self.on_end(self)
 
     def end_without_reward(self, status: Status) -> None:
-        """End where it stands, as expired or cancelled."""
+        """End the session as expired or cancelled."""
         self.end(Step(step=self.next_step, status=status))
 
     def gone(self) -> HttpError:
-        """What is answered to a step that can be neither taken nor replayed."""
+        """Return the error for a step that can be neither taken nor replayed."""
         return HttpError(410, "gone", f"the session is over: {self.status}")
 
     def state(self, now: float) -> SessionState:
-        """What is known of it."""
+        """Return the state for GET /v1/sessions/{id}."""
         ending = self.ending
         return SessionState(
             session_id=self.id,

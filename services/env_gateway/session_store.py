@@ -1,7 +1,7 @@
-"""Which sessions are live, which have ended and are still remembered, and what became of all of them.
+"""Stores live and recently ended sessions, and counts all sessions by status.
 
-Invariant: every session that was begun is either live or counted under exactly one status. An ended one is remembered
-for a while, with its Idempotency-Key, so that a late retry gets the stored answer and begins nothing anew.
+Invariant: every session that began is either live or counted under exactly one status. An ended session is remembered
+for a while with its Idempotency-Key, so that a late retry gets the stored reply and begins no second session.
 """
 
 from collections import Counter, OrderedDict
@@ -16,7 +16,7 @@ class SessionStore:
     """Sessions by id and by key."""
 
     def __init__(self, *, remember: int, remember_s: float) -> None:
-        """Ended sessions are remembered so long, but at most so many of them."""
+        """Remember ended sessions for `remember_s` seconds, at most `remember` of them."""
         self._remember, self._remember_s = remember, remember_s
         self._live: dict[str, LiveSession] = {}
         self._ended: OrderedDict[str, tuple[float, LiveSession]] = OrderedDict()
@@ -25,43 +25,43 @@ class SessionStore:
 
     @property
     def live(self) -> tuple[LiveSession, ...]:
-        """The sessions that run or are being begun."""
+        """The sessions that run or are starting."""
         return tuple(self._live.values())
 
     def __len__(self) -> int:
         return len(self._live)
 
     def find(self, session_id: str) -> LiveSession | None:
-        """The session, live or remembered."""
+        """Return the live or remembered session, or None."""
         if session := self._live.get(session_id):
             return session
         _, session = self._ended.get(session_id, (0.0, None))
         return session
 
     def of_key(self, key: str | None) -> LiveSession | None:
-        """The session that this Idempotency-Key began; no key is nobody's."""
+        """Return the session that this Idempotency-Key began; None for no key."""
         return None if key is None else self._keys.get(key)
 
     def add(self, session: LiveSession) -> None:
-        """A session is being begun."""
+        """Add a session that is starting."""
         self._live[session.id] = session
         if session.key is not None:
             self._keys[session.key] = session
 
     def mark_running(self, session: LiveSession) -> None:
-        """It runs now."""
+        """Count a session that runs now."""
         counted = instruments.of(session.wanted.environment)
         counted.created.inc()
         counted.live.inc()
 
     def discard(self, session: LiveSession) -> None:
-        """It could not be begun: nothing is remembered of it, its key is free again."""
+        """Remove a session that failed to start; its key is free again."""
         del self._live[session.id]
         if session.key is not None:
             del self._keys[session.key]
 
     def mark_ended(self, session: LiveSession, now: float) -> None:
-        """It has its ending: count it, remember it."""
+        """Count and remember an ended session."""
         assert session.ending is not None
         environment, status, error = session.wanted.environment, session.status, session.ending.error
         del self._live[session.id]
@@ -77,12 +77,12 @@ class SessionStore:
             self._forget_oldest()
 
     def forget(self, now: float) -> None:
-        """Drop what has been remembered long enough."""
+        """Remove ended sessions whose time is over."""
         while self._ended and next(iter(self._ended.values()))[0] <= now:
             self._forget_oldest()
 
     def status(self) -> dict[str, Any]:
-        """Live and remembered sessions now, and all there were, by status and by environment."""
+        """Return the number of live and remembered sessions, and totals by status and by environment."""
         by_environment: dict[str, Counter[str]] = {}
         for session in self._live.values():
             by_environment.setdefault(session.wanted.environment, Counter())[Status.RUNNING.value] += 1

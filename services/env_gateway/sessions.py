@@ -1,6 +1,6 @@
-"""The life of a session: begin, step, finalize, expire, drain.
+"""The lifecycle of sessions: begin, step, finalize, expire, drain.
 
-A reward is only ever what an environment returned and `checks` let through; whatever goes wrong leaves it null.
+A reward is always a validated return value of an environment; after any failure it is null.
 """
 
 import secrets
@@ -21,12 +21,12 @@ from palimpsest.services.env_gateway.session import LiveSession
 from palimpsest.services.env_gateway.session_store import SessionStore
 
 REMEMBERED_PER_SESSION = 8
-"""So many ended sessions are remembered for each that may be live."""
+"""Number of remembered ended sessions for each session that may be live."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """The numbers of the run that sessions keep to."""
+    """The limits of sessions."""
 
     max_sessions: int
     lease_s: float
@@ -45,7 +45,7 @@ class Sessions:
         self._draining = False
 
     async def create(self, wanted: CreateSession, key: str | None) -> bytes:
-        """Begin a session, or give the one that this key began. Raises HttpError (404, 409, 410, 429, 502, 503)."""
+        """Begin a session, or return the one that this key began. Raises HttpError (404, 409, 410, 429, 502, 503)."""
         if earlier := self._ledger.of_key(key):
             return await self._replay_create(earlier, wanted)
         entry = self._registry.get(wanted.environment)
@@ -69,7 +69,7 @@ class Sessions:
                     self._ledger.discard(session)
 
     async def step(self, session_id: str, taken: TakeStep) -> bytes:
-        """Take a step once, however often it is asked for. Raises HttpError (404, 409, 410)."""
+        """Take a step once, however often it is requested. Raises HttpError (404, 409, 410)."""
         session = self._find(session_id)
         action = taken.action.model_dump_json().encode()
         async with session.lock:
@@ -81,7 +81,7 @@ class Sessions:
             return session.replied(action, await self._step(session, taken))
 
     async def finalize(self, session_id: str) -> bytes:
-        """End the session and have what there is scored; the same answer every time. Raises HttpError (404, 410)."""
+        """End the session and score its current state; idempotent. Raises HttpError (404, 410)."""
         session = self._find(session_id)
         async with session.lock:
             self._expire_if_due(session)
@@ -100,7 +100,7 @@ class Sessions:
         return Lease(lease_expires_in_s=self._limits.lease_s)
 
     def state(self, session_id: str) -> SessionState:
-        """What is known of a session. Raises HttpError (404)."""
+        """Return the state of a session. Raises HttpError (404)."""
         session = self._find(session_id)
         self._expire_if_idle(session)
         return session.state(self._clock())
@@ -112,13 +112,13 @@ class Sessions:
             session.end_without_reward(Status.CANCELLED)
 
     def sweep(self) -> None:
-        """Expire what was not heard of for a lease, forget what ended long ago."""
+        """Expire sessions whose lease is over, and forget those that ended long ago."""
         for session in self._ledger.live:
             self._expire_if_idle(session)
         self._ledger.forget(self._clock())
 
     def refuse_new(self) -> None:
-        """From here on no session begins. May be called from a signal handler."""
+        """Refuse new sessions from now on. Safe in a signal handler."""
         self._draining = True
 
     @property
@@ -127,7 +127,7 @@ class Sessions:
         return self._draining
 
     def drain(self) -> None:
-        """Refuse new sessions and expire those that are left; their reward stays null."""
+        """Refuse new sessions and expire the live ones; their reward stays null."""
         self.refuse_new()
         for session in self._ledger.live:
             if session.opened is not None:
@@ -136,11 +136,11 @@ class Sessions:
                 session.world.close()
 
     def status(self) -> dict[str, Any]:
-        """What /v1/status says of sessions."""
+        """Return the session fields of /v1/status."""
         return {"draining": self._draining, **self._ledger.status()}
 
     async def _replay_create(self, session: LiveSession, wanted: CreateSession) -> bytes:
-        """A creation that was asked for before, and may still be under way."""
+        """Answer a repeated creation; the first one may still be in progress."""
         if session.wanted != wanted:
             raise HttpError(409, "key_conflict", "this Idempotency-Key began another session")
         async with session.lock:
@@ -150,15 +150,15 @@ class Sessions:
             return session.opened
         if session.ending is not None:
             raise session.gone()
-        return await self.create(wanted, session.key)  # that one never began
+        return await self.create(wanted, session.key)  # the first one failed to start
 
     async def _begin(self, session: LiveSession, entry: Entry) -> bytes:
         began = self._clock()
         try:
             session.world = await entry.open()
             opening, state_hash = await session.world.reset(session.wanted.seed)
-        except AtCapacity as full:
-            raise HttpError(429, "capacity", str(full), retryable=True) from None
+        except AtCapacity as error:
+            raise HttpError(429, "capacity", str(error), retryable=True) from None
         except EnvironmentFailed as failure:
             if self._draining:
                 raise _draining() from None
@@ -182,7 +182,7 @@ class Sessions:
         return session.opened
 
     async def _step(self, session: LiveSession, taken: TakeStep) -> Step:
-        """Hand the step to the environment; whatever comes of it is a reply."""
+        """Run the step in the environment; a failure also becomes a reply."""
         assert session.world is not None, "a live session has a world"
         counted, began, read = instruments.of(session.wanted.environment), self._clock(), turn(taken.action)
         try:
@@ -227,15 +227,15 @@ class Sessions:
         return self._clock() + self._limits.lease_s
 
     def _expire_if_due(self, session: LiveSession) -> None:
-        """Call it with the session's lock."""
+        """Expire the session if its lease is over. Call it with the session's lock held."""
         if session.ending is None and session.lease_until <= self._clock():
             session.end_without_reward(Status.EXPIRED)
 
     def _expire_if_idle(self, session: LiveSession) -> None:
-        """A session that is busy with a step is alive, however long ago it was heard of."""
+        """Expire the session if its lease is over and no step is running; a running step keeps it alive."""
         if not session.lock.locked():
             self._expire_if_due(session)
 
 
 def _draining() -> HttpError:
-    return HttpError(503, "draining", "this gateway is stopping; it begins no more sessions", retryable=True)
+    return HttpError(503, "draining", "the gateway is stopping and begins no new sessions", retryable=True)

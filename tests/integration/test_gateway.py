@@ -129,8 +129,8 @@ async def test_failing_environments_end_as_errors_and_the_gateway_continues(laun
             sample = f'palimpsest_gateway_environment_failures_total{{code="{code}",environment="{name.lower()}"}}'
             assert gateway.metric(sample) == 1
         assert (await played(sessions, "lookup", 1, lookup.solution(1))).reward == 1.0
-    (nursery,) = psutil.Process(gateway.process.pid).children()
-    assert psutil.wait_procs(nursery.children(recursive=True), timeout=LIMIT_S)[1] == []
+    (fork_server,) = psutil.Process(gateway.process.pid).children()
+    assert psutil.wait_procs(fork_server.children(recursive=True), timeout=LIMIT_S)[1] == []
 
 
 async def test_an_environment_that_fails_at_reset_is_tried_again_at_the_next_request(launch: Launch) -> None:
@@ -265,10 +265,10 @@ async def test_a_killed_gateway_leaves_no_process_even_if_environments_hang(laun
 async def test_a_gateway_killed_while_it_loads_a_module_leaves_no_process(launch: Launch, tmp_path: Path) -> None:
     process = launch(f"--env_gateway.port={free_port()}", "--env_gateway.plugins={ mine = 'never_loads:Class' }")
     await until((tmp_path / "never_loads.entered").exists)
-    (nursery,) = psutil.Process(process.pid).children()
+    (fork_server,) = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    assert psutil.wait_procs([nursery], timeout=LIMIT_S)[1] == []
+    assert psutil.wait_procs([fork_server], timeout=LIMIT_S)[1] == []
 
 
 async def test_the_example_environment_of_the_documentation_works(launch: Launch, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What an environment is, the ones that come with Palimpsest, and how yours is found."""
+"""The port of environments, and the built-in environments."""

@@ -60,7 +60,7 @@ class Add:
         return self._score(None)
 
     def state_hash(self) -> str:
-        """Of the task and everything the reward depends on."""
+        """Return a hash of the task and all values that the reward depends on."""
         return digest(self._left, self._right, self._turns, self._first_call_right, self._calculated)
 
     def _result(self, call: ToolCall) -> str | ToolFailed:
@@ -82,13 +82,13 @@ class Add:
 
 
 def solution(seed: int) -> list[str]:
-    """Have the sum calculated, answer it."""
+    """Return the messages that calculate the sum and answer it."""
     left, right = _task(seed)
     return [render("calculator", {"expression": f"{left} + {right}"}), str(left + right)]
 
 
-def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (the task is not to be looked at)
-    """Some sum, some number."""
+def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (must not depend on the task)
+    """Return a random sum and a random number."""
     left, right, other = rng.randrange(10), rng.randrange(10), rng.randrange(19)
     return [render("calculator", {"expression": f"{left} + {right}"}), str(other)]
 

@@ -1,8 +1,8 @@
-"""Arithmetic on a model's text: a small parser, never eval, whose cost is bounded before anything is computed.
+"""Evaluates arithmetic in a model's text with a small parser (no eval); the cost is bounded before each operation.
 
     + - * / // % ** (or ^), unary + and -, parentheses, numbers like 12, 0.5, 1e-3
 
-Whole numbers stay exact; a division that does not come out even, and anything with a decimal point, is a float.
+Integers stay exact. A division with a remainder, and every number with a decimal point, gives a float.
 """
 
 import math
@@ -14,7 +14,7 @@ MAX_LENGTH = 200
 MAX_DEPTH = 32
 MAX_EXPONENT = 256
 MAX_BITS = 2048
-"""Longest whole number that is computed."""
+"""Maximum size of an integer, in bits."""
 
 Number = int | float
 
@@ -28,11 +28,11 @@ _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|
 
 
 class NotArithmetic(Exception):
-    """The expression has no value here; the text says why, for the model to read."""
+    """The expression cannot be evaluated; the text is the reason, for the model."""
 
 
 def calculate(expression: str) -> str:
-    """The value as text. Raises NotArithmetic.
+    """Return the value as text. Raises NotArithmetic.
 
     >>> calculate("(2 + 3) * 4"), calculate("7 / 2"), calculate("6 / 2"), calculate("-2 ** 2")
     ('20', '3.5', '3', '-4')
@@ -63,7 +63,7 @@ def _tokens(expression: str) -> list[str | Number]:
 
 
 class _Parser:
-    """Recursive descent; every level adds to the depth, so that recursion stays shallow."""
+    """A recursive-descent parser with bounded depth."""
 
     def __init__(self, tokens: list[str | Number]) -> None:
         self._tokens = tokens
@@ -71,11 +71,11 @@ class _Parser:
 
     @property
     def next(self) -> str | Number | None:
-        """What comes next; None at the end."""
+        """The next token; None at the end."""
         return self._tokens[self._at] if self._at < len(self._tokens) else None
 
     def sum(self, depth: int) -> Number:
-        """The value of the longest sum from here on."""
+        """Parse and return the value of the longest sum from here."""
         value = self._product(depth)
         while self.next in ("+", "-"):
             sign = self._take()

@@ -31,12 +31,12 @@ __all__ = ["WORDS", "Hop", "format_only", "solution"]
 
 
 class Hop:
-    """One task; the seed splits the keys into three that lead on and three that end in a value."""
+    """One task; the seed splits the keys into three that refer to another key and three that have a value."""
 
     version = "1"
 
     def reset(self, seed: int) -> Opening:
-        """Name a key that leads on."""
+        """Name a key that refers to another key."""
         self._start, self._table = _task(seed)
         self._end = self._table[self._start]
         self._turns = 0
@@ -59,7 +59,7 @@ class Hop:
         return self._score(None)
 
     def state_hash(self) -> str:
-        """Of the task and everything the reward depends on."""
+        """Return a hash of the task and all values that the reward depends on."""
         return digest(self._start, self._table, self._turns, self._calls)
 
     def _looked_up(self, call: ToolCall) -> str | ToolFailed:
@@ -86,14 +86,14 @@ class Hop:
 
 
 def solution(seed: int) -> list[str]:
-    """Look up the start, look up the end, answer its value."""
+    """Return the messages that look up the start and the end, and answer its value."""
     start, table = _task(seed)
     end = table[start]
     return [render("lookup", {"key": start}), render("lookup", {"key": end}), table[end]]
 
 
-def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (the task is not to be looked at)
-    """Two look-ups of some keys, some value."""
+def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (must not depend on the task)
+    """Return two look-ups of random keys and a random value."""
     return [*(render("lookup", {"key": rng.choice(KEYS)}) for _ in range(2)), rng.choice(VALUES)]
 
 

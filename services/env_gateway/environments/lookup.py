@@ -62,7 +62,7 @@ class Lookup:
         return self._score(None)
 
     def state_hash(self) -> str:
-        """Of the task and everything the reward depends on."""
+        """Return a hash of the task and all values that the reward depends on."""
         return digest(self._asked, self._table, self._turns, self._first_call_right, self._last_key)
 
     def _looked_up(self, call: ToolCall) -> str | ToolFailed:
@@ -82,13 +82,13 @@ class Lookup:
 
 
 def solution(seed: int) -> list[str]:
-    """Look the key up, answer its value."""
+    """Return the messages that look up the key and answer its value."""
     asked, table = _task(seed)
     return [render("lookup", {"key": asked}), table[asked]]
 
 
-def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (the task is not to be looked at)
-    """Some look-up, some value."""
+def format_only(seed: int, rng: random.Random) -> list[str]:  # noqa: ARG001 (must not depend on the task)
+    """Return a look-up of a random key and a random value."""
     return [render("lookup", {"key": rng.choice(KEYS)}), rng.choice(VALUES)]
 
 

@@ -1,8 +1,8 @@
-"""What an environment is.
+"""The port of environments.
 
-One instance serves one session: `reset` is called once, then `step` once for each message of the model, until it
-returns a Score; `finalize` may take the place of any further step. An instance that is given the same seed and the same
-turns answers the same, whatever else runs in the process: it owns its random.Random and reads no clock.
+One instance serves one session: `reset` is called once, then `step` once for each message of the model until it returns
+a Score; `finalize` may replace any further step. The same seed and the same turns give the same results, whatever else
+runs in the process: an instance has its own random.Random and reads no clock.
 """
 
 import hashlib
@@ -35,59 +35,59 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """The model tried to call a tool, but not in the form of a call. The gateway tells it so."""
+    """A malformed tool call of the model. The gateway answers it with a remark."""
 
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of the model, read."""
+    """One parsed message of the model."""
 
     text: str
-    """What it says outside tool calls and reasoning, stripped."""
+    """The text outside tool calls and reasoning, stripped."""
     attempts: tuple[ToolCall | Malformed, ...] = ()
-    """Its tool calls in order, those that cannot be read included."""
+    """Its tool calls in order, including malformed ones."""
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        """The calls that could be read."""
+        """The well-formed calls."""
         return tuple(attempt for attempt in self.attempts if isinstance(attempt, ToolCall))
 
     @property
     def answer(self) -> str | None:
-        """The text of a final message, which is one that tries no tool call; else None."""
+        """The text of a final message, which has no tool call; else None."""
         return None if self.attempts else self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a session begins."""
+    """The first messages and the tools of a session."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    """Schemas as chat templates take them; `tool` makes one."""
+    """Schemas in the format of chat templates; `tool` creates one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The session goes on with these messages; empty only if every attempt of the turn was malformed."""
+    """The messages with which the session continues; empty only if every call of the turn was malformed."""
 
     messages: tuple[Message, ...]
     tool_errors: int = 0
-    """Calls of this turn that could not be carried out; counted, nothing else."""
+    """Number of failed calls of this turn, for a metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The session is over."""
+    """The end of a session."""
 
     reward: float
     """In [0, 1]."""
     success: bool
     """Whether the task is solved, apart from the reward."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """What the reward is made of; each finite."""
+    """Components of the reward; each finite."""
 
 
 Outcome = Reply | Score
@@ -99,23 +99,23 @@ class Environment(Protocol):
     """One session's task and state."""
 
     version: str
-    """Changes whenever the same seed and turns may give something else."""
+    """Must change whenever the same seed and turns can give another result."""
 
     def reset(self, seed: int) -> Opening:
         """Begin the task of this seed."""
 
     def step(self, turn: Turn) -> Outcome:
-        """Take one message of the model."""
+        """Process one message of the model."""
 
     def finalize(self) -> Score:
-        """Score what there is: no message follows."""
+        """Score the current state; no message follows."""
 
     def state_hash(self) -> str:
-        """Equal for equal states, in any process."""
+        """Return a hash that is equal for equal states, in every process."""
 
 
 class TaskFamily(Protocol):
-    """A built-in family of tasks, and what is needed to prepare a model for it."""
+    """A built-in family of tasks, with the functions that prepare a model for it."""
 
     WORDS: tuple[str, ...]
     """Every word that varies between tasks."""
@@ -128,7 +128,7 @@ class TaskFamily(Protocol):
 
 
 class EnvironmentFailed(Exception):
-    """The environment did not do its part: the session ends as `error`, its reward stays unknown."""
+    """The environment failed: the session ends as `error`, and its reward is unknown."""
 
     def __init__(self, code: FailureCode, message: str) -> None:
         super().__init__(message)
@@ -136,17 +136,17 @@ class EnvironmentFailed(Exception):
 
 
 def generator(seed: int) -> random.Random:
-    """The task's own source of chance."""
+    """Return the random generator of a task."""
     return random.Random(seed)  # noqa: S311 (tasks are drawn, not secrets)
 
 
 def digest(*parts: Any) -> str:
-    """A hash of JSON-like values, for `state_hash`."""
+    """Return a hash of JSON-like values, for `state_hash`."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
-    """The schema of a tool whose parameters are all required strings, given as name=description."""
+    """Return the schema of a tool whose parameters are all required strings, given as name=description."""
     return {
         "type": "function",
         "function": {

@@ -1,8 +1,8 @@
-"""reasoning-gym's generated tasks, made multi-turn by a calculator.
+"""Generated tasks of reasoning-gym, with a calculator that makes them multi-turn.
 
-The user message is the dataset's question; the model may calculate up to eight times and ends with a message without a
-tool call, whose text (or what stands in <answer></answer>) is scored by the dataset itself. Some datasets give a
-little for a wrong answer; `success` is a full score.
+The user message is the dataset's question. The model may calculate up to eight times and ends with a message without a
+tool call; the dataset scores its text, or the text inside <answer></answer>. Some datasets give partial scores for
+wrong answers; `success` means a full score.
 """
 
 import math
@@ -25,7 +25,7 @@ from palimpsest.services.env_gateway.environments.single_call import ToolFailed,
 
 MAX_CALLS = 8
 MAX_TURNS = MAX_CALLS + 2
-"""A message that calls on after the calculator is used up gets told so once."""
+"""One more call after the last permitted one gets an error as its result."""
 
 INSTRUCTION = "You can use the calculator. End with a message that is the answer and nothing else, without a tool call."
 
@@ -48,8 +48,8 @@ string_manipulation string_splitting string_synthesis sudoku survo syllogism tim
 word_ladder word_sequence_reversal word_sorting zebra_puzzles
 """
 DATASETS = tuple(_NAMES.split())
-"""What reasoning-gym 0.1.25 registers, but for `composite`, which is made of others. Listed, because asking the library
-means importing it, which takes seconds."""
+"""The datasets of reasoning-gym 0.1.25, except `composite`, which combines others. They are listed here because the
+import of the library takes seconds."""
 
 
 class ReasoningGymTask:
@@ -62,7 +62,7 @@ class ReasoningGymTask:
 
     def reset(self, seed: int) -> Opening:
         """Generate the task of this seed."""
-        import reasoning_gym  # here, so that the gateway's own process never pays for it
+        import reasoning_gym  # imported in the child, not in the gateway's process
 
         self._dataset = reasoning_gym.create_dataset(self._name, seed=_small(seed), size=1)
         self._entry: dict[str, Any] = self._dataset[0]
@@ -71,7 +71,7 @@ class ReasoningGymTask:
         return Opening((Message(role="user", content=f"{question}\n\n{INSTRUCTION}"),), (TOOL,))
 
     def step(self, turn: Turn) -> Outcome:
-        """Calculate, or have the answer scored."""
+        """Calculate, or score the answer."""
         self._turns += 1
         if turn.answer is not None:
             return self._score(turn.answer)
@@ -84,11 +84,11 @@ class ReasoningGymTask:
         )
 
     def finalize(self) -> Score:
-        """Nothing was answered."""
+        """Return the score of a session without an answer."""
         return Score(0.0, False, {"answer": 0.0})
 
     def state_hash(self) -> str:
-        """Of the question, its answer and what was used up."""
+        """Return a hash of the question, its answer and the numbers of turns and calls."""
         return digest(self._name, str(self._entry["question"]), str(self._entry["answer"]), self._turns, self._calls)
 
     def _result(self, call: ToolCall) -> str | ToolFailed:
@@ -113,5 +113,5 @@ class ReasoningGymTask:
 
 
 def _small(seed: int) -> int:
-    """The seed itself if it fits the datasets (some use numpy's generator), else one drawn by it."""
+    """Return the seed if it fits into 32 bits (some datasets use numpy's generator), else one derived from it."""
     return seed if 0 <= seed < 2**32 else generator(seed).getrandbits(32)

@@ -1,4 +1,4 @@
-"""What the small built-in families share: one tool call a message counts, and six messages are the most."""
+"""Shared rules of the small built-in families: one tool call per message counts, and a session has six messages."""
 
 from palimpsest.services.env_gateway.environments.port import Malformed, Message, Reply, ToolCall, Turn
 
@@ -7,17 +7,17 @@ ONE_CALL = "one call per message"
 
 
 class ToolFailed(Exception):
-    """The call cannot be carried out; the text is what the model is told."""
+    """The call failed; the text is the result for the model."""
 
 
 def first_call(turn: Turn) -> ToolCall | None:
-    """The attempt of this turn that counts, which is the first; None if that one is malformed."""
+    """Return the first call of this turn, which is the one that counts; None if it is malformed."""
     first = turn.attempts[0]
     return None if isinstance(first, Malformed) else first
 
 
 def reply_to_calls(turn: Turn, result: str | ToolFailed | None) -> Reply:
-    """A tool message for each call: the result for the one that counted, a refusal for the others."""
+    """Return a tool message for each call: the result of the first one, a refusal for the others."""
     refused = len(turn.calls) - (result is not None)
     texts = ([str(result)] if result is not None else []) + [ONE_CALL] * refused
     return Reply(
@@ -27,7 +27,7 @@ def reply_to_calls(turn: Turn, result: str | ToolFailed | None) -> Reply:
 
 
 def argument(call: ToolCall, *, tool: str, name: str) -> str:
-    """The only argument of a call of this tool. Raises ToolFailed."""
+    """Return the only argument of a call of this tool. Raises ToolFailed."""
     if call.name != tool:
         raise ToolFailed("unknown tool")
     value = call.arguments.get(name)

@@ -1,11 +1,11 @@
-"""Tool calls in the text of a model, in the form of Hermes and Qwen3.
+"""Parses tool calls in the text of a model, in the format of Hermes and Qwen3.
 
     <tool_call>
     {"name": "lookup", "arguments": {"key": "amber"}}
     </tool_call>
 
-A message may hold several. The JSON is strict: exactly these two fields, no NaN, no lone surrogates. What cannot be
-read is no failure but something to tell the model, so `read` never raises.
+A message may hold several calls. The JSON is strict: exactly these two fields, no NaN, no lone surrogates. A malformed
+call becomes a remark for the model, so `read` never raises.
 """
 
 import json
@@ -19,7 +19,7 @@ from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"
 MAX_CALLS = 8
-"""Calls read from one message; the rest is answered with one remark."""
+"""Maximum number of calls per message; one remark answers the rest."""
 
 
 class _Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,7 +32,7 @@ _json = json.JSONDecoder()
 
 
 def turn(action: Action) -> Turn:
-    """An action as an environment takes it."""
+    """Convert an action to a turn."""
     match action:
         case TextAction():
             return read(action.text)
@@ -43,41 +43,41 @@ def turn(action: Action) -> Turn:
 
 
 def read(text: str) -> Turn:
-    """What a model message says and which calls it makes.
+    """Parse the text and the calls of a model message.
 
     >>> read('Wait. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
     Turn(text='Wait.', attempts=(ToolCall(id='', name='add', arguments={'a': 1}),))
     """
     rest = _after_reasoning(text)
-    said: list[str] = []
+    texts: list[str] = []
     attempts: list[ToolCall | Malformed] = []
     while OPEN in rest:
         before, _, rest = rest.partition(OPEN)
-        said.append(before)
+        texts.append(before)
         if len(attempts) == MAX_CALLS:
             attempts.append(Malformed(f"more than {MAX_CALLS} calls in one message"))
             rest = ""
             break
         attempt, rest = _attempt(rest)
         attempts.append(attempt)
-    said.append(rest)
-    return Turn("".join(said).strip(), tuple(attempts))
+    texts.append(rest)
+    return Turn("".join(texts).strip(), tuple(attempts))
 
 
 def render(name: str, arguments: dict[str, Any]) -> str:
-    """The call as a model should write it; `read` gives it back."""
+    """Return the call in the format that `read` parses."""
     body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False, allow_nan=False)
-    body = body.replace("</", "<\\/")  # the same JSON, and no closing tag inside it
+    body = body.replace("</", "<\\/")  # equivalent JSON without a closing tag inside
     return f"{OPEN}\n{body}\n{CLOSE}"
 
 
 def remark(malformed: Malformed) -> str:
-    """What the model is told about an attempt that could not be read."""
+    """Return the message for the model about a malformed call."""
     return f"malformed tool call: {malformed.problem}"
 
 
 def _after_reasoning(text: str) -> str:
-    """The message without its reasoning; empty if the reasoning never ends."""
+    """Return the message without its reasoning; empty if the reasoning has no end."""
     head, ended, tail = text.partition(END_THINK)
     if ended:
         return tail
@@ -85,7 +85,7 @@ def _after_reasoning(text: str) -> str:
 
 
 def _attempt(rest: str) -> tuple[ToolCall | Malformed, str]:
-    """Read one call from the text after its opening tag; also gives the text after its end."""
+    """Parse one call from the text after its opening tag. Return it and the text after its end."""
     start = len(rest) - len(rest.lstrip())
     try:
         _, end = _json.raw_decode(rest, start)
@@ -108,7 +108,7 @@ def _strict(body: str) -> ToolCall | Malformed:
 
 
 def _brief(error: Exception) -> str:
-    """One line of fixed wording and bounded length."""
+    """Return a short line about the error, with a bounded length."""
     if isinstance(error, msgspec.ValidationError):
         return str(error)[:200]
     return "not JSON" if isinstance(error, msgspec.DecodeError) else "not JSON that can be taken"

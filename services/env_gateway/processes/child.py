@@ -1,4 +1,4 @@
-"""What runs in a child: one environment, asked over a socket until the socket closes."""
+"""The program of a child: runs one environment and answers requests on a socket until it closes."""
 
 import inspect
 import random
@@ -22,17 +22,17 @@ CALLS = ("reset", "step", "finalize", "state_hash")
 
 
 def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
-    """Be one session's environment."""
-    asked_lines, answers = channel.makefile("rb"), channel.makefile("wb")
+    """Run one session's environment."""
+    requests, answers = channel.makefile("rb"), channel.makefile("wb")
     channel.sendall(RUNNING)
     environment: Environment | None = None
-    for line in asked_lines:
-        asked = ChildRequest.model_validate_json(line)
+    for line in requests:
+        request = ChildRequest.model_validate_json(line)
         try:
             environment = environment or blueprint.build()
-            answer = _answer(environment, asked)
-        except EnvironmentFailed as failed:
-            answer = ChildResponse(failed=Failed(code="environment_invalid", message=str(failed)))
+            answer = _answer(environment, request)
+        except EnvironmentFailed as error:
+            answer = ChildResponse(failed=Failed(code="environment_invalid", message=str(error)))
         except BaseException as error:
             answer = ChildResponse(failed=Failed(code="environment_raised", message=str(as_environment_failure(error))))
         answers.write(answer.model_dump_json().encode() + b"\n")
@@ -40,7 +40,7 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
 
 
 def describe(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
-    """Look at the environment's class and say whether it can be used."""
+    """Check the environment's class and report whether it is usable."""
     try:
         described = _described(blueprint.load())
     except BaseException as error:
@@ -75,7 +75,7 @@ def _answer(environment: Environment, asked: ChildRequest) -> ChildResponse:
 
 
 def _seed(seed: int) -> None:
-    """For environments that use global generators: this process has no other session."""
+    """Seed the global generators, for environments that use them; this process has no other session."""
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""An environment in a child of its own (worlds.World): one line of JSON there, one back."""
+"""The EnvironmentHost of an environment in a child process: one line of JSON per request and per response."""
 
 import asyncio
 
@@ -10,11 +10,11 @@ from palimpsest.services.env_gateway.processes.pool import Pool, PooledChild, ex
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, ChildRequest, ChildResponse, EnvironmentSpec
 
 EXIT_LIMIT_S = 2.0
-"""The exit code of a child that broke off arrives within this time, or is not waited for."""
+"""Time limit for the exit code of a child that closed its connection, in seconds."""
 
 
 class InChild:
-    """Every call has a deadline; `close` kills the child."""
+    """Runs an environment in a child. Every call has a deadline; `close` kills the child."""
 
     def __init__(self, child: PooledChild, *, call_limit_s: float) -> None:
         self._child = child
@@ -26,22 +26,22 @@ class InChild:
         return cls(await pool.take(blueprint), call_limit_s=pool.call_limit_s)
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
-        """See World."""
+        """See EnvironmentHost."""
         answered = await self._ask(ChildRequest(call="reset", seed=seed))
         return check_opening(answered.opening), answered.state_hash
 
     async def step(self, turn: Turn) -> Outcome:
-        """See World."""
+        """See EnvironmentHost."""
         answered = await self._ask(ChildRequest(call="step", turn=turn))
         return check_outcome(answered.reply or answered.score)
 
     async def finalize(self) -> Score:
-        """See World."""
+        """See EnvironmentHost."""
         answered = await self._ask(ChildRequest(call="finalize"))
         return check_score(answered.score)
 
     def close(self) -> None:
-        """See World."""
+        """See EnvironmentHost."""
         self._child.kill()
 
     async def _ask(self, asked: ChildRequest) -> ChildResponse:
@@ -63,7 +63,7 @@ class InChild:
         return answered
 
     async def _exchange(self, asked: ChildRequest) -> bytes:
-        """The child's line; empty or unfinished if there is no child any more."""
+        """Return the child's line; empty or incomplete if the child is gone."""
         try:
             self._child.writer.write(asked.model_dump_json().encode() + b"\n")
             await self._child.writer.drain()

@@ -1,7 +1,8 @@
 """python -m palimpsest.services.env_gateway.processes.fork_server CONTROL PARENT [MODULE ...]
 
-Loads the modules, then forks a child for every Start that comes over the control socket. A child is killed, with what
-it started, when its leash ends; when it has ended, its exit code goes up the leash. All ends with the control socket.
+Loads the modules, then forks a child for every Start message on the control socket. When a leash ends, the server kills
+its child with all its processes. When a child exits, the server sends its exit code over the leash. The server exits
+when the control socket ends.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ MAX_START = 65536
 
 
 class ForkServer:
-    """The children that live, by process id, each with its leash."""
+    """Forks children and kills them when their leashes end."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
@@ -30,7 +31,7 @@ class ForkServer:
         self._wake, waker = socket.socketpair()
         for end in (self._wake, waker):
             end.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that the descriptor below hears of it
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler is needed for set_wakeup_fd
         signal.set_wakeup_fd(waker.fileno())
         self._waker = waker
         self._selector = selectors.DefaultSelector()
@@ -38,7 +39,7 @@ class ForkServer:
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Until the control socket ends; then every child is killed."""
+        """Serve until the control socket ends, then kill every child."""
         try:
             self._listen()
         finally:
@@ -69,11 +70,11 @@ class ForkServer:
         self._selector.register(leash, selectors.EVENT_READ, pid)
 
     def _run_child(self, start: Start, channel: socket.socket, leash: socket.socket, parent: int) -> None:
-        """Never returns."""
+        """Run the child's program and exit; never returns."""
         code = 1
         try:
             die_with_parent(parent)
-            os.setsid()  # a process group, to be killed as one
+            os.setsid()  # a process group, so that one signal kills it
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._selector.close()
@@ -88,40 +89,40 @@ class ForkServer:
             os._exit(code)
 
     def _on_leash_closed(self, pid: int) -> None:
-        if pid in self._leashes:  # else it was collected a moment ago
+        if pid in self._leashes:  # else it was collected meanwhile
             self._selector.unregister(self._leashes[pid])
             self._kill(pid)
 
     def _kill(self, pid: int) -> None:
-        """Kill a child and what it started. It is not collected yet, so its id is still its own."""
+        """Kill a child and its processes. The child is not collected yet, so its id is not reused."""
         with contextlib.suppress(ProcessLookupError):  # not a group yet
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
 
     def _collect(self) -> None:
-        """Pass on how children ended."""
+        """Collect exited children and send their exit codes."""
         while self._leashes:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return
-            self._kill(ended.si_pid)  # it is dead, what it started may not be
+            self._kill(ended.si_pid)  # the child is dead, but its processes may be alive
             _, status = os.waitpid(ended.si_pid, 0)
             leash = self._leashes.pop(ended.si_pid)
-            with contextlib.suppress(KeyError):  # its leash had ended
+            with contextlib.suppress(KeyError):  # its leash has ended
                 self._selector.unregister(leash)
-            with contextlib.suppress(OSError):  # nobody listens any more
+            with contextlib.suppress(OSError):  # the other end is closed
                 leash.sendall(str(os.waitstatus_to_exitcode(status)).encode())
             leash.close()
 
 
 def main(control: int, parent: int, modules: list[str]) -> None:
-    """Run until the gateway closes the control socket, or dies."""
+    """Run until the gateway closes the control socket or dies."""
     die_with_parent(parent)
-    os.setsid()  # out of the terminal's reach
+    os.setsid()  # no signals from the terminal
     for module in modules:
-        with contextlib.suppress(BaseException):  # the child that needs it reports it; the others go on
+        with contextlib.suppress(BaseException):  # a child that needs the module reports the error
             importlib.import_module(module)
-    survive_parent()  # from here on the control socket tells, and leaves time to kill the children
+    survive_parent()  # from here on, the end of the control socket stops the server, after it has killed the children
     gc.freeze()  # children share these pages until they write to them
     ForkServer(_socket(control)).run()
 

@@ -1,4 +1,4 @@
-"""The gateway's side of the nursery: at most so many children at once, and a way to end each."""
+"""The gateway's side of the fork server: starts children up to a limit, and ends them."""
 
 import asyncio
 import os
@@ -21,38 +21,38 @@ BUSY_PAUSE_S = 0.02
 
 
 class PooledChild:
-    """One running child: its channel, and its leash."""
+    """A running child with its channel and its leash."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, leash: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
         self._leash = leash
         self.exit_code: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        """Done when it is gone; None if nobody is left who knows how it ended."""
+        """Done when the child is gone; None if its exit code is unknown."""
 
     def kill(self) -> None:
-        """End it, with what it started, whatever it does. Safe to call twice."""
+        """Kill the child with its processes. Idempotent."""
         self.writer.transport.abort()
         if not self._leash.is_closing():
             self._leash.write_eof()
 
 
 class Pool:
-    """Children, forked from a nursery that is started when first needed and replaced if it dies."""
+    """Children of a fork server, which starts when first needed and is replaced if it dies."""
 
     def __init__(self, *, limit: int, wait_s: float, call_limit_s: float, modules: tuple[str, ...] = ()) -> None:
-        """At most `limit` children; who finds none free waits for `wait_s`. `modules` are loaded beforehand."""
+        """Allow `limit` children; a request waits `wait_s` seconds for a free place. `modules` are preloaded."""
         self._modules = modules
         self._limit, self._wait_s = limit, wait_s
         self.call_limit_s = call_limit_s
-        """A child that takes longer over one call has failed."""
+        """Time limit of one call of a child, in seconds."""
         self._free = asyncio.Semaphore(limit)
         self._watches: set[asyncio.Task[None]] = set()
-        self._nursery: subprocess.Popen[bytes] | None = None
+        self._fork_server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
     def warm(self) -> None:
-        """Start the nursery, if it does not run: its modules take a while to load."""
-        if self._nursery is None or self._nursery.poll() is not None:
+        """Start the fork server if it is not running; its modules take seconds to load."""
+        if self._fork_server is None or self._fork_server.poll() is not None:
             self._stop_fork_server()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
@@ -62,7 +62,7 @@ class Pool:
                     "palimpsest.services.env_gateway.processes.fork_server",
                     str(theirs.fileno()),
                 ]
-                self._nursery = subprocess.Popen(
+                self._fork_server = subprocess.Popen(
                     [*command, str(os.getpid()), *self._modules],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -72,20 +72,20 @@ class Pool:
             self._control = ours
 
     async def take(self, blueprint: EnvironmentSpec) -> PooledChild:
-        """A new child; its place is free again when it is gone. Raises AtCapacity, EnvironmentFailed."""
+        """Start a child; its place is free again when it is gone. Raises AtCapacity, EnvironmentFailed."""
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._free.acquire()
         except TimeoutError:
-            raise AtCapacity(f"{self._limit} sessions have a process of their own already") from None
+            raise AtCapacity(f"{self._limit} sessions already have their own process") from None
         try:
-            child = await self._connect(*await self._asked_for(Start(blueprint=blueprint)))
+            child = await self._connect(*await self._request_when_ready(Start(blueprint=blueprint)))
         except BaseException as error:
             self._free.release()
             if isinstance(error, OSError):
                 raise EnvironmentFailed("environment_crashed", f"no process could be started: {error}") from None
             raise
-        try:  # from here on its place is freed by its end
+        try:  # from here on, the end of the child frees its place
             await self._wait_running(child)
         except BaseException:
             child.kill()
@@ -93,38 +93,38 @@ class Pool:
         return child
 
     def describe(self, blueprint: EnvironmentSpec) -> Described:
-        """Have a child look at an environment's class. Blocks: for the time before sessions begin."""
+        """Check an environment's class in a child. Blocks; call it before sessions begin."""
         channel, leash = self._request_fork(Start(blueprint=blueprint, describe=True))
-        with leash, channel, channel.makefile("rb") as said:
+        with leash, channel, channel.makefile("rb") as answers:
             channel.settimeout(DESCRIBE_LIMIT_S)
             try:
-                return Described.model_validate_json(said.readline())
+                return Described.model_validate_json(answers.readline())
             except TimeoutError:
                 return Described(problem=f"its import takes longer than {DESCRIBE_LIMIT_S:.0f} s")
             except ValidationError:
                 return Described(problem="its import ended the process")
 
     async def close(self) -> None:
-        """End every child and the nursery, and wait until they are gone."""
+        """End every child and the fork server, and wait until they are gone."""
         self.stop()
         for watch in tuple(self._watches):
             await watch
 
     def stop(self) -> None:
-        """End every child and the nursery. Safe to call twice."""
+        """End every child and the fork server. Idempotent."""
         self._stop_fork_server()
-        if self._nursery is not None:
+        if self._fork_server is not None:
             try:
-                self._nursery.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:  # it is still loading modules
-                self._nursery.kill()
-                self._nursery.wait()
+                self._fork_server.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:  # it may still be loading modules
+                self._fork_server.kill()
+                self._fork_server.wait()
 
-    async def _asked_for(self, start: Start) -> tuple[socket.socket, socket.socket]:
+    async def _request_when_ready(self, start: Start) -> tuple[socket.socket, socket.socket]:
         while True:
             try:
                 return self._request_fork(start)
-            except BlockingIOError:  # more waits in the socket than fits: the nursery is still loading modules
+            except BlockingIOError:  # the socket's buffer is full, because the fork server is loading modules
                 await asyncio.sleep(BUSY_PAUSE_S)
 
     async def _connect(self, channel: socket.socket, leash: socket.socket) -> PooledChild:
@@ -133,7 +133,7 @@ class Pool:
                 end.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=channel, limit=MAX_LINE)
             exits, leash_writer = await asyncio.open_unix_connection(sock=leash)
-        except BaseException:  # given up: the end of its leash ends the child
+        except BaseException:  # the end of its leash ends the child
             channel.close()
             leash.close()
             raise
@@ -144,7 +144,7 @@ class Pool:
         return child
 
     async def _wait_running(self, child: PooledChild) -> None:
-        """Wait until the child runs, so that no call's deadline pays for the loading of modules."""
+        """Wait until the child runs, so that the deadline of a call does not include the loading of modules."""
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 line = await child.reader.readline()
@@ -154,7 +154,7 @@ class Pool:
             raise EnvironmentFailed("environment_crashed", "its process ended before it began")
 
     def _request_fork(self, start: Start) -> tuple[socket.socket, socket.socket]:
-        """Ask the nursery for a child; gives our ends of its channel and leash."""
+        """Request a child from the fork server. Return this side's ends of its channel and leash."""
         channel, its_channel = socket.socketpair()
         leash, its_leash = socket.socketpair()
         with its_channel, its_leash:
@@ -177,7 +177,7 @@ class Pool:
             socket.send_fds(self._control, [message], descriptors)
 
     async def _watch(self, child: PooledChild, exits: asyncio.StreamReader, leash: asyncio.StreamWriter) -> None:
-        """Hear of the child's end, and give its place to the next."""
+        """Wait for the child's end, then free its place."""
         try:
             with suppress(OSError):
                 code = await exits.read()
@@ -195,7 +195,7 @@ class Pool:
 
 
 def exit_text(exit_code: int | None) -> str:
-    """An exit code in words."""
+    """Describe an exit code."""
     if exit_code is None:
         return "its process is gone"
     if exit_code < 0:
@@ -204,9 +204,9 @@ def exit_text(exit_code: int | None) -> str:
 
 
 def _child_environment() -> dict[str, str]:
-    """The nursery's environment variables.
+    """Return the fork server's environment variables.
 
-    Equal hashes make sets iterate alike in every gateway, so that a seed is the same task in all; one BLAS thread,
+    A fixed hash seed gives sets the same order in every gateway, so that a seed is the same task. One BLAS thread,
     because threads do not survive a fork.
     """
     return {

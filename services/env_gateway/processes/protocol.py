@@ -1,4 +1,4 @@
-"""What travels between the gateway and its children, as JSON. Nothing a child sends is trusted."""
+"""The JSON messages between the gateway and its children. The gateway validates everything that a child sends."""
 
 import importlib
 from typing import Annotated, Any, Literal
@@ -9,14 +9,14 @@ from palimpsest.common.sessions.wire import Wire
 from palimpsest.services.env_gateway.environments.port import Environment, Opening, Reply, Score, Turn
 
 MAX_LINE = 16 * 2**20
-"""Longest line taken from a child, in bytes."""
+"""Maximum length of a line from a child, in bytes."""
 
 RUNNING = b"running\n"
 """A child's first line, before it loads its environment."""
 
 
 class EnvironmentSpec(Wire):
-    """How a child makes its environment."""
+    """The class and the arguments of a child's environment."""
 
     path: str
     """`package.module:Class`."""
@@ -24,30 +24,30 @@ class EnvironmentSpec(Wire):
 
     @property
     def module(self) -> str:
-        """The module to have loaded."""
+        """The module of the class."""
         return self.path.partition(":")[0]
 
     def load(self) -> Any:
-        """The class. Raises whatever importing raises."""
+        """Import and return the class. Raises the errors of the import."""
         module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)
 
     def build(self) -> Environment:
-        """A new environment. Raises whatever its code raises."""
+        """Return a new environment. Raises the errors of its code."""
         environment: Environment = self.load()(*self.arguments)
         return environment
 
 
 class Start(Wire):
-    """To the nursery, along with the child's channel and its leash."""
+    """Message to the fork server, with the sockets of the child's channel and leash."""
 
     blueprint: EnvironmentSpec
     describe: bool = False
-    """Only look at the class, answer with Described, and end."""
+    """Only check the class, answer with Described, and exit."""
 
 
 class ChildRequest(Wire):
-    """To a child: one call of the environment."""
+    """Message to a child: one call of the environment."""
 
     call: Literal["reset", "step", "finalize"]
     seed: int = 0
@@ -55,14 +55,14 @@ class ChildRequest(Wire):
 
 
 class Failed(Wire):
-    """The environment did not do its part."""
+    """The environment failed."""
 
     code: Literal["environment_raised", "environment_invalid"]
     message: str
 
 
 class ChildResponse(Wire):
-    """From a child: what came of the call; exactly one of these."""
+    """Message from a child: the result of the call; exactly one field is set."""
 
     opening: Opening | None = None
     state_hash: Annotated[str, Field(max_length=256)] = ""
@@ -73,9 +73,9 @@ class ChildResponse(Wire):
 
 
 class Described(Wire):
-    """From a child that was only to look at the environment's class."""
+    """Message from a child that only checks the environment's class."""
 
     version: str = ""
     description: str = ""
     problem: str = ""
-    """Why the class cannot be used; empty if it can."""
+    """The reason why the class is unusable; empty if it is usable."""

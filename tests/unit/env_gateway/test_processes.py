@@ -115,7 +115,7 @@ async def test_a_class_that_cannot_be_loaded_fails_its_session(pool: Pool) -> No
 
 async def test_the_number_of_children_is_bounded_and_a_closed_one_frees_a_slot(opened: Opened) -> None:
     first, *_ = [await opened("Counts") for _ in range(3)]
-    with pytest.raises(AtCapacity, match="3 sessions have a process of their own already"):
+    with pytest.raises(AtCapacity, match="3 sessions already have their own process"):
         await opened("Counts")
     first.close()
     await opened("Counts")

@@ -173,7 +173,7 @@ async def test_sessions_over_the_limit_are_refused_until_one_ends(clock: ManualC
 
 async def test_a_host_at_capacity_is_refused_like_a_full_gateway(clock: ManualClock) -> None:
     def full() -> ScriptedWorld:
-        raise AtCapacity("64 sessions have a process of their own already")
+        raise AtCapacity("64 sessions already have their own process")
 
     sessions = some_sessions(full, clock)
     with pytest.raises(HttpError) as refused:
