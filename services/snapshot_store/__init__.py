@@ -1,1 +1,1 @@
-"""The snapshot store: immutable versions with digests, kept as long as someone may need them."""
+"""The snapshot store: immutable versions with digests, kept while a lease needs them."""

@@ -12,17 +12,17 @@ from palimpsest.services.snapshot_store.storage_factory import open_storage
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
-    """Serve until stopped."""
+    """Serve until a stop request."""
     config = invocation.config
-    kept = config.snapshot_store
+    section = config.snapshot_store
     storage = asyncio.run(_open_and_check(config))
-    app = create_app(storage, sweep_s=kept.sweep_s, claims_keep_s=kept.claims_keep_hours * 3600)
-    serve(app, kept.host, kept.port, key="snapshot_store", stop=stop)
+    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=section.claims_keep_hours * 3600)
+    serve(app, section.host, section.port, key="snapshot_store", stop=stop)
 
 
 async def _open_and_check(config: RunConfig) -> Storage:
     storage = await open_storage(config)
-    await open_catalog(storage)  # damage is refused before the port opens
+    await open_catalog(storage)  # raises on damage before the port opens
     return storage
 
 

@@ -1,13 +1,13 @@
 """The store over HTTP.
 
-PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 the same again, 409 other weights, 424 no object
-                                or 409 its writer was replaced
+PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 repeated, 409 other weights or a replaced writer,
+                                424 no object
 GET  /v1/versions/{number}
 GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}
-and /v1/objects, /v1/claims: see app_bodies.py; /v1/writers, /v1/checkpoints: see app_writers.py
+and /v1/objects, /v1/claims: see routes_blobs.py; /v1/writers, /v1/checkpoints: see routes_writers.py
 
-Any of them answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
+Every route answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ Number = Annotated[int, Path(ge=0)]
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CLAIMS_KEEP_S = 192 * 3600.0
 CLAIM_LOOKS = 100
-"""Looks for claims that are too old in the time they are kept."""
+"""Number of sweeps of old claims during the time for which they are kept."""
 
 
 class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -47,14 +47,14 @@ class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 async def open_catalog(storage: Storage) -> Catalog:
-    """The catalog over this storage. Raises UserError when what stands there is damaged or cannot be read."""
+    """Open the catalog of this storage. Raises UserError if a file is damaged or cannot be read."""
     catalog = Catalog(storage)
     try:
         await catalog.open()
     except Damaged as damage:
         raise UserError(
-            f"the snapshot store's folder is damaged: {damage}. Restore that file from a copy, or remove it: a version "
-            f"is given up with its manifest, every holder's claims with the leases",
+            f"the snapshot store's folder is damaged: {damage}. Restore that file from a backup, or remove it: "
+            f"a version is lost without its manifest, all leases without leases.json",
             ExitCode.DAMAGED,
         ) from None
     except Unavailable as error:
@@ -66,7 +66,7 @@ async def open_catalog(storage: Storage) -> Catalog:
 
 
 def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> FastAPI:
-    """The store's application; it reads the catalog when it starts and sweeps while it runs."""
+    """Return the store's application. It reads the catalog at the start and sweeps while it runs."""
     catalog, claims = Catalog(storage), ClaimCheckBlobs(storage)
     state = {"open": False}
 
@@ -132,7 +132,7 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
             instruments.REFUSED.labels("damaged_manifest").inc()
             raise HttpError(422, "damaged_manifest", str(damage)) from None
         if manifest.version != number:
-            raise HttpError(422, "other_version", f"the manifest is of version {manifest.version}, not {number}")
+            raise HttpError(422, "other_version", f"the manifest belongs to version {manifest.version}, not {number}")
         try:
             with routes_writers.writer_errors_as_conflict():
                 new = await catalog.put_version(manifest, body)
@@ -142,7 +142,10 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
         except KeyError:
             instruments.REFUSED.labels("object_missing").inc()
             raise HttpError(
-                424, "object_missing", f"object {manifest.object} is not here whole: send it first", retryable=True
+                424,
+                "object_missing",
+                f"object {manifest.object} is missing or incomplete: send it first",
+                retryable=True,
             ) from None
         _observe(catalog)
         return Response(status_code=201 if new else 200)
@@ -163,7 +166,7 @@ def _leases(app: FastAPI, catalog: Catalog) -> None:
     @app.put("/v1/leases/{holder}")
     async def put_lease(holder: str, request: Request) -> dict[str, int]:
         if not _HOLDER.fullmatch(holder):
-            raise HttpError(422, "bad_holder", f"{holder!r} is not a holder's name")
+            raise HttpError(422, "bad_holder", f"{holder!r} is not a valid holder name")
         try:
             lease = msgspec.json.decode(await request.body(), type=LeaseRequest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -186,7 +189,7 @@ async def _sweep(catalog: Catalog, claims: ClaimCheckBlobs, every_s: float, clai
                 look = time.monotonic() + claims_keep_s / CLAIM_LOOKS
                 instruments.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
         except Unavailable as error:
-            logger().warning("not swept", reason=str(error))  # what is due stays due
+            logger().warning("not swept", reason=str(error))  # the next sweep removes them
 
 
 def _observe(catalog: Catalog) -> None:

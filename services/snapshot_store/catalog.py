@@ -1,12 +1,12 @@
-"""The store's truth: which versions there are and who still needs them.
+"""The catalog of the store: its versions, and the leases that hold them.
 
     objects/<blake3>             weights, named by their content
-    versions/<number>.json       a sealed manifest, created once, after its object stands
-    leases.json                  holder -> lowest version it may still need
+    versions/<number>.json       a sealed manifest, created once, after its object is stored
+    leases.json                  holder -> lowest version that it may still need
     writers/, checkpoints/       see writers.py
 
-A version exists from the moment its manifest does. Removing takes the manifest first, so that a crash leaves at worst
-an object without a manifest, which the next sweep removes.
+A version exists as soon as its manifest does. Removal deletes the manifest first, so that a crash leaves at worst an
+object without a manifest, which the next sweep deletes.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"versions/(\d+)\.json")
 
 
 class Conflict(Exception):
-    """The number belongs to other weights."""
+    """A version with this number and other weights exists."""
 
 
 class Catalog:
@@ -40,13 +40,13 @@ class Catalog:
         self.writers = Writers(storage, self._changing)
 
     async def open(self) -> None:
-        """Read what stands. Raises Damaged, naming the file, if a manifest, a commit or the leases do not hold."""
+        """Read versions and leases. Raises Damaged, with the file, if a manifest, commit or lease is invalid."""
         await self.writers.open()
         for key in await self._storage.keys("versions/"):
             if match := _NUMBER.fullmatch(key):
                 body = await self._storage.read(key)
                 assert body is not None
-                self._manifests[Version(int(match[1]))] = _standing(key, Version(int(match[1])), body)
+                self._manifests[Version(int(match[1]))] = _read_manifest(key, Version(int(match[1])), body)
         if (body := await self._storage.read("leases.json")) is not None:
             try:
                 leases = msgspec.json.decode(body, type=dict[str, int])
@@ -56,63 +56,63 @@ class Catalog:
 
     @property
     def versions(self) -> dict[Version, Manifest]:
-        """Every version, ascending."""
+        """All versions, ascending."""
         return dict(sorted(self._manifests.items()))
 
     @property
     def leases(self) -> dict[str, Version]:
-        """Holder -> lowest version it may still need."""
+        """Holder -> lowest version that it may still need."""
         return dict(self._leases)
 
     async def put_object(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store weights under their digest; bytes. Raises DigestMismatch."""
-        self._uploading.add(digest)  # a sweep must not take it for garbage before its manifest comes
+        """Store weights under their digest. Return the number of bytes. Raises DigestMismatch."""
+        self._uploading.add(digest)  # a sweep must not delete it before its manifest arrives
         return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
 
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
-        """Make a version exist; False if it already does, equal.
+        """Create a version. Return False if the same version exists.
 
-        Raises Fenced, UnknownWriter, Conflict, KeyError (no such object).
+        Raises StaleWriter, UnknownWriter, Conflict, KeyError (no such object).
         """
-        async with self._changing:  # no sweep between looking for the object and standing by it, and no new writer
+        async with self._changing:  # no sweep and no new writer between the checks and the creation
             try:
                 await self.writers.check(manifest.writer)
             except (StaleWriter, UnknownWriter):
-                self._uploading.discard(manifest.object)  # its manifest will not come
+                self._uploading.discard(manifest.object)  # its manifest is refused
                 raise
             if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
                 raise KeyError(manifest.object)
             new = await self._storage.create(_manifest_key(manifest.version), body)
-            self._uploading.discard(manifest.object)  # not while the outcome is unknown: the manifest may stand
+            self._uploading.discard(manifest.object)  # only now, because after an error the manifest may exist
             if not new:
-                standing = await self._standing(manifest.version)
-                if standing.digest != manifest.digest:
+                existing = await self._existing(manifest.version)
+                if existing.digest != manifest.digest:
                     raise Conflict(
-                        f"version {manifest.version} already stands with digest {standing.digest[:16]}, not "
+                        f"version {manifest.version} already exists with digest {existing.digest[:16]}, not "
                         f"{manifest.digest[:16]}: versions never change; take the next number"
                     )
                 return False
             self._manifests[manifest.version] = manifest
             return True
 
-    async def _standing(self, version: Version) -> Manifest:
-        if version not in self._manifests:  # stored by a try of which this process never heard the outcome
+    async def _existing(self, version: Version) -> Manifest:
+        if version not in self._manifests:  # stored by a call whose reply was lost
             body = await self._storage.read(_manifest_key(version))
             if body is None:
-                raise Unavailable(f"{_manifest_key(version)} was there a moment ago")
-            self._manifests[version] = _standing(_manifest_key(version), version, body)
+                raise Unavailable(f"{_manifest_key(version)} existed a moment ago")
+            self._manifests[version] = _read_manifest(_manifest_key(version), version, body)
         return self._manifests[version]
 
     async def body(self, version: Version) -> bytes | None:
-        """The sealed manifest as stored, or None."""
+        """Return the sealed manifest as stored, or None."""
         return await self._storage.read(_manifest_key(version))
 
     def object_key(self, digest: str) -> str:
-        """Where an object stands."""
+        """Return the key of an object."""
         return f"objects/{digest}"
 
     async def lease(self, holder: str, lowest: Version) -> None:
-        """Note what the holder may still need, durably."""
+        """Store durably the lowest version that the holder may still need."""
         async with self._changing:
             self._leases[holder] = lowest
             text = msgspec.json.encode(self._leases)
@@ -123,7 +123,7 @@ class Catalog:
             await self._storage.put("leases.json", whole())
 
     async def sweep(self) -> list[Version]:
-        """Remove what no lease needs; the versions removed."""
+        """Remove the versions and objects that no lease needs. Return the removed versions."""
         async with self._changing:
             gone = sorted(removable(self._manifests.keys(), self._leases))
             for version in gone:
@@ -141,11 +141,11 @@ def _manifest_key(version: Version) -> str:
     return f"versions/{version:08d}.json"
 
 
-def _standing(key: str, version: Version, body: bytes) -> Manifest:
+def _read_manifest(key: str, version: Version, body: bytes) -> Manifest:
     try:
         manifest = unseal(body)
     except Damaged as damage:
         raise Damaged(f"version {version} ({key}): {damage}") from None
     if manifest.version != version:
-        raise Damaged(f"version {version} ({key}): the manifest in it is of version {manifest.version}")
+        raise Damaged(f"version {version} ({key}): its manifest belongs to version {manifest.version}")
     return manifest

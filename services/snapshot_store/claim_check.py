@@ -1,8 +1,8 @@
-"""Bodies of log records too long for the log, kept for a time after they were last sent.
+"""Bodies of log records that are too long for the log, kept for a time after they were last sent.
 
     claims/<blake3>              a record's body, named by its content
 
-Sending a body that stands makes it young again, so that a record sent twice never outlives its body.
+Sending an existing body resets its age, so that a record that is sent twice never outlives its body.
 """
 
 import asyncio
@@ -19,32 +19,32 @@ class ClaimCheckBlobs:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._coming: Counter[str] = Counter()
+        self._arriving: Counter[str] = Counter()
         self._removing = asyncio.Lock()
 
     @staticmethod
     def key(digest: str) -> str:
-        """Where a body stands."""
+        """Return the key of a body."""
         return _PREFIX + digest
 
     async def put(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store a body under its digest; bytes. Raises DigestMismatch."""
+        """Store a body under its digest. Return the number of bytes. Raises DigestMismatch."""
         key = self.key(digest)
-        self._coming[key] += 1  # no removal of it begins from here on,
+        self._arriving[key] += 1  # from here on, no sweep starts to remove it
         try:
-            async with self._removing:  # and one under way ends first
+            async with self._removing:  # wait for a removal in progress
                 pass
             return await self._storage.put(key, chunks, digest=digest)
         finally:
-            self._coming[key] -= 1
-            self._coming += Counter()  # drops zeros
+            self._arriving[key] -= 1
+            self._arriving += Counter()  # drops zeros
 
     async def sweep(self, keep_s: float) -> int:
-        """Remove bodies last sent longer ago than this; how many."""
+        """Remove bodies that were last sent more than `keep_s` seconds ago. Return their number."""
         gone = 0
         for key in await self._storage.older(_PREFIX, keep_s):
             async with self._removing:
-                if key not in self._coming and await self._storage.older(key, keep_s):  # nor sent since the look
+                if key not in self._arriving and await self._storage.older(key, keep_s):  # not sent again meanwhile
                     await self._storage.delete(key)
                     gone += 1
         return gone

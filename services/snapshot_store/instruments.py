@@ -1,4 +1,4 @@
-"""What the store reports to Prometheus."""
+"""Prometheus metrics of the store."""
 
 from prometheus_client import Counter, Gauge
 

@@ -1,4 +1,4 @@
-"""A store's storage as it stands, for those who look at a run from outside while no store serves it, or beside one."""
+"""Read access to a run's storage without a store process, or beside one."""
 
 import asyncio
 
@@ -13,28 +13,28 @@ from palimpsest.services.snapshot_store.storage_factory import open_storage
 
 
 async def open_offline(config: RunConfig) -> Storage:
-    """The run's storage; nothing in it is tidied up. Raises UserError."""
+    """Open the run's storage without removing leftovers. Raises UserError."""
     if config.snapshot_store.storage == "folder":
         return DiskStorage(config.snapshot_folder, tidy=False)
     return await open_storage(config)
 
 
 class StorageClaims:
-    """Long records' bodies, read where the store keeps them; see Claims in common/bus/claim_check.py."""
+    """Reads the bodies of long records from storage; see Claims in common/bus/claim_check.py."""
 
     def __init__(self, storage: Storage, runner: asyncio.Runner) -> None:
         self._storage, self._runner = storage, runner
 
     def put_claim(self, body: bytes) -> str:
-        """Never: who looks from outside writes nothing."""
-        raise NotImplementedError(f"a record of {len(body)} bytes to write")
+        """Raise NotImplementedError: this access is read-only."""
+        raise NotImplementedError(f"cannot write a record of {len(body)} bytes: the access is read-only")
 
     def claim(self, digest: str) -> bytes:
         """See Claims."""
         body = self._runner.run(self._storage.read(ClaimCheckBlobs.key(digest)))
         if body is None or blake3(body).hexdigest() != digest:
-            raise ClaimLost(f"the body {digest} is not in the store, or not whole")
+            raise ClaimLost(f"the body {digest} is missing in the store, or damaged")
         return body
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing; no resource is open."""

@@ -1,4 +1,4 @@
-"""Which versions may go. Pure."""
+"""Decides which versions may be removed. Pure."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,7 +6,7 @@ from palimpsest.common.versions import Version
 
 
 def removable(versions: Collection[Version], leases: Mapping[str, Version]) -> set[Version]:
-    """Versions below every lease, except the newest. Without any lease nobody has said what is needed: none.
+    """Return the versions below every lease, except the newest. Without leases, no version is removable.
 
     >>> sorted(removable([Version(v) for v in range(6)], {"learner": Version(4), "replica": Version(3)}))
     [0, 1, 2]

@@ -1,11 +1,11 @@
-"""The store's routes for bodies that are named by their content.
+"""The store's routes for content-addressed bodies.
 
-PUT  /v1/objects/{blake3}       weights; 422 when the bytes are not those of the name
+PUT  /v1/objects/{blake3}       weights; 422 if the bytes do not match the digest
 GET  /v1/objects/{blake3}
-PUT  /v1/claims/{blake3}        the body of a long log record, likewise; again: it is young again
+PUT  /v1/claims/{blake3}        the body of a long log record, likewise; a repeated PUT resets its age
 GET  /v1/claims/{blake3}
 
-A GET answers 200 with the body, or 307 with an address at which the storage itself gives it out for a while.
+A GET answers 200 with the body, or 307 with a temporary address of the storage.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +24,7 @@ Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 
 
 def routes(app: FastAPI, storage: Storage, catalog: Catalog, claims: ClaimCheckBlobs) -> None:
-    """Add them."""
+    """Add the routes."""
 
     @app.put("/v1/objects/{digest}", status_code=201)
     async def put_object(digest: Digest, request: Request) -> dict[str, int]:
@@ -45,7 +45,9 @@ def routes(app: FastAPI, storage: Storage, catalog: Catalog, claims: ClaimCheckB
 
     @app.get("/v1/claims/{digest}")
     async def get_claim(digest: Digest) -> Response:
-        missing = HttpError(404, "claim_missing", f"no body {digest}: it never came, or was swept for its age")
+        missing = HttpError(
+            404, "claim_missing", f"no body {digest}: it was never sent, or was removed because of its age"
+        )
         return await _send(storage, claims.key(digest), missing)
 
 

@@ -1,11 +1,11 @@
-"""The store's routes about who may write.
+"""The store's routes for writers and checkpoints.
 
 POST   /v1/writers                           {"holder": name}: a new epoch; earlier writers are refused from now on
-GET    /v1/writers                           the newest writer; nulls before the first
+GET    /v1/writers                           the newest writer; nulls before the first one
 GET    /v1/writers/{epoch}                   200 while it is the newest, 409 fenced, 409 writer_unknown
-PUT    /v1/checkpoints/{version}/{writer}    {"digest": blake3}: it counts; 201 new, 200 again, 409 as above or another
-DELETE /v1/checkpoints/{version}/{writer}    ?by=epoch: it counts no longer; 409 as above for `by`
-GET    /v1/checkpoints                       those that count, oldest first
+PUT    /v1/checkpoints/{version}/{writer}    {"digest": blake3}: accept it; 201 new, 200 repeated, 409 as above, other
+DELETE /v1/checkpoints/{version}/{writer}    ?by=epoch: withdraw it; 409 as above for `by`
+GET    /v1/checkpoints                       the accepted checkpoints, oldest first
 """
 
 from collections.abc import Iterator
@@ -40,19 +40,19 @@ class Commit(msgspec.Struct, forbid_unknown_fields=True):
 
 @contextmanager
 def writer_errors_as_conflict() -> Iterator[None]:
-    """What the block raises against a writer becomes the answer 409."""
+    """Convert the errors about writers in the block to 409."""
     try:
         yield
-    except StaleWriter as fenced:
-        raise _conflict("fenced", fenced) from None
-    except UnknownWriter as unknown:
-        raise _conflict("writer_unknown", unknown) from None
-    except CommitConflict as conflict:
-        raise _conflict("checkpoint_conflict", conflict) from None
+    except StaleWriter as error:
+        raise _conflict("fenced", error) from None
+    except UnknownWriter as error:
+        raise _conflict("writer_unknown", error) from None
+    except CommitConflict as error:
+        raise _conflict("checkpoint_conflict", error) from None
 
 
 def routes(app: FastAPI, writers: Writers) -> None:
-    """Add them."""
+    """Add the routes."""
     _writers(app, writers)
     _checkpoints(app, writers)
 
@@ -61,11 +61,11 @@ def _writers(app: FastAPI, writers: Writers) -> None:
     @app.post("/v1/writers", status_code=201)
     async def post_writer(request: Request) -> dict[str, int]:
         try:
-            asked = msgspec.json.decode(await request.body(), type=Holder)
+            body = msgspec.json.decode(await request.body(), type=Holder)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise HttpError(422, "bad_holder", str(error)) from None
-        epoch = await writers.issue(asked.holder)
-        logger().info("a new writer", epoch=epoch, holder=asked.holder)
+        epoch = await writers.issue(body.holder)
+        logger().info("a new writer", epoch=epoch, holder=body.holder)
         return {"epoch": epoch}
 
     @app.get("/v1/writers")

@@ -1,4 +1,4 @@
-"""The minio client as the store uses it: where its credentials come from, how long it waits, whom it trusts."""
+"""Creates the store's minio client with its credentials, timeouts and trusted certificates."""
 
 import configparser
 import os
@@ -24,23 +24,23 @@ from palimpsest.common.user_error import UserError
 
 CONNECT_S, READ_S = 5.0, 20.0
 METADATA_S = 2.0
-"""The address that gives a machine's role its credentials is near or not there."""
+"""Timeout of the address that serves credentials of a machine's role, in seconds; it is nearby or does not exist."""
 
 
 class NoCredentials(Exception):
-    """No provider has any."""
+    """No provider has credentials."""
 
 
 def credentials() -> Provider:
-    """Those of the environment, else of the usual files, else of the machine's role or web identity.
+    """Return a provider: the environment, else the usual files, else the machine's role or web identity.
 
-    Raises NoCredentials when it is asked and nobody has any.
+    The provider raises NoCredentials on use if none of them has credentials.
     """
     return _FirstOf()
 
 
 def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int, tries: int) -> Minio:
-    """A client that tries each request so often before it raises; with one try, no request is ever sent twice."""
+    """Return a client that tries each request `tries` times; with one try, no request is sent twice."""
     url = urlsplit(config.endpoint)
     retries = urllib3.Retry(
         tries - 1,
@@ -58,7 +58,7 @@ def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int,
     try:
         if url.scheme not in ("http", "https") or url.path not in ("", "/"):
             raise ValueError("it is not http://HOST:PORT or https://HOST:PORT")
-        made = Minio(
+        minio = Minio(
             url.netloc,
             secure=url.scheme == "https",
             region=config.region,
@@ -68,10 +68,10 @@ def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int,
     except ValueError as error:
         raise UserError(f"snapshot_store.endpoint = {config.endpoint!r} cannot be used: {error}") from None
     if config.path_style:
-        made.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+        minio.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
     else:
-        made.enable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
-    return made
+        minio.enable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+    return minio
 
 
 class _FirstOf(Provider):
@@ -79,7 +79,7 @@ class _FirstOf(Provider):
 
     def __init__(self) -> None:
         near = urllib3.PoolManager(timeout=METADATA_S, retries=urllib3.Retry(1))
-        # only for a web identity: elsewhere it would stand in for the address of the machine's role
+        # Set only for a web identity: otherwise it would replace the address of the machine's role.
         sts = os.environ.get("AWS_ENDPOINT_URL_STS") if "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ else None
         role = IamAwsProvider(custom_endpoint=sts, http_client=near)
         files: list[Provider] = [AWSConfigProvider(), MinioClientConfigProvider()]

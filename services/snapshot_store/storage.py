@@ -1,62 +1,62 @@
-"""What the catalog needs of a place for bytes. One contract suite runs on every adapter."""
+"""The port of storages for bytes. One contract suite runs on every adapter."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
 
 
 class Storage(Protocol):
-    """Named byte strings. A name is there whole or not at all.
+    """Stores named byte strings. A name exists with its complete body or not at all.
 
-    Every method raises Unavailable while the place does not answer, OSError (palimpsest.common.files.FULL) while it is
-    full, and ValueError for a name that is not a key.
+    Every method raises Unavailable while the storage does not answer, OSError (palimpsest.common.files.FULL) while it
+    is full, and ValueError for a name that is not a key.
     """
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, digest: str | None = None) -> int:
-        """Store under `key`; bytes written. Raises DigestMismatch, leaving nothing, when blake3 differs."""
+        """Store under `key`; return the number of bytes. Raises DigestMismatch, storing nothing, if blake3 differs."""
 
     async def create(self, key: str, body: bytes) -> bool:
-        """Store under `key` unless it exists; whether this call stored it. Of several at once, one wins.
+        """Store under `key` unless it exists. Return whether this call stored it; of concurrent calls, one does.
 
-        After Unavailable the body may stand all the same: whoever tries again and gets False has to look whose it is.
+        After Unavailable the body may be stored nevertheless: if a retry returns False, the caller must compare bodies.
         """
 
     async def read(self, key: str) -> bytes | None:
-        """The whole body, or None."""
+        """Return the body, or None."""
 
     def stream(self, key: str) -> AsyncIterator[bytes]:
-        """The body in pieces of at most 1 MiB; raises KeyError when it is not there."""
+        """Yield the body in pieces of at most 1 MiB. Raises KeyError if it does not exist."""
 
     async def address(self, key: str) -> str | None:
-        """Where anybody may fetch the body for a while, whether it is there or not; None: only through here."""
+        """Return a temporary address for the body, whether or not it exists; None: only the store can read it."""
 
     async def size(self, key: str) -> int | None:
-        """Bytes under `key`, or None."""
+        """Return the number of bytes under `key`, or None."""
 
     async def keys(self, prefix: str) -> list[str]:
-        """Every key that begins with `prefix`, sorted."""
+        """Return all keys that begin with `prefix`, sorted."""
 
     async def older(self, prefix: str, age_s: float) -> list[str]:
-        """Those keys among them whose body was stored longer ago than this, sorted."""
+        """Return the keys with this prefix whose body was stored more than `age_s` seconds ago, sorted."""
 
     async def delete(self, key: str) -> None:
-        """Remove; harmless when it is not there."""
+        """Remove the body; no effect if it does not exist."""
 
 
 class DigestMismatch(ValueError):
-    """The bytes that arrived are not those that were announced."""
+    """The received bytes do not match the announced digest."""
 
 
 class Unavailable(Exception):
-    """The place for bytes does not answer, or refuses; the message says which. Trying again later may help."""
+    """The storage does not answer, or refuses; the message has the reason. A later retry may succeed."""
 
     def __init__(self, message: str, *, address: str = "") -> None:
         super().__init__(message)
         self.address = address
-        """Of the S3; empty when it is none."""
+        """Address of the S3; empty for other storages."""
 
 
 def parts(key: str) -> list[str]:
-    """The parts of a key between its slashes. Raises ValueError unless each is a plain name.
+    """Return the parts of a key between its slashes. Raises ValueError unless each is a plain name.
 
     >>> parts("versions/00000003.json")
     ['versions', '00000003.json']

@@ -16,9 +16,9 @@ CHUNK = 1 << 20
 
 
 class DiskStorage:
-    """See storage.py. Leftovers of an earlier process's unfinished writes are removed at the start.
+    """See storage.py. Removes partial files of earlier processes at the start.
 
-    Without `tidy` nothing is: the folder may be in another process's use, and is only looked at.
+    Without `tidy` it removes nothing, because another process may be using the folder.
     """
 
     def __init__(self, folder: Path, *, tidy: bool = True) -> None:
@@ -43,7 +43,9 @@ class DiskStorage:
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
             if digest is not None and hasher.hexdigest() != digest:
-                raise DigestMismatch(f"{size} bytes arrived with digest {hasher.hexdigest()}, announced was {digest}")
+                raise DigestMismatch(
+                    f"received {size} bytes with digest {hasher.hexdigest()}, but {digest} was announced"
+                )
             partial.replace(path)
             sync_folder(path.parent)
         finally:
@@ -60,7 +62,7 @@ class DiskStorage:
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                os.link(partial, path)  # fails if it exists: unlike rename, a compare-and-set
+                os.link(partial, path)  # fails if the name exists, unlike rename
             except FileExistsError:
                 return False
             sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""What a person has to mend before an S3 can be used: a sentence for each way it refuses at the start."""
+"""Error texts for an S3 that the store cannot use at its start."""
 
 from palimpsest.common.config.schema import SnapshotStoreConfig
 from palimpsest.common.user_error import ExitCode, UserError
@@ -14,23 +14,23 @@ _OTHER_REGION = {
 
 
 def s3_error(config: SnapshotStoreConfig, code: str, message: str) -> UserError:
-    """For an S3 that answered with this error code."""
+    """Return the error for an S3 that answered with this error code."""
     where = f"the S3 at {config.endpoint} (snapshot_store.endpoint)"
     if code == "NoSuchBucket":
         return UserError(
-            f"{where} has no bucket {config.bucket!r} (snapshot_store.bucket): make it, or let the store make it with "
+            f"{where} has no bucket {config.bucket!r} (snapshot_store.bucket): create it, or set "
             f"--snapshot_store.create_bucket=true"
         )
     if code in _UNKNOWN_CREDENTIALS:
-        return UserError(f"{where} does not accept the credentials ({code}: {message}): set {_CREDENTIALS} to its own")
+        return UserError(f"{where} refuses the credentials ({code}: {message}): set valid {_CREDENTIALS}")
     if code == "AccessDenied":
         return UserError(
-            f"{where} denies what the store needs in bucket {config.bucket!r} ({message}): give the credentials' "
+            f"{where} denies an action in bucket {config.bucket!r} ({message}): give the credentials' "
             f"owner the actions that docs/operations.md lists under S3, or use other credentials"
         )
     if code == "RequestTimeTooSkewed":
         return UserError(
-            f"{where} refuses requests because this machine's clock and its own differ too much: set the wrong one, "
+            f"{where} refuses requests because its clock and this machine's clock differ too much: correct them, "
             f"for example by NTP",
             ExitCode.UNAVAILABLE,
         )
@@ -42,7 +42,7 @@ def s3_error(config: SnapshotStoreConfig, code: str, message: str) -> UserError:
 
 
 def unreachable(config: SnapshotStoreConfig, problem: str) -> UserError:
-    """For an S3 that did not answer as one."""
+    """Return the error for an S3 that cannot be reached."""
     where = f"the S3 at {config.endpoint} (snapshot_store.endpoint)"
     if "CERTIFICATE_VERIFY_FAILED" in problem:
         return UserError(
@@ -53,16 +53,16 @@ def unreachable(config: SnapshotStoreConfig, problem: str) -> UserError:
 
 
 def without_credentials(problem: str) -> UserError:
-    """For a store that was given none."""
+    """Return the error for a store without credentials."""
     return UserError(
-        f"no credentials for the S3 were found ({problem}): set {_CREDENTIALS}, write the usual credential file, or "
-        f"run where a role gives some (docs/operations.md, S3)"
+        f"no credentials for the S3 were found ({problem}): set {_CREDENTIALS}, write the usual credentials file, or "
+        f"run on a machine with a role (docs/operations.md, S3)"
     )
 
 
 def not_conditional(config: SnapshotStoreConfig) -> UserError:
-    """For an S3 that lets a second writer of a name win."""
+    """Return the error for an S3 without conditional writes."""
     return UserError(
-        f"the S3 at {config.endpoint} (snapshot_store.endpoint) ignores If-None-Match: versions would not be safe from "
-        f"being overwritten; use MinIO or another S3 with conditional writes"
+        f"the S3 at {config.endpoint} (snapshot_store.endpoint) ignores If-None-Match, so versions could be "
+        f"overwritten; use MinIO or another S3 with conditional writes"
     )

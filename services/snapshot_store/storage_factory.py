@@ -1,4 +1,4 @@
-"""The storage that a run's configuration names."""
+"""Opens the storage that a run's configuration names."""
 
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.file_errors import usable_folder
@@ -7,7 +7,7 @@ from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
 
 async def open_storage(config: RunConfig) -> Storage:
-    """Opened and looked at. Raises UserError when it cannot be used."""
+    """Open and check the storage. Raises UserError if it cannot be used."""
     if config.snapshot_store.storage == "folder":
         key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
         usable_folder(config.snapshot_folder, key=key)

@@ -1,12 +1,12 @@
 """Storage in an S3 bucket (MinIO, Amazon's, or another with conditional writes), by the minio client.
 
-The client blocks, so its calls run in threads of their own. A body is one object: a small one is put at once, a large
-one in parts of PART bytes that become an object only when the last has come and the digest is right. The client signs
-or sums every part (SHA-256 over http, MD5 over https), and the S3 refuses one that arrives otherwise.
+The client blocks, so its calls run in threads. A body is one object: a small one is sent in one request, a large one in
+parts of PART bytes, which become an object only after the last part arrived and the digest matches. The client signs or
+sums every part (SHA-256 over http, MD5 over https), and the S3 refuses a part that does not match.
 
-Parts of uploads that nobody finished are removed when the store opens, whatever their age: a prefix belongs to one
-store, and an upload of another one that still runs is merely sent again. MinIO lists them by whole name only, so those
-of one name go before the next upload under it, too.
+The store removes the parts of unfinished uploads when it opens, whatever their age: a prefix belongs to one store, and
+an aborted upload of another process is sent again. MinIO lists unfinished uploads only by full name, so the store also
+removes those of a name before the next upload to it.
 """
 
 import asyncio
@@ -37,19 +37,19 @@ from palimpsest.services.snapshot_store.upload_reader import UploadReader
 
 T = TypeVar("T")
 SMALL = 8 << 20
-"""A shorter body is put at once, from memory."""
+"""A shorter body is sent in one request, from memory."""
 PART = 32 << 20
-"""Of an upload; an S3 takes 10,000 of them, so the largest body has 312 GiB. Memory: about four for each upload."""
+"""Bytes of a part. An S3 allows 10,000 parts, so the largest body has 312 GiB. An upload holds four in memory."""
 CHUNK = 1 << 20
 THREADS = 64
 CREATE_TRIES = 3
 FULL = {"XMinioStorageFull": errno.ENOSPC, "XMinioAdminBucketQuotaExceeded": errno.EDQUOT}
 CREATOR = "x-amz-meta-creator"
-"""Header of what `create` stores: which call it was."""
+"""Header of an object that `create` stores, with an id of the call."""
 
 
 class MinioStorage:
-    """See storage.py. `open` first."""
+    """See storage.py. Call `open` first."""
 
     def __init__(self, config: SnapshotStoreConfig, *, prefix: str, outages: Outages = OUTAGES) -> None:
         self._config, self._prefix, self._bucket = config, prefix, config.bucket
@@ -59,18 +59,18 @@ class MinioStorage:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
         self._putting: Counter[str] = Counter()
         self._outage = outages.waiting()
-        """Left by the first call that succeeds: whoever asked the store asks again until one does."""
+        """The outage of the S3; the first call that succeeds ends it, and clients retry until then."""
 
     async def open(self) -> None:
-        """See that the bucket can be used, and make it if that is wanted. Raises UserError."""
+        """Check that the bucket is usable, and create it if `create_bucket` is set. Raises UserError."""
         try:
             parts(self._prefix + "x")
         except ValueError:
             raise UserError(
-                f"snapshot_store.prefix = {self._prefix!r} cannot begin an object's name: plain names with / between"
+                f"snapshot_store.prefix = {self._prefix!r} cannot begin an object's name: names with / between"
             ) from None
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._look)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._check_bucket)
         except S3Error as error:
             raise storage_errors.s3_error(self._config, error.code or "", error.message or "") from None
         except NoCredentials as error:
@@ -94,12 +94,12 @@ class MinioStorage:
         except asyncio.CancelledError:
             feed.stop()
             with suppress(Exception):
-                await upload  # the parts are removed
+                await upload  # removes the parts
             raise
         except Exception:
             if feed.failure is not None:
                 self._outage.record_answer()
-                raise feed.failure from None  # the sender's fault, or its digest's, not the S3's
+                raise feed.failure from None  # the sender failed or its digest differs; the S3 answered
             raise
         finally:
             self._putting[name] -= 1
@@ -148,7 +148,7 @@ class MinioStorage:
         return sorted(key for key, _ in await self._list(prefix))
 
     async def older(self, prefix: str, age_s: float) -> list[str]:
-        before = datetime.now(UTC) - timedelta(seconds=age_s)  # clocks that differ by more than minutes are refused
+        before = datetime.now(UTC) - timedelta(seconds=age_s)  # the S3 refuses clocks that differ by more than minutes
         return sorted(key for key, stored in await self._list(prefix) if stored < before)
 
     async def delete(self, key: str) -> None:
@@ -172,7 +172,7 @@ class MinioStorage:
         return await self._do(name, listed)
 
     async def _do(self, name: str, call: Callable[[], T]) -> T:
-        """The call's result, from a thread. The S3's errors become those of the port."""
+        """Return the call's result from a thread. Converts the S3's errors to those of the port."""
 
         def run_call() -> T:
             began = time.time()
@@ -192,23 +192,23 @@ class MinioStorage:
         return await asyncio.get_running_loop().run_in_executor(self._threads, run_call)
 
     def _unavailable(self, began: float, problem: str) -> Unavailable:
-        """What to raise for a call that began then, noted as an outage."""
+        """Note an outage since `began` and return the error to raise."""
         endpoint = self._config.endpoint
         self._outage.record_failure(S3, endpoint, problem, since=began)
         return Unavailable(f"{endpoint}: {problem}", address=endpoint)
 
     def _put(self, name: str, body: BinaryIO, size: int) -> None:
-        # one part at a time: the client's own threads would stay behind after an upload that failed
+        # One part at a time: the client's own threads would survive a failed upload.
         done = self._client.put_object(self._bucket, name, body, size, part_size=PART, num_parallel_uploads=1)
-        if not done.etag:  # an S3 may say 200 and then, in the body, that it could not put the parts together
-            problem = f"{self._config.endpoint} did not put the parts of {name} together"
+        if not done.etag:  # an S3 may answer 200 with an error in the body
+            problem = f"{self._config.endpoint} did not assemble the parts of {name}"
             raise Unavailable(problem, address=self._config.endpoint)
 
     def _create(self, name: str, body: bytes) -> bool:
         creator = uuid.uuid4().hex
         for left in reversed(range(CREATE_TRIES)):
             try:
-                # put_object passes no such header on; what it rests on does
+                # put_object drops If-None-Match; the method that it calls sends it
                 headers: dict[str, str | list[str] | tuple[str]] = {
                     "Content-Type": "application/octet-stream",
                     CREATOR: creator,
@@ -218,7 +218,7 @@ class MinioStorage:
                 return True
             except S3Error as error:
                 if error.code == "PreconditionFailed":
-                    return self._creator(name) == creator  # an earlier try whose reply was lost
+                    return self._creator(name) == creator  # an earlier attempt whose reply was lost
                 if left == 0 or not (error.response.status >= 500 or error.code == "ConditionalRequestConflict"):
                     raise
             except HTTPError:
@@ -227,10 +227,10 @@ class MinioStorage:
         raise AssertionError
 
     def _creator(self, name: str) -> str | None:
-        standing = _or_none(lambda: self._client.stat_object(self._bucket, name))
-        return standing.metadata.get(CREATOR) if standing and standing.metadata else None
+        existing = _or_none(lambda: self._client.stat_object(self._bucket, name))
+        return existing.metadata.get(CREATOR) if existing and existing.metadata else None
 
-    def _look(self) -> None:
+    def _check_bucket(self) -> None:
         try:
             self._abort_uploads(self._prefix)
             next(iter(self._client.list_objects(self._bucket, self._prefix)), None)
@@ -245,7 +245,7 @@ class MinioStorage:
             raise storage_errors.not_conditional(self._config)
 
     def _abort_uploads(self, name: str) -> None:
-        """Remove the parts of unfinished uploads under names that begin so."""
+        """Remove the parts of unfinished uploads whose names begin with `name`."""
         try:
             while uploads := self._client._list_multipart_uploads(self._bucket, prefix=name).uploads:
                 for upload in uploads:

@@ -1,4 +1,4 @@
-"""An upload as a thread reads it: bytes from an asynchronous sender, whose end is told only if the digest is right."""
+"""Lets a thread read an upload from an asynchronous sender; the end is reached only if the digest matches."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,7 +9,7 @@ from palimpsest.services.snapshot_store.storage import DigestMismatch
 
 
 class UploadReader:
-    """Made on the event loop that the sender belongs to. Holds no more than what was asked for and one piece."""
+    """Create it on the sender's event loop. Buffers at most the requested bytes and one piece."""
 
     def __init__(self, chunks: AsyncIterator[bytes], digest: str | None) -> None:
         self._chunks, self._digest = chunks, digest
@@ -18,21 +18,21 @@ class UploadReader:
         self._taking: asyncio.Task[bytes] | None = None
         self._stopped = False
         self.size = 0
-        """Bytes that have come."""
+        """Number of received bytes."""
         self.failure: BaseException | None = None
-        """Why the end was never told."""
+        """The error that ended the upload, or None."""
 
     async def read_short(self, limit: int) -> bytes | None:
-        """The whole body if it has fewer bytes than this. Raises DigestMismatch, and what the sender raises."""
+        """Return the body if it is shorter than `limit`, else None. Raises DigestMismatch and the sender's errors."""
         await self._fill(limit)
         return bytes(self._held) if self._ended else None
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes, fewer at the end, for a thread. Raises like `read_short`, and after `stop`."""
+        """Return the next `size` bytes, fewer at the end, for a thread. Raises like `read_short` and after `stop`."""
         return asyncio.run_coroutine_threadsafe(self._take(size), self._loop).result()
 
     def stop(self) -> None:
-        """Nothing more is wanted: a thread that reads gets an error."""
+        """Stop the upload: a reading thread gets an error."""
         self._stopped = True
         if self._taking is not None:
             self._taking.cancel()
@@ -59,12 +59,12 @@ class UploadReader:
                     self._hasher.update(chunk)
                     self.size += len(chunk)
                     self._held += chunk
-        except BaseException as failure:
-            self.failure = failure
+        except BaseException as error:
+            self.failure = error
             raise
 
     def _end(self) -> None:
         self._ended = True
-        came = self._hasher.hexdigest()
-        if self._digest is not None and came != self._digest:
-            raise DigestMismatch(f"{self.size} bytes arrived with digest {came}, announced was {self._digest}")
+        digest = self._hasher.hexdigest()
+        if self._digest is not None and digest != self._digest:
+            raise DigestMismatch(f"received {self.size} bytes with digest {digest}, but {self._digest} was announced")

@@ -1,11 +1,11 @@
-"""Who may write: the newest learner, known by the epoch that the store gave it, and which checkpoints count.
+"""Fencing: the epoch of the newest writer, and the accepted checkpoints.
 
-    writers/<epoch>.json                  {"holder": name}; the highest epoch is the one that may write
-    checkpoints/<version>-<epoch>.json    {"digest": ...}: the checkpoint of that version by that writer counts
+    writers/<epoch>.json                  {"holder": name}; the highest epoch may write
+    checkpoints/<version>-<epoch>.json    {"digest": ...}: the accepted checkpoint of that version by that writer
 
-An epoch is issued by creating its file, which succeeds for one of any number of requests, whatever the storage. What
-is refused to a replaced writer is checked and written under one lock with the issuing of epochs: once an epoch has been
-issued, nothing of an earlier writer lands any more. That holds for one store process; a run has one.
+The store issues an epoch by creating its file; of concurrent requests, one succeeds, whatever the storage. One lock
+covers issuing an epoch and checking and writing for a writer: after an epoch is issued, no write of an earlier writer
+succeeds. This holds for one store process; a run has one.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ class WriterEpoch(Struct, frozen=True):
     """A learner's right to write."""
 
     epoch: int
-    """From 1 on; each issued once."""
+    """Counted from 1; each is issued once."""
     holder: str
-    """What it called itself."""
+    """The name that the writer gave."""
 
 
 class CheckpointCommit(Struct, frozen=True):
-    """A checkpoint that counts."""
+    """An accepted checkpoint."""
 
     version: Version
     writer: int
@@ -44,7 +44,7 @@ class CheckpointCommit(Struct, frozen=True):
 
 
 class StaleWriter(Exception):
-    """A newer writer exists; the message names both."""
+    """A newer writer exists; the message names both writers."""
 
 
 class UnknownWriter(Exception):
@@ -71,29 +71,29 @@ class Writers:
         self._epoch = 0
 
     async def open(self) -> None:
-        """Read what stands. Raises Damaged, naming the checkpoint's file."""
+        """Read epochs and commits. Raises Damaged with the checkpoint's file."""
         for key in await self._storage.keys("writers/"):
             if match := _EPOCH.fullmatch(key):
                 self._epoch = max(self._epoch, int(match[1]))
         await self.committed()
 
     async def newest(self) -> WriterEpoch | None:
-        """The one that may write, as the storage has it now; None before the first."""
+        """Return the writer that may write, by the current state of the storage; None before the first one."""
         while await self._storage.read(_writer_key(self._epoch + 1)) is not None:
             self._epoch += 1
         return await self._writer(self._epoch) if self._epoch else None
 
     async def issue(self, holder: str) -> int:
-        """A new epoch, above all before it; from now on the earlier writers are refused."""
+        """Issue an epoch above all earlier ones; from now on the earlier writers are refused."""
         async with self._changing:
             body = msgspec.json.encode(_Holder(holder))
             while not await self._storage.create(_writer_key(self._epoch + 1), body):
-                self._epoch += 1  # taken by another
+                self._epoch += 1  # another request took it
             self._epoch += 1
             return self._epoch
 
     async def check(self, epoch: int) -> None:
-        """Raise Fenced or UnknownWriter unless this is the newest. Hold the lock until what it guards is written."""
+        """Raise StaleWriter or UnknownWriter unless this is the newest epoch. Hold the lock until the write is done."""
         if failpoints.active("store.skip_fencing"):
             return
         newest = await self.newest()
@@ -106,28 +106,28 @@ class Writers:
             )
 
     async def commit(self, version: Version, writer: int, digest: str) -> bool:
-        """Make a checkpoint count; False if it already does. Raises Fenced, UnknownWriter, CommitConflict."""
+        """Accept a checkpoint; False if it already is. Raises StaleWriter, UnknownWriter, CommitConflict."""
         async with self._changing:
             await self.check(writer)
             key = _commit_key(version, writer)
             if await self._storage.create(key, msgspec.json.encode(_Digest(digest))):
                 return True
-            standing = await self._read_commit(key)
-            if standing.digest != digest:
+            existing = await self._read_commit(key)
+            if existing.digest != digest:
                 raise CommitConflict(
                     f"writer {writer} has committed a checkpoint of version {version} with digest "
-                    f"{standing.digest[:16]}, not {digest[:16]}"
+                    f"{existing.digest[:16]}, not {digest[:16]}"
                 )
             return False
 
     async def withdraw(self, version: Version, writer: int, *, by: int) -> None:
-        """Let a checkpoint count no longer; harmless if it never did. Raises Fenced, UnknownWriter for `by`."""
+        """Withdraw a checkpoint; no effect if it is not accepted. Raises StaleWriter, UnknownWriter for `by`."""
         async with self._changing:
             await self.check(by)
             await self._storage.delete(_commit_key(version, writer))
 
     async def committed(self) -> list[CheckpointCommit]:
-        """The checkpoints that count, oldest first. Raises Damaged."""
+        """Return the accepted checkpoints, oldest first. Raises Damaged."""
         found = [await self._read_commit(key) for key in await self._storage.keys("checkpoints/") if _COMMIT.match(key)]
         return sorted(found, key=lambda commit: (commit.version, commit.writer))
 
@@ -135,7 +135,7 @@ class Writers:
         try:
             return WriterEpoch(epoch, (await self._read(_writer_key(epoch), _Holder)).holder)
         except Damaged:
-            return WriterEpoch(epoch, "its name is damaged")  # for people only: the epoch stands in the key
+            return WriterEpoch(epoch, "its name is damaged")  # only for messages; the key has the epoch
 
     async def _read_commit(self, key: str) -> CheckpointCommit:
         match = _COMMIT.fullmatch(key)

@@ -237,7 +237,7 @@ async def test_a_body_with_the_announced_digest_is_stored(storage: Storage) -> N
 
 async def test_a_body_with_another_digest_is_not_stored(storage: Storage, half: list[bytes]) -> None:
     body = b"".join(half)
-    with pytest.raises(DigestMismatch, match=f"{len(body)} bytes arrived with digest {blake3(body).hexdigest()}"):
+    with pytest.raises(DigestMismatch, match=f"received {len(body)} bytes with digest {blake3(body).hexdigest()}"):
         await storage.put("a", chunks(*half), digest=blake3(b"body").hexdigest())
     assert await storage.keys("") == []
 

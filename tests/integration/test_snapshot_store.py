@@ -56,7 +56,7 @@ def test_putting_a_version_again_does_nothing(store: FolderStore, client: Snapsh
 
 def test_different_weights_for_an_existing_version_are_a_conflict(client: SnapshotClient) -> None:
     put(client, 3, some_tensors(seed=1))
-    with pytest.raises(VersionConflict, match="version 3 already stands with digest"):
+    with pytest.raises(VersionConflict, match="version 3 already exists with digest"):
         put(client, 3, some_tensors(seed=2))
     assert plain(fetched(client, 3)) == plain(some_tensors(seed=1))
 

@@ -109,7 +109,7 @@ async def test_other_weights_for_an_existing_version_are_409(client: httpx.Async
 
 async def test_a_version_without_its_object_is_424(client: httpx.AsyncClient) -> None:
     message = assert_error(await announce(client, 0, 1), 424, "object_missing", retryable=True)
-    assert message == f"object {digest_of(1)} is not here whole: send it first"
+    assert message == f"object {digest_of(1)} is missing or incomplete: send it first"
     assert (await client.get("/v1/versions/0")).status_code == 404
 
 
@@ -123,7 +123,7 @@ async def test_a_damaged_manifest_is_422(client: httpx.AsyncClient) -> None:
 async def test_a_manifest_of_another_version_is_422(client: httpx.AsyncClient) -> None:
     await send(client, 1)
     reply = await client.put("/v1/versions/5", content=seal(a_manifest(4, 1)))
-    assert assert_error(reply, 422, "other_version") == "the manifest is of version 4, not 5"
+    assert assert_error(reply, 422, "other_version") == "the manifest belongs to version 4, not 5"
 
 
 @pytest.mark.parametrize("number", ["-1", "one", "1.5"])

@@ -267,7 +267,7 @@ async def test_a_damaged_manifest_is_reported_when_the_store_opens(tmp_path: Pat
 async def test_a_manifest_under_another_number_is_reported_when_the_store_opens(tmp_path: Path) -> None:
     await put(await opened(tmp_path), 7)
     (tmp_path / "versions" / "00000007.json").rename(tmp_path / "versions" / "00000008.json")
-    with pytest.raises(Damaged, match=r"^version 8 \(versions/00000008\.json\): the manifest in it is of version 7$"):
+    with pytest.raises(Damaged, match=r"^version 8 \(versions/00000008\.json\): its manifest belongs to version 7$"):
         await opened(tmp_path)
 
 

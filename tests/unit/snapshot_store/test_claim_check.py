@@ -145,7 +145,7 @@ async def test_a_claim_is_stored_returned_and_counted(tmp_path: Path) -> None:
 async def test_a_missing_claim_is_404(tmp_path: Path) -> None:
     async with store(DiskStorage(tmp_path)) as client:
         message = assert_error(await client.get(f"/v1/claims/{DIGEST}"), 404, "claim_missing")
-        assert message == f"no body {DIGEST}: it never came, or was swept for its age"
+        assert message == f"no body {DIGEST}: it was never sent, or was removed because of its age"
         assert_error(await client.put(f"/v1/claims/{DIGEST}", content=b"x"), 422, "digest_mismatch", retryable=True)
         assert (await client.get("/v1/claims/abc")).status_code == 422
 

@@ -231,8 +231,8 @@ async def test_credentials_come_from_environment_or_file(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("AWS_ACCESS_KEY_ID", "nobody", "does not accept the credentials .InvalidAccessKeyId"),
-        ("AWS_SECRET_ACCESS_KEY", "wrong-password", "does not accept the credentials .SignatureDoesNotMatch"),
+        ("AWS_ACCESS_KEY_ID", "nobody", "refuses the credentials .InvalidAccessKeyId"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong-password", "refuses the credentials .SignatureDoesNotMatch"),
     ],
 )
 async def test_wrong_credentials_are_refused(
@@ -301,7 +301,7 @@ async def test_without_one_of_the_documented_actions_the_start_is_refused(
     for statement in policy["Statement"]:
         statement["Action"] = [allowed for allowed in statement["Action"] if allowed != action]
     a_user(minio_server, policy, monkeypatch)
-    with pytest.raises(UserError, match=r"denies what the store needs in bucket 'unit' .*docs/operations\.md"):
+    with pytest.raises(UserError, match=r"denies an action in bucket 'unit' .*docs/operations\.md"):
         await MinioStorage(config(minio_server.endpoint), prefix=f"t-{uuid.uuid4().hex}/").open()
 
 
@@ -337,7 +337,7 @@ async def test_a_clock_that_is_an_hour_off_is_refused(
 ) -> None:
     real = clock.utcnow
     monkeypatch.setattr(clock, "utcnow", lambda: real() + timedelta(hours=1))
-    with pytest.raises(UserError, match="this machine's clock and its own differ too much") as refused:
+    with pytest.raises(UserError, match="its clock and this machine's clock differ too much") as refused:
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
     assert refused.value.code is ExitCode.UNAVAILABLE
 
@@ -430,7 +430,7 @@ async def test_parts_that_could_not_be_joined_are_no_object(answering: Callable[
     storage = answering(
         POST_uploads=(200, "application/xml", begun), POST_uploadId=(200, "application/xml", error("InternalError"))
     )
-    with pytest.raises(Unavailable, match="did not put the parts of t/a together"):
+    with pytest.raises(Unavailable, match="did not assemble the parts of t/a"):
         await storage.put("a", chunks(bytes(2 * PART)))
 
 
