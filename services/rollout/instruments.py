@@ -9,34 +9,34 @@ TRAJECTORIES = Counter(
     "palimpsest_rollout_trajectories", "Trajectories that ended, by how", ["end"], registry=REGISTRY
 )  # end: terminated, truncated, or a drop reason
 LIVE = Gauge("palimpsest_rollout_live_trajectories", "Trajectories in flight", registry=REGISTRY)
-VERSION = Gauge("palimpsest_rollout_version", "Version the engine holds", registry=REGISTRY)
+VERSION = Gauge("palimpsest_rollout_version", "Version of the engine", registry=REGISTRY)
 UPDATES = Counter(
-    "palimpsest_rollout_updates", "Versions taken on or refused", ["outcome"], registry=REGISTRY
+    "palimpsest_rollout_updates", "Versions accepted or refused", ["outcome"], registry=REGISTRY
 )  # outcome: accepted, refused
 PAUSE_SECONDS = Histogram(
     "palimpsest_rollout_update_pause_seconds",
-    "Generation stood still for an update",
+    "Pause of generation for an update",
     buckets=SECONDS,
     registry=REGISTRY,
 )
 CUT_PAUSE_SECONDS = Histogram(
     "palimpsest_rollout_cut_pause_seconds",
-    "From a cut's request until the engine stood still",
+    "From the request of a cut until the engine is paused",
     buckets=SECONDS,
     registry=REGISTRY,
 )
 HOLD_SECONDS = Histogram(
     "palimpsest_rollout_hold_seconds",
-    "Generation stood still for a cut, until a newer version was loaded or the cut was released",
+    "Pause of generation for a cut, until a newer version is loaded or the cut is released",
     buckets=SECONDS,
     registry=REGISTRY,
 )
 HOLDS_GIVEN_UP = Counter(
-    "palimpsest_rollout_holds_given_up", "Cuts after which nothing was heard of the learner", registry=REGISTRY
+    "palimpsest_rollout_holds_given_up", "Cuts whose hold ended without a record of the learner", registry=REGISTRY
 )
-FLUSHED = Counter("palimpsest_rollout_flushed", "Live trajectories sent ahead at cuts", registry=REGISTRY)
+FLUSHED = Counter("palimpsest_rollout_flushed", "Trajectories in flight that were flushed at cuts", registry=REGISTRY)
 FETCH_SECONDS = Histogram(
-    "palimpsest_rollout_fetch_seconds", "Getting a version from the store", buckets=SECONDS, registry=REGISTRY
+    "palimpsest_rollout_fetch_seconds", "Download of a version from the store", buckets=SECONDS, registry=REGISTRY
 )
 CANARY_ERROR = Gauge(
     "palimpsest_rollout_canary_error_nats", "Mean |engine - learner| over the last canary", registry=REGISTRY
