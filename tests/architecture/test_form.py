@@ -14,7 +14,7 @@ PRINTS = {
     "cli.py",
     "env_command.py",
     "run.py",
-    "rescore.py",
+    "rescore_command.py",
     "supervisor.py",
     "view.py",
     "screen.py",
