@@ -12,7 +12,7 @@ palimpsest/rescore_command.py is the command.
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 UNTRAINABLE = -1
+CHUNK_TOKENS = 1024
+"""Default of learner.logprob_chunk_tokens."""
 
 
 class Lacking(Exception):
@@ -38,9 +40,10 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     path, attention = model or config["model"]["path"], config["model"]["attention"]
+    chunk = config.get("learner", {}).get("logprob_chunk_tokens", CHUNK_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         store = snapshots(run, config, Path(folder))
-        return rescore(run / "records", Models(store, path, attention), every)
+        return rescore(run / "records", Models(store, path, attention, chunk), every)
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -62,8 +65,9 @@ def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
 class Models:
     """Loads stored versions as plain models. Memory holds one model at a time."""
 
-    def __init__(self, store: Path, path: str, attention: str) -> None:
-        self._store, self._path, self._attention = store, path, attention
+    def __init__(self, store: Path, path: str, attention: str, chunk: int = CHUNK_TOKENS) -> None:
+        """chunk: learner.logprob_chunk_tokens of the run."""
+        self._store, self._path, self._attention, self._chunk = store, path, attention, chunk
         self._loaded: tuple[int, Any] | None = None
 
     def __call__(self, version: int) -> Any:
@@ -85,9 +89,12 @@ class Models:
         with tempfile.TemporaryDirectory() as folder:
             AutoConfig.from_pretrained(self._path).save_pretrained(folder)
             save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16, attn_implementation=self._attention
             ).eval()
+        head = model.get_output_embeddings()
+        head.forward = in_chunks(head.forward, self._chunk)
+        return model
 
 
 def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
@@ -97,6 +104,16 @@ def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
     planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
     raw = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T)
     return torch.from_numpy(raw.reshape(-1).copy()).view(dtype).reshape(entry["shape"])
+
+
+def in_chunks(head: Callable[[torch.Tensor], torch.Tensor], chunk: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Apply the head to `chunk` positions at a time, as the learner does. Another size rounds differently."""
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        parts = [head(part) for part in torch.split(hidden.flatten(0, -2), chunk)]
+        return torch.cat(parts).reshape(*hidden.shape[:-1], -1)
+
+    return forward
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Stored:
         logprobs = torch.zeros(tokens.shape)
         for version in versions_present([row for batch in batches for row in batch.rows]):
             rows = (versions == version).any(1).nonzero()[:, 0]
-            scored, _ = token_logprobs(self._store.policy(version), tokens[rows], temperatures[rows])
+            scored = token_logprobs(self._store.policy(version), tokens[rows], temperatures[rows])
             logprobs[rows] = torch.where(versions[rows] == version, scored, logprobs[rows])
         sizes = [len(batch.tokens) for batch in batches]
         return Exact(list(torch.split(logprobs, sizes)))

@@ -92,7 +92,7 @@ def judge(batch: PaddedBatch, current: Tensor, proximal: Proximal, place: int, t
 
 def current_logprobs(policy: Policy, batch: PaddedBatch) -> Tensor:
     """Of the live policy, [rows, tokens], nats, with gradient."""
-    return token_logprobs(policy, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))[0]
+    return token_logprobs(policy, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
 
 
 class Trainer:

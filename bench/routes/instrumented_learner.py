@@ -215,7 +215,13 @@ def learn(config: RunConfig, pipe: Connection) -> None:
     watch, ranks = Watch(), ProcessGroup()
     turns = Turns(pipe, watch)
     policy = TrainablePolicy(
-        load_model(config.model.path, ranks.device, config.model.attention), config.learner.optimizer
+        load_model(
+            config.model.path,
+            ranks.device,
+            config.model.attention,
+            logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+        ),
+        config.learner.optimizer,
     )
     with ExitStack() as stack:
         store = stack.enter_context(CountingStore(config.store_url, compression=config.snapshot_store.compression))

@@ -9,6 +9,8 @@ from palimpsest.common.config.objective import AdvantageConfig, AuditConfig, Dis
 from palimpsest.common.config.proximal import PROXIMAL_KINDS, ProximalConfig, SnapshotProximal
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
+LOGPROB_CHUNK_TOKENS = 1024
+"""Default of learner.logprob_chunk_tokens."""
 TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Advantage kinds that give each token its own advantage."""
 
@@ -66,6 +68,10 @@ class LearnerConfig(Service):
     """Maximum staleness of a trained token, in versions. Admission enforces it before sampling."""
     micro_batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass, padding included."""
+    logprob_chunk_tokens: Positive = LOGPROB_CHUNK_TOKENS
+    """Tokens whose logits are in memory at the same time, in the forward and in the backward pass. A bf16 model needs
+    2 bytes for each of these tokens and each vocabulary entry: 0.3 GB at the default with 151,936 entries. The value
+    changes log-probs by rounding; every process of a run uses the same."""
     recipe: str = ""
     """Name of a published method (docs/algorithms/recipes.md). It sets the sections below. Keys that the run sets
     take precedence."""

@@ -48,7 +48,12 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     ranks = ProcessGroup()
     if server is not None:
         server.doing = "the model to be loaded"
-    model = load_model(config.model.path, ranks.device, config.model.attention)
+    model = load_model(
+        config.model.path,
+        ranks.device,
+        config.model.attention,
+        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+    )
     policy = TrainablePolicy(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:

@@ -105,8 +105,7 @@ def batches(folder: Path, *, seed: int = 0) -> list[PaddedBatch]:
 
 @torch.no_grad()
 def current(policy: TrainablePolicy, batch: PaddedBatch) -> Tensor:
-    values, _ = token_logprobs(policy.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
-    return values
+    return token_logprobs(policy.model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
 
 
 @EVERY

@@ -104,10 +104,7 @@ class Resident:
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
         self.asked += 1
         return Exact(
-            [
-                token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures))[0]
-                for b in batches
-            ]
+            [token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures)) for b in batches]
         )
 
 

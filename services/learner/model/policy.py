@@ -1,14 +1,24 @@
-"""Loading the model, and the log-prob that it assigns to each token."""
+"""Load the model, and compute the log-prob that it gives to each token."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
+from palimpsest.services.learner.model.output_head import LinearHead, decoder_of, find_head
+
+CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
+"""Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
 
 
-def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Module:
+def load_model(
+    path: str, device: torch.device, attention: str, *, logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS
+) -> torch.nn.Module:
     """Load the causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -23,39 +33,90 @@ def load_model(path: str, device: torch.device, attention: str) -> torch.nn.Modu
         ) from None
     # Dropout stays off in training too: the current policy must be the one that sampled
     module: torch.nn.Module = model.to(device).eval()
+    setattr(module, CHUNK_ATTRIBUTE, logprob_chunk_tokens)
     return module
 
 
-def token_logprobs(model: torch.nn.Module, tokens: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token given those before it, and the entropy of the distribution it was drawn from.
+def token_logprobs(
+    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, *, wanted: Tensor | None = None
+) -> Tensor:
+    """Return the log-prob of each token given the tokens before it: [rows, length] float32, nats.
 
-    tokens: [rows, length] int64, padded on the right (attention is causal: padding changes nothing before it).
-    temperatures: [rows, 1] float32. Both results are [rows, length] float32, in nats; index t belongs to token t and is
-    0 at t = 0. The shift between logits and tokens happens here and nowhere else.
+    tokens: [rows, length] int64, padded on the right. Attention is causal: padding changes nothing before it.
+    temperatures: [rows, 1] float32. wanted: bool [rows, length]; other tokens get 0. None: all tokens.
+
+    Index t belongs to token t and is 0 at t = 0. The shift between logits and tokens happens only here.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperatures[:, :, None]
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[:, 1:, None])[..., 0]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return _from_second(chosen), _from_second(entropy)
+    return _score(model, tokens, temperatures, wanted, entropy=False)[0]
+
+
+def token_logprobs_and_entropy(
+    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, *, wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy of the distribution each token was drawn from: [rows, length] float32, nats."""
+    return _score(model, tokens, temperatures, wanted, entropy=True)
 
 
 def score_batch(
-    model: torch.nn.Module, batch: PaddedBatch, device: torch.device, *, temperature: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of a padded batch: see `token_logprobs`. Gradients follow the caller's mode.
+    model: torch.nn.Module,
+    batch: PaddedBatch,
+    device: torch.device,
+    *,
+    temperature: float | None = None,
+    wanted: NDArray[np.bool_] | None = None,
+) -> Tensor:
+    """Return log-probs of a padded batch, [rows, length] float32: see `token_logprobs`.
 
-    device: the model's. temperature: of every row, in place of the batch's own.
+    device: the model's. temperature: replaces the batch's temperatures. wanted: bool [rows, length]; default: the
+    trainable tokens. Other tokens get 0. Gradients follow the caller's mode.
     """
-    if temperature is None:
-        temperatures = torch.from_numpy(batch.temperatures).to(device)
+    temperatures = torch.from_numpy(batch.temperatures)
+    if temperature is not None:
+        temperatures = torch.full_like(temperatures, temperature)
+    chosen = torch.from_numpy(batch.mask if wanted is None else wanted)
+    tokens = torch.from_numpy(batch.tokens)
+    return token_logprobs(model, tokens.to(device), temperatures.to(device), wanted=chosen.to(device))
+
+
+def score_batch_and_entropy(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of a padded batch's trainable tokens: see `token_logprobs_and_entropy`."""
+    tokens, temperatures, mask = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.temperatures, batch.mask)
+    )
+    return token_logprobs_and_entropy(model, tokens, temperatures, wanted=mask)
+
+
+def _score(
+    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, wanted: Tensor | None, *, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (0 unless `entropy`), [rows, length]."""
+    chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
+    positions = _positions(tokens, temperatures, wanted)
+    head = find_head(model)
+    if head is None:
+        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        values = checkpointed_logprobs(logits.__getitem__, positions, chunk, entropy=entropy)
     else:
-        temperatures = torch.full((len(batch.rows), 1), temperature, device=device)
-    return token_logprobs(model, torch.from_numpy(batch.tokens).to(device), temperatures)
+        hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        if isinstance(head, LinearHead):
+            values = chunked_logprobs(head, hidden, positions, chunk, entropy=entropy)
+        else:
+            after_decoder = head.logits
+            values = checkpointed_logprobs(lambda rows: after_decoder(hidden[rows]), positions, chunk, entropy=entropy)
+    logprobs, entropies = (torch.nn.functional.pad(each.view(tokens.shape)[:, :-1], (1, 0)) for each in values)
+    return logprobs, entropies
 
 
-def _from_second(values: Tensor) -> Tensor:
-    return torch.nn.functional.pad(values, (1, 0))
+def _positions(tokens: Tensor, temperatures: Tensor, wanted: Tensor | None) -> Positions:
+    """The positions before the tokens. The last position of a row predicts a token outside the batch."""
+    chosen = torch.ones_like(tokens, dtype=torch.bool) if wanted is None else wanted
+    predicting = torch.nn.functional.pad(chosen[:, 1:], (0, 1))
+    return Positions(
+        targets=tokens.roll(-1, dims=1).flatten(),
+        temperatures=temperatures.expand(tokens.shape).reshape(-1, 1),
+        wanted=predicting.flatten(),
+        scaled=bool((temperatures != 1).any()),
+    )
 
 
 def vocabulary_size(model: torch.nn.Module) -> int:

@@ -59,7 +59,7 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
 
     @torch.no_grad()
     def score(batch: PaddedBatch) -> Float32Array:
-        values, _ = score_batch(model, batch, device)
+        values = score_batch(model, batch, device)
         scored: Float32Array = values.cpu().numpy()
         return scored
 

@@ -38,9 +38,10 @@ def fill(model: torch.nn.Module, batch: PaddedBatch, wanted: NDArray[np.bool_], 
     if not indices:
         return
     part = batch if len(indices) == len(batch.rows) else pad([batch.rows[index] for index in indices])
-    scored, _ = score_batch(model, part, values.device)
     length = part.tokens.shape[1]
-    chosen = torch.from_numpy(wanted[indices, :length]).to(values.device)
+    own = wanted[indices, :length]
+    scored = score_batch(model, part, values.device, wanted=own)
+    chosen = torch.from_numpy(own).to(values.device)
     values[indices, :length] = torch.where(chosen, scored, values[indices, :length])
 
 

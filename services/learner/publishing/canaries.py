@@ -51,7 +51,7 @@ class Canaries:
     def _score(self) -> list[list[float]]:
         if not self._rows:
             return []
-        scored, _ = score_batch(self._model, pad(self._rows), self._device, temperature=1.0)
+        scored = score_batch(self._model, pad(self._rows), self._device, temperature=1.0)
         return [[float(scored[i, p]) for p in _positions(row)] for i, row in enumerate(self._rows)]
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class Canaries:
         """The canary of the first version, before any batch: a fixed random sequence."""
         generator = torch.Generator().manual_seed(FIRST_SEED)
         tokens = torch.randint(vocabulary_size(self._model), (1, FIRST_LENGTH), generator=generator)
-        scored, _ = token_logprobs(self._model, tokens.to(self._device), torch.ones(1, 1, device=self._device))
+        scored = token_logprobs(self._model, tokens.to(self._device), torch.ones(1, 1, device=self._device))
         return Canary(
             tuple(tokens[0].tolist()), tuple(range(1, FIRST_LENGTH)), tuple(scored[0, 1:].tolist()), previous=()
         )

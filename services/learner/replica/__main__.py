@@ -44,7 +44,13 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     server.show(app)
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
-            replica.work(VersionedModel(load_model(config.model.path, device, config.model.attention), store))
+            model = load_model(
+                config.model.path,
+                device,
+                config.model.attention,
+                logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+            )
+            replica.work(VersionedModel(model, store))
         finally:
             bus.close()
 

@@ -44,7 +44,7 @@ def prepare_batch(
     reference, values = [], []
     for batch in batches:
         if state.start is not None:
-            reference.append(score_batch(state.start, batch, device)[0])
+            reference.append(score_batch(state.start, batch, device))
         if state.critic is not None:
             values.append(state.critic.values(torch.from_numpy(batch.tokens).to(device)))
     kind = config.advantages.kind

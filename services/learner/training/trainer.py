@@ -23,7 +23,7 @@ from palimpsest.services.learner.losses.objective import Objective, Terms, switc
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
-from palimpsest.services.learner.model.policy import score_batch
+from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
 from palimpsest.services.learner.timing import PhaseTimer
@@ -178,7 +178,7 @@ class Trainer:
                 current = version.proximal.anchor(place, torch.empty(0), torch.empty(0)).logprobs
             else:
                 with torch.no_grad():
-                    current = score_batch(self._policy.model, batch, self._device)[0]
+                    current = score_batch(self._policy.model, batch, self._device)
             inputs, _, _ = self._inputs(version, place, current, bounds)
             squares.append(harmful_squares(inputs).cpu())
         return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
@@ -244,7 +244,7 @@ class Trainer:
     ) -> MicroBatchPass:
         """Forward and backward pass of one micro-batch."""
         batch, prepared = version.batches[place], version.prepared
-        current, entropy = score_batch(self._policy.model, batch, self._device)
+        current, entropy = score_batch_and_entropy(self._policy.model, batch, self._device)
         inputs, anchor, correction = self._inputs(version, place, current, bounds)
         tau = sums.taus[-1] if sums.taus else 0.0
         outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)

@@ -13,11 +13,7 @@ from palimpsest.services.learner.model.policy import score_batch
 @torch.no_grad()
 def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.device) -> list[Tensor]:
     """Return the log-probs of each micro-batch, [rows, tokens] float32, nats, for all versions; 0 where untrainable."""
-    scored = []
-    for batch in batches:
-        values, _ = score_batch(model, batch, device)
-        scored.append(torch.where(torch.from_numpy(batch.mask).to(device), values, torch.zeros((), device=device)))
-    return scored
+    return [score_batch(model, batch, device) for batch in batches]
 
 
 class Shadow:

@@ -92,11 +92,11 @@ def test_training_the_critic_leaves_the_policy_unchanged(starting_model: Path) -
     """The critic is a copy: it shares neither weights nor gradients, even while the policy accumulates gradients."""
     model = load(starting_model)
     policy = TrainablePolicy(model, OPTIMIZER)
-    before, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
+    before = token_logprobs(model, ROWS, torch.ones(2, 1))
     critic = Critic(model, OPTIMIZER)
     train(critic, torch.ones(ROWS.shape), 3)
     assert not any(gradient.any() for gradient in policy.gradients())
-    after, _ = token_logprobs(model, ROWS, torch.ones(2, 1))
+    after = token_logprobs(model, ROWS, torch.ones(2, 1))
     assert torch.equal(before, after)
 
 

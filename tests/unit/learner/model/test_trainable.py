@@ -8,7 +8,7 @@ import torch
 
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.user_error import UserError
-from palimpsest.services.learner.model.policy import load_model, token_logprobs
+from palimpsest.services.learner.model.policy import load_model, token_logprobs, token_logprobs_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import load_weights, named_weights, raw_tensors
 from tests.learner_parts.models import CPU, load, logprobs, perturb
@@ -18,10 +18,10 @@ def test_18_10_a_log_prob_belongs_to_the_token_at_its_index(starting_model: Path
     """algorithms.md 18.10: the value at index t is the prediction of token t only."""
     model = load(starting_model)
     row = [5, 40, 120, 7, 260]
-    scored, entropy = token_logprobs(model, torch.tensor([row]), torch.ones(1, 1))
+    scored, entropy = token_logprobs_and_entropy(model, torch.tensor([row]), torch.ones(1, 1))
     assert scored[0].tolist() == pytest.approx([0.0, *logprobs(model, row)], abs=1e-6)
     assert entropy[0, 0].item() == 0.0
-    changed, _ = token_logprobs(model, torch.tensor([[*row[:3], 9, 260]]), torch.ones(1, 1))
+    changed = token_logprobs(model, torch.tensor([[*row[:3], 9, 260]]), torch.ones(1, 1))
     assert torch.equal(changed[0, :3], scored[0, :3])
     assert not torch.equal(changed[0, 3:], scored[0, 3:])
 
@@ -30,7 +30,7 @@ def test_18_9_the_temperature_divides_the_logits(starting_model: Path) -> None:
     """algorithms.md 18.9."""
     model = load(starting_model)
     row = torch.tensor([[5, 40, 120], [5, 40, 120]])
-    scored, entropy = token_logprobs(model, row, torch.tensor([[1.0], [0.5]]))
+    scored, entropy = token_logprobs_and_entropy(model, row, torch.tensor([[1.0], [0.5]]))
     logits = model(input_ids=row[:1]).logits[0, :2].float()
     for i, temperature in enumerate((1.0, 0.5)):
         explicit = (logits / temperature).softmax(-1)
@@ -40,8 +40,8 @@ def test_18_9_the_temperature_divides_the_logits(starting_model: Path) -> None:
 
 def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) -> None:
     model = load(starting_model)
-    short, _ = token_logprobs(model, torch.tensor([[5, 40, 120]]), torch.ones(1, 1))
-    padded, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 0, 0]]), torch.ones(1, 1))
+    short = token_logprobs(model, torch.tensor([[5, 40, 120]]), torch.ones(1, 1))
+    padded = token_logprobs(model, torch.tensor([[5, 40, 120, 0, 0]]), torch.ones(1, 1))
     assert padded[0, :3].tolist() == pytest.approx(short[0].tolist(), abs=2e-3)
 
 
@@ -95,13 +95,13 @@ def test_gradients_of_micro_batches_add_up_in_float32(starting_model: Path) -> N
     model = load(starting_model)
     policy = TrainablePolicy(model, OptimizerConfig())
     for _ in range(3):
-        scored, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
+        scored = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
         scored.sum().backward()
     once = [gradient.clone() / 3 for gradient in policy.gradients()]
     assert all(p.grad is None for p in model.parameters())
     for gradient in policy.gradients():
         gradient.zero_()
-    scored, _ = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
+    scored = token_logprobs(model, torch.tensor([[5, 40, 120, 7]]), torch.ones(1, 1))
     scored.sum().backward()
     for got, single in zip(once, policy.gradients(), strict=True):
         assert torch.allclose(got, single, rtol=1e-6, atol=1e-9)

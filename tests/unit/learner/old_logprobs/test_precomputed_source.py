@@ -51,8 +51,7 @@ def rows(*, complete: bool = True) -> list[Row]:
 def scored(model: torch.nn.Module, *chosen: Row) -> torch.Tensor:
     batch = pad(chosen)
     with torch.no_grad():
-        values, _ = token_logprobs(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
-    return values
+        return token_logprobs(model, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
 
 
 def test_known_values_stay_and_the_current_version_is_scored(model: torch.nn.Module) -> None:

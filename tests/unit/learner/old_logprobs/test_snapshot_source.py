@@ -89,7 +89,7 @@ def test_18_5_a_mixed_batch_equals_one_version_at_a_time_bit_for_bit(versions: V
         own = [row for row in rows if (row.versions == version).any()]
         batch = pad(own)
         with torch.no_grad():
-            exact, _ = token_logprobs(
+            exact = token_logprobs(
                 versions.plain[version], torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures)
             )
         for i, row in enumerate(own):
@@ -111,7 +111,7 @@ def test_18_4_at_staleness_0_the_ratio_is_exactly_1_and_nothing_is_loaded(versio
     batch = pad([a_row("a", tokens(9, 6), [-1] + [2] * 8), a_row("b", tokens(7, 7), [-1] + [2] * 6)])
     (scored,) = versions.source.proximal([batch], NOW).logprobs
     with torch.no_grad():
-        current, _ = token_logprobs(
+        current = token_logprobs(
             versions.resident, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures)
         )
     mask = torch.from_numpy(batch.mask)

@@ -11,7 +11,7 @@ from palimpsest.common.config.objective import DiscrepancyConfig, LossConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.policy import token_logprobs_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from tests.learner_parts.models import Resident, load, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
@@ -120,6 +120,6 @@ def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
     count = sum(row.trainable for row in rows())
     for row in rows():
         with torch.no_grad():
-            _, entropy = token_logprobs(model, torch.from_numpy(row.tokens)[None].long(), torch.ones(1, 1))
+            _, entropy = token_logprobs_and_entropy(model, torch.from_numpy(row.tokens)[None].long(), torch.ones(1, 1))
         mean += float(entropy[0, torch.from_numpy(row.versions >= 0)].sum()) / count
     assert loss(0.0) - loss(0.5) == pytest.approx(0.5 * mean, rel=2e-3)
