@@ -91,11 +91,14 @@ class PpoEwmaAsyncProximal(Section):
     window: Annotated[int, Field(ge=0)] | Literal["max_staleness", "measured"] = "max_staleness"
     """W in beta = W / (W + 2); `measured`: beta = d / (1 + d) of the mean staleness d of trained tokens."""
     reset: Literal["off", "paper", "guarded"] = "paper"
-    """When to reset the average to the current weights. `paper`: when the active share is below `threshold`.
-    `guarded`: when the active share is below `threshold` times its healthy level for `patience` versions in a row, at
-    most once in `cooldown` versions."""
+    """When to reset the average. `paper`: to the current weights, when the share is below `threshold`. `guarded`: to
+    the stored version whose age is the mean staleness, when the share is below `threshold` times its healthy level for
+    `patience` versions in a row, at most once in `cooldown` versions."""
+    trigger: Literal["active", "mask"] = "active"
+    """Share that a reset depends on. `active`: tokens neither masked nor clipped. `mask`: tokens not masked, clipped or
+    not."""
     threshold: Share = 0.9
-    """tau: active share below which a reset is due."""
+    """tau: share below which a reset is due."""
     patience: Positive = 3
     """Consecutive versions below the threshold before a reset (guarded)."""
     cooldown: Positive = 8

@@ -48,6 +48,30 @@ MASKED = Gauge(
 CLIPPED = Gauge(
     "palimpsest_learner_clipped_share", "Tokens of the last batch that were clipped", ["staleness"], registry=REGISTRY
 )
+WORKER_LOG_DISCREPANCY = Gauge(
+    "palimpsest_learner_worker_log_discrepancy_abs",
+    "Mean |log proximal / behavior| of the last batch by worker, each with its own engine, nats",
+    ["worker"],
+    registry=REGISTRY,
+)
+BATCH = Gauge(
+    "palimpsest_learner_batch",
+    "Measures of the last batch: behavior_perplexity, proximal_perplexity, perplexity_difference, discrepancy_chi2, "
+    "advantage_mean, advantage_deviation",
+    ["what"],
+    registry=REGISTRY,
+)
+LENGTH = Gauge(
+    "palimpsest_learner_trajectory_tokens",
+    "Mean length of the last batch's trajectories, tokens, by the staleness of the oldest token",
+    ["staleness"],
+    registry=REGISTRY,
+)
+OLDEST_LIVE = Gauge(
+    "palimpsest_learner_oldest_live_seconds",
+    "Seconds since the offer of the oldest trajectory that is still live; NaN without any",
+    registry=REGISTRY,
+)
 GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping", registry=REGISTRY)
 SKIPPED = Counter(
     "palimpsest_learner_skipped_steps", "Optimizer steps left out: gradient not finite", registry=REGISTRY

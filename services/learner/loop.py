@@ -8,6 +8,7 @@ The store does not see writes to the history, the batch dumps and the log, so be
 store that the run still belongs to this learner. It ends if it is fenced.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,7 +202,9 @@ class Loop:
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._end_if_hopeless(self._dropped() - dropped_before)
                 self._waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
-                instruments.PENDING.set(self._pending())
+                instruments.PENDING.set(self._ledger.pending())
+                age = self._ledger.oldest_live_age(now=time.monotonic())
+                instruments.OLDEST_LIVE.set(math.nan if age is None else age)
                 instruments.WAITING.set(self._ledger.waiting())
         return None
 
@@ -294,6 +297,7 @@ class Loop:
             learning_rate=self._policy.learning_rate,
             counts=self._ledger.counts(),
             sampled_tokens=self._reader.sampled_tokens,
+            oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()),
         )
         self._history.add(self._last_line)
         export_to_prometheus(self._last_line)
@@ -343,8 +347,3 @@ class Loop:
         dropped = self._ledger.counts()["dropped"]
         assert isinstance(dropped, dict)
         return sum(dropped.values())
-
-    def _pending(self) -> int:
-        pending = self._ledger.counts()["pending"]
-        assert isinstance(pending, int)
-        return pending

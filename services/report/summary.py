@@ -16,6 +16,10 @@ from palimpsest.services.report.aggregates import alert_spans, leak, removal
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
 
+MEASURES = (
+    "behavior_perplexity", "proximal_perplexity", "perplexity_difference", "discrepancy_chi2", "advantage_deviation",
+)  # fmt: skip
+"""Measures of a batch whose mean over the versions the summary holds."""
 PHASES = ("wait", "train", "publish", "checkpoint")
 
 
@@ -196,9 +200,16 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
         "cuts": sum(line["cuts"] for line in lines),
         "removal": removal(lines),
         "leak": leak(lines),
+        "measures": {name: _mean_of_known([line.get("all", {}).get(name) for line in lines]) for name in MEASURES},
         "alerts": alert_spans(lines),
         "unknown_alerts": dict(Counter(rule for line in lines for rule in line.get("unknown_alerts", ()))),
     }
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Mean over the versions with a value; None without any, for example in lines of an older release."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _old_coverage(lines: Sequence[Line]) -> float | None:

@@ -206,3 +206,21 @@ def test_the_history_of_epo_gets_the_mean_over_trajectories_once_per_version(sta
     ]
     assert len(means) == 4
     assert result.gauges["entropy_history"] == pytest.approx(sum(means) / 4, rel=1e-5)
+
+
+def test_the_divergence_in_the_loss_is_reported(starting_model: Path) -> None:
+    """kl_start is the mean of k2 over the tokens of the loss: (log current - log start)^2 / 2."""
+    model, start = load(starting_model), load(starting_model)
+    perturb(start, by=0.02, seed=3)
+    policy = TrainablePolicy(model, OptimizerConfig())
+    rows = [a_row(f"r{i}", [5, 6, 7 + i, 8], [-1, 0, 0, 0], behavior=[-3.0] * 4) for i in range(3)]
+    config = a_learner(discrepancy=UNCORRECTED, loss={"kl": {"weight": 0.1, "unbiased": False}})
+    source, other = Resident(model), Resident(start)
+    batch = pad(rows)
+    (current,), (reference,) = (one.proximal([batch], Version(0)).logprobs for one in (source, other))
+    mask = torch.from_numpy(batch.mask)
+    expected = float(((current - reference)[mask].double() ** 2 / 2).mean())
+    result = train(policy, source, ProcessGroup(), [rows], Version(0), config=config, start=start)
+    assert result.gauges["kl_start"] == pytest.approx(expected, rel=1e-4)
+    without = a_learner(discrepancy=UNCORRECTED)
+    assert "kl_start" not in train(policy, source, ProcessGroup(), [rows], Version(0), config=without).gauges

@@ -198,7 +198,7 @@ class TrajectoryLedger(Generic[T]):
             "trained": self._trained,
             "dropped": dict(self._dropped),
             "dead_lettered": self._dead_lettered,
-            "pending": sum(group.pending for group in self._open.values()),
+            "pending": self.pending(),
         }
 
     def is_open(self, group: str) -> bool:
@@ -210,6 +210,14 @@ class TrajectoryLedger(Generic[T]):
         name, sample = _parse(trajectory)
         group = self._open.get(name)
         return group is not None and 0 <= sample < group.samples and sample not in group.ended
+
+    def pending(self) -> int:
+        """Return the number of trajectories that have not ended."""
+        return sum(group.pending for group in self._open.values())
+
+    def oldest_live_age(self, *, now: float) -> float | None:
+        """Return the seconds since the offer of the oldest trajectory that has not ended; None without any."""
+        return max((now - group.offered_at for group in self._open.values() if group.pending), default=None)
 
     def oldest_open(self) -> str | None:
         """Id of the oldest open group; None if no group is open."""

@@ -85,6 +85,13 @@ class Objective:
         outcome = self._loss(multiplier, tau)(inputs)
         return outcome if removed is None else outcome.and_also(opsm=removed)
 
+    def divergence(self, inputs: Inputs, reference: Tensor) -> Tensor:
+        """Return KL(current || start) of each token, [rows, tokens], 0 where not usable. reference: of the start."""
+        kl = self._config.kl
+        return kl_loss(
+            inputs.current, reference, inputs.behavior, inputs.usable, estimator=kl.estimator, unbiased=kl.unbiased
+        )
+
     def loss(
         self,
         outcome: Outcome,
@@ -104,14 +111,7 @@ class Objective:
         if config.entropy:
             losses = losses - config.entropy * masked_fill_zero(terms.entropy, inputs.mask)
         if terms.reference is not None and config.kl.place == "loss":
-            losses = losses + config.kl.weight * kl_loss(
-                inputs.current,
-                terms.reference,
-                inputs.behavior,
-                inputs.usable,
-                estimator=config.kl.estimator,
-                unbiased=config.kl.unbiased,
-            )
+            losses = losses + config.kl.weight * self.divergence(inputs, terms.reference)
         total = aggregate(losses, inputs.mask, config.aggregation, denominators)
         if config.epo.weight:
             total = total + epo_loss(

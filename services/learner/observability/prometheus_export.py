@@ -5,6 +5,7 @@ from typing import Any
 
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.observability.histograms import EDGES, group
+from palimpsest.services.learner.observability.token_statistics import MEASURES
 
 Line = dict[str, Any]
 WRONG = (
@@ -16,6 +17,7 @@ def export_to_prometheus(line: Line) -> None:
     """Update the series from a line. Call it once for each line. alerts.py exports the alerts."""
     _export_training(line)
     _export_tokens(line)
+    _export_measures(line)
     _export_removal(line)
     _export_effective(line)
     _export_old_logprobs(line)
@@ -57,6 +59,15 @@ def _export_tokens(line: Line) -> None:
                 continue
             for above, count in zip(("-inf", *map(str, EDGES)), spread["bins"], strict=True):
                 instruments.LOG_RATIO_TOKENS.labels(ratio, group(int(staleness)), above).inc(count)
+
+
+def _export_measures(line: Line) -> None:
+    for what in MEASURES:
+        _set(instruments.BATCH.labels(what), line["all"][what])
+    instruments.WORKER_LOG_DISCREPANCY.clear()
+    for worker, values in line["by_worker"].items():
+        _set(instruments.WORKER_LOG_DISCREPANCY.labels(worker), values["log_discrepancy_abs"])
+    _set_each(instruments.LENGTH, line["versions"]["length"])
 
 
 def _export_removal(line: Line) -> None:

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 BOUND = 20.0
 """Log-ratios are clamped to +-BOUND nats before they are averaged."""
+MEASURES = (
+    "behavior_perplexity", "proximal_perplexity", "perplexity_difference", "discrepancy_chi2", "advantage_mean",
+    "advantage_deviation",
+)  # fmt: skip
+"""Names of `whole_batch_measures`."""
 SURE = 1e-3
 """A token with a behavior log-prob within SURE nats of 0 was certain: any two engines agree on it."""
 
@@ -153,6 +158,28 @@ def divergences(tokens: Tokens) -> dict[str, float]:
 def by_staleness(tokens: Tokens, of: Callable[[Tokens], dict[str, float]] = summary) -> dict[int, dict[str, float]]:
     """Return a dict: staleness -> `of` applied to its tokens."""
     return {int(s): of(tokens.at(int(s))) for s in np.unique(tokens.staleness)}
+
+
+def whole_batch_measures(tokens: Tokens) -> dict[str, float]:
+    """Return perplexities, chi-square and the advantages' moments; NaN without a token that has them.
+
+    `behavior_perplexity`, `proximal_perplexity`: exp of minus the mean log-prob of the tokens with ratios; and
+    `perplexity_difference`: the second minus the first. `discrepancy_chi2`: mean r^2 - 1 with r = proximal / behavior,
+    an estimate of chi-square(proximal || behavior). `advantage_mean`, `advantage_deviation`: over all tokens with a
+    finite advantage.
+    """
+    kept = tokens.finite
+    behavior = float(np.exp(-_mean(tokens.behavior[kept].astype(np.float64))))
+    proximal = float(np.exp(-_mean(tokens.proximal[kept].astype(np.float64))))
+    advantages = tokens.advantages[np.isfinite(tokens.advantages)].astype(np.float64)
+    return {
+        "behavior_perplexity": behavior,
+        "proximal_perplexity": proximal,
+        "perplexity_difference": proximal - behavior,
+        "discrepancy_chi2": _mean(np.expm1(2 * LogRatios.of(tokens).discrepancy)),
+        "advantage_mean": _mean(advantages),
+        "advantage_deviation": float(advantages.std()) if len(advantages) else float("nan"),
+    }
 
 
 def effective_sample_share(tokens: Tokens) -> float:

@@ -27,6 +27,7 @@ from palimpsest.services.learner.observability.token_statistics import (
     divergences,
     effective_sample_share,
     summary,
+    whole_batch_measures,
 )
 from palimpsest.services.learner.observability.token_table import TokenTable
 from palimpsest.services.learner.training.results import StepResult
@@ -61,6 +62,7 @@ def version_record(
     sampled_tokens: int,
     bounds: RunThresholds | None = None,
     fallbacks: Mapping[str, int] | None = None,
+    oldest_live_s: float | None = None,
 ) -> dict[str, Any]:
     """Return the line: means over the batch's trajectories, and over its tokens by staleness.
 
@@ -107,6 +109,8 @@ def version_record(
     }
     fields: dict[str, Any] = round_for_json(of_tokens(flat, bounds) | {"versions": of_versions(batch)})
     fields["cost"] = round_for_json(_cost(trained.seconds, phases))
+    fields["by_worker"] = round_for_json(_by_worker(flat, trained, records))
+    fields["oldest_live_s"] = None if oldest_live_s is None else round(oldest_live_s, 3)
     fields["missed"] = trained.missed
     fields["fallbacks"] = _fallbacks(flat, bounds) | dict(fallbacks or {})
     return line | fields | {"alerts": []}
@@ -126,7 +130,7 @@ def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
     grouped = by_staleness(tokens, statistics)
     weights = (tokens, flat.weight, flat.trajectory)
     return {
-        "all": statistics(tokens),
+        "all": statistics(tokens) | whole_batch_measures(tokens),
         "by_staleness": {str(s): values for s, values in grouped.items()},
         "first_minibatch": {str(s): values for s, values in by_staleness(first, first_statistics).items()},
         "ratios": _ratios(tokens, flat.first),
@@ -150,7 +154,7 @@ def of_versions(batch: Batch) -> dict[str, Any]:
     """Return the fields about the versions that sampled the batch.
 
     `per_trajectory_*`: number of versions in a trajectory. `group_span_*`: newest minus oldest version of a group.
-    `oldest`: staleness of the oldest token -> number of trajectories.
+    `oldest`: staleness of the oldest token -> number of trajectories. `length`: the same -> mean number of tokens.
     """
     sampled = [[segment.version for segment in record.segments] for record in batch.records if record.segments]
     groups: dict[str, list[Version]] = {}
@@ -161,12 +165,18 @@ def of_versions(batch: Batch) -> dict[str, Any]:
     oldest: dict[str, int] = {}
     for age in sorted(batch.version - min(versions) for versions in sampled):
         oldest[str(age)] = oldest.get(str(age), 0) + 1
+    lengths: dict[str, list[int]] = {age: [] for age in oldest}
+    for record in batch.records:
+        if record.segments:
+            age = batch.version - min(segment.version for segment in record.segments)
+            lengths[str(age)].append(len(record.tokens) // 4)  # int32
     return {
         "per_trajectory_mean": sum(counts) / len(counts) if counts else None,
         "per_trajectory_max": max(counts, default=None),
         "group_span_mean": sum(spans) / len(spans) if spans else None,
         "group_span_max": max(spans, default=None),
         "oldest": oldest,
+        "length": {age: sum(counted) / len(counted) for age, counted in lengths.items()},
     }
 
 
@@ -184,6 +194,18 @@ def round_for_json(value: Any) -> Any:
         case float():
             return (value if value.is_integer() else float(f"{value:.{DIGITS}g}")) if math.isfinite(value) else None
     return value
+
+
+def _by_worker(flat: TokenTable, trained: StepResult, records: Sequence[TrajectoryFinished]) -> dict[str, Any]:
+    """Worker, each with its own engine -> number of its tokens and mean |log discrepancy|."""
+    worker_of = {record.trajectory: record.worker for record in records}
+    names = [worker_of.get(row.trajectory) for part in trained.micro_batches for row in part.batch.rows]
+    workers = np.array([name or "" for name in names], dtype=object)[flat.trajectory]
+    measures = {}
+    for worker in sorted({name for name in names if name}):
+        values = summary(flat.tokens.where(workers == worker))
+        measures[worker] = {name: values[name] for name in ("tokens", "log_discrepancy_abs")}
+    return measures
 
 
 def _known(value: float) -> float | None:

@@ -5,6 +5,7 @@ the loss. The type tells whether the values are exact. A token without a value i
 another policy silently.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -102,11 +103,20 @@ class Source(Protocol):
 class StatefulSource(Protocol):
     """A source with a state that each version updates."""
 
-    def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:
+    def published(
+        self,
+        masters: Sequence[Tensor],
+        *,
+        active_share: float,
+        mean_staleness: float,
+        unmasked_share: float = math.nan,
+        version: Version | None = None,
+    ) -> None:
         """Update the state after a version was trained. All ranks pass the same values.
 
         masters: float32 weights; active_share: share of all trainable tokens, over all ranks, that are neither masked
-        nor clipped; mean_staleness: of the trained tokens, in versions.
+        nor clipped; mean_staleness: of the trained tokens, in versions; unmasked_share: share that is not masked,
+        clipped or not; version: the version with these weights, not yet in the store.
         """
 
     def state(self) -> dict[str, Tensor]:

@@ -62,6 +62,8 @@ class StepAccumulator:
     """Mean weight of each minibatch."""
     empty: int = 0
     """Minibatches without a usable token, which took no optimizer step."""
+    divergence: float = 0.0
+    """Sum of KL(current || start) over usable tokens, nats; 0 unless it is in the loss."""
     taus: list[float] = field(default_factory=list)
     """M2PO's tau of each minibatch."""
     squared_deviation: float = 0.0
@@ -132,6 +134,8 @@ class TokenTotals:
     """Number of trajectories with such a mean."""
     unmasked: int = 0
     """Trainable tokens that the corrections leave in the loss."""
+    divergence: float = 0.0
+    """Sum of KL(current || start) over usable tokens, nats."""
     turns: Turns = field(default_factory=lambda: np.zeros((TURNS, 2)), compare=False)
     """Sum over trajectories of the mean entropy of each turn, and their number."""
 
@@ -154,7 +158,16 @@ class TokenTotals:
             of_turns, present = turn_entropy(result.entropy.double(), torch.from_numpy(mask))
             turns += torch.stack([of_turns.sum(0), present.sum(0).double()], dim=1).numpy()
         return cls(
-            tokens, active, staleness, sums.squared_deviation, sums.usable, entropy, trajectories, unmasked, turns
+            tokens,
+            active,
+            staleness,
+            sums.squared_deviation,
+            sums.usable,
+            entropy,
+            trajectories,
+            unmasked,
+            sums.divergence,
+            turns,
         )
 
     @classmethod
@@ -171,6 +184,11 @@ class TokenTotals:
     def unmasked_share(self) -> float:
         """Share of the trainable tokens that the corrections leave in the loss; NaN without any."""
         return self.unmasked / self.tokens if self.tokens else float("nan")
+
+    @property
+    def mean_divergence(self) -> float:
+        """Mean KL(current || start) over usable tokens, nats; NaN without any."""
+        return self.divergence / self.usable if self.usable else float("nan")
 
     @property
     def mean_turns(self) -> Turns:

@@ -3,18 +3,21 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
-from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
+from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.training.state import TrainingState
@@ -73,8 +76,21 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
                 masters=parts.policy.masters,
                 device=parts.device,
                 max_staleness=config.max_staleness,
+                load=partial(_stored_weights, parts),
             )
     return PrecomputedSource(parts.policy.model, parts.device, missing=proximal.missing, why=reason, misses=missed)
+
+
+def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
+    """Return the weights of a stored version in the order of the masters, float32; None if the store has none."""
+    model = VersionedModel(copy.deepcopy(parts.policy.model), parts.store)
+    try:
+        model.load_version(version)
+    except VersionMissing:
+        logger().warning("average reset to the current weights: the store lacks the version", version=version)
+        return None
+    parts.on_load(version)
+    return [parameter.detach().float() for parameter in model.model.parameters() if parameter.requires_grad]
 
 
 def _snapshot_source(

@@ -119,7 +119,7 @@ class Trainer:
                     self._discard_gradients()
             sums.normalizers.append(bounds.normalizer)
         totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
-        self._update_state(totals)
+        self._update_state(totals, now)
         return StepResult(
             results,
             method=proximal.method,
@@ -131,7 +131,7 @@ class Trainer:
             baseline=sums.baseline,
             normalizer=sums.normalizer,
             seconds=timer.take(),
-            gauges=self._state.gauges(self._policy.masters) | sums.gauges(),
+            gauges=self._state.gauges(self._policy.masters) | sums.gauges() | self._divergence(totals),
             empty=sums.empty,
             missed=self._missed(),
         )
@@ -257,6 +257,9 @@ class Trainer:
             phase=version.phase,
         )
         loss.backward()  # type: ignore[no-untyped-call]
+        if prepared.reference and self._config.loss.kl.place == "loss":
+            with torch.no_grad():
+                sums.divergence += float(self._objective.divergence(inputs, prepared.reference[place]).double().sum())
         sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
         old = None if version.old is None else version.old[place]
         removed = outcome.clipped.get("opsm")
@@ -299,6 +302,11 @@ class Trainer:
             self._ranks.all_reduce_sum(self._state.critic.gradients())
             self._state.critic.step()
 
+    def _divergence(self, totals: TokenTotals) -> dict[str, float]:
+        """Mean penalty KL(current || start) of the usable tokens, nats, if it is in the loss."""
+        kl = self._config.loss.kl
+        return {"kl_start": totals.mean_divergence} if kl.weight and kl.place == "loss" else {}
+
     def _discard_gradients(self) -> None:
         """Set all gradients to zero. Weights, moments, schedule and step count do not change.
 
@@ -310,13 +318,17 @@ class Trainer:
             for gradient in self._state.critic.gradients():
                 gradient.zero_()
 
-    def _update_state(self, totals: TokenTotals) -> None:
+    def _update_state(self, totals: TokenTotals, now: Version) -> None:
         """Update the training state from the totals of a version. Every rank has the same totals and computes the
         same."""
         state, r2vpo = self._state, self._config.loss.r2vpo
         if state.stateful_source is not None:
             state.stateful_source.published(
-                self._policy.masters, active_share=totals.active_share, mean_staleness=totals.mean_staleness
+                self._policy.masters,
+                active_share=totals.active_share,
+                mean_staleness=totals.mean_staleness,
+                unmasked_share=totals.unmasked_share,
+                version=Version(now + 1),
             )
         state.multiplier = next_multiplier(state.multiplier, totals.mean_squared_deviation, r2vpo.target, r2vpo.rate)
         if totals.mean_entropy is not None:

@@ -4,6 +4,7 @@ It needs one forward pass, a float32 average, and a copy of the model in its own
 average that includes version v. It is not exact for any token: the age of the average differs from the staleness.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,8 @@ class EwmaProx:
         *,
         active_share: float,  # noqa: ARG002  this average has no reset
         mean_staleness: float,  # noqa: ARG002  its decay is constant
+        unmasked_share: float = math.nan,  # noqa: ARG002
+        version: Version | None = None,  # noqa: ARG002
     ) -> None:
         """Add the version to the average."""
         self.average.take(masters, decay=self.decay)

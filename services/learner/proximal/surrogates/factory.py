@@ -20,7 +20,7 @@ from palimpsest.services.learner.proximal.surrogates.current_recompute import Cu
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
-from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import LoadVersion, PpoEwmaAsync
 from palimpsest.services.learner.proximal.surrogates.reset_rule import Rule
 from palimpsest.services.learner.proximal.types import Source
 
@@ -32,10 +32,11 @@ def build_surrogate(
     masters: Sequence[Tensor],
     device: torch.device,
     max_staleness: int,
+    load: LoadVersion | None = None,
 ) -> Source:
     """Build the source of a surrogate.
 
-    masters: float32 weights that the model was cast from; a moving average starts from them.
+    masters: float32 weights that the model was cast from; a moving average starts from them. load: see PpoEwmaAsync.
     """
     match config:
         case BypassProximal():
@@ -50,6 +51,6 @@ def build_surrogate(
             return EwmaProx(model, masters, device, decay=config.decay)
         case PpoEwmaAsyncProximal():
             window = max_staleness if config.window == "max_staleness" else config.window
-            rule = Rule(config.reset, config.threshold, config.patience, config.cooldown)
-            return PpoEwmaAsync(model, masters, device, window=window, rule=rule)
+            rule = Rule(config.reset, config.threshold, config.patience, config.cooldown, config.trigger)
+            return PpoEwmaAsync(model, masters, device, window=window, rule=rule, load=load)
     assert_never(config)

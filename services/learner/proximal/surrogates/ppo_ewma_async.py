@@ -5,7 +5,7 @@ All ranks get the same values and compute the same result, so their averages sta
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,8 @@ from palimpsest.services.learner.proximal.surrogates.weight_average import (
 )
 from palimpsest.services.learner.proximal.types import Surrogate
 
+LoadVersion = Callable[[Version], Sequence[Tensor] | None]
+"""Version -> its weights in the order of the masters, float32; None if the store does not hold it."""
 MEASURING_DECAY = 0.9
 """Decay of the running mean of staleness: about ten versions."""
 SETTLING = 3
@@ -40,8 +42,12 @@ class PpoEwmaAsync:
         *,
         window: int | Literal["measured"],
         rule: Rule,
+        load: LoadVersion | None = None,
     ) -> None:
-        """masters: float32 weights of the model's version; window: W. Raises ValueError for a negative window."""
+        """masters: float32 weights of the model's version; window: W; load: gives a stored version to a guarded reset.
+
+        Raises ValueError for a negative window.
+        """
         self.average = Average(masters)
         self.resets = dict.fromkeys(Cause, 0)
         """Cause -> resets so far."""
@@ -56,7 +62,7 @@ class PpoEwmaAsync:
         """Versions since the last change of beta."""
         self._rule, self._seen = rule, ResetState()
         self._decay = 0.0 if window == "measured" else window_decay(window)
-        self._shadow, self._device = Shadow(model), device
+        self._shadow, self._device, self._load = Shadow(model), device, load
 
     @property
     def decay(self) -> float:
@@ -68,16 +74,25 @@ class PpoEwmaAsync:
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ppo_ewma_async")
 
-    def published(self, masters: Sequence[Tensor], *, active_share: float, mean_staleness: float) -> None:
+    def published(
+        self,
+        masters: Sequence[Tensor],
+        *,
+        active_share: float,
+        mean_staleness: float,
+        unmasked_share: float = math.nan,
+        version: Version | None = None,
+    ) -> None:
         """One tick, or a reset in its place. NaN for either number: the version had no trainable token."""
-        seen, cause = decide(self._seen, active_share, self._rule)
+        share = unmasked_share if self._rule.trigger == "mask" else active_share
+        seen, cause = decide(self._seen, share, self._rule)
         self._measure(mean_staleness)
         self._seen = seen
         if cause is None:
             self.average.take(masters, decay=self._decay)
         else:
             self.resets[cause] += 1
-            self.average.reset(masters)
+            self._restart(masters, version)
 
     def state(self) -> dict[str, Tensor]:
         """The average's, the measurement and what the reset remembers; of one shape whatever has happened."""
@@ -103,6 +118,19 @@ class PpoEwmaAsync:
         healthy = tuple(share for share in tensors["healthy"].tolist() if not math.isnan(share))
         self._seen = ResetState(healthy, low, None if since < 0 else since)
         self.resets = dict(zip(Cause, tensors["resets"].tolist(), strict=True))
+
+    def _restart(self, masters: Sequence[Tensor], version: Version | None) -> None:
+        """Restart the average. `guarded`: with the stored version whose age is the mean staleness, rounded up.
+
+        Without that version, restart with `masters`, the weights of `version`.
+        """
+        if self._rule.reset == "guarded" and self._load is not None and version is not None:
+            age = min(math.ceil(self.mean_staleness), version)
+            stored = self._load(Version(version - age)) if age else None
+            if stored is not None:
+                self.average.reset(stored, age=age)
+                return
+        self.average.reset(masters)
 
     def _measure(self, mean_staleness: float) -> None:
         """Add this version's staleness, and change beta if the average has settled since the last change."""

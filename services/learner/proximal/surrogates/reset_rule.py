@@ -33,6 +33,8 @@ class Rule:
     threshold: float
     patience: int
     cooldown: int
+    trigger: Literal["active", "mask"] = "active"
+    """Share that the rule compares: `active`: tokens neither masked nor clipped; `mask`: tokens not masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,8 @@ class ResetState:
 def decide(seen: ResetState, active_share: float, rule: Rule) -> tuple[ResetState, Cause | None]:
     """Return the next state, and the cause of a reset, or None.
 
-    active_share: of the version just trained, in [0, 1]; NaN (no trainable token) never resets. Raises ValueError for
-    another value.
+    active_share: share of the version just trained (see Rule.trigger), in [0, 1]; NaN (no trainable token) never
+    resets. Raises ValueError for another value.
 
     >>> decide(Seen(), 0.85, Rule("paper", threshold=0.9, patience=3, cooldown=8))[1]
     <Cause.BELOW_THRESHOLD: 'below_threshold'>

@@ -47,10 +47,10 @@ class Average:
             self.weight = weight
         self.versions += 1
 
-    def reset(self, masters: Sequence[Tensor]) -> None:
-        """Restart the average with this version."""
+    def reset(self, masters: Sequence[Tensor], *, age: int = 0) -> None:
+        """Restart the average with these weights. age: of the weights, in versions."""
         self._replace_average(masters)
-        self.versions = 1
+        self.versions, self.center_of_mass = 1, float(age)
 
     def distance(self, masters: Sequence[Tensor]) -> float:
         """Return |theta - average| / |theta| over all weights (Euclidean norms); 0 if all weights are 0."""

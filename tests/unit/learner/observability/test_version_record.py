@@ -245,6 +245,7 @@ def test_versions_of_a_batch_counted_by_hand() -> None:
         "group_span_mean": 3.0,
         "group_span_max": 3,
         "oldest": {"1": 5, "2": 5, "3": 6},
+        "length": {"1": 8.0, "2": 8.0, "3": 8.0},
     }
     assert sum(found["oldest"].values()) == 16
 

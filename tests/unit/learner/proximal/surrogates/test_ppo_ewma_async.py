@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
+from palimpsest.common.versions import Version
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.surrogates.reset_rule import Cause, Rule
 from tests.learner_parts.models import CPU
@@ -119,6 +120,43 @@ def test_the_papers_reset_restarts_from_the_current_weights() -> None:
     assert average.resets == {Cause.BELOW_THRESHOLD: 1, Cause.BELOW_HEALTHY_LEVEL: 0}
     average.published(theta(8), active_share=1.0, mean_staleness=2.0)
     assert float(average.average.means[0][0, 0]) == pytest.approx((8 + 2 / 3 * 7) / (5 / 3))  # with the old beta
+
+
+def guarded(stored: dict[int, float], *, trigger: Literal["active", "mask"] = "active") -> PpoEwmaAsync:
+    """A guarded source over a store with these versions; its threshold is met two versions after the start."""
+    rule = Rule("guarded", threshold=0.95, patience=1, cooldown=3, trigger=trigger)
+    model = torch.nn.Linear(3, 1, bias=False)
+    return PpoEwmaAsync(
+        model, theta(0), CPU, window=4, rule=rule,
+        load=lambda version: theta(stored[version]) if version in stored else None,
+    )  # fmt: skip
+
+
+def test_a_guarded_reset_starts_from_the_stored_version_as_old_as_the_mean_staleness() -> None:
+    """Version 10 with a mean staleness of 2.4: the average restarts from version 10 - 3 with an age of 3."""
+    average = guarded({7: 70.0})
+    average.published(theta(90), active_share=1.0, mean_staleness=2.4, version=Version(9))
+    average.published(theta(100), active_share=0.5, mean_staleness=2.4, version=Version(10))
+    assert average.resets[Cause.BELOW_HEALTHY_LEVEL] == 1
+    assert average.average.means[0].unique().tolist() == [70.0]
+    assert (average.average.center_of_mass, average.average.weight, average.average.versions) == (3.0, 1.0, 1)
+
+
+def test_a_guarded_reset_without_the_stored_version_starts_from_the_current_weights() -> None:
+    average = guarded({})
+    average.published(theta(90), active_share=1.0, mean_staleness=2.4, version=Version(9))
+    average.published(theta(100), active_share=0.5, mean_staleness=2.4, version=Version(10))
+    assert average.average.means[0].unique().tolist() == [100.0]
+    assert average.average.center_of_mass == 0.0
+
+
+def test_with_the_trigger_mask_clipped_tokens_do_not_cause_a_reset() -> None:
+    average = guarded({}, trigger="mask")
+    average.published(theta(1), active_share=1.0, mean_staleness=0.0, unmasked_share=1.0, version=Version(1))
+    average.published(theta(2), active_share=0.1, mean_staleness=0.0, unmasked_share=1.0, version=Version(2))
+    assert not any(average.resets.values())
+    average.published(theta(3), active_share=0.1, mean_staleness=0.0, unmasked_share=0.5, version=Version(3))
+    assert average.resets[Cause.BELOW_HEALTHY_LEVEL] == 1
 
 
 def test_a_guarded_reset_is_counted_under_its_cause() -> None:
