@@ -35,12 +35,14 @@ def segment_rule(log_discrepancy: Tensor, usable: Tensor, mask: Tensor, interval
     end it, and neither does a trainable token that is not usable.
     """
     number = runs(mask)
-    removed = torch.zeros_like(mask)
-    # a row has as many runs as turns: few. One after another keeps every sum in the order of its tokens.
-    for run in range(int(number.max()) + 1 if number.numel() else 0):
-        of_run = number == run
-        removed |= of_run & outside(log_mean(log_discrepancy, usable & of_run), interval)
-    return removed
+    own = number.clamp(min=0)
+    shape = (len(mask), int(own.max()) + 1 if own.numel() else 0)
+    # One sum for each run: the cost does not depend on the number of runs.
+    terms = torch.where(usable, log_discrepancy.double(), 0.0)
+    sums = torch.zeros(shape, dtype=torch.float64, device=mask.device).scatter_add_(1, own, terms)
+    counts = torch.zeros(shape, dtype=torch.int64, device=mask.device).scatter_add_(1, own, usable.long())
+    means = (sums / counts.clamp(min=1)).to(log_discrepancy.dtype)
+    return mask & outside(means, interval).gather(1, own)
 
 
 def estimate_rule(
