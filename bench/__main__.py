@@ -8,6 +8,7 @@ PROGRAMS = {
     "loop": "the embedded run: tokens a second, who waits on whom, pauses, bytes on the log",
     "bus": "the log on a real Kafka beside kafka-python and confluent-kafka used bare: publishing, reading",
     "ingest": "1,000 simulated rollout streams into one learner: trajectories a second, lag, memory",
+    "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens a second",
     "mismatch": "a toy trained by exact old log-probs and by each surrogate: masks, clips, rewards",
     "routes": "what old log-probs cost by each route: seconds, bytes, workers standing still",
 }

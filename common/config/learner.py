@@ -72,6 +72,9 @@ class LearnerConfig(Service):
     """Tokens whose logits are in memory at the same time, in the forward and in the backward pass. A bf16 model needs
     2 bytes for each of these tokens and each vocabulary entry: 0.3 GB at the default with 151,936 entries. The value
     changes log-probs by rounding; every process of a run uses the same."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass, which computes the layer again: less memory, one more
+    forward pass. Log-probs and gradients are the same."""
     recipe: str = ""
     """Name of a published method (docs/algorithms/recipes.md). It sets the sections below. Keys that the run sets
     take precedence."""

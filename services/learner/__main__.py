@@ -36,7 +36,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.loop import Training
-    from palimpsest.services.learner.model.policy import load_model
+    from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
     from palimpsest.services.learner.model.trainable import TrainablePolicy
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
     from palimpsest.services.learner.training.build import build_training_state
@@ -54,6 +54,8 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         config.model.attention,
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
     )
+    if config.learner.activation_checkpointing:
+        checkpoint_activations(model)
     policy = TrainablePolicy(model, config.learner.optimizer)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:

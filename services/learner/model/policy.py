@@ -1,5 +1,7 @@
 """Load the model, and compute the log-prob that it gives to each token."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
-from palimpsest.services.learner.model.output_head import LinearHead, decoder_of, find_head
+from palimpsest.services.learner.model.output_head import PROBE_TOKENS, LinearHead, decoder_of, find_head
 
 CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
 """Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
@@ -35,6 +37,29 @@ def load_model(
     module: torch.nn.Module = model.to(device).eval()
     setattr(module, CHUNK_ATTRIBUTE, logprob_chunk_tokens)
     return module
+
+
+@torch.no_grad()
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Let every layer compute its activations again in the backward pass. Raises UserError if the model cannot.
+
+    transformers does so for layers in training mode only. Only the layers themselves are set to it, not their parts:
+    dropout stays off. A model whose values change with it is refused.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    causal: Any = model
+    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    before = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    refusal = f"learner.activation_checkpointing: {type(model).__name__}"
+    if not layers or not causal.supports_gradient_checkpointing:
+        raise UserError(f"{refusal} does not support it; set it to false")
+    causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    if not torch.equal(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state, before):
+        raise UserError(f"{refusal} computes other values in training mode (dropout in its layers); set it to false")
 
 
 def token_logprobs(

@@ -30,6 +30,9 @@ INGEST_KEYS = {
 }  # fmt: skip
 
 
+MEMORY_CASE = ("--tokens=64", "--vocabularies=512", "--hidden=8", "--chunk=16", "--repeats=1")
+
+
 def measured(*arguments: str) -> dict[str, Any]:
     """What `python -m bench` prints last."""
     command = [sys.executable, "-m", "bench", *arguments]
@@ -150,3 +153,13 @@ def test_streams_end_each_offered_trajectory_once(tmp_path: Path) -> None:
     )
     finished = sum(isinstance(message, TrajectoryFinished) for message in ended)
     assert 0 < finished < len(ended)
+
+
+def test_memory_of_log_probs_before_and_after_chunking() -> None:
+    """64 tokens of 512 entries: all logits need 15 bytes an entry or more; a chunk has a quarter of the tokens."""
+    figures = measured("memory", *MEMORY_CASE)
+    (case,) = figures["cases"]
+    assert case["full"]["peak_bytes"] >= 64 * 512 * 15
+    assert case["chunked"]["peak_bytes"] < case["full"]["peak_bytes"]
+    assert figures["peak_ratio"] == case["chunked"]["peak_bytes"] / case["full"]["peak_bytes"]
+    assert case["full"]["tokens_per_s"] > 0 < figures["tokens_per_s_ratio"]

@@ -1,0 +1,174 @@
+"""Memory and speed of log-probs and their gradients, before and after chunking.
+
+    .venv/bin/python -m bench memory [--hidden 64] [--tokens 256 1024 4096 16384] [--vocabularies 1024 32768 151936]
+
+For each number of tokens and vocabulary entries, both computations run in this process, one after the other, on the
+same bf16 hidden states and head: log-probs and entropies forward, then the gradients of the mean log-prob.
+
+    full      all logits at once, as float32; entropies with them (the formula before chunking)
+    chunked   services/learner/model/logprobs.py
+
+Peak: largest number of bytes that tensors hold at the same time, beyond hidden states, weight and their gradients. It
+is counted from the allocations, so it does not depend on the machine. `full` is null where its 20 bytes for each token
+and entry exceed the free memory.
+
+Prints one JSON line: settings, a list of cases with peaks (bytes) and tokens a second, peak_ratio (chunked over full,
+highest of the cases) and tokens_per_s_ratio (chunked over full, geometric mean of the cases).
+"""
+
+import argparse
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from palimpsest.services.learner.model.logprobs import Positions, chunked_logprobs
+from palimpsest.services.learner.model.output_head import LinearHead, Transform
+
+FULL_BYTES = 20
+"""Bytes that `full` needs for each token and vocabulary entry."""
+Pass = Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor]]
+
+
+def main(words: Sequence[str]) -> dict[str, Any]:
+    """Measure every case; the result as a dictionary."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--hidden", type=int, default=64, help="hidden size (default 64)")
+    arguments.add_argument("--chunk", type=int, default=1024, help="learner.logprob_chunk_tokens (default 1024)")
+    arguments.add_argument("--repeats", type=int, default=3, help="measured passes; the fastest counts (default 3)")
+    arguments.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    arguments.add_argument("--vocabularies", type=int, nargs="+", default=[1024, 32768, 151936])
+    arguments.add_argument("--threads", type=int, default=1, help="learner.threads (default 1)")
+    options = arguments.parse_args(words)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        case(tokens, vocabulary, options.hidden, options.chunk, options.repeats, device)
+        for vocabulary in options.vocabularies
+        for tokens in options.tokens
+    ]
+    both = [case for case in cases if case["full"] is not None]
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "hidden": options.hidden,
+        "chunk_tokens": options.chunk,
+        "cases": cases,
+        "peak_bytes": max(case["chunked"]["peak_bytes"] for case in cases),
+        "peak_ratio": max((c["chunked"]["peak_bytes"] / c["full"]["peak_bytes"] for c in both), default=None),
+        "tokens_per_s_ratio": statistics.geometric_mean(
+            case["chunked"]["tokens_per_s"] / case["full"]["tokens_per_s"] for case in both
+        )
+        if both
+        else None,
+    }
+
+
+def case(tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Both computations on one shape; `full` is None where it does not fit."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(device, torch.bfloat16)
+    weight.requires_grad_()
+    positions = Positions(
+        targets=torch.randint(vocabulary, (tokens,), generator=generator).to(device),
+        temperatures=torch.ones(tokens, 1, device=device),
+        wanted=torch.ones(tokens, dtype=torch.bool, device=device),
+        scaled=False,
+    )
+
+    def chunked(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        return chunked_logprobs(LinearHead(weight, None, Transform()), states, positions, chunk, entropy=True)
+
+    fits = FULL_BYTES * tokens * vocabulary < free(device)
+    passes: dict[str, Pass] = {"full": full} if fits else {}
+    measured = {
+        name: measure(one, states, weight, positions, repeats) for name, one in (passes | {"chunked": chunked}).items()
+    }
+    return {"tokens": tokens, "vocabulary": vocabulary, "full": None} | measured
+
+
+def full(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    """The formula before chunking."""
+    logits = (states @ weight.T).float() / positions.temperatures
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, positions.targets[:, None])[:, 0]
+    return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+
+def measure(one: Pass, states: Tensor, weight: Tensor, positions: Positions, repeats: int) -> dict[str, Any]:
+    """Peak of one pass with its gradients, then the speed of the fastest."""
+    known = [states, weight, *positions[:3]]
+
+    def step() -> None:
+        logprobs, entropies = one(states, weight, positions)
+        torch.autograd.grad(logprobs.mean(), (states, weight))
+        del entropies  # the learner keeps them, with what autograd saved for them, until the backward pass is done
+
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (states, weight))
+    with Peak(known) as peak:
+        step()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(states.device)
+        began = time.perf_counter()
+        step()
+        synchronize(states.device)
+        seconds.append(time.perf_counter() - began)
+    return {
+        "peak_bytes": max(0, peak.bytes - gradients),
+        "tokens_per_s": round(len(states) / min(seconds), 1),
+    }
+
+
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that are alive at the same time, at their most; `known` ones are left out."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live = {tensor.untyped_storage()._cdata for tensor in known}
+        self._held = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.bytes = max(self.bytes, self._held)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return
+        self._live.add(key)
+        self._held += size
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self._held -= size
+
+
+def free(device: torch.device) -> int:
+    """Bytes that a computation may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
