@@ -145,7 +145,7 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
     """Run the processes and show how they fare; whether the run is done. Raises UserError when it cannot go on."""
     started = time.monotonic()
     plan = Plan(
-        config.run.id, config.learner.versions, config.rollout.canary_tolerance, replicas=frozenset(local.replica_urls)
+        config.run.id, config.learner.versions, replicas=frozenset(local.replica_urls)
     )
     stopwatch = Stopwatch(config.run.home / run_folder.SECONDS, now=started)
     watch = RunPoller(

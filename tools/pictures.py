@@ -76,7 +76,7 @@ def state_at(folder: Path, version: int | None = None) -> State:
     now = setup + alive[-1].seconds
     learner = _learner(lines[wanted - 1])
     return state(
-        Plan(config.run.id, config.learner.versions, config.rollout.canary_tolerance),
+        Plan(config.run.id, config.learner.versions),
         RunObservation(
             {LEARNER: ServiceObservation(StatusReply(now, learner)), alive[-1].worker: _worker(alive, setup)},
             accumulate(lines[:wanted]),

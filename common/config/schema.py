@@ -193,9 +193,10 @@ class RolloutConfig(Service):
     """Maximum number of concurrent trajectories."""
     attempts: Positive = 3
     """Attempts at a trajectory before the worker drops it as environment_failed or engine_failed."""
-    canary_tolerance: PositiveFloat = 0.03
+    canary_tolerance: PositiveFloat | None = None
     """Maximum canary error, the mean |engine - learner| over the canary tokens, in nats. The worker samples with a
-    version only if its error is within this tolerance."""
+    version only if its error is within this tolerance. None: a multiple of the learner's own rounding noise, which
+    the learner measures for each version."""
 
 
 class ReplicaConfig(Service):

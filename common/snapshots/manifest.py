@@ -59,9 +59,12 @@ class Canary(Struct, frozen=True, forbid_unknown_fields=True):
     positions: tuple[int, ...]
     """Indexes of the tokens to compare. They exclude index 0, because no token predicts the first one."""
     logprobs: tuple[float, ...]
-    """log pi(tokens[p] | tokens[:p]) for each position p, nats."""
+    """log pi(tokens[p] | tokens[:p]) for each position p, in the learner's precision, nats."""
     previous: tuple[float, ...]
-    """The same under the previous version; empty if unknown."""
+    """The same in float32 under the previous version; empty if unknown."""
+    float32: tuple[float, ...] = ()
+    """The same as `logprobs`, computed in float32. Empty in a manifest of a release that did not store it; `previous`
+    is then in the learner's precision."""
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -65,7 +65,12 @@ def run_coordinator(
         confirm=writer.confirm,
     )
     model = training.policy.model
-    canaries = Canaries(model, training.ranks.device, trajectories=learner.canary_trajectories)
+    canaries = Canaries(
+        model,
+        training.ranks.device,
+        trajectories=learner.canary_trajectories,
+        micro_batch_tokens=learner.micro_batch_tokens,
+    )
     publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     records = Records(

@@ -36,7 +36,6 @@ class Plan:
 
     run: str
     versions: int
-    canary_tolerance: float
     replicas: frozenset[str] = frozenset()
     """Names of the services that are replicas."""
 
@@ -130,7 +129,7 @@ def state(
         waiting=learner.get("waiting_trajectories", 0),
         ledger=ledger,
         warnings=(
-            *_failures(plan, sight, crashes, started=started),
+            *_failures(sight, crashes, started=started),
             *(() if ending else _silences(sight, {outage.of for outage in outages}, now=now, started=started)),
             *_alerts(last),
             *_losses(ledger, trained),
@@ -270,11 +269,11 @@ def _sampling_rate(workers: Iterable[ServiceObservation]) -> float | None:
     return sum(rates) if rates else None
 
 
-def _failures(plan: Plan, sight: RunObservation, crashes: Sequence[Crash], *, started: float) -> list[str]:
+def _failures(sight: RunObservation, crashes: Sequence[Crash], *, started: float) -> list[str]:
     """Return warnings about processes: refused versions, then crashes, newest first."""
     found = [
-        f"{refused.worker} refused version {refused.version}: canary error {refused.canary_error:.3g} nats "
-        f"exceeds the tolerance {plan.canary_tolerance} nats"
+        f"{refused.worker} refused version {refused.version}: canary error {refused.canary_error:.3g} nats, "
+        f"reason in its log"
         for refused in sight.applied
         if not refused.accepted
     ]

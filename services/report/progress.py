@@ -15,7 +15,7 @@ PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old l
           ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip
 
 
-def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance: float) -> Figure:
+def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance: float | None) -> Figure:
     """Published versions, updates of the workers, and cuts."""
     figure = make_subplots(
         rows=4, cols=1, shared_xaxes=True, row_heights=[0.3, 0.26, 0.22, 0.22], vertical_spacing=0.04
@@ -34,7 +34,8 @@ def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance
             trace = dots(x, values, worker, color(i), text=names, showlegend=len(workers) > 1 and row == 2)
             trace.legendgroup = worker
             figure.add_trace(trace, row=row, col=1)
-    figure.add_hline(y=tolerance, line={"dash": "dash", "width": 1, "color": RED}, row=3, col=1)
+    if tolerance is not None:
+        figure.add_hline(y=tolerance, line={"dash": "dash", "width": 1, "color": RED}, row=3, col=1)
     figure.add_trace(
         go.Bar(x=minutes, y=[e["cuts"] for e in lines], name="cuts", marker={"color": ORANGE}, showlegend=False),
         row=4, col=1,

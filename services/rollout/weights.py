@@ -21,7 +21,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.canary import judge
-from palimpsest.services.rollout.engine.port import Engine, StoredWeights
+from palimpsest.services.rollout.engine.port import Engine, StoredWeights, WrongWeights
 from palimpsest.services.rollout.engine.required import required
 
 
@@ -42,7 +42,7 @@ class WeightSync:
         store: SnapshotClient,
         folder: Path,
         *,
-        tolerance: float,
+        tolerance: float | None,
         report: Callable[[UpdateResult], None],
     ) -> None:
         self._engine, self._store, self._folder = engine, store, folder
@@ -156,7 +156,14 @@ class WeightSync:
         started = time.monotonic()
         with required(f"an update to version {manifest.version}"):
             await self._engine.pause()
-            await self._engine.load(weights)
+            try:
+                await self._engine.load(weights)
+            except WrongWeights as error:
+                instruments.UPDATES.labels("refused").inc()
+                raise UserError(
+                    f"refused version {manifest.version}: the engine reads back {error}. Its weight update is broken",
+                    ExitCode.CANARY,
+                ) from None
             self._loaded = manifest.version
             await self._resume_unless_held()
         pause_s = time.monotonic() - started
@@ -178,7 +185,9 @@ class WeightSync:
             version=manifest.version,
             pause_ms=round(1e3 * pause_s, 1),
             canary=round(verdict.error, 5),
+            tolerance=round(verdict.tolerance, 5),
             leaning=round(verdict.leaning, 1),
+            detectable=round(min(verdict.detectable, 1e9), 3),
         )
 
 

@@ -18,7 +18,7 @@ from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.report.named_run import named_run
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine import amx
-from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens
+from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, WrongWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.learner_parts.models import load, logprobs, perturb, stored
 from tests.records.stored_runs import a_run, put
@@ -55,12 +55,21 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults") / "broken"
 
 
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, the engine does not read its weights back after an update."""
+    return tmp_path_factory.mktemp("faults") / "blind"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(exported: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+async def engine(
+    exported: Path, broken: Path, blind: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[VllmEngine]:
     log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
     config = VllmEngineConfig(kv_cache_gib=0.25)
     engine = VllmEngine(config, model=str(exported), max_tokens=256, max_live=64, seed=0, log=log)
-    os.environ[failpoints.VARIABLE] = f"rollout.skip_head:{broken}"  # the engine's process inherits it
+    # the engine's process inherits it
+    os.environ[failpoints.VARIABLE] = f"rollout.skip_head:{broken},rollout.skip_read_back:{blind}"
     try:
         await engine.start()
     finally:
@@ -116,23 +125,30 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     await updates_in_flight(engine, model, tmp_path)
 
 
-async def test_the_canaries_refuse_an_update_without_the_tied_head(
-    engine: VllmEngine, folder: Path, broken: Path, tmp_path: Path
+async def test_an_update_without_the_tied_head_is_refused(
+    engine: VllmEngine, folder: Path, broken: Path, blind: Path, tmp_path: Path
 ) -> None:
-    """Only the canaries detect it; integration/test_bad_data.py tests that a refusal ends the run."""
+    """By the read-back, and without it by the canaries. integration/test_bad_data.py: a refusal ends the run."""
     model = load(folder)
-    for version, works in ((21, False), (22, True)):
+    for version, works, reads_back in ((21, False, True), (22, False, False), (23, True, True)):
         perturb(model, by=STEP, seed=version)
         weights = stored(model, version, tmp_path)
-        if not works:
-            broken.touch()
+        correct = works or not model.config.tie_word_embeddings
+        broken.touch()
+        blind.touch()
+        if works:
+            broken.unlink()
+        if reads_back:
+            blind.unlink()
         await engine.pause()
+        if reads_back and not correct:
+            with pytest.raises(WrongWeights, match="lm_head was not loaded"):
+                await engine.load(weights)
+            continue
         await engine.load(weights)
         await engine.resume()
-        broken.unlink(missing_ok=True)
         scores = [await engine.score(canary.tokens) for canary in weights.manifest.canaries]
-        untied = not model.config.tie_word_embeddings
-        assert judge(scores, weights.manifest.canaries, tolerance=MEAN).accepted == (works or untied)
+        assert judge(scores, weights.manifest.canaries).accepted == correct
 
 
 async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) -> None:

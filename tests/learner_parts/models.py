@@ -91,7 +91,7 @@ def stored(model: torch.nn.Module, version: int, folder: Path) -> StoredWeights:
 
 def canaries(model: torch.nn.Module) -> tuple[Canary, ...]:
     """The learner's canaries for these weights, before the first batch."""
-    return Canaries(model, CPU, trajectories=1).made()
+    return Canaries(model, CPU, trajectories=1, micro_batch_tokens=4096).made()
 
 
 class Resident:

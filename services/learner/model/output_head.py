@@ -71,9 +71,13 @@ class LinearHead:
     transform: Transform
 
     def logits(self, hidden: Tensor, entries: slice = slice(None)) -> Tensor:
-        """Return the logits of some vocabulary entries, in the type of the weight. hidden: [tokens, hidden size]"""
-        bias = None if self.bias is None else self.bias[entries]
-        return self.transform.apply_(torch.nn.functional.linear(hidden, self.weight[entries], bias))
+        """Return the logits of some vocabulary entries, in the type of the hidden states [tokens, hidden size].
+
+        That is the type of the weight, except in a float32 pass (float32.py).
+        """
+        weight = self.weight[entries].to(hidden.dtype)
+        bias = None if self.bias is None else self.bias[entries].to(hidden.dtype)
+        return self.transform.apply_(torch.nn.functional.linear(hidden, weight, bias))
 
 
 @dataclass(frozen=True, slots=True)

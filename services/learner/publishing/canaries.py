@@ -1,69 +1,124 @@
-"""Canaries: token sequences with their log-probs under a version (docs/paper.md, "canary").
+"""Canaries: the sequences of a version by which a worker checks that its engine computes that version.
 
-A worker scores the canaries with its engine to check that the engine computes the version. Trajectories of the newest
-batch are the best canaries: the engine's rounding is smallest on them, and the last training step changes them most.
-Each is scored with the weights before and after the step. So a worker detects an engine that kept some old weights even
-if the step changes the log-probs by less than rounding: the engine's values are closer to the ones before the step.
+Trajectories of the newest batch serve as canaries: the model finds them likely, so rounding is small there, and the
+last step changed their log-probs most. Before any batch, the model's own samples take their place. Each canary carries
+its log-probs in the learner's precision, and in float32 under the weights before and after the step. The difference
+between the two precisions is the noise by which the worker judges its engine; the float32 values have none of their
+own, so the change between the two versions is known without it (docs/paper.md, "canary").
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import UNTRAINABLE
-from palimpsest.services.learner.batch.batching import Row, pad
-from palimpsest.services.learner.model.policy import score_batch, token_logprobs, vocabulary_size
+from palimpsest.services.learner.batch.batching import Row, micro_batches, pad
+from palimpsest.services.learner.model.float32 import float32_forward
+from palimpsest.services.learner.model.output_head import find_head
+from palimpsest.services.learner.model.policy import score_batch
 
-MOST_TOKENS = 8192
-"""Maximum tokens of all canaries together, prompts included. It keeps the cost of scoring them small."""
-FIRST_LENGTH, FIRST_SEED = 64, 20_011
+MOST_TOKENS = 1024
+"""Limit of all canaries together, prompts included: each version scores them three times."""
+WINDOW = 256
+"""Limit of one canary, in tokens. Of a longer row the window with its last trainable token is taken."""
+SAMPLES, SAMPLE_LENGTH, SAMPLE_SEED = 16, 12, 20_011
+"""The model's own samples that serve before the first batch."""
 
 
 class Canaries:
-    """Chooses and scores the canaries of the next version. trajectories: maximum number of canaries."""
+    """Prepares the canaries of the next version.
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, *, trajectories: int) -> None:
-        self._model, self._device, self._trajectories = model, device, trajectories
+    micro_batch_tokens: limit of one forward pass, padding included.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, *, trajectories: int, micro_batch_tokens: int
+    ) -> None:
+        self._model, self._device = model, device
+        self._trajectories, self._micro_batch_tokens = trajectories, micro_batch_tokens
+        find_head(model)  # recognized in the model's own precision, before the first float32 pass
         self._rows: list[Row] = []
-        self._before: list[list[float]] = []
+        self._before: list[tuple[float, ...]] = []
 
     def choose(self, rows: Sequence[Row]) -> None:
-        """Choose rows of the batch to be trained on, and score them with the weights before the step."""
-        self._rows, tokens = [], 0
-        step = max(1, len(rows) // self._trajectories)
-        for row in sorted(rows, key=lambda row: row.trajectory)[::step]:
-            tokens += len(row.tokens)
-            if row.trainable and tokens <= MOST_TOKENS and len(self._rows) < self._trajectories:
-                self._rows.append(row)
-        self._before = self._score()
+        """Choose rows of the batch, and score them under the weights before the step."""
+        self._rows = []
+        left = MOST_TOKENS
+        candidates = sorted((row for row in rows if row.trainable), key=lambda row: row.trajectory)
+        for row in candidates[:: max(1, len(candidates) // self._trajectories)][: self._trajectories]:
+            part = window(row, WINDOW)
+            if part is not None and len(part.tokens) <= left:
+                self._rows.append(part)
+                left -= len(part.tokens)
+        self._before = self._score(self._rows, float32=True)
 
     def made(self) -> tuple[Canary, ...]:
-        """Return the canaries, scored with the model's current weights."""
-        if not self._rows:
-            return (self._first(),)
+        """Return the canaries under the model's present weights."""
+        rows = self._rows or self._samples()
+        before: Sequence[tuple[float, ...]] = self._before if self._rows else [()] * len(rows)
+        low, high = self._score(rows, float32=False), self._score(rows, float32=True)
         return tuple(
-            Canary(tuple(row.tokens.tolist()), _positions(row), tuple(after), tuple(before))
-            for row, before, after in zip(self._rows, self._before, self._score(), strict=True)
+            Canary(tuple(row.tokens.tolist()), _positions(row), after, previous, exact)
+            for row, after, previous, exact in zip(rows, low, before, high, strict=True)
         )
 
     @torch.no_grad()
-    def _score(self) -> list[list[float]]:
-        if not self._rows:
-            return []
-        scored = score_batch(self._model, pad(self._rows), self._device, temperature=1.0)
-        return [[float(scored[i, p]) for p in _positions(row)] for i, row in enumerate(self._rows)]
+    def _score(self, rows: Sequence[Row], *, float32: bool) -> list[tuple[float, ...]]:
+        """Log-probs of each row's compared tokens, in the order of the rows."""
+        scored: dict[int, tuple[float, ...]] = {}
+        numbered = [replace(row, trajectory=str(i)) for i, row in enumerate(rows)]
+        with float32_forward(self._model) if float32 else nullcontext():
+            for part in micro_batches(numbered, max_tokens=self._micro_batch_tokens):
+                values = score_batch(self._model, pad(part), self._device, temperature=1.0)
+                for row, own in zip(part, values.tolist(), strict=True):
+                    scored[int(row.trajectory)] = tuple(own[p] for p in _positions(row))
+        return [scored[i] for i in range(len(rows))]
 
     @torch.no_grad()
-    def _first(self) -> Canary:
-        """The canary of the first version, before any batch: a fixed random sequence."""
-        generator = torch.Generator().manual_seed(FIRST_SEED)
-        tokens = torch.randint(vocabulary_size(self._model), (1, FIRST_LENGTH), generator=generator)
-        scored = token_logprobs(self._model, tokens.to(self._device), torch.ones(1, 1, device=self._device))
-        return Canary(
-            tuple(tokens[0].tolist()), tuple(range(1, FIRST_LENGTH)), tuple(scored[0, 1:].tolist()), previous=()
-        )
+    def _samples(self) -> list[Row]:
+        """Sequences that the model samples itself at temperature 1, the same at each call under the same weights."""
+        generator = torch.Generator().manual_seed(SAMPLE_SEED)
+        tokens = torch.full((SAMPLES, 1), _first_token(self._model), dtype=torch.int64)
+        for _ in range(SAMPLE_LENGTH):
+            logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits[:, -1].float().cpu()
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, drawn], dim=1)
+        versions = np.zeros(SAMPLE_LENGTH + 1, dtype=np.int32)
+        versions[0] = UNTRAINABLE
+        behavior = np.zeros(SAMPLE_LENGTH + 1, dtype=np.float32)
+        return [
+            Row(str(i), own.astype(np.int32), versions, behavior, 1.0, 0.0, 0.0, success=False)
+            for i, own in enumerate(tokens.numpy())
+        ]
+
+
+def window(row: Row, length: int) -> Row | None:
+    """At most `length` tokens of a row, up to its last trainable token. None if no compared token is among them.
+
+    The first token of a window is never compared, since nothing in the window predicts it.
+    """
+    stop = int(np.flatnonzero(row.versions != UNTRAINABLE)[-1]) + 1
+    part = slice(max(0, stop - length), stop)
+    versions = row.versions[part].copy()
+    versions[0] = UNTRAINABLE
+    if not (versions != UNTRAINABLE).any():
+        return None
+    return replace(row, tokens=row.tokens[part], versions=versions, behavior=row.behavior[part], old=None)
 
 
 def _positions(row: Row) -> tuple[int, ...]:
-    return tuple(int(p) for p in (row.versions != UNTRAINABLE).nonzero()[0])
+    return tuple(int(p) for p in np.flatnonzero(row.versions != UNTRAINABLE))
+
+
+def _first_token(model: torch.nn.Module) -> int:
+    """The id that begins a text for this model: its bos token, else an eos token, else id 0."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for value in (config.bos_token_id, config.eos_token_id):
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, int):
+            return first
+    return 0

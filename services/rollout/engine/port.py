@@ -43,6 +43,10 @@ class EngineFailed(Exception):
     """A running engine failed a request, or refused a step that its worker needs (required.py)."""
 
 
+class WrongWeights(EngineFailed):
+    """After an update, the engine computes with other weights than the version's. The text names them."""
+
+
 class EngineDead(Exception):
     """The engine is gone, with all its requests. The text says what it died of and what to try."""
 
@@ -80,7 +84,10 @@ class Engine(Protocol):
         """
 
     async def load(self, weights: StoredWeights) -> None:
-        """Load these weights and drop all cached keys and values. Only while paused. Raises EngineFailed."""
+        """Load these weights and drop all cached keys and values. Only while paused.
+
+        Raises WrongWeights if the engine reads its weights back and they differ, EngineFailed.
+        """
 
     async def resume(self) -> None:
         """Resume sampling; requests in flight recompute their prefix with the loaded weights."""

@@ -14,9 +14,16 @@ from palimpsest.common.logs import logger
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine import amx, crash_report
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, Span, StoredWeights
+from palimpsest.services.rollout.engine.port import (
+    EngineDead,
+    EngineFailed,
+    SampledTokens,
+    Span,
+    StoredWeights,
+    WrongWeights,
+)
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
-from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME
+from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME, WRONG_WEIGHTS
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -149,7 +156,11 @@ class VllmEngine:
         update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
         await self._run_step("start of the weight update", llm.start_weight_update())
         await self._run_step("weight update", llm.update_weights(update))
-        await self._run_step("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        try:
+            await self._run_step("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        except EngineFailed as error:
+            _, marked, what = str(error).partition(WRONG_WEIGHTS)
+            raise (WrongWeights(what) if marked else error) from None
         # Cached keys and values belong to the previous weights: running requests recompute their prefix.
         await self._run_step("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from palimpsest.export.export import export
-from palimpsest.services.learner.model.weights import named_weights, raw_tensors
+from palimpsest.services.learner.model.weights import raw_tensors
 from palimpsest.services.report.named_run import named_run
 from tests.learner_parts.models import load, perturb
 from tests.records.stored_runs import a_run, put
@@ -42,9 +42,10 @@ def names(folder: Path) -> set[str]:
 def test_a_mixture_of_experts_has_the_names_of_its_checkpoint(model: Path, tmp_path: Path, shard_bytes: int) -> None:
     trained = load(model)
     perturb(trained, by=0.1, seed=1)
-    assert not set(named_weights(trained)) <= names(model), "or this test shows nothing"
+    own = dict(trained.state_dict())  # as earlier releases stored them
+    assert not set(own) <= names(model), "or this test shows nothing"
     home = a_run(tmp_path / "first", model)
-    put(home, 1, raw_tensors(named_weights(trained)))
+    put(home, 1, raw_tensors(own))
     config, _ = named_run([str(home)], {}, program="")
     export(config, home, tmp_path / "out", shard_bytes=shard_bytes)
     assert names(tmp_path / "out") == names(model)

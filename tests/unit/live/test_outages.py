@@ -24,7 +24,7 @@ from palimpsest.services.live.view import line, view
 from palimpsest.services.local.exit_reasons import Crash
 from tests.records.history_lines import a_line, learner, servers, worker
 
-PLAN = Plan("night-run", versions=20, canary_tolerance=0.03)
+PLAN = Plan("night-run", versions=20)
 WALL = 1_790_000_000.0
 """Unix seconds when the run's clock shows 0."""
 KAFKA = Outage("Kafka", "k:9092", WALL + 50.0, WALL + 650.0, "refused", ("learner", "worker-0"))

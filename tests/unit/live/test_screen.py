@@ -22,7 +22,7 @@ def a_state() -> State:
     sight = RunObservation(
         servers() | {"learner": learner(), "worker-0": worker()}, accumulate(a_line(i) for i in range(4))
     )
-    return state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
+    return state(Plan("t", 10), sight, now=101.0, started=1.0)
 
 
 def shown(*, terminal: bool, stop: bool) -> str:
@@ -65,7 +65,7 @@ def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch:
     def states() -> Iterator[State]:
         for alerts in ([alert(8)], [alert(9)], [], [alert(12)]):
             sight = RunObservation(servers() | {"learner": learner()}, accumulate([a_line(0, alerts=alerts)]))
-            yield state(Plan("t", 10, 0.03), sight, now=101.0, started=1.0)
+            yield state(Plan("t", 10), sight, now=101.0, started=1.0)
         over.set()
         yield a_state()
 

@@ -10,7 +10,7 @@ from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.local.exit_reasons import Crash
 from tests.records.history_lines import a_line, learner, servers, worker
 
-PLAN = Plan("t", versions=10, canary_tolerance=0.03)
+PLAN = Plan("t", versions=10)
 
 
 def seen(sight: RunObservation, **more: object) -> State:
@@ -107,7 +107,7 @@ def test_a_replica_is_no_worker():
         "replica-1": ServiceObservation(),
         "replica-2": ServiceObservation(scoring.last, trouble="ConnectError"),
     }
-    plan = Plan("t", versions=10, canary_tolerance=0.03, replicas=frozenset({"replica-0", "replica-1", "replica-2"}))
+    plan = Plan("t", versions=10, replicas=frozenset({"replica-0", "replica-1", "replica-2"}))
     shown = state(plan, RunObservation(services), now=130.0, started=1.0)
     assert doing(shown)["replica-0"] == "scores, 21 trajectories waiting (30 s ago)"
     assert doing(shown)["replica-1"] == "starting its process"
@@ -138,7 +138,7 @@ def test_warnings_say_what_happened_in_plain_words():
         crashes=[killed := Crash("worker-0", at=61.0, exit_code=-9, words="RuntimeError: gone")],
     )  # fmt: skip
     assert shown.warnings == (
-        "worker-0 refused version 3: canary error 0.15 nats exceeds the tolerance 0.03 nats",
+        "worker-0 refused version 3: canary error 0.15 nats, reason in its log",
         killed.to_text("1 min 0 s"),
         "dropped 3 trajectories: 2 deadline, 1 engine_failed",
         "1 dead-lettered: for the reasons, run `palimpsest dead-letters list` with the run's file",

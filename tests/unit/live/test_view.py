@@ -26,9 +26,7 @@ def a_state(lines: int = 5, **services: ServiceObservation) -> State:
     update = VersionApplied("t", "worker-0", Version(4), "", True, 0.01, 0.172, 9)
     seen = servers() | {"learner": learner(), "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400))}
     sight = RunObservation(seen | services, accumulate(history), (update,))
-    return state(
-        Plan("night-run", 20, 0.03), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")]
-    )
+    return state(Plan("night-run", 20), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")])
 
 
 def text(shown: State, width: int, height: int) -> list[str]:

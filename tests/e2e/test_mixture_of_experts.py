@@ -1,0 +1,102 @@
+"""Updates of a mixture of experts: the CPU engine packs the experts again, and reads them back."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from palimpsest.common import failpoints
+from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.services.rollout.canary import judge
+from palimpsest.services.rollout.engine.port import WrongWeights
+from palimpsest.services.rollout.engine.vllm import VllmEngine
+from tests.learner_parts.models import load, perturb, stored
+
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+STEP = 0.02
+"""Deviation of the noise between two versions; stale experts then show as 0.2 nats."""
+SIZES = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 512, "tie_word_embeddings": False, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE; larger weights than at initialization, so that its distributions are not flat."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SIZES), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    path = tmp_path_factory.mktemp("models") / "qwen3_moe"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which a file switches a fault of the same name on."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+    log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
+    engine = VllmEngine(
+        VllmEngineConfig(kv_cache_gib=0.25), model=str(folder), max_tokens=256, max_live=8, seed=0, log=log
+    )
+    names = ("skip_experts", "skip_layer", "skip_read_back")
+    os.environ[failpoints.VARIABLE] = ",".join(f"rollout.{name}:{faults / name}" for name in names)
+    try:
+        await engine.start()
+    finally:
+        del os.environ[failpoints.VARIABLE]
+    yield engine
+    await engine.close()
+
+
+async def accepted(engine: VllmEngine, model: torch.nn.Module, version: int, folder: Path) -> bool:
+    """Load the model's weights as this version; return whether the canaries accept it."""
+    weights = stored(model, version, folder)
+    await engine.pause()
+    await engine.load(weights)
+    await engine.resume()
+    scores = await asyncio.gather(*(engine.score(canary.tokens) for canary in weights.manifest.canaries))
+    return judge(scores, weights.manifest.canaries).accepted
+
+
+async def test_updates_pack_the_experts_again(engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    for version in range(3):
+        if version:
+            perturb(model, by=STEP, seed=version)
+        assert await accepted(engine, model, version, tmp_path)
+    perturb(model, by=STEP, seed=3)
+    (faults / "skip_experts").touch()
+    (faults / "skip_read_back").touch()
+    assert not await accepted(engine, model, 3, tmp_path), "stale experts, seen by the canaries alone"
+
+
+@pytest.mark.parametrize(("fault", "module"), [("skip_experts", "experts"), ("skip_layer", "qkv_proj")])
+async def test_the_read_back_refuses_what_kept_other_weights(
+    engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path, fault: str, module: str
+) -> None:
+    """A step too small for the canaries, of which one layer or the experts are not loaded."""
+    for file in faults.iterdir():
+        file.unlink()
+    model = load(folder)
+    assert await accepted(engine, model, 10, tmp_path)
+    perturb(model, by=1e-4, seed=10)
+    (faults / fault).touch()
+    with pytest.raises(WrongWeights, match=rf"{module}.*(was not loaded|computes with other weights)"):
+        await accepted(engine, model, 11, tmp_path)
+    (faults / fault).unlink()
+    assert await accepted(engine, model, 12, tmp_path)
