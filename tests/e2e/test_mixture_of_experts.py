@@ -53,7 +53,7 @@ async def engine(folder: Path, faults: Path, tmp_path_factory: pytest.TempPathFa
     engine = VllmEngine(
         VllmEngineConfig(kv_cache_gib=0.25), model=str(folder), max_tokens=256, max_live=8, seed=0, log=log
     )
-    names = ("skip_experts", "skip_layer", "skip_read_back")
+    names = ("skip_experts", "skip_read_back")
     os.environ[failpoints.VARIABLE] = ",".join(f"rollout.{name}:{faults / name}" for name in names)
     try:
         await engine.start()
@@ -85,18 +85,15 @@ async def test_updates_pack_the_experts_again(engine: VllmEngine, folder: Path, 
     assert not await accepted(engine, model, 3, tmp_path), "stale experts, seen by the canaries alone"
 
 
-@pytest.mark.parametrize(("fault", "module"), [("skip_experts", "experts"), ("skip_layer", "qkv_proj")])
-async def test_the_read_back_refuses_what_kept_other_weights(
-    engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path, fault: str, module: str
+async def test_the_read_back_refuses_experts_that_were_not_packed_again(
+    engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path
 ) -> None:
-    """A step too small for the canaries, of which one layer or the experts are not loaded."""
+    """After a step too small for the canaries. The last test: an engine that refused an update is not used again."""
     for file in faults.iterdir():
         file.unlink()
     model = load(folder)
     assert await accepted(engine, model, 10, tmp_path)
     perturb(model, by=1e-4, seed=10)
-    (faults / fault).touch()
-    with pytest.raises(WrongWeights, match=rf"{module}.*(was not loaded|computes with other weights)"):
+    (faults / "skip_experts").touch()
+    with pytest.raises(WrongWeights, match=r"experts expert \d w13 computes with other weights"):
         await accepted(engine, model, 11, tmp_path)
-    (faults / fault).unlink()
-    assert await accepted(engine, model, 12, tmp_path)

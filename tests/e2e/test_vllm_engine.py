@@ -50,26 +50,18 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, an update leaves a tied head at the old weights, as the CPU build of vLLM does."""
-    return tmp_path_factory.mktemp("faults") / "broken"
-
-
-@pytest.fixture(scope="module")
-def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, the engine does not read its weights back after an update."""
-    return tmp_path_factory.mktemp("faults") / "blind"
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which a file switches the engine's fault of the same name on."""
+    return tmp_path_factory.mktemp("faults")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(
-    exported: Path, broken: Path, blind: Path, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[VllmEngine]:
+async def engine(exported: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
     config = VllmEngineConfig(kv_cache_gib=0.25)
     engine = VllmEngine(config, model=str(exported), max_tokens=256, max_live=64, seed=0, log=log)
-    # the engine's process inherits it
-    os.environ[failpoints.VARIABLE] = f"rollout.skip_head:{broken},rollout.skip_read_back:{blind}"
+    names = ("skip_head", "skip_layer", "skip_read_back")
+    os.environ[failpoints.VARIABLE] = ",".join(f"rollout.{name}:{faults / name}" for name in names)  # inherited
     try:
         await engine.start()
     finally:
@@ -125,30 +117,25 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     await updates_in_flight(engine, model, tmp_path)
 
 
-async def test_an_update_without_the_tied_head_is_refused(
-    engine: VllmEngine, folder: Path, broken: Path, blind: Path, tmp_path: Path
+async def test_the_canaries_refuse_an_update_without_the_tied_head(
+    engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path
 ) -> None:
-    """By the read-back, and without it by the canaries. integration/test_bad_data.py: a refusal ends the run."""
+    """Without the read-back, only they detect it. integration/test_bad_data.py: a refusal ends the run."""
     model = load(folder)
-    for version, works, reads_back in ((21, False, True), (22, False, False), (23, True, True)):
+    (faults / "skip_read_back").touch()
+    for version, works in ((21, False), (22, True)):
         perturb(model, by=STEP, seed=version)
         weights = stored(model, version, tmp_path)
-        correct = works or not model.config.tie_word_embeddings
-        broken.touch()
-        blind.touch()
-        if works:
-            broken.unlink()
-        if reads_back:
-            blind.unlink()
+        if not works:
+            (faults / "skip_head").touch()
         await engine.pause()
-        if reads_back and not correct:
-            with pytest.raises(WrongWeights, match="lm_head was not loaded"):
-                await engine.load(weights)
-            continue
         await engine.load(weights)
         await engine.resume()
+        (faults / "skip_head").unlink(missing_ok=True)
         scores = [await engine.score(canary.tokens) for canary in weights.manifest.canaries]
-        assert judge(scores, weights.manifest.canaries).accepted == correct
+        untied = not model.config.tie_word_embeddings
+        assert judge(scores, weights.manifest.canaries).accepted == (works or untied)
+    (faults / "skip_read_back").unlink()
 
 
 async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) -> None:
@@ -270,6 +257,19 @@ async def test_amx_is_used_if_the_cpu_has_it_and_the_kernel_permits_it(engine: V
     """The engine's process logs whether it uses AMX."""
     assert f"AMX: {amx.configure().value}\n" in engine._log.read_text()
     assert engine.status() == {"kind": "vllm", "amx": amx.configure().value}
+
+
+async def test_the_read_back_refuses_a_layer_that_was_not_loaded(
+    engine: VllmEngine, folder: Path, faults: Path, tmp_path: Path
+) -> None:
+    """After this only the engine's death is tested: an engine that refused an update is not used again."""
+    model = load(folder)
+    fault, module = ("skip_head", "lm_head") if model.config.tie_word_embeddings else ("skip_layer", r"layers\.0\.self_attn")
+    (faults / fault).touch()
+    await engine.pause()
+    with pytest.raises(WrongWeights, match=rf"{module}"):
+        await engine.load(stored(model, 31, tmp_path))
+    await engine.resume()
 
 
 async def test_every_call_to_a_killed_engine_raises_engine_dead_with_the_cause(engine: VllmEngine) -> None:
