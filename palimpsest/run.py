@@ -144,9 +144,7 @@ def on_path() -> Path | None:
 def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> bool:
     """Run the processes and show how they fare; whether the run is done. Raises UserError when it cannot go on."""
     started = time.monotonic()
-    plan = Plan(
-        config.run.id, config.learner.versions, replicas=frozenset(local.replica_urls)
-    )
+    plan = Plan(config.run.id, config.learner.versions, replicas=frozenset(local.replica_urls))
     stopwatch = Stopwatch(config.run.home / run_folder.SECONDS, now=started)
     watch = RunPoller(
         {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)

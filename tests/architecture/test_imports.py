@@ -79,7 +79,10 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
     ("library", "homes"),
     [
         ("sqlite3", {"common/bus/sqlite.py"}),
-        ("vllm", {"services/rollout/engine/vllm.py", "services/rollout/engine/vllm_weight_transfer.py"}),
+        (
+            "vllm",
+            {f"services/rollout/engine/{name}.py" for name in ("vllm", "vllm_weight_transfer", "weight_update")},
+        ),
         ("torch.distributed", {"services/learner/distributed.py"}),
         ("uvicorn", {"common/service.py"}),
         ("zstandard", {"common/snapshots/codec.py", "palimpsest/rescore.py"}),

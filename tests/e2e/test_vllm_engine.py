@@ -264,7 +264,9 @@ async def test_the_read_back_refuses_a_layer_that_was_not_loaded(
 ) -> None:
     """After this only the engine's death is tested: an engine that refused an update is not used again."""
     model = load(folder)
-    fault, module = ("skip_head", "lm_head") if model.config.tie_word_embeddings else ("skip_layer", r"layers\.0\.self_attn")
+    fault, module = (
+        ("skip_head", "lm_head") if model.config.tie_word_embeddings else ("skip_layer", r"layers\.0\.self_attn")
+    )
     (faults / fault).touch()
     await engine.pause()
     with pytest.raises(WrongWeights, match=rf"{module}"):

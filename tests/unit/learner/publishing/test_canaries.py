@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.model.policy import decoder_of
 from palimpsest.services.learner.publishing.canaries import (
     MOST_TOKENS,
     SAMPLE_LENGTH,
@@ -98,11 +99,11 @@ def test_rows_of_any_length_give_canaries_within_the_limits(starting_model: Path
 
 def test_passes_obey_micro_batch_tokens(starting_model: Path) -> None:
     model = load(starting_model)
+    canaries = a_maker(model, trajectories=8, micro_batch_tokens=40)
     shapes: list[tuple[int, ...]] = []
-    model.register_forward_pre_hook(
+    decoder_of(model).register_forward_pre_hook(
         lambda _, arguments, keywords: shapes.append(tuple(keywords["input_ids"].shape)), with_kwargs=True
     )
-    canaries = a_maker(model, trajectories=8, micro_batch_tokens=40)
     canaries.choose(rows(8, length=16, start=10))
     assert shapes == [(2, 14)] * 4
 
