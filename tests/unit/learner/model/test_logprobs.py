@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from palimpsest import rescore
 from palimpsest.services.learner.model import logprobs
 from palimpsest.services.learner.model.logprobs import Positions, chunked_logprobs
 from palimpsest.services.learner.model.output_head import LinearHead, ModelHead, Transform, find_head
@@ -254,3 +255,15 @@ def test_no_array_has_more_entries_than_a_chunk_of_logits(entropy: bool, monkeyp
         gradients(values, factors, leaves, entropy=entropy)
     assert largest.entries == chunk * vocabulary
     assert largest.entries > max(leaf.numel() for leaf in leaves)
+
+
+@pytest.mark.parametrize(("family", "settings"), [(family, settings) for family, settings, _ in FAMILIES[:6]])
+def test_rescore_computes_the_same_bits_by_other_code(family: str, settings: dict) -> None:
+    """Chunks of 4 positions, which do not divide the 14 of the batch."""
+    model = a_model(family, settings)
+    setattr(model, CHUNK_ATTRIBUTE, 4)
+    with torch.no_grad():
+        own = token_logprobs(model, ROWS, TEMPERATURES)
+    head: Any = model.get_output_embeddings()
+    head.forward = rescore.in_chunks(head.forward, 4)
+    assert torch.equal(torch.from_numpy(rescore.score(model, ROWS.numpy(), TEMPERATURES.numpy())), own)
