@@ -61,7 +61,11 @@ BRITISH = re.compile(
 )
 """Spellings that are not American. `cancelled` is Python's own."""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-BRITISH_IS_FINE_IN = ("tests/architecture/test_vocabulary.py", "tests/unit/common/test_config_load.py")
+BRITISH_IS_FINE_IN = (
+    "tests/architecture/test_vocabulary.py",
+    "tests/unit/common/test_config_errors.py",
+    "tests/unit/common/test_config_load.py",
+)
 """This file, and the test of misspelled keys."""
 OLD_PATH = re.compile(r"<code>.+?</code>")
 """The table of moved files quotes their old paths."""

@@ -18,6 +18,7 @@ from palimpsest.services.rollout import worker
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.snapshot_store.app import create_app as create_store
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.unit.rollout.sampling import Setting
 from tests.unit.rollout.working import CANARY, RUN, Place, opened_bus
 
 
@@ -57,3 +58,8 @@ def place(
         monkeypatch.setattr(worker, pause, 0.01)
     with closing(opened_bus(tmp_path / "bus.sqlite")) as bus:
         yield Place(tmp_path, bus, versions, gateway, dialogue)
+
+
+@pytest.fixture
+def setting(gateway: str, dialogue: ChatRenderer) -> Setting:
+    return Setting(gateway, dialogue)

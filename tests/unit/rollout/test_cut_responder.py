@@ -1,27 +1,19 @@
 """A worker at a cut: it pauses, flushes sampled tokens, answers, and waits for the end of the cut on the log."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from palimpsest.common.bus.port import Outgoing, Position
-from palimpsest.common.bus.sqlite import SqliteBus, SqliteConsumer
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.bus.port import Outgoing
+from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
     TRAJECTORIES,
-    WORKERS,
-    CutReached,
-    CutReleased,
     CutRequested,
-    SegmentFlushed,
     TrajectoryFinished,
     VersionPublished,
     encode,
@@ -29,103 +21,17 @@ from palimpsest.common.messages import (
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.rollout import cut_responder, instruments
+from tests.unit.rollout.cutting import assert_paused, ends, flushes, reached, release, request, worker_mid_message
 from tests.unit.rollout.working import (
-    LIMIT_S,
     RUN,
-    GatedEngine,
     Place,
-    Working,
     announce,
     finished,
     ids,
     messages,
     offer,
-    turns,
     working,
 )
-
-
-class Gate(asyncio.Event):
-    """Set while the engine runs and is below its token limit."""
-
-    def __init__(self, engine: "Limited") -> None:
-        super().__init__()
-        self._engine, self.more = engine, asyncio.Event()
-
-    def is_set(self) -> bool:
-        return super().is_set() and len(self._engine.sampled) < self._engine.limit
-
-    async def wait(self) -> Literal[True]:
-        await super().wait()
-        while len(self._engine.sampled) >= self._engine.limit:
-            self.more.clear()
-            await self.more.wait()
-        return True
-
-
-class Limited(GatedEngine):
-    """An engine that waits after `limit` tokens in total; each message has 8 tokens."""
-
-    def __init__(self, place: Place, limit: int) -> None:
-        super().__init__(place.dialogue)
-        self._config = ScriptedEngineConfig(kind="scripted", texts=("abcdefghijklmnopq",), tokens_per_s=1e6)
-        self.limit, self.sampled = limit, list[Version]()
-        """Version of each token so far."""
-        self._running = Gate(self)
-        self._running.set()
-
-    def _sample(self, request: str, message: Any) -> None:
-        super()._sample(request, message)
-        self.sampled.append(message.versions[-1])
-
-    def allow(self, tokens: int) -> None:
-        """Raise the limit to this total."""
-        self.limit = tokens
-        self._running.more.set()  # type: ignore[attr-defined]
-
-
-def request(bus: SqliteBus, cut: int, version: int) -> None:
-    bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(version), 5.0)))])
-
-
-def release(bus: SqliteBus, cut: int) -> None:
-    bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, cut)))])
-
-
-def reached(bus: SqliteBus) -> list[CutReached]:
-    return [message for message in messages(bus, WORKERS) if isinstance(message, CutReached)]
-
-
-def flushes(bus: SqliteBus) -> list[SegmentFlushed]:
-    return [message for message in messages(bus, TRAJECTORIES) if isinstance(message, SegmentFlushed)]
-
-
-def ends(bus: SqliteBus) -> dict[int, int]:
-    """End offsets of the partitions with records."""
-    with bus.consumer(TRAJECTORIES) as consumer:
-        return {partition: end for partition, end in consumer.ends().items() if end}
-
-
-async def assert_paused(engine: Limited) -> None:
-    """Check that the engine samples no token although its limit allows it."""
-    count = len(engine.sampled)
-    engine.allow(1000)
-    await turns()
-    assert len(engine.sampled) == count
-
-
-@asynccontextmanager
-async def worker_mid_message(
-    place: Place, tokens: int = 5, *, bus: SqliteBus | None = None
-) -> AsyncIterator[tuple[Working, Limited]]:
-    """A worker whose engine waits after this many tokens of version 0 in the only trajectory."""
-    offer(place.bus, 0, samples=1)
-    announce(place.bus, 0)
-    engine = Limited(place, tokens)
-    async with working(place, engine=engine, bus=bus) as running:
-        await running.until(lambda: len(engine.sampled) == tokens)
-        yield running, engine
 
 
 def republish(bus: SqliteBus) -> None:
@@ -287,76 +193,6 @@ async def test_ended_cuts_are_not_answered(place: Place) -> None:
         assert reached(place.bus) == []
 
 
-async def test_a_worker_resumes_and_reports_it_when_the_cut_does_not_end_in_time(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
-    before = instruments.HOLDS_GIVEN_UP._value.get()
-    async with worker_mid_message(place) as (running, engine):
-        request(place.bus, 1, 0)
-        await running.until(lambda: len(reached(place.bus)) == 1)
-        engine.allow(1000)
-        await running.until(lambda: finished(place.bus) == ["g000000/0"])
-        assert instruments.HOLDS_GIVEN_UP._value.get() == before + 1
-        assert running.worker.status()["cut"] is None
-        announce(place.bus, 1)
-        request(place.bus, 2, 1)  # a learner that returns gets an answer
-        await running.until(lambda: [answer.cut for answer in reached(place.bus)] == [1, 2])
-
-
-class UnresponsiveBus(SqliteBus):
-    """A log whose `ends` of the control topic blocks while `resume` is clear."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.asked, self.resume = threading.Event(), threading.Event()
-        self.resume.set()
-
-    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
-        consumer = super().consumer(topic, group=group, member=member)
-        real = consumer.ends
-
-        def ends() -> dict[int, int]:
-            if topic == CONTROL:
-                self.asked.set()
-                assert self.resume.wait(LIMIT_S)
-            return real()
-
-        consumer.ends = ends  # type: ignore[method-assign]
-        return consumer
-
-
-async def test_an_outage_of_the_log_does_not_end_a_cut(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens sampled outside the cut could never be scored, and an outage must cost only time."""
-    monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
-    before = instruments.HOLDS_GIVEN_UP._value.get()
-    with closing(UnresponsiveBus(place.bus.path)) as bus:
-        async with worker_mid_message(place, bus=bus) as (running, engine):
-            bus.resume.clear()
-            bus.asked.clear()
-            request(place.bus, 1, 0)
-            await running.until(lambda: bus.asked.is_set() and len(reached(place.bus)) == 1)
-            await assert_paused(engine)
-            announce(place.bus, 1)  # the learner publishes once the log answers
-            bus.resume.set()
-            await running.until(lambda: finished(place.bus) == ["g000000/0"])
-    assert engine.sampled == [0] * 5 + [1] * 3
-    assert instruments.HOLDS_GIVEN_UP._value.get() == before
-
-
-async def test_after_an_outage_the_time_limit_of_the_cut_starts_again(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cut_responder, "ANSWER_S", 0.0)  # every read of the log counts as too slow
-    monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.001)
-    async with worker_mid_message(place) as (running, engine):
-        request(place.bus, 1, 0)
-        await running.until(lambda: len(reached(place.bus)) == 1)
-        await running.looked()
-        await assert_paused(engine)
-        assert running.worker.status()["cut"] == 1
-
-
 async def test_a_cut_waits_for_the_canary_of_the_loaded_version(place: Place) -> None:
     """Tokens of an unverified version are not flushed."""
     async with worker_mid_message(place, 2) as (running, engine):
@@ -390,38 +226,6 @@ async def test_no_token_of_a_refused_version_is_flushed(place: Place, monkeypatc
             await running.ends()
     assert messages(place.bus, TRAJECTORIES) == []
     assert reached(place.bus) == []
-
-
-class SlowDisk(SqliteBus):
-    """A log whose writes of trajectories block until `resume` is set."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.publishing, self.resume = threading.Event(), threading.Event()
-
-    def publish(self, topic: str, records: Sequence[Outgoing]) -> list[Position]:
-        if topic == TRAJECTORIES:
-            self.publishing.set()
-            assert self.resume.wait(LIMIT_S)
-        return super().publish(topic, records)
-
-
-async def test_a_worker_answers_after_all_its_trajectories_are_durable(place: Place) -> None:
-    """This includes trajectories that finished just before the cut."""
-    offer(place.bus, 0)
-    announce(place.bus, 0)
-    with closing(SlowDisk(place.bus.path)) as bus:
-        async with working(place, bus=bus) as running:
-            await running.until(lambda: running.worker.status()["finished"] == 2)
-            request(place.bus, 1, 0)
-            await running.until(lambda: running.worker.status()["cut"] == 1)
-            await running.until(bus.publishing.is_set)
-            await running.looked()
-            assert reached(place.bus) == []
-            bus.resume.set()
-            await running.until(lambda: len(reached(place.bus)) == 1)
-            assert finished(place.bus) == ids(0)
-            assert reached(place.bus)[0].positions == ends(place.bus)
 
 
 async def test_requests_of_another_run_and_invalid_requests_are_dead_lettered(place: Place) -> None:

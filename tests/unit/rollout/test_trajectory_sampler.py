@@ -1,144 +1,22 @@
 """Sampling of one trajectory with a real gateway: its tokens, its segments, and its reward."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from palimpsest.common.arrays import unpack_float32, unpack_int32
-from palimpsest.common.messages import DropReason, Ending, GroupOffered, Sampling, TrajectoryDropped, TrajectoryFinished
-from palimpsest.common.service import Server
-from palimpsest.common.sessions import client
+from palimpsest.common.messages import DropReason, Ending, Sampling, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.sessions.wire import Step
 from palimpsest.common.trajectory import check, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.environments import hop, lookup
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
 from palimpsest.services.env_gateway.environments.tool_calls import render
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
-from palimpsest.services.env_gateway.registry import Entry
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, Span
-from palimpsest.services.rollout.trajectory_sampler import Ended, Tally, TrajectorySampler
-from tests.processes.waiting import LIMIT_S
-from tests.unit.env_gateway.fakes import ScriptedWorld, said
-from tests.unit.env_gateway.running import free_port
-
-SAMPLING = Sampling(temperature=0.7, max_turn_tokens=120, max_trajectory_tokens=1000, max_turns=6)
-BROKEN = EnvironmentFailed("environment_raised", "ValueError: no")
-
-
-@dataclass(frozen=True)
-class NextMessage:
-    """The next model message."""
-
-    tokens: Sequence[int]
-    stopped: bool = True
-    versions: Sequence[int] = ()
-    """Of each token; all 0 by default."""
-
-    def sampled(self, max_tokens: int, stop: Sequence[int]) -> SampledTokens:
-        """Return the message as an engine does."""
-        tokens = (*self.tokens, *(stop[:1] if self.stopped else ()))[:max_tokens]
-        versions = [*self.versions, *[max(self.versions, default=0)] * len(tokens)][: len(tokens)]
-        cuts = [0, *(i for i in range(1, len(tokens)) if versions[i] != versions[i - 1]), len(tokens)]
-        spans = tuple(Span(Version(versions[start]), start, end) for start, end in pairwise(cuts))
-        logprobs = tuple(-(1 + i) / 64 for i in range(len(tokens)))
-        return SampledTokens(tokens, logprobs, spans, stopped=tokens[-1:] == tuple(stop[:1]))
-
-
-@dataclass
-class MessageEngine:
-    """An engine that returns given messages and records its prompts."""
-
-    sayings: Iterable[NextMessage | Exception]
-    prompts: list[list[int]] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    answers: list[SampledTokens] = field(default_factory=list)
-    asked: list[tuple[float, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._rest: Iterator[NextMessage | Exception] = iter(self.sayings)
-
-    async def generate(
-        self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
-    ) -> SampledTokens:
-        self.prompts.append(list(prompt))
-        self.requests.append(request)
-        self.asked.append((temperature, max_tokens))
-        saying = next(self._rest)
-        if isinstance(saying, Exception):
-            raise saying
-        self.answers.append(saying.sampled(max_tokens, stop))
-        return self.answers[-1]
-
-
-@dataclass
-class Setting:
-    """Dependencies of a trajectory other than the engine."""
-
-    url: str
-    dialogue: ChatRenderer
-
-    async def sample(
-        self, engine: MessageEngine, *, environment: str = "lookup", seed: int = 3, sampling: Sampling = SAMPLING,
-        trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3,
-    ) -> Ended:  # fmt: skip
-        sampler = self.sampler(engine, trusted=trusted, attempts=attempts)
-        async with asyncio.timeout(LIMIT_S), sampler.sessions:
-            ended = await sampler.sample(self.group(environment, seed, sampling), 2)
-            assert sampler.tally.sampled_tokens == sum(len(answer.tokens) for answer in engine.answers)
-            return ended
-
-    def sampler(
-        self, engine: MessageEngine, *, trusted: Callable[[Version], Awaitable[None]] | None = None, attempts: int = 3
-    ) -> TrajectorySampler:
-        """Return a sampler; the caller opens its sessions."""
-        sessions = SessionClient(self.url, timeout_s=LIMIT_S, connections=4)
-        return TrajectorySampler("worker-0", engine, sessions, self.dialogue, attempts, Tally(), trusted or _at_once)  # type: ignore[arg-type]
-
-    def group(self, environment: str, seed: int, sampling: Sampling) -> GroupOffered:
-        return GroupOffered(
-            run="test", group="g000007", index=7, version=Version(0), environment=environment, task_seed=seed,
-            samples=4, sampling=sampling, time_limit_s=600.0,
-        )  # fmt: skip
-
-    def engine_of(self, *texts: str) -> MessageEngine:
-        """Return an engine that samples these texts."""
-        return MessageEngine([NextMessage(self.dialogue.encode(text)) for text in texts])
-
-
-async def _at_once(version: Version) -> None:
-    pass
-
-
-@pytest.fixture
-def setting(gateway: str, dialogue: ChatRenderer) -> Setting:
-    return Setting(gateway, dialogue)
-
-
-@contextmanager
-def gateway_of(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed) -> Iterator[Setting]:
-    """Run a gateway with one environment, `fake`, whose sessions use these hosts in turn."""
-    rest = iter(opened)
-
-    async def open_next() -> EnvironmentHost:
-        world = next(rest)
-        if isinstance(world, EnvironmentFailed):
-            raise world
-        return world
-
-    offered = {"fake": Entry("fake", "7", "", False, open_next)}
-    app = create_app(Sessions(offered, SessionLimits(10, 600.0, 600.0, 1000)), offered)
-    with Server(app, "127.0.0.1", 0, key="env_gateway") as server:
-        yield Setting(f"http://127.0.0.1:{server.port}", dialogue)
+from palimpsest.services.rollout.engine.port import SampledTokens
+from tests.unit.rollout.sampling import SAMPLING, MessageEngine, NextMessage, Setting
 
 
 def assert_tokens_match_the_engine(ended: TrajectoryFinished, engine: MessageEngine) -> None:
@@ -276,28 +154,6 @@ async def test_a_prompt_without_room_for_an_answer_is_dropped(setting: Setting) 
     assert engine.prompts == []
 
 
-async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(setting: Setting) -> None:
-    engine = MessageEngine([EngineFailed(f"request g000007/2#{attempt}.0: lost") for attempt in range(3)])
-    ended = await setting.sample(engine)
-    assert isinstance(ended, TrajectoryDropped)
-    assert (ended.reason, ended.detail) == (DropReason.ENGINE_FAILED, "request g000007/2#2.0: lost")
-    assert engine.requests == [f"g000007/2#{attempt}.0" for attempt in range(3)]
-
-
-async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> None:
-    said = [NextMessage(setting.dialogue.encode(text)) for text in lookup.solution(3)]
-    ended = await setting.sample(MessageEngine([EngineFailed("lost"), *said]))
-    assert isinstance(ended, TrajectoryFinished)
-    assert (ended.attempt, ended.success) == (1, True)
-
-
-async def test_a_dead_engine_drops_no_trajectory(setting: Setting) -> None:
-    engine = MessageEngine([EngineDead("the inference engine died of SIGKILL")])
-    with pytest.raises(EngineDead, match="died of SIGKILL"):
-        await setting.sample(engine)
-    assert len(engine.requests) == 1, "no attempt of the same engine can mend it"
-
-
 async def test_tokens_of_an_unverified_version_stay_in_the_worker(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,94 +219,3 @@ async def test_a_trajectory_is_visible_to_cuts_while_it_is_in_flight(
         ("g000007/2", 0, "g000007/2#0.1", first),
         ("g000007/2", 0, None, first + second),
     ]
-
-
-@pytest.mark.parametrize("how", ["it is cancelled", "the engine fails", "the session fails"])
-async def test_a_failed_trajectory_leaves_the_in_flight_table(
-    dialogue: ChatRenderer, setting: Setting, how: str
-) -> None:
-    with gateway_of(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
-        place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
-        sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [NextMessage([70, 71])] * 3
-        engine = MessageEngine(sayings)
-        sampler = place.sampler(engine)
-        if how == "it is cancelled":
-            waiting = asyncio.Event()
-
-            async def wait(*_: object, **__: object) -> SampledTokens:
-                waiting.set()
-                return await asyncio.Future()
-
-            engine.generate = wait  # type: ignore[method-assign]
-        async with sampler.sessions:
-            sampling = asyncio.create_task(sampler.sample(place.group(environment, 3, SAMPLING), 2))
-            if how == "it is cancelled":
-                await waiting.wait()
-                assert [live.request for live in sampler.live] == ["g000007/2#0.0"]
-                sampling.cancel()
-            await asyncio.wait({sampling}, timeout=LIMIT_S)
-    assert sampling.cancelled() or isinstance(sampling.result(), TrajectoryDropped)
-    assert sampler.live == []
-
-
-async def test_a_redelivered_task_gets_another_request_name(setting: Setting) -> None:
-    both = asyncio.Event()
-    engine = MessageEngine([NextMessage([70, 71]), NextMessage([70, 71])])
-    said = engine.generate
-
-    async def together(*arguments: object, **options: object) -> SampledTokens:
-        if len(sampler.live) == 2:
-            both.set()
-        sampled = await said(*arguments, **options)  # type: ignore[arg-type]
-        await both.wait()
-        return sampled
-
-    engine.generate = together  # type: ignore[method-assign]
-    sampler = setting.sampler(engine)
-    group = setting.group("lookup", 3, Sampling(1.0, 3, 1000, 1))
-    async with asyncio.timeout(LIMIT_S), sampler.sessions:
-        await asyncio.gather(sampler.sample(group, 2), sampler.sample(group, 2))
-    assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
-
-
-async def test_a_failed_session_is_retried_from_the_start(dialogue: ChatRenderer) -> None:
-    limited = Sampling(1.0, 8, 1000, 1)
-    with gateway_of(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
-        engine = setting.engine_of("a", "b")
-        ended = await setting.sample(engine, environment="fake", sampling=limited)
-    assert isinstance(ended, TrajectoryFinished)
-    assert engine.requests == ["g000007/2#1.0", "g000007/2#2.0"]
-    assert (ended.attempt, ended.reward, ended.success, ended.turns) == (2, 0.5, False, 1)
-    assert ended.environment_version == "7"
-    assert (
-        unpack_int32(ended.tokens).tolist()[: len(engine.prompts[1])] == engine.prompts[1]
-    )  # no tokens of the first attempt
-
-
-@pytest.mark.parametrize("fails_at", ["create", "step", "finalize"])
-async def test_an_unknown_reward_drops_the_trajectory(dialogue: ChatRenderer, fails_at: str) -> None:
-    made = {
-        "create": BROKEN,
-        "step": ScriptedWorld(said("go on"), BROKEN),
-        "finalize": ScriptedWorld(said("go on"), said("go on"), final=BROKEN),
-    }
-    with gateway_of(dialogue, made[fails_at]) as setting:
-        ended = await setting.sample(
-            setting.engine_of("a", "b"), environment="fake", sampling=Sampling(1.0, 8, 1000, 2), attempts=1
-        )
-    assert isinstance(ended, TrajectoryDropped)
-    assert (ended.reason, ended.trajectory) == (DropReason.ENVIRONMENT_FAILED, "g000007/2")
-    assert "environment_raised: " in ended.detail
-    assert "ValueError: no" in ended.detail
-
-
-async def test_a_gateway_without_answers_drops_the_trajectory(
-    dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
-    monkeypatch.setattr(client, "PATIENCE_S", 0)
-    nobody = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
-    ended = await nobody.sample(nobody.engine_of())
-    assert isinstance(ended, TrajectoryDropped)
-    assert ended.reason is DropReason.ENVIRONMENT_FAILED
-    assert ended.detail.startswith("unreachable: POST /v1/sessions")

@@ -1,37 +1,23 @@
 """The learner's side of a cut, on a real log: which workers it waits for, and which tokens it scores."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Sequence
 
 import msgspec
 import pytest
-import torch
 
 from palimpsest.common.arrays import Float32Array, pack_int32
-from palimpsest.common.bus.port import Outgoing, Record
-from palimpsest.common.bus.sqlite import SqliteConsumer
 from palimpsest.common.messages import (
     CONTROL,
-    DEAD_LETTERS,
     OLD_LOGPROBS,
     TRAJECTORIES,
     WORKERS,
     CutReleased,
     CutRequested,
-    SegmentFlushed,
-    encode,
 )
-from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.snapshots.fencing import Fenced
-from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
-from palimpsest.services.learner.old_logprobs.eager_scorer import as_row
 from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S
-from palimpsest.services.learner.old_logprobs.interruption.outage_clock import MOST_LOST_S
 from tests.learner_parts.interruption import (
     RUN,
     Learner,
@@ -44,29 +30,8 @@ from tests.learner_parts.interruption import (
     flushing,
     reached,
 )
-from tests.learner_parts.models import CPU, load
 from tests.records.builders import a_finished, a_segment
-
-V0, V1 = Version(0), Version(1)
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    log = Log(tmp_path)
-    log.announced(0)
-    yield log
-    log.close()
-
-
-def requests(log: Log) -> list[CutRequested]:
-    return [m for m in log.messages(CONTROL) if isinstance(m, CutRequested)]
-
-
-def known(learner: Learner, record: SegmentFlushed, version: int = 0) -> list[float]:
-    """Old log-probs of the record's tokens, nan where a token has none."""
-    row = learner.scores.attach(as_row(record), {Version(version): digest(version)})
-    assert row.old is not None
-    return [float(value) for value in row.old]
+from tests.unit.learner.old_logprobs.interruption.cuts import V0, V1, known, requests
 
 
 def test_a_cut_scores_finished_and_live_trajectories_durably(log: Log) -> None:
@@ -257,81 +222,6 @@ def test_a_dropped_trajectory_leaves_no_flush_and_no_scores(log: Log) -> None:
     assert (len(learner.reader.flushed), len(learner.scores)) == (0, 0)
 
 
-def test_a_restart_between_scoring_and_step_restores_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
-    """No token is scored twice: the repeated cut costs only the workers' flushes."""
-    model = load(starting_model)
-    log.said(alive("a"))
-    before = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)))
-    log.sampled(a_finished(0, 0), a_finished(0, 1, tokens=12, segments=(a_segment(2, 11, 0),)))
-    flushes = [a_flush(1, 0), a_flush(1, 1, tokens=20, segments=(a_segment(4, 20, 0),))]
-    log.answers = [flushing("a", *flushes)]
-    first = before.interruption.cut(V0, digest(0))
-    assert first.tokens_scored == 4 + 9 + 4 + 16
-    before.close()
-
-    count, generator_state = len(log.scored()), torch.get_rng_state()
-    after = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)), before=before)
-    log.announced(0)
-    after.read()
-    assert after.interruption.work(V0, digest(0)) == 0
-    second = after.interruption.cut(V0, digest(0))
-    assert (second.cut, second.tokens_scored, second.flushed) == (2, 0, 2)
-    assert len(log.scored()) == count
-    assert torch.equal(torch.get_rng_state(), generator_state)
-    for record in [*flushes, *(arrived.record for arrived in after.reader.arrived.values())]:
-        expected, values = known(before, record), known(after, record)  # type: ignore[arg-type]
-        assert [v for v in values if v == v]
-        assert torch.equal(torch.tensor(expected).nan_to_num(9.0), torch.tensor(values).nan_to_num(9.0))
-
-
-def test_a_restart_without_the_logged_values_would_score_them_again(log: Log) -> None:
-    """The log alone prevents repeated scoring."""
-    learner = Learner(log, Table(0))
-    log.sampled(a_finished(0, 0))
-    learner.read()
-    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
-    learner.scores.forget("g000000/0")
-    learner.scorer._done.clear()
-    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
-
-
-def test_a_restart_skips_scores_of_resolved_trajectories(log: Log) -> None:
-    before = Learner(log, Table(0))
-    log.sampled(a_finished(0, 0), a_finished(0, 1), a_finished(1, 0))
-    before.read()
-    before.interruption.cut(V0, digest(0))
-    resolved = [arrived for name, arrived in before.reader.arrived.items() if name.startswith("g000000")]
-    state = before.ledger.state()
-    del state.open_groups["g000000"]  # the group was trained
-    before.ledger.restore(state, now=0.0)
-    for arrived in resolved:
-        before.reader.resolve(arrived)
-    assert len(before.scores) == 1
-    after = Learner(log, Table(0), before=before)
-    assert len(after.scores) == 1
-    assert after.scores.digests == {V0: digest(0)}
-
-
-def test_garbage_among_the_scores_is_dead_lettered_and_does_not_stop_a_restart(log: Log) -> None:
-    before = Learner(log, Table(0))
-    log.sampled(a_finished(0, 0))
-    before.read()
-    before.interruption.cut(V0, digest(0))
-    (sound,) = log.scored()
-    short = msgspec.structs.replace(sound, values=b"1234")
-    log.publish(OLD_LOGPROBS, [Outgoing("x", b"garbage"), Outgoing("g000000/0", encode(short))])
-    log.publish(WORKERS, [Outgoing("a", b"garbage")])
-    after = Learner(log, Table(0), before=before)
-    assert len(after.scores) == 1
-    causes = sorted((letter.topic, letter.cause) for letter in log.messages(DEAD_LETTERS))
-    assert causes == [
-        (OLD_LOGPROBS, RejectCause.LENGTH_MISMATCH),
-        (OLD_LOGPROBS, RejectCause.UNDECODABLE),
-        (WORKERS, RejectCause.UNDECODABLE),
-    ]
-    assert after.ledger.counts()["dead_lettered"] == 0, "none of the records is a trajectory"
-
-
 def test_workers_of_another_run_are_ignored(log: Log) -> None:
     learner = Learner(log, Table(0))
     stranger = alive("a")
@@ -384,114 +274,6 @@ def test_a_finished_cut_is_never_released(log: Log) -> None:
     assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == []
 
 
-class OnRead(Protocol):
-    """Called when the learner reads the worker topic for the n-th time since the cut request."""
-
-    def __call__(self, read: int) -> None: ...
-
-
-class RemoteLog(Log):
-    """A log over a network: a poll with a timeout of 0 returns nothing, because records are in transit."""
-
-    on_read: OnRead | None = None
-    reads = 0
-
-    def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> SqliteConsumer:
-        """See Bus."""
-        consumer = super().consumer(topic, group=group, member=member)
-        poll, ends = consumer.poll, consumer.ends
-
-        def patient(*, limit: int, timeout_s: float) -> list[Record]:
-            return poll(limit=limit, timeout_s=timeout_s) if timeout_s else []
-
-        def answered() -> dict[int, int]:
-            if topic == WORKERS and self.on_read is not None and requests(self):
-                self.reads += 1
-                self.on_read(self.reads)
-            return ends()
-
-        consumer.poll, consumer.ends = patient, answered  # type: ignore[method-assign]
-        return consumer
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> Iterator[RemoteLog]:
-    log = RemoteLog(tmp_path / "remote")
-    log.announced(0)
-    yield log
-    log.close()
-
-
-def test_a_cut_waits_for_workers_whose_records_are_in_transit(remote: RemoteLog) -> None:
-    learner = Learner(remote, Table(0))
-    remote.said(alive("a"), alive("b"))
-    remote.answers = [flushing("a", a_flush(1, 0)), flushing("b", a_flush(2, 0, worker="b"))]
-    report = learner.interruption.cut(V0, digest(0))
-    assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
-
-
-def test_a_cut_scores_finished_trajectories_that_are_in_transit(remote: RemoteLog) -> None:
-    learner = Learner(remote, Table(0))
-    remote.sampled(a_finished(0, 0))
-    assert learner.interruption.cut(V0, digest(0)).tokens_scored == 4
-
-
-@pytest.mark.parametrize("out_s", [60.0, 400.0])
-def test_an_outage_of_the_log_extends_the_deadline_of_the_workers(out_s: float, remote: RemoteLog) -> None:
-    """Also two outages; the flushed tokens are scored."""
-    clock = Ticking()
-    learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("a"), alive("b"))
-
-    def on_read(read: int) -> None:
-        match read:
-            case 1 | 3:
-                clock.now += out_s
-            case 5:
-                flushing("a", a_flush(1, 0))(remote, requests(remote)[-1])
-            case 7:
-                flushing("b", a_flush(2, 0, worker="b"))(remote, requests(remote)[-1])
-
-    remote.on_read = on_read
-    report = learner.interruption.cut(V0, digest(0))
-    assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
-
-
-@pytest.mark.thorough
-def test_repeated_outages_extend_a_cut_up_to_a_limit(remote: RemoteLog) -> None:
-    clock = Ticking()
-    learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("dead"))
-
-    def on_read(read: int) -> None:
-        clock.now += 6.0
-
-    remote.on_read = on_read
-    report = learner.interruption.cut(V0, digest(0))
-    assert report.late == ("dead",)
-    assert MOST_LOST_S < report.stall_s < MOST_LOST_S + 20
-
-
-def test_after_an_outage_a_cut_waits_for_workers_from_before_it(remote: RemoteLog) -> None:
-    """The learner trained during the outage, and no worker has published since."""
-    clock = Ticking()
-    learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("a"))
-    remote.answers = [flushing("a")]
-    learner.interruption.cut(V0, digest(0))
-    clock.now += 60.0
-    remote.answers = []
-
-    def on_read(read: int) -> None:
-        if len(requests(remote)) == 2 and read == remote.reads >= 8:
-            flushing("a", a_flush(1, 0))(remote, requests(remote)[-1])
-            remote.on_read = None
-
-    remote.on_read = on_read
-    report = learner.interruption.cut(V0, digest(0))
-    assert (report.answered, report.late, report.tokens_scored) == (("a",), (), 4)
-
-
 @pytest.mark.thorough
 def test_few_cuts_wait_for_a_dead_worker(log: Log) -> None:
     log.said(alive("dead"))
@@ -511,25 +293,6 @@ def test_the_cut_number_of_another_learner_is_not_reused(log: Log) -> None:
     log.said(reached("a", 1))
     log.answers = [flushing("a", a_flush(1, 0))]
     assert learner.interruption.cut(V0, digest(0)).cut == 2
-
-
-def test_a_restart_does_not_read_scores_from_before_its_checkpoint(log: Log) -> None:
-    log.publish(OLD_LOGPROBS, [Outgoing("x", b"published before the first offer")])
-    before = Learner(log, Table(0))
-    log.sampled(a_finished(0, 0))
-    before.read()
-    before.interruption.cut(V0, digest(0))
-    count = len(log.messages(DEAD_LETTERS))
-    after = Learner(log, Table(0), before=before)
-    assert len(after.scores) == 1
-    assert len(log.messages(DEAD_LETTERS)) == count, "the garbage is not read again"
-
-
-def test_cut_numbers_continue_after_a_restart(log: Log) -> None:
-    first = Learner(log, Table(0))
-    assert [first.interruption.cut(V0, digest(0)).cut for _ in range(2)] == [1, 2]
-    assert Learner(log, Table(0), before=first).interruption.cut(V0, digest(0)).cut == 3
-    assert [request.cut for request in requests(log)] == [1, 2, 3]
 
 
 def test_impossible_positions_do_not_block_the_learner(log: Log) -> None:

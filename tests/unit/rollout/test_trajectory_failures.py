@@ -1,0 +1,129 @@
+"""Failures of the engine, the gateway, and the environment: retries and drops."""
+
+import asyncio
+
+import pytest
+
+from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.messages import DropReason, Sampling, TrajectoryDropped, TrajectoryFinished
+from palimpsest.common.sessions import client
+from palimpsest.services.env_gateway.environments import lookup
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
+from tests.processes.waiting import LIMIT_S
+from tests.unit.env_gateway.fakes import ScriptedWorld, said
+from tests.unit.env_gateway.running import free_port
+from tests.unit.rollout.sampling import BROKEN, SAMPLING, MessageEngine, NextMessage, Setting, gateway_of
+
+
+async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(setting: Setting) -> None:
+    engine = MessageEngine([EngineFailed(f"request g000007/2#{attempt}.0: lost") for attempt in range(3)])
+    ended = await setting.sample(engine)
+    assert isinstance(ended, TrajectoryDropped)
+    assert (ended.reason, ended.detail) == (DropReason.ENGINE_FAILED, "request g000007/2#2.0: lost")
+    assert engine.requests == [f"g000007/2#{attempt}.0" for attempt in range(3)]
+
+
+async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> None:
+    said = [NextMessage(setting.dialogue.encode(text)) for text in lookup.solution(3)]
+    ended = await setting.sample(MessageEngine([EngineFailed("lost"), *said]))
+    assert isinstance(ended, TrajectoryFinished)
+    assert (ended.attempt, ended.success) == (1, True)
+
+
+async def test_a_dead_engine_drops_no_trajectory(setting: Setting) -> None:
+    engine = MessageEngine([EngineDead("the inference engine died of SIGKILL")])
+    with pytest.raises(EngineDead, match="died of SIGKILL"):
+        await setting.sample(engine)
+    assert len(engine.requests) == 1, "no attempt of the same engine can mend it"
+
+
+@pytest.mark.parametrize("how", ["it is cancelled", "the engine fails", "the session fails"])
+async def test_a_failed_trajectory_leaves_the_in_flight_table(
+    dialogue: ChatRenderer, setting: Setting, how: str
+) -> None:
+    with gateway_of(dialogue, ScriptedWorld(BROKEN), ScriptedWorld(BROKEN), ScriptedWorld(BROKEN)) as broken:
+        place, environment = (broken, "fake") if how == "the session fails" else (setting, "lookup")
+        sayings = [EngineFailed("lost")] * 3 if how == "the engine fails" else [NextMessage([70, 71])] * 3
+        engine = MessageEngine(sayings)
+        sampler = place.sampler(engine)
+        if how == "it is cancelled":
+            waiting = asyncio.Event()
+
+            async def wait(*_: object, **__: object) -> SampledTokens:
+                waiting.set()
+                return await asyncio.Future()
+
+            engine.generate = wait  # type: ignore[method-assign]
+        async with sampler.sessions:
+            sampling = asyncio.create_task(sampler.sample(place.group(environment, 3, SAMPLING), 2))
+            if how == "it is cancelled":
+                await waiting.wait()
+                assert [live.request for live in sampler.live] == ["g000007/2#0.0"]
+                sampling.cancel()
+            await asyncio.wait({sampling}, timeout=LIMIT_S)
+    assert sampling.cancelled() or isinstance(sampling.result(), TrajectoryDropped)
+    assert sampler.live == []
+
+
+async def test_a_redelivered_task_gets_another_request_name(setting: Setting) -> None:
+    both = asyncio.Event()
+    engine = MessageEngine([NextMessage([70, 71]), NextMessage([70, 71])])
+    said = engine.generate
+
+    async def together(*arguments: object, **options: object) -> SampledTokens:
+        if len(sampler.live) == 2:
+            both.set()
+        sampled = await said(*arguments, **options)  # type: ignore[arg-type]
+        await both.wait()
+        return sampled
+
+    engine.generate = together  # type: ignore[method-assign]
+    sampler = setting.sampler(engine)
+    group = setting.group("lookup", 3, Sampling(1.0, 3, 1000, 1))
+    async with asyncio.timeout(LIMIT_S), sampler.sessions:
+        await asyncio.gather(sampler.sample(group, 2), sampler.sample(group, 2))
+    assert sorted(engine.requests) == ["g000007/2#0.0", "g000007/2#0.0+"]
+
+
+async def test_a_failed_session_is_retried_from_the_start(dialogue: ChatRenderer) -> None:
+    limited = Sampling(1.0, 8, 1000, 1)
+    with gateway_of(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
+        engine = setting.engine_of("a", "b")
+        ended = await setting.sample(engine, environment="fake", sampling=limited)
+    assert isinstance(ended, TrajectoryFinished)
+    assert engine.requests == ["g000007/2#1.0", "g000007/2#2.0"]
+    assert (ended.attempt, ended.reward, ended.success, ended.turns) == (2, 0.5, False, 1)
+    assert ended.environment_version == "7"
+    assert (
+        unpack_int32(ended.tokens).tolist()[: len(engine.prompts[1])] == engine.prompts[1]
+    )  # no tokens of the first attempt
+
+
+@pytest.mark.parametrize("fails_at", ["create", "step", "finalize"])
+async def test_an_unknown_reward_drops_the_trajectory(dialogue: ChatRenderer, fails_at: str) -> None:
+    made = {
+        "create": BROKEN,
+        "step": ScriptedWorld(said("go on"), BROKEN),
+        "finalize": ScriptedWorld(said("go on"), said("go on"), final=BROKEN),
+    }
+    with gateway_of(dialogue, made[fails_at]) as setting:
+        ended = await setting.sample(
+            setting.engine_of("a", "b"), environment="fake", sampling=Sampling(1.0, 8, 1000, 2), attempts=1
+        )
+    assert isinstance(ended, TrajectoryDropped)
+    assert (ended.reason, ended.trajectory) == (DropReason.ENVIRONMENT_FAILED, "g000007/2")
+    assert "environment_raised: " in ended.detail
+    assert "ValueError: no" in ended.detail
+
+
+async def test_a_gateway_without_answers_drops_the_trajectory(
+    dialogue: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
+    monkeypatch.setattr(client, "PATIENCE_S", 0)
+    nobody = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
+    ended = await nobody.sample(nobody.engine_of())
+    assert isinstance(ended, TrajectoryDropped)
+    assert ended.reason is DropReason.ENVIRONMENT_FAILED
+    assert ended.detail.startswith("unreachable: POST /v1/sessions")
