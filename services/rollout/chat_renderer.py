@@ -14,19 +14,20 @@ from typing import Any
 from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
-
-_SENTINEL = "\u241epalimpsest\u241e"
+from palimpsest.services.rollout.turn_ends import SENTINEL, control_tokens, find_turn_ends, generation_ids
 
 
 class ChatRenderer:
     """Renders dialogues for one model."""
 
-    def __init__(self, tokenizer: Any, *, options: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, *, options: dict[str, Any], generation_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._options = tokenizer, options
-        self.stop_tokens: tuple[int, ...] = (int(tokenizer.eos_token_id),)
+        self._ends = find_turn_ends(tokenizer, self._render, generation_ids)
+        self.stop_tokens: tuple[int, ...] = self._ends.tokens
+        """The tokens that end a model message; the first one is the template's own."""
         self._begin = lru_cache(maxsize=4096)(self._begin_uncached)
         self._continue = lru_cache(maxsize=4096)(self._continue_uncached)
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._control = control_tokens(tokenizer) | set(self.stop_tokens)
 
     @classmethod
     def load(cls, model: str, options: dict[str, Any]) -> "ChatRenderer":
@@ -42,9 +43,19 @@ class ChatRenderer:
                 f"model.path: the tokenizer of {model} has no chat template, so it cannot render a dialogue: use an "
                 f"instruction-tuned model, or put a chat_template.jinja into the folder"
             )
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"model.path: the tokenizer of {model} has no eos token, so no message would ever end")
-        dialogue = cls(tokenizer, options=options)
+        try:
+            known = generation_ids(model)
+        except ValueError as error:
+            raise UserError(
+                f"model.path: generation_config.json of {model} cannot be read: {sentence(error)}"
+            ) from None
+        dialogue = cls(tokenizer, options=options, generation_ids=known)
+        if not dialogue.stop_tokens:
+            raise UserError(
+                f"model.path: no token ends a message of {model}: its tokenizer has no eos token, "
+                f"generation_config.json lists none, and its chat template writes no special token after an "
+                f"assistant message"
+            )
         dialogue.check()
         return dialogue
 
@@ -54,25 +65,28 @@ class ChatRenderer:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
         """Return the text of the first prompt, up to the first model message. `begin` returns its tokens."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                _plain(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, **self._options
-            )
-        )
+        return self._render(_plain(messages), True, tools)
 
-    def render_turn_separator(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
+    def render_turn_separator(self, messages: Sequence[Message], *, ended_by: int | None) -> tuple[int, ...]:
         """Return the tokens from the end of a model message to the start of the next one.
 
-        `after_stop`: the model sampled the stop token, so the returned tokens leave it out.
+        `ended_by` is the stop token that the model sampled. The returned tokens leave out the token with which the
+        template closes the message, whichever stop token the model sampled. They leave out a token that opens the next
+        message only if the model sampled that token. With None, they leave out nothing.
         """
         tokens = self._continue(tuple(messages))
-        if after_stop and tokens[:1] and tokens[0] in self.stop_tokens:
-            return tokens[1:]
-        return tokens
+        if ended_by is None:
+            return tokens
+        first = next((place for place, token in enumerate(tokens) if token in self._control), None)
+        if first is None or self._tokenizer.decode(tokens[:first]).strip():
+            return tokens
+        closes = tokens[first] == ended_by or tokens[first] in self._ends.closing
+        return tokens[first + 1 :] if closes else tokens
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of a model message for the environment, without the stop token."""
-        return str(self._tokenizer.decode([t for t in tokens if t not in self.stop_tokens], skip_special_tokens=False))
+        """Return the text of a model message for the environment, without the stop token at its end."""
+        message = tokens[:-1] if tokens and tokens[-1] in self.stop_tokens else tokens
+        return str(self._tokenizer.decode(message, skip_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens."""
@@ -81,9 +95,20 @@ class ChatRenderer:
     def check(self) -> None:
         """Render a small dialogue. Raises UserError if the template cannot render tool output."""
         try:
-            self.render_turn_separator([Message(role="tool", content="ok")], after_stop=True)
+            self.render_turn_separator([Message(role="tool", content="ok")], ended_by=self.stop_tokens[0])
         except Exception as error:
             raise UserError(f"model.path: its chat template cannot render a tool's answer: {error}") from None
+
+    def _render(self, messages: Sequence[dict[str, str]], prompted: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompted,
+                **self._options,
+            )
+        )
 
     def _begin_uncached(self, messages: tuple[Message, ...], tools: "_Tools") -> tuple[int, ...]:
         return tuple(self.encode(self.prompt(messages, tools.schemas)))
@@ -91,13 +116,11 @@ class ChatRenderer:
     def _continue_uncached(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         dialogue = [
             {"role": "user", "content": "?"},
-            {"role": "assistant", "content": _SENTINEL},
+            {"role": "assistant", "content": SENTINEL},
             *_plain(messages),
         ]
-        text = self._tokenizer.apply_chat_template(
-            dialogue, tokenize=False, add_generation_prompt=True, **self._options
-        )
-        _, found, after = text.rpartition(_SENTINEL)
+        text = self._render(dialogue, True)
+        _, found, after = text.rpartition(SENTINEL)
         if not found:
             raise ValueError("the template omits assistant messages")
         return tuple(self.encode(after))

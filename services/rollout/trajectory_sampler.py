@@ -106,7 +106,7 @@ class TrajectorySampler:
             step = await _timed(self.sessions.step(session.session_id, number, self.dialogue.text(sampled.tokens)))
             if step.status.is_terminal:
                 return step
-            answer = self.dialogue.render_turn_separator(step.messages, after_stop=True)
+            answer = self.dialogue.render_turn_separator(step.messages, ended_by=sampled.tokens[-1])
             room = sampling.max_trajectory_tokens - len(assembly.tokens) - len(answer)
             if room < 1 or assembly.turns == sampling.max_turns:
                 # Leave out the environment's answer if no model message follows: no trajectory exceeds the limit.

@@ -301,7 +301,7 @@ class ChatRenderer:
     def begin(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[int, ...]:
         return (1, 2, 3)
 
-    def render_turn_separator(self, messages: Sequence[Message], *, after_stop: bool) -> tuple[int, ...]:
+    def render_turn_separator(self, messages: Sequence[Message], *, ended_by: int | None) -> tuple[int, ...]:
         return (4, 5)
 
     def text(self, tokens: Sequence[int]) -> str:

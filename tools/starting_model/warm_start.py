@@ -66,7 +66,7 @@ def _row(dialogue: ChatRenderer, messages: Transcript, tools: list[dict[str, obj
             tokens += message
             said += [1.0] * len(message)
         else:
-            between = dialogue.render_turn_separator([messages[i]], after_stop=True)
+            between = dialogue.render_turn_separator([messages[i]], ended_by=dialogue.stop_tokens[0])
             tokens += between
             said += [0.0] * len(between)
     return tokens, said

@@ -66,8 +66,8 @@ def test_a_prompt_ends_where_the_model_begins(dialogue: ChatRenderer) -> None:
 
 def test_a_turn_separator_is_the_tools_answer_and_the_next_opening(dialogue: ChatRenderer) -> None:
     answer = [Message(role="tool", content="4")]
-    stopped = dialogue.render_turn_separator(answer, after_stop=True)
-    cut_short = dialogue.render_turn_separator(answer, after_stop=False)
+    stopped = dialogue.render_turn_separator(answer, ended_by=dialogue.stop_tokens[0])
+    cut_short = dialogue.render_turn_separator(answer, ended_by=None)
     assert cut_short == (*dialogue.stop_tokens, *stopped)
     text = dialogue._tokenizer.decode(cut_short, skip_special_tokens=False)
     assert text == (
@@ -80,7 +80,11 @@ def test_the_joined_pieces_equal_the_rendered_template(dialogue: ChatRenderer) -
     call = '<tool_call>\n{"name": "lookup", "arguments": {"key": "amber"}}\n</tool_call>'
     said = [*dialogue.encode(call), *dialogue.stop_tokens]
     answer = [Message(role="tool", content="4")]
-    pieces = [*dialogue.begin(first, TOOLS), *said, *dialogue.render_turn_separator(answer, after_stop=True)]
+    pieces = [
+        *dialogue.begin(first, TOOLS),
+        *said,
+        *dialogue.render_turn_separator(answer, ended_by=dialogue.stop_tokens[0]),
+    ]
     messages = [*first, Message(role="assistant", content=call), *answer]
     rendered = dialogue._tokenizer.apply_chat_template(
         [m.model_dump() for m in messages], tools=list(TOOLS), tokenize=False, add_generation_prompt=True
@@ -90,13 +94,13 @@ def test_the_joined_pieces_equal_the_rendered_template(dialogue: ChatRenderer) -
 
 def test_a_template_that_rewrites_earlier_messages_changes_no_tokens() -> None:
     dialogue = ChatRenderer(a_tokenizer(REWRITING), options={})
-    between = dialogue.render_turn_separator([Message(role="tool", content="4")], after_stop=False)
+    between = dialogue.render_turn_separator([Message(role="tool", content="4")], ended_by=None)
     assert dialogue._tokenizer.decode(between) == "<|im_end|>\n<|im_start|>user\n[4]<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_several_tool_answers_come_in_order(dialogue: ChatRenderer) -> None:
     tokens = dialogue.render_turn_separator(
-        [Message(role="tool", content="4"), Message(role="tool", content="5")], after_stop=True
+        [Message(role="tool", content="4"), Message(role="tool", content="5")], ended_by=dialogue.stop_tokens[0]
     )
     text = dialogue._tokenizer.decode(tokens)
     assert text.index("\n4\n") < text.index("\n5\n")
