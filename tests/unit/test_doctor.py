@@ -61,7 +61,7 @@ WELL: dict[str, dict[str, Any]] = {
     "the oldest Python": {"python": Interpreter((3, 11, 0))},
     "the newest Python": {"python": Interpreter((3, 13, 9))},
     "AVX2 only": {"cpu_flags": frozenset({"avx2"}), "amx": "absent"},
-    "AMX refused: the engine runs without": {"amx": "refused"},
+    "AMX refused: the engine runs without it": {"amx": "refused"},
     "arm64": ARM,
     "a GPU": H100,
     "a GPU beside an old CPU": {**H100, "cpu_flags": frozenset(), "amx": "absent"},
@@ -156,6 +156,13 @@ def test_a_machine_that_lacks_something(change: dict[str, Any], check: str, leve
 def test_a_folder_on_proc_is_on_a_file_system_without_storage(tmp_path: Path) -> None:
     assert gather.place(Path("/proc/palimpsest")).without_storage == "proc"
     assert gather.place(tmp_path).without_storage == ""
+
+
+def test_a_checkout_on_proc_has_no_disk() -> None:
+    findings = judge.everything(replace(GOOD, checkout=replace(ROOM, without_storage="proc", free=0)), installed=False)
+    problems = {finding.check: finding for finding in findings if finding.level != OK}
+    assert problems.keys() == {"Checkout", "Disk"}
+    assert "on a proc file system, which has no disk" in problems["Disk"].value
 
 
 def test_every_check_is_seen_to_fail() -> None:
@@ -293,7 +300,7 @@ def test_the_command_names_a_taken_port_and_stops(capsys: pytest.CaptureFixture[
         assert main(["--quiet", f"--env_gateway.port={port}"]) == 3
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"doctor: Port: env_gateway.port = 127.0.0.1:{port} is taken" in said.err
+    assert f"doctor: Port: env_gateway.port = 127.0.0.1:{port} is in use" in said.err
 
 
 def test_the_whole_command_prints_every_check() -> None:
