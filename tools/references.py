@@ -177,7 +177,7 @@ def _series(modules: Iterable[ModuleType]) -> str:
         for metric in vars(module).values()
         if isinstance(metric, MetricWrapperBase)
     ]
-    return "\n".join(["| metric | type | labels | what it says |", "|---|---|---|---|", *rows])
+    return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows])
 
 
 def _metrics_of(service: str) -> Iterator[ModuleType]:

@@ -12,12 +12,12 @@ DROPPED = Counter(
     "palimpsest_learner_dropped_trajectories", "Trajectories dropped, by reason", ["reason"], registry=REGISTRY
 )
 DEAD_LETTERS = Counter(
-    "palimpsest_learner_dead_letters", "Records that could not be used", ["cause", "topic"], registry=REGISTRY
+    "palimpsest_learner_dead_letters", "Records rejected as dead letters", ["cause", "topic"], registry=REGISTRY
 )
 DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories received again", registry=REGISTRY)
 PENDING = Gauge("palimpsest_learner_pending_trajectories", "Trajectories offered and not resolved", registry=REGISTRY)
 WAITING = Gauge(
-    "palimpsest_learner_waiting_trajectories", "Trajectories arrived and not yet trained on", registry=REGISTRY
+    "palimpsest_learner_waiting_trajectories", "Trajectories received and not yet trained on", registry=REGISTRY
 )
 REWARD = Gauge("palimpsest_learner_reward", "Mean reward of the last batch", registry=REGISTRY)
 SUCCESS = Gauge("palimpsest_learner_success", "Share of the last batch that solved its task", registry=REGISTRY)
@@ -43,14 +43,20 @@ LOG_STALENESS_RATIO = Gauge(
     registry=REGISTRY,
 )
 MASKED = Gauge(
-    "palimpsest_learner_masked_share", "Tokens of the last batch that were masked", ["staleness"], registry=REGISTRY
+    "palimpsest_learner_masked_share",
+    "Share of tokens of the last batch that are masked",
+    ["staleness"],
+    registry=REGISTRY,
 )
 CLIPPED = Gauge(
-    "palimpsest_learner_clipped_share", "Tokens of the last batch that were clipped", ["staleness"], registry=REGISTRY
+    "palimpsest_learner_clipped_share",
+    "Share of tokens of the last batch that are clipped",
+    ["staleness"],
+    registry=REGISTRY,
 )
 WORKER_LOG_DISCREPANCY = Gauge(
     "palimpsest_learner_worker_log_discrepancy_abs",
-    "Mean |log proximal / behavior| of the last batch by worker, each with its own engine, nats",
+    "Mean |log proximal / behavior| of the last batch, by worker, nats",
     ["worker"],
     registry=REGISTRY,
 )
@@ -69,19 +75,21 @@ LENGTH = Gauge(
 )
 OLDEST_LIVE = Gauge(
     "palimpsest_learner_oldest_live_seconds",
-    "Seconds since the offer of the oldest trajectory that is still live; NaN without any",
+    "Seconds since the offer of the oldest live trajectory; NaN if no trajectory is live",
     registry=REGISTRY,
 )
 GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping", registry=REGISTRY)
 SKIPPED = Counter(
-    "palimpsest_learner_skipped_steps", "Optimizer steps left out: gradient not finite", registry=REGISTRY
+    "palimpsest_learner_skipped_steps", "Optimizer steps skipped because a gradient was not finite", registry=REGISTRY
 )
 EMPTY = Counter(
     "palimpsest_learner_empty_minibatches",
-    "Minibatches without a usable token, which took no optimizer step",
+    "Minibatches without a usable token; they take no optimizer step",
     registry=REGISTRY,
 )
-NONFINITE = Counter("palimpsest_learner_nonfinite_tokens", "Tokens masked: a log-prob not finite", registry=REGISTRY)
+NONFINITE = Counter(
+    "palimpsest_learner_nonfinite_tokens", "Tokens masked because a log-prob was not finite", registry=REGISTRY
+)
 SNAPSHOT_LOADS = Counter(
     "palimpsest_learner_snapshot_loads", "Versions loaded by the shadow copy of the model", registry=REGISTRY
 )
@@ -102,7 +110,7 @@ LOG_RATIO_TOKENS = Counter(
 )  # ratio: discrepancy, staleness_first, staleness_later, total; staleness: 0, 1, 2, 3-4, 5-8, >8
 REMOVED = Counter(
     "palimpsest_learner_removed_tokens",
-    "Tokens masked or clipped, by cause; exclusive: whether only tokens that no other cause removes are counted",
+    "Tokens masked or clipped, by cause; exclusive: whether the count excludes tokens that another cause removes too",
     ["cause", "exclusive"],
     registry=REGISTRY,
 )
@@ -127,14 +135,12 @@ EFFECTIVE = Gauge(
     registry=REGISTRY,
 )
 CAPPED = Counter(
-    "palimpsest_learner_capped_tokens", "Tokens whose weight was set to its bound", ["bound"], registry=REGISTRY
+    "palimpsest_learner_capped_tokens", "Tokens whose weight was clamped to its bound", ["bound"], registry=REGISTRY
 )
 LR_FACTOR = Gauge(
     "palimpsest_learner_lr_factor", "Factor on the learning rate from the effective samples", registry=REGISTRY
 )
-NORMALIZER = Gauge(
-    "palimpsest_learner_weight_normalizer", "Mean weight that weights were divided by", registry=REGISTRY
-)
+NORMALIZER = Gauge("palimpsest_learner_weight_normalizer", "Mean weight; weights are divided by it", registry=REGISTRY)
 OLD_COVERAGE = Gauge(
     "palimpsest_learner_old_coverage",
     "Share of tokens of the last batch whose proximal is the old log-prob",
@@ -142,7 +148,7 @@ OLD_COVERAGE = Gauge(
 )
 FALLBACKS = Counter(
     "palimpsest_learner_fallbacks",
-    "Tokens whose old log-prob was replaced, or that were left out because a number is missing; 0 in normal operation",
+    "Tokens whose old log-prob was replaced, or that were excluded because a value is missing; 0 in normal operation",
     ["cause"],
     registry=REGISTRY,
 )
@@ -179,9 +185,9 @@ CUTS = Counter("palimpsest_learner_cuts", "Cuts requested", registry=REGISTRY)
 CUT_SECONDS = Histogram(
     "palimpsest_learner_cut_seconds", "Time for one cut, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
 )  # phase: before, wait, read, score, stall (total time that the workers are paused)
-LATE_WORKERS = Counter("palimpsest_learner_cut_late_workers", "Workers left out of a cut", registry=REGISTRY)
+LATE_WORKERS = Counter("palimpsest_learner_cut_late_workers", "Workers excluded from a cut", registry=REGISTRY)
 LATE_ANSWERS = Counter(
-    "palimpsest_learner_cut_late_answers", "Answers of workers to a cut that had ended", registry=REGISTRY
+    "palimpsest_learner_cut_late_answers", "Answers of workers after the cut ended", registry=REGISTRY
 )
 FLUSHES = Counter(
     "palimpsest_learner_flushes",
@@ -191,7 +197,7 @@ FLUSHES = Counter(
 )  # outcome: scored, late (the version is gone), needless (the trajectory ended, or a longer flush arrived)
 LATE_TOKENS = Counter(
     "palimpsest_learner_late_tokens",
-    "Flushed tokens that were not scored because their version was gone",
+    "Flushed tokens that were not scored because their version was released",
     registry=REGISTRY,
 )
 OLD_SCORED = Counter(
