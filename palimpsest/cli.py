@@ -1,7 +1,6 @@
-"""`palimpsest COMMAND ...`: finds the command and runs it. Each command's code is imported when it is asked for.
+"""The console command `palimpsest COMMAND ...`. Imports the code of a command only when that command runs.
 
-Nothing but the standard library is imported before `main` runs, so that --help is instant and Ctrl-C during an import
-ends the program like any other Ctrl-C.
+This module imports only the standard library, so --help is instant and Ctrl-C works during later imports.
 """
 
 import os
@@ -13,7 +12,7 @@ import palimpsest
 
 Command = Callable[[Sequence[str]], None]
 INTERRUPTED, NO_READER = 130, 141
-"""user_error.ExitCode.INTERRUPTED; and what a shell gives a program that SIGPIPE has ended."""
+"""Exit codes: user_error.ExitCode.INTERRUPTED, and 128 + SIGPIPE as shells report it."""
 CHECK = """\
 usage: palimpsest check RUN.toml [--SECTION.KEY=VALUE ...]
 
@@ -21,13 +20,13 @@ Print the run with every default filled in."""
 REPORT = """\
 usage: palimpsest report FOLDER
 
-Make summary.json and report.html again, also while the run goes on.
+Write summary.json and report.html from the run's history. Works while the run is running.
 
   FOLDER    the run's folder (runs/ID)"""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Train: everything on this machine."""
+    """Train on this machine."""
     from palimpsest.run import command
 
     command(arguments)
@@ -44,7 +43,7 @@ def check(arguments: Sequence[str]) -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Make a run's summary and report again."""
+    """Rewrite the summary and the report of a run."""
     if _answered(REPORT, arguments):
         return
     from palimpsest.common.user_error import UserError
@@ -54,13 +53,13 @@ def report(arguments: Sequence[str]) -> None:
     if flags := [argument for argument in arguments if argument.startswith("-")]:
         raise UserError(f"palimpsest report {flags[0]}: there is no such flag\n{REPORT}")
     if len(arguments) > 1:
-        raise UserError(f"one folder is wanted, but {' and '.join(arguments)} were given")
+        raise UserError(f"palimpsest report takes one folder, not {len(arguments)}: {' '.join(arguments)}")
     folder = Path(arguments[0])
     print(console_text.format_result(conclude(folder), folder))
 
 
 def audit(arguments: Sequence[str]) -> None:
-    """Count a run anew; exits with 1 if anything disagrees."""
+    """Recompute the counts of a run from its stored data. Exits with 1 if a value disagrees."""
     from palimpsest.services.audit.command import run_command
 
     answered = run_command(arguments, os.environ)
@@ -69,7 +68,7 @@ def audit(arguments: Sequence[str]) -> None:
 
 
 def dead_letters(arguments: Sequence[str]) -> None:
-    """List or replay the records that could not be used."""
+    """List or replay dead letters."""
     from palimpsest.services.learner.dead_letters.command import run_command
 
     for line in run_command(arguments, os.environ):
@@ -92,34 +91,34 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Examine this machine; exits with 3 if a run cannot begin."""
+    """Check this machine. Exits with 3 if a run cannot start."""
     from palimpsest.doctor.__main__ import main as examine
 
     sys.exit(examine(arguments))
 
 
 def env(arguments: Sequence[str]) -> None:
-    """List the environments, or show one task of one."""
+    """List the environments, or show a task."""
     from palimpsest.env_command import command
 
     command(arguments)
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
-    "run": (run, "train: everything on this machine, in processes of its own"),
+    "run": (run, "train a model on this machine"),
     "check": (check, "print a run's configuration with every default filled in"),
-    "report": (report, "make a run's summary and report again"),
-    "export": (export, "write a run's trained model as a Hugging Face folder"),
-    "audit": (audit, "count a run anew from all it has left and print what disagrees"),
+    "report": (report, "rewrite the summary and the report of a run"),
+    "export": (export, "write the trained model of a run as a Hugging Face folder"),
+    "audit": (audit, "recompute the counts of a run from its stored data and print every disagreement"),
     "dead-letters": (dead_letters, "list or replay the records that could not be used"),
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),
-    "doctor": (doctor, "examine this machine: every check, what it means, what to do"),
-    "env": (env, "list the environments, or show one task of one"),
+    "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
+    "env": (env, "list the environments, or show a task of an environment"),
 }
 
 
 def usage() -> str:
-    """What `palimpsest --help` prints."""
+    """Return the text of `palimpsest --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     end = "palimpsest COMMAND --help prints more; palimpsest --version prints the version."
@@ -145,13 +144,13 @@ def dispatch() -> None:
             from palimpsest.common.user_error import UserError
 
             near = difflib.get_close_matches(name, COMMANDS, 1)
-            meant = f"did you mean `palimpsest {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
+            meant = f"did you mean `palimpsest {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
             what = "flag" if name.startswith("-") else "command"
             raise UserError(f"palimpsest {name}: there is no such {what}; {meant}")
 
 
 def main() -> None:
-    """The console command; exits the process with a code of docs/operations.md."""
+    """Run the console command. Exits with a code of docs/operations.md."""
     try:
         try:
             if {"--help", "-h", "--version"} & set(sys.argv[1:2]):
@@ -167,12 +166,14 @@ def main() -> None:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes standard output at exit
         sys.exit(NO_READER)
 
 
 def _answered(text: str, arguments: Sequence[str]) -> bool:
-    """Whether help was asked for, and printed. Raises UserError with the same text where there is no argument."""
+    """Print `text` for --help and return whether it was printed. Raises UserError(text) without arguments."""
     if {"--help", "-h"} & set(arguments):
         print(text)
         return True
@@ -184,7 +185,7 @@ def _answered(text: str, arguments: Sequence[str]) -> bool:
 
 
 def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that is read no longer: `palimpsest ... | head`."""
+    """Return whether the reader of standard output closed the pipe, as in `palimpsest ... | head`."""
     import select
 
     poll = select.poll()

@@ -1,7 +1,7 @@
-"""The public interface for authors of environments. docs/gateway.md has one to start from.
+"""The public interface for authors of environments. docs/gateway.md has an example.
 
-An environment is a class with the four methods of `Environment` and a `version`. It need not inherit from anything. A
-run names it in `env_gateway.plugins`, and trains on it by its name in `tasks.environments`.
+An environment is a class with the four methods of `Environment` and a `version`. It needs no base class. A run adds it
+with `env_gateway.plugins` and trains on it with `tasks.environments`.
 """
 
 from palimpsest.services.env_gateway.environments.port import (

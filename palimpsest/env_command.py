@@ -1,4 +1,4 @@
-"""`palimpsest env ...`: which environments there are, and how a task of one begins."""
+"""`palimpsest env ...`: lists the environments, or shows the opening of a task."""
 
 import asyncio
 import difflib
@@ -23,22 +23,22 @@ USAGE = f"""\
 usage: {PROGRAM} list [RUN.toml] [--SECTION.KEY=VALUE ...]
        {PROGRAM} show NAME [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
 
-list    every environment that a run can name in tasks.environments, each with a line on what it is
-show    how one task of an environment begins: its messages and the schemas of its tools
+list    print every environment that tasks.environments can name, with a description
+show    print the opening of a task: its messages and the schemas of its tools
 
-  RUN.toml    adds the environments that this run plugs in (env_gateway.plugins). With it, `show` prints the prompt
-              as the chat template of model.path renders it, which is what the model sees
-  --seed N    the task: the same seed is always the same task (default: 0)"""
+  RUN.toml    adds the environments of env_gateway.plugins. With it, `show` prints the prompt that the model reads:
+              the opening rendered by the chat template of model.path
+  --seed N    selects the task; a seed always gives the same task (default: 0)"""
 KEYS = """\
-Train on NAME with tasks.environments = { NAME = 1.0 }; the number is its share of the groups, and the only key that an
-environment takes. Your own are plugged in with env_gateway.plugins = { NAME = "package.module:Class" }."""
+Train on NAME with tasks.environments = { NAME = 1.0 }. The number is the share of groups. Add your own environment with
+env_gateway.plugins = { NAME = "package.module:Class" }."""
 WIDTH = 110
 START_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """A parsed command line."""
 
     action: str
     config: RunConfig | None
@@ -47,7 +47,7 @@ class Request:
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Do what is asked, and print it. Raises UserError."""
+    """Run the command and print its output. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         print(USAGE)
         return
@@ -59,18 +59,18 @@ def command(arguments: Sequence[str]) -> None:
         entry = found(request.name, entries)
         try:
             opening = asyncio.run(_opening(pool, entry, request.seed))
-        except EnvironmentFailed as failed:
+        except EnvironmentFailed as error:
             raise UserError(
-                f"environment {entry.name}, seed {request.seed}: its task cannot begin ({failed.code}): {failed}"
+                f"environment {entry.name}, seed {request.seed}: the task cannot start ({error.code}): {error}"
             ) from None
     print("\n".join(shown(opening, request.config)))
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
-    """Read the command line. Raises UserError."""
+    """Parse the command line. Raises UserError."""
     action, *rest = arguments or [""]
     if action not in ("list", "show"):
-        raise UserError(USAGE if not action else f"{PROGRAM} {action}: there are `list` and `show`\n{USAGE}")
+        raise UserError(USAGE if not action else f"{PROGRAM} {action}: unknown action; use `list` or `show`\n{USAGE}")
     name, seed, own = "", 0, list[str]()
     waiting = list(rest)
     while waiting:
@@ -93,35 +93,37 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
 
 def _seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"--seed {text}: a whole number from 0 on is wanted")
+        raise UserError(f"--seed {text}: must be an integer of at least 0")
     return int(text)
 
 
 @contextmanager
 def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
-    """The environments that come with Palimpsest and those that the run plugs in. Raises UserError."""
+    """Yield a pool and the built-in and plugged-in environments. Raises UserError."""
     gateway = config.env_gateway if config else EnvGatewayConfig()
     built_in = registry.built_in()
-    wanted = plugins.blueprints(gateway.plugins, taken=built_in)
-    modules = tuple(sorted({blueprint.module for blueprint in wanted.values()}))
+    blueprints = plugins.blueprints(gateway.plugins, taken=built_in)
+    modules = tuple(sorted({blueprint.module for blueprint in blueprints.values()}))
     pool = Pool(limit=1, wait_s=START_WAIT_S, call_limit_s=gateway.step_limit_s, modules=modules)
     try:
-        yield pool, {**built_in, **registry.reasoning_gym(pool), **plugins.entries(pool, wanted)}
+        yield pool, {**built_in, **registry.reasoning_gym(pool), **plugins.entries(pool, blueprints)}
     finally:
         pool.stop()
 
 
 def found(name: str, entries: Registry) -> Entry:
-    """The environment of this name. Raises UserError, with the name that it is nearest to."""
+    """Return the environment `name`. Raises UserError, which suggests the nearest name."""
     if name in entries:
         return entries[name]
     near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]}?" if near else "`palimpsest env list` has them all"
-    raise UserError(f"there is no environment {name!r}; {meant} One of your own needs the RUN.toml that plugs it in")
+    meant = f"did you mean {near[0]}?" if near else "`palimpsest env list` prints all names."
+    raise UserError(
+        f"there is no environment {name!r}; {meant} To use your own environment, pass the RUN.toml that adds it"
+    )
 
 
 def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
-    """The environments for a person, line by line."""
+    """Yield the lines of `palimpsest env list`."""
     paths = config.env_gateway.plugins if config else {}
     plain = {name: entry for name, entry in entries.items() if not name.startswith(REASONING_GYM)}
     width = max(map(len, plain))
@@ -133,9 +135,9 @@ def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
         yield f"  {REASONING_GYM}DATASET  tasks of reasoning-gym, with a calculator; {len(DATASETS)} datasets:"
         yield textwrap.fill(" ".join(DATASETS), WIDTH, initial_indent="    ", subsequent_indent="    ")
     else:
-        yield f"  {REASONING_GYM}DATASET  not installed; they need the extra palimpsest[reasoning-gym]"
+        yield f"  {REASONING_GYM}DATASET  not installed; install palimpsest[reasoning-gym]"
     if paths:
-        yield "Plugged in by the run:"
+        yield "Added by env_gateway.plugins:"
         for name, path in paths.items():
             about = entries[name].description or "(its class has no docstring)"
             yield f"  {name:{width}}  {about} ({path}, version {entries[name].version})"
@@ -144,15 +146,15 @@ def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
 
 
 def shown(opening: Opening, config: RunConfig | None) -> Iterator[str]:
-    """The opening as the model of the run sees it, or its parts where no model is named."""
+    """Yield the rendered prompt, or the parts of the opening if no model can render it."""
     note = ""
     if config is not None:
-        from palimpsest.services.rollout.chat_renderer import ChatRenderer  # transformers arrive here
+        from palimpsest.services.rollout.chat_renderer import ChatRenderer  # imports transformers, which takes seconds
 
         try:
             renderer = ChatRenderer.load(config.model.path, dict(config.model.chat_template_options))
-        except UserError as refusal:
-            note = str(refusal)
+        except UserError as error:
+            note = str(error)
         else:
             yield renderer.prompt(opening.messages, opening.tools)
             return
@@ -163,7 +165,7 @@ def shown(opening: Opening, config: RunConfig | None) -> Iterator[str]:
         yield "[tool schema]"
         yield json.dumps(schema, indent=2, ensure_ascii=False)
     if note:
-        yield f"\nThese are the parts of the prompt. It cannot be rendered: {note}"
+        yield f"\nThe prompt cannot be rendered, so its parts are printed: {note}"
 
 
 async def _opening(pool: Pool, entry: Entry, seed: int) -> Opening:

@@ -1,4 +1,4 @@
-"""`palimpsest run`: everything on one machine."""
+"""`palimpsest run`: starts and supervises all processes of a run on one machine."""
 
 import contextlib
 import datetime
@@ -33,7 +33,7 @@ from palimpsest.services.report.folder import contents
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Start a run of this machine, or go on with one."""
+    """Start or resume a run. Raises UserError."""
     if not arguments:
         raise UserError(console_text.USAGE)
     if {"--help", "-h"} & set(arguments):
@@ -43,7 +43,7 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def launch(invocation: Invocation) -> None:
-    """Start the run, or go on with it, and stay until it is done or stopped."""
+    """Start or resume the run. Returns when it is done; exits with 130 if it is stopped."""
     if invocation.check:
         print(to_toml(resolve(invocation)), end="")
         return
@@ -58,7 +58,7 @@ def launch(invocation: Invocation) -> None:
 
 
 def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
-    """The run that was settled, from the first process to the report; exits with 130 if it was stopped."""
+    """Run the prepared run, from the first process to the report. Exits with 130 if it is stopped."""
     config, flags = assign_ports(settled.config)
     local = Supervisor(config, settled.saved, flags)
     home = config.run.home
@@ -82,10 +82,12 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
             done = bus is not None and supervise(config, local, stop, bus)
     except UserError as refusal:
         if bus is not None:
-            with contextlib.suppress(OSError, UserError):  # what ended the run must be told, whatever else fails
+            with contextlib.suppress(
+                OSError, UserError
+            ):  # raise the error that ended the run, even if the report fails too
                 conclude(home)
-        raise UserError(f"{refusal}\nOnce that is mended, go on with:\n{again}", refusal.code) from None
-    if bus is None:  # the summary would wait for the log in its turn
+        raise UserError(f"{refusal}\nAfter fixing this, resume with:\n{again}", refusal.code) from None
+    if bus is None:  # the summary would wait for the same log
         print(f"{console_text.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
     try:
@@ -107,7 +109,7 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
 
 
 def export_last(config: RunConfig) -> str:
-    """Export the last version of a finished run; what to say of it. Raises UserError, with the command to try again."""
+    """Export the last version of a finished run. Returns the line to print. Raises UserError."""
     home = config.run.home
     if not config.run.export:
         return f"model: not exported (run.export is off); export it with:\n{export_command(home)}"
@@ -118,7 +120,7 @@ def export_last(config: RunConfig) -> str:
             done = export(config, home, home / console_text.MODEL, overwrite=True)
     except UserError as refusal:
         raise UserError(
-            f"The run is done, but its model was not exported: {refusal}\nOnce that is mended, export it with:\n"
+            f"The run is done, but its model was not exported: {refusal}\nAfter fixing this, export it with:\n"
             f"{export_command(home)}",
             refusal.code,
         ) from None
@@ -126,23 +128,23 @@ def export_last(config: RunConfig) -> str:
 
 
 def export_command(home: Path) -> str:
-    """The command that exports the run's newest version, as it is typed here."""
+    """Return the shell command that exports the newest version of the run."""
     return console_text.export_command(home, overwrite=(home / console_text.MODEL).exists(), program=program())
 
 
 def program() -> str:
-    """How the shell calls `palimpsest` again."""
+    """Return the shell command that calls this `palimpsest`."""
     return console_text.called(Path(sys.argv[0]), Path(sys.executable), Path.cwd(), on_path=on_path())
 
 
 def on_path() -> Path | None:
-    """The `palimpsest` that the shell finds by its name."""
+    """Return the `palimpsest` on the PATH, or None."""
     found = shutil.which("palimpsest")
     return Path(found) if found else None
 
 
 def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> bool:
-    """Run the processes and show how they fare; whether the run is done. Raises UserError when it cannot go on."""
+    """Run the processes and show their state. Returns whether the run is done. Raises UserError on failure."""
     started = time.monotonic()
     plan = Plan(config.run.id, config.learner.versions, replicas=frozenset(local.replica_urls))
     stopwatch = Stopwatch(config.run.home / run_folder.SECONDS, now=started)
@@ -176,9 +178,9 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
 
 
 def conclude(folder: Path) -> dict[str, object]:
-    """Make summary and report of what the folder holds; the summary."""
+    """Write the summary and the report of a run folder. Returns the summary."""
     from palimpsest.services.report.summary import write_summary
-    from palimpsest.services.report.write import write_report  # plotly arrives here
+    from palimpsest.services.report.write import write_report  # imports plotly, which takes a second
 
     held = contents(folder)
     summary = write_summary(held)

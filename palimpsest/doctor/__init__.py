@@ -1,4 +1,4 @@
-"""Whether this machine can run Palimpsest, and why not.
+"""`palimpsest doctor`: checks whether this machine can run Palimpsest.
 
-Standard library only, in the syntax of Python 3.9: it runs before .venv exists, on whatever Python the system has.
+Standard library only, in the syntax of Python 3.9, because `make setup` runs it with the Python of the system.
 """

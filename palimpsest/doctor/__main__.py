@@ -1,12 +1,12 @@
 """usage: palimpsest doctor [--quiet] [RUN.toml] [--SECTION.KEY=VALUE ...]
 
-Whether this machine can run Palimpsest, and why not.
+Check whether this machine can run Palimpsest.
 
-palimpsest doctor                      # every check with its value
-palimpsest doctor my.toml --run.id=a   # of this run: its folder, its ports
-palimpsest doctor --quiet my.toml      # only what stops it, or may; `make run` begins with this
+palimpsest doctor                      # print every check with its value
+palimpsest doctor my.toml --run.id=a   # check the folder and the ports of this run too
+palimpsest doctor --quiet my.toml      # print only problems; `make run` starts with this
 
-In a checkout that is not set up: python3 -m palimpsest.doctor (any Python from 3.9 on).
+Before `make setup`: python3 -m palimpsest.doctor (Python 3.9 or later).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from palimpsest.doctor.findings import OK, STOPS, Finding
 from palimpsest.doctor.machine import kind_of_machine
 
 HOME = Path(__file__).resolve().parents[2]
-"""The checkout, or the folder that the package is installed in."""
+"""The checkout, or the folder of the installed package."""
 CONFIGURATION, UNAVAILABLE, INTERRUPTED = 2, 3, 130
-"""Of palimpsest.common.user_error.ExitCode, which an older Python cannot import."""
+"""Values of palimpsest.common.user_error.ExitCode, which Python 3.9 and 3.10 cannot import."""
 
 
 def main(words: Sequence[str]) -> int:
-    """Examine this machine; returns the exit code: 0 if a run can begin, 2 for an unknown flag, 3 if it cannot."""
+    """Check this machine. Returns the exit code: 0 if a run can start, 2 for an unknown flag, 3 otherwise."""
     if "--help" in words or "-h" in words:
         print(__doc__)
         return 0
     keys = [word for word in words if word != "--quiet"]
     if unknown := run_file.unknown(keys):
-        print(f"palimpsest doctor {unknown}: there is no such flag; --help lists those there are", file=sys.stderr)
+        print(f"palimpsest doctor {unknown}: there is no such flag; --help lists the flags", file=sys.stderr)
         return CONFIGURATION
     values = run_file.named(keys, os.environ)
     checkout = HOME if is_checkout(HOME) else None
@@ -52,31 +52,31 @@ def main(words: Sequence[str]) -> int:
 
 
 def is_checkout(folder: Path) -> bool:
-    """Whether `make setup` can be called there. A folder that a wheel was installed in has none of this."""
+    """Return whether the folder is a checkout, where `make setup` works, and not an installed wheel."""
     return (folder / "Makefile").is_file() and (folder / "tools" / "setup.py").is_file()
 
 
 def is_set_up(checkout: Path) -> bool:
-    """Whether `make setup` has made the environment."""
+    """Return whether `make setup` created the environment."""
     return (checkout / ".setup" / "environment").is_file() and (checkout / ".venv" / "bin" / "python").exists()
 
 
 def subject(home: Path, *, checkout: bool, installed: bool) -> str:
-    """What is examined, and what is not.
+    """Return the line that says which installation is checked.
 
     >>> subject(Path("/site-packages"), checkout=False, installed=True)
-    'Palimpsest 0.1.0, installed in /site-packages: whether runs can begin here. What is installed is left alone.'
+    'Palimpsest 0.1.0, installed in /site-packages: checks whether runs can start'
     """
     what = f"Palimpsest {palimpsest.__version__}"
     if not checkout:
-        return f"{what}, installed in {home}: whether runs can begin here. What is installed is left alone."
+        return f"{what}, installed in {home}: checks whether runs can start"
     if installed:
-        return f"{what} in the checkout {home}, set up: whether runs can begin here."
-    return f"{what} in the checkout {home}, not set up yet: whether `make setup` can install it, and runs can begin."
+        return f"{what} in the checkout {home}, set up: checks whether runs can start"
+    return f"{what} in the checkout {home}, not set up: checks whether `make setup` can install it and runs can start"
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    """One line for each check; below those that are not well, what it means and what to do."""
+    """Return the lines of the report: each check, and below each problem its meaning and the remedy."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:
@@ -89,7 +89,7 @@ def table(findings: Sequence[Finding]) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently when `| head` closes the pipe
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What is known of a machine. gather.py finds it out, judge.py says what it means."""
+"""Facts about a machine. gather.py collects them; judge.py evaluates them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that is written to, or that will be made below the nearest one that exists."""
+    """A folder to write to. If it does not exist, the fields describe its nearest existing ancestor."""
 
     path: str
     free: int
-    """Bytes that this user may still write there."""
+    """Bytes that this user can write."""
     writable: bool = True
     read_only_mount: bool = False
     without_storage: str = ""
-    """Type of the file system, if it is one that stores no files, such as proc or sysfs; else empty."""
+    """Type of a file system that stores no files, such as proc or sysfs; empty for other file systems."""
     owner: str = ""
-    """Name of the user whom it belongs to, where that is another; empty where it is ours."""
+    """Name of the owner, if it is another user; empty for our own folder."""
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """The Python that is asked to make or run the environment."""
+    """The Python that creates or runs the environment."""
 
     version: tuple[int, int, int]
     implementation: str = "cpython"
@@ -37,7 +37,7 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class Port:
-    """A port that the run file fixes."""
+    """A port that the configuration of the run fixes."""
 
     key: str
     address: str
@@ -46,10 +46,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the checks look at. Sizes are bytes."""
+    """Input of the checks. Sizes are bytes."""
 
     kind: str
-    """`cpu` or `gpu`: which pinned set this machine gets."""
+    """`cpu` or `gpu`: selects the pinned set."""
     python: Interpreter
     system: str
     machine: str
@@ -58,33 +58,33 @@ class Facts:
     cpu_model: str
     cpu_flags: frozenset[str]
     cpus: float
-    """Processors that this process may use, the control group's quota counted."""
+    """Processors that this process can use, under the quota of the control group."""
     amx: str
-    """`absent`, `permitted`, or `refused`: the kernel's answer."""
+    """`absent`, `permitted` or `refused`, as the kernel reports."""
     gpus: tuple[str, ...]
     driver: str
-    """Version of the NVIDIA driver; empty without one."""
+    """Version of the NVIDIA driver; empty without a driver."""
     driver_hidden: bool
-    """A driver is loaded, and nvidia-smi does not say so."""
+    """Whether a driver is loaded but nvidia-smi lists no GPU."""
     memory: int
     memory_free: int
     memory_limited_by: str
     """`the machine` or `the control group`."""
     shared_memory: int
-    """Free bytes of /dev/shm; -1 where there is none."""
+    """Free bytes of /dev/shm; -1 if it does not exist."""
     processes_left: int | None
-    """How many more processes and threads may be started; None without a limit."""
+    """Processes and threads that can still be started; None without a limit."""
     open_files: int
     today: datetime.date
     environment: Mapping[str, str]
     checkout: Place | None
-    """The folder that `make setup` installs into; None where Palimpsest is an installed package without one."""
+    """The folder that `make setup` installs into; None for an installed package."""
     run_folder: Place
     cache: Place
     temporary: Place
     compiler: bool
     built_before: bool
-    """What a C compiler would have to build is in uv's cache."""
+    """Whether the cache of uv has the wheel that needs a C compiler."""
     ports: tuple[Port, ...] = ()
     engine: str = ""
-    """Version of vLLM beside an installed package; empty without one. Not looked up for a checkout."""
+    """Version of vLLM, if Palimpsest is an installed package; empty without vLLM and for a checkout."""

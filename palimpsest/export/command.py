@@ -1,4 +1,4 @@
-"""`palimpsest export ...`: what is asked, and the answer."""
+"""Command line of `palimpsest export`."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,37 +15,37 @@ USAGE = f"""\
 usage: {PROGRAM} RUN [--version N] [--overwrite] FOLDER
        {PROGRAM} RUN.toml [--version N] [--overwrite] [--SECTION.KEY=VALUE ...] FOLDER
 
-Writes a version of a run as an ordinary Hugging Face model: config, tokenizer and chat template of the starting model,
-the version's weights as safetensors, and a model card. transformers and vLLM load the folder. Every tensor is checked
-against its digest. It reads the run's store and needs no service, so it works while the run goes on, too.
+Write a version of a run as a Hugging Face model: config, tokenizer and chat template of the starting model, the weights
+of the version as safetensors, and a model card. transformers and vLLM load the folder. Every tensor is checked against
+its digest. The command reads the store directly, so it works with or without running services.
 
   RUN              the run's folder (runs/ID)
-  RUN.toml         describes the run, for one that was started by hand or is kept elsewhere; with --run.id=ID
-  FOLDER           where the model goes: a folder that is empty or not there yet
-  --version N      the version to export; without it, the last one published
-  --overwrite      replace the exported model that is in FOLDER
-  --model.path=... any key of the run, with RUN.toml: here, another copy of the starting model
+  RUN.toml         the configuration of a run without such a folder; pass --run.id=ID as well
+  FOLDER           the new folder of the model; if it exists, it must be empty
+  --version N      the version to export (default: the newest)
+  --overwrite      replace the exported model in FOLDER
+  --model.path=... with RUN.toml, sets any key of the run; this key names another copy of the starting model
 
 A store in a bucket is read with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MINIO_ACCESS_KEY and
 MINIO_SECRET_KEY.
 
-Exit codes: 0 done, 2 there is no such run or version, or FOLDER cannot be used, 3 the store does not answer or the disk
-is full, 4 what the store holds is damaged, 130 stopped by Ctrl-C or SIGTERM; nothing half-written is left."""
+Exit codes: 0 done, 2 unknown run or version, or unusable FOLDER, 3 the store does not answer or the disk is full, 4 the
+stored version is damaged, 130 stopped by Ctrl-C or SIGTERM. After an error FOLDER is unchanged."""
 
 
 @dataclass
 class Request:
-    """What the command line asks for."""
+    """A parsed command line."""
 
     run: list[str] = field(default_factory=list)
-    """The run and its flags."""
+    """The run and its configuration flags."""
     folder: Path = Path()
     version: int | None = None
     overwrite: bool = False
 
 
 def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """Export what is asked for; the lines to print. Raises UserError."""
+    """Export a version. Yields the lines to print. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         yield USAGE
         return
@@ -61,7 +61,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """The request in these words. Raises UserError."""
+    """Parse the command line. Raises UserError."""
     request, named, flags = Request(), list[str](), list[str]()
     waiting = list(arguments)
     while waiting:
@@ -78,21 +78,21 @@ def parse(arguments: Sequence[str]) -> Request:
         else:
             named.append(argument)
     if len(named) != 2:
-        said = {0: "", 1: f"{named[0]} is the only name: a run and a folder are wanted\n\n" if named else ""}
-        raise UserError(said.get(len(named), f"a run and a folder are wanted, not {' and '.join(named)}\n\n") + USAGE)
+        got = f"{PROGRAM} takes a run and a folder; got: {' '.join(named)}\n\n" if named else ""
+        raise UserError(got + USAGE)
     request.run, request.folder = [named[0], *flags], Path(named[1])
     if flags and not named[0].endswith(".toml"):
         raise UserError(
-            f"{flags[0]}: keys are set beside a run file: {PROGRAM} {Path(named[0]) / 'run.toml'} {flags[0]} ..."
+            f"{flags[0]}: a configuration key needs a run file: {PROGRAM} {Path(named[0]) / 'run.toml'} {flags[0]} ..."
         )
     return request
 
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt at once, so that what is half-written is removed.
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, so that cleanup removes partial files.
 
-    asyncio's own answer to Ctrl-C is lost where a coroutine ends without ever waiting, as those that read a disk do.
+    The handler of asyncio loses Ctrl-C if a coroutine ends without waiting, as coroutines that read a disk do.
     """
 
     def interrupt(*_: object) -> None:
@@ -108,5 +108,5 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--version {text}: the number of a version is wanted, for example --version 12")
+        raise UserError(f"--version {text}: must be a version number, for example --version 12")
     return int(text)

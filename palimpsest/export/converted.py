@@ -1,6 +1,6 @@
-"""Tensors under the names of a checkpoint that differ from the model's own, for example one tensor for each expert.
+"""Export of models whose checkpoint names differ from the names in memory, for example one tensor for each expert.
 
-transformers translates such checkpoints when it loads them, and back when it saves; this has it save.
+transformers converts such names when it loads a checkpoint, and back when it saves one.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from palimpsest.common.snapshots.frames import RawTensor
 
 
 def write_converted(starting: Path, tensors: Iterable[RawTensor], folder: Path, *, limit: int) -> None:
-    """Write the safetensors files and nothing else. Memory holds the whole model. Raises UserError."""
+    """Write only the safetensors files. Loads the complete model into memory. Raises UserError."""
     import torch
 
     from palimpsest.services.learner.model.policy import load_model
@@ -21,4 +21,4 @@ def write_converted(starting: Path, tensors: Iterable[RawTensor], folder: Path, 
     model.save_pretrained(folder, max_shard_size=limit)  # type: ignore[operator]
     for file in folder.iterdir():
         if not file.name.startswith("model"):
-            file.unlink()  # configs, which are taken from the starting model
+            file.unlink()  # the export copies the configs of the starting model

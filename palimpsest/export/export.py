@@ -1,4 +1,4 @@
-"""One version of a run, from its store to a folder that transformers and vLLM load."""
+"""Copies a version from the store of a run to a folder that transformers and vLLM load."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from palimpsest.services.report.folder import history
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written."""
+    """Result of an export."""
 
     folder: Path
     run: str
@@ -32,7 +32,7 @@ class Exported:
     digest: str
     tensors: int
     bytes: int
-    """Of all tensors."""
+    """Size of all tensors."""
 
 
 def export(
@@ -44,9 +44,9 @@ def export(
     overwrite: bool = False,
     shard_bytes: int = layout.SHARD_BYTES,
 ) -> Exported:
-    """Write a version, by default the newest, to `folder`, whole or not at all.
+    """Write a version (default: the newest) to `folder`. If an error occurs, `folder` is unchanged.
 
-    home: the run's folder, whose history says how many tokens were trained on. Raises UserError.
+    home: folder of the run; its history has the number of trained tokens. Raises UserError.
     """
     refuse_occupied(folder, overwrite=overwrite)
     starting = find(config.model.path)
@@ -85,7 +85,7 @@ def _write_tensors(
 def _write_beside(
     config: RunConfig, home: Path, manifest: Manifest, starting: StartingModel, folder: Path, *, name: str
 ) -> None:
-    """Everything but the tensors."""
+    """Write all files except the tensors."""
     for file in starting.files():
         write(folder / file.relative_to(starting.folder), file.read_bytes())
     dtype = layout.main_dtype(manifest.tensors)
@@ -107,7 +107,7 @@ def _write_beside(
 
 
 def _trained_tokens(home: Path, version: int) -> int | None:
-    """None where the run's history is not on this machine, or cannot be read."""
+    """Return the tokens trained up to `version`, or None if the history is missing or unreadable."""
     if not (home / run_folder.HISTORY).is_file():
         return None
     try:
@@ -115,5 +115,5 @@ def _trained_tokens(home: Path, version: int) -> int | None:
             line["tokens"] for line in history(home / run_folder.HISTORY) if line["published"] <= version
         ]
     except UserError:
-        return None  # `palimpsest audit` says what is wrong with it; the weights are sound
+        return None  # the weights are intact; `palimpsest audit` reports the damage to the history
     return sum(counts)

@@ -1,4 +1,4 @@
-"""Which files an exported model consists of, and what the small ones say. Pure."""
+"""Files of an exported model, and the contents of its JSON files. Pure."""
 
 import json
 import re
@@ -13,18 +13,18 @@ from palimpsest.common.snapshots.manifest import TensorEntry
 CONFIG, CARD = "config.json", "README.md"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of tensors in one file, unless a single tensor is larger."""
+"""Maximum bytes of tensors in one file. A larger tensor gets its own file."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _COPIED = re.compile(
     r"generation_config\.json|chat_template\.\w+|merges\.txt|.*(token|vocab|piece|tekken).*|(LICENSE|NOTICE)\b.*"
 )
 CHAT_TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates that have names."""
+"""Folder of named chat templates."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def is_copied(name: str) -> bool:
-    """Whether a file of the starting model belongs to the exported one as it is.
+    """Return whether the export copies this file of the starting model unchanged.
 
     >>> [name for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE") if not is_copied(name)]
     []
@@ -35,7 +35,7 @@ def is_copied(name: str) -> bool:
 
 
 def shards(tensors: Iterable[TensorEntry], limit: int) -> dict[str, list[TensorEntry]]:
-    """File name -> its tensors, in the order of the object; every file holds at most `limit` bytes or one tensor."""
+    """Return the tensors of each file, in object order. A file holds at most `limit` bytes, or one tensor."""
     entries = {entry.name: entry for entry in sorted(tensors, key=lambda entry: entry.start)}
     split = split_state_dict_into_shards_factory(
         entries,
@@ -47,14 +47,14 @@ def shards(tensors: Iterable[TensorEntry], limit: int) -> dict[str, list[TensorE
 
 
 def index(files: Mapping[str, Sequence[TensorEntry]]) -> str:
-    """Text of the index, by which a loader finds the file of each tensor."""
+    """Return the text of the index, which maps each tensor to its file."""
     size = sum(entry.size for entries in files.values() for entry in entries)
     places = {entry.name: file for file, entries in files.items() for entry in entries}
     return _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
 
 
 def main_dtype(tensors: Iterable[TensorEntry]) -> str:
-    """The type of most of the bytes, by torch's name: what the model is loaded in."""
+    """Return the dtype with the most bytes, by its torch name. The model is loaded in this dtype."""
     sizes: Counter[str] = Counter()
     for entry in tensors:
         sizes[entry.dtype] += entry.size
@@ -62,7 +62,7 @@ def main_dtype(tensors: Iterable[TensorEntry]) -> str:
 
 
 def config_text(text: str, dtype: str) -> str:
-    """The starting model's config.json, with the type that the exported tensors have; unchanged where it says so.
+    """Return config.json with the dtype of the exported tensors. The text is unchanged if the dtype already matches.
 
     >>> print(config_text('{"dtype": "float32", "vocab_size": 8}', "bfloat16"), end="")
     {
@@ -78,7 +78,7 @@ def config_text(text: str, dtype: str) -> str:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The same with another type, in the configs of a model's parts, too."""
+    """Return the config with another dtype. Nested configs (`*_config`) change too."""
     return {
         key: dtype if key in DTYPE_KEYS else _with_dtype(value, dtype) if key.endswith("_config") and value else value
         for key, value in config.items()

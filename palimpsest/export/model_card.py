@@ -12,30 +12,30 @@ TAGS = ("palimpsest", "reinforcement-learning")
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a version comes from."""
+    """Origin of an exported version."""
 
     run: str
     version: int
     digest: str
-    """blake3 over names, types, shapes and contents of its tensors, hex."""
+    """blake3 over names, dtypes, shapes and contents of the tensors, hex."""
     dtype: str
     trained_tokens: int | None
-    """Tokens that the run had trained on for this version; None when its history cannot be read."""
+    """Tokens trained up to this version; None if the history cannot be read."""
     recipe: str
-    """Empty: none; every part as it was configured."""
+    """Empty if the run configures each part without a recipe."""
     proximal: str
     environments: Mapping[str, float]
     """Name -> share of the groups."""
     starting_model: str
-    """As the run named it, without the folders it lies in."""
+    """Last part of model.path."""
     hub_id: str
-    """Of the starting model; empty when it is not from the hub."""
+    """Hub id of the starting model; empty for a local model."""
     palimpsest: str
-    """Palimpsest's version."""
+    """Version of Palimpsest."""
 
 
 def model_card(made: Provenance, *, folder: str) -> str:
-    """The card's text; `folder` is what the example of loading names."""
+    """Return the text of the card. folder: the path in the loading example."""
     tokens = (
         "unknown: the run's history could not be read" if made.trained_tokens is None else f"{made.trained_tokens:,}"
     )
@@ -87,7 +87,7 @@ def model_card(made: Provenance, *, folder: str) -> str:
 
 
 def _header(made: Provenance) -> str:
-    """Keys that the hub knows. It refuses a base_model that is no hub id, so a local one has none."""
+    """Return the metadata for the hub, which rejects a base_model that is no hub id."""
     data = ModelCardData(
         base_model=made.hub_id or None, library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS)
     )
@@ -95,12 +95,12 @@ def _header(made: Provenance) -> str:
 
 
 def _environments(shares: Mapping[str, float]) -> str:
-    """Each with its share of the whole.
+    """Return the environments, with the share of each if there are several.
 
     >>> _environments({"lookup": 1.0}), _environments({"lookup": 3.0, "add": 1.0})
     ('`lookup`', '`lookup` (75 %), `add` (25 %)')
     """
     if len(shares) == 1:
         return f"`{next(iter(shares))}`"
-    whole = sum(shares.values())
-    return ", ".join(f"`{name}` ({share / whole:.0%})".replace("%", " %") for name, share in shares.items())
+    total = sum(shares.values())
+    return ", ".join(f"`{name}` ({share / total:.0%})".replace("%", " %") for name, share in shares.items())

@@ -1,4 +1,4 @@
-"""A folder that is whole or not there: written beside its place, then renamed."""
+"""Atomic creation of a folder: files are written to a neighboring folder, which is then renamed."""
 
 import ctypes
 import errno
@@ -15,15 +15,15 @@ from palimpsest.export.model_card import TAGS
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 MARK = f"\n- {TAGS[0]}\n"
-"""What the cards of exported models have in their header."""
+"""Text in the header of every model card of an export."""
 
 
 def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
-    """Raises UserError when something is in the folder that must not be replaced."""
+    """Raise UserError if the folder contains files that the export must not replace."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a folder for the model, one that is empty or not there yet")
+        raise UserError(f"{folder} is a file: name a new or an empty folder for the model")
     held = {entry.name for entry in folder.iterdir()}
     if not held:
         return
@@ -41,12 +41,12 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill. It takes the place of `folder` when the block ends well; after an error nothing is left.
+    """Yield a new folder. It replaces `folder` when the block ends, and is removed if the block raises.
 
-    Raises UserError when `folder` may not be replaced.
+    Raises UserError if `folder` must not be replaced.
     """
     refuse_occupied(folder, overwrite=overwrite)
-    place = folder.resolve()  # a link to a folder stays one
+    place = folder.resolve()  # keep a symbolic link to a folder
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,23 +56,23 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         for inside in (path for path in partial.rglob("*") if path.is_dir()):
             sync_folder(inside)
         sync_folder(partial)
-        refuse_occupied(folder, overwrite=overwrite)  # it may have been filled meanwhile
+        refuse_occupied(folder, overwrite=overwrite)  # another process may have written to it
         _put(partial, place)
         sync_folder(place.parent)
     except OSError as error:
         if isinstance(error.filename, str | os.PathLike) and Path(error.filename).is_relative_to(partial):
-            error.filename = str(folder)  # the name that a person knows
+            error.filename = str(folder)  # the user named `folder`
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what was replaced, or what is not whole
+        shutil.rmtree(partial, ignore_errors=True)  # the replaced folder, or a partial one
 
 
 def _put(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; what was at `place` is at `new` then."""
+    """Rename `new` to `place`. Files that were at `place` move to `new`."""
     if not place.exists() or not any(place.iterdir()):
         new.replace(place)
     elif not _exchange(new, place):
-        replaced = new.with_suffix(".replaced")  # for this moment there is nothing at the place
+        replaced = new.with_suffix(".replaced")  # `place` is missing until the next rename
         place.rename(replaced)
         try:
             new.rename(place)
@@ -83,7 +83,7 @@ def _put(new: Path, place: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the system or the file system cannot."""
+    """Swap two folders atomically. Returns False if the system or the file system does not support it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False

@@ -1,8 +1,8 @@
-"""A safetensors file that is filled tensor by tensor, so that memory holds one of them and not the file.
+"""A safetensors file that is written tensor by tensor, so that memory holds one tensor at a time.
 
-The library's own writers want every tensor of a file at once. The form: the header's length (8 bytes, little-endian),
-a JSON header with each tensor's type, shape and place, and the bytes without gaps. Wide numbers come first, so that
-each is aligned.
+The safetensors library writes only complete files. Format: the length of the header (8 bytes, little-endian), a JSON
+header with dtype, shape and offsets of each tensor, and the bytes without gaps. Wide dtypes come first, so every
+tensor is aligned.
 """
 
 import json
@@ -28,12 +28,12 @@ DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-"""torch's name of a type -> the format's."""
+"""Torch dtype name -> safetensors dtype name."""
 ALIGNMENT = 8
 
 
 class SafetensorsFile:
-    """Writes the header at once and each tensor to its place; the caller opens and closes the file."""
+    """Writes the header on creation, and each tensor at its offset. The caller opens and closes the file."""
 
     def __init__(self, file: BinaryIO, tensors: Sequence[TensorEntry]) -> None:
         self._file, self._places = file, dict[str, int]()
@@ -52,11 +52,11 @@ class SafetensorsFile:
         self._data = file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, tensor: RawTensor) -> None:
-        """Put a tensor into its place."""
+        """Write a tensor at its offset."""
         self._file.seek(self._data + self._places[tensor.name])
         self._file.write(tensor.raw.data)
 
     def sync(self) -> None:
-        """Make what was written durable."""
+        """Flush the file to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -1,4 +1,4 @@
-"""The model that a run started from: its folder, the files that an export takes over, the names of its tensors."""
+"""The starting model of a run: its folder, the files that an export copies, the names of its tensors."""
 
 import json
 import re
@@ -13,30 +13,30 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export import layout
 
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-"""Folder of a model in the hub's cache."""
+"""Name of a model folder in the cache of the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartingModel:
-    """Where it lies on this machine, and what it is called."""
+    """Folder and name of a starting model."""
 
     folder: Path
     name: str
     hub_id: str
-    """Empty when it is not from the hub."""
+    """Empty for a local model."""
 
     def files(self) -> list[Path]:
-        """What belongs to an exported model as it is: tokenizer, chat template, generation config, license."""
+        """Return the files that an export copies: tokenizer, chat template, generation config, license."""
         templates = self.folder / layout.CHAT_TEMPLATES
         found = [file for file in self.folder.iterdir() if file.is_file() and layout.is_copied(file.name)]
         return sorted(found + (list(templates.glob("*.jinja")) if templates.is_dir() else []))
 
     def config(self) -> str:
-        """Text of its config.json."""
+        """Return the text of config.json."""
         return (self.folder / layout.CONFIG).read_text(encoding="utf-8")
 
     def tensor_names(self) -> frozenset[str] | None:
-        """Names of the tensors in its safetensors files; None when it has none, or they are not on this machine."""
+        """Return the tensor names of the safetensors files, or None if this machine has no such files."""
         index, single = self.folder / layout.INDEX, self.folder / layout.SINGLE
         if index.is_file():
             return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -47,7 +47,7 @@ class StartingModel:
 
 
 def find(path: str) -> StartingModel:
-    """The model of `model.path`. The small files of a hub id are fetched unless they are here. Raises UserError."""
+    """Return the model of `model.path`. Downloads missing files of a hub id, without weights. Raises UserError."""
     refuse_no_model(path)
     if (folder := Path(path)).exists():
         cached = next((match for part in folder.absolute().parts if (match := _CACHED.fullmatch(part))), None)
@@ -58,8 +58,8 @@ def find(path: str) -> StartingModel:
 
 def _of_the_hub(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, local_files_only=True))  # as the run left it in the cache
-    except Exception:  # the hub has many errors; the next call says the one that counts
+        return Path(snapshot_download(hub_id, local_files_only=True))  # a run caches the files of its model
+    except Exception:  # the next call raises the error to report
         ignored = [f"*{suffix}" for suffix in layout.WEIGHTS]
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=ignored))

@@ -1,4 +1,4 @@
-"""Versions read where the store keeps them; no service needs to run, and nothing is changed."""
+"""Read-only access to the stored versions of a run, without the service of the store."""
 
 import asyncio
 import re
@@ -18,11 +18,11 @@ from palimpsest.services.snapshot_store.storage import Unavailable
 
 _MANIFEST = re.compile(r"versions/(\d+)\.json")
 NEAREST = 12
-"""Most versions that a refusal lists."""
+"""Maximum number of versions in an error message."""
 
 
 class StoredVersions:
-    """The versions of one run. Every method raises UserError when the store does not answer or is damaged."""
+    """The versions of a run. Every method raises UserError if the store does not answer or is damaged."""
 
     def __init__(self, config: RunConfig) -> None:
         self._run, self._place = config.run.id, _place(config)
@@ -43,16 +43,16 @@ class StoredVersions:
         self._runner.close()
 
     def numbers(self) -> list[int]:
-        """Every version in the store, ascending."""
+        """Return all versions in the store, ascending."""
         with self._user_errors():
             keys = self._runner.run(self._storage.keys("versions/"))
         return sorted(int(match[1]) for key in keys if (match := _MANIFEST.fullmatch(key)))
 
     def manifest(self, version: int | None) -> Manifest:
-        """What stands for a version; None means the newest."""
+        """Return the manifest of a version (None: the newest)."""
         there = self.numbers()
         if not there:
-            raise UserError(f"run {self._run} has published no version yet: there is none in {self._place}")
+            raise UserError(f"run {self._run} has published no version: {self._place} has none")
         number = there[-1] if version is None else version
         key = f"versions/{number:08d}.json"
         with self._user_errors():
@@ -65,20 +65,20 @@ class StoredVersions:
         with self._user_errors(f"version {number} ({key})"):
             manifest = unseal(body)
             if manifest.version != number:
-                raise Damaged(f"the manifest in it is of version {manifest.version}")
+                raise Damaged(f"its manifest names version {manifest.version}")
         if manifest.run != self._run:
             raise UserError(
-                f"version {number} in {self._place} is of run {manifest.run}, not {self._run}: name that run"
+                f"version {number} in {self._place} belongs to run {manifest.run}, not {self._run}: name that run"
             )
         return manifest
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
-        """The version's tensors, in the order of its object, each checked against its digest."""
+        """Iterate over the tensors of a version, in the order of its object. Checks the digest of each tensor."""
         with self._user_errors(f"object {manifest.object}"):
             hasher = blake3()
             chunks = self._chunks(manifest, hasher)
             yield from decode_tensors(chunks, manifest)
-            for _ in chunks:  # what follows the last tensor belongs to the digest, too
+            for _ in chunks:  # the digest covers the bytes after the last tensor too
                 pass
             if (found := hasher.hexdigest()) != manifest.object:
                 raise Damaged(f"version {manifest.version}: the bytes of its object have the digest {found}")
@@ -93,8 +93,8 @@ class StoredVersions:
             gone = manifest.version not in self.numbers()
             if gone:
                 raise UserError(
-                    f"version {manifest.version} of run {self._run} was removed from {self._place} while it was read, "
-                    f"for the run goes on and needs it no longer: export the newest one"
+                    f"version {manifest.version} of run {self._run} was removed from {self._place} during the export, "
+                    f"because the running run released it: export the newest version"
                 ) from None
             raise Damaged(f"version {manifest.version}: its weights are not in the store") from None
 
@@ -102,8 +102,8 @@ class StoredVersions:
     def _user_errors(self, what: str = "") -> Iterator[None]:
         try:
             yield
-        except Unavailable as silent:
-            raise UserError(f"the storage of the versions cannot be read: {silent}", ExitCode.UNAVAILABLE) from None
+        except Unavailable as error:
+            raise UserError(f"the storage of the versions cannot be read: {error}", ExitCode.UNAVAILABLE) from None
         except Damaged as damage:
             raise UserError(
                 f"{what}, in {self._place}: {damage}. Nothing was exported: restore the store from a copy, or export "
@@ -124,7 +124,7 @@ def _place(config: RunConfig) -> str:
 
 
 def _listed(there: list[int]) -> str:
-    """The versions that there are, in a sentence.
+    """Return a sentence that lists the versions.
 
     >>> _listed([3, 4, 5]), _listed([7])
     ('There are 3, 4, 5', 'There is 7')

@@ -134,7 +134,7 @@ def test_the_doctor_works_without_a_checkout(installed: Path, work: Path) -> Non
     result = done(installed / "palimpsest", "doctor", cwd=work)
     assert result.returncode in (0, 3), result.stderr
     assert result.stdout.startswith("Palimpsest ")
-    assert "whether runs can begin here" in result.stdout.splitlines()[0]
+    assert "checks whether runs can start" in result.stdout.splitlines()[0]
     assert "Checkout" not in result.stdout
     assert str(work / "runs") in result.stdout
 

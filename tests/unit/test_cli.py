@@ -70,7 +70,7 @@ def test_an_unknown_command_is_refused(name: str) -> None:
 
 
 def test_two_folders_are_no_report() -> None:
-    assert "one folder is wanted" in run_program("palimpsest", "report", "a", "b").err
+    assert "palimpsest report takes one folder, not 2: a b" in run_program("palimpsest", "report", "a", "b").err
 
 
 def started(*arguments: str, path: Path | None = None, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:

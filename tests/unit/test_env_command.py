@@ -69,7 +69,7 @@ def test_a_task_of_an_environment_in_a_process_of_its_own_is_shown(run_file: Pat
     done = env("show", "greet", run_file, "--seed=5")
     assert done.code == 0
     assert done.out.startswith("[user]\nhello 5\n")
-    assert "cannot be rendered: model.path" in done.out
+    assert "The prompt cannot be rendered, so its parts are printed: model.path" in done.out
 
 
 @pytest.mark.thorough
@@ -85,7 +85,7 @@ def test_a_task_is_shown_as_the_model_of_the_run_sees_it(tmp_path: Path, startin
 def test_an_environment_whose_task_cannot_begin_is_told_with_its_error(run_file: Path) -> None:
     done = env("show", "greet", run_file, "--seed=13")
     assert done.code == 2
-    assert done.err == ("environment greet, seed 13: its task cannot begin (environment_raised): ValueError: unlucky\n")
+    assert done.err == ("environment greet, seed 13: the task cannot start (environment_raised): ValueError: unlucky\n")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_an_environment_whose_task_cannot_begin_is_told_with_its_error(run_file:
     [
         (["show", "lokup"], "did you mean lookup?"),
         (["show"], "usage: palimpsest env"),
-        (["show", "lookup", "--seed=x"], "--seed x: a whole number"),
-        (["shoe"], "palimpsest env shoe: there are `list` and `show`"),
+        (["show", "lookup", "--seed=x"], "--seed x: must be an integer of at least 0"),
+        (["shoe"], "palimpsest env shoe: unknown action; use `list` or `show`"),
         (["list", "nowhere.toml"], "nowhere.toml"),
     ],
 )

@@ -131,13 +131,13 @@ def test_an_unknown_version_is_refused_with_those_that_are_there(home: Path, tmp
 
 
 def test_a_run_that_has_published_nothing_says_so(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UserError, match="run new has published no version yet"):
+    with pytest.raises(UserError, match="run new has published no version"):
         write(a_run(tmp_path / "new", model), tmp_path / "out")
 
 
 def test_another_runs_store_is_noticed(home: Path, tmp_path: Path) -> None:
     put(home, 6, some(1), run="second")
-    with pytest.raises(UserError, match="is of run second, not first"):
+    with pytest.raises(UserError, match="belongs to run second, not first"):
         write(home, tmp_path / "out")
 
 
@@ -241,7 +241,7 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
     assert "model.path: " in gone.err
     moved = f"--model.path={tmp_path / 'moved'}"
     refused = run_program("palimpsest", "export", home, moved, tmp_path / "out")
-    assert f"keys are set beside a run file: palimpsest export {home / 'run.toml'} {moved} ..." in refused.err
+    assert f"a configuration key needs a run file: palimpsest export {home / 'run.toml'} {moved} ..." in refused.err
     done = run_program("palimpsest", "export", home / "run.toml", moved, "--version=3", tmp_path / "out")
     assert done.code == 0, done.err
     assert held(tmp_path / "out") == plain(some(30))
@@ -251,10 +251,10 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
     ("words", "said"),
     [
         ([], "usage: palimpsest export"),
-        (["runs/a"], "runs/a is the only name: a run and a folder are wanted"),
-        (["a", "b", "c"], "a run and a folder are wanted, not a and b and c"),
-        (["a", "b", "--version"], "--version : the number of a version is wanted"),
-        (["a", "b", "--version=last"], "--version last: the number of a version is wanted"),
+        (["runs/a"], "palimpsest export takes a run and a folder; got: runs/a"),
+        (["a", "b", "c"], "palimpsest export takes a run and a folder; got: a b c"),
+        (["a", "b", "--version"], "--version : must be a version number"),
+        (["a", "b", "--version=last"], "--version last: must be a version number"),
         (["a", "b", "--overwite"], "palimpsest export --overwite: there is no such flag"),
         (["nothing", "b"], "nothing: not the folder of a run"),
     ],

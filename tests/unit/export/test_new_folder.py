@@ -60,7 +60,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     file.write_text("x")
     with pytest.raises(UserError, match=r"full is not empty: .* --overwrite"):
         fill(full)
-    with pytest.raises(UserError, match="file is a file: name a folder"):
+    with pytest.raises(UserError, match="file is a file: name a new or an empty folder"):
         fill(file, overwrite=True)
     assert (full / "README.md").read_text().endswith("old")
 
