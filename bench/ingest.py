@@ -142,6 +142,7 @@ class Learner:
             ledger,
             settings,
             run=config.run.id,
+            vocabulary=1 << 20,
             confirm=lambda: None,  # no other learner takes this run over
         )
         self._ledger, self._reader = ledger, self._ingest.reader

@@ -13,7 +13,8 @@ class RejectCause(StrEnum):
     NOT_FINITE = "not_finite"
     """A log-prob, reward or temperature is NaN or infinite."""
     OUT_OF_RANGE = "out_of_range"
-    """A log-prob above 0, a negative token, a reward outside [0, 1], a temperature or an offer's limit not above 0."""
+    """A log-prob above 0, a token id outside the model's vocabulary, a reward outside [0, 1], a temperature or an
+    offer's limit not above 0."""
     LENGTH_MISMATCH = "length_mismatch"
     """Tokens, segments and log-probs contradict each other: a segment has the wrong number of bytes, overlaps another
     one or exceeds the tokens."""

@@ -62,6 +62,21 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
         end = segment.stop
 
 
+def check_tokens(tokens: Int32Array, vocabulary: int) -> None:
+    """Raise MalformedTrajectory unless all token ids are in [0, vocabulary): the model has no embedding for others.
+
+    >>> check_tokens(np.array([5, 300, -2], dtype=np.int32), 300)
+    Traceback (most recent call last):
+    palimpsest.common.trajectory.MalformedTrajectory: token 1 has id 300; the model's vocabulary is 0 to 299
+    """
+    outside = np.flatnonzero((tokens < 0) | (tokens >= vocabulary))
+    if len(outside):
+        raise MalformedTrajectory(
+            RejectCause.OUT_OF_RANGE,
+            f"token {outside[0]} has id {tokens[outside[0]]}; the model's vocabulary is 0 to {vocabulary - 1}",
+        )
+
+
 def token_versions(segments: Sequence[Segment], tokens: int) -> Int32Array:
     """Return the version that sampled each token, UNTRAINABLE for tokens outside of segments. [tokens] int32
 

@@ -55,6 +55,8 @@ from palimpsest.services.audit.read_store import CheckpointSearch, choose, read_
 from palimpsest.services.learner.ingest.validation import check_finished
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
+ANY_VOCABULARY = 2**31
+"""The audit loads no model: it accepts every token id of 31 bits."""
 ANY_VERSION = Version(1 << 62)
 """Newest version passed to the validation of records; the history shows which versions were published by then."""
 
@@ -241,7 +243,7 @@ def _logged_record(record: Record, message: Any) -> LoggedRecord:
     if not isinstance(message, TrajectoryFinished):
         return LoggedRecord(record.partition, record.offset, message.trajectory, message.reason.value)
     try:
-        check_finished(message, ANY_VERSION)
+        check_finished(message, ANY_VERSION, vocabulary=ANY_VOCABULARY)
     except MalformedTrajectory:
         return LoggedRecord(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
     versions = [segment.version for segment in message.segments]

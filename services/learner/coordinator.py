@@ -16,6 +16,7 @@ from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.task_publisher import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.loop import Loop, Outputs, Records, Training
+from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
@@ -51,6 +52,7 @@ def run_coordinator(
         ledger,
         _task_settings(config),
         run=config.run.id,
+        vocabulary=vocabulary_size(training.policy.model),
         confirm=writer.confirm,
         keep_flushed=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers,
         on_resolved=scores.forget,

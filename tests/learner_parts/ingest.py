@@ -9,6 +9,8 @@ from palimpsest.services.learner.ingest.task_publisher import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tests.records.builders import SAMPLING
 
+VOCABULARY = 300
+"""Number of token ids of the model."""
 Ledger = TrajectoryLedger[ReceivedTrajectory]
 
 
@@ -29,6 +31,7 @@ def an_ingest(
         ledger(samples=samples, groups_per_batch=groups, max_staleness=max_staleness, time_limit_s=60),
         TaskSettings(0, {"lookup": 1.0}, samples, SAMPLING, 60),
         run="test",
+        vocabulary=VOCABULARY,
         confirm=confirm,
         keep_flushed=keep_flushed,
         on_resolved=on_resolved,

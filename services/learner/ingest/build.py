@@ -46,15 +46,24 @@ def build_ingest(
     settings: TaskSettings,
     *,
     run: str,
+    vocabulary: int,
     confirm: Callable[[], None],
     keep_flushed: bool = False,
     on_resolved: Callable[[str], None] = lambda _: None,
 ) -> Ingest:
-    """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the last two."""
+    """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the others."""
     dead_letters = DeadLetterWriter(bus, run=run, confirm=confirm)
     return Ingest(
         ledger,
-        TrajectoryReader(bus, ledger, dead_letters, run=run, keep_flushed=keep_flushed, on_resolved=on_resolved),
+        TrajectoryReader(
+            bus,
+            ledger,
+            dead_letters,
+            run=run,
+            vocabulary=vocabulary,
+            keep_flushed=keep_flushed,
+            on_resolved=on_resolved,
+        ),
         TaskPublisher(bus, ledger, settings, run=run, confirm=confirm),
         dead_letters,
     )

@@ -45,6 +45,7 @@ class ReceivedTrajectory:
 class TrajectoryReader:
     """Enters what workers publish into the ledger.
 
+    vocabulary: number of token ids of the model. A record with another id is rejected.
     keep_flushed: keep flushes of live trajectories until `resolve_flushed` is called. Otherwise they are skipped.
     on_resolved: called with the id of each trajectory that needs no more scores.
     """
@@ -56,10 +57,12 @@ class TrajectoryReader:
         dead_letters: DeadLetterWriter,
         *,
         run: str,
+        vocabulary: int,
         keep_flushed: bool = False,
         on_resolved: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._ledger, self._dead_letters, self._run = ledger, dead_letters, run
+        self._vocabulary = vocabulary
         self._keeps_flushed, self._on_resolved = keep_flushed, on_resolved
         self._consumer = bus.consumer(TRAJECTORIES)
         self._tracker = OffsetTracker()
@@ -142,7 +145,7 @@ class TrajectoryReader:
         try:
             message: Message = decode_for_run(record, self._run)
             ends_trajectory = not isinstance(message, SegmentFlushed)
-            validate(message, newest)
+            validate(message, newest, vocabulary=self._vocabulary)
             status = self._enter(message, record)
         except RejectedRecord as error:
             self._reject(record, error, ends_trajectory=ends_trajectory)

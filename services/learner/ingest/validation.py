@@ -5,23 +5,28 @@ import math
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import MalformedTrajectory, check
+from palimpsest.common.trajectory import MalformedTrajectory, check, check_tokens
 from palimpsest.common.versions import Version
 
 MOST_TOKENS = 1 << 24
 """Maximum tokens of a trajectory. A longer one is rejected."""
 
 
-def validate(message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version) -> None:
-    """Raise MalformedTrajectory unless the message can be used. newest: no token can be of a later version."""
+def validate(
+    message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version, *, vocabulary: int
+) -> None:
+    """Raise MalformedTrajectory unless the message can be used.
+
+    newest: no token can be of a later version. vocabulary: number of token ids of the model.
+    """
     match message:
         case TrajectoryFinished():
-            check_finished(message, newest)
+            check_finished(message, newest, vocabulary=vocabulary)
         case SegmentFlushed():
-            check_sampled(message, newest)
+            check_sampled(message, newest, vocabulary=vocabulary)
 
 
-def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version) -> None:
+def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version, *, vocabulary: int) -> None:
     """Raise MalformedTrajectory unless everything that scoring relies on holds."""
     if len(message.tokens) % 4 or not 0 < len(message.tokens) <= 4 * MOST_TOKENS:
         raise MalformedTrajectory(
@@ -29,8 +34,7 @@ def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version)
             f"{len(message.tokens)} bytes are not an array of 1 to {MOST_TOKENS} 4-byte tokens",
         )
     tokens = unpack_int32(message.tokens)
-    if tokens.min() < 0:
-        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, "a token is negative")
+    check_tokens(tokens, vocabulary)
     check(message.segments, len(tokens))
     for segment in message.segments:
         if segment.version > newest:
@@ -48,9 +52,9 @@ def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version)
         raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"temperature is {message.temperature}; it must be above 0")
 
 
-def check_finished(message: TrajectoryFinished, newest: Version) -> None:
+def check_finished(message: TrajectoryFinished, newest: Version, *, vocabulary: int) -> None:
     """Raise MalformedTrajectory unless everything that training relies on holds."""
-    check_sampled(message, newest)
+    check_sampled(message, newest, vocabulary=vocabulary)
     if not math.isfinite(message.reward):
         raise MalformedTrajectory(RejectCause.NOT_FINITE, f"reward is {message.reward}; it must be finite")
     if not 0 <= message.reward <= 1:

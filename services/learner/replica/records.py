@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import MalformedTrajectory, check
+from palimpsest.common.trajectory import MalformedTrajectory, check, check_tokens
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
@@ -27,10 +27,7 @@ def to_rows(
             RejectCause.LENGTH_MISMATCH, f"{len(message.tokens)} bytes are not an array of 4-byte tokens"
         )
     tokens = unpack_int32(message.tokens)
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise MalformedTrajectory(
-            RejectCause.OUT_OF_RANGE, f"a token is outside the model's vocabulary of {vocabulary}"
-        )
+    check_tokens(tokens, vocabulary)
     check(message.segments, len(tokens))
     if any(segment.version > LAST_VERSION for segment in message.segments):
         raise MalformedTrajectory(RejectCause.UNKNOWN_VERSION, f"a segment is of a version above {LAST_VERSION}")

@@ -19,7 +19,7 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
-from tests.learner_parts.ingest import Ledger, an_ingest
+from tests.learner_parts.ingest import VOCABULARY, Ledger, an_ingest
 from tests.records.builders import a_finished, a_segment
 
 NEWEST = Version(5)
@@ -50,6 +50,7 @@ BROKEN: dict[str, tuple[RejectCause, dict[str, object]]] = {
     "tokens that end within a token": (RejectCause.LENGTH_MISMATCH, {"tokens": finished.tokens[:-1]}),
     "no tokens": (RejectCause.LENGTH_MISMATCH, {"tokens": b""}),
     "a negative token": (RejectCause.OUT_OF_RANGE, {"tokens": pack_int32([1, -2, 3, 4, 5, 6, 7, 8])}),
+    "a token beyond the vocabulary": (RejectCause.OUT_OF_RANGE, {"tokens": pack_int32([1, VOCABULARY, *range(3, 9)])}),
     "a segment beyond the tokens": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 9, 0),)}),
     "overlapping segments": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 5, 0), a_segment(4, 6, 1))}),
     "an empty segment": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(2, 2, 0),)}),

@@ -18,6 +18,7 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.ingest.validation import check_finished
+from tests.learner_parts.ingest import VOCABULARY
 from tests.records.builders import a_finished
 from tests.unit.learner.ingest.reading import BROKEN, NEWEST, finished, letters, publish, started
 
@@ -33,7 +34,7 @@ def test_an_unusable_record_is_dead_lettered_with_its_cause_and_the_run_continue
     cause, changes = BROKEN[what]
     broken, before = msgspec.structs.replace(finished, **changes), counted(cause)
     with pytest.raises(MalformedTrajectory):
-        check_finished(broken, NEWEST)
+        check_finished(broken, NEWEST, vocabulary=VOCABULARY)
     publish(bus, broken, a_finished(0, 1))
     reader.read_all(NEWEST, timeout_s=0)
     (letter,) = letters(bus)
