@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import mismatch
-from bench.mismatch.figures import drawings
+from bench.mismatch.figures import COLORS, drawings, figures, moving_means
 from bench.mismatch.measures import Gathered, Part, bootstrap, by_staleness, less_group_mean, slope
 from bench.mismatch.results import CONTROL, METHODS, Plan, tuned
 from bench.mismatch.tables import tables
@@ -187,7 +187,7 @@ def test_figures_and_tables_can_be_made_of_it(measured: dict[str, Any], tmp_path
     mismatch.write(measured, tmp_path / "new")
     written = {path.stem: path.read_text() for path in (tmp_path / "new").glob("*.svg")}
     assert written == drawings(measured)
-    assert all(text.startswith("<svg ") and "nan" not in text for text in written.values())
+    assert all("<svg " in text and "nan" not in text for text in written.values())
     assert json.loads((tmp_path / "new" / "mismatch.json").read_text()) == measured
     rows = {name: table.splitlines() for name, table in tables(measured).items()}
     assert {name: len(lines) - 2 for name, lines in rows.items()} == {
@@ -221,6 +221,19 @@ def test_arguments(
 def test_arguments_that_cannot_be_are_refused(argument: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         mismatch.main([argument])
+
+
+def test_a_figure_plots_the_measured_numbers(measured: dict[str, Any]) -> None:
+    drawn = figures(measured)
+    (axes,) = drawn["mismatch-curves"].axes
+    assert [line.get_label() for line in axes.lines] == list(COLORS)
+    for line in axes.lines:
+        method = measured["methods"][str(line.get_label())]
+        assert np.asarray(line.get_ydata()).tolist() == moving_means(method["reward_by_version"])
+    for axes, key in zip(drawn["mismatch-removed"].axes, ("mask_by_staleness", "clip_by_staleness"), strict=True):
+        for line in axes.lines:
+            means = [interval["mean"] for interval in measured["methods"][str(line.get_label())][key]]
+            assert np.asarray(line.get_ydata()).tolist() == means
 
 
 def test_the_published_tables_and_figures_are_of_the_published_numbers() -> None:
