@@ -152,7 +152,9 @@ def shown(opening: Opening, config: RunConfig | None) -> Iterator[str]:
         from palimpsest.services.rollout.chat_renderer import ChatRenderer  # imports transformers, which takes seconds
 
         try:
-            renderer = ChatRenderer.load(config.model.path, dict(config.model.chat_template_options))
+            renderer = ChatRenderer.load(
+                config.model.path, dict(config.model.chat_template_options), config.model.chat_template
+            )
         except UserError as error:
             note = str(error)
         else:

@@ -41,6 +41,9 @@ class Model(Section):
     """Folder (or hub id) of a Hugging Face causal LM with a tokenizer and a chat template."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of the learner. `eager` is fastest for short sequences on a CPU."""
+    chat_template: str = ""
+    """File of the chat template to use in place of the model's own, or `tools` for the bundled template with tools
+    (docs/models.md). If empty, the model's own template is used."""
     chat_template_options: dict[str, str | int | float | bool] = {}
     """Options for the chat template, for example `enable_thinking = false` for Qwen3."""
 

@@ -11,6 +11,7 @@ from palimpsest.common.config.schema import RunConfig
 IDENTITY = (
     "run.seed",
     "model.path",
+    "model.chat_template",
     "model.chat_template_options",
     "tasks.environments",
     "tasks.samples_per_group",

@@ -35,7 +35,9 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     rollout = config.rollout
-    dialogue = ChatRenderer.load(config.model.path, dict(config.model.chat_template_options))
+    dialogue = ChatRenderer.load(
+        config.model.path, dict(config.model.chat_template_options), config.model.chat_template
+    )
     engine = _engine(config, dialogue)
     server.doing = "the log to be opened"
     bus = open_bus(config)

@@ -8,13 +8,20 @@ the sentinel. This also works for templates that rewrite earlier messages.
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from palimpsest.common.logs import logger
 from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
+from palimpsest.services.rollout import template_proof
 from palimpsest.services.rollout.turn_ends import SENTINEL, control_tokens, find_turn_ends, generation_ids
+
+BUNDLED = "tools"
+"""The value of `model.chat_template` that chooses the bundled template."""
+_CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 class ChatRenderer:
@@ -30,19 +37,31 @@ class ChatRenderer:
         self._control = control_tokens(tokenizer) | set(self.stop_tokens)
 
     @classmethod
-    def load(cls, model: str, options: dict[str, Any]) -> "ChatRenderer":
-        """Return the renderer of a model folder. Raises UserError if its tokenizer or template cannot be used."""
+    def load(cls, model: str, options: dict[str, Any], template: str = "") -> "ChatRenderer":
+        """Return the renderer of a model folder. Raises UserError if its tokenizer or template cannot be used.
+
+        `template` is `model.chat_template`: empty for the model's own template, "tools", or a file.
+        """
         refuse_absent(model)
         refuse_no_tokenizer(model)
         try:
             tokenizer = _tokenizer(model)
         except Exception as error:
             raise UserError(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
+        if template:
+            tokenizer.chat_template = _template(template)
+        elif isinstance(tokenizer.chat_template, dict):
+            named = tokenizer.chat_template
+            tokenizer.chat_template = named.get("tool_use") or named.get("default")
         if not tokenizer.chat_template:
             raise UserError(
                 f"model.path: the tokenizer of {model} has no chat template, so it cannot render a dialogue: use an "
-                f"instruction-tuned model, or put a chat_template.jinja into the folder"
+                f'instruction-tuned model, set model.chat_template = "{BUNDLED}", or put a chat_template.jinja into '
+                f"the folder"
             )
+        if template == BUNDLED:
+            special = {entry.content for entry in tokenizer.added_tokens_decoder.values()}
+            options = options | {"chatml": special.issuperset(_CHATML)}
         try:
             known = generation_ids(model)
         except ValueError as error:
@@ -56,7 +75,7 @@ class ChatRenderer:
                 f"generation_config.json lists none, and its chat template writes no special token after an "
                 f"assistant message"
             )
-        dialogue.check()
+        dialogue.check(f"model.chat_template: {template}" if template else f"model.path: the chat template of {model}")
         return dialogue
 
     def begin(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
@@ -92,12 +111,17 @@ class ChatRenderer:
         """Return the tokens of a text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def check(self) -> None:
-        """Render a small dialogue. Raises UserError if the template cannot render tool output."""
-        try:
-            self.render_turn_separator([Message(role="tool", content="ok")], ended_by=self.stop_tokens[0])
-        except Exception as error:
-            raise UserError(f"model.path: its chat template cannot render a tool's answer: {error}") from None
+    def check(self, name: str) -> None:
+        """Render probe dialogues. Raises UserError if the template, called `name`, leaves out a part of one."""
+        fault = template_proof.find_fault(self._render)
+        if fault is not None:
+            raise UserError(
+                f'{name} {fault}. Set model.chat_template = "{BUNDLED}" for the bundled template, or to the file of a '
+                f"template that renders it (docs/models.md)"
+            )
+        error = template_proof.refuses_system(self._render)
+        if error is not None:
+            logger().warning("chat template refuses system messages", template=name, error=error)
 
     def _render(self, messages: Sequence[dict[str, str]], prompted: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         return str(
@@ -124,6 +148,22 @@ class ChatRenderer:
         if not found:
             raise ValueError("the template omits assistant messages")
         return tuple(self.encode(after))
+
+
+def _template(chosen: str) -> str:
+    """Return the template that `model.chat_template` chooses. Raises UserError if its file cannot be read."""
+    if chosen == BUNDLED:
+        return (resources.files(__package__) / "tools.jinja").read_text(encoding="utf-8")
+    try:
+        text = Path(chosen).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'model.chat_template: {chosen} cannot be read ({sentence(error)}); name a file, or "{BUNDLED}" for the '
+            f"bundled template"
+        ) from None
+    if not text.strip():
+        raise UserError(f"model.chat_template: {chosen} is empty; it must hold a Jinja chat template")
+    return text
 
 
 def _tokenizer(model: str) -> Any:

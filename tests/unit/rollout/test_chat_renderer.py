@@ -120,7 +120,10 @@ def test_a_stop_token_in_an_environments_text_stays_text(dialogue: ChatRenderer)
     [
         (None, "has no chat template"),
         ("{{ raise_exception('no tools here') }}", "cannot render a tool's answer"),
-        ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}", "omits"),
+        (
+            "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out assistant messages",
+        ),
     ],
 )
 def test_an_unsuitable_chat_template_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
