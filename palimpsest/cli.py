@@ -38,8 +38,11 @@ def check(arguments: Sequence[str]) -> None:
         return
     from palimpsest.common.config import load
     from palimpsest.common.config.to_toml import to_toml
+    from palimpsest.common.model_limits import refuse_limits
 
-    print(to_toml(load([*arguments, "--check"], os.environ, program="palimpsest check").config).rstrip("\n"))
+    config = load([*arguments, "--check"], os.environ, program="palimpsest check").config
+    refuse_limits(config)
+    print(to_toml(config).rstrip("\n"))
 
 
 def report(arguments: Sequence[str]) -> None:

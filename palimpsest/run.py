@@ -17,6 +17,7 @@ from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import file_errors_as_user_errors
+from palimpsest.common.model_limits import refuse_limits
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
 from palimpsest.common.sessions.token import token
@@ -45,10 +46,13 @@ def command(arguments: Sequence[str]) -> None:
 def launch(invocation: Invocation) -> None:
     """Start or resume the run. Returns when it is done; exits with 130 if it is stopped."""
     if invocation.check:
-        print(to_toml(resolve(invocation)), end="")
+        config = resolve(invocation)
+        refuse_limits(config)
+        print(to_toml(config), end="")
         return
     refuse_no_model(invocation.config.model.path)
     refuse_no_tokenizer(invocation.config.model.path)
+    refuse_limits(invocation.config)
     stop = Stop().install()
     settled = prepare_run(invocation, now=datetime.datetime.now(datetime.UTC).astimezone())
     with settled.lock as lock:

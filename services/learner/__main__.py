@@ -11,6 +11,7 @@ import sys
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.parent_death import die_with_parent
 from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
@@ -20,6 +21,7 @@ from palimpsest.common.snapshots.client import SnapshotClient
 def body(invocation: Invocation, stop: Stop) -> None:
     """Train until all versions are done or a stop is requested."""
     learner = invocation.config.learner
+    refuse_limits(invocation.config)
     if os.environ.get("RANK", "0") != "0":
         _train(invocation.config, stop, None)
         return
@@ -48,6 +50,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     ranks = ProcessGroup()
     if server is not None:
         server.doing = "the model to be loaded"
+        refuse_tokenizer(config.model.path)
     model = load_model(
         config.model.path,
         ranks.device,

@@ -7,6 +7,7 @@ from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
 from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop, application
 from palimpsest.common.sessions.client import SessionClient
@@ -29,6 +30,7 @@ ENVIRONMENT_MARGIN_S = 30.0
 def body(invocation: Invocation, stop: Stop) -> None:
     """Sample trajectories until the run ends or the process receives a stop request."""
     rollout = invocation.config.rollout
+    refuse_limits(invocation.config)
     with Starting("rollout", rollout.host, rollout.port, key="rollout", registry=REGISTRY) as server:
         asyncio.run(_work(invocation.config, stop, server))
 
@@ -38,6 +40,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     dialogue = ChatRenderer.load(
         config.model.path, dict(config.model.chat_template_options), config.model.chat_template
     )
+    refuse_tokenizer(config.model.path)
     engine = _engine(config, dialogue)
     server.doing = "the log to be opened"
     bus = open_bus(config)

@@ -1,5 +1,6 @@
 """User errors: each gives one clear message and its exit code, and no traceback."""
 
+import json
 import os
 import shutil
 import socket
@@ -107,6 +108,18 @@ def garbage(folder: Path, starting: Path) -> None:
     (folder / "config.json").write_bytes(b"\x00\xff not JSON")
 
 
+def with_an_added_token(folder: Path, starting: Path) -> None:
+    shutil.copytree(starting, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|added|>"}))
+
+
+def with_few_positions(folder: Path, starting: Path) -> None:
+    shutil.copytree(starting, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 95}))
+
+
 def without_tokenizer(folder: Path, starting: Path) -> None:
     shutil.copytree(starting, folder, ignore=shutil.ignore_patterns("tokenizer*"))
 
@@ -117,7 +130,12 @@ def without_tokenizer(folder: Path, starting: Path) -> None:
         (absent, "model.path: {model} does not exist; `make setup` builds"),
         (empty, "model.path: {model} holds no model (there is no {model}/config.json): a complete model folder"),
         (garbage, "model.path: {model}/config.json cannot be read ("),
-        (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): it takes a"),
+        (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): a complete"),
+        (
+            with_an_added_token,
+            "model.path: the tokenizer of {model} has 288 tokens with ids up to 287, but the model's",
+        ),
+        (with_few_positions, "sampling.max_trajectory_tokens is 96, but the model in {model} has 95 positions"),
     ],
 )
 def test_an_unreadable_model_folder_is_refused(

@@ -5,6 +5,7 @@ from palimpsest.common.config import Invocation
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop, application
 from palimpsest.common.snapshots.client import SnapshotClient
@@ -19,6 +20,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
             f'learner.proximal.kind is "{config.learner.proximal.kind}", so no process reads the scores of a replica. '
             f'Set it to "replica", or do not start a replica'
         )
+    refuse_limits(config)
     own = config.replica
     with Starting("replica", own.host, own.port, key="replica", registry=REGISTRY) as server:
         _score(config, stop, server)
@@ -33,6 +35,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     from palimpsest.services.learner.replica.worker import ReplicaWorker
 
     torch.set_num_threads(config.replica.threads)
+    refuse_tokenizer(config.model.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = config.replica
     server.doing = "the log to be opened"

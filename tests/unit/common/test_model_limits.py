@@ -1,0 +1,124 @@
+"""A model's limits are refused from its JSON files, with both numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.model_limits import TokenizerSize, positions, refuse_limits, tokenizer_size
+from palimpsest.common.user_error import UserError
+
+
+def a_model(folder: Path, *, config: dict[str, Any], settings: dict[str, Any] | None = None, tokens: int = 10) -> Path:
+    """A folder without weights. Its tokenizer has 2 added tokens among `tokens` tokens."""
+    folder.mkdir()
+    vocabulary = {f"t{i}": i for i in range(tokens - 2)}
+    added = [{"id": tokens - 2, "content": "<|a|>"}, {"id": tokens - 1, "content": "<|b|>"}]
+    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": added}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings or {}))
+    return folder
+
+
+def a_run(model: Path, *, longest: int = 1023, engine: dict[str, Any] | None = None) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": str(model)},
+            "tasks": {"environments": {"lookup": 1.0}},
+            "sampling": {"max_trajectory_tokens": longest},
+            "rollout": {"engine": engine or {"kind": "vllm"}},
+            "learner": {"versions": 1},
+        }
+    )
+
+
+@pytest.mark.parametrize("rows", [10, 64])
+def test_a_tokenizer_that_fits_is_accepted_and_padding_rows_too(tmp_path: Path, rows: int) -> None:
+    refuse_limits(a_run(a_model(tmp_path / "model", config={"vocab_size": rows})))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_token_without_a_row_is_refused(tmp_path: Path, nested: bool) -> None:
+    config: dict[str, Any] = {"vocab_size": 9}
+    model = a_model(tmp_path / "model", config={"text_config": config} if nested else config)
+    with pytest.raises(UserError) as refused:
+        refuse_limits(a_run(model))
+    assert str(refused.value) == (
+        f"model.path: the tokenizer of {model} has 10 tokens with ids up to 9, but the model's embedding has 9 rows "
+        f"(vocab_size in config.json). Resize the embedding (`model.resize_token_embeddings(len(tokenizer))`) and save "
+        f"the model, or remove the added tokens from the tokenizer"
+    )
+
+
+def test_special_tokens_that_the_tokenizer_adds_when_it_loads_count(tmp_path: Path) -> None:
+    settings = {"eos_token": "<|b|>", "pad_token": {"content": "<|pad|>"}, "extra_special_tokens": ["<|c|>"]}
+    model = a_model(tmp_path / "model", config={"vocab_size": 11}, settings=settings)
+    assert tokenizer_size(model) == TokenizerSize(12, 11)
+    with pytest.raises(UserError, match="12 tokens with ids up to 11, but the model's embedding has 11 rows"):
+        refuse_limits(a_run(model))
+
+
+def test_a_vocabulary_that_is_a_list_counts_by_its_index(tmp_path: Path) -> None:
+    model = a_model(tmp_path / "model", config={})
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
+    assert tokenizer_size(model) == TokenizerSize(2, 1)
+
+
+def test_a_folder_without_these_files_is_left_to_other_checks(tmp_path: Path) -> None:
+    refuse_limits(a_run(tmp_path / "absent"))
+    model = a_model(tmp_path / "model", config={})
+    (model / "tokenizer.json").write_text("[]")
+    refuse_limits(a_run(model))
+
+
+def test_a_trajectory_longer_than_the_positions_is_refused_with_both_keys(tmp_path: Path) -> None:
+    model = a_model(tmp_path / "model", config={"vocab_size": 10, "max_position_embeddings": 1024})
+    refuse_limits(a_run(model, longest=1023))
+    with pytest.raises(UserError) as refused:
+        refuse_limits(a_run(model, longest=1024))
+    assert str(refused.value) == (
+        f"sampling.max_trajectory_tokens is 1024, but the model in {model} has 1024 positions (max_position_embeddings "
+        f"in config.json), and the engine needs one token more. Set sampling.max_trajectory_tokens to at most 1023, or "
+        f"choose a model.path with more positions"
+    )
+    scripted = {"kind": "scripted", "texts": ["a"]}
+    refuse_limits(a_run(model, longest=1024, engine=scripted))
+    with pytest.raises(UserError, match=r"is 1025, but .* has 1024 positions .* to at most 1024, or"):
+        refuse_limits(a_run(model, longest=1025, engine=scripted))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"n_positions": 512}, (512, "n_positions")),
+        ({"max_position_embeddings": 4096, "seq_length": 2048}, (2048, "seq_length")),
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, (131072, "model_max_length")),
+        ({"text_config": {"max_position_embeddings": 64}}, (64, "max_position_embeddings")),
+        (
+            {"max_position_embeddings": 100, "rope_scaling": {"type": "dynamic", "factor": 2}},
+            (200, "max_position_embeddings times the factor of rope_scaling"),
+        ),
+        (
+            {"max_position_embeddings": 100, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            (100, "max_position_embeddings"),
+        ),
+        (
+            {"max_position_embeddings": 100, "rope_parameters": {"a": {"rope_type": "linear", "factor": 3.0}, "b": {}}},
+            (300, "max_position_embeddings times the factor of rope_parameters"),
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "max_position_embeddings": 100,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            (100, "max_position_embeddings"),
+        ),
+    ],
+)
+def test_positions_are_those_that_vllm_derives(config: dict[str, Any], expected: tuple[int, str] | None) -> None:
+    assert positions(config) == expected
