@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench NAME` prints what it does, and one JSON line last. Never asserted in a test."""
+"""Measurements: `python -m bench NAME` prints its progress, and the result as a JSON line. Tests assert no result."""

@@ -5,17 +5,17 @@ import json
 import sys
 
 PROGRAMS = {
-    "loop": "the embedded run: tokens a second, who waits on whom, pauses, bytes on the log",
-    "bus": "the log on a real Kafka beside kafka-python and confluent-kafka used bare: publishing, reading",
-    "ingest": "1,000 simulated rollout streams into one learner: trajectories a second, lag, memory",
-    "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens a second",
-    "mismatch": "a toy trained by exact old log-probs and by each surrogate: masks, clips, rewards",
-    "routes": "what old log-probs cost by each route: seconds, bytes, workers standing still",
+    "loop": "the embedded run: tokens per second, waiting times, pauses, bytes on the log",
+    "bus": "publishing and reading through the log, kafka-python and confluent-kafka on a real Kafka",
+    "ingest": "1,000 simulated rollout streams into one learner: trajectories per second, lag, memory",
+    "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens per second",
+    "mismatch": "a toy trained with exact old log-probs and with each surrogate: masks, clips, rewards",
+    "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }
 
 
 def main() -> int:
-    """Run one program; its result as one JSON line on standard output, last."""
+    """Run a program. Prints its result as the last line on standard output, as JSON."""
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
         print("usage: python -m bench NAME [OPTIONS]\n" + "\n".join(f"  {n:8} {what}" for n, what in PROGRAMS.items()))
         return 0 if sys.argv[1:2] in ([], ["--help"], ["-h"]) else 2

@@ -1,15 +1,16 @@
-"""The log on a real Kafka: how fast trajectories are published and read, beside the two clients used bare.
+"""Rates of publishing and reading trajectories on a real Kafka, through the log and through two client libraries.
 
 python -m bench bus [--servers=HOST:PORT] [--rounds 8] [--mebibytes 32] [--tokens 2048 16384]
 
-Without --servers a Kafka is started in a temporary folder. In every round each client in turn publishes the same
-records to a topic of its own; then each reads those that ours published, connected and placed beforehand. Whatever else
-the machine does so hits all alike. In the first round, which warms up and is not counted, each reads back what it
-published itself. Figures are medians over the rounds; a ratio is the median of the rounds' ratios.
+Without --servers the program starts a Kafka in a temporary folder. In every round each client publishes the same
+records to its own topic; then each client reads the records that `ours` published. Readers connect and seek before the
+clock starts. The alternation exposes all clients to the same load of the machine. In the first round, which is not
+counted, each client reads its own topic. Figures are medians over the rounds; a ratio is the median of the ratios of
+the rounds.
 
-`bare` is kafka-python with our batch size, `bare_defaults` with its own (it reads as the former does and is not asked
-again); all wait for every replica (acks=all) and are idempotent. The ratios are to the quicker of the two. Our records
-pass the claim check as they do in a run.
+`bare` is kafka-python with our batch size, `bare_defaults` with its default (both read alike, so only `bare` is
+reported for reading). All clients wait for every replica (acks=all) and are idempotent. Ratios compare `ours` with the
+faster of the two. Our records pass the claim check, as in a run.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from tools.backends.downloads import kafka_version
 from tools.backends.kafka import Kafka
 
 SAMPLES = 8
-"""Trajectories of a group: they have one key."""
+"""Trajectories of a group. They share a key."""
 BARE = ("bare", "bare_defaults")
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """What one client took in one round, by the clock and of this process's CPU time."""
+    """Wall-clock and CPU seconds of a client in a round."""
 
     publish: float
     publish_cpu: float
@@ -48,7 +49,7 @@ class Seconds:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of all clients and our ratios to kafka-python."""
+    """Return the figures of all clients and our ratios to kafka-python."""
     options = _options(arguments)
     with ExitStack() as stack:
         servers = options.servers
@@ -79,15 +80,15 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options = argparse.ArgumentParser(
         prog="python -m bench bus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--servers", default="", help="a Kafka that runs already")
+    options.add_argument("--servers", default="", help="address of a running Kafka")
     options.add_argument("--rounds", type=int, default=8, help="counted rounds")
-    options.add_argument("--mebibytes", type=int, default=32, help="published by each client in each round")
+    options.add_argument("--mebibytes", type=int, default=32, help="MiB that each client publishes in a round")
     options.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384], help="lengths of trajectories")
     return options.parse_args(arguments)
 
 
 def _records(tokens: int, size: int) -> list[Outgoing]:
-    """Trajectories of this length, together about `size` bytes."""
+    """Return trajectories of this length with about `size` bytes in total."""
     maker = Maker(seed=tokens)
     one = maker.outgoing(maker.finished(group_id(0), 0, tokens=tokens))
     count = max(1, size // len(one.body))
@@ -95,7 +96,7 @@ def _records(tokens: int, size: int) -> list[Outgoing]:
 
 
 def _rounds(named: Mapping[str, Client], records: Sequence[Outgoing], rounds: int) -> list[dict[str, Seconds]]:
-    """Every counted round's times by client."""
+    """Return the seconds of every counted round by client."""
     wanted = _digest([record.body for record in records])
     own = {name: client.topic for name, client in named.items()}
     _round(named, records, wanted, own, turn=0)
@@ -107,7 +108,7 @@ def _rounds(named: Mapping[str, Client], records: Sequence[Outgoing], rounds: in
 def _round(
     named: Mapping[str, Client], records: Sequence[Outgoing], wanted: str, topics: Mapping[str, str], *, turn: int
 ) -> dict[str, Seconds]:
-    """All publish; then each reads its topic of `topics` and finds there what was published."""
+    """Publish with every client, then read its topic of `topics` with every client. Checks the records read."""
     order = _order(list(named), turn)
     published, consumed = {}, {}
     with ExitStack() as stack:
@@ -120,12 +121,14 @@ def _round(
             began = _now()
             bodies = readers[name].read(len(records))
             consumed[name] = _since(began)
-            assert (len(bodies), _digest(bodies)) == (len(records), wanted), f"{name} read what was not published"
+            assert (len(bodies), _digest(bodies)) == (len(records), wanted), (
+                f"{name} read records that were not published"
+            )
     return {name: Seconds(*published[name], *consumed[name]) for name in named}
 
 
 def _order(names: list[str], turn: int) -> list[str]:
-    """Who comes first, second...: over 2 * len(names) rounds each has had every place, before and behind each other.
+    """Return the order of clients. Over 2 * len(names) rounds each client has every position, in both directions.
 
     >>> [_order(["a", "b", "c"], turn) for turn in range(4)]
     [['a', 'b', 'c'], ['c', 'b', 'a'], ['b', 'c', 'a'], ['a', 'c', 'b']]
@@ -136,22 +139,22 @@ def _order(names: list[str], turn: int) -> list[str]:
 
 
 def _now() -> tuple[float, float]:
-    """Clock and CPU time, seconds."""
+    """Return wall-clock and CPU time, seconds."""
     return time.perf_counter(), time.process_time()
 
 
 def _since(began: tuple[float, float]) -> tuple[float, float]:
-    """The same, since then."""
+    """Return wall-clock and CPU seconds since `began`."""
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def _digest(bodies: Sequence[bytes]) -> str:
-    """Of the bodies, in whatever order."""
+    """Return the digest of the bodies, independent of their order."""
     return blake2b(b"".join(sorted(blake2b(body).digest() for body in bodies))).hexdigest()
 
 
 def _figures(records: Sequence[Outgoing], rounds: Sequence[dict[str, Seconds]]) -> dict[str, Any]:
-    """Of one length: rates by client, and ours to the quicker of the bare ones."""
+    """Return the rates by client for one length, and our ratio to the faster bare client."""
     size = sum(len(record.body) for record in records)
     figures: dict[str, Any] = {"records": len(records), "record_bytes": size // len(records)}
     for what in ("publish", "consume"):
@@ -173,7 +176,7 @@ def _figures(records: Sequence[Outgoing], rounds: Sequence[dict[str, Seconds]]) 
 
 
 def _each(rounds: Sequence[dict[str, Seconds]], name: str, what: str) -> list[float]:
-    """One client's seconds of one kind, round by round."""
+    """Return the seconds of a client by round."""
     return [getattr(by_client[name], what) for by_client in rounds]
 
 

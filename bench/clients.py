@@ -1,7 +1,7 @@
-"""One Kafka through three clients: ours as services open it, kafka-python bare, confluent-kafka bare.
+"""Three clients of a Kafka: our log as services open it, kafka-python, and confluent-kafka.
 
-Each publishes a list of records and returns when all are acknowledged, every outcome looked at; each reads on
-from where it stands until it has so many bodies. All wait for every replica (acks=all) and are idempotent.
+A client publishes records and returns when all are acknowledged. A reader reads from its position until it has `count`
+bodies. All clients wait for every replica (acks=all) and are idempotent.
 """
 
 import tempfile
@@ -23,36 +23,36 @@ from palimpsest.services.rollout.outbox import BATCH
 
 PARTITIONS = 4
 WAIT_S = 60.0
-"""Nothing here takes so long unless it is broken."""
+"""Time limit of every operation."""
 
 
 class Reader(Protocol):
-    """Connected, placed behind the last record of every partition, with nothing fetched ahead."""
+    """A connected consumer at the end of every partition, without prefetched records."""
 
     def read(self, count: int) -> list[bytes]:
-        """The bodies of the next so many records; once."""
+        """Return the bodies of the next `count` records. Called once."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 class Client(Protocol):
-    """A way to Kafka, with a topic of its own to publish to, of PARTITIONS partitions."""
+    """A client with its own topic of PARTITIONS partitions."""
 
     topic: str
 
     def publish(self, records: Sequence[Outgoing]) -> None:
-        """Returns when all are acknowledged; raises if one was not."""
+        """Return when all records are acknowledged. Raises if one fails."""
 
     def reader(self, topic: str) -> Reader:
-        """A new one of this client's topic, or of ours."""
+        """Return a new reader of its own topic, or of the topic of `ours`."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 class Ours:
-    """The log as services open it: KafkaBus in ClaimCheck. Batches as the outbox makes them, each waited for."""
+    """The log as services open it: KafkaBus in ClaimCheck. Publishes batches of the outbox size, one at a time."""
 
     def __init__(self, servers: str, prefix: str) -> None:
         config = run(Path(tempfile.gettempdir()), {"kind": "kafka", "servers": servers, "topic_prefix": prefix})
@@ -77,7 +77,7 @@ class Ours:
 
 
 class OurReader:
-    """Asks for as many records at once as the learner's reader does."""
+    """Polls as many records as the reader of the learner."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer, self.close = consumer, consumer.close
@@ -89,7 +89,7 @@ class OurReader:
 
 
 class Bare:
-    """kafka-python as its documentation shows it. `settings` of the producer besides acks and idempotence."""
+    """kafka-python as in its documentation. settings: of the producer, besides acks and idempotence."""
 
     def __init__(self, servers: str, topic: str, **settings: Any) -> None:
         self._servers, self.topic = servers, topic
@@ -121,7 +121,7 @@ class Bare:
 
 
 class BareReader:
-    """kafka-python's poll, with its own settings."""
+    """poll() of kafka-python with default settings."""
 
     def __init__(self, servers: str, topic: str) -> None:
         partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]

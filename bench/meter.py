@@ -1,4 +1,4 @@
-"""What a learner reads, counted as it reads it."""
+"""Counts the records that a learner reads."""
 
 import time
 from array import array
@@ -11,15 +11,15 @@ from palimpsest.common.messages import TRAJECTORIES
 
 
 class Meter:
-    """Records and bytes of the topic `trajectories` read so far, and how old they were then."""
+    """Number, bytes and ages of the records read from the topic `trajectories`."""
 
     def __init__(self) -> None:
         self.records = self.bytes = 0
         self.ages = array("f")
-        """From the hand-over to the log until it was read, seconds."""
+        """Seconds from publishing to reading, one value per record."""
 
     def read(self, records: list[Record]) -> None:
-        """Count these."""
+        """Count these records."""
         now = time.time()
         self.records += len(records)
         self.bytes += sum(len(record.body) for record in records)
@@ -27,7 +27,7 @@ class Meter:
 
 
 class Metered:
-    """A bus (common/bus/port.py) whose reading of `trajectories` is counted."""
+    """A bus (common/bus/port.py) that counts the records read from `trajectories`."""
 
     def __init__(self, bus: Bus, meter: Meter) -> None:
         self._bus, self._meter = bus, meter
@@ -40,7 +40,7 @@ class Metered:
 
 
 class _Counted:
-    """A consumer that tells the meter what it hands out."""
+    """A consumer that counts its records."""
 
     def __init__(self, consumer: Consumer, meter: Meter) -> None:
         self._consumer, self._meter = consumer, meter

@@ -1,4 +1,4 @@
-"""Trajectories as workers publish them, of random tokens: the bytes are what counts here."""
+"""Trajectories as workers publish them, with random tokens."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ POOL = 1 << 18
 
 
 class Maker:
-    """Makes trajectories quickly: tokens and log-probs are cut from a pool of random ones."""
+    """Makes trajectories quickly: tokens and log-probs are slices of a random pool."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -23,7 +23,7 @@ class Maker:
     def finished(
         self, group: str, sample: int, *, tokens: int, run: str = "bench", worker: str = "w", version: int = 0
     ) -> TrajectoryFinished:
-        """A trajectory of `tokens` tokens (8 at least), of which a model sampled the second half of each turn."""
+        """Return a trajectory of `tokens` tokens (at least 8). The second half of each turn is sampled."""
         turn = tokens // TURNS
         segments = tuple(
             Segment(start, start + turn - turn // 2, Version(version), self._cut(self._logprobs, turn - turn // 2))
@@ -49,7 +49,7 @@ class Maker:
         )
 
     def outgoing(self, record: TrajectoryFinished) -> Outgoing:
-        """As the rollout's outbox publishes it."""
+        """Return the record as the outbox of a worker publishes it."""
         return Outgoing(record.group, encode(record), {"trajectory": record.trajectory})
 
     def _cut(self, pool: bytes, values: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The run that a measurement of the log stands for: a log, and nothing else of a run."""
+"""The configuration of a run for measurements of the log."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from palimpsest.common.config.schema import RunConfig
 
 
 def run(folder: Path, bus: dict[str, Any]) -> RunConfig:
-    """A run in this folder with this log, otherwise as by default. No model is there."""
+    """Return a run in this folder with this log and defaults for all other keys. Its model does not exist."""
     return RunConfig.model_validate(
         {
             "run": {"id": "bench", "folder": folder},
@@ -20,15 +20,15 @@ def run(folder: Path, bus: dict[str, Any]) -> RunConfig:
 
 
 class NoClaims:
-    """Where long bodies would go, for runs in which none is long enough."""
+    """Object store for runs without long bodies. Every call raises AssertionError."""
 
     def put_claim(self, body: bytes) -> str:
         """See common/bus/claim_check.py; not expected here."""
-        raise AssertionError(f"a record of {len(body)} bytes goes to the object store")
+        raise AssertionError(f"a record of {len(body)} bytes was sent to the object store")
 
     def claim(self, digest: str) -> bytes:
         """See common/bus/claim_check.py; not expected here."""
-        raise AssertionError(f"a record's body is elsewhere: {digest}")
+        raise AssertionError(f"a record body was read from the object store: {digest}")
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""

@@ -1,7 +1,7 @@
-"""Simulated rollout streams: each takes a trajectory that was offered, is busy with it for a while, and publishes it.
+"""Simulated rollout streams: a stream takes an offered trajectory, waits, and publishes it.
 
-One process drives many streams. A stream has a pace of its own, so trajectories end out of order; some are published
-a second time later, as by a worker that was restarted, and some are given up.
+A process drives many streams. Each stream has its own pace, so trajectories end out of order. Some trajectories are
+published twice, as after a restart of a worker, and some are dropped.
 """
 
 import heapq
@@ -31,34 +31,34 @@ from palimpsest.common.messages import (
 from palimpsest.services.rollout.outbox import BATCH
 
 SENT = "sent"
-"""Header: when it was first handed to the log, Unix seconds."""
+"""Header with the time of the first publication, Unix seconds."""
 REMEMBERED = 256
-"""One of so many last records is published again when a duplicate is due."""
+"""A duplicate repeats one of this many newest records."""
 SPREAD = 0.2
-"""Of the logarithm of the streams' paces: two in three are within a factor of 1.22 of the usual one."""
+"""Standard deviation of the logarithm of paces: two thirds are within a factor of 1.22 of the median."""
 LONGEST_WAIT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """What one process simulates."""
+    """Settings of one process."""
 
     config: RunConfig
     process: int
     processes: int
     streams: int
     tokens: int
-    """Mean length; lengths are spread evenly from half to one and a half of it."""
+    """Mean length in tokens. Lengths are uniform from 0.5 to 1.5 of the mean."""
     pace_s: float
-    """Usual seconds for a trajectory."""
+    """Median seconds of a trajectory."""
     duplicates: float
     """Share of records published again later."""
     dropped: float
-    """Share of trajectories given up."""
+    """Share of trajectories dropped."""
 
 
 def drive(streams: Streams, published: "Synchronized[int]", stop: Event) -> None:
-    """Run them until `stop`; `published` counts records on the log."""
+    """Run the streams until `stop`. `published` counts the records on the log."""
     bus = connect(streams.config, NoClaims())
     driver = _Driver(streams)
     with closing(bus), bus.consumer(TASKS) as tasks:
@@ -72,7 +72,7 @@ def drive(streams: Streams, published: "Synchronized[int]", stop: Event) -> None
 
 
 class _Driver:
-    """The streams of one process, and what each is busy with."""
+    """The streams of one process and their trajectories."""
 
     def __init__(self, streams: Streams) -> None:
         self._of = streams
@@ -81,22 +81,22 @@ class _Driver:
         self._paces = [streams.pace_s * self._random.lognormvariate(0, SPREAD) for _ in range(streams.streams)]
         self._idle = list(range(streams.streams))
         self._busy: list[tuple[float, int, GroupOffered, int]] = []
-        """When it ends, stream, its group's offer, sample."""
+        """End time, stream, offer, sample number."""
         self._waiting: deque[tuple[GroupOffered, int]] = deque()
         self._last: deque[Outgoing] = deque(maxlen=REMEMBERED)
 
     def offered(self, offer: GroupOffered) -> None:
-        """Every process hears of every group; each takes its share of them."""
+        """Take the group if it belongs to this process. Every process reads every offer."""
         if offer.index % self._of.processes == self._of.process:
             self._waiting += [(offer, sample) for sample in range(offer.samples)]
 
     def pause(self) -> float:
-        """How long nothing ends, seconds."""
+        """Return the seconds until the next trajectory ends."""
         until = self._busy[0][0] - time.monotonic() if self._busy else LONGEST_WAIT_S
         return min(max(0.0, until), LONGEST_WAIT_S)
 
     def finished(self) -> list[Outgoing]:
-        """What has ended by now, at most a batch; streams that are free go on with what waits."""
+        """Return ended trajectories, at most a batch. Free streams start waiting trajectories."""
         now = time.monotonic()
         batch: list[Outgoing] = []
         while self._busy and self._busy[0][0] <= now and len(batch) < BATCH:

@@ -1,1 +1,1 @@
-"""Programs for setting up: run by make, never by a service."""
+"""Programs that make runs. No service imports them."""

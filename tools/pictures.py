@@ -1,11 +1,11 @@
-"""The pictures of the README, made from a recorded run: docs/pictures/view.svg and docs/pictures/report.png.
+"""Draws the pictures of the README from a recorded run: docs/pictures/view.svg and docs/pictures/report.png.
 
 python -m tools.pictures RUN_FOLDER [--folder docs/pictures] [--version N]
 
-view.svg is the live view at the moment when version N (default: the middle of the run) was in force. It is drawn by
-the code of the live view, from the run's history and from what its workers wrote to the log. The snapshot store and
-the gateway write no status to the log, so their rows are left out. report.png is the top of report.html in a headless
-Chromium; without a Chromium it is left as it is.
+view.svg shows the live view when version N (default: the middle of the run) was the newest. The code of the live view
+draws it from the history of the run and the records of its workers. The snapshot store and the gateway write no status
+to the log, so the view omits their rows. report.png is the top of report.html in a headless Chromium. Without Chromium
+the file stays unchanged.
 """
 
 import argparse
@@ -36,20 +36,20 @@ from palimpsest.services.report.folder import Line, Seconds, history, read_run_c
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 108, 40
 WINDOW = "1200,1420"
-"""Pixels of the report's picture: its tiles, its curves, and the figure of discrepancy and staleness ratio."""
+"""Pixels of report.png: tiles, curves, and the figure of discrepancy and staleness ratio."""
 RATE_S = 10.0
-"""The rate of sampling is measured over about so many seconds, as in the live view."""
+"""Interval in seconds for the rate of sampling, as in the live view."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_LIMIT_S = 300.0
 WEB_FONT = re.compile(r"@font-face \{[^}]*\}\s*")
 
 
 def main() -> None:
-    """Make the pictures."""
+    """Draw the pictures."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run's folder, runs/ID")
+    parser.add_argument("run", type=Path, help="folder of a run, runs/ID")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "pictures")
     parser.add_argument("--version", type=int, default=None)
     options = parser.parse_args()
@@ -57,14 +57,14 @@ def main() -> None:
     (options.folder / "view.svg").write_text(draw(state_at(options.run, options.version)))
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        sys.exit(f"report.png is left as it is: none of {', '.join(BROWSERS)} is installed")
+        sys.exit(f"report.png is unchanged: none of {', '.join(BROWSERS)} is installed")
     photograph(browser, options.run / run_folder.REPORT, options.folder / "report.png")
 
 
 def state_at(folder: Path, version: int | None = None) -> State:
-    """The run's state when a worker first reported after it applied `version`.
+    """Return the state of the run at the first report of a worker after it applied `version`.
 
-    Raises UserError when the folder is no run's, or the run has not got that far.
+    Raises UserError if the folder belongs to no run, or the run has not reached the version.
     """
     config = read_run_config(folder)
     lines = list(history(folder / run_folder.HISTORY))
@@ -88,7 +88,7 @@ def state_at(folder: Path, version: int | None = None) -> State:
 
 
 def _reports(config: RunConfig, version: int) -> tuple[list[WorkerAlive], list[VersionApplied]]:
-    """What one worker reported up to its first report after it applied the version."""
+    """Return the records of a worker up to its first report after it applied the version."""
     alive: dict[str, list[WorkerAlive]] = {}
     applied: dict[str, list[VersionApplied]] = {}
     with closing(open_existing_bus(config)) as bus:
@@ -104,10 +104,10 @@ def _reports(config: RunConfig, version: int) -> tuple[list[WorkerAlive], list[V
 
 
 def _learner(line: Line) -> dict[str, object]:
-    """The learner's status while it trains the batch after this line's.
+    """Return the status of the learner while it trains the batch after this line.
 
-    Of the trajectories that were pending when the line was written, those of the next batch are being trained, and the
-    others wait: a worker with room for all of them samples what is offered at once.
+    The pending trajectories of this line are either in the next batch or wait: a worker with a free slot starts an
+    offered trajectory immediately.
     """
     ledger = line["trajectories"]
     waiting = max(0, ledger["pending"] - line["batch"])
@@ -126,7 +126,7 @@ def _answer(report: WorkerAlive, setup: float) -> StatusReply:
 
 
 def draw(shown: State) -> str:
-    """The view as an SVG that loads nothing."""
+    """Return the view as an SVG without external resources."""
     console = Console(width=COLUMNS, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(view(shown, width=COLUMNS, height=ROWS))
     drawn = WEB_FONT.sub("", console.export_svg(title="make run"))
@@ -134,9 +134,9 @@ def draw(shown: State) -> str:
 
 
 def photograph(browser: str, page: Path, picture: Path) -> None:
-    """The top of the page as a PNG. Raises UserError when there is no page, or the browser makes none of it."""
+    """Write the top of the page as a PNG. Raises UserError if the page is missing or the browser fails."""
     if not page.is_file():
-        raise UserError(f"{page}: no such report; `palimpsest report {page.parent}` makes it")
+        raise UserError(f"{page}: no such report; `palimpsest report {page.parent}` writes it")
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=15000"]
         done = subprocess.run(
@@ -145,7 +145,7 @@ def photograph(browser: str, page: Path, picture: Path) -> None:
             capture_output=True, text=True, check=False, timeout=BROWSER_LIMIT_S,
         )  # fmt: skip
     if done.returncode or not picture.is_file():
-        raise UserError(f"{browser} made no picture of {page}: {done.stderr[-400:]}", ExitCode.UNAVAILABLE)
+        raise UserError(f"{browser} wrote no picture of {page}: {done.stderr[-400:]}", ExitCode.UNAVAILABLE)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Resolve the pinned sets in requirements/: one for each kind of machine, the same for every supported Python.
+"""Resolve the pinned sets in requirements/: one set for each kind of machine, valid for every supported Python.
 
-    python -m tools.pins             # after a change of requirements/*.in: versions stay where they can
-    python -m tools.pins --upgrade   # the newest versions that fit together on every Python and architecture
+    python -m tools.pins             # after a change of requirements/*.in: keep versions if possible
+    python -m tools.pins --upgrade   # the newest versions that are compatible on every Python and architecture
 
-A set holds names and versions, no addresses. A version that not every Python can use is not taken.
+A set contains names and versions, and no URLs. Every version in it supports every Python.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from tools.pip_settings import client_settings
 from tools.setup import ROOT, UV_PROGRAM, VENV
 
 PYTHONS = tuple(f"{major}.{minor}" for major, minor in reversed(support.PYTHONS))
-"""Newest first: it has the fewest old versions to choose from, and what it takes binds the others."""
+"""Newest first: it supports the fewest versions of packages, and its versions constrain the older ones."""
 REQUIREMENTS = ROOT / "requirements"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A pinned set: what it is made from, besides `requirements/NAME.in`."""
+    """A pinned set, and its inputs besides `requirements/NAME.in`."""
 
     name: str
     overrides: Path | None = None
     bound_by: Path | None = None
-    """Another set, whose versions this one takes."""
+    """Another set. Shared packages have its versions."""
 
 
 KINDS = (
@@ -43,13 +43,13 @@ Pins = Mapping[str, str]
 
 
 class Unresolvable(Exception):
-    """No set of versions serves every Python and architecture; the message is the resolver's."""
+    """Raised if no set of versions supports every Python and architecture, with the message of the resolver."""
 
 
 def main(words: Sequence[str]) -> int:
-    """Write every set; returns the exit code."""
+    """Resolve and write all sets. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
+    parser.add_argument("--upgrade", action="store_true", help="use the newest versions")
     options = parser.parse_args(words)
     for kind in KINDS:
         target = REQUIREMENTS / f"{kind.name}.txt"
@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def resolved(kind: Kind, preferred: Pins) -> dict[tuple[str, str], Pins]:
-    """The set of each Python and architecture. Raises Unresolvable."""
+    """Return the set of each Python and architecture. Raises Unresolvable."""
     found: dict[tuple[str, str], Pins] = {}
     bound: dict[str, str] = pins(kind.bound_by.read_text()) if kind.bound_by else {}
     for python in PYTHONS:
@@ -75,7 +75,7 @@ def resolved(kind: Kind, preferred: Pins) -> dict[tuple[str, str], Pins]:
 
 
 def merged(found: Mapping[tuple[str, str], Pins]) -> str:
-    """One set that says the same as all of these. Raises Unresolvable where they differ between Pythons."""
+    """Merge the sets into the text of one set. Raises Unresolvable if they differ between Pythons."""
     lines = []
     for name in sorted({name for one in found.values() for name in one}):
         places = {place for place, one in found.items() if name in one}
@@ -92,7 +92,7 @@ def merged(found: Mapping[tuple[str, str], Pins]) -> str:
 
 
 def pins(text: str) -> dict[str, str]:
-    """Version by name of a set's text.
+    """Return version by name from the text of a set.
 
     >>> pins('# a set\\nnumpy==2.3.5\\nintel-openmp==2025.3.2 ; platform_machine == "x86_64"\\n')
     {'numpy': '2.3.5', 'intel-openmp': '2025.3.2'}

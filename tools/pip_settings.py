@@ -1,4 +1,4 @@
-"""pip's settings, handed on to uv: where a person told pip to look holds for uv as well."""
+"""Translates the settings of pip to uv, so that uv uses the same package indexes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @functools.cache
 def client_settings(pip: Path) -> dict[str, str]:
-    """The environment for uv, from the environment and from what this pip reads in its configuration files."""
+    """Return the environment for uv: this environment and the configuration of this pip."""
     listed = subprocess.run([str(pip), "config", "list"], capture_output=True, text=True, check=False).stdout
     return translated(listed, dict(os.environ))
 
 
 def translated(listed: str, environment: dict[str, str]) -> dict[str, str]:
-    """The environment with the lines of `pip config list` added; what it already says of uv stays.
+    """Return the environment with the lines of `pip config list` added. Existing uv variables take precedence.
 
     >>> translated("global.no-index='true'\\nglobal.find-links='/wheels'\\n", {})["UV_FIND_LINKS"]
     '/wheels'
@@ -39,8 +39,8 @@ def translated(listed: str, environment: dict[str, str]) -> dict[str, str]:
     settings.setdefault("UV_HTTP_TIMEOUT", "180")
     settings.setdefault("UV_LINK_MODE", "hardlink")
     settings.setdefault("UV_NO_PROGRESS", "1")
-    # once here, not in each process that imports torch: where PYTHONDONTWRITEBYTECODE is set, as in many containers,
-    # that is two to eight seconds each time
+    # Many containers set PYTHONDONTWRITEBYTECODE; each process would then compile torch again, which takes two to eight
+    # seconds.
     settings.setdefault("UV_COMPILE_BYTECODE", "1")
     settings.pop("VIRTUAL_ENV", None)
     return settings

@@ -1,7 +1,7 @@
-"""The references that follow from the code: docs/configuration.md, docs/metrics.md, docs/messages.md.
+"""Generates docs/configuration.md, docs/metrics.md and docs/messages.md from the code.
 
-python -m tools.references           # write them
-python -m tools.references --check   # exit 1 if one is not what the code says
+python -m tools.references           # write the files
+python -m tools.references --check   # exit with 1 if a file differs from the code
 """
 
 import argparse
@@ -29,7 +29,7 @@ SERVICES = ("learner", "learner.replica", "rollout", "env_gateway", "snapshot_st
 
 
 def main() -> int:
-    """Write or check."""
+    """Write or check the files. Returns the exit code."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true")
     check = arguments.parse_args().check
@@ -41,17 +41,17 @@ def main() -> int:
             if not check:
                 path.write_text(text)
     if stale:
-        print(f"{'not what the code says: ' if check else 'written: '}{', '.join(stale)}")
+        print(f"{'differs from the code; run `make docs`: ' if check else 'written: '}{', '.join(stale)}")
     return 1 if check and stale else 0
 
 
 def references() -> dict[str, str]:
-    """File name -> text."""
+    """Return the text of each file by file name."""
     return {"configuration.md": configuration(), "metrics.md": metrics(), "messages.md": wire()}
 
 
 def configuration() -> str:
-    """Every key of a run."""
+    """Return the reference of configuration keys."""
     parts = [
         "# Configuration",
         (
@@ -84,7 +84,7 @@ def _section(section: type[BaseModel], path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _kinds(field: FieldInfo, path: tuple[str, ...]) -> Iterator[str]:
-    """A section whose keys depend on its `kind`."""
+    """Yield the parts of a section whose keys depend on its `kind`."""
     kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in _below(field.annotation)}
     yield f"## [{'.'.join(path)}]"
     yield _cell(field.description or "")
@@ -108,7 +108,7 @@ def _table(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _below(annotation: Any) -> list[type[BaseModel]]:
-    """The sections, of which there are several if they have kinds."""
+    """Return the sections in an annotation. A section with kinds has several."""
     return [one for one in _members(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
@@ -117,7 +117,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _values(annotation: Any, bounds: Sequence[Any] = ()) -> str:
-    """What may stand at a key, in words."""
+    """Return the valid values of a key as text."""
     inner = get_args(annotation)
     match get_origin(annotation) or annotation:
         case origin if origin in (Union, UnionType):
@@ -153,7 +153,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def metrics() -> str:
-    """Every Prometheus series."""
+    """Return the reference of Prometheus metrics."""
     parts = [
         "# Metrics",
         (
@@ -170,7 +170,7 @@ def metrics() -> str:
 
 
 def _series(modules: Iterable[ModuleType]) -> str:
-    """A table of what these modules report."""
+    """Return the table of the metrics in these modules."""
     rows = [
         f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
         for module in modules
@@ -181,14 +181,14 @@ def _series(modules: Iterable[ModuleType]) -> str:
 
 
 def _metrics_of(service: str) -> Iterator[ModuleType]:
-    """The service's instruments.py."""
+    """Yield the instruments.py of a service."""
     folder = importlib.import_module(f"palimpsest.services.{service}").__path__[0]
     for path in sorted(Path(folder).glob("instruments.py")):
         yield importlib.import_module(f"palimpsest.services.{service}.{path.stem}")
 
 
 def wire() -> str:
-    """Every record on the log."""
+    """Return the reference of messages on the log."""
     parts = [
         "# Messages",
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
@@ -234,7 +234,7 @@ def _record(node: ast.ClassDef, module: ModuleType) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text for a table's cell."""
+    """Return the text escaped for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -1,10 +1,10 @@
-"""Create what a run needs and this checkout lacks: the environment and the starting model.
+"""Create the environment and the starting model if they are missing or outdated.
 
-Needs Python 3.11, 3.12 or 3.13 and nothing else. Each part leaves a stamp of what it was made from, so that a second
-call costs nothing and a changed requirement is noticed. Downloads are cached by uv outside the checkout.
+Needs only Python 3.11, 3.12 or 3.13. A stamp file holds the digest of the inputs of each part; a part is created again
+if its digest changes. uv caches downloads outside the checkout.
 
-    python3.12 -m tools.setup            # everything `make run` needs
-    python3.12 -m tools.setup --no-model # the environment only
+    python3.12 -m tools.setup            # environment and starting model
+    python3.12 -m tools.setup --no-model # only the environment
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 UV_PROGRAM = VENV / "bin" / "uv"
 PROGRAMS = (VENV / "bin" / "python", VENV / "bin" / "palimpsest")
-"""What a finished environment has."""
+"""Files of a complete environment."""
 STAMPS = ROOT / ".setup"
 MODEL = ROOT / "models" / "starting"
 UV = "uv==0.13.8"
 
 
 class Failed(Exception):
-    """Setting up cannot go on; the message says what to do."""
+    """Raised if setup fails. The message says what to do."""
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--no-model", action="store_true", help="leave the starting model out")
+    arguments.add_argument("--no-model", action="store_true", help="do not build the starting model")
     options = arguments.parse_args()
     try:
         environment()
@@ -53,41 +53,41 @@ def main() -> int:
         print(f"setup: {failure}", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"setup: {error}: mend that and call again; it goes on from here", file=sys.stderr)
+        print(f"setup: {error}: fix this and repeat the command; finished steps are kept", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nsetup: stopped; the next call goes on from here", file=sys.stderr)
+        print("\nsetup: stopped; repeat the command to continue", file=sys.stderr)
         return 130
     return 0
 
 
 def environment() -> None:
-    """The virtual environment with the pinned requirements of this machine's kind."""
+    """Create the virtual environment with the pinned set of this kind of machine. Raises Failed."""
     kind = kind_of_machine()
     pinned = ROOT / "requirements" / f"{kind}.txt"
     stamp = STAMPS / "environment"
-    wanted = made_from(pinned, ROOT / "pyproject.toml")
-    if holds(stamp, wanted, *PROGRAMS):
+    expected = made_from(pinned, ROOT / "pyproject.toml")
+    if holds(stamp, expected, *PROGRAMS):
         return
     examine(kind)
     with alone():
-        if holds(stamp, wanted, *PROGRAMS):
-            return  # another setup made it
+        if holds(stamp, expected, *PROGRAMS):
+            return  # another setup created it
         stamp.unlink(missing_ok=True)
         started = time.monotonic()
         virtual_environment()
         install(kind, pinned)
-        write(stamp, wanted)
+        write(stamp, expected)
         say(f"environment ready: {size_gb(VENV):.1f} GB in {time.monotonic() - started:.0f} s")
 
 
 def made_from(pinned: Path, project: Path) -> str:
-    """Digest of all that the environment follows from; the project's file names its console commands and plugins."""
+    """Return the digest of the inputs of the environment. pyproject.toml declares console commands and plugins."""
     return digest(pinned, project, extra=json.dumps(origin(), sort_keys=True))
 
 
 def examine(kind: str) -> None:
-    """Say what this machine lacks, before anything is downloaded. Raises Failed with every finding that stops."""
+    """Check this machine before the download. Prints warnings. Raises Failed with all findings that stop."""
     findings = judge.installation(gather.facts(ROOT, kind))
     stops = [finding.sentence for finding in findings if finding.level == STOPS]
     for finding in findings:
@@ -98,7 +98,7 @@ def examine(kind: str) -> None:
 
 
 def virtual_environment() -> None:
-    """.venv with uv in it, made by this Python in this folder; one that was made otherwise is replaced."""
+    """Create .venv with uv, using this Python. Replaces a .venv of another Python, folder or version of uv."""
     record = STAMPS / "venv.json"
     there = read(record)
     if VENV.exists() and (reason := unusable(there)) is None:
@@ -114,16 +114,16 @@ def virtual_environment() -> None:
 
 
 def unusable(there: dict[str, str]) -> str | None:
-    """Why the .venv that has this record cannot be used; None if it can."""
+    """Return why the .venv with this record cannot be used, or None if it can."""
     here = origin()
     if not there:
-        return "the setup that made it did not finish, or was an older one"
+        return "its setup did not finish, or is of an older release"
     if there.get("root") != here["root"]:
         return f"this checkout was moved (from {there.get('root')})"
     if there.get("python") != here["python"]:
-        return f"it has Python {there.get('python')}, and {here['python']} is asked for"
+        return f"it has Python {there.get('python')}, not {here['python']}"
     if there.get("uv") != here["uv"]:
-        return f"it has {there.get('uv')}, and {here['uv']} is wanted"
+        return f"it has {there.get('uv')}, not {here['uv']}"
     try:
         for program in ("python", "uv"):
             subprocess.run([str(VENV / "bin" / program), "--version"], capture_output=True, check=True)
@@ -133,7 +133,7 @@ def unusable(there: dict[str, str]) -> str | None:
 
 
 def origin() -> dict[str, str]:
-    """What a virtual environment is bound to."""
+    """Return the properties that a virtual environment depends on."""
     return {"root": str(ROOT), "python": platform.python_version(), "uv": UV}
 
 
@@ -156,30 +156,30 @@ def install(kind: str, pinned: Path) -> None:
 
 
 def starting_model() -> None:
-    """The model of examples/embedded.toml: built here, never downloaded."""
+    """Build the model of examples/embedded.toml. Raises Failed."""
     stamp = STAMPS / "starting_model"
-    wanted = made_of()
-    if holds(stamp, wanted, MODEL / "config.json"):
+    expected = made_of()
+    if holds(stamp, expected, MODEL / "config.json"):
         return
     with alone():
-        if holds(stamp, wanted, MODEL / "config.json"):
+        if holds(stamp, expected, MODEL / "config.json"):
             return
         started = time.monotonic()
-        say("building the starting model (a small Qwen3 and its tokenizer, taught the format of a tool call)")
+        say("building the starting model (a small Qwen3 and its tokenizer, trained to write tool calls)")
         run([str(VENV / "bin" / "python"), "-m", "tools.starting_model", str(MODEL)], "build the starting model")
-        write(stamp, wanted)
+        write(stamp, expected)
         say(f"starting model ready in {MODEL.relative_to(ROOT)} after {time.monotonic() - started:.0f} s")
 
 
 def made_of() -> str:
-    """Digest of all that the starting model follows from."""
+    """Return the digest of the inputs of the starting model."""
     builder = ROOT / "tools" / "starting_model"
     sources = sorted(builder.glob("*.py")) + sorted((ROOT / "services/env_gateway/environments").glob("*.py"))
     return digest(*sources, extra=(STAMPS / "environment").read_text())
 
 
-def install_with_progress(command: list[str], whole_gb: float) -> None:
-    """Run uv; show how much of the environment stands, every few seconds."""
+def install_with_progress(command: list[str], total_gb: float) -> None:
+    """Run uv and print the installed size every few seconds. Raises Failed."""
     started = shown = time.monotonic()
     free_before = shutil.disk_usage(ROOT).free
     settings = client_settings(VENV / "bin" / "pip")
@@ -191,25 +191,25 @@ def install_with_progress(command: list[str], whole_gb: float) -> None:
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     got = (free_before - shutil.disk_usage(ROOT).free) / 1e9
-                    say(f"  {max(got, 0):.1f} of up to {whole_gb} GB written, {shown - started:.0f} s")
+                    say(f"  {max(got, 0):.1f} of up to {total_gb} GB written, {shown - started:.0f} s")
         _, errors = process.communicate()
     if process.returncode != 0:
         reason = errors.strip().splitlines()[-6:] or [f"uv ended with {process.returncode}"]
         raise Failed(
             "installing the packages failed:\n  " + "\n  ".join(reason) + "\n"
-            "check the connection and the disk, then call again: what is already downloaded is kept"
+            "check the connection and the disk, then repeat the command; finished downloads are kept"
         )
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Hold off other setups of this checkout. The lock goes with the process."""
+    """Lock out other setups of this checkout. The kernel releases the lock when the process ends."""
     STAMPS.mkdir(exist_ok=True)
     with (STAMPS / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another setup of this checkout is at work; waiting for it")
+            say("waiting for another setup of this checkout")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -218,20 +218,20 @@ def run(command: list[str], purpose: str, env: dict[str, str] | None = None) -> 
     done = subprocess.run(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         tail = "\n  ".join(done.stderr.strip().splitlines()[-8:])
-        raise Failed(f"could not {purpose}:\n  {tail}\nmend that and call again: it goes on from here")
+        raise Failed(f"could not {purpose}:\n  {tail}\nfix this and repeat the command; finished steps are kept")
 
 
 def digest(*files: Path, extra: str = "") -> str:
     return hashlib.sha256(b"\0".join([f.read_bytes() for f in files] + [extra.encode()])).hexdigest()
 
 
-def holds(stamp: Path, wanted: str, *made: Path) -> bool:
-    """Whether what the stamp speaks of was made from what is wanted, and all of it is there."""
-    return stamp.is_file() and stamp.read_text() == wanted and all(path.exists() for path in made)
+def holds(stamp: Path, expected: str, *files: Path) -> bool:
+    """Return whether the stamp contains this digest and all files exist."""
+    return stamp.is_file() and stamp.read_text() == expected and all(path.exists() for path in files)
 
 
 def read(record: Path) -> dict[str, str]:
-    """What a record holds; nothing where there is none or it was cut short."""
+    """Return the record, or {} if the file is missing or incomplete."""
     try:
         return dict(json.loads(record.read_text()))
     except (FileNotFoundError, ValueError):

@@ -1,11 +1,11 @@
-"""The semantic mismatch in miniature: what each reference does to a toy of asynchronous training.
+"""The semantic mismatch in miniature: the effect of each reference on a toy of asynchronous training.
 
 python -m bench mismatch [--quick] [--seeds 5] [--versions 200] [--processes 2] [--folder FOLDER]
 
-Passive: one training by exact old log-probs, and what every reference makes of its tokens. Active: each reference
-trains by itself, over a cross of the two thresholds. The same seed gives every run the same start, prompts, staleness
-and luck; intervals are over seeds. --quick: two seeds, one setting, 40 versions; it shows that the program runs, and
-nothing else. With --folder the figures (SVG) and the numbers (JSON) are written there.
+Passive: one training with exact old log-probs, and every reference applied to its tokens. Active: each reference trains
+by itself, over a cross of the two thresholds. The same seed gives every run the same start, prompts, staleness and
+random numbers; intervals are over seeds. --quick: two seeds, one setting, 40 versions, only to check that the program
+runs. --folder: folder for the figures (SVG) and the numbers (JSON).
 """
 
 import argparse
@@ -27,11 +27,11 @@ from bench.mismatch.training import Finished, Observed, Run, observe, train
 from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 Job = Run | tuple[Toy, int]
-"""An active run, or the toy and seed of a passive one."""
+"""An active run, or toy and seed of a passive run."""
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of the measurement."""
+    """Return the result of the measurement."""
     options = argparse.ArgumentParser(
         prog="python -m bench mismatch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 def measure(plan: Plan, *, processes: int) -> dict[str, Any]:
-    """All runs of the plan."""
+    """Return the result of all runs of the plan."""
     passive: list[Job] = [(plan.toy, seed) for seed in plan.seeds]
     active = plan.runs()
     began, done = time.monotonic(), []
@@ -73,7 +73,7 @@ def measure(plan: Plan, *, processes: int) -> dict[str, Any]:
 
 
 def write(measured: dict[str, Any], folder: Path) -> None:
-    """The figures and the numbers; the folder is made."""
+    """Write the figures and the numbers. Creates the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawing in drawings(measured).items():
         (folder / f"{name}.svg").write_text(drawing)
@@ -81,12 +81,12 @@ def write(measured: dict[str, Any], folder: Path) -> None:
 
 
 def _all(jobs: Iterable[Job], processes: int) -> Iterator[Observed | Finished]:
-    """What comes of each, in their order."""
+    """Iterate over the results of the jobs, in order."""
     if processes == 1:
         _warm()
         yield from map(_work, jobs)
         return
-    # spawned: a forked process would share the threads' state that torch has by now
+    # spawn, because torch may have started threads, whose state a fork would copy
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_warm) as pool:
         yield from pool.map(_work, jobs)
 
@@ -99,6 +99,6 @@ def _work(job: Job) -> Observed | Finished:
 
 
 def _warm() -> None:
-    """One thread; and what torch loads at the first optimizer step is not in the first run's time."""
+    """Use one thread. Train once, so that the time of the first run excludes lazy imports of torch."""
     torch.set_num_threads(1)
     train(Run(Toy(versions=1), "exact", Thresholds(band=MAIN[0], clip_low=MAIN[1], clip_high=MAIN[1]), 0))

@@ -1,4 +1,4 @@
-"""What the tokens of a run say, and how sure a handful of seeds is."""
+"""Statistics over the tokens of a run, and intervals over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ TRUTH = Thresholds(band=None, clip_low=None, clip_high=None)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its 95 % bootstrap interval; None where there is no number."""
+    """A mean and its 95 % bootstrap interval. None if a value is missing."""
 
     mean: float | None
     low: float | None
@@ -27,47 +27,47 @@ NOTHING = Interval(None, None, None)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Trainable tokens as one reference sees them; arrays are [tokens]."""
+    """Trainable tokens under one reference. Arrays are [tokens]."""
 
     tokens: AuditedTokens
     places: NDArray[np.int64]
-    """Where in its row a token stands."""
+    """Position of the token in its row."""
     masked: NDArray[np.bool_]
     clipped: NDArray[np.bool_]
     first: bool
-    """Whether they are of a version's first minibatch."""
+    """Whether the tokens belong to the first minibatch of a version."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a run's tokens say about one reference."""
+    """Statistics of one reference over the tokens of a run."""
 
     mask_slope: float
-    """Of the share of masked tokens, for each version of staleness."""
+    """Change of the share of masked tokens per version of staleness."""
     mask_slope_at_place: float
-    """The same among tokens that stand at one place of the answer: early ones are older on average."""
+    """The same at a fixed position of the answer, because early tokens are older on average."""
     clip_slope: float
     clip_first_minibatch: float
-    """Share of clipped tokens there."""
+    """Share of clipped tokens in first minibatches."""
     leak: float
     """Mean |reference - old|, nats."""
     leak_rms: float
     discrepancy_correlation: float | None
-    """Of the log-discrepancy seen with the true one; None where what is seen does not vary."""
+    """Correlation of log proximal / behavior with the true log-discrepancy. None if the former is constant."""
     mask_by_staleness: list[float]
     clip_by_staleness: list[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Parts of a run, one after another."""
+    """Parts of a run, in order."""
 
     parts: list[Part] = field(default_factory=list)
 
     def seen(self) -> Seen:
-        """What they say together. Raises ValueError for no parts."""
+        """Return the statistics over all parts. Raises ValueError without parts."""
         if not self.parts:
-            raise ValueError("no tokens were gathered: the run has to have more versions than its window")
+            raise ValueError("no tokens were gathered: the run needs more versions than its window")
         tokens = AuditedTokens.joined([part.tokens for part in self.parts])
         masked = np.concatenate([part.masked for part in self.parts])
         clipped = np.concatenate([part.clipped for part in self.parts])
@@ -88,7 +88,7 @@ class Gathered:
 
 
 def slope(values: NDArray[np.generic], over: NDArray[np.generic]) -> float:
-    """Of the straight line of least squares; 0 when `over` is constant.
+    """Return the slope of the least-squares line; 0 if `over` is constant.
 
     >>> round(slope(np.array([0.0, 0.1, 0.2]), np.array([0, 1, 2])), 9)
     0.1
@@ -99,7 +99,7 @@ def slope(values: NDArray[np.generic], over: NDArray[np.generic]) -> float:
 
 
 def less_group_mean(values: NDArray[np.generic], groups: NDArray[np.int64]) -> Array:
-    """Each value less the mean of its group.
+    """Return each value minus the mean of its group.
 
     >>> less_group_mean(np.array([1.0, 3.0, 7.0]), np.array([0, 0, 2])).tolist()
     [-1.0, 1.0, 0.0]
@@ -110,7 +110,7 @@ def less_group_mean(values: NDArray[np.generic], groups: NDArray[np.int64]) -> A
 
 
 def by_staleness(values: NDArray[np.generic], staleness: NDArray[np.generic]) -> list[float]:
-    """Mean of the values at staleness 0, 1, ...; each up to the greatest has to be there.
+    """Return the mean of the values at staleness 0, 1, ... Every staleness up to the maximum must occur.
 
     >>> by_staleness(np.array([True, False, True]), np.array([0, 0, 1]))
     [0.5, 1.0]
@@ -121,10 +121,10 @@ def by_staleness(values: NDArray[np.generic], staleness: NDArray[np.generic]) ->
 
 
 def bootstrap(values: Sequence[float | None], *, resamples: int = RESAMPLES) -> Interval:
-    """Mean over seeds and its 95 % percentile interval, seeds drawn with replacement.
+    """Return the mean over seeds and its 95 % percentile interval, with seeds drawn with replacement.
 
-    For two methods give the differences of the same seeds: the draws are then paired. Of few seeds (five have 126
-    different draws) the interval is rather too narrow. None among the values: there is no interval.
+    To compare two methods, pass the differences by seed: the draws are then paired. With few seeds (five have 126
+    different draws) the interval is too narrow. If a value is None, all fields are None.
     """
     numbers = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(numbers) or len(numbers) < len(values):

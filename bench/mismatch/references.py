@@ -1,4 +1,4 @@
-"""What stands in the proximal's place: exact old log-probs from the store, and the learner's own surrogates."""
+"""Sources of the proximal: exact old log-probs from the store, and the surrogates of the learner."""
 
 from collections.abc import Sequence
 
@@ -35,19 +35,19 @@ SURROGATES: dict[str, SurrogateConfig] = {
 }
 REFERENCES = (EXACT, *SURROGATES)
 DECAYS = (0.0, 1 / 3, 0.5, 2 / 3, 0.8, 8 / 9, 0.95)
-"""Of moving averages whose leak is compared."""
+"""Decays of the moving averages whose leak is compared."""
 CPU = torch.device("cpu")
 
 
 class Stored:
-    """Exact: each token by the weights of its own version, out of the store. See services/learner/proximal/types.py."""
+    """Exact old log-probs: the stored weights of its version score each token. A Source of proximal/types.py."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     @torch.no_grad()
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:  # noqa: ARG002  a token's version says all
-        """One pass for each version, over the rows that hold any of its tokens."""
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:  # noqa: ARG002  depends on the versions of tokens only
+        """Return the old log-probs. Runs one pass per version, over the rows with its tokens."""
         tokens = torch.cat([torch.from_numpy(batch.tokens) for batch in batches])
         versions = torch.cat([torch.from_numpy(batch.versions) for batch in batches])
         temperatures = torch.cat([torch.from_numpy(batch.temperatures) for batch in batches])
@@ -61,7 +61,7 @@ class Stored:
 
 
 def source(reference: str, *, store: Store, policy: Policy, toy: Toy) -> Source:
-    """The source of that name for a policy whose first version is in the store. Raises KeyError for no such name."""
+    """Return the source of this name. The store must hold the first version. Raises KeyError for an unknown name."""
     if reference == EXACT:
         return Stored(store)
     return build_surrogate(
@@ -70,5 +70,5 @@ def source(reference: str, *, store: Store, policy: Policy, toy: Toy) -> Source:
 
 
 def masters(policy: Policy) -> list[Tensor]:
-    """Its weights, which are float32."""
+    """Return the float32 weights of the policy."""
     return [parameter.detach() for parameter in policy.parameters()]

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, made from the measured numbers alone. Pure."""
+"""The tables of docs/results.md, from the measured numbers. Pure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,12 @@ Result = dict[str, Any]
 
 
 def tables(result: Result) -> dict[str, str]:
-    """Name -> Markdown."""
+    """Return the Markdown of each table by name."""
     return {"passive": passive(result), "active": active(result), "thresholds": thresholds(result)}
 
 
 def passive(result: Result) -> str:
-    """What each reference makes of the same tokens."""
+    """Return the table of all references on the same tokens."""
     head = (
         "reference",
         "mask slope",
@@ -39,7 +39,7 @@ def passive(result: Result) -> str:
 
 
 def active(result: Result) -> str:
-    """What comes of training by each, at the main thresholds."""
+    """Return the table of trainings with each method, at the main thresholds."""
     head = (
         "method",
         "final reward",
@@ -75,7 +75,7 @@ def active(result: Result) -> str:
 
 
 def thresholds(result: Result) -> str:
-    """Final reward over c and over epsilon."""
+    """Return the table of the final reward by c and by epsilon."""
     settings = result["settings"]
     main = settings["passive"]
     bands, clips = settings["c"], [f"{clip:g}" for clip in settings["epsilon"] if clip != main["epsilon"]]
@@ -96,7 +96,7 @@ def thresholds(result: Result) -> str:
 
 
 def _interval(interval: dict[str, float | None], digits: int) -> str:
-    """A mean and its interval.
+    """Return a mean and its interval as text.
 
     >>> _interval({"mean": 0.5, "low": 0.4, "high": 0.61}, 2)
     '0.50 [0.40, 0.61]'
@@ -104,7 +104,7 @@ def _interval(interval: dict[str, float | None], digits: int) -> str:
     numbers = [interval[key] for key in ("mean", "low", "high")]
     if any(number is None for number in numbers):
         return "-"
-    # + 0.0 after rounding: a zero has no sign
+    # + 0.0 removes the sign of a rounded zero
     mean, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in numbers if number is not None)
     return f"{mean} [{low}, {high}]" if mean != low or mean != high else mean
 

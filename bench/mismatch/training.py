@@ -1,7 +1,7 @@
-"""Training the toy, by the learner's own correction and objective.
+"""Trains the toy with the correction and the objective of the learner.
 
-Passive: the exact old log-probs train, and every reference is asked about the same tokens. That compares what they see
-without what they would have done. Active: each reference trains by itself.
+Passive: exact old log-probs train, and every reference is applied to the same tokens, so differences come from the
+references alone. Active: each reference trains by itself.
 """
 
 import time
@@ -28,9 +28,9 @@ from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEw
 from palimpsest.services.learner.proximal.types import Exact, Proximal, Source, Surrogate
 
 WEIGHT_BOUND = 5.0
-"""Weights (the discrepancy) are truncated here."""
+"""Upper bound of the weights (discrepancies)."""
 LAST = 25
-"""Versions over which a run's final reward is the mean."""
+"""Number of last versions in the mean of the final reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,19 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What came of it."""
+    """Result of a run."""
 
     rewards: list[float]
-    """Mean over each version's answers."""
+    """Mean reward of each version."""
     masked: float
     """Share of all trainable tokens."""
     clipped: float
-    """The same; of those that were not masked."""
+    """Share of all trainable tokens that are clipped and not masked."""
     resets: int
     seconds: float
     """CPU time."""
     proximal_seconds: float
-    """CPU time of it that the reference took."""
+    """CPU time of the reference."""
 
     @property
     def final_reward(self) -> float:
@@ -66,18 +66,18 @@ class Finished:
 
 
 class Judged(NamedTuple):
-    """What a reference makes of a minibatch; [rows, tokens] each."""
+    """Correction and objective of a minibatch under one reference. Arrays are [rows, tokens]."""
 
     anchor: Tensor
-    """Its log-probs, nats."""
+    """Log-probs of the reference, nats."""
     outcome: Outcome
     masked: Tensor
     clipped: Tensor
-    """bool: lost its gradient to the clip, so was not masked."""
+    """bool: the clip removes the gradient of the token. Masked tokens are not included."""
 
 
 def judge(batch: PaddedBatch, current: Tensor, proximal: Proximal, place: int, thresholds: Thresholds) -> Judged:
-    """Correction and objective of one minibatch. current: [rows, tokens], nats, with gradient where one is wanted."""
+    """Return correction and objective of a minibatch. current: [rows, tokens], nats, with gradient for training."""
     if thresholds.clip_low is None or thresholds.clip_high is None:
         raise ValueError("the objective has a clip: give clip_low and clip_high")
     mask, behavior = torch.from_numpy(batch.mask), torch.from_numpy(batch.behavior)
@@ -91,12 +91,12 @@ def judge(batch: PaddedBatch, current: Tensor, proximal: Proximal, place: int, t
 
 
 def current_logprobs(policy: Policy, batch: PaddedBatch) -> Tensor:
-    """Of the live policy, [rows, tokens], nats, with gradient."""
+    """Return the log-probs of the policy with gradient. [rows, tokens], nats"""
     return token_logprobs(policy, torch.from_numpy(batch.tokens), torch.from_numpy(batch.temperatures))
 
 
 class Trainer:
-    """A policy, its optimizer, its versions, and the random numbers that a seed gives to every run alike."""
+    """Policy, optimizer, versions, and a random generator that is the same for every run with this seed."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
         self.toy, self.now = toy, Version(0)
@@ -107,11 +107,11 @@ class Trainer:
         self._random = np.random.default_rng(seed)
 
     def sample(self) -> Batch:
-        """The next version's batch."""
+        """Return the batch of the next version."""
         return sample(self.store, self.toy, self.now, self._random)
 
     def step(self, batch: PaddedBatch, judged: Judged) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         mask = torch.from_numpy(batch.mask)
         denominators = Denominators(tokens=int(mask.sum()), sequences=len(mask), length=mask.shape[1])
         loss = aggregate(judged.outcome.losses, mask, "token_mean", denominators)
@@ -120,14 +120,14 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def publish(self) -> None:
-        """The next version is there."""
+        """Publish the next version to the store."""
         self.now = Version(self.now + 1)
         self.store.publish(self.now, self.policy)
 
 
 @dataclass(slots=True)
 class Shares:
-    """Trainable tokens, and what became of them."""
+    """Counts of trainable, masked and clipped tokens."""
 
     tokens: int = 0
     masked: int = 0
@@ -136,7 +136,7 @@ class Shares:
     """Sum over the tokens, versions."""
 
     def add(self, batch: PaddedBatch, judged: Judged, now: Version) -> None:
-        """A minibatch's."""
+        """Add the counts of a minibatch."""
         self.tokens += int(batch.mask.sum())
         self.masked += int(judged.masked.sum())
         self.clipped += int(judged.clipped.sum())
@@ -144,7 +144,7 @@ class Shares:
 
 
 def train(run: Run) -> Finished:
-    """Active: this reference trains."""
+    """Return the result of an active run."""
     began, proximal_seconds = time.process_time(), 0.0
     trainer = Trainer(run.toy, run.seed)
     reference = source(run.reference, store=trainer.store, policy=trainer.policy, toy=run.toy)
@@ -175,7 +175,7 @@ def train(run: Run) -> Finished:
 
 
 def follow(reference: Source, policy: Policy, shares: Shares) -> None:
-    """Tell a moving average of the version just trained."""
+    """Pass the trained version to a moving average."""
     if isinstance(reference, EwmaProx | PpoEwmaAsync):
         reference.published(
             masters(policy),
@@ -185,13 +185,13 @@ def follow(reference: Source, policy: Policy, shares: Shares) -> None:
 
 
 def resets(reference: Source) -> int:
-    """Of its moving average; 0 where there is none."""
+    """Return the resets of the moving average; 0 for other references."""
     return sum(reference.resets.values()) if isinstance(reference, PpoEwmaAsync) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What one passive run saw."""
+    """Result of a passive run."""
 
     references: dict[str, Seen]
     leaks: dict[float, float]
@@ -199,7 +199,7 @@ class Observed:
 
 
 def observe(toy: Toy, thresholds: Thresholds, seed: int) -> Observed:
-    """Passive: exact trains. Tokens count from the first version on whose tokens have every staleness."""
+    """Return the result of a passive run. Excludes versions whose tokens do not have every staleness."""
     trainer = Trainer(toy, seed)
     policy = trainer.policy
     exact = Stored(trainer.store)
@@ -236,7 +236,7 @@ def observe(toy: Toy, thresholds: Thresholds, seed: int) -> Observed:
 
 
 def _leaks(average: Surrogate, old: Exact, batch: Batch) -> list[Tensor]:
-    """|average - old| of the trainable tokens, nats, minibatch by minibatch."""
+    """Return |average - old| of the trainable tokens of each minibatch, nats."""
     masks = [torch.from_numpy(minibatch.mask) for minibatch in batch.minibatches]
     both = zip(average.logprobs, old.logprobs, masks, strict=True)
     return [(guess - true).abs()[mask] for guess, true, mask in both]

@@ -283,5 +283,5 @@ def test_check_reports_a_stale_reference_and_does_not_rewrite_it(
     monkeypatch.setattr(references, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["references", "--check"])
     assert references.main() == 1
-    assert capsys.readouterr().out == "not what the code says: configuration.md\n"
+    assert capsys.readouterr().out == "differs from the code; run `make docs`: configuration.md\n"
     assert "clip_lower" in (tmp_path / "docs" / "configuration.md").read_text()

@@ -161,7 +161,7 @@ def test_up_refuses_a_port_in_use_and_leaves_no_process(folder: Path) -> None:
     with socket.create_server((ports.HOST, port := ports.free())):
         refused = command("up", folder, "--kafka-port", str(port))
     assert refused.returncode == ExitCode.UNAVAILABLE
-    assert f"port {port} of 127.0.0.1 is taken" in refused.stderr
+    assert f"port {port} of 127.0.0.1 is in use" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert processes(folder) == []
 

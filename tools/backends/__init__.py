@@ -1,7 +1,7 @@
-"""Real Kafka and MinIO servers of one machine, for tests and for trying a cluster's run without a cluster.
+"""Kafka and MinIO servers on this machine, for tests and for cluster runs without a cluster.
 
-Nothing is installed into the system: Kafka's published jars come by Maven, MinIO is built by Go, both once into a
-cache outside the checkout. Not for production: one copy of everything, on 127.0.0.1.
+Nothing is installed into the system: Maven downloads the jars of Kafka, and Go builds MinIO, once into a cache outside
+the checkout. Not for production: the servers keep one replica and listen on 127.0.0.1.
 
     python -m tools.backends up      # start both, print addresses and credentials
     python -m tools.backends status

@@ -1,4 +1,4 @@
-"""Start and stop a Kafka and a MinIO of this machine, to try a cluster's run without a cluster."""
+"""Start and stop Kafka and MinIO on this machine, for cluster runs without a cluster."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "backends"
 
 
 def main(words: Sequence[str]) -> int:
-    """Obey the words; returns the exit code."""
+    """Run the command. Returns the exit code."""
     options = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     pair = DevStack(options.folder.absolute(), _say)
@@ -32,12 +32,12 @@ def main(words: Sequence[str]) -> int:
         return refusal.code
     except OSError as error:
         print(
-            f"backends: {error}; name a folder that can be written to (make {options.command} FOLDER=...)",
+            f"backends: {error}; name a writable folder (make {options.command} FOLDER=...)",
             file=sys.stderr,
         )
         return ExitCode.UNAVAILABLE
     except KeyboardInterrupt:
-        print("\nbackends: interrupted; what runs goes on until `down`, the next `up` does the rest", file=sys.stderr)
+        print("\nbackends: interrupted; started servers run until `down`, and `up` starts the others", file=sys.stderr)
         return ExitCode.INTERRUPTED
     return ExitCode.DONE
 
@@ -45,15 +45,17 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.backends", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="get what is missing, start both, print addresses and credentials")
-    down = commands.add_parser("down", help="stop what `up` started; data stays")
-    status = commands.add_parser("status", help="say which of the two runs; exit code 0 if both do")
+    up = commands.add_parser(
+        "up", help="download missing programs, start both servers, print addresses and credentials"
+    )
+    down = commands.add_parser("down", help="stop the servers that `up` started; their data stays")
+    status = commands.add_parser("status", help="print which servers run; exit code 0 if both run")
     for command in (up, down, status):
         command.add_argument(
             "folder", nargs="?", type=Path, default=FOLDER, help="data and logs (default: %(default)s)"
         )
-    up.add_argument("--kafka-port", type=_port, help="default: the one it had, else 9092, else a free one")
-    up.add_argument("--minio-port", type=_port, help="default: the one it had, else 9000, else a free one")
+    up.add_argument("--kafka-port", type=_port, help="default: the previous port, else 9092, else a free port")
+    up.add_argument("--minio-port", type=_port, help="default: the previous port, else 9000, else a free port")
     return parser
 
 
@@ -66,12 +68,12 @@ def _port(text: str) -> int:
 def _tell(pair: DevStack, settings: dict[str, str]) -> None:
     folder = shlex.quote(_short(pair.folder))
     _print("\n  ".join(["", *exports(settings)]))
-    _print(f"\nThese lines are in {folder}/environment. In the shell of a run: . {folder}/environment")
+    _print(f"\n{folder}/environment contains these lines. Load them in the shell of a run: . {folder}/environment")
     _print(f"To stop both: make down{'' if pair.folder == FOLDER else f' FOLDER={folder}'}")
 
 
 def _short(folder: Path) -> str:
-    """The folder as seen from here, if it is below."""
+    """Return the folder, relative to the working directory if it is inside."""
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -81,7 +83,7 @@ def _say(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Print; without a reader (`make up | head`) the work goes on in silence."""
+    """Print the text. If the reader closed the pipe (`make up | head`), continue silently."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""What takes minutes to get is got once for a machine, outside the checkout, and is either whole or absent."""
+"""Cache of the programs that take minutes to download or build. An entry is either complete or absent."""
 
 import fcntl
 import os
@@ -13,20 +13,20 @@ Say = Callable[[str], None]
 
 
 def folder() -> Path:
-    """`$PALIMPSEST_CACHE`, else `palimpsest` in the user's cache."""
+    """Return `$PALIMPSEST_CACHE`, or `palimpsest` in the cache folder of the user."""
     if named := os.environ.get("PALIMPSEST_CACHE"):
         return Path(named).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "palimpsest"
 
 
 def made(name: str, make: Callable[[Path], None], say: Say) -> Path:
-    """The cache's folder of this name; `make` fills it if it is missing, under another name until it is whole."""
+    """Return the cache entry `name`. If it is missing, `make` fills a temporary folder, which is then renamed."""
     target = folder() / name
     if target.is_dir():
         return target
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        with locked(folder() / f"{name}.lock", lambda: say(f"another process is getting {name}; waiting for it")):
+        with locked(folder() / f"{name}.lock", lambda: say(f"waiting for another process that downloads {name}")):
             if not target.is_dir():
                 partial = target.with_name(f"{name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -43,7 +43,7 @@ def made(name: str, make: Callable[[Path], None], say: Say) -> Path:
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Hold this lock file; `waits` is called once if another process holds it. It goes with the process."""
+    """Hold this lock file. Calls `waits` once if another process holds it. The kernel releases it at exit."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,5 +54,5 @@ def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
 
 
 def megabytes(path: Path) -> float:
-    """Size of all files below this folder, in MB."""
+    """Return the size of all files in this folder, in MB."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6

@@ -1,4 +1,4 @@
-"""A test authority with a certificate for the server and one for a client, made once for a folder."""
+"""A test certificate authority, with a server certificate and a client certificate."""
 
 import datetime
 import ipaddress
@@ -13,7 +13,7 @@ VALID = datetime.timedelta(days=3650)
 
 
 def make(folder: Path) -> None:
-    """Write ca.pem, server.pem, server.key, client.pem and client.key, unless they are there."""
+    """Write ca.pem, server.pem, server.key, client.pem and client.key, unless they exist."""
     if (folder / "client.pem").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Kafka and MinIO in one folder, for a person: they go on when the command that started them has ended."""
+"""Kafka and MinIO in one folder. They keep running after the command that started them exits."""
 
 import os
 import shlex
@@ -15,20 +15,20 @@ from tools.backends.process import Server
 from tools.backends.process_identity import Identity
 
 USUAL_PORTS = {"kafka": 9092, "minio": 9000}
-STANDS_STILL_S = 120.0
-"""A broker that recovers a segment of 1 GB from a slow disk says nothing for a minute."""
+NO_PROGRESS_LIMIT_S = 120.0
+"""Start limit without progress. A broker that recovers a segment of 1 GB from a slow disk logs nothing for a minute."""
 TITLES = {"kafka": Kafka.title, "minio": Minio.title}
 
 
 @dataclass(frozen=True)
 class DevStack:
-    """The two servers of a folder: each has data, log, port and process record in a folder of its own below it."""
+    """The two servers of a folder. Each has a subfolder for data, log, port and process record."""
 
     folder: Path
     say: Say
 
     def up(self, kafka_port: int | None, minio_port: int | None) -> dict[str, str]:
-        """Both run afterwards; returns what a run's environment needs to reach them, and writes it to a file."""
+        """Start both servers. Returns the environment variables of a run and writes them to a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with cache.locked(self.folder / "lock", self._waits):
             downloads.kafka(self.say)
@@ -47,7 +47,7 @@ class DevStack:
         return settings
 
     def down(self) -> None:
-        """Neither runs afterwards; what they keep stays. No other process is touched, whatever the records say."""
+        """Stop both servers and keep their data. Never signals another process, even if a record is outdated."""
         if not self.folder.is_dir():
             self.say(f"nothing was started in {self.folder}")
             return
@@ -62,31 +62,31 @@ class DevStack:
                 self._record(name).unlink(missing_ok=True)
 
     def status(self) -> bool:
-        """Say how both are; whether both run."""
+        """Print the status of both servers. Returns whether both run."""
         running = [self._say_status(name, title) for name, title in TITLES.items()]
         return all(running)
 
     @property
     def environment(self) -> Path:
-        """The file with the settings, for a shell to read."""
+        """The shell file with the settings."""
         return self.folder / "environment"
 
     def _up(self, server: Server, address: str) -> None:
         if (process := self._process(server.folder.name)) is not None:
             if not server.answers():
                 raise UserError(
-                    f"{server.title} runs (process {process.pid}) but does not answer at {address}: look into "
-                    f"{server.log}, or stop it with `down` and call again",
+                    f"{server.title} runs (process {process.pid}) but does not answer at {address}: read "
+                    f"{server.log}, or stop it with `down` and repeat the command",
                     ExitCode.UNAVAILABLE,
                 )
             self.say(f"{server.title} runs already: {address}")
             return
         started = time.monotonic()
-        server.start(STANDS_STILL_S, self.say)
+        server.start(NO_PROGRESS_LIMIT_S, self.say)
         self.say(f"{server.title} runs: {address}, after {time.monotonic() - started:.1f} s; its log is {server.log}")
 
     def _port(self, name: str, wanted: int | None) -> int | None:
-        """The port to start it on; None for the one its folder remembers."""
+        """Return the port to start on, or None for the port in the folder of the server."""
         there = ports.remembered(self.folder / name / "port")
         if self._process(name) is not None:
             if wanted is not None and wanted != there:
@@ -99,7 +99,7 @@ class DevStack:
         usual = USUAL_PORTS[name]
         if ports.is_free(usual):
             return usual
-        self.say(f"port {usual} is taken: {TITLES[name]} gets another")
+        self.say(f"port {usual} is in use: {TITLES[name]} uses another port")
         return None
 
     def _say_status(self, name: str, title: str) -> bool:
@@ -111,7 +111,7 @@ class DevStack:
         return True
 
     def _process(self, name: str) -> Identity | None:
-        """The server's process, if it lives."""
+        """Return the process of the server, or None if it does not run."""
         process = Identity.read(self._record(name))
         return process if process is not None and process.alive else None
 
@@ -125,11 +125,11 @@ class DevStack:
         partial.replace(self.environment)
 
     def _waits(self) -> None:
-        self.say(f"another `up` or `down` is at work in {self.folder}; waiting for it")
+        self.say(f"waiting for another `up` or `down` in {self.folder}")
 
 
 def exports(settings: dict[str, str]) -> list[str]:
-    """Lines that set these in a shell.
+    """Return the shell lines that set these variables.
 
     >>> exports({"NAME": "two words"})
     ["export NAME='two words'"]

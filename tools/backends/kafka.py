@@ -1,4 +1,4 @@
-"""Kafka of one process: broker and controller, in KRaft mode."""
+"""A Kafka server with broker and controller in one process (KRaft mode)."""
 
 import shutil
 import socket
@@ -23,18 +23,18 @@ PROTOCOLS: Mapping[Security, str] = {
 }
 USER = "palimpsest"
 FAST_JVM = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.awt.headless=true")
-"""Starts in two seconds; a broker that is to run for days would compile further."""
+"""Options for a start in two seconds. They limit compilation, which slows a broker that runs for days."""
 ANSWER_S = 1.0
 API_VERSIONS = struct.pack(">hhih", 18, 0, 1, -1)
-"""Kafka's first question, asked before any login: kind 18, layout 0, request 1, no client's name."""
+"""Request ApiVersions, valid before authentication: API key 18, version 0, correlation id 1, no client id."""
 
 
 class Kafka(Server):
-    """A broker on 127.0.0.1. Topics are never made by using them; a group's member is given up after 1 s at the least.
+    """A broker on 127.0.0.1. It creates no topics automatically. The minimum session timeout of a group is 1 s.
 
-    Clients speak to it as `security` says. TLS: its certificate is signed by `ca_file`; a client may show
-    `certificate_file` with `key_file`, and has to with `require_certificate`. SASL: `username` and `password`, by
-    PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    `security` selects the protocol of clients. TLS: `ca_file` signs its certificate; a client can present
+    `certificate_file` with `key_file`, and must if `require_certificate`. SASL: `username` and `password`, with PLAIN,
+    SCRAM-SHA-256 or SCRAM-SHA-512.
     """
 
     title = "Kafka"
@@ -55,18 +55,18 @@ class Kafka(Server):
         self._controller = ports.free(self.port, self._internal)
         self.certificates = self.folder / "certificates"
         if self._tls:
-            from tools.backends import certificates  # only here: most tests go without
+            from tools.backends import certificates  # only with TLS: the import takes time
 
             certificates.make(self.certificates)
 
     @property
     def servers(self) -> str:
-        """Where clients begin."""
+        """Bootstrap address for clients."""
         return f"{ports.HOST}:{self.port}"
 
     @property
     def username(self) -> str:
-        """The one user that SASL lets in."""
+        """The only SASL user."""
         return USER
 
     @property
@@ -81,16 +81,16 @@ class Kafka(Server):
 
     @property
     def certificate_file(self) -> Path:
-        """A client's certificate (PEM)."""
+        """Certificate of a client (PEM)."""
         return self.certificates / "client.pem"
 
     @property
     def key_file(self) -> Path:
-        """That client's private key (PEM)."""
+        """Private key of that client (PEM)."""
         return self.certificates / "client.key"
 
     def prepare(self) -> None:
-        """Write the settings; make the data folder if there is none, whole or not at all."""
+        """Write the settings. Create the data folder atomically if it is missing."""
         data = self.folder / "data"
         if not data.exists():
             partial = self.folder / "data.partial"
@@ -104,12 +104,12 @@ class Kafka(Server):
         return [*self._java(), "kafka.Kafka", str(self.folder / "server.properties")]
 
     def answers(self) -> bool:
-        """Whether it says which requests it knows: it does so once it may lead partitions."""
+        """Return whether the broker answers ApiVersions, which it does once it can lead partitions."""
         try:
             with self._connected() as connection, connection.makefile("rb") as answers:
                 connection.sendall(struct.pack(">i", len(API_VERSIONS)) + API_VERSIONS)
                 answer = answers.read(10)
-        except OSError:  # refused, too late, or no TLS yet
+        except OSError:  # refused, timed out, or TLS not ready
             return False
         return len(answer) == 10 and struct.unpack(">iih", answer)[1:] == (1, 0)
 
@@ -136,7 +136,7 @@ class Kafka(Server):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UserError(
-                f"Kafka could not make its data folder in {self.folder}:\n{done.stdout}{done.stderr}",
+                f"Kafka could not create its data folder in {self.folder}:\n{done.stdout}{done.stderr}",
                 ExitCode.UNAVAILABLE,
             )
 
@@ -149,7 +149,7 @@ class Kafka(Server):
         return self.security in {"sasl_plaintext", "sasl_tls"}
 
     def _write(self, name: str, data: Path) -> Path:
-        """Write the settings for this data folder; only the owner reads them, for they hold the password."""
+        """Write the settings for this data folder. Only the owner can read them, because they contain the password."""
         path = self.folder / name
         path.touch(mode=0o600)
         path.write_text("".join(f"{key}={value}\n" for key, value in self._settings(data).items()))
@@ -194,7 +194,7 @@ class Kafka(Server):
         return settings
 
     def _keystore(self) -> Path:
-        """Key and certificate in one file, as Kafka wants them."""
+        """Return a file with key and certificate, the format that Kafka requires."""
         path = self.certificates / "keystore.pem"
         path.touch(mode=0o600)
         path.write_text("".join((self.certificates / part).read_text() for part in ("server.key", "server.pem")))
@@ -218,4 +218,4 @@ QUICK = {
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "1000",
 }
-"""A killed broker is not held to be alive for long, and neither is a consumer."""
+"""Short timeouts: the cluster detects a killed broker or consumer within seconds."""

@@ -1,4 +1,4 @@
-"""MinIO of one process and one folder."""
+"""A MinIO server with one process and one folder."""
 
 import http.client
 import ssl
@@ -13,7 +13,7 @@ ANSWER_S = 1.0
 
 
 class Minio(Server):
-    """An S3 on 127.0.0.1, with `access_key` and `secret_key`; TLS: its certificate is signed by `ca_file`."""
+    """An S3 server on 127.0.0.1, with `access_key` and `secret_key`. TLS: `ca_file` signs its certificate."""
 
     title = "MinIO"
 
@@ -22,24 +22,24 @@ class Minio(Server):
         self.tls = tls
         self.certificates = self.folder / "certificates"
         if tls:
-            from tools.backends import certificates  # only here: most tests go without
+            from tools.backends import certificates  # only with TLS: the import takes time
 
             certificates.make(self.certificates)
 
     @property
     def endpoint(self) -> str:
-        """Where clients find it."""
+        """URL for clients."""
         scheme = "https" if self.tls else "http"
         return f"{scheme}://{ports.HOST}:{self.port}"
 
     @property
     def access_key(self) -> str:
-        """The user's name."""
+        """Name of the user."""
         return USER
 
     @property
     def secret_key(self) -> str:
-        """The user's password."""
+        """Password of the user."""
         return secret.kept(self.folder / "password")
 
     @property
@@ -48,7 +48,7 @@ class Minio(Server):
         return self.certificates / "ca.pem"
 
     def prepare(self) -> None:
-        """Put the certificate where MinIO looks; an empty folder there means no TLS."""
+        """Copy the certificate to the folder that MinIO reads. With an empty folder, MinIO uses no TLS."""
         served = self.folder / "served"
         served.mkdir(exist_ok=True)
         (self.folder / "data").mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ class Minio(Server):
         ]
 
     def environment(self) -> Mapping[str, str]:
-        """Credentials; no console, no look for newer versions."""
+        """Return the credentials, and settings that disable the console and the update check."""
         return {
             "MINIO_ROOT_USER": self.access_key,
             "MINIO_ROOT_PASSWORD": self.secret_key,
@@ -81,7 +81,7 @@ class Minio(Server):
         }
 
     def answers(self) -> bool:
-        """Whether objects and users can be reached: /minio/health/ready says so before it knows its users."""
+        """Return whether objects and users are available. /minio/health/ready answers before users are loaded."""
         connection = self._connection()
         try:
             connection.request("GET", "/minio/health/cluster")

@@ -1,4 +1,4 @@
-"""Ports of 127.0.0.1 for servers that are killed and come back."""
+"""Ports on 127.0.0.1 for servers that are killed and restarted."""
 
 import random
 import socket
@@ -6,12 +6,12 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 CHOICE = range(20000, 32768)
-"""Below those that Linux lends to clients: one that keeps trying a dead server's port could else be lent that very
-port, connect to itself, and keep the server from coming back."""
+"""Below the ephemeral ports of Linux. A client that retries the port of a dead server could otherwise get this port as
+its own, connect to itself, and block the restart of the server."""
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Return whether a server can listen on this port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -22,10 +22,10 @@ def is_free(port: int) -> bool:
 
 
 def free(*others: int) -> int:
-    """A port that no one listens on, and none of the others."""
+    """Return an unused port that is not in `others`."""
     return next(port for port in random.sample(CHOICE, len(CHOICE)) if port not in others and is_free(port))
 
 
 def remembered(file: Path) -> int | None:
-    """The port that this file keeps, if it is there."""
+    """Return the port in this file, or None without the file."""
     return int(file.read_text()) if file.exists() else None

@@ -1,4 +1,4 @@
-"""One server process: started, waited for, stopped, killed, paused; and who it is once its starter is gone."""
+"""Starts, stops, kills and pauses a server process."""
 
 import contextlib
 import os
@@ -24,19 +24,18 @@ POLL_S = 0.05
 SAID_EVERY_S = 5.0
 
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
-"""Starts every server: the kernel ends a tied process with the *thread* that started it, and this one stays to the end.
-Ctrl-C does not reach it either, so a process that was started is always known to us."""
+"""Starts every server. With PR_SET_PDEATHSIG the kernel kills a child when the *thread* that started it ends: this one
+runs until exit. KeyboardInterrupt is not raised in it, so the process object of a started server is never lost."""
 
 
 class Server(ABC):
-    """A server whose data, log and process record are in one folder.
+    """A server with data, log and process record in one folder.
 
-    It may be started again on the same folder, and answers on the same port. Unless it is `detached` it does not
-    outlive this process.
+    A restart on the same folder uses the same port. The server ends with this process unless it is `detached`.
     """
 
     title: str
-    """What a person calls it."""
+    """Name in messages."""
 
     def __init__(self, folder: Path, port: int | None, *, detached: bool = False) -> None:
         self.folder = folder.absolute()
@@ -48,46 +47,46 @@ class Server(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Write what the process reads, at every start."""
+        """Write the files that the process reads. Called at every start."""
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The process's command line."""
+        """Return the command line of the process."""
 
     @abstractmethod
     def answers(self) -> bool:
-        """Whether it serves requests now; True or False within two seconds."""
+        """Return whether the server serves requests, within two seconds."""
 
     def environment(self) -> Mapping[str, str]:
-        """What the process's environment has besides ours."""
+        """Return environment variables to add for the process."""
         return {}
 
     @property
     def log(self) -> Path:
-        """What the process writes to its output, of all its starts."""
+        """Output of the process, over all starts."""
         return self.folder / f"{self.title.lower()}.log"
 
     @property
     def record(self) -> Path:
-        """Who the process is, for those who come after the one that started it."""
+        """File with the identity of the process, for later commands."""
         return self.folder / "process.json"
 
     @property
     def running(self) -> bool:
-        """Whether a process that this object started lives."""
+        """Whether the process that this object started runs."""
         return self.process is not None and self.process.poll() is None
 
     def start(self, limit_s: float = 60.0, say: Say = lambda _: None) -> None:
-        """Returns when it serves requests; `say` is told of a long recovery.
+        """Start the server and wait until it serves requests. Reports a long recovery to `say`.
 
-        Raises UserError with the log's end, the process killed, when it ends or nothing has moved for `limit_s`
-        seconds.
+        Raises UserError with the end of the log if the process ends, or makes no progress for `limit_s` seconds. The
+        process is then killed.
         """
         assert not self.running, f"{self.title} runs already"
         if not ports.is_free(self.port):
             raise UserError(
-                f"{self.title} cannot start: port {self.port} of {ports.HOST} is taken; end what listens "
-                f"there, or name another port",
+                f"{self.title} cannot start: port {self.port} of {ports.HOST} is in use; end the program "
+                f"that listens there, or name another port",
                 ExitCode.UNAVAILABLE,
             )
         (self.folder / "port").write_text(f"{self.port}\n")
@@ -104,7 +103,7 @@ class Server(ABC):
             raise
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Ask it to end and wait for that; one that does not end is killed."""
+        """Send SIGTERM and wait. Kill the process if it does not end within `timeout_s`."""
         if (process := self.process) is None:
             return
         self._signal(signal.SIGTERM)
@@ -114,7 +113,7 @@ class Server(ABC):
         self.kill()
 
     def kill(self) -> None:
-        """End it as a crash would, without a word."""
+        """Kill the process, as a crash does."""
         if self.process is not None:
             self._signal(signal.SIGKILL)
             self.process.wait()
@@ -122,9 +121,9 @@ class Server(ABC):
         self.record.unlink(missing_ok=True)
 
     def pause(self) -> None:
-        """Stop its clock: connections stay, nothing answers from here on."""
+        """Suspend the process. Its connections stay open and get no answer."""
         self._signal(signal.SIGSTOP)
-        if self.process is not None:  # its threads stop one by one; WNOWAIT: an end remains for `running` to see
+        if self.process is not None:  # wait until all threads stop; WNOWAIT keeps an exit status for `running`
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
@@ -150,14 +149,14 @@ class Server(ABC):
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is ours to hand on
+                start_new_session=True,  # Ctrl-C must not reach the server
                 preexec_fn=None if self.detached else lambda: die_with_parent(parent),
             )
         if self.detached and (identity := Identity.of(self.process.pid)) is not None:
             identity.write(self.record)
 
     def _wait(self, limit_s: float, say: Say, begin: int) -> None:
-        """Wait until it answers; `begin` is where this start's part of the log does."""
+        """Wait until the server answers. begin: offset in the log file where this start begins."""
         recovery, patience, said = LogRecovery(), Patience(limit_s, self.clock()), self.clock()
         with self.log.open(errors="replace") as log:
             log.seek(begin)

@@ -1,4 +1,4 @@
-"""Which process this is: a number alone does not say, because the kernel gives it again (Linux)."""
+"""Identity of a process (Linux). A PID alone is not enough, because the kernel reuses PIDs."""
 
 import contextlib
 import os
@@ -13,50 +13,50 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """A process that no later one can be mistaken for.
+    """PID, start time and boot id: unique over restarts of the machine.
 
-    Its command line is no part of this: for a moment after a process was started the kernel has none to tell.
+    The command line is not included, because /proc has none for a moment after the start of a process.
     """
 
     pid: int
     started: int
-    """Clock ticks from the machine's start to the process's."""
+    """Start time of the process, in clock ticks since boot."""
     boot: str
-    """This start of the machine."""
+    """Boot id of the machine."""
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """The process that has this number now; None if there is none, or only what its parent has not yet seen end."""
+        """Return the running process with this PID, or None if there is none or it is a zombie."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        state, *others = stat[stat.rindex(")") + 2 :].split()  # the name before may hold anything
+        state, *others = stat[stat.rindex(")") + 2 :].split()  # the process name may contain any character
         if state in "ZX":
             return None
         return cls(pid=pid, started=int(others[18]), boot=BOOT.read_text().strip())
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """The process that was written here; None without such a file, or with one that was cut short."""
+        """Return the identity in this file, or None if the file is missing or incomplete."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
 
     def write(self, path: Path) -> None:
-        """Replace the file by one that says who this is."""
+        """Write the identity to this file, atomically."""
         partial = path.with_suffix(".partial")
         partial.write_bytes(msgspec.json.encode(self))
         partial.replace(path)
 
     @property
     def alive(self) -> bool:
-        """Whether this very process lives."""
+        """Whether this process runs."""
         return Identity.of(self.pid) == self
 
     def end(self, timeout_s: float = 30.0) -> None:
-        """Ask it to end and wait for that; one that does not end is killed. Another with its number is left alone."""
+        """Send SIGTERM and wait, then SIGKILL. Never signals another process with the same PID."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             self._signal(number)
             self._signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""How far a starting server is, and how long it is waited for. Pure."""
+"""Progress of a starting server, and the time limit without progress. Pure."""
 
 import re
 
@@ -7,7 +7,7 @@ SEGMENT = re.compile(r"Recovering unflushed segment \d+\. (\d+) recovered for ")
 
 
 class LogRecovery:
-    """What Kafka's log says of the recovery of its partitions after a kill. Lines of other kinds are no progress."""
+    """Progress of Kafka's recovery of partitions after a kill, from its log. Other lines are no progress."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -15,7 +15,7 @@ class LogRecovery:
         self._segments = ""
 
     def read(self, line: str) -> None:
-        """Take the next line of the server's log."""
+        """Process the next line of the log."""
         if found := PARTITION.search(line):
             self._partitions, self._segments = f"{found[1]} of {found[2]} partitions", ""
         elif found := SEGMENT.search(line):
@@ -26,17 +26,17 @@ class LogRecovery:
 
     @property
     def steps(self) -> int:
-        """Steps seen so far; grows as long as the recovery moves."""
+        """Number of recovery steps so far."""
         return self._steps
 
     @property
     def said(self) -> str:
-        """For a person: `12 of 240 partitions, 3 segments of another`; empty before the first step."""
+        """Progress as text: `12 of 240 partitions, 3 segments of another`. Empty before the first step."""
         return ", ".join(part for part in (self._partitions, self._segments) if part)
 
 
 class Patience:
-    """Ends when nothing has moved for `limit_s` seconds."""
+    """A time limit that restarts with every step."""
 
     def __init__(self, limit_s: float, now: float) -> None:
         self.limit_s = limit_s
@@ -44,7 +44,7 @@ class Patience:
         self._moved = now
 
     def ended(self, steps: int, now: float) -> bool:
-        """Whether the server, which has come this far by now, is given up."""
+        """Return whether the number of steps has not changed for `limit_s` seconds."""
         if steps != self._steps:
             self._steps, self._moved = steps, now
         return now - self._moved > self.limit_s

@@ -1,4 +1,4 @@
-"""Passwords of the servers: made once for a folder, readable by its owner only."""
+"""Passwords of the servers, one file for each folder. Only the owner can read it."""
 
 import os
 import secrets
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def kept(file: Path) -> str:
-    """The password in this file, made if there is none."""
+    """Return the password in this file. Creates the file if it is missing."""
     try:
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
             new.write(secrets.token_hex(16))

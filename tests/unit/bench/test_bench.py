@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import bus
-from bench.records import Maker
+from bench.records import VOCABULARY, Maker
 from bench.runs import run
 from bench.simulated_streams import Streams, _Driver
 from palimpsest.common.bus.port import Outgoing
@@ -44,7 +44,8 @@ def measured(*arguments: str) -> dict[str, Any]:
 
 def test_the_list_names_every_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"loop", "bus", "ingest", "mismatch", "routes"}
+    names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert names == {"loop", "bus", "ingest", "memory", "mismatch", "routes"}
 
 
 def assert_all_is_accounted_for(figures: dict[str, Any]) -> None:
@@ -122,14 +123,14 @@ def test_a_client_that_reads_something_else_is_no_result(read: list[bytes]) -> N
     records = [Outgoing("k", b"a"), Outgoing("k", b"b")]
     sound = Forgetful([b"b", b"a"])
     assert len(bus._rounds({"ours": sound, "bare": sound}, records, 2)) == 2
-    with pytest.raises(AssertionError, match="bare read what was not published"):
+    with pytest.raises(AssertionError, match="bare read records that were not published"):
         bus._rounds({"ours": sound, "bare": Forgetful(read)}, records, 1)
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 63, 2048])
 def test_a_made_trajectory_is_one_that_the_learner_takes(tokens: int) -> None:
     made = Maker(1).finished(group_id(3), 2, tokens=tokens, version=5)
-    check_finished(made, Version(5))
+    check_finished(made, Version(5), vocabulary=VOCABULARY)
     body = Maker(1).outgoing(made).body
     assert decode(TRAJECTORIES, body) == made
     assert len(made.tokens) == 4 * tokens

@@ -57,7 +57,9 @@ def test_an_old_go_is_refused_before_anything_is_built(programs: Path) -> None:
 def test_a_build_that_fails_says_why_and_the_next_call_makes_it(programs: Path, tmp_path: Path) -> None:
     version = '#!/bin/sh\n[ "$1" = version ] && echo go version go1.24.1 linux/amd64 && exit\n'
     script(programs / "go", version + "echo module: connection refused >&2\nexit 1\n")
-    with pytest.raises(UserError, match=r"(?s)Go could not build MinIO:.*connection refused.*call again") as refusal:
+    with pytest.raises(
+        UserError, match=r"(?s)Go could not build MinIO:.*connection refused.*repeat the command"
+    ) as refusal:
         downloads.minio(silent)
     assert refusal.value.code == ExitCode.UNAVAILABLE
     script(programs / "go", version + 'touch "$GOBIN/minio"\n')

@@ -74,5 +74,5 @@ def test_a_version_that_was_not_trained_is_refused(folder: Path, version: int) -
 
 
 def test_a_run_without_a_report_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"`palimpsest report .*` makes it"):
+    with pytest.raises(UserError, match=r"`palimpsest report .*` writes it"):
         photograph("chromium", folder / "report.html", folder / "report.png")
