@@ -13,6 +13,9 @@ from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
+LOWEST_TEMPERATURE = 0.01
+"""vLLM replaces a lower temperature by this one (`_MAX_TEMP` of its sampling_params.py)."""
+
 
 class Run(Section):
     """The name of the run and its files."""
@@ -63,7 +66,8 @@ class SamplingConfig(Section):
     """How tokens are sampled for training."""
 
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. The inference engine and the learner compute log-probs at this temperature."""
+    """Sampling temperature, at least 0.01. The inference engine and the learner compute log-probs at this
+    temperature."""
     top_p: float = 1.0
     """Must be 1. Below 1 the engine renormalizes over a token set that the learner cannot reconstruct."""
     top_k: int = 0
@@ -75,6 +79,16 @@ class SamplingConfig(Section):
     """Maximum length of a trajectory in tokens, prompt and tool output included."""
     max_turns: Positive = 16
     """Maximum number of model messages in one trajectory."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _engine_keeps_it(cls, value: float) -> float:
+        if value < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"{value} cannot be used for training: vLLM samples at {LOWEST_TEMPERATURE} instead, and the learner "
+                f"would compute log-probs at {value}. Set it to at least {LOWEST_TEMPERATURE}"
+            )
+        return value
 
     @field_validator("top_p", "top_k")
     @classmethod

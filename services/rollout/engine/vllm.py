@@ -14,6 +14,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine import amx, crash_report
+from palimpsest.services.rollout.engine.logits_processors import refuse_logits_processors
 from palimpsest.services.rollout.engine.port import (
     EngineDead,
     EngineFailed,
@@ -59,6 +60,7 @@ class VllmEngine:
         return {"kind": "vllm"} | ({"amx": self._amx.value} if self._amx is not None else {})
 
     async def start(self) -> None:
+        refuse_logits_processors()
         self._amx = _set_environment(self._config)
         try:
             from vllm.config import WeightTransferConfig

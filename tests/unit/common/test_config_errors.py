@@ -6,7 +6,7 @@ import pytest
 
 from palimpsest.common.config import load
 from palimpsest.common.user_error import UserError
-from tests.unit.common.config_files import NOTHING, RUN, refused
+from tests.unit.common.config_files import NOTHING, RUN, loaded, refused
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,13 @@ def test_top_p_below_1_is_refused_with_the_reason(run: Path) -> None:
     assert message.startswith("--sampling.top_p: sampling.top_p: 0.9 cannot be used for training: ")
     assert "log-probs" in message
     assert message.endswith("Set it to 1.0")
+
+
+def test_a_temperature_that_the_engine_would_raise_is_refused(run: Path) -> None:
+    assert loaded(run, "--sampling.temperature=0.01").sampling.temperature == 0.01
+    message = refused(run, "--sampling.temperature=0.009")
+    assert message.startswith("--sampling.temperature: sampling.temperature: 0.009 cannot be used for training: vLLM ")
+    assert message.endswith("Set it to at least 0.01")
 
 
 def test_top_k_on_is_refused_with_the_reason(run: Path) -> None:
