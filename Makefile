@@ -5,7 +5,7 @@ ARGS ?=
 FOLDER ?= backends
 BIN := .venv/bin
 WITH_PYTHON = PYTHON='$(PYTHON)' GOALS='$(MAKECMDGOALS)' sh tools/python.sh
-# Without __pycache__, pytest rewrites every test file in each process of each call, which takes six seconds.
+# Without __pycache__, every pytest process compiles all test files, which takes six seconds.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n 2
@@ -24,7 +24,7 @@ setup: ## create .venv and the starting model if they are missing (PYTHON=/path/
 environment:
 	@$(WITH_PYTHON) -m tools.setup --no-model
 
-doctor: ## check this machine: every finding, its meaning, what to do (RUN=file.toml ARGS="--key=value")
+doctor: ## check this machine: every result, its meaning and the remedy (RUN=file.toml ARGS="--key=value")
 	@ANY_PYTHON=1 $(WITH_PYTHON) -m palimpsest.doctor $(RUN) $(ARGS)
 
 run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=file.toml ARGS="--key=value")
@@ -32,12 +32,12 @@ run: setup ## train a small model to use a tool, asynchronously, on vLLM (RUN=fi
 	@$(BIN)/palimpsest run $(RUN) $(ARGS)
 
 run-cluster: RUN = examples/cluster.toml
-run-cluster: setup ## run the same example over a real Kafka and a real MinIO, started by `make up`
+run-cluster: setup ## run the same example on Kafka and MinIO, which `make up` starts
 	@$(BIN)/palimpsest doctor --quiet $(RUN) $(ARGS)
 	@$(BIN)/python -m tools.backends up $(FOLDER)
 	@. $(abspath $(FOLDER))/environment && $(BIN)/palimpsest run $(RUN) $(ARGS)
 
-test: setup ## run every test but the long ones, with a real engine and real servers (ARGS=tests/file.py::test runs one)
+test: setup ## run every test except the long ones, with a real engine and real servers (ARGS=tests/file.py::test runs one)
 	@$(PYTEST) $(if $(NAMED),,$(SIDE_BY_SIDE) -m "not long" $(KEPT)) $(ARGS)
 
 test-long: setup ## run the long tests: the complete example run, thousands of schedules, soaks
@@ -52,17 +52,17 @@ lint: environment ## check format, lint rules, types, import contracts
 check: setup lint ## run lint and the fast tests
 	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not thorough and not servers and not vllm and not long" --hypothesis-profile=few $(KEPT) $(ARGS)
 
-format: environment ## write the code in the house format
+format: environment ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: environment ## generate the references of configuration, metrics and messages from the code
+docs: environment ## generate docs/configuration.md, metrics.md and messages.md from the code
 	@$(BIN)/python -m tools.references
 
 up: environment ## start a Kafka and a MinIO on this machine; download them if they are missing (FOLDER=backends)
 	@$(BIN)/python -m tools.backends up $(FOLDER) $(ARGS)
 
-down: environment ## stop Kafka and MinIO; their data stays
+down: environment ## stop Kafka and MinIO; keep their data
 	@$(BIN)/python -m tools.backends down $(FOLDER)
 
 pins: environment ## resolve the pinned sets in requirements/ again, for every Python (ARGS=--upgrade)
