@@ -5,10 +5,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import pytest
@@ -19,7 +18,7 @@ from palimpsest.common.messages import TASKS, TRAJECTORIES, WORKERS, VersionAppl
 from palimpsest.common.versions import Version
 from palimpsest.run import conclude
 from tests.processes.programs import run_program
-from tests.processes.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S, until
 from tests.records.builders import a_finished
 from tests.records.history_lines import a_line
 
@@ -162,18 +161,26 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def read_until(lines: IO[str], beginning: str) -> None:
+    """Read lines up to one with this beginning; fail if the output ends before it."""
+    read = []
+    for line in lines:
+        if line.startswith(beginning):
+            return
+        read.append(line)
+    raise AssertionError(f"no line begins with {beginning!r}: {''.join(read)}")
+
+
 @pytest.mark.servers
 def test_a_second_ctrl_c_ends_the_run_and_prints_the_command_that_continues_it(tmp_path: Path, starting_model: Path):
     file, home = tmp_path / "short.toml", tmp_path / "short"
     file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
     run = start(file)
     assert run.stdout is not None
-    for line in run.stdout:
-        if line.startswith("Ctrl-C stops cleanly"):
-            break
-    time.sleep(0.5)
+    read_until(run.stdout, "Ctrl-C stops cleanly")
+    until((home / "logs" / "learner.log").exists, "the log of the learner")
     run.send_signal(signal.SIGINT)
-    time.sleep(0.02)
+    read_until(run.stdout, "stopping ...")
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 130, output
@@ -187,9 +194,9 @@ def test_a_run_stopped_by_ctrl_c_prints_the_command_that_resumes_it(tmp_path: Pa
     file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
     run = start(file)
     assert run.stdout is not None
-    while not (home / "history.jsonl").exists() or not (home / "history.jsonl").read_bytes():
-        assert run.poll() is None, run.stdout.read()
-        time.sleep(0.05)
+    history = home / "history.jsonl"
+    until(lambda: run.poll() is not None or (history.exists() and history.stat().st_size > 0), "a trained version")
+    assert run.poll() is None, run.stdout.read()
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 130, output
