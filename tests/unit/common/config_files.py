@@ -28,7 +28,7 @@ def loaded(path: Path, *flags: str, **variables: str) -> RunConfig:
 def refused(path: Path, *flags: str, more: str = "", **variables: str) -> str:
     """Return the error message of a run file with these additional lines, flags, and variables."""
     path.write_text(path.read_text() + more)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         load([str(path), *flags], variables, program="prog")
-    assert refusal.value.code is ExitCode.CONFIGURATION
-    return str(refusal.value)
+    assert error.value.code is ExitCode.CONFIGURATION
+    return str(error.value)

@@ -113,13 +113,13 @@ def test_a_runs_log_has_every_topic(tmp_path: Path) -> None:
 
 def test_a_run_with_other_partitions_than_its_log_is_refused(tmp_path: Path) -> None:
     open_bus(a_run(tmp_path, task_partitions=3)).close()
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         open_bus(a_run(tmp_path, task_partitions=4))
-    assert refused.value.code is ExitCode.CONFIGURATION
-    assert "topic tasks" in str(refused.value)
+    assert error.value.code is ExitCode.CONFIGURATION
+    assert "topic tasks" in str(error.value)
     assert (
         "has 3 partitions; the run needs 4\nThe number of partitions cannot change during a run: restore bus.task"
-        in str(refused.value)
+        in str(error.value)
     )
 
 

@@ -243,9 +243,9 @@ def test_a_file_that_is_not_text_is_refused(run: Path) -> None:
 
 
 def test_a_folder_is_refused_and_a_runs_own_names_the_file_in_it(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         load([str(tmp_path)], NOTHING, program="prog")
-    assert str(refusal.value) == f"{tmp_path} is a folder; the run file in it is {run}"
+    assert str(error.value) == f"{tmp_path} is a folder; the run file in it is {run}"
     run.unlink()
     with pytest.raises(UserError, match="is a folder; name a run file"):
         load([str(tmp_path)], NOTHING, program="prog")

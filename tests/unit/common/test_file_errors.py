@@ -30,10 +30,10 @@ TABLE = [
 
 @pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
 def test_an_os_error_of_a_file_becomes_a_user_error(number: int, code: ExitCode, said: str) -> None:
-    with pytest.raises(UserError) as found, file_errors_as_user_errors():
+    with pytest.raises(UserError) as error, file_errors_as_user_errors():
         raise OSError(number, os.strerror(number), "/there/x")
-    assert found.value.code is code
-    assert str(found.value).startswith(said)
+    assert error.value.code is code
+    assert str(error.value).startswith(said)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.EIO])
@@ -55,8 +55,8 @@ def test_a_missing_folder_is_created(tmp_path: Path) -> None:
 def test_an_unusable_folder_is_reported_with_key_and_folder(tmp_path: Path, place: str) -> None:
     """Holds for root too: no user can create a folder there."""
     (tmp_path / "a file").touch()
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         usable_folder(tmp_path / place, key="run.folder")
-    assert str(found.value).startswith(f"run.folder: cannot write to {tmp_path / place}: ")
-    assert "--run.folder=FOLDER" in str(found.value)
-    assert found.value.code is ExitCode.CONFIGURATION
+    assert str(error.value).startswith(f"run.folder: cannot write to {tmp_path / place}: ")
+    assert "--run.folder=FOLDER" in str(error.value)
+    assert error.value.code is ExitCode.CONFIGURATION

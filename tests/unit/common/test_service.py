@@ -106,12 +106,12 @@ async def test_a_permanent_error_has_no_retry_time() -> None:
 
 
 def test_a_port_in_use_is_refused_with_the_key_to_change(taken: int) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         Server(an_app(Work()), HOST, taken, key="env_gateway")
-    assert refused.value.code is ExitCode.UNAVAILABLE
-    assert int(refused.value.code) == 3
-    assert f"port {taken} on {HOST} is in use" in str(refused.value)
-    assert "--env_gateway.port=PORT" in str(refused.value)
+    assert error.value.code is ExitCode.UNAVAILABLE
+    assert int(error.value.code) == 3
+    assert f"port {taken} on {HOST} is in use" in str(error.value)
+    assert "--env_gateway.port=PORT" in str(error.value)
 
 
 def test_an_address_of_another_machine_is_refused_with_its_keys() -> None:

@@ -133,9 +133,9 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_segment_is_refused_with_its_span_and_version(case: str) -> None:
     segment, reason = MALFORMED[case]
-    with pytest.raises(MalformedTrajectory) as refused:
+    with pytest.raises(MalformedTrajectory) as error:
         check([SOUND, segment], 8)
-    message = str(refused.value)
+    message = str(error.value)
     assert message.startswith(f"segment 1 [{segment.start}, {segment.stop}) of version {segment.version}: ")
     assert reason in message
 

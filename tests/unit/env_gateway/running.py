@@ -106,9 +106,9 @@ def plugged_in(*names: str) -> str:
 
 
 def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, said = process.communicate(timeout=START_LIMIT_S)
-    assert "Traceback" not in said
-    return process.returncode, said
+    _, output = process.communicate(timeout=START_LIMIT_S)
+    assert "Traceback" not in output
+    return process.returncode, output
 
 
 class LosesAnswers:

@@ -64,8 +64,8 @@ async def test_parsed_tool_calls_and_plain_messages_are_actions_too() -> None:
         calls = {"type": "tool_calls", "calls": [{"name": "lookup", "arguments": {"key": "basil"}}]}
         reply = await client.post(f"{session}/step", json={"step": 0, "action": calls})
         assert reply.json()["messages"] == [{"role": "tool", "content": "5"}]
-        said = {"type": "message", "content": "5"}
-        assert (await client.post(f"{session}/step", json={"step": 1, "action": said})).json()["reward"] == 1.0
+        action = {"type": "message", "content": "5"}
+        assert (await client.post(f"{session}/step", json={"step": 1, "action": action})).json()["reward"] == 1.0
 
 
 async def test_environments_are_listed_and_described() -> None:
@@ -108,8 +108,8 @@ async def test_every_error_has_the_same_body() -> None:
 )
 async def test_an_invalid_request_is_a_422_that_names_the_field(body: bytes, names: str) -> None:
     async with gateway() as client:
-        refused = assert_error(await client.post("/v1/sessions", content=body), 422, "invalid_request")
-        assert names in refused["message"]
+        response = assert_error(await client.post("/v1/sessions", content=body), 422, "invalid_request")
+        assert names in response["message"]
 
 
 async def test_a_negative_step_and_an_unknown_action_are_422s() -> None:
@@ -134,9 +134,9 @@ async def test_a_full_gateway_answers_with_a_retry_time() -> None:
     async with gateway() as client:
         for _ in range(LIMITS.max_sessions):
             assert (await client.post("/v1/sessions", json=WANTED)).status_code == 201
-        refused = await client.post("/v1/sessions", json=WANTED)
-        assert_error(refused, 429, "capacity", retryable=True)
-        assert refused.headers["retry-after"] == "1"
+        response = await client.post("/v1/sessions", json=WANTED)
+        assert_error(response, 429, "capacity", retryable=True)
+        assert response.headers["retry-after"] == "1"
 
 
 async def test_the_idempotency_key_is_a_header_and_an_empty_one_does_not_count() -> None:
@@ -180,9 +180,9 @@ ROUTES = [
 async def test_every_v1_route_needs_the_token(method: str, path: str) -> None:
     async with gateway(token="secret") as client:
         for given in (None, "", "Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer secret2", "bearer secret"):
-            refused = await client.request(method, path, headers={} if given is None else {"Authorization": given})
-            assert_error(refused, 401, "unauthorized")
-            assert refused.headers["www-authenticate"] == "Bearer"
+            response = await client.request(method, path, headers={} if given is None else {"Authorization": given})
+            assert_error(response, 401, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_with_the_token_the_gateway_answers_and_health_needs_none() -> None:

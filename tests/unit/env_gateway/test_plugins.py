@@ -23,10 +23,10 @@ from palimpsest.services.env_gateway.registry import built_in
     ],
 )
 def test_an_invalid_plugin_is_refused_with_its_key(name: str, path: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         blueprints({name: path}, taken=built_in())
-    assert str(refused.value).startswith(f"env_gateway.plugins.{name}: ")
-    assert refused.value.code is ExitCode.CONFIGURATION
+    assert str(error.value).startswith(f"env_gateway.plugins.{name}: ")
+    assert error.value.code is ExitCode.CONFIGURATION
 
 
 def test_a_plugin_is_a_path_to_a_class() -> None:

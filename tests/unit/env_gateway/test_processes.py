@@ -123,9 +123,9 @@ async def test_the_number_of_children_is_bounded_and_a_closed_one_frees_a_slot(o
 
 async def test_closing_kills_a_hanging_child_and_its_descendants(opened: Opened) -> None:
     starter, hanging = await opened("StartsOthers"), await opened("HangsInC")
-    said = await starter.step(Turn("go on"))
-    assert isinstance(said, Reply)
-    grandchild = psutil.Process(int(said.messages[0].content))
+    reply = await starter.step(Turn("go on"))
+    assert isinstance(reply, Reply)
+    grandchild = psutil.Process(int(reply.messages[0].content))
     step = asyncio.create_task(hanging.step(Turn("go on")))
     running = [process for process in children() if process.ppid() != os.getpid()]
     assert grandchild in running
@@ -168,10 +168,10 @@ async def test_global_random_numbers_depend_only_on_the_seed_in_every_gateway(po
         worlds = [await InChild.open(pool, EnvironmentSpec(path="awkward:UsesGlobalChance")) for _ in seeds]
         for world, seed in zip(worlds, seeds, strict=True):
             await world.reset(seed)
-        said = [await world.step(Turn("go on")) for world in reversed(worlds)][::-1]
+        replies = [await world.step(Turn("go on")) for world in reversed(worlds)][::-1]
         for world in worlds:
             world.close()
-        return [reply.messages[0].content.split() for reply in said if isinstance(reply, Reply)]
+        return [reply.messages[0].content.split() for reply in replies if isinstance(reply, Reply)]
 
     other = Pool(limit=3, wait_s=10.0, call_limit_s=LIMIT_S)
     one, two = await drawn(pool, 1, 2)

@@ -24,8 +24,8 @@ async def test_an_ended_session_keeps_its_last_reply_only() -> None:
         world=ScriptedWorld(), opened=b"{}",
     )  # fmt: skip
     for number in range(3):
-        said = Message(role="tool", content=str(number))
-        session.replied(b"action", Step(step=number, status=Status.RUNNING, messages=(said,)))
+        message = Message(role="tool", content=str(number))
+        session.replied(b"action", Step(step=number, status=Status.RUNNING, messages=(message,)))
     assert [session.stored(number, b"action") is None for number in range(4)] == [False, False, False, True]
     last = session.replied(b"action", Step(step=3, status=Status.TERMINATED, reward=1.0))
     assert ended == [session]

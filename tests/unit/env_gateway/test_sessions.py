@@ -68,9 +68,9 @@ async def test_a_step_out_of_order_is_refused_with_the_next_number(
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     await taken(sessions, session, 0)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await sessions.step(session, a_step(number, text))
-    assert (refused.value.status, refused.value.body["code"], refused.value.body["next_step"]) == (409, code, 1)
+    assert (error.value.status, error.value.body["code"], error.value.body["next_step"]) == (409, code, 1)
     assert len(world.turns) == 1
 
 
@@ -78,9 +78,9 @@ async def test_a_step_after_the_end_is_refused(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(HALF), clock)
     session = await begun(sessions)
     await taken(sessions, session, 0)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await taken(sessions, session, 1)
-    assert (refused.value.status, refused.value.body["code"]) == (410, "gone")
+    assert (error.value.status, error.value.body["code"]) == (410, "gone")
 
 
 async def test_finalize_scores_the_session_once(clock: ManualClock) -> None:
@@ -114,9 +114,9 @@ async def test_closing_during_a_step_ends_the_session_at_once(clock: ManualClock
     sessions.close(session)
     sessions.close(session)
     assert world.closed == 1
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await step
-    assert refused.value.status == 410
+    assert error.value.status == 410
     assert (sessions.state(session).status, sessions.state(session).reward) == (Status.CANCELLED, None)
 
 

@@ -33,9 +33,9 @@ async def test_the_same_key_gives_the_same_session_and_no_key_a_new_one(clock: M
 async def test_a_key_reused_for_another_session_is_a_conflict(clock: ManualClock) -> None:
     sessions = some_sessions(ScriptedWorld, clock)
     await begun(sessions, "k")
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await sessions.create(CreateSession(environment="fake", seed=4), "k")
-    assert (refused.value.status, refused.value.body["code"]) == (409, "key_conflict")
+    assert (error.value.status, error.value.body["code"]) == (409, "key_conflict")
 
 
 async def test_concurrent_creations_with_one_key_begin_one_session(clock: ManualClock) -> None:
@@ -58,9 +58,9 @@ async def test_a_failed_creation_is_refused_and_frees_its_key(clock: ManualClock
     worlds: list[ScriptedWorld] = [Unlucky(), ScriptedWorld()]
     opened = list(worlds)
     sessions = some_sessions(lambda: worlds.pop(0), clock)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await sessions.create(WANTED, "k")
-    assert (refused.value.status, refused.value.body["code"]) == (502, "environment_raised")
+    assert (error.value.status, error.value.body["code"]) == (502, "environment_raised")
     assert opened[0].closed == 1
     assert sessions.status()["live_sessions"] == 0
     await begun(sessions, "k")
@@ -81,9 +81,9 @@ async def test_a_session_without_requests_for_a_lease_expires_without_a_reward(c
     assert world.closed == 1
     state = sessions.state(session)
     assert (state.status, state.reward, state.next_step, state.lease_expires_in_s) == (Status.EXPIRED, None, 1, None)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await taken(sessions, session, 1)
-    assert refused.value.status == 410
+    assert error.value.status == 410
     ended = Step.model_validate_json(await sessions.finalize(session))
     assert (ended.status, ended.reward, world.finalized) == (Status.EXPIRED, None, 0)
 
@@ -93,9 +93,9 @@ async def test_a_late_step_does_not_revive_an_expired_session(clock: ManualClock
     sessions = some_sessions(lambda: world, clock, lease_s=10.0)
     session = await begun(sessions)
     clock.now += 10.0
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await taken(sessions, session, 0)
-    assert (refused.value.status, world.turns) == (410, [])
+    assert (error.value.status, world.turns) == (410, [])
 
 
 async def test_a_heartbeat_renews_the_lease(clock: ManualClock) -> None:
@@ -106,9 +106,9 @@ async def test_a_heartbeat_renews_the_lease(clock: ManualClock) -> None:
         assert sessions.heartbeat(session).lease_expires_in_s == 10.0
         sessions.sweep()
     assert (await taken(sessions, session, 0)).reward == 0.5
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         sessions.heartbeat(session)
-    assert refused.value.status == 410
+    assert error.value.status == 410
 
 
 async def test_a_session_busy_with_a_step_does_not_expire(clock: ManualClock) -> None:
@@ -132,9 +132,9 @@ async def test_an_ended_session_is_kept_for_a_limited_time(clock: ManualClock) -
     clock.now += 59.9
     sessions.sweep()
     assert await sessions.step(session, a_step(1)) == last
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await sessions.create(WANTED, "k")
-    assert refused.value.status == 410
+    assert error.value.status == 410
     clock.now += 0.1
     sessions.sweep()
     with pytest.raises(HttpError) as unknown:
@@ -159,14 +159,14 @@ async def test_the_number_of_kept_ended_sessions_is_bounded(clock: ManualClock) 
 async def test_sessions_over_the_limit_are_refused_until_one_ends(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: ScriptedWorld(HALF), clock, max_sessions=2)
     first, _ = await begun(sessions), await begun(sessions)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await begun(sessions)
-    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+    assert (error.value.status, error.value.body["code"], error.value.body["retryable"]) == (
         429,
         "capacity",
         True,
     )
-    assert refused.value.headers == {"Retry-After": "1"}
+    assert error.value.headers == {"Retry-After": "1"}
     await taken(sessions, first, 0)
     await begun(sessions)
 
@@ -176,9 +176,9 @@ async def test_a_host_at_capacity_is_refused_like_a_full_gateway(clock: ManualCl
         raise AtCapacity("64 sessions already have their own process")
 
     sessions = some_sessions(full, clock)
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await begun(sessions)
-    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+    assert (error.value.status, error.value.body["code"], error.value.body["retryable"]) == (
         429,
         "capacity",
         True,
@@ -187,9 +187,9 @@ async def test_a_host_at_capacity_is_refused_like_a_full_gateway(clock: ManualCl
 
 
 async def test_an_unknown_environment_is_a_404(clock: ManualClock) -> None:
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await some_sessions(ScriptedWorld, clock).create(CreateSession(environment="nothing", seed=0), None)
-    assert (refused.value.status, refused.value.body["code"]) == (404, "unknown_environment")
+    assert (error.value.status, error.value.body["code"]) == (404, "unknown_environment")
 
 
 async def test_a_stopping_gateway_begins_no_session_and_finishes_steps(clock: ManualClock) -> None:
@@ -197,9 +197,9 @@ async def test_a_stopping_gateway_begins_no_session_and_finishes_steps(clock: Ma
     sessions = some_sessions(spare.pop, clock)
     running, begun_with_key = await begun(sessions), await sessions.create(WANTED, "k")
     sessions.refuse_new()
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await begun(sessions)
-    assert (refused.value.status, refused.value.body["code"], refused.value.body["retryable"]) == (
+    assert (error.value.status, error.value.body["code"], error.value.body["retryable"]) == (
         503,
         "draining",
         True,
@@ -225,8 +225,8 @@ async def test_a_creation_in_progress_when_the_gateway_drains_is_refused_and_clo
     creation = asyncio.create_task(begun(sessions))
     await world.entered.wait()
     sessions.drain()
-    with pytest.raises(HttpError) as refused:
+    with pytest.raises(HttpError) as error:
         await creation
-    assert refused.value.status == 503
+    assert error.value.status == 503
     assert world.closed >= 1
     assert sessions.status()["live_sessions"] == 0

@@ -251,14 +251,14 @@ async def test_a_folder_with_a_damaged_manifest_is_refused_by_version(tmp_path: 
         await announce(client, 6, 1)
     path = tmp_path / "versions" / "00000006.json"
     path.write_bytes(path.read_bytes().replace(b'"run":"test"', b'"run":"tost"'))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         await open_catalog(DiskStorage(tmp_path))
-    assert refused.value.code is ExitCode.DAMAGED
-    assert "version 6 (versions/00000006.json): the manifest contradicts its seal" in str(refused.value)
+    assert error.value.code is ExitCode.DAMAGED
+    assert "version 6 (versions/00000006.json): the manifest contradicts its seal" in str(error.value)
 
 
 async def test_a_folder_with_damaged_leases_is_refused(tmp_path: Path) -> None:
     (tmp_path / "leases.json").write_bytes(msgspec.json.encode(["learner"]))
-    with pytest.raises(UserError, match=r"leases\.json") as refused:
+    with pytest.raises(UserError, match=r"leases\.json") as error:
         await open_catalog(DiskStorage(tmp_path))
-    assert refused.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED

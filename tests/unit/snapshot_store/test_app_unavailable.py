@@ -133,6 +133,6 @@ async def swept_once(client: httpx.AsyncClient) -> None:
 async def test_an_unreadable_storage_is_refused_at_the_start(tmp_path: Path) -> None:
     storage = Flaky(tmp_path)
     storage.out = True
-    with pytest.raises(UserError, match="the snapshot store's storage cannot be read: the folder is out of") as refused:
+    with pytest.raises(UserError, match="the snapshot store's storage cannot be read: the folder is out of") as error:
         await open_catalog(storage)
-    assert refused.value.code is ExitCode.UNAVAILABLE
+    assert error.value.code is ExitCode.UNAVAILABLE

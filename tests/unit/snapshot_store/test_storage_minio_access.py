@@ -51,20 +51,20 @@ async def test_credentials_come_from_environment_or_file(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("AWS_ACCESS_KEY_ID", "nobody", "refuses the credentials .InvalidAccessKeyId"),
         ("AWS_SECRET_ACCESS_KEY", "wrong-password", "refuses the credentials .SignatureDoesNotMatch"),
     ],
 )
 async def test_wrong_credentials_are_refused(
-    minio_server: Minio, credentials: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+    minio_server: Minio, credentials: None, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError, match=message) as error:
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
-    assert refused.value.code is ExitCode.CONFIGURATION
-    assert minio_server.secret_key not in str(refused.value)
+    assert error.value.code is ExitCode.CONFIGURATION
+    assert minio_server.secret_key not in str(error.value)
 
 
 def documented_policy() -> dict[str, Any]:
@@ -132,9 +132,9 @@ async def test_a_missing_bucket_is_refused_or_created(minio_server: Minio, crede
 
 
 async def test_an_endpoint_that_does_not_answer_is_refused(credentials: None) -> None:
-    with pytest.raises(UserError, match=r"the S3 at http://127\.0\.0\.1:1 .* cannot be reached") as refused:
+    with pytest.raises(UserError, match=r"the S3 at http://127\.0\.0\.1:1 .* cannot be reached") as error:
         await MinioStorage(config("http://127.0.0.1:1"), prefix="t/").open()
-    assert refused.value.code is ExitCode.UNAVAILABLE
+    assert error.value.code is ExitCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost", "http://localhost:9000/minio", "http://a:b"])
@@ -154,9 +154,9 @@ async def test_a_clock_that_is_an_hour_off_is_refused(
 ) -> None:
     real = clock.utcnow
     monkeypatch.setattr(clock, "utcnow", lambda: real() + timedelta(hours=1))
-    with pytest.raises(UserError, match="its clock and this machine's clock differ too much") as refused:
+    with pytest.raises(UserError, match="its clock and this machine's clock differ too much") as error:
         await MinioStorage(config(minio_server.endpoint), prefix="t/").open()
-    assert refused.value.code is ExitCode.UNAVAILABLE
+    assert error.value.code is ExitCode.UNAVAILABLE
 
 
 async def test_a_region_other_than_the_buckets_is_refused(

@@ -172,9 +172,9 @@ async def test_a_damaged_commit_is_refused_when_the_store_opens_and_a_damaged_ho
     assert newest is not None
     assert (newest.epoch, newest.holder) == (1, "its name is damaged")
     (tmp_path / "checkpoints" / "00000003-00000001.json").write_bytes(b"{")
-    with pytest.raises(UserError, match=r"checkpoints/00000003-00000001\.json: ") as refused:
+    with pytest.raises(UserError, match=r"checkpoints/00000003-00000001\.json: ") as error:
         await open_catalog(DiskStorage(tmp_path))
-    assert refused.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
 async def test_concurrent_requests_get_distinct_epochs(client: httpx.AsyncClient) -> None:

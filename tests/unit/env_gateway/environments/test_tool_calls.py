@@ -104,7 +104,7 @@ def test_calls_over_the_limit_are_reported_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "answer"),
     [
         ("<think>\nIs it 3? <tool_call>\n</think>\n\n4", "4"),
         ("it was opened in the prompt</think>4", "4"),
@@ -112,8 +112,8 @@ def test_calls_over_the_limit_are_reported_once() -> None:
         ("4 <think>", "4 <think>"),
     ],
 )
-def test_reasoning_is_not_part_of_the_answer(text: str, said: str) -> None:
-    assert read(text).answer == said
+def test_reasoning_is_not_part_of_the_answer(text: str, answer: str) -> None:
+    assert read(text).answer == answer
 
 
 def test_actions_of_every_type_become_turns() -> None:

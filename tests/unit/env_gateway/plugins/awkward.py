@@ -145,8 +145,8 @@ class Looks(Counts):
     """Returns the parts of the gateway's environment that it can see."""
 
     def step(self, turn: Turn) -> Outcome:
-        seen = {name for name in os.environ if "TOKEN" in name}
-        return Reply((Message(role="tool", content=f"{sorted(seen)} {os.getpgrp() == os.getpid()} {Path.cwd()}"),))
+        names = {name for name in os.environ if "TOKEN" in name}
+        return Reply((Message(role="tool", content=f"{sorted(names)} {os.getpgrp() == os.getpid()} {Path.cwd()}"),))
 
 
 class NoFinalize:
