@@ -1,4 +1,4 @@
-"""The console command: help, what is missing or misspelt, exit codes, Ctrl-C and a reader that goes away."""
+"""The console command: help, missing and misspelled arguments, exit codes, Ctrl-C, and a closed pipe."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ from tests.processes.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = sorted(cli.COMMANDS)
-NOTHING_NEEDED = {"doctor"}
-"""Commands that need no argument."""
+WITHOUT_ARGUMENTS = {"doctor"}
+"""Commands that require no argument."""
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -26,7 +26,7 @@ def test_help_is_printed(name: str, flag: str) -> None:
     assert f"usage: palimpsest {name}" in done.out
 
 
-@pytest.mark.parametrize("name", sorted(set(LIGHT) - NOTHING_NEEDED))
+@pytest.mark.parametrize("name", sorted(set(LIGHT) - WITHOUT_ARGUMENTS))
 def test_a_command_without_its_arguments_prints_its_usage_as_an_error(name: str) -> None:
     done = run_program("palimpsest", name)
     assert (done.code, done.out) == (2, "")
@@ -58,7 +58,7 @@ def test_the_command_alone_prints_the_usage_as_an_error() -> None:
     assert done.err.startswith("usage: palimpsest COMMAND")
 
 
-def test_the_version() -> None:
+def test_the_version_flag_prints_the_version() -> None:
     assert run_program("palimpsest", "--version").out == f"palimpsest {palimpsest.__version__}\n"
 
 
@@ -69,12 +69,12 @@ def test_an_unknown_command_is_refused(name: str) -> None:
     assert f"palimpsest {name}: there is no such" in done.err
 
 
-def test_two_folders_are_no_report() -> None:
+def test_a_report_of_two_folders_is_refused() -> None:
     assert "palimpsest report takes one folder, not 2: a b" in run_program("palimpsest", "report", "a", "b").err
 
 
 def started(*arguments: str, path: Path | None = None, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """The command as a process; modules in `path` come before installed ones."""
+    """Start the command as a process; modules in `path` take precedence over installed ones."""
     environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
     command = [sys.executable, "-m", "palimpsest", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
@@ -85,7 +85,7 @@ def started(*arguments: str, path: Path | None = None, stdout: int = subprocess.
     [("pydantic", ["check", "examples/embedded.toml"]), ("rich", ["run", "examples/embedded.toml"])],
 )
 def test_ctrl_c_during_an_import_ends_it_without_a_traceback(tmp_path: Path, module: str, command: list[str]) -> None:
-    """The module's import stands still until the signal comes."""
+    """The import of the module blocks until the signal arrives."""
     (tmp_path / f"{module}.py").write_text("import signal\nprint('imports', flush=True)\nsignal.pause()\n")
     process = started(*command, path=tmp_path)
     assert process.stdout
@@ -98,7 +98,7 @@ def test_ctrl_c_during_an_import_ends_it_without_a_traceback(tmp_path: Path, mod
 @pytest.mark.parametrize(
     "command", ["--help", "run --help", "check examples/embedded.toml", "audit --help", "doctor", "env list"]
 )
-def test_a_reader_that_has_read_enough_ends_the_program_without_a_word(command: str) -> None:
+def test_a_closed_pipe_ends_the_program_without_output(command: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = started(*command.split(), stdout=writer)
@@ -112,5 +112,5 @@ def test_help_imports_nothing_but_the_standard_library() -> None:
         "import sys, palimpsest.cli; sys.argv = ['palimpsest', '--help']; palimpsest.cli.main(); "
         "print([m for m in sys.modules if m.partition('.')[0] in ('pydantic', 'numpy', 'torch', 'rich')])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.splitlines()[-1] == "[]"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"

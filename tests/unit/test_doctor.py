@@ -1,4 +1,4 @@
-"""The doctor: what each fact of a machine means for an installation or a run."""
+"""`palimpsest doctor`: the finding that follows from each fact of a machine."""
 
 import ast
 import datetime
@@ -56,8 +56,8 @@ ARM: dict[str, Any] = {
 }
 H100: dict[str, Any] = {"kind": "gpu", "gpus": ("H100",), "driver": "580.95.05"}
 
-WELL: dict[str, dict[str, Any]] = {
-    "as it is": {},
+SUITABLE: dict[str, dict[str, Any]] = {
+    "no change": {},
     "the oldest Python": {"python": Interpreter((3, 11, 0))},
     "the newest Python": {"python": Interpreter((3, 13, 9))},
     "AVX2 only": {"cpu_flags": frozenset({"avx2"}), "amx": "absent"},
@@ -67,15 +67,15 @@ WELL: dict[str, dict[str, Any]] = {
     "a GPU beside an old CPU": {**H100, "cpu_flags": frozenset(), "amx": "absent"},
     "the oldest glibc": {"libc": ("glibc", (2, 28))},
     "no compiler, but built before": {"compiler": False, "built_before": True},
-    "a proxy that leaves this machine out": {
+    "a proxy with an exception for this machine": {
         "environment": {"http_proxy": "http://proxy:3128", "no_proxy": ".example.com, 127.0.0.1"}
     },
-    "a proxy for nothing": {"environment": {"http_proxy": ""}},
-    "threads as many as processors": {"environment": {"OMP_NUM_THREADS": "4"}},
+    "an empty proxy variable": {"environment": {"http_proxy": ""}},
+    "as many threads as processors": {"environment": {"OMP_NUM_THREADS": "4"}},
     "a free port": {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=False),)},
 }
-BADLY: dict[str, tuple[dict[str, Any], str, str, str]] = {
-    # what is otherwise: the check that sees it, its level, and what the sentence has to name
+UNSUITABLE: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    # name of the case: changed facts, check that reports it, level, text that the sentence must contain
     "Windows": ({"system": "Windows"}, "System", STOPS, "Linux"),
     "an architecture without wheels": ({"machine": "ppc64le"}, "System", STOPS, "ppc64le"),
     "musl": ({"libc": ("musl", (0, 0))}, "System", STOPS, "Alpine"),
@@ -92,19 +92,19 @@ BADLY: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no AVX2": ({"cpu_flags": frozenset({"sse4_2"}), "amx": "absent"}, "CPU", STOPS, "AVX2"),
     "an early arm64": ({**ARM, "cpu_flags": frozenset({"asimddp"})}, "CPU", STOPS, "bf16"),
     "one processor": ({"cpus": 1.0}, "CPU", WARNS, "two"),
-    "a driver out of sight": ({"driver_hidden": True}, "GPU", WARNS, "nvidia-smi"),
+    "an invisible driver": ({"driver_hidden": True}, "GPU", WARNS, "nvidia-smi"),
     "an old driver": ({**H100, "driver": "550.54.15"}, "GPU", STOPS, "580"),
     "a clock of 1970": ({"today": datetime.date(1970, 1, 1)}, "Clock", WARNS, "timedatectl"),
     "a clock of 2100": ({"today": datetime.date(2100, 1, 1)}, "Clock", WARNS, "timedatectl"),
-    "a checkout of another": (
+    "a checkout of another user": (
         {"checkout": replace(ROOM, writable=False, owner="ada")}, "Checkout", STOPS, "belongs to ada",
     ),
-    "root in a checkout of another": ({"checkout": replace(ROOM, owner="ada")}, "Checkout", WARNS, "ada"),
+    "root in a checkout of another user": ({"checkout": replace(ROOM, owner="ada")}, "Checkout", WARNS, "ada"),
     "a read-only checkout": ({"checkout": replace(ROOM, read_only_mount=True)}, "Checkout", STOPS, "read-only"),
     "a run folder on proc": (
         {"run_folder": replace(ROOM, without_storage="proc", free=0)}, "Run folder", STOPS, "proc file system, which",
     ),
-    "no disk to install": ({"checkout": replace(ROOM, free=5 * GB)}, "Disk", STOPS, "5.0 GB free"),
+    "too little disk space to install": ({"checkout": replace(ROOM, free=5 * GB)}, "Disk", STOPS, "5.0 GB free"),
     "little disk for downloads": ({"cache": replace(ROOM, free=5 * GB)}, "Cache", WARNS, "UV_CACHE_DIR"),
     "an unwritable cache": ({"cache": replace(ROOM, writable=False)}, "Cache", STOPS, "UV_CACHE_DIR"),
     "an unwritable run folder": ({"run_folder": replace(ROOM, writable=False)}, "Run folder", STOPS, "run.folder"),
@@ -124,27 +124,29 @@ BADLY: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "no processes left": ({"processes_left": 50}, "Threads", STOPS, "ulimit -u"),
     "few processes left": ({"processes_left": 500}, "Threads", WARNS, "ulimit -u"),
-    "hardly any files": ({"open_files": 64}, "Open files", STOPS, "ulimit -n"),
-    "few files": ({"open_files": 512}, "Open files", WARNS, "ulimit -n"),
-    "threads that are none": ({"environment": {"OMP_NUM_THREADS": "all"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
-    "no threads": ({"environment": {"OMP_NUM_THREADS": "0"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
+    "too few open files": ({"open_files": 64}, "Open files", STOPS, "ulimit -n"),
+    "few open files": ({"open_files": 512}, "Open files", WARNS, "ulimit -n"),
+    "a thread count of words": ({"environment": {"OMP_NUM_THREADS": "all"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
+    "zero threads": ({"environment": {"OMP_NUM_THREADS": "0"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
     "too many threads": ({"environment": {"OMP_NUM_THREADS": "64"}}, "OMP_NUM_THREADS", WARNS, "64"),
-    "a proxy for everything": ({"environment": {"http_proxy": "http://proxy:3128"}}, "Proxy", STOPS, "no_proxy"),
-    "a proxy by its other name": ({"environment": {"ALL_PROXY": "socks5://proxy"}}, "Proxy", STOPS, "ALL_PROXY"),
+    "a proxy without exceptions": ({"environment": {"http_proxy": "http://proxy:3128"}}, "Proxy", STOPS, "no_proxy"),
+    "a proxy set by ALL_PROXY": ({"environment": {"ALL_PROXY": "socks5://proxy"}}, "Proxy", STOPS, "ALL_PROXY"),
     "a taken port": (
         {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=True),)}, "Port", STOPS, "env_gateway.port",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", WELL.values(), ids=WELL)
-def test_a_machine_that_is_well(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", SUITABLE.values(), ids=SUITABLE)
+def test_a_suitable_machine_has_no_findings(change: dict[str, Any]) -> None:
     findings = judge.everything(replace(GOOD, **change), installed=False)
     assert [finding.sentence for finding in findings if finding.level != OK] == []
 
 
-@pytest.mark.parametrize(("change", "check", "level", "word"), BADLY.values(), ids=BADLY)
-def test_a_machine_that_lacks_something(change: dict[str, Any], check: str, level: str, word: str) -> None:
+@pytest.mark.parametrize(("change", "check", "level", "word"), UNSUITABLE.values(), ids=UNSUITABLE)
+def test_an_unsuitable_machine_has_one_finding_with_its_remedy(
+    change: dict[str, Any], check: str, level: str, word: str
+) -> None:
     findings = judge.everything(replace(GOOD, **change), installed=False)
     (found,) = [finding for finding in findings if finding.level != OK]
     assert (found.check, found.level) == (check, level)
@@ -165,17 +167,17 @@ def test_a_checkout_on_proc_has_no_disk() -> None:
     assert "on a proc file system, which has no disk" in problems["Disk"].value
 
 
-def test_every_check_is_seen_to_fail() -> None:
+def test_every_check_has_a_failing_case() -> None:
     checks = {finding.check for finding in judge.everything(GOOD, installed=False)}
-    assert checks - {check for _, check, _, _ in BADLY.values()} == set()
+    assert checks - {check for _, check, _, _ in UNSUITABLE.values()} == set()
 
 
-def test_what_only_an_installation_needs_does_not_stop_a_run() -> None:
+def test_requirements_of_the_installation_do_not_stop_a_run() -> None:
     facts = replace(GOOD, compiler=False, checkout=replace(ROOM, read_only_mount=True, free=0))
     assert {finding.level for finding in judge.everything(facts, installed=True)} == {OK}
 
 
-def test_an_installed_package_is_examined_for_runs_only() -> None:
+def test_an_installed_package_is_checked_for_runs_only() -> None:
     facts = replace(GOOD, checkout=None, compiler=False, engine="0.32.0")
     findings = judge.everything(facts, installed=False)
     assert {finding.level for finding in findings} == {OK}
@@ -192,13 +194,13 @@ def test_an_installed_package_without_an_engine_names_the_extra(change: dict[str
 @pytest.mark.parametrize(
     "change", [{"python": Interpreter((3, 10, 1))}, {"driver_hidden": True}, {"run_folder": replace(ROOM, free=0)}]
 )
-def test_an_installed_package_is_not_told_to_call_make(change: dict[str, Any]) -> None:
+def test_findings_of_an_installed_package_do_not_name_make(change: dict[str, Any]) -> None:
     facts = replace(GOOD, **change, checkout=None, engine="0.32.0")
     (found,) = [finding for finding in judge.everything(facts, installed=True) if finding.level != OK]
     assert "make " not in found.sentence
 
 
-def test_a_folder_of_installed_packages_is_no_checkout(tmp_path: Path) -> None:
+def test_a_folder_of_installed_packages_is_not_a_checkout(tmp_path: Path) -> None:
     assert command.is_checkout(ROOT)
     (tmp_path / "palimpsest" / "doctor").mkdir(parents=True)
     assert not command.is_checkout(tmp_path)
@@ -211,12 +213,12 @@ def test_examples(module: Any) -> None:
     assert (tried.failed, tried.attempted > 0) == (0, True)
 
 
-def test_a_flag_that_no_run_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--color-scheme"]) == 2
     assert "palimpsest doctor --color-scheme: there is no such flag" in capsys.readouterr().err
 
 
-def test_the_table_says_below_a_finding_what_to_do() -> None:
+def test_the_table_prints_the_remedy_below_a_finding() -> None:
     lines = table([Finding("Disk", "full", STOPS, "No run.", "Free some."), Finding("CPU", "fine")])
     assert [line.split() for line in lines[:4]] == [
         ["stops", "Disk", "full"], ["No", "run."], ["Free", "some."], ["ok", "CPU", "fine"],
@@ -224,7 +226,7 @@ def test_the_table_says_below_a_finding_what_to_do() -> None:
     assert lines[-1] == "2 checks: 1 stop a run, 0 may hinder it"
 
 
-def test_a_run_names_its_folder_and_ports_by_file_environment_and_flag(tmp_path: Path) -> None:
+def test_folder_and_ports_come_from_file_environment_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[run]\nfolder = "here"\nid = "a"\n[env_gateway]\nport = 7701\n[snapshot_store]\nport = 0\n')
     words = [str(file), "--check", "--run.id", "b", "--rollout.port=7703"]
@@ -237,22 +239,22 @@ def test_a_run_names_its_folder_and_ports_by_file_environment_and_flag(tmp_path:
     ]
 
 
-def test_a_run_that_goes_on_names_its_own_file(tmp_path: Path) -> None:
+def test_a_resumed_run_is_read_from_its_own_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('[learner]\nhost = "localhost"\nport = 7704\n[rollout]\nhost = "a"\nport = 1\n')
     values = run_file.named([f"--resume={tmp_path}"], {})
     assert run_file.folder(values) == tmp_path
-    assert run_file.ports(values) == [("learner.port", "127.0.0.1", 7704)]  # `a` is a name: not looked up
+    assert run_file.ports(values) == [("learner.port", "127.0.0.1", 7704)]  # `a` is a host name, which is not resolved
 
 
 @pytest.mark.parametrize("text", [None, "no = [toml", "\udcff"])
-def test_a_run_file_that_cannot_be_read_is_left_to_the_run(tmp_path: Path, text: str | None) -> None:
+def test_an_unreadable_run_file_is_ignored(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "run.toml"
     if text is not None:
         file.write_bytes(text.encode(errors="surrogateescape"))
     assert run_file.named([str(file)], {}) == {}
 
 
-def test_the_facts_of_this_machine_can_be_had() -> None:
+def test_the_facts_of_this_machine_are_plausible() -> None:
     facts = gather.facts(ROOT, "cpu")
     assert facts.python.version == sys.version_info[:3]
     assert facts.cpus > 0
@@ -261,7 +263,7 @@ def test_the_facts_of_this_machine_can_be_had() -> None:
     assert (facts.amx == "absent") == ("amx_tile" not in facts.cpu_flags)
 
 
-def test_a_folder_that_is_not_there_is_judged_by_the_one_above(tmp_path: Path) -> None:
+def test_a_missing_folder_is_checked_by_its_nearest_existing_parent(tmp_path: Path) -> None:
     found = gather.place(tmp_path / "runs" / "a")
     assert found.writable
     assert found.free > 0
@@ -278,9 +280,9 @@ def test_a_folder_that_is_not_there_is_judged_by_the_one_above(tmp_path: Path) -
         ({"memory.limit_in_bytes": "1000000000", "memory.usage_in_bytes": "300000000"}, 7),
         ({"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "300000000"}, None),
     ],
-    ids=["second kind", "second kind, no limit", "first kind", "first kind, no limit"],
+    ids=["cgroup v2", "cgroup v2 without a limit", "cgroup v1", "cgroup v1 without a limit"],
 )
-def test_the_control_groups_limit_counts(
+def test_memory_is_limited_by_the_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None
 ) -> None:
     for name, content in files.items():
@@ -298,12 +300,12 @@ def test_the_command_names_a_taken_port_and_stops(capsys: pytest.CaptureFixture[
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert main(["--quiet", f"--env_gateway.port={port}"]) == 3
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert f"doctor: Port: env_gateway.port = 127.0.0.1:{port} is in use" in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"doctor: Port: env_gateway.port = 127.0.0.1:{port} is in use" in output.err
 
 
-def test_the_whole_command_prints_every_check() -> None:
+def test_the_command_prints_every_check() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "palimpsest.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
@@ -319,6 +321,6 @@ def test_the_whole_command_prints_every_check() -> None:
     [*sorted((ROOT / "palimpsest/doctor").glob("*.py")), ROOT / "tools/setup.py", ROOT / "tools/pip_settings.py"],
     ids=lambda path: path.name,
 )  # fmt: skip
-def test_an_older_python_can_read_it(path: Path) -> None:
+def test_python_3_9_can_parse_the_doctor_and_the_setup(path: Path) -> None:
     ast.parse(path.read_text(), feature_version=(3, 9))
     assert "from __future__ import annotations" in path.read_text() or path.name == "__init__.py"

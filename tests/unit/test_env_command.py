@@ -1,4 +1,4 @@
-"""`palimpsest env`: every environment is listed, and a task is shown as it begins."""
+"""`palimpsest env`: the list of environments, and the first prompt of a task."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Greet:
 
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that plugs an environment in, and whose model is not there."""
+    """A run file with a plugged-in environment and a missing model."""
     (tmp_path / "greetings.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "mine.toml"
@@ -44,7 +44,7 @@ def env(*arguments: object) -> ProgramResult:
     return run_program("palimpsest", "env", *arguments)
 
 
-def test_what_comes_with_palimpsest_is_listed_with_a_line_on_each() -> None:
+def test_built_in_environments_are_listed_with_a_description() -> None:
     done = env("list")
     assert (done.code, done.err) == (0, "")
     for name, about in (("lookup", "ask a table for a key's value"), ("hop", ""), ("add", "have a sum calculated")):
@@ -53,19 +53,19 @@ def test_what_comes_with_palimpsest_is_listed_with_a_line_on_each() -> None:
     assert "tasks.environments" in done.out
 
 
-def test_what_a_run_plugs_in_is_listed_with_its_class(run_file: Path) -> None:
+def test_environments_of_a_run_file_are_listed_with_their_class(run_file: Path) -> None:
     (line,) = [line for line in env("list", run_file).out.splitlines() if line.split()[:1] == ["greet"]]
     assert line.split(maxsplit=1)[1] == "Greet back. (greetings:Greet, version 7)"
 
 
 def test_a_task_is_shown_with_its_tools() -> None:
-    said = env("show", "lookup", "--seed", "3").out
-    assert Lookup().reset(3).messages[0].content in said
-    assert '"name": "lookup"' in said
-    assert env("show", "lookup", "--seed=3").out == said
+    output = env("show", "lookup", "--seed", "3").out
+    assert Lookup().reset(3).messages[0].content in output
+    assert '"name": "lookup"' in output
+    assert env("show", "lookup", "--seed=3").out == output
 
 
-def test_a_task_of_an_environment_in_a_process_of_its_own_is_shown(run_file: Path) -> None:
+def test_a_task_of_a_plugged_in_environment_is_shown(run_file: Path) -> None:
     done = env("show", "greet", run_file, "--seed=5")
     assert done.code == 0
     assert done.out.startswith("[user]\nhello 5\n")
@@ -73,23 +73,23 @@ def test_a_task_of_an_environment_in_a_process_of_its_own_is_shown(run_file: Pat
 
 
 @pytest.mark.thorough
-def test_a_task_is_shown_as_the_model_of_the_run_sees_it(tmp_path: Path, starting_model: Path) -> None:
+def test_a_task_is_rendered_with_the_chat_template_of_the_model(tmp_path: Path, starting_model: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f'model.path = "{starting_model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 1\n')
-    said = env("show", "lookup", path).out
-    assert said.startswith("<|im_start|>")
-    assert said.rstrip().endswith("<|im_start|>assistant")
-    assert Lookup().reset(0).messages[0].content in said
+    output = env("show", "lookup", path).out
+    assert output.startswith("<|im_start|>")
+    assert output.rstrip().endswith("<|im_start|>assistant")
+    assert Lookup().reset(0).messages[0].content in output
 
 
-def test_an_environment_whose_task_cannot_begin_is_told_with_its_error(run_file: Path) -> None:
+def test_a_task_that_cannot_begin_is_reported_with_its_error(run_file: Path) -> None:
     done = env("show", "greet", run_file, "--seed=13")
     assert done.code == 2
     assert done.err == ("environment greet, seed 13: the task cannot start (environment_raised): ValueError: unlucky\n")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "error"),
     [
         (["show", "lokup"], "did you mean lookup?"),
         (["show"], "usage: palimpsest env"),
@@ -98,7 +98,7 @@ def test_an_environment_whose_task_cannot_begin_is_told_with_its_error(run_file:
         (["list", "nowhere.toml"], "nowhere.toml"),
     ],
 )
-def test_what_cannot_be_done_is_said(arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_refused(arguments: list[str], error: str) -> None:
     done = env(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert error in done.err

@@ -1,4 +1,4 @@
-"""What the rescoring says where there is nothing to compare."""
+"""Errors of `palimpsest rescore` for runs that it cannot compare."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def record(run: Path, *, versions: list[int]) -> None:
-    """One batch of one row; a token of version -1 is not trainable."""
+    """Write a recorded batch of one row; a token of version -1 is not trainable."""
     row = np.asarray([versions])
     zeros = np.zeros(row.shape, np.float32)
     np.savez(
@@ -29,8 +29,8 @@ def record(run: Path, *, versions: list[int]) -> None:
     )  # fmt: skip
 
 
-def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The sentence that it ends with."""
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run the command, which must fail, and return the last line of its error output."""
     monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         command(sys.argv[1:])
@@ -38,30 +38,30 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_is_no_runs_folder_is_named(
+def test_a_folder_without_a_run_and_an_invalid_step_are_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "not the folder of a run" in said(monkeypatch, capsys, run / "records")
-    assert "--every 0: must be at least 1" in said(monkeypatch, capsys, run, "--every", "0")
+    assert "not the folder of a run" in error_of(monkeypatch, capsys, run / "records")
+    assert "--every 0: must be at least 1" in error_of(monkeypatch, capsys, run, "--every", "0")
 
 
-def test_a_run_that_was_not_recorded_is_told_how_to(
+def test_a_run_without_records_names_the_key_that_records(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said(monkeypatch, capsys, run).endswith("holds no batch: record the run with learner.record = true")
+    assert error_of(monkeypatch, capsys, run).endswith("holds no batch: record the run with learner.record = true")
 
 
-def test_a_version_that_was_not_kept_is_named(
+def test_a_missing_version_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(run, versions=[-1, 4, 4])
-    told = said(monkeypatch, capsys, run)
-    assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'}: record" in told
-    assert "learner.checkpoint.keep = learner.versions" in told
+    error = error_of(monkeypatch, capsys, run)
+    assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'}: record" in error
+    assert "learner.checkpoint.keep = learner.versions" in error
 
 
 def test_a_record_without_old_log_probs_is_not_compared(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(run, versions=[-1, -1])
-    assert "has an old log-prob: the run used a surrogate" in said(monkeypatch, capsys, run)
+    assert "has an old log-prob: the run used a surrogate" in error_of(monkeypatch, capsys, run)

@@ -1,4 +1,7 @@
-"""A run's evidence, made by hand: 4 groups of 2, bound 1; two groups trained, one ended otherwise, one open."""
+"""Evidence of a consistent run, written by hand.
+
+The run has 4 groups of 2 and a staleness bound of 1. Two groups were trained, one was dropped, and one is open.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +31,7 @@ def an_offer(index: int, **changes: Any) -> Offer:
 
 
 def a_record(offset: int, index: int, sample: int, **changes: Any) -> LoggedRecord:
-    """Finished, of version 0."""
+    """Return a finished record with tokens of version 0."""
     return replace(
         LoggedRecord(0, offset, trajectory_id(group_id(index), sample), FINISHED, oldest=0, newest=0), **changes
     )
@@ -72,9 +75,9 @@ HEARD = (
     a_record(2, 1, 0),
     a_record(3, 1, 1),
     LoggedRecord(0, 4, "g000002/0", "environment_failed"),
-    LoggedRecord(0, 5, sound=False),  # garbage, of which there is a letter that names g000002/1
+    LoggedRecord(0, 5, sound=False),  # garbage; its dead letter names g000002/1
     a_record(6, 3, 0, oldest=2, newest=2),
-    a_record(7, 1, 1),  # again: harmless
+    a_record(7, 1, 1),  # a harmless repeat
 )
 LOG = LogContents(
     offers=tuple(an_offer(index) for index in range(4)),
@@ -101,24 +104,24 @@ SOUND = Evidence(
 
 
 def log(**changes: Any) -> Evidence:
-    """Sound but for these of the log."""
+    """Return the consistent evidence with these changes to its log."""
     return replace(SOUND, log=replace(LOG, **changes))
 
 
 def checkpoint(**changes: Any) -> Evidence:
-    """Sound but for these of the checkpoint."""
+    """Return the consistent evidence with these changes to its checkpoint."""
     return replace(SOUND, checkpoint=replace(CHECKPOINT, **changes))
 
 
 def ledger(**changes: Any) -> Evidence:
-    """Sound but for these of its ledger."""
+    """Return the consistent evidence with these changes to its checkpoint's ledger."""
     import msgspec
 
     return checkpoint(ledger=msgspec.structs.replace(LEDGER, **changes))
 
 
 def line(place: int, **changes: Any) -> Evidence:
-    """Sound but for these of one line."""
+    """Return the consistent evidence with these changes to one line of its history."""
     lines = list(SOUND.lines)
     lines[place] = replace(lines[place], **changes)
     return replace(SOUND, lines=tuple(lines))

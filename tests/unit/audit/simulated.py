@@ -1,4 +1,4 @@
-"""A run as the real ledger and offset tracker live it, with every harmless thing that can happen, and its evidence."""
+"""A simulated run on the real ledger and offset tracker, with every harmless event, and its evidence."""
 
 import random
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ Place = tuple[int, int]
 
 @dataclass
 class Simulated:
-    """A run of one process that never dies."""
+    """A run of one process without crashes."""
 
     rng: random.Random
     entries: TrajectoryLedger[str] = field(
@@ -48,7 +48,7 @@ class Simulated:
     checkpoints: list[AuditedCheckpoint] = field(default_factory=list)
 
     def step(self) -> None:
-        """One event, and what the learner makes of it."""
+        """Simulate one event and the learner's reaction."""
         self.clock += 1.0
         while self.entries.free_slots():
             index = self.entries.next_index
@@ -72,11 +72,11 @@ class Simulated:
                 self._bury(self._publish(name, FINISHED, sound=False), group_id(index), name)
             case "stranger":
                 record = self._publish(trajectory_id(group_id(10_000 + index), 0), FINISHED, index=index)
-                self._bury(record, "", "")  # never offered: it takes nothing from the run
+                self._bury(record, "", "")  # never offered, so no trajectory of the run is lost
         self._learn()
 
     def evidence(self) -> Evidence:
-        """From the newest checkpoint on, as an audit would read it."""
+        """Return the evidence that an audit reads, from the newest checkpoint on."""
         checkpoint = self.checkpoints[-1] if self.checkpoints else None
         lowest = max(0, self.version - BOUND)
         return Evidence(

@@ -1,4 +1,4 @@
-"""The judge of the audit finds every kind of inconsistency, and only real ones."""
+"""The audit's judge reports every kind of inconsistency and no harmless event."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def kinds(evidence: Evidence) -> set[Kind]:
     return {finding.kind for finding in judge(evidence).findings}
 
 
-def test_a_sound_run_gives_nothing() -> None:
+def test_a_consistent_run_has_no_findings() -> None:
     judgement = judge(SOUND)
     assert judgement.findings == ()
     assert judgement.sound
@@ -46,7 +46,7 @@ HARMLESS = {
     "records of groups that were offered later": log(
         offers=(*LOG.offers, an_offer(4)), heard=(*HEARD, a_record(8, 4, 0))
     ),
-    "garbage that was made good": replace(
+    "garbage that a later record replaced": replace(
         log(
             heard=(*HEARD[:6], a_record(8, 2, 1)), letters=LOG.letters,
         ),
@@ -56,15 +56,15 @@ HARMLESS = {
         SOUND, tail=(a_line(2, 3, pending=2, trained=6, staleness=(0, 1)),),
         log=replace(LOG, heard=(*HEARD, a_record(8, 3, 1, oldest=2, newest=2))),
     ),
-    "versions that were swept away below every lease": replace(SOUND, leases={"learner": 2}, stored=SOUND.stored[1:]),
-    "a successor's versions after a replaced learner's": replace(
+    "deleted versions below every lease": replace(SOUND, leases={"learner": 2}, stored=SOUND.stored[1:]),
+    "versions of a successor after those of a replaced learner": replace(
         SOUND, epoch=2, stored=(*SOUND.stored, Stored(Version(3), DIGESTS[3], 2, 100)),
         commits=((1, 1), (2, 1), (3, 2)),
     ),
-    "a trajectory dropped at its deadline that nobody heard of": replace(
+    "a trajectory without a record, dropped at its deadline": replace(
         ledger(open_groups={"g000003": {1: "deadline"}}, dropped={"environment_failed": 1, "deadline": 1})
     ),
-    "a deadline, though the trajectory came later": replace(
+    "a trajectory that arrived after its deadline": replace(
         log(heard=(*HEARD[:4], a_record(4, 2, 0), *HEARD[5:])),
         checkpoint=ledger(dropped={"deadline": 1}).checkpoint,
     ),
@@ -72,7 +72,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("what", HARMLESS)
-def test_what_is_harmless_is_let_pass(what: str) -> None:
+def test_harmless_events_give_no_finding(what: str) -> None:
     assert judge(HARMLESS[what]).findings == ()
 
 
@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "trained twice in one batch": (Kind.TRAINED_TWICE, line(1, trained=("g000001/0", "g000001/0"))),
     "trained without being offered": (Kind.TRAINED_UNOFFERED, line(1, trained=("g000001/0", "g000009/1"))),
     "trained without a record": (Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], *HEARD[3:]))),
-    "trained with a record that nobody could use": (
+    "trained with an unusable record": (
         Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], a_record(2, 1, 0, sound=False), *HEARD[3:])),
     ),
     "a group offered with another task": (
@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     ),
     "sums that do not add up": (Kind.SUMS, ledger(dropped={"environment_failed": 2})),
     "a sum below 0": (Kind.SUMS, ledger(dropped={"environment_failed": 1, "deadline": 1, "engine_failed": -1})),
-    "a line's sums": (Kind.SUMS, line(1, counts={**SOUND.lines[1].counts, "pending": 5})),
+    "sums of a line that do not add up": (Kind.SUMS, line(1, counts={**SOUND.lines[1].counts, "pending": 5})),
     "more offered than the log holds": (Kind.RECOUNT, ledger(offered=9, trained=5)),
     "groups that the log does not hold": (Kind.RECOUNT, ledger(next_index=5)),
     "an open group that was never offered": (
@@ -105,20 +105,20 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "another number of versions": (Kind.RECOUNT, checkpoint(trained_versions=3)),
     "a line that names fewer than its batch": (Kind.RECOUNT, line(1, batch=3)),
     "trained and pending at once": (Kind.RECOUNT, ledger(open_groups={"g000001": {}})),
-    "dropped by a worker who never said so": (
+    "dropped without a drop record of a worker": (
         Kind.UNEXPLAINED, log(heard=(*HEARD[:4], LoggedRecord(0, 4, "g000002/0", "prompt_too_long"), *HEARD[5:])),
     ),
-    "dropped after it came, but it never came": (Kind.UNEXPLAINED, ledger(dropped={"over_staleness": 1})),
-    "resolved without any trace": (Kind.UNEXPLAINED, log(heard=(*HEARD[:4], *HEARD[5:]))),
-    "an end in an open group without a record": (
+    "dropped as stale without having arrived": (Kind.UNEXPLAINED, ledger(dropped={"over_staleness": 1})),
+    "resolved without a record": (Kind.UNEXPLAINED, log(heard=(*HEARD[:4], *HEARD[5:]))),
+    "a drop in an open group without a record": (
         Kind.UNEXPLAINED,
         ledger(open_groups={"g000003": {1: "engine_failed"}}, dropped={"environment_failed": 1, "engine_failed": 1}),
     ),
     "a dead letter in an open group without a letter": (
         Kind.LETTERS_MISSING, ledger(open_groups={"g000003": {1: "dead_lettered"}}, dead_lettered=2),
     ),
-    "read past and awaited": (Kind.UNRESOLVED, checkpoint(offsets={0: 7})),
-    "read past and never offered": (
+    "an awaited record below the committed offset": (Kind.UNRESOLVED, checkpoint(offsets={0: 7})),
+    "a record of an unknown group below the committed offset": (
         Kind.UNRESOLVED,
         replace(log(heard=(*HEARD, a_record(8, 9, 0))), checkpoint=checkpoint(offsets={0: 9}).checkpoint),
     ),
@@ -129,10 +129,10 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     ),
     "versions out of order": (Kind.HISTORY_ORDER, replace(SOUND, lines=SOUND.lines[::-1])),
     "a version twice": (Kind.HISTORY_ORDER, line(1, version=0, published=1)),
-    "a version that made none": (Kind.HISTORY_ORDER, line(1, published=1)),
+    "a line that publishes no new version": (Kind.HISTORY_ORDER, line(1, published=1)),
     "a checkpoint older than its history": (Kind.HISTORY_ORDER, checkpoint(version=Version(1))),
-    "a line beyond from before the checkpoint": (Kind.HISTORY_TAIL, replace(SOUND, tail=(SOUND.lines[1],))),
-    "more lines beyond than a crash can leave": (
+    "a line beyond the checkpoint with an earlier version": (Kind.HISTORY_TAIL, replace(SOUND, tail=(SOUND.lines[1],))),
+    "more lines beyond the checkpoint than a crash can leave": (
         Kind.HISTORY_TAIL,
         replace(
             SOUND,
@@ -148,7 +148,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     ),
     "staleness over the bound": (Kind.STALENESS, line(1, staleness=(0, 2))),
     "negative staleness": (Kind.STALENESS, line(1, staleness=(-1, 1))),
-    "tokens older than the bound, whatever the history says": (
+    "tokens older than the bound in the log": (
         Kind.STALENESS,
         replace(SOUND, lines=(SOUND.lines[0], replace(SOUND.lines[1], version=2, published=3)),
                 checkpoint=checkpoint(version=Version(3)).checkpoint),
@@ -157,15 +157,15 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
         Kind.STALENESS, log(heard=(*HEARD[:2], a_record(2, 1, 0, oldest=1, newest=2), *HEARD[3:])),
     ),
     "an offset beyond the log": (Kind.OFFSET_OUTSIDE, checkpoint(offsets={0: 9})),
-    "an offset that is gone": (Kind.OFFSET_OUTSIDE, log(bounds={**LOG.bounds, TRAJECTORIES: {0: Bounds(7, 8)}})),
-    "an offset of no partition": (Kind.OFFSET_OUTSIDE, checkpoint(task_offsets={0: 4, 7: 0})),
+    "an offset below the log": (Kind.OFFSET_OUTSIDE, log(bounds={**LOG.bounds, TRAJECTORIES: {0: Bounds(7, 8)}})),
+    "an offset of an unknown partition": (Kind.OFFSET_OUTSIDE, checkpoint(task_offsets={0: 4, 7: 0})),
     "a damaged checkpoint": (Kind.CHECKPOINT_DAMAGED, replace(SOUND, damaged=("checkpoint x: torn",))),
     "a version that is missing": (Kind.VERSION_MISSING, replace(SOUND, stored=SOUND.stored[:1])),
     "a version that was trained at and is missing": (
         Kind.VERSION_MISSING,
         replace(log(announced=LOG.announced[2:], applied=()), stored=SOUND.stored[1:], leases={"replica": 1}),
     ),
-    "without a lease nothing may be missing": (Kind.VERSION_MISSING, replace(SOUND, leases={})),
+    "a missing version without a lease": (Kind.VERSION_MISSING, replace(SOUND, leases={})),
     "other weights than announced": (
         Kind.VERSION_DIGEST, replace(SOUND, stored=(SOUND.stored[0], replace(SOUND.stored[1], digest="aa" * 32))),
     ),
@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "announced twice": (
         Kind.ANNOUNCED_TWICE, log(announced=(*LOG.announced, Announced(Version(2), "aa" * 32))),
     ),
-    "an object whose bytes are others": (
+    "a damaged object": (
         Kind.OBJECT_DAMAGED,
         replace(SOUND, stored=(replace(SOUND.stored[0], trouble="its object is torn"), SOUND.stored[1])),
     ),
@@ -186,28 +186,28 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     ),
     "a replaced learner's checkpoint": (Kind.FENCED_WRITER, replace(SOUND, epoch=2, commits=((1, 2), (2, 1)))),
     "a writer that the store never issued": (Kind.FENCED_WRITER, replace(SOUND, epoch=0)),
-    "what could not be read": (Kind.STORE_DAMAGED, replace(SOUND, faults=(Finding(Kind.STORE_DAMAGED, "torn"),))),
+    "a damaged store": (Kind.STORE_DAMAGED, replace(SOUND, faults=(Finding(Kind.STORE_DAMAGED, "torn"),))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_found_by_its_name(what: str) -> None:
+def test_each_inconsistency_is_reported_with_its_kind(what: str) -> None:
     kind, evidence = WRONG[what]
     assert kind in kinds(evidence)
     assert all(finding.sentence for finding in judge(evidence).findings)
 
 
 READ_ONLY = {Kind.HISTORY_DAMAGED, Kind.CHECKPOINT_UNKNOWN, Kind.VERSION_DAMAGED}
-"""Found while reading: tests/integration/test_audit.py tries them."""
+"""Kinds found while reading; tests/integration/test_audit.py tests them."""
 
 
-def test_every_kind_is_tried() -> None:
+def test_every_kind_has_a_test() -> None:
     assert {kind for kind, _ in WRONG.values()} | READ_ONLY == set(Kind)
 
 
 @pytest.mark.parametrize("topic", [TASKS, TRAJECTORIES, DEAD_LETTERS])
 def test_records_removed_by_retention_give_a_note_and_no_finding(topic: str) -> None:
-    """Retention removed the first records; the offsets of the others stay."""
+    """Retention removes the first records; the offsets of the others stay."""
     gone = {
         TASKS: {"offers": LOG.offers[2:]},
         TRAJECTORIES: {"heard": HEARD[4:]},
@@ -221,22 +221,22 @@ def test_records_removed_by_retention_give_a_note_and_no_finding(topic: str) -> 
 
 
 def test_without_a_checkpoint_the_log_and_the_store_are_judged() -> None:
-    young = replace(SOUND, checkpoint=None, lines=(), tail=SOUND.lines, commits=())
-    assert judge(young).findings == ()
-    assert "no checkpoint yet" in judge(young).notes[0]
-    assert judge(replace(young, stored=())).findings[0].kind is Kind.VERSION_MISSING
-    assert to_json(young, judge(young))["trajectories"]["pending"] == 8
+    evidence = replace(SOUND, checkpoint=None, lines=(), tail=SOUND.lines, commits=())
+    assert judge(evidence).findings == ()
+    assert "no checkpoint yet" in judge(evidence).notes[0]
+    assert judge(replace(evidence, stored=())).findings[0].kind is Kind.VERSION_MISSING
+    assert to_json(evidence, judge(evidence))["trajectories"]["pending"] == 8
 
 
 def test_the_text_lists_the_sums_and_the_findings() -> None:
-    said = list(to_text(SOUND, judge(SOUND)))
-    assert said[:2] == ["Run test", ""]
-    assert "trajectories   8 offered = 4 trained + 1 dropped + 1 dead-lettered + 2 pending" in said
-    assert "  dropped as environment_failed: 1" in said
-    assert "  1 of the pending have arrived and wait for training" in said
-    assert "  g000003  waits for sample 1" in said
-    assert "       2  020202020202       1    100  leased" in said
-    assert said[-1] == "No inconsistencies found."
+    text = list(to_text(SOUND, judge(SOUND)))
+    assert text[:2] == ["Run test", ""]
+    assert "trajectories   8 offered = 4 trained + 1 dropped + 1 dead-lettered + 2 pending" in text
+    assert "  dropped as environment_failed: 1" in text
+    assert "  1 of the pending have arrived and wait for training" in text
+    assert "  g000003  waits for sample 1" in text
+    assert "       2  020202020202       1    100  leased" in text
+    assert text[-1] == "No inconsistencies found."
     wrong = ledger(dropped={"environment_failed": 2})
     assert list(to_text(wrong, judge(wrong)))[-2].startswith(
         "1. sums: checkpoint 00000002-00000001: 8 offered - 4 trained"
@@ -244,11 +244,11 @@ def test_the_text_lists_the_sums_and_the_findings() -> None:
 
 
 def test_the_json_has_the_same_values() -> None:
-    said = to_json(SOUND, judge(SOUND))
-    assert said["sound"]
-    assert said["findings"] == []
-    assert said["trajectories"] == {
+    document = to_json(SOUND, judge(SOUND))
+    assert document["sound"]
+    assert document["findings"] == []
+    assert document["trajectories"] == {
         "offered": 8, "trained": 4, "dropped": {"environment_failed": 1}, "dead_lettered": 1, "pending": 2,
     }  # fmt: skip
-    assert said["open_groups"] == {"g000003": [1]}
-    assert [one["version"] for one in said["versions"]] == [1, 2]
+    assert document["open_groups"] == {"g000003": [1]}
+    assert [one["version"] for one in document["versions"]] == [1, 2]

@@ -1,4 +1,4 @@
-"""Runs at random: sound ones are never accused, and whatever is then done to one is found."""
+"""Random runs: a consistent run has no findings, and every fault put into its evidence is found."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def trained_unoffered(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, lines=(*run.lines[:i], line, *run.lines[i + 1 :]))
 
 
-def a_sum(run: Evidence, rng: random.Random) -> Evidence:
+def changed_sum(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
     field = rng.choice(["trained", "dead_lettered", "offered"])
     ledger = run.checkpoint.ledger
@@ -44,8 +44,8 @@ def a_sum(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, checkpoint=replace(run.checkpoint, ledger=ledger))
 
 
-def a_moved_count(run: Evidence, rng: random.Random) -> Evidence:
-    """From one end to another, so that the sums still hold."""
+def moved_count(run: Evidence, rng: random.Random) -> Evidence:
+    """Count one trained trajectory as dead-lettered; the sums still hold."""
     assert run.checkpoint
     ledger = msgspec.structs.replace(
         run.checkpoint.ledger,
@@ -55,24 +55,24 @@ def a_moved_count(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, checkpoint=replace(run.checkpoint, ledger=ledger))
 
 
-def a_lost_offer(run: Evidence, rng: random.Random) -> Evidence:
+def lost_offer(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
     i = rng.randrange(run.checkpoint.ledger.next_index)
     return replace(run, log=replace(run.log, offers=(*run.log.offers[:i], *run.log.offers[i + 1 :])))
 
 
-def another_task(run: Evidence, rng: random.Random) -> Evidence:
+def changed_task(run: Evidence, rng: random.Random) -> Evidence:
     offer = replace(rng.choice(run.log.offers), task=("lookup", -1))
     return replace(run, log=replace(run.log, offers=(*run.log.offers, offer)))
 
 
-def a_lost_source(run: Evidence, rng: random.Random) -> Evidence:
+def lost_record(run: Evidence, rng: random.Random) -> Evidence:
     name = rng.choice(run.lines[rng.randrange(len(run.lines))].trained)
     heard = tuple(r for r in run.log.heard if not (r.trajectory == name and r.how == FINISHED))
     return replace(run, log=replace(run.log, heard=heard))
 
 
-def a_lost_letter(run: Evidence, rng: random.Random) -> Evidence:
+def lost_letter(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
     records = {(r.partition, r.offset): r for r in run.log.heard}
     gone = [x for x in run.log.letters if below(run.checkpoint, records[x.partition, x.offset])]
@@ -81,7 +81,7 @@ def a_lost_letter(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, log=replace(run.log, letters=tuple(x for x in run.log.letters if x != letter)))
 
 
-def a_frontier_too_far(run: Evidence, rng: random.Random) -> Evidence:
+def offset_past_an_open_trajectory(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
     open_ids = {
         f"{group}/{s}" for group, ended in run.checkpoint.ledger.open_groups.items() for s in range(3) if s not in ended
@@ -94,13 +94,13 @@ def a_frontier_too_far(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, checkpoint=replace(run.checkpoint, offsets=offsets))
 
 
-def an_offset_outside(run: Evidence, rng: random.Random) -> Evidence:
+def offset_outside_the_log(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
     offsets = {**run.checkpoint.offsets, rng.choice([0, 1]): 10_000}
     return replace(run, checkpoint=replace(run.checkpoint, offsets=offsets))
 
 
-def a_lost_version(run: Evidence, rng: random.Random) -> Evidence:
+def lost_version(run: Evidence, rng: random.Random) -> Evidence:
     gone = rng.choice(run.stored)
     return replace(run, stored=tuple(one for one in run.stored if one != gone))
 
@@ -126,7 +126,7 @@ def older_tokens(run: Evidence, rng: random.Random) -> Evidence:
     return replace(run, log=replace(run.log, heard=heard))
 
 
-def a_lost_line(run: Evidence, rng: random.Random) -> Evidence:
+def lost_line(run: Evidence, rng: random.Random) -> Evidence:
     i = rng.randrange(len(run.lines))
     return replace(run, lines=(*run.lines[:i], *run.lines[i + 1 :]))
 
@@ -134,40 +134,40 @@ def a_lost_line(run: Evidence, rng: random.Random) -> Evidence:
 FAULTS: dict[Callable[[Evidence, random.Random], Evidence], set[Kind]] = {
     trained_twice: {Kind.TRAINED_TWICE},
     trained_unoffered: {Kind.TRAINED_UNOFFERED},
-    a_sum: {Kind.SUMS},
-    a_moved_count: {Kind.RECOUNT},
-    a_lost_offer: {Kind.RECOUNT},
-    another_task: {Kind.TASK_CHANGED},
-    a_lost_source: {Kind.TRAINED_UNHEARD},
-    a_lost_letter: {Kind.LETTERS_MISSING, Kind.UNRESOLVED},
-    a_frontier_too_far: {Kind.UNRESOLVED},
-    an_offset_outside: {Kind.OFFSET_OUTSIDE},
-    a_lost_version: {Kind.VERSION_MISSING},
+    changed_sum: {Kind.SUMS},
+    moved_count: {Kind.RECOUNT},
+    lost_offer: {Kind.RECOUNT},
+    changed_task: {Kind.TASK_CHANGED},
+    lost_record: {Kind.TRAINED_UNHEARD},
+    lost_letter: {Kind.LETTERS_MISSING, Kind.UNRESOLVED},
+    offset_past_an_open_trajectory: {Kind.UNRESOLVED},
+    offset_outside_the_log: {Kind.OFFSET_OUTSIDE},
+    lost_version: {Kind.VERSION_MISSING},
     other_weights: {Kind.VERSION_DIGEST},
     lines_swapped: {Kind.HISTORY_ORDER},
     older_tokens: {Kind.STALENESS},
-    a_lost_line: {Kind.RECOUNT},
+    lost_line: {Kind.RECOUNT},
 }
-"""What is done to a run -> what is found of it, one of these at least."""
+"""Fault -> kinds of finding, at least one of which it must cause."""
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 32), st.integers(1, 250))
-def test_a_sound_run_is_never_accused(seed: int, steps: int) -> None:
+def test_a_consistent_run_has_no_findings(seed: int, steps: int) -> None:
     assert judge(a_run(seed, steps)).findings == ()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1 << 32), st.integers(60, 250))
-def test_whatever_is_done_to_it_is_found(fault: Callable[..., Evidence], seed: int, steps: int) -> None:
+def test_every_fault_is_found(fault: Callable[..., Evidence], seed: int, steps: int) -> None:
     run = a_run(seed, steps)
     assume(run.checkpoint is not None and len(run.lines) > 1)
     found = {finding.kind for finding in judge(fault(run, random.Random(seed))).findings}
     assert found & FAULTS[fault], found
 
 
-def test_the_runs_are_long_enough_to_mean_something() -> None:
+def test_the_random_runs_cover_every_event() -> None:
     runs = [a_run(seed, 250) for seed in range(20)]
     assert min(len(run.lines) for run in runs) >= 3
     assert sum(len(run.log.letters) for run in runs) > 400

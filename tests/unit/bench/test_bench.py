@@ -1,4 +1,4 @@
-"""The measurements run, on small settings, and end with one JSON line. What they measure is not judged here."""
+"""Every benchmark runs with small settings and prints one JSON line; the measured values are not checked."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ MEMORY_CASE = ("--tokens=64", "--vocabularies=512", "--hidden=8", "--chunk=16", 
 
 
 def measured(*arguments: str) -> dict[str, Any]:
-    """What `python -m bench` prints last."""
+    """Run `python -m bench` and return the JSON object in its last line of output."""
     command = [sys.executable, "-m", "bench", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -48,8 +48,8 @@ def test_the_list_names_every_program() -> None:
     assert names == {"loop", "bus", "ingest", "memory", "mismatch", "routes"}
 
 
-def assert_all_is_accounted_for(figures: dict[str, Any]) -> None:
-    """The ledger adds up, and every record that was read is in it, duplicates aside."""
+def assert_every_trajectory_is_counted(figures: dict[str, Any]) -> None:
+    """Check that the ledger's counts add up and do not exceed the records read."""
     counts = figures["trajectories"]
     ended = counts["trained"] + sum(counts["dropped"].values())
     assert counts["offered"] == ended + counts["pending"]
@@ -62,7 +62,7 @@ def test_ingest_on_one_file() -> None:
     figures = measured("ingest", *SMALL_RUN)
     assert figures.keys() >= INGEST_KEYS
     assert (figures["bus"], figures["streams"]) == ("sqlite", 24)
-    assert_all_is_accounted_for(figures)
+    assert_every_trajectory_is_counted(figures)
 
 
 @pytest.mark.servers
@@ -70,11 +70,11 @@ def test_ingest_on_kafka(kafka_server: Kafka) -> None:
     figures = measured("ingest", *SMALL_RUN, "--bus=kafka", f"--servers={kafka_server.servers}")
     assert figures.keys() >= INGEST_KEYS
     assert figures["bus"] == "kafka"
-    assert_all_is_accounted_for(figures)
+    assert_every_trajectory_is_counted(figures)
 
 
 @pytest.mark.servers
-def test_bus_beside_the_bare_clients(kafka_server: Kafka) -> None:
+def test_the_bus_is_compared_with_bare_clients(kafka_server: Kafka) -> None:
     small = ("--rounds=1", "--mebibytes=1", "--tokens", "64", "256")
     figures = measured("bus", f"--servers={kafka_server.servers}", *small)
     assert figures.keys() >= {"publish_ratio_to_bare", "consume_ratio_to_bare", "sizes", "kafka", "rounds"}
@@ -85,8 +85,8 @@ def test_bus_beside_the_bare_clients(kafka_server: Kafka) -> None:
             assert figures[f"{what}_ratio_to_bare"] <= size[f"{what}_ratio_to_bare"]
 
 
-def test_ratios_are_to_the_quicker_bare_client() -> None:
-    """Two rounds of 10 records: ours takes 2 s and 4 s; bare 1 s and 3 s; bare with its defaults 3 s and 6 s."""
+def test_ratios_are_relative_to_the_faster_bare_client() -> None:
+    """Two rounds of 10 records take 2 s and 4 s with ours, 1 s and 3 s with bare, 3 s and 6 s with bare defaults."""
     taken = {"ours": (2.0, 4.0), "bare": (1.0, 3.0), "bare_defaults": (3.0, 6.0)}
     rounds = [{name: bus.Seconds(seconds[i], 0.5, 1.0, 0.25) for name, seconds in taken.items()} for i in range(2)]
     figures = bus._figures([Outgoing("k", b"x" * 1000)] * 10, rounds)
@@ -97,8 +97,8 @@ def test_ratios_are_to_the_quicker_bare_client() -> None:
     assert figures["consume"]["bare"]["cpu_us_per_record"] == 25_000
 
 
-class Forgetful:
-    """A client that reads something else than was published."""
+class FixedClient:
+    """A client that returns given records, whatever was published."""
 
     topic = "own"
 
@@ -108,7 +108,7 @@ class Forgetful:
     def publish(self, records: Sequence[Outgoing]) -> None:
         pass
 
-    def reader(self, topic: str) -> "Forgetful":
+    def reader(self, topic: str) -> "FixedClient":
         return self
 
     def read(self, count: int) -> list[bytes]:
@@ -119,16 +119,16 @@ class Forgetful:
 
 
 @pytest.mark.parametrize("read", [[b"a"], [b"a", b"a"], [b"a", b"b", b"b"], [b"a", b"c"]])
-def test_a_client_that_reads_something_else_is_no_result(read: list[bytes]) -> None:
+def test_a_client_that_reads_other_records_is_an_error(read: list[bytes]) -> None:
     records = [Outgoing("k", b"a"), Outgoing("k", b"b")]
-    sound = Forgetful([b"b", b"a"])
-    assert len(bus._rounds({"ours": sound, "bare": sound}, records, 2)) == 2
+    correct = FixedClient([b"b", b"a"])
+    assert len(bus._rounds({"ours": correct, "bare": correct}, records, 2)) == 2
     with pytest.raises(AssertionError, match="bare read records that were not published"):
-        bus._rounds({"ours": sound, "bare": Forgetful(read)}, records, 1)
+        bus._rounds({"ours": correct, "bare": FixedClient(read)}, records, 1)
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 63, 2048])
-def test_a_made_trajectory_is_one_that_the_learner_takes(tokens: int) -> None:
+def test_the_learner_accepts_a_generated_trajectory(tokens: int) -> None:
     made = Maker(1).finished(group_id(3), 2, tokens=tokens, version=5)
     check_finished(made, Version(5), vocabulary=VOCABULARY)
     body = Maker(1).outgoing(made).body

@@ -1,4 +1,4 @@
-"""What is made of the toy's runs: slopes, intervals, tables; and that published ones are of the published numbers."""
+"""Statistics of the toy's runs: slopes, intervals, and tables; and the published tables and figures."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ INFINITE = float("inf")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the program runs: more threads than free cores wait for each other."""
+    """Use one thread, as the program does: more threads than free cores wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,17 +41,17 @@ def one_thread() -> Iterator[None]:
 
 def test_the_bootstrap_of_known_numbers() -> None:
     assert dataclasses.astuple(bootstrap([0.25] * 5)) == (0.25, 0.25, 0.25)
-    assert dataclasses.astuple(bootstrap([0.0, 1.0])) == (0.5, 0.0, 1.0)  # both ends have a chance of 1/4
+    assert dataclasses.astuple(bootstrap([0.0, 1.0])) == (0.5, 0.0, 1.0)  # each end has a probability of 1/4
     # the mean of a draw is Binomial(5, 1/5) / 5: P(at most 2) = 0.942, P(at most 3) = 0.993
     assert dataclasses.astuple(bootstrap([0.0, 0.0, 1.0, 0.0, 0.0])) == (0.2, 0.0, 0.6)
-    # of many numbers, mean +- 1.96 deviations / sqrt(n)
+    # for many values, the mean +- 1.96 standard deviations / sqrt(n)
     normal = np.random.default_rng(1).normal(3.0, 2.0, 400)
     interval = bootstrap(normal.tolist())
     assert interval.low == pytest.approx(normal.mean() - 1.96 * normal.std() / 20, abs=0.02)
     assert interval.high == pytest.approx(normal.mean() + 1.96 * normal.std() / 20, abs=0.02)
 
 
-def test_a_difference_of_paired_seeds_is_surer_than_the_two_apart() -> None:
+def test_a_paired_difference_has_a_narrower_interval_than_one_method() -> None:
     one = [0.1, 0.5, 0.9, 0.3, 0.7]
     other = [value - 0.05 for value in one]
     difference = bootstrap([a - b for a, b in zip(one, other, strict=True)])
@@ -62,7 +62,7 @@ def test_a_difference_of_paired_seeds_is_surer_than_the_two_apart() -> None:
     assert alone.high - alone.low > 0.4
 
 
-def test_where_a_seed_has_no_number_there_is_no_interval() -> None:
+def test_a_missing_value_of_a_seed_gives_no_interval() -> None:
     assert dataclasses.astuple(bootstrap([0.5, None])) == (None, None, None)
     assert dataclasses.astuple(bootstrap([])) == (None, None, None)
 
@@ -76,7 +76,7 @@ def test_slopes_and_means_by_staleness_against_numpy() -> None:
         assert slope(removed, staleness) == pytest.approx(expected, abs=1e-9)
         assert by_staleness(removed, staleness) == [float(removed[staleness == s].mean()) for s in range(4)]
         places = random.integers(4, 8, 54)
-        # the same as a regression with a constant of its own for each place
+        # equal to a regression with one constant per place
         constants = np.stack([staleness, *(places == place for place in range(4, 8))], axis=1).astype(float)
         expected = np.linalg.lstsq(constants, removed.astype(float), rcond=None)[0][0]
         within = slope(less_group_mean(removed, places), less_group_mean(staleness, places))
@@ -85,7 +85,7 @@ def test_slopes_and_means_by_staleness_against_numpy() -> None:
 
 
 def part(surrogate: list[float], *, first: bool, masked: list[bool], clipped: list[bool]) -> Part:
-    """Two tokens of staleness 0 and 1; old log-probs -1.0 and -2.0, behavior 0.1 below and 0.1 above them."""
+    """Return two tokens of staleness 0 and 1, with old log-probs -1.0 and -2.0 and behavior 0.1 below and 0.1 above."""
     tokens = AuditedTokens(
         staleness=np.array([0, 1]),
         behavior=np.array([-1.1, -1.9]),
@@ -97,7 +97,7 @@ def part(surrogate: list[float], *, first: bool, masked: list[bool], clipped: li
     return Part(tokens, np.array([4, 4]), np.array(masked), np.array(clipped), first)
 
 
-def test_what_a_reference_sees_of_four_tokens() -> None:
+def test_statistics_of_four_tokens_by_hand() -> None:
     parts = [
         part([-1.0, -1.7], first=True, masked=[False, True], clipped=[False, False]),
         part([-1.0, -1.9], first=False, masked=[False, True], clipped=[True, False]),
@@ -106,7 +106,7 @@ def test_what_a_reference_sees_of_four_tokens() -> None:
     assert (seen.mask_slope, seen.clip_slope, seen.clip_first_minibatch) == (1.0, -0.5, 0.0)
     assert seen.leak == pytest.approx((0.3 + 0.1) / 4)
     assert seen.leak_rms == pytest.approx(((0.09 + 0.01) / 4) ** 0.5)
-    # seen: 0.1, 0.2, 0.1, 0.0; true: 0.1, -0.1, 0.1, -0.1. The deviations' products cancel
+    # measured: 0.1, 0.2, 0.1, 0.0; true: 0.1, -0.1, 0.1, -0.1. The products of the deviations cancel
     assert seen.discrepancy_correlation == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match="more versions than its window"):
         Gathered().seen()
@@ -117,7 +117,7 @@ def observed() -> Observed:
     return observe(Toy(hidden=16, window=4, versions=14, learning_rate=1e-2), MAIN, seed=0)
 
 
-def test_exact_has_no_leak_and_sees_the_discrepancy_as_it_is(observed: Observed) -> None:
+def test_exact_has_no_leak_and_measures_the_true_discrepancy(observed: Observed) -> None:
     exact = observed.references["exact"]
     assert (exact.leak, exact.leak_rms) == (0.0, 0.0)
     assert exact.discrepancy_correlation == pytest.approx(1.0)
@@ -128,18 +128,18 @@ def test_recompute_never_clips_in_the_first_minibatch(observed: Observed) -> Non
     assert observed.references["exact"].clip_first_minibatch > 0.0
 
 
-def test_with_recompute_staleness_is_masked_and_with_exact_it_is_clipped(observed: Observed) -> None:
+def test_recompute_masks_stale_tokens_and_exact_clips_them(observed: Observed) -> None:
     exact, recompute = observed.references["exact"], observed.references["current_recompute"]
     assert abs(exact.mask_slope) < 0.005
     assert recompute.mask_slope > 0.02
     assert exact.clip_slope > 0.01 > recompute.clip_slope
 
 
-def test_18_4_an_average_of_decay_0_leaks_what_recompute_does(observed: Observed) -> None:
+def test_18_4_an_average_of_decay_0_leaks_as_recompute_does(observed: Observed) -> None:
     assert observed.leaks[0.0] == pytest.approx(observed.references["current_recompute"].leak, rel=1e-6)
 
 
-def test_bypass_masks_nothing_and_sees_no_discrepancy(observed: Observed) -> None:
+def test_bypass_masks_nothing_and_measures_no_discrepancy(observed: Observed) -> None:
     bypass = observed.references["bypass"]
     assert bypass.mask_by_staleness == [0.0] * 5
     assert bypass.discrepancy_correlation is None
@@ -155,9 +155,9 @@ def test_a_plan_runs_each_setting_once() -> None:
     assert len(runs) == len(set(runs)) == 2 * (5 * len(METHODS) - 2)
 
 
-def test_a_setting_is_chosen_by_the_other_seeds() -> None:
+def test_a_setting_is_tuned_on_the_other_seeds() -> None:
     by_setting = {(1.2, 0.2): [0.9, 0.2, 0.2], (INFINITE, 0.2): [0.1, 0.3, 0.3]}
-    # seed 0 would choose the first for itself; the others choose the second for it, and by seed 0 they get the first
+    # seed 0 prefers the first setting; the others tune the second for it, and it tunes the first for them
     assert tuned(by_setting) == {"c": "1.2", "epsilon": 0.2, **dataclasses.asdict(bootstrap([0.1, 0.2, 0.2]))}
     assert tuned({(1.2, 0.2): [0.5]})["mean"] is None
 
@@ -167,7 +167,7 @@ def measured() -> dict[str, Any]:
     return mismatch.measure(Plan(TINY, (0, 1), (1.2, INFINITE), (0.2, 0.4)), processes=1)
 
 
-def test_the_result_has_what_it_promises(measured: dict[str, Any]) -> None:
+def test_the_result_has_every_documented_field(measured: dict[str, Any]) -> None:
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     assert measured["seeds"] == [0, 1]
     assert tuple(measured["methods"]) == METHODS
@@ -202,7 +202,7 @@ def test_figures_and_tables_can_be_made_of_it(measured: dict[str, Any], tmp_path
     ("arguments", "seeds", "versions", "settings"),
     [(["--quick"], 2, 40, 1), ([], 5, 200, 5), (["--seeds=7", "--versions=30"], 7, 30, 5)],
 )
-def test_arguments(
+def test_arguments_set_the_plan(
     arguments: list[str], seeds: int, versions: int, settings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []
@@ -218,7 +218,7 @@ def test_arguments(
 
 
 @pytest.mark.parametrize("argument", ["--versions=8", "--seeds=0", "--processes=0"])
-def test_arguments_that_cannot_be_are_refused(argument: str) -> None:
+def test_invalid_arguments_are_refused(argument: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         mismatch.main([argument])
 
@@ -236,7 +236,7 @@ def test_a_figure_plots_the_measured_numbers(measured: dict[str, Any]) -> None:
             assert np.asarray(line.get_ydata()).tolist() == means
 
 
-def test_the_published_tables_and_figures_are_of_the_published_numbers() -> None:
+def test_the_published_tables_and_figures_match_the_published_numbers() -> None:
     published = json.loads((ROOT / "docs" / "results" / "mismatch.json").read_text())
     page = (ROOT / "docs" / "results.md").read_text()
     for name, table in tables(published).items():

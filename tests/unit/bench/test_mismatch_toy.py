@@ -1,4 +1,4 @@
-"""The toy is what it says: its log-probs are recomputed, and its staleness and luck are counted."""
+"""The toy: its log-probs against an independent implementation, its staleness, and its sampling."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MAIN = Thresholds(band=1.2, clip_low=0.2, clip_high=0.2)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the program runs: more threads than free cores wait for each other."""
+    """Use one thread, as the program does: more threads than free cores wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 
 def trained(toy: Toy, versions: int) -> Trainer:
-    """A trainer after so many versions, each trained by exact."""
+    """Return a trainer after this number of versions, each trained with exact old log-probs."""
     trainer = Trainer(toy, seed=3)
     exact = Stored(trainer.store)
     for _ in range(versions):
@@ -44,7 +44,7 @@ def trained(toy: Toy, versions: int) -> Trainer:
 
 @pytest.fixture(scope="module")
 def late() -> tuple[Trainer, Batch]:
-    """A trainer whose batch holds every staleness."""
+    """A trainer, and a batch with tokens of every staleness."""
     trainer = trained(SMALL, 5)
     return trainer, trainer.sample()
 
@@ -53,7 +53,7 @@ def as_float64(weights: Weights) -> dict[str, NDArray[np.float64]]:
     return {name: weight.double().numpy() for name, weight in weights.items()}
 
 
-def test_old_log_probs_are_those_of_each_tokens_own_version(late: tuple[Trainer, Batch]) -> None:
+def test_old_log_probs_are_of_the_version_that_sampled_each_token(late: tuple[Trainer, Batch]) -> None:
     trainer, batch = late
     weights = {version: as_float64(kept) for version, kept in trainer.store.trained.items()}
     old = Stored(trainer.store).proximal(batch.minibatches, trainer.now)
@@ -68,7 +68,7 @@ def test_old_log_probs_are_those_of_each_tokens_own_version(late: tuple[Trainer,
     assert compared == {0, 1, 2, 3}
 
 
-def test_behavior_log_probs_are_those_of_the_rounded_weights(late: tuple[Trainer, Batch]) -> None:
+def test_behavior_log_probs_are_of_the_rounded_weights(late: tuple[Trainer, Batch]) -> None:
     trainer, batch = late
     rough = {
         version: {name: toy_gru.rounded(weight, SMALL.levels) for name, weight in as_float64(kept).items()}
@@ -89,7 +89,7 @@ def test_without_rounding_there_is_no_discrepancy() -> None:
         np.testing.assert_allclose(logprobs.numpy()[minibatch.mask], minibatch.behavior[minibatch.mask], atol=2e-6)
 
 
-def test_rounded_weights_have_so_many_values_and_keep_their_ends() -> None:
+def test_rounded_weights_have_at_most_the_given_number_of_values() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         tensor = torch.randn(7, 9, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_18_4_at_staleness_0_every_ratio_of_the_first_minibatch_is_1() -> None:
     assert not judged.clipped.any()
 
 
-def test_prompts_are_answered_by_every_staleness_equally_often_half_of_them_by_two_versions() -> None:
+def test_staleness_is_uniform_and_half_of_the_rows_have_two_versions() -> None:
     toy = Toy(hidden=4, window=3, prompts=64)
     policy = new_policy(toy, 0)
     store = Store(policy, window=toy.window, levels=0)
@@ -128,15 +128,15 @@ def test_prompts_are_answered_by_every_staleness_equally_often_half_of_them_by_t
     assert counts.min() > 0.85 * counts.mean()
 
 
-def test_the_reward_is_the_share_of_places_in_reverse(late: tuple[Trainer, Batch]) -> None:
+def test_the_reward_is_the_share_of_reversed_letters(late: tuple[Trainer, Batch]) -> None:
     _, batch = late
     tokens = np.concatenate([minibatch.tokens for minibatch in batch.minibatches])
-    said = [[row[7 - i] == row[i] for i in range(4)] for row in tokens.tolist()]
-    assert batch.rewards.tolist() == [sum(row) / 4 for row in said]
+    matches = [[row[7 - i] == row[i] for i in range(4)] for row in tokens.tolist()]
+    assert batch.rewards.tolist() == [sum(row) / 4 for row in matches]
     assert 0 < batch.rewards.mean() < 1
 
 
-def test_letters_are_sampled_as_often_as_their_probability_says() -> None:
+def test_letters_are_sampled_with_their_probability() -> None:
     toy = Toy(hidden=8, window=0, prompts=1, group=4000, minibatches=1, letters=4)
     policy = new_policy(toy, 1)
     store = Store(policy, window=0, levels=0)
@@ -147,7 +147,7 @@ def test_letters_are_sampled_as_often_as_their_probability_says() -> None:
     np.testing.assert_allclose(first, scores.softmax(-1).detach().numpy(), atol=0.03)
 
 
-def test_a_version_out_of_the_window_is_forgotten() -> None:
+def test_a_version_outside_the_window_is_deleted() -> None:
     policy = new_policy(SMALL, 0)
     store = Store(policy, window=2, levels=16)
     for version in range(4):
@@ -167,7 +167,7 @@ def test_a_published_version_does_not_change_with_the_policy() -> None:
     assert torch.equal(store.policy(Version(0)).head, before)
 
 
-def test_runs_of_one_seed_begin_alike_and_repeat_themselves() -> None:
+def test_runs_of_one_seed_have_the_same_first_batch_and_are_repeatable() -> None:
     toy = dataclasses.replace(SMALL, versions=3)
     rewards = {name: train(Run(toy, name, MAIN, seed=1)).rewards for name in ("exact", "bypass", "linear_prox")}
     assert len({run[0] for run in rewards.values()}) == 1
@@ -175,7 +175,7 @@ def test_runs_of_one_seed_begin_alike_and_repeat_themselves() -> None:
     assert train(Run(toy, "exact", MAIN, seed=2)).rewards != rewards["exact"]
 
 
-def test_every_reference_can_be_asked() -> None:
+def test_every_reference_gives_finite_losses() -> None:
     trainer = Trainer(SMALL, seed=0)
     batch = trainer.sample()
     for name in REFERENCES:

@@ -1,4 +1,4 @@
-"""The cost of the routes: its simulated workers behave as workers must, its figures are what they say."""
+"""The benchmark of routes to old log-probs: its simulated workers, and its figures."""
 
 import copy
 import json
@@ -54,13 +54,13 @@ pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parents[3]
 LOAD = Load(tokens=64)
 FAST = 0.05
-"""Seconds for a batch."""
+"""Seconds that the simulated workers need for a batch."""
 TURN_S, TURNS = 0.002, 10_000
-"""What one turn of the fleet takes, and how many are enough for anything here."""
+"""Seconds of one turn of the simulated workers, and a number of turns that suffices for every test."""
 
 
 class Workers:
-    """A fleet on a log of its own, with this test as its learner."""
+    """Simulated workers on a log, with the test as their learner."""
 
     def __init__(self, folder: Path) -> None:
         config = run_config(Variant("t", {"kind": "interruption"}), LOAD, Place(folder, folder, 1, 2))
@@ -70,10 +70,10 @@ class Workers:
         )
         self.offered = 0
         self.now = 0.0
-        """Seconds of the fleet's clock, which only the test moves."""
+        """Seconds of the workers' clock, which only the test advances."""
 
     def offer(self, groups: int) -> None:
-        """Groups of two."""
+        """Offer this number of groups of two."""
         offers = [
             GroupOffered(
                 run="t", group=group_id(i), index=i, version=Version(0), environment="lookup", task_seed=0, samples=2,
@@ -84,27 +84,27 @@ class Workers:
         self.offered += groups
         self.bus.publish(TASKS, [Outgoing(offer.group, encode(offer)) for offer in offers])
 
-    def tell(self, message: VersionPublished | CutRequested) -> None:
-        """On `control`."""
+    def publish(self, message: VersionPublished | CutRequested) -> None:
+        """Publish the message on `control`."""
         self.bus.publish(CONTROL, [Outgoing("t", encode(message))])
 
-    def said(self, topic: str, kind: type) -> list[Any]:
-        """All of this kind that stands on the topic."""
+    def messages(self, topic: str, kind: type) -> list[Any]:
+        """Return all messages of this kind on the topic."""
         messages = [decode(topic, record.body) for record in read_existing(self.bus, topic)]
         return [message for message in messages if isinstance(message, kind)]
 
     def drive(self, until: Any) -> None:
-        """Until it holds."""
+        """Run the workers until the condition holds."""
         for _ in range(TURNS):
             if until():
                 return
             self.now += TURN_S
             self.fleet.drive(FAST)
-        raise AssertionError(f"it does not hold after {TURNS} turns")
+        raise AssertionError(f"the condition does not hold after {TURNS} turns")
 
     def sampled(self) -> int:
-        """Tokens of all trajectories, finished or not."""
-        finished = self.said(TRAJECTORIES, TrajectoryFinished)
+        """Return the number of sampled tokens of all trajectories, finished and live."""
+        finished = self.messages(TRAJECTORIES, TrajectoryFinished)
         lives = sum(int((live.versions >= 0).sum()) for live in self.fleet._live)
         return lives + sum(len(segment) for record in finished for segment in record.segments)
 
@@ -121,14 +121,14 @@ def published(version: int) -> VersionPublished:
     return VersionPublished("t", Version(version), f"digest of {version}", 0.0)
 
 
-def test_what_is_offered_is_sampled_once_and_sound(workers: Workers) -> None:
+def test_each_offered_trajectory_is_sampled_once_and_valid(workers: Workers) -> None:
     workers.offer(6)
     workers.fleet.wake()
     workers.fleet.drive(FAST)
-    assert workers.sampled() == 0  # there is no version to sample with
-    workers.tell(published(0))
+    assert workers.sampled() == 0  # no version is published
+    workers.publish(published(0))
     workers.drive(lambda: len(workers.fleet.finished_at) == 12)
-    finished = workers.said(TRAJECTORIES, TrajectoryFinished)
+    finished = workers.messages(TRAJECTORIES, TrajectoryFinished)
     assert sorted(record.trajectory for record in finished) == sorted(
         f"{group_id(g)}/{s}" for g in range(6) for s in (0, 1)
     )
@@ -138,42 +138,42 @@ def test_what_is_offered_is_sampled_once_and_sound(workers: Workers) -> None:
         assert len(record.segments) == 2  # a message, a tool's answer, a message
 
 
-def test_time_that_passes_between_two_turns_does_not_count(workers: Workers) -> None:
+def test_time_between_two_turns_does_not_count(workers: Workers) -> None:
     workers.offer(1)
-    workers.tell(published(0))
+    workers.publish(published(0))
     workers.fleet.wake()
     workers.fleet.drive(1e6)
     workers.now += 0.05
     workers.fleet.wake()
-    workers.fleet.drive(0.01)  # in 50 ms it would be done
+    workers.fleet.drive(0.01)  # the trajectory takes less than 50 ms
     assert workers.fleet.finished_at == {}
 
 
-def test_a_cut_stops_all_until_the_next_version(workers: Workers) -> None:
+def test_a_cut_pauses_all_workers_until_the_next_version(workers: Workers) -> None:
     workers.offer(8)
-    workers.tell(published(0))
+    workers.publish(published(0))
     workers.fleet.wake()
     workers.drive(lambda: len(workers.fleet.finished_at) >= 2)
-    workers.tell(CutRequested("t", 1, Version(0), 5.0))
-    workers.drive(lambda: len(workers.said(WORKERS, CutReached)) == 2)
-    flushes = workers.said(TRAJECTORIES, SegmentFlushed)
+    workers.publish(CutRequested("t", 1, Version(0), 5.0))
+    workers.drive(lambda: len(workers.messages(WORKERS, CutReached)) == 2)
+    flushes = workers.messages(TRAJECTORIES, SegmentFlushed)
     assert len(flushes) == workers.fleet.flushed > 0
     for flush in flushes:
         check_sampled(flush, Version(0))
         assert {segment.version for segment in flush.segments} == {0}
     ends = {record.partition: record.offset + 1 for record in read_existing(workers.bus, TRAJECTORIES)}
-    told = [answer.positions for answer in workers.said(WORKERS, CutReached)]
-    assert {p: max(positions.get(p, 0) for positions in told) for p in ends} == ends
+    positions_of_workers = [answer.positions for answer in workers.messages(WORKERS, CutReached)]
+    assert {p: max(positions.get(p, 0) for positions in positions_of_workers) for p in ends} == ends
 
     at_the_cut, until = workers.sampled(), workers.now + 4 * FAST
     workers.drive(lambda: workers.now > until)
     assert workers.sampled() == at_the_cut
-    workers.tell(published(1))
+    workers.publish(published(1))
     workers.drive(lambda: len(workers.fleet.finished_at) == 16)
     assert len(workers.fleet.holds) == 1
     assert workers.fleet.holds[0] >= PAUSE_S
-    by_name = {record.trajectory: record for record in workers.said(TRAJECTORIES, TrajectoryFinished)}
-    for flush in flushes:  # what was flushed stays as it was, and what follows is of the next version
+    by_name = {record.trajectory: record for record in workers.messages(TRAJECTORIES, TrajectoryFinished)}
+    for flush in flushes:  # flushed tokens do not change, and later tokens are of the next version
         whole, length = by_name[flush.trajectory], len(flush.tokens) // 4
         assert whole.tokens.startswith(flush.tokens)
         versions = token_versions(whole.segments, len(whole.tokens) // 4)
@@ -182,8 +182,8 @@ def test_a_cut_stops_all_until_the_next_version(workers: Workers) -> None:
     assert any(1 in {segment.version for segment in record.segments} for record in by_name.values())
 
 
-def noted(**changes: Any) -> dict[str, Any]:
-    """A version whose passes took 3 s, its step 1 s, its announcement 1 s."""
+def version_measurements(**changes: Any) -> dict[str, Any]:
+    """Return measurements of a version: passes 3 s, optimizer step 1 s, publication 1 s."""
     version = {
         "seconds": {"passes": 3.0, "step": 1.0, "publish": 1.0, "train": 5.0},
         "cpu": {"train": 4.0},
@@ -199,22 +199,22 @@ def noted(**changes: Any) -> dict[str, Any]:
 
 
 def test_figures_by_hand() -> None:
-    cut = noted(
+    cut = version_measurements(
         seconds={"proximal": 0.5, "cut": 1.0, "known": 0.1, "early": 0.8},
         cpu={"proximal": 0.5, "cut": 0.5, "early": 0.6, "train": 5.0},
         counts={"exact": 100, "scored_early": 60, "scored_at_cut": 30, "scored_in_step": 20},
         cut={"wait": 0.2, "read": 0.0, "score": 0.8, "stall": 1.0},
         hold_s=3.5,
     )
-    average = noted(seconds={"proximal": 1.0, "tick": 0.5, "distance": 0.5})
-    between = noted(seconds={"passes": 3.5, "between": 0.5})
-    replica = noted(
+    average = version_measurements(seconds={"proximal": 1.0, "tick": 0.5, "distance": 0.5})
+    between = version_measurements(seconds={"passes": 3.5, "between": 0.5})
+    replica = version_measurements(
         seconds={"known": 2.0}, replica={"tokens": 90.0, "loads": 2.0, "load_s": 1.0, "pass_s": 1.0, "cpu_s": 2.5}
     )
     weights = {"copy": 1000, "other": 10, "values": 0}
     found = figures(
         {
-            REFERENCE: [noted()],
+            REFERENCE: [version_measurements()],
             "interruption": [cut] * 3,
             "ewma_prox": [average],
             "linear_prox": [between],
@@ -243,14 +243,14 @@ def test_figures_by_hand() -> None:
     assert not any(targets({"interruption": interruption | {"weight_bytes_ratio": 1.0, "stall_share": 0.25}}).values())
 
 
-def test_the_middle_version_counts() -> None:
-    versions = [noted(seconds={"proximal": seconds}) for seconds in (1.0, 50.0, 2.0)]
+def test_figures_are_medians_over_versions() -> None:
+    versions = [version_measurements(seconds={"proximal": seconds}) for seconds in (1.0, 50.0, 2.0)]
     assert (
         figures({REFERENCE: versions}, {REFERENCE: {"copy": 1, "other": 0, "values": 0}})[REFERENCE]["extra_s"] == 2.0
     )
 
 
-def test_workers_keep_the_pace_of_the_reference() -> None:
+def test_workers_sample_at_the_pace_of_the_reference() -> None:
     pace = Pace(1.0)
     assert pace.batch_s(CONTENDERS[0]) == ROLLOUT
     for seconds in (4.0, 6.0, 5.0):
@@ -281,13 +281,13 @@ def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_other_bytes_count_every_tensor_but_the_policy_s_own(tmp_path: Path) -> None:
+def test_other_bytes_count_every_tensor_but_the_policys(tmp_path: Path) -> None:
     parameters = build_model(SHAPES["tiny"], tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
     policy = TrainablePolicy(model, OptimizerConfig())
     before = weigh(policy, ScoreStore())
     assert before["copy"] == 2 * parameters  # the tied head counts once
-    policy.step()  # moments come, which are the optimizer's
+    policy.step()  # the optimizer's moments now exist and do not count
     assert weigh(policy, ScoreStore())["other"] == before["other"]
     shadow = copy.deepcopy(model).requires_grad_(False)
     buffers = sum(buffer.nbytes for buffer in shadow.buffers())
@@ -300,8 +300,8 @@ def test_other_bytes_count_every_tensor_but_the_policy_s_own(tmp_path: Path) -> 
 
 
 @pytest.mark.servers
-def test_routes_measured() -> None:
-    """What is not a matter of time: bytes, and which values are exact."""
+def test_the_benchmark_measures_bytes_and_exact_shares() -> None:
+    """Times are not checked."""
     command = [
         sys.executable, "-m", "bench", "routes", "--parameters=tiny", "--tokens=24", "--versions=1",
         "--only", "snapshot", "interruption", "ewma_prox",

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors have other names than those of the model in memory: transformers translates back."""
+"""Export of a model whose checkpoint names its tensors otherwise than the model in memory."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.thorough
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A small mixture of experts, whose checkpoint has a tensor for each of them."""
+    """A small mixture of experts; its checkpoint has separate tensors for each expert."""
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, dtype="bfloat16",
@@ -43,7 +43,7 @@ def test_a_mixture_of_experts_has_the_names_of_its_checkpoint(model: Path, tmp_p
     trained = load(model)
     perturb(trained, by=0.1, seed=1)
     own = dict(trained.state_dict())  # as earlier releases stored them
-    assert not set(own) <= names(model), "or this test shows nothing"
+    assert not set(own) <= names(model), "the names must differ for this test"
     home = a_run(tmp_path / "first", model)
     put(home, 1, raw_tensors(own))
     config, _ = named_run([str(home)], {}, program="")

@@ -1,4 +1,4 @@
-"""What an export writes, and what it refuses, over a store that lies on the disk."""
+"""Files that an export writes, and errors, with a snapshot store in a folder."""
 
 import json
 import os
@@ -33,11 +33,11 @@ COPIED = {
     "additional_chat_templates/tools.jinja": "tools",
     "LICENSE": "free",
 }
-"""Files of the starting model that an export takes over."""
+"""Files of the starting model that an export copies."""
 
 
-def some(seed: int) -> list[RawTensor]:
-    """A version's tensors, wide numbers among narrow ones."""
+def tensors_of(seed: int) -> list[RawTensor]:
+    """Return a version's tensors, of wide and narrow types."""
     return [
         a_tensor("embed.weight", "bfloat16", (8, 4), seed),
         a_tensor("norm", "float32", (3,), seed + 1),
@@ -61,7 +61,7 @@ def home(tmp_path: Path, model: Path) -> Path:
     """A run with versions 3, 4 and 5."""
     home = a_run(tmp_path / "first", model)
     for version in (3, 4, 5):
-        put(home, version, some(10 * version))
+        put(home, version, tensors_of(10 * version))
     lines = [{"published": version, "tokens": 1000 * version} for version in (3, 4, 5)]
     (home / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return home
@@ -85,16 +85,18 @@ def plain(tensors: list[RawTensor]) -> dict[str, tuple[tuple[int, ...], bytes]]:
     return {tensor.name: (tensor.shape, tensor.raw.tobytes()) for tensor in tensors}
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, 5), (3, 3)])
-def test_it_is_the_version_asked_for_or_the_newest(home: Path, tmp_path: Path, asked: int | None, given: int) -> None:
-    write(home, tmp_path / "out", asked)
-    assert held(tmp_path / "out") == plain(some(10 * given))
+@pytest.mark.parametrize(("requested", "expected"), [(None, 5), (3, 3)])
+def test_the_requested_or_the_newest_version_is_exported(
+    home: Path, tmp_path: Path, requested: int | None, expected: int
+) -> None:
+    write(home, tmp_path / "out", requested)
+    assert held(tmp_path / "out") == plain(tensors_of(10 * expected))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| version | {given} |" in card
-    assert f"| trained tokens | {sum(1000 * version for version in range(3, given + 1)):,} |" in card
+    assert f"| version | {expected} |" in card
+    assert f"| trained tokens | {sum(1000 * version for version in range(3, expected + 1)):,} |" in card
 
 
-def test_the_rest_is_the_starting_models(home: Path, tmp_path: Path) -> None:
+def test_other_files_are_copied_from_the_starting_model(home: Path, tmp_path: Path) -> None:
     write(home, tmp_path / "out")
     files = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files.keys() == {*COPIED, "config.json", "model.safetensors", "README.md"}
@@ -103,15 +105,15 @@ def test_the_rest_is_the_starting_models(home: Path, tmp_path: Path) -> None:
     assert config == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "vocab_size": 8}
 
 
-def test_a_large_model_is_several_files_with_an_index(home: Path, tmp_path: Path) -> None:
-    write(home, tmp_path / "out", shard_bytes=90)  # the head, of 80 bytes, does not fit beside the others
+def test_a_large_model_has_several_files_and_an_index(home: Path, tmp_path: Path) -> None:
+    write(home, tmp_path / "out", shard_bytes=90)  # the head of 80 bytes does not fit into the first file
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     assert index == {
         "metadata": {"total_size": 64 + 12 + 5 + 80},
         "weight_map": {"embed.weight": first, "norm": first, "mask": first, "head.weight": second},
     }
-    assert held(tmp_path / "out") == plain(some(50))
+    assert held(tmp_path / "out") == plain(tensors_of(50))
 
 
 def test_each_tensor_is_aligned_for_its_type(home: Path, tmp_path: Path) -> None:
@@ -124,28 +126,28 @@ def test_each_tensor_is_aligned_for_its_type(home: Path, tmp_path: Path) -> None
     assert [(8 + length + one["data_offsets"][0]) % sizes[one["dtype"]] for one in header.values()] == [0, 0, 0, 0]
 
 
-def test_an_unknown_version_is_refused_with_those_that_are_there(home: Path, tmp_path: Path) -> None:
+def test_an_unknown_version_is_refused_with_the_known_ones(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"version 9 of run first is not in .*snapshots\. There are 3, 4, 5; "):
         write(home, tmp_path / "out", 9)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_has_published_nothing_says_so(tmp_path: Path, model: Path) -> None:
+def test_a_run_without_versions_is_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match="run new has published no version"):
         write(a_run(tmp_path / "new", model), tmp_path / "out")
 
 
-def test_another_runs_store_is_noticed(home: Path, tmp_path: Path) -> None:
-    put(home, 6, some(1), run="second")
+def test_the_store_of_another_run_is_refused(home: Path, tmp_path: Path) -> None:
+    put(home, 6, tensors_of(1), run="second")
     with pytest.raises(UserError, match="belongs to run second, not first"):
         write(home, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "lost", "manifest"])
-def test_damage_is_a_sentence_with_its_digest_and_leaves_nothing(home: Path, tmp_path: Path, kind: str) -> None:
-    manifest = put(home, 6, some(60))
+def test_damage_is_reported_with_its_digest_and_leaves_no_file(home: Path, tmp_path: Path, kind: str) -> None:
+    manifest = put(home, 6, tensors_of(60))
     path = home / "snapshots" / "objects" / manifest.object
-    said = rf"object {manifest.object}, in .*snapshots: version 6"
+    message = rf"object {manifest.object}, in .*snapshots: version 6"
     if kind == "flipped":
         flip(path, manifest.object_size // 2)
     elif kind == "truncated":
@@ -155,35 +157,35 @@ def test_damage_is_a_sentence_with_its_digest_and_leaves_nothing(home: Path, tmp
     else:
         stands = home / "snapshots" / "versions" / "00000006.json"
         stands.write_bytes(stands.read_bytes().replace(b'"writer":1', b'"writer":2'))
-        said = r"version 6 \(versions/00000006.json\), in .*snapshots: the manifest contradicts its seal"
+        message = r"version 6 \(versions/00000006.json\), in .*snapshots: the manifest contradicts its seal"
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError, match=message) as error:
         write(home, tmp_path / "out")
-    assert refused.value.code == ExitCode.DAMAGED
+    assert error.value.code == ExitCode.DAMAGED
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_no_byte_of_an_object_can_be_flipped_unnoticed(home: Path, tmp_path: Path, part: int) -> None:
-    """Not even one that zstd does not use, and that leaves all tensors as they were."""
-    manifest = put(home, 6, some(60))
+def test_every_flipped_byte_of_an_object_is_detected(home: Path, tmp_path: Path, part: int) -> None:
+    """This includes bytes that zstd ignores and that change no tensor."""
+    manifest = put(home, 6, tensors_of(60))
     flip(home / "snapshots" / "objects" / manifest.object, part * (manifest.object_size - 1) // 9)
-    with pytest.raises(UserError, match=f"object {manifest.object}, in ") as refused:
+    with pytest.raises(UserError, match=f"object {manifest.object}, in ") as error:
         write(home, tmp_path / "out")
-    assert refused.value.code == ExitCode.DAMAGED
+    assert error.value.code == ExitCode.DAMAGED
 
 
-def test_the_starting_model_is_not_replaced_by_what_came_of_it(home: Path, model: Path) -> None:
+def test_an_export_does_not_replace_its_starting_model(home: Path, model: Path) -> None:
     config, _ = named_run([str(home)], {}, program="")
-    (model / "README.md").write_text("---\ntags:\n- palimpsest\n---\n")  # it was exported from an earlier run
+    (model / "README.md").write_text("---\ntags:\n- palimpsest\n---\n")  # as exported from an earlier run
     with pytest.raises(UserError, match="is the model that run first started from"):
         export(config, home, model, overwrite=True)
     assert (model / "config.json").read_text() == CONFIG
 
 
 @contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """As on a disk that has no more room."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limit the size of files, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -192,10 +194,10 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_file(home: Path, tmp_path: Path) -> None:
     put(home, 6, [RawTensor("embed.weight", "uint8", (50_000,), np.zeros(50_000, dtype=np.uint8))])
     before = sorted(tmp_path.iterdir())
-    with no_file_above(20_000):
+    with file_size_limit(20_000):
         done = run_program("palimpsest", "export", home, tmp_path / "out")
     assert (done.code, done.out) == (ExitCode.UNAVAILABLE, "")
     assert f"a file reached the size limit (ulimit -f) (writing {tmp_path / 'out'})" in done.err
@@ -204,37 +206,37 @@ def test_no_room_is_a_sentence_and_leaves_nothing(home: Path, tmp_path: Path) ->
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_halfway_leaves_nothing(home: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    path = home / "snapshots" / "objects" / put(home, 6, some(60)).object
+def test_a_signal_during_the_export_leaves_no_file(home: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    path = home / "snapshots" / "objects" / put(home, 6, tensors_of(60)).object
     path.unlink()
-    os.mkfifo(path)  # nobody writes into it: the export waits in the middle
+    os.mkfifo(path)  # a pipe without a writer, so that the export blocks halfway
     before = sorted(tmp_path.iterdir())
     command = [sys.executable, "-m", "palimpsest", "export", home, tmp_path / "out"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     until(lambda: list(tmp_path.glob(".out.*.partial/model.safetensors")) != [], "a folder half-written")
     process.send_signal(sent)
-    _, said = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == ExitCode.INTERRUPTED, said
+    _, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == ExitCode.INTERRUPTED, error
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_place_that_cannot_be_is_a_sentence(home: Path, tmp_path: Path) -> None:
+def test_an_impossible_folder_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run_program("palimpsest", "export", home, tmp_path / "file" / "out")
     assert done.code == ExitCode.CONFIGURATION
     assert "file cannot be used: there is a file where a folder is needed" in done.err
 
 
-def test_the_command_says_what_it_wrote(home: Path, tmp_path: Path) -> None:
+def test_the_command_prints_version_digest_and_folder(home: Path, tmp_path: Path) -> None:
     done = run_program("palimpsest", "export", home, "--version", "4", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
-    said, digest, where = done.out.splitlines()
-    assert said == "version 4 of run first: 4 tensors, 161 bytes"
+    first_line, digest, where = done.out.splitlines()
+    assert first_line == "version 4 of run first: 4 tensors, 161 bytes"
     assert digest.removeprefix("digest: ") in (tmp_path / "out" / "README.md").read_text()
     assert where == f"model: {tmp_path / 'out'}"
 
 
-def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_file_and_keys_may_name_the_run(home: Path, model: Path, tmp_path: Path) -> None:
     model.rename(tmp_path / "moved")
     gone = run_program("palimpsest", "export", home, tmp_path / "out")
     assert gone.code == ExitCode.CONFIGURATION
@@ -244,11 +246,11 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
     assert f"a configuration key needs a run file: palimpsest export {home / 'run.toml'} {moved} ..." in refused.err
     done = run_program("palimpsest", "export", home / "run.toml", moved, "--version=3", tmp_path / "out")
     assert done.code == 0, done.err
-    assert held(tmp_path / "out") == plain(some(30))
+    assert held(tmp_path / "out") == plain(tensors_of(30))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "error"),
     [
         ([], "usage: palimpsest export"),
         (["runs/a"], "palimpsest export takes a run and a folder; got: runs/a"),
@@ -259,7 +261,7 @@ def test_a_run_file_and_a_key_name_the_run_as_well(home: Path, model: Path, tmp_
         (["nothing", "b"], "nothing: not the folder of a run"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(words: list[str], error: str, tmp_path: Path) -> None:
     done = run_program("palimpsest", "export", *words)
     assert (done.code, done.out) == (ExitCode.CONFIGURATION, "")
-    assert done.err.startswith(said)
+    assert done.err.startswith(error)

@@ -1,4 +1,4 @@
-"""The model card: a header that the hub takes, and where the version comes from."""
+"""The model card: a header that the hub accepts, and the origin of the version."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from palimpsest.export.model_card import Provenance, model_card
 
-MADE = Provenance(
+PROVENANCE = Provenance(
     run="first",
     version=12,
     digest="ab" * 32,
@@ -22,8 +22,8 @@ MADE = Provenance(
 )
 
 
-def test_the_header_is_one_that_the_hub_reads() -> None:
-    card = ModelCard(model_card(MADE, folder="out"))
+def test_the_hub_reads_the_header() -> None:
+    card = ModelCard(model_card(PROVENANCE, folder="out"))
     assert card.data.to_dict() == {
         "base_model": "Qwen/Qwen3-0.6B",
         "library_name": "transformers",
@@ -32,9 +32,9 @@ def test_the_header_is_one_that_the_hub_reads() -> None:
     }
 
 
-def test_a_starting_model_that_is_not_from_the_hub_is_not_named_to_it() -> None:
-    text = model_card(replace(MADE, hub_id="", starting_model="starting"), folder="out")
-    assert "base_model" not in ModelCard(text).data.to_dict(), "the hub would refuse it"
+def test_a_local_starting_model_is_not_in_the_header() -> None:
+    text = model_card(replace(PROVENANCE, hub_id="", starting_model="starting"), folder="out")
+    assert "base_model" not in ModelCard(text).data.to_dict(), "the hub refuses unknown models"
     assert "trained `starting` by" in text
 
 
@@ -53,12 +53,12 @@ def test_a_starting_model_that_is_not_from_the_hub_is_not_named_to_it() -> None:
         "vllm serve 'my model'",
     ],
 )
-def test_it_says_where_the_version_comes_from_and_how_to_load_it(row: str) -> None:
-    assert row in model_card(MADE, folder="my model")
+def test_the_card_has_the_origin_and_the_commands_that_load_the_model(row: str) -> None:
+    assert row in model_card(PROVENANCE, folder="my model")
 
 
-def test_what_is_not_known_is_said_to_be_unknown() -> None:
-    text = model_card(replace(MADE, trained_tokens=None, recipe="", version=0), folder="out")
+def test_missing_values_are_marked_as_unknown() -> None:
+    text = model_card(replace(PROVENANCE, trained_tokens=None, recipe="", version=0), folder="out")
     assert "| trained tokens | unknown: the run's history could not be read |" in text
     assert "| recipe | none; each part as configured |" in text
     assert "| version | 0 (the starting model itself) |" in text

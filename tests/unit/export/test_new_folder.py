@@ -1,4 +1,4 @@
-"""A folder that is whole or not there, and what it may replace."""
+"""A new folder appears complete or not at all; folders that it may replace."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from palimpsest.export.new_folder import MARK, new_folder
 
 
 def an_export(folder: Path, text: str) -> None:
-    """What this command would have left."""
+    """Create a folder as an earlier export leaves it."""
     folder.mkdir()
     (folder / "README.md").write_text(f"---\ntags:{MARK}---\n{text}")
 
@@ -24,7 +24,7 @@ def fill(folder: Path, *, overwrite: bool = False) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_it_appears_whole(tmp_path: Path, there: bool) -> None:
+def test_the_folder_appears_complete(tmp_path: Path, there: bool) -> None:
     folder = tmp_path / "deep" / "model"
     if there:
         folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def test_it_appears_whole(tmp_path: Path, there: bool) -> None:
 
 @pytest.mark.parametrize("end", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_after_an_error_all_is_as_before(tmp_path: Path, end: BaseException, overwrite: bool) -> None:
+def test_an_error_leaves_the_earlier_folder(tmp_path: Path, end: BaseException, overwrite: bool) -> None:
     folder = tmp_path / "model"
     if overwrite:
         an_export(folder, "old")
@@ -54,7 +54,7 @@ def test_after_an_error_all_is_as_before(tmp_path: Path, end: BaseException, ove
     assert not overwrite or (folder / "README.md").read_text().endswith("old")
 
 
-def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_a_full_folder_and_a_file_are_not_replaced(tmp_path: Path) -> None:
     full, file = tmp_path / "full", tmp_path / "file"
     an_export(full, "old")
     file.write_text("x")
@@ -94,7 +94,7 @@ def test_an_exported_model_is_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     assert (folder / "README.md").read_text() == "new"
 
 
-def test_folders_are_exchanged_in_one_step_here(tmp_path: Path) -> None:
+def test_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -105,7 +105,7 @@ def test_folders_are_exchanged_in_one_step_here(tmp_path: Path) -> None:
         module._exchange(tmp_path / "one", tmp_path / "none")
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     link = tmp_path / "link"
     link.symlink_to("real")
@@ -114,7 +114,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "README.md").read_text() == "new"
 
 
-def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_filled_during_the_export_is_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with pytest.raises(UserError, match="is not empty"), new_folder(folder, overwrite=False):
         an_export(folder, "another's")
@@ -122,8 +122,8 @@ def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_error_of_a_file_in_it_names_the_folder_that_a_person_knows(tmp_path: Path) -> None:
+def test_an_error_of_a_file_names_the_final_folder(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    with pytest.raises(OSError, match="full") as raised, new_folder(folder, overwrite=False) as partial:
+    with pytest.raises(OSError, match="full") as error, new_folder(folder, overwrite=False) as partial:
         raise OSError(errno.ENOSPC, "full", os.fspath(partial / "model.safetensors"))
-    assert raised.value.filename == str(folder)
+    assert error.value.filename == str(folder)

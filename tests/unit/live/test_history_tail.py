@@ -1,4 +1,4 @@
-"""What the view keeps of a history, against the whole history."""
+"""Values that the view keeps of a history, against the complete history."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from tests.records.history_lines import a_line
 
 
 def a_history(versions: int, *, seed: int = 1) -> list[Line]:
-    """As a learner that was started again in between writes it."""
+    """Return the lines of a learner with restarts."""
     rng, seconds, lines = random.Random(seed), 0.0, []
     for version in range(versions):
         seconds += rng.lognormvariate(0, 1)
@@ -30,7 +30,7 @@ def written(lines: list[Line]) -> bytes:
 
 
 def agrees(kept: TrainedVersions, lines: list[Line]) -> bool:
-    """Everything kept follows from the lines, counted here from all of them."""
+    """Check every kept value against all lines."""
     assert kept.versions == len(lines)
     assert list(kept.success) == [line["successes"].count("1") / len(line["successes"]) for line in lines]
     assert list(kept.reward) == [line["reward"] for line in lines]
@@ -44,11 +44,11 @@ def agrees(kept: TrainedVersions, lines: list[Line]) -> bool:
 
 
 @pytest.mark.parametrize("versions", [0, 1, PACE, PACE + 1, 200])
-def test_what_is_kept_is_what_the_whole_history_says(tmp_path: Path, versions: int):
+def test_kept_values_equal_those_of_the_complete_history(tmp_path: Path, versions: int):
     path, lines, rng = tmp_path / "history.jsonl", a_history(versions), random.Random(2)
     tail, body, at = HistoryTail(path), written(lines), 0
     tail.read(0.0)
-    while at < len(body):  # it grows by pieces that end anywhere
+    while at < len(body):  # the file grows by pieces that end anywhere
         step = rng.randint(1, 4000)
         with path.open("ab") as file:
             file.write(body[at : at + step])
@@ -60,7 +60,7 @@ def test_what_is_kept_is_what_the_whole_history_says(tmp_path: Path, versions: i
 
 @pytest.mark.parametrize("kept", [0, 1, 30, 99, 100])
 @pytest.mark.parametrize("after", [0, 1, 60])
-def test_a_history_that_a_restart_cut_back_is_read_anew(tmp_path: Path, kept: int, after: int):
+def test_a_history_truncated_by_a_restart_is_read_from_the_start(tmp_path: Path, kept: int, after: int):
     path, lines = tmp_path / "history.jsonl", a_history(100)
     tail = HistoryTail(path)
     path.write_bytes(written(lines))
@@ -70,7 +70,7 @@ def test_a_history_that_a_restart_cut_back_is_read_anew(tmp_path: Path, kept: in
     assert agrees(tail.read(1.0), lines)
 
 
-def test_a_version_that_stood_there_before_says_nothing_of_the_pace(tmp_path: Path):
+def test_versions_from_before_the_view_have_no_arrival_time(tmp_path: Path):
     path = tmp_path / "history.jsonl"
     path.write_bytes(written(a_history(3)))
     tail = HistoryTail(path)
@@ -80,7 +80,7 @@ def test_a_version_that_stood_there_before_says_nothing_of_the_pace(tmp_path: Pa
     assert [step.arrived for step in tail.read(9.0).newest] == [-math.inf, -math.inf, -math.inf, 9.0]
 
 
-def test_a_line_costs_bytes_not_kilobytes(tmp_path: Path):
+def test_lines_are_not_kept_in_memory(tmp_path: Path):
     path = tmp_path / "history.jsonl"
     path.write_bytes(written([a_line(i, padding="x" * 20_000) for i in range(200)]))
     tail = HistoryTail(path)

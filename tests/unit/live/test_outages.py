@@ -1,4 +1,4 @@
-"""Outages as a person reads of them: merged from what the services tell, in words, and over."""
+"""Outages in the live view: merging the services' reports, their text, and their end."""
 
 import io
 import math
@@ -30,7 +30,7 @@ WALL = 1_790_000_000.0
 KAFKA = Outage("Kafka", "k:9092", WALL + 50.0, WALL + 650.0, "refused", ("learner", "worker-0"))
 
 
-def told(
+def reported(
     of: str = "Kafka", address: str = "k:9092", since: float = 5.0, until: float | None = None
 ) -> dict[str, object]:
     return {"of": of, "address": address, "since": since, "until": until, "problem": "refused"}
@@ -41,17 +41,17 @@ def told(
     [
         ({}, ()),
         ({"learner": []}, ()),
-        ({"learner": [told()]}, (Outage("Kafka", "k:9092", 5.0, None, "refused", ("learner",)),)),
+        ({"learner": [reported()]}, (Outage("Kafka", "k:9092", 5.0, None, "refused", ("learner",)),)),
         (
-            {"learner": [told(since=7.0, until=90.0)], "worker-0": [told(since=6.0, until=80.0)]},
+            {"learner": [reported(since=7.0, until=90.0)], "worker-0": [reported(since=6.0, until=80.0)]},
             (Outage("Kafka", "k:9092", 6.0, 80.0, "refused", ("learner", "worker-0")),),
         ),
         (
-            {"learner": [told(since=7.0, until=90.0)], "worker-0": [told(since=9.0)]},
+            {"learner": [reported(since=7.0, until=90.0)], "worker-0": [reported(since=9.0)]},
             (Outage("Kafka", "k:9092", 7.0, 90.0, "refused", ("learner", "worker-0")),),
         ),
         (
-            {"worker-0": [told(of="env_gateway", address="g", since=8.0), told(since=3.0)]},
+            {"worker-0": [reported(of="env_gateway", address="g", since=8.0), reported(since=3.0)]},
             (
                 Outage("Kafka", "k:9092", 3.0, None, "refused", ("worker-0",)),
                 Outage("env_gateway", "g", 8.0, None, "refused", ("worker-0",)),
@@ -59,36 +59,36 @@ def told(
         ),
     ],
 )
-def test_what_the_services_tell_is_merged(
+def test_reports_of_the_services_are_merged(
     services: dict[str, list[dict[str, object]]], expected: tuple[Outage, ...]
 ) -> None:
     assert merge(services) == expected
 
 
-def test_what_is_seen_from_outside_adds_nobody_who_waits() -> None:
-    assert merge({"learner": [told(since=7.0)]}, [Outage("Kafka", "k:9092", 4.0)]) == (
+def test_an_observed_outage_adds_no_waiting_service() -> None:
+    assert merge({"learner": [reported(since=7.0)]}, [Outage("Kafka", "k:9092", 4.0)]) == (
         Outage("Kafka", "k:9092", 4.0, None, "refused", ("learner",)),
     )
 
 
-def test_an_outage_is_told_when_it_lasts_and_is_over_once() -> None:
+def test_a_lasting_outage_is_shown_and_ends_once() -> None:
     course, outage = OutageHistory(), Outage("Kafka", "k", 10.0)
-    seen: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
     for now, outages in [(11, [outage]), (14, [outage]), (16, [outage]), (18, []), (20, []), (30, []), (40, [])]:
         course.update(float(now), outages)
-        seen.append((len(course.current), len(course.past)))
-    assert seen == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
+        counts.append((len(course.current), len(course.past)))
+    assert counts == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
     assert course.past == (EndedOutage("Kafka", "k", 10.0, 16.0),)
 
 
-def test_an_outage_of_a_moment_is_never_told() -> None:
+def test_a_short_outage_is_not_shown() -> None:
     course = OutageHistory()
     for now, outages in [(11.0, [Outage("Kafka", "k", 10.0)]), (12.0, []), (20.0, []), (30.0, [])]:
         course.update(now, outages)
         assert (course.current, course.past) == ((), ())
 
 
-def test_an_outage_that_nobody_told_of_for_a_moment_goes_on() -> None:
+def test_a_short_gap_in_the_reports_does_not_end_an_outage() -> None:
     course = OutageHistory()
     for now, outages in [(15.0, [Outage("Kafka", "k", 10.0)]), (17.0, []), (17.5, [Outage("Kafka", "k", 17.0)])]:
         course.update(now, outages)
@@ -96,7 +96,7 @@ def test_an_outage_that_nobody_told_of_for_a_moment_goes_on() -> None:
     assert course.past == ()
 
 
-def test_the_words_say_which_since_when_who_waits_until_when_and_what_to_do() -> None:
+def test_the_text_names_server_duration_waiting_services_and_remedy() -> None:
     assert full_text(KAFKA, WALL + 145.0) == (
         f"no answer from Kafka at k:9092 since {clock(WALL + 50.0)} (1 min 35 s) (refused); learner and worker-0 wait "
         f"for it until {clock(WALL + 650.0)} (bus.outage_limit_s); then the run ends with code 3, and --resume "
@@ -123,7 +123,7 @@ def test_an_outage_of_the_store_names_the_services_that_restart(waiting: tuple[s
     assert who_waits(outage) == words.format(clock(WALL + 120.0))
 
 
-def seen(
+def state_with(
     *outages: Outage,
     past: tuple[EndedOutage, ...] = (),
     lines: int = 5,
@@ -145,12 +145,12 @@ def text(shown: State, width: int, height: int) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_during_an_outage_no_time_left_is_promised() -> None:
-    shown = seen(KAFKA, arrived=45.0)
+def test_during_an_outage_there_is_no_estimate() -> None:
+    shown = state_with(KAFKA, arrived=45.0)
     assert (shown.left_s, shown.still_s) == (None, 100.0)
-    said = line(shown)
-    assert "left" not in said
-    assert "no progress for 1 min 40 s; no answer from Kafka at k:9092 since" in said
+    status_line = line(shown)
+    assert "left" not in status_line
+    assert "no progress for 1 min 40 s; no answer from Kafka at k:9092 since" in status_line
     whole = "\n".join(text(shown, 100, 40))
     assert "about" not in whole
     assert "no progress for 1 min 40 s" in whole
@@ -158,7 +158,7 @@ def test_during_an_outage_no_time_left_is_promised() -> None:
 
 
 def test_a_narrow_terminal_shows_the_outage_first() -> None:
-    rows = text(seen(KAFKA, arrived=45.0), 60, 12)
+    rows = text(state_with(KAFKA, arrived=45.0), 60, 12)
     assert len(rows) <= 12
     assert max(map(len, rows)) <= 60
     assert "no answer from Kafka" in rows[0]
@@ -170,19 +170,19 @@ def test_a_narrow_terminal_shows_the_outage_first() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 60, 140])
-def test_outages_never_outgrow_the_terminal(width: int) -> None:
+def test_outages_fit_into_the_terminal(width: int) -> None:
     outages = [KAFKA, Outage("S3", "http://s3:9000", WALL, None, "", ()), Outage("env_gateway", "http://g", WALL)]
     past = tuple(EndedOutage("Kafka", "k", WALL, WALL + 140.0) for _ in range(3))
     for height in range(1, 40):
-        rows = text(seen(*outages, past=past), width, height)
+        rows = text(state_with(*outages, past=past), width, height)
         assert len(rows) <= height
         assert max(map(len, rows)) <= width
 
 
-def test_that_it_is_over_is_shown_for_a_while() -> None:
+def test_the_end_of_an_outage_is_shown_for_a_while() -> None:
     past = (EndedOutage("Kafka", "k:9092", WALL + 20.0, WALL + 140.0),)
-    assert any("Kafka at k:9092 answers again" in row for row in text(seen(past=past), 80, 24))
-    assert not any("answers again" in row for row in text(seen(past=past, now=500.0), 80, 24))
+    assert any("Kafka at k:9092 answers again" in row for row in text(state_with(past=past), 80, 24))
+    assert not any("answers again" in row for row in text(state_with(past=past, now=500.0), 80, 24))
 
 
 @pytest.mark.parametrize(
@@ -196,33 +196,35 @@ def test_that_it_is_over_is_shown_for_a_while() -> None:
         ((), (), -math.inf, False),
     ],
 )
-def test_the_pace_is_measured_anew_after_a_disturbance(
+def test_the_pace_is_measured_again_after_an_outage_or_a_crash(
     past: tuple[EndedOutage, ...], crashes: tuple[Crash, ...], arrived: float, known: bool
 ) -> None:
-    assert (seen(past=past, crashes=crashes, arrived=arrived).left_s is not None) == known
+    assert (state_with(past=past, crashes=crashes, arrived=arrived).left_s is not None) == known
 
 
-def test_a_worker_that_began_to_sample_only_now_makes_the_pace_another() -> None:
+def test_the_pace_is_measured_again_after_a_worker_starts() -> None:
     late = worker(145.0, seconds=20.0)
-    assert seen(arrived=100.0, **{"worker-1": late}).left_s is None
-    assert seen(arrived=130.0, **{"worker-1": late}).left_s is not None
+    assert state_with(arrived=100.0, **{"worker-1": late}).left_s is None
+    assert state_with(arrived=130.0, **{"worker-1": late}).left_s is not None
 
 
-def test_without_a_new_version_for_long_there_is_no_estimate() -> None:
-    assert seen(arrived=100.0, now=150.0).left_s is not None
-    shown = seen(arrived=100.0, now=170.0)
+def test_without_progress_there_is_no_estimate() -> None:
+    assert state_with(arrived=100.0, now=150.0).left_s is not None
+    shown = state_with(arrived=100.0, now=170.0)
     assert shown.left_s is None
     assert "no progress for 1 min 10 s" in line(shown)
 
 
-def test_an_outage_of_a_server_is_not_told_twice() -> None:
-    silent = servers(100.0)["snapshot_store"]
+def test_an_outage_of_a_server_is_shown_once() -> None:
+    store_service = servers(100.0)["snapshot_store"]
     store = Outage("snapshot_store", "http://s", WALL + 100.0)
-    assert seen(store, snapshot_store=ServiceObservation(silent.last, trouble="ReadTimeout")).warnings == ()
-    assert seen(snapshot_store=ServiceObservation(silent.last, trouble="ReadTimeout")).warnings == (
+    assert (
+        state_with(store, snapshot_store=ServiceObservation(store_service.last, trouble="ReadTimeout")).warnings == ()
+    )
+    assert state_with(snapshot_store=ServiceObservation(store_service.last, trouble="ReadTimeout")).warnings == (
         "snapshot_store has not answered for 45 s",
     )
 
 
-def test_at_the_end_nothing_is_an_outage() -> None:
-    assert seen(KAFKA, lines=20).outages == ()
+def test_a_finished_run_shows_no_outage() -> None:
+    assert state_with(KAFKA, lines=20).outages == ()

@@ -1,4 +1,4 @@
-"""Watching services that answer, hang and go; following a history that grows and is cut back."""
+"""Polling services that answer, hang, or do not exist; following a history and the worker topic."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ WITHIN_S = 10.0
 
 
 class Answering(ThreadingHTTPServer):
-    """Gives its status, unless it hangs."""
+    """A service that returns its status, unless it hangs."""
 
     daemon_threads = True
     hangs = threading.Event()
@@ -80,7 +80,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
+def test_a_service_that_hangs_keeps_its_last_answer_and_does_not_block(
     service: Answering, bus: SqliteBus, tmp_path: Path
 ):
     urls = {"learner": service.url, "worker-0": service.url}
@@ -89,17 +89,17 @@ def test_a_service_that_hangs_keeps_its_last_answer_and_holds_nobody_up(
         assert service.token == "Bearer secret"
         service.hangs.set()
         until(lambda: watching.observe().services["learner"].trouble == "ReadTimeout")
-        took = []
-        for _ in range(5):  # a busy machine may hold up one of them
+        durations = []
+        for _ in range(5):  # a busy machine may delay one of them
             began = time.monotonic()
-            seen = watching.observe().services["learner"]
-            took.append(time.monotonic() - began)
-        assert min(took) < 0.1
-        assert seen.last is not None
-        assert seen.last.status == {"waiting_for": None, "version": 3}
+            observed = watching.observe().services["learner"]
+            durations.append(time.monotonic() - began)
+        assert min(durations) < 0.1
+        assert observed.last is not None
+        assert observed.last.status == {"waiting_for": None, "version": 3}
 
 
-def test_a_service_that_never_came_up_is_unknown(bus: SqliteBus, tmp_path: Path):
+def test_a_service_that_never_answered_is_unknown(bus: SqliteBus, tmp_path: Path):
     with RunPoller({"learner": "http://127.0.0.1:9"}, tmp_path, bus, run="test") as watching:
         until(lambda: watching.observe().services["learner"] == ServiceObservation(trouble="ConnectError"))
 

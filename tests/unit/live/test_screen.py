@@ -1,4 +1,4 @@
-"""The screen on a terminal and without one."""
+"""The screen with and without a terminal."""
 
 import io
 import threading
@@ -25,7 +25,7 @@ def a_state() -> State:
     return state(Plan("t", 10), sight, now=101.0, started=1.0)
 
 
-def shown(*, terminal: bool, stop: bool) -> str:
+def output_of(*, terminal: bool, stop: bool) -> str:
     stopping, looks = threading.Event(), threading.Event()
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=80, height=24, legacy_windows=False)
@@ -50,13 +50,13 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_without_a_terminal_there_are_lines_and_nothing_else():
-    said = shown(terminal=False, stop=False)
-    assert "\x1b" not in said
-    assert said.startswith("1 min 40 s: version 4/10; success 0.500")
+def test_without_a_terminal_the_output_is_plain_lines():
+    output = output_of(terminal=False, stop=False)
+    assert "\x1b" not in output
+    assert output.startswith("1 min 40 s: version 4/10; success 0.500")
 
 
-def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_terminal_a_warning_is_printed_once_until_it_ends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(screen, "LINE_S", 0.0)
 
     def alert(versions: int) -> dict[str, object]:
@@ -69,22 +69,22 @@ def test_without_a_terminal_a_warning_is_told_once_until_it_is_over(monkeypatch:
         over.set()
         yield a_state()
 
-    over, told, looks = threading.Event(), io.StringIO(), states()
-    with Screen(Console(file=told, width=80), lambda: next(looks), stopping=over.is_set):
+    over, output, looks = threading.Event(), io.StringIO(), states()
+    with Screen(Console(file=output, width=80), lambda: next(looks), stopping=over.is_set):
         assert over.wait(WITHIN_S)
-    assert [row for row in told.getvalue().splitlines() if row.startswith("!")] == [
+    assert [row for row in output.getvalue().splitlines() if row.startswith("!")] == [
         "! clip_idle: nothing is clipped, over 8 versions",
         "! clip_idle: nothing is clipped, over 12 versions",
     ]
 
 
-def test_a_terminal_is_given_back_when_the_run_ends():
-    said = shown(terminal=True, stop=False)
-    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1  # the cursor is hidden, then shown
-    assert "stopping" not in said
+def test_the_terminal_is_restored_at_the_end_of_the_run():
+    output = output_of(terminal=True, stop=False)
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # the cursor is hidden, then shown
+    assert "stopping" not in output
 
 
-def test_a_stop_is_acknowledged_at_once_and_gives_the_terminal_back_first():
-    said = shown(terminal=True, stop=True)
-    assert said.index("\x1b[?25h") < said.index("stopping ... (")
-    assert "stopping ..." in shown(terminal=False, stop=True)
+def test_a_stop_restores_the_terminal_and_is_acknowledged_at_once():
+    output = output_of(terminal=True, stop=True)
+    assert output.index("\x1b[?25h") < output.index("stopping ... (")
+    assert "stopping ..." in output_of(terminal=False, stop=True)

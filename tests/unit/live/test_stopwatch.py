@@ -1,4 +1,4 @@
-"""Seconds over several starts."""
+"""Seconds of setup and run over several starts."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from palimpsest.services.live.stopwatch import Stopwatch
 from palimpsest.services.report.folder import Seconds, read_seconds
 
 
-def test_starts_add_up(tmp_path: Path):
+def test_seconds_of_several_starts_are_summed(tmp_path: Path):
     path = tmp_path / "seconds.json"
     first = Stopwatch(path, now=100.0)
     first.update(now=150.0, ready=130.0)
@@ -19,20 +19,20 @@ def test_starts_add_up(tmp_path: Path):
     assert read_seconds(path) == Seconds(setup=50.0, run=25.0)
 
 
-def test_only_the_first_worker_counts(tmp_path: Path):
+def test_only_the_first_ready_time_counts(tmp_path: Path):
     watch = Stopwatch(tmp_path / "seconds.json", now=0.0)
     watch.update(now=12.0, ready=10.0)
-    watch.update(now=40.0, ready=30.0)  # it was started again
+    watch.update(now=40.0, ready=30.0)  # after a restart
     assert watch.seconds() == Seconds(setup=10.0, run=30.0)
 
 
-def test_a_run_stopped_while_it_starts_is_all_setup(tmp_path: Path):
+def test_a_run_stopped_during_setup_has_no_run_time(tmp_path: Path):
     watch = Stopwatch(tmp_path / "seconds.json", now=5.0)
     watch.update(now=25.0, ready=None)
     assert watch.seconds() == Seconds(setup=20.0, run=0.0)
 
 
-def test_it_is_kept_every_few_seconds(tmp_path: Path):
+def test_seconds_are_written_every_few_seconds(tmp_path: Path):
     watch = Stopwatch(tmp_path / "seconds.json", now=0.0)
     watch.update(now=4.0, ready=None)
     watch.keep()

@@ -1,4 +1,4 @@
-"""The view as text: the right numbers, in the room there is."""
+"""The text of the live view: its numbers, and its size."""
 
 import io
 
@@ -36,7 +36,7 @@ def text(shown: State, width: int, height: int) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_at_80_columns_everything_is_there():
+def test_80_columns_show_every_value():
     rows = text(a_state(), 80, 24)
     assert max(map(len, rows)) <= 80
     assert len(rows) <= 24
@@ -64,18 +64,18 @@ def test_at_80_columns_everything_is_there():
 
 @pytest.mark.parametrize("width", [40, 80, 140])
 @pytest.mark.parametrize("lines", [0, 5])
-def test_it_never_outgrows_the_terminal(width: int, lines: int):
+def test_the_view_fits_into_the_terminal(width: int, lines: int):
     for height in range(1, 60):
         rows = text(a_state(lines), width, height)
         assert len(rows) <= height
         assert max(map(len, rows)) <= width
 
 
-def test_the_smallest_terminal_still_shows_how_far_the_run_is():
+def test_the_smallest_terminal_shows_the_progress():
     assert any("version 5 of 20" in row for row in text(a_state(), 60, 3))
 
 
-def test_during_setup_it_says_who_waits_for_what():
+def test_during_setup_each_service_shows_its_wait():
     shown = a_state(0, **{"worker-0": worker(seconds=0.0, waiting_for="the engine"), "learner": ServiceObservation()})
     rows = text(shown, 80, 24)
     assert any("night-run" in row and "starting" in row for row in rows)
@@ -83,7 +83,7 @@ def test_during_setup_it_says_who_waits_for_what():
     assert any("learner" in row and "starting" in row for row in rows)
 
 
-def test_a_resumed_run_shows_its_curves_while_it_starts():
+def test_a_resumed_run_shows_its_history_during_setup():
     shown = a_state(5, **{"worker-0": worker(seconds=0.0, waiting_for="the engine")})
     assert any("version 5 of 20" in row for row in text(shown, 80, 24))
 
@@ -105,7 +105,7 @@ def test_drops_are_shown_by_reason():
     assert any("3 dropped (2 deadline, 1 engine_failed), 4 dead-lettered" in row for row in rows)
 
 
-def test_without_a_terminal_a_line_says_the_same():
+def test_the_line_has_the_same_values():
     assert line(a_state()) == (
         "1 min 40 s: version 5/20; success 0.350, reward 0.500; staleness 0.5 mean, 2 max; tokens/s 60 rollout, "
         "38 learner; 12 in flight, 7 waiting; about 15 s left"
@@ -114,7 +114,7 @@ def test_without_a_terminal_a_line_says_the_same():
     assert line(starting) == "1 min 40 s: starting; worker-0: waits for the engine"
 
 
-def test_the_line_says_finishing_after_the_last_version():
+def test_the_line_shows_finishing_after_the_last_version():
     assert line(a_state(20)).endswith("7 waiting; finishing")
 
 

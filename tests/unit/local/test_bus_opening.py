@@ -1,4 +1,4 @@
-"""Opening a log whose broker is away: told of, and a stop is heard at once."""
+"""Opening a log whose broker does not answer: the message, and a stop during the wait."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def config(folder: Path, *, kind: str = "kafka") -> RunConfig:
 
 
 class Broker:
-    """A log that opens when it is told to go on."""
+    """A log that opens when `goes_on` is set."""
 
     def __init__(self, folder: Path, ends: Callable[[], None] = lambda: None) -> None:
         self._path, self._ends = folder / "bus.sqlite", ends
@@ -58,48 +58,46 @@ class Broker:
         return SqliteBus(self._path)
 
 
-def test_a_broker_that_is_waited_for_is_told_of_once_and_so_is_its_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wait_for_a_broker_and_its_end_are_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_opening, "SAY_S", 0.0)
-    broker, said = Broker(tmp_path), list[str]()
+    broker, lines = Broker(tmp_path), list[str]()
 
     def say(line: str) -> None:
-        said.append(line)
+        lines.append(line)
         broker.goes_on.set()
 
     bus = open_run_bus(config(tmp_path), Stop(), say, how=broker.open)
     assert bus is not None
     bus.close()
-    assert said == [
+    assert lines == [
         f"waiting for Kafka at {NOBODY}: start the broker, or correct bus.servers; Ctrl-C stops",
         f"Kafka at {NOBODY} answers",
     ]
 
 
-def test_a_log_that_opens_soon_is_not_worth_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_opens_soon_prints_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_opening, "SAY_S", LIMIT_S)
-    broker, said = Broker(tmp_path), list[str]()
+    broker, lines = Broker(tmp_path), list[str]()
     broker.goes_on.set()
-    with closing(open_run_bus(config(tmp_path), Stop(), said.append, how=broker.open)) as bus:  # type: ignore[type-var]
+    with closing(open_run_bus(config(tmp_path), Stop(), lines.append, how=broker.open)) as bus:  # type: ignore[type-var]
         assert isinstance(bus, SqliteBus)
-    with closing(open_run_bus(config(tmp_path, kind="sqlite"), Stop(), said.append)) as bus:  # type: ignore[type-var]
+    with closing(open_run_bus(config(tmp_path, kind="sqlite"), Stop(), lines.append)) as bus:  # type: ignore[type-var]
         assert isinstance(bus, SqliteBus)
-    assert said == []
+    assert lines == []
 
 
-def test_what_ends_the_waiting_is_passed_on(tmp_path: Path) -> None:
+def test_an_error_while_waiting_is_raised(tmp_path: Path) -> None:
     def refuse() -> None:
         raise UserError("refuses access", ExitCode.UNAVAILABLE)
 
     broker = Broker(tmp_path, refuse)
     broker.goes_on.set()
-    with pytest.raises(UserError, match="refuses access") as refused:
+    with pytest.raises(UserError, match="refuses access") as error:
         open_run_bus(config(tmp_path), Stop(), print, how=broker.open)
-    assert refused.value.code is ExitCode.UNAVAILABLE
+    assert error.value.code is ExitCode.UNAVAILABLE
 
 
-def test_a_stop_is_heard_while_the_broker_is_away(tmp_path: Path) -> None:
+def test_a_stop_ends_the_wait_for_a_broker(tmp_path: Path) -> None:
     stop, broker = Stop(), Broker(tmp_path)
     stop.request()
     try:
@@ -109,18 +107,16 @@ def test_a_stop_is_heard_while_the_broker_is_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.servers
-def test_a_ctrl_c_while_the_broker_is_away_ends_the_program_with_the_command_to_go_on(
-    tmp_path: Path, starting_model: Path
-) -> None:
-    """As a person meets it: the line, Ctrl-C, the command."""
+def test_a_ctrl_c_during_the_wait_for_a_broker_prints_the_resume_command(tmp_path: Path, starting_model: Path) -> None:
+    """The program prints the wait, receives Ctrl-C, and prints the command."""
     command = [sys.executable, "-u", "-m", "palimpsest", "run", str(run_file(tmp_path, starting_model))]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         waiting = next(line for line in run.stdout if line.startswith("waiting for Kafka"))
         os.kill(run.pid, signal.SIGINT)
-        said = run.stdout.read()
+        output = run.stdout.read()
     assert waiting.startswith(f"waiting for Kafka at {NOBODY} ({NOBODY}: Connection refused) until ")
-    assert said.startswith("Stopped before any service started. Continue with:\n")
-    assert f"-m palimpsest run --resume {tmp_path / 't'}\n" in said
-    assert "no answer" not in said, "the log's own lines stay out of the terminal"
+    assert output.startswith("Stopped before any service started. Continue with:\n")
+    assert f"-m palimpsest run --resume {tmp_path / 't'}\n" in output
+    assert "no answer" not in output, "log events of the bus are not printed"
     assert run.returncode == int(ExitCode.INTERRUPTED)

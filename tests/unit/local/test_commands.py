@@ -1,4 +1,4 @@
-"""The services as commands."""
+"""Command lines of the services, and their ports."""
 
 import socket
 from pathlib import Path
@@ -20,13 +20,13 @@ def learner(tmp_path: Path, *, ranks: int) -> Child:
     return Commands(config, tmp_path / "run.toml", flags).learner()
 
 
-def test_one_rank_is_a_process_of_its_own_whatever_the_machine_says_of_ranks(tmp_path: Path):
+def test_one_rank_starts_without_torchrun(tmp_path: Path):
     alone = learner(tmp_path, ranks=1)
     assert list(alone.command[1:3]) == ["-m", "palimpsest.services.learner"]
     assert alone.environment == {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 
-def test_several_ranks_are_launched_and_what_the_launcher_leaves_is_in_the_runs_folder(tmp_path: Path):
+def test_several_ranks_start_by_torchrun_with_its_logs_in_the_run_folder(tmp_path: Path):
     launched = learner(tmp_path, ranks=2)
     assert "--nproc-per-node=2" in launched.command
     assert f"--log-dir={tmp_path}/t/cache/torchrun" in launched.command
@@ -34,7 +34,7 @@ def test_several_ranks_are_launched_and_what_the_launcher_leaves_is_in_the_runs_
 
 
 @pytest.mark.servers
-def test_what_a_process_leaves_beside_its_work_goes_with_it(tmp_path: Path):
+def test_the_scratch_folder_of_a_process_is_deleted_with_it(tmp_path: Path):
     scratch = tmp_path / "scratch"
     child = Child("it", python("-c", f"import os; os.makedirs({str(scratch / 'a')!r})"), tmp_path / "log")
     child.scratch = scratch
@@ -46,7 +46,7 @@ def test_what_a_process_leaves_beside_its_work_goes_with_it(tmp_path: Path):
     assert not scratch.exists()
 
 
-def test_no_port_is_given_out_twice():
+def test_free_ports_are_distinct():
     ports = [free_port("127.0.0.1") for _ in range(500)]
     assert len(set(ports)) == 500
 
@@ -62,7 +62,7 @@ def test_a_service_can_listen_on_a_reserved_port_twice_in_a_row():
             socket.create_connection(("127.0.0.1", port))
 
 
-def test_a_reserved_port_is_not_free_for_another_program():
+def test_another_program_cannot_bind_a_reserved_port():
     port = free_port("127.0.0.1")
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""How a process ended, as a person reads it."""
+"""Descriptions of how a process ended."""
 
 import pytest
 
@@ -40,11 +40,11 @@ pydantic_core.ValidationError: 1 validation error for ModelConfig
         (RANK_RAISED, "ValueError: loss is no number"),
     ],
 )
-def test_what_a_log_says_went_wrong(log: str, words: str) -> None:
+def test_the_last_error_of_a_log(log: str, words: str) -> None:
     assert last_error(log) == words
 
 
-def test_an_error_is_quoted_with_its_whole_message() -> None:
+def test_an_error_is_quoted_with_its_complete_message() -> None:
     assert last_error(PYDANTIC).startswith(
         "pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, max_model_len (9000) is greater"
     )
@@ -53,7 +53,7 @@ def test_an_error_is_quoted_with_its_whole_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "words", "said"),
+    ("exit_code", "words", "expected"),
     [
         (-9, "", "it was ended by SIGKILL (the machine ran out of memory, or another process killed it)"),
         (-4, "", "it was ended by SIGILL (an instruction that this CPU or the kernel does not allow)"),
@@ -69,15 +69,15 @@ def test_an_error_is_quoted_with_its_whole_message() -> None:
         (130, "", "it was stopped before the end of the run (exit code 130: SIGTERM or SIGINT)"),
     ],
 )
-def test_how_it_ended(exit_code: int, words: str, said: str) -> None:
-    assert describe_exit("it", exit_code, words) == said
+def test_the_description_of_an_exit(exit_code: int, words: str, expected: str) -> None:
+    assert describe_exit("it", exit_code, words) == expected
 
 
-def test_a_crash_says_when_it_is_made_up_for() -> None:
+def test_a_crash_names_its_restart() -> None:
     assert Crash("it", 0.0, 1, "E", 0.0).to_text("9 s").endswith("(exit code 1: E); it was restarted")
     assert Crash("it", 0.0, 1, "E", 4.0).to_text("9 s").endswith("(exit code 1: E); it restarts in 4 s")
 
 
-def test_what_to_do_about_a_signal_is_said_of_a_rank_too() -> None:
+def test_a_signal_has_the_same_remedy_for_a_rank() -> None:
     assert remedy(-9, "") == remedy(1, last_error(KILLED_RANK)) != ""
     assert remedy(1, "ValueError: no") == ""

@@ -1,4 +1,4 @@
-"""One supervisor to a run."""
+"""The lock that allows one supervisor per run."""
 
 import datetime
 import json
@@ -23,18 +23,18 @@ time.sleep(600)
 """
 
 
-def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(tmp_path: Path) -> None:
+def test_an_active_run_is_refused_until_its_supervisor_exits(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as found:
+        with pytest.raises(UserError) as error:
             RunLock(tmp_path, now=NOW)
-        said = str(found.value)
-        assert said.startswith(f"the run in {tmp_path} is active: process {holder.pid} of ")
-        assert "(since 2026-11-28 11:00:00+00:00) supervises it" in said
-        assert f"`kill {holder.pid}`" in said
-        assert found.value.code is ExitCode.UNAVAILABLE
+        message = str(error.value)
+        assert message.startswith(f"the run in {tmp_path} is active: process {holder.pid} of ")
+        assert "(since 2026-11-28 11:00:00+00:00) supervises it" in message
+        assert f"`kill {holder.pid}`" in message
+        assert error.value.code is ExitCode.UNAVAILABLE
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -42,7 +42,7 @@ def test_a_run_that_is_alive_is_refused_with_who_has_it_until_that_one_is_gone(t
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_of_one_process_is_not_taken_twice_by_it(tmp_path: Path) -> None:
+def test_a_process_cannot_lock_a_run_twice(tmp_path: Path) -> None:
     with RunLock(tmp_path, now=NOW), pytest.raises(UserError, match=f"process {os.getpid()} of "):
         RunLock(tmp_path, now=NOW)
     RunLock(tmp_path, now=NOW)
@@ -61,7 +61,7 @@ def test_a_service_that_outlives_its_supervisor_does_not_hold_the_run(tmp_path: 
         child.wait()
 
 
-def test_a_lock_file_that_says_nothing_is_told_of_all_the_same(tmp_path: Path) -> None:
+def test_an_unreadable_lock_file_still_refuses(tmp_path: Path) -> None:
     with RunLock(tmp_path, now=NOW):
         (tmp_path / "lock").write_text("not JSON")
         with pytest.raises(UserError, match="is active: another process supervises it"):

@@ -1,4 +1,4 @@
-"""When a process became ready, and whether it has worked."""
+"""The time when a process became ready, and whether it did work."""
 
 import pytest
 
@@ -8,29 +8,29 @@ from palimpsest.services.local.process_start import STEADY_S, ProcessStart
 STARTED = 100.0
 
 
-def said(service: str, *, at: float = STARTED + 1, **status: object) -> ServiceObservation:
+def answer(service: str, *, at: float = STARTED + 1, **status: object) -> ServiceObservation:
     return ServiceObservation(StatusReply(at, {"service": service, "waiting_for": None, **status}))
 
 
 READY = {
-    "snapshot_store": said("snapshot_store"),
-    "env_gateway": said("env_gateway"),
-    "rollout": said("rollout", sampled_tokens=1),
-    "replica": said("replica", scored_tokens=1),
-    "learner": said("learner", waiting_for="trajectories: 0 of 4 groups are complete"),
+    "snapshot_store": answer("snapshot_store"),
+    "env_gateway": answer("env_gateway"),
+    "rollout": answer("rollout", sampled_tokens=1),
+    "replica": answer("replica", scored_tokens=1),
+    "learner": answer("learner", waiting_for="trajectories: 0 of 4 groups are complete"),
 }
 NOT_READY = {
-    "nobody answers": ServiceObservation(trouble="ConnectError"),
-    "the process before answered": said("snapshot_store", at=STARTED - 1),
-    "the engine starts": said("rollout", waiting_for="the engine", sampled_tokens=0),
-    "the engine was never asked": said("rollout", waiting_for="tasks", sampled_tokens=0),
-    "the replica loads": said("replica", waiting_for="the model", scored_tokens=0),
-    "the replica has scored nothing": said("replica", scored_tokens=0),
+    "no answer": ServiceObservation(trouble="ConnectError"),
+    "an answer of the earlier process": answer("snapshot_store", at=STARTED - 1),
+    "the engine starts": answer("rollout", waiting_for="the engine", sampled_tokens=0),
+    "the engine got no request": answer("rollout", waiting_for="tasks", sampled_tokens=0),
+    "the replica loads": answer("replica", waiting_for="the model", scored_tokens=0),
+    "the replica has scored nothing": answer("replica", scored_tokens=0),
 }
 
 
 @pytest.mark.parametrize("service", READY)
-def test_a_process_that_was_ready_when_a_version_came_has_worked(service: str) -> None:
+def test_a_process_that_is_ready_at_a_new_version_has_worked(service: str) -> None:
     life = ProcessStart(STARTED, versions=7, trains=service == "learner")
     life.observe(READY[service], versions=7, now=STARTED + 2)
     assert (life.ready, life.worked) == (STARTED + 2, False)
@@ -39,7 +39,7 @@ def test_a_process_that_was_ready_when_a_version_came_has_worked(service: str) -
 
 
 @pytest.mark.parametrize("name", NOT_READY)
-def test_no_start_up_however_long_is_work(name: str) -> None:
+def test_a_long_startup_is_not_work(name: str) -> None:
     life = ProcessStart(STARTED, versions=7)
     life.observe(NOT_READY[name], versions=50, now=STARTED + 100 * STEADY_S)
     assert (life.ready, life.worked) == (None, False)
@@ -59,15 +59,15 @@ def test_a_version_is_the_learners_work_even_if_its_answers_were_missed() -> Non
     assert life.worked
 
 
-def test_versions_that_are_trained_again_after_a_checkpoint_are_none_more() -> None:
+def test_versions_trained_again_after_a_checkpoint_are_not_work() -> None:
     life = ProcessStart(STARTED, versions=7, trains=True)
     for versions in (5, 6, 7):
         life.observe(READY["learner"], versions=versions, now=STARTED + versions)
     assert not life.worked
 
 
-def test_a_service_that_only_says_what_it_loads_is_not_ready() -> None:
+def test_a_service_that_is_loading_is_not_ready() -> None:
     for service in ("learner", "rollout", "snapshot_store"):
         life = ProcessStart(STARTED, versions=0)
-        life.observe(said(service, starting=True, waiting_for="the model to be loaded"), versions=0, now=STARTED + 2)
+        life.observe(answer(service, starting=True, waiting_for="the model to be loaded"), versions=0, now=STARTED + 2)
         assert life.ready is None

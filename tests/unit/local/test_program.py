@@ -1,4 +1,4 @@
-"""The command line, as far as it goes without starting anything."""
+"""The command line up to the start of the services."""
 
 import json
 import os
@@ -37,18 +37,18 @@ def test_help_explains_every_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ):
     call(monkeypatch, *arguments)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for form in ("RUN.toml", "--check", "--resume FOLDER", "--SECTION.KEY=VALUE"):
-        assert form in said
+        assert form in output
 
 
 def test_every_command_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     call(monkeypatch, "--help")
-    said = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\S", said, re.MULTILINE) for name in cli.COMMANDS)
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\S", output, re.MULTILINE) for name in cli.COMMANDS)
 
 
-def test_a_misspelt_command_names_its_neighbor(monkeypatch: pytest.MonkeyPatch):
+def test_a_misspelled_command_names_the_nearest_one(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         UserError, match=r"palimpsest adit: there is no such command; did you mean `palimpsest audit`\?"
     ):
@@ -59,22 +59,22 @@ def test_check_prints_the_resolved_run_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_file: Path
 ):
     call(monkeypatch, "run", run_file, "--check", "--learner.versions=7")
-    said = capsys.readouterr().out
-    assert "versions = 7" in said
-    assert "canary_tolerance" in said
+    output = capsys.readouterr().out
+    assert "versions = 7" in output
+    assert "rollout_workers" in output
     assert list(run_file.parent.iterdir()) == [run_file]
 
 
-def test_a_report_is_of_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_report_of_a_folder_without_a_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(UserError, match="not the folder of a run"):
         call(monkeypatch, "report", tmp_path)
 
 
-def test_help_and_check_do_not_wait_for_heavy_libraries():
+def test_help_and_check_import_no_large_libraries():
     heavy = ("torch", "transformers", "vllm", "plotly")
     code = f"import sys, palimpsest.cli, palimpsest.run; print([m for m in {heavy} if m in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "[]"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
 
 
 EMBEDDED, CLUSTER, HOME = "examples/embedded.toml", "examples/cluster.toml", Path("runs/r1")
@@ -96,7 +96,9 @@ BY_CLUSTER = '  make run-cluster RUN="runs/r1/run.toml" ARGS="--resume runs/r1"'
         (CLUSTER, [], True, False, BY_HAND),
     ],
 )
-def test_a_run_goes_on_as_it_was_begun(source: str, overrides: list[str], kafka: bool, by_make: bool, command: str):
+def test_the_resume_command_matches_the_way_the_run_started(
+    source: str, overrides: list[str], kafka: bool, by_make: bool, command: str
+):
     assert command == console_text.resume(
         HOME, Path(source), overrides, kafka=kafka, by_make=by_make, program=".venv/bin/palimpsest"
     )
@@ -107,7 +109,7 @@ def test_a_run_goes_on_as_it_was_begun(source: str, overrides: list[str], kafka:
     ("source", "overrides"), [(EMBEDDED, []), (CLUSTER, []), (CLUSTER, ["--run.seed=1"]), ("x", [])]
 )
 def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source: str, overrides: list[str]):
-    """Up to the program, which is asked here what it makes of its arguments. Of make's, what the recipe ends with."""
+    """The arguments are read by the program's own loader; a make command is replaced by the last line of its recipe."""
     home = tmp_path / name / "r1"
     home.mkdir(parents=True)
     run = load([EMBEDDED if source == "x" else source, "--run.id=r1"], {}, program="").config
@@ -124,13 +126,16 @@ def test_the_printed_command_works_when_pasted(tmp_path: Path, name: str, source
 
 
 def shell(command: str) -> str:
-    """What it prints. `make test` marks its children, and a make among them would say which folder it enters."""
+    """Return the output of the command.
+
+    The variables of `make test` are removed; with them, a make below would print the folder it enters.
+    """
     outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def test_the_result_is_told_in_short():
+def test_the_result_has_a_short_text():
     summary = json.loads(
         """{"versions": 200, "seconds": {"setup": 31.2, "run": 195.0}, "trajectories": {"trained": 51200},
             "success_first": 0.0246, "success_last": 0.9912}"""

@@ -1,4 +1,4 @@
-"""Which deaths are followed by a new start, and after how long."""
+"""Which exits of a process lead to a restart, and after how many seconds."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def outcome(*deaths: Death, restarts: int = 5) -> float | None:
         ([KILLED, RAISED] * 10, 99, LONGEST_WAIT_S),
     ],
 )
-def test_a_row_of_deaths(deaths: list[Death], restarts: int, waits: float | None) -> None:
+def test_the_delay_after_a_series_of_deaths(deaths: list[Death], restarts: int, waits: float | None) -> None:
     assert outcome(*deaths, restarts=restarts) == waits
 
 
@@ -47,13 +47,13 @@ def test_a_row_of_deaths(deaths: list[Death], restarts: int, waits: float | None
         (Death(-9, "", True), Death(-9, "", False), True),
     ],
 )
-def test_likeness(one: Death, other: Death, same: bool) -> None:
+def test_two_deaths_are_the_same_failure_without_their_numbers(one: Death, other: Death, same: bool) -> None:
     assert one.is_same_failure(other) is same
     assert is_crash_loop([one, other, one]) is same
 
 
-def test_every_row_without_work_ends() -> None:
-    """Whatever the deaths are: at most `restarts` new starts."""
+def test_every_series_of_deaths_without_work_ends() -> None:
+    """At most `restarts` restarts follow, for any kind of death."""
     for restarts in range(8):
         row: tuple[Death, ...] = ()
         starts = 1

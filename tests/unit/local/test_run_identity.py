@@ -1,4 +1,4 @@
-"""Which keys make a run what it is."""
+"""The configuration keys that a resumed run may change, and those it may not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ KAFKA = 'bus.kind = "kafka"\nbus.servers = "one:9092"\n'
 
 
 def keys(section: type[BaseModel], path: str = "") -> Iterator[str]:
-    """Every dotted key of a run."""
+    """Yield every dotted key of a run's configuration."""
     for name, field in section.model_fields.items():
         is_union = get_origin(field.annotation) in (Union, UnionType)
         members = get_args(field.annotation) if is_union else (field.annotation,)
@@ -36,12 +36,12 @@ def covers(entry: str, key: str) -> bool:
 
 
 @pytest.mark.parametrize("key", sorted(set(keys(RunConfig))))
-def test_every_key_is_decided(key: str) -> None:
+def test_every_key_is_either_fixed_or_changeable(key: str) -> None:
     """A new key needs an entry in services/local/run_identity.py."""
     assert len([entry for entry in (*IDENTITY, *CHANGEABLE) if covers(entry, key)]) == 1
 
 
-def test_every_entry_is_of_a_key() -> None:
+def test_every_entry_names_a_key() -> None:
     known = set(keys(RunConfig))
     assert [entry for entry in (*IDENTITY, *CHANGEABLE) if not any(covers(entry, key) for key in known)] == []
 
@@ -70,7 +70,7 @@ def resumed(tmp_path: Path, before: str, *flags: str, environment: dict[str, str
         "--local.rollout_workers=2",
     ],
 )
-def test_a_run_goes_on_with_other_addresses_and_limits(tmp_path: Path, flag: str) -> None:
+def test_a_resumed_run_may_change_addresses_and_limits(tmp_path: Path, flag: str) -> None:
     assert resumed(tmp_path, RUN + KAFKA, flag).run.id == "t"
 
 
@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_other_addresses_and_limits(tmp_path: Path, flag: str
         "--tasks.samples_per_group=2",
     ],
 )
-def test_a_run_does_not_go_on_as_another(tmp_path: Path, flag: str) -> None:
+def test_a_resumed_run_may_not_change_its_algorithm_or_data(tmp_path: Path, flag: str) -> None:
     with pytest.raises(UserError, match=f"another configuration:\n  {flag[2:].partition('=')[0]}: .* there, .* here\n"):
         resumed(tmp_path, RUN + KAFKA, flag)
 

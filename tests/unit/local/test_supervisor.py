@@ -1,4 +1,4 @@
-"""Supervision, with one-line programs in place of the services."""
+"""The supervisor, with short programs in place of the services."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ LASTS = f"import time; time.sleep({2 * LIMIT_S})"
 
 
 class Done:
-    """Ends the learner in place of its last version, once this holds."""
+    """A file whose creation ends the learner, as its last version does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class Done:
 
 
 def supervised(tmp_path: Path, *, worker: str, learner: str, restarts: int = 1, clock_rate: float = 1e6) -> Supervisor:
-    """A run of one worker and a learner, whose waits between two starts go by at once."""
+    """Return a supervisor of one worker and a learner, whose delays before a restart pass at once."""
     (tmp_path / "run.toml").write_text(RUN + f'run.folder = "{tmp_path}"\nlocal.restarts = {restarts}\n')
     config, flags = assign_ports(load([str(tmp_path / "run.toml")], {}, program="").config)
     made = Supervisor(config, tmp_path / "run.toml", flags, clock=lambda: time.monotonic() * clock_rate)
@@ -48,7 +48,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.servers
-def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(
+def test_a_worker_that_ends_shortly_before_the_learner_is_not_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(supervisor, "FOLLOW_S", LIMIT_S)
@@ -59,9 +59,7 @@ def test_a_worker_that_ends_shortly_before_the_learner_is_not_started_again(
 
 
 @pytest.mark.servers
-def test_a_worker_that_ends_well_though_the_run_goes_on_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_worker_that_exits_with_code_0_during_the_run_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(supervisor, "FOLLOW_S", 0.0)
     run = supervised(tmp_path, worker="pass", learner=LASTS)
     with pytest.raises(UserError, match=r"worker-0 died 2 times in a row .*before the end of the run \(exit code 0\)"):
@@ -71,7 +69,7 @@ def test_a_worker_that_ends_well_though_the_run_goes_on_is_started_again(
 
 
 @pytest.mark.servers
-def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_that_ends_after_the_last_version_is_not_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(supervisor, "FOLLOW_S", 0.0)
     done, looks = Done(tmp_path / "done"), 0
 
@@ -88,7 +86,7 @@ def test_a_worker_that_ends_after_the_last_version_is_waited_for(tmp_path: Path,
 
 
 @pytest.mark.servers
-def test_a_crash_is_remembered_with_its_last_error(tmp_path: Path):
+def test_a_crash_is_recorded_with_its_last_error(tmp_path: Path):
     done = Done(tmp_path / "done")
     worker = f"import pathlib; p = pathlib.Path({str(tmp_path / 'once')!r}); f = p.exists(); p.touch()\n"
     worker += f"if not f: raise ValueError('no luck')\nopen({str(done.path)!r}, 'w'); {LASTS}"
@@ -99,34 +97,34 @@ def test_a_crash_is_remembered_with_its_last_error(tmp_path: Path):
 
 
 @pytest.mark.servers
-def test_a_killed_process_is_not_quoted_with_what_its_predecessor_said(tmp_path: Path):
+def test_a_killed_process_is_not_reported_with_the_error_of_its_predecessor(tmp_path: Path):
     worker = f"import pathlib; p = pathlib.Path({str(tmp_path / 'once')!r}); f = p.exists(); p.touch()\n"
     worker += "if not f: raise ValueError('of the first')\nprint('listening', flush=True)\n"
     worker += "import os; os.kill(os.getpid(), 9)"
     run = supervised(tmp_path, worker=worker, learner=LASTS, restarts=2)
-    with pytest.raises(UserError, match="worker-0 died 3 times in a row") as refused:
+    with pytest.raises(UserError, match="worker-0 died 3 times in a row") as error:
         run.run(Stop(), look)
     assert [(crash.exit_code, crash.words) for crash in run.crashes] == [(1, "ValueError: of the first"), (-9, "")]
-    assert "SIGKILL" in str(refused.value)
-    assert "of the first" not in str(refused.value)
+    assert "SIGKILL" in str(error.value)
+    assert "of the first" not in str(error.value)
 
 
 @pytest.mark.servers
-def test_the_same_death_three_times_ends_the_run_with_its_cause(tmp_path: Path):
-    """However long each start takes: the worker never did anything for the run."""
+def test_the_same_failure_three_times_in_a_row_ends_the_run(tmp_path: Path):
+    """The duration of the starts does not matter, because the worker did no work."""
     run = supervised(tmp_path, worker="import os; raise ValueError(f'port {os.getpid()}')", learner=LASTS, restarts=99)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         run.run(Stop(), look)
-    said = str(refused.value)
-    assert "worker-0 died 3 times in a row in the same way, before it did any work" in said
-    assert "exit code 1: ValueError: port " in said
-    assert f"its log: {tmp_path}/worker-0.log" in said
+    message = str(error.value)
+    assert "worker-0 died 3 times in a row in the same way, before it did any work" in message
+    assert "exit code 1: ValueError: port " in message
+    assert f"its log: {tmp_path}/worker-0.log" in message
     assert (run.workers[0].starts, [crash.wait_s for crash in run.crashes]) == (3, [0.0, 1.0])
-    assert refused.value.code is ExitCode.CRASHED
+    assert error.value.code is ExitCode.CRASHED
 
 
 @pytest.mark.servers
-def test_a_stop_is_heard_while_a_process_waits_for_its_next_start(tmp_path: Path):
+def test_a_stop_ends_the_run_while_a_process_waits_for_its_restart(tmp_path: Path):
     run, stop = supervised(tmp_path, worker="exit(1)", learner=LASTS, restarts=99, clock_rate=0.0), Stop()
 
     def stopping_once_it_waits() -> RunObservation:
@@ -141,7 +139,7 @@ def test_a_stop_is_heard_while_a_process_waits_for_its_next_start(tmp_path: Path
 
 
 @pytest.mark.servers
-def test_a_stop_before_the_start_starts_nothing_that_stays(tmp_path: Path):
+def test_a_stop_before_the_start_leaves_no_process(tmp_path: Path):
     run, stop = supervised(tmp_path, worker=LASTS, learner=LASTS), Stop()
     stop.request()
     assert not run.run(stop, look)
@@ -149,12 +147,12 @@ def test_a_stop_before_the_start_starts_nothing_that_stays(tmp_path: Path):
 
 
 @pytest.mark.servers
-def test_a_run_that_cannot_go_on_names_the_log(tmp_path: Path):
+def test_a_run_that_cannot_continue_names_the_log(tmp_path: Path):
     code = int(ExitCode.CANARY)
     run = supervised(tmp_path, worker=f"print('refused'); exit({code})", learner=LASTS)
-    with pytest.raises(UserError, match=r"worker-0: refused\nits log: .*worker-0\.log") as refused:
+    with pytest.raises(UserError, match=r"worker-0: refused\nits log: .*worker-0\.log") as error:
         run.run(Stop(), look)
-    assert refused.value.code is ExitCode.CANARY
+    assert error.value.code is ExitCode.CANARY
     assert run.learner.exit_code is not None
 
 
@@ -168,12 +166,12 @@ exit(7)
 
 
 @pytest.mark.servers
-def test_a_dead_engine_is_started_again_and_told_in_the_workers_words(tmp_path: Path):
+def test_a_dead_engine_is_restarted_and_reported_with_the_workers_message(tmp_path: Path):
     path = tmp_path / "t" / "refusals" / "worker-0.json"
     run = supervised(tmp_path, worker=ENGINE_DIES.format(path=str(path)), learner=LASTS, restarts=99)
-    with pytest.raises(UserError, match="exit code 7: the engine was ended by SIGILL") as refused:
+    with pytest.raises(UserError, match="exit code 7: the engine was ended by SIGILL") as error:
         run.run(Stop(), look)
-    assert refused.value.code is ExitCode.ENGINE
+    assert error.value.code is ExitCode.ENGINE
     assert [crash.words for crash in run.crashes] == ["the engine was ended by SIGILL"] * 2
 
 
@@ -190,16 +188,16 @@ exit(1 if first else 0)
 
 @pytest.mark.servers
 @pytest.mark.parametrize("own", [True, False])
-def test_only_a_refusal_of_its_own_child_ends_the_run(tmp_path: Path, own: bool):
-    """A learner on another machine that this run's replaced leaves its sentence in the same folder."""
+def test_only_an_error_file_of_its_own_child_ends_the_run(tmp_path: Path, own: bool):
+    """A replaced learner on another machine writes its message into the same folder."""
     path = tmp_path / "t" / "refusals" / "learner.json"
     processes = "[os.getpid()]" if own else "[-1]"
     learner = REFUSES_AND_CRASHES.format(processes=processes, path=str(path))
     run = supervised(tmp_path, worker=LASTS, learner=learner)
     if own:
-        with pytest.raises(UserError, match="learner: replaced") as refused:
+        with pytest.raises(UserError, match="learner: replaced") as error:
             run.run(Stop(), look)
-        assert refused.value.code is ExitCode.REPLACED
+        assert error.value.code is ExitCode.REPLACED
     else:
         assert run.run(Stop(), look)
         assert [crash.name for crash in run.crashes] == ["learner"]

@@ -1,4 +1,4 @@
-"""Removals, leaks and alerts of a run, and how they and the proximal are shown."""
+"""Removals, leaks, and alerts of a run, and their display in the report and the summary."""
 
 import math
 import re
@@ -41,8 +41,8 @@ def empty(tmp_path: Path) -> Contents:
     return Contents(tmp_path, read_run_config(tmp_path))
 
 
-def shown(empty: Contents, *lines: Line) -> str:
-    """The page without its programs."""
+def page_without_scripts(empty: Contents, *lines: Line) -> str:
+    """Return the report page without its scripts."""
     held = Contents(empty.folder, empty.config, tuple(lines))
     whole = page(summarize(held), held.config, figures(held))
     return re.sub(r"<script>.*?</script>", "", whole, flags=re.DOTALL)
@@ -61,7 +61,7 @@ def test_removals_add_up_over_the_run() -> None:
     assert removal([a_line(0)]) is None
 
 
-def test_leaks_add_up_in_squares() -> None:
+def test_the_rms_of_leaks_is_weighted_by_tokens() -> None:
     other = LEAK | {"tokens": 300.0, "leak_rms": 0.1, "leak_mean": 0.0, "masked_wrongly": 0.0}
     other |= {"by_staleness": {"2": {"tokens": 300.0, "leak_mean": 0.0, "leak_rms": 0.1}}}
     total = leak([a_line(0, leak=LEAK), a_line(1, leak=None), a_line(2, leak=other), a_line(3)])
@@ -76,11 +76,11 @@ def test_leaks_add_up_in_squares() -> None:
     assert leak([a_line(0), a_line(1, leak=None)]) is None
 
 
-def test_an_alert_is_told_from_its_beginning_to_its_end() -> None:
+def test_an_alert_has_a_span_from_its_first_to_its_last_version() -> None:
     lines = [a_line(0), a_line(1, alerts=[alert("clip_idle", "a")]), a_line(2, alerts=[alert("clip_idle", "b")])]
     lines += [a_line(3, alerts=[alert("discrepancy_is_one", level="notice")]), a_line(4, alerts=[alert("clip_idle")])]
-    told = [(s["rule"], s["level"], s["first"], s["last"], s["says"], s["on"]) for s in alert_spans(lines)]
-    assert told == [
+    spans = [(s["rule"], s["level"], s["first"], s["last"], s["says"], s["on"]) for s in alert_spans(lines)]
+    assert spans == [
         ("clip_idle", "warning", 1, 2, "b", False),
         ("discrepancy_is_one", "notice", 3, 3, "says", False),
         ("clip_idle", "warning", 4, 4, "says", True),
@@ -101,18 +101,20 @@ def test_a_surrogate_is_never_called_old() -> None:
 
 def test_the_page_names_the_surrogate(empty: Contents) -> None:
     used = a_line(1, exact=False, proximal="ewma_prox", old={"coverage": 0.0})
-    whole = shown(empty, a_line(0), used)
+    whole = page_without_scripts(empty, a_line(0), used)
     assert "surrogate in place of old log-probabilities: ewma_prox in 1 of 2 versions" in whole
     assert "Correction and update against staleness" in whole
     assert "|log correction| over versions, per staleness" in whole
-    assert "It is 0 at staleness 0" not in whole  # a moving average is not the current policy there, nor is bypass
+    assert (
+        "It is 0 at staleness 0" not in whole
+    )  # a moving average differs from the current policy there, and so does bypass
     assert "Discrepancy and staleness ratio against staleness" not in whole
     partly = a_line(1, exact=False, proximal="bypass", old={"coverage": 0.5})
-    assert "bypass in 1 of 1 versions (old ones for 50.0 % of all tokens)" in shown(empty, partly)
+    assert "bypass in 1 of 1 versions (old ones for 50.0 % of all tokens)" in page_without_scripts(empty, partly)
 
 
-def test_the_page_of_an_exact_run_has_its_own_names(empty: Contents) -> None:
-    whole = shown(empty, a_line(0))
+def test_the_page_of_an_exact_run_names_discrepancy_and_staleness_ratio(empty: Contents) -> None:
+    whole = page_without_scripts(empty, a_line(0))
     assert "exact old log-probabilities in every batch" in whole
     assert "Discrepancy and staleness ratio against staleness" in whole
     assert "It is 0 at staleness 0 in the first minibatch" in whole
@@ -126,7 +128,7 @@ def test_the_page_lists_alerts_and_removals(empty: Contents) -> None:
         a_line(1, removal=REMOVAL, alerts=[alert("discrepancy_is_one", "as asked for", "notice")]),
         a_line(2, removal=REMOVAL, alerts=[alert("fallback")]),
     ]
-    whole = shown(empty, *lines)
+    whole = page_without_scripts(empty, *lines)
     for expected in (
         '<td>clip_idle</td><td>version 0</td><td class="words">a &lt; b</td>',
         "<td>discrepancy_is_one (notice)</td><td>version 1</td>",
@@ -137,10 +139,10 @@ def test_the_page_lists_alerts_and_removals(empty: Contents) -> None:
         "The clip would also have removed 12 of the masked tokens",
     ):
         assert expected in whole, expected
-    assert "<td>missing</td>" not in whole  # nothing was
+    assert "<td>missing</td>" not in whole  # no token was
 
 
-def test_figures_that_only_some_runs_have_come_last(empty: Contents) -> None:
+def test_optional_figures_come_last(empty: Contents) -> None:
     spread = {"mean_abs": 0.1, "quantiles": [0.0] * 6, "bins": [1] * 17}
     ratios = {"discrepancy": {"all": spread, "1": spread}, "staleness_first": {"all": spread, "1": spread}}
     held = Contents(empty.folder, empty.config, (a_line(0, ratios=ratios, leak=LEAK), a_line(1, ratios=ratios)))
@@ -158,7 +160,7 @@ def test_figures_that_only_some_runs_have_come_last(empty: Contents) -> None:
     assert len(figures(Contents(empty.folder, empty.config, (a_line(0),)))) == 9
 
 
-def test_the_summary_tells_of_them(empty: Contents) -> None:
+def test_the_summary_has_proximal_removals_leaks_and_alerts(empty: Contents) -> None:
     used = a_line(1, exact=False, proximal="ewma_prox", old={"coverage": 0.0}, removal=REMOVAL, leak=LEAK)
     lines = (a_line(0, old={"coverage": 1.0}, tokens={0: {"tokens": 30.0}}), used | {"alerts": [alert("fallback")]})
     summary = summarize(Contents(empty.folder, empty.config, lines))
@@ -167,6 +169,6 @@ def test_the_summary_tells_of_them(empty: Contents) -> None:
     assert summary["removal"]["removed"] == 30
     assert summary["leak"]["rms"] == pytest.approx(0.3)
     assert [spell["rule"] for spell in summary["alerts"]] == ["fallback"]
-    nothing = summarize(Contents(empty.folder, empty.config))
-    assert (nothing["proximal"], nothing["alerts"]) == ({}, [])
-    assert nothing["old_coverage"] is nothing["removal"] is nothing["leak"] is None
+    without_lines = summarize(Contents(empty.folder, empty.config))
+    assert (without_lines["proximal"], without_lines["alerts"]) == ({}, [])
+    assert without_lines["old_coverage"] is without_lines["removal"] is without_lines["leak"] is None

@@ -1,4 +1,4 @@
-"""Run folders as they are found: cut short, resumed, moved."""
+"""Reading run folders: truncated, resumed, and moved."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def write_checkpoint(folder: Path, version: int, history_bytes: int) -> Path:
     return manifest
 
 
-def test_a_last_line_that_is_not_whole_is_left_out(folder: Path):
+def test_an_incomplete_last_line_is_ignored(folder: Path):
     write_history(folder, 2, torn=b'{"version": 2, "pha')
     assert [line["version"] for line in contents(folder).lines] == [0, 1]
 
@@ -74,7 +74,7 @@ def test_lines_after_the_newest_checkpoint_do_not_count(folder: Path):
     assert held.checkpoint.ledger.trained == 4
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(folder: Path):
+def test_an_unreadable_checkpoint_is_skipped(folder: Path):
     write_checkpoint(folder, 1, 10)
     write_checkpoint(folder, 2, 20).write_bytes(b"{")
     newest = newest_checkpoint(folder / "checkpoints")
@@ -82,10 +82,10 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(folder: Path):
     assert newest.history_bytes == 10
 
 
-def test_a_run_that_never_began_is_empty(folder: Path):
+def test_a_run_that_did_not_start_is_empty(folder: Path):
     held = contents(folder)
     assert (held.lines, held.checkpoint, held.seconds) == ((), None, None)
-    assert not (folder / "bus.sqlite").exists(), "looking must not make a log"
+    assert not (folder / "bus.sqlite").exists(), "reading creates no log"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
@@ -93,7 +93,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
         contents(tmp_path)
 
 
-def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
+def test_only_records_of_the_run_are_counted(folder: Path):
     bus = SqliteBus(folder / "bus.sqlite")
     bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
     finished, foreign = a_finished(0, 0), a_finished(0, 1, run="other")
@@ -112,36 +112,36 @@ def test_the_log_is_counted_by_the_runs_own_records(folder: Path):
     bus.close()
     log = contents(folder).log
     assert (log.records, log.duplicates, log.offered) == (3, 1, 8)
-    assert log.dead_letters == {"control": 1, TRAJECTORIES: 1}, "two workers' letters of one record"
+    assert log.dead_letters == {"control": 1, TRAJECTORIES: 1}, "letters of two workers about one record count once"
     assert (log.tokens, log.trainable_tokens) == (16, 8)
     assert log.bytes == 2 * len(encode(finished)) + len(encode(dropped))
     assert log.alive == (alive,)
 
 
-def test_what_is_sent_ahead_at_a_cut_is_no_trajectory_that_came_again(folder: Path):
+def test_flushes_at_a_cut_are_not_duplicates(folder: Path):
     bus = SqliteBus(folder / "bus.sqlite")
     bus.create_topics({TASKS: 8, TRAJECTORIES: 4, "control": 1, WORKERS: 1, "old_logprobs": 1, "dead_letters": 1})
     ends = [a_finished(0, 0), a_finished(0, 1)]
-    ahead = [
+    flushes = [
         SegmentFlushed("test", end.trajectory, end.group, 0, "worker-0", cut, end.tokens, end.segments, 1.0)
         for end in ends
         for cut in (1, 2)
     ]
-    bus.publish(TRAJECTORIES, [Outgoing("g000000", encode(record)) for record in (*ahead, *ends)])
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", encode(record)) for record in (*flushes, *ends)])
     bus.close()
     log = contents(folder).log
     assert (log.records, log.duplicates, log.tokens) == (2, 0, 16)
-    assert log.bytes == sum(len(encode(record)) for record in (*ahead, *ends))
+    assert log.bytes == sum(len(encode(record)) for record in (*flushes, *ends))
 
 
-def test_a_folder_is_read_where_it_lies_now(folder: Path):
+def test_a_moved_folder_is_readable(folder: Path):
     moved = folder.parent / "elsewhere"
     write_history(folder, 1)
     folder.rename(moved)
     assert len(contents(moved).lines) == 1
 
 
-def test_seconds_that_nobody_kept_are_unknown(folder: Path):
+def test_seconds_without_a_file_are_unknown(folder: Path):
     assert read_seconds(folder / "seconds.json") is None
     (folder / "seconds.json").write_text('{"setup": 30.5, "run": 4}')
     assert read_seconds(folder / "seconds.json") == Seconds(30.5, 4.0)

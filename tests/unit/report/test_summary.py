@@ -1,4 +1,4 @@
-"""Numbers counted by hand."""
+"""Values of the summary against values computed by hand."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def applied(version: int, *, pause_s: float, error: float = 0.01, accepted: bool
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Contents:
-    """A run that never began."""
+    """Contents of a run that did not start."""
     (tmp_path / "run.toml").write_text(
         'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
     )
@@ -36,26 +36,26 @@ def having(empty: Contents, *lines: Line, **more: object) -> Contents:
     return Contents(empty.folder, empty.config, tuple(lines), **more)  # type: ignore[arg-type]
 
 
-def test_a_tenth_is_counted_over_trajectories_not_over_batches(empty: Contents):
+def test_a_tenth_is_a_share_of_trajectories_not_of_batches(empty: Contents):
     lines = [a_line(0, successes="0100000000"), a_line(1, successes="0000000000"), a_line(2, successes="1111111011")]
     summary = summarize(having(empty, *lines))
     assert summary["success_first"] == pytest.approx(1 / 3)  # of "010"
     assert summary["success_last"] == pytest.approx(2 / 3)  # of "011"
 
 
-def test_a_tenth_is_one_trajectory_at_least():
+def test_a_tenth_has_at_least_one_trajectory():
     assert tenth("01") == ("0", "1")
 
 
-def test_reward_of_a_tenth_takes_the_means_of_the_batches_it_reaches_into(empty: Contents):
+def test_the_reward_of_a_tenth_uses_the_means_of_its_batches(empty: Contents):
     lines = [a_line(0, successes="0" * 10, reward=0.1), a_line(1, successes="0" * 10, reward=0.4)]
-    lines += [a_line(2, successes="0" * 100, reward=0.9)]  # the tenth of 120 is 12
+    lines += [a_line(2, successes="0" * 100, reward=0.9)]  # a tenth of 120 is 12
     summary = summarize(having(empty, *lines))
     assert summary["reward_first"] == pytest.approx((10 * 0.1 + 2 * 0.4) / 12)
     assert summary["reward_last"] == pytest.approx(0.9)
 
 
-def test_means_by_staleness_weigh_tokens_and_leave_out_what_is_not_finite():
+def test_means_by_staleness_are_weighted_by_finite_tokens():
     lines = [
         a_line(0, tokens={0: {"tokens": 10.0, "log_discrepancy_abs": 0.1}}),
         a_line(1, tokens={0: {"tokens": 32.0, "log_discrepancy_abs": 0.4, "nonfinite": 2.0}, 3: {"tokens": 5.0}}),
@@ -149,7 +149,7 @@ def test_one_batch_with_a_surrogate_makes_the_run_inexact(empty: Contents):
     assert summarize(having(empty, a_line(0), a_line(1, exact=False)))["exact"] is False
 
 
-def test_a_run_that_trained_nothing_has_no_numbers_rather_than_zeros(empty: Contents):
+def test_a_run_without_trained_versions_has_none_instead_of_zeros(empty: Contents):
     summary = summarize(having(empty, log=LogSummary(offered=40)))
     assert summary["trajectories"] == {
         "offered": 40,

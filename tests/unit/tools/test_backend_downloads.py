@@ -1,4 +1,4 @@
-"""A program that is missing, too old, or fails is named with what to do, and leaves nothing half done."""
+"""A missing, too old, or failing program is named with a remedy and leaves no incomplete entry."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ echo 'openjdk version "17.0.15" 2025-04-15' >&2
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder on the PATH besides the system's shell; the cache is this test's own."""
+    """The only folder on the PATH; the cache is in the test's folder."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("nice", "touch"):
@@ -29,53 +29,53 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def silent(_text: str) -> None:
+def no_output(_text: str) -> None:
     pass
 
 
 @pytest.mark.parametrize("missing", ["java", "mvn", "go"])
-def test_a_missing_program_is_named_with_what_to_install(programs: Path, missing: str) -> None:
+def test_a_missing_program_is_named_with_its_package(programs: Path, missing: str) -> None:
     script(programs / "java", JAVA_17)
     (programs / missing).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=f"needs `{missing}`, which is not on the PATH: install ") as refusal:
-        downloads.minio(silent) if missing == "go" else downloads.kafka(silent)
-    assert refusal.value.code == ExitCode.UNAVAILABLE
+    with pytest.raises(UserError, match=f"needs `{missing}`, which is not on the PATH: install ") as error:
+        downloads.minio(no_output) if missing == "go" else downloads.kafka(no_output)
+    assert error.value.code == ExitCode.UNAVAILABLE
 
 
-def test_an_old_java_is_refused_before_anything_is_got(programs: Path) -> None:
+def test_an_old_java_is_refused_before_the_download(programs: Path) -> None:
     script(programs / "java", JAVA_17.replace("17.0.15", "11.0.2"))
     with pytest.raises(UserError, match=r"Java 17 or later; `java` here is 11"):
-        downloads.kafka(silent)
+        downloads.kafka(no_output)
 
 
-def test_an_old_go_is_refused_before_anything_is_built(programs: Path) -> None:
+def test_an_old_go_is_refused_before_the_build(programs: Path) -> None:
     script(programs / "go", "#!/bin/sh\necho go version go1.19.8 linux/amd64\n")
     with pytest.raises(UserError, match=r"Go 1\.21 or later; `go` here is go1\.19"):
-        downloads.minio(silent)
+        downloads.minio(no_output)
 
 
-def test_a_build_that_fails_says_why_and_the_next_call_makes_it(programs: Path, tmp_path: Path) -> None:
+def test_a_failed_build_is_reported_and_repeated_by_the_next_call(programs: Path, tmp_path: Path) -> None:
     version = '#!/bin/sh\n[ "$1" = version ] && echo go version go1.24.1 linux/amd64 && exit\n'
     script(programs / "go", version + "echo module: connection refused >&2\nexit 1\n")
     with pytest.raises(
         UserError, match=r"(?s)Go could not build MinIO:.*connection refused.*repeat the command"
-    ) as refusal:
-        downloads.minio(silent)
-    assert refusal.value.code == ExitCode.UNAVAILABLE
+    ) as error:
+        downloads.minio(no_output)
+    assert error.value.code == ExitCode.UNAVAILABLE
     script(programs / "go", version + 'touch "$GOBIN/minio"\n')
-    made = downloads.minio(silent)
+    made = downloads.minio(no_output)
     assert made.is_file()
     assert made.parent.parent == tmp_path / "cache"
     script(programs / "go", "#!/bin/sh\nexit 1\n")
-    assert downloads.minio(silent) == made
+    assert downloads.minio(no_output) == made
 
 
-def test_jars_are_named_by_the_version_that_the_pom_names(programs: Path, tmp_path: Path) -> None:
+def test_the_folder_of_jars_has_the_version_of_the_pom(programs: Path, tmp_path: Path) -> None:
     script(programs / "java", JAVA_17)
     script(
         programs / "mvn",
         '#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) touch "${word#*=}/a.jar";; esac; done',
     )
-    folder = downloads.kafka(silent)
+    folder = downloads.kafka(no_output)
     assert folder == tmp_path / "cache" / f"kafka-{downloads.kafka_version()}"
     assert [jar.name for jar in folder.iterdir()] == ["a.jar"]

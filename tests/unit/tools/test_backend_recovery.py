@@ -1,4 +1,4 @@
-"""A server that recovers is waited for as long as it moves, and given up when it stands still."""
+"""The start of a server waits for its recovery while it makes progress, and ends without progress."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tools.backends.process import Server
 from tools.backends.recovery import LogRecovery, Patience
 
 LIMIT_S, STEP_S = 60.0, 50.0
-"""Both of the test's own clock: ten steps take far longer than the limit, and none does alone."""
+"""Seconds of the test's clock; one step takes less than the limit, ten steps take more."""
 SERVER = """
 import pathlib, sys, time
 steps, folder = int(sys.argv[1]), pathlib.Path.cwd()
@@ -27,7 +27,7 @@ while True:
 
 
 class Recovering(Server):
-    """A process that goes one step on each time it is asked, up to `steps`, and answers when it has done ten."""
+    """A process that makes one step at each call of `answers`, up to `steps`, and answers after ten steps."""
 
     title = "Kafka"
 
@@ -56,24 +56,24 @@ class Recovering(Server):
         return False
 
 
-def test_a_server_that_recovers_for_longer_than_the_limit_is_waited_for(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_recovery_with_progress_may_take_longer_than_the_limit(tmp_path: Path) -> None:
+    lines: list[str] = []
     server = Recovering(tmp_path, steps=10)
-    server.start(LIMIT_S, said.append)
+    server.start(LIMIT_S, lines.append)
     try:
         assert server.running
         assert server.now == 10 * STEP_S > LIMIT_S
-        assert said[:2] == [f"Kafka recovers its log: {n} of 10 partitions" for n in (1, 2)]
+        assert lines[:2] == [f"Kafka recovers its log: {n} of 10 partitions" for n in (1, 2)]
     finally:
         server.kill()
 
 
-def test_a_server_that_stands_still_is_ended_though_it_goes_on_complaining(tmp_path: Path) -> None:
+def test_a_recovery_without_progress_is_ended_although_the_server_logs(tmp_path: Path) -> None:
     server = Recovering(tmp_path, steps=3)
-    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it stands at 3 of 10 partitions") as refused:
+    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it stands at 3 of 10 partitions") as error:
         server.start(LIMIT_S)
-    assert refused.value.code is ExitCode.UNAVAILABLE
-    assert "it was ended" in str(refused.value)
+    assert error.value.code is ExitCode.UNAVAILABLE
+    assert "it was ended" in str(error.value)
     assert not server.running
 
 
@@ -84,7 +84,7 @@ def test_the_recovery_of_an_earlier_start_does_not_count(tmp_path: Path) -> None
         server.start(LIMIT_S)
 
 
-def test_kafkas_lines_are_understood() -> None:
+def test_progress_is_read_from_kafkas_log() -> None:
     recovery = LogRecovery()
     for line in (
         "2026-11-28 17:00:01,000 INFO  Starting (org.apache.kafka)",
@@ -104,7 +104,7 @@ def test_patience_ends_when_nothing_has_moved() -> None:
     assert patience.ended(1, 171)
 
 
-def test_the_reader_of_the_commands_output_may_leave(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_output(tmp_path: Path) -> None:
     """As in `make up | head -1`."""
     command = [sys.executable, "-m", "tools.backends", "status", str(tmp_path)]
     root = Path(__file__).resolve().parents[3]
@@ -116,7 +116,7 @@ def test_the_reader_of_the_commands_output_may_leave(tmp_path: Path) -> None:
         assert process.wait(600) == ExitCode.UNAVAILABLE
 
 
-def test_a_folder_that_cannot_be_made_ends_up_in_a_sentence(tmp_path: Path) -> None:
+def test_an_impossible_folder_is_reported_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "tools.backends", "up", str(tmp_path / "file" / "backends")]
     root = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""Ports, passwords, certificates and the lines for a shell."""
+"""Ports, passwords, certificates, and export lines of the local backends."""
 
 import ipaddress
 import socket
@@ -13,7 +13,7 @@ from tools.backends import certificates, ports, secret
 from tools.backends.dev_stack import exports
 
 
-def test_a_port_that_is_listened_on_is_not_free() -> None:
+def test_a_port_in_use_is_not_free() -> None:
     port = ports.free()
     assert ports.is_free(port)
     with socket.create_server((ports.HOST, port)):
@@ -21,25 +21,25 @@ def test_a_port_that_is_listened_on_is_not_free() -> None:
     assert ports.is_free(port)
 
 
-def test_a_chosen_port_is_none_that_the_kernel_lends_to_clients() -> None:
-    lent = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert all(20000 <= ports.free() < max(lent, 32768) for _ in range(20))
+def test_a_chosen_port_is_outside_the_range_of_client_ports() -> None:
+    first_client_port = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(20000 <= ports.free() < max(first_client_port, 32768) for _ in range(20))
 
 
-def test_ports_that_are_spoken_for_are_not_chosen() -> None:
-    spoken_for = [port for port in ports.CHOICE if port != 23456]
+def test_excluded_ports_are_not_chosen() -> None:
+    excluded = [port for port in ports.CHOICE if port != 23456]
     if ports.is_free(23456):
-        assert ports.free(*spoken_for) == 23456
+        assert ports.free(*excluded) == 23456
 
 
-def test_a_password_is_made_once_and_only_the_owner_reads_it(tmp_path: Path) -> None:
+def test_a_password_is_made_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     first, second = secret.kept(tmp_path / "one"), secret.kept(tmp_path / "two")
     assert secret.kept(tmp_path / "one") == first != second
     assert len(first) == 32
     assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o600
 
 
-def test_both_certificates_are_the_authoritys_and_made_once(tmp_path: Path) -> None:
+def test_both_certificates_are_signed_by_the_authority_and_made_once(tmp_path: Path) -> None:
     certificates.make(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     certificates.make(tmp_path)
@@ -55,6 +55,6 @@ def test_both_certificates_are_the_authoritys_and_made_once(tmp_path: Path) -> N
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40))
-def test_a_shell_reads_what_was_exported(value: str) -> None:
+def test_a_shell_reads_exported_values_unchanged(value: str) -> None:
     program = "\n".join([*exports({"NAME": value}), 'printf %s "$NAME"'])
     assert subprocess.run(["sh", "-c", program], capture_output=True, check=True).stdout == value.encode()

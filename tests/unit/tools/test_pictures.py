@@ -21,7 +21,7 @@ VERSIONS = 4
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four versions, 5 s and 100 tokens each; the worker reports just after it applied each of them."""
+    """A run of four versions of 5 s and 100 tokens each; the worker reports after it applies each version."""
     (tmp_path / "run.toml").write_text(RUN)
     lines = [msgspec.json.encode(a_line(i, successes="0111", trajectories=ledger(i))) for i in range(VERSIONS)]
     (tmp_path / "history.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def ledger(version: int) -> dict[str, object]:
-    """Eight trajectories are pending; four make a batch."""
+    """Return the counts after a version: 4 trajectories per batch, 8 pending."""
     trained = 4 * (version + 1)
     return {"offered": trained + 8, "trained": trained, "dropped": {}, "dead_lettered": 0, "pending": 8}
 
@@ -54,7 +54,7 @@ def test_the_state_is_that_of_the_middle_of_the_run(folder: Path) -> None:
     assert shown.warnings == ()
 
 
-def test_the_drawing_has_the_text_of_the_view_and_loads_nothing(folder: Path) -> None:
+def test_the_drawing_has_the_text_of_the_view_and_loads_no_file(folder: Path) -> None:
     drawn = draw(state_at(folder, 3))
     text = "".join(ElementTree.fromstring(drawn).itertext()).replace("\N{NO-BREAK SPACE}", " ")
     assert "small" in text

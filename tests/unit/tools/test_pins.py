@@ -1,4 +1,4 @@
-"""The pinned sets: one for each kind of machine, the same for every Python, without an address."""
+"""The pinned packages: one set per kind of machine, the same for every Python, without URLs."""
 
 import re
 
@@ -16,7 +16,7 @@ def pinned(kind: str) -> dict[str, str]:
 
 
 def requested_packages(name: str) -> set[str]:
-    """Names in an .in file and in those that it includes."""
+    """Return the package names in an .in file and in the files that it includes."""
     names = set()
     for line in (pins.REQUIREMENTS / name).read_text().splitlines():
         if line.startswith("-r "):
@@ -34,7 +34,7 @@ def test_a_set_holds_names_and_versions_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_says_which_pythons_and_machines_it_was_resolved_for(kind: str) -> None:
+def test_a_set_names_its_pythons_and_machines(kind: str) -> None:
     head = (pins.REQUIREMENTS / f"{kind}.txt").read_text().splitlines()[0]
     for major, minor in support.PYTHONS:
         assert f"{major}.{minor}" in head
@@ -42,18 +42,18 @@ def test_a_set_says_which_pythons_and_machines_it_was_resolved_for(kind: str) ->
         assert machine in head
 
 
-def test_the_project_admits_the_pythons_that_the_sets_were_resolved_for() -> None:
+def test_the_project_requires_the_pythons_of_the_sets() -> None:
     text = (pins.REQUIREMENTS.parent / "pyproject.toml").read_text()
     (major, first), (_, last) = support.PYTHONS[0], support.PYTHONS[-1]
     assert f'requires-python = ">={major}.{first},<{major}.{last + 1}"' in text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_is_asked_for_is_pinned(kind: str) -> None:
+def test_every_requested_package_is_pinned(kind: str) -> None:
     assert requested_packages(f"{kind}.in") - set(pinned(kind)) == set()
 
 
-def test_the_sets_agree_on_what_is_ours_to_choose() -> None:
+def test_the_sets_agree_on_packages_that_the_project_chooses() -> None:
     cpu, gpu, light = (pinned(kind) for kind in KINDS)
     assert {name for name in light if light[name] != cpu.get(name)} == set()
     ours = (

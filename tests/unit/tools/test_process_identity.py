@@ -1,4 +1,4 @@
-"""A process is told from a later one with its number, and only it is ended."""
+"""The identity of a process differs from that of a later process with its id, which is not ended."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ signal.pause()
 
 @pytest.fixture
 def sleeper() -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that does nothing until it is told to end."""
+    """A process that sleeps until it is ended."""
     with subprocess.Popen(["sleep", "600"]) as process:
         yield process
         process.kill()
@@ -39,8 +39,8 @@ def test_a_running_process_is_alive(sleeper: "subprocess.Popen[bytes]") -> None:
     assert identity.alive
 
 
-def test_who_it_is_does_not_change_while_it_begins() -> None:
-    """Its command line does: it is empty at first, half of the times on a busy machine."""
+def test_the_identity_does_not_change_during_the_start() -> None:
+    """The command line does change: it is often empty right after the start."""
     for _ in range(20):
         with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE) as process:
             at_once = identity_of(process)
@@ -50,17 +50,17 @@ def test_who_it_is_does_not_change_while_it_begins() -> None:
             process.kill()
 
 
-def test_one_that_ended_is_not_alive_even_before_its_parent_looked(sleeper: "subprocess.Popen[bytes]") -> None:
+def test_an_ended_process_is_not_alive_before_its_parent_waits_for_it(sleeper: "subprocess.Popen[bytes]") -> None:
     identity = identity_of(sleeper)
     identity.end()
     assert not identity.alive
-    assert Path(f"/proc/{sleeper.pid}").exists()  # nobody has waited for it yet
+    assert Path(f"/proc/{sleeper.pid}").exists()  # no process has waited for it yet
     assert sleeper.wait() == -signal.SIGTERM
     assert Identity.of(sleeper.pid) is None
 
 
 @pytest.mark.parametrize("changed", [{"started": 1}, {"boot": "another"}])
-def test_another_process_with_its_number_is_left_alone(
+def test_another_process_with_the_same_id_is_not_ended(
     sleeper: "subprocess.Popen[bytes]", changed: dict[str, object]
 ) -> None:
     stale = msgspec.structs.replace(identity_of(sleeper), **changed)
@@ -69,7 +69,7 @@ def test_another_process_with_its_number_is_left_alone(
     assert sleeper.poll() is None
 
 
-def test_the_record_says_it_again(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
+def test_an_identity_is_written_and_read(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     file = tmp_path / "process.json"
     assert Identity.read(file) is None
     identity_of(sleeper).write(file)
@@ -84,7 +84,7 @@ def test_a_stopped_process_is_ended(sleeper: "subprocess.Popen[bytes]") -> None:
     assert sleeper.wait(10) == -signal.SIGTERM
 
 
-def test_one_that_does_not_listen_is_killed() -> None:
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -100,4 +100,4 @@ def test_a_name_with_brackets_and_spaces_does_not_shift_the_fields(tmp_path: Pat
         first.kill()
         second.kill()
     assert (one.pid, other.pid) == (first.pid, second.pid)
-    assert 0 <= other.started - one.started < 500  # ticks of 10 ms: started one after the other
+    assert 0 <= other.started - one.started < 500  # ticks of 10 ms between two starts in sequence

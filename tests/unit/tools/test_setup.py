@@ -1,4 +1,4 @@
-"""Setting up: a .venv that cannot be used is replaced with a reason, pip's settings hold for uv, Python is chosen."""
+"""`make setup`: replacing an unusable .venv, pip's settings for uv, and the choice of Python."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "python.sh"
 
 @pytest.fixture
 def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A .venv whose programs run."""
+    """A usable .venv."""
     folder = tmp_path / ".venv"
     (folder / "bin").mkdir(parents=True)
     for name in ("python", "uv"):
@@ -31,12 +31,12 @@ def program(path: Path, text: str) -> Path:
 
 
 def python(path: Path, version: str) -> Path:
-    """What looks like a Python of this version to tools/python.sh."""
+    """Write a program that tools/python.sh takes for a Python of this version."""
     return program(path, f'if [ "$1" = -c ]; then echo {version}; else echo "{path.name} runs $*"; fi')
 
 
 def chosen(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What tools/python.sh does where only the programs of this folder are installed."""
+    """Run tools/python.sh with only the programs of this folder on the PATH."""
     return subprocess.run(
         ["/bin/sh", str(SCRIPT), *words], cwd=folder, env={"PATH": str(folder), **environment},
         capture_output=True, text=True, timeout=600, check=False,
@@ -59,7 +59,7 @@ def test_a_venv_of_another_origin_is_replaced_with_a_reason(venv: Path, changed:
     assert reason in str(setup.unusable({**setup.origin(), **changed}))
 
 
-def test_a_venv_without_a_record_was_interrupted(venv: Path) -> None:
+def test_a_venv_without_a_record_is_incomplete(venv: Path) -> None:
     assert "did not finish" in str(setup.unusable({}))
 
 
@@ -69,7 +69,7 @@ def test_a_venv_whose_programs_do_not_run_is_replaced(venv: Path, name: str) -> 
     assert f"its {name} no longer runs" in str(setup.unusable(setup.origin()))
 
 
-def test_a_record_that_was_cut_short_holds_nothing(tmp_path: Path) -> None:
+def test_a_truncated_record_is_empty(tmp_path: Path) -> None:
     record = tmp_path / "venv.json"
     assert setup.read(record) == {}
     record.write_text('{"python": "3.1')
@@ -78,7 +78,7 @@ def test_a_record_that_was_cut_short_holds_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def checkout(venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout that is set up, and whose next setup notes "install" in `calls` and installs nothing."""
+    """A checkout after setup; its next setup appends "install" to `calls` and installs nothing."""
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements" / "cpu.txt").write_text("")
     (tmp_path / "pyproject.toml").write_text("[project.scripts]\n")
@@ -104,12 +104,12 @@ def installs(checkout: Path) -> int:
     return len((checkout / "calls").read_text().splitlines())
 
 
-def test_an_environment_that_is_there_is_not_installed_again(checkout: Path) -> None:
+def test_an_existing_environment_is_not_installed_again(checkout: Path) -> None:
     setup.environment()
     assert installs(checkout) == 1
 
 
-def test_other_entry_points_are_installed(checkout: Path) -> None:
+def test_changed_entry_points_are_installed(checkout: Path) -> None:
     (checkout / "pyproject.toml").write_text('[project.scripts]\npalimpsest = "palimpsest.cli:main"\n')
     setup.environment()
     setup.environment()
@@ -122,7 +122,7 @@ def test_an_environment_without_the_console_command_is_installed_again(checkout:
     assert installs(checkout) == 2
 
 
-def test_pips_settings_hold_for_uv(tmp_path: Path) -> None:
+def test_pips_settings_apply_to_uv(tmp_path: Path) -> None:
     certificate = tmp_path / "ca.pem"
     certificate.write_text("")
     listed = (
@@ -139,27 +139,27 @@ def test_pips_settings_hold_for_uv(tmp_path: Path) -> None:
     assert "VIRTUAL_ENV" not in settings
 
 
-def test_what_was_said_to_uv_itself_goes_before_pips_settings() -> None:
+def test_settings_of_uv_override_those_of_pip() -> None:
     listed = "global.index-url='https://first.example/simple'\n"
     assert (
         translated(listed, {"UV_DEFAULT_INDEX": "https://mine.example"})["UV_DEFAULT_INDEX"] == "https://mine.example"
     )
 
 
-def test_the_first_python_that_runs_is_taken(tmp_path: Path) -> None:
+def test_the_first_python_that_runs_is_chosen(tmp_path: Path) -> None:
     program(tmp_path / "python3.11", "echo 'pyenv: python3.11: command not found' >&2; exit 127")
     python(tmp_path / "python3.13", "3.13.2")
     python(tmp_path / "python3", "3.9.1")
     assert chosen(tmp_path, "-m", "tools.setup").stdout == "python3.13 runs -m tools.setup\n"
 
 
-def test_the_python_that_is_named_goes_before_all_others(tmp_path: Path) -> None:
+def test_a_named_python_overrides_all_others(tmp_path: Path) -> None:
     python(tmp_path / "python3.11", "3.11.7")
     mine = python(tmp_path / "mine", "3.12.1")
     assert chosen(tmp_path, "x", PYTHON=str(mine)).stdout == "mine runs x\n"
 
 
-def test_a_named_python_that_will_not_do_is_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_named_python_is_refused(tmp_path: Path) -> None:
     python(tmp_path / "python3.11", "3.11.7")
     old = python(tmp_path / "old", "3.8.18")
     for name, word in ((str(old), "is Python 3.8.18"), ("/no/such", "does not run")):
@@ -169,20 +169,20 @@ def test_a_named_python_that_will_not_do_is_refused(tmp_path: Path) -> None:
         assert "make run PYTHON=" in done.stderr
 
 
-def test_without_a_python_that_will_do_the_ones_there_are_named(tmp_path: Path) -> None:
+def test_without_a_suitable_python_the_found_ones_are_named(tmp_path: Path) -> None:
     python(tmp_path / "python3", "3.9.18")
     done = chosen(tmp_path, "x")
     assert (done.returncode, done.stdout) == (3, "")
     assert "(python3 is 3.9.18)" in done.stderr
 
 
-def test_the_doctor_takes_an_older_python_where_there_is_no_other(tmp_path: Path) -> None:
+def test_the_doctor_runs_on_an_older_python_if_there_is_no_other(tmp_path: Path) -> None:
     python(tmp_path / "python3", "3.9.18")
     assert chosen(tmp_path, "x", ANY_PYTHON="1").stdout == "python3 runs x\n"
 
 
 def test_the_python_of_the_venv_is_kept(tmp_path: Path) -> None:
-    """Or every `make run` would replace the .venv of whoever once named another Python."""
+    """Otherwise every `make run` would replace a .venv made with a named Python."""
     python(tmp_path / "python3.11", "3.11.7")
     base = python(tmp_path / "base", "3.12.1")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
