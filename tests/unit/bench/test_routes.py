@@ -133,7 +133,7 @@ def test_each_offered_trajectory_is_sampled_once_and_valid(workers: Workers) -> 
         f"{group_id(g)}/{s}" for g in range(6) for s in (0, 1)
     )
     for record in finished:
-        check_finished(record, Version(0))
+        check_finished(record, Version(0), vocabulary=256)
         assert LOAD.tokens // 2 <= len(record.tokens) // 4 <= LOAD.tokens * 3 // 2
         assert len(record.segments) == 2  # a message, a tool's answer, a message
 
@@ -159,7 +159,7 @@ def test_a_cut_pauses_all_workers_until_the_next_version(workers: Workers) -> No
     flushes = workers.messages(TRAJECTORIES, SegmentFlushed)
     assert len(flushes) == workers.fleet.flushed > 0
     for flush in flushes:
-        check_sampled(flush, Version(0))
+        check_sampled(flush, Version(0), vocabulary=256)
         assert {segment.version for segment in flush.segments} == {0}
     ends = {record.partition: record.offset + 1 for record in read_existing(workers.bus, TRAJECTORIES)}
     positions_of_workers = [answer.positions for answer in workers.messages(WORKERS, CutReached)]
