@@ -149,16 +149,20 @@ def shown(opening: Opening, config: RunConfig | None) -> Iterator[str]:
     """Yield the rendered prompt, or the parts of the opening if no model can render it."""
     note = ""
     if config is not None:
-        from palimpsest.services.rollout.chat_renderer import ChatRenderer  # imports transformers, which takes seconds
+        from palimpsest.services.rollout.chat_renderer import (
+            ChatRenderer,
+            RenderFailed,
+        )  # imports transformers, which takes seconds
 
         try:
             renderer = ChatRenderer.load(
                 config.model.path, dict(config.model.chat_template_options), config.model.chat_template
             )
-        except UserError as error:
+            prompt = renderer.prompt(opening.messages, opening.tools)
+        except (UserError, RenderFailed) as error:
             note = str(error)
         else:
-            yield renderer.prompt(opening.messages, opening.tools)
+            yield prompt
             return
     for message in opening.messages:
         yield f"[{message.role}]"

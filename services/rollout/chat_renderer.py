@@ -17,11 +17,17 @@ from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokeniz
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout import template_proof
+from palimpsest.services.rollout.plain_text import PlainText
 from palimpsest.services.rollout.turn_ends import SENTINEL, control_tokens, find_turn_ends, generation_ids
 
 BUNDLED = "tools"
 """The value of `model.chat_template` that chooses the bundled template."""
 _CHATML = ("<|im_start|>", "<|im_end|>")
+_THINK, _END_THINK = "<think>", "</think>"
+
+
+class RenderFailed(Exception):
+    """The chat template or the tokenizer cannot render this dialogue."""
 
 
 class ChatRenderer:
@@ -35,6 +41,9 @@ class ChatRenderer:
         self._begin = lru_cache(maxsize=4096)(self._begin_uncached)
         self._continue = lru_cache(maxsize=4096)(self._continue_uncached)
         self._control = control_tokens(tokenizer) | set(self.stop_tokens)
+        texts = {token: tokenizer.convert_ids_to_tokens(token) for token in self._control}
+        self._plain_text = PlainText(texts, self.encode)
+        self._reasoning = self._opened_reasoning()
 
     @classmethod
     def load(cls, model: str, options: dict[str, Any], template: str = "") -> "ChatRenderer":
@@ -79,19 +88,25 @@ class ChatRenderer:
         return dialogue
 
     def begin(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        """Return the tokens of the first prompt, up to the start of the first model message."""
+        """Return the tokens of the first prompt, up to the start of the first model message. Raises RenderFailed."""
         return self._begin(tuple(messages), _Tools(tools))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
-        """Return the text of the first prompt, up to the first model message. `begin` returns its tokens."""
-        return self._render(_plain(messages), True, tools)
+        """Return the text of the first prompt, up to the first model message. `begin` returns its tokens.
+
+        Raises RenderFailed.
+        """
+        try:
+            return self._render(_plain(messages), True, tools)
+        except Exception as error:
+            raise _failed("the first prompt", messages, error) from error
 
     def render_turn_separator(self, messages: Sequence[Message], *, ended_by: int | None) -> tuple[int, ...]:
         """Return the tokens from the end of a model message to the start of the next one.
 
         `ended_by` is the stop token that the model sampled. The returned tokens leave out the token with which the
         template closes the message, whichever stop token the model sampled. They leave out a token that opens the next
-        message only if the model sampled that token. With None, they leave out nothing.
+        message only if the model sampled that token. With None, they leave out nothing. Raises RenderFailed.
         """
         tokens = self._continue(tuple(messages))
         if ended_by is None:
@@ -103,9 +118,12 @@ class ChatRenderer:
         return tokens[first + 1 :] if closes else tokens
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of a model message for the environment, without the stop token at its end."""
+        """Return the text of a model message for the environment, without the stop token at its end.
+
+        If the generation prompt opens the model's reasoning, the text starts with that opening.
+        """
         message = tokens[:-1] if tokens and tokens[-1] in self.stop_tokens else tokens
-        return str(self._tokenizer.decode(message, skip_special_tokens=False))
+        return self._reasoning + str(self._tokenizer.decode(message, skip_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens."""
@@ -134,20 +152,37 @@ class ChatRenderer:
             )
         )
 
+    def _opened_reasoning(self) -> str:
+        """Return the text from an unclosed `<think>` in the generation prompt to its end; empty if there is none."""
+        try:
+            text = self._render([{"role": "user", "content": SENTINEL}], True)
+        except Exception:  # what the template cannot render is reported by `check`
+            return ""
+        _, opened, rest = text.rpartition(SENTINEL)[2].rpartition(_THINK)
+        return opened + rest if opened and _END_THINK not in rest else ""
+
     def _begin_uncached(self, messages: tuple[Message, ...], tools: "_Tools") -> tuple[int, ...]:
-        return tuple(self.encode(self.prompt(messages, tools.schemas)))
+        try:
+            guarded, schemas, mark = self._plain_text.protect(_plain(messages), tools.schemas)
+            return tuple(self._plain_text.encode(self._render(guarded, True, schemas), mark))
+        except Exception as error:
+            raise _failed("the first prompt", messages, error) from error
 
     def _continue_uncached(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        dialogue = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": SENTINEL},
-            *_plain(messages),
-        ]
-        text = self._render(dialogue, True)
-        _, found, after = text.rpartition(SENTINEL)
-        if not found:
-            raise ValueError("the template omits assistant messages")
-        return tuple(self.encode(after))
+        try:
+            guarded, _, mark = self._plain_text.protect(_plain(messages), ())
+            dialogue = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}, *guarded]
+            _, found, after = self._render(dialogue, True).partition(SENTINEL)
+            if not found:
+                raise ValueError("the template leaves out assistant messages")
+            return tuple(self._plain_text.encode(after, mark))
+        except Exception as error:
+            raise _failed("the environment's answer", messages, error) from error
+
+
+def _failed(what: str, messages: Sequence[Message], error: Exception) -> RenderFailed:
+    roles = ", ".join(message.role for message in messages)
+    return RenderFailed(f"the chat template cannot render {what} (roles: {roles}): {sentence(error)}")
 
 
 def _template(chosen: str) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from palimpsest.common.sessions.client import SessionClient, SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
-from palimpsest.services.rollout.chat_renderer import ChatRenderer
+from palimpsest.services.rollout.chat_renderer import ChatRenderer, RenderFailed
 from palimpsest.services.rollout.engine.port import Engine, EngineFailed, SampledTokens
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
@@ -67,6 +68,8 @@ class TrajectorySampler:
                 instruments.ATTEMPTS_FAILED.labels(DropReason.ENGINE_FAILED.value).inc()
                 logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
                 reason, failure = DropReason.ENGINE_FAILED, str(error)
+            except RenderFailed as error:
+                return self._dropped_record(group, name, DropReason.ENVIRONMENT_FAILED, str(error))
             except _UnusableOutput as error:
                 return self._dropped_record(group, name, error.reason, str(error))
         return self._dropped_record(group, name, reason, failure)
@@ -75,17 +78,29 @@ class TrajectorySampler:
         request = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
         key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
         session = await _timed(self.sessions.create(request, idempotency_key=key))
-        assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
+        try:
+            assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
+        except RenderFailed:
+            await self._close(session)
+            raise
         live = InFlightTrajectory(group, name, attempt, assembly)
         self.live.append(live)
         try:
             step = await self._dialogue(live, session)
+        except (RenderFailed, _UnusableOutput):
+            await self._close(session)
+            raise
         finally:
             # The caller of `sample` puts the record into the outbox before another coroutine runs. At every cut, the
             # tokens are therefore either in `live` or in the outbox.
             self.live.remove(live)
         failpoints.reach("rollout.before_publish")
         return self._finished_record(live, session, step)
+
+    async def _close(self, session: Session) -> None:
+        """Delete the session of a trajectory that cannot be sampled. If that fails, its lease expires."""
+        with suppress(SessionFailed):
+            await self.sessions.close(session.session_id)
 
     async def _dialogue(self, live: InFlightTrajectory, session: Session) -> Step:
         """Alternate turns and environment steps until the environment or a limit ends the trajectory."""

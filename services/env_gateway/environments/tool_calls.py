@@ -9,6 +9,7 @@ call becomes a remark for the model, so `read` never raises.
 """
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"
+_TAG = re.compile(f"{OPEN}|{THINK}")
 MAX_CALLS = 8
 """Maximum number of calls per message; one remark answers the rest."""
 
@@ -43,17 +45,20 @@ def turn(action: Action) -> Turn:
 
 
 def read(text: str) -> Turn:
-    """Parse the text and the calls of a model message.
+    """Parse the text and the calls of a model message. Its reasoning is left out, even if it has no end.
 
     >>> read('Wait. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
     Turn(text='Wait.', attempts=(ToolCall(id='', name='add', arguments={'a': 1}),))
     """
-    rest = _after_reasoning(text)
+    rest = text.partition(END_THINK)[2] if END_THINK in text else text
     texts: list[str] = []
     attempts: list[ToolCall | Malformed] = []
-    while OPEN in rest:
-        before, _, rest = rest.partition(OPEN)
-        texts.append(before)
+    while found := _TAG.search(rest):
+        texts.append(rest[: found.start()])
+        rest = rest[found.end() :]
+        if found[0] == THINK:
+            rest = rest.partition(END_THINK)[2]  # empty if the reasoning has no end
+            continue
         if len(attempts) == MAX_CALLS:
             attempts.append(Malformed(f"more than {MAX_CALLS} calls in one message"))
             rest = ""
@@ -74,14 +79,6 @@ def render(name: str, arguments: dict[str, Any]) -> str:
 def remark(malformed: Malformed) -> str:
     """Return the message for the model about a malformed call."""
     return f"malformed tool call: {malformed.problem}"
-
-
-def _after_reasoning(text: str) -> str:
-    """Return the message without its reasoning; empty if the reasoning has no end."""
-    head, ended, tail = text.partition(END_THINK)
-    if ended:
-        return tail
-    return "" if head.lstrip().startswith(THINK) else head
 
 
 def _attempt(rest: str) -> tuple[ToolCall | Malformed, str]:

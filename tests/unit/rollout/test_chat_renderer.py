@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.environments.tool_calls import read, render
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from tests.runs.run_process import ROOT
 
@@ -113,6 +114,21 @@ def test_the_environment_gets_the_text_without_the_stop_token(dialogue: ChatRend
 def test_a_stop_token_in_an_environments_text_stays_text(dialogue: ChatRenderer) -> None:
     tokens = dialogue.encode("amber")
     assert dialogue.text(tokens) == "amber"
+
+
+@pytest.mark.parametrize(
+    ("opening", "carried"),
+    [("<think>\n", "<think>\n"), ("<think>", "<think>"), ("<think>\n\n</think>\n\n", ""), ("", "")],
+)
+def test_reasoning_opened_by_the_prompt_is_part_of_the_text(opening: str, carried: str) -> None:
+    template = REWRITING.replace("{{- '<|im_start|>assistant\n' }}", f"{{{{- '<|im_start|>assistant\n{opening}' }}}}")
+    renderer = ChatRenderer(a_tokenizer(template), options={})
+    call = render("lookup", {"key": "amber"})
+    text = renderer.text([*renderer.encode(call), *renderer.stop_tokens])
+    assert text == carried + call
+    assert len(read(text).calls) == (0 if carried else 1)
+    closed = renderer.text(renderer.encode(f"is it?</think>{call}"))
+    assert len(read(closed).calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import pytest
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import DropReason, Sampling, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.sessions import client
+from palimpsest.common.sessions.wire import Message
 from palimpsest.services.env_gateway.environments import lookup
+from palimpsest.services.env_gateway.environments.port import Opening, Reply
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.fakes import ScriptedWorld, said
 from tests.unit.env_gateway.running import free_port
+from tests.unit.rollout.chat_models import FAMILIES
 from tests.unit.rollout.sampling import BROKEN, SAMPLING, MessageEngine, NextMessage, Setting, gateway_of
 
 
@@ -127,3 +130,31 @@ async def test_a_gateway_without_answers_drops_the_trajectory(
     assert isinstance(ended, TrajectoryDropped)
     assert ended.reason is DropReason.ENVIRONMENT_FAILED
     assert ended.detail.startswith("unreachable: POST /v1/sessions")
+
+
+SYSTEM = Message(role="system", content="no")
+
+
+class SystemFirst(ScriptedWorld):
+    """A host whose session begins with a system message."""
+
+    async def reset(self, seed: int) -> tuple[Opening, str]:
+        return Opening((SYSTEM, Message(role="user", content="?"))), ""
+
+
+@pytest.mark.parametrize(
+    ("world", "place"),
+    [(SystemFirst(), "the first prompt"), (ScriptedWorld(Reply((SYSTEM,))), "the environment's answer")],
+)
+async def test_a_dialogue_that_the_template_refuses_drops_one_trajectory(world: ScriptedWorld, place: str) -> None:
+    renderer = ChatRenderer(FAMILIES["gemma"].tokenizer(), options={})
+    with gateway_of(renderer, world, ScriptedWorld(said("go on"), said("go on"))) as setting:
+        limited = Sampling(1.0, 8, 1000, 2)
+        ended = await setting.sample(setting.engine_of("a"), environment="fake", sampling=limited)
+        assert isinstance(ended, TrajectoryDropped)
+        assert ended.reason is DropReason.ENVIRONMENT_FAILED
+        assert ended.detail.startswith(f"the chat template cannot render {place} (roles: system")
+        assert "System role not supported" in ended.detail
+        assert world.closed, "the session is deleted"
+        other = await setting.sample(setting.engine_of("a", "b"), environment="fake", sampling=limited)
+        assert isinstance(other, TrajectoryFinished)

@@ -109,11 +109,32 @@ def test_calls_over_the_limit_are_reported_once() -> None:
         ("<think>\nIs it 3? <tool_call>\n</think>\n\n4", "4"),
         ("it was opened in the prompt</think>4", "4"),
         ("<think>it never ends, so nothing was said", ""),
-        ("4 <think>", "4 <think>"),
+        ("4 <think>", "4"),
+        ("4 <think>or is it 5", "4"),
+        ("<think>a</think>4<think>b</think>2<think>c", "42"),
     ],
 )
 def test_reasoning_is_not_part_of_the_answer(text: str, answer: str) -> None:
     assert read(text).answer == answer
+
+
+CALL = render("f", {"x": "<think>"})
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (f"<think>I could write {CALL}", 0),
+        (f"Well. <think>I could write {CALL}", 0),
+        (f"<think>no</think>Well. <think>I could write {CALL}", 0),
+        (f"{CALL}<think>and again {CALL}", 1),
+        (f"{CALL}{CALL}", 2),
+        (f"<think>{CALL}</think>{CALL}", 1),
+    ],
+)
+def test_a_call_inside_reasoning_is_not_executed(text: str, calls: int) -> None:
+    found = read(text)
+    assert found.attempts == (ToolCall(name="f", arguments={"x": "<think>"}),) * calls
 
 
 def test_actions_of_every_type_become_turns() -> None:
