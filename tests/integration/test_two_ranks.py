@@ -61,7 +61,8 @@ def test_two_ranks_compute_the_same_as_one_rank(alone: Any, together: Any, case:
     for part in parts:
         for own, expected in zip(part["gradients"], whole["gradients"], strict=True):
             assert float(expected.abs().max()) > 1e-3
-            assert torch.allclose(own, expected, rtol=1e-4, atol=1e-7)
+            # Sums of float32 terms up to 1.4 in another order: their rounding is a few 1e-7.
+            assert torch.allclose(own, expected, rtol=1e-4, atol=1e-6)
         for own, expected in zip(part["masters"], whole["masters"], strict=True):
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-6)
         assert part["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-7)
