@@ -10,6 +10,7 @@ own, so the change between the two versions is known without it (docs/paper.md, 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +117,11 @@ def _positions(row: Row) -> tuple[int, ...]:
 
 def _first_token(model: torch.nn.Module) -> int:
     """The id that begins a text for this model: its bos token, else an eos token, else id 0."""
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    for value in (config.bos_token_id, config.eos_token_id):
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return 0
+    text = config.get_text_config()
+    for value in (text.bos_token_id, text.eos_token_id):
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, int):
             return first
