@@ -33,6 +33,7 @@ IDENTITY = (
     "learner.proximal.threshold",
     "learner.proximal.patience",
     "learner.proximal.cooldown",
+    "learner.proximal.trigger",
     # formulas
     "learner.discrepancy",
     "learner.loss",
@@ -110,6 +111,8 @@ CHANGEABLE = (
     "rollout.engine",
     "model.attention",
     "learner.micro_batch_tokens",
+    "learner.logprob_chunk_tokens",
+    "learner.activation_checkpointing",
     "learner.proximal.prefetch",
     "learner.canary_trajectories",
     "learner.threads",
