@@ -23,14 +23,14 @@ LEAST_TOLERANCE = 0.005
 DEFAULT_TOLERANCE = 0.03
 """Tolerance in nats where the noise is unknown (a manifest of an earlier release)."""
 LEANING = 6.0
-"""Limit of the leaning, in standard errors. With LEAST_EFFECTIVE_TOKENS, one false alarm in 80,000 versions (Student's
+"""Limit of the leaning, in standard errors. With LEAST_EFFECTIVE_GROUPS, one false alarm in 80,000 versions (Student's
 t with 15 degrees of freedom)."""
 OUTLYING = 3.0
 """Multiple of the median change at which a token's change is limited as an instrument."""
-LEAST_TOKENS, LEAST_EFFECTIVE_TOKENS = 24, 16.0
-"""The leaning is tested from this number of tokens on, and of tokens that carry the change: (sum z^2)^2 / sum z^4
-for the instrument z."""
-MATERIAL = 0.05
+LEAST_TOKENS, LEAST_EFFECTIVE_GROUPS = 24, 16.0
+"""The leaning is tested from this number of tokens on, and of groups that carry the change: 1 / sum of squared
+leverages."""
+MATERIAL = 0.25
 """A smaller share of the change is not reported: rounding that depends on the token can produce it."""
 
 
@@ -104,7 +104,8 @@ def judge(scores: Sequence[Sequence[float]], canaries: Sequence[Canary], *, tole
         tolerance = tolerance_for(float(np.abs(learner - float32).mean()), len(learner))
     if len(previous) != len(learner):
         return Verdict(error, tolerance, 0.0, 0.0, math.inf)
-    stale, deviation = stale_share(engine, learner, float32, previous)
+    targets = np.array([canary.tokens[p] for canary in canaries for p in canary.positions], dtype=np.int64)
+    stale, deviation = stale_share(engine, learner, float32, previous, targets)
     leaning = stale / deviation if math.isfinite(deviation) else 0.0
     return Verdict(error, tolerance, leaning, stale, max(LEANING * deviation, MATERIAL))
 
@@ -119,26 +120,33 @@ def stale_share(
     learner: NDArray[np.float64],
     float32: NDArray[np.float64],
     previous: NDArray[np.float64],
+    targets: NDArray[np.int64],
 ) -> tuple[float, float]:
     """Estimate which share of the last step's change the engine lacks, and its standard error.
 
-    Arrays of shape [tokens], in nats: the log-probs of the engine, of the learner in its precision, in float32, and in
-    float32 under the previous weights. The engine's deviation from float32 is regressed on the change, beside a
-    constant, the log-prob itself and the learner's own rounding, which absorb what rounding does to every engine alike.
-    The instrument is the change, limited to OUTLYING times its median, and the standard error is HC3 (MacKinnon and
-    White, 1985): no single token can carry the result. The error is infinite where too few tokens carry the change.
+    Arrays of shape [tokens], in nats except for the token ids `targets`: the log-probs of the engine, of the learner in
+    its precision, in float32, and in float32 under the previous weights.
+
+    The engine's deviation from float32 is regressed on the change, beside a constant, the log-prob itself and the
+    learner's own rounding, which absorb what rounding does to every engine alike. The instrument is the change, limited
+    to OUTLYING times its median. Tokens with the same id form a group: trajectories of one task repeat contexts, and
+    with them the rounding. The standard error allows for that (CR3; Bell and McCaffrey, 2002), so no single group can
+    carry the result. It is infinite where too few groups carry the change.
     """
     others = _orthonormal([np.ones_like(float32), float32, learner - float32])
     change, deviation = _without(others, previous - float32), _without(others, engine - float32)
     limit = OUTLYING * float(np.median(np.abs(change)))
     instrument = _without(others, np.clip(change, -limit, limit))
-    squares = instrument**2
-    total, product = float(squares.sum()), float((instrument * change).sum())
-    if len(change) < LEAST_TOKENS or product <= 0 or total**2 < LEAST_EFFECTIVE_TOKENS * (squares**2).sum():
+    total, product = float((instrument**2).sum()), float((instrument * change).sum())
+    if len(change) < LEAST_TOKENS or product <= 0:
+        return 0.0, math.inf
+    group = np.unique(targets, return_inverse=True)[1]
+    leverage = np.bincount(group, instrument**2) / total
+    if (leverage**2).sum() * LEAST_EFFECTIVE_GROUPS > 1:
         return 0.0, math.inf
     share = float((instrument * deviation).sum()) / product
-    rest = (deviation - share * change) / (1.0 - squares / total)
-    return share, math.sqrt((squares * rest**2).sum()) / product
+    rest = np.bincount(group, instrument * (deviation - share * change)) / (1.0 - leverage)
+    return share, math.sqrt(float((rest**2).sum())) / product
 
 
 def _without(basis: Sequence[NDArray[np.float64]], values: NDArray[np.float64]) -> NDArray[np.float64]:

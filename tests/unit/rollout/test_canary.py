@@ -109,9 +109,11 @@ def test_a_load_of_the_previous_version_is_refused(seed: int) -> None:
 def test_shared_rounding_would_look_like_previous_weights() -> None:
     """The reason for float32: with the learner's own log-probs in the change, every correct engine is refused."""
     engine, learner, float32, previous = version(3, noise=0.013, step=0.013, tokens=1000)
-    share, deviation = stale_share(engine, learner, learner, learner + (previous - float32) + (float32 - learner))
+    share, deviation = stale_share(
+        engine, learner, learner, learner + (previous - float32) + (float32 - learner), np.arange(1000)
+    )
     assert share / deviation > LEANING
-    share, deviation = stale_share(engine, learner, float32, previous)
+    share, deviation = stale_share(engine, learner, float32, previous, np.arange(1000))
     assert abs(share / deviation) < LEANING / 2
 
 
@@ -131,6 +133,19 @@ def test_one_token_cannot_refuse_a_version() -> None:
     assert math.isinf(found.detectable)
 
 
+def test_repeated_contexts_do_not_count_as_independent_tokens() -> None:
+    """40 different tokens, each 25 times with the same rounding and change, as in trajectories of one task."""
+    refused_alone = 0
+    for seed in range(200):
+        values = [np.repeat(column, 25) for column in version(seed, noise=0.002, step=0.01, tokens=40)]
+        groups = np.repeat(np.arange(40), 25)
+        share, deviation = stale_share(*values, groups)
+        assert not (share > 6 * deviation and share > 0.25)
+        share, deviation = stale_share(*values, np.arange(1000))
+        refused_alone += share > LEANING * deviation
+    assert refused_alone > 0, "without groups, repeated rounding looks like previous weights"
+
+
 def test_the_share_is_an_instrumental_regression_beside_constant_log_prob_and_rounding() -> None:
     """Against the textbook's formula (Z'X)^-1 Z'y with all columns at once."""
     engine, learner, float32, previous = version(11, noise=0.01, step=0.02)
@@ -140,7 +155,7 @@ def test_the_share_is_an_instrumental_regression_beside_constant_log_prob_and_ro
     limit = OUTLYING * np.median(np.abs(rest))
     x, z = np.column_stack([change, others]), np.column_stack([np.clip(rest, -limit, limit), others])
     expected = np.linalg.solve(z.T @ x, z.T @ (engine - float32))[0]
-    share, deviation = stale_share(engine, learner, float32, previous)
+    share, deviation = stale_share(engine, learner, float32, previous, np.arange(TOKENS))
     assert share == pytest.approx(expected, rel=1e-9)
     assert 0.0 < deviation < 1.0
 
