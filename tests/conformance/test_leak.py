@@ -189,7 +189,7 @@ def test_a_lower_clip_bound_of_0_never_binds() -> None:
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"band": 1.0}, "lets nothing through"),
+        ({"band": 1.0}, r"band is 1\.0; it must be above 1"),
         ({"clip_low": -0.1}, r"clip_low is -0\.1"),
         ({"clip_low": 1.1}, r"clip_low is 1\.1"),
         ({"clip_high": 0.0}, r"clip_high is 0\.0"),

@@ -9,7 +9,7 @@ from palimpsest.services.learner.ingest.task_publisher import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tests.records.builders import SAMPLING
 
-VOCABULARY = 300
+VOCABULARY = 30_000
 """Number of token ids of the model."""
 Ledger = TrajectoryLedger[ReceivedTrajectory]
 

@@ -25,7 +25,7 @@ from tests.runs.run_process import ROOT
 
 NOBODY = "127.0.0.1:1"
 RUN = 'run.id = "t"\nmodel.path = "{model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 3\n'
-RUN += "sampling.max_trajectory_tokens = 256\n"
+RUN += "sampling.max_trajectory_tokens = 1000\n"
 
 
 @pytest.fixture(autouse=True)
