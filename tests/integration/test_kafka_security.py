@@ -263,7 +263,7 @@ def test_an_unreachable_broker_is_retried_and_then_named(home: Path, kafka_serve
     closed = f"127.0.0.1:{free()}"
     for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "unknown host")):
         nobody = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
-        with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\) .*{said}") as told:
+        with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\): .*{said}") as told:
             KafkaBus(nobody, prefix="t.")
         assert told.value.code is ExitCode.UNAVAILABLE
 

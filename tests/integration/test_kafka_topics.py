@@ -178,7 +178,7 @@ def test_a_learner_stops_with_an_error_if_its_next_record_is_deleted(
     with closing(ingest), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
         ingest.reader.read_all(Version(0), timeout_s=LIMIT_S)
     again = an_ingest(bus)
-    with closing(again), pytest.raises(UserError, match="would be lost silently") as told:
+    with closing(again), pytest.raises(UserError, match="would lose trajectories silently") as told:
         again.start({0: 0}, {}, {}, now=0.0)
     assert told.value.code is ExitCode.DAMAGED
 
