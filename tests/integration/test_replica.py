@@ -56,6 +56,7 @@ tasks.environments = {{ lookup = 1.0 }}
 learner.versions = 1
 learner.proximal.kind = "{kind}"
 replica.batch_tokens = 96
+sampling.max_trajectory_tokens = 1000
 """
 VERSIONS = 3
 LAYOUT_NOISE = 2e-3
