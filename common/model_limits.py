@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.tokenizer import load_tokenizer
 from palimpsest.common.user_error import UserError
 
 POSITION_KEYS = (
@@ -65,11 +66,13 @@ def refuse_tokenizer(path: str) -> None:
 
     A tokenizer or config that cannot be loaded is ignored: the code that uses it refuses it.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     try:
-        rows = AutoConfig.from_pretrained(path).get_text_config().vocab_size
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        rows = text_values(_read(Path(path) / "config.json")).get("vocab_size")
+        if not isinstance(rows, int):  # a hub id, or the default of the architecture
+            from transformers import AutoConfig
+
+            rows = AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        tokenizer = load_tokenizer(path)
         size = TokenizerSize(len(tokenizer), max(tokenizer.get_vocab().values()))
     except Exception:
         return

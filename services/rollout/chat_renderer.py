@@ -5,7 +5,6 @@ between two model messages, the renderer renders a dialogue whose model message 
 the sentinel. This also works for templates that rewrite earlier messages.
 """
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
@@ -15,6 +14,7 @@ from typing import Any
 from palimpsest.common.logs import logger
 from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from palimpsest.common.sessions.wire import Message
+from palimpsest.common.tokenizer import load_tokenizer
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout import template_proof
 from palimpsest.services.rollout.plain_text import PlainText
@@ -54,7 +54,7 @@ class ChatRenderer:
         refuse_absent(model)
         refuse_no_tokenizer(model)
         try:
-            tokenizer = _tokenizer(model)
+            tokenizer = load_tokenizer(model)
         except Exception as error:
             raise UserError(f"model.path: {model} has no usable tokenizer ({sentence(error)}): {WHOLE}") from None
         if template:
@@ -199,22 +199,6 @@ def _template(chosen: str) -> str:
     if not text.strip():
         raise UserError(f"model.chat_template: {chosen} is empty; it must hold a Jinja chat template")
     return text
-
-
-def _tokenizer(model: str) -> Any:
-    """Load the tokenizer of the folder; equivalent to AutoTokenizer.
-
-    AutoTokenizer imports torch and the classes of every model, which takes four seconds of CPU time. A folder saved by
-    transformers 5 names the generic class, which can be imported directly.
-    """
-    config = Path(model) / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend":
-        from transformers import TokenizersBackend
-
-        return TokenizersBackend.from_pretrained(model)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 class _Tools:

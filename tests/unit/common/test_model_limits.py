@@ -1,13 +1,16 @@
 """A model's limits are refused from its JSON files, with both numbers."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.model_limits import TokenizerSize, positions, refuse_limits, tokenizer_size
+from palimpsest.common.model_limits import TokenizerSize, positions, refuse_limits, refuse_tokenizer, tokenizer_size
 from palimpsest.common.user_error import UserError
 
 
@@ -122,3 +125,22 @@ def test_a_trajectory_longer_than_the_positions_is_refused_with_both_keys(tmp_pa
 )
 def test_positions_are_those_that_vllm_derives(config: dict[str, Any], expected: tuple[int, str] | None) -> None:
     assert positions(config) == expected
+
+
+def test_the_loaded_tokenizer_is_refused_if_it_has_a_token_without_a_row(starting_model: Path, tmp_path: Path) -> None:
+    refuse_tokenizer(str(starting_model))
+    refuse_tokenizer("absent/model")
+    narrow = shutil.copytree(starting_model, tmp_path / "narrow")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    with pytest.raises(UserError, match=f"has {config['vocab_size'] - 1} rows"):
+        refuse_tokenizer(str(narrow))
+
+
+def test_the_tokenizer_of_a_folder_is_examined_without_torch(starting_model: Path) -> None:
+    code = (
+        "import sys; from palimpsest.common.model_limits import refuse_tokenizer; refuse_tokenizer(sys.argv[1]); "
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(starting_model)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
