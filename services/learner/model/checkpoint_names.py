@@ -7,11 +7,16 @@ tensor. A version in the store is a checkpoint, so it uses the checkpoint's name
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.user_error import UserError
+
+_parts: WeakKeyDictionary[torch.nn.Module, dict[str, str | tuple[str, ...]]] = WeakKeyDictionary()
+"""Model -> own name -> checkpoint name of the tensor, or names of its parts. They follow from the architecture, so each
+is found once."""
 
 
 def checkpoint_tensors(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -20,9 +25,11 @@ def checkpoint_tensors(model: torch.nn.Module, weights: dict[str, Tensor]) -> di
     weights: the tensors by the model's own names. A write to a view changes the model. Raises UserError if
     transformers names a form that no view can give.
     """
-    if not _converts(model):
-        return dict(weights)
-    return {part: view for name, tensor in weights.items() for part, view in _views(model, name, tensor)}
+    if model not in _parts:
+        convert = _converts(model)
+        _parts[model] = {name: _part_names(model, name, each) if convert else name for name, each in weights.items()}
+    parts = _parts[model]
+    return {part: view for name, tensor in weights.items() for part, view in _views(parts[name], tensor)}
 
 
 def _converts(model: torch.nn.Module) -> bool:
@@ -34,8 +41,21 @@ def _converts(model: torch.nn.Module) -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False) if known is None else known)
 
 
-def _views(model: torch.nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the views of one tensor. transformers converts a tensor without memory, which gives names and shapes."""
+def _views(names: str | Sequence[str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each part of a tensor: the tensor, or for all experts one chunk after another."""
+    if isinstance(names, str):
+        yield names, tensor
+        return
+    experts = len(tensor)
+    for i, name in enumerate(names):
+        yield name, tensor[i % experts].chunk(len(names) // experts)[i // experts]
+
+
+def _part_names(model: torch.nn.Module, name: str, tensor: Tensor) -> str | tuple[str, ...]:
+    """The checkpoint's name of one tensor, or the names of its parts.
+
+    transformers converts a tensor without memory, which gives them.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     empty = torch.empty_like(tensor, device="meta")
@@ -43,26 +63,24 @@ def _views(model: torch.nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[
         parts: dict[str, Any] = revert_weight_conversion(model, {name: empty})
     except Exception as error:
         raise _unsupported(name, f"{type(error).__name__}: {error}") from None
-    names, shapes = list(parts), [tuple(part.shape) for part in parts.values()]
+    names, shapes = tuple(parts), [tuple(part.shape) for part in parts.values()]
     if len(names) == 1 and shapes[0] == tuple(tensor.shape):
-        yield names[0], tensor
-        return
-    experts = tensor.shape[0]
+        return names[0]
+    experts = len(tensor)
     if tensor.dim() != 3 or len(names) % experts or len(set(shapes)) != 1:
         raise _unsupported(name, f"it becomes {len(names)} tensors such as {names[0]} {list(shapes[0])}")
     chunks = len(names) // experts
     if tensor.shape[1] % chunks or shapes[0] != (tensor.shape[1] // chunks, tensor.shape[2]):
         raise _unsupported(name, f"one expert of shape {list(tensor.shape[1:])} becomes {list(shapes[0])}")
-    for i, expert in enumerate(_expert_numbers(name, names, experts)):
-        yield names[i], tensor[expert].chunk(chunks)[i // experts]
+    _refuse_other_order(name, names, experts)
+    return names
 
 
-def _expert_numbers(name: str, names: Sequence[str], experts: int) -> list[int]:
-    """The expert of each name. transformers lists all experts of the first chunk, then all of the second."""
+def _refuse_other_order(name: str, names: Sequence[str], experts: int) -> None:
+    """Raise UserError unless the names list all experts of the first chunk, then all of the second."""
     numbers = [int(found[-1]) if (found := re.findall(r"\.(\d+)\.", one)) else -1 for one in names]
     if any(numbers[i : i + experts] != list(range(experts)) for i in range(0, len(numbers), experts)):
         raise _unsupported(name, f"its parts are named {', '.join(names[:3])}, ...")
-    return numbers
 
 
 def _unsupported(name: str, why: str) -> UserError:
