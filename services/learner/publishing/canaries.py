@@ -70,14 +70,13 @@ class Canaries:
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], *, float32: bool) -> list[tuple[float, ...]]:
         """Log-probs of each row's compared tokens, in the order of the rows."""
-        scored: dict[int, tuple[float, ...]] = {}
-        numbered = [replace(row, trajectory=str(i)) for i, row in enumerate(rows)]
+        scored: dict[str, tuple[float, ...]] = {}
         with float32_forward(self._model) if float32 else nullcontext():
-            for part in micro_batches(numbered, max_tokens=self._micro_batch_tokens):
+            for part in micro_batches(rows, max_tokens=self._micro_batch_tokens):
                 values = score_batch(self._model, pad(part), self._device, temperature=1.0)
                 for row, own in zip(part, values.tolist(), strict=True):
-                    scored[int(row.trajectory)] = tuple(own[p] for p in _positions(row))
-        return [scored[i] for i in range(len(rows))]
+                    scored[row.trajectory] = tuple(own[p] for p in _positions(row))
+        return [scored[row.trajectory] for row in rows]
 
     @torch.no_grad()
     def _samples(self) -> list[Row]:

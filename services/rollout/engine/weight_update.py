@@ -68,24 +68,24 @@ class WeightUpdate:
                 self._record(module)
                 module.quant_method.process_weights_after_loading(module)
 
-    def read_back(self, published: Mapping[str, Tensor]) -> int:
-        """Compare what computes with what was loaded; return the number of compared values.
+    def read_back(self, published: Mapping[str, Tensor]) -> None:
+        """Compare what computes with what was loaded. Raises Differs.
 
         published: the version's tensors by checkpoint name. Parameters that the engine keeps under the same name are
-        compared with them directly. Raises Differs.
+        compared with them directly.
         """
-        compared = self._compare_parameters(published)
+        self._compare_parameters(published)
         for name, module in _processed_modules(self._model):
             loaded = self._loaded.get(id(module))
             if loaded is None:
                 if _has_matrix(module):
                     raise Differs(f"{name} was not loaded: it still computes with the previous version's weights")
-            elif loaded.block is not None and loaded.columns is not None:
-                compared += _compare(name, _columns(module, loaded.columns, loaded.width, loaded.block), loaded.block)
-            for expert, packed in loaded.experts.items() if loaded is not None else ():
-                for kind, weight, expected in zip(("w13", "w2"), _expert(module, expert), packed, strict=True):
-                    compared += _compare(f"{name} expert {expert} {kind}", weight, expected)
-        return compared
+                continue
+            if loaded.block is not None and loaded.columns is not None:
+                _compare(name, _columns(module, loaded.columns, loaded.width, loaded.block), loaded.block)
+            for expert, (w13, w2) in loaded.experts.items():
+                _compare(f"{name} expert {expert} w13", module.w13_weight[expert], w13)
+                _compare(f"{name} expert {expert} w2", module.w2_weight[expert], w2)
 
     def _recorded(self, process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
         def process_weights_after_loading(module: nn.Module) -> None:
@@ -105,14 +105,12 @@ class WeightUpdate:
             return
         weight = getattr(module, "weight", None)
         if weight is not None and weight.dim() == 2 and _is_linear(module):
-            blocks = -(-weight.shape[1] // COLUMNS)
-            start = (self._number % blocks) * COLUMNS
-            loaded.columns = slice(start, min(start + COLUMNS, weight.shape[1]))
+            loaded.columns = self._part(weight.shape[1])
             loaded.width = weight.shape[1]
             loaded.block = weight[:, loaded.columns].detach().clone()
 
-    def _compare_parameters(self, published: Mapping[str, Tensor]) -> int:
-        own, compared = dict(self._model.named_parameters()), 0
+    def _compare_parameters(self, published: Mapping[str, Tensor]) -> None:
+        own = dict(self._model.named_parameters())
         for name, tensor in published.items():
             mapped = self._own_name(name)
             if mapped is None:
@@ -123,14 +121,14 @@ class WeightUpdate:
             padded = parameter.dim() == 2 and self._is_embedding(mapped) and parameter.shape[0] > tensor.shape[0]
             if parameter.shape != tensor.shape and not padded:
                 continue  # sharded
-            part = slice(None)
-            if tensor.dim() == 2:
-                blocks = -(-tensor.shape[0] // COLUMNS)
-                start = (self._number % blocks) * COLUMNS
-                part = slice(start, min(start + COLUMNS, tensor.shape[0]))
+            part = self._part(tensor.shape[0]) if tensor.dim() == 2 else slice(None)
             value = parameter.detach()[: tensor.shape[0]][part]
-            compared += _compare(name, value, tensor[part].to(value.device, value.dtype))
-        return compared
+            _compare(name, value, tensor[part].to(value.device, value.dtype))
+
+    def _part(self, size: int) -> slice:
+        """The columns or rows that this update compares, of `size`."""
+        start = self._number % -(-size // COLUMNS) * COLUMNS
+        return slice(start, min(start + COLUMNS, size))
 
     def _own_name(self, name: str) -> str | None:
         """The engine's name of a checkpoint's tensor; None if the engine fuses it with others or drops it."""
@@ -230,11 +228,7 @@ def _columns(module: Any, columns: slice, width: int, like: Tensor) -> Tensor:
     return product.T[: like.shape[0]]
 
 
-def _expert(module: Any, expert: int) -> tuple[Tensor, Tensor]:
-    return module.w13_weight.detach()[expert], module.w2_weight.detach()[expert]
-
-
-def _compare(name: str, value: Tensor, expected: Tensor) -> int:
+def _compare(name: str, value: Tensor, expected: Tensor) -> None:
     different = value != expected
     if bool(different.any()):
         largest = float((value.float() - expected.float()).abs().max())
@@ -242,4 +236,3 @@ def _compare(name: str, value: Tensor, expected: Tensor) -> int:
             f"{name} computes with other weights than the published ones: {int(different.sum())} of "
             f"{different.numel()} compared values differ, by {largest:.3g} at most"
         )
-    return different.numel()
