@@ -1,7 +1,6 @@
 """Updates of a mixture of experts: the CPU engine packs the experts again, and reads them back."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from palimpsest.common import failpoints
-from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine.port import WrongWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.learner_parts.models import load, perturb, stored
+from tests.runs.vllm_engine import running_engine, switched_by_files, update
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.02
@@ -49,26 +47,15 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
-    log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
-    engine = VllmEngine(
-        VllmEngineConfig(kv_cache_gib=0.25), model=str(folder), max_tokens=256, max_live=8, seed=0, log=log
-    )
-    names = ("skip_experts", "skip_read_back")
-    os.environ[failpoints.VARIABLE] = ",".join(f"rollout.{name}:{faults / name}" for name in names)
-    try:
-        await engine.start()
-    finally:
-        del os.environ[failpoints.VARIABLE]
-    yield engine
-    await engine.close()
+    switches = switched_by_files(faults, "skip_experts", "skip_read_back")
+    async with running_engine(folder, tmp_path_factory.mktemp("engine"), max_live=8, faults=switches) as engine:
+        yield engine
 
 
 async def accepted(engine: VllmEngine, model: torch.nn.Module, version: int, folder: Path) -> bool:
     """Load the model's weights as this version; return whether the canaries accept it."""
     weights = stored(model, version, folder)
-    await engine.pause()
-    await engine.load(weights)
-    await engine.resume()
+    await update(engine, weights)
     scores = await asyncio.gather(*(engine.score(canary.tokens) for canary in weights.manifest.canaries))
     return judge(scores, weights.manifest.canaries).accepted
 

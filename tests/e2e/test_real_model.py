@@ -1,7 +1,6 @@
 """A real model on the real engine: the canaries accept its updates, and refuse an engine that kept a part of them."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import pytest_asyncio
 import torch
 
-from palimpsest.common import failpoints
-from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner.batch.batching import Row, pad
@@ -22,6 +19,7 @@ from palimpsest.services.rollout.canary import Verdict, judge
 from palimpsest.services.rollout.engine.port import StoredWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.learner_parts.models import CPU, stored
+from tests.runs.vllm_engine import running_engine, update
 from tools import real_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
@@ -39,24 +37,10 @@ def folder() -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
-    temporary = tmp_path_factory.mktemp("engine")
-    engine = VllmEngine(
-        VllmEngineConfig(kv_cache_gib=0.25), model=str(folder), max_tokens=256, max_live=16, seed=0,
-        log=temporary / "worker-0.engine.log",
-    )  # fmt: skip
-    os.environ[failpoints.VARIABLE] = "rollout.skip_read_back"  # the canaries alone
-    try:
-        await engine.start()
-    finally:
-        del os.environ[failpoints.VARIABLE]
-    yield engine
-    await engine.close()
-
-
-async def load(engine: VllmEngine, weights: StoredWeights) -> None:
-    await engine.pause()
-    await engine.load(weights)
-    await engine.resume()
+    """Without the read-back: the canaries alone."""
+    log = tmp_path_factory.mktemp("engine")
+    async with running_engine(folder, log, max_live=16, faults="rollout.skip_read_back") as engine:
+        yield engine
 
 
 async def verdict(engine: VllmEngine, canaries: Sequence[Canary]) -> Verdict:
@@ -102,7 +86,7 @@ async def test_the_canaries_accept_right_updates_and_refuse_a_load_of_the_previo
     model = load_model(str(folder), CPU, "sdpa")
     canaries = Canaries(model, CPU, trajectories=12, micro_batch_tokens=1024)
     first = stored(model, 0, tmp_path)
-    await load(engine, first)
+    await update(engine, first)
     assert (await verdict(engine, canaries.made())).accepted
     rows = await sampled_rows(engine, 12)
     discrepancies = np.concatenate(
@@ -117,11 +101,11 @@ async def test_the_canaries_accept_right_updates_and_refuse_a_load_of_the_previo
     made = canaries.made()
     second = stored(model, 1, tmp_path)
     manifest = msgspec.structs.replace(second.manifest, canaries=made)
-    await load(engine, StoredWeights(manifest, second.path))
+    await update(engine, StoredWeights(manifest, second.path))
     right = await verdict(engine, made)
     assert right.accepted
     assert abs(right.stale) < 0.5
-    await load(engine, first)
+    await update(engine, first)
     stale = await verdict(engine, made)
     assert stale.stale == pytest.approx(1.0, abs=0.5)
     assert stale.accepted != stale.has_power, "refused wherever the canaries have power"

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 import pytest_asyncio
 from torch.nn import Module as Model
 
-from palimpsest.common import failpoints
-from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.export.export import export
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.report.named_run import named_run
@@ -23,6 +20,7 @@ from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, W
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from tests.learner_parts.models import load, logprobs, perturb, stored
 from tests.records.stored_runs import a_run, put
+from tests.runs.vllm_engine import running_engine, switched_by_files, update
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.04
@@ -58,17 +56,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(exported: Path, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
-    log = tmp_path_factory.mktemp("engine") / "worker-0.engine.log"
-    config = VllmEngineConfig(kv_cache_gib=0.25)
-    engine = VllmEngine(config, model=str(exported), max_tokens=256, max_live=64, seed=0, log=log)
-    names = ("skip_head", "skip_layer", "skip_read_back")
-    os.environ[failpoints.VARIABLE] = ",".join(f"rollout.{name}:{faults / name}" for name in names)  # inherited
-    try:
-        await engine.start()
-    finally:
-        del os.environ[failpoints.VARIABLE]
-    yield engine
-    await engine.close()
+    switches = switched_by_files(faults, "skip_head", "skip_layer", "skip_read_back")
+    async with running_engine(exported, tmp_path_factory.mktemp("engine"), max_live=64, faults=switches) as engine:
+        yield engine
 
 
 async def sample(
@@ -100,9 +90,7 @@ async def test_updates_log_probs_and_spans(engine: VllmEngine, folder: Path, tmp
     for version in range(3):
         if version:
             perturb(model, by=STEP, seed=version)
-        await engine.pause()
-        await engine.load(stored(model, version, tmp_path))
-        await engine.resume()
+        await update(engine, stored(model, version, tmp_path))
         canaries = stored(model, version, tmp_path).manifest.canaries
         scores = [await engine.score(canary.tokens) for canary in canaries]
         assert judge(scores, canaries, tolerance=MEAN).accepted
@@ -129,9 +117,7 @@ async def test_the_canaries_refuse_an_update_without_the_tied_head(
         weights = stored(model, version, tmp_path)
         if not works:
             (faults / "skip_head").touch()
-        await engine.pause()
-        await engine.load(weights)
-        await engine.resume()
+        await update(engine, weights)
         (faults / "skip_head").unlink(missing_ok=True)
         scores = [await engine.score(canary.tokens) for canary in weights.manifest.canaries]
         untied = not model.config.tie_word_embeddings

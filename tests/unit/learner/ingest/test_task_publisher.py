@@ -1,8 +1,6 @@
 """Offered groups are on the log, a restart restores all of them, and score offsets bound what it reads."""
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,14 +25,6 @@ from palimpsest.services.learner.old_logprobs.score_store import old_logprobs_re
 from tests.learner_parts.ingest import an_ingest
 from tests.records.builders import a_finished
 from tests.simulation.memory_bus import MemoryBus, Store
-
-
-@pytest.fixture
-def bus(tmp_path: Path) -> Iterator[SqliteBus]:
-    bus = SqliteBus(tmp_path / "bus.sqlite")
-    bus.create_topics(dict.fromkeys(TOPICS, 2))
-    yield bus
-    bus.close()
 
 
 def started(bus: Bus) -> Ingest:

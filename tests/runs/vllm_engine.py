@@ -1,0 +1,39 @@
+"""A vLLM engine alone, with faults that a test switches on."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from palimpsest.common import failpoints
+from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.services.rollout.engine.port import StoredWeights
+from palimpsest.services.rollout.engine.vllm import VllmEngine
+
+
+@asynccontextmanager
+async def running_engine(model: Path, folder: Path, *, max_live: int, faults: str) -> AsyncIterator[VllmEngine]:
+    """Start an engine, and close it at the end. folder: for its log. faults: value of PALIMPSEST_FAULT, inherited."""
+    engine = VllmEngine(
+        VllmEngineConfig(kv_cache_gib=0.25), model=str(model), max_tokens=256, max_live=max_live, seed=0,
+        log=folder / "worker-0.engine.log",
+    )  # fmt: skip
+    os.environ[failpoints.VARIABLE] = faults
+    try:
+        await engine.start()
+    finally:
+        del os.environ[failpoints.VARIABLE]
+    yield engine
+    await engine.close()
+
+
+def switched_by_files(folder: Path, *faults: str) -> str:
+    """Value of PALIMPSEST_FAULT: a fault of the rollout service is active while the folder has a file of its name."""
+    return ",".join(f"rollout.{fault}:{folder / fault}" for fault in faults)
+
+
+async def update(engine: VllmEngine, weights: StoredWeights) -> None:
+    """Load a version as the worker does: pause, load, resume."""
+    await engine.pause()
+    await engine.load(weights)
+    await engine.resume()
