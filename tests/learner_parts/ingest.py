@@ -9,8 +9,8 @@ from palimpsest.services.learner.ingest.task_publisher import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tests.records.builders import SAMPLING
 
-VOCABULARY = 30_000
-"""Number of token ids of the model."""
+VOCABULARY = 200_000
+"""Number of token ids of the model; `a_finished` uses one id for each of its tokens."""
 Ledger = TrajectoryLedger[ReceivedTrajectory]
 
 
