@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from palimpsest.common.config import RunConfig, load
-from palimpsest.common.config.schema import EnvGatewayConfig
+from palimpsest.common.config.env_gateway import EnvGatewayConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins, registry
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from palimpsest.common import run_folder
 from palimpsest.common.config.bus import BusConfig
+from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 
@@ -146,29 +147,6 @@ class SnapshotStoreConfig(Service):
         return self
 
 
-class EnvGatewayConfig(Service):
-    """The gateway to the environments."""
-
-    url: str = ""
-    """URL at which rollout workers reach the gateway. Default: http://host:port."""
-    lease_s: PositiveFloat = 600.0
-    """Lease of a session, in seconds. A session without a request for this time expires."""
-    step_limit_s: PositiveFloat = 60.0
-    """Time limit of a step, in seconds. A longer step ends the session with status `error`."""
-    max_sessions: Positive = 4096
-    """Maximum number of sessions. The gateway refuses more with 429."""
-    remember_s: PositiveFloat = 600.0
-    """Time for which the gateway keeps an ended session, in seconds. A late retry gets the stored reply."""
-    request_limit_bytes: Positive = 1048576
-    """Maximum size of a request. The gateway refuses larger requests with 413."""
-    result_limit_bytes: Positive = 65536
-    """Maximum size of a tool result. Longer results are truncated, with a note in the text."""
-    plugins: dict[str, str] = {}
-    """Additional environments: name -> `package.module:Class`. Each of their sessions runs in a separate process."""
-    max_processes: Positive = 64
-    """Maximum number of concurrent sessions in separate processes. Further sessions wait."""
-
-
 class VllmEngineConfig(Section):
     """The vLLM engine."""
 
@@ -284,6 +262,26 @@ class RunConfig(Section):
                 f"bus.retention_hours ({self.bus.retention_hours}): otherwise a record can outlast its body"
             )
         return self
+
+    @model_validator(mode="after")
+    def _time_limits_fit(self) -> "RunConfig":
+        gateway, limit_s = self.env_gateway, self.tasks.time_limit_s
+        if gateway.lease_s is not None and gateway.lease_s > limit_s:
+            raise ValueError(
+                f"env_gateway.lease_s ({gateway.lease_s}) is more than tasks.time_limit_s ({limit_s}): the session of "
+                f"a dead worker would keep its place after its group is dropped"
+            )
+        if gateway.step_limit_s > limit_s:
+            raise ValueError(
+                f"env_gateway.step_limit_s ({gateway.step_limit_s}) is more than tasks.time_limit_s ({limit_s}): a "
+                f"step that the gateway permits would end after its group is dropped"
+            )
+        return self
+
+    @property
+    def session_lease_s(self) -> float:
+        """Lease of a session, in seconds."""
+        return self.env_gateway.lease_s or min(SESSION_LEASE_S, self.tasks.time_limit_s)
 
     @property
     def store_url(self) -> str:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 
 from palimpsest.common.config import Invocation
-from palimpsest.common.config.schema import EnvGatewayConfig, RunConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
 from palimpsest.common.sessions.token import VARIABLE, token
@@ -36,7 +36,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
         plugins.check_tasks(invocation.config.tasks.environments, offered)
         if any(offered[name].isolated for name in invocation.config.tasks.environments):
             pool.warm()
-        sessions = Sessions(offered, _limits(config))
+        sessions = Sessions(offered, _limits(invocation.config))
         stop.on_request(sessions.refuse_new)
         app = create_app(
             sessions, offered, token=secret, request_limit_bytes=config.request_limit_bytes, on_exit=pool.close
@@ -46,12 +46,13 @@ def body(invocation: Invocation, stop: Stop) -> None:
         pool.stop()
 
 
-def _limits(config: EnvGatewayConfig) -> SessionLimits:
+def _limits(config: RunConfig) -> SessionLimits:
+    gateway = config.env_gateway
     return SessionLimits(
-        max_sessions=config.max_sessions,
-        lease_s=config.lease_s,
-        remember_s=config.remember_s,
-        result_bytes=config.result_limit_bytes,
+        max_sessions=gateway.max_sessions,
+        lease_s=config.session_lease_s,
+        remember_s=gateway.remember_s,
+        result_bytes=gateway.result_limit_bytes,
     )
 
 

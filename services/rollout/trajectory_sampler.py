@@ -1,5 +1,6 @@
 """Samples one trajectory: start a session, alternate model messages and environment steps, build the record."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.chat_renderer import ChatRenderer, RenderFailed
 from palimpsest.services.rollout.engine.port import Engine, EngineFailed, SampledTokens
+from palimpsest.services.rollout.lease_renewal import Sleep, with_renewals
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 Ended = TrajectoryFinished | TrajectoryDropped
@@ -49,6 +51,8 @@ class TrajectorySampler:
     """Returns once the canaries have verified this version."""
     live: list[InFlightTrajectory] = field(default_factory=list)
     """Trajectories in flight, oldest first. An id can occur twice, if a task was delivered again."""
+    sleep: Sleep = asyncio.sleep
+    """Waits for a number of seconds, between two renewals of a session's lease."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
         """Sample one trajectory of the group; after a failed session or engine request, start over (see `attempts`).
@@ -114,7 +118,12 @@ class TrajectorySampler:
             )
         while True:
             longest = min(sampling.max_turn_tokens, room)
-            sampled = await self._message(live, longest)
+            sampled = await with_renewals(
+                self._message(live, longest),
+                lambda: self.sessions.heartbeat(session.session_id),
+                lease_s=session.lease_expires_in_s,
+                sleep=self.sleep,
+            )
             if not sampled.stopped:
                 # A limit truncated the message. Executing half of it would reward calls with arbitrary text after them.
                 return await _timed(self.sessions.finalize(session.session_id))

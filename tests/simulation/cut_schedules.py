@@ -28,7 +28,7 @@ from palimpsest.common.messages import (
     TRAJECTORIES,
 )
 from palimpsest.common.sessions.client import SessionFailed
-from palimpsest.common.sessions.wire import CreateSession, Message, Session, Status, Step
+from palimpsest.common.sessions.wire import CreateSession, Lease, Message, Session, Status, Step
 from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking
@@ -329,6 +329,9 @@ class Sessions:
         if number + 1 < int(session_id):
             return Step(step=number, status=Status.RUNNING)
         return Step(step=number, status=Status.TERMINATED, reward=self._schedule.reward(), success=False)
+
+    async def heartbeat(self, session_id: str) -> Lease:
+        return Lease(lease_expires_in_s=600.0)
 
     async def finalize(self, session_id: str) -> Step:
         await asyncio.sleep(self._schedule.delay_s(5.0))

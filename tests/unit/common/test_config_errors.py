@@ -85,6 +85,33 @@ def test_a_turn_that_leaves_no_room_for_a_prompt_is_refused(run: Path) -> None:
     assert "sampling.max_trajectory_tokens (4096)" in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--env_gateway.lease_s=601",),
+            "--env_gateway.lease_s: env_gateway.lease_s (601.0) is more than tasks.time_limit_s (600.0): ",
+        ),
+        (
+            ("--tasks.time_limit_s=59.5",),
+            "--tasks.time_limit_s: env_gateway.step_limit_s (60.0) is more than tasks.time_limit_s (59.5): ",
+        ),
+        (
+            ("--env_gateway.remember_s=9",),
+            "--env_gateway.remember_s: env_gateway: env_gateway.remember_s (9.0) is less than env_gateway.step_limit_s",
+        ),
+    ],
+)
+def test_time_limits_that_contradict_each_other_are_refused(run: Path, flags: tuple[str, ...], message: str) -> None:
+    assert refused(run, *flags).startswith(message)
+
+
+def test_the_lease_of_a_session_follows_the_time_limit_of_its_group(run: Path) -> None:
+    assert loaded(run).session_lease_s == 600.0
+    assert loaded(run, "--tasks.time_limit_s=90").session_lease_s == 90.0
+    assert loaded(run, "--tasks.time_limit_s=90", "--env_gateway.lease_s=30").session_lease_s == 30.0
+
+
 def test_more_minibatches_than_groups_are_refused(run: Path) -> None:
     assert "learner.minibatches (33) is more than learner.groups_per_batch (32)" in refused(
         run, "--learner.minibatches=33"

@@ -64,7 +64,7 @@ def resumed(tmp_path: Path, before: str, *flags: str, environment: dict[str, str
         "--bus.outage_limit_s=60",
         "--bus.retention_hours=24",
         "--snapshot_store.endpoint=http://other:9000",
-        "--tasks.time_limit_s=9",
+        "--tasks.time_limit_s=90",
         "--learner.proximal.missing=drop",
         "--learner.versions=50",
         "--local.rollout_workers=2",
