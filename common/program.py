@@ -45,8 +45,8 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
                 failpoints.reach(f"{name}.start")
                 body(invocation, stop)
         except UserError as error:
-            # The supervisor reads this file, because a launcher in between (torchrun) hides the error text and the exit
-            # code. `processes` lets it recognize its own child: a replaced learner writes to the same file.
+            # The supervisor reads this file, because a launcher in between (torchrun) hides the error text.
+            # `processes` lets it recognize its own child: a replaced learner writes to the same file.
             process = {"rollout": config.rollout.worker, "learner.replica": config.replica.name}.get(name, name)
             processes = [os.getpid(), os.getppid()]
             report = json.dumps({"message": str(error), "code": int(error.code), "processes": processes})

@@ -1,7 +1,7 @@
 """HTTP server and stop handling of every service: health, readiness, metrics, status.
 
     GET /healthz     200 while the process runs
-    GET /readyz      200 when the service is ready, else 503 with the reason
+    GET /readyz      200 when the service could do its work now, even if it has none; else 503 with the reason
     GET /metrics     Prometheus metrics
     GET /v1/status   one JSON object: state of the service, `waiting_for`, and unreachable services (`outages`)
 
@@ -103,10 +103,17 @@ def application(
     registry: CollectorRegistry,
     ready: Callable[[], str | None],
     status: Callable[[], Status],
+    waiting_for: Callable[[], str | None] | None = None,
     outages: Outages = OUTAGES,
     **options: Any,
 ) -> FastAPI:
-    """Return a FastAPI app with the four common routes. `ready` returns None, or the reason if it is not ready."""
+    """Return a FastAPI app with the four common routes. Another thread calls the functions.
+
+    ready: returns None if the service could do its work now, else the reason.
+    waiting_for: returns what the service waits for, or None; without it, the result of `ready`. A service that waits
+        for work is ready: an orchestrator must not take it for broken.
+    """
+    current_wait = waiting_for or ready
     app = FastAPI(title=f"Palimpsest {service}", docs_url="/docs", redoc_url=None, **options)
 
     @app.get("/healthz")
@@ -124,7 +131,7 @@ def application(
 
     @app.get("/v1/status")
     async def current_status() -> Status:
-        return {"service": service, "waiting_for": ready(), "outages": outages.ongoing(), **status()}
+        return {"service": service, "waiting_for": current_wait(), "outages": outages.ongoing(), **status()}
 
     @app.exception_handler(HttpError)
     async def answer(_request: Request, error: HttpError) -> JSONResponse:

@@ -16,21 +16,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from palimpsest.common import run_folder
+from palimpsest.common.config.environment import variables
 from palimpsest.common.config.proximal import SnapshotProximal
 from palimpsest.common.config.recipes import apply_recipe, unknown
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
-
-ENV_PREFIX = "PALIMPSEST_"
-NOT_KEYS = (
-    "PALIMPSEST_CACHE",
-    "PALIMPSEST_ENGINE_",
-    "PALIMPSEST_FAULT",
-    "PALIMPSEST_GATEWAY_TOKEN",
-    "PALIMPSEST_KAFKA_",
-)
-"""Prefixes of environment variables that are not configuration keys: tools/backends, variables that a worker sets for
-its engine processes, common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
 
 Key = tuple[str, ...]
 RENAMED: dict[Key, Key] = {
@@ -91,7 +81,7 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
     problems = [f"{path}: {problem}" for problem in _rename(values)]
     problems += [
         problem
-        for key, value, origin in [*_variables(environment), *overrides]
+        for key, value, origin in [*variables(environment), *overrides]
         if (problem := _set(values, origins, RENAMED.get(key, key), value, origin))
     ]
     problems += _follow_recipe(values, origins, path)
@@ -106,15 +96,6 @@ def usage(program: str) -> str:
         f"  --check        print the resolved configuration and exit\n"
         f"  --learner.optimizer.lr=3e-6   any configuration key (docs/configuration.md lists them)"
     )
-
-
-def _variables(environment: Mapping[str, str]) -> list[tuple[Key, str, str]]:
-    """Return the keys that the environment sets. A section precedes its keys."""
-    return [
-        (tuple(part.lower() for part in name.removeprefix(ENV_PREFIX).split("__")), environment[name], name)
-        for name in sorted(environment)
-        if name.startswith(ENV_PREFIX) and not name.startswith(NOT_KEYS)
-    ]
 
 
 def _toml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:

@@ -1,6 +1,7 @@
 """python -m palimpsest.services.learner RUN.toml
 
-torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml     for several ranks
+Several ranks:
+python -m palimpsest.services.learner.torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml
 
 palimpsest dead-letters list RUN.toml     (see `palimpsest dead-letters --help`)
 """

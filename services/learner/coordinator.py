@@ -81,7 +81,16 @@ def run_coordinator(
         reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
     )
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, stop)
-    server.show(application("learner", registry=REGISTRY, ready=loop.waiting_for, status=loop.status))
+    seen = loop.status
+    server.show(
+        application(
+            "learner",
+            registry=REGISTRY,
+            ready=seen.not_ready,
+            status=seen.fields,
+            waiting_for=lambda: seen.waiting_for,
+        )
+    )
     try:
         loop.start()
         done = loop.run()
@@ -90,7 +99,7 @@ def run_coordinator(
     exact.close()
     ingest.close()
     bus.close()
-    logger().info("done" if done else "stopped", **loop.status()["trajectories"])
+    logger().info("done" if done else "stopped", **ingest.ledger.counts())
 
 
 def _task_settings(config: RunConfig) -> TaskSettings:

@@ -1,4 +1,4 @@
-"""The processes of the learner: a single one, or several under torchrun. The only file that imports torch.distributed.
+"""The processes of the learner: a single one, or several under torchrun.
 
 Every rank holds a full copy of the model and a share of each batch; gradients are summed. Only rank 0 uses the log.
 """

@@ -17,20 +17,21 @@ from typing import Any
 from palimpsest.common import failpoints
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
-from palimpsest.common.service import Status, Stop
+from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
-from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
+from palimpsest.services.learner.buffer.hopeless import refuse_hopeless
 from palimpsest.services.learner.buffer.ledger import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.loop_status import LoopStatus
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
@@ -49,8 +50,6 @@ POLL_S = 0.1
 CONFIRM_S = 2.0
 """Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
 is older than this, so the learner checks before it reads again."""
-HOPELESS_BUDGETS = 2
-"""The run ends if this many times the admitted number of trajectories were dropped and none arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ class Loop:
         self._phases = PhaseTimer()
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
-        self._waiting_for: str | None = "the start"
+        self.status = LoopStatus()
 
     def start(self) -> None:
         """Load the newest checkpoint, if there is one, and publish the version that workers start with."""
@@ -139,6 +138,8 @@ class Loop:
         self._version, self._digest = manifest.version, manifest.digest
         self._route.start()
         instruments.VERSION.set(self._version)
+        self.update_status()
+        self.status.ready = True
 
     def run(self) -> bool:
         """Train until all versions are done or a stop is requested. Return whether they are done. Raises Fenced."""
@@ -163,31 +164,33 @@ class Loop:
         self._publisher.finish(self._version)
         return True
 
-    def waiting_for(self) -> str | None:
-        """What the loop waits for; None during training."""
-        return self._waiting_for
-
-    def status(self) -> Status:
-        """For /v1/status."""
-        return {
-            "run": self._run,
-            "writer": self._writer.epoch,
-            "version": self._version,
-            "trained_versions": self._trained_versions,
-            "versions": self._config.versions,
-            "trajectories": self._ledger.counts(),
-            "waiting_trajectories": self._ledger.waiting(),
-            "complete_groups": self._ledger.complete(),
-            "oldest_group": self._ledger.oldest_open(),
-            "last": self._last_line,
-        }
+    def update_status(self) -> None:
+        """Report the present state to the HTTP thread and to Prometheus."""
+        age = self._ledger.oldest_live_age(now=time.monotonic())
+        instruments.OLDEST_LIVE.set(math.nan if age is None else age)
+        instruments.PENDING.set(self._ledger.pending())
+        instruments.WAITING.set(self._ledger.waiting())
+        self.status.update(
+            {
+                "run": self._run,
+                "writer": self._writer.epoch,
+                "version": self._version,
+                "trained_versions": self._trained_versions,
+                "versions": self._config.versions,
+                "trajectories": self._ledger.counts(),
+                "waiting_trajectories": self._ledger.waiting(),
+                "complete_groups": self._ledger.complete(),
+                "oldest_group": self._ledger.oldest_open(),
+                "last": self._last_line,
+            }
+        )
 
     def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
         """Return the next groups to train on, and their rows; None if a stop is requested."""
         needed = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
-            dropped_before = self._dropped()
+            dropped_before = sum(self._dropped().values())
             while not self._stop.requested:
                 self._confirm_periodically()
                 failpoints.reach("learner.before_reading")
@@ -196,28 +199,20 @@ class Loop:
                 self._drop_unusable()
                 self._tasks.offer(self._version, now=time.monotonic())
                 if (ready := self._ledger.peek_batch()) and (rows := self._attach_old_logprobs(ready)) is not None:
-                    self._waiting_for = None
+                    self.status.waiting_for = None
                     self._ledger.take_batch()  # after the wait, so that a stop during it changes nothing
                     return ready, rows
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
-                self._end_if_hopeless(self._dropped() - dropped_before)
-                self._waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
-                instruments.PENDING.set(self._ledger.pending())
-                age = self._ledger.oldest_live_age(now=time.monotonic())
-                instruments.OLDEST_LIVE.set(math.nan if age is None else age)
-                instruments.WAITING.set(self._ledger.waiting())
+                dropped = self._dropped()
+                refuse_hopeless(
+                    sum(dropped.values()) - dropped_before,
+                    admitted=(self._config.max_staleness + 1) * needed * self._samples,
+                    waiting=self._ledger.waiting(),
+                    reasons=dropped,
+                )
+                self.update_status()
+                self.status.waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
         return None
-
-    def _end_if_hopeless(self, dropped: int) -> None:
-        """Raise UserError if HOPELESS_BUDGETS times the admitted trajectories were dropped and none arrived."""
-        budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * self._samples
-        if dropped >= HOPELESS_BUDGETS * budget and not self._ledger.waiting():
-            reasons = self._ledger.counts()["dropped"]
-            raise UserError(
-                f"{dropped} trajectories in a row were dropped and none arrived: {reasons}. The workers' logs hold the "
-                f"reasons (usually the environment or its gateway). Fix the cause and continue with --resume",
-                ExitCode.UNAVAILABLE,
-            )
 
     def _drop_unusable(self) -> None:
         """Drop trajectories that are too late, too stale, or in too small a group."""
@@ -241,7 +236,7 @@ class Loop:
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop is requested first."""
         groups = [to_rows([arrived.record for arrived in group.items], self._config.advantages.kind) for group in batch]
-        self._waiting_for = "old log-probs of the batch"
+        self.status.waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
             self._version,
@@ -301,6 +296,7 @@ class Loop:
         )
         self._history.add(self._last_line)
         export_to_prometheus(self._last_line)
+        self.update_status()
 
     def _publish(self) -> None:
         failpoints.reach("learner.before_publishing")
@@ -343,7 +339,7 @@ class Loop:
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
-    def _dropped(self) -> int:
+    def _dropped(self) -> dict[str, int]:
         dropped = self._ledger.counts()["dropped"]
         assert isinstance(dropped, dict)
-        return sum(dropped.values())
+        return dropped

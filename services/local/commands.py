@@ -51,7 +51,12 @@ class Commands:
             alone.environment |= ALONE
             return alone
         scratch = run_folder.cache_folder(self.config.run.home, "torchrun")
-        launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--log-dir={scratch}")
+        launcher = (
+            "palimpsest.services.learner.torchrun",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            f"--log-dir={scratch}",
+        )
         return self._child(LEARNER, (*launcher, "-m", "palimpsest.services.learner"), scratch=scratch)
 
     def workers(self) -> dict[str, tuple[Child, str]]:

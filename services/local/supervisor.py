@@ -180,7 +180,7 @@ class Supervisor:
 def _refusal(home: Path, child: Child) -> tuple[str, int] | None:
     """Return message and exit code of a UserError in this process, or in one that it launched; None if there is none.
 
-    common/program.py writes them to a file, because torchrun replaces the exit code.
+    common/program.py writes them to a file, because a launcher of ranks has no error text.
     """
     try:
         refusal = json.loads(run_folder.refusal_file(home, child.name).read_text())

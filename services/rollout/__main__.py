@@ -71,7 +71,15 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 loop.call_soon_threadsafe(worker.stop)
 
             stop.on_request(leave)
-            server.show(application("rollout", registry=REGISTRY, ready=worker.waiting_for, status=worker.status))
+            server.show(
+                application(
+                    "rollout",
+                    registry=REGISTRY,
+                    ready=worker.not_ready,
+                    status=worker.status,
+                    waiting_for=worker.waiting_for,
+                )
+            )
             try:
                 with required("to start"):
                     await engine.start()

@@ -39,6 +39,7 @@ KEEP_S = 0.25
 ALIVE_S = 2.0
 DRAIN_S = 10.0
 """Time limit for trajectories in flight to finish after a stop request, in seconds."""
+NO_PARTITION = "a task partition: other workers hold all of them; raise bus.task_partitions or run fewer workers"
 
 
 @dataclass
@@ -78,6 +79,10 @@ class Worker:
     def waiting_for(self) -> str | None:
         """Return the noun phrase of what the worker waits for; None while it works."""
         return self._waiting_for
+
+    def not_ready(self) -> str | None:
+        """Return why the worker could take no task now; None if it could, also while there is no task."""
+        return self._waiting_for if self._counts.ready is None or self._stopping.is_set() else None
 
     def alive(self) -> WorkerAlive:
         """Return a heartbeat with the worker's counts."""
@@ -202,13 +207,18 @@ class Worker:
         self._waiting_for = "the first version"
         await self._weights.wait_first_version()
         self._counts.ready = self._counts.idle_since = time.monotonic()
+        wait = "tasks"
         while True:
             if not self._counts.live:
-                self._waiting_for = "tasks"
+                self._waiting_for = wait
             await self._slots.acquire()
             self._slots.release()
             for record in await tasks.poll(limit=1, timeout_s=POLL_S):
                 await self._start_group(record)
+            if (now := "tasks" if tasks.assignment() else NO_PARTITION) != wait:
+                wait = now
+                if wait == NO_PARTITION:
+                    logger().warning("no task partition", reason=NO_PARTITION)
 
     async def _commit_loop(self, tasks: AsyncConsumer) -> None:
         """Commit finished tasks, and poll so that the worker stays a member of the group while it takes no tasks."""

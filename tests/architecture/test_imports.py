@@ -83,7 +83,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
             "vllm",
             {f"services/rollout/engine/{name}.py" for name in ("vllm", "vllm_weight_transfer", "weight_update")},
         ),
-        ("torch.distributed", {"services/learner/distributed.py"}),
+        ("torch.distributed", {"services/learner/distributed.py", "services/learner/torchrun.py"}),
         ("uvicorn", {"common/service.py"}),
         ("zstandard", {"common/snapshots/codec.py", "palimpsest/rescore.py"}),
         (

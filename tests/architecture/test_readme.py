@@ -102,9 +102,10 @@ def test_a_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case ["uv", "pip", "install", *flags, wheel]:
             assert_can_be_installed(flags, wheel)
             return
-        case [".venv/bin/python", "-m", module, *arguments]:
+        case [".venv/bin/python", "-m", launcher, "--standalone", "-m", module, *arguments]:
+            assert_there_is_a_program(launcher)
             assert_there_is_a_program(module)
-        case [".venv/bin/torchrun", "--standalone", "-m", module, *arguments]:
+        case [".venv/bin/python", "-m", module, *arguments]:
             assert_there_is_a_program(module)
         case _:
             raise AssertionError("this test has no rule for the command; add one")

@@ -116,7 +116,7 @@ class RunProcess:
                 continue
             for name in ("rollout", "env_gateway", "snapshot_store", "learner.replica", "learner"):
                 if f"palimpsest.services.{name}" in line:
-                    launcher = "torch.distributed.run" in line
+                    launcher = "palimpsest.services.learner.torchrun" in line
                     found.setdefault("torchrun" if launcher else name, []).append(child)
         return found
 

@@ -55,7 +55,7 @@ class Services:
     def ranks(self, name: str, count: int, *, fault: str = "") -> Process:
         """Start a learner of several ranks under torchrun."""
         self.ports[name] = ports.free()
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
+        launcher = ("-m", "palimpsest.services.learner.torchrun", "--standalone", f"--nproc-per-node={count}")
         flags = (f"--learner.port={self.ports[name]}", KEEP_ALL)
         return self.start(name, "learner", *flags, fault=fault, launcher=launcher)
 

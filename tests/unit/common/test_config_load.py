@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.config import Invocation, load
+from palimpsest.common.user_error import UserError
 from tests.unit.common.config_files import NOTHING, RUN, loaded, refused
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +94,28 @@ def test_a_flag_may_choose_a_member_of_a_union(run: Path) -> None:
 
 def test_an_integer_is_a_number(run: Path) -> None:
     assert loaded(run, "--sampling.temperature=2").sampling.temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PALIMPSEST_STORE_SERVICE_HOST", "10.0.0.7"),
+        ("PALIMPSEST_STORE_SERVICE_PORT", "8200"),
+        ("PALIMPSEST_STORE_SERVICE_PORT_HTTP", "8200"),
+        ("PALIMPSEST_STORE_PORT", "tcp://10.0.0.7:8200"),
+        ("PALIMPSEST_STORE_PORT_8200_TCP", "tcp://10.0.0.7:8200"),
+        ("PALIMPSEST_STORE_PORT_8200_TCP_ADDR", "10.0.0.7"),
+        ("PALIMPSEST_LEARNER_PORT_53_UDP_PROTO", "udp"),
+    ],
+)
+def test_the_service_links_of_kubernetes_are_not_keys(run: Path, variable: str, value: str) -> None:
+    assert loaded(run, **{variable: value}) == loaded(run)
+
+
+def test_a_port_is_still_a_key_and_a_misspelled_variable_is_still_refused(run: Path) -> None:
+    assert loaded(run, PALIMPSEST_LEARNER__PORT="8123").learner.port == 8123
+    with pytest.raises(UserError, match="PALIMPSEST_LEARNER_VERSIONS"):
+        loaded(run, PALIMPSEST_LEARNER_VERSIONS="3")
 
 
 def test_flags_that_set_keys_are_kept_for_child_processes(run: Path) -> None:

@@ -78,6 +78,15 @@ async def test_a_working_service_answers_200() -> None:
     assert (reply.status_code, reply.json()) == (200, {"ready": True, "waiting_for": None})
 
 
+async def test_a_service_that_waits_for_work_is_ready() -> None:
+    app = application(
+        "thing", registry=CollectorRegistry(), ready=lambda: None, status=dict, waiting_for=lambda: "tasks"
+    )
+    async with asking(app) as client:
+        assert (await client.get("/readyz")).json() == {"ready": True, "waiting_for": None}
+        assert (await client.get("/v1/status")).json()["waiting_for"] == "tasks"
+
+
 async def test_the_status_has_the_service_its_wait_and_its_work() -> None:
     async with asking(an_app(Work())) as client:
         reply = await client.get("/v1/status")

@@ -33,6 +33,7 @@ from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_builder import Contradiction
+from palimpsest.services.rollout.worker import NO_PARTITION
 from tests.records.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
@@ -82,11 +83,20 @@ async def test_nothing_is_sampled_before_the_first_version(place: Place) -> None
     offer(place.bus, 0)
     async with working(place) as running:
         await running.until(lambda: Version(0) in running.weights.awaited)
-        assert running.worker.waiting_for() == "the first version"
+        assert running.worker.waiting_for() == running.worker.not_ready() == "the first version"
         assert running.engine.asked == []
         announce(place.bus, 0)
         await running.until(lambda: finished(place.bus) == ids(0))
         await running.until(lambda: running.worker.waiting_for() == "tasks")
+        assert running.worker.not_ready() is None
+
+
+async def test_a_second_worker_of_a_single_task_partition_reports_that_it_has_none(place: Place) -> None:
+    announce(place.bus, 0)
+    async with working(place, name="worker-0") as first:
+        await first.until(lambda: first.worker.waiting_for() == "tasks")
+        async with working(place, name="worker-1") as second:
+            await second.until(lambda: NO_PARTITION in {w.waiting_for() for w in (first.worker, second.worker)})
 
 
 async def test_unreadable_records_are_dead_lettered_and_work_continues(place: Place) -> None:
@@ -175,6 +185,7 @@ async def test_a_stopping_worker_begins_no_task(place: Place) -> None:
         await running.until(lambda: sorted(running.engine.asked) == ids(0))
         running.worker.stop()
         await running.until(lambda: running.worker.waiting_for() == "trajectories in flight, before it stops")
+        assert running.worker.not_ready() == "trajectories in flight, before it stops"
         offer(place.bus, 1, 2)
         announce(place.bus, 1)
         await running.until(lambda: running.weights.verified == 1)  # it still reads versions and reads no tasks

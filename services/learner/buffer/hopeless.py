@@ -1,0 +1,21 @@
+"""Ends a run whose trajectories are all dropped: another batch would not come."""
+
+from collections.abc import Mapping
+
+from palimpsest.common.user_error import ExitCode, UserError
+
+HOPELESS_BUDGETS = 2
+"""The run ends if this many times the admitted number of trajectories were dropped and none arrived."""
+
+
+def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mapping[str, int]) -> None:
+    """Raise UserError if no trajectory waits and too many were dropped.
+
+    dropped: number since the last batch. admitted: number that may be in flight. reasons: totals of the run.
+    """
+    if dropped >= HOPELESS_BUDGETS * admitted and not waiting:
+        raise UserError(
+            f"{dropped} trajectories in a row were dropped and none arrived: {dict(reasons)}. The workers' logs hold "
+            f"the reasons (usually the environment or its gateway). Fix the cause and continue with --resume",
+            ExitCode.UNAVAILABLE,
+        )

@@ -1,0 +1,51 @@
+"""torchrun with the exit code of its ranks, for several ranks of the learner.
+
+python -m palimpsest.services.learner.torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml
+
+The arguments are torchrun's. torchrun itself exits with 1 however a rank ended, so that a supervisor or a Kubernetes
+Job could not tell an error of the configuration (do not start again) from a crash (start again).
+"""
+
+import sys
+from collections.abc import Iterable
+
+from palimpsest.common.user_error import ExitCode
+
+FROM_SIGNAL = 128
+"""A shell reports a process that signal N ended as 128 + N."""
+OWN_CODES = frozenset(code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.CRASHED))
+
+
+def main(arguments: list[str]) -> int:
+    """Launch the ranks and wait for them. Returns the exit code."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = torchrun.parse_args(arguments)  # type: ignore[no-untyped-call]
+    try:
+        torchrun.run(options)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        sys.stderr.write(f"{error}\n")
+        return exit_code((failure.timestamp, failure.exitcode) for failure in error.failures.values())
+    except SignalException:  # the ranks received the signal too, and have stopped
+        return ExitCode.INTERRUPTED
+    return ExitCode.DONE
+
+
+def exit_code(failures: Iterable[tuple[int, int]]) -> int:
+    """Return the exit code of the rank that ended the others.
+
+    failures: of each failed rank, the time of its failure in seconds and its exit code, negative for a signal. The
+    first code that the learner documents counts, because a rank that loses its connection to another one crashes too.
+
+    >>> exit_code([(5, 1), (6, 4)]), exit_code([(5, -9), (6, 1)])
+    (4, 137)
+    """
+    codes = [code for _, code in sorted(failures)]
+    first = next((code for code in codes if code in OWN_CODES), codes[0])
+    return FROM_SIGNAL - first if first < 0 else first
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

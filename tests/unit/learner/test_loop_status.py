@@ -1,0 +1,30 @@
+"""The status of the learner's loop, which the HTTP thread reads."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.service import Stop
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.loop import Loop
+
+
+def test_a_status_does_not_change_while_the_ledger_does() -> None:
+    """The HTTP thread would otherwise iterate over collections that the loop changes, and fail now and then."""
+    config = RunConfig.model_validate(
+        {"model": {"path": "m"}, "tasks": {"environments": {"lookup": 1.0}}, "learner": {"versions": 3}}
+    )
+    ledger: TrajectoryLedger[str] = TrajectoryLedger(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
+    unused: Any = SimpleNamespace()
+    parts = SimpleNamespace(trainer=None, policy=None, state=None, ranks=None)
+    ingest = SimpleNamespace(ledger=ledger, reader=None, tasks=None)
+    outputs = SimpleNamespace(writer=SimpleNamespace(epoch=1), publisher=None, checkpoints=None)
+    loop = Loop(config, parts, ingest, unused, outputs, unused, Stop())  # type: ignore[arg-type]
+    assert loop.status.not_ready() == "the start"
+    loop.update_status()
+    before = loop.status.fields()
+    ledger.offer(now=0.0)
+    assert loop.status.fields() is before
+    assert before["trajectories"]["offered"] == 0
+    loop.update_status()
+    assert loop.status.fields()["trajectories"]["offered"] == 2
