@@ -171,7 +171,9 @@ class Learner:
         self._reader.read_all(self._version, timeout_s=POLL_S)
         self._drop_unusable()
         self._ingest.tasks.offer(self._version, now=time.monotonic())
-        while batch := self._ledger.take_batch():
+        while batch := self._ledger.take_batch(self._version):
+            for arrived in [arrived for group in batch for arrived in group.stale]:
+                self._reader.resolve(arrived)
             for arrived in [arrived for group in batch for arrived in group.items]:
                 self._reader.resolve(arrived)
                 self._trained += 1
@@ -182,11 +184,7 @@ class Learner:
     def _drop_unusable(self) -> None:
         now = time.monotonic()
         self._ledger.expire(now=now)
-        oldest = {
-            name: self._version if arrived.oldest is None else arrived.oldest
-            for name, arrived in self._reader.arrived.items()
-        }
-        for arrived in [*self._ledger.drop_stale(self._version, oldest), *self._ledger.drop_small()]:
+        for arrived in [*self._ledger.drop_stale(self._version), *self._ledger.drop_small()]:
             self._reader.resolve(arrived)
 
     def _mark(self) -> Mark:

@@ -65,7 +65,8 @@ class DropReason(StrEnum):
     ENGINE_FAILED = "engine_failed"
     """The engine refused or lost a request in every attempt. (An engine that dies drops no trajectory.)"""
     OVER_STALENESS = "over_staleness"
-    """Its staleness exceeded max_staleness when the learner could train on it (a second check after admission)."""
+    """Each of its tokens exceeded max_staleness when the learner could train on its group. Its reward still counts in
+    the baseline of the group."""
     DEADLINE = "deadline"
     """It did not arrive within the time limit of its group."""
     GROUP_TOO_SMALL = "group_too_small"

@@ -1,7 +1,7 @@
 """The `learner` section. docs/configuration.md is generated from the docstrings under the keys."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,11 @@ class LearnerConfig(Service):
     minibatches: Positive = 1
     """Optimizer steps for each version. The groups of the batch are divided among them."""
     max_staleness: Annotated[int, Field(ge=0)] = 4
-    """Maximum staleness of a trained token, in versions. Admission enforces it before sampling."""
+    """Maximum staleness of a trained token, in versions. Admission keeps within it what a version can train on; the
+    older tokens of a long trajectory are masked and counted (docs/algorithms/admission.md)."""
+    max_overtaking: Annotated[int, Field(ge=0)] | Literal["unlimited"] = "unlimited"
+    """Younger groups that may be trained on before a group that is not complete. Then the batch waits for that group. A
+    lower number keeps more of the oldest tokens and lowers the throughput (docs/algorithms/admission.md)."""
     micro_batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass, padding included."""
     logprob_chunk_tokens: Positive = LOGPROB_CHUNK_TOKENS

@@ -86,6 +86,8 @@ class LoggedRecord:
     newest: int | None = None
     sound: bool = True
     """Whether the record is valid for a learner."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Version -> number of tokens that it sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,9 @@ class Line:
     """Lowest and highest staleness of its tokens, in versions."""
     counts: Mapping[str, int]
     """The ledger's counts after the version: offered, trained, dropped, dead_lettered, pending."""
+    too_old: int | None = None
+    """Number of tokens of the batch that were masked because they exceeded the staleness bound. None: a line of an
+    older release."""
 
 
 @dataclass(frozen=True, slots=True)

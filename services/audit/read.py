@@ -28,6 +28,7 @@ from palimpsest.common.messages import (
     TRAJECTORIES,
     WORKERS,
     DeadLetter,
+    DropReason,
     RunFinished,
     SegmentFlushed,
     TrajectoryFinished,
@@ -69,6 +70,7 @@ class _Line(Struct):
     by_staleness: dict[str, Any]
     staleness_max: int | None
     trajectories: dict[str, Any]
+    masked_tokens: dict[str, int] = {}
 
 
 @dataclass
@@ -178,6 +180,7 @@ def _parse_line(text: bytes) -> Line:
             **{name: int(counts[name]) for name in ("offered", "trained", "dead_lettered", "pending")},
             "dropped": sum(counts["dropped"].values()),
         },
+        too_old=line.masked_tokens.get(DropReason.OVER_STALENESS.value),
     )
 
 
@@ -246,12 +249,15 @@ def _logged_record(record: Record, message: Any) -> LoggedRecord:
         check_finished(message, ANY_VERSION, vocabulary=ANY_VOCABULARY)
     except MalformedTrajectory:
         return LoggedRecord(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
-    versions = [segment.version for segment in message.segments]
+    tokens = Counter[int]()
+    for segment in message.segments:
+        tokens[segment.version] += len(segment)
     return LoggedRecord(
         record.partition,
         record.offset,
         message.trajectory,
         FINISHED,
-        oldest=min(versions, default=None),
-        newest=max(versions, default=None),
+        oldest=min(tokens, default=None),
+        newest=max(tokens, default=None),
+        tokens=tokens,
     )

@@ -65,6 +65,7 @@ def judge_training(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
             )
     for line in (*evidence.lines, *evidence.tail):
         yield from _check_sources(line, counted, evidence)
+        yield from _check_masked(line, counted, evidence.max_staleness)
 
 
 def _ended_otherwise(counted: Recount) -> frozenset[str]:
@@ -132,7 +133,7 @@ def _check_tail(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _check_sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator[Finding]:
-    """Yield a finding if a trajectory of this line has no usable record on the log, or only one that is too stale."""
+    """Yield a finding if a trajectory of this line has no usable record on the log, or only one outside the bound."""
     for name in line.trained:
         records = [record for record in counted.heard.get(name, ()) if record.how == FINISHED and record.sound]
         if not records and not evidence.log.cut(TRAJECTORIES):
@@ -152,10 +153,24 @@ def _check_sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator
             return
 
 
+def _check_masked(line: Line, counted: Recount, max_staleness: int) -> Iterator[Finding]:
+    """Yield a finding if the line masked another number of too old tokens than the records of its batch have."""
+    sound = [[r for r in counted.heard.get(name, ()) if r.how == FINISHED and r.sound] for name in line.trained]
+    if line.too_old is None or any(len(records) != 1 for records in sound):
+        return  # not counted, or the log does not show which record was trained on
+    lowest = line.version - max_staleness
+    too_old = sum(tokens for (record,) in sound for version, tokens in record.tokens.items() if version < lowest)
+    if too_old != line.too_old:
+        yield Finding(
+            Kind.RECOUNT,
+            f"history.jsonl, the line of version {line.version}: {line.too_old} tokens were masked as older than "
+            f"{max_staleness} versions, but the records of its batch have {too_old} such tokens: restore the file",
+        )
+
+
 def _is_within_bound(record: LoggedRecord, now: int, max_staleness: int) -> bool:
-    if record.oldest is None or record.newest is None:
-        return True
-    return record.newest <= now and now - record.oldest <= max_staleness
+    """Whether a token is inside the bound, and no token is of a later version. Older tokens are masked."""
+    return record.newest is None or now - max_staleness <= record.newest <= now
 
 
 def _join_numbers(numbers: Sequence[int]) -> str:

@@ -46,6 +46,7 @@ def run_coordinator(
         groups_per_batch=learner.groups_per_batch,
         max_staleness=learner.max_staleness,
         time_limit_s=tasks.time_limit_s,
+        max_overtaking=None if learner.max_overtaking == "unlimited" else learner.max_overtaking,
     )
     ingest = build_ingest(
         bus,

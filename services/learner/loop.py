@@ -17,6 +17,7 @@ from typing import Any
 from palimpsest.common import failpoints
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
+from palimpsest.common.messages import DropReason
 from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
@@ -24,12 +25,12 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
-from palimpsest.services.learner.buffer.hopeless import refuse_hopeless
-from palimpsest.services.learner.buffer.ledger import ReadyGroup
+from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
 from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.drops import Drops
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.loop_status import LoopStatus
 from palimpsest.services.learner.model.trainable import TrainablePolicy
@@ -96,7 +97,8 @@ class Loop:
         stop: Stop,
     ) -> None:
         self._run, self._config, self._seed = config.run.id, config.learner, config.run.seed
-        self._samples = config.tasks.samples_per_group
+        budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * config.tasks.samples_per_group
+        self._drops = Drops(ingest, budget=budget)
         self._trainer, self._policy = training.trainer, training.policy
         self._state, self._ranks = training.state, training.ranks
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
@@ -190,52 +192,38 @@ class Loop:
         needed = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
-            dropped_before = sum(self._dropped().values())
+            dropped_before = self._drops.count()
             while not self._stop.requested:
                 self._confirm_periodically()
                 failpoints.reach("learner.before_reading")
                 # read everything before choosing, so that the oldest groups are trained on first
                 self._reader.read_all(self._version, timeout_s=timeout_s)
-                self._drop_unusable()
+                self._drops.drop_unusable(self._version, now=time.monotonic())
                 self._tasks.offer(self._version, now=time.monotonic())
-                if (ready := self._ledger.peek_batch()) and (rows := self._attach_old_logprobs(ready)) is not None:
+                if (ready := self._ledger.peek_batch(self._version)) and (
+                    rows := self._attach_old_logprobs(ready)
+                ) is not None:
                     self.status.waiting_for = None
-                    self._ledger.take_batch()  # after the wait, so that a stop during it changes nothing
+                    self._ledger.take_batch(self._version)  # after the wait, so that a stop during it changes nothing
                     return ready, rows
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
-                dropped = self._dropped()
-                refuse_hopeless(
-                    sum(dropped.values()) - dropped_before,
-                    admitted=(self._config.max_staleness + 1) * needed * self._samples,
-                    waiting=self._ledger.waiting(),
-                    reasons=dropped,
-                )
+                self._drops.end_if_hopeless(dropped_before)
                 self.update_status()
                 self.status.waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
         return None
 
-    def _drop_unusable(self) -> None:
-        """Drop trajectories that are too late, too stale, or in too small a group."""
-        for trajectory in self._ledger.expire(now=time.monotonic()):
-            logger().warning("dropped", trajectory=trajectory, reason="deadline")
-            self._reader.forget(trajectory)
-            instruments.DROPPED.labels("deadline").inc()
-        oldest = {
-            name: self._version if arrived.oldest is None else arrived.oldest
-            for name, arrived in self._reader.arrived.items()
-        }
-        for reason, dropped in (
-            ("over_staleness", self._ledger.drop_stale(self._version, oldest)),
-            ("group_too_small", self._ledger.drop_small()),
-        ):
-            for arrived in dropped:
-                instruments.DROPPED.labels(reason).inc()
-                logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason, oldest=arrived.oldest)
-                self._reader.resolve(arrived)
-
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop is requested first."""
-        groups = [to_rows([arrived.record for arrived in group.items], self._config.advantages.kind) for group in batch]
+        lowest = self._version - self._config.max_staleness
+        groups = [
+            to_rows(
+                [arrived.record for arrived in group.items],
+                self._config.advantages.kind,
+                lowest=lowest,
+                baseline=[arrived.record for arrived in group.stale],
+            )
+            for group in batch
+        ]
         self.status.waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
@@ -269,9 +257,11 @@ class Loop:
         for group in batch:
             for arrived in group.items:
                 self._reader.resolve(arrived)
+            self._drops.resolve(DropReason.OVER_STALENESS, group.stale)
         self._version, self._trained_versions = Version(now + 1), self._trained_versions + 1
         records = [arrived.record for group in batch for arrived in group.items]
-        self._report(Batch(now, self._version, records, rows), trained)
+        stale = [arrived.record for group in batch for arrived in group.stale]
+        self._report(Batch(now, self._version, records, rows, stale, now - self._config.max_staleness), trained)
         if self._trained_versions % self._config.checkpoint.every == 0:
             with self._phases.of("checkpoint"):
                 self._checkpoint()
@@ -338,8 +328,3 @@ class Loop:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
-
-    def _dropped(self) -> dict[str, int]:
-        dropped = self._ledger.counts()["dropped"]
-        assert isinstance(dropped, dict)
-        return dropped

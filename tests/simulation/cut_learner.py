@@ -98,11 +98,12 @@ class Learner:
             self._confirm()
             self._reader.read_all(self._version, timeout_s=0.0)
             self._ledger.expire(now=self._now())
-            oldest = {name: arrived.oldest or Version(0) for name, arrived in self._reader.arrived.items()}
-            for arrived in (*self._ledger.drop_stale(self._version, oldest), *self._ledger.drop_small()):
+            for arrived in (*self._ledger.drop_stale(self._version), *self._ledger.drop_small()):
                 self._reader.resolve(arrived)
             self._tasks.offer(self._version, now=self._now())
-            if batch := self._ledger.take_batch():
+            if batch := self._ledger.take_batch(self._version):
+                for arrived in [arrived for group in batch for arrived in group.stale]:
+                    self._reader.resolve(arrived)
                 return [arrived for group in batch for arrived in group.items]
             if not self._interruption.work(self._version, str(self._version)):
                 self._reader.read_all(self._version, timeout_s=2.0)

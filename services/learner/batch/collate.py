@@ -3,25 +3,40 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.common.trajectory import behavior_logprobs, token_versions
-from palimpsest.common.versions import Version
+from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.advantages import group_advantages
 from palimpsest.services.learner.batch.batching import Row
 
 
-def to_rows(records: Sequence[TrajectoryFinished], advantages: str) -> list[Row]:
-    """Return the rows of one group, with advantages. advantages: the value of learner.advantages.kind."""
+def to_rows(
+    records: Sequence[TrajectoryFinished],
+    advantages: str,
+    *,
+    lowest: int,
+    baseline: Sequence[TrajectoryFinished] = (),
+) -> list[Row]:
+    """Return the rows of one group, with advantages. advantages: the value of learner.advantages.kind.
+
+    lowest: tokens of lower versions exceed the staleness bound and are untrainable. baseline: more trajectories of the
+    group; only their rewards count.
+    """
     rows = []
-    for record, advantage in zip(records, group_advantages(advantages, [r.reward for r in records]), strict=True):
+    rewards = [record.reward for record in (*records, *baseline)]
+    for record, advantage in zip(records, group_advantages(advantages, rewards), strict=False):
         tokens = unpack_int32(record.tokens)
+        versions = token_versions(record.segments, len(tokens))
+        stale = versions < lowest
         rows.append(
             Row(
                 trajectory=record.trajectory,
                 tokens=tokens,
-                versions=token_versions(record.segments, len(tokens)),
-                behavior=behavior_logprobs(record.segments, len(tokens)),
+                versions=np.where(stale, np.int32(UNTRAINABLE), versions),
+                behavior=np.where(stale, np.float32(0), behavior_logprobs(record.segments, len(tokens))),
                 temperature=record.temperature,
                 advantage=advantage,
                 reward=record.reward,

@@ -2,24 +2,22 @@
 
 Invariant:  offered = trained + dropped + dead-lettered + pending, and no id in two of them.
 
-Admission keeps staleness inside its bound before sampling (docs/paper.md, "staleness bound"): with B groups for each
-version, at most (max_staleness + 1) * B groups are unresolved. Batches take the oldest complete groups first, so that
-a group offered under version v is trained on at version v + max_staleness at the latest. A group that completes
-later than younger groups can exceed this bound. Trajectories that exceed it are dropped and counted.
+With B groups for each version, at most (max_staleness + 1) * B groups are unresolved. A batch has the B oldest complete
+groups, so a complete group is trained on at most max_staleness versions later, and its newest token is inside the bound
+(docs/algorithms/admission.md has the proof). With `max_overtaking`, a batch also waits for an incomplete group that so
+many younger groups have overtaken. A trajectory is dropped as too stale only if none of its tokens is inside the bound
+when its group is trained on. Its reward still counts in the baseline of its siblings.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic
 
 from msgspec import Struct
 
 from palimpsest.common.messages import DropReason, group_id, trajectory_id
 from palimpsest.common.versions import Version
-
-T = TypeVar("T")
+from palimpsest.services.learner.buffer.groups import Finished, Group, ReadyGroup, T, parse_id
 
 DEAD_LETTERED = "dead_lettered"
 TRAINED = "trained"
@@ -49,23 +47,6 @@ class LedgerState(Struct, frozen=True, forbid_unknown_fields=True):
     offered: int
 
 
-@dataclass
-class _Group(Generic[T]):
-    index: int
-    samples: int
-    offered_at: float
-    arrived: dict[int, T] = field(default_factory=dict)
-    ended: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def pending(self) -> int:
-        return self.samples - len(self.ended)
-
-    @property
-    def awaited(self) -> list[int]:
-        return [s for s in range(self.samples) if s not in self.arrived and s not in self.ended]
-
-
 class TrajectoryLedger(Generic[T]):
     """Holds arrived trajectories (of any type T) until they are trained on.
 
@@ -76,7 +57,7 @@ class TrajectoryLedger(Generic[T]):
     0
     >>> ledger.arrive("g000000", "g000000/0", "first"), ledger.arrive("g000000", "g000000/1", "second")
     (<ArrivalStatus.NEW: 'new'>, <ArrivalStatus.NEW: 'new'>)
-    >>> [ready.items for ready in ledger.take_batch() or []]
+    >>> [ready.items for ready in ledger.take_batch(Version(0)) or []]
     [['first', 'second']]
     >>> ledger.counts()
     {'offered': 4, 'trained': 2, 'dropped': {}, 'dead_lettered': 0, 'pending': 2}
@@ -84,10 +65,21 @@ class TrajectoryLedger(Generic[T]):
     1
     """
 
-    def __init__(self, *, samples: int, groups_per_batch: int, max_staleness: int, time_limit_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        samples: int,
+        groups_per_batch: int,
+        max_staleness: int,
+        time_limit_s: float,
+        max_overtaking: int | None = None,
+    ) -> None:
+        """max_overtaking: younger groups that may resolve before a group until the batch waits for it. None: any
+        number."""
         self._samples, self._batch = samples, groups_per_batch
         self._max_staleness, self._time_limit_s = max_staleness, time_limit_s
-        self._open: dict[str, _Group[T]] = {}
+        self._max_overtaking = max_overtaking
+        self._open: dict[str, Group[T]] = {}
         self._next_index = 0
         self._offered = self._trained = self._dead_lettered = 0
         self._dropped: dict[str, int] = {}
@@ -104,7 +96,7 @@ class TrajectoryLedger(Generic[T]):
     def offer(self, *, now: float, samples: int | None = None) -> str:
         """Enter the next group. Return its id. now: seconds, of the clock that `expire` uses."""
         group = group_id(self._next_index)
-        self._open[group] = _Group(self._next_index, samples or self._samples, now)
+        self._open[group] = Group(self._next_index, samples or self._samples, now)
         self._offered += samples or self._samples
         self._next_index += 1
         return group
@@ -113,12 +105,12 @@ class TrajectoryLedger(Generic[T]):
         """Return the status that a record of this trajectory would have now. Changes nothing."""
         return self._find(group, trajectory).status
 
-    def arrive(self, group: str, trajectory: str, item: T) -> ArrivalStatus:
-        """Enter a finished trajectory."""
+    def arrive(self, group: str, trajectory: str, item: T, *, newest: Version | None = None) -> ArrivalStatus:
+        """Enter a finished trajectory. newest: version of its newest token; None if no token was sampled."""
         entry = self._find(group, trajectory)
         if entry.group is not None:
             self._recover(entry.group, entry.sample, entry.status)
-            entry.group.arrived[entry.sample] = item
+            entry.group.arrived[entry.sample] = Finished(item, newest)
         return entry.status
 
     def drop(self, group: str, trajectory: str, reason: DropReason) -> ArrivalStatus:
@@ -148,16 +140,14 @@ class TrajectoryLedger(Generic[T]):
                     late.append(trajectory_id(name, sample))
         return late
 
-    def drop_stale(self, now: Version, oldest: Mapping[str, Version]) -> list[T]:
-        """Drop arrived trajectories whose oldest token exceeds the staleness bound. Return the items."""
-        stale = []
-        for name, group in list(self._open.items()):
-            for sample, item in list(group.arrived.items()):
-                if now - oldest[trajectory_id(name, sample)] > self._max_staleness:
-                    stale.append(item)
-                    del group.arrived[sample]
-                    self._end(group, sample, DropReason.OVER_STALENESS.value)
-        return stale
+    def drop_stale(self, now: Version) -> list[T]:
+        """Drop the arrived trajectories of complete groups in which no token is inside the bound. Return the items."""
+        lowest, dropped = now - self._max_staleness, list[T]()
+        for group in list(self._open.values()):
+            if not group.awaited and not (ready := group.ready(lowest)).items:
+                dropped += ready.stale
+                self._end_arrived(group, lowest)
+        return dropped
 
     def complete(self) -> int:
         """Number of groups in which no trajectory is awaited."""
@@ -168,28 +158,34 @@ class TrajectoryLedger(Generic[T]):
         dropped: list[T] = []
         for group in list(self._open.values()):
             if not group.awaited and len(group.arrived) < 2:
-                for sample, item in list(group.arrived.items()):
-                    dropped.append(item)
+                for sample, arrived in list(group.arrived.items()):
+                    dropped.append(arrived.item)
                     del group.arrived[sample]
                     self._end(group, sample, DropReason.GROUP_TOO_SMALL.value)
         return dropped
 
-    def peek_batch(self) -> "list[ReadyGroup[T]] | None":
-        """Return the oldest complete groups, enough for a batch; None if there are too few. Changes nothing."""
-        ready = sorted((g for g in self._open.values() if not g.awaited), key=lambda g: g.index)[: self._batch]
-        if len(ready) < self._batch:
-            return None
-        return [ReadyGroup(group_id(g.index), [g.arrived[sample] for sample in sorted(g.arrived)]) for g in ready]
+    def peek_batch(self, now: Version) -> list[ReadyGroup[T]] | None:
+        """Return the oldest complete groups, enough for a batch; None if the batch must wait. Changes nothing.
 
-    def take_batch(self) -> "list[ReadyGroup[T]] | None":
-        """Return the groups of `peek_batch` and count them as trained."""
-        batch = self.peek_batch()
+        now: the version to train at. The batch waits for more complete groups, or for a group that younger groups may
+        not overtake.
+        """
+        ready = [group for group in self._open.values() if not group.awaited][: self._batch]
+        if len(ready) < self._batch or self._waits_for_older(ready):
+            return None
+        return [group.ready(now - self._max_staleness) for group in ready]
+
+    def take_batch(self, now: Version) -> list[ReadyGroup[T]] | None:
+        """Return the groups of `peek_batch`. Count `items` as trained, and `stale` as dropped."""
+        batch = self.peek_batch(now)
         for ready in batch or []:
-            group = self._open[ready.group]
-            for sample in list(group.arrived):
-                del group.arrived[sample]
-                self._end(group, sample, TRAINED)
+            self._end_arrived(self._open[ready.group], now - self._max_staleness)
         return batch
+
+    def overtaken(self, group: str) -> int:
+        """Number of younger groups that resolved before this open group."""
+        index = self._open[group].index
+        return self._next_index - 1 - index - sum(other.index > index for other in self._open.values())
 
     def counts(self) -> dict[str, int | dict[str, int]]:
         """Numbers of trajectories by state."""
@@ -207,7 +203,7 @@ class TrajectoryLedger(Generic[T]):
 
     def is_pending(self, trajectory: str) -> bool:
         """Whether the trajectory is awaited or waits to be trained on."""
-        name, sample = _parse(trajectory)
+        name, sample = parse_id(trajectory)
         group = self._open.get(name)
         return group is not None and 0 <= sample < group.samples and sample not in group.ended
 
@@ -242,14 +238,14 @@ class TrajectoryLedger(Generic[T]):
         """Continue from a checkpoint. The time limits of open groups start again."""
         self._next_index = state.next_index
         self._open = {
-            name: _Group(int(name[1:]), self._samples, now, ended=dict(ended))
+            name: Group(int(name[1:]), self._samples, now, ended=dict(ended))
             for name, ended in state.open_groups.items()
         }
         self._trained, self._dropped = state.trained, dict(state.dropped)
         self._dead_lettered, self._offered = state.dead_lettered, state.offered
 
     def _find(self, group: str, trajectory: str) -> "_Entry[T]":
-        name, sample = _parse(trajectory)
+        name, sample = parse_id(trajectory)
         if name != group or sample < 0:
             return _Entry(ArrivalStatus.UNKNOWN)
         if (entry := self._open.get(name)) is None:
@@ -263,13 +259,27 @@ class TrajectoryLedger(Generic[T]):
             return _Entry(ArrivalStatus.DUPLICATE)
         return _Entry(ArrivalStatus.NEW, entry, sample)
 
-    def _recover(self, group: _Group[T], sample: int, status: ArrivalStatus) -> None:
+    def _waits_for_older(self, batch: list[Group[T]]) -> bool:
+        """Whether the batch would overtake the oldest incomplete group too often. Younger groups are overtaken less."""
+        oldest = next((group for group in self._open.values() if group.awaited), None)
+        if oldest is None or self._max_overtaking is None:
+            return False
+        younger = sum(group.index > oldest.index for group in batch)
+        return younger > 0 and self.overtaken(group_id(oldest.index)) + younger > self._max_overtaking
+
+    def _end_arrived(self, group: Group[T], lowest: int) -> None:
+        """End the arrived trajectories: dropped where all tokens are older than `lowest`, else trained."""
+        for sample, arrived in list(group.arrived.items()):
+            del group.arrived[sample]
+            self._end(group, sample, DropReason.OVER_STALENESS.value if arrived.is_stale(lowest) else TRAINED)
+
+    def _recover(self, group: Group[T], sample: int, status: ArrivalStatus) -> None:
         """If the trajectory ended as a dead letter, undo that."""
         if status is ArrivalStatus.RECOVERED:
             del group.ended[sample]
             self._dead_lettered -= 1
 
-    def _end(self, group: _Group[T], sample: int, end: str) -> None:
+    def _end(self, group: Group[T], sample: int, end: str) -> None:
         group.ended[sample] = end
         if end == TRAINED:
             self._trained += 1
@@ -286,25 +296,5 @@ class _Entry(Generic[T]):
     """The ledger's entry for a trajectory. `group` is set if a record of the trajectory would be used."""
 
     status: ArrivalStatus
-    group: _Group[T] | None = None
+    group: Group[T] | None = None
     sample: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyGroup(Generic[T]):
-    """The trajectories of a complete group."""
-
-    group: str
-    items: list[T]
-
-
-_ID = re.compile(r"g([0-9]{1,18})/([0-9]{1,18})")
-"""Ids of a run are shorter. The limit is needed because int() raises on thousands of digits in a malformed record."""
-
-
-def _parse(trajectory: str) -> tuple[str, int]:
-    """Group and sample of a trajectory id; ("", -1) unless it is written as `trajectory_id` writes it."""
-    if (match := _ID.fullmatch(trajectory)) is None:
-        return "", -1
-    group, sample = group_id(int(match[1])), int(match[2])
-    return (group, sample) if trajectory == trajectory_id(group, sample) else ("", -1)

@@ -37,9 +37,9 @@ class ReceivedTrajectory:
     offset: int
 
     @property
-    def oldest(self) -> Version | None:
-        """Lowest version among its tokens; None if no token was sampled."""
-        return min((segment.version for segment in self.record.segments), default=None)
+    def newest(self) -> Version | None:
+        """Highest version among its tokens; None if no token was sampled."""
+        return max((segment.version for segment in self.record.segments), default=None)
 
 
 class TrajectoryReader:
@@ -170,7 +170,7 @@ class TrajectoryReader:
                 status = self._ledger.drop(message.group, message.trajectory, message.reason)
             case TrajectoryFinished():
                 arrived = ReceivedTrajectory(message, record.partition, record.offset)
-                status = self._ledger.arrive(message.group, message.trajectory, arrived)
+                status = self._ledger.arrive(message.group, message.trajectory, arrived, newest=arrived.newest)
         if status is ArrivalStatus.UNKNOWN:
             raise RejectedRecord(
                 RejectCause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run"

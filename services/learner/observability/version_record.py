@@ -49,6 +49,25 @@ class Batch:
     """The version that the training produced."""
     records: list[TrajectoryFinished]
     groups: Sequence[Sequence[Row]]
+    stale: Sequence[TrajectoryFinished] = ()
+    """Trajectories of the same groups without a token inside the staleness bound: only their rewards count."""
+    lowest: int = 0
+    """Lowest version inside the staleness bound. Tokens of lower versions are untrainable in their row."""
+
+    def rewards(self) -> list[list[float]]:
+        """Rewards of each group, in the order of the groups' first trajectories."""
+        by_group: dict[str, list[float]] = {}
+        for record in (*self.records, *self.stale):
+            by_group.setdefault(record.group, []).append(record.reward)
+        return list(by_group.values())
+
+    def over_staleness(self) -> int:
+        """Number of tokens of the trained trajectories that exceed the staleness bound."""
+        return sum(len(s) for record in self.records for s in record.segments if s.version < self.lowest)
+
+    def versions(self, record: TrajectoryFinished) -> list[Version]:
+        """Version of each segment inside the staleness bound."""
+        return [segment.version for segment in record.segments if segment.version >= self.lowest]
 
 
 def version_record(
@@ -71,7 +90,6 @@ def version_record(
     """
     flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
-    spreads = [[row.reward for row in group] for group in batch.groups]
     line = {
         "version": batch.version,
         "published": batch.published,
@@ -82,10 +100,11 @@ def version_record(
         "batch": len(records),
         "groups": _samples(records),
         "tokens": len(tokens.staleness),
+        "masked_tokens": {"over_staleness": batch.over_staleness()},
         "length": sum(len(r.tokens) // 4 for r in records) / len(records),
         "reward": sum(r.reward for r in records) / len(records),
         "successes": "".join("1" if r.success else "0" for r in records),
-        "even_groups": sum(max(rewards) == min(rewards) for rewards in spreads),
+        "even_groups": sum(max(rewards) == min(rewards) for rewards in batch.rewards()),
         "multi_version": sum(len({s.version for s in r.segments}) > 1 for r in records),
         "cuts": sum(len(cuts(r.segments)) for r in records),
         "exact": trained.exact,
@@ -151,15 +170,15 @@ def of_tokens(flat: TokenTable, bounds: RunThresholds | None) -> dict[str, Any]:
 
 
 def of_versions(batch: Batch) -> dict[str, Any]:
-    """Return the fields about the versions that sampled the batch.
+    """Return the fields about the versions that sampled the trained tokens of the batch.
 
     `per_trajectory_*`: number of versions in a trajectory. `group_span_*`: newest minus oldest version of a group.
     `oldest`: staleness of the oldest token -> number of trajectories. `length`: the same -> mean number of tokens.
     """
-    sampled = [[segment.version for segment in record.segments] for record in batch.records if record.segments]
+    sampled = [versions for record in batch.records if (versions := batch.versions(record))]
     groups: dict[str, list[Version]] = {}
     for record in batch.records:
-        groups.setdefault(record.group, []).extend(segment.version for segment in record.segments)
+        groups.setdefault(record.group, []).extend(batch.versions(record))
     counts = [len(set(versions)) for versions in sampled]
     spans = [max(versions) - min(versions) for versions in groups.values() if versions]
     oldest: dict[str, int] = {}
@@ -167,9 +186,8 @@ def of_versions(batch: Batch) -> dict[str, Any]:
         oldest[str(age)] = oldest.get(str(age), 0) + 1
     lengths: dict[str, list[int]] = {age: [] for age in oldest}
     for record in batch.records:
-        if record.segments:
-            age = batch.version - min(segment.version for segment in record.segments)
-            lengths[str(age)].append(len(record.tokens) // 4)  # int32
+        if versions := batch.versions(record):
+            lengths[str(batch.version - min(versions))].append(len(record.tokens) // 4)  # int32
     return {
         "per_trajectory_mean": sum(counts) / len(counts) if counts else None,
         "per_trajectory_max": max(counts, default=None),

@@ -1,6 +1,7 @@
 """A simulated run on the real ledger and offset tracker, with every harmless event, and its evidence."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES, DropReason, group_id, trajectory_id
@@ -105,7 +106,7 @@ class Simulated:
 
     def _arrive(self, name: str, oldest: int, newest: int) -> None:
         record = self._publish(name, FINISHED, oldest=oldest, newest=newest)
-        known = self.entries.arrive(name.rpartition("/")[0], name, name)
+        known = self.entries.arrive(name.rpartition("/")[0], name, name, newest=Version(newest))
         if known in (ArrivalStatus.NEW, ArrivalStatus.RECOVERED):
             self.waiting[name] = record
         else:
@@ -122,7 +123,8 @@ class Simulated:
         index: int | None = None,
     ) -> LoggedRecord:
         partition = (int(name[1:7]) if index is None else index) % PARTITIONS
-        record = LoggedRecord(partition, self.ends[partition], name, how, oldest, newest, sound)
+        tokens = {} if oldest is None or newest is None else {oldest: 5, newest: 3}
+        record = LoggedRecord(partition, self.ends[partition], name, how, oldest, newest, sound, tokens)
         self.ends[partition] += 1
         self.heard.append(record)
         self.frontier.read(record.partition, record.offset)
@@ -136,14 +138,16 @@ class Simulated:
     def _learn(self) -> None:
         self.entries.expire(now=self.clock)
         now = Version(self.version)
-        oldest = {name: Version(record.oldest or 0) for name, record in self.waiting.items()}
-        for name in (*self.entries.drop_stale(now, oldest), *self.entries.drop_small()):
+        for name in (*self.entries.drop_stale(now), *self.entries.drop_small()):
             self._resolve(name)
-        if not (batch := self.entries.take_batch()):
+        if not (batch := self.entries.take_batch(now)):
             return
         trained = tuple(name for group in batch for name in group.items)
-        ages = [self.version - (self.waiting[name].oldest or 0) for name in trained]
+        tokens = Counter[int]()
         for name in trained:
+            tokens.update({self.version - version: n for version, n in self.waiting[name].tokens.items()})
+        ages = [age for age in tokens if age <= BOUND]
+        for name in (*trained, *(name for group in batch for name in group.stale)):
             self._resolve(name)
         counts = self.entries.counts()
         dropped = counts["dropped"]
@@ -157,6 +161,7 @@ class Simulated:
                 len(trained),
                 (min(ages), max(ages)),
                 {name: n for name, n in counts.items() if isinstance(n, int)} | {"dropped": sum(dropped.values())},
+                too_old=sum(n for age, n in tokens.items() if age > BOUND),
             )
         )
         self.checkpoints.append(

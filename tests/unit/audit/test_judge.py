@@ -153,6 +153,13 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
         replace(SOUND, lines=(SOUND.lines[0], replace(SOUND.lines[1], version=2, published=3)),
                 checkpoint=checkpoint(version=Version(3)).checkpoint),
     ),
+    "another number of masked tokens than in the log": (
+        Kind.RECOUNT,
+        replace(
+            log(heard=(HEARD[0], a_record(1, 0, 1, tokens={-2: 4, 0: 3}), *HEARD[2:])),
+            lines=(replace(SOUND.lines[0], too_old=3), SOUND.lines[1]),
+        ),
+    ),
     "tokens of the future": (
         Kind.STALENESS, log(heard=(*HEARD[:2], a_record(2, 1, 0, oldest=1, newest=2), *HEARD[3:])),
     ),

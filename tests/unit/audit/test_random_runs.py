@@ -122,7 +122,9 @@ def older_tokens(run: Evidence, rng: random.Random) -> Evidence:
     late = [line for line in run.lines if line.version > run.max_staleness]
     assume(late)
     name = rng.choice(rng.choice(late).trained)
-    heard = tuple(replace(r, oldest=-5) if r.trajectory == name and r.how == FINISHED else r for r in run.log.heard)
+    heard = tuple(
+        replace(r, oldest=-5, newest=-5) if r.trajectory == name and r.how == FINISHED else r for r in run.log.heard
+    )
     return replace(run, log=replace(run.log, heard=heard))
 
 

@@ -1,5 +1,6 @@
 """The trajectory ledger: it balances after every event, and counts each trajectory once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_offers_at_most_what_the_staleness_bound_allows() -> None:
     fill(ledger, 0)
     fill(ledger, 1)
     assert ledger.free_slots() == 0  # an arrived trajectory is unresolved
-    assert ledger.take_batch() is not None
+    assert ledger.take_batch(Version(0)) is not None
     assert ledger.free_slots() == 2
 
 
@@ -43,7 +44,7 @@ def test_takes_the_oldest_complete_groups_first() -> None:
         ledger.offer(now=0.0)
     for index in (3, 1, 2):
         fill(ledger, index)
-    batch = ledger.take_batch()
+    batch = ledger.take_batch(Version(0))
     assert batch is not None
     assert [group.group for group in batch] == ["g000001", "g000002"]
 
@@ -52,9 +53,9 @@ def test_a_group_waits_for_its_last_trajectory() -> None:
     ledger = a_ledger(groups_per_batch=1)
     ledger.offer(now=0.0)
     fill(ledger, 0, range(2))
-    assert ledger.take_batch() is None
+    assert ledger.take_batch(Version(0)) is None
     fill(ledger, 0, range(2, 3))
-    assert ledger.take_batch() is not None
+    assert ledger.take_batch(Version(0)) is not None
 
 
 def test_a_missing_trajectory_is_dropped_at_the_deadline_and_its_group_is_trained() -> None:
@@ -63,7 +64,7 @@ def test_a_missing_trajectory_is_dropped_at_the_deadline_and_its_group_is_traine
     fill(ledger, 0, range(2))
     assert ledger.expire(now=110.0) == []
     assert ledger.expire(now=110.1) == ["g000000/2"]
-    batch = ledger.take_batch()
+    batch = ledger.take_batch(Version(0))
     assert batch is not None
     assert batch[0].items == ["g000000/0", "g000000/1"]
     assert ledger.arrive("g000000", "g000000/2", "late") is ArrivalStatus.DUPLICATE
@@ -88,13 +89,80 @@ def test_a_group_with_one_remaining_trajectory_is_dropped() -> None:
     }
 
 
-def test_only_trajectories_over_the_staleness_bound_are_dropped() -> None:
-    ledger = a_ledger(max_staleness=2)
+def arrive(ledger: TrajectoryLedger[str], index: int, newest: Sequence[int | None]) -> None:
+    """Enter the first trajectories of a group, with the version of each one's newest token."""
+    for sample, version in enumerate(newest):
+        name = trajectory_id(group_id(index), sample)
+        ledger.arrive(group_id(index), name, name, newest=None if version is None else Version(version))
+
+
+def test_a_trajectory_without_a_token_inside_the_bound_is_dropped_and_its_siblings_are_trained() -> None:
+    ledger = a_ledger(groups_per_batch=1, max_staleness=2)
     ledger.offer(now=0.0)
+    arrive(ledger, 0, [3, 4, None])
+    assert ledger.drop_stale(Version(6)) == []
+    (ready,) = ledger.take_batch(Version(6)) or []
+    assert (ready.items, ready.stale) == (["g000000/1", "g000000/2"], ["g000000/0"])
+    assert ledger.counts() == {
+        "offered": 3, "trained": 2, "dropped": {"over_staleness": 1}, "dead_lettered": 0, "pending": 0,
+    }  # fmt: skip
+
+
+def test_a_group_without_a_token_inside_the_bound_is_dropped_once_it_is_complete() -> None:
+    ledger = a_ledger(groups_per_batch=1, max_staleness=2)
+    ledger.offer(now=0.0)
+    arrive(ledger, 0, [3, 2])
+    assert ledger.drop_stale(Version(6)) == [], "its last trajectory may have younger tokens"
+    ledger.drop("g000000", "g000000/2", DropReason.ENVIRONMENT_FAILED)
+    assert ledger.drop_stale(Version(5)) == []
+    assert ledger.drop_stale(Version(6)) == ["g000000/0", "g000000/1"]
+    assert ledger.counts()["dropped"] == {"environment_failed": 1, "over_staleness": 2}
+
+
+def test_a_batch_waits_for_a_group_that_was_overtaken_as_often_as_permitted() -> None:
+    ledger = a_ledger(groups_per_batch=1, max_overtaking=2)
+    for index in range(1, 4):
+        while ledger.free_slots():
+            ledger.offer(now=0.0)
+        fill(ledger, index)
+        taken = ledger.take_batch(Version(0))
+        assert (taken is None) is (index == 3), f"group 0 was overtaken {ledger.overtaken('g000000')} times"
+    assert ledger.overtaken("g000000") == 2
+    restarted = a_ledger(groups_per_batch=1, max_overtaking=2)
+    restarted.restore(ledger.state(), now=0.0)
+    fill(restarted, 3)
+    assert restarted.take_batch(Version(0)) is None, "the state of a checkpoint counts it too"
     fill(ledger, 0)
-    oldest = {"g000000/0": Version(3), "g000000/1": Version(4), "g000000/2": Version(5)}
-    assert ledger.drop_stale(Version(6), oldest) == ["g000000/0"]
-    assert ledger.counts()["dropped"] == {"over_staleness": 1}
+    assert [ready.group for ready in ledger.take_batch(Version(0)) or []] == ["g000000"]
+    assert [ready.group for ready in ledger.take_batch(Version(0)) or []] == ["g000003"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 7))
+def test_a_group_is_trained_within_the_proven_bounds(data: st.DataObject, batch: int, bound: int, window: int) -> None:
+    """The two bounds of docs/algorithms/admission.md, over random orders of completion."""
+    ledger = a_ledger(samples=1, groups_per_batch=batch, max_staleness=bound, max_overtaking=window)
+    offered, completed, flying, version = dict[int, int](), dict[int, int](), list[int](), 0
+    while version < 12:
+        for _ in range(ledger.free_slots()):
+            offered[ledger.next_index] = version
+            flying.append(ledger.next_index)
+            ledger.offer(now=0.0)
+        if (taken := ledger.take_batch(Version(version))) is None:
+            index = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
+            completed[index] = version
+            arrive(ledger, index, [version])
+            continue
+        for ready in taken:
+            index = int(ready.group[1:])
+            assert ready.items
+            assert version - completed[index] <= bound
+            assert version - offered[index] <= bound + -(-window // batch)
+        for _ in range(data.draw(st.integers(0, len(flying)))):  # they complete during the training
+            index = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
+            completed[index] = version
+            arrive(ledger, index, [version])
+        version += 1
 
 
 @pytest.mark.parametrize(
@@ -129,7 +197,7 @@ def test_a_valid_record_recovers_a_dead_letter_while_its_group_is_open() -> None
     assert ledger.dead_letter("g000000", "g000000/2") is ArrivalStatus.DUPLICATE, (
         "a second dead letter does not undo the recovery"
     )
-    (batch,) = ledger.take_batch() or []
+    (batch,) = ledger.take_batch(Version(0)) or []
     assert batch.items == ["g000000/0", "g000000/1", "sound"]
 
 
@@ -191,7 +259,7 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                 opened = ledger.offer(now=clock)
                 offered |= {trajectory_id(opened, s) for s in range(SAMPLES)}
             case "arrive":
-                came = ledger.arrive(group, name, name)
+                came = ledger.arrive(group, name, name, newest=Version(sample))
                 assert (came is ArrivalStatus.NEW) is fresh
                 assert (came is ArrivalStatus.RECOVERED) is lost
                 if fresh or lost:
@@ -212,7 +280,7 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                     assert late not in ends
                     ends[late] = "deadline"
             case "stale":
-                for item in ledger.drop_stale(Version(index), {n: Version(sample) for n in arrived}):
+                for item in ledger.drop_stale(Version(index)):
                     ends[arrived.pop(item)] = "stale"
             case "small":
                 for item in ledger.drop_small():
@@ -221,16 +289,21 @@ def test_the_ledger_balances_after_every_event(schedule: list[tuple[str, int, in
                 ledger.expire(now=0.0)
                 for item in ledger.drop_small():
                     ends[arrived.pop(item)] = "small"
-                for batched in ledger.take_batch() or []:
-                    assert len(batched.items) >= 2
+                for batched in ledger.take_batch(Version(2)) or []:
+                    assert len(batched.items) + len(batched.stale) >= 2
                     for item in batched.items:
                         ends[arrived.pop(item)] = "trained"
+                    for item in batched.stale:
+                        ends[arrived.pop(item)] = "stale"
             case "restart":
                 state = ledger.state()
                 ledger = a_ledger()
                 ledger.restore(state, now=clock)
                 for name_, item in arrived.items():  # the log is read a second time
-                    assert ledger.arrive(name_.rpartition("/")[0], name_, item) is ArrivalStatus.NEW
+                    again = ledger.arrive(
+                        name_.rpartition("/")[0], name_, item, newest=Version(int(name_.rpartition("/")[2]))
+                    )
+                    assert again is ArrivalStatus.NEW
         counts = ledger.counts()
         assert counts["offered"] == len(offered)
         assert counts["trained"] == sum(end == "trained" for end in ends.values())

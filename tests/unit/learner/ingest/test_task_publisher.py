@@ -74,7 +74,7 @@ def test_scores_of_resolved_trajectories_are_not_read_again(bus: SqliteBus) -> N
         ends = consumer.ends()
     assert sum(ends.values()) == 2
     ingest.reader.read_all(Version(0), timeout_s=0)
-    assert ingest.ledger.take_batch() is not None
+    assert ingest.ledger.take_batch(Version(0)) is not None
     assert ingest.tasks.offer(Version(1), now=0.0) == 2
     assert ingest.tasks.score_offsets() == {0: 0, 1: 0}, "groups 2 and 3 were offered before anything was scored"
     ingest.ledger.expire(now=61.0)  # groups 2 and 3 are dropped

@@ -250,6 +250,18 @@ def test_versions_of_a_batch_counted_by_hand() -> None:
     assert sum(found["oldest"].values()) == 16
 
 
+def test_tokens_that_are_too_old_are_counted_and_belong_to_no_version_of_the_batch(exact: StepResult) -> None:
+    """Of the 16 trajectories, 6 have two tokens of version 1 and 5 have two of version 2; versions from 2 on are in."""
+    batch = dataclasses.replace(a_batch(), lowest=2)
+    assert batch.over_staleness() == 6 * 2
+    found = of_versions(batch)
+    assert found["oldest"] == {"0": 6, "1": 5, "2": 5}
+    assert (found["per_trajectory_mean"], found["group_span_max"]) == (pytest.approx(1.625), 2)
+    assert line_of(exact)["masked_tokens"] == {"over_staleness": 0}
+    stale = [a_finished(3, 4, reward=1.0)]
+    assert dataclasses.replace(batch, stale=stale).rewards()[3] == [0.5, 0.5, 0.5, 0.5, 1.0]
+
+
 def test_costs_are_shares_of_the_training_time(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]
