@@ -10,6 +10,7 @@ PROGRAMS = {
     "ingest": "1,000 simulated rollout streams into one learner: trajectories per second, lag, memory",
     "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens per second",
     "mismatch": "a toy trained with exact old log-probs and with each surrogate: masks, clips, rewards",
+    "tail": "lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule for batches",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }
 
