@@ -13,6 +13,7 @@ from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import file_errors_as_user_errors, usable_folder
 from palimpsest.common.files import write
+from palimpsest.common.secret_variables import hide_secrets
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
 
@@ -62,6 +63,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
 def main(program: Callable[[], None]) -> None:
     """Run a program. A UserError or an unusable file prints its error text and sets the exit code; any other error
     prints a traceback."""
+    hide_secrets()
     try:
         with file_errors_as_user_errors():
             program()

@@ -104,7 +104,13 @@ def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
     built_in = registry.built_in()
     blueprints = plugins.blueprints(gateway.plugins, taken=built_in)
     modules = tuple(sorted({blueprint.module for blueprint in blueprints.values()}))
-    pool = Pool(limit=1, wait_s=START_WAIT_S, call_limit_s=gateway.step_limit_s, modules=modules)
+    pool = Pool(
+        limit=1,
+        wait_s=START_WAIT_S,
+        call_limit_s=gateway.step_limit_s,
+        modules=modules,
+        variables=plugins.variables(gateway.plugin_variables, os.environ),
+    )
     try:
         yield pool, {**built_in, **registry.reasoning_gym(pool), **plugins.entries(pool, blueprints)}
     finally:

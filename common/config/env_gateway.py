@@ -1,6 +1,8 @@
 """The `env_gateway` section. docs/configuration.md is generated from the docstrings under the keys."""
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from palimpsest.common.config.section import Positive, PositiveFloat, Service
 
@@ -31,6 +33,9 @@ class EnvGatewayConfig(Service):
     """Maximum size of a tool result. Longer results are truncated, with a note in the text."""
     plugins: dict[str, str] = {}
     """Additional environments: name -> `package.module:Class`. Each of their sessions runs in a separate process."""
+    plugin_variables: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names of environment variables that the processes of plugins receive, for example `["TAU2_DATA_DIR"]`. Without
+    this key they receive only the usual ones, such as PATH, HOME and the locale (docs/gateway.md)."""
     max_processes: Positive = 64
     """Maximum number of concurrent sessions in separate processes. Further sessions wait."""
 

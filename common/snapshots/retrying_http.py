@@ -14,6 +14,7 @@ import httpx
 import msgspec
 
 from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
+from palimpsest.common.proxies import our_client, outside_client
 from palimpsest.common.tls import tls_context
 
 FIRST_PAUSE_S = 0.2
@@ -46,9 +47,9 @@ class RetryingHttp:
         outages: Outages = OUTAGES,
     ) -> None:
         context = tls_context(ca_file, key="snapshot_store.ca_file")  # once, because reading certificates takes 40 ms
-        self._http = httpx.Client(base_url=url, verify=context, timeout=_TIMEOUT)
+        self._http = our_client(base_url=url, verify=context, timeout=_TIMEOUT)
         # A presigned URL signs only the Host header, so others may be sent. `identity`: ranges count stored bytes
-        self._direct = httpx.Client(verify=context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
+        self._direct = outside_client(context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
         self.url = url
 

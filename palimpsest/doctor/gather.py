@@ -22,7 +22,7 @@ from pathlib import Path
 from palimpsest.doctor import machine
 from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
 
-ASKED = ("OMP_NUM_THREADS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
+ASKED = ("OMP_NUM_THREADS",)
 BUILT_HERE = "pycosat"
 """The only pinned package without wheels; it must be compiled."""
 

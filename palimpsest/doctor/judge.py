@@ -25,7 +25,6 @@ BEFORE_RUNNING: tuple[Check, ...] = (
     machine.threads,
     machine.open_files,
     places.omp,
-    places.proxies,
 )
 
 

@@ -1,4 +1,4 @@
-"""Checks of folders, OpenMP, proxies and ports. Pure."""
+"""Checks of folders, OpenMP and ports. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from palimpsest.doctor.findings import GB, MB, OK, STOPS, WARNS, Finding
 
 LEAST_FREE, LITTLE_FREE = 200 * MB, 2 * GB
 """Free disk that a run needs to start, and below which a long run may fill the disk."""
-PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def checkout(facts: Facts) -> Finding:
@@ -74,22 +73,6 @@ def omp(facts: Facts) -> Finding:
             "Unset it.",
         )  # fmt: skip
     return Finding(check, text)
-
-
-def proxies(facts: Facts) -> Finding:
-    """No proxy between the services of this machine."""
-    given = [name for name in PROXIES if facts.environment.get(name)]
-    if not given:
-        return Finding("Proxy", "none")
-    without = facts.environment.get("no_proxy", facts.environment.get("NO_PROXY", ""))
-    hosts = {host.strip().split(":")[0] for host in without.split(",")}
-    if "*" in hosts or "127.0.0.1" in hosts:
-        return Finding("Proxy", f"{given[0]} is set, no_proxy excludes 127.0.0.1")
-    return Finding(
-        "Proxy", f"{given[0]} is set, and no_proxy does not name 127.0.0.1", STOPS,
-        "The services' requests to each other on this machine would go to the proxy.",
-        'Add 127.0.0.1 and localhost: export no_proxy="127.0.0.1,localhost".',
-    )  # fmt: skip
 
 
 def ports(facts: Facts) -> list[Finding]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.orphans import adopt_orphans
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
 from palimpsest.common.sessions.token import VARIABLE, token
@@ -24,12 +25,15 @@ def body(invocation: Invocation, stop: Stop) -> None:
     config, secret = invocation.config.env_gateway, token(os.environ)
     require_token_off_loopback(config.host, secret)
     os.environ.pop(VARIABLE, None)  # environments are third-party code and must not read the token
+    adopt_orphans()
     plugged_in = plugins.blueprints(config.plugins, taken=registry.built_in())
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,
         call_limit_s=config.step_limit_s,
         modules=_modules(invocation.config, plugged_in.values()),
+        variables=plugins.variables(config.plugin_variables, os.environ),
+        adopts=True,
     )
     try:
         offered = {**registry.built_in(), **registry.reasoning_gym(pool), **plugins.entries(pool, plugged_in)}

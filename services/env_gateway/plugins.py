@@ -26,6 +26,16 @@ def blueprints(plugins: Mapping[str, str], *, taken: Iterable[str]) -> dict[str,
     return {name: EnvironmentSpec(path=path) for name, path in plugins.items()}
 
 
+def variables(names: Iterable[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Read `env_gateway.plugin_variables`. Raises UserError."""
+    for name in names:
+        if name.startswith("PALIMPSEST_"):
+            raise UserError(f"env_gateway.plugin_variables: {name} is not for environments; remove it")
+        if name not in environment:
+            raise UserError(f"env_gateway.plugin_variables: the gateway has no environment variable {name}; set it")
+    return tuple(names)
+
+
 def entries(pool: Pool, specs: Mapping[str, EnvironmentSpec]) -> dict[str, Entry]:
     """Return every plugin, after a child has loaded and checked its class. Raises UserError."""
     found: dict[str, Entry] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from palimpsest.common import run_folder
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.secret_variables import SECRETS_OF
 from palimpsest.services.local.processes import Child, python
 
 LEARNER = "learner"
@@ -87,4 +88,5 @@ class Commands:
         home = self.config.run.home
         run_folder.refusal_file(home, name).unlink(missing_ok=True)
         command = python("-m", *program, str(self.source), *self.flags, *own)
-        return Child(name, command, run_folder.log_file(home, name), scratch=scratch)
+        secrets = SECRETS_OF[program[-1].removeprefix("palimpsest.services.")]
+        return Child(name, command, run_folder.log_file(home, name), scratch=scratch, secrets=secrets)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from palimpsest.common.parent_death import on_parents_death
+from palimpsest.common.secret_variables import without_our_secrets
 from palimpsest.common.user_error import ExitCode
 
 MOST_READ = 1 << 16
@@ -30,6 +31,9 @@ class Child:
     """time.monotonic() of its newest start."""
     starts: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    """Variables that differ from this process's."""
+    secrets: tuple[str, ...] = ()
+    """Prefixes of the secret variables that it receives."""
     scratch: Path | None = None
     """A folder that the process needs only while it runs; it is deleted afterward."""
     _log_begins: int = 0
@@ -46,7 +50,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.environment},
+                env={**without_our_secrets(os.environ, keep=self.secrets), **self.environment},
                 start_new_session=True,  # Ctrl-C reaches only the supervisor, which stops the children
                 preexec_fn=_die_with_parent,
             )

@@ -108,6 +108,7 @@ CHANGEABLE = (
     "learner.proximal.missing",
     # computation and reporting
     "env_gateway.plugins",
+    "env_gateway.plugin_variables",
     "rollout.engine",
     "model.attention",
     "learner.micro_batch_tokens",

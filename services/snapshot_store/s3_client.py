@@ -2,6 +2,7 @@
 
 import configparser
 import os
+from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
@@ -19,10 +20,13 @@ from minio.credentials.providers import (
 from urllib3.exceptions import HTTPError
 
 from palimpsest.common.config.schema import SnapshotStoreConfig
+from palimpsest.common.proxies import outside_pool
 from palimpsest.common.tls import tls_context
 from palimpsest.common.user_error import UserError
 
 CONNECT_S, READ_S = 5.0, 20.0
+STS = "https://sts.amazonaws.com"
+"""The token service of a web identity, unless AWS_ENDPOINT_URL_STS names another."""
 METADATA_S = 2.0
 """Timeout of the address that serves credentials of a machine's role, in seconds; it is nearby or does not exist."""
 
@@ -49,7 +53,8 @@ def client(config: SnapshotStoreConfig, provider: Provider, *, connections: int,
         allowed_methods=None,
         raise_on_status=False,
     )
-    pool = urllib3.PoolManager(
+    pool = outside_pool(
+        config.endpoint,
         maxsize=connections,
         timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
         retries=retries,
@@ -78,10 +83,13 @@ class _FirstOf(Provider):
     """Environment, then files, then the machine's role or web identity."""
 
     def __init__(self) -> None:
-        near = urllib3.PoolManager(timeout=METADATA_S, retries=urllib3.Retry(1))
+        web_identity = "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ
         # Set only for a web identity: otherwise it would replace the address of the machine's role.
-        sts = os.environ.get("AWS_ENDPOINT_URL_STS") if "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ else None
-        role = IamAwsProvider(custom_endpoint=sts, http_client=near)
+        sts = os.environ.get("AWS_ENDPOINT_URL_STS") if web_identity else None
+        # Without a web identity the credentials come from an address of this machine.
+        limits: dict[str, Any] = {"timeout": METADATA_S, "retries": urllib3.Retry(1)}
+        pool = outside_pool(sts or STS, **limits) if web_identity else urllib3.PoolManager(**limits)
+        role = IamAwsProvider(custom_endpoint=sts, http_client=pool)
         files: list[Provider] = [AWSConfigProvider(), MinioClientConfigProvider()]
         self._chain = ChainedProvider([EnvAWSProvider(), EnvMinioProvider(), *files, role])
 

@@ -1,6 +1,7 @@
 """The gateway in a separate process, called by the client of the rollout workers."""
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -171,9 +172,10 @@ async def test_generated_tasks_run_in_child_processes(launch: Launch) -> None:
 
 
 async def test_requests_need_the_token_and_environments_do_not_see_it(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    gateway = answering(launch, plugged_in("Looks"), **{VARIABLE: "right"})
+    (tmp_path / "token").write_text("right\n")
+    gateway = answering(launch, plugged_in("Looks"), **{f"{VARIABLE}_FILE": str(tmp_path / "token")})
     for wrong in ("wrong", None):
         monkeypatch.setenv(VARIABLE, wrong) if wrong else monkeypatch.delenv(VARIABLE)
         async with client(gateway.url) as sessions:
@@ -185,6 +187,41 @@ async def test_requests_need_the_token_and_environments_do_not_see_it(
         assert (await played(sessions, "lookup", 1, lookup.solution(1))).reward == 1.0
         seen = await played(sessions, "looks", 0, [""])
     assert seen.messages[0].content.startswith("[] True ")
+
+
+async def test_an_environment_reads_no_secret_in_its_variables_nor_in_those_of_its_parents(launch: Launch) -> None:
+    secrets = {
+        VARIABLE: "s3cret-gateway", "AWS_SECRET_ACCESS_KEY": "s3cret-s3", "PALIMPSEST_KAFKA_PASSWORD": "s3cret-kafka",
+        "OTHER_API_KEY": "s3cret-other",
+    }  # fmt: skip
+    given = {"TASK_DATA": "/data", "SHARED_TOKEN": "for-tools"}
+    named = "--env_gateway.plugin_variables=['TASK_DATA', 'SHARED_TOKEN']"
+    gateway = answering(launch, plugged_in("ReadsVariables"), named, **secrets, **given)
+    headers = {"Authorization": f"Bearer {secrets[VARIABLE]}"}
+    with httpx.Client(base_url=gateway.url, headers=headers, timeout=LIMIT_S, trust_env=False) as http:
+        session = http.post("/v1/sessions", json={"environment": "readsvariables", "seed": 0}).json()["session_id"]
+        action = {"type": "text", "text": str(gateway.process.pid)}
+        step = http.post(f"/v1/sessions/{session}/step", json={"step": 0, "action": action}).json()
+    seen = step["messages"][0]["content"].split("\n")
+    assert not [entry for entry in seen if "s3cret" in entry]
+    assert "AWS_SECRET_ACCESS_KEY=*********" in seen, "the gateway's own variables were read"
+    assert {"TASK_DATA=/data", "SHARED_TOKEN=for-tools"} <= set(seen)
+
+
+@pytest.mark.parametrize("end", ["close", "kill the gateway", "kill the fork server"])
+async def test_a_process_that_left_its_session_ends_with_it(launch: Launch, end: str) -> None:
+    gateway = answering(launch, plugged_in("StartsDaemon"))
+    async with client(gateway.url) as sessions:
+        session = await sessions.create(CreateSession(environment="startsdaemon", seed=0), idempotency_key="k")
+        reply = await sessions.step(session.session_id, 0, "go on")
+        daemon = psutil.Process(int(reply.messages[0].content))
+        (fork_server,) = psutil.Process(gateway.process.pid).children()
+        assert os.getsid(daemon.pid) not in {process.pid for process in (fork_server, *fork_server.children())}
+        if end == "close":
+            await sessions.close(session.session_id)
+        else:
+            (gateway.process if end == "kill the gateway" else fork_server).kill()
+    assert psutil.wait_procs([daemon], timeout=LIMIT_S)[1] == []
 
 
 def test_an_open_address_without_a_token_is_refused(launch: Launch) -> None:

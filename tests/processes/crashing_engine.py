@@ -77,7 +77,7 @@ def sleeps() -> None:
 def begin(watch: EngineMonitor, die: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     """Start a process that dies by calling `die`."""
     process = multiprocessing.get_context("spawn").Process(target=run_engine_core, args=(die,), name="EngineCore")
-    with watch.export_log_path():
+    with watch.child_variables():
         process.start()
     return process
 

@@ -67,10 +67,6 @@ SUITABLE: dict[str, dict[str, Any]] = {
     "a GPU beside an old CPU": {**H100, "cpu_flags": frozenset(), "amx": "absent"},
     "the oldest glibc": {"libc": ("glibc", (2, 28))},
     "no compiler, but built before": {"compiler": False, "built_before": True},
-    "a proxy with an exception for this machine": {
-        "environment": {"http_proxy": "http://proxy:3128", "no_proxy": ".example.com, 127.0.0.1"}
-    },
-    "an empty proxy variable": {"environment": {"http_proxy": ""}},
     "as many threads as processors": {"environment": {"OMP_NUM_THREADS": "4"}},
     "a free port": {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=False),)},
 }
@@ -129,8 +125,6 @@ UNSUITABLE: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a thread count of words": ({"environment": {"OMP_NUM_THREADS": "all"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
     "zero threads": ({"environment": {"OMP_NUM_THREADS": "0"}}, "OMP_NUM_THREADS", WARNS, "Unset"),
     "too many threads": ({"environment": {"OMP_NUM_THREADS": "64"}}, "OMP_NUM_THREADS", WARNS, "64"),
-    "a proxy without exceptions": ({"environment": {"http_proxy": "http://proxy:3128"}}, "Proxy", STOPS, "no_proxy"),
-    "a proxy set by ALL_PROXY": ({"environment": {"ALL_PROXY": "socks5://proxy"}}, "Proxy", STOPS, "ALL_PROXY"),
     "a taken port": (
         {"ports": (Port("env_gateway.port", "127.0.0.1:7701", taken=True),)}, "Port", STOPS, "env_gateway.port",
     ),
@@ -311,7 +305,7 @@ def test_the_command_prints_every_check() -> None:
     )
     assert done.stderr == ""
     assert done.stdout.startswith(f"Palimpsest {palimpsest.__version__} in the checkout {ROOT}, ")
-    for check in ("System", "Python", "CPU", "GPU", "Clock", "Memory", "Run folder", "/dev/shm", "Threads", "Proxy"):
+    for check in ("System", "Python", "CPU", "GPU", "Clock", "Memory", "Run folder", "/dev/shm", "Threads"):
         assert f"  {check}  " in done.stdout
     assert done.returncode == (3 if "\nstops" in f"\n{done.stdout}" else 0)
 

@@ -1,8 +1,12 @@
 """python -m palimpsest.services.env_gateway.processes.fork_server CONTROL PARENT [MODULE ...]
 
 Loads the modules, then forks a child for every Start message on the control socket. When a leash ends, the server kills
-its child with all its processes. When a child exits, the server sends its exit code over the leash. The server exits
-when the control socket ends.
+its child. When a child exits, the server sends its exit code over the leash. The server exits when the control socket
+ends.
+
+No process of a session outlives the session, not even one that called setsid. A child adopts the orphans below it, so
+while it lives, its processes are below it. When it ends, they become children of the server, which kills every child
+that is not a session's.
 """
 
 import contextlib
@@ -15,6 +19,7 @@ import socket
 import sys
 import traceback
 
+from palimpsest.common.orphans import adopt_orphans, children, kill, kill_children
 from palimpsest.common.parent_death import die_with_parent, survive_parent
 from palimpsest.services.env_gateway.processes import child
 from palimpsest.services.env_gateway.processes.protocol import Start
@@ -28,6 +33,9 @@ class ForkServer:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._leashes: dict[int, socket.socket] = {}
+        self._helpers = children()
+        """Processes that a preloaded module started."""
+        adopt_orphans()
         self._wake, waker = socket.socketpair()
         for end in (self._wake, waker):
             end.setblocking(False)
@@ -39,13 +47,12 @@ class ForkServer:
         self._selector.register(self._wake, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Serve until the control socket ends, then kill every child."""
+        """Serve until the control socket ends, then kill every process."""
         try:
             self._listen()
         finally:
             signal.set_wakeup_fd(-1)
-            for pid in self._leashes:
-                self._kill(pid)
+            kill_children()
 
     def _listen(self) -> None:
         while True:
@@ -74,7 +81,8 @@ class ForkServer:
         code = 1
         try:
             die_with_parent(parent)
-            os.setsid()  # a process group, so that one signal kills it
+            adopt_orphans()
+            os.setsid()  # signals to its own group, for example of a tool that ends itself, reach only this session
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._selector.close()
@@ -91,28 +99,25 @@ class ForkServer:
     def _on_leash_closed(self, pid: int) -> None:
         if pid in self._leashes:  # else it was collected meanwhile
             self._selector.unregister(self._leashes[pid])
-            self._kill(pid)
-
-    def _kill(self, pid: int) -> None:
-        """Kill a child and its processes. The child is not collected yet, so its id is not reused."""
-        with contextlib.suppress(ProcessLookupError):  # not a group yet
-            os.killpg(pid, signal.SIGKILL)
-        os.kill(pid, signal.SIGKILL)
+            kill(pid)
 
     def _collect(self) -> None:
-        """Collect exited children and send their exit codes."""
-        while self._leashes:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
-                return
-            self._kill(ended.si_pid)  # the child is dead, but its processes may be alive
-            _, status = os.waitpid(ended.si_pid, 0)
-            leash = self._leashes.pop(ended.si_pid)
-            with contextlib.suppress(KeyError):  # its leash has ended
-                self._selector.unregister(leash)
-            with contextlib.suppress(OSError):  # the other end is closed
-                leash.sendall(str(os.waitstatus_to_exitcode(status)).encode())
-            leash.close()
+        """Collect exited children, send the exit codes of sessions, and kill the processes that they left behind."""
+        with contextlib.suppress(ChildProcessError):  # no child is left
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                self._helpers.discard(pid)
+                if leash := self._leashes.pop(pid, None):
+                    self._end_leash(leash, status)
+            for orphan in children() - self._helpers - set(self._leashes):
+                kill(orphan)  # its end calls this method again, for what it left behind
+
+    def _end_leash(self, leash: socket.socket, status: int) -> None:
+        with contextlib.suppress(KeyError):  # its other end is closed
+            self._selector.unregister(leash)
+        with contextlib.suppress(OSError):  # its other end is closed
+            leash.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        leash.close()
 
 
 def main(control: int, parent: int, modules: list[str]) -> None:

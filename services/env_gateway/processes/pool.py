@@ -10,6 +10,8 @@ from contextlib import suppress
 
 from pydantic import ValidationError
 
+from palimpsest.common.orphans import kill_children
+from palimpsest.common.secret_variables import of_environments
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
 from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Described, EnvironmentSpec, Start
@@ -39,9 +41,22 @@ class PooledChild:
 class Pool:
     """Children of a fork server, which starts when first needed and is replaced if it dies."""
 
-    def __init__(self, *, limit: int, wait_s: float, call_limit_s: float, modules: tuple[str, ...] = ()) -> None:
-        """Allow `limit` children; a request waits `wait_s` seconds for a free place. `modules` are preloaded."""
-        self._modules = modules
+    def __init__(
+        self,
+        *,
+        limit: int,
+        wait_s: float,
+        call_limit_s: float,
+        modules: tuple[str, ...] = (),
+        variables: tuple[str, ...] = (),
+        adopts: bool = False,
+    ) -> None:
+        """Allow `limit` children; a request waits `wait_s` seconds for a free place. `modules` are preloaded.
+
+        `variables`: names of additional environment variables that the children receive. `adopts`: this process adopts
+        orphans and has no children but this pool's, so it kills what a dead fork server leaves behind.
+        """
+        self._modules, self._variables, self._adopts = modules, variables, adopts
         self._limit, self._wait_s = limit, wait_s
         self.call_limit_s = call_limit_s
         """Time limit of one call of a child, in seconds."""
@@ -54,6 +69,7 @@ class Pool:
         """Start the fork server if it is not running; its modules take seconds to load."""
         if self._fork_server is None or self._fork_server.poll() is not None:
             self._stop_fork_server()
+            self._kill_orphans()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [
@@ -66,7 +82,7 @@ class Pool:
                     [*command, str(os.getpid()), *self._modules],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env=_child_environment(),
+                    env=_child_environment(self._variables),
                 )
             ours.setblocking(False)
             self._control = ours
@@ -187,6 +203,21 @@ class Pool:
             if not child.exit_code.done():
                 child.exit_code.set_result(None)
             self._free.release()
+            if self._adopts and child.exit_code.result() is None:
+                await self._end_orphans()
+
+    async def _end_orphans(self) -> None:
+        """Kill what the fork server left behind, if it died. Its sockets close shortly before its end."""
+        for _ in range(int(STOP_LIMIT_S / BUSY_PAUSE_S)):
+            if self._fork_server is None or self._fork_server.poll() is not None:
+                break
+            await asyncio.sleep(BUSY_PAUSE_S)
+        self._kill_orphans()
+
+    def _kill_orphans(self) -> None:
+        """Kill the sessions' processes that a dead fork server left behind."""
+        if self._adopts and self._fork_server is not None and self._fork_server.poll() is not None:
+            kill_children()
 
     def _stop_fork_server(self) -> None:
         if self._control is not None:
@@ -203,14 +234,15 @@ def exit_text(exit_code: int | None) -> str:
     return f"its process ended with exit code {exit_code}"
 
 
-def _child_environment() -> dict[str, str]:
+def _child_environment(named: tuple[str, ...]) -> dict[str, str]:
     """Return the fork server's environment variables.
 
-    A fixed hash seed gives sets the same order in every gateway, so that a seed is the same task. One BLAS thread,
-    because threads do not survive a fork.
+    Environments are third-party code, so none of the gateway's secrets is among them. A fixed hash seed gives sets the
+    same order in every gateway, so that a seed is the same task. One BLAS thread, because threads do not survive a
+    fork.
     """
     return {
-        **os.environ,
+        **of_environments(os.environ, named=named),
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONWARNINGS": "ignore::SyntaxWarning",

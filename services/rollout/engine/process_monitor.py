@@ -13,6 +13,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from palimpsest.common.secret_variables import without_our_secrets
 from palimpsest.services.rollout.engine import oom_kills
 from palimpsest.services.rollout.engine.crash_evidence import VARIABLE
 from palimpsest.services.rollout.engine.crash_report import CrashEvidence
@@ -40,19 +41,20 @@ class EngineMonitor:
         """One of the processes has ended."""
 
     @contextlib.contextmanager
-    def export_log_path(self) -> Iterator[None]:
-        """Pass the path of the crash log to processes that start inside the block."""
+    def child_variables(self) -> Iterator[None]:
+        """Pass the path of the crash log, and none of our secrets, to processes that start inside the block."""
+        before = dict(os.environ)
         changes = {VARIABLE: str(self._log.absolute()), "PYTHONFAULTHANDLER": "1"}
-        before = {name: os.environ.get(name) for name in changes}
+        secrets = before.keys() - without_our_secrets(before).keys()
+        for name in secrets:
+            del os.environ[name]
         os.environ.update(changes)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in changes.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update({name: before[name] for name in before.keys() & (changes.keys() | secrets)})
 
     def watch(self, processes: Sequence[BaseProcess]) -> None:
         """Set `gone` when one of these processes ends."""

@@ -92,7 +92,7 @@ class VllmEngine:
         )
         self._watch = EngineMonitor(self._log)
         try:
-            with self._watch.export_log_path():
+            with self._watch.child_variables():
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             self._llm = llm
             self._watch.watch(llm.engine_core.resources.engine_manager.processes)

@@ -123,6 +123,28 @@ class StartsOthers(Counts):
         return Reply((Message(role="tool", content=str(other.pid)),))
 
 
+class StartsDaemon(Counts):
+    """Starts a process that leaves its session and its parent, and returns its id."""
+
+    def step(self, turn: Turn) -> Outcome:
+        command = ["sh", "-c", "sleep 3600 >/dev/null 2>&1 & echo $!"]
+        shell = subprocess.run(command, capture_output=True, check=True, start_new_session=True)
+        return Reply((Message(role="tool", content=shell.stdout.decode().strip()),))
+
+
+class ReadsVariables(Counts):
+    """Returns the variables of its own, and of its parents up to the process with the given id, as /proc shows them."""
+
+    def step(self, turn: Turn) -> Outcome:
+        pid, shown = os.getpid(), [f"{name}={value}" for name, value in os.environ.items()]
+        while True:
+            shown += Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+            if pid == int(turn.text):
+                return Reply((Message(role="tool", content="\n".join(shown)),))
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            pid = int(stat[stat.rindex(")") + 2 :].split()[1])
+
+
 class UsesGlobalChance(Counts):
     """Draws from the global generator and the order of a set, as libraries do."""
 
