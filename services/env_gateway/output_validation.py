@@ -1,73 +1,121 @@
-"""Validates the values that an environment returns. An invalid value fails the session and never becomes a reward."""
+"""Validates the values that an environment returns. An invalid value fails the session and never becomes a reward.
+
+Equivalent forms of a valid value are converted: NumPy's scalars and arrays without dimensions to Python's numbers,
+lists to tuples, and a reward that misses its bound by rounding to the bound.
+"""
 
 import json
 import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score
 
 ROLES = ("system", "user", "assistant", "tool")
+ROUNDING = 1e-6
+"""Distance from [0, 1] within which a reward is set to the bound: a sum of float32 parts misses it by about 1e-7."""
 
 
 def check_opening(returned: Any) -> Opening:
-    """Return a valid opening. Raises EnvironmentFailed."""
+    """Return the opening with plain values. Raises EnvironmentFailed."""
     if not isinstance(returned, Opening):
         raise _invalid(f"reset returned {_shown(returned)}, not an Opening")
-    _check_messages(returned.messages)
-    if not returned.messages:
+    messages = _messages(returned.messages)
+    if not messages:
         raise _invalid("reset returned no messages")
-    if not isinstance(returned.tools, tuple) or not all(isinstance(schema, dict) for schema in returned.tools):
-        raise _invalid("tools are not a tuple of schemas")
-    try:
-        json.dumps(returned.tools, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise _invalid(f"a tool's schema is not JSON: {error}") from None
-    return returned
+    if not isinstance(returned.tools, list | tuple):
+        raise _invalid(f"tools are {_shown(returned.tools)}, not a tuple or list of schemas")
+    return Opening(messages, tuple(_schema(schema) for schema in returned.tools))
 
 
 def check_outcome(returned: Any) -> Outcome:
-    """Return a valid reply or score. Raises EnvironmentFailed."""
-    if isinstance(returned, Reply):
-        _check_messages(returned.messages)
-        if type(returned.tool_errors) is not int or returned.tool_errors < 0:
-            raise _invalid(f"tool_errors is {_shown(returned.tool_errors)}, not a count")
-        return returned
-    return check_score(returned)
+    """Return the reply or score with plain values. Raises EnvironmentFailed."""
+    if not isinstance(returned, Reply):
+        return check_score(returned)
+    errors = _plain(returned.tool_errors)
+    if isinstance(errors, bool) or not isinstance(errors, Integral) or errors < 0:
+        raise _invalid(f"tool_errors is {_shown(returned.tool_errors)}, not a count")
+    return Reply(_messages(returned.messages), int(errors))
 
 
 def check_score(returned: Any) -> Score:
-    """Return a valid score, with a reward in [0, 1]. Raises EnvironmentFailed."""
+    """Return the score with plain values and a reward in [0, 1]. Raises EnvironmentFailed."""
     if not isinstance(returned, Score):
         raise _invalid(f"{_shown(returned)} is neither a Reply nor a Score")
-    if not _is_number(returned.reward) or not 0 <= returned.reward <= 1:
+    reward = _number(returned.reward)
+    if reward is None or not -ROUNDING <= reward <= 1 + ROUNDING:
         raise _invalid(f"reward is {_shown(returned.reward)}, not a number in [0, 1]")
-    if type(returned.success) is not bool:
+    success = _plain(returned.success)
+    if not isinstance(success, bool):
         raise _invalid(f"success is {_shown(returned.success)}, not true or false")
+    return Score(min(max(reward, 0.0), 1.0), success, _parts(returned.parts))
+
+
+def _parts(returned: Any) -> dict[str, float]:
     try:
-        parts = dict(returned.parts)
+        given = dict(returned)
     except (TypeError, ValueError):
-        raise _invalid(f"parts is {_shown(returned.parts)}, not a mapping") from None
-    for name, part in parts.items():
-        if not isinstance(name, str) or not _is_number(part):
-            raise _invalid(f"reward part {_shown(name)} is {_shown(part)}, not a number")
-    return returned
+        raise _invalid(f"parts is {_shown(returned)}, not a mapping") from None
+    parts = {}
+    for name, part in given.items():
+        number = _number(part)
+        if not isinstance(name, str) or number is None:
+            raise _invalid(f"reward part {_shown(name)} is {_shown(part)}, not a number with a name")
+        parts[str(name)] = number
+    return parts
 
 
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, tuple):
-        raise _invalid(f"messages are {_shown(messages)}, not a tuple")
-    for message in messages:
+def _schema(returned: Any) -> dict[str, Any]:
+    """Return a tool's schema as JSON has it."""
+    if not isinstance(returned, Mapping):
+        raise _invalid(f"a tool's schema is {_shown(returned)}, not a mapping")
+    try:
+        schema: dict[str, Any] = json.loads(json.dumps(dict(returned), allow_nan=False, default=_plain_item))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _invalid(f"a tool's schema is not JSON: {error}") from None
+    return schema
+
+
+def _messages(returned: Any) -> tuple[Message, ...]:
+    if not isinstance(returned, list | tuple):
+        raise _invalid(f"messages are {_shown(returned)}, not a tuple or list of Messages")
+    for message in returned:
         if not isinstance(message, Message) or not isinstance(message.content, str) or message.role not in ROLES:
             raise _invalid(f"{_shown(message)} is not a Message")
         try:
             message.content.encode()
         except UnicodeEncodeError as error:
             raise _invalid(f"a message's text cannot be encoded: {error}") from None
+    return tuple(returned)
 
 
-def _is_number(value: Any) -> bool:
-    """Whether the value is a finite number; True and False are not."""
-    return type(value) in (int, float) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """Return the value as a finite float; None if it is none. True and False are no numbers."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        return None
+    try:
+        number = float(plain)
+    except (OverflowError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _plain(value: Any) -> Any:
+    """Return the Python value of a scalar, or of an array or tensor without dimensions, of any library."""
+    try:
+        return value.item() if tuple(value.shape) == () else value
+    except Exception:  # no array; or code of the value failed
+        return value
+
+
+def _plain_item(value: Any) -> Any:
+    """Return a value inside a schema that JSON has no form for as plain lists and numbers. Raises TypeError."""
+    plain = value.tolist() if hasattr(value, "tolist") else None
+    if plain is None or type(plain) is type(value):
+        raise TypeError(f"{_shown(value)} has no form in JSON")
+    return plain
 
 
 def _shown(value: Any) -> str:

@@ -38,8 +38,9 @@ GARBAGE = [
     Score(math.nan, True),
     Score(math.inf, True),
     Score(-math.inf, True),
-    Score(1.0000001, True),
-    Score(-0.1, True),
+    Score(1.00001, True),
+    Score(-0.00001, True),
+    Score(10**400, True),
     Score("1.0", True),  # type: ignore[arg-type]
     Score(True, True),
     Score(None, True),  # type: ignore[arg-type]
@@ -68,7 +69,7 @@ async def test_garbage_from_an_environment_never_becomes_a_reward(clock: ManualC
     assert ended.error.code == "environment_invalid"
 
 
-@pytest.mark.parametrize("garbage", [*GARBAGE[:15], said("a reply")], ids=[str(number) for number in range(16)])
+@pytest.mark.parametrize("garbage", [*GARBAGE[:16], said("a reply")], ids=[str(number) for number in range(17)])
 async def test_garbage_from_finalize_never_becomes_a_reward(clock: ManualClock, garbage: Any) -> None:
     sessions = some_sessions(lambda: InProcess(Environment(garbage)), clock)
     ended = Step.model_validate_json(await sessions.finalize(await begun(sessions)))
