@@ -1,4 +1,4 @@
-"""Limits of a model: its tokenizer must fit its embedding, and the trajectories must fit its positions.
+"""Limits of a model: its tokenizer must fit its embedding, and the run must fit its positions and its attention.
 
 `refuse_limits` reads the JSON files of a model folder and imports no library, so `palimpsest check` uses it too.
 `refuse_tokenizer` loads the tokenizer, which may add tokens while it loads; services call it at their start.
@@ -27,26 +27,41 @@ POSITION_KEYS = (
 """Keys of config.json that hold a number of positions. The smallest value counts, as in vLLM."""
 UNSCALED = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 """Types of RoPE scaling that leave the number of positions unchanged, as in vLLM. Other types multiply it by factor."""
+SOFT_CAP = "attn_logit_softcapping"
+"""Key of config.json: c of c tanh(score / c), which limits the attention scores (Gemma 2)."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerSize:
+class TokenizerIds:
     """The token ids of a tokenizer, added tokens included."""
 
-    tokens: int
-    """Number of tokens."""
-    largest: int
-    """Largest token id."""
+    ids: Mapping[str, int]
+    """Id of each token."""
+    unnamed: frozenset[str]
+    """Added special tokens without a role: no text of a trajectory becomes one (rollout/plain_text.py), unless the
+    chat template writes it. Tokens with a role, such as bos, eos and unk, are not among them."""
+
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(self.ids.values())
+
+    def without_row(self, rows: int, template: str) -> str | None:
+        """Return a token that can occur although the embedding has no row for it; None if there is none."""
+        beyond = sorted((i, token) for token, i in self.ids.items() if i >= rows)
+        return next((token for _, token in beyond if token not in self.unnamed or token in template), None)
 
 
 def refuse_limits(config: RunConfig) -> None:
-    """Raise UserError unless tokenizer and trajectories fit the model. Checks only what its JSON files state."""
+    """Raise UserError unless tokenizer, trajectories and attention fit the model, as far as its JSON files state."""
     path = config.model.path
     values = _read(Path(path) / "config.json")
-    rows, size = text_values(values).get("vocab_size"), tokenizer_size(Path(path))
-    if isinstance(rows, int) and size is not None:
-        _refuse_rows(path, size, rows)
+    refuse_attention(path, config.model.attention, values)
+    rows, tokenizer = text_values(values).get("vocab_size"), tokenizer_ids(Path(path))
+    if isinstance(rows, int) and tokenizer is not None:
+        # The worker, which reads the template that replaces the model's, examines that one.
+        _refuse_rows(path, tokenizer, rows, "" if config.model.chat_template else _templates(Path(path)))
     limit = positions(values)
     # vLLM counts the token that it samples after a prompt, also when it only scores the prompt.
     more = 1 if isinstance(config.rollout.engine, VllmEngineConfig) else 0
@@ -61,10 +76,11 @@ def refuse_limits(config: RunConfig) -> None:
         )
 
 
-def refuse_tokenizer(path: str) -> None:
-    """Raise UserError if the tokenizer has an id without a row in the embedding. path: folder or hub id.
+def refuse_tokenizer(path: str, *, template: str | None = None) -> None:
+    """Raise UserError if a token that can occur has no row in the embedding. path: folder or hub id.
 
-    A tokenizer or config that cannot be loaded is ignored: the code that uses it refuses it.
+    template: the chat template in use; None: the model's own. A tokenizer or config that cannot be loaded is ignored:
+    the code that uses it refuses it.
     """
     try:
         rows = text_values(_read(Path(path) / "config.json")).get("vocab_size")
@@ -73,10 +89,27 @@ def refuse_tokenizer(path: str) -> None:
 
             rows = AutoConfig.from_pretrained(path).get_text_config().vocab_size
         tokenizer = load_tokenizer(path)
-        size = TokenizerSize(len(tokenizer), max(tokenizer.get_vocab().values()))
+        named = {str(getattr(tokenizer, key, None)) for key in _SPECIAL}
+        special = {entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special}
+        ids = TokenizerIds(tokenizer.get_vocab(), frozenset(special - named))
+        text = str(tokenizer.chat_template or "") if template is None else template
     except Exception:
         return
-    _refuse_rows(path, size, rows)
+    _refuse_rows(path, ids, rows, text)
+
+
+def refuse_attention(path: str, attention: str, values: Mapping[str, Any]) -> None:
+    """Raise UserError if the learner's attention would ignore a soft cap of the model, which the engine applies.
+
+    attention: model.attention. values: of the model's config.json. `sdpa` of transformers has no soft cap and does not
+    report one that it is given.
+    """
+    cap = text_values(values).get(SOFT_CAP)
+    if cap and attention == "sdpa":
+        raise UserError(
+            f"model.attention is sdpa, which ignores the soft cap of attention scores of the model in {path} "
+            f'({SOFT_CAP} {cap} in config.json). Set model.attention = "eager", or "flash_attention_2" on a GPU'
+        )
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -113,8 +146,8 @@ def positions(values: Mapping[str, Any]) -> tuple[int, str] | None:
     return found[key], key
 
 
-def tokenizer_size(folder: Path) -> TokenizerSize | None:
-    """Return the size of the folder's tokenizer, with the special tokens that transformers adds when it loads.
+def tokenizer_ids(folder: Path) -> TokenizerIds | None:
+    """Return the ids of the folder's tokenizer, with the special tokens that transformers adds when it loads.
 
     None: the folder has no tokenizer.json that can be read.
     """
@@ -126,32 +159,48 @@ def tokenizer_size(folder: Path) -> TokenizerSize | None:
             ids.update(vocabulary)
         else:  # Unigram: [text, score], the index is the id
             ids.update({text: i for i, (text, _) in enumerate(vocabulary)})
-        ids.update({token["content"]: token["id"] for token in values.get("added_tokens", ())})
-        ids.update({_text(token): int(i) for i, token in settings.get("added_tokens_decoder", {}).items()})
-        for token in _special_tokens(settings):
+        added = list(values.get("added_tokens", ()))
+        ids.update({token["content"]: token["id"] for token in added})
+        decoder = settings.get("added_tokens_decoder", {})
+        ids.update({_text(token): int(i) for i, token in decoder.items()})
+        named, extra = list(_named_tokens(settings)), list(_extra_tokens(settings))
+        for token in (*named, *extra):
             ids.setdefault(token, max(ids.values()) + 1)
-        return TokenizerSize(len(ids), max(ids.values()))
+        marked = {
+            _text(token) for token in (*added, *decoder.values()) if isinstance(token, dict) and token.get("special")
+        }
+        return TokenizerIds(ids, frozenset(marked.union(extra).difference(named)))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
-def _refuse_rows(path: str, size: TokenizerSize, rows: int) -> None:
-    """Raise UserError if a token has no row. More rows than tokens are padding."""
-    if size.largest >= rows:
+def _refuse_rows(path: str, tokenizer: TokenizerIds, rows: int, template: str) -> None:
+    """Raise UserError if a token that can occur has no row. More rows than tokens are padding."""
+    token = tokenizer.without_row(rows, template)
+    if token is not None:
         raise UserError(
-            f"model.path: the tokenizer of {path} has {size.tokens} tokens with ids up to {size.largest}, but the "
-            f"model's embedding has {rows} rows (vocab_size in config.json). Resize the embedding "
+            f"model.path: the tokenizer of {path} has {len(tokenizer.ids)} tokens with ids up to {tokenizer.largest}, "
+            f"but the model's embedding has {rows} rows (vocab_size in config.json), and a trajectory can contain "
+            f"{token} (id {tokenizer.ids[token]}). Resize the embedding "
             f"(`model.resize_token_embeddings(len(tokenizer))`) and save the model, or remove the added tokens from "
             f"the tokenizer"
         )
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
-    named = [settings.get(key) for key in _SPECIAL]
+def _templates(folder: Path) -> str:
+    """Return the text of all chat templates of a model folder."""
+    files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return "\n".join([*texts, str(_read(folder / "tokenizer_config.json").get("chat_template", ""))])
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
+    yield from filter(None, (_text(settings.get(key)) for key in _SPECIAL))
+
+
+def _extra_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    for token in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
-        if text := _text(token):
-            yield text
+    yield from filter(None, map(_text, extra.values() if isinstance(extra, dict) else extra))
 
 
 def _text(token: Any) -> str:

@@ -40,7 +40,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     dialogue = ChatRenderer.load(
         config.model.path, dict(config.model.chat_template_options), config.model.chat_template
     )
-    refuse_tokenizer(config.model.path)
+    refuse_tokenizer(config.model.path, template=dialogue.template)
     engine = _engine(config, dialogue)
     server.doing = "the log to be opened"
     bus = open_bus(config)

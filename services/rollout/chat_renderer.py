@@ -45,6 +45,11 @@ class ChatRenderer:
         self._plain_text = PlainText(texts, self.encode)
         self._reasoning = self._opened_reasoning()
 
+    @property
+    def template(self) -> str:
+        """The text of the chat template in use."""
+        return str(self._tokenizer.chat_template)
+
     @classmethod
     def load(cls, model: str, options: dict[str, Any], template: str = "") -> "ChatRenderer":
         """Return the renderer of a model folder. Raises UserError if its tokenizer or template cannot be used.

@@ -1,5 +1,6 @@
 """Load the model, and compute the log-prob that it gives to each token."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
+from palimpsest.common.model_limits import refuse_attention
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
@@ -16,6 +18,8 @@ from palimpsest.services.learner.model.output_head import PROBE_TOKENS, LinearHe
 
 CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
 """Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
+_NO_ATTENTION = re.compile(r"(\w+) does not support an attention implementation")
+"""Beginning of the error of transformers for an attention that the architecture lacks."""
 
 
 def load_model(
@@ -30,9 +34,15 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
     except Exception as error:
+        if unsupported := _NO_ATTENTION.match(str(error)):
+            raise UserError(
+                f"model.attention is {attention}, which transformers does not support for the model in {path} "
+                f'({unsupported[1]}). Set model.attention = "eager"'
+            ) from None
         raise UserError(
             f"model.path: {path} is not a causal language model that can be loaded ({sentence(error)}): {WHOLE}"
         ) from None
+    refuse_attention(path, attention, model.config.to_dict())
     # Dropout stays off in training too: the current policy must be the one that sampled
     module: torch.nn.Module = model.to(device).eval()
     setattr(module, CHUNK_ATTRIBUTE, logprob_chunk_tokens)

@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.model_limits import TokenizerSize, positions, refuse_limits, refuse_tokenizer, tokenizer_size
+from palimpsest.common.model_limits import (
+    positions,
+    refuse_attention,
+    refuse_limits,
+    refuse_tokenizer,
+    tokenizer_ids,
+)
+from palimpsest.common.sessions.wire import Message
+from palimpsest.common.tokenizer import load_tokenizer
 from palimpsest.common.user_error import UserError
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 
 
 def a_model(folder: Path, *, config: dict[str, Any], settings: dict[str, Any] | None = None, tokens: int = 10) -> Path:
@@ -51,23 +60,48 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path, nested: bool) -> None:
         refuse_limits(a_run(model))
     assert str(refused.value) == (
         f"model.path: the tokenizer of {model} has 10 tokens with ids up to 9, but the model's embedding has 9 rows "
-        f"(vocab_size in config.json). Resize the embedding (`model.resize_token_embeddings(len(tokenizer))`) and save "
-        f"the model, or remove the added tokens from the tokenizer"
+        f"(vocab_size in config.json), and a trajectory can contain <|b|> (id 9). Resize the embedding "
+        f"(`model.resize_token_embeddings(len(tokenizer))`) and save the model, or remove the added tokens from the "
+        f"tokenizer"
     )
 
 
 def test_special_tokens_that_the_tokenizer_adds_when_it_loads_count(tmp_path: Path) -> None:
     settings = {"eos_token": "<|b|>", "pad_token": {"content": "<|pad|>"}, "extra_special_tokens": ["<|c|>"]}
     model = a_model(tmp_path / "model", config={"vocab_size": 11}, settings=settings)
-    assert tokenizer_size(model) == TokenizerSize(12, 11)
-    with pytest.raises(UserError, match="12 tokens with ids up to 11, but the model's embedding has 11 rows"):
+    ids = tokenizer_ids(model)
+    assert ids is not None
+    assert (len(ids.ids), ids.largest, ids.unnamed) == (12, 11, {"<|c|>"})
+    refuse_limits(a_run(model))  # only <|c|> has no row, and no text becomes it
+    (model / "config.json").write_text(json.dumps({"vocab_size": 10}))
+    with pytest.raises(UserError, match=r"12 tokens with ids up to 11, .* has 10 rows .* contain <\|pad\|> \(id 10\)"):
         refuse_limits(a_run(model))
 
 
 def test_a_vocabulary_that_is_a_list_counts_by_its_index(tmp_path: Path) -> None:
     model = a_model(tmp_path / "model", config={})
     (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
-    assert tokenizer_size(model) == TokenizerSize(2, 1)
+    ids = tokenizer_ids(model)
+    assert ids is not None
+    assert ids.ids == {"a": 0, "b": 1}
+
+
+def test_a_special_token_that_nothing_writes_needs_no_row(tmp_path: Path) -> None:
+    """Like the image token of gemma-3-1b, whose id is one beyond the rows of the text model."""
+    model = a_model(tmp_path / "model", config={"vocab_size": 9})
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][1]["special"] = True
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refuse_limits(a_run(model))
+    refused = pytest.raises(UserError, match=r"a trajectory can contain <\|b\|> \(id 9\)")
+    for settings in ({"unk_token": "<|b|>"}, {"chat_template": "{{ '<|b|>' }}"}):
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        with refused:
+            refuse_limits(a_run(model))
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "chat_template.jinja").write_text("{{ messages }}<|b|>")
+    with refused:
+        refuse_limits(a_run(model))
 
 
 def test_a_folder_without_these_files_is_left_to_other_checks(tmp_path: Path) -> None:
@@ -91,6 +125,20 @@ def test_a_trajectory_longer_than_the_positions_is_refused_with_both_keys(tmp_pa
     refuse_limits(a_run(model, longest=1024, engine=scripted))
     with pytest.raises(UserError, match=r"is 1025, but .* has 1024 positions .* to at most 1024, or"):
         refuse_limits(a_run(model, longest=1025, engine=scripted))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_attention_that_ignores_a_soft_cap_is_refused(tmp_path: Path, nested: bool) -> None:
+    config: dict[str, Any] = {"vocab_size": 10, "attn_logit_softcapping": 50.0}
+    model = a_model(tmp_path / "model", config={"text_config": config} if nested else config)
+    with pytest.raises(UserError) as refused:
+        refuse_limits(a_run(model))
+    assert str(refused.value) == (
+        f"model.attention is sdpa, which ignores the soft cap of attention scores of the model in {model} "
+        f'(attn_logit_softcapping 50.0 in config.json). Set model.attention = "eager", or "flash_attention_2" on a GPU'
+    )
+    for attention, cap in (("eager", 50.0), ("flash_attention_2", 50.0), ("sdpa", None)):
+        refuse_attention(str(model), attention, config | {"attn_logit_softcapping": cap})
 
 
 @pytest.mark.parametrize(
@@ -135,6 +183,22 @@ def test_the_loaded_tokenizer_is_refused_if_it_has_a_token_without_a_row(startin
     (narrow / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
     with pytest.raises(UserError, match=f"has {config['vocab_size'] - 1} rows"):
         refuse_tokenizer(str(narrow))
+
+
+def test_the_template_in_use_decides_whether_a_special_token_without_a_row_can_occur(
+    starting_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(starting_model, tmp_path / "model")
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(model)
+    assert tokenizer.convert_tokens_to_ids("<image>") == json.loads((model / "config.json").read_text())["vocab_size"]
+    refuse_tokenizer(str(model))
+    with pytest.raises(UserError, match="a trajectory can contain <image>"):
+        refuse_tokenizer(str(model), template="{{ '<image>' }}")
+    renderer = ChatRenderer.load(str(model), {})
+    rows = tokenizer.convert_tokens_to_ids("<image>")
+    assert max(renderer.begin([Message(role="user", content="an <image> in a text")], [])) < rows
 
 
 def test_the_tokenizer_of_a_folder_is_examined_without_torch(starting_model: Path) -> None:
