@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.versions import UNTRAINABLE, Version
 
+PASS_TOKENS = 256
+"""Cost of a further pass, in tokens: another pass pays off where it saves more padding than this."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
@@ -63,19 +66,31 @@ class PaddedBatch:
 
 
 def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
-    """Split rows into lists of similar length. A list has at most max_tokens tokens, padding included.
+    """Split rows into lists of similar length, so that the passes cost least.
 
-    A row longer than max_tokens has a list to itself. Rows are sorted by length, then id, so the input order does not
+    A pass costs its tokens, padding included, and PASS_TOKENS. A list has at most max_tokens tokens, padding included;
+    a row longer than max_tokens has a list to itself. Rows are sorted by length, then id, so the input order does not
     change the lists.
     """
+    ordered = sorted(rows, key=lambda row: (len(row.tokens), row.trajectory))
+    least = np.zeros(len(ordered) + 1, dtype=np.int64)
+    """[i]: the cost of the first i rows."""
+    start = [0] * (len(ordered) + 1)
+    """[i]: the first row of the list that ends before row i."""
+    for end in range(1, len(ordered) + 1):
+        length = max(
+            1, len(ordered[end - 1].tokens)
+        )  # rows come in ascending length: the last one sets the padded length
+        first = max(0, end - max(1, max_tokens // length))
+        costs = least[first:end] + np.arange(end - first, 0, -1) * length
+        start[end] = first + int(costs.argmin())
+        least[end] = costs.min() + PASS_TOKENS
     batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (len(row.tokens), row.trajectory)):
-        # Rows come in ascending length: the last row of a list sets its padded length.
-        if batches and (len(batches[-1]) + 1) * len(row.tokens) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+    end = len(ordered)
+    while end:
+        batches.append(ordered[start[end] : end])
+        end = start[end]
+    return batches[::-1]
 
 
 def pad(rows: Sequence[Row]) -> PaddedBatch:
