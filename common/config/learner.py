@@ -71,7 +71,8 @@ class LearnerConfig(Service):
     """Younger groups that may be trained on before a group that is not complete. Then the batch waits for that group. A
     lower number keeps more of the oldest tokens and lowers the throughput (docs/algorithms/admission.md)."""
     micro_batch_tokens: Positive = 16384
-    """Maximum number of tokens in one forward pass, padding included."""
+    """Maximum number of tokens in one forward pass, padding included. Rows of similar length share a pass: the split
+    into passes minimizes padding."""
     logprob_chunk_tokens: Positive = LOGPROB_CHUNK_TOKENS
     """Tokens whose logits are in memory at the same time, in the forward and in the backward pass. A bf16 model needs
     2 bytes for each of these tokens and each vocabulary entry: 0.3 GB at the default with 151,936 entries. The value

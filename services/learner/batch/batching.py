@@ -14,7 +14,8 @@ from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.versions import UNTRAINABLE, Version
 
 PASS_TOKENS = 256
-"""Cost of a further pass, in tokens: another pass pays off where it saves more padding than this."""
+"""Cost of a further pass, in tokens: another pass pays off where it saves more padding than this. Measured with the
+starting model on one core: 11 ms for a pass and 0.045 ms for a token, forward and backward."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
