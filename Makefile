@@ -56,7 +56,7 @@ format: environment ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: environment ## generate docs/configuration.md, metrics.md and messages.md from the code
+docs: environment ## generate the references in docs/ and the schema of the chart's values
 	@$(BIN)/python -m tools.references
 
 up: environment ## start a Kafka and a MinIO on this machine; download them if they are missing (FOLDER=backends)

@@ -1,4 +1,5 @@
-"""Generates docs/configuration.md, docs/metrics.md and docs/messages.md from the code.
+"""Generates docs/configuration.md, docs/metrics.md, docs/messages.md from the code, and the schema and the table of the
+chart's values from its values.yaml.
 
 python -m tools.references           # write the files
 python -m tools.references --check   # exit with 1 if a file differs from the code
@@ -21,8 +22,11 @@ from pydantic_core import PydanticUndefined
 
 from palimpsest.common import messages, outages
 from palimpsest.common.config.schema import RunConfig
+from tools import chart
 
 ROOT = Path(__file__).resolve().parent.parent
+CHART = "deploy/helm/palimpsest"
+VALUES = ROOT / CHART / "values.yaml"
 HEAD = ("| key | values | default | what it does |", "|---|---|---|---|")
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
 SERVICES = ("learner", "learner.replica", "rollout", "env_gateway", "snapshot_store")
@@ -35,7 +39,7 @@ def main() -> int:
     check = arguments.parse_args().check
     stale = []
     for name, text in references().items():
-        path = ROOT / "docs" / name
+        path = ROOT / name
         if not path.exists() or path.read_text() != text:
             stale.append(name)
             if not check:
@@ -46,8 +50,15 @@ def main() -> int:
 
 
 def references() -> dict[str, str]:
-    """Return the text of each file by file name."""
-    return {"configuration.md": configuration(), "metrics.md": metrics(), "messages.md": wire()}
+    """Return the text of each file by its path in the repository."""
+    values = VALUES.read_text()
+    return {
+        "docs/configuration.md": configuration(),
+        "docs/metrics.md": metrics(),
+        "docs/messages.md": wire(),
+        "docs/chart-values.md": chart.table(values),
+        f"{CHART}/values.schema.json": chart.schema(values),
+    }
 
 
 def configuration() -> str:

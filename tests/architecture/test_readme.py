@@ -278,11 +278,11 @@ def test_a_program_prints_the_same_in_a_separate_process() -> None:
 def test_check_reports_a_stale_reference_and_does_not_rewrite_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "docs").mkdir()
     for name, text in references.references().items():
-        (tmp_path / "docs" / name).write_text(text.replace("clip_low", "clip_lower"))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text.replace("clip_low", "clip_lower"))
     monkeypatch.setattr(references, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["references", "--check"])
     assert references.main() == 1
-    assert capsys.readouterr().out == "differs from the code; run `make docs`: configuration.md\n"
+    assert capsys.readouterr().out == "differs from the code; run `make docs`: docs/configuration.md\n"
     assert "clip_lower" in (tmp_path / "docs" / "configuration.md").read_text()

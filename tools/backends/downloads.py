@@ -1,4 +1,4 @@
-"""Downloads Kafka with Maven and builds MinIO with Go, once into the cache."""
+"""Downloads Kafka with Maven and builds MinIO and Helm with Go, once into the cache."""
 
 import contextlib
 import os
@@ -23,10 +23,14 @@ POM = Path(__file__).parent / "pom.xml"
 MINIO_MODULE = "github.com/minio/minio"
 MINIO_VERSION = "v0.0.0-20260212201848-7aac2a2c5b7c"
 """Newest version on the Go module proxy, of 2026-02-12."""
+HELM_MODULE = "helm.sh/helm/v3"
+HELM_VERSION = "v3.22.0"
+KUBERNETES = (1, 36)
+"""Version of Kubernetes for which Helm renders without a cluster. A Helm that Go builds would take 1.20."""
 COPY_JARS = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 """The full name. With the short name, Maven reports a failed connection as a missing plugin."""
 OLDEST_JAVA, OLDEST_GO = 17, (1, 21)
-"""MinIO needs Go 1.24. Go 1.21 and later download it."""
+"""MinIO and Helm need a newer Go. Go 1.21 and later download it."""
 SHOWN_EVERY_S = 10.0
 LAST_LINES = 12
 
@@ -45,6 +49,12 @@ def minio(say: Say = announce) -> Path:
     """Return the path of the MinIO program. Raises UserError."""
     name = f"minio-{MINIO_VERSION.removeprefix('v')}"
     return cache.made(name, lambda partial: _build_minio(partial, say), say) / "minio"
+
+
+def helm(say: Say = announce) -> Path:
+    """Return the path of the Helm program. Raises UserError."""
+    name = f"helm-{HELM_VERSION.removeprefix('v')}"
+    return cache.made(name, lambda partial: _build_helm(partial, say), say) / "helm"
 
 
 def kafka_version() -> str:
@@ -83,10 +93,29 @@ def _get_kafka(partial: Path, say: Say) -> None:
 
 
 def _build_minio(partial: Path, say: Say) -> None:
-    go = program("go", "building MinIO", f"Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later")
-    _check_go(go)
-    nice = program("nice", "building MinIO", "coreutils")
     say("building MinIO with Go: about 1.2 GB of sources and up to 5 minutes on two cores, once")
+    _go_install(partial, "MinIO", f"{MINIO_MODULE}@{MINIO_VERSION}", "-s -w", say)
+
+
+def _build_helm(partial: Path, say: Say) -> None:
+    say("building Helm with Go: about four minutes of processor time, once")
+    stamps = {
+        f"{HELM_MODULE}/internal/version.version": HELM_VERSION,
+        **{
+            f"{HELM_MODULE}/pkg/{package}.k8sVersion{part}": str(number)
+            for package in ("chartutil", "lint/rules")
+            for part, number in zip(("Major", "Minor"), KUBERNETES, strict=True)
+        },
+    }
+    flags = " ".join(["-s -w", *(f"-X {name}={value}" for name, value in stamps.items())])
+    _go_install(partial, "Helm", f"{HELM_MODULE}/cmd/helm@{HELM_VERSION}", flags, say)
+
+
+def _go_install(partial: Path, what: str, module: str, linker_flags: str, say: Say) -> None:
+    """Build a program from the Go module proxy into the folder."""
+    go = program("go", f"building {what}", f"Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later")
+    _check_go(go, what)
+    nice = program("nice", f"building {what}", "coreutils")
     started = time.monotonic()
 
     def progress(lines: Sequence[str], passed: float) -> None:
@@ -95,10 +124,10 @@ def _build_minio(partial: Path, say: Say) -> None:
         say(f"  {downloaded} modules downloaded, {compiled} packages compiled, {passed:.0f} s")
 
     _run(
-        [nice, "-n", "10", go, "install", "-v", "-trimpath", "-ldflags", "-s -w", f"{MINIO_MODULE}@{MINIO_VERSION}"],
-        "Go could not build MinIO", {"GOBIN": str(partial), "CGO_ENABLED": "0"}, progress,
+        [nice, "-n", "10", go, "install", "-v", "-trimpath", "-ldflags", linker_flags, module],
+        f"Go could not build {what}", {"GOBIN": str(partial), "CGO_ENABLED": "0"}, progress,
     )  # fmt: skip
-    say(f"MinIO is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
+    say(f"{what} is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
 
 
 def _check_java() -> None:
@@ -108,12 +137,12 @@ def _check_java() -> None:
         raise UserError(f"Kafka needs Java {OLDEST_JAVA} or later; `java` here is {found[1]}", ExitCode.UNAVAILABLE)
 
 
-def _check_go(go: str) -> None:
+def _check_go(go: str, what: str) -> None:
     output = subprocess.run([go, "version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"go(\d+)\.(\d+)", output)
     if found is not None and (int(found[1]), int(found[2])) < OLDEST_GO:
         raise UserError(
-            f"MinIO needs Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later; `go` here is {found[0]}", ExitCode.UNAVAILABLE
+            f"{what} needs Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later; `go` here is {found[0]}", ExitCode.UNAVAILABLE
         )
 
 

@@ -1,0 +1,89 @@
+"""Renders the chart with Helm, which `tools.backends.downloads` builds into the cache. A missing Helm is an error."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tools.backends import downloads
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "helm" / "palimpsest"
+VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
+NAMESPACE = "training"
+Document = dict[str, Any]
+
+
+class Rendered:
+    """The documents that Helm renders from one file of values."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+
+    def of(self, kind: str) -> dict[str, Document]:
+        """Documents of a kind, by name."""
+        return {one["metadata"]["name"]: one for one in self.documents if one["kind"] == kind}
+
+    @property
+    def pods(self) -> dict[str, Document]:
+        """Pod templates by the name of their Job, Deployment or StatefulSet."""
+        return {
+            name: one["spec"]["template"]
+            for kind in ("Job", "Deployment", "StatefulSet")
+            for name, one in self.of(kind).items()
+        }
+
+    def containers(self) -> Iterator[tuple[str, Document, Document]]:
+        """Name, pod spec and container of every pod."""
+        for name, pod in self.pods.items():
+            for container in pod["spec"]["containers"]:
+                yield name, pod["spec"], container
+
+    @property
+    def run_file(self) -> str:
+        """Text of the run file in the ConfigMap."""
+        (found,) = [one["data"]["run.toml"] for one in self.of("ConfigMap").values() if "run.toml" in one["data"]]
+        return str(found)
+
+
+@pytest.fixture(scope="session")
+def helm() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Helm in the folder of the chart."""
+    path = downloads.helm()
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False, cwd=CHART)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def template(helm: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Render a file of values, with further arguments, for a cluster that has Strimzi."""
+
+    def run(values: str, *arguments: str, release: str = "first") -> subprocess.CompletedProcess[str]:
+        return helm(
+            "template", release, ".", "-n", NAMESPACE, "-f", f"values/{values}.yaml",
+            "--api-versions", "kafka.strimzi.io/v1", *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def render(template: Callable[..., Any]) -> Callable[..., Rendered]:
+    """Render a file of values and parse the documents. Each call with the same arguments renders once."""
+    known: dict[Any, Rendered] = {}
+
+    def run(values: str, *arguments: str, release: str = "first") -> Rendered:
+        key = (values, *arguments, release)
+        if key not in known:
+            done = template(values, *arguments, release=release)
+            assert done.returncode == 0, done.stderr
+            known[key] = Rendered([one for one in yaml.safe_load_all(done.stdout) if one])
+        return known[key]
+
+    return run
