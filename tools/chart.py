@@ -20,12 +20,7 @@ Path = tuple[str, ...]
 def schema(text: str) -> str:
     """Return the JSON schema of the values. Raises ValueError if a key has no comment."""
     root = _section(yaml.safe_load(text), comments(text), ())
-    root = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Values of the chart palimpsest",
-        **root,
-    }
-    return json.dumps(root, indent=2) + "\n"
+    return json.dumps({"title": "Values of the chart palimpsest", **root}, indent=2) + "\n"
 
 
 def table(text: str) -> str:

@@ -79,3 +79,12 @@ def test_the_folder_of_jars_has_the_version_of_the_pom(programs: Path, tmp_path:
     folder = downloads.kafka(no_output)
     assert folder == tmp_path / "cache" / f"kafka-{downloads.kafka_version()}"
     assert [jar.name for jar in folder.iterdir()] == ["a.jar"]
+
+
+def test_helm_is_built_for_the_version_of_kubernetes_that_the_chart_needs(programs: Path) -> None:
+    version = '#!/bin/sh\n[ "$1" = version ] && echo go version go1.26.8 linux/amd64 && exit\n'
+    script(programs / "go", version + 'echo "$@" > "$GOBIN/helm"\n')
+    command = downloads.helm(no_output).read_text()
+    assert f"version.version={downloads.HELM_VERSION} " in command
+    assert "pkg/chartutil.k8sVersionMinor=36" in command
+    assert command.endswith(f"helm.sh/helm/v3/cmd/helm@{downloads.HELM_VERSION}\n")
