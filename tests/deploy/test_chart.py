@@ -1,11 +1,13 @@
 """Every file of values renders to documents that agree with each other, with the run file and with the code."""
 
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from palimpsest.common.config.load import load
 from palimpsest.common.config.schema import RunConfig
@@ -244,3 +246,21 @@ def test_the_volume_of_rank_0_stays_if_it_is_kept(render: Render, keep: str) -> 
     claims = render("minimal", "--set", f"learner.volume.keep={keep}").of("PersistentVolumeClaim")
     annotations = claims["first-palimpsest-learner"]["metadata"].get("annotations", {})
     assert (annotations.get("helm.sh/resource-policy") == "keep") is (keep == "true")
+
+
+def test_the_notes_name_the_next_three_commands(helm: Callable[..., Any], tmp_path: Path) -> None:
+    """Helm prints NOTES.txt only with a cluster, so a copy of the chart renders it as a document."""
+    copy = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    (copy / "templates" / "NOTES.txt").rename(copy / "notes.txt")
+    (copy / "templates" / "notes.yaml").write_text('kind: Notes\ntext: {{ tpl (.Files.Get "notes.txt") . | toJson }}\n')
+    done = helm("template", "first", str(copy), "-n", NAMESPACE, "-f", "values/minimal.yaml")
+    assert done.returncode == 0, done.stderr
+    (notes,) = [one["text"] for one in yaml.safe_load_all(done.stdout) if one and one["kind"] == "Notes"]
+    commands = [line.strip() for line in notes.splitlines() if line.startswith("  ")]
+    assert [command.split()[:2] for command in commands] == [
+        ["helm", "test"],
+        ["kubectl", "logs"],
+        ["kubectl", "port-forward"],
+    ]
+    assert "job/first-palimpsest-learner-0 7704" in commands[2]
+    assert "for development only" in notes

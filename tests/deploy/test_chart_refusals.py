@@ -17,6 +17,7 @@ pytestmark = pytest.mark.thorough
         ("minimal", ["rollout.count=two"], "got string, want integer"),
         ("minimal", ["objectStore.mode=folder"], "'external', 'minio'"),
         ("minimal", ["images.gpu.digest=sha256:1"], "does not match pattern"),
+        ("minimal", ["kafka.servers=kafka"], "does not match pattern"),
         ("minimal", ["run="], "run is empty: pass the run file"),
         ("minimal", ["run=[model"], "run is not valid TOML"),
         ("minimal", ["run=[model]"], "run has no section [tasks]"),
