@@ -50,6 +50,8 @@ class OffsetTracker:
             unresolved = self._open.get(partition, [])
             resolved = self._resolved.get(partition, set())
             while unresolved and unresolved[0] in resolved:
-                resolved.discard(heapq.heappop(unresolved))
+                done = heapq.heappop(unresolved)
+                if not unresolved or unresolved[0] != done:  # else it was read again, after the partition came back
+                    resolved.discard(done)
             frontier[partition] = unresolved[0] if unresolved else following
         return frontier

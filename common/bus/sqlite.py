@@ -1,8 +1,9 @@
 """The log in one SQLite file (WAL mode): durable, for several processes of one machine.
 
 `publish` returns after the commit is synced to disk. Group membership is a lease in the same file: a member that stops
-polling loses its partitions after `lease_s` seconds. Readers poll SQLite's data_version counter for new commits, which
-takes microseconds.
+polling loses its partitions after `lease_s` seconds. When it polls again, it continues from the commits of the group.
+Leases are measured from the start of the machine, so a change of the wall clock has no effect on them. Readers poll
+SQLite's data_version counter for new commits, which takes microseconds.
 """
 
 import errno
@@ -11,12 +12,13 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from palimpsest.common.boot_clock import boot_id, boot_time
 from palimpsest.common.bus.port import PARTITIONS_STAY, OffsetGone, Outgoing, Position, Record, partition_of
 
 LEASE_S = 10.0
@@ -40,8 +42,9 @@ CREATE TABLE IF NOT EXISTS ends (
 CREATE TABLE IF NOT EXISTS commits (
     topic TEXT NOT NULL, grp TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
     PRIMARY KEY (topic, grp, partition)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS members (
-    topic TEXT NOT NULL, grp TEXT NOT NULL, member TEXT NOT NULL, heard REAL NOT NULL,
+DROP TABLE IF EXISTS members;
+CREATE TABLE IF NOT EXISTS member_leases (
+    topic TEXT NOT NULL, grp TEXT NOT NULL, member TEXT NOT NULL, boot TEXT NOT NULL, heard REAL NOT NULL,
     PRIMARY KEY (topic, grp, member)) WITHOUT ROWID;
 """
 
@@ -49,11 +52,19 @@ CREATE TABLE IF NOT EXISTS members (
 class SqliteBus:
     """See common/bus/port.py. Safe to share between the threads of a process."""
 
-    def __init__(self, path: Path, *, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = boot_time,
+        boot: Callable[[], str] = boot_id,
+    ) -> None:
+        """`clock`: seconds since the start of the machine that `boot` names."""
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))  # SQLite's own error names no cause
         self.path = path
-        self._lease_s = lease_s
+        self._lease_s, self._clock, self._boot = lease_s, clock, boot()
         self._lock = threading.RLock()
         self._db = _open(path)
         with self._lock, _writing(self._db):
@@ -98,7 +109,9 @@ class SqliteBus:
         return positions
 
     def consumer(self, topic: str, *, group: str | None = None, member: str = "") -> "SqliteConsumer":
-        return SqliteConsumer(self.path, topic, group, member, lease_s=self._lease_s)
+        return SqliteConsumer(
+            self.path, topic, group, member, lease_s=self._lease_s, clock=self._clock, boot=self._boot
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -108,11 +121,22 @@ class SqliteBus:
 class SqliteConsumer:
     """See common/bus/port.py. Belongs to one thread at a time."""
 
-    def __init__(self, path: Path, topic: str, group: str | None, member: str, *, lease_s: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        topic: str,
+        group: str | None,
+        member: str,
+        *,
+        lease_s: float,
+        clock: Callable[[], float],
+        boot: str,
+    ) -> None:
         if group is not None and not member:
             raise ValueError(f"a consumer of group {group} needs a member name")
         self._db = _open(path)
         self._topic, self._group, self._member, self._lease_s = topic, group, member, lease_s
+        self._clock, self._boot = clock, boot
         self._next: dict[int, int] = {}
         self._heard = float("-inf")
         self._seen = -1
@@ -165,7 +189,7 @@ class SqliteConsumer:
         if self._group is not None:
             with _writing(self._db):
                 self._db.execute(
-                    "DELETE FROM members WHERE topic = ? AND grp = ? AND member = ?",
+                    "DELETE FROM member_leases WHERE topic = ? AND grp = ? AND member = ?",
                     (self._topic, self._group, self._member),
                 )
         self._db.close()
@@ -216,19 +240,22 @@ class SqliteConsumer:
     def _keep_membership(self) -> None:
         if self._group is None:
             return
-        now = time.time()
+        now = self._clock()
         if now - self._heard < self._lease_s / 3 and self._data_version() == self._seen:
             return
         if now - self._heard >= self._lease_s / 3:
             with _writing(self._db):
                 self._db.execute(
-                    "INSERT INTO members VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET heard = excluded.heard",
-                    (self._topic, self._group, self._member, now),
+                    "INSERT INTO member_leases VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT DO UPDATE SET boot = excluded.boot, heard = excluded.heard",
+                    (self._topic, self._group, self._member, self._boot, now),
                 )
                 self._db.execute(
-                    "DELETE FROM members WHERE topic = ? AND grp = ? AND heard < ?",
-                    (self._topic, self._group, now - self._lease_s),
+                    "DELETE FROM member_leases WHERE topic = ? AND grp = ? AND (boot != ? OR heard < ?)",
+                    (self._topic, self._group, self._boot, now - self._lease_s),
                 )
+            if now - self._heard > self._lease_s:
+                self._next = {}  # another member may have had the partitions meanwhile
             self._heard = now
         share = self._share()
         if share != set(self._next):
@@ -244,8 +271,9 @@ class SqliteConsumer:
         members = [
             member
             for (member,) in self._db.execute(
-                "SELECT member FROM members WHERE topic = ? AND grp = ? AND heard >= ? ORDER BY member",
-                (self._topic, self._group, time.time() - self._lease_s),
+                "SELECT member FROM member_leases WHERE topic = ? AND grp = ? AND boot = ? AND heard >= ? "
+                "ORDER BY member",
+                (self._topic, self._group, self._boot, self._clock() - self._lease_s),
             )
         ]
         if self._member not in members:

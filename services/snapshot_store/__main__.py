@@ -10,13 +10,17 @@ from palimpsest.services.snapshot_store.app import create_app, open_catalog
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_factory import open_storage
 
+CLOCK_STEP_S = 3600.0
+"""The age of a record's body follows the wall clock of the storage. A step of the clock up to this long removes no body
+before `claims_keep_hours`."""
+
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until a stop request."""
     config = invocation.config
     section = config.snapshot_store
     storage = asyncio.run(_open_and_check(config))
-    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=section.claims_keep_hours * 3600)
+    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=section.claims_keep_hours * 3600 + CLOCK_STEP_S)
     serve(app, section.host, section.port, key="snapshot_store", stop=stop)
 
 

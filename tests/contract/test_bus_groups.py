@@ -94,6 +94,21 @@ def test_an_assignment_changes_only_inside_a_poll(bus: Bus) -> None:
         assert everything(a)
 
 
+def test_a_member_that_stood_still_continues_from_the_commits_of_its_group(log: Log) -> None:
+    """Its own positions are older or newer than those of the members that had its partitions meanwhile."""
+    with closing(log.with_lease(1.5).open()) as bus:
+        bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
+        with bus.consumer(TOPIC, group=GROUP, member="sleeper") as sleeper:
+            take(sleeper, len(KEYS))
+            with bus.consumer(TOPIC, group=GROUP, member="successor") as successor:
+                poll_until(lambda: everything(successor), successor)
+                successor.commit(dict.fromkeys(range(PARTITIONS), 7))
+            firsts: dict[int, int] = {}
+            for record in take(sleeper, len(KEYS) - 7 * PARTITIONS):
+                firsts.setdefault(record.partition, record.offset)
+    assert firsts == dict.fromkeys(range(PARTITIONS), 7)
+
+
 def test_a_commit_ignores_partitions_that_moved_to_another_member(bus: Bus) -> None:
     bus.publish(TOPIC, [Outgoing(key, b"") for key in KEYS])
     with bus.consumer(TOPIC, group=GROUP, member="a") as a:

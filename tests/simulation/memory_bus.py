@@ -191,7 +191,10 @@ class MemoryConsumer:
         if self._group is None:
             return
         partitions = self._store.partitions(self._topic)
-        self._members()[self._member] = self._store.clock()
+        now = self._store.clock()
+        if now - self._members().get(self._member, now) > self._lease_s:
+            self._next = {}  # another member may have had the partitions meanwhile
+        self._members()[self._member] = now
         share = self._share()
         if share == set(self._next):
             return

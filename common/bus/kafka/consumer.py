@@ -36,9 +36,14 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.rebalanced = False
+        self.lost: set[int] = set()
+        """Partitions that another member may have had meanwhile."""
 
     def on_partitions_revoked(self, _revoked: Any) -> None:
         """Keep the partitions in `assignment` until the new assignment is known."""
+
+    def on_partitions_lost(self, lost: Any) -> None:
+        self.lost |= {tp.partition for tp in lost}
 
     def on_partitions_assigned(self, _assigned: Any) -> None:
         self.rebalanced = True
@@ -226,6 +231,7 @@ class KafkaConsumer:
             self._stable_at = time.monotonic()
         elif time.monotonic() - self._stable_at > self._stuck_s:
             logger().warning("consumer rejoined group", topic=self._topic, group=self._group)
+            self._listener.lost |= set(self._next)
             self._client.close(autocommit=False, timeout_ms=5_000)
             self._client, self._subscribed = self._connect(self._connection.outage_limit_s), False
             self._join()
@@ -233,9 +239,10 @@ class KafkaConsumer:
     def _adopt_assignment(self) -> None:
         self._listener.rebalanced = False
         share = {tp.partition for tp in self._client.assignment()}
-        for partition in set(self._next) - share:
+        for partition in set(self._next) & self._listener.lost | set(self._next) - share:
             del self._next[partition]
             self._waiting.pop(partition, None)
+        self._listener.lost.clear()
         positions = dict(self._next)
         if new := share - set(self._next):
             firsts = self._first_offsets()

@@ -149,3 +149,62 @@ def test_a_log_that_stays_locked_is_not_waited_for_forever(tmp_path: Path, monke
     with pytest.raises(sqlite3.OperationalError, match="database is locked"):
         SqliteBus(tmp_path / "bus.sqlite")
     other.close()
+
+
+class Clocks:
+    """The clock of a machine, and the name of its start."""
+
+    def __init__(self) -> None:
+        self.now, self.boot = 1000.0, "first"
+
+
+def members_of(path: Path, clocks: Clocks, *names: str) -> list[sqlite.SqliteConsumer]:
+    bus = SqliteBus(path, lease_s=10.0, clock=lambda: clocks.now, boot=lambda: clocks.boot)
+    bus.create_topics({"shared": 2})
+    members = [bus.consumer("shared", group="g", member=name) for name in names]
+    bus.close()
+    return members
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, 3600.0])
+def test_a_step_of_the_wall_clock_neither_keeps_nor_ends_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    clocks, wall = Clocks(), sqlite.time.time
+    dead, alive = members_of(tmp_path / "bus.sqlite", clocks, "a", "b")
+    for member in (dead, alive, dead):
+        member.poll(limit=0, timeout_s=0)
+    assert (dead.assignment(), alive.assignment()) == ({0}, {1})
+    monkeypatch.setattr(sqlite.time, "time", lambda: wall() + step_s)
+    clocks.now += 9.0
+    alive.poll(limit=0, timeout_s=0)
+    assert alive.assignment() == {1}, "the lease of the other is not over"
+    clocks.now += 4.0
+    alive.poll(limit=0, timeout_s=0)
+    assert alive.assignment() == {0, 1}
+
+
+def test_a_lease_of_an_earlier_start_of_the_machine_is_over(tmp_path: Path) -> None:
+    clocks = Clocks()
+    (dead,) = members_of(tmp_path / "bus.sqlite", clocks, "a")
+    dead.poll(limit=0, timeout_s=0)
+    clocks.now, clocks.boot = 5.0, "second"  # its lease would last for another 995 seconds
+    (next_one,) = members_of(tmp_path / "bus.sqlite", clocks, "b")
+    next_one.poll(limit=0, timeout_s=0)
+    assert next_one.assignment() == {0, 1}
+
+
+@pytest.mark.parametrize(("away_s", "expected"), [(10.0, []), (10.1, [1, 2])])
+def test_a_member_away_for_longer_than_its_lease_continues_from_the_commit(
+    tmp_path: Path, away_s: float, expected: list[int]
+) -> None:
+    clocks = Clocks()
+    bus = SqliteBus(tmp_path / "bus.sqlite", lease_s=10.0, clock=lambda: clocks.now)
+    bus.create_topics({"t": 1})
+    bus.publish("t", [Outgoing("k", b"")] * 3)
+    with bus.consumer("t", group="g", member="m") as member:
+        assert len(member.poll(limit=9, timeout_s=0)) == 3
+        member.commit({0: 1})
+        clocks.now += away_s
+        assert [record.offset for record in member.poll(limit=9, timeout_s=0)] == expected
+    bus.close()

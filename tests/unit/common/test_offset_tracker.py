@@ -87,3 +87,12 @@ def test_a_record_resolved_after_its_partition_was_revoked_counts_when_it_is_rea
     assert frontier.offsets() == {}
     frontier.read(1, 4)
     assert frontier.offsets() == {1: 5}
+
+
+def test_a_record_that_was_read_again_is_resolved_once() -> None:
+    frontier = OffsetTracker()
+    for offset in (4, 5, 4, 5):
+        frontier.read(0, offset)
+    for offset in (4, 5, 4):
+        frontier.resolve(0, offset)
+    assert frontier.offsets() == {0: 6}

@@ -262,5 +262,5 @@ def committed(bus: SqliteBus) -> int:
 def heard(bus: SqliteBus, name: str) -> float:
     """Return the time of the member's last heartbeat in the workers' group; 0 if it is no member."""
     with closing(sqlite3.connect(bus.path)) as db:
-        row = db.execute("SELECT heard FROM members WHERE grp = ? AND member = ?", (GROUP, name)).fetchone()
+        row = db.execute("SELECT heard FROM member_leases WHERE grp = ? AND member = ?", (GROUP, name)).fetchone()
     return float(row[0]) if row else 0.0
