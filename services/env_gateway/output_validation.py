@@ -15,6 +15,8 @@ from palimpsest.services.env_gateway.environments.port import EnvironmentFailed,
 ROLES = ("system", "user", "assistant", "tool")
 ROUNDING = 1e-6
 """Distance from [0, 1] within which a reward is set to the bound: a sum of float32 parts misses it by about 1e-7."""
+OPENING_BYTES = 2**20
+"""Maximum size of the first messages and the tools of a session, as UTF-8. They are kept as long as the session."""
 
 
 def check_opening(returned: Any) -> Opening:
@@ -26,7 +28,11 @@ def check_opening(returned: Any) -> Opening:
         raise _invalid("reset returned no messages")
     if not isinstance(returned.tools, list | tuple):
         raise _invalid(f"tools are {_shown(returned.tools)}, not a tuple or list of schemas")
-    return Opening(messages, tuple(_schema(schema) for schema in returned.tools))
+    opening = Opening(messages, tuple(_schema(schema) for schema in returned.tools))
+    size = sum(len(message.content.encode()) for message in messages) + len(json.dumps(opening.tools))
+    if size > OPENING_BYTES:
+        raise _invalid(f"the first messages and the tools take {size} bytes; at most {OPENING_BYTES} are allowed")
+    return opening
 
 
 def check_outcome(returned: Any) -> Outcome:

@@ -1,7 +1,7 @@
 """The state of one session: its next step, the replies to earlier steps, and its end.
 
-Invariant: steps 0 to next_step - 1 have replies. A running session keeps all of them, an ended one the last. The status
-leaves `running` once.
+Invariant: steps 0 to next_step - 1 have replies. A running session keeps the last ones up to REPLY_BYTES, an ended one
+the last. The status leaves `running` once.
 """
 
 import asyncio
@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from palimpsest.common.service import HttpError
 from palimpsest.common.sessions.wire import CreateSession, SessionState, Status, Step
 from palimpsest.services.env_gateway.hosts import EnvironmentHost
+
+REPLY_BYTES = 2**20
+"""Maximum size of a running session's replies to earlier steps. The reply to the last step is always kept."""
+SESSION_BYTES = 2**11
+"""Memory of a session besides its replies."""
 
 
 @dataclass(slots=True)
@@ -34,6 +39,7 @@ class LiveSession:
     ending: Step | None = None
     """The last step. Its number is that of the step that ended the session, else the next step's."""
     _replies: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    _reply_bytes: int = 0
 
     def stored(self, number: int, action: bytes) -> bytes | None:
         """Return the reply to an earlier step; None if this is the next step. Raises HttpError (409, 410).
@@ -42,7 +48,13 @@ class LiveSession:
         """
         if number < self.next_step:
             if number not in self._replies:
-                raise self.gone()
+                raise (
+                    self.gone()
+                    if self.ending
+                    else HttpError(
+                        410, "gone", f"the reply to step {number} is not kept any more", next_step=self.next_step
+                    )
+                )
             known, reply = self._replies[number]
             if known != action:
                 raise HttpError(
@@ -59,6 +71,9 @@ class LiveSession:
         """Store the reply to the next step, and end the session if it is the last. Return the reply's bytes."""
         reply = step.model_dump_json().encode()
         self._replies[self.next_step] = action, reply
+        self._reply_bytes += len(action) + len(reply)
+        while self._reply_bytes > REPLY_BYTES and len(self._replies) > 1:
+            self._forget(next(iter(self._replies)))
         self.next_step += 1
         if step.status.is_terminal:
             self.end(step)
@@ -68,11 +83,20 @@ class LiveSession:
         """End the session: close the environment, keep the last reply and the ending."""
         assert self.ending is None, "a session ends once"
         self.status, self.ending, self.opened = ending.status, ending, None
-        self._replies = {number: reply for number, reply in self._replies.items() if number == self.next_step - 1}
+        for number in [number for number in self._replies if number != self.next_step - 1]:
+            self._forget(number)
         if self.world is not None:
             self.world.close()
             self.world = None
         self.on_end(self)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the replies of the session take."""
+        return SESSION_BYTES + self._reply_bytes + len(self.opened or b"")
+
+    def _forget(self, number: int) -> None:
+        self._reply_bytes -= sum(map(len, self._replies.pop(number)))
 
     def end_without_reward(self, status: Status) -> None:
         """End the session as expired or cancelled."""

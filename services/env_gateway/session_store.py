@@ -15,9 +15,10 @@ from palimpsest.services.env_gateway.session import LiveSession
 class SessionStore:
     """Sessions by id and by key."""
 
-    def __init__(self, *, remember: int, remember_s: float) -> None:
-        """Remember ended sessions for `remember_s` seconds, at most `remember` of them."""
-        self._remember, self._remember_s = remember, remember_s
+    def __init__(self, *, remember: int, remember_s: float, remember_bytes: int) -> None:
+        """Remember ended sessions for `remember_s` seconds, at most `remember` of them and `remember_bytes`."""
+        self._remember, self._remember_s, self._remember_bytes = remember, remember_s, remember_bytes
+        self._ended_bytes = 0
         self._live: dict[str, LiveSession] = {}
         self._ended: OrderedDict[str, tuple[float, LiveSession]] = OrderedDict()
         self._keys: dict[str, LiveSession] = {}
@@ -73,7 +74,8 @@ class SessionStore:
             instruments.of(environment).reward.observe(session.ending.reward)
         if error is not None:
             instruments.FAILURES.labels(environment, error.code).inc()
-        if len(self._ended) > self._remember:
+        self._ended_bytes += session.bytes
+        while len(self._ended) > self._remember or self._ended_bytes > self._remember_bytes:
             self._forget_oldest()
 
     def forget(self, now: float) -> None:
@@ -92,11 +94,13 @@ class SessionStore:
         return {
             "live_sessions": len(self._live),
             "remembered_sessions": len(self._ended),
+            "remembered_bytes": self._ended_bytes,
             "sessions": dict(totals),
             "environments": {name: dict(counts) for name, counts in by_environment.items()},
         }
 
     def _forget_oldest(self) -> None:
         _, (_, session) = self._ended.popitem(last=False)
+        self._ended_bytes -= session.bytes
         if session.key is not None:
             del self._keys[session.key]

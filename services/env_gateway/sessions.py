@@ -22,6 +22,8 @@ from palimpsest.services.env_gateway.session_store import SessionStore
 
 REMEMBERED_PER_SESSION = 8
 """Number of remembered ended sessions for each session that may be live."""
+REMEMBERED_BYTES = 256 * 2**20
+"""Maximum memory of all remembered ended sessions. The oldest are forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,11 @@ class Sessions:
         self, registry: Registry, limits: SessionLimits, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._registry, self._limits, self._clock = registry, limits, clock
-        self._ledger = SessionStore(remember=REMEMBERED_PER_SESSION * limits.max_sessions, remember_s=limits.remember_s)
+        self._ledger = SessionStore(
+            remember=REMEMBERED_PER_SESSION * limits.max_sessions,
+            remember_s=limits.remember_s,
+            remember_bytes=REMEMBERED_BYTES,
+        )
         self._draining = False
 
     async def create(self, wanted: CreateSession, key: str | None) -> bytes:

@@ -5,12 +5,13 @@ between two model messages, the renderer renders a dialogue whose model message 
 the sentinel. This also works for templates that rewrite earlier messages.
 """
 
+import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from palimpsest.common.byte_cache import ByteCache
 from palimpsest.common.logs import logger
 from palimpsest.common.model_path import WHOLE, refuse_absent, refuse_no_tokenizer, sentence
 from palimpsest.common.sessions.wire import Message
@@ -25,6 +26,11 @@ BUNDLED = "tools"
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _THINK, _END_THINK = "<think>", "</think>"
 
+CACHE_BYTES = 64 * 2**20
+"""Maximum memory of the renderings of first prompts, and of those of answers."""
+MESSAGE_BYTES, TOKEN_BYTES = 400, 36
+"""Memory of a message besides its text, and of a token: its number and a reference."""
+
 
 class RenderFailed(Exception):
     """The chat template or the tokenizer cannot render this dialogue."""
@@ -38,8 +44,10 @@ class ChatRenderer:
         self._ends = find_turn_ends(tokenizer, self._render, generation_ids)
         self.stop_tokens: tuple[int, ...] = self._ends.tokens
         """The tokens that end a model message; the first one is the template's own."""
-        self._begin = lru_cache(maxsize=4096)(self._begin_uncached)
-        self._continue = lru_cache(maxsize=4096)(self._continue_uncached)
+        self._openings = ByteCache[tuple[tuple[Message, ...], _Tools], tuple[int, ...]](
+            most_bytes=CACHE_BYTES, size=lambda key, tokens: _size(key[0], tokens) + key[1].size
+        )
+        self._answers = ByteCache[tuple[Message, ...], tuple[int, ...]](most_bytes=CACHE_BYTES, size=_size)
         self._control = control_tokens(tokenizer) | set(self.stop_tokens)
         texts = {token: tokenizer.convert_ids_to_tokens(token) for token in self._control}
         self._plain_text = PlainText(texts, self.encode)
@@ -94,7 +102,8 @@ class ChatRenderer:
 
     def begin(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """Return the tokens of the first prompt, up to the start of the first model message. Raises RenderFailed."""
-        return self._begin(tuple(messages), _Tools(tools))
+        key = tuple(messages), _Tools(tools)
+        return self._openings.get(key, lambda: self._begin_uncached(*key))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
         """Return the text of the first prompt, up to the first model message. `begin` returns its tokens.
@@ -113,7 +122,8 @@ class ChatRenderer:
         template closes the message, whichever stop token the model sampled. They leave out a token that opens the next
         message only if the model sampled that token. With None, they leave out nothing. Raises RenderFailed.
         """
-        tokens = self._continue(tuple(messages))
+        key = tuple(messages)
+        tokens = self._answers.get(key, lambda: self._continue_uncached(key))
         if ended_by is None:
             return tokens
         first = next((place for place, token in enumerate(tokens) if token in self._control), None)
@@ -212,12 +222,20 @@ class _Tools:
     def __init__(self, schemas: Sequence[dict[str, Any]]) -> None:
         self.schemas = tuple(schemas)
         self._key = repr(self.schemas)
+        self.size = 3 * sys.getsizeof(self._key)
+        """Approximate memory in bytes: the text, and the objects that it describes."""
 
     def __hash__(self) -> int:
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Tools) and other._key == self._key
+
+
+def _size(messages: tuple[Message, ...], tokens: tuple[int, ...]) -> int:
+    """Return the memory of a cached rendering in bytes."""
+    texts = sum(sys.getsizeof(message.content) + MESSAGE_BYTES for message in messages)
+    return texts + TOKEN_BYTES * len(tokens)
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

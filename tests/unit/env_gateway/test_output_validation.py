@@ -1,5 +1,6 @@
 """Forms of a valid value that an author may return, and what the error names otherwise."""
 
+import json
 from fractions import Fraction
 from typing import Any
 
@@ -8,7 +9,12 @@ import pytest
 
 from palimpsest.common.sessions.wire import Message
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Reply, Score, tool
-from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
+from palimpsest.services.env_gateway.output_validation import (
+    OPENING_BYTES,
+    check_opening,
+    check_outcome,
+    check_score,
+)
 from palimpsest.services.env_gateway.processes.protocol import ChildResponse
 
 SAID = Message(role="tool", content="5")
@@ -69,6 +75,14 @@ def test_an_invalid_value_is_named(returned: Any, message: str) -> None:
         check_outcome(returned)
     assert failed.value.code == "environment_invalid"
     assert str(failed.value).startswith(message)
+
+
+def test_an_opening_beyond_the_limit_is_refused_with_its_size() -> None:
+    tools = (tool("pick", "Pick."),)
+    room = OPENING_BYTES - len(json.dumps(tools))
+    assert check_opening(Opening((Message(role="user", content="a" * room),), tools)).tools == tools
+    with pytest.raises(EnvironmentFailed, match=f"take {OPENING_BYTES + 1} bytes; at most {OPENING_BYTES} are allowed"):
+        check_opening(Opening((Message(role="user", content="a" * (room - 1) + "é"),), tools))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import doctest
 
 import pytest
 
+from palimpsest.common.service import HttpError
 from palimpsest.common.sessions.wire import CreateSession, Message, Status, Step
+from palimpsest.services.env_gateway import session as session_module
 from palimpsest.services.env_gateway.environments import calculator, tool_calls
 from palimpsest.services.env_gateway.session import LiveSession
+from palimpsest.services.env_gateway.session_store import SessionStore
 from tests.unit.env_gateway.fakes import ScriptedWorld
 
 
@@ -43,3 +46,35 @@ async def test_a_session_ends_once() -> None:
     session.end_without_reward(Status.EXPIRED)
     with pytest.raises(AssertionError, match="ends once"):
         session.end_without_reward(Status.CANCELLED)
+
+
+async def test_the_replies_of_a_running_session_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "REPLY_BYTES", 1000)
+    session = LiveSession(
+        id="s", wanted=CreateSession(environment="fake", seed=0), key=None, lease_until=0.0, on_end=lambda _: None,
+    )  # fmt: skip
+    replies = [session.replied(b"a" * 300, Step(step=number, status=Status.RUNNING)) for number in range(9)]
+    kept = 1000 // (300 + len(replies[0]))
+    assert session.bytes == session_module.SESSION_BYTES + kept * (300 + len(replies[0]))
+    assert session.stored(8, b"a" * 300) == replies[8]
+    assert session.stored(9 - kept, b"a" * 300) == replies[9 - kept]
+    with pytest.raises(HttpError, match=f"the reply to step {8 - kept} is not kept any more"):
+        session.stored(8 - kept, b"a" * 300)
+    long = session.replied(b"a" * 2000, Step(step=9, status=Status.RUNNING))
+    assert session.stored(9, b"a" * 2000) == long, "the last reply is kept at any size"
+
+
+async def test_remembered_sessions_are_bounded_in_bytes() -> None:
+    store = SessionStore(remember=100, remember_s=60.0, remember_bytes=10_000)
+    names = []
+    for number in range(10):
+        session = LiveSession(
+            id=f"s{number}", wanted=CreateSession(environment="fake", seed=0), key=None, lease_until=0.0,
+            on_end=lambda session: store.mark_ended(session, 0.0),
+        )  # fmt: skip
+        store.add(session)
+        session.replied(b"a" * 1000, Step(step=0, status=Status.TERMINATED, reward=1.0, success=True))
+        names.append(session.id)
+    remembered = [name for name in names if store.find(name)]
+    assert remembered == names[-3:], "each takes over 3,000 bytes"
+    assert store.status()["remembered_bytes"] == sum(store.find(name).bytes for name in remembered)  # type: ignore[union-attr]
