@@ -18,6 +18,8 @@ from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 
 NO_LIMIT_S = 1e9
+WAIT_SHARE = 0.01
+"""As in services/learner/loop.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Rule:
     """See TrajectoryLedger."""
     whole: bool = False
     """Drop a trajectory if its oldest token is too old. False: if all its tokens are."""
+    adaptive: bool = False
+    """Admit fewer groups while the learner does not wait (learner.admission)."""
 
 
 @dataclass(slots=True)
@@ -107,7 +111,7 @@ class Simulation:
     def run(self) -> Outcome:
         """Train all versions."""
         resolved: list[Trajectory] = []
-        begin, ages, trained = 0.0, 0, 0
+        begin, ages, trained, waited = 0.0, 0, 0, 0.0
         load = self._load
         while len(self._published) < load.versions + load.warm_up:
             self._admit()
@@ -119,8 +123,13 @@ class Simulation:
                 resolved += dropped
             if batch is None:
                 if not dropped:
+                    before = self._clock
                     self._advance(self._in_flight[0][0], next_batch=now)
+                    waited += self._clock - before
                 continue
+            if self._rule.adaptive:
+                self._ledger.adapt(waited=waited > WAIT_SHARE * (waited + load.train))
+            waited = 0.0
             if now == load.warm_up:
                 begin = self._clock
             for trajectory in self._train(batch, now):

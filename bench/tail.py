@@ -6,9 +6,12 @@ former   oldest complete groups first; a trajectory is dropped if its first toke
 masked   oldest complete groups first; tokens that are too old are masked (learner.max_overtaking = "unlimited")
 bounded  masked, and at most 16 batches of younger groups overtake a group (learner.max_overtaking)
 strict   masked, and no group overtakes another (learner.max_overtaking = 0)
+
+learner_bound: training takes longer than sampling, with full and with adaptive admission (learner.admission)
 """
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from bench.simulated_tail import Load, Rule, dropped_share, figures, simulate
@@ -17,6 +20,8 @@ DEFAULT = Load()
 STALENESSES = range(3, 17)
 EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Lower edges of the bins of durations, in medians."""
+TRAIN = (1.0, 2.0, 4.0)
+"""Times for a version at the learner, in median durations."""
 BOUNDED = 16
 """Batches of younger groups that may overtake a group."""
 
@@ -45,6 +50,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "name": "tail",
         "rules": {name: figures(simulate(load, rule)) for name, rule in rules(load).items()},
         "unequal_siblings": {name: figures(simulate(unequal, rule)) for name, rule in rules(unequal).items()},
+        "learner_bound": {
+            str(train): {
+                name: figures(simulate(replace(load, train=train), Rule(None, adaptive=name == "adaptive")))
+                for name in ("full", "adaptive")
+            }
+            for train in TRAIN
+        },
         "by_max_staleness": [_drops(bound, chosen.versions, chosen.seed) for bound in STALENESSES],
     }
 

@@ -71,6 +71,8 @@ class DropReason(StrEnum):
     """It did not arrive within the time limit of its group."""
     GROUP_TOO_SMALL = "group_too_small"
     """Too few trajectories of its group arrived to compute a baseline."""
+    EVEN_GROUP = "even_group"
+    """All rewards of its group are equal, and learner.even_groups is "skip"."""
 
 
 class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, tag="group_offered/1"):

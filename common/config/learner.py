@@ -13,6 +13,8 @@ LOGPROB_CHUNK_TOKENS = 1024
 """Default of learner.logprob_chunk_tokens."""
 TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Advantage kinds that give each token its own advantage."""
+WITHOUT_BASELINE = ("reinforce_pp", "gae")
+"""Advantage kinds without a baseline of the group."""
 
 
 class OptimizerConfig(Section):
@@ -67,9 +69,15 @@ class LearnerConfig(Service):
     max_staleness: Annotated[int, Field(ge=0)] = 4
     """Maximum staleness of a trained token, in versions. Admission keeps within it what a version can train on; the
     older tokens of a long trajectory are masked and counted (docs/algorithms/admission.md)."""
+    admission: Literal["adaptive", "full"] = "adaptive"
+    """Groups that may be unresolved. `full`: as many as `max_staleness` permits. `adaptive`: fewer while the learner
+    never waits for a batch, which lowers the staleness at the same throughput (docs/algorithms/admission.md)."""
     max_overtaking: Annotated[int, Field(ge=0)] | Literal["unlimited"] = "unlimited"
     """Younger groups that may be trained on before a group that is not complete. Then the batch waits for that group. A
     lower number keeps more of the oldest tokens and lowers the throughput (docs/algorithms/admission.md)."""
+    even_groups: Literal["keep", "skip"] = "keep"
+    """Groups whose rewards are all equal: their advantages are 0. `skip` leaves them out of the batch and offers more
+    groups until the batch is full, which biases what the batch shows (docs/algorithms/admission.md)."""
     micro_batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass, padding included. Rows of similar length share a pass: the split
     into passes minimizes padding."""
@@ -126,6 +134,12 @@ class LearnerConfig(Service):
             raise ValueError(
                 f'vcpo.baseline replaces the advantages, so advantages.kind = "{self.advantages.kind}" would have no '
                 f"effect: choose a group-level kind (grpo, dr_grpo, rloo), or set vcpo.baseline = false"
+            )
+        if self.even_groups == "skip" and (self.vcpo.baseline or self.advantages.kind in WITHOUT_BASELINE):
+            switch = "vcpo.baseline = true" if self.vcpo.baseline else f'advantages.kind = "{self.advantages.kind}"'
+            raise ValueError(
+                f'even_groups = "skip" leaves out groups of equal rewards, but with {switch} they are trained on: '
+                f'the baseline is not the group\'s: set even_groups = "keep"'
             )
         if kl.weight and kl.place == "reward" and self.advantages.kind not in TOKEN_LEVEL:
             raise ValueError(

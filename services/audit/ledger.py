@@ -10,7 +10,7 @@ from palimpsest.services.learner.buffer.ledger import DEAD_LETTERED, TRAINED, Le
 
 BY_WORKERS = (DropReason.ENVIRONMENT_FAILED, DropReason.PROMPT_TOO_LONG, DropReason.ENGINE_FAILED)
 """Drop reasons that a worker publishes in a record."""
-AFTER_ARRIVAL = (DropReason.OVER_STALENESS, DropReason.GROUP_TOO_SMALL)
+AFTER_ARRIVAL = (DropReason.OVER_STALENESS, DropReason.GROUP_TOO_SMALL, DropReason.EVEN_GROUP)
 """Drop reasons of the learner for trajectories that arrived."""
 
 

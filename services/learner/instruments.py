@@ -8,8 +8,29 @@ VERSION = Gauge("palimpsest_learner_version", "Newest version published", regist
 TRAINED = Counter("palimpsest_learner_trained_trajectories", "Trajectories trained on", registry=REGISTRY)
 TOKENS = Counter("palimpsest_learner_trained_tokens", "Tokens trained on", registry=REGISTRY)
 OFFERED = Counter("palimpsest_learner_offered_trajectories", "Trajectories offered to workers", registry=REGISTRY)
+ADMITTED_GROUPS = Gauge(
+    "palimpsest_learner_admitted_groups", "Groups that may be unresolved (learner.admission)", registry=REGISTRY
+)
 DROPPED = Counter(
     "palimpsest_learner_dropped_trajectories", "Trajectories dropped, by reason", ["reason"], registry=REGISTRY
+)
+TOKEN_FATES = Counter(
+    "palimpsest_learner_token_fates",
+    "Tokens trained, and tokens lost because they exceed max_staleness, by length (tokens) and duration (seconds) of "
+    "their trajectory; above: lower edge of the bin, a power of 2",
+    ["by", "above", "fate"],
+    registry=REGISTRY,
+)
+TOO_OLD_TOKENS = Counter(
+    "palimpsest_learner_too_old_tokens",
+    "Tokens of trained trajectories that are masked because they exceed max_staleness",
+    registry=REGISTRY,
+)
+EVEN_GROUPS = Counter(
+    "palimpsest_learner_even_groups",
+    "Groups whose rewards are all equal, by environment; fate: kept in the batch, or skipped",
+    ["environment", "fate"],
+    registry=REGISTRY,
 )
 DEAD_LETTERS = Counter(
     "palimpsest_learner_dead_letters", "Records rejected as dead letters", ["cause", "topic"], registry=REGISTRY

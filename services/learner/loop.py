@@ -48,6 +48,8 @@ from palimpsest.services.learner.training.state import TrainingState, split_chec
 from palimpsest.services.learner.training.trainer import Trainer
 
 POLL_S = 0.1
+WAIT_SHARE = 0.01
+"""The learner counts as waiting for a batch from this share of the time since the last batch."""
 CONFIRM_S = 2.0
 """Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
 is older than this, so the learner checks before it reads again."""
@@ -98,7 +100,7 @@ class Loop:
     ) -> None:
         self._run, self._config, self._seed = config.run.id, config.learner, config.run.seed
         budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * config.tasks.samples_per_group
-        self._drops = Drops(ingest, budget=budget)
+        self._drops = Drops(ingest, budget=budget, skip_even=self._config.even_groups == "skip")
         self._trainer, self._policy = training.trainer, training.policy
         self._state, self._ranks = training.state, training.ranks
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
@@ -106,7 +108,7 @@ class Loop:
         self._writer, self._publisher, self._checkpoints = outputs.writer, outputs.publisher, outputs.checkpoints
         self._version, self._digest, self._trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
-        self._confirmed = self._started
+        self._confirmed = self._last_batch = self._started
         self._phases = PhaseTimer()
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
@@ -192,7 +194,8 @@ class Loop:
         needed = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
-            dropped_before = self._drops.count()
+            first_look: float | None = None
+            dropped_before = self._drops.counts()
             while not self._stop.requested:
                 self._confirm_periodically()
                 failpoints.reach("learner.before_reading")
@@ -200,17 +203,27 @@ class Loop:
                 self._reader.read_all(self._version, timeout_s=timeout_s)
                 self._drops.drop_unusable(self._version, now=time.monotonic())
                 self._tasks.offer(self._version, now=time.monotonic())
+                complete_at = time.monotonic()
                 if (ready := self._ledger.peek_batch(self._version)) and (
                     rows := self._attach_old_logprobs(ready)
                 ) is not None:
                     self.status.waiting_for = None
                     self._ledger.take_batch(self._version)  # after the wait, so that a stop during it changes nothing
+                    self._adapt(waited_s=0.0 if first_look is None else complete_at - first_look, now=complete_at)
                     return ready, rows
+                first_look = complete_at if first_look is None else first_look
                 timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
                 self._drops.end_if_hopeless(dropped_before)
                 self.update_status()
                 self.status.waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
         return None
+
+    def _adapt(self, *, waited_s: float, now: float) -> None:
+        """Adapt the admission to whether the learner waited for the batch that it takes now."""
+        if self._config.admission == "adaptive":
+            self._ledger.adapt(waited=waited_s > WAIT_SHARE * (now - self._last_batch))
+        self._last_batch = now
+        instruments.ADMITTED_GROUPS.set(self._ledger.admitted_groups)
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop is requested first."""
@@ -255,8 +268,7 @@ class Loop:
         failpoints.reach("learner.after_step")
         self._confirm()
         for group in batch:
-            for arrived in group.items:
-                self._reader.resolve(arrived)
+            self._drops.resolve_trained(group.items, lowest=now - self._config.max_staleness)
             self._drops.resolve(DropReason.OVER_STALENESS, group.stale)
         self._version, self._trained_versions = Version(now + 1), self._trained_versions + 1
         records = [arrived.record for group in batch for arrived in group.items]
@@ -282,6 +294,8 @@ class Loop:
             learning_rate=self._policy.learning_rate,
             counts=self._ledger.counts(),
             sampled_tokens=self._reader.sampled_tokens,
+            skipped_even=self._drops.take_skipped(),
+            token_fates=self._drops.fates.take(),
             oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()),
         )
         self._history.add(self._last_line)

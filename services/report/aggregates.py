@@ -68,6 +68,20 @@ def alert_spans(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return found
 
 
+def token_fates(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return trained and lost tokens of the run: `length` or `seconds` -> lower edge of the bin -> counts.
+
+    The bins are in ascending order. Empty if no line has counts.
+    """
+    sums: dict[str, dict[str, dict[str, int]]] = {}
+    for line in lines:
+        for by, bins in line.get("token_fates", {}).items():
+            for edge, (trained, lost) in bins.items():
+                counts = sums.setdefault(by, {}).setdefault(edge, {"trained": 0, "lost": 0})
+                counts["trained"], counts["lost"] = counts["trained"] + trained, counts["lost"] + lost
+    return {by: dict(sorted(bins.items(), key=lambda item: float(item[0]))) for by, bins in sums.items()}
+
+
 _SHARES = ("advantage", "positive", "negative")
 
 

@@ -16,6 +16,7 @@ def figures(contents: Contents) -> list[Figure]:
         policies.staleness_ratio_over_versions(lines),
         policies.removed_by_staleness(lines),
         policies.staleness_over_versions(lines),
+        policies.fates_by_duration(lines),
         progress.timeline(lines, log.applied, contents.config.rollout.canary_tolerance),
         progress.where_the_time_went(lines),
     ]

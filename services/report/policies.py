@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from palimpsest.services.report.aggregates import token_fates
 from palimpsest.services.report.charts import (
     BLUE,
     ORANGE,
@@ -155,6 +156,31 @@ def staleness_over_versions(lines: Sequence[Line]) -> Figure:
         "tokens at the bound (learner.max_staleness) together with drops, which means that rollout is faster than the "
         "learner.",
         label_axes(figure, "version published", "share of tokens (%)", range=[0, 100]),
+    )
+
+
+def fates_by_duration(lines: Sequence[Line]) -> Figure:
+    """Trained and lost tokens by the duration and the length of their trajectory."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("by duration", "by length"), horizontal_spacing=0.12)
+    sums = token_fates(lines)
+    for column, (by, unit) in enumerate((("seconds", "seconds"), ("length", "tokens")), start=1):
+        bins = sums.get(by, {})
+        for fate, paint in (("trained", BLUE), ("lost", ORANGE)):
+            totals = [sum(counts.values()) for counts in bins.values()]
+            shares = [100 * counts[fate] / total for counts, total in zip(bins.values(), totals, strict=True)]
+            bars = go.Bar(x=list(bins), y=short(shares), name=fate, marker={"color": paint}, showlegend=column == 1)
+            bars.customdata = totals
+            bars.hovertemplate = "%{y:.1f} % of %{customdata} tokens"
+            figure.add_trace(bars, row=1, col=column)
+        figure.update_xaxes(title=f"from ({unit})", type="category", row=1, col=column)
+    figure.update_yaxes(title="share of tokens (%)", range=[0, 100], row=1, col=1)
+    figure.update_layout(barmode="stack", height=360)
+    return Figure(
+        "Trained and lost tokens by duration and length",
+        "Tokens of finished trajectories by the time from the offer to the arrival, and by the number of sampled "
+        "tokens; each bin ends where the next begins. Lost tokens exceeded learner.max_staleness. Sign of a fault: the "
+        "lost share grows towards slow or long trajectories, so that the run learns less from them.",
+        figure,
     )
 
 

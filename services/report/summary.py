@@ -12,7 +12,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
-from palimpsest.services.report.aggregates import alert_spans, leak, removal
+from palimpsest.services.report.aggregates import alert_spans, leak, removal, token_fates
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
 
@@ -199,6 +199,7 @@ def _policies(lines: Sequence[Line]) -> dict[str, Any]:
         "multi_version_trajectories": sum(line["multi_version"] for line in lines),
         "cuts": sum(line["cuts"] for line in lines),
         "removal": removal(lines),
+        "token_fates": token_fates(lines),
         "leak": leak(lines),
         "measures": {name: _mean_of_known([line.get("all", {}).get(name) for line in lines]) for name in MEASURES},
         "alerts": alert_spans(lines),

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from palimpsest.common.user_error import ExitCode, UserError
 
+EVEN_BUDGETS = 20
+"""The run ends if this many times the admitted number of trajectories were dropped since the last batch because the
+rewards of their groups are equal."""
 HOPELESS_BUDGETS = 2
 """The run ends if this many times the admitted number of trajectories were dropped and none arrived."""
 
@@ -17,5 +20,19 @@ def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mappi
         raise UserError(
             f"{dropped} trajectories in a row were dropped and none arrived: {dict(reasons)}. The workers' logs hold "
             f"the reasons (usually the environment or its gateway). Fix the cause and continue with --resume",
+            ExitCode.UNAVAILABLE,
+        )
+
+
+def refuse_even(dropped: int, *, admitted: int) -> None:
+    """Raise UserError if too many trajectories were dropped because the rewards of their groups are equal.
+
+    dropped: number since the last batch. admitted: number that may be in flight.
+    """
+    if dropped >= EVEN_BUDGETS * admitted:
+        raise UserError(
+            f"{dropped} trajectories were dropped since the last batch because all rewards of their groups are equal: "
+            f"the tasks are all solved or all failed. Choose tasks of another difficulty, or set "
+            f'learner.even_groups = "keep"',
             ExitCode.UNAVAILABLE,
         )

@@ -9,6 +9,7 @@ many younger groups have overtaken. A trajectory is dropped as too stale only if
 when its group is trained on. Its reward still counts in the baseline of its siblings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic
@@ -17,6 +18,7 @@ from msgspec import Struct
 
 from palimpsest.common.messages import DropReason, group_id, trajectory_id
 from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.admission import AdmissionLimit
 from palimpsest.services.learner.buffer.groups import Finished, Group, ReadyGroup, T, parse_id
 
 DEAD_LETTERED = "dead_lettered"
@@ -79,6 +81,7 @@ class TrajectoryLedger(Generic[T]):
         self._samples, self._batch = samples, groups_per_batch
         self._max_staleness, self._time_limit_s = max_staleness, time_limit_s
         self._max_overtaking = max_overtaking
+        self._limit = AdmissionLimit(groups_per_batch=groups_per_batch, highest=(max_staleness + 1) * groups_per_batch)
         self._open: dict[str, Group[T]] = {}
         self._next_index = 0
         self._offered = self._trained = self._dead_lettered = 0
@@ -90,8 +93,17 @@ class TrajectoryLedger(Generic[T]):
         return self._next_index
 
     def free_slots(self) -> int:
-        """Groups that may be offered now: (max_staleness + 1) * groups_per_batch - unresolved."""
-        return max(0, (self._max_staleness + 1) * self._batch - len(self._open))
+        """Groups that may be offered now: (max_staleness + 1) * groups_per_batch - unresolved, or fewer (`adapt`)."""
+        return max(0, self._limit.groups - len(self._open))
+
+    def adapt(self, *, waited: bool) -> None:
+        """Adapt the number of unresolved groups after a batch was taken. waited: whether the learner waited for it."""
+        self._limit.observe(surplus=self.complete(), waited=waited)
+
+    @property
+    def admitted_groups(self) -> int:
+        """Number of groups that may be unresolved."""
+        return self._limit.groups
 
     def offer(self, *, now: float, samples: int | None = None) -> str:
         """Enter the next group. Return its id. now: seconds, of the clock that `expire` uses."""
@@ -158,11 +170,17 @@ class TrajectoryLedger(Generic[T]):
         dropped: list[T] = []
         for group in list(self._open.values()):
             if not group.awaited and len(group.arrived) < 2:
-                for sample, arrived in list(group.arrived.items()):
-                    dropped.append(arrived.item)
-                    del group.arrived[sample]
-                    self._end(group, sample, DropReason.GROUP_TOO_SMALL.value)
+                dropped += self._drop_arrived(group, DropReason.GROUP_TOO_SMALL)
         return dropped
+
+    def drop_even(self, reward: Callable[[T], float]) -> list[list[T]]:
+        """Drop the arrived trajectories of complete groups whose rewards are all equal. Return the items of each
+        group."""
+        return [
+            self._drop_arrived(group, DropReason.EVEN_GROUP)
+            for group in list(self._open.values())
+            if not group.awaited and len({reward(arrived.item) for arrived in group.arrived.values()}) == 1
+        ]
 
     def peek_batch(self, now: Version) -> list[ReadyGroup[T]] | None:
         """Return the oldest complete groups, enough for a batch; None if the batch must wait. Changes nothing.
@@ -215,6 +233,10 @@ class TrajectoryLedger(Generic[T]):
         """Return the seconds since the offer of the oldest trajectory that has not ended; None without any."""
         return max((now - group.offered_at for group in self._open.values() if group.pending), default=None)
 
+    def age(self, group: str, *, now: float) -> float:
+        """Return the seconds since the offer of an open group; 0 for another group."""
+        return now - self._open[group].offered_at if group in self._open else 0.0
+
     def oldest_open(self) -> str | None:
         """Id of the oldest open group; None if no group is open."""
         return next(iter(self._open), None)
@@ -266,6 +288,14 @@ class TrajectoryLedger(Generic[T]):
             return False
         younger = sum(group.index > oldest.index for group in batch)
         return younger > 0 and self.overtaken(group_id(oldest.index)) + younger > self._max_overtaking
+
+    def _drop_arrived(self, group: Group[T], reason: DropReason) -> list[T]:
+        """Drop all arrived trajectories of the group. Return their items."""
+        items = [arrived.item for arrived in group.arrived.values()]
+        for sample in list(group.arrived):
+            del group.arrived[sample]
+            self._end(group, sample, reason.value)
+        return items
 
     def _end_arrived(self, group: Group[T], lowest: int) -> None:
         """End the arrived trajectories: dropped where all tokens are older than `lowest`, else trained."""

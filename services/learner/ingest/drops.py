@@ -1,21 +1,30 @@
-"""Drops the trajectories that cannot be trained on, and ends a run in which nothing else arrives."""
+"""Resolves trajectories: drops those that cannot be trained on, counts what was trained and lost, and ends a run in
+which nothing else arrives."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import DropReason
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.buffer.hopeless import refuse_hopeless
+from palimpsest.services.learner.buffer.hopeless import refuse_even, refuse_hopeless
+from palimpsest.services.learner.buffer.token_fates import TokenFates
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 
 
 class Drops:
-    """The drops of one learner. budget: trajectories that may be unresolved at the same time."""
+    """The drops of one learner.
 
-    def __init__(self, ingest: Ingest, *, budget: int) -> None:
-        self._ledger, self._reader, self._budget = ingest.ledger, ingest.reader, budget
+    budget: trajectories that may be unresolved at the same time; skip_even: drop groups whose rewards are all equal.
+    """
+
+    def __init__(self, ingest: Ingest, *, budget: int, skip_even: bool = False) -> None:
+        self._ledger, self._reader, self._budget, self._skip_even = ingest.ledger, ingest.reader, budget, skip_even
+        self._skipped = Counter[str]()
+        self.fates = TokenFates()
+        """Trained and lost tokens of the trajectories that were resolved."""
 
     def drop_unusable(self, version: Version, *, now: float) -> None:
         """Drop trajectories that are too late, too stale, or in too small a group.
@@ -28,6 +37,9 @@ class Drops:
             instruments.DROPPED.labels("deadline").inc()
         self.resolve(DropReason.OVER_STALENESS, self._ledger.drop_stale(version))
         self.resolve(DropReason.GROUP_TOO_SMALL, self._ledger.drop_small())
+        for group in self._ledger.drop_even(lambda arrived: arrived.record.reward) if self._skip_even else ():
+            self._skipped[group[0].record.environment] += 1
+            self.resolve(DropReason.EVEN_GROUP, group)
 
     def resolve(self, reason: DropReason, dropped: Iterable[ReceivedTrajectory]) -> None:
         """Count trajectories that the ledger dropped, and mark their records as done."""
@@ -35,16 +47,35 @@ class Drops:
             instruments.DROPPED.labels(reason.value).inc()
             logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason.value, newest=arrived.newest)
             self._reader.resolve(arrived)
+            if reason is DropReason.OVER_STALENESS:
+                self.fates.add(sampled=arrived.sampled_from(0), trained=0, seconds=arrived.seconds)
 
-    def count(self) -> int:
-        """Number of trajectories dropped in the run."""
-        return sum(self._dropped().values())
+    def resolve_trained(self, trained: Iterable[ReceivedTrajectory], *, lowest: int) -> None:
+        """Mark the records of trained trajectories as done. lowest: lowest version inside the staleness bound."""
+        for arrived in trained:
+            self._reader.resolve(arrived)
+            self.fates.add(
+                sampled=arrived.sampled_from(0), trained=arrived.sampled_from(lowest), seconds=arrived.seconds
+            )
 
-    def end_if_hopeless(self, before: int) -> None:
-        """Raise UserError if all trajectories are dropped. before: `count` when the wait for a batch began."""
-        refuse_hopeless(
-            self.count() - before, admitted=self._budget, waiting=self._ledger.waiting(), reasons=self._dropped()
-        )
+    def counts(self) -> dict[str, int]:
+        """Number of trajectories dropped in the run, by reason."""
+        dropped = self._ledger.counts()["dropped"]
+        assert isinstance(dropped, dict)
+        return dropped
+
+    def end_if_hopeless(self, before: Mapping[str, int]) -> None:
+        """Raise UserError if no batch can be expected. before: `counts` when the wait for a batch began."""
+        reasons = self.counts()
+        new = {reason: number - before.get(reason, 0) for reason, number in reasons.items()}
+        even = new.pop(DropReason.EVEN_GROUP.value, 0)
+        refuse_hopeless(sum(new.values()), admitted=self._budget, waiting=self._ledger.waiting(), reasons=reasons)
+        refuse_even(even, admitted=self._budget)
+
+    def take_skipped(self) -> dict[str, int]:
+        """Return the groups skipped since the last call because their rewards are equal, by environment."""
+        skipped, self._skipped = dict(self._skipped), Counter()
+        return skipped
 
     def _dropped(self) -> dict[str, int]:
         dropped = self._ledger.counts()["dropped"]

@@ -35,11 +35,17 @@ class ReceivedTrajectory:
     record: TrajectoryFinished
     partition: int
     offset: int
+    seconds: float = 0.0
+    """From the offer of its group, or from a restart after it, until the record was read."""
 
     @property
     def newest(self) -> Version | None:
         """Highest version among its tokens; None if no token was sampled."""
         return max((segment.version for segment in self.record.segments), default=None)
+
+    def sampled_from(self, lowest: int) -> int:
+        """Number of tokens of version `lowest` or later."""
+        return sum(len(segment) for segment in self.record.segments if segment.version >= lowest)
 
 
 class TrajectoryReader:
@@ -169,8 +175,11 @@ class TrajectoryReader:
             case TrajectoryDropped():
                 status = self._ledger.drop(message.group, message.trajectory, message.reason)
             case TrajectoryFinished():
-                arrived = ReceivedTrajectory(message, record.partition, record.offset)
+                seconds = self._ledger.age(message.group, now=time.monotonic())
+                arrived = ReceivedTrajectory(message, record.partition, record.offset, seconds)
                 status = self._ledger.arrive(message.group, message.trajectory, arrived, newest=arrived.newest)
+                if status in ACCEPTED:
+                    self.arrived[message.trajectory] = arrived
         if status is ArrivalStatus.UNKNOWN:
             raise RejectedRecord(
                 RejectCause.NEVER_OFFERED, f"trajectory {message.trajectory} was never offered in this run"
@@ -179,7 +188,6 @@ class TrajectoryReader:
 
     def _accept_finished(self, message: TrajectoryFinished, record: Record, status: ArrivalStatus) -> None:
         if status in ACCEPTED:
-            self.arrived[message.trajectory] = ReceivedTrajectory(message, record.partition, record.offset)
             self._skip(self.flushed.forget(message.trajectory))  # the finished trajectory contains them
             self.sampled_tokens += sum(map(len, message.segments))
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from palimpsest.common.config.proximal import EXACT_KINDS, PROXIMAL_KINDS
+from palimpsest.services.learner.buffer.token_fates import DURATION, LENGTH
 from palimpsest.services.learner.observability.staleness_slope import Point, StalenessSlope, fit_staleness_slope
 
 Line = Mapping[str, Any]
@@ -32,6 +33,11 @@ STILL = 0.001
 """The staleness ratio counts as 1 if |log staleness ratio| is at most this share of |log total ratio|."""
 ONE = 0.999
 """The discrepancy counts as 1 everywhere if it is exactly 1 for at least this share of tokens."""
+LOST_RATIO, LOST_GAP = 1.5, 0.1
+"""The lost share of the tokens of slow or long trajectories must exceed that of all tokens by this factor and by this
+difference."""
+LEAST_SHARE = 0.02
+"""Bins with a smaller share of the tokens are ignored."""
 PERSISTS = 5
 """Number of versions for which the discrepancy must be 1; also the number of versions whose fallbacks are added up."""
 CLIPPING = ("clipped", "minirl", "cispo", "gspo")
@@ -198,12 +204,50 @@ def fallback(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:  # noqa:
     )
 
 
+def lost_by_duration(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
+    """Trajectories of some duration or length lose another share of their tokens to the staleness bound than all do.
+
+    ease: factor on the bounds.
+    """
+    counted = [fates for line in lines if (fates := line.get("token_fates"))]
+    if len(counted) < LEAST_VERSIONS:
+        return None
+    worst: tuple[float, float, str, float] | None = None
+    for by in (DURATION, LENGTH):
+        sums: dict[float, tuple[int, int]] = {}
+        for fates in counted:
+            for edge, (trained, lost) in fates.get(by, {}).items():
+                before = sums.get(float(edge), (0, 0))
+                sums[float(edge)] = before[0] + trained, before[1] + lost
+        total, all_lost = sum(map(sum, sums.values())), sum(lost for _, lost in sums.values())
+        for edge, (trained, lost) in sums.items():
+            tokens = trained + lost
+            if tokens < max(LEAST_TOKENS, LEAST_SHARE * total):
+                continue
+            share, of_all = lost / tokens, all_lost / total
+            if share > LOST_RATIO * of_all and share - of_all > LOST_GAP * ease and (not worst or share > worst[0]):
+                worst = share, of_all, by, edge
+    if worst is None:
+        return None
+    share, of_all, by, edge = worst
+    which = f"{edge:g} to {2 * edge:g} {'seconds' if by == DURATION else 'tokens'}"
+    return Alert(
+        "lost_by_duration",
+        "warning",
+        share,
+        f"trajectories of {which} lose {100 * share:.0f} % of their tokens to learner.max_staleness, all trajectories "
+        f"{100 * of_all:.0f} %, over {len(counted)} versions: the batches favor the others. Raise "
+        f"learner.max_staleness, set learner.max_overtaking, or make slow tools faster",
+    )
+
+
 _RULES: Mapping[str, Callable[[Sequence[Line], float], Alert | None]] = {
     "mask_by_staleness": mask_by_staleness,
     "clip_idle": clip_idle,
     "discrepancy_by_staleness": discrepancy_by_staleness,
     "discrepancy_is_one": discrepancy_is_one,
     "fallback": fallback,
+    "lost_by_duration": lost_by_duration,
 }
 RULES = tuple(_RULES)
 

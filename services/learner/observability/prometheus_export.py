@@ -27,6 +27,14 @@ def _export_training(line: Line) -> None:
     successes: str = line["successes"]
     instruments.TRAINED.inc(line["batch"])
     instruments.TOKENS.inc(line["tokens"])
+    instruments.TOO_OLD_TOKENS.inc(line["masked_tokens"]["over_staleness"])
+    for by, bins in line["token_fates"].items():
+        for above, counts in bins.items():
+            for fate, tokens in zip(("trained", "lost"), counts, strict=True):
+                instruments.TOKEN_FATES.labels(by, above, fate).inc(tokens)
+    for environment, fates in line["even_by_environment"].items():
+        for fate, groups in fates.items():
+            instruments.EVEN_GROUPS.labels(environment, fate).inc(groups)
     instruments.REWARD.set(line["reward"])
     instruments.SUCCESS.set(successes.count("1") / len(successes))
     instruments.PROXIMAL_EXACT.set(float(line["exact"]))

@@ -14,6 +14,7 @@ from palimpsest.common.messages import TrajectoryFinished
 from palimpsest.common.trajectory import cuts
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.buffer.token_fates import Fates
 from palimpsest.services.learner.observability.effective_samples import capped_weights, effective_sample_sizes
 from palimpsest.services.learner.observability.histograms import summarize_distribution
 from palimpsest.services.learner.observability.removals import past_clip, removal, token_masked
@@ -82,11 +83,14 @@ def version_record(
     bounds: RunThresholds | None = None,
     fallbacks: Mapping[str, int] | None = None,
     oldest_live_s: float | None = None,
+    skipped_even: Mapping[str, int] | None = None,
+    token_fates: Fates | None = None,
 ) -> dict[str, Any]:
     """Return the line: means over the batch's trajectories, and over its tokens by staleness.
 
     bounds: thresholds of the run; without them the line has no caps, no tokens past the clip and no wrong removals.
-    fallbacks: more counters for the field `fallbacks`, since the last line.
+    fallbacks: more counters for the field `fallbacks`, since the last line. skipped_even: groups left out because their
+    rewards are equal, by environment, since the last line. token_fates: trained and lost tokens since the last line.
     """
     flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
@@ -105,6 +109,8 @@ def version_record(
         "reward": sum(r.reward for r in records) / len(records),
         "successes": "".join("1" if r.success else "0" for r in records),
         "even_groups": sum(max(rewards) == min(rewards) for rewards in batch.rewards()),
+        "token_fates": token_fates or {},
+        "even_by_environment": _even_by_environment(batch, skipped_even or {}),
         "multi_version": sum(len({s.version for s in r.segments}) > 1 for r in records),
         "cuts": sum(len(cuts(r.segments)) for r in records),
         "exact": trained.exact,
@@ -255,6 +261,16 @@ def _ratios(tokens: Tokens, first: np.ndarray) -> dict[str, Any]:
         "total": spreads(tokens, "total"),
     }
     return ratios if first.all() else ratios | {"staleness_later": spreads(tokens.where(~first), "staleness")}
+
+
+def _even_by_environment(batch: Batch, skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Environment -> groups whose rewards are all equal: `kept` in the batch, and `skipped`."""
+    environments = {record.group: record.environment for record in (*batch.records, *batch.stale)}
+    counts = {environment: {"kept": 0, "skipped": count} for environment, count in skipped.items()}
+    for environment, rewards in zip(environments.values(), batch.rewards(), strict=True):
+        even = counts.setdefault(environment, {"kept": 0, "skipped": 0})
+        even["kept"] += max(rewards) == min(rewards)
+    return dict(sorted(counts.items()))
 
 
 def _cost(parts: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The simulation of lognormal tool times, in virtual time: what each rule for batches trains on and loses."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -44,6 +45,18 @@ def test_the_bound_on_overtaking_holds_for_every_trajectory() -> None:
     assert LOAD.max_staleness < max(ages) <= LOAD.max_staleness + batches
     unbounded = simulate(LOAD, Rule(None)).resolved
     assert max(one.trained_at - one.versions[0] for one in unbounded if one.trained_at is not None) > max(ages)
+
+
+def test_adaptive_admission_lowers_the_staleness_of_a_slow_learner_at_its_throughput() -> None:
+    load = replace(LOAD, train=2.0)
+    full, adaptive = (figures(simulate(load, Rule(None, adaptive=adaptive))) for adaptive in (False, True))
+    assert adaptive["staleness_mean"] < full["staleness_mean"] - 0.5
+    assert adaptive["versions_per_median_duration"] >= 0.99 * full["versions_per_median_duration"]
+    assert adaptive["trained_tokens_per_median_duration"] >= 0.99 * full["trained_tokens_per_median_duration"]
+
+
+def test_adaptive_admission_changes_nothing_where_the_learner_waits() -> None:
+    assert figures(simulate(LOAD, Rule(None, adaptive=True))) == of("masked")
 
 
 @pytest.mark.parametrize("name", ["masked", "former"])

@@ -99,6 +99,7 @@ def test_a_key_of_the_proximal_alone_means_the_default_kind(tmp_path: Path) -> N
             ["--learner.proximal.kind=linear_prox", "--learner.discrepancy.m2=0.04"],
             "is computed in each forward pass: choose another",
         ),
+        (["--learner.even_groups=skip", "--learner.advantages.kind=gae"], 'set even_groups = "keep"'),
         (["--learner.vcpo.baseline=true"], 'it needs loss.objective = "policy_gradient", not "clipped"'),
         (["--learner.recipe=vcpo", "--learner.advantages.kind=gae"], 'advantages.kind = "gae" would have no effect'),
         (["--learner.recipe=vcpo", "--learner.loss.entropy=0.008"], "it needs loss.entropy = 0, not 0.008"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from palimpsest.services.report.aggregates import alert_spans, leak, removal
+from palimpsest.services.report.aggregates import alert_spans, leak, removal, token_fates
 from palimpsest.services.report.figures import figures
 from palimpsest.services.report.folder import Contents, Line, read_run_config
 from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
@@ -46,6 +46,15 @@ def page_without_scripts(empty: Contents, *lines: Line) -> str:
     held = Contents(empty.folder, empty.config, tuple(lines))
     whole = page(summarize(held), held.config, figures(held))
     return re.sub(r"<script>.*?</script>", "", whole, flags=re.DOTALL)
+
+
+def test_token_fates_add_up_over_the_run_in_ascending_bins() -> None:
+    lines = [a_line(0, token_fates={"seconds": {"16": [1, 9], "2": [5, 0]}}), a_line(1)]
+    lines.append(a_line(2, token_fates={"seconds": {"16": [2, 1]}, "length": {"64": [2, 1]}}))
+    total = token_fates(lines)
+    assert list(total["seconds"].items()) == [("2", {"trained": 5, "lost": 0}), ("16", {"trained": 3, "lost": 10})]
+    assert total["length"] == {"64": {"trained": 2, "lost": 1}}
+    assert token_fates([a_line(0)]) == {}
 
 
 def test_removals_add_up_over_the_run() -> None:
@@ -157,7 +166,7 @@ def test_optional_figures_come_last(empty: Contents) -> None:
     bars = found[10].drawing.data[-1]
     assert list(bars.x) == ["masked wrongly", "kept wrongly", "removed wrongly", "trained wrongly"]
     assert list(bars.y) == pytest.approx([20.0, 0.0, 20.0, 1.0])
-    assert len(figures(Contents(empty.folder, empty.config, (a_line(0),)))) == 9
+    assert len(figures(Contents(empty.folder, empty.config, (a_line(0),)))) == 10
 
 
 def test_the_summary_has_proximal_removals_leaks_and_alerts(empty: Contents) -> None:

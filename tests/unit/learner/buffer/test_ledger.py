@@ -119,6 +119,18 @@ def test_a_group_without_a_token_inside_the_bound_is_dropped_once_it_is_complete
     assert ledger.counts()["dropped"] == {"environment_failed": 1, "over_staleness": 2}
 
 
+def test_groups_of_equal_rewards_are_dropped_once_they_are_complete() -> None:
+    rewards = {"g000000/0": 1.0, "g000000/1": 1.0, "g000001/0": 0.0, "g000001/1": 1.0, "g000002/0": 0.5}
+    ledger = a_ledger(samples=2)
+    for _ in range(3):
+        ledger.offer(now=0.0)
+    for index, samples in ((0, range(2)), (1, range(2)), (2, range(1))):
+        fill(ledger, index, samples)
+    assert ledger.drop_even(rewards.__getitem__) == [["g000000/0", "g000000/1"]]
+    assert ledger.counts()["dropped"] == {"even_group": 2}
+    assert ledger.free_slots() == 2, "another group is offered in its place"
+
+
 def test_a_batch_waits_for_a_group_that_was_overtaken_as_often_as_permitted() -> None:
     ledger = a_ledger(groups_per_batch=1, max_overtaking=2)
     for index in range(1, 4):

@@ -243,6 +243,30 @@ def test_a_fallback_fires_at_once_and_persists_for_some_versions() -> None:
     assert "1 conflict, 7 had no old log-prob and were left out of the loss, 2 had a log-prob that is not" in alert.says
 
 
+def with_fates(count: int, lost_share: dict[str, float], *, tokens: int = 500) -> list[Line]:
+    """Lines with as many tokens in each bin of durations; the share of each bin is lost."""
+    bins = {edge: [round(tokens * (1 - share)), round(tokens * share)] for edge, share in lost_share.items()}
+    return [line | {"token_fates": {"length": {"64": [tokens, 0]}, "seconds": bins}} for line in run(count)]
+
+
+def test_slow_trajectories_that_lose_more_of_their_tokens_fire() -> None:
+    assert rules(with_fates(LEAST_VERSIONS - 1, {"1": 0.0, "2": 0.0, "4": 0.9}))[-1] == set()
+    (alert,) = judged(with_fates(LEAST_VERSIONS, {"1": 0.0, "2": 0.0, "4": 0.9}))[-1]
+    assert alert.rule == "lost_by_duration"
+    assert alert.value == pytest.approx(0.9)
+    assert "trajectories of 4 to 8 seconds lose 90 %" in alert.says
+    assert "all trajectories 30 %" in alert.says
+
+
+def test_equal_or_small_losses_do_not_fire() -> None:
+    for lost in ({"1": 0.5, "2": 0.5, "4": 0.6}, {"1": 0.0, "2": 0.0, "4": 0.09}, {}):
+        assert rules(with_fates(WINDOW, lost))[-1] == set(), lost
+    rare = with_fates(WINDOW, {"1": 0.0})
+    for line in rare:
+        line["token_fates"]["seconds"]["64"] = [0, 9]
+    assert rules(rare)[-1] == set(), "bins with under 2 % of the tokens"
+
+
 def test_an_active_alert_ends_below_half_of_its_threshold() -> None:
     weak = {"token_masked": lambda age: 0.01 + 0.015 * age}
     assert rules(run(40, **weak))[-1] == set()
@@ -272,4 +296,5 @@ def test_this_file_covers_every_rule() -> None:
     """Fails when a rule is added without a test."""
     assert set(RULES) == {
         "mask_by_staleness", "clip_idle", "discrepancy_by_staleness", "discrepancy_is_one", "fallback",
+        "lost_by_duration",
     }  # fmt: skip

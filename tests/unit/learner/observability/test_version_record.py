@@ -262,6 +262,14 @@ def test_tokens_that_are_too_old_are_counted_and_belong_to_no_version_of_the_bat
     assert dataclasses.replace(batch, stale=stale).rewards()[3] == [0.5, 0.5, 0.5, 0.5, 1.0]
 
 
+def test_groups_of_equal_rewards_are_counted_by_environment(exact: StepResult) -> None:
+    line = line_of(exact, skipped_even={"tables": 3})
+    assert line["even_by_environment"] == {
+        "lookup": {"kept": 4, "skipped": 0},
+        "tables": {"kept": 0, "skipped": 3},
+    }
+
+
 def test_costs_are_shares_of_the_training_time(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]

@@ -1,0 +1,19 @@
+"""A run ends if no batch can be expected."""
+
+import pytest
+
+from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.buffer.hopeless import EVEN_BUDGETS, refuse_even, refuse_hopeless
+
+
+def test_a_run_whose_groups_all_have_equal_rewards_ends_with_the_key_to_change() -> None:
+    refuse_even(EVEN_BUDGETS * 8 - 1, admitted=8)
+    with pytest.raises(UserError, match=r'160 trajectories were dropped .* learner\.even_groups = "keep"'):
+        refuse_even(EVEN_BUDGETS * 8, admitted=8)
+
+
+def test_a_run_in_which_everything_is_dropped_ends_unless_a_trajectory_waits() -> None:
+    refuse_hopeless(15, admitted=8, waiting=0, reasons={})
+    refuse_hopeless(16, admitted=8, waiting=1, reasons={})
+    with pytest.raises(UserError, match="engine_failed"):
+        refuse_hopeless(16, admitted=8, waiting=0, reasons={"engine_failed": 16})
