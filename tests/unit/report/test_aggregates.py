@@ -156,14 +156,14 @@ def test_optional_figures_come_last(empty: Contents) -> None:
     ratios = {"discrepancy": {"all": spread, "1": spread}, "staleness_first": {"all": spread, "1": spread}}
     held = Contents(empty.folder, empty.config, (a_line(0, ratios=ratios, leak=LEAK), a_line(1, ratios=ratios)))
     found = figures(held)
-    assert [figure.title for figure in found[9:]] == [
+    assert [figure.title for figure in found[10:]] == [
         "Distributions of the log discrepancy and the log staleness ratio",
         "Surrogate error, and tokens that it masks or clips wrongly",
     ]
-    (left, right) = found[9].drawing.data
+    (left, right) = found[10].drawing.data
     assert len(left.y) == len(right.y) == 17
     assert sum(left.y) == pytest.approx(100.0, abs=1e-2)
-    bars = found[10].drawing.data[-1]
+    bars = found[11].drawing.data[-1]
     assert list(bars.x) == ["masked wrongly", "kept wrongly", "removed wrongly", "trained wrongly"]
     assert list(bars.y) == pytest.approx([20.0, 0.0, 20.0, 1.0])
     assert len(figures(Contents(empty.folder, empty.config, (a_line(0),)))) == 10

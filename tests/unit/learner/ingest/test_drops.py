@@ -1,0 +1,54 @@
+"""Resolved trajectories: their records are done, and their tokens are counted."""
+
+from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.messages import DropReason
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.drops import Drops
+from tests.learner_parts.ingest import an_ingest
+from tests.records.builders import a_finished, a_segment
+from tests.unit.learner.ingest.reading import NEWEST, publish
+
+
+def an_offered(bus: SqliteBus) -> Ingest:
+    """An ingest that has offered four groups of two; the bound is one version."""
+    ingest = an_ingest(bus, groups=2, max_staleness=1)
+    ingest.start({}, {}, {}, now=0.0)
+    ingest.tasks.offer(Version(0), now=0.0)
+    return ingest
+
+
+def test_tokens_are_trained_or_lost_whether_masked_or_dropped(bus: SqliteBus) -> None:
+    """Version 5, bound 1. Group 0: half the tokens of one trajectory are inside. Group 1 is too old, group 2 young."""
+    ingest = an_offered(bus)
+    mixed, old, young = (a_segment(2, 4, 3), a_segment(4, 6, 5)), (a_segment(2, 5, 3),), (a_segment(2, 3, 5),)
+    publish(bus, a_finished(0, 0, segments=mixed), a_finished(0, 1, segments=old))
+    publish(bus, a_finished(1, 0, segments=old), a_finished(1, 1, segments=old))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    drops = Drops(ingest, budget=8)
+    drops.drop_unusable(Version(5), now=0.0)
+    assert drops.counts() == {"over_staleness": 2}
+    publish(bus, a_finished(2, 0, segments=young), a_finished(2, 1, segments=young))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    group, other = ingest.ledger.take_batch(Version(5)) or []
+    assert [len(part) for part in (group.items, group.stale, other.items)] == [1, 1, 2]
+    drops.resolve_trained([*group.items, *other.items], lowest=4)
+    drops.resolve(DropReason.OVER_STALENESS, group.stale)
+    fates = drops.fates.take()
+    assert fates["length"] == {"4": [2, 2], "2": [0, 9], "1": [2, 0]}
+    assert [sum(counts) for counts in zip(*fates["seconds"].values(), strict=True)] == [4, 11]
+    assert ingest.reader.arrived == {}
+
+
+def test_groups_of_equal_rewards_are_skipped_and_counted_by_environment(bus: SqliteBus) -> None:
+    ingest = an_offered(bus)
+    publish(bus, a_finished(0, 0, reward=1.0), a_finished(0, 1, reward=1.0))
+    publish(bus, a_finished(1, 0, reward=1.0), a_finished(1, 1, reward=0.0))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    Drops(ingest, budget=8).drop_unusable(Version(0), now=0.0)
+    assert ingest.ledger.complete() == 2, "kept by default"
+    drops = Drops(ingest, budget=8, skip_even=True)
+    drops.drop_unusable(Version(0), now=0.0)
+    assert (ingest.ledger.complete(), drops.counts()) == (1, {"even_group": 2})
+    assert (drops.take_skipped(), drops.take_skipped()) == ({"lookup": 1}, {})
+    assert ingest.tasks.offer(Version(0), now=0.0) == 1, "another group is offered in its place"
