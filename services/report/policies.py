@@ -173,7 +173,7 @@ def fates_by_duration(lines: Sequence[Line]) -> Figure:
             bars.hovertemplate = "%{y:.1f} % of %{customdata} tokens"
             figure.add_trace(bars, row=1, col=column)
         figure.update_xaxes(title=f"from ({unit})", type="category", row=1, col=column)
-    figure.update_yaxes(title="share of tokens (%)", range=[0, 100], row=1, col=1)
+    figure.update_yaxes(title="share of tokens (%)", range=[0, 100])
     figure.update_layout(barmode="stack", height=360)
     return Figure(
         "Trained and lost tokens by duration and length",

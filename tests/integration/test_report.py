@@ -33,6 +33,7 @@ TITLES = (
     "|log staleness ratio| over versions, per staleness",
     "Masked and clipped tokens by staleness",
     "Staleness of the trained tokens over versions",
+    "Trained and lost tokens by duration and length",
     "Timeline of versions, updates and cuts",
     "Where the learner&#x27;s time went",
     "Ledger of trajectories",
