@@ -13,6 +13,9 @@ from palimpsest.common.user_error import ExitCode
 
 FROM_SIGNAL = 128
 """A shell reports a process that signal N ended as 128 + N."""
+SHUTDOWN_S = 3600
+"""Seconds that ranks have after SIGTERM to finish their step and write a checkpoint. The supervisor, or the grace
+period of the pod, ends them earlier; torchrun's own limit of 30 s would kill a rank in a long step."""
 OWN_CODES = frozenset(code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.CRASHED))
 
 
@@ -22,7 +25,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = torchrun.parse_args(arguments)  # type: ignore[no-untyped-call]
+    options = torchrun.parse_args([f"--shutdown-timeout={SHUTDOWN_S}", *arguments])  # type: ignore[no-untyped-call]
     try:
         torchrun.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

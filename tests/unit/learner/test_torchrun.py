@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from palimpsest.common.user_error import ExitCode
-from palimpsest.services.learner.torchrun import exit_code
+from palimpsest.services.learner.torchrun import SHUTDOWN_S, exit_code, main
 
 LIMIT_S = 300
 
@@ -27,6 +28,15 @@ def test_the_exit_code_is_that_of_the_rank_that_ended_the_others(
     failures: list[tuple[int, int]], expected: int
 ) -> None:
     assert exit_code(failures) == expected
+
+
+def test_the_ranks_may_finish_a_long_step_unless_the_user_limits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import run as torchrun
+
+    launched: list[Any] = []
+    monkeypatch.setattr(torchrun, "run", launched.append)
+    assert main(["-m", "a.module"]) == main(["--shutdown-timeout=5", "-m", "a.module"]) == ExitCode.DONE
+    assert [options.shutdown_timeout for options in launched] == [SHUTDOWN_S, 5]
 
 
 @pytest.mark.servers
