@@ -10,13 +10,15 @@ from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.services.rollout.engine.port import StoredWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 
+LOG = "worker-0.engine.log"
+
 
 @asynccontextmanager
 async def running_engine(model: Path, folder: Path, *, max_live: int, faults: str) -> AsyncIterator[VllmEngine]:
     """Start an engine, and close it at the end. folder: for its log. faults: value of PALIMPSEST_FAULT, inherited."""
     engine = VllmEngine(
         VllmEngineConfig(kv_cache_gib=0.25), model=str(model), max_tokens=256, max_live=max_live, seed=0,
-        log=folder / "worker-0.engine.log",
+        log=folder / LOG,
     )  # fmt: skip
     os.environ[failpoints.VARIABLE] = faults
     try:
