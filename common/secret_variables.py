@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-LOG, STORAGE, ACCESS = "PALIMPSEST_KAFKA_", ("AWS_", "MINIO_"), ("PALIMPSEST_GATEWAY_TOKEN", "PALIMPSEST_TOKEN")
+LOG, STORAGE = "PALIMPSEST_KAFKA_", ("AWS_", "MINIO_")
+ACCESS = ("PALIMPSEST_SERVICE_TOKEN", "PALIMPSEST_METRICS_TOKEN", "PALIMPSEST_TOKENS_FILE")
 """Prefixes of our secret variables: the Kafka user's, those of the object storage, the tokens of HTTP requests."""
 OURS = (LOG, *STORAGE, *ACCESS)
 SECRETS_OF: Mapping[str, tuple[str, ...]] = {

@@ -5,6 +5,8 @@
     GET /metrics     Prometheus metrics
     GET /v1/status   one JSON object: state of the service, `waiting_for`, and unreachable services (`outages`)
 
+The guard (common/control) is in front of every route. A service that needs no token listens on loopback only.
+
 SIGTERM and SIGINT request a clean stop (`Stop`). A second signal ends the process at once.
 """
 
@@ -14,19 +16,27 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from palimpsest.common.control.access import Access, AccessRule, require_token_off_loopback
+from palimpsest.common.control.connections import limited_protocol
+from palimpsest.common.control.error_replies import COMMON_ERRORS, answer_errors_alike, documented
+from palimpsest.common.control.errors import HttpError
+from palimpsest.common.control.guard import LIMITS, RequestGuard, RequestLimits
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import OUTAGES, Outages
 from palimpsest.common.user_error import ExitCode, UserError
+
+__all__ = ["HttpError", "Server", "Starting", "Status", "Stop", "application", "listen", "serve"]
 
 Status = dict[str, Any]
 GRACE_S = 10
@@ -87,16 +97,6 @@ class Stop:
         self.request()
 
 
-class HttpError(Exception):
-    """An error reply: HTTP status, a code for programs and an error text for people."""
-
-    def __init__(self, status: int, code: str, message: str, *, retryable: bool = False, **extra: Any) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = {"Retry-After": "1"} if status in (429, 503) else {}
-        self.body = {"code": code, "message": message, "retryable": retryable, **extra}
-
-
 def application(
     service: str,
     *,
@@ -105,27 +105,45 @@ def application(
     status: Callable[[], Status],
     waiting_for: Callable[[], str | None] | None = None,
     outages: Outages = OUTAGES,
+    access: Access | None = None,
+    rules: Sequence[AccessRule] = (),
+    body_limits: Mapping[str, int | None] | None = None,
+    limits: RequestLimits = LIMITS,
+    on_error: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> FastAPI:
-    """Return a FastAPI app with the four common routes. Another thread calls the functions.
+    """Return a FastAPI app with the four common routes behind the guard. Another thread calls the functions.
 
     ready: returns None if the service could do its work now, else the reason.
     waiting_for: returns what the service waits for, or None; without it, the result of `ready`. A service that waits
         for work is ready: an orchestrator must not take it for broken.
+    access, rules, body_limits: see guard.py. on_error: called with the code of each error reply.
     """
     current_wait = waiting_for or ready
-    app = FastAPI(title=f"Palimpsest {service}", docs_url="/docs", redoc_url=None, **options)
+    app = FastAPI(
+        title=f"Palimpsest {service}",
+        docs_url="/docs",
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=documented(*COMMON_ERRORS),
+        **options,
+    )
+    app.state.access = access
+    app.add_middleware(
+        RequestGuard, access=access, rules=rules, body_limits=body_limits or {}, limits=limits, on_refusal=on_error
+    )
+    answer_errors_alike(app, on_error)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"service": service}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"model": dict[str, Any], "description": "Not ready"}})
     async def readyz() -> JSONResponse:
         waiting = ready()
         return JSONResponse({"ready": waiting is None, "waiting_for": waiting}, 200 if waiting is None else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -133,29 +151,30 @@ def application(
     async def current_status() -> Status:
         return {"service": service, "waiting_for": current_wait(), "outages": outages.ongoing(), **status()}
 
-    @app.exception_handler(HttpError)
-    async def answer(_request: Request, error: HttpError) -> JSONResponse:
-        return JSONResponse(error.body, error.status, error.headers)
-
     return app
 
 
 class Server:
-    """An HTTP server on a thread. It listens inside the block `with Server(...):`."""
+    """An HTTP server on a thread. It listens inside the block `with Server(...):`.
 
-    def __init__(self, app: FastAPI, host: str, port: int, *, key: str) -> None:
+    Raises UserError if other machines could reach an application that needs no token.
+    """
+
+    def __init__(self, app: FastAPI, host: str, port: int, *, key: str, limits: RequestLimits = LIMITS) -> None:
+        require_token_off_loopback(host, _access(app), key=key)
         self._socket = listen(host, port, key=key)
         self.port: int = self._socket.getsockname()[1]
-        self._app = app
-        self._server = _Uvicorn(self._answer)
+        self.app = app
+        """The application that answers requests."""
+        self._server = _Uvicorn(self._answer, limits)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
     def show(self, app: FastAPI) -> None:
         """Replace the application that answers requests."""
-        self._app = app
+        self.app = app
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._socket]))
@@ -174,19 +193,43 @@ class Server:
 class Starting(Server):
     """A server for the start of a service. Its readiness reports `doing`, the current activity.
 
-    Any thread may set `doing`. `show` replaces this application with that of the service.
+    Any thread may set `doing`. `show_service` replaces this application with that of the service.
     """
 
-    def __init__(self, service: str, host: str, port: int, *, key: str, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        service: str,
+        host: str,
+        port: int,
+        *,
+        key: str,
+        registry: CollectorRegistry,
+        access: Access | None = None,
+    ) -> None:
         self.doing = "its libraries to load"
-        app = application(service, registry=registry, ready=lambda: self.doing, status=lambda: {"starting": True})
+        self._application = partial(application, service, registry=registry, access=access)
+        app = self._application(ready=lambda: self.doing, status=lambda: {"starting": True})
         super().__init__(app, host, port, key=key)
+
+    def show_service(
+        self,
+        *,
+        ready: Callable[[], str | None],
+        status: Callable[[], Status],
+        waiting_for: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Answer with the state of the service from now on; the access rules stay. Arguments: see `application`."""
+        self.show(self._application(ready=ready, status=status, waiting_for=waiting_for))
 
 
 def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
-    """Serve in this thread until `stop`, then wait for open requests."""
+    """Serve in this thread until `stop`, then wait for open requests.
+
+    Raises UserError if other machines could reach an application that needs no token.
+    """
+    require_token_off_loopback(host, _access(app), key=key)
     listening = listen(host, port, key=key)
-    server = _Uvicorn(app)
+    server = _Uvicorn(app, LIMITS)
 
     def leave() -> None:
         server.should_exit = True
@@ -216,19 +259,27 @@ def listen(host: str, port: int, *, key: str) -> socket.socket:
     return listening
 
 
+def _access(app: FastAPI) -> Access | None:
+    """Return the access rules of an application of `application`; None for any other."""
+    found = getattr(app.state, "access", None)
+    return found if isinstance(found, Access) else None
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers, because `Stop` handles signals."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, limits: RequestLimits) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 interface="asgi3",
+                http=limited_protocol(limits),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="on",
                 timeout_graceful_shutdown=GRACE_S,
-                timeout_keep_alive=75,
+                timeout_keep_alive=int(limits.keep_alive_s),
             )
         )
 

@@ -107,6 +107,13 @@ def env(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def token(arguments: Sequence[str]) -> None:
+    """Make a token for the HTTP services."""
+    from palimpsest.token_command import command
+
+    command(arguments)
+
+
 COMMANDS: dict[str, tuple[Command, str]] = {
     "run": (run, "train a model on this machine"),
     "check": (check, "print a run's configuration with every default filled in"),
@@ -116,6 +123,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "dead-letters": (dead_letters, "list or replay the records that could not be used"),
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),
     "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
+    "token": (token, "make a token for the HTTP services, and its line for the tokens file"),
     "env": (env, "list the environments, or show a task of an environment"),
 }
 

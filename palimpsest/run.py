@@ -16,11 +16,11 @@ from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.control.credentials import service_token
 from palimpsest.common.file_errors import file_errors_as_user_errors
 from palimpsest.common.model_limits import refuse_limits
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
-from palimpsest.common.sessions.token import token
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.poller import RunObservation, RunPoller
 from palimpsest.services.live.screen import Screen
@@ -153,7 +153,7 @@ def supervise(config: RunConfig, local: Supervisor, stop: Stop, bus: Bus) -> boo
     plan = Plan(config.run.id, config.learner.versions, replicas=frozenset(local.replica_urls))
     stopwatch = Stopwatch(config.run.home / run_folder.SECONDS, now=started)
     watch = RunPoller(
-        {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=token(os.environ)
+        {**local.urls, **local.replica_urls}, config.run.home, bus, run=config.run.id, token=service_token(os.environ)
     )
 
     def see() -> State:

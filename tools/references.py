@@ -70,8 +70,9 @@ def configuration() -> str:
             "(`--learner.optimizer.lr=3e-6`) override environment variables "
             "(`PALIMPSEST_LEARNER__OPTIMIZER__LR=3e-6`), which override the file, which overrides the defaults. "
             "`--check` prints the resolved run. A misspelled key is an error that names the nearest key. Secrets come "
-            "from the environment only: `PALIMPSEST_GATEWAY_TOKEN`, `PALIMPSEST_KAFKA_USERNAME`, "
-            "`PALIMPSEST_KAFKA_PASSWORD`, and the credentials of the S3 ([operations.md](operations.md#s3-and-minio))."
+            "from the environment only: the tokens of the HTTP services ([operations.md](operations.md#access)), "
+            "`PALIMPSEST_KAFKA_USERNAME`, `PALIMPSEST_KAFKA_PASSWORD`, and the credentials of the S3 "
+            "([operations.md](operations.md#s3-and-minio))."
         ),
         "`make docs` generates this page from common/config.",
     ]

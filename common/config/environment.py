@@ -10,9 +10,12 @@ NOT_KEYS = (
     "PALIMPSEST_FAULT",
     "PALIMPSEST_GATEWAY_TOKEN",
     "PALIMPSEST_KAFKA_",
+    "PALIMPSEST_METRICS_TOKEN",
+    "PALIMPSEST_SERVICE_TOKEN",
+    "PALIMPSEST_TOKENS_FILE",
 )
 """Prefixes of environment variables that are not configuration keys: tools/backends, variables that a worker sets for
-its engine processes, common/failpoints.py, common/sessions/token.py, common/bus/kafka."""
+its engine processes, common/failpoints.py, common/control/credentials.py, common/bus/kafka."""
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)?$")
 """The end of a variable that Kubernetes sets for each service of the namespace: PALIMPSEST_STORE_SERVICE_HOST and
 PALIMPSEST_STORE_PORT=tcp://10.0.0.7:8200 for a service palimpsest-store. Source: Kubernetes, "Service", environment

@@ -9,8 +9,8 @@ from typing import Any, Self, TypeVar
 
 import aiohttp
 
+from palimpsest.common.control.credentials import authorization
 from palimpsest.common.outages import GATEWAY, OUTAGES, Outages
-from palimpsest.common.sessions.token import token
 from palimpsest.common.sessions.wire import CreateSession, Lease, Session, Step, TakeStep, TextAction, Wire
 
 W = TypeVar("W", bound=Wire)
@@ -31,12 +31,11 @@ class SessionFailed(Exception):
 
 
 class SessionClient:
-    """Client of one gateway for many concurrent sessions. Sends the token in PALIMPSEST_GATEWAY_TOKEN, if it is set."""
+    """Client of one gateway for many concurrent sessions. Sends PALIMPSEST_SERVICE_TOKEN, if it is set."""
 
     def __init__(self, url: str, *, timeout_s: float, connections: int, outages: Outages = OUTAGES) -> None:
         self._url, self._outages = url.rstrip("/"), outages
-        secret = token(os.environ)
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        self._headers = {"Content-Type": "application/json"} | authorization(os.environ)
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None

@@ -13,9 +13,12 @@ from pathlib import Path
 import httpx
 import msgspec
 
+from palimpsest.common.control.access import SERVICE_TOKEN
+from palimpsest.common.control.credentials import authorization
 from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
 from palimpsest.common.proxies import our_client, outside_client
 from palimpsest.common.tls import tls_context
+from palimpsest.common.user_error import UserError
 
 FIRST_PAUSE_S = 0.2
 """Pause before the second attempt, in seconds. It doubles, up to LONGEST_PAUSE_S."""
@@ -47,7 +50,7 @@ class RetryingHttp:
         outages: Outages = OUTAGES,
     ) -> None:
         context = tls_context(ca_file, key="snapshot_store.ca_file")  # once, because reading certificates takes 40 ms
-        self._http = our_client(base_url=url, verify=context, timeout=_TIMEOUT)
+        self._http = our_client(base_url=url, verify=context, timeout=_TIMEOUT, headers=authorization(os.environ))
         # A presigned URL signs only the Host header, so others may be sent. `identity`: ranges count stored bytes
         self._direct = outside_client(context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
@@ -61,7 +64,8 @@ class RetryingHttp:
     def call(self, send: Callable[[httpx.Client], httpx.Response]) -> httpx.Response:
         """Return the first reply with a status below 500.
 
-        Raises StoreUnavailable at the time limit, and OSError if the disk of the store stays full.
+        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, and UserError if the
+        store refuses this process.
         """
         retry = _RetryState(self._sleep)
         with self._outages.waiting() as outage:
@@ -69,6 +73,7 @@ class RetryingHttp:
                 of, address = STORE, self.url
                 try:
                     reply = send(self._http)
+                    self._raise_if_unauthorized(reply)
                     if reply.status_code < 500:
                         return reply
                     error, limit_s = _failure(reply), self._patience_s
@@ -129,6 +134,7 @@ class RetryingHttp:
         with self._http.stream("GET", path) as reply:
             if reply.status_code == 404:
                 raise NotFound(path)
+            self._raise_if_unauthorized(reply)
             if reply.status_code != 307:
                 yield reply, 0
                 return
@@ -137,6 +143,15 @@ class RetryingHttp:
         # if the S3 refuses (expired URL, removed object), the caller asks the store again
         with self._direct.stream("GET", address, headers={"Range": f"bytes={received}-"} if received else {}) as reply:
             yield reply, received if reply.status_code == 206 else 0
+
+    def _raise_if_unauthorized(self, reply: httpx.Response) -> None:
+        """Raise UserError for 401 and 403: a retry would fail in the same way."""
+        if reply.status_code in (401, 403):
+            reply.read()
+            raise UserError(
+                f"the snapshot store at {self.url} refuses this process ({reply.status_code}: {_message(reply)}): set "
+                f"{SERVICE_TOKEN} to a token that the store knows, with the role `service`"
+            )
 
 
 class _RetryState:
@@ -166,6 +181,13 @@ def raise_for_status(reply: httpx.Response, *codes: int) -> None:
         raise StoreUnavailable(
             f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text[:300]}"
         )
+
+
+def _message(reply: httpx.Response) -> str:
+    try:
+        return str(msgspec.json.decode(reply.content)["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return reply.text[:200]
 
 
 def _storage_outage(reply: httpx.Response) -> tuple[str, str] | None:

@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.access import require_token_off_loopback
+from palimpsest.common.control.credentials import SECRETS, open_access
 from palimpsest.common.orphans import adopt_orphans
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
-from palimpsest.common.sessions.token import VARIABLE, token
 from palimpsest.services.env_gateway import plugins, registry
 from palimpsest.services.env_gateway.app import create_app
-from palimpsest.services.env_gateway.auth import require_token_off_loopback
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
@@ -22,9 +23,11 @@ WAIT_FOR_PROCESS_S = 2.0
 
 def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until a stop request."""
-    config, secret = invocation.config.env_gateway, token(os.environ)
-    require_token_off_loopback(config.host, secret)
-    os.environ.pop(VARIABLE, None)  # environments are third-party code and must not read the token
+    config = invocation.config.env_gateway
+    access = open_access(os.environ, config.host, urlsplit(config.url).hostname or "")
+    require_token_off_loopback(config.host, access, key="env_gateway")
+    for name in SECRETS:
+        os.environ.pop(name, None)  # environments are third-party code and must not read the tokens
     adopt_orphans()
     plugged_in = plugins.blueprints(config.plugins, taken=registry.built_in())
     pool = Pool(
@@ -43,7 +46,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
         sessions = Sessions(offered, _limits(invocation.config))
         stop.on_request(sessions.refuse_new)
         app = create_app(
-            sessions, offered, token=secret, request_limit_bytes=config.request_limit_bytes, on_exit=pool.close
+            sessions, offered, access=access, request_limit_bytes=config.request_limit_bytes, on_exit=pool.close
         )
         serve(app, config.host, config.port, key="env_gateway", stop=stop)
     finally:

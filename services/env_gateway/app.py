@@ -15,13 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
+from palimpsest.common.control.access import Access, AccessRule, Role
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import HttpError, application
 from palimpsest.common.sessions.wire import (
@@ -35,13 +32,17 @@ from palimpsest.common.sessions.wire import (
     Wire,
 )
 from palimpsest.services.env_gateway import instruments, raw_routes
-from palimpsest.services.env_gateway.auth import BearerAuth
 from palimpsest.services.env_gateway.registry import Entry, Registry
 from palimpsest.services.env_gateway.sessions import Sessions
 
 W = TypeVar("W", bound=Wire)
 SWEEP_S = 1.0
 """Interval between checks for expired leases, in seconds."""
+RULES = (
+    AccessRule("GET", "/v1/envs", (Role.VIEW,)),
+    AccessRule("DELETE", "/v1/sessions/", (Role.SERVICE, Role.OPERATE)),
+)
+"""Roles of the routes that do not need `service` alone."""
 MAX_KEY = 255
 """Longest Idempotency-Key, in characters."""
 
@@ -50,7 +51,7 @@ def create_app(
     sessions: Sessions,
     registry: Registry,
     *,
-    token: str | None = None,
+    access: Access | None = None,
     request_limit_bytes: int = 2**20,
     on_exit: Callable[[], Awaitable[None]] | None = None,
 ) -> FastAPI:
@@ -73,12 +74,13 @@ def create_app(
         ready=lambda: "stopping" if sessions.draining else None,
         status=sessions.status,
         lifespan=lifespan,
+        access=access,
+        rules=RULES,
+        body_limits={"/v1/sessions": request_limit_bytes},
+        on_error=lambda code: instruments.REFUSED.labels(code).inc(),
     )
-    if token is not None:
-        app.add_middleware(BearerAuth, token=token)
-    _answer_errors_alike(app)
     _add_environment_routes(app, registry)
-    _add_session_routes(app, sessions, request_limit_bytes)
+    _add_session_routes(app, sessions)
     return app
 
 
@@ -96,17 +98,17 @@ def _add_environment_routes(app: FastAPI, registry: Registry) -> None:
         return _info(registry[name])
 
 
-def _add_session_routes(app: FastAPI, sessions: Sessions, limit: int) -> None:
+def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
     async def create(request: Request) -> bytes:
         """Begin a session, or return the session that the same Idempotency-Key began."""
         key = request.headers.get("idempotency-key") or None
         if key is not None and len(key) > MAX_KEY:
             raise HttpError(422, "invalid_request", f"an Idempotency-Key has at most {MAX_KEY} characters")
-        return await sessions.create(_parsed(CreateSession, await _body(request, limit)), key)
+        return await sessions.create(_parsed(CreateSession, await request.body()), key)
 
     async def step(request: Request) -> bytes:
         """Take a step; a repeated step returns the stored reply."""
-        taken = _parsed(TakeStep, await _body(request, limit))
+        taken = _parsed(TakeStep, await request.body())
         return await sessions.step(request.path_params["session_id"], taken)
 
     async def finalize(request: Request) -> bytes:
@@ -133,53 +135,10 @@ def _add_session_routes(app: FastAPI, sessions: Sessions, limit: int) -> None:
         sessions.close(session_id)
 
 
-def _answer_errors_alike(app: FastAPI) -> None:
-    """Give every error the same body: {code, message, retryable}."""
-
-    @app.exception_handler(HttpError)
-    async def refused(_request: Request, error: HttpError) -> JSONResponse:
-        instruments.REFUSED.labels(error.body["code"]).inc()
-        return JSONResponse(error.body, error.status, error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await refused(request, HttpError(422, "invalid_request", str(error.errors())))
-
-    @app.exception_handler(HTTPException)
-    async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "unknown_route", 405: "wrong_method"}.get(error.status_code, "refused")
-        return await refused(request, HttpError(error.status_code, code, f"{request.method}: {error.detail}"))
-
-    @app.exception_handler(ClientDisconnect)
-    async def left(_request: Request, _error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # the client has disconnected
-
-    @app.exception_handler(Exception)
-    async def broken(_request: Request, error: Exception) -> JSONResponse:
-        problem = HttpError(500, "internal", f"the gateway failed: {type(error).__name__}", retryable=False)
-        return JSONResponse(problem.body, 500)
-
-
 async def _sweep(sessions: Sessions) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         sessions.sweep()
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises HttpError (413) as soon as it exceeds the limit."""
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise _too_long(limit)
-    body = b""
-    async for part in request.stream():
-        body = body + part if body else part
-        if len(body) > limit:
-            raise _too_long(limit)
-    return body
-
-
-def _too_long(limit: int) -> HttpError:
-    return HttpError(413, "too_large", f"a request has at most {limit} bytes (env_gateway.request_limit_bytes)")
 
 
 def _parsed(expected: type[W], body: bytes) -> W:

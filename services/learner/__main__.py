@@ -11,6 +11,7 @@ import sys
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.credentials import open_access
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.parent_death import die_with_parent
@@ -26,7 +27,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
     if os.environ.get("RANK", "0") != "0":
         _train(invocation.config, stop, None)
         return
-    with Starting("learner", learner.host, learner.port, key="learner", registry=REGISTRY) as server:
+    access = open_access(os.environ, learner.host)
+    with Starting("learner", learner.host, learner.port, key="learner", registry=REGISTRY, access=access) as server:
         _train(invocation.config, stop, server)
 
 

@@ -6,8 +6,7 @@ from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
-from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
@@ -83,15 +82,7 @@ def run_coordinator(
     )
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, stop)
     seen = loop.status
-    server.show(
-        application(
-            "learner",
-            registry=REGISTRY,
-            ready=seen.not_ready,
-            status=seen.fields,
-            waiting_for=lambda: seen.waiting_for,
-        )
-    )
+    server.show_service(ready=seen.not_ready, status=seen.fields, waiting_for=lambda: seen.waiting_for)
     try:
         loop.start()
         done = loop.run()

@@ -1,15 +1,17 @@
 """python -m palimpsest.services.rollout RUN.toml"""
 
 import asyncio
+import os
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.control.credentials import open_access
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
-from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.service import Starting, Stop
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.user_error import ExitCode, UserError
@@ -31,7 +33,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
     """Sample trajectories until the run ends or the process receives a stop request."""
     rollout = invocation.config.rollout
     refuse_limits(invocation.config)
-    with Starting("rollout", rollout.host, rollout.port, key="rollout", registry=REGISTRY) as server:
+    access = open_access(os.environ, rollout.host)
+    with Starting("rollout", rollout.host, rollout.port, key="rollout", registry=REGISTRY, access=access) as server:
         asyncio.run(_work(invocation.config, stop, server))
 
 
@@ -71,15 +74,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 loop.call_soon_threadsafe(worker.stop)
 
             stop.on_request(leave)
-            server.show(
-                application(
-                    "rollout",
-                    registry=REGISTRY,
-                    ready=worker.not_ready,
-                    status=worker.status,
-                    waiting_for=worker.waiting_for,
-                )
-            )
+            server.show_service(ready=worker.not_ready, status=worker.status, waiting_for=worker.waiting_for)
             try:
                 with required("to start"):
                     await engine.start()

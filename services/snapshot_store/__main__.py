@@ -1,9 +1,13 @@
 """python -m palimpsest.services.snapshot_store RUN.toml"""
 
 import asyncio
+import os
+from urllib.parse import urlsplit
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.access import require_token_off_loopback
+from palimpsest.common.control.credentials import open_access
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
 from palimpsest.services.snapshot_store.app import create_app, open_catalog
@@ -19,8 +23,11 @@ def body(invocation: Invocation, stop: Stop) -> None:
     """Serve until a stop request."""
     config = invocation.config
     section = config.snapshot_store
+    access = open_access(os.environ, section.host, urlsplit(section.url).hostname or "")
+    require_token_off_loopback(section.host, access, key="snapshot_store")  # before it reads a large storage
     storage = asyncio.run(_open_and_check(config))
-    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=section.claims_keep_hours * 3600 + CLOCK_STEP_S)
+    keep_s = section.claims_keep_hours * 3600 + CLOCK_STEP_S
+    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=keep_s, access=access)
     serve(app, section.host, section.port, key="snapshot_store", stop=stop)
 
 

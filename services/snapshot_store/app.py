@@ -21,6 +21,7 @@ import msgspec
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
+from palimpsest.common.control.access import Access
 from palimpsest.common.files import FULL
 from palimpsest.common.logs import logger
 from palimpsest.common.metrics import REGISTRY
@@ -36,6 +37,8 @@ from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 Number = Annotated[int, Path(ge=0)]
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CLAIMS_KEEP_S = 192 * 3600.0
+BODY_LIMITS = {"/v1/objects/": None, "/v1/claims/": 256 * 2**20, "/v1/versions/": 32 * 2**20}
+"""Maximum size of the bodies of a route in bytes; None: weights, of any size."""
 CLAIM_LOOKS = 100
 """Number of sweeps of old claims during the time for which they are kept."""
 
@@ -65,7 +68,9 @@ async def open_catalog(storage: Storage) -> Catalog:
     return catalog
 
 
-def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S) -> FastAPI:
+def create_app(
+    storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S, access: Access | None = None
+) -> FastAPI:
     """Return the store's application. It reads the catalog at the start and sweeps while it runs."""
     catalog, claims = Catalog(storage), ClaimCheckBlobs(storage)
     state = {"open": False}
@@ -97,6 +102,8 @@ def create_app(storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIM
         ready=lambda: None if state["open"] else "the catalog",
         status=status,
         lifespan=lifespan,
+        access=access,
+        body_limits=BODY_LIMITS,
     )
     routes_blobs.routes(app, storage, catalog, claims)
     _versions(app, catalog)

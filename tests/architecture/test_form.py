@@ -15,6 +15,7 @@ PRINTS = {
     "env_command.py",
     "run.py",
     "rescore_command.py",
+    "token_command.py",
     "supervisor.py",
     "view.py",
     "screen.py",

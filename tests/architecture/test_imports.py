@@ -84,7 +84,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
             {f"services/rollout/engine/{name}.py" for name in ("vllm", "vllm_weight_transfer", "weight_update")},
         ),
         ("torch.distributed", {"services/learner/distributed.py", "services/learner/torchrun.py"}),
-        ("uvicorn", {"common/service.py"}),
+        ("uvicorn", {"common/service.py", "common/control/connections.py"}),
         ("zstandard", {"common/snapshots/codec.py", "palimpsest/rescore.py"}),
         (
             "minio",

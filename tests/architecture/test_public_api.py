@@ -31,7 +31,7 @@ ENV = {
     "generator": "(seed: int) -> Random",
     "tool": "(name: str, description: str, **parameters: str) -> dict[str, Any]",
 }
-COMMANDS = {"run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env"}
+COMMANDS = {"run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token"}
 
 
 def shape(value: Any) -> Any:

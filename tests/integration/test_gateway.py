@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from palimpsest.common.control.access import SERVICE_TOKEN as VARIABLE
 from palimpsest.common.sessions.client import SessionClient, SessionFailed
-from palimpsest.common.sessions.token import VARIABLE
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
 from palimpsest.services.env_gateway.environments import lookup
 from palimpsest.services.env_gateway.environments.tool_calls import render

@@ -241,7 +241,7 @@ class NoServer(Starting):
     def __init__(self) -> None:
         self.doing = ""
 
-    def show(self, app: object) -> None:
+    def show_service(self, **_options: object) -> None:
         """See Starting."""
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import palimpsest
 from palimpsest import cli
+from palimpsest.common.control.access import token_line
 from tests.processes.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,3 +115,11 @@ def test_help_imports_nothing_but_the_standard_library() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
+
+
+def test_a_new_token_has_the_line_for_the_tokens_file() -> None:
+    done = run_program("palimpsest", "token", "ann", "operate")
+    assert done.code == 0
+    token = done.err.split()[-1]
+    assert done.out == f"{token_line('ann', 'operate', token)}\n"
+    assert len(token) >= 40

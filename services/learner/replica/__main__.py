@@ -1,13 +1,16 @@
 """python -m palimpsest.services.learner.replica RUN.toml --replica.name=replica-0 --replica.port=PORT"""
 
+import os
+
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.credentials import open_access
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
-from palimpsest.common.service import Starting, Stop, application
+from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.user_error import UserError
 
@@ -22,7 +25,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
         )
     refuse_limits(config)
     own = config.replica
-    with Starting("replica", own.host, own.port, key="replica", registry=REGISTRY) as server:
+    access = open_access(os.environ, own.host)
+    with Starting("replica", own.host, own.port, key="replica", registry=REGISTRY, access=access) as server:
         _score(config, stop, server)
 
 
@@ -43,8 +47,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     replica = ReplicaWorker(
         run=config.run.id, name=own.name, bus=bus, device=device, batch_tokens=own.batch_tokens, stop=stop
     )
-    app = application("replica", registry=REGISTRY, ready=replica.waiting_for, status=replica.status)
-    server.show(app)
+    server.show_service(ready=replica.waiting_for, status=replica.status)
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
             model = load_model(

@@ -42,14 +42,14 @@ def test_a_variable_for_a_key_overrides_one_for_its_section(run: Path) -> None:
 
 
 def test_variables_without_the_prefix_are_ignored(run: Path) -> None:
-    config = loaded(run, RUN__SEED="7", PALIMPSEST_FAULT="learner.after_publish:3", PALIMPSEST_GATEWAY_TOKEN="secret")
+    config = loaded(run, RUN__SEED="7", PALIMPSEST_FAULT="learner.after_publish:3", PALIMPSEST_SERVICE_TOKEN="secret")
     assert config.run.seed == 0
 
 
 def test_every_documented_variable_can_be_set(run: Path) -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.toml")]
     named = {name for page in pages for name in re.findall(r"PALIMPSEST_\w+[A-Z]", page.read_text())}
-    assert {"PALIMPSEST_CACHE", "PALIMPSEST_GATEWAY_TOKEN", "PALIMPSEST_KAFKA_PASSWORD"} <= named
+    assert {"PALIMPSEST_CACHE", "PALIMPSEST_SERVICE_TOKEN", "PALIMPSEST_KAFKA_PASSWORD"} <= named
     loaded(run, **{name: "5" for name in named if "__" not in name})
 
 

@@ -12,7 +12,7 @@ from palimpsest.common.secret_variables import SECRETS_OF, is_secret, of_environ
 GIVEN = {
     "PATH": "/bin", "LC_ALL": "C.UTF-8", "https_proxy": "http://proxy:3128", "PYTHONPATH": "/src", "MINE": "1",
     "AWS_SECRET_ACCESS_KEY": "s", "MINIO_SECRET_KEY": "s", "PALIMPSEST_KAFKA_PASSWORD": "s",
-    "PALIMPSEST_GATEWAY_TOKEN": "s", "HF_TOKEN": "s", "PALIMPSEST_LEARNER__VERSIONS": "3",
+    "PALIMPSEST_SERVICE_TOKEN": "s", "HF_TOKEN": "s", "PALIMPSEST_LEARNER__VERSIONS": "3",
 }  # fmt: skip
 USUAL = {"PATH", "LC_ALL", "https_proxy", "PYTHONPATH"}
 
@@ -25,10 +25,10 @@ def test_an_environment_receives_the_usual_and_the_named_variables_only() -> Non
 @pytest.mark.parametrize(
     ("service", "secrets"),
     [
-        ("snapshot_store", {"AWS_SECRET_ACCESS_KEY", "MINIO_SECRET_KEY", "PALIMPSEST_GATEWAY_TOKEN"}),
-        ("env_gateway", {"PALIMPSEST_GATEWAY_TOKEN"}),
-        ("rollout", {"PALIMPSEST_KAFKA_PASSWORD", "PALIMPSEST_GATEWAY_TOKEN"}),
-        ("learner", {"PALIMPSEST_KAFKA_PASSWORD", "PALIMPSEST_GATEWAY_TOKEN"}),
+        ("snapshot_store", {"AWS_SECRET_ACCESS_KEY", "MINIO_SECRET_KEY", "PALIMPSEST_SERVICE_TOKEN"}),
+        ("env_gateway", {"PALIMPSEST_SERVICE_TOKEN"}),
+        ("rollout", {"PALIMPSEST_KAFKA_PASSWORD", "PALIMPSEST_SERVICE_TOKEN"}),
+        ("learner", {"PALIMPSEST_KAFKA_PASSWORD", "PALIMPSEST_SERVICE_TOKEN"}),
     ],
 )
 def test_a_service_receives_only_the_secrets_that_it_needs(service: str, secrets: set[str]) -> None:
@@ -41,7 +41,7 @@ def test_a_service_receives_only_the_secrets_that_it_needs(service: str, secrets
     ("name", "secret"),
     [
         ("HF_TOKEN", True), ("OPENAI_API_KEY", True), ("PALIMPSEST_KAFKA_PASSWORD", True), ("aws_session_token", True),
-        ("PALIMPSEST_GATEWAY_TOKEN_FILE", False), ("PATH", False), ("KEYBOARD", False),
+        ("PALIMPSEST_SERVICE_TOKEN_FILE", False), ("PATH", False), ("KEYBOARD", False),
     ],
 )  # fmt: skip
 def test_secrets_are_recognized_by_name(name: str, secret: bool) -> None:

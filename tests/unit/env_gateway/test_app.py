@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from palimpsest.common.control.access import SERVICE_TOKEN
+from palimpsest.common.control.credentials import open_access
 from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import MAX_KEY, create_app
 from palimpsest.services.env_gateway.environments import lookup
@@ -14,6 +16,7 @@ from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=65536)
 WANTED = {"environment": "lookup", "seed": 3}
+ACCESS = open_access({SERVICE_TOKEN: "secret"})
 
 
 @asynccontextmanager
@@ -178,15 +181,15 @@ ROUTES = [
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_v1_route_needs_the_token(method: str, path: str) -> None:
-    async with gateway(token="secret") as client:
-        for given in (None, "", "Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer secret2", "bearer secret"):
+    async with gateway(access=ACCESS) as client:
+        for given in (None, "", "Bearer wrong", "Bearer ", "secret", "Basic secret", "Bearer secret2"):
             response = await client.request(method, path, headers={} if given is None else {"Authorization": given})
             assert_error(response, 401, "unauthorized")
             assert response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_with_the_token_the_gateway_answers_and_health_needs_none() -> None:
-    async with gateway(token="secret") as client:
+    async with gateway(access=ACCESS) as client:
         allowed = {"Authorization": "Bearer secret"}
         assert (await client.post("/v1/sessions", json=WANTED, headers=allowed)).status_code == 201
         assert (await client.get("/v1/status", headers=allowed)).status_code == 200

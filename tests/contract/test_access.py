@@ -1,0 +1,108 @@
+"""Every route of every service: a stranger gets 401, a wrong role 403, and only the open routes answer anybody."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry
+from starlette.routing import Route
+
+from palimpsest.common.control.access import METRICS_TOKEN, OPEN, TOKENS_FILE, Access, Role, token_line
+from palimpsest.common.control.credentials import open_access
+from palimpsest.common.service import Starting
+from palimpsest.services.env_gateway import registry
+from palimpsest.services.env_gateway.app import create_app as create_gateway
+from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
+from palimpsest.services.snapshot_store.app import create_app as create_store
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+
+LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=1000)
+VIEWED = {("GET", "/v1/status"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"),
+          ("GET", "/v1/envs"), ("GET", "/v1/envs/{name}"), ("GET", "/docs/oauth2-redirect")}  # fmt: skip
+OPERATED = {("DELETE", "/v1/sessions/{session_id}")}
+
+
+def starting(name: str) -> Callable[[Access | None, Path], FastAPI]:
+    """The application of a service that is built on Starting, as its program shows it."""
+
+    def create(access: Access | None, _folder: Path) -> FastAPI:
+        server = Starting(name, "127.0.0.1", 0, key=name, registry=CollectorRegistry(), access=access)
+        with server:
+            server.show_service(ready=lambda: None, status=dict)
+        return server.app
+
+    return create
+
+
+def store(access: Access | None, folder: Path) -> FastAPI:
+    return create_store(DiskStorage(folder, tidy=False), sweep_s=3600, access=access)
+
+
+def gateway(access: Access | None, _folder: Path) -> FastAPI:
+    offered = registry.built_in()
+    return create_gateway(Sessions(offered, LIMITS), offered, access=access)
+
+
+APPS = {
+    "store": store,
+    "gateway": gateway,
+    "learner": starting("learner"),
+    "rollout": starting("rollout"),
+    "replica": starting("replica"),
+}
+
+
+def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
+    for route in app.routes:
+        assert isinstance(route, APIRoute | Route)
+        yield from ((method, route.path) for method in sorted((route.methods or set()) - {"HEAD"}))
+
+
+CASES = [(name, *route) for name, create in APPS.items() for route in routes(create(None, Path()))]
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FastAPI]:
+    folder = tmp_path_factory.mktemp("access")
+    file = folder / "tokens"
+    file.write_text("\n".join(token_line(role, role, role) for role in Role))
+    access = open_access({TOKENS_FILE: str(file), METRICS_TOKEN: "scrape"})
+    return {name: create(access, folder / name) for name, create in APPS.items()}
+
+
+def test_the_walk_has_every_service_and_its_routes() -> None:
+    assert {name for name, _, _ in CASES} == set(APPS)
+    assert {
+        ("store", "POST", "/v1/writers"),
+        ("gateway", "POST", "/v1/sessions"),
+        ("learner", "GET", "/v1/status"),
+    } < set(CASES)
+    assert len(CASES) > 40
+
+
+@pytest.mark.parametrize(("service", "method", "path"), CASES)
+async def test_a_stranger_and_a_wrong_role_are_refused(
+    apps: dict[str, FastAPI], service: str, method: str, path: str
+) -> None:
+    transport = httpx.ASGITransport(apps[service], raise_app_exceptions=False)
+    answers = {}
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        for token in (None, "wrong", *Role):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            reply = await client.request(method, path, headers=headers)
+            answers[token] = reply.status_code
+            if reply.status_code in (401, 403):
+                assert set(reply.json()) == {"code", "message", "retryable"}
+    if path in OPEN:
+        assert set(answers.values()) <= {200, 503}  # 503: the service is not ready
+        return
+    assert (answers[None], answers["wrong"]) == (401, 401)
+    permitted = {Role.SERVICE}
+    if (method, path) in VIEWED:
+        permitted = set(Role)
+    if (method, path) in OPERATED:
+        permitted |= {Role.OPERATE, Role.TUNE}
+    assert {role for role in Role if answers[role] not in (401, 403)} == permitted
