@@ -118,13 +118,14 @@ def unseal(body: bytes) -> Manifest:
         if blake3(bytes(sealed.manifest)).hexdigest() != sealed.seal:
             raise Damaged("the manifest contradicts its seal")
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        own_digest = version_digest(manifest.tensors)
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:  # also numbers of any length
         raise Damaged(f"not a manifest: {error}") from error
     if manifest.schema != SCHEMA:
         raise Damaged(
             f"manifest schema {manifest.schema} is unknown; this release reads schema {SCHEMA}: use the release that "
             f"wrote it"
         )
-    if version_digest(manifest.tensors) != manifest.digest:
+    if own_digest != manifest.digest:
         raise Damaged(f"version {manifest.version}: its digest is different from the digest of its tensors")
     return manifest

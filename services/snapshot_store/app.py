@@ -4,7 +4,8 @@ PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 repeated, 409 ot
                                 424 no object
 GET  /v1/versions/{number}
 GET  /v1/versions
-PUT  /v1/leases/{holder}        {"lowest": version}
+PUT  /v1/leases/{holder}        {"lowest": version}; the lease expires unless it is repeated
+DELETE /v1/leases/{holder}      204, 404 no such lease
 and /v1/objects, /v1/claims: see routes_blobs.py; /v1/writers, /v1/checkpoints: see routes_writers.py
 
 Every route answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
@@ -18,7 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from palimpsest.common.control.access import Access
@@ -30,11 +31,11 @@ from palimpsest.common.snapshots.manifest import Damaged, unseal
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_writers
+from palimpsest.services.snapshot_store.bodies import MOST, Number, decoded
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
-Number = Annotated[int, Path(ge=0)]
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CLAIMS_KEEP_S = 192 * 3600.0
 BODY_LIMITS = {"/v1/objects/": None, "/v1/claims/": 256 * 2**20, "/v1/versions/": 32 * 2**20}
@@ -46,7 +47,7 @@ CLAIM_LOOKS = 100
 class LeaseRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of PUT /v1/leases/{holder}."""
 
-    lowest: int
+    lowest: Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 
 async def open_catalog(storage: Storage) -> Catalog:
@@ -172,15 +173,23 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
 def _leases(app: FastAPI, catalog: Catalog) -> None:
     @app.put("/v1/leases/{holder}")
     async def put_lease(holder: str, request: Request) -> dict[str, int]:
-        if not _HOLDER.fullmatch(holder):
-            raise HttpError(422, "bad_holder", f"{holder!r} is not a valid holder name")
-        try:
-            lease = msgspec.json.decode(await request.body(), type=LeaseRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HttpError(422, "bad_lease", str(error)) from None
+        _check_holder(holder)
+        lease = await decoded(request, LeaseRequest, "bad_lease")
         await catalog.lease(holder, Version(lease.lowest))
         instruments.OLDEST_NEEDED.set(min(catalog.leases.values()))
         return {"lowest": lease.lowest}
+
+    @app.delete("/v1/leases/{holder}", status_code=204)
+    async def delete_lease(holder: str) -> None:
+        _check_holder(holder)
+        if not await catalog.release(holder):
+            raise HttpError(404, "lease_missing", f"{holder} has no lease")
+        instruments.OLDEST_NEEDED.set(min(catalog.leases.values(), default=0))
+
+
+def _check_holder(holder: str) -> None:
+    if not _HOLDER.fullmatch(holder):
+        raise HttpError(422, "bad_holder", f"{holder!r} is not a valid holder name")
 
 
 async def _sweep(catalog: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:

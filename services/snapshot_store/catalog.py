@@ -11,16 +11,21 @@ object without a manifest, which the next sweep deletes.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
+from palimpsest.services.snapshot_store.uploads import Uploads
 from palimpsest.services.snapshot_store.writers import StaleWriter, UnknownWriter, Writers
 
+LEASE_S = 24 * 3600.0
+"""Time for which a lease holds after it was last taken, in seconds. The learner takes its lease with every version."""
 _NUMBER = re.compile(r"versions/(\d+)\.json")
 
 
@@ -29,13 +34,20 @@ class Conflict(Exception):
 
 
 class Catalog:
-    """Versions and leases over a Storage."""
+    """Versions and leases over a Storage.
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    A lease expires `lease_s` after it was last taken, and an object without a manifest some time after its upload. Both
+    are measured by `clock`, in seconds; a restart of the store begins them again.
+    """
+
+    def __init__(
+        self, storage: Storage, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._storage, self._lease_s, self._clock = storage, lease_s, clock
         self._manifests: dict[Version, Manifest] = {}
         self._leases: dict[str, Version] = {}
-        self._uploading: set[str] = set()
+        self._renewed: dict[str, float] = {}
+        self._uploads = Uploads(clock=clock)
         self._changing = asyncio.Lock()
         self.writers = Writers(storage, self._changing)
 
@@ -53,6 +65,7 @@ class Catalog:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise Damaged(f"leases.json: {error}") from None
             self._leases = {holder: Version(lowest) for holder, lowest in leases.items()}
+            self._renewed = dict.fromkeys(self._leases, self._clock())
 
     @property
     def versions(self) -> dict[Version, Manifest]:
@@ -66,8 +79,8 @@ class Catalog:
 
     async def put_object(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
         """Store weights under their digest. Return the number of bytes. Raises DigestMismatch."""
-        self._uploading.add(digest)  # a sweep must not delete it before its manifest arrives
-        return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
+        with self._uploads.receiving(digest):  # a sweep must not delete it before its manifest arrives
+            return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
 
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
         """Create a version. Return False if the same version exists.
@@ -78,12 +91,12 @@ class Catalog:
             try:
                 await self.writers.check(manifest.writer)
             except (StaleWriter, UnknownWriter):
-                self._uploading.discard(manifest.object)  # its manifest is refused
+                self._uploads.forget(manifest.object)  # its manifest is refused
                 raise
             if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
                 raise KeyError(manifest.object)
             new = await self._storage.create(_manifest_key(manifest.version), body)
-            self._uploading.discard(manifest.object)  # only now, because after an error the manifest may exist
+            self._uploads.forget(manifest.object)  # only now, because after an error the manifest may exist
             if not new:
                 existing = await self._existing(manifest.version)
                 if existing.digest != manifest.digest:
@@ -115,22 +128,44 @@ class Catalog:
         """Store durably the lowest version that the holder may still need."""
         async with self._changing:
             self._leases[holder] = lowest
-            text = msgspec.json.encode(self._leases)
+            self._renewed[holder] = self._clock()
+            await self._write_leases()
 
-            async def whole() -> AsyncIterator[bytes]:
-                yield text
+    async def release(self, holder: str) -> bool:
+        """Delete a lease durably. Return whether it existed."""
+        async with self._changing:
+            if holder not in self._leases:
+                return False
+            del self._leases[holder], self._renewed[holder]
+            await self._write_leases()
+            return True
 
-            await self._storage.put("leases.json", whole())
+    async def _write_leases(self) -> None:
+        text = msgspec.json.encode(self._leases)
+
+        async def whole() -> AsyncIterator[bytes]:
+            yield text
+
+        await self._storage.put("leases.json", whole())
+
+    async def _expire_leases(self) -> None:
+        expired = [holder for holder, at in self._renewed.items() if self._clock() - at > self._lease_s]
+        for holder in expired:
+            logger().warning("a lease expired", holder=holder, lowest=self._leases[holder])
+            del self._leases[holder], self._renewed[holder]
+        if expired:
+            await self._write_leases()
 
     async def sweep(self) -> list[Version]:
-        """Remove the versions and objects that no lease needs. Return the removed versions."""
+        """Remove expired leases, then the versions and objects that no lease needs. Return the removed versions."""
         async with self._changing:
+            await self._expire_leases()
             gone = sorted(removable(self._manifests.keys(), self._leases))
             for version in gone:
                 await self._storage.delete(_manifest_key(version))
                 del self._manifests[version]
             needed = {f"objects/{m.object}" for m in self._manifests.values()}
-            needed |= {f"objects/{digest}" for digest in self._uploading}
+            needed |= {f"objects/{digest}" for digest in self._uploads.awaited()}
             for key in await self._storage.keys("objects/"):
                 if key not in needed:
                     await self._storage.delete(key)

@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
 from palimpsest.common.logs import logger
 from palimpsest.common.service import HttpError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments
+from palimpsest.services.snapshot_store.bodies import MOST, Number, decoded
 from palimpsest.services.snapshot_store.writers import CommitConflict, StaleWriter, UnknownWriter, Writers
 
-Number = Annotated[int, Path(ge=0)]
-Epoch = Annotated[int, Path(ge=0)]
+Replacing = Annotated[int, Query(ge=0, le=MOST)]
 
 
 class Holder(msgspec.Struct, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class Holder(msgspec.Struct, forbid_unknown_fields=True):
 class Commit(msgspec.Struct, forbid_unknown_fields=True):
     """Body of PUT /v1/checkpoints/{version}/{writer}."""
 
-    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 @contextmanager
@@ -60,10 +60,7 @@ def routes(app: FastAPI, writers: Writers) -> None:
 def _writers(app: FastAPI, writers: Writers) -> None:
     @app.post("/v1/writers", status_code=201)
     async def post_writer(request: Request) -> dict[str, int]:
-        try:
-            body = msgspec.json.decode(await request.body(), type=Holder)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HttpError(422, "bad_holder", str(error)) from None
+        body = await decoded(request, Holder, "bad_holder")
         epoch = await writers.issue(body.holder)
         logger().info("a new writer", epoch=epoch, holder=body.holder)
         return {"epoch": epoch}
@@ -74,7 +71,7 @@ def _writers(app: FastAPI, writers: Writers) -> None:
         return {"epoch": newest.epoch, "holder": newest.holder} if newest else {"epoch": None, "holder": None}
 
     @app.get("/v1/writers/{epoch}")
-    async def confirm_writer(epoch: Epoch) -> dict[str, int]:
+    async def confirm_writer(epoch: Number) -> dict[str, int]:
         with writer_errors_as_conflict():
             await writers.check(epoch)
         return {"epoch": epoch}
@@ -82,17 +79,16 @@ def _writers(app: FastAPI, writers: Writers) -> None:
 
 def _checkpoints(app: FastAPI, writers: Writers) -> None:
     @app.put("/v1/checkpoints/{version}/{writer}")
-    async def put_checkpoint(version: Number, writer: Epoch, request: Request) -> JSONResponse:
-        try:
-            commit = msgspec.json.decode(await request.body(), type=Commit)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise HttpError(422, "bad_commit", str(error)) from None
+    async def put_checkpoint(version: Number, writer: Number, request: Request) -> JSONResponse:
+        commit = await decoded(request, Commit, "bad_commit")
         with writer_errors_as_conflict():
             new = await writers.commit(Version(version), writer, commit.digest)
         return JSONResponse({"version": version, "writer": writer}, 201 if new else 200)
 
     @app.delete("/v1/checkpoints/{version}/{writer}")
-    async def delete_checkpoint(version: Number, writer: Epoch, by: Annotated[int, Query(ge=0)]) -> dict[str, int]:
+    async def delete_checkpoint(
+        version: Number, writer: Number, by: Annotated[int, Query(ge=0, le=MOST)]
+    ) -> dict[str, int]:
         with writer_errors_as_conflict():
             await writers.withdraw(Version(version), writer, by=by)
         return {"version": version, "writer": writer}

@@ -156,11 +156,52 @@ async def test_a_lease_without_a_proper_holder_is_422(client: httpx.AsyncClient,
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", b"[]", b'{"lowest": "4"}', b'{"lowest": 4, "highest": 5}', b'{"lowest": 4.5}', b'{"\xff": 4}']
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"lowest": "4"}',
+        b'{"lowest": 4, "highest": 5}',
+        b'{"lowest": 4.5}',
+        b'{"\xff": 4}',
+        b'{"lowest": -5}',
+        b'{"lowest": ' + b"9" * 260 + b"}",
+        b"[" * 30_000,
+    ],
 )
 async def test_an_invalid_lease_is_422(client: httpx.AsyncClient, body: bytes) -> None:
     assert_error(await client.put("/v1/leases/learner", content=body), 422, "bad_lease")
     assert (await client.get("/v1/status")).json()["leases"] == {}
+
+
+async def test_a_lease_can_be_deleted(client: httpx.AsyncClient) -> None:
+    await client.put("/v1/leases/learner", json={"lowest": 4})
+    assert (await client.delete("/v1/leases/learner")).status_code == 204
+    assert (await client.get("/v1/status")).json()["leases"] == {}
+    assert_error(await client.delete("/v1/leases/learner"), 404, "lease_missing")
+
+
+@pytest.mark.parametrize(
+    "path", [f"/v1/versions/{'9' * 260}", f"/v1/writers/{2**53}", "/v1/objects/" + "0" * 64 + "%0A"]
+)
+async def test_numbers_and_digests_in_a_path_are_bounded(client: httpx.AsyncClient, path: str) -> None:
+    assert_error(await client.get(path), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("digest", ["0" * 64 + "\n", "0" * 63, "A" * 64])
+async def test_a_checkpoint_needs_a_strict_digest(client: httpx.AsyncClient, digest: str) -> None:
+    assert_error(await client.put("/v1/checkpoints/0/1", json={"digest": digest}), 422, "bad_commit")
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"seal": "", "manifest": ' + b"[" * 100_000])
+async def test_a_nested_manifest_is_422(client: httpx.AsyncClient, body: bytes) -> None:
+    assert_error(await client.put("/v1/versions/0", content=body), 422, "damaged_manifest")
+
+
+async def test_a_manifest_over_the_limit_is_413(client: httpx.AsyncClient) -> None:
+    headers = {"Content-Length": str(50 * 2**20)}
+    assert_error(await client.put("/v1/versions/0", content=b"x", headers=headers), 413, "too_large")
 
 
 async def test_versions_that_no_lease_needs_are_swept_while_the_store_runs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from palimpsest.common.snapshots.manifest import Damaged, seal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from palimpsest.services.snapshot_store.uploads import KEEP_S
 from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, digest_of
 
 
@@ -217,7 +218,7 @@ async def test_an_upload_that_waits_for_its_manifest_is_not_swept(tmp_path: Path
 async def test_a_sweep_would_remove_unregistered_uploads(tmp_path: Path) -> None:
     catalog = await opened(tmp_path)
     await upload(catalog, 5)
-    catalog._uploading.clear()
+    catalog._uploads.forget(digest_of(5))
     await catalog.sweep()
     with pytest.raises(KeyError):
         await announce(catalog, 5, content=5)
@@ -338,3 +339,65 @@ def test_random_events_keep_needed_versions_complete_and_remove_the_rest(
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(play(Path(folder)))
+
+
+class Clock:
+    """A clock that only the test advances."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_lease_expires_unless_it_is_renewed(tmp_path: Path) -> None:
+    clock = Clock()
+    catalog = Catalog(DiskStorage(tmp_path), lease_s=10.0, clock=clock)
+    await catalog.lease("learner", Version(3))
+    await catalog.lease("stranger", Version(0))
+    clock.now = 8.0
+    await catalog.lease("learner", Version(4))
+    clock.now = 11.0
+    await catalog.sweep()
+    assert (catalog.leases, (await opened(tmp_path)).leases) == ({"learner": 4}, {"learner": 4})
+    clock.now = 19.0
+    await catalog.sweep()
+    assert catalog.leases == {}
+
+
+async def test_a_leases_time_begins_again_when_the_store_restarts(tmp_path: Path) -> None:
+    await (await opened(tmp_path)).lease("learner", Version(3))
+    clock = Clock()
+    clock.now = 100.0
+    catalog = Catalog(DiskStorage(tmp_path), lease_s=10.0, clock=clock)
+    await catalog.open()
+    clock.now = 109.0
+    await catalog.sweep()
+    assert catalog.leases == {"learner": 3}
+
+
+async def test_an_object_without_a_manifest_is_swept_while_the_store_runs_and_an_upload_never(tmp_path: Path) -> None:
+    clock, halfway, go_on = Clock(), asyncio.Event(), asyncio.Event()
+    catalog = Catalog(DiskStorage(tmp_path), clock=clock)
+    await catalog.open()
+
+    async def slow() -> AsyncIterator[bytes]:
+        halfway.set()
+        await go_on.wait()
+        yield an_object(2)
+
+    await upload(catalog, 1)
+    await upload(catalog, 2)
+    uploading = asyncio.create_task(catalog.put_object(digest_of(2), slow()))
+    await halfway.wait()
+    clock.now = KEEP_S / 2
+    await catalog.sweep()
+    assert objects(tmp_path) >= {digest_of(1), digest_of(2)}
+    clock.now = KEEP_S + 1
+    await catalog.sweep()
+    assert digest_of(1) not in objects(tmp_path)
+    assert digest_of(2) in objects(tmp_path)
+    go_on.set()
+    await uploading
+    await catalog.sweep()
+    assert objects(tmp_path) == {digest_of(2)}
