@@ -126,6 +126,8 @@ def test_every_program_loads_the_run_with_the_pods_variables(rendered: Rendered,
         own = getattr(config, key)
         (http,) = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
         assert (own.host, own.port) == ("0.0.0.0", http)
+        (token,) = [one for one in container["env"] if one["name"] == "PALIMPSEST_SERVICE_TOKEN"]
+        assert token["valueFrom"]["secretKeyRef"]["name"], "a service refuses this address without a token"
         seen.add(container["name"])
     assert seen >= {"learner", "rollout", "gateway", "store"}
 

@@ -167,7 +167,7 @@ def test_versions_and_leases_survive_a_kill_and_unfinished_uploads_do_not(
     body, before = large(seed=version)[0].raw.tobytes(), store.objects()
     with socket.create_connection(("127.0.0.1", store.port)) as sender:
         digest = blake3(body).hexdigest()
-        head = f"PUT /v1/objects/{digest} HTTP/1.1\r\nHost: s\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"PUT /v1/objects/{digest} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         sender.sendall(head.encode() + body[: 4 * MEBIBYTE])
         eventually(lambda: store.partial() > MEBIBYTE)
         store.kill()

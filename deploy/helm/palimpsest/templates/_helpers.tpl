@@ -198,8 +198,8 @@ readinessProbe:
 {{- end }}
 {{- end }}
 
-{{- define "palimpsest.gatewayToken" -}}
-- name: PALIMPSEST_GATEWAY_TOKEN
+{{- define "palimpsest.serviceToken" -}}
+- name: PALIMPSEST_SERVICE_TOKEN
   valueFrom:
     secretKeyRef:
       name: {{ .Values.gateway.tokenSecret.name }}
