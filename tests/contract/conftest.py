@@ -18,8 +18,10 @@ from tests.contract.logs import PARTITIONS, TOPIC, KafkaLog, Log, MemoryLog, Spa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize `log` over the adapters. Tests that spawn processes skip the log in memory."""
-    if "log" in metafunc.fixturenames:
+    """Parametrize `log` over the adapters, unless the test names its own. Tests that spawn processes skip the log in
+    memory."""
+    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    if "log" in metafunc.fixturenames and "log" not in named:
         logs = ["sqlite", *([] if "spawn" in metafunc.fixturenames else ["memory"])]
         kafka = pytest.param("kafka", marks=pytest.mark.servers)
         metafunc.parametrize("log", [*logs, kafka], indirect=True)
