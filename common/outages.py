@@ -103,7 +103,7 @@ class Outages:
             OUTAGE.labels(key[0]).set(float(any(of == key[0] for of, _ in self._entries)))
         if entry.told:
             seconds = round(self._clock() - entry.since, 1)
-            logger().info("waits no longer", of=key[0], address=key[1], seconds=seconds)
+            logger().info("reply received", of=key[0], address=key[1], seconds=seconds)
 
 
 class Waiting:

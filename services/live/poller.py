@@ -153,7 +153,7 @@ class RunPoller:
             try:
                 self._follow()
             except (UserError, StoreUnavailable, LookupError) as error:
-                logger().debug("the view reads the log again", problem=str(error))
+                logger().debug("view reads the log again", problem=str(error))
                 self._closed.wait(EVERY_S)
 
     def _follow(self) -> None:

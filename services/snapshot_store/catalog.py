@@ -151,7 +151,7 @@ class Catalog:
     async def _expire_leases(self) -> None:
         expired = [holder for holder, at in self._renewed.items() if self._clock() - at > self._lease_s]
         for holder in expired:
-            logger().warning("a lease expired", holder=holder, lowest=self._leases[holder])
+            logger().warning("lease expired", holder=holder, lowest=self._leases[holder])
             del self._leases[holder], self._renewed[holder]
         if expired:
             await self._write_leases()

@@ -62,7 +62,7 @@ def _writers(app: FastAPI, writers: Writers) -> None:
     async def post_writer(request: Request) -> dict[str, int]:
         body = await decoded(request, Holder, "bad_holder")
         epoch = await writers.issue(body.holder)
-        logger().info("a new writer", epoch=epoch, holder=body.holder)
+        logger().info("new writer", epoch=epoch, holder=body.holder)
         return {"epoch": epoch}
 
     @app.get("/v1/writers")

@@ -254,7 +254,7 @@ class MinioStorage:
         except S3Error as error:
             if error.code not in ("NotImplemented", "AccessDenied"):
                 raise
-            logger().warning("parts of unfinished uploads cannot be listed", code=error.code, prefix=name)
+            logger().warning("cannot list parts of unfinished uploads", code=error.code, prefix=name)
 
 
 def _or_none(call: Callable[[], T]) -> T | None:

@@ -154,7 +154,7 @@ class KafkaConsumer:
         except (errors.CommitFailedError, errors.RebalanceInProgressError, errors.UnknownMemberIdError,
                 errors.IllegalGenerationError) as error:  # fmt: skip
             # another member has the partitions now, or gets them soon, and reads from the last commit
-            logger().debug("commit left out", topic=self._topic, reason=type(error).__name__)
+            logger().debug("commit skipped", topic=self._topic, reason=type(error).__name__)
 
     def ends(self) -> dict[int, int]:
         tps = self._all_partitions()
@@ -193,7 +193,7 @@ class KafkaConsumer:
         except DENIED as error:
             raise self._connection.access_error(error) from None
         except errors.RetriableError as error:
-            logger().debug("nothing fetched", topic=self._topic, reason=f"{type(error).__name__}: {error}")
+            logger().debug("nothing to fetch", topic=self._topic, reason=f"{type(error).__name__}: {error}")
             fetched = {}
         if self._listener.rebalanced:
             self._adopt_assignment()  # the client lost its positions, so the fetched records have arbitrary offsets

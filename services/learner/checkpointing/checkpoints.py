@@ -61,7 +61,7 @@ class Checkpoints:
             try:
                 return _read(folder, commit)
             except (OSError, ValueError, msgspec.DecodeError) as error:
-                logger().error("checkpoint passed over", folder=str(folder), reason=str(error))
+                logger().error("checkpoint skipped", folder=str(folder), reason=str(error))
         if self._committed:
             raise UserError(
                 f"none of this run's {len(self._committed)} checkpoints can be read; the log holds the reasons. "

@@ -36,7 +36,7 @@ class AlertTracker:
         try:
             self._lines.extend(msgspec.json.decode(line) for line in newest)
         except msgspec.DecodeError as error:
-            logger().warning("alerts begin anew: the history cannot be read", file=str(history), error=str(error))
+            logger().warning("alerts restarted: the history cannot be read", file=str(history), error=str(error))
             self._lines.clear()
         self._export(self._active(), [])
 

@@ -212,7 +212,7 @@ class ReplicaWorker:
         for row, values in scored:
             if np.isnan(values).any():
                 self._skip("not_finite", 1)
-                logger().error("log-probs are no numbers", trajectory=row.trajectory, version=version)
+                logger().error("log-probs are not finite", trajectory=row.trajectory, version=version)
                 continue
             outgoing += [
                 Outgoing(row.trajectory, encode(computed))

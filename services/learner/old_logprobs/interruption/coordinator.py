@@ -191,7 +191,7 @@ class CutCoordinator:
         score(enough=False)
         failpoints.reach("learner.after_cut")
         if not caught_up:
-            logger().warning("cut: what workers flushed was not read in time", cut=cut.number, positions=cut.positions)
+            logger().warning("cut timed out before all flushes were read", cut=cut.number, positions=cut.positions)
         return CutReport(
             cut=cut.number,
             version=now,

@@ -92,5 +92,5 @@ def test_an_unreadable_history_is_logged_and_skipped(tmp_path: Path) -> None:
     tracker = AlertTracker()
     with capture_logs() as events:
         tracker.start(tmp_path / "history.jsonl")
-    assert [event["event"] for event in events] == ["alerts begin anew: the history cannot be read"]
+    assert [event["event"] for event in events] == ["alerts restarted: the history cannot be read"]
     assert evaluate_lines(tracker, run(3)) == []
