@@ -37,7 +37,7 @@ from palimpsest.common.messages import Sampling
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import build_ingest
-from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tools.backends.kafka import Kafka
 

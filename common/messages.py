@@ -184,7 +184,7 @@ class VersionApplied(Struct, frozen=True, forbid_unknown_fields=True, tag="versi
 
 
 class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_letter/2"):
-    """A rejected record with its complete content. Topic `dead_letters`, key = key of the original record."""
+    """A rejected record. Topic `dead_letters`, key = key of the original record."""
 
     run: str
     """Run of the reader that rejected the record."""
@@ -194,6 +194,8 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
     key: str
     headers: dict[str, str]
     body: bytes
+    """Body of the record; empty, with the header `body_omitted`, if it is longer than 1 MiB. `topic`, `partition` and
+    `offset` name the original."""
     cause: RejectCause
     reason: str
     """Error text for a person."""
@@ -240,21 +242,21 @@ def decode(topic: str, body: bytes) -> Any:
     """Return the message of `topic` in these bytes. Raises Undecodable."""
     try:
         return _DECODERS[topic].decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except Exception as error:  # also RecursionError, of deep nesting: any error concerns this record alone
         tag = _tag(body)
         if tag is not None and tag not in _TAGS[topic]:
             raise Undecodable(
                 RejectCause.UNKNOWN_SCHEMA,
                 f"{topic}: unknown message type {tag!r}; this release reads {', '.join(sorted(_TAGS[topic]))}",
             ) from error
-        raise Undecodable(RejectCause.UNDECODABLE, f"{topic}: {error}") from error
+        raise Undecodable(RejectCause.UNDECODABLE, f"{topic}: {error or type(error).__name__}") from error
 
 
 def _tag(body: bytes) -> str | None:
     """Return the tag in these bytes, or None if they have none."""
     try:
         return _tags.decode(body).type
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # skipped fields may be deeply nested garbage
+    except Exception:  # skipped fields may be deeply nested garbage
         return None
 
 

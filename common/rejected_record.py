@@ -26,6 +26,8 @@ class RejectCause(StrEnum):
     """Valid, but of another run."""
     NEVER_OFFERED = "never_offered"
     """Valid, but of a trajectory that this run never offered."""
+    CONTRADICTS_OFFER = "contradicts_offer"
+    """Valid, but sampled otherwise than its group was offered: another environment or temperature, or above a limit."""
     MISSING_CLAIM = "missing_claim"
     """The object store does not hold the body of this long record."""
 

@@ -15,6 +15,10 @@ from palimpsest.common.arrays import Float32Array, Int32Array, unpack_float32
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.versions import UNTRAINABLE, Version
 
+LOWEST_LOGPROB = -104.0
+"""Log of the smallest float32, 2^-149, is -103.3 nats: an engine whose probabilities are float32 cannot sample a token
+of a lower probability."""
+
 
 class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     """Longest run of tokens in one turn that one version sampled: tokens [start, stop)."""
@@ -59,6 +63,12 @@ def check(segments: Sequence[Segment], tokens: int) -> None:
             raise MalformedTrajectory(RejectCause.NOT_FINITE, f"{where}: a behavior log-prob is not finite")
         if (logprobs > 1e-3).any():  # values slightly above 0 are rounding errors of the engine's log-softmax
             raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, f"{where}: a behavior log-prob is above 0")
+        if (logprobs < LOWEST_LOGPROB).any():
+            raise MalformedTrajectory(
+                RejectCause.OUT_OF_RANGE,
+                f"{where}: a behavior log-prob is {logprobs.min():.4g}; no engine samples a token below "
+                f"{LOWEST_LOGPROB}",
+            )
         end = segment.stop
 
 

@@ -1,8 +1,13 @@
 """Bodies of long records in the snapshot store service."""
 
+import re
+
 from palimpsest.common.bus.claim_check import ClaimLost
 from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient
 from palimpsest.common.snapshots.manifest import Damaged
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""The claim header of a record. Another producer may write anything there."""
 
 
 class StoreClaims:
@@ -15,6 +20,8 @@ class StoreClaims:
         return self._store.put_claim(body)
 
     def claim(self, digest: str) -> bytes:
+        if not DIGEST.fullmatch(digest):
+            raise ClaimLost(f"its claim header {digest[:80]!r} is not a digest of 64 hexadecimal digits")
         try:
             return self._store.claim(digest)
         except (ClaimMissing, Damaged) as error:

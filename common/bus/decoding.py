@@ -1,11 +1,16 @@
 """Conversion of records to messages: decode a record, and make a dead letter of one that cannot be used."""
 
-from typing import Any
+from typing import Any, Final
 
 from palimpsest.common.bus.claim_check import LOST
 from palimpsest.common.bus.port import Record
 from palimpsest.common.messages import DeadLetter, decode
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+
+MOST_COPIED_BYTES: Final = 1 << 20
+"""Longest body that a dead letter copies."""
+OMITTED = "body_omitted"
+"""Header of a dead letter without the body of its record: number of bytes of that body."""
 
 
 def message_in(record: Record) -> Any:
@@ -16,15 +21,19 @@ def message_in(record: Record) -> Any:
 
 
 def dead_letter(run: str, record: Record, error: RejectedRecord, *, now: float) -> DeadLetter:
-    """Return the dead letter of a record that cannot be used. `now`: Unix seconds."""
+    """Return the dead letter of a record that cannot be used. `now`: Unix seconds.
+
+    A long body is not copied, so that a flood of long records does not fill the topic; the letter names the original.
+    """
+    copied = len(record.body) <= MOST_COPIED_BYTES
     return DeadLetter(
         run=run,
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
         key=record.key,
-        headers=dict(record.headers),
-        body=record.body,
+        headers=dict(record.headers) | ({} if copied else {OMITTED: str(len(record.body))}),
+        body=record.body if copied else b"",
         cause=error.cause,
         reason=str(error),
         buried_at=now,

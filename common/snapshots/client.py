@@ -60,6 +60,10 @@ class ClaimMissing(LookupError):
     """Raised if the store does not hold this body."""
 
 
+MOST_CLAIM_BYTES = 1 << 28
+"""Limit of the body of a record, in bytes: twice a trajectory of 16 million tokens with their log-probs."""
+
+
 class SnapshotClient:
     """Client of one store. Thread-safe.
 
@@ -180,12 +184,16 @@ class SnapshotClient:
     def claim(self, digest: str) -> bytes:
         """Return the body with this digest. Raises ClaimMissing, Damaged."""
         try:
-            body = b"".join(self._calls.body(f"/v1/claims/{digest}"))
+            body = bytearray()
+            for part in self._calls.body(f"/v1/claims/{digest}"):
+                body += part
+                if len(body) > MOST_CLAIM_BYTES:
+                    raise Damaged(f"body {digest[:12]}: longer than {MOST_CLAIM_BYTES} bytes, the limit of a record")
         except NotFound:
             raise ClaimMissing(f"the body {digest} is not in the store at {self._calls.url}") from None
         if blake3(body).hexdigest() != digest:
             raise Damaged(f"body {digest[:12]}: the digest of its {len(body)} bytes is different")
-        return body
+        return bytes(body)
 
     def _encode(self, tensors: Iterable[RawTensor], file: IO[bytes]) -> tuple[list[TensorEntry], str, int]:
         entries: list[TensorEntry] = []

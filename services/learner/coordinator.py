@@ -12,7 +12,7 @@ from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.ingest.build import build_ingest
-from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.loop import Loop, Outputs, Records, Training
 from palimpsest.services.learner.model.policy import vocabulary_size

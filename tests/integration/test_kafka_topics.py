@@ -253,7 +253,7 @@ def test_a_long_trajectory_is_read_unchanged_and_a_lost_body_is_dead_lettered(
         with closing(ClaimCheck(a_bus(kafka_server, prefix), claims, over_bytes=OVER_BYTES)) as checked:
             long = a_finished(0, 0, tokens=LONG, segments=(a_segment(2, LONG, 0),))
             assert len(encode(long)) > 1 << 20
-            ingest = an_ingest(checked)
+            ingest = an_ingest(checked, most_tokens=LONG)
             with closing(ingest):
                 ingest.start({}, {}, {}, now=0.0)
                 ingest.tasks.offer(Version(0), now=0.0)
@@ -265,7 +265,7 @@ def test_a_long_trajectory_is_read_unchanged_and_a_lost_body_is_dead_lettered(
             assert on_the_topic.body == b""
             assert sum(len(name) + len(value) for name, value in on_the_topic.headers.items()) < 200
             place.lose(on_the_topic.headers[CLAIM])
-            ingest = an_ingest(checked)
+            ingest = an_ingest(checked, most_tokens=LONG)
             with closing(ingest):
                 ingest.start({}, {}, {}, now=0.0)
                 read_until(ingest.reader, 1)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from palimpsest.common.bus.port import Bus
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import Ingest, build_ingest
-from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from tests.records.builders import SAMPLING
 
@@ -24,12 +26,14 @@ def an_ingest(
     confirm: Callable[[], None] = lambda: None,
     on_resolved: Callable[[str], None] = lambda _: None,
     ledger: type[Ledger] = Ledger,
+    most_tokens: int = SAMPLING.max_trajectory_tokens,
 ) -> Ingest:
-    """An ingest that is not started. `groups`: groups per batch."""
+    """An ingest that is not started. `groups`: groups per batch. `most_tokens`: limit of a trajectory."""
+    sampling = msgspec.structs.replace(SAMPLING, max_trajectory_tokens=most_tokens)
     return build_ingest(
         bus,
         ledger(samples=samples, groups_per_batch=groups, max_staleness=max_staleness, time_limit_s=60),
-        TaskSettings(0, {"lookup": 1.0}, samples, SAMPLING, 60),
+        TaskSettings(0, {"lookup": 1.0}, samples, sampling, 60),
         run="test",
         vocabulary=VOCABULARY,
         confirm=confirm,

@@ -16,7 +16,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import build_ingest
-from palimpsest.services.learner.ingest.task_publisher import TaskSettings
+from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator

@@ -3,7 +3,8 @@
 A reader writes a dead letter each time it reads an unusable record, so a record can have several letters. Letters of
 the same position on the log are merged, and the offset of the first letter identifies the record.
 
-A record is sent again with its original bytes, key and headers, and a header `replayed` that names the letter. Only
+A record is sent again with its original bytes (of a long record: read from the log again, because its letter does not
+hold them), key and headers, and a header `replayed` that names the letter. Only
 these headers show which records were sent again. The record and this mark are one record on the log, so no crash can
 separate them. The key is the original one, so a record that was sent again is in the same partition at a later offset,
 and the search starts there.
@@ -13,10 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from palimpsest.common.bus.claim_check import LOST
+from palimpsest.common.bus.decoding import OMITTED
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Position
 from palimpsest.common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
 from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import ExitCode, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +93,24 @@ def replay(bus: Bus, buried: Sequence[Buried], *, again: bool) -> Iterator[Sent]
         if one.replayed and not again:
             continue
         letter = one.letter
-        headers = {name: value for name, value in letter.headers.items() if name != LOST}  # added by the reader
-        record = Outgoing(letter.key, letter.body, headers | {REPLAYED: _letter_name(one.at)})
+        headers = {name: value for name, value in letter.headers.items() if name not in (LOST, OMITTED)}
+        record = Outgoing(letter.key, _body(bus, letter), headers | {REPLAYED: _letter_name(one.at)})
         (to,) = bus.publish(letter.topic, [record])
         yield Sent(one, to)
+
+
+def _body(bus: Bus, letter: DeadLetter) -> bytes:
+    """Return the body of the original record. Raises UserError if it is not in the letter and gone from the log."""
+    if OMITTED not in letter.headers:
+        return letter.body
+    for record in read_existing(bus, letter.topic, {letter.partition: letter.offset}):
+        if (record.partition, record.offset) == (letter.partition, letter.offset):
+            return record.body
+    raise UserError(
+        f"the record {letter.topic}[{letter.partition}]@{letter.offset} is gone from the log, and its dead letter does "
+        f"not hold its {letter.headers[OMITTED]} bytes: it cannot be sent again",
+        ExitCode.DAMAGED,
+    )
 
 
 def _with_replays(bus: Bus, buried: list[Buried]) -> list[Buried]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from palimpsest.common.bus.port import Bus
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
-from palimpsest.services.learner.ingest.task_publisher import TaskPublisher, TaskSettings
+from palimpsest.services.learner.ingest.offers import TaskSettings
+from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 
 
@@ -60,6 +61,7 @@ def build_ingest(
             ledger,
             dead_letters,
             run=run,
+            offered=settings,
             vocabulary=vocabulary,
             keep_flushed=keep_flushed,
             on_resolved=on_resolved,

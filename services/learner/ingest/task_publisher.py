@@ -1,7 +1,6 @@
 """Publishes tasks: the groups that the ledger admits, to be sampled by the workers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
@@ -9,7 +8,6 @@ from palimpsest.common.messages import (
     OLD_LOGPROBS,
     TASKS,
     GroupOffered,
-    Sampling,
     Undecodable,
     decode,
     encode,
@@ -18,23 +16,10 @@ from palimpsest.common.messages import (
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.buffer.task_sampler import task
+from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.resume import no_records_skipped
 from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, ReceivedTrajectory
 from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSettings:
-    """Settings for the tasks of a run: where they are drawn from, and how workers sample them."""
-
-    seed: int
-    environments: Mapping[str, float]
-    """Environment -> weight."""
-    samples: int
-    """Trajectories in a group."""
-    sampling: Sampling
-    time_limit_s: float
 
 
 class TaskPublisher:
@@ -97,7 +82,7 @@ class TaskPublisher:
 
     def _next_offer(self, newest: Version, now: float) -> GroupOffered:
         index = self._ledger.next_index
-        environment, task_seed = task(self._settings.seed, index, self._settings.environments)
+        environment, task_seed = self._settings.task(index)
         return GroupOffered(
             run=self._run,
             group=self._ledger.offer(now=now),

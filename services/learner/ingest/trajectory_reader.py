@@ -20,6 +20,7 @@ from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
 from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.ingest.decoding import decode_for_run
+from palimpsest.services.learner.ingest.offers import TaskSettings, check_offer
 from palimpsest.services.learner.ingest.resume import no_records_skipped
 from palimpsest.services.learner.ingest.validation import validate
 
@@ -51,6 +52,7 @@ class ReceivedTrajectory:
 class TrajectoryReader:
     """Enters what workers publish into the ledger.
 
+    offered: what the groups of the run are offered as. A trajectory that contradicts it is rejected.
     vocabulary: number of token ids of the model. A record with another id is rejected.
     keep_flushed: keep flushes of live trajectories until `resolve_flushed` is called. Otherwise they are skipped.
     on_resolved: called with the id of each trajectory that needs no more scores.
@@ -63,12 +65,13 @@ class TrajectoryReader:
         dead_letters: DeadLetterWriter,
         *,
         run: str,
+        offered: TaskSettings,
         vocabulary: int,
         keep_flushed: bool = False,
         on_resolved: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._ledger, self._dead_letters, self._run = ledger, dead_letters, run
-        self._vocabulary = vocabulary
+        self._offered, self._vocabulary = offered, vocabulary
         self._keeps_flushed, self._on_resolved = keep_flushed, on_resolved
         self._consumer = bus.consumer(TRAJECTORIES)
         self._tracker = OffsetTracker()
@@ -152,6 +155,7 @@ class TrajectoryReader:
             message: Message = decode_for_run(record, self._run)
             ends_trajectory = not isinstance(message, SegmentFlushed)
             validate(message, newest, vocabulary=self._vocabulary)
+            self._check_offer(message)
             status = self._enter(message, record)
         except RejectedRecord as error:
             self._reject(record, error, ends_trajectory=ends_trajectory)
@@ -163,6 +167,13 @@ class TrajectoryReader:
                 self._accept_drop(message, record, status)
             case TrajectoryFinished():
                 self._accept_finished(message, record, status)
+
+    def _check_offer(self, message: Message) -> None:
+        """Raise RejectedRecord if a trajectory that was offered was sampled otherwise."""
+        if isinstance(message, TrajectoryDropped):
+            return
+        if self._ledger.status_of(message.group, message.trajectory) is not ArrivalStatus.UNKNOWN:
+            check_offer(message, self._offered)
 
     def _enter(self, message: Message, record: Record) -> ArrivalStatus:
         """Enter the message into the ledger. Raises RejectedRecord if the trajectory was never offered.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.bus.decoding import dead_letter
+from palimpsest.common.bus.decoding import MOST_COPIED_BYTES, OMITTED, dead_letter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Position, Record
 from palimpsest.common.config import load
-from palimpsest.common.messages import CONTROL, DEAD_LETTERS, TASKS, TRAJECTORIES, decode, encode
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, REPLAYED, TASKS, TRAJECTORIES, decode, encode
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
@@ -62,6 +62,17 @@ def read_replay(
     read = Record(topic, at.partition, at.offset, record.key, record.body, record.headers)
     letter = dead_letter(run, read, RejectedRecord(cause, reason), now=1_700_000_000.0)
     bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
+
+
+def test_a_long_record_is_sent_again_from_the_log(bus: Bus) -> None:
+    write_letter(bus, TRAJECTORIES, Outgoing("k", b"short"), RejectCause.UNDECODABLE)
+    write_letter(bus, TRAJECTORIES, Outgoing("k", b"a" * (MOST_COPIED_BYTES + 1)), RejectCause.UNDECODABLE)
+    buried, _ = read(bus, "test")
+    assert len(buried[1].letter.body) == 0
+    assert len(list(replay(bus, buried, again=False))) == 2
+    sent = [record for record in read_existing(bus, TRAJECTORIES) if REPLAYED in record.headers]
+    assert [record.body for record in sent] == [b"short", b"a" * (MOST_COPIED_BYTES + 1)]
+    assert all(OMITTED not in record.headers for record in sent)
 
 
 def output_of(*arguments: str | Path) -> list[str]:

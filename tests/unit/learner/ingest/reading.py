@@ -60,6 +60,7 @@ BROKEN: dict[str, tuple[RejectCause, dict[str, object]]] = {
     "a log-prob that is not a number": (RejectCause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("nan")),)}),
     "an infinite log-prob": (RejectCause.NOT_FINITE, {"segments": (a_segment(2, 6, 0, float("-inf")),)}),
     "a log-prob above 0": (RejectCause.OUT_OF_RANGE, {"segments": (a_segment(2, 6, 0, 0.5),)}),
+    "a log-prob that no engine samples": (RejectCause.OUT_OF_RANGE, {"segments": (a_segment(2, 6, 0, -3e38),)}),
     "a negative version": (RejectCause.NEGATIVE_VERSION, {"segments": (a_segment(2, 6, -3),)}),
     "a version of the future": (RejectCause.UNKNOWN_VERSION, {"segments": (a_segment(2, 6, 6),)}),
     "a sampled first token": (RejectCause.LENGTH_MISMATCH, {"segments": (a_segment(0, 6, 0),)}),
@@ -69,6 +70,13 @@ BROKEN: dict[str, tuple[RejectCause, dict[str, object]]] = {
     "a temperature of 0": (RejectCause.OUT_OF_RANGE, {"temperature": 0.0}),
     "an infinite temperature": (RejectCause.NOT_FINITE, {"temperature": float("inf")}),
 }  # fmt: skip
+CONTRADICTING: dict[str, dict[str, object]] = {
+    "temperature: 0.01": {"temperature": 0.01},
+    "environment: 'hop'": {"environment": "hop"},
+    "turns: 5": {"turns": 5},
+    "tokens: 65": {"tokens": pack_int32(range(1, 66))},
+}
+"""Start of the error text -> fields of a trajectory that is valid and not what was offered (SAMPLING, lookup)."""
 
 
 def flushed(reader: TrajectoryReader) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from palimpsest.common import logs
+from palimpsest.common.bus.decoding import MOST_COPIED_BYTES, OMITTED
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import (
@@ -20,7 +21,7 @@ from palimpsest.services.learner import instruments
 from palimpsest.services.learner.ingest.validation import check_finished
 from tests.learner_parts.ingest import VOCABULARY
 from tests.records.builders import a_finished
-from tests.unit.learner.ingest.reading import BROKEN, NEWEST, finished, letters, publish, started
+from tests.unit.learner.ingest.reading import BROKEN, CONTRADICTING, NEWEST, finished, letters, publish, started
 
 
 def counted(cause: RejectCause) -> float:
@@ -46,6 +47,45 @@ def test_an_unusable_record_is_dead_lettered_with_its_cause_and_the_run_continue
     assert ledger.counts()["dead_lettered"] == 1
     assert ledger.counts()["pending"] == 7
     assert list(reader.arrived) == ["g000000/1"]
+
+
+@pytest.mark.parametrize("what", CONTRADICTING)
+def test_a_trajectory_that_contradicts_its_offer_is_dead_lettered(bus: SqliteBus, what: str) -> None:
+    reader, ledger = started(bus)
+    publish(bus, msgspec.structs.replace(finished, **CONTRADICTING[what]), a_finished(0, 1))
+    reader.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert letter.cause is RejectCause.CONTRADICTS_OFFER
+    assert letter.reason.startswith(f"{what}, but the offer said ")
+    assert (ledger.counts()["dead_lettered"], list(reader.arrived)) == (1, ["g000000/1"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"\x81\xa1x" + b"\x91" * 100_000 + b"\x90", id="nested before its type"),
+        pytest.param(b"\x81" * 100_000, id="nested maps"),
+        pytest.param(b"\xdd\xff\xff\xff\xff", id="an array that announces 4,294,967,295 items"),
+        pytest.param(b"\x81\xa4type\xd9\x02\xff\xfe", id="a type that is no text"),
+        pytest.param(b"", id="empty"),
+    ],
+)
+def test_bytes_that_break_a_decoder_are_dead_lettered(bus: SqliteBus, body: bytes) -> None:
+    reader, _ = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", body, {"trajectory": "g000000/0"})])
+    publish(bus, a_finished(0, 1))
+    reader.read_all(NEWEST, timeout_s=0)
+    assert [letter.cause for letter in letters(bus)] == [RejectCause.UNDECODABLE]
+    assert list(reader.arrived) == ["g000000/1"]
+
+
+def test_the_dead_letter_of_a_long_record_names_the_original_instead_of_copying_it(bus: SqliteBus) -> None:
+    reader, _ = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing("g000000", b"\x00" * MOST_COPIED_BYTES), Outgoing("g000000", bytes(2 << 20))])
+    reader.read_all(NEWEST, timeout_s=0)
+    copied, named = letters(bus)
+    assert (len(copied.body), copied.headers) == (MOST_COPIED_BYTES, {})
+    assert (named.body, named.headers, named.offset) == (b"", {OMITTED: str(2 << 20)}, copied.offset + 1)
 
 
 def test_a_record_of_another_release_is_dead_lettered_as_such(bus: SqliteBus) -> None:
