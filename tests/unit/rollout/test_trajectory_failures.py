@@ -70,16 +70,13 @@ async def test_a_failed_trajectory_leaves_the_in_flight_table(
 
 
 async def test_a_redelivered_task_gets_another_request_name(setting: Setting) -> None:
-    both = asyncio.Event()
+    both_in_flight = asyncio.Barrier(2)
     engine = MessageEngine([NextMessage([70, 71]), NextMessage([70, 71])])
-    said = engine.generate
+    generate = engine.generate
 
     async def together(*arguments: object, **options: object) -> SampledTokens:
-        if len(sampler.live) == 2:
-            both.set()
-        sampled = await said(*arguments, **options)  # type: ignore[arg-type]
-        await both.wait()
-        return sampled
+        await both_in_flight.wait()
+        return await generate(*arguments, **options)  # type: ignore[arg-type]
 
     engine.generate = together  # type: ignore[method-assign]
     sampler = setting.sampler(engine)
