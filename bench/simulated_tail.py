@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 
 from palimpsest.common.messages import trajectory_id
 from palimpsest.common.versions import Version
+from palimpsest.services.learner.buffer.admission import WAIT_SHARE
 from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 
 NO_LIMIT_S = 1e9
-WAIT_SHARE = 0.01
-"""As in services/learner/loop.py."""
 
 
 @dataclass(frozen=True, slots=True)

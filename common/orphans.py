@@ -11,6 +11,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from palimpsest.common.proc_stat import stat_fields
+
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None)
 """Loaded at import, because loading a library after a fork is not safe."""
@@ -28,7 +30,7 @@ def children() -> set[int]:
         if entry.name.isdecimal():
             with suppress(OSError):  # it has ended
                 stat = (entry / "stat").read_text(errors="replace")
-                if int(stat[stat.rindex(")") + 2 :].split()[1]) == own:
+                if int(stat_fields(stat)[1]) == own:
                     found.add(int(entry.name))
     return found
 

@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from palimpsest.common.control.access import METRICS_TOKEN, SERVICE_TOKEN, TOKENS_FILE
+from palimpsest.common.proc_stat import stat_fields
+
 LOG, STORAGE = "PALIMPSEST_KAFKA_", ("AWS_", "MINIO_")
-ACCESS = ("PALIMPSEST_SERVICE_TOKEN", "PALIMPSEST_METRICS_TOKEN", "PALIMPSEST_TOKENS_FILE")
+ACCESS = (SERVICE_TOKEN, METRICS_TOKEN, TOKENS_FILE)
 """Prefixes of our secret variables: the Kafka user's, those of the object storage, the tokens of HTTP requests."""
 OURS = (LOG, *STORAGE, *ACCESS)
 SECRETS_OF: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +57,7 @@ def hide_secrets() -> None:
         shown = Path("/proc/self/environ").read_bytes()
     except OSError:
         return
-    fields = stat[stat.rindex(")") + 2 :].split()
+    fields = stat_fields(stat)
     start, end = int(fields[_ENV_START]), int(fields[_ENV_END])
     if end - start != len(shown) or ctypes.string_at(start, len(shown)) != shown:
         return
@@ -69,5 +72,5 @@ def hide_secrets() -> None:
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a variable of this name is a secret. A path of a file is none."""
+    """Whether the value of a variable of this name is a secret. The path of a file is not one."""
     return _SECRET.search(name.upper()) is not None and not name.endswith("_FILE")

@@ -30,13 +30,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from palimpsest.common.control.access import Access, AccessRule, require_token_off_loopback
 from palimpsest.common.control.connections import limited_protocol
 from palimpsest.common.control.error_replies import COMMON_ERRORS, answer_errors_alike, documented
-from palimpsest.common.control.errors import HttpError
 from palimpsest.common.control.guard import LIMITS, RequestGuard, RequestLimits
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import OUTAGES, Outages
 from palimpsest.common.user_error import ExitCode, UserError
-
-__all__ = ["HttpError", "Server", "Starting", "Status", "Stop", "application", "listen", "serve"]
 
 Status = dict[str, Any]
 GRACE_S = 10

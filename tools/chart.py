@@ -25,10 +25,10 @@ def schema(text: str) -> str:
 
 def table(text: str) -> str:
     """Return the page with a table of all values."""
-    values, said = yaml.safe_load(text), comments(text)
+    values, described = yaml.safe_load(text), comments(text)
     rows = ["| value | default | what it does |", "|---|---|---|"]
-    for path, default in _leaves(values, said, ()):
-        cell = said[path][0].replace("|", "\\|")
+    for path, default in _leaves(values, described, ()):
+        cell = described[path][0].replace("|", "\\|")
         rows.append(f"| `{'.'.join(path)}` | `{json.dumps(default)}` | {cell} |")
     intro = "Values of the [chart](kubernetes.md). `make docs` generates this page from its values.yaml."
     return "\n".join(["# Values of the chart", "", intro, "", *rows]) + "\n"
@@ -45,9 +45,9 @@ def comments(text: str) -> dict[Path, tuple[str, dict[str, Any]]]:
         elif key := KEY.match(line):
             path = [*path[: len(key[1]) // 2], key[2]]
             extra: dict[str, Any] = {}
-            for said in pending:
-                if said.startswith("@schema "):
-                    extra |= json.loads(said.removeprefix("@schema "))
+            for note in pending:
+                if note.startswith("@schema "):
+                    extra |= json.loads(note.removeprefix("@schema "))
             if pending:
                 found[tuple(path)] = (" ".join(one for one in pending if not one.startswith("@schema ")), extra)
             pending = []
@@ -56,25 +56,27 @@ def comments(text: str) -> dict[Path, tuple[str, dict[str, Any]]]:
     return found
 
 
-def _section(values: Mapping[str, Any], said: Mapping[Path, tuple[str, dict[str, Any]]], path: Path) -> dict[str, Any]:
+def _section(
+    values: Mapping[str, Any], described: Mapping[Path, tuple[str, dict[str, Any]]], path: Path
+) -> dict[str, Any]:
     properties = {}
     for name, default in values.items():
         at = (*path, name)
-        if at not in said:
+        if at not in described:
             raise ValueError(f"values.yaml: {'.'.join(at)} has no comment: describe it in the line above")
-        description, extra = said[at]
-        below = _section(default, said, at) if _is_section(default, extra) else {"type": TYPES[type(default)]}
+        description, extra = described[at]
+        below = _section(default, described, at) if _is_section(default, extra) else {"type": TYPES[type(default)]}
         properties[name] = {"description": description, **below, **extra}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def _leaves(
-    values: Mapping[str, Any], said: Mapping[Path, tuple[str, Sequence[Any] | Mapping[str, Any]]], path: Path
+    values: Mapping[str, Any], described: Mapping[Path, tuple[str, Sequence[Any] | Mapping[str, Any]]], path: Path
 ) -> Iterator[tuple[Path, Any]]:
     for name, default in values.items():
         at = (*path, name)
-        if _is_section(default, said[at][1]):
-            yield from _leaves(default, said, at)
+        if _is_section(default, described[at][1]):
+            yield from _leaves(default, described, at)
         else:
             yield at, default
 

@@ -21,6 +21,7 @@ from palimpsest.common.bus.factory import connect
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.parent_death import die_with_parent
+from palimpsest.common.proc_stat import stat_fields
 from tools.backends.ports import free
 
 LIMIT_S = 600.0
@@ -190,5 +191,5 @@ class VariantRun:
 
 def cpu_s(process: int) -> float:
     """CPU seconds that a process has taken so far, by its number."""
-    after_its_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(after_its_name[11]) + int(after_its_name[12])) / os.sysconf("SC_CLK_TCK")
+    fields = stat_fields(Path(f"/proc/{process}/stat").read_text())
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

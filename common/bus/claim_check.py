@@ -12,6 +12,8 @@ from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
 
 CLAIM = "claim"
 """Header of a record whose body is in the object store: blake3 of the body, hex."""
+MOST_CLAIM_BYTES = 1 << 28
+"""Longest body in the object store: twice a trajectory of 16 million tokens with their log-probs."""
 LOST = "claim_lost"
 """Header that the reader adds to a record whose body is lost. Its value is the error text."""
 

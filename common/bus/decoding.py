@@ -1,13 +1,13 @@
 """Conversion of records to messages: decode a record, and make a dead letter of one that cannot be used."""
 
-from typing import Any, Final
+from typing import Any
 
 from palimpsest.common.bus.claim_check import LOST
 from palimpsest.common.bus.port import Record
 from palimpsest.common.messages import DeadLetter, decode
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
-MOST_COPIED_BYTES: Final = 1 << 20
+MOST_COPIED_BYTES = 1 << 20
 """Longest body that a dead letter copies."""
 OMITTED = "body_omitted"
 """Header of a dead letter without the body of its record: number of bytes of that body."""

@@ -15,6 +15,7 @@ from enum import StrEnum
 from blake3 import blake3
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.digests import is_digest
 from palimpsest.common.user_error import UserError
 
 TOKENS_FILE = "PALIMPSEST_TOKENS_FILE"
@@ -25,7 +26,6 @@ TOKENS_OF_A_NAME = 2
 LONGEST_TOKEN = 512
 """In characters."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?")
 
 
@@ -102,7 +102,7 @@ def _token(line: str, where: str) -> Token:
         raise UserError(f"{where}: {name!r} is not a name: use letters, digits, `_`, `.` and `-`, 64 at most")
     if role not in list(Role):
         raise UserError(f"{where}: there is no role {role!r}; it can be {', '.join(Role)}")
-    if not _DIGEST.fullmatch(found):
+    if not is_digest(found):
         raise UserError(
             f"{where}: the third field must be the blake3 of the token, 64 hex digits; `palimpsest token` makes a line"
         )

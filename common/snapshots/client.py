@@ -16,6 +16,7 @@ import httpx
 import msgspec
 from blake3 import blake3
 
+from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
 from palimpsest.common.files import with_filename
 from palimpsest.common.snapshots.codec import encode_base
 from palimpsest.common.snapshots.fencing import raise_if_refused
@@ -58,10 +59,6 @@ class VersionConflict(Exception):
 
 class ClaimMissing(LookupError):
     """Raised if the store does not hold this body."""
-
-
-MOST_CLAIM_BYTES = 1 << 28
-"""Limit of the body of a record, in bytes: twice a trajectory of 16 million tokens with their log-probs."""
 
 
 class SnapshotClient:

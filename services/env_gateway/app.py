@@ -19,8 +19,9 @@ from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
 from palimpsest.common.control.access import Access, AccessRule, Role
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.service import HttpError, application
+from palimpsest.common.service import application
 from palimpsest.common.sessions.wire import (
     CreateSession,
     EnvironmentInfo,

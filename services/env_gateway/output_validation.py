@@ -97,7 +97,7 @@ def _messages(returned: Any) -> tuple[Message, ...]:
 
 
 def _number(value: Any) -> float | None:
-    """Return the value as a finite float; None if it is none. True and False are no numbers."""
+    """Return the value as a finite float; None if it is not one. True and False are not numbers."""
     plain = _plain(value)
     if isinstance(plain, bool) or not isinstance(plain, Real):
         return None

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.sessions.wire import CreateSession, SessionState, Status, Step
 from palimpsest.services.env_gateway.hosts import EnvironmentHost
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.sessions import wire
 from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
 from palimpsest.services.env_gateway import instruments, replies

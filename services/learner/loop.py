@@ -25,6 +25,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
+from palimpsest.services.learner.buffer.admission import WAIT_SHARE
 from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
@@ -48,8 +49,6 @@ from palimpsest.services.learner.training.state import TrainingState, split_chec
 from palimpsest.services.learner.training.trainer import Trainer
 
 POLL_S = 0.1
-WAIT_SHARE = 0.01
-"""The learner counts as waiting for a batch from this share of the time since the last batch."""
 CONFIRM_S = 2.0
 """Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
 is older than this, so the learner checks before it reads again."""

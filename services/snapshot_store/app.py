@@ -22,11 +22,13 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
 from palimpsest.common.control.access import Access
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.files import FULL
 from palimpsest.common.logs import logger
 from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.service import HttpError, Status, application
+from palimpsest.common.service import Status, application
 from palimpsest.common.snapshots.manifest import Damaged, unseal
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
@@ -38,7 +40,7 @@ from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
 _HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CLAIMS_KEEP_S = 192 * 3600.0
-BODY_LIMITS = {"/v1/objects/": None, "/v1/claims/": 256 * 2**20, "/v1/versions/": 32 * 2**20}
+BODY_LIMITS = {"/v1/objects/": None, "/v1/claims/": MOST_CLAIM_BYTES, "/v1/versions/": 32 * 2**20}
 """Maximum size of the bodies of a route in bytes; None: weights, of any size."""
 CLAIM_LOOKS = 100
 """Number of sweeps of old claims during the time for which they are kept."""

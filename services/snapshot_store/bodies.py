@@ -5,7 +5,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from fastapi import Path, Request
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
 
 T = TypeVar("T")
 MOST = 2**53 - 1

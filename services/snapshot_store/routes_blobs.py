@@ -14,13 +14,14 @@ from typing import Annotated
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
+from palimpsest.common.digests import HEX_DIGEST
 from palimpsest.services.snapshot_store import instruments
 from palimpsest.services.snapshot_store.catalog import Catalog
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 
-Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Path(pattern=f"^{HEX_DIGEST}$")]
 
 
 def routes(app: FastAPI, storage: Storage, catalog: Catalog, claims: ClaimCheckBlobs) -> None:

@@ -16,8 +16,9 @@ import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
+from palimpsest.common.control.errors import HttpError
+from palimpsest.common.digests import HEX_DIGEST
 from palimpsest.common.logs import logger
-from palimpsest.common.service import HttpError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments
 from palimpsest.services.snapshot_store.bodies import MOST, Number, decoded
@@ -35,7 +36,7 @@ class Holder(msgspec.Struct, forbid_unknown_fields=True):
 class Commit(msgspec.Struct, forbid_unknown_fields=True):
     """Body of PUT /v1/checkpoints/{version}/{writer}."""
 
-    digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    digest: Annotated[str, msgspec.Meta(pattern=rf"^{HEX_DIGEST}\Z")]
 
 
 @contextmanager

@@ -93,7 +93,7 @@ async def _discrepancy(engine: VllmEngine, model: torch.nn.Module) -> float:
     )
     tokens = torch.tensor([prompt + list(each.tokens) for prompt, each in zip(prompts, sampled, strict=True)])
     with torch.no_grad():
-        learner = token_logprobs(model, tokens, torch.ones(SEQUENCES, 1))[:, PROMPT:].tolist()
+        learner: list[list[float]] = token_logprobs(model, tokens, torch.ones(SEQUENCES, 1))[:, PROMPT:].tolist()
     return mean(
         abs(a - b) for e, row in zip(sampled, learner, strict=True) for a, b in zip(e.logprobs, row, strict=True)
     )

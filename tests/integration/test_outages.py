@@ -13,9 +13,10 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.messages import WORKERS
 from palimpsest.common.outages import GATEWAY, OUTAGES, S3, STORE
-from palimpsest.common.service import HttpError, Server, application
+from palimpsest.common.service import Server, application
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.services.live.poller import RunPoller

@@ -9,6 +9,8 @@ from typing import Self
 
 import msgspec
 
+from palimpsest.common.proc_stat import stat_fields
+
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -31,7 +33,7 @@ class Identity(msgspec.Struct, frozen=True):
             stat = Path(f"/proc/{pid}/stat").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        state, *others = stat[stat.rindex(")") + 2 :].split()  # the process name may contain any character
+        state, *others = stat_fields(stat)
         if state in "ZX":
             return None
         return cls(pid=pid, started=int(others[18]), boot=BOOT.read_text().strip())

@@ -79,9 +79,8 @@ def micro_batches(rows: Sequence[Row], *, max_tokens: int) -> list[list[Row]]:
     start = [0] * (len(ordered) + 1)
     """[i]: the first row of the list that ends before row i."""
     for end in range(1, len(ordered) + 1):
-        length = max(
-            1, len(ordered[end - 1].tokens)
-        )  # rows come in ascending length: the last one sets the padded length
+        # Rows come in ascending length: the last one sets the padded length.
+        length = max(1, len(ordered[end - 1].tokens))
         first = max(0, end - max(1, max_tokens // length))
         costs = least[first:end] + np.arange(end - first, 0, -1) * length
         start[end] = first + int(costs.argmin())

@@ -27,7 +27,7 @@ def to_rows(
     """
     rows = []
     rewards = [record.reward for record in (*records, *baseline)]
-    for record, advantage in zip(records, group_advantages(advantages, rewards), strict=False):
+    for record, advantage in zip(records, group_advantages(advantages, rewards)[: len(records)], strict=True):
         tokens = unpack_int32(record.tokens)
         versions = token_versions(record.segments, len(tokens))
         stale = versions < lowest

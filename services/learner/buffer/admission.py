@@ -4,6 +4,8 @@ A group waits as long as the queue before it. Where the learner is the bottlenec
 and keeps the learner busy (docs/algorithms/admission.md).
 """
 
+WAIT_SHARE = 0.01
+"""The learner counts as waiting for a batch from this share of the time since the last batch."""
 WINDOW = 8
 """Number of batches in a row without a wait, before the limit falls."""
 

@@ -76,8 +76,3 @@ class Drops:
         """Return the groups skipped since the last call because their rewards are equal, by environment."""
         skipped, self._skipped = dict(self._skipped), Counter()
         return skipped
-
-    def _dropped(self) -> dict[str, int]:
-        dropped = self._ledger.counts()["dropped"]
-        assert isinstance(dropped, dict)
-        return dropped

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from palimpsest.common.messages import Sampling, SegmentFlushed, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
-from palimpsest.services.learner.buffer.groups import parse_id
 from palimpsest.services.learner.buffer.task_sampler import task
 
 
@@ -31,7 +30,7 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offered: TaskSetti
     """Raise MalformedTrajectory if the message contradicts the offer of its group.
 
     Log-probs at another temperature, or of another environment's task, would train the policy on something else. The
-    trajectory must be one of this run: its id gives the group's index.
+    group must be one of this run: its id gives its index.
     """
     sampling = offered.sampling
     if message.temperature != sampling.temperature:
@@ -43,8 +42,7 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offered: TaskSetti
         return
     if message.turns > sampling.max_turns:
         _contradict("turns", message.turns, f"at most {sampling.max_turns} (sampling.max_turns)")
-    group, _ = parse_id(message.trajectory)
-    environment, _ = offered.task(int(group[1:]))
+    environment, _ = offered.task(int(message.group[1:]))
     if message.environment != environment:
         _contradict("environment", repr(message.environment), repr(environment))
 

@@ -94,6 +94,7 @@ def version_record(
     """
     flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
+    even = _even_by_environment(batch, skipped_even or {})
     line = {
         "version": batch.version,
         "published": batch.published,
@@ -108,9 +109,9 @@ def version_record(
         "length": sum(len(r.tokens) // 4 for r in records) / len(records),
         "reward": sum(r.reward for r in records) / len(records),
         "successes": "".join("1" if r.success else "0" for r in records),
-        "even_groups": sum(max(rewards) == min(rewards) for rewards in batch.rewards()),
+        "even_groups": sum(groups["kept"] for groups in even.values()),
         "token_fates": token_fates or {},
-        "even_by_environment": _even_by_environment(batch, skipped_even or {}),
+        "even_by_environment": even,
         "multi_version": sum(len({s.version for s in r.segments}) > 1 for r in records),
         "cuts": sum(len(cuts(r.segments)) for r in records),
         "exact": trained.exact,

@@ -13,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
-from palimpsest.common.service import HttpError, Server, Starting, Status, Stop, application, listen
+from palimpsest.common.control.errors import HttpError
+from palimpsest.common.service import Server, Starting, Status, Stop, application, listen
 from palimpsest.common.user_error import ExitCode, UserError
 
 HOST = "127.0.0.1"

@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.sessions.wire import CreateSession, Message, Status, Step
 from palimpsest.services.env_gateway import session as session_module
 from palimpsest.services.env_gateway.environments import calculator, tool_calls

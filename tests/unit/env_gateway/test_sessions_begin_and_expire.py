@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from palimpsest.common.service import HttpError
+from palimpsest.common.control.errors import HttpError
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
 from palimpsest.services.env_gateway.hosts import AtCapacity
