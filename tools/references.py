@@ -173,6 +173,18 @@ def metrics() -> str:
             "`_bucket`, `_sum` and `_count`. `make docs` generates this page from common/outages.py and each service's "
             "instruments.py."
         ),
+        "## Alerts",
+        (
+            "`deploy/prometheus/rules` has recording and alerting rules. Their label `run` is a label of the scraped "
+            "targets: `deploy/prometheus/prometheus.yml` shows it for one machine. Give every run its own. `severity` "
+            "is `critical` if the run makes no progress, else `warning`. `deploy/prometheus/tests` shows the series "
+            "on which each alert fires:"
+        ),
+        (
+            "```text\npromtool check config deploy/prometheus/prometheus.yml\n"
+            "promtool test rules deploy/prometheus/tests/*.yaml\n"
+            "prometheus --config.file=deploy/prometheus/prometheus.yml --storage.tsdb.path=FOLDER\n```"
+        ),
         "## every service",
         _series([outages]),
     ]

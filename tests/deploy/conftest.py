@@ -1,4 +1,7 @@
-"""Renders the chart with Helm, which `tools.backends.downloads` builds into the cache. A missing Helm is an error."""
+"""Renders the chart with Helm and checks the rules with promtool, which `tools.backends.downloads` gets into the cache.
+
+A missing program is an error.
+"""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from tools.backends import downloads
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "palimpsest"
+PROMETHEUS = ROOT / "deploy" / "prometheus"
 VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 NAMESPACE = "training"
 Document = dict[str, Any]
@@ -85,5 +89,16 @@ def render(template: Callable[..., Any]) -> Callable[..., Rendered]:
             assert done.returncode == 0, done.stderr
             known[key] = Rendered([one for one in yaml.safe_load_all(done.stdout) if one])
         return known[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run promtool in the folder of the Prometheus rules. A missing promtool is an error."""
+    path = downloads.prometheus() / "promtool"
+
+    def run(*arguments: str | Path, cwd: Path = PROMETHEUS) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([path, *arguments], capture_output=True, text=True, check=False, cwd=cwd)
 
     return run

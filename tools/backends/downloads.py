@@ -1,4 +1,4 @@
-"""Downloads Kafka with Maven and builds MinIO and Helm with Go, once into the cache."""
+"""Downloads Kafka with Maven and Prometheus with apt, and builds MinIO and Helm with Go, once into the cache."""
 
 import contextlib
 import os
@@ -27,6 +27,8 @@ HELM_MODULE = "helm.sh/helm/v3"
 HELM_VERSION = "v3.22.0"
 KUBERNETES = (1, 36)
 """Version of Kubernetes for which Helm renders without a cluster. A Helm that Go builds would take 1.20."""
+PROMETHEUS_VERSION = "2.42.0"
+"""Version of Debian 12. apt takes the newest revision of it."""
 COPY_JARS = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 """The full name. With the short name, Maven reports a failed connection as a missing plugin."""
 OLDEST_JAVA, OLDEST_GO = 17, (1, 21)
@@ -55,6 +57,12 @@ def helm(say: Say = announce) -> Path:
     """Return the path of the Helm program. Raises UserError."""
     name = f"helm-{HELM_VERSION.removeprefix('v')}"
     return cache.made(name, lambda partial: _build_helm(partial, say), say) / "helm"
+
+
+def prometheus(say: Say = announce) -> Path:
+    """Return the folder with the programs `prometheus` and `promtool`. Raises UserError."""
+    name = f"prometheus-{PROMETHEUS_VERSION}"
+    return cache.made(name, lambda partial: _get_prometheus(partial, say), say)
 
 
 def kafka_version() -> str:
@@ -111,6 +119,27 @@ def _build_helm(partial: Path, say: Say) -> None:
     _go_install(partial, "Helm", f"{HELM_MODULE}/cmd/helm@{HELM_VERSION}", flags, say)
 
 
+def _get_prometheus(partial: Path, say: Say) -> None:
+    apt = program("apt-get", "downloading Prometheus", "apt (Debian)")
+    dpkg = program("dpkg-deb", "unpacking Prometheus", "dpkg (Debian)")
+    say(f"downloading Prometheus {PROMETHEUS_VERSION} with apt: about 19 MB, once")
+    started = time.monotonic()
+    _run(
+        [apt, "download", f"prometheus={PROMETHEUS_VERSION}*"],
+        f"apt could not download Prometheus {PROMETHEUS_VERSION} (run `apt-get update` first; on another system than "
+        f"Debian 12, put the programs prometheus and promtool into {partial.with_suffix('')})",
+        {}, lambda _lines, passed: say(f"  downloading, {passed:.0f} s"), folder=partial,
+    )  # fmt: skip
+    for package in partial.glob("*.deb"):
+        _run([dpkg, "-x", str(package), str(partial)], "dpkg could not unpack Prometheus", {}, lambda *_: None)
+        package.unlink()
+    for name in ("prometheus", "promtool"):
+        (partial / "usr/bin" / name).rename(partial / name)
+    for folder in ("etc", "lib", "usr", "var"):
+        shutil.rmtree(partial / folder, ignore_errors=True)
+    say(f"Prometheus is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
+
+
 def _go_install(partial: Path, what: str, module: str, linker_flags: str, say: Say) -> None:
     """Build a program from the Go module proxy into the folder."""
     go = program("go", f"building {what}", f"Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later")
@@ -146,7 +175,14 @@ def _check_go(go: str, what: str) -> None:
         )
 
 
-def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], progress: Progress) -> None:
+def _run(
+    command: Sequence[str],
+    failure: str,
+    settings: Mapping[str, str],
+    progress: Progress,
+    *,
+    folder: Path | None = None,
+) -> None:
     """Run a command and show its progress. The command ends with this process. Raises UserError if it fails."""
     parent = os.getpid()
     started = shown = time.monotonic()
@@ -157,6 +193,7 @@ def _run(command: Sequence[str], failure: str, settings: Mapping[str, str], prog
             stdout=output,
             stderr=output,
             env={**os.environ, **settings},
+            cwd=folder,
             preexec_fn=lambda: die_with_parent(parent),
         ) as process:
             try:

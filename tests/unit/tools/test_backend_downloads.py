@@ -33,12 +33,12 @@ def no_output(_text: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("missing", ["java", "mvn", "go"])
+@pytest.mark.parametrize("missing", ["java", "mvn", "go", "apt-get"])
 def test_a_missing_program_is_named_with_its_package(programs: Path, missing: str) -> None:
     script(programs / "java", JAVA_17)
     (programs / missing).unlink(missing_ok=True)
     with pytest.raises(UserError, match=f"needs `{missing}`, which is not on the PATH: install ") as error:
-        downloads.minio(no_output) if missing == "go" else downloads.kafka(no_output)
+        {"go": downloads.minio, "apt-get": downloads.prometheus}.get(missing, downloads.kafka)(no_output)
     assert error.value.code == ExitCode.UNAVAILABLE
 
 
@@ -88,3 +88,24 @@ def test_helm_is_built_for_the_version_of_kubernetes_that_the_chart_needs(progra
     assert f"version.version={downloads.HELM_VERSION} " in command
     assert "pkg/chartutil.k8sVersionMinor=36" in command
     assert command.endswith(f"helm.sh/helm/v3/cmd/helm@{downloads.HELM_VERSION}\n")
+
+
+def test_the_folder_of_prometheus_has_the_two_programs_of_the_package(programs: Path, tmp_path: Path) -> None:
+    (programs / "mkdir").symlink_to("/usr/bin/mkdir")
+    script(programs / "apt-get", '#!/bin/sh\n[ "$1" = download ] && touch "${2%%=*}_2.deb"\n')
+    script(
+        programs / "dpkg-deb",
+        '#!/bin/sh\nmkdir -p "$3/usr/bin" "$3/etc" && touch "$3/usr/bin/prometheus" "$3/usr/bin/promtool"\n',
+    )
+    folder = downloads.prometheus(no_output)
+    assert folder == tmp_path / "cache" / f"prometheus-{downloads.PROMETHEUS_VERSION}"
+    assert sorted(path.name for path in folder.iterdir()) == ["prometheus", "promtool"]
+
+
+def test_a_failed_download_of_prometheus_says_where_to_put_the_programs(programs: Path, tmp_path: Path) -> None:
+    script(programs / "apt-get", "#!/bin/sh\necho not found >&2\nexit 100\n")
+    script(programs / "dpkg-deb", "#!/bin/sh\n")
+    with pytest.raises(
+        UserError, match=rf"(?s)put the programs .* into {tmp_path}/cache/prometheus-2.42.0\):.*not found"
+    ):
+        downloads.prometheus(no_output)
