@@ -152,7 +152,7 @@ class Confluent:
         """See Client."""
         acknowledged, problems = 0, []
 
-        def told(error: Any, _message: Any) -> None:
+        def on_delivery(error: Any, _message: Any) -> None:
             nonlocal acknowledged
             if error is None:
                 acknowledged += 1
@@ -160,7 +160,7 @@ class Confluent:
                 problems.append(error)
 
         for record in records:
-            self._produce(record, told)
+            self._produce(record, on_delivery)
         left = self._producer.flush(WAIT_S)
         assert (left, acknowledged) == (0, len(records)), problems[:1]
 
@@ -172,7 +172,7 @@ class Confluent:
         """See Client."""
         assert self._producer.flush(WAIT_S) == 0
 
-    def _produce(self, record: Outgoing, told: Callable[[Any, Any], None]) -> None:
+    def _produce(self, record: Outgoing, on_delivery: Callable[[Any, Any], None]) -> None:
         while True:
             try:
                 self._producer.produce(
@@ -181,9 +181,9 @@ class Confluent:
                     value=record.body,
                     headers=[(name, value.encode()) for name, value in record.headers.items()],
                     partition=partition_of(record.key, PARTITIONS),
-                    on_delivery=told,
+                    on_delivery=on_delivery,
                 )
-            except BufferError:  # its queue is full
+            except BufferError:  # the queue of the producer is full
                 self._producer.poll(0.1)
             else:
                 self._producer.poll(0)
@@ -191,7 +191,7 @@ class Confluent:
 
 
 class ConfluentReader:
-    """As many records at once as ours. It fetches by itself from when it is given its partitions, so only in `read`."""
+    """Polls as many records as OurReader. It prefetches once it has partitions, so only `read` assigns them."""
 
     def __init__(self, servers: str, topic: str) -> None:
         self._consumer = confluent_kafka.Consumer(
@@ -215,25 +215,25 @@ class ConfluentReader:
 
 
 def clients(servers: str, prefix: str) -> dict[str, Client]:
-    """All of them by name, each with a topic of its own, made beforehand."""
-    made: dict[str, Client] = {"ours": Ours(servers, f"{prefix}ours.")}
+    """Return all clients by name. Creates a topic for each."""
+    by_name: dict[str, Client] = {"ours": Ours(servers, f"{prefix}ours.")}
     topics = {}
     for name in ("bare", "bare_defaults", "confluent"):
-        Ours(servers, f"{prefix}{name}.").close()  # makes the topic as it made ours
+        Ours(servers, f"{prefix}{name}.").close()  # creates the topic with the same settings
         topics[name] = f"{prefix}{name}.{TRAJECTORIES}"
-    made["bare"] = Bare(servers, topics["bare"], batch_size=BATCH_BYTES)
-    made["bare_defaults"] = Bare(servers, topics["bare_defaults"])
-    made["confluent"] = Confluent(servers, topics["confluent"])
-    return made
+    by_name["bare"] = Bare(servers, topics["bare"], batch_size=BATCH_BYTES)
+    by_name["bare_defaults"] = Bare(servers, topics["bare_defaults"])
+    by_name["confluent"] = Confluent(servers, topics["confluent"])
+    return by_name
 
 
 def _until(count: int, poll: Callable[[int], list[bytes]]) -> list[bytes]:
-    """What these polls bring; each is told how many are still wanted."""
+    """Return the bodies of `count` records. `poll` receives the number of missing records."""
     bodies: list[bytes] = []
     deadline = time.monotonic() + WAIT_S
     while len(bodies) < count:
         bodies += poll(count - len(bodies))
-        assert time.monotonic() < deadline, f"{len(bodies)} of {count} records came"
+        assert time.monotonic() < deadline, f"{len(bodies)} of {count} records arrived in {WAIT_S:.0f} s"
     return bodies
 
 

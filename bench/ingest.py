@@ -1,12 +1,12 @@
-"""Many simulated rollout streams into one learner's assembly: how much it takes in, how far behind, in what memory.
+"""Many simulated rollout streams into the ingest of one learner: its rate, its lag and its memory.
 
 python -m bench ingest [--streams 1000] [--tokens 2048] [--seconds 30] [--pace 0.5] [--bus sqlite|kafka]
 
-Processes beside this one drive the streams (bench/simulated_streams.py): out of order, some records twice, some
-trajectories given up. This process is the learner without its model: the ingest that
-services/learner/coordinator.py builds, batches taken and resolved as services/learner/loop.py does, their offsets
-asked for as for a checkpoint. Rates and CPU time are those of this process, from the first batch on; the
-admission of the ledger bounds what is in flight, so its memory has to be flat.
+Other processes run the streams (bench/simulated_streams.py): trajectories end out of order, some records are published
+twice, some trajectories are dropped. This process is the learner without its model. It builds the ingest like
+services/learner/coordinator.py, takes and resolves batches like services/learner/loop.py, and reads the offsets as for
+a checkpoint. Rates and CPU time are those of this process, from the first batch on. The admission of the ledger bounds
+the trajectories in flight, so the memory must stay constant.
 """
 
 import argparse
@@ -44,15 +44,15 @@ from tools.backends.kafka import Kafka
 MAX_STALENESS = 3
 TIME_LIMIT_S = 600.0
 POLL_S = 0.1
-"""As the learner's loop waits."""
+"""Wait for records, as in the loop of the learner."""
 POINTS = 50
-"""Samples of memory and lag over a run."""
-MOST_WAIT_S = 60.0
-"""The first batch is complete by then, or something is broken."""
+"""Number of samples of memory and lag during a run."""
+LIMIT_S = 60.0
+"""Limit for the first batch and for the end of the streams. Only an error reaches it."""
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of one run."""
+    """Return the figures of one run."""
     options = _options(arguments)
     logs.configure("bench", "warning", "text")
     with ExitStack() as stack:
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
             bus["topic_prefix"] = f"bench.{folder.name}."
         config = run(folder, bus)
         learner = stack.enter_context(closing(Learner(config, options.streams)))
-        published = stack.enter_context(_driven(config, options))
-        figures = learner.take_in(options.seconds, published)
+        published = stack.enter_context(_running_streams(config, options))
+        figures = learner.ingest(options.seconds, published)
     _show(figures)
     return {"name": "ingest", "bus": options.bus, "streams": options.streams, "tokens": options.tokens, **figures}
 
@@ -75,19 +75,19 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     options.add_argument("--streams", type=int, default=1000)
     options.add_argument("--tokens", type=int, default=2048, help="mean length of a trajectory")
-    options.add_argument("--seconds", type=float, default=30.0, help="measured, from the first batch on")
-    options.add_argument("--pace", type=float, default=0.5, help="usual seconds a stream takes for a trajectory")
+    options.add_argument("--seconds", type=float, default=30.0, help="measured seconds, from the first batch on")
+    options.add_argument("--pace", type=float, default=0.5, help="median seconds of a trajectory")
     options.add_argument("--duplicates", type=float, default=0.02, help="share of records published again")
-    options.add_argument("--dropped", type=float, default=0.01, help="share of trajectories given up")
-    options.add_argument("--processes", type=int, default=2, help="that drive the streams")
+    options.add_argument("--dropped", type=float, default=0.01, help="share of dropped trajectories")
+    options.add_argument("--processes", type=int, default=2, help="processes that run the streams")
     options.add_argument("--bus", choices=["sqlite", "kafka"], default="sqlite")
-    options.add_argument("--servers", default="", help="a Kafka that runs already")
+    options.add_argument("--servers", default="", help="address of a running Kafka")
     return options.parse_args(arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What has been done by a moment."""
+    """Totals at a moment."""
 
     at: float = field(default_factory=time.monotonic)
     cpu_s: float = field(default_factory=time.process_time)
@@ -98,32 +98,32 @@ class Mark:
 
 @dataclass
 class Curve:
-    """What is seen over a run."""
+    """Lag and memory during a run."""
 
     lag: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds, records on the log that were not read yet."""
+    """Seconds, and unread records on the log."""
     rss_mb: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds, MB."""
+    """Seconds, and resident memory in MB."""
 
     def sample(self, seconds: float, behind: int) -> None:
-        """One point."""
+        """Add a point."""
         self.lag.append((round(seconds, 2), max(0, behind)))
         self.rss_mb.append((round(seconds, 2), round(_rss_bytes() / 1e6, 2)))
 
     def slope_mb_per_min(self) -> float:
-        """Of the memory's straight line through the second half."""
+        """Return the slope of a line fitted to the memory of the second half of the run."""
         half = np.array(self.rss_mb[len(self.rss_mb) // 2 :])
         return float(np.polyfit(half[:, 0], half[:, 1], 1)[0]) * 60
 
 
 class Learner:
-    """A learner without a model: what it would train on is resolved at once."""
+    """A learner without a model: it resolves each batch without training."""
 
     def __init__(self, config: RunConfig, streams: int) -> None:
         self.config, self._meter = config, Meter()
         self._bus = Metered(open_bus(config), self._meter)
         samples = config.tasks.samples_per_group
-        # twice as many trajectories are admitted as there are streams: none is idle while a batch is being completed
+        # admit twice as many trajectories as there are streams, so that no stream is idle while a batch is incomplete
         ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
             samples=samples,
             groups_per_batch=max(1, 2 * streams // ((MAX_STALENESS + 1) * samples)),
@@ -148,13 +148,13 @@ class Learner:
         self._ledger, self._reader = ledger, self._ingest.reader
         self._version, self._trained, self._tokens = Version(0), 0, 0
 
-    def take_in(self, seconds: float, published: "Synchronized[int]") -> dict[str, Any]:
-        """Read, take batches and resolve them for so long after the first one; the figures."""
+    def ingest(self, seconds: float, published: "Synchronized[int]") -> dict[str, Any]:
+        """Read, take and resolve batches for `seconds` after the first batch. Returns the figures."""
         curve, began, first = Curve(), time.monotonic(), None
         self._ingest.start({}, {}, {}, now=began)
-        # to the end of the second batch at least, so that there is something to divide by
+        # until the end of the second batch at least, because rates need one batch
         while first is None or time.monotonic() < first.at + seconds or self._trained == first.trained:
-            assert first or time.monotonic() < began + MOST_WAIT_S, f"no batch after {MOST_WAIT_S} s"
+            assert first or time.monotonic() < began + LIMIT_S, f"no batch after {LIMIT_S} s"
             self._next()
             if first is None and self._version:
                 first, self._meter.ages = self._mark(), array("f")
@@ -167,25 +167,25 @@ class Learner:
         self._bus.close()
 
     def _next(self) -> None:
-        """One round of the loop, with a batch if one is complete."""
+        """Do one round of the loop. Resolves all complete batches."""
         self._reader.read_all(self._version, timeout_s=POLL_S)
         self._drop_unusable()
         self._ingest.tasks.offer(self._version, now=time.monotonic())
         while batch := self._ledger.take_batch(self._version):
-            for arrived in [arrived for group in batch for arrived in group.stale]:
-                self._reader.resolve(arrived)
-            for arrived in [arrived for group in batch for arrived in group.items]:
-                self._reader.resolve(arrived)
+            for trajectory in [trajectory for group in batch for trajectory in group.stale]:
+                self._reader.resolve(trajectory)
+            for trajectory in [trajectory for group in batch for trajectory in group.items]:
+                self._reader.resolve(trajectory)
                 self._trained += 1
-                self._tokens += len(arrived.record.tokens) // 4
+                self._tokens += len(trajectory.record.tokens) // 4
             self._version = Version(self._version + 1)
             self._reader.offsets()  # as the version's checkpoint does
 
     def _drop_unusable(self) -> None:
         now = time.monotonic()
         self._ledger.expire(now=now)
-        for arrived in [*self._ledger.drop_stale(self._version), *self._ledger.drop_small()]:
-            self._reader.resolve(arrived)
+        for trajectory in [*self._ledger.drop_stale(self._version), *self._ledger.drop_small()]:
+            self._reader.resolve(trajectory)
 
     def _mark(self) -> Mark:
         return Mark(trained=self._trained, tokens=self._tokens, bytes=self._meter.bytes)
@@ -217,8 +217,8 @@ class Learner:
 
 
 @contextlib.contextmanager
-def _driven(config: RunConfig, options: argparse.Namespace) -> Iterator["Synchronized[int]"]:
-    """Processes that drive the streams; yields the number of records they have published, which goes on."""
+def _running_streams(config: RunConfig, options: argparse.Namespace) -> Iterator["Synchronized[int]"]:
+    """Run the processes of the streams. Yields the shared number of records that they have published."""
     spawn = multiprocessing.get_context("spawn")
     published, stop = spawn.Value("Q"), spawn.Event()
     processes: list[SpawnProcess] = []
@@ -233,12 +233,12 @@ def _driven(config: RunConfig, options: argparse.Namespace) -> Iterator["Synchro
     finally:
         stop.set()
         for process in processes:
-            process.join(MOST_WAIT_S)
+            process.join(LIMIT_S)
     assert [process.exitcode for process in processes] == [0] * len(processes), "a driver of streams crashed"
 
 
 def _rss_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Return the resident memory of this process, bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

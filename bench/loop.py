@@ -1,4 +1,4 @@
-"""The whole loop on one machine: examples/embedded.toml for a number of versions, judged by its own summary.
+"""A complete run on one machine: examples/embedded.toml for some versions. The figures come from the run's summary.
 
 python -m bench loop [--versions 60] [--run examples/embedded.toml] [--SECTION.KEY=VALUE ...]
 """
@@ -26,12 +26,12 @@ KEYS = (
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of one run."""
+    """Return the figures of one run."""
     options = argparse.ArgumentParser(
         prog="python -m bench loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--versions", type=int, default=60)
-    options.add_argument("--run", default="examples/embedded.toml")
+    options.add_argument("--versions", type=int, default=60, help="versions to train")
+    options.add_argument("--run", default="examples/embedded.toml", help="file of the run")
     known, flags = options.parse_known_args(arguments)
     with tempfile.TemporaryDirectory(prefix="palimpsest-bench-") as folder:
         command = [

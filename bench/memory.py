@@ -8,12 +8,12 @@ same bf16 hidden states and head: log-probs and entropies forward, then the grad
     full      all logits at once, as float32; entropies with them (the formula before chunking)
     chunked   services/learner/model/logprobs.py
 
-Peak: largest number of bytes that tensors hold at the same time, beyond hidden states, weight and their gradients. It
-is counted from the allocations, so it does not depend on the machine. `full` is null where its 20 bytes for each token
-and entry exceed the free memory.
+Peak: maximum of the bytes in tensors at one time, without hidden states, weight and their gradients. It is counted from
+the allocations, so it does not depend on the machine. `full` is null if its 20 bytes for each token and entry exceed
+the free memory.
 
-Prints one JSON line: settings, a list of cases with peaks (bytes) and tokens a second, peak_ratio (chunked over full,
-highest of the cases) and tokens_per_s_ratio (chunked over full, geometric mean of the cases).
+Prints one JSON line: settings, a list of cases with peaks (bytes) and tokens per second, peak_ratio (chunked / full,
+maximum of the cases) and tokens_per_s_ratio (chunked / full, geometric mean of the cases).
 """
 
 import argparse
@@ -38,7 +38,7 @@ Pass = Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor]]
 
 
 def main(words: Sequence[str]) -> dict[str, Any]:
-    """Measure every case; the result as a dictionary."""
+    """Measure every case. Returns the result."""
     arguments = argparse.ArgumentParser(
         prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> dict[str, Any]:
 
 
 def case(tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Both computations on one shape; `full` is None where it does not fit."""
+    """Measure both computations on one shape. `full` is None if it does not fit into the memory."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator).to(device, torch.bfloat16).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(device, torch.bfloat16)
@@ -98,7 +98,7 @@ def case(tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, de
 
 
 def full(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """The formula before chunking."""
+    """Return log-probs and entropies by the formula before chunking. [tokens] each"""
     logits = (states @ weight.T).float() / positions.temperatures
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, positions.targets[:, None])[:, 0]
@@ -106,13 +106,13 @@ def full(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, 
 
 
 def measure(one: Pass, states: Tensor, weight: Tensor, positions: Positions, repeats: int) -> dict[str, Any]:
-    """Peak of one pass with its gradients, then the speed of the fastest."""
+    """Return the peak of one pass with its gradients, and the speed of the fastest of `repeats` passes."""
     known = [states, weight, *positions[:3]]
 
     def step() -> None:
         logprobs, entropies = one(states, weight, positions)
         torch.autograd.grad(logprobs.mean(), (states, weight))
-        del entropies  # the learner keeps them, with what autograd saved for them, until the backward pass is done
+        del entropies  # the learner keeps them and their autograd graph until the end of the backward pass
 
     gradients = sum(tensor.numel() * tensor.element_size() for tensor in (states, weight))
     with Peak(known) as peak:
@@ -131,7 +131,7 @@ def measure(one: Pass, states: Tensor, weight: Tensor, positions: Positions, rep
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that are alive at the same time, at their most; `known` ones are left out."""
+    """Maximum of the bytes in live storages, without those of `known`."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -161,7 +161,7 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def free(device: torch.device) -> int:
-    """Bytes that a computation may use."""
+    """Return the free bytes on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()

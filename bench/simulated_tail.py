@@ -1,7 +1,7 @@
-"""A run in virtual time, with the real ledger: lognormal tool times, no engine, no model. Deterministic.
+"""A deterministic run in virtual time: the real ledger and lognormal tool times, without engine and model.
 
-The tokens of a trajectory are sampled at even intervals over its duration, each by the version published last. The unit
-of time is the median duration.
+The newest version samples the tokens of a trajectory at equal intervals over its duration. The unit of time is the
+median duration.
 """
 
 import heapq
@@ -29,18 +29,18 @@ class Load:
     groups_per_batch: int = 8
     samples: int = 2
     tokens: int = 32
-    """Sampled tokens of a trajectory, whatever its duration: its time is that of its tools."""
+    """Sampled tokens of a trajectory. The duration does not change them, because tools determine it."""
     sigma: float = 1.0
-    """Deviation of the logarithm of a group's duration."""
+    """Standard deviation of the logarithm of a group's duration."""
     sibling_sigma: float = 0.0
-    """Deviation of the logarithm of a trajectory's duration from its group's."""
+    """Standard deviation of the logarithm of a trajectory's duration, relative to its group."""
     train: float = 0.05
-    """Time for one version at the learner."""
+    """Training time of a version."""
     capacity: int | None = None
-    """Trajectories that the workers hold at once; the others wait for their start. None: any number."""
+    """Trajectories that the workers run at the same time; the others wait. None: no limit."""
     versions: int = 400
     warm_up: int = 40
-    """First versions that are not counted."""
+    """Number of first versions that are not counted."""
     seed: int = 0
 
 
@@ -51,7 +51,7 @@ class Rule:
     max_overtaking: int | None
     """See TrajectoryLedger."""
     whole: bool = False
-    """Drop a trajectory if its oldest token is too old. False: if all its tokens are."""
+    """Drop a trajectory if its oldest token is too old. False: if all its tokens are too old."""
     adaptive: bool = False
     """Admit fewer groups while the learner does not wait (learner.admission)."""
 
@@ -80,7 +80,7 @@ class Outcome:
     load: Load
     resolved: list[Trajectory]
     time: float
-    """Of the counted versions, in median durations."""
+    """Duration of the counted versions, in median durations."""
     staleness: float
     """Mean over trained tokens, in versions."""
 
@@ -108,7 +108,7 @@ class Simulation:
         self._clock = 0.0
 
     def run(self) -> Outcome:
-        """Train all versions."""
+        """Train all versions. Returns the outcome."""
         resolved: list[Trajectory] = []
         begin, ages, trained, waited = 0.0, 0, 0, 0.0
         load = self._load
@@ -164,7 +164,7 @@ class Simulation:
             heapq.heappush(self._in_flight, (self._clock + trajectory.duration, name, trajectory))
 
     def _advance(self, until: float, *, next_batch: int) -> None:
-        """Let the clock reach `until`; the trajectories that finish by then arrive. next_batch: the first version that
+        """Advance the clock to `until`; the trajectories that finish by then arrive. next_batch: the first version that
         can train on them."""
         while self._in_flight and self._in_flight[0][0] <= until:
             self._clock, name, one = heapq.heappop(self._in_flight)

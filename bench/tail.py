@@ -1,4 +1,4 @@
-"""Lognormal tool times in virtual time: what is trained on and what is lost, by the rule that chooses batches.
+"""Lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule that chooses batches.
 
 python -m bench tail [--versions 400] [--seed 0]
 
@@ -21,7 +21,7 @@ STALENESSES = range(3, 17)
 EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Lower edges of the bins of durations, in medians."""
 TRAIN = (1.0, 2.0, 4.0)
-"""Times for a version at the learner, in median durations."""
+"""Training times of a version, in median durations."""
 BOUNDED = 16
 """Batches of younger groups that may overtake a group."""
 
@@ -37,7 +37,7 @@ def rules(load: Load) -> dict[str, Rule]:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of every rule, and drops by duration and max_staleness."""
+    """Return the figures of every rule, and the drops by duration and max_staleness."""
     options = argparse.ArgumentParser(
         prog="python -m bench tail", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 def _drops(bound: int, versions: int, seed: int) -> dict[str, Any]:
-    """Dropped shares by duration, with workers that hold four batches, and the longest duration that any order can
-    train on whole: (max_staleness + 1) / versions per median duration."""
+    """Return the dropped shares by duration, with workers that hold four batches, and the longest duration at which any
+    order of training keeps all tokens: (max_staleness + 1) / versions per median duration."""
     batch = DEFAULT.groups_per_batch
     load = Load(max_staleness=bound, versions=versions, seed=seed, capacity=4 * batch * DEFAULT.samples)
     row: dict[str, Any] = {"max_staleness": bound, "durations_from": EDGES}

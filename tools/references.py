@@ -151,11 +151,11 @@ def _values(annotation: Any, bounds: Sequence[Any] = ()) -> str:
 
 
 def _bounded(bounds: Sequence[Any]) -> str:
-    said = {name: f"{getattr(b, name):.15g}" for b in bounds for name in ("gt", "ge", "lt", "le") if hasattr(b, name)}
-    if set(said) == {"ge", "le"}:
-        return f" from {said['ge']} to {said['le']}"
+    limits = {name: f"{getattr(b, name):.15g}" for b in bounds for name in ("gt", "ge", "lt", "le") if hasattr(b, name)}
+    if set(limits) == {"ge", "le"}:
+        return f" from {limits['ge']} to {limits['le']}"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return " and".join(f" {signs[name]} {bound}" for name, bound in said.items())
+    return " and".join(f" {signs[name]} {limit}" for name, limit in limits.items())
 
 
 def _default(field: FieldInfo) -> str:
@@ -247,13 +247,13 @@ def _record(node: ast.ClassDef, module: ModuleType) -> Iterator[str]:
     yield " ".join((ast.get_docstring(node) or "").split()) + (f" Tag `{tag.tag}`." if tag and tag.tag else "")
     rows = []
     for item, after in zip(node.body, [*node.body[1:], None], strict=True):
-        said = ast.get_docstring(_wrapped(after)) if after is not None else None
-        said = " ".join((said or "").split())
+        docstring = ast.get_docstring(_wrapped(after)) if after is not None else None
+        meaning = _cell(docstring or "")
         if isinstance(item, ast.AnnAssign):
             kind = _cell(ast.unparse(item.annotation))
-            rows.append(f"| `{ast.unparse(item.target)}` | `{kind}` | {_cell(said)} |")
+            rows.append(f"| `{ast.unparse(item.target)}` | `{kind}` | {meaning} |")
         elif isinstance(item, ast.Assign):
-            rows.append(f"| `{ast.literal_eval(item.value)}` | | {_cell(said)} |")
+            rows.append(f"| `{ast.literal_eval(item.value)}` | | {meaning} |")
     yield "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 

@@ -66,7 +66,7 @@ def environment() -> None:
     kind = kind_of_machine()
     pinned = ROOT / "requirements" / f"{kind}.txt"
     stamp = STAMPS / "environment"
-    expected = made_from(pinned, ROOT / "pyproject.toml")
+    expected = environment_digest(pinned, ROOT / "pyproject.toml")
     if holds(stamp, expected, *PROGRAMS):
         return
     examine(kind)
@@ -81,7 +81,7 @@ def environment() -> None:
         say(f"environment ready: {size_gb(VENV):.1f} GB in {time.monotonic() - started:.0f} s")
 
 
-def made_from(pinned: Path, project: Path) -> str:
+def environment_digest(pinned: Path, project: Path) -> str:
     """Return the digest of the inputs of the environment. pyproject.toml declares console commands and plugins."""
     return digest(pinned, project, extra=json.dumps(origin(), sort_keys=True))
 
@@ -158,7 +158,7 @@ def install(kind: str, pinned: Path) -> None:
 def starting_model() -> None:
     """Build the model of examples/embedded.toml. Raises Failed."""
     stamp = STAMPS / "starting_model"
-    expected = made_of()
+    expected = model_digest()
     if holds(stamp, expected, MODEL / "config.json"):
         return
     with alone():
@@ -171,7 +171,7 @@ def starting_model() -> None:
         say(f"starting model ready in {MODEL.relative_to(ROOT)} after {time.monotonic() - started:.0f} s")
 
 
-def made_of() -> str:
+def model_digest() -> str:
     """Return the digest of the inputs of the starting model."""
     builder = ROOT / "tools" / "starting_model"
     sources = sorted(builder.glob("*.py")) + sorted((ROOT / "services/env_gateway/environments").glob("*.py"))

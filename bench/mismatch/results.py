@@ -1,4 +1,4 @@
-"""All runs of a measurement, and the numbers that are made of them."""
+"""The runs of a measurement, and its result as numbers."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from bench.mismatch.training import LAST, WEIGHT_BOUND, Finished, Observed, Run
 from palimpsest.services.learner.observability.surrogate_error import Thresholds
 
 CONTROL = "exact_staleness_0"
-"""Exact, everything sampled by the newest version."""
+"""Exact old log-probs with staleness 0: the newest version samples all tokens."""
 METHODS = (*REFERENCES, CONTROL)
 Setting = tuple[float, float]
 """c (infinite: no mask) and epsilon."""
@@ -31,22 +31,22 @@ SCALARS = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run."""
+    """Seeds and settings of the runs."""
 
     toy: Toy
     seeds: tuple[int, ...]
     bands: tuple[float, ...]
-    """c, at the main epsilon; the main one first."""
+    """Values of c at the main epsilon. The first is the main c."""
     clips: tuple[float, ...]
-    """epsilon, at the main c; the main one first."""
+    """Values of epsilon at the main c. The first is the main epsilon."""
 
     @property
     def settings(self) -> list[Setting]:
-        """A cross: each threshold is varied while the other stays."""
+        """Settings in a cross: each threshold varies while the other has its main value."""
         return [(band, MAIN[1]) for band in self.bands] + [(MAIN[0], clip) for clip in self.clips if clip != MAIN[1]]
 
     def run(self, method: str, setting: Setting, seed: int) -> Run:
-        """Settings that make no difference give equal runs: bypass sees no discrepancy, so no band masks it."""
+        """Return the run. Settings without effect give equal runs: with bypass, no band masks a token."""
         toy, reference = self.toy, method
         if method == CONTROL:
             given = {field.name: getattr(toy, field.name) for field in fields(toy)}
@@ -55,7 +55,7 @@ class Plan:
         return Run(toy, reference, Thresholds(band=band, clip_low=setting[1], clip_high=setting[1]), seed)
 
     def runs(self) -> list[Run]:
-        """Each once."""
+        """Return all runs without repetitions."""
         return list(
             dict.fromkeys(
                 self.run(method, setting, seed)
@@ -67,7 +67,7 @@ class Plan:
 
 
 def result(plan: Plan, observed: Sequence[Observed], finished: Mapping[Run, Finished]) -> dict[str, Any]:
-    """Everything, as JSON. observed: of each seed, in order."""
+    """Return the result as JSON. observed: the passive run of each seed, in order."""
     return {
         "name": "mismatch",
         "settings": {
@@ -120,7 +120,7 @@ def _method(method: str, plan: Plan, observed: Sequence[Observed], finished: Map
 
 
 def _passive(seen: Sequence[Seen]) -> dict[str, Any]:
-    """Over the seeds; null where there was no passive run."""
+    """Return the statistics over the seeds. They are null without a passive run."""
     shares = {}
     for name in ("mask_by_staleness", "clip_by_staleness"):
         columns = zip(*(getattr(each, name) for each in seen), strict=True)
@@ -130,9 +130,11 @@ def _passive(seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def tuned(by_setting: Mapping[Setting, Sequence[float]]) -> dict[str, Any]:
-    """The best of the settings, chosen for each seed by the other seeds: choosing by the same ones would flatter.
+    """Return the final reward at the best setting. The other seeds choose the setting of each seed, so that the choice
+    does not bias the reward.
 
-    by_setting: final reward of each seed. `c` and `epsilon`: best by all seeds. None with a single seed.
+    by_setting: final reward of each seed. `c` and `epsilon`: the best setting by all seeds. The interval is None with a
+    single seed.
 
     >>> tuned({(1.2, 0.2): [1.0, 3.0], (1.5, 0.2): [2.0, 1.0]})["mean"]
     1.0

@@ -1,9 +1,9 @@
-"""A toy of asynchronous training: a task, a small policy, its versions, and samplers whose weights are rounded.
+"""A toy of asynchronous training: a task, a small policy, its versions, and samplers with rounded weights.
 
-The task: four letters of eight are given, and are to be said in reverse order; the reward is the share of places that
-are right. Answers are sampled by versions of all ages up to a window, half of them by two: the prefix is then read
-again by the newer one. Samplers compute with rounded weights, so that the discrepancy is known and the old log-probs
-can be had exactly.
+The task: the policy repeats four letters, of eight, in reverse order. The reward is the share of correct letters.
+Versions of every staleness up to a window sample the answers. Two versions sample half of the answers: the newer one
+then reads the prefix again. Samplers compute with rounded weights, so the discrepancy is known and the old log-probs
+can be computed exactly.
 """
 
 import copy
@@ -23,22 +23,22 @@ from palimpsest.services.learner.batch.batching import PaddedBatch, Row, pad
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """What all runs of a measurement share."""
+    """Settings of all runs of a measurement."""
 
     letters: int = 8
     length: int = 4
     """Letters of a prompt, and of its answer."""
     prompts: int = 16
-    """For each version."""
+    """Prompts for each version."""
     group: int = 8
     """Answers to each prompt."""
     minibatches: int = 4
     """Optimizer steps for each version."""
     hidden: int = 48
     window: int = 8
-    """W: tokens have every staleness from 0 to W, equally often; 0: everything is sampled by the newest version."""
+    """W: tokens have every staleness from 0 to W, equally often. 0: the newest version samples all tokens."""
     levels: int = 16
-    """Values that a sampler's weights can have, in each tensor; 0: samplers compute with the exact weights."""
+    """Number of values that a sampler's weights have in each tensor. 0: samplers compute with the exact weights."""
     learning_rate: float = 3e-3
     versions: int = 200
 
@@ -49,15 +49,15 @@ class Toy:
 
 
 class Logits(NamedTuple):
-    """As causal language models return them."""
+    """Result of a forward pass, as of a causal language model."""
 
     logits: Tensor
 
 
 class Policy(torch.nn.Module):
-    """A GRU over letters: what was said before gives the logits of what comes next.
+    """A GRU over letters that returns the logits of the next letter.
 
-    Parameters may have a dimension in front: several policies, which read rows of their own side by side.
+    Parameters may have an additional first dimension: several policies in parallel, each with its own rows.
     """
 
     def __init__(self, letters: int, hidden: int) -> None:
@@ -74,45 +74,46 @@ class Policy(torch.nn.Module):
         self.head, self.head_bias = uniform(hidden, letters), uniform(letters)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Logits:  # noqa: ARG002  as token_logprobs calls it
-        """input_ids: [rows, tokens], or [policies, rows, tokens]; logits at t are of token t + 1."""
+        """Return the logits; those at t are of token t + 1. input_ids: [rows, tokens], or [policies, rows, tokens]"""
         states = self.read(input_ids, self.start(input_ids))
         scores = self.scores(torch.stack(states, dim=-2).flatten(-3, -2))
         return Logits(scores.reshape(*input_ids.shape, self.letters))
 
     def start(self, input_ids: Tensor) -> Tensor:
-        """The state before anything is read. [..., rows, hidden]"""
+        """Return the state before the first token. [..., rows, hidden]"""
         return torch.zeros(*input_ids.shape[:-1], self.hidden)
 
     def read(self, input_ids: Tensor, state: Tensor) -> list[Tensor]:
-        """The states after each token, from this one on. [..., rows, hidden] each"""
+        """Return the states after each token, starting with `state`. [..., rows, hidden] each"""
         table = self.embedding @ self.input + self.input_bias[..., None, :]
         letters = torch.nn.functional.one_hot(input_ids, self.letters).float()
         # rows and tokens as one dimension: one product for each policy
         inputs = (letters.flatten(-3, -2) @ table).reshape(*input_ids.shape, 3 * self.hidden)
         states = []
-        for given in inputs.unbind(-2):
-            held = state @ self.recurrent + self.recurrent_bias[..., None, :]
-            gates = torch.sigmoid(given[..., : 2 * self.hidden] + held[..., : 2 * self.hidden])
+        for from_input in inputs.unbind(-2):
+            from_state = state @ self.recurrent + self.recurrent_bias[..., None, :]
+            gates = torch.sigmoid(from_input[..., : 2 * self.hidden] + from_state[..., : 2 * self.hidden])
             reset, keep = gates.chunk(2, dim=-1)
-            new = torch.tanh(given[..., 2 * self.hidden :] + reset * held[..., 2 * self.hidden :])
+            new = torch.tanh(from_input[..., 2 * self.hidden :] + reset * from_state[..., 2 * self.hidden :])
             state = torch.lerp(new, state, keep)
             states.append(state)
         return states
 
     def scores(self, state: Tensor) -> Tensor:
-        """Logits of the next token. [..., rows, letters]"""
+        """Return the logits of the next token. [..., rows, letters]"""
         return state @ self.head + self.head_bias[..., None, :]
 
 
 def new_policy(toy: Toy, seed: int) -> Policy:
-    """The same for the same seed, whatever else is random."""
+    """Return a new policy. It depends on the seed only and leaves the global random state unchanged."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Policy(toy.letters, toy.hidden)
 
 
 def rounded(tensor: Tensor, levels: int) -> Tensor:
-    """Each value moved to the nearest of so many, equally spaced from the tensor's least to its greatest value."""
+    """Return the tensor with each value rounded to the nearest of `levels` values, equally spaced from its minimum to
+    its maximum."""
     low = tensor.min()
     width = (tensor.max() - low) / (levels - 1)
     return low + ((tensor - low) / width).round() * width
@@ -122,17 +123,17 @@ Weights = dict[str, Tensor]
 
 
 class Store:
-    """Weights of the newest versions, as they were trained and as samplers compute with them."""
+    """Trained and rounded weights of the newest versions."""
 
     def __init__(self, policy: Policy, *, window: int, levels: int) -> None:
-        """policy: of the kind that is published."""
+        """policy: has the shapes of the published policies."""
         self._shadow = copy.deepcopy(policy).requires_grad_(False)
         self._keep, self._levels = window + 1, levels
         self.trained: dict[Version, Weights] = {}
         self.sampling: dict[Version, Weights] = {}
 
     def publish(self, version: Version, policy: Policy) -> None:
-        """Keep copies; forget the version that no token can be of any more."""
+        """Copy the weights. Deletes the version that is older than the window."""
         weights = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
         self.trained[version] = weights
         self.sampling[version] = (
@@ -142,11 +143,11 @@ class Store:
             kept.pop(Version(version - self._keep), None)
 
     def policy(self, version: Version) -> Policy:
-        """The one that was trained, until the next call. Raises KeyError for a version that is not kept."""
+        """Return the trained policy of a version. The next call overwrites it. Raises KeyError if it was deleted."""
         return self._with(self.trained[version])
 
     def samplers(self, versions: Sequence[Version]) -> Policy:
-        """Those that sampled, one beside the other, until the next call. Raises KeyError."""
+        """Return the sampling policies of these versions, stacked. The next call overwrites them. Raises KeyError."""
         chosen = [self.sampling[version] for version in versions]
         return self._with({name: torch.stack([weights[name] for weights in chosen]) for name in chosen[0]})
 
@@ -158,7 +159,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one version is trained on."""
+    """The batch of a version."""
 
     minibatches: list[PaddedBatch]
     """Whole groups; [rows, tokens] of prompt and answer."""
@@ -167,10 +168,10 @@ class Batch:
 
 
 def sample(store: Store, toy: Toy, now: Version, random: np.random.Generator) -> Batch:
-    """A batch for this version. The same generator gives the same prompts, staleness and luck to every run."""
+    """Sample a batch for this version. The same generator gives every run the same prompts, staleness and draws."""
     prompts = random.integers(0, toy.letters, (toy.prompts, toy.length)).repeat(toy.group, axis=0)
     first, second = _versions(toy, now, random)
-    luck = random.random((toy.rows, toy.length))
+    draws = random.random((toy.rows, toy.length))
     middle, end = toy.length + toy.length // 2, 2 * toy.length
     tokens = np.zeros((toy.rows, end), dtype=np.int64)
     tokens[:, : toy.length] = prompts
@@ -179,21 +180,22 @@ def sample(store: Store, toy: Toy, now: Version, random: np.random.Generator) ->
     for samplers, start, stop in ((first, toy.length, middle), (second, middle, end)):
         present = [Version(int(version)) for version in np.unique(samplers)]
         places = _places(samplers, present)
-        said, logprobs = _continued(
-            store.samplers(present), tokens[places, :start], luck[places, start - toy.length : stop - toy.length]
+        sampled, logprobs = _continue(
+            store.samplers(present), tokens[places, :start], draws[places, start - toy.length : stop - toy.length]
         )
         real = places >= 0
         rows = places[real]
-        tokens[rows, start:stop], behavior[rows, start:stop] = said[real], logprobs[real]
+        tokens[rows, start:stop], behavior[rows, start:stop] = sampled[real], logprobs[real]
         versions[rows, start:stop] = samplers[rows, None]
     rewards = (tokens[:, toy.length :] == prompts[:, ::-1]).mean(axis=1)
     return Batch(_minibatches(toy, tokens, versions, behavior, rewards), rewards)
 
 
 def _versions(toy: Toy, now: Version, random: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each row, the version of the answer's first half and of its second.
+    """Return the versions of the first and the second half of the answer. [rows] each
 
-    A row with two has the older first. They are drawn without regard to their order, so every staleness is as frequent.
+    A row with two versions has the older one first. The draws do not depend on the order, so every staleness is equally
+    frequent.
     """
     oldest = min(toy.window, now)
     one = random.integers(0, oldest + 1, toy.rows)
@@ -203,7 +205,7 @@ def _versions(toy: Toy, now: Version, random: np.random.Generator) -> tuple[NDAr
 
 
 def _places(samplers: NDArray[np.int64], present: Sequence[Version]) -> NDArray[np.int64]:
-    """Of each version the rows that are its own, filled up with -1. [versions, most rows of any]"""
+    """Return the rows that each version samples, padded with -1. [versions, maximum number of rows]"""
     own = [np.flatnonzero(samplers == version) for version in present]
     places = np.full((len(present), max(map(len, own))), -1)
     for filled, rows in zip(places, own, strict=True):
@@ -212,14 +214,17 @@ def _places(samplers: NDArray[np.int64], present: Sequence[Version]) -> NDArray[
 
 
 @torch.no_grad()
-def _continued(
-    policies: Policy, prefix: NDArray[np.int64], luck: NDArray[np.float64]
+def _continue(
+    policies: Policy, prefix: NDArray[np.int64], draws: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens sampled after the prefix, one for each column of luck, and their log-probs. [policies, rows, columns]"""
+    """Sample tokens after the prefix, one for each column of draws in [0, 1). Returns tokens and log-probs.
+
+    Shapes: prefix [policies, rows, tokens]; draws, tokens and log-probs [policies, rows, columns].
+    """
     read = torch.from_numpy(prefix)
     state = policies.start(read)
     tokens, logprobs = [], []
-    for column in torch.split(torch.from_numpy(luck), 1, dim=-1):
+    for column in torch.split(torch.from_numpy(draws), 1, dim=-1):
         state = policies.read(read, state)[-1]
         scores = policies.scores(state).log_softmax(-1)
         read = (scores.double().exp().cumsum(-1) < column).sum(-1, keepdim=True).clamp(max=policies.letters - 1)

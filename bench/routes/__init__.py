@@ -1,12 +1,12 @@
-"""What old log-probs cost, by each route to them: seconds, bytes, and how long workers stand still.
+"""Cost of old log-probs by each route: seconds, bytes, and pauses of workers.
 
 python -m bench routes [--parameters small|medium] [--tokens 192] [--versions 5] [--only NAME ...]
 
-Every route has a learner of its own (a process, the real one), a real store, a real log, and simulated workers. They
-train by turns, one version each, in an order that rotates: whatever else the machine does so hits all alike. The first
-max_staleness + 1 versions are not counted. Shares are of the same version's own passes and step, and medians over
-versions; `bypass` has no old log-probs and is the reference. `interruption_busy` is interruption with workers that are
-quicker than the learner, which then never waits and scores nothing early.
+Every variant has its own learner process (the real one), store, log, and simulated workers. The variants train one
+version each, in turns, in a rotating order, so the load of the machine affects all of them alike. The first
+max_staleness + 1 versions are not counted. Shares are relative to the passes and the step of the same version; figures
+are medians over versions. `bypass` has no old log-probs and is the reference. In `interruption_busy` the workers are
+faster than the learner, so the learner never waits and scores nothing early.
 """
 
 import argparse
@@ -22,31 +22,31 @@ from typing import Any
 
 from bench.routes.figures import figures, show, targets
 from bench.routes.variant_run import FORKS, PRELOADED, Pace, VariantRun
-from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Load, build_model
+from bench.routes.variants import REFERENCE, SHAPES, VARIANTS, Load, build_model
 
-GUESS_S = 1.0
-"""A step, until the reference was seen to train."""
+INITIAL_STEP_S = 1.0
+"""Assumed time of a step until the reference has trained a version."""
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """The figures of every route."""
+    """Return the figures of every variant."""
     options = _options(arguments)
     load = Load(tokens=options.tokens)
-    began, busy = time.monotonic(), os.getloadavg()
-    names = options.only or [contender.name for contender in CONTENDERS]
-    chosen = [contender for contender in CONTENDERS if contender.name == REFERENCE or contender.name in names]
+    began, load_before = time.monotonic(), os.getloadavg()
+    names = options.only or [variant.name for variant in VARIANTS]
+    chosen = [variant for variant in VARIANTS if variant.name == REFERENCE or variant.name in names]
     FORKS.set_forkserver_preload(PRELOADED)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-bench-")))
         shape = SHAPES[options.parameters]
         parameters = build_model(shape, folder / "model")
-        entrants = []
-        for contender in chosen:
-            entrant = VariantRun(contender, load, folder=folder, model=folder / "model", vocabulary=shape.vocabulary)
-            stack.callback(entrant.kill)
-            entrants.append(entrant)
-        measured, weights = _race(entrants, warm_up=load.max_staleness + 1, versions=options.versions)
-    routes = figures(measured, weights)
+        runs = []
+        for variant in chosen:
+            run = VariantRun(variant, load, folder=folder, model=folder / "model", vocabulary=shape.vocabulary)
+            stack.callback(run.kill)
+            runs.append(run)
+        measured, tensor_bytes = _measure(runs, warm_up=load.max_staleness + 1, versions=options.versions)
+    routes = figures(measured, tensor_bytes)
     met = targets(routes)
     show(routes, met)
     return {
@@ -59,46 +59,47 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "max_staleness": load.max_staleness,
         "versions": options.versions,
         "cores": os.cpu_count(),
-        "load_average": {"before": busy, "after": os.getloadavg()},
+        "load_average": {"before": load_before, "after": os.getloadavg()},
         "seconds": round(time.monotonic() - began, 1),
         "torch": version_of("torch"),
     }
 
 
-def _race(
-    entrants: Sequence[VariantRun], *, warm_up: int, versions: int
+def _measure(
+    runs: Sequence[VariantRun], *, warm_up: int, versions: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, int]]]:
-    """What was noted of every counted version, and what each learner holds in the end."""
-    for entrant in entrants:
-        entrant.begin()
-    for entrant in entrants:
-        entrant.ready()
-    pace, reference = Pace(GUESS_S), entrants[0]
-    for _ in range(warm_up):  # before anybody else: with workers at another pace, batches would pile up or be awaited
-        pace.trained(REFERENCE, reference.turn(pace.batch_s(reference.contender)))
-    measured: dict[str, list[dict[str, Any]]] = {entrant.contender.name: [] for entrant in entrants}
+    """Return the measurements of every counted version, and the tensor bytes of each learner at the end, by variant."""
+    for run in runs:
+        run.begin()
+    for run in runs:
+        run.ready()
+    pace, reference = Pace(INITIAL_STEP_S), runs[0]
+    # The reference trains first: with workers at a wrong pace, the others would collect or await batches.
+    for _ in range(warm_up):
+        pace.trained(REFERENCE, reference.turn(pace.batch_s(reference.variant)))
+    measured: dict[str, list[dict[str, Any]]] = {run.variant.name: [] for run in runs}
     for turn in range(warm_up + versions):
-        first = turn % len(entrants)
-        for entrant in (*entrants[first:], *entrants[:first]):
-            version = entrant.turn(pace.batch_s(entrant.contender))
-            pace.trained(entrant.contender.name, version)
+        first = turn % len(runs)
+        for run in (*runs[first:], *runs[:first]):
+            version = run.turn(pace.batch_s(run.variant))
+            pace.trained(run.variant.name, version)
             if turn >= warm_up:
-                measured[entrant.contender.name].append(version)
+                measured[run.variant.name].append(version)
         print(f"version {turn + 1} of {warm_up + versions}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-    weights = {entrant.contender.name: entrant.weigh() for entrant in entrants}
-    for entrant in entrants:
-        entrant.end()
-    return measured, weights
+    tensor_bytes = {run.variant.name: run.tensor_bytes() for run in runs}
+    for run in runs:
+        run.end()
+    return measured, tensor_bytes
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     options = argparse.ArgumentParser(
         prog="python -m bench routes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--parameters", choices=list(SHAPES), default="small")
+    options.add_argument("--parameters", choices=list(SHAPES), default="small", help="size of the model")
     options.add_argument("--tokens", type=int, default=192, help="mean length of a trajectory")
-    options.add_argument("--versions", type=int, default=5, help="counted, of each route")
-    names = [contender.name for contender in CONTENDERS]
-    said = f"these, and the reference; of {', '.join(names)}"
-    options.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=said)
+    options.add_argument("--versions", type=int, default=5, help="counted versions of each variant")
+    names = [variant.name for variant in VARIANTS]
+    only = f"measure only these variants and the reference; one or more of {', '.join(names)}"
+    options.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
     return options.parse_args(arguments)

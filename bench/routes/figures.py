@@ -1,4 +1,4 @@
-"""From what was noted of each version to a route's figures. Pure but for `show`."""
+"""Figures of each route from the measurements of its versions. Pure, except `show`."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -6,68 +6,70 @@ from typing import Any
 
 from bench.routes.variants import REFERENCE
 
-ON_THE_PATH = ("proximal", "between", "known", "cut", "tick", "distance", "published")
-"""Between the batch and its version: the source; an interpolation inside the passes; waiting for scores; a cut; a
-moving average and how far it is from the policy; bookkeeping."""
-INSIDE_TRAINING = ("proximal", "between", "cut", "tick", "distance")
+ON_THE_PATH = ("proximal", "interpolate", "known", "cut", "tick", "distance", "published")
+"""Parts of the time from the batch to the version: the source of the proximal; interpolation inside the passes; waiting
+for scores; a cut; the update of a moving average and its distance to the policy; the route's work after a version."""
+INSIDE_TRAINING = ("proximal", "interpolate", "cut", "tick", "distance")
 SCORED = ("scored_early", "scored_at_cut", "scored_in_step")
 STALL_SHARE = 0.25
 NO_WEIGHTS = 0.001
-"""Less than so much of a copy is no weights: a few buffers."""
+"""A smaller share of a copy counts as no weights: a few buffers."""
 ONE_COPY = 1.01
 
 LEGEND = """\
-step    s of forward and backward passes and the optimizer's step
-extra   s by which the version comes later; as a share of the step; the same in CPU time
-aside   spent while nobody waits for it: early scores, a replica's work; as a share of the step
-late    s from the moment a batch is complete until it is taken
-copies  of the bf16 model that the learner holds besides it; MB fetched from the store; tokens scored; exact values
-stall   workers stand still until the weights may change; hold: until the next version; shares of a step with publishing
+step    seconds of forward and backward passes and the optimizer step
+extra   seconds that old log-probs add before the version; of step: as a share of the step; CPU: the same in CPU time
+aside   time of early scores and of a replica, off the critical path, as a share of the step
+late    seconds from a complete batch until the learner takes it
+copies  additional copies of the bf16 model in the learner; MB: read from the store; scored: tokens; exact: of values
+stall   pause of workers until the weights may change; hold: until the next version; shares of a step with publishing
 """
 
-Noted = Mapping[str, Any]
-"""Of one version: bench/routes/instrumented_learner.py and VariantRun.turn."""
+Measurements = Mapping[str, Any]
+"""Measurements of one version, from bench/routes/instrumented_learner.py and VariantRun.turn."""
 
 
-def figures(measured: Mapping[str, Sequence[Noted]], weights: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """Name -> figures: medians over the versions measured, totals of what is counted.
+def figures(
+    measured: Mapping[str, Sequence[Measurements]], tensor_bytes: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """Return the figures by variant: medians of times and means of counts over the measured versions.
 
-    weights: bytes of one copy of the model (copy), and of all tensors but the policy's and its optimizer's (other).
+    tensor_bytes: see instrumented_learner.tensor_bytes.
     """
-    base = weights[REFERENCE]["other"]
-    return {name: _figures(versions, weights[name], base) for name, versions in measured.items()}
+    base = tensor_bytes[REFERENCE]["other"]
+    return {name: _figures(versions, tensor_bytes[name], base) for name, versions in measured.items()}
 
 
-def _figures(versions: Sequence[Noted], weights: Mapping[str, int], base: int) -> dict[str, Any]:
-    held = max(0, weights["other"] - base)
+def _figures(versions: Sequence[Measurements], tensor_bytes: Mapping[str, int], base: int) -> dict[str, Any]:
+    held = max(0, tensor_bytes["other"] - base)
     counted = [version["counts"] for version in versions]
     trainable = _total(counted, "trainable")
     replica = [version["replica"].get("tokens", 0.0) for version in versions]
     return {
-        "extra_step_share": _middle(versions, lambda v: extra_s(v) / step_s(v)),
-        "extra_cpu_share": _middle(versions, lambda v: extra_cpu_s(v) / step_cpu_s(v)),
-        "off_path_share": _middle(versions, lambda v: off_path_s(v) / step_s(v)),
-        "weight_bytes_ratio": round(held / weights["copy"], 4),
+        "extra_step_share": _median(versions, lambda v: extra_s(v) / step_s(v)),
+        "extra_cpu_share": _median(versions, lambda v: extra_cpu_s(v) / step_cpu_s(v)),
+        "off_path_share": _median(versions, lambda v: off_path_s(v) / step_s(v)),
+        "weight_bytes_ratio": round(held / tensor_bytes["copy"], 4),
         "weight_bytes": held,
-        "value_bytes": weights["values"],
-        "stall_share": _middle(versions, lambda v: stall_s(v) / whole_s(v)),
-        "hold_share": _middle(versions, lambda v: v["hold_s"] / whole_s(v)),
-        "step_s": _middle(versions, step_s),
-        "step_cpu_s": _middle(versions, step_cpu_s),
-        "extra_s": _middle(versions, extra_s),
-        "extra_cpu_s": _middle(versions, extra_cpu_s),
-        "extra_parts_s": {part: _middle(versions, lambda v, p=part: v["seconds"].get(p, 0.0)) for part in ON_THE_PATH},
-        "early_s": _middle(versions, lambda v: v["seconds"].get("early", 0.0)),
-        "early_cpu_s": _middle(versions, lambda v: v["cpu"].get("early", 0.0)),
-        "replica_s": _middle(versions, replica_s),
-        "replica_cpu_s": _middle(versions, lambda v: v["replica"].get("cpu_s", 0.0)),
-        "wait_s": _middle(versions, lambda v: v["wait_s"]),
-        "pickup_s": _middle(versions, lambda v: v["pickup_s"]),
-        "publish_s": _middle(versions, lambda v: v["seconds"]["publish"]),
-        "cut_s": {part: _middle(versions, lambda v, p=part: v["cut"].get(p, 0.0)) for part in versions[0]["cut"]},
-        "hold_s": _middle(versions, lambda v: v["hold_s"]),
+        "value_bytes": tensor_bytes["values"],
+        "stall_share": _median(versions, lambda v: stall_s(v) / whole_s(v)),
+        "hold_share": _median(versions, lambda v: v["hold_s"] / whole_s(v)),
+        "step_s": _median(versions, step_s),
+        "step_cpu_s": _median(versions, step_cpu_s),
+        "extra_s": _median(versions, extra_s),
+        "extra_cpu_s": _median(versions, extra_cpu_s),
+        "extra_parts_s": {part: _median(versions, lambda v, p=part: v["seconds"].get(p, 0.0)) for part in ON_THE_PATH},
+        "early_s": _median(versions, lambda v: v["seconds"].get("early", 0.0)),
+        "early_cpu_s": _median(versions, lambda v: v["cpu"].get("early", 0.0)),
+        "replica_s": _median(versions, replica_s),
+        "replica_cpu_s": _median(versions, lambda v: v["replica"].get("cpu_s", 0.0)),
+        "wait_s": _median(versions, lambda v: v["wait_s"]),
+        "pickup_s": _median(versions, lambda v: v["pickup_s"]),
+        "publish_s": _median(versions, lambda v: v["seconds"]["publish"]),
+        "cut_s": {part: _median(versions, lambda v, p=part: v["cut"].get(p, 0.0)) for part in versions[0]["cut"]},
+        "hold_s": _median(versions, lambda v: v["hold_s"]),
         "hold_parts_s": {
-            part: _middle(versions, lambda v, p=part: hold_parts_s(v)[p]) for part in ("cut", "step", "publish", "rest")
+            part: _median(versions, lambda v, p=part: hold_parts_s(v)[p]) for part in ("cut", "step", "publish", "rest")
         },
         "fetched_bytes": _each(counted, "fetched_bytes"),
         "loads": _each(counted, "loads") + _mean([v["replica"].get("loads", 0.0) for v in versions]),
@@ -82,88 +84,88 @@ def _figures(versions: Sequence[Noted], weights: Mapping[str, int], base: int) -
     }
 
 
-def step_s(version: Noted) -> float:
-    """Forward and backward passes and the optimizer's step."""
+def step_s(version: Measurements) -> float:
+    """Return the seconds of forward and backward passes and the optimizer step, without interpolation."""
     seconds = version["seconds"]
-    return float(seconds["passes"] - seconds.get("between", 0.0) + seconds["step"])
+    return float(seconds["passes"] - seconds.get("interpolate", 0.0) + seconds["step"])
 
 
-def whole_s(version: Noted) -> float:
-    """A whole step: the same, and making the version known."""
+def whole_s(version: Measurements) -> float:
+    """Return the seconds of the step and of publishing the version."""
     return step_s(version) + float(version["seconds"]["publish"])
 
 
-def extra_s(version: Noted) -> float:
-    """Seconds by which the version came later for old log-probs."""
+def extra_s(version: Measurements) -> float:
+    """Return the seconds that old log-probs add before the version."""
     return float(sum(version["seconds"].get(part, 0.0) for part in ON_THE_PATH))
 
 
-def step_cpu_s(version: Noted) -> float:
-    """CPU time of the training without what is there for old log-probs."""
+def step_cpu_s(version: Measurements) -> float:
+    """Return the CPU seconds of training without the parts for old log-probs."""
     cpu = version["cpu"]
     return float(cpu["train"] - sum(cpu.get(part, 0.0) for part in INSIDE_TRAINING))
 
 
-def extra_cpu_s(version: Noted) -> float:
-    """CPU time on the critical path for old log-probs."""
+def extra_cpu_s(version: Measurements) -> float:
+    """Return the CPU seconds of old log-probs on the critical path."""
     return float(sum(version["cpu"].get(part, 0.0) for part in ON_THE_PATH))
 
 
-def replica_s(version: Noted) -> float:
-    """A replica's passes and loads."""
+def replica_s(version: Measurements) -> float:
+    """Return the seconds of a replica's passes and loads."""
     return float(version["replica"].get("pass_s", 0.0) + version["replica"].get("load_s", 0.0))
 
 
-def off_path_s(version: Noted) -> float:
-    """Seconds spent on old log-probs while nobody waited for them."""
+def off_path_s(version: Measurements) -> float:
+    """Return the seconds of old log-probs off the critical path."""
     return float(version["seconds"].get("early", 0.0)) + replica_s(version)
 
 
-def stall_s(version: Noted) -> float:
-    """From a cut's request until the weights may change."""
+def stall_s(version: Measurements) -> float:
+    """Return the seconds from the request of a cut until the weights may change."""
     return float(version["cut"].get("stall", 0.0))
 
 
-def hold_parts_s(version: Noted) -> dict[str, float]:
-    """What the workers stood still for: the cut, the step, making the version known, and all that comes in between."""
+def hold_parts_s(version: Measurements) -> dict[str, float]:
+    """Return the parts of the pause of the workers, seconds: the cut, the step, publishing, and the rest."""
     if not version["hold_s"]:
         return {"cut": 0.0, "step": 0.0, "publish": 0.0, "rest": 0.0}
     parts = {"cut": stall_s(version), "step": version["seconds"]["step"], "publish": version["seconds"]["publish"]}
     return parts | {"rest": version["hold_s"] - sum(parts.values())}
 
 
-def targets(routes: Mapping[str, Noted]) -> dict[str, bool]:
-    """Which of the aims are met, of the routes that were measured."""
-    aims: dict[str, bool] = {}
+def targets(routes: Mapping[str, Measurements]) -> dict[str, bool]:
+    """Return which targets of the measured routes are met."""
+    met: dict[str, bool] = {}
     if "interruption" in routes:
-        aims["interruption holds no weights"] = routes["interruption"]["weight_bytes_ratio"] < NO_WEIGHTS
-        aims[f"interruption stalls for less than {STALL_SHARE} of a step"] = (
+        met["interruption holds no weights"] = routes["interruption"]["weight_bytes_ratio"] < NO_WEIGHTS
+        met[f"interruption stalls for less than {STALL_SHARE} of a step"] = (
             routes["interruption"]["stall_share"] < STALL_SHARE
         )
     if "snapshot" in routes:
-        aims["snapshot holds at most one copy"] = routes["snapshot"]["weight_bytes_ratio"] < ONE_COPY
-    return aims
+        met["snapshot holds at most one copy"] = routes["snapshot"]["weight_bytes_ratio"] < ONE_COPY
+    return met
 
 
-def show(routes: Mapping[str, Noted], met: Mapping[str, bool]) -> None:
-    """A table for a person."""
+def show(routes: Mapping[str, Measurements], met: Mapping[str, bool]) -> None:
+    """Print the table and the targets."""
     print(LEGEND)
     print(
         f"{'':22} {'step':>6} {'extra':>7} {'of step':>8} {'CPU':>6} {'aside':>6} {'late':>6} {'copies':>7} "
         f"{'MB':>6} {'scored':>7} {'exact':>6} {'stall':>6} {'hold':>6}"
     )
-    for name, of in routes.items():
+    for name, route in routes.items():
         print(
-            f"{name:22} {of['step_s']:6.2f} {of['extra_s']:7.3f} {of['extra_step_share']:8.1%} "
-            f"{of['extra_cpu_share']:6.1%} {of['off_path_share']:6.1%} {of['pickup_s']:6.2f} "
-            f"{of['weight_bytes_ratio']:7.2f} {of['fetched_bytes'] / 1e6:6.1f} {of['scored_tokens']:7.0f} "
-            f"{of['exact_share']:6.1%} {of['stall_share']:6.1%} {of['hold_share']:6.1%}"
+            f"{name:22} {route['step_s']:6.2f} {route['extra_s']:7.3f} {route['extra_step_share']:8.1%} "
+            f"{route['extra_cpu_share']:6.1%} {route['off_path_share']:6.1%} {route['pickup_s']:6.2f} "
+            f"{route['weight_bytes_ratio']:7.2f} {route['fetched_bytes'] / 1e6:6.1f} {route['scored_tokens']:7.0f} "
+            f"{route['exact_share']:6.1%} {route['stall_share']:6.1%} {route['hold_share']:6.1%}"
         )
-    for aim, reached in met.items():
-        print(f"{'met' if reached else 'MISSED':7} {aim}", flush=True)
+    for target, reached in met.items():
+        print(f"{'met' if reached else 'MISSED':7} {target}", flush=True)
 
 
-def _middle(versions: Sequence[Noted], value: Any) -> float:
+def _median(versions: Sequence[Measurements], value: Any) -> float:
     return round(float(median(value(version) for version in versions)), 5)
 
 
@@ -176,12 +178,12 @@ def _total(counted: Sequence[Mapping[str, int]], what: str) -> int:
 
 
 def _each(counted: Sequence[Mapping[str, int]], what: str) -> float:
-    """Mean over the versions."""
+    """Return the mean over the versions."""
     return round(_total(counted, what) / len(counted), 1)
 
 
-def _shares(versions: Sequence[Noted]) -> dict[str, float]:
-    """Staleness -> its share of the trained tokens."""
+def _shares(versions: Sequence[Measurements]) -> dict[str, float]:
+    """Return the share of the trained tokens by staleness."""
     total: dict[int, int] = {}
     for version in versions:
         for staleness, tokens in version["staleness"].items():

@@ -1,7 +1,7 @@
-"""The learner as it is, in a process of its own, with a clock on everything that old log-probs cost it.
+"""The real learner in its own process, with timers around every part that old log-probs need.
 
-Nothing is put in its place: its parts are called through wrappers that note how long they took. It trains one version
-for each turn it is given and stands still in between, so that others can be measured beside it.
+No part is replaced: wrappers call the parts and measure their time. The learner trains one version in each turn and
+waits between turns, so that other learners can be measured in turn on the same machine.
 """
 
 import gc
@@ -47,65 +47,67 @@ from palimpsest.services.learner.training.trainer import Trainer
 
 CUT = "palimpsest_learner_cut_seconds_sum"
 CUT_PHASES = ("before", "wait", "read", "score", "stall")
-"""before: scored ahead, while workers sample on; stall: the rest, from the request until the weights may change."""
+"""before: early scoring while workers sample; stall: the time from the request until the weights may change."""
 SCORED = "palimpsest_learner_old_scored_tokens_total"
 DROPPED = "palimpsest_learner_dropped_trajectories_total"
 REASONS = ("over_staleness", "group_too_small", "deadline")
-GO, WEIGH, END = "go", "weigh", "end"
+GO, TENSOR_BYTES, END = "go", "tensor_bytes", "end"
+"""Commands to the learner."""
 
 
-class Over(Exception):
-    """No turn comes any more."""
+class NoMoreTurns(Exception):
+    """The benchmark has ended."""
 
 
-class Watch:
-    """Seconds and counts of one version; begun anew with each turn."""
+class VersionTimer:
+    """Seconds and counts of one version. Each turn resets them."""
 
     def __init__(self) -> None:
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
-        """Forget what was noted."""
+    def reset(self) -> None:
+        """Remove all measurements."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.cpu: defaultdict[str, float] = defaultdict(float)
-        """CPU seconds of this process, under the same names."""
+        """CPU seconds of this process by part."""
         self.counts: Counter[str] = Counter()
-        self.told: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
+        """Other measurements by name."""
 
     @contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        """Count the block's time under this name."""
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time of the block to this part."""
         began, cpu = time.perf_counter(), time.process_time()
         yield
-        self.seconds[what] += time.perf_counter() - began
-        self.cpu[what] += time.process_time() - cpu
+        self.seconds[part] += time.perf_counter() - began
+        self.cpu[part] += time.process_time() - cpu
 
-    def calling(self, what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The function's answer, its time counted."""
-        with self.of(what):
+    def timed_call(self, part: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call the function and add its time to this part. Returns its result."""
+        with self.time(part):
             return function(*arguments, **named)
 
-    def noted(self) -> dict[str, Any]:
-        """Everything."""
-        return {"seconds": dict(self.seconds), "cpu": dict(self.cpu), "counts": dict(self.counts), **self.told}
+    def measurements(self) -> dict[str, Any]:
+        """Return all measurements by name."""
+        return {"seconds": dict(self.seconds), "cpu": dict(self.cpu), "counts": dict(self.counts), **self.values}
 
 
 class CountingStore(SnapshotClient):
-    """A store that counts what is fetched from it."""
+    """A client of the store that counts loaded snapshots and their bytes."""
 
-    watch: Watch
+    timer: VersionTimer
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """See SnapshotClient."""
-        self.watch.counts["loads"] += 1
-        self.watch.counts["fetched_bytes"] += manifest.object_size
+        self.timer.counts["loads"] += 1
+        self.timer.counts["fetched_bytes"] += manifest.object_size
         return super().tensors(manifest)
 
 
-class WatchedTrainer(Trainer):
+class InstrumentedTrainer(Trainer):
     """A trainer that records the times and counts of each version."""
 
-    watch: Watch
+    timer: VersionTimer
 
     def train(
         self,
@@ -115,40 +117,40 @@ class WatchedTrainer(Trainer):
         before_first_step: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """See Trainer."""
-        with self.watch.of("train"):
+        with self.timer.time("train"):
             trained = super().train(minibatches, now, before_first_step=before_first_step)
         for part in ("passes", "step"):
-            self.watch.seconds[part] += trained.seconds[part]
+            self.timer.seconds[part] += trained.seconds[part]
         exact = torch.tensor(0)
         ages: Counter[int] = Counter()
         for scored in trained.micro_batches:
             exact += (scored.anchor.exact & torch.from_numpy(scored.batch.mask)).sum()
             ages.update((now - scored.batch.versions[scored.batch.mask]).tolist())
         rows = [row for minibatch in minibatches for row in minibatch]
-        self.watch.counts += Counter(
+        self.timer.counts += Counter(
             exact=int(exact),
             trainable=ages.total(),
             tokens=sum(len(row.tokens) for row in rows),
             versions=sum(len(np.unique(row.versions[row.versions >= 0])) for row in rows),
             trajectories=len(rows),
         )
-        self.watch.told["staleness"] = dict(ages)
+        self.timer.values["staleness"] = dict(ages)
         return trained
 
 
-class WatchedRoute:
-    """A route with a clock on each call, which tells of each version and waits for the next turn."""
+class InstrumentedRoute:
+    """A route that times each call, reports each version and waits for the next turn."""
 
-    def __init__(self, inner: Route, watch: Watch, turns: "Turns") -> None:
-        self._inner, self._watch, self._turns = inner, watch, turns
+    def __init__(self, inner: Route, timer: VersionTimer, turns: "Turns") -> None:
+        self._inner, self._timer, self._turns = inner, timer, turns
         self.start, self.release, self.close = inner.start, inner.release, inner.close
 
     def work(self, now: Version, digest: str) -> int:
         """See Route."""
         self._turns.wait()
-        with self._watch.of("early"):
+        with self._timer.time("early"):
             tokens = self._inner.work(now, digest)
-        self._watch.counts["scored_early"] += tokens
+        self._timer.counts["scored_early"] += tokens
         return tokens
 
     def attach_old_logprobs(
@@ -156,64 +158,65 @@ class WatchedRoute:
     ) -> list[Row] | None:
         """See Route."""
         self._turns.wait()
-        self._watch.told |= {"taken_at": time.monotonic(), "batch": [row.trajectory for row in rows]}
-        with self._watch.of("known"):
+        self._timer.values |= {"taken_at": time.monotonic(), "batch": [row.trajectory for row in rows]}
+        with self._timer.time("known"):
             return self._inner.attach_old_logprobs(rows, now, heartbeat=heartbeat, stop=stop)
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         """See Route."""
         before = _cut_figures()
-        with self._watch.of("cut"):
+        with self._timer.time("cut"):
             self._inner.cut(now, digest, training=training)
         after = _cut_figures()
-        took = {what: after[what] - before[what] for what in after}
-        self._watch.counts["scored_early"] += int(took.pop("early"))  # before anyone stood still
-        self._watch.counts["scored_at_cut"] += int(took.pop("cut"))
-        self._watch.told["cut"] = took
+        added = {name: after[name] - before[name] for name in after}
+        self._timer.counts["scored_early"] += int(added.pop("early"))  # before the workers paused
+        self._timer.counts["scored_at_cut"] += int(added.pop("cut"))
+        self._timer.values["cut"] = added
 
     def published(self, version: Version, digest: str) -> None:
         """See Route."""
-        with self._watch.of("published"):
+        with self._timer.time("published"):
             self._inner.published(version, digest)
         self._turns.trained()
 
 
 class Turns:
-    """Lets the learner train one version for each GO that comes."""
+    """Lets the learner train one version for each GO."""
 
-    def __init__(self, pipe: Connection, watch: Watch) -> None:
-        self._pipe, self._watch, self._trained, self._begun = pipe, watch, True, False
-        self.weigh: Callable[[], dict[str, int]] = dict
+    def __init__(self, pipe: Connection, timer: VersionTimer) -> None:
+        self._pipe, self._timer, self._trained, self._begun = pipe, timer, True, False
+        self.tensor_bytes: Callable[[], dict[str, int]] = dict
+        """Answer to TENSOR_BYTES."""
 
     def trained(self) -> None:
-        """A version stands: tell what it took."""
+        """Send the measurements of the trained version."""
         dropped = sum(REGISTRY.get_sample_value(DROPPED, {"reason": reason}) or 0.0 for reason in REASONS)
-        self._pipe.send(self._watch.noted() | {"dropped": int(dropped)})
+        self._pipe.send(self._timer.measurements() | {"dropped": int(dropped)})
         self._trained = True
 
     def wait(self) -> None:
-        """Return at once inside a turn, else at the beginning of the next. Raises Over."""
+        """Return immediately during a turn, else at the start of the next turn. Raises NoMoreTurns."""
         if not self._trained:
             return
         if not self._begun:
             self._begun = True
             self._pipe.send({})  # ready
-        while (asked := self._pipe.recv()) == WEIGH:
-            self._pipe.send(self.weigh())
-        if asked == END:
-            raise Over
-        self._watch.begin()
-        self._watch.told["began_at"] = time.monotonic()
+        while (command := self._pipe.recv()) == TENSOR_BYTES:
+            self._pipe.send(self.tensor_bytes())
+        if command == END:
+            raise NoMoreTurns
+        self._timer.reset()
+        self._timer.values["began_at"] = time.monotonic()
         self._trained = False
 
 
 def learn(config: RunConfig, pipe: Connection) -> None:
-    """A learner's process: everything as services/learner/__main__.py does it, with a watch on it."""
+    """Run the process of a learner: like services/learner/__main__.py, with timers."""
     logs.configure(config.run.id, config.logs.level, config.logs.format)
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    watch, ranks = Watch(), ProcessGroup()
-    turns = Turns(pipe, watch)
+    timer, ranks = VersionTimer(), ProcessGroup()
+    turns = Turns(pipe, timer)
     policy = TrainablePolicy(
         load_model(
             config.model.path,
@@ -228,80 +231,81 @@ def learn(config: RunConfig, pipe: Connection) -> None:
         state = build_training_state(
             config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
         )
-        trainer = WatchedTrainer(
+        trainer = InstrumentedTrainer(
             policy, state, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
         )
-        store.watch = trainer.watch = watch
+        store.timer = trainer.timer = timer
         scores = ScoreStore()
-        turns.weigh = lambda: weigh(policy, scores)
-        watch_source(stack, state, watch)
+        turns.tensor_bytes = lambda: tensor_bytes(policy, scores)
+        instrument_source(stack, state, timer)
         stack.enter_context(patch.object(coordinator, "ScoreStore", lambda: scores))
         stack.enter_context(
             patch.object(
-                coordinator, "route", lambda config, **parts: WatchedRoute(route(config, **parts), watch, turns)
+                coordinator, "route", lambda config, **parts: InstrumentedRoute(route(config, **parts), timer, turns)
             )
         )
         publish = Publisher.publish
 
         def timed(publisher: Publisher, version: Version, *, now: float) -> Manifest:
-            with watch.of("publish"):
+            with timer.time("publish"):
                 return publish(publisher, version, now=now)
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:
-            one = model_scorer(policy.model, ranks.device)
+            scorer = model_scorer(policy.model, ranks.device)
+            training = Training(trainer, policy, state, ranks)
             with Starting(
                 "learner", config.learner.host, config.learner.port, key="learner", registry=REGISTRY
             ) as http:
-                coordinator.run_coordinator(config, Stop(), store, Training(trainer, policy, state, ranks), one, http)
-        except Over:
+                coordinator.run_coordinator(config, Stop(), store, training, scorer, http)
+        except NoMoreTurns:
             pipe.close()
 
 
-def watch_source(stack: ExitStack, state: TrainingState, watch: Watch) -> None:
-    """Put a clock on the source of the proximal, and on what it does when a version was trained."""
+def instrument_source(stack: ExitStack, state: TrainingState, timer: VersionTimer) -> None:
+    """Time the source of the proximal and its work after a trained version, until the stack closes."""
     source = state.source
-    whole = source.proximal
+    original = source.proximal
 
     def proximal(batches: Sequence[PaddedBatch], now: Version) -> Proximal:
-        with watch.of("proximal"):
-            given = whole(batches, now)
-        watch.counts["scored_in_step"] += _scored(given, batches)
-        if isinstance(given, Interpolated):  # made inside the passes, which are timed as a whole
-            given = replace(given, interpolate=partial(watch.calling, "interpolate", given.interpolate))
-        return given
+        with timer.time("proximal"):
+            result = original(batches, now)
+        timer.counts["scored_in_step"] += _scored(result, batches)
+        if isinstance(result, Interpolated):  # computed inside the passes; their time is measured as a whole
+            result = replace(result, interpolate=partial(timer.timed_call, "interpolate", result.interpolate))
+        return result
 
     stack.enter_context(patch.object(source, "proximal", proximal))
     if state.stateful_source is not None:
-        tick = partial(watch.calling, "tick", state.stateful_source.published)
+        tick = partial(timer.timed_call, "tick", state.stateful_source.published)
         stack.enter_context(patch.object(source, "published", tick))
     if isinstance(source, EwmaProx | PpoEwmaAsync):
-        distance = partial(watch.calling, "distance", source.average.distance)
+        distance = partial(timer.timed_call, "distance", source.average.distance)
         stack.enter_context(patch.object(source.average, "distance", distance))
 
 
-def _scored(given: Proximal, batches: Sequence[PaddedBatch]) -> int:
-    """Trainable tokens for which a forward pass gave the value."""
-    if isinstance(given, Interpolated) or (isinstance(given, Surrogate) and given.method == "bypass"):
+def _scored(proximal: Proximal, batches: Sequence[PaddedBatch]) -> int:
+    """Return the number of trainable tokens whose value comes from a forward pass."""
+    if isinstance(proximal, Interpolated) or (isinstance(proximal, Surrogate) and proximal.method == "bypass"):
         return 0
     return sum(int((batch.mask & np.isnan(batch.old)).sum()) for batch in batches)
 
 
 def _cut_figures() -> dict[str, float]:
-    """Sums so far: seconds of all cuts by phase, and tokens scored early and at cuts."""
+    """Return the sums so far: seconds of all cuts by phase, and tokens scored early and at cuts."""
     seconds = {phase: REGISTRY.get_sample_value(CUT, {"phase": phase}) or 0.0 for phase in CUT_PHASES}
     return seconds | {when: REGISTRY.get_sample_value(SCORED, {"when": when}) or 0.0 for when in ("early", "cut")}
 
 
-def weigh(policy: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
-    """Bytes of one bf16 copy of the model (copy), of all tensors of this process but the policy's (other), and of the
-    stored old log-probs (values)."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _of(policy)}
+def tensor_bytes(policy: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
+    """Return the bytes of one bf16 copy of the model (copy), of all tensors of this process except those of the policy
+    and its optimizer (other), and of the stored old log-probs (values)."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in _policy_tensors(policy)}
     other: dict[int, int] = {}
     gc.collect()
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):
-            storage = thing.untyped_storage()
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), Tensor):
+            storage = candidate.untyped_storage()
             if storage.data_ptr() not in own:
                 other[storage.data_ptr()] = storage.nbytes()
     return {
@@ -311,8 +315,8 @@ def weigh(policy: TrainablePolicy, scores: ScoreStore) -> dict[str, int]:
     }
 
 
-def _of(policy: TrainablePolicy) -> Iterator[Tensor]:
-    """Model, masters, gradients, moments."""
+def _policy_tensors(policy: TrainablePolicy) -> Iterator[Tensor]:
+    """Iterate over the tensors of model, masters, gradients and moments."""
     yield from policy.model.parameters()
     yield from policy.model.buffers()
     yield from policy.masters
@@ -321,7 +325,8 @@ def _of(policy: TrainablePolicy) -> Iterator[Tensor]:
         yield from (tensor for tensor in moments.values() if isinstance(tensor, Tensor))
 
 
-def _array_bytes(thing: Any) -> int:
-    if isinstance(thing, np.ndarray):
-        return thing.nbytes
-    return sum(map(_array_bytes, thing.values())) if isinstance(thing, dict) else 0
+def _array_bytes(value: Any) -> int:
+    """Return the bytes of an array, or of all arrays in nested dictionaries."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    return sum(map(_array_bytes, value.values())) if isinstance(value, dict) else 0

@@ -1,8 +1,8 @@
-"""Simulated workers: they take offers, sample nothing but numbers, and stand still at a cut as real ones do.
+"""Simulated workers: they take offers, sample random tokens, and pause at a cut as real workers do.
 
-A trajectory is a prompt, a model message, a tool call that takes a while, and a second message. Meanwhile versions
-change, so its tokens are of one version or of several. Sampling is counted in batches: at a pace of 2 s a batch, all
-streams together sample what a version is trained on in 2 s. Time passes only while the fleet is driven.
+A trajectory is a prompt, a model message, a tool call with a duration, and a second message. Versions change during a
+trajectory, so its tokens have one or several versions. The unit of time is a batch: at a pace of 2 s per batch, all
+streams together sample the tokens of a version in 2 s. Time passes only during `drive`.
 """
 
 import math
@@ -44,21 +44,21 @@ from palimpsest.services.rollout.cut_state import CutState
 
 POLL_RECORDS = 512
 MESSAGE = 0.2
-"""Batches of time in which a model message is sampled."""
+"""Duration of a model message, in batches."""
 LONGEST_CALL = 1.2
-"""Most batches of time that a tool call takes; evenly spread from 0."""
-USUAL = 2 * MESSAGE + LONGEST_CALL / 2
-"""Mean batches of time from a trajectory's first token to its last."""
+"""Maximum duration of a tool call, in batches. Durations are uniform from 0."""
+MEAN_DURATION = 2 * MESSAGE + LONGEST_CALL / 2
+"""Mean duration of a trajectory from its first token to its last, in batches."""
 PAUSE_S = 0.04
-"""An engine that is asked to stand still does so after this: 30 to 50 ms were measured with vLLM."""
+"""Seconds from the request to pause an engine until it pauses. vLLM took 30 to 50 ms."""
 ALIVE_S = 2.0
 SPREAD = 0.1
-"""Deviation of a behavior log-prob from that of an even distribution, nats."""
+"""Standard deviation of the behavior log-probs around that of a uniform distribution, nats."""
 
 
 @dataclass(eq=False)
-class Live:
-    """A trajectory under way. Its tokens stand from the start; what counts is who samples them when."""
+class LiveTrajectory:
+    """A trajectory that is being sampled. Its tokens are known from the start; sampling assigns their versions."""
 
     offer: GroupOffered
     trajectory: str
@@ -69,14 +69,15 @@ class Live:
     behavior: Float32Array
     versions: Int32Array
     call: float
-    """Batches of time that its tool call still takes."""
+    """Remaining duration of its tool call, in batches."""
     turn: int = 0
     sampled: float = 0.0
-    """Tokens of the present message so far."""
+    """Sampled tokens of the current message."""
     flushed: int = 0
+    """Tokens in its newest flush."""
 
     def sample(self, batches: float, version: Version) -> float:
-        """Sample for so much time; what is left of it."""
+        """Sample for this duration. Returns the duration that remains after the end of the message."""
         start, stop = self.messages[self.turn]
         rate = (stop - start) / MESSAGE
         before = start + math.floor(self.sampled)
@@ -87,17 +88,17 @@ class Live:
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return self.messages[self.turn][0] + math.floor(self.sampled)
 
     def segments(self) -> tuple[Segment, ...]:
-        """Who sampled what, so far."""
-        found = []
+        """Return the segments so far."""
+        segments = []
         for start, stop in self.messages[: self.turn + 1]:
             versions = self.versions[start : min(stop, self.length)]
             edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-            found += [self._segment(start + a, start + b) for a, b in pairwise(edges) if b > a]
-        return tuple(found)
+            segments += [self._segment(start + a, start + b) for a, b in pairwise(edges) if b > a]
+        return tuple(segments)
 
     def _segment(self, start: int, stop: int) -> Segment:
         return Segment(start, stop, Version(int(self.versions[start])), pack_float32(self.behavior[start:stop]))
@@ -105,16 +106,15 @@ class Live:
 
 @dataclass
 class Worker:
-    """One of the fleet."""
+    """A simulated worker."""
 
     name: str
     positions: dict[int, int] = field(default_factory=dict)
-    """Partition of `trajectories` -> offset after its last record."""
-    applied: Version | None = None
+    """Offset after the worker's last record, by partition of `trajectories`."""
 
 
 class SimulatedWorkers:
-    """The workers of one run, driven by whoever calls `drive`."""
+    """The workers of one run. The caller of `drive` runs them."""
 
     def __init__(
         self, bus: Bus, *, run: str, load: Load, vocabulary: int, seed: int, workers: int = 2,
@@ -124,82 +124,82 @@ class SimulatedWorkers:
         self._bus, self._run, self._load, self._vocabulary = bus, run, load, vocabulary
         self._random, self._numbers = random.Random(seed), np.random.default_rng(seed)  # noqa: S311
         self._workers = [Worker(f"worker-{i}") for i in range(workers)]
-        self._streams = max(1, round(USUAL * load.trajectories))
+        self._streams = max(1, round(MEAN_DURATION * load.trajectories))
         self._closing = ExitStack()
         self._tasks = self._closing.enter_context(bus.consumer(TASKS))
         self._control = self._closing.enter_context(bus.consumer(CONTROL))
         self._waiting: deque[tuple[GroupOffered, int]] = deque()
-        self._live: list[Live] = []
+        self._live: list[LiveTrajectory] = []
         self._cuts = CutState()
         self._version = Version(-1)
         self._last = self._alive_at = float("-inf")
-        self._asked_at = 0.0
+        self._requested_at = 0.0
         self._reached = 0
         self._begun = 0
         self.finished_at: dict[str, float] = {}
-        """Trajectory -> time at which its record stood on the log, by `clock`."""
+        """Time of `clock` at which the log had the record, by trajectory."""
         self.holds: list[float] = []
-        """Seconds for which the fleet stood still, each time."""
+        """Seconds of each pause for a cut."""
         self.flushed = 0
-        """Records of live trajectories sent ahead."""
+        """Number of flushed records of live trajectories."""
 
-    def wake(self) -> None:
-        """Time passes again; what passed meanwhile does not count."""
+    def resume_clock(self) -> None:
+        """Let time pass again. The time since the last `drive` does not count."""
         self._last, self._alive_at = self._clock(), float("-inf")
 
     def drive(self, batch_s: float) -> None:
-        """Do all that is due. batch_s: seconds in which the streams together sample a batch."""
+        """Do all work that is due. batch_s: seconds in which the streams together sample a batch."""
         now = self._clock()
         batches, self._last = (now - self._last) / batch_s, now
-        self._hear(now)
+        self._read_topics(now)
         finished = list(self._sample(batches))
         self._publish(finished)
         for live in finished:
             self.finished_at[live.trajectory] = self._clock()
-        self._answer(now)
+        self._answer_cut(now)
         if now - self._alive_at > ALIVE_S:
             self._alive_at = now
-            self._say(*(self._alive(worker) for worker in self._workers))
+            self._report(*(self._alive(worker) for worker in self._workers))
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Close the log."""
         self._closing.close()
         self._bus.close()
 
-    def _hear(self, now: float) -> None:
+    def _read_topics(self, now: float) -> None:
         for record in self._tasks.poll(limit=POLL_RECORDS, timeout_s=0.0):
             offer: GroupOffered = decode(TASKS, record.body)
             self._waiting += [(offer, sample) for sample in range(offer.samples)]
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             message = decode(CONTROL, record.body)
-            stood = self._cuts.open
+            open_before = self._cuts.open
             self._cuts.observe(message)
             if isinstance(message, CutRequested):
-                self._asked_at = now
-            elif stood is not None and self._cuts.open is None:
-                self.holds.append(now - self._asked_at)
+                self._requested_at = now
+            elif open_before is not None and self._cuts.open is None:
+                self.holds.append(now - self._requested_at)
             if isinstance(message, VersionPublished):
                 self._version = message.version
-                self._say(*(self._applied(worker, message) for worker in self._workers))
+                self._report(*(self._applied(worker, message) for worker in self._workers))
 
-    def _sample(self, batches: float) -> Iterator[Live]:
-        """Let so much time pass; those that end meanwhile."""
-        still = self._cuts.open is not None or self._version <= self._cuts.held
+    def _sample(self, batches: float) -> Iterator[LiveTrajectory]:
+        """Advance the time. Yields the trajectories that end."""
+        paused = self._cuts.open is not None or self._version <= self._cuts.held
         while self._waiting and len(self._live) < self._streams and self._version >= 0:
             self._live.append(self._begin(*self._waiting.popleft()))
-        going = []
+        continuing = []
         for live in self._live:
-            if self._ends(live, batches, still=still):
+            if self._advance(live, batches, paused=paused):
                 yield live
             else:
-                going.append(live)
-        self._live = going
+                continuing.append(live)
+        self._live = continuing
 
-    def _ends(self, live: Live, batches: float, *, still: bool) -> bool:
-        """Let time pass for one; whether it ends. A tool call goes on while the engine stands still."""
+    def _advance(self, live: LiveTrajectory, batches: float, *, paused: bool) -> bool:
+        """Advance one trajectory. Returns whether it ends. A tool call continues while the engine is paused."""
         left = batches
         if live.turn == 0:
-            if not still:
+            if not paused:
                 left = live.sample(left, self._version)
             if live.length < live.messages[0][1]:
                 return False
@@ -208,16 +208,16 @@ class SimulatedWorkers:
             if live.call > 0:
                 return False
             live.turn, live.sampled = 1, 0.0
-        if not still:
+        if not paused:
             live.sample(left, self._version)
         return live.length == live.messages[1][1]
 
-    def _begin(self, offer: GroupOffered, sample: int) -> Live:
+    def _begin(self, offer: GroupOffered, sample: int) -> LiveTrajectory:
         length = self._random.randint(self._load.tokens // 2, self._load.tokens * 3 // 2)
         eighth = max(1, length // 8)
         behavior = -math.log(self._vocabulary) + SPREAD * self._numbers.standard_normal(length)
         self._begun += 1
-        return Live(
+        return LiveTrajectory(
             offer=offer,
             trajectory=trajectory_id(offer.group, sample),
             worker=self._workers[self._begun % len(self._workers)].name,
@@ -228,15 +228,15 @@ class SimulatedWorkers:
             call=self._random.uniform(0, LONGEST_CALL),
         )
 
-    def _answer(self, now: float) -> None:
-        """Flush what lives and say so, once the engines stand still."""
+    def _answer_cut(self, now: float) -> None:
+        """Once the engines are paused, flush the live trajectories and report that the cut is reached."""
         request = self._cuts.open
-        if request is None or request.cut <= self._reached or now < self._asked_at + PAUSE_S:
+        if request is None or request.cut <= self._reached or now < self._requested_at + PAUSE_S:
             return
         self._reached = request.cut
         before = self.flushed
         self._publish([live for live in self._live if self._is_new(live, request.version)], cut=request.cut)
-        self._say(
+        self._report(
             *(
                 CutReached(
                     run=self._run, worker=worker.name, cut=request.cut, version=request.version,
@@ -246,21 +246,21 @@ class SimulatedWorkers:
             )
         )  # fmt: skip
 
-    def _is_new(self, live: Live, version: Version) -> bool:
-        """Whether it has tokens of the version that were not sent ahead yet."""
+    def _is_new(self, live: LiveTrajectory, version: Version) -> bool:
+        """Return whether it has tokens of this version that are not flushed."""
         return bool((live.versions[live.flushed : live.length] == version).any())
 
-    def _publish(self, lives: Sequence[Live], *, cut: int | None = None) -> None:
-        """Records of trajectories: whole ones, or so far for a cut."""
+    def _publish(self, lives: Sequence[LiveTrajectory], *, cut: int | None = None) -> None:
+        """Publish finished trajectories, or with `cut` the live ones so far."""
         records = [self._finished(live) if cut is None else self._flush(live, cut) for live in lives]
         placed = self._bus.publish(
             TRAJECTORIES, [Outgoing(r.group, encode(r), {"trajectory": r.trajectory}) for r in records]
         )
-        of = {worker.name: worker for worker in self._workers}
+        workers = {worker.name: worker for worker in self._workers}
         for live, at in zip(lives, placed, strict=True):
-            of[live.worker].positions[at.partition] = at.offset + 1
+            workers[live.worker].positions[at.partition] = at.offset + 1
 
-    def _finished(self, live: Live) -> TrajectoryFinished:
+    def _finished(self, live: LiveTrajectory) -> TrajectoryFinished:
         reward = self._random.random()
         return TrajectoryFinished(
             run=self._run,
@@ -280,7 +280,7 @@ class SimulatedWorkers:
             turns=2,
         )
 
-    def _flush(self, live: Live, cut: int) -> SegmentFlushed:
+    def _flush(self, live: LiveTrajectory, cut: int) -> SegmentFlushed:
         live.flushed = live.length
         self.flushed += 1
         return SegmentFlushed(
@@ -295,7 +295,7 @@ class SimulatedWorkers:
             temperature=live.offer.sampling.temperature,
         )
 
-    def _say(self, *messages: FromWorker) -> None:
+    def _report(self, *messages: FromWorker) -> None:
         self._bus.publish(WORKERS, [Outgoing(message.worker, encode(message)) for message in messages])
 
     def _alive(self, worker: Worker) -> WorkerAlive:

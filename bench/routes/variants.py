@@ -1,4 +1,4 @@
-"""What is measured: every kind of `learner.proximal`, on one model, one load and one pace."""
+"""The measured variants: every kind of `learner.proximal`, with the same model, load and pace."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ import torch
 from palimpsest.common.config.schema import RunConfig
 
 REFERENCE = "bypass"
-"""A step without old log-probs."""
+"""The variant without old log-probs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to a proximal."""
+    """A kind of proximal and a pace of the workers."""
 
     name: str
     proximal: Mapping[str, Any]
     """The learner.proximal section."""
     rollout: float | None = None
-    """Seconds in which the workers make a batch, in passes and optimizer steps of the reference; None: the usual."""
+    """Time in which the workers sample a batch, in steps of the reference. None: the default, ROLLOUT."""
 
 
-CONTENDERS = (
+VARIANTS = (
     Variant(REFERENCE, {"kind": "bypass"}),
     Variant("snapshot", {"kind": "snapshot"}),
     Variant("snapshot_prefetch", {"kind": "snapshot", "prefetch": True}),
@@ -41,7 +41,7 @@ CONTENDERS = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Qwen3's."""
+    """The shape of a Qwen3."""
 
     hidden: int
     layers: int
@@ -54,12 +54,12 @@ SHAPES = {
     "small": Shape(hidden=256, layers=12, heads=4, vocabulary=4096),
     "medium": Shape(hidden=512, layers=10, heads=8, vocabulary=8192),
 }
-"""The output head is about a tenth of the arithmetic, as in a Qwen3 of 4 billion parameters."""
+"""The output head has about a tenth of the operations, as in a Qwen3 of 4 billion parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one version is trained on."""
+    """The batch of a version."""
 
     tokens: int
     """Mean length of a trajectory."""
@@ -70,13 +70,13 @@ class Load:
 
     @property
     def trajectories(self) -> int:
-        """Of a batch."""
+        """Trajectories in a batch."""
         return self.groups * self.samples
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a contender's files and its processes are."""
+    """Files and ports of a variant."""
 
     folder: Path
     model: Path
@@ -85,7 +85,7 @@ class Place:
 
 
 def build_model(shape: Shape, folder: Path) -> int:
-    """Write a random model of this shape, in bf16 and with tied embeddings; the number of its parameters."""
+    """Write a random model of this shape, in bf16, with tied embeddings. Returns the number of its parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
@@ -108,12 +108,12 @@ def build_model(shape: Shape, folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def run_config(contender: Variant, load: Load, place: Place) -> RunConfig:
-    """The run of this contender. Its checkpoints never come: they cost every contender the same."""
+def run_config(variant: Variant, load: Load, place: Place) -> RunConfig:
+    """Return the run of a variant. It writes no checkpoints, because they cost every variant the same."""
     longest = 2 * load.tokens
     return RunConfig.model_validate(
         {
-            "run": {"id": contender.name, "folder": place.folder},
+            "run": {"id": variant.name, "folder": place.folder},
             "model": {"path": str(place.model)},
             "tasks": {"environments": {"lookup": 1.0}, "samples_per_group": load.samples, "time_limit_s": 86_400.0},
             "sampling": {"max_turn_tokens": longest - 1, "max_trajectory_tokens": longest},
@@ -124,9 +124,9 @@ def run_config(contender: Variant, load: Load, place: Place) -> RunConfig:
                 "groups_per_batch": load.groups,
                 "max_staleness": load.max_staleness,
                 "micro_batch_tokens": load.micro_batch_tokens,
-                "proximal": dict(contender.proximal),
+                "proximal": dict(variant.proximal),
                 "checkpoint": {"every": 1_000_000},
-                "canary_trajectories": 1,  # a trifle, as it is beside a batch of the usual size
+                "canary_trajectories": 1,  # a small share of the batch, as in a batch of the usual size
             },
             "logs": {"level": "warning"},
         }

@@ -35,13 +35,13 @@ def build(*, tied: bool) -> Path:
     """
     from tools.starting_model.__main__ import write
 
-    made_of = setup.made_of()
+    digest = setup.model_digest()
     stamp = setup.STAMPS / "starting_model"
-    if tied and stamp.is_file() and stamp.read_text() == made_of and (setup.MODEL / "config.json").exists():
+    if tied and stamp.is_file() and stamp.read_text() == digest and (setup.MODEL / "config.json").exists():
         return setup.MODEL  # `make setup` has built the same model
     kept = setup.STAMPS / "models"
     kept.mkdir(exist_ok=True)
-    folder = kept / f"{made_of[:16]}-{'tied' if tied else 'untied'}"
+    folder = kept / f"{digest[:16]}-{'tied' if tied else 'untied'}"
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():

@@ -18,18 +18,18 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
     options = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pair = DevStack(options.folder.absolute(), _say)
+    stack = DevStack(options.folder.absolute(), _say)
     try:
         match options.command:
             case "up":
-                _tell(pair, pair.up(options.kafka_port, options.minio_port))
+                _print_settings(stack, stack.up(options.kafka_port, options.minio_port))
             case "down":
-                pair.down()
+                stack.down()
             case _:
-                return ExitCode.DONE if pair.status() else ExitCode.UNAVAILABLE
-    except UserError as refusal:
-        print(f"backends: {refusal}", file=sys.stderr)
-        return refusal.code
+                return ExitCode.DONE if stack.status() else ExitCode.UNAVAILABLE
+    except UserError as error:
+        print(f"backends: {error}", file=sys.stderr)
+        return error.code
     except OSError as error:
         print(
             f"backends: {error}; name a writable folder (make {options.command} FOLDER=...)",
@@ -65,11 +65,11 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _tell(pair: DevStack, settings: dict[str, str]) -> None:
-    folder = shlex.quote(_short(pair.folder))
+def _print_settings(stack: DevStack, settings: dict[str, str]) -> None:
+    folder = shlex.quote(_short(stack.folder))
     _print("\n  ".join(["", *exports(settings)]))
     _print(f"\n{folder}/environment contains these lines. Load them in the shell of a run: . {folder}/environment")
-    _print(f"To stop both: make down{'' if pair.folder == FOLDER else f' FOLDER={folder}'}")
+    _print(f"To stop both: make down{'' if stack.folder == FOLDER else f' FOLDER={folder}'}")
 
 
 def _short(folder: Path) -> str:

@@ -17,11 +17,11 @@ from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import ports
 from tools.backends.cache import Say
 from tools.backends.process_identity import Identity
-from tools.backends.recovery import LogRecovery, Patience
+from tools.backends.recovery import LogRecovery, ProgressLimit
 
 LAST_LINES = 15
 POLL_S = 0.05
-SAID_EVERY_S = 5.0
+REPORT_EVERY_S = 5.0
 
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
 """Starts every server. With PR_SET_PDEATHSIG the kernel kills a child when the *thread* that started it ends: this one
@@ -157,7 +157,7 @@ class Server(ABC):
 
     def _wait(self, limit_s: float, say: Say, begin: int) -> None:
         """Wait until the server answers. begin: offset in the log file where this start begins."""
-        recovery, patience, said = LogRecovery(), Patience(limit_s, self.clock()), self.clock()
+        recovery, limit, reported = LogRecovery(), ProgressLimit(limit_s, self.clock()), self.clock()
         with self.log.open(errors="replace") as log:
             log.seek(begin)
             rest = ""
@@ -165,26 +165,26 @@ class Server(ABC):
                 if not self.running:
                     assert self.process is not None
                     raise UserError(
-                        f"{self.title} ended with {self.process.returncode} {self._last_words()}", ExitCode.UNAVAILABLE
+                        f"{self.title} ended with {self.process.returncode} {self._log_tail()}", ExitCode.UNAVAILABLE
                     )
                 *lines, rest = (rest + log.read()).split("\n")
                 for line in lines:
                     recovery.read(line)
-                if patience.ended(recovery.steps, self.clock()):
-                    raise UserError(self._given_up(limit_s, recovery), ExitCode.UNAVAILABLE)
-                if recovery.said and self.clock() - said > SAID_EVERY_S:
-                    said = self.clock()
-                    say(f"{self.title} recovers its log: {recovery.said}")
+                if limit.ended(recovery.steps, self.clock()):
+                    raise UserError(self._no_progress(limit_s, recovery), ExitCode.UNAVAILABLE)
+                if recovery.progress and self.clock() - reported > REPORT_EVERY_S:
+                    reported = self.clock()
+                    say(f"{self.title} recovers its log: {recovery.progress}")
                 time.sleep(POLL_S)
 
-    def _given_up(self, limit_s: float, recovery: LogRecovery) -> str:
-        done = f"; it stands at {recovery.said} of the recovery of its log" if recovery.said else ""
+    def _no_progress(self, limit_s: float, recovery: LogRecovery) -> str:
+        done = f" (it has recovered {recovery.progress} of its log)" if recovery.progress else ""
         return (
-            f"{self.title} does not answer on port {self.port}, and nothing has moved for {limit_s:g} s{done}; it was "
-            f"ended {self._last_words()}"
+            f"{self.title} does not answer on port {self.port} and made no progress for {limit_s:g} s{done}; it was "
+            f"killed {self._log_tail()}"
         )
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         return f"(its log is {self.log}); the log's end:\n  " + "\n  ".join(lines)
 

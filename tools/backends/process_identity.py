@@ -9,9 +9,8 @@ from typing import Self
 
 import msgspec
 
+from palimpsest.common.boot_clock import boot_id
 from palimpsest.common.proc_stat import stat_fields
-
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -36,7 +35,7 @@ class Identity(msgspec.Struct, frozen=True):
         state, *others = stat_fields(stat)
         if state in "ZX":
             return None
-        return cls(pid=pid, started=int(others[18]), boot=BOOT.read_text().strip())
+        return cls(pid=pid, started=int(others[18]), boot=boot_id())
 
     @classmethod
     def read(cls, path: Path) -> Self | None:

@@ -30,12 +30,12 @@ class LogRecovery:
         return self._steps
 
     @property
-    def said(self) -> str:
+    def progress(self) -> str:
         """Progress as text: `12 of 240 partitions, 3 segments of another`. Empty before the first step."""
         return ", ".join(part for part in (self._partitions, self._segments) if part)
 
 
-class Patience:
+class ProgressLimit:
     """A time limit that restarts with every step."""
 
     def __init__(self, limit_s: float, now: float) -> None:

@@ -1,5 +1,5 @@
-"""The model of examples/embedded.toml: a Qwen3 small enough for two cores, made here.
+"""Builds the model of examples/embedded.toml: a Qwen3 that is small enough for two cores.
 
-It knows the form of a tool call and nothing of the tasks: a short supervised warm start on random arguments. Without it
-nothing is learned in minutes, because a random model never utters a call and so never earns a reward.
+A short supervised warm start on random arguments teaches it the form of a tool call and nothing about the tasks. A
+random model would never write a tool call, so it would earn no reward and learn nothing within minutes.
 """

@@ -1,8 +1,8 @@
-"""A tokenizer made from the environments' text.
+"""The tokenizer of the starting model, built from the text of the environments.
 
-Bytes, so that any text can be written; the words that vary between tasks, one token each; and what always stands
-between them (the frame of a tool call, a question's wording), one token each. A tool call is then four tokens that
-decode to the real thing: the gateway parses the same text it would get from a large model.
+It has a token for each byte, so it can encode any text; for each word that varies between tasks; and for each constant
+piece of text between these words (the frame of a tool call, the wording of a question). A tool call then has four
+tokens, and the gateway parses the same text as from a large model.
 """
 
 import re
@@ -15,8 +15,9 @@ from tools.starting_model.transcripts import transcripts, words
 END, BEGIN_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, BEGIN_TURN, END_TURN)
 SAMPLES = 600
-"""Dialogues looked at for what stands between the words."""
-_SAID = "\x00"
+"""Number of dialogues from which the constant pieces of text are taken."""
+_MODEL_MESSAGE = "\x00"
+"""Placeholder of a model message in a rendered dialogue."""
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\nTools:' }}
@@ -30,7 +31,7 @@ CHAT_TEMPLATE = """\
 
 
 def build() -> PreTrainedTokenizerFast:
-    """The tokenizer, the same every time."""
+    """Return the tokenizer. It is the same in every call."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,23 +52,23 @@ def build() -> PreTrainedTokenizerFast:
 
 
 def _frames(vocabulary: tuple[str, ...]) -> list[str]:
-    """Every piece of text between the words and the special tokens, in prompts and in model messages apart.
+    """Return every piece of text between the words and the special tokens.
 
-    Apart, because they are tokenized apart: no piece may reach from what is said to the model into what it says.
+    Prompts and model messages are tokenized separately, so no piece may cross the border between them.
     """
     renderer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token=END_TURN)
-    renderer.chat_template = CHAT_TEMPLATE
+    renderer.chat_template = CHAT_TEMPLATE  # used to render only; it has no vocabulary
     longest_first = sorted(vocabulary, key=len, reverse=True)
     between = [rf"\b{re.escape(word)}\b" for word in longest_first] + [re.escape(special) for special in SPECIAL]
-    cut = re.compile("|".join([*between, _SAID]))
+    separators = re.compile("|".join([*between, _MODEL_MESSAGE]))
     frames: set[str] = set()
     for dialogue, tools in transcripts(SAMPLES, seed=0):
         rendered = renderer.apply_chat_template(
-            [{"role": m.role, "content": _SAID if m.role == "assistant" else m.content} for m in dialogue],
+            [{"role": m.role, "content": _MODEL_MESSAGE if m.role == "assistant" else m.content} for m in dialogue],
             tools=tools,
             tokenize=False,
             add_generation_prompt=True,
         )
         for text in (rendered, *(m.content for m in dialogue if m.role == "assistant")):
-            frames.update(piece for piece in cut.split(text) if len(piece) > 1)
+            frames.update(piece for piece in separators.split(text) if len(piece) > 1)
     return sorted(frames)

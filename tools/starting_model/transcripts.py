@@ -1,4 +1,4 @@
-"""What dialogues with the built-in environments look like, in the words of a model that knows only their form."""
+"""Example dialogues with the built-in environments, in which the model's arguments are random."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ Transcript = list[Message]
 
 
 def transcripts(count: int, seed: int) -> Iterator[tuple[Transcript, list[dict[str, object]]]]:
-    """Dialogues and the tools offered in them, each family in turn; the model's arguments are random."""
+    """Yield dialogues and their tools, from each family in turn. The model's arguments are random."""
     rng = random.Random(seed)  # noqa: S311
     names = sorted(FAMILIES)
     for i in range(count):
@@ -35,5 +35,5 @@ def _transcript(
 
 
 def words() -> tuple[str, ...]:
-    """Every word that varies between tasks."""
+    """Return every word that varies between tasks, sorted."""
     return tuple(sorted({word for family in FAMILIES.values() for word in family.WORDS}))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.routes.figures import figures, targets
-from bench.routes.instrumented_learner import weigh
+from bench.mismatch.references import source
+from bench.mismatch.toy import Toy
+from bench.mismatch.training import Trainer as ToyTrainer
+from bench.routes.figures import ON_THE_PATH, figures, targets
+from bench.routes.instrumented_learner import VersionTimer, instrument_source, tensor_bytes
 from bench.routes.simulated_workers import PAUSE_S, SimulatedWorkers
 from bench.routes.variant_run import ROLLOUT, Pace, cpu_s
-from bench.routes.variants import CONTENDERS, REFERENCE, SHAPES, Load, Place, Variant, build_model, run_config
+from bench.routes.variants import REFERENCE, SHAPES, VARIANTS, Load, Place, Variant, build_model, run_config
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing
@@ -47,6 +51,7 @@ from palimpsest.services.learner.ingest.validation import check_finished, check_
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.training.state import TrainingState
 from tests.records.builders import SAMPLING
 
 pytestmark = pytest.mark.thorough
@@ -65,7 +70,7 @@ class Workers:
     def __init__(self, folder: Path) -> None:
         config = run_config(Variant("t", {"kind": "interruption"}), LOAD, Place(folder, folder, 1, 2))
         self.bus: Bus = open_bus(config)
-        self.fleet = SimulatedWorkers(
+        self.simulated = SimulatedWorkers(
             open_bus(config), run="t", load=LOAD, vocabulary=256, seed=3, clock=lambda: self.now
         )
         self.offered = 0
@@ -99,13 +104,13 @@ class Workers:
             if until():
                 return
             self.now += TURN_S
-            self.fleet.drive(FAST)
+            self.simulated.drive(FAST)
         raise AssertionError(f"the condition does not hold after {TURNS} turns")
 
     def sampled(self) -> int:
         """Return the number of sampled tokens of all trajectories, finished and live."""
         finished = self.messages(TRAJECTORIES, TrajectoryFinished)
-        lives = sum(int((live.versions >= 0).sum()) for live in self.fleet._live)
+        lives = sum(int((live.versions >= 0).sum()) for live in self.simulated._live)
         return lives + sum(len(segment) for record in finished for segment in record.segments)
 
 
@@ -113,7 +118,7 @@ class Workers:
 def workers(tmp_path: Path) -> Iterator[Workers]:
     made = Workers(tmp_path)
     yield made
-    made.fleet.close()
+    made.simulated.close()
     made.bus.close()
 
 
@@ -123,11 +128,11 @@ def published(version: int) -> VersionPublished:
 
 def test_each_offered_trajectory_is_sampled_once_and_valid(workers: Workers) -> None:
     workers.offer(6)
-    workers.fleet.wake()
-    workers.fleet.drive(FAST)
+    workers.simulated.resume_clock()
+    workers.simulated.drive(FAST)
     assert workers.sampled() == 0  # no version is published
     workers.publish(published(0))
-    workers.drive(lambda: len(workers.fleet.finished_at) == 12)
+    workers.drive(lambda: len(workers.simulated.finished_at) == 12)
     finished = workers.messages(TRAJECTORIES, TrajectoryFinished)
     assert sorted(record.trajectory for record in finished) == sorted(
         f"{group_id(g)}/{s}" for g in range(6) for s in (0, 1)
@@ -141,23 +146,23 @@ def test_each_offered_trajectory_is_sampled_once_and_valid(workers: Workers) -> 
 def test_time_between_two_turns_does_not_count(workers: Workers) -> None:
     workers.offer(1)
     workers.publish(published(0))
-    workers.fleet.wake()
-    workers.fleet.drive(1e6)
+    workers.simulated.resume_clock()
+    workers.simulated.drive(1e6)
     workers.now += 0.05
-    workers.fleet.wake()
-    workers.fleet.drive(0.01)  # the trajectory takes less than 50 ms
-    assert workers.fleet.finished_at == {}
+    workers.simulated.resume_clock()
+    workers.simulated.drive(0.01)  # the trajectory takes less than 50 ms
+    assert workers.simulated.finished_at == {}
 
 
 def test_a_cut_pauses_all_workers_until_the_next_version(workers: Workers) -> None:
     workers.offer(8)
     workers.publish(published(0))
-    workers.fleet.wake()
-    workers.drive(lambda: len(workers.fleet.finished_at) >= 2)
+    workers.simulated.resume_clock()
+    workers.drive(lambda: len(workers.simulated.finished_at) >= 2)
     workers.publish(CutRequested("t", 1, Version(0), 5.0))
     workers.drive(lambda: len(workers.messages(WORKERS, CutReached)) == 2)
     flushes = workers.messages(TRAJECTORIES, SegmentFlushed)
-    assert len(flushes) == workers.fleet.flushed > 0
+    assert len(flushes) == workers.simulated.flushed > 0
     for flush in flushes:
         check_sampled(flush, Version(0), vocabulary=256)
         assert {segment.version for segment in flush.segments} == {0}
@@ -169,9 +174,9 @@ def test_a_cut_pauses_all_workers_until_the_next_version(workers: Workers) -> No
     workers.drive(lambda: workers.now > until)
     assert workers.sampled() == at_the_cut
     workers.publish(published(1))
-    workers.drive(lambda: len(workers.fleet.finished_at) == 16)
-    assert len(workers.fleet.holds) == 1
-    assert workers.fleet.holds[0] >= PAUSE_S
+    workers.drive(lambda: len(workers.simulated.finished_at) == 16)
+    assert len(workers.simulated.holds) == 1
+    assert workers.simulated.holds[0] >= PAUSE_S
     by_name = {record.trajectory: record for record in workers.messages(TRAJECTORIES, TrajectoryFinished)}
     for flush in flushes:  # flushed tokens do not change, and later tokens are of the next version
         whole, length = by_name[flush.trajectory], len(flush.tokens) // 4
@@ -207,7 +212,7 @@ def test_figures_by_hand() -> None:
         hold_s=3.5,
     )
     average = version_measurements(seconds={"proximal": 1.0, "tick": 0.5, "distance": 0.5})
-    between = version_measurements(seconds={"passes": 3.5, "between": 0.5})
+    interpolation = version_measurements(seconds={"passes": 3.5, "interpolate": 0.5})
     replica = version_measurements(
         seconds={"known": 2.0}, replica={"tokens": 90.0, "loads": 2.0, "load_s": 1.0, "pass_s": 1.0, "cpu_s": 2.5}
     )
@@ -217,7 +222,7 @@ def test_figures_by_hand() -> None:
             REFERENCE: [version_measurements()],
             "interruption": [cut] * 3,
             "ewma_prox": [average],
-            "linear_prox": [between],
+            "linear_prox": [interpolation],
             "replica": [replica],
         },
         dict.fromkeys((REFERENCE, "linear_prox", "replica"), weights)
@@ -252,12 +257,26 @@ def test_figures_are_medians_over_versions() -> None:
 
 def test_workers_sample_at_the_pace_of_the_reference() -> None:
     pace = Pace(1.0)
-    assert pace.batch_s(CONTENDERS[0]) == ROLLOUT
+    assert pace.batch_s(VARIANTS[0]) == ROLLOUT
     for seconds in (4.0, 6.0, 5.0):
         pace.trained(REFERENCE, {"seconds": {"passes": seconds - 1, "step": 1.0}})
         pace.trained("snapshot", {"seconds": {"passes": 100.0, "step": 1.0}})
-    assert pace.batch_s(CONTENDERS[0]) == 5 * ROLLOUT
+    assert pace.batch_s(VARIANTS[0]) == 5 * ROLLOUT
     assert pace.batch_s(Variant("busy", {"kind": "interruption"}, rollout=0.5)) == 2.5
+
+
+def test_the_figures_count_every_part_that_a_source_takes() -> None:
+    toy = Toy(prompts=2, group=2, minibatches=1)
+    trainer = ToyTrainer(toy, 0)
+    batch = trainer.sample()
+    surrogate = source("linear_prox", store=trainer.store, policy=trainer.policy, toy=toy)
+    timer = VersionTimer()
+    with ExitStack() as stack:
+        instrument_source(stack, TrainingState(surrogate), timer)
+        proximal = surrogate.proximal(batch.minibatches, trainer.now)
+        mask = torch.from_numpy(batch.minibatches[0].mask)
+        proximal.anchor(0, torch.zeros(mask.shape), mask)
+    assert set(timer.seconds) == {"proximal", "interpolate"} <= set(ON_THE_PATH)
 
 
 def test_cpu_time_of_a_process() -> None:
@@ -269,9 +288,9 @@ def test_cpu_time_of_a_process() -> None:
 
 def test_every_kind_of_proximal_has_a_run(tmp_path: Path) -> None:
     kinds = set()
-    for contender in CONTENDERS:
-        config = run_config(contender, LOAD, Place(tmp_path, tmp_path, 1, 2))
-        file = tmp_path / f"{contender.name}.toml"
+    for variant in VARIANTS:
+        config = run_config(variant, LOAD, Place(tmp_path, tmp_path, 1, 2))
+        file = tmp_path / f"{variant.name}.toml"
         file.write_text(to_toml(config))
         assert load_run([str(file)], {}, program="test").config == config
         kinds.add(config.learner.proximal.kind)
@@ -285,18 +304,18 @@ def test_other_bytes_count_every_tensor_but_the_policys(tmp_path: Path) -> None:
     parameters = build_model(SHAPES["tiny"], tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
     policy = TrainablePolicy(model, OptimizerConfig())
-    before = weigh(policy, ScoreStore())
+    before = tensor_bytes(policy, ScoreStore())
     assert before["copy"] == 2 * parameters  # the tied head counts once
     policy.step()  # the optimizer's moments now exist and do not count
-    assert weigh(policy, ScoreStore())["other"] == before["other"]
+    assert tensor_bytes(policy, ScoreStore())["other"] == before["other"]
     shadow = copy.deepcopy(model).requires_grad_(False)
     buffers = sum(buffer.nbytes for buffer in shadow.buffers())
-    assert weigh(policy, ScoreStore())["other"] - before["other"] == 2 * parameters + buffers
+    assert tensor_bytes(policy, ScoreStore())["other"] - before["other"] == 2 * parameters + buffers
     del shadow
     source = EwmaProx(model, policy.masters, torch.device("cpu"), decay=0.5)
-    assert weigh(policy, ScoreStore())["other"] - before["other"] == 4 * parameters
+    assert tensor_bytes(policy, ScoreStore())["other"] - before["other"] == 4 * parameters
     del source
-    assert weigh(policy, ScoreStore())["other"] == before["other"]
+    assert tensor_bytes(policy, ScoreStore())["other"] == before["other"]
 
 
 @pytest.mark.servers

@@ -9,7 +9,7 @@ import pytest
 
 from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends.process import Server
-from tools.backends.recovery import LogRecovery, Patience
+from tools.backends.recovery import LogRecovery, ProgressLimit
 
 LIMIT_S, STEP_S = 60.0, 50.0
 """Seconds of the test's clock; one step takes less than the limit, ten steps take more."""
@@ -33,7 +33,7 @@ class Recovering(Server):
 
     def __init__(self, folder: Path, steps: int) -> None:
         super().__init__(folder, None)
-        self.steps, self.asked, self.now = steps, 0, 0.0
+        self.steps, self.answered, self.now = steps, 0, 0.0
         self.clock = lambda: self.now
 
     def prepare(self) -> None:
@@ -43,14 +43,14 @@ class Recovering(Server):
         return [sys.executable, "-c", SERVER, str(self.steps)]
 
     def answers(self) -> bool:
-        if self.asked == 10:
+        if self.answered == 10:
             return self.steps == 10
-        self.asked += 1
+        self.answered += 1
         self.now += STEP_S
-        (self.folder / f"step-{self.asked}").touch()
-        if self.asked <= self.steps:
+        (self.folder / f"step-{self.answered}").touch()
+        if self.answered <= self.steps:
             guard = time.monotonic() + 600
-            while f"({self.asked}/10 completed" not in self.log.read_text():
+            while f"({self.answered}/10 completed" not in self.log.read_text():
                 assert time.monotonic() < guard
                 time.sleep(0.01)
         return False
@@ -70,17 +70,17 @@ def test_a_recovery_with_progress_may_take_longer_than_the_limit(tmp_path: Path)
 
 def test_a_recovery_without_progress_is_ended_although_the_server_logs(tmp_path: Path) -> None:
     server = Recovering(tmp_path, steps=3)
-    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it stands at 3 of 10 partitions") as error:
+    with pytest.raises(UserError, match=r"made no progress for 60 s \(it has recovered 3 of 10 partitions") as error:
         server.start(LIMIT_S)
     assert error.value.code is ExitCode.UNAVAILABLE
-    assert "it was ended" in str(error.value)
+    assert "it was killed" in str(error.value)
     assert not server.running
 
 
 def test_the_recovery_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "kafka.log").write_text("INFO (9/10 completed in /d)\n")
     server = Recovering(tmp_path, steps=0)
-    with pytest.raises(UserError, match=r"nothing has moved for 60 s; it was ended"):
+    with pytest.raises(UserError, match=r"made no progress for 60 s; it was killed"):
         server.start(LIMIT_S)
 
 
@@ -91,17 +91,17 @@ def test_progress_is_read_from_kafkas_log() -> None:
         "INFO  [LogLoader partition=a-0, dir=/d] Recovering unflushed segment 0. 2 recovered for a-0. (LogLoader)",
     ):
         recovery.read(line)
-    assert (recovery.steps, recovery.said) == (1, "2 segments of another")
+    assert (recovery.steps, recovery.progress) == (1, "2 segments of another")
     recovery.read("INFO  Completed load of UnifiedLog(a-0) with 3 segments, in 40ms (1/5 completed in /d) (LogManager)")
-    assert (recovery.steps, recovery.said) == (2, "1 of 5 partitions")
+    assert (recovery.steps, recovery.progress) == (2, "1 of 5 partitions")
 
 
-def test_patience_ends_when_nothing_has_moved() -> None:
-    patience = Patience(60, now=0)
-    assert not patience.ended(0, 60)
-    assert not patience.ended(1, 110)
-    assert not patience.ended(1, 170)
-    assert patience.ended(1, 171)
+def test_the_limit_ends_without_progress() -> None:
+    limit = ProgressLimit(60, now=0)
+    assert not limit.ended(0, 60)
+    assert not limit.ended(1, 110)
+    assert not limit.ended(1, 170)
+    assert limit.ended(1, 171)
 
 
 def test_a_closed_pipe_ends_the_command_without_output(tmp_path: Path) -> None:
