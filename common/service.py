@@ -24,13 +24,14 @@ from typing import Any, Self
 
 import uvicorn
 from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from palimpsest.common.control.access import Access, AccessRule, require_token_off_loopback
 from palimpsest.common.control.connections import limited_protocol
 from palimpsest.common.control.error_replies import COMMON_ERRORS, answer_errors_alike, documented
 from palimpsest.common.control.guard import LIMITS, RequestGuard, RequestLimits
+from palimpsest.common.control.openapi import describe
 from palimpsest.common.logs import logger
 from palimpsest.common.outages import OUTAGES, Outages
 from palimpsest.common.user_error import ExitCode, UserError
@@ -130,6 +131,7 @@ def application(
         RequestGuard, access=access, rules=rules, body_limits=body_limits or {}, limits=limits, on_refusal=on_error
     )
     answer_errors_alike(app, on_error)
+    describe(app, access, rules)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -140,7 +142,7 @@ def application(
         waiting = ready()
         return JSONResponse({"ready": waiting is None, "waiting_for": waiting}, 200 if waiting is None else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from palimpsest.common.control.errors import ErrorReply, HttpError
 
@@ -41,6 +42,8 @@ def answer_errors_alike(app: FastAPI, on_error: Callable[[str], None] = lambda _
     async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "unknown_route", 405: "wrong_method"}.get(error.status_code, "refused")
         headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request))
         return reply(HttpError(error.status_code, code, f"{request.method}: {error.detail}"), headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -51,3 +54,9 @@ def answer_errors_alike(app: FastAPI, on_error: Callable[[str], None] = lambda _
     async def broken(_request: Request, error: Exception) -> JSONResponse:
         message = f"the service failed: {type(error).__name__}; its log has the traceback"
         return JSONResponse(HttpError(500, "internal", message).body, 500)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of every route with this path; the router's own Allow header has those of the first only."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})

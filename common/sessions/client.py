@@ -62,7 +62,7 @@ class SessionClient:
 
     async def step(self, session_id: str, number: int, text: str) -> Step:
         """Send the model message of step `number`. Raises SessionFailed."""
-        taken = TakeStep(step=number, action=TextAction(text=text))
+        taken = TakeStep(step=number, action=TextAction(type="text", text=text))
         return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/step", taken))
 
     async def heartbeat(self, session_id: str) -> Lease:

@@ -51,7 +51,7 @@ class Message(Wire):
 class TextAction(Wire):
     """The unparsed text of the model. The gateway extracts the tool calls."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text"]
     text: str
 
 

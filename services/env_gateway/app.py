@@ -44,8 +44,6 @@ RULES = (
     AccessRule("DELETE", "/v1/sessions/", (Role.SERVICE, Role.OPERATE)),
 )
 """Roles of the routes that do not need `service` alone."""
-MAX_KEY = 255
-"""Longest Idempotency-Key, in characters."""
 
 
 def create_app(
@@ -103,8 +101,8 @@ def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
     async def create(request: Request) -> bytes:
         """Begin a session, or return the session that the same Idempotency-Key began."""
         key = request.headers.get("idempotency-key") or None
-        if key is not None and len(key) > MAX_KEY:
-            raise HttpError(422, "invalid_request", f"an Idempotency-Key has at most {MAX_KEY} characters")
+        if key is not None and len(key) > raw_routes.MAX_KEY:
+            raise HttpError(422, "invalid_request", f"an Idempotency-Key has at most {raw_routes.MAX_KEY} characters")
         return await sessions.create(_parsed(CreateSession, await request.body()), key)
 
     async def step(request: Request) -> bytes:
@@ -120,10 +118,26 @@ def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
         """Renew the lease."""
         return sessions.heartbeat(request.path_params["session_id"]).model_dump_json().encode()
 
-    raw_routes.post(app, "/v1/sessions/{session_id}/heartbeat", heartbeat, gives=Lease)
-    raw_routes.post(app, "/v1/sessions/{session_id}/finalize", finalize, gives=Step)
-    raw_routes.post(app, "/v1/sessions", create, takes=CreateSession, gives=Session, status=201)
-    raw_routes.post(app, "/v1/sessions/{session_id}/step", step, takes=TakeStep, gives=Step)
+    raw_routes.post(app, "/v1/sessions/{session_id}/heartbeat", heartbeat, gives=Lease, errors=(410,))
+    raw_routes.post(app, "/v1/sessions/{session_id}/finalize", finalize, gives=Step, errors=(410,))
+    raw_routes.post(
+        app,
+        "/v1/sessions",
+        create,
+        takes=CreateSession,
+        gives=Session,
+        status=201,
+        keyed=True,
+        links={
+            "step": "POST /v1/sessions/{session_id}/step",
+            "heartbeat": "POST /v1/sessions/{session_id}/heartbeat",
+            "finalize": "POST /v1/sessions/{session_id}/finalize",
+            "state": "GET /v1/sessions/{session_id}",
+            "close": "DELETE /v1/sessions/{session_id}",
+        },
+        errors=(409, 410, 502),
+    )
+    raw_routes.post(app, "/v1/sessions/{session_id}/step", step, takes=TakeStep, gives=Step, errors=(409, 410))
 
     @app.get("/v1/sessions/{session_id}")
     async def state(session_id: str) -> SessionState:

@@ -3,13 +3,21 @@
 They are part of the OpenAPI document, and their errors reach the application's exception handlers.
 """
 
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, Signature
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from palimpsest.common.control.error_replies import COMMON_ERRORS, documented
 from palimpsest.common.sessions.wire import Wire
+
+MAX_KEY = 255
+"""Longest Idempotency-Key, in characters."""
+IdempotencyKey = Annotated[str | None, Header(max_length=MAX_KEY)]
 
 
 class RawRoute(APIRoute):
@@ -28,10 +36,39 @@ class RawRoute(APIRoute):
 
 
 def post(
-    app: FastAPI, path: str, endpoint: Any, *, takes: type[Wire] | None = None, gives: type[Wire], status: int = 200
+    app: FastAPI,
+    path: str,
+    endpoint: Any,
+    *,
+    takes: type[Wire] | None = None,
+    gives: type[Wire],
+    status: int = 200,
+    keyed: bool = False,
+    links: Mapping[str, str] | None = None,
+    errors: Sequence[int],
 ) -> None:
-    """Add a raw POST route that is matched before all others."""
-    content = {"application/json": {"schema": takes.model_json_schema()}} if takes else None
+    """Add a raw POST route that is matched before all others.
+
+    keyed: the route takes an Idempotency-Key. links: name -> "METHOD path" of routes that take `session_id` from the
+    reply. errors: its statuses besides those of every route.
+    """
+    documentation: dict[str, Any] = dict.fromkeys(re.findall(r"{(\w+)}", path), str)
+    if takes:
+        documentation["body"] = takes
+    if keyed:
+        documentation["idempotency_key"] = IdempotencyKey
+    # FastAPI reads the parameters from the signature; the route itself passes the request
+    endpoint.__signature__ = Signature(
+        [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                annotation=kind,
+                default=None if kind is IdempotencyKey else Parameter.empty,
+            )
+            for name, kind in documentation.items()
+        ]
+    )
     app.router.routes.insert(
         0,
         RawRoute(
@@ -39,7 +76,18 @@ def post(
             endpoint,
             methods=["POST"],
             status_code=status,
-            responses={status: {"model": gives}},
-            openapi_extra={"requestBody": {"required": True, "content": content}} if content else None,
+            responses={status: {"model": gives, "links": _links(links or {})}, **documented(*COMMON_ERRORS, *errors)},
         ),
     )
+
+
+def _links(named: Mapping[str, str]) -> dict[str, Any]:
+    """Return the OpenAPI links: where the `session_id` of the reply can be used."""
+    targets = {name: target.split(" ") for name, target in named.items()}
+    return {
+        name: {
+            "operationRef": f"#/paths/{path.replace('/', '~1')}/{method.lower()}",
+            "parameters": {"session_id": "$response.body#/session_id"},
+        }
+        for name, (method, path) in targets.items()
+    }

@@ -12,33 +12,34 @@ Every route answers 503 storage_unavailable while the storage does not answer; w
 """
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
 from palimpsest.common.control.access import Access
+from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.control.openapi import json_body, json_content
 from palimpsest.common.files import FULL
 from palimpsest.common.logs import logger
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Status, application
-from palimpsest.common.snapshots.manifest import Damaged, unseal
+from palimpsest.common.snapshots.manifest import Damaged, SealedManifest, unseal
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_writers
-from palimpsest.services.snapshot_store.bodies import MOST, Number, decoded
+from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
-_HOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+LeaseHolder = Annotated[str, Path(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 CLAIMS_KEEP_S = 192 * 3600.0
 BODY_LIMITS = {"/v1/objects/": None, "/v1/claims/": MOST_CLAIM_BYTES, "/v1/versions/": 32 * 2**20}
 """Maximum size of the bodies of a route in bytes; None: weights, of any size."""
@@ -133,7 +134,12 @@ def create_app(
 
 
 def _versions(app: FastAPI, catalog: Catalog) -> None:
-    @app.put("/v1/versions/{number}")
+    @app.put(
+        "/v1/versions/{number}",
+        response_class=Response,
+        responses={201: {"description": "New"}, **documented(424), **WRITE_ERRORS, **WRITER_ERRORS},
+        openapi_extra=json_body(app, SealedManifest),
+    )
     async def put_version(number: Number, request: Request) -> Response:
         body = await request.body()
         try:
@@ -160,7 +166,11 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
         _observe(catalog)
         return Response(status_code=201 if new else 200)
 
-    @app.get("/v1/versions/{number}")
+    @app.get(
+        "/v1/versions/{number}",
+        response_class=Response,
+        responses={200: {"content": json_content(app, SealedManifest)}},
+    )
     async def get_version(number: Number) -> Response:
         body = await catalog.body(Version(number))
         if body is None:
@@ -173,25 +183,18 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
 
 
 def _leases(app: FastAPI, catalog: Catalog) -> None:
-    @app.put("/v1/leases/{holder}")
-    async def put_lease(holder: str, request: Request) -> dict[str, int]:
-        _check_holder(holder)
+    @app.put("/v1/leases/{holder}", responses=WRITE_ERRORS, openapi_extra=json_body(app, LeaseRequest))
+    async def put_lease(holder: LeaseHolder, request: Request) -> dict[str, int]:
         lease = await decoded(request, LeaseRequest, "bad_lease")
         await catalog.lease(holder, Version(lease.lowest))
         instruments.OLDEST_NEEDED.set(min(catalog.leases.values()))
         return {"lowest": lease.lowest}
 
-    @app.delete("/v1/leases/{holder}", status_code=204)
-    async def delete_lease(holder: str) -> None:
-        _check_holder(holder)
+    @app.delete("/v1/leases/{holder}", status_code=204, responses=WRITE_ERRORS)
+    async def delete_lease(holder: LeaseHolder) -> None:
         if not await catalog.release(holder):
             raise HttpError(404, "lease_missing", f"{holder} has no lease")
         instruments.OLDEST_NEEDED.set(min(catalog.leases.values(), default=0))
-
-
-def _check_holder(holder: str) -> None:
-    if not _HOLDER.fullmatch(holder):
-        raise HttpError(422, "bad_holder", f"{holder!r} is not a valid holder name")
 
 
 async def _sweep(catalog: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:

@@ -5,12 +5,17 @@ from typing import Annotated, TypeVar
 import msgspec
 from fastapi import Path, Request
 
+from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
 
 T = TypeVar("T")
 MOST = 2**53 - 1
 """Highest version and epoch: every JSON reader has it exactly."""
 Number = Annotated[int, Path(ge=0, le=MOST)]
+WRITE_ERRORS = documented(507)
+"""The OpenAPI responses of a route that writes to the storage, besides those of every route."""
+WRITER_ERRORS = documented(409)
+"""The OpenAPI responses of a route that checks the writer's epoch."""
 
 
 async def decoded(request: Request, kind: type[T], code: str) -> T:

@@ -9,14 +9,16 @@ A GET answers 200 with the body, or 307 with a temporary address of the storage.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.control.openapi import bytes_content
 from palimpsest.common.digests import HEX_DIGEST
 from palimpsest.services.snapshot_store import instruments
+from palimpsest.services.snapshot_store.bodies import WRITE_ERRORS
 from palimpsest.services.snapshot_store.catalog import Catalog
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
@@ -27,24 +29,30 @@ Digest = Annotated[str, Path(pattern=f"^{HEX_DIGEST}$")]
 def routes(app: FastAPI, storage: Storage, catalog: Catalog, claims: ClaimCheckBlobs) -> None:
     """Add the routes."""
 
-    @app.put("/v1/objects/{digest}", status_code=201)
+    sent = {"requestBody": {"required": True, "content": bytes_content()}}
+    received: dict[int | str, dict[str, Any]] = {
+        200: {"content": bytes_content()},
+        307: {"description": "A temporary address of the storage, in `Location`"},
+    }
+
+    @app.put("/v1/objects/{digest}", status_code=201, responses=WRITE_ERRORS, openapi_extra=sent)
     async def put_object(digest: Digest, request: Request) -> dict[str, int]:
         size = await _receive(catalog.put_object, digest, request)
         instruments.RECEIVED_BYTES.inc(size)
         return {"size": size}
 
-    @app.get("/v1/objects/{digest}")
+    @app.get("/v1/objects/{digest}", response_class=Response, responses=received)
     async def get_object(digest: Digest) -> Response:
         missing = HttpError(404, "object_missing", f"no object {digest}")
         return await _send(storage, catalog.object_key(digest), missing)
 
-    @app.put("/v1/claims/{digest}", status_code=201)
+    @app.put("/v1/claims/{digest}", status_code=201, responses=WRITE_ERRORS, openapi_extra=sent)
     async def put_claim(digest: Digest, request: Request) -> dict[str, int]:
         size = await _receive(claims.put, digest, request)
         instruments.CLAIM_BYTES.inc(size)
         return {"size": size}
 
-    @app.get("/v1/claims/{digest}")
+    @app.get("/v1/claims/{digest}", response_class=Response, responses=received)
     async def get_claim(digest: Digest) -> Response:
         missing = HttpError(
             404, "claim_missing", f"no body {digest}: it was never sent, or was removed because of its age"

@@ -15,16 +15,23 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.control.openapi import json_body
 from palimpsest.common.digests import HEX_DIGEST
 from palimpsest.common.logs import logger
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments
-from palimpsest.services.snapshot_store.bodies import MOST, Number, decoded
+from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
 from palimpsest.services.snapshot_store.writers import CommitConflict, StaleWriter, UnknownWriter, Writers
 
-Replacing = Annotated[int, Query(ge=0, le=MOST)]
+
+class CheckpointId(BaseModel):
+    """Reply of the routes that accept or withdraw a checkpoint."""
+
+    version: int
+    writer: int
 
 
 class Holder(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,7 +43,7 @@ class Holder(msgspec.Struct, forbid_unknown_fields=True):
 class Commit(msgspec.Struct, forbid_unknown_fields=True):
     """Body of PUT /v1/checkpoints/{version}/{writer}."""
 
-    digest: Annotated[str, msgspec.Meta(pattern=rf"^{HEX_DIGEST}\Z")]
+    digest: Annotated[str, msgspec.Meta(pattern=rf"^{HEX_DIGEST}\Z", extra_json_schema={"pattern": f"^{HEX_DIGEST}$"})]
 
 
 @contextmanager
@@ -59,7 +66,7 @@ def routes(app: FastAPI, writers: Writers) -> None:
 
 
 def _writers(app: FastAPI, writers: Writers) -> None:
-    @app.post("/v1/writers", status_code=201)
+    @app.post("/v1/writers", status_code=201, responses=WRITE_ERRORS, openapi_extra=json_body(app, Holder))
     async def post_writer(request: Request) -> dict[str, int]:
         body = await decoded(request, Holder, "bad_holder")
         epoch = await writers.issue(body.holder)
@@ -71,7 +78,7 @@ def _writers(app: FastAPI, writers: Writers) -> None:
         newest = await writers.newest()
         return {"epoch": newest.epoch, "holder": newest.holder} if newest else {"epoch": None, "holder": None}
 
-    @app.get("/v1/writers/{epoch}")
+    @app.get("/v1/writers/{epoch}", responses=WRITER_ERRORS)
     async def confirm_writer(epoch: Number) -> dict[str, int]:
         with writer_errors_as_conflict():
             await writers.check(epoch)
@@ -79,20 +86,25 @@ def _writers(app: FastAPI, writers: Writers) -> None:
 
 
 def _checkpoints(app: FastAPI, writers: Writers) -> None:
-    @app.put("/v1/checkpoints/{version}/{writer}")
+    @app.put(
+        "/v1/checkpoints/{version}/{writer}",
+        response_model=CheckpointId,
+        responses={201: {"model": CheckpointId}, **WRITE_ERRORS, **WRITER_ERRORS},
+        openapi_extra=json_body(app, Commit),
+    )
     async def put_checkpoint(version: Number, writer: Number, request: Request) -> JSONResponse:
         commit = await decoded(request, Commit, "bad_commit")
         with writer_errors_as_conflict():
             new = await writers.commit(Version(version), writer, commit.digest)
         return JSONResponse({"version": version, "writer": writer}, 201 if new else 200)
 
-    @app.delete("/v1/checkpoints/{version}/{writer}")
+    @app.delete("/v1/checkpoints/{version}/{writer}", responses=WRITER_ERRORS)
     async def delete_checkpoint(
         version: Number, writer: Number, by: Annotated[int, Query(ge=0, le=MOST)]
-    ) -> dict[str, int]:
+    ) -> CheckpointId:
         with writer_errors_as_conflict():
             await writers.withdraw(Version(version), writer, by=by)
-        return {"version": version, "writer": writer}
+        return CheckpointId(version=version, writer=writer)
 
     @app.get("/v1/checkpoints")
     async def list_checkpoints() -> dict[str, list[dict[str, Any]]]:

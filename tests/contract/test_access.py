@@ -1,58 +1,21 @@
 """Every route of every service: a stranger gets 401, a wrong role 403, and only the open routes answer anybody."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 
-from palimpsest.common.control.access import METRICS_TOKEN, OPEN, TOKENS_FILE, Access, Role, token_line
+from palimpsest.common.control.access import METRICS_TOKEN, OPEN, TOKENS_FILE, Role, token_line
 from palimpsest.common.control.credentials import open_access
-from palimpsest.common.service import Starting
-from palimpsest.services.env_gateway import registry
-from palimpsest.services.env_gateway.app import create_app as create_gateway
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
-from palimpsest.services.snapshot_store.app import create_app as create_store
-from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.contract.http_services import APPS
 
-LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=1000)
 VIEWED = {("GET", "/v1/status"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"),
           ("GET", "/v1/envs"), ("GET", "/v1/envs/{name}"), ("GET", "/docs/oauth2-redirect")}  # fmt: skip
 OPERATED = {("DELETE", "/v1/sessions/{session_id}")}
-
-
-def starting(name: str) -> Callable[[Access | None, Path], FastAPI]:
-    """The application of a service that is built on Starting, as its program shows it."""
-
-    def create(access: Access | None, _folder: Path) -> FastAPI:
-        server = Starting(name, "127.0.0.1", 0, key=name, registry=CollectorRegistry(), access=access)
-        with server:
-            server.show_service(ready=lambda: None, status=dict)
-        return server.app
-
-    return create
-
-
-def store(access: Access | None, folder: Path) -> FastAPI:
-    return create_store(DiskStorage(folder, tidy=False), sweep_s=3600, access=access)
-
-
-def gateway(access: Access | None, _folder: Path) -> FastAPI:
-    offered = registry.built_in()
-    return create_gateway(Sessions(offered, LIMITS), offered, access=access)
-
-
-APPS = {
-    "store": store,
-    "gateway": gateway,
-    "learner": starting("learner"),
-    "rollout": starting("rollout"),
-    "replica": starting("replica"),
-}
 
 
 def routes(app: FastAPI) -> Iterator[tuple[str, str]]:

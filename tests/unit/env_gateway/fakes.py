@@ -106,7 +106,7 @@ async def taken(sessions: Sessions, session_id: str, number: int, text: str = "h
 
 def a_step(number: int, text: str = "hello") -> TakeStep:
     """A step with a text."""
-    return TakeStep(step=number, action=TextAction(text=text))
+    return TakeStep(step=number, action=TextAction(type="text", text=text))
 
 
 def counted(name: str, **labels: str) -> float:

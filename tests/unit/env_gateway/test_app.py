@@ -10,8 +10,9 @@ import pytest
 from palimpsest.common.control.access import SERVICE_TOKEN
 from palimpsest.common.control.credentials import open_access
 from palimpsest.services.env_gateway import registry
-from palimpsest.services.env_gateway.app import MAX_KEY, create_app
+from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.environments import lookup
+from palimpsest.services.env_gateway.raw_routes import MAX_KEY
 from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=65536)

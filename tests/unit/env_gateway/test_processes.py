@@ -188,7 +188,9 @@ async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool)
     opened = await sessions.create(CreateSession(environment="hangs", seed=0), None)
     session = Session.model_validate_json(opened).session_id
     child = next(p for p in children() if p.ppid() != os.getpid())
-    ended = Step.model_validate_json(await sessions.step(session, TakeStep(step=0, action=TextAction(text=""))))
+    ended = Step.model_validate_json(
+        await sessions.step(session, TakeStep(step=0, action=TextAction(type="text", text="")))
+    )
     assert (ended.status, ended.reward) == (Status.ERROR, None)
     assert ended.error is not None
     assert ended.error.code == "environment_timeout"

@@ -152,7 +152,7 @@ async def test_a_lease_is_taken_and_shown(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("holder", [".hidden", "a b", "a" * 65, "ä", "-x"])
 async def test_a_lease_without_a_proper_holder_is_422(client: httpx.AsyncClient, holder: str) -> None:
-    assert_error(await client.put(f"/v1/leases/{holder}", json={"lowest": 4}), 422, "bad_holder")
+    assert_error(await client.put(f"/v1/leases/{holder}", json={"lowest": 4}), 422, "invalid_request")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,6 @@ def test_a_call_inside_reasoning_is_not_executed(text: str, calls: int) -> None:
 
 def test_actions_of_every_type_become_turns() -> None:
     call = ToolCall(id="c1", name="f", arguments={"x": math.pi})
-    assert turn(TextAction(text=" 4 ")) == Turn("4")
+    assert turn(TextAction(type="text", text=" 4 ")) == Turn("4")
     assert turn(MessageAction(type="message", content=" <tool_call> ")) == Turn("<tool_call>")
     assert turn(ToolCallsAction(type="tool_calls", calls=(call,))) == Turn("", (call,))
