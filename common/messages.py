@@ -194,8 +194,8 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
     key: str
     headers: dict[str, str]
     body: bytes
-    """Body of the record; empty, with the header `body_omitted`, if it is longer than 1 MiB. `topic`, `partition` and
-    `offset` name the original."""
+    """Body of the record; empty, with the header `body_omitted`, if it is longer than 1 MiB, its key longer than 1,024
+    characters or its headers longer than 16,384. `topic`, `partition` and `offset` name the original."""
     cause: RejectCause
     reason: str
     """Error text for a person."""

@@ -36,9 +36,13 @@ FOREIGN = frozenset({RejectCause.WRONG_RUN, RejectCause.NEVER_OFFERED})
 """Causes of valid records that do not belong to this run. Their rejection loses no data of the run."""
 
 
+MOST_REASON_CHARS = 1000
+"""Longest error text. It goes to logs and dead letters, and may quote what another program wrote."""
+
+
 class RejectedRecord(ValueError):
     """Raised for a record that cannot be used, with its cause and an error text."""
 
     def __init__(self, cause: RejectCause, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(reason if len(reason) <= MOST_REASON_CHARS else f"{reason[:MOST_REASON_CHARS]} [...]")
         self.cause = cause

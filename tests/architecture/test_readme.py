@@ -111,7 +111,9 @@ def test_a_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("this test has no rule for the command; add one")
     monkeypatch.chdir(ROOT)
     with_check = module == "palimpsest" and arguments[:1] in (["run"], ["check"])
-    helped = module in ("bench", "tests.durations", "tools.pictures") or (module == "palimpsest" and not with_check)
+    helped = module in ("bench", "tests.durations", "tests.fuzz", "tools.pictures") or (
+        module == "palimpsest" and not with_check
+    )
     done = run_program(module, *arguments, "--help" if helped else "--check")
     if "--resume" in arguments:
         assert "not the folder of a run" in done.err  # the flag is valid; the folder is a placeholder

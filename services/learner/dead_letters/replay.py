@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from palimpsest.common.bus.claim_check import LOST
 from palimpsest.common.bus.decoding import OMITTED
 from palimpsest.common.bus.offline import read_existing
-from palimpsest.common.bus.port import Bus, Outgoing, Position
-from palimpsest.common.messages import DEAD_LETTERS, REPLAYED, DeadLetter, Undecodable, decode
+from palimpsest.common.bus.port import Bus, Outgoing, Position, Record
+from palimpsest.common.messages import DEAD_LETTERS, REPLAYED, TOPICS, DeadLetter, Undecodable, decode
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.user_error import ExitCode, UserError
 
@@ -43,7 +43,7 @@ class Buried:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A record on `dead_letters` that cannot be decoded."""
+    """A record on `dead_letters` that is no letter of a record: it cannot be decoded, or names no topic of a run."""
 
     at: Position
     reason: str
@@ -58,8 +58,8 @@ class Sent:
 
 
 def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
-    """Return the run's buried records, oldest letter first, and the records on `dead_letters` that cannot be
-    decoded."""
+    """Return the run's buried records, oldest letter first, and the records on `dead_letters` that are no letter of
+    a record."""
     found: dict[tuple[str, int, int], Buried] = {}
     unreadable = []
     for record in read_existing(bus, DEAD_LETTERS):
@@ -70,6 +70,9 @@ def read(bus: Bus, run: str) -> tuple[list[Buried], list[Unreadable]]:
             unreadable.append(Unreadable(at, str(error)))
             continue
         if letter.run != run:
+            continue
+        if letter.topic not in TOPICS:
+            unreadable.append(Unreadable(at, f"it names a record of topic {letter.topic[:80]!r}, which no run has"))
             continue
         place = (letter.topic, letter.partition, letter.offset)
         first = found.get(place)
@@ -92,20 +95,20 @@ def replay(bus: Bus, buried: Sequence[Buried], *, again: bool) -> Iterator[Sent]
     for one in buried:
         if one.replayed and not again:
             continue
-        letter = one.letter
-        headers = {name: value for name, value in letter.headers.items() if name not in (LOST, OMITTED)}
-        record = Outgoing(letter.key, _body(bus, letter), headers | {REPLAYED: _letter_name(one.at)})
-        (to,) = bus.publish(letter.topic, [record])
+        original = _original(bus, one.letter)
+        headers = {name: value for name, value in original.headers.items() if name not in (LOST, OMITTED)}
+        record = Outgoing(original.key, original.body, headers | {REPLAYED: _letter_name(one.at)})
+        (to,) = bus.publish(one.letter.topic, [record])
         yield Sent(one, to)
 
 
-def _body(bus: Bus, letter: DeadLetter) -> bytes:
-    """Return the body of the original record. Raises UserError if it is not in the letter and gone from the log."""
+def _original(bus: Bus, letter: DeadLetter) -> Record:
+    """Return the original record. Raises UserError if it is not in the letter and gone from the log."""
     if OMITTED not in letter.headers:
-        return letter.body
+        return Record(letter.topic, letter.partition, letter.offset, letter.key, letter.body, letter.headers)
     for record in read_existing(bus, letter.topic, {letter.partition: letter.offset}):
         if (record.partition, record.offset) == (letter.partition, letter.offset):
-            return record.body
+            return record
     raise UserError(
         f"the record {letter.topic}[{letter.partition}]@{letter.offset} is gone from the log, and its dead letter does "
         f"not hold its {letter.headers[OMITTED]} bytes: it cannot be sent again",

@@ -29,5 +29,5 @@ class DeadLetterWriter:
             cause=error.cause.value, reason=str(error),
         )  # fmt: skip
         letter = dead_letter(self._run, record, error, now=time.time())
-        self._bus.publish(DEAD_LETTERS, [Outgoing(record.key, encode(letter))])
+        self._bus.publish(DEAD_LETTERS, [Outgoing(letter.key, encode(letter))])
         instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()

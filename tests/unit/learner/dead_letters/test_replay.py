@@ -124,6 +124,13 @@ def test_several_letters_of_one_record_are_replayed_once(bus: Bus, toml: Path) -
     assert one.replayed == (Position(0, 1),)
 
 
+def test_a_letter_that_names_no_topic_of_a_run_is_listed_as_unreadable(bus: Bus) -> None:
+    read_replay(bus, "elsewhere", Outgoing("k", b"?"), Position(0, 0), RejectCause.UNDECODABLE)
+    buried, (unreadable,) = read(bus, "test")
+    assert (buried, unreadable.at) == ([], Position(0, 0))
+    assert "'elsewhere'" in unreadable.reason
+
+
 def test_headers_that_a_reader_added_are_not_replayed(bus: Bus, toml: Path) -> None:
     headers = {"claim": "c3" * 32, "claim_lost": "no such body"}
     write_letter(bus, TRAJECTORIES, Outgoing("g000001", b"", headers), RejectCause.MISSING_CLAIM)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from palimpsest.common import logs
-from palimpsest.common.bus.decoding import MOST_COPIED_BYTES, OMITTED
+from palimpsest.common.bus.decoding import MOST_COPIED_BYTES, MOST_KEY_CHARS, OMITTED
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import (
@@ -15,9 +15,10 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
-from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.rejected_record import MOST_REASON_CHARS, RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.services.learner import instruments
+from palimpsest.services.learner.dead_letters import replay
 from palimpsest.services.learner.ingest.validation import check_finished
 from tests.learner_parts.ingest import VOCABULARY
 from tests.records.builders import a_finished
@@ -86,6 +87,30 @@ def test_the_dead_letter_of_a_long_record_names_the_original_instead_of_copying_
     copied, named = letters(bus)
     assert (len(copied.body), copied.headers) == (MOST_COPIED_BYTES, {})
     assert (named.body, named.headers, named.offset) == (b"", {OMITTED: str(2 << 20)}, copied.offset + 1)
+
+
+@pytest.mark.parametrize(("key", "headers"), [("k" * 100_000, {}), ("g000000", {"foreign": "x" * 100_000})])
+def test_a_long_key_or_header_is_not_copied(bus: SqliteBus, key: str, headers: dict[str, str]) -> None:
+    reader, _ = started(bus)
+    bus.publish(TRAJECTORIES, [Outgoing(key, b"junk", headers | {"trajectory": "g000000/0"})])
+    reader.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert (letter.key, letter.body) == (key[:MOST_KEY_CHARS], b"")
+    assert letter.headers == {"trajectory": "g000000/0", OMITTED: "4"}
+    (buried,), _ = replay.read(bus, "test")
+    (sent,) = replay.replay(bus, [buried], again=False)
+    with bus.consumer(TRAJECTORIES) as consumer:
+        again = [record for record in consumer.poll(limit=9, timeout_s=0) if record.offset == sent.to.offset][-1]
+    assert (again.key, again.body) == (key, b"junk"), "the original is sent again"
+
+
+def test_an_error_text_that_quotes_a_record_is_cut_off(bus: SqliteBus) -> None:
+    reader, _ = started(bus)
+    publish(bus, msgspec.structs.replace(finished, run="x" * 100_000))
+    reader.read_all(NEWEST, timeout_s=0)
+    (letter,) = letters(bus)
+    assert letter.reason.startswith("the record is of run xxx")
+    assert len(letter.reason) <= MOST_REASON_CHARS + 10
 
 
 def test_a_record_of_another_release_is_dead_lettered_as_such(bus: SqliteBus) -> None:

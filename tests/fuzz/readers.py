@@ -1,0 +1,202 @@
+"""The readers of every topic around one log, and what became of each record that they read."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from palimpsest.common.bus.decoding import message_in
+from palimpsest.common.bus.port import Bus, Consumer, Record
+from palimpsest.common.messages import (
+    CONTROL,
+    DEAD_LETTERS,
+    OLD_LOGPROBS,
+    TASKS,
+    OldLogprobsRequested,
+    decode,
+)
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import pad
+from palimpsest.services.learner.batch.collate import to_rows
+from palimpsest.services.learner.dead_letters import replay
+from palimpsest.services.learner.ingest.build import Ingest
+from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
+from palimpsest.services.learner.old_logprobs.interruption.worker_feed import WorkerFeed
+from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, WaitLimits
+from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
+from palimpsest.services.learner.replica.records import to_rows as rows_to_score
+from palimpsest.services.rollout.cut_state import CutState
+from palimpsest.services.rollout.validation import validate
+from tests.fuzz.corpus import HIGHEST, RUN
+from tests.learner_parts.ingest import VOCABULARY, an_ingest
+
+NOW = Version(HIGHEST)
+ACCEPTED, PASSED_OVER, REJECTED = "accepted", "passed over", "dead letter"
+Place = tuple[str, int, int]
+"""Topic, partition, offset."""
+
+
+class Outcomes:
+    """What became of each record, and the most processor time that one took."""
+
+    def __init__(self) -> None:
+        self.of: dict[Place, str] = {}
+        self.slowest_s = 0.0
+
+    def note(self, record: Record, outcome: str, began: float) -> None:
+        """Note the outcome. Raises AssertionError if the record has one already."""
+        place = (record.topic, record.partition, record.offset)
+        assert place not in self.of, f"{place} was read twice: {self.of[place]}, {outcome}"
+        self.of[place] = outcome
+        self.slowest_s = max(self.slowest_s, time.process_time() - began)
+
+    def wrap(self, reader: Any, method: str, outcome: Callable[[Record, Any], str]) -> None:
+        """Note the outcome of every record that this method of the reader handles."""
+        inner = getattr(reader, method)
+
+        def handled(record: Record, *arguments: Any) -> Any:
+            began = time.process_time()
+            try:
+                result = inner(record, *arguments)
+            except RejectedRecord:
+                self.note(record, REJECTED, began)
+                raise
+            self.note(record, outcome(record, result), began)
+            return result
+
+        setattr(reader, method, handled)
+
+
+class Readers:
+    """The learner's readers of a run whose newest version is HIGHEST, and the checks of a worker and of a replica."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus, self.outcomes = bus, Outcomes()
+        self.ingest: Ingest = an_ingest(bus, samples=2, groups=2, max_staleness=HIGHEST)
+        self.ingest.start({}, {}, {}, now=0.0)
+        self._rejected: set[Place] = set()
+        writer: Any = self.ingest.dead_letters
+        writer.write = self._note_letter(writer.write)
+        reader: TrajectoryReader = self.ingest.reader
+        self.outcomes.wrap(reader, "_receive", lambda record, _: self._trajectory_outcome(record))
+        self._feed = WorkerFeed(bus, self.ingest.dead_letters, run=RUN)
+        self._feed.start()
+        self.outcomes.wrap(self._feed, "_take", lambda record, _: self._outcome(record))
+        self._scores = ScoreReader(
+            bus, ScoreStore(), self.ingest.dead_letters, WaitLimits(1.0), run=RUN, wanted=reader.is_pending,
+            confirm=lambda: None,
+        )  # fmt: skip
+        self.outcomes.wrap(self._scores, "_take", lambda _, taken: ACCEPTED if taken else PASSED_OVER)
+        self._cuts = CutState()
+        self._consumers = {topic: bus.consumer(topic) for topic in (TASKS, CONTROL, OLD_LOGPROBS, DEAD_LETTERS)}
+        self.offer()
+
+    def offer(self) -> None:
+        """Offer groups as the learner does, and skip the offers: the worker's checks get mutated ones."""
+        self.ingest.tasks.offer(NOW, now=time.monotonic())
+        self._consumers[TASKS].seek(self._consumers[TASKS].ends())
+
+    def open_groups(self) -> list[int]:
+        """Indexes of the groups with awaited trajectories."""
+        return [int(name[1:]) for name in self.ingest.ledger.state().open_groups]
+
+    def read(self) -> None:
+        """Read everything on the log with every reader."""
+        self.ingest.reader.read_all(NOW, timeout_s=0.0)
+        self._feed.read_to_end()
+        self._scores.read()
+        for record in _rest(self._consumers[OLD_LOGPROBS]):
+            _rows_of_a_replica(record)
+        for topic in (TASKS, CONTROL):
+            for record in _rest(self._consumers[topic]):
+                self._read_as_worker(record)
+        for record in _rest(self._consumers[DEAD_LETTERS]):
+            self._read_letter(record)
+
+    def train(self) -> int:
+        """Build the arrays of every complete batch, and count its trajectories as trained. Return their number."""
+        trained = 0
+        while True:
+            for arrived in self.ingest.ledger.drop_small():
+                self.ingest.reader.resolve(arrived)
+            if (batch := self.ingest.ledger.take_batch(NOW)) is None:
+                break
+            for group in batch:
+                records = [arrived.record for arrived in group.items]
+                pad(to_rows(records, "grpo", lowest=0, baseline=[arrived.record for arrived in group.stale]))
+                for arrived in (*group.items, *group.stale):
+                    self.ingest.reader.resolve(arrived)
+                trained += len(records)
+        self.offer()
+        return trained
+
+    def letters(self) -> set[Place]:
+        """Places of the records that have a dead letter, by the listing of `palimpsest dead-letters`."""
+        buried, unreadable = replay.read(self._bus, RUN)
+        assert all(one.reason for one in unreadable)
+        return {(one.letter.topic, one.letter.partition, one.letter.offset) for one in buried}
+
+    def close(self) -> None:
+        """Close the consumers."""
+        for consumer in (self._feed, self._scores, self.ingest, *self._consumers.values()):
+            consumer.close()
+
+    def _trajectory_outcome(self, record: Record) -> str:
+        place = (record.partition, record.offset)
+        arrived = any((one.partition, one.offset) == place for one in self.ingest.reader.arrived.values())
+        return ACCEPTED if arrived else self._outcome(record, otherwise=PASSED_OVER)
+
+    def _outcome(self, record: Record, otherwise: str = ACCEPTED) -> str:
+        """The outcome of a record whose rejection the reader handles itself."""
+        return REJECTED if _place(record) in self._rejected else otherwise
+
+    def _note_letter(self, write: Callable[[Record, RejectedRecord], None]) -> Callable[..., None]:
+        def noted(record: Record, error: RejectedRecord) -> None:
+            write(record, error)
+            self._rejected.add(_place(record))
+
+        return noted
+
+    def _read_as_worker(self, record: Record) -> None:
+        """Check a task or a record of `control` as a worker does."""
+        began = time.process_time()
+        try:
+            message = message_in(record)
+            if message.run != RUN:
+                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}")
+            validate(message)
+            if record.topic == CONTROL:
+                self._cuts.observe(message)
+        except RejectedRecord as error:
+            self.ingest.dead_letters.write(record, error)
+            self.outcomes.note(record, REJECTED, began)
+        else:
+            self.outcomes.note(record, ACCEPTED, began)
+
+    def _read_letter(self, record: Record) -> None:
+        """A reader of dead letters lists the ones that it cannot decode; the others are letters or forged letters."""
+        began = time.process_time()
+        try:
+            decode(DEAD_LETTERS, record.body)
+        except RejectedRecord:
+            self.outcomes.note(record, PASSED_OVER, began)
+        else:
+            self.outcomes.note(record, ACCEPTED, began)
+
+
+def _rows_of_a_replica(record: Record) -> None:
+    """Read a record of `old_logprobs` as a replica does. The learner reads it too and dead-letters it."""
+    with suppress(RejectedRecord):
+        message = message_in(record)
+        if isinstance(message, OldLogprobsRequested):
+            rows_to_score(message, vocabulary=VOCABULARY)
+
+
+def _rest(consumer: Consumer) -> Iterator[Record]:
+    while records := consumer.poll(limit=1000, timeout_s=0.0):
+        yield from records
+
+
+def _place(record: Record) -> Place:
+    return (record.topic, record.partition, record.offset)
