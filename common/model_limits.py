@@ -63,10 +63,9 @@ def refuse_limits(config: RunConfig) -> None:
         # The worker, which reads the template that replaces the model's, examines that one.
         _refuse_rows(path, tokenizer, rows, "" if config.model.chat_template else _templates(Path(path)))
     limit = positions(values)
-    # vLLM counts the token that it samples after a prompt, also when it only scores the prompt.
-    more = 1 if isinstance(config.rollout.engine, VllmEngineConfig) else 0
+    more = engine_tokens(config)
     longest = config.sampling.max_trajectory_tokens
-    if limit is not None and longest + more > limit[0]:
+    if limit is not None and longest is not None and longest + more > limit[0]:
         raise UserError(
             f"sampling.max_trajectory_tokens is {longest}, but the model in {path} has {limit[0]} positions "
             f"({limit[1]} in config.json)"
@@ -74,6 +73,14 @@ def refuse_limits(config: RunConfig) -> None:
             + f". Set sampling.max_trajectory_tokens to at most {limit[0] - more}, or choose a model.path with more "
             f"positions"
         )
+
+
+def engine_tokens(config: RunConfig) -> int:
+    """Return how many positions the engine needs beyond those of a trajectory.
+
+    vLLM counts the token that it samples after a prompt, also when it only scores the prompt.
+    """
+    return 1 if isinstance(config.rollout.engine, VllmEngineConfig) else 0
 
 
 def refuse_tokenizer(path: str, *, template: str | None = None) -> None:

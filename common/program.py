@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from palimpsest.common import failpoints, logs, run_folder
 from palimpsest.common.bus.port import OffsetGone
 from palimpsest.common.config import Invocation, load
-from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import file_errors_as_user_errors, usable_folder
 from palimpsest.common.files import write
 from palimpsest.common.secret_variables import hide_secrets
 from palimpsest.common.service import Stop
+from palimpsest.common.trajectory_limit import resolved_toml
 from palimpsest.common.user_error import ExitCode, UserError
 
 NO_FOLDER = ("env_gateway", "snapshot_store")
@@ -30,7 +30,7 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
     def begin() -> None:
         invocation = load(sys.argv[1:], os.environ, program=f"python -m palimpsest.services.{name}")
         if invocation.check:
-            print(to_toml(invocation.config), end="")
+            print(resolved_toml(invocation.config), end="")
             return
         if not invocation.config.run.id:
             raise UserError(

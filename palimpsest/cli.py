@@ -37,12 +37,12 @@ def check(arguments: Sequence[str]) -> None:
     if _answered(CHECK, arguments):
         return
     from palimpsest.common.config import load
-    from palimpsest.common.config.to_toml import to_toml
     from palimpsest.common.model_limits import refuse_limits
+    from palimpsest.common.trajectory_limit import resolved_toml
 
     config = load([*arguments, "--check"], os.environ, program="palimpsest check").config
     refuse_limits(config)
-    print(to_toml(config).rstrip("\n"))
+    print(resolved_toml(config).rstrip("\n"))
 
 
 def report(arguments: Sequence[str]) -> None:

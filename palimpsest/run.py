@@ -15,12 +15,12 @@ from palimpsest.common import run_folder
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.control.credentials import service_token
 from palimpsest.common.file_errors import file_errors_as_user_errors
 from palimpsest.common.model_limits import refuse_limits
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
+from palimpsest.common.trajectory_limit import resolved_toml
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.poller import RunObservation, RunPoller
 from palimpsest.services.live.screen import Screen
@@ -48,7 +48,7 @@ def launch(invocation: Invocation) -> None:
     if invocation.check:
         config = resolve(invocation)
         refuse_limits(config)
-        print(to_toml(config), end="")
+        print(resolved_toml(config), end="")
         return
     refuse_no_model(invocation.config.model.path)
     refuse_no_tokenizer(invocation.config.model.path)

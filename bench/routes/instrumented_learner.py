@@ -25,6 +25,7 @@ from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import coordinator, instruments
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row
@@ -232,7 +233,7 @@ def learn(config: RunConfig, pipe: Connection) -> None:
             config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
         )
         trainer = InstrumentedTrainer(
-            policy, state, ranks, config.learner, length=config.sampling.max_trajectory_tokens, seed=config.run.seed
+            policy, state, ranks, config.learner, length=trajectory_limit(config).tokens, seed=config.run.seed
         )
         store.timer = trainer.timer = timer
         scores = ScoreStore()

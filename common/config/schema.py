@@ -76,8 +76,11 @@ class SamplingConfig(Section):
     max_turn_tokens: Positive = 512
     """Maximum length of a model message in tokens, stop token included. A longer message is cut here and ends the
     trajectory; the environment does not execute it."""
-    max_trajectory_tokens: Positive = 4096
-    """Maximum length of a trajectory in tokens, prompt and tool output included."""
+    max_trajectory_tokens: Positive | None = None
+    """Maximum length of a trajectory in tokens, prompt and tool output included. Default: the smallest limit of the
+    model (its positions, model_max_length of its tokenizer, max_length of generation_config.json), at most
+    learner.micro_batch_tokens and one engine step (rollout.engine.max_concurrent_tokens). `palimpsest check` prints
+    the number and its source."""
     max_turns: Positive = 16
     """Maximum number of model messages in one trajectory."""
 
@@ -246,10 +249,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> "RunConfig":
-        if self.sampling.max_turn_tokens >= self.sampling.max_trajectory_tokens:
+        longest = self.sampling.max_trajectory_tokens
+        if longest is not None and self.sampling.max_turn_tokens >= longest:
             raise ValueError(
                 f"sampling.max_turn_tokens ({self.sampling.max_turn_tokens}) leaves no room for a prompt in "
-                f"sampling.max_trajectory_tokens ({self.sampling.max_trajectory_tokens})"
+                f"sampling.max_trajectory_tokens ({longest})"
             )
         if self.learner.minibatches > self.learner.groups_per_batch:
             raise ValueError(

@@ -18,6 +18,7 @@ from palimpsest.common.parent_death import die_with_parent
 from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.trajectory_limit import trajectory_limit
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
@@ -73,7 +74,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
             state,
             ranks,
             config.learner,
-            length=config.sampling.max_trajectory_tokens,
+            length=trajectory_limit(config).tokens,
             seed=config.run.seed,
         )
         forward = model_scorer(model, ranks.device)

@@ -9,6 +9,7 @@ from palimpsest.common.messages import Sampling
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.ingest.build import build_ingest
@@ -95,7 +96,8 @@ def run_coordinator(
 
 
 def _task_settings(config: RunConfig) -> TaskSettings:
-    tasks, sampling = config.tasks, config.sampling
+    tasks, sampling, limit = config.tasks, config.sampling, trajectory_limit(config)
+    logger().info("trajectory limit", tokens=limit.tokens, source=limit.source)
     return TaskSettings(
         seed=config.run.seed,
         environments=tasks.environments,
@@ -103,7 +105,7 @@ def _task_settings(config: RunConfig) -> TaskSettings:
         sampling=Sampling(
             temperature=sampling.temperature,
             max_turn_tokens=sampling.max_turn_tokens,
-            max_trajectory_tokens=sampling.max_trajectory_tokens,
+            max_trajectory_tokens=limit.tokens,
             max_turns=sampling.max_turns,
         ),
         time_limit_s=tasks.time_limit_s,

@@ -10,6 +10,7 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
+from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.lock import RunLock
 from palimpsest.services.local.run_identity import differences
@@ -33,6 +34,9 @@ def resolve(invocation: Invocation) -> RunConfig:
     if not (home / run_folder.RUN_FILE).is_file():
         raise UserError(f"--resume {home}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     before = load([str(home / run_folder.RUN_FILE)], {}, program="").config
+    if config.sampling.max_trajectory_tokens is None:  # the run keeps its limit, whatever the model's is now
+        limit = {"max_trajectory_tokens": before.sampling.max_trajectory_tokens}
+        config = config.model_copy(update={"sampling": config.sampling.model_copy(update=limit)})
     if found := differences(before, config):
         lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in found)
         raise UserError(
@@ -48,6 +52,7 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
     if invocation.resume is None:
         name = config.run.id or f"{now:%Y%m%d-%H%M%S}"
         config = config.model_copy(update={"run": config.run.model_copy(update={"id": name})})
+    config = with_limit(config)
     home = config.run.home
     usable_folder(home, key="run.folder")
     saved = home / run_folder.RUN_FILE

@@ -14,6 +14,7 @@ from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine, EngineDead
@@ -44,7 +45,8 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
         config.model.path, dict(config.model.chat_template_options), config.model.chat_template
     )
     refuse_tokenizer(config.model.path, template=dialogue.template)
-    engine = _engine(config, dialogue)
+    limit = trajectory_limit(config)
+    engine = _engine(config, dialogue, limit.tokens)
     server.doing = "the log to be opened"
     bus = open_bus(config)
     sessions = SessionClient(
@@ -66,7 +68,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             )
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
-                max_live=rollout.max_live,
+                max_live=rollout.max_live, limit=limit,
             )  # fmt: skip
             loop = asyncio.get_running_loop()
 
@@ -88,7 +90,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 bus.close()
 
 
-def _engine(config: RunConfig, dialogue: ChatRenderer) -> Engine:
+def _engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Engine:
     chosen = config.rollout.engine
     if isinstance(chosen, ScriptedEngineConfig):
         from palimpsest.services.rollout.engine.scripted import ScriptedEngine
@@ -99,7 +101,7 @@ def _engine(config: RunConfig, dialogue: ChatRenderer) -> Engine:
     return VllmEngine(
         chosen,
         model=config.model.path,
-        max_tokens=max(config.sampling.max_trajectory_tokens, FIRST_CANARY_TOKENS) + 1,  # scoring samples one token
+        max_tokens=max(longest, FIRST_CANARY_TOKENS) + 1,  # scoring samples one token
         max_live=config.rollout.max_live,
         seed=engine_seed(config.run.seed, config.rollout.worker),
         log=run_folder.engine_log_file(config.run.home, config.rollout.worker),

@@ -23,6 +23,7 @@ from palimpsest.common.messages import (
 from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status
+from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
@@ -55,10 +56,19 @@ class Worker:
     """Samples trajectories until the run is finished or the worker receives a stop request."""
 
     def __init__(
-        self, *, run: str, name: str, bus: Bus, sampler: TrajectorySampler, weights: WeightSync, max_live: int
+        self,
+        *,
+        run: str,
+        name: str,
+        bus: Bus,
+        sampler: TrajectorySampler,
+        weights: WeightSync,
+        max_live: int,
+        limit: TrajectoryLimit,
     ) -> None:
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
+        self._limit = limit
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
         self._interruption = CutResponder(
@@ -259,6 +269,7 @@ class Worker:
         group: GroupOffered | None = self._read(record, resolve)
         if group is None:
             return
+        self._limit.refuse_other(group.sampling.max_trajectory_tokens, worker=self._name)
         await self._weights.wait_verified(group.version)
         self._waiting_for = None
         left = group.samples

@@ -30,6 +30,7 @@ from palimpsest.common.messages import (
 from palimpsest.common.sessions.client import SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Lease, Message, Session, Status, Step
 from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
+from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.old_logprobs.interruption import coordinator as asking
 from palimpsest.services.rollout import cut_responder, worker as worker_module
@@ -38,7 +39,7 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
-from tests.simulation.cut_learner import RUN, Learner, LearnerCheckpoint
+from tests.simulation.cut_learner import RUN, SAMPLING, Learner, LearnerCheckpoint
 from tests.simulation.memory_bus import MemoryBus
 from tests.simulation.score_checker import ScoreChecker
 from tests.simulation.simulated_time import Actor, NotYet, SimulatedLoop, SimulatedStore
@@ -224,7 +225,10 @@ def a_worker(schedule: Schedule, name: str, engine: "Engine") -> Worker:
         Tally(),
         weights.wait_verified,
     )
-    worker = Worker(run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5)
+    limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
+    worker = Worker(
+        run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5, limit=limit
+    )  # fmt: skip
     return worker
 
 

@@ -80,7 +80,7 @@ def test_top_k_on_is_refused_with_the_reason(run: Path) -> None:
 
 
 def test_a_turn_that_leaves_no_room_for_a_prompt_is_refused(run: Path) -> None:
-    message = refused(run, "--sampling.max_turn_tokens=4096")
+    message = refused(run, "--sampling.max_turn_tokens=4096", "--sampling.max_trajectory_tokens=4096")
     assert "sampling.max_turn_tokens (4096) leaves no room" in message
     assert "sampling.max_trajectory_tokens (4096)" in message
 

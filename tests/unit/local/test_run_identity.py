@@ -91,6 +91,27 @@ def test_a_resumed_run_may_not_change_its_algorithm_or_data(tmp_path: Path, flag
         resumed(tmp_path, RUN + KAFKA, flag)
 
 
+def test_a_resumed_run_keeps_the_trajectory_limit_that_its_file_leaves_out(tmp_path: Path) -> None:
+    """The saved run has the resolved number; the run file and a changed limit of a pass do not change it."""
+    set_before = RUN + "sampling.max_trajectory_tokens = 2047\n"
+    home = tmp_path / "t"
+    home.mkdir()
+    (home / "run.toml").write_text(to_toml(load([str(_file(tmp_path, set_before))], {}, program="").config))
+    again = load([str(_file(tmp_path, RUN)), "--resume", str(home), "--learner.micro_batch_tokens=512"], {}, program="")
+    assert resolve(again).sampling.max_trajectory_tokens == 2047
+    other = load(
+        [str(_file(tmp_path, RUN)), "--resume", str(home), "--sampling.max_trajectory_tokens=1000"], {}, program=""
+    )
+    with pytest.raises(UserError, match=r"sampling\.max_trajectory_tokens: 2047 there, 1000 here"):
+        resolve(other)
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
 def test_an_exported_broker_does_not_block_a_run_without_one(tmp_path: Path) -> None:
     config = resumed(tmp_path, RUN, environment={"PALIMPSEST_BUS__SERVERS": "one:9092"})
     assert (config.bus.kind, config.bus.servers) == ("sqlite", "one:9092")

@@ -79,6 +79,17 @@ async def test_a_group_is_not_begun_before_its_version_is_verified(place: Place)
     assert {s.version for m in messages(place.bus, TRAJECTORIES) for s in m.segments} == {2}
 
 
+async def test_an_offer_with_another_limit_than_the_workers_ends_it_with_both_numbers(place: Place) -> None:
+    other = msgspec.structs.replace(SAMPLING, max_trajectory_tokens=SAMPLING.max_trajectory_tokens + 1)
+    offer(place.bus, 0, sampling=other)
+    announce(place.bus, 0)
+    async with working(place) as running:
+        with pytest.raises(UserError, match=r"is 64 on worker-0, from the test, but .* of up to 65 tokens") as refused:
+            await running.ends()
+    assert refused.value.code is ExitCode.CONFIGURATION
+    assert (finished(place.bus), committed(place.bus)) == ([], 0), "another worker samples it"
+
+
 async def test_nothing_is_sampled_before_the_first_version(place: Place) -> None:
     offer(place.bus, 0)
     async with working(place) as running:

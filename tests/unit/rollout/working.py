@@ -21,6 +21,7 @@ from palimpsest.common.messages import (
     WORKERS,
     GroupOffered,
     RunFinished,
+    Sampling,
     TrajectoryFinished,
     VersionPublished,
     decode,
@@ -30,6 +31,7 @@ from palimpsest.common.messages import (
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary
+from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, StoredWeights
@@ -194,7 +196,10 @@ async def working(
 
         weights = KnownWaits(engine, place.store, folder, tolerance=0.05, report=report)
         sampler = TrajectorySampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.wait_verified)
-        worker = Worker(run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live)
+        limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
+        worker = Worker(
+            run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit
+        )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:
             yield Working(worker, engine, weights, reports, ending)
@@ -211,13 +216,14 @@ def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> Sql
 
 
 def offer(
-    bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup"
-) -> None:
+    bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup",
+    sampling: Sampling = SAMPLING,
+) -> None:  # fmt: skip
     """Publish groups on the task topic."""
     for index in indexes:
         group = GroupOffered(
             run=run, group=group_id(index), index=index, version=Version(version), environment=environment,
-            task_seed=index, samples=samples, sampling=SAMPLING, time_limit_s=600.0,
+            task_seed=index, samples=samples, sampling=sampling, time_limit_s=600.0,
         )  # fmt: skip
         bus.publish(TASKS, [Outgoing(group.group, encode(group))])
 
