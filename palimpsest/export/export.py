@@ -7,7 +7,7 @@ from pathlib import Path
 
 from palimpsest import __version__
 from palimpsest.common import run_folder
-from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.schema import Model, RunConfig
 from palimpsest.common.files import with_filename, write
 from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.snapshots.manifest import Manifest
@@ -20,6 +20,7 @@ from palimpsest.export.safetensors_file import SafetensorsFile
 from palimpsest.export.starting_model import StartingModel, find
 from palimpsest.export.stored_version import StoredVersions
 from palimpsest.services.report.folder import history
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,7 @@ def _write_beside(
     config: RunConfig, home: Path, manifest: Manifest, starting: StartingModel, folder: Path, *, name: str
 ) -> None:
     """Write all files except the tensors."""
-    for file in starting.files():
-        write(folder / file.relative_to(starting.folder), file.read_bytes())
+    write_tokenizer(config.model, starting, folder)
     dtype = layout.main_dtype(manifest.tensors)
     write(folder / layout.CONFIG, layout.config_text(starting.config(), dtype).encode())
     made = Provenance(
@@ -104,6 +104,25 @@ def _write_beside(
         palimpsest=__version__,
     )
     write(folder / layout.CARD, model_card(made, folder=name).encode())
+
+
+def write_tokenizer(model: Model, starting: StartingModel, folder: Path) -> None:
+    """Write tokenizer, generation config, license, and the chat template that the run rendered with.
+
+    The starting model's files are unchanged if the run used its only template without options.
+    """
+    replaced = bool(model.chat_template or model.chat_template_options or starting.has_tool_template())
+    for file in starting.files():
+        place = folder / file.relative_to(starting.folder)
+        if replaced and layout.is_template(file.name):
+            continue
+        if replaced and file.name == layout.TOKENIZER:
+            write(place, layout.without_template(file.read_text(encoding="utf-8")).encode())
+        else:
+            write(place, file.read_bytes())
+    if replaced:
+        renderer = ChatRenderer.load(str(starting.folder), dict(model.chat_template_options), model.chat_template)
+        write(folder / layout.CHAT_TEMPLATE, renderer.portable_template.encode())
 
 
 def _trained_tokens(home: Path, version: int) -> int | None:

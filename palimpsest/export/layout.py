@@ -18,8 +18,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 _COPIED = re.compile(
     r"generation_config\.json|chat_template\.\w+|merges\.txt|.*(token|vocab|piece|tekken).*|(LICENSE|NOTICE)\b.*"
 )
+CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = "additional_chat_templates"
 """Folder of named chat templates."""
+TOKENIZER, KEY = "tokenizer_config.json", "chat_template"
+"""File that can hold the chat templates, and its key for them."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -32,6 +35,27 @@ def is_copied(name: str) -> bool:
     []
     """
     return bool(_COPIED.fullmatch(name)) and not name.startswith(".") and not name.lower().endswith(WEIGHTS)
+
+
+def is_template(name: str) -> bool:
+    """Return whether the file holds nothing but chat templates.
+
+    >>> [name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json") if is_template(name)]
+    ['chat_template.jinja', 'chat_template.json']
+    """
+    return name.startswith("chat_template.") or name.endswith(".jinja")
+
+
+def without_template(text: str) -> str:
+    """Return tokenizer_config.json without its chat template. The text is unchanged if it has none.
+
+    >>> print(without_template('{"chat_template": "x", "eos_token": "</s>"}'), end="")
+    {
+      "eos_token": "</s>"
+    }
+    """
+    config = json.loads(text)
+    return _json({key: value for key, value in config.items() if key != KEY}) if KEY in config else text
 
 
 def shards(tensors: Iterable[TensorEntry], limit: int) -> dict[str, list[TensorEntry]]:

@@ -12,6 +12,8 @@ from palimpsest.common.model_path import refuse_no_model, sentence
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export import layout
 
+TOOL_USE = "tool_use"
+"""The name that transformers gives the template of dialogues with tools."""
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 """Name of a model folder in the cache of the hub."""
 
@@ -30,6 +32,14 @@ class StartingModel:
         templates = self.folder / layout.CHAT_TEMPLATES
         found = [file for file in self.folder.iterdir() if file.is_file() and layout.is_copied(file.name)]
         return sorted(found + (list(templates.glob("*.jinja")) if templates.is_dir() else []))
+
+    def has_tool_template(self) -> bool:
+        """Return whether the tokenizer has a separate template for dialogues with tools: a run renders all with it."""
+        if (self.folder / layout.CHAT_TEMPLATES / f"{TOOL_USE}.jinja").is_file():
+            return True
+        config = self.folder / layout.TOKENIZER
+        named = json.loads(config.read_text(encoding="utf-8")).get(layout.KEY) if config.is_file() else None
+        return isinstance(named, list) and any(entry.get("name") == TOOL_USE for entry in named)
 
     def config(self) -> str:
         """Return the text of config.json."""

@@ -5,6 +5,7 @@ between two model messages, the renderer renders a dialogue whose model message 
 the sentinel. This also works for templates that rewrite earlier messages.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -57,6 +58,19 @@ class ChatRenderer:
     def template(self) -> str:
         """The text of the chat template in use."""
         return str(self._tokenizer.chat_template)
+
+    @property
+    def portable_template(self) -> str:
+        """The template in use, with the options of the run as defaults.
+
+        `apply_chat_template` of transformers renders with it what the run renders; its caller can override an option.
+        """
+        defaults = "".join(
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value)} %}}{{%- endif %}}"
+            for name, value in sorted(self._options.items())
+            if name.isidentifier()  # a template can read no other name
+        )
+        return f"{defaults}\n{self.template}" if defaults else self.template  # transformers drops this line break
 
     @classmethod
     def load(cls, model: str, options: dict[str, Any], template: str = "") -> "ChatRenderer":
