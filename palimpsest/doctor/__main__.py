@@ -3,7 +3,7 @@
 Check whether this machine can run Palimpsest.
 
 palimpsest doctor                      # print every check with its value
-palimpsest doctor my.toml --run.id=a   # check the folder and the ports of this run too
+palimpsest doctor my.toml --run.id=a   # check the folder, the ports and the chat template of this run too
 palimpsest doctor --quiet my.toml      # print only problems; `make run` starts with this
 
 Before `make setup`: python3 -m palimpsest.doctor (Python 3.9 or later).
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import palimpsest
@@ -41,8 +42,12 @@ def main(words: Sequence[str]) -> int:
     checkout = HOME if is_checkout(HOME) else None
     installed = checkout is None or is_set_up(checkout)
     facts = gather.facts(checkout, kind_of_machine(), Path.cwd() / run_file.folder(values), run_file.ports(values))
+    quiet = len(keys) < len(words)
+    if installed and not quiet and run_file.names_a_run(keys):  # before a run, its worker proves the template
+        python = checkout / ".venv" / "bin" / "python" if checkout else Path(sys.executable)
+        facts = replace(facts, template=gather.template(keys, python))
     findings = judge.everything(facts, installed=installed)
-    if len(keys) < len(words):
+    if quiet:
         for finding in findings:
             if finding.level != OK:
                 print(f"doctor: {finding.sentence}", file=sys.stderr)

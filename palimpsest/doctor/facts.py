@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class Port:
     key: str
     address: str
     taken: bool
+
+
+class TemplateProof(NamedTuple):
+    """Whether the chat template of a run's model renders what a worker needs."""
+
+    model: str
+    chosen: str = ""
+    """model.chat_template; empty for the model's own."""
+    ends: Sequence[str] = ()
+    """Texts of the tokens that end a model message."""
+    refused: str = ""
+    """The error with which a worker refuses the model at its start."""
+    refuses_system: str = ""
+    """The template's error for a system message."""
+    unproven: str = ""
+    """Why nothing was proven."""
 
 
 @dataclass(frozen=True)
@@ -86,5 +103,7 @@ class Facts:
     built_before: bool
     """Whether the cache of uv has the wheel that needs a C compiler."""
     ports: tuple[Port, ...] = ()
+    template: TemplateProof | None = None
+    """None: no run file was named, or no environment to prove it in exists."""
     engine: str = ""
     """Version of vLLM, if Palimpsest is an installed package; empty without vLLM and for a checkout."""

@@ -1,15 +1,17 @@
-"""Collects the facts of the machine, in at most two seconds. judge.py evaluates them."""
+"""Collects the facts of the machine, in at most two seconds, and proves a chat template. judge.py evaluates them."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import platform
 import pwd
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,9 +22,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from palimpsest.doctor import machine
-from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
+from palimpsest.doctor.facts import Facts, Interpreter, Place, Port, TemplateProof
 
 ASKED = ("OMP_NUM_THREADS",)
+PROOF_LIMIT_S = 120
+"""Limit for loading a tokenizer, in seconds: it can be downloaded."""
 BUILT_HERE = "pycosat"
 """The only pinned package without wheels; it must be compiled."""
 
@@ -71,6 +75,19 @@ def facts(
         ports=tuple(Port(key, f"{host}:{number}", is_taken(host, number)) for key, host, number in ports),
         engine="" if checkout else engine(),
     )
+
+
+def template(words: Sequence[str], python: Path) -> TemplateProof:
+    """Prove the chat template of the run that the words name, in the environment of this Python."""
+    command = [str(python), "-m", "palimpsest.doctor.prove_template", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROOF_LIMIT_S)
+        return TemplateProof(**json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        return TemplateProof("", unproven=f"the tokenizer was not loaded within {PROOF_LIMIT_S} s")
+    except (OSError, subprocess.CalledProcessError, ValueError, TypeError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        return TemplateProof("", unproven=text.strip().splitlines()[-1])
 
 
 def interpreter() -> Interpreter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from palimpsest.doctor import judge_machine as machine, judge_places as places
+from palimpsest.doctor import judge_machine as machine, judge_model as model, judge_places as places
 from palimpsest.doctor.facts import Facts
 from palimpsest.doctor.findings import Finding
 
@@ -36,7 +36,8 @@ def installation(facts: Facts) -> list[Finding]:
 def run(facts: Facts) -> list[Finding]:
     """Return the findings of the checks before a run."""
     package: tuple[Check, ...] = () if facts.checkout else (machine.engine,)
-    return [check(facts) for check in (*ALWAYS, *package, *BEFORE_RUNNING)] + places.ports(facts)
+    found = [check(facts) for check in (*ALWAYS, *package, *BEFORE_RUNNING)]
+    return found + places.ports(facts) + model.chat_template(facts)
 
 
 def everything(facts: Facts, *, installed: bool) -> list[Finding]:

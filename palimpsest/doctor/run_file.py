@@ -38,6 +38,16 @@ def unknown(words: Sequence[str]) -> str:
     return next((f"--{name}" for name in flags if "." not in name and name != "resume"), "")
 
 
+def names_a_run(words: Sequence[str]) -> bool:
+    """Return whether the words name a run file or the folder of a run.
+
+    >>> names_a_run(["my.toml"]), names_a_run(["--resume=runs/a"]), names_a_run(["--run.id=a"])
+    (True, True, False)
+    """
+    path, flags = _words(words)
+    return path is not None or "resume" in flags
+
+
 def folder(values: Mapping[str, Any]) -> Path:
     """Return the folder of the run, or its parent if the run has no id yet."""
     if "resume" in values:

@@ -166,9 +166,18 @@ class ChatRenderer:
                 f'{name} {fault}. Set model.chat_template = "{BUNDLED}" for the bundled template, or to the file of a '
                 f"template that renders it (docs/models.md)"
             )
-        error = template_proof.refuses_system(self._render)
+        error = self.refuses_system()
         if error is not None:
             logger().warning("chat template refuses system messages", template=name, error=error)
+
+    def refuses_system(self) -> str | None:
+        """Return the template's error for a system message; None if it renders one."""
+        return template_proof.refuses_system(self._render)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """The texts of the stop tokens."""
+        return [str(self._tokenizer.convert_ids_to_tokens(token)) for token in self.stop_tokens]
 
     def _render(self, messages: Sequence[dict[str, str]], prompted: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         return str(

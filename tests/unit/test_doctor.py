@@ -3,6 +3,8 @@
 import ast
 import datetime
 import doctest
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from typing import Any
 import pytest
 
 import palimpsest
+from palimpsest.common.user_error import UserError
 from palimpsest.doctor import __main__ as command, findings, gather, judge, machine, run_file, support
 from palimpsest.doctor.__main__ import main, table
-from palimpsest.doctor.facts import Facts, Interpreter, Place, Port
+from palimpsest.doctor.facts import Facts, Interpreter, Place, Port, TemplateProof
 from palimpsest.doctor.findings import OK, STOPS, WARNS, Finding
+from palimpsest.doctor.prove_template import prove
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -210,6 +215,51 @@ def test_examples(module: Any) -> None:
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--color-scheme"]) == 2
     assert "palimpsest doctor --color-scheme: there is no such flag" in capsys.readouterr().err
+
+
+PROOF = TemplateProof("models/a", ends=("<|im_end|>",))
+REFUSED = 'model.path: the chat template of models/a leaves out the tools. Set model.chat_template = "tools" (docs)'
+
+
+@pytest.mark.parametrize(
+    ("proof", "level", "said"),
+    [
+        (PROOF, OK, "models/a: its own, renders tools, answers and prompts; a message ends with <|im_end|>"),
+        (PROOF._replace(chosen="tools", ends=("a", "b")), OK, "model.chat_template = tools, renders .* with a or b"),
+        (PROOF._replace(refused=REFUSED), STOPS, "leaves out the tools. A worker refuses .* Set model.chat_template"),
+        (PROOF._replace(refuses_system="no system"), WARNS, r"refuses system messages \(no system\)"),
+        (TemplateProof("", unproven="no package"), OK, "not checked: no package"),
+    ],
+)
+def test_the_proof_of_a_chat_template_is_a_finding(proof: TemplateProof, level: str, said: str) -> None:
+    found = judge.everything(replace(GOOD, template=proof), installed=True)[-1]
+    assert (found.check, found.level) == ("Chat template", level)
+    assert re.search(said, found.sentence)
+    assert judge.everything(GOOD, installed=True)[-1].check != "Chat template", "no run was named"
+
+
+@pytest.mark.thorough
+def test_the_chat_template_of_a_run_is_proven_as_a_worker_proves_it(
+    tmp_path: Path, starting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "without tools"
+    shutil.copytree(starting_model, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ 'assistant: ' }}"
+    )
+    file = tmp_path / "run.toml"
+    file.write_text(f'model.path = "{model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 1\n')
+    proof = gather.template([str(file)], Path(sys.executable))
+    with pytest.raises(UserError) as worker:
+        ChatRenderer.load(str(model), {})
+    assert (proof.model, proof.refused) == (str(model), str(worker.value))
+    assert "leaves out" in proof.refused
+    for flag in (f"--model.path={starting_model}", "--model.chat_template=tools"):
+        assert prove([str(file), flag]).refused == ""
+    assert prove([str(file), "--no.key=1"]).unproven.startswith("the run file cannot be used")
+    assert gather.template([str(file)], tmp_path / "no-python").unproven
+    assert main([str(file)]) == 3
+    assert "stops  Chat template" in capsys.readouterr().out
 
 
 def test_the_table_prints_the_remedy_below_a_finding() -> None:
