@@ -20,6 +20,7 @@ PRINTS = {
     "view.py",
     "screen.py",
     "program.py",
+    "prove_template.py",
 }
 """Files that print to the terminal; all others log."""
 BINARY = {".bin", ".png", ".lock"}
