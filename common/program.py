@@ -12,6 +12,7 @@ from palimpsest.common.bus.port import OffsetGone
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.file_errors import file_errors_as_user_errors, usable_folder
 from palimpsest.common.files import write
+from palimpsest.common.instruments import report_build, report_free_bytes
 from palimpsest.common.secret_variables import hide_secrets
 from palimpsest.common.service import Stop
 from palimpsest.common.trajectory_limit import resolved_toml
@@ -41,8 +42,10 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
         logs.configure(name, config.logs.level, config.logs.format)
         try:
             with file_errors_as_user_errors(), gap_as_user_error():
+                report_build(name)
                 if name not in NO_FOLDER:
                     usable_folder(config.run.home, key="run.folder")
+                    report_free_bytes("run", config.run.home)
                 failpoints.reach(f"{name}.start")
                 body(invocation, stop)
         except UserError as error:

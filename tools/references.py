@@ -16,11 +16,12 @@ from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from palimpsest.common import messages, outages
+from palimpsest.common import instruments, messages, outages
 from palimpsest.common.config.schema import RunConfig
 from tools import chart
 
@@ -170,8 +171,8 @@ def metrics() -> str:
         "# Metrics",
         (
             "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
-            "`_bucket`, `_sum` and `_count`. `make docs` generates this page from common/outages.py and each service's "
-            "instruments.py."
+            "`_bucket`, `_sum` and `_count`. `make docs` generates this page from common/outages.py, "
+            "common/instruments.py and each service's instruments.py."
         ),
         "## Alerts",
         (
@@ -186,21 +187,22 @@ def metrics() -> str:
             "prometheus --config.file=deploy/prometheus/prometheus.yml --storage.tsdb.path=FOLDER\n```"
         ),
         "## every service",
-        _series([outages]),
+        _series([outages, instruments], also=instruments.PROCESS.collect()),
     ]
     for service in SERVICES:
         parts += [f"## {service}", _series(_metrics_of(service))]
     return "\n\n".join(parts) + "\n"
 
 
-def _series(modules: Iterable[ModuleType]) -> str:
-    """Return the table of the metrics in these modules."""
+def _series(modules: Iterable[ModuleType], *, also: Iterable[Metric] = ()) -> str:
+    """Return the table of the metrics in these modules. also: metrics that a collector of prometheus_client reads."""
     rows = [
         f"| `{metric._name}` | {metric._type} | {', '.join(metric._labelnames)} | {_cell(metric._documentation)} |"
         for module in modules
         for metric in vars(module).values()
         if isinstance(metric, MetricWrapperBase)
     ]
+    rows += [f"| `{one.name}` | {one.type} |  | {_cell(one.documentation.rstrip('.'))} |" for one in also]
     return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows])
 
 

@@ -83,6 +83,9 @@ class ClaimingConsumer:
     def ends(self) -> dict[int, int]:
         return self._consumer.ends()
 
+    def lag(self) -> int:
+        return self._consumer.lag()
+
     def close(self) -> None:
         self._consumer.close()
 

@@ -72,6 +72,12 @@ class Consumer(Protocol):
     def ends(self) -> dict[int, int]:
         """Return the offset after the last record of every partition of the topic."""
 
+    def lag(self) -> int:
+        """Return the number of records of the assigned partitions that are on the log and not returned yet.
+
+        Kafka: as of the last fetch; a partition that was not fetched yet does not count.
+        """
+
     def close(self) -> None:
         """Leave the group. Its partitions go to the other members."""
 

@@ -185,6 +185,10 @@ class SqliteConsumer:
     def ends(self) -> dict[int, int]:
         return _ends(self._db, self._topic)
 
+    def lag(self) -> int:
+        ends = self.ends()
+        return sum(ends[partition] - offset for partition, offset in self._next.items())
+
     def close(self) -> None:
         if self._group is not None:
             with _writing(self._db):

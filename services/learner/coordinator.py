@@ -4,6 +4,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.instruments import report_free_bytes
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
 from palimpsest.common.service import Starting, Stop
@@ -75,6 +76,7 @@ def run_coordinator(
         micro_batch_tokens=learner.micro_batch_tokens,
     )
     publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id)
+    report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     records = Records(
         open_history=lambda length: History(home / run_folder.HISTORY, length=length),

@@ -5,6 +5,9 @@ from prometheus_client import Counter, Gauge, Histogram
 from palimpsest.common.metrics import REGISTRY, SECONDS
 
 VERSION = Gauge("palimpsest_learner_version", "Newest version published", registry=REGISTRY)
+LAST_VERSION = Gauge(
+    "palimpsest_learner_last_version_seconds", "Seconds since the newest version was published", registry=REGISTRY
+)
 TRAINED = Counter("palimpsest_learner_trained_trajectories", "Trajectories trained on", registry=REGISTRY)
 TOKENS = Counter("palimpsest_learner_trained_tokens", "Tokens trained on", registry=REGISTRY)
 OFFERED = Counter("palimpsest_learner_offered_trajectories", "Trajectories offered to workers", registry=REGISTRY)
@@ -97,6 +100,11 @@ LENGTH = Gauge(
 OLDEST_LIVE = Gauge(
     "palimpsest_learner_oldest_live_seconds",
     "Seconds since the offer of the oldest live trajectory; NaN if no trajectory is live",
+    registry=REGISTRY,
+)
+OLDEST_GROUP = Gauge(
+    "palimpsest_learner_oldest_group_seconds",
+    "Seconds since the offer of the oldest open group, also if all its trajectories arrived; NaN if no group is open",
     registry=REGISTRY,
 )
 GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping", registry=REGISTRY)

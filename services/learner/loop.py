@@ -140,7 +140,7 @@ class Loop:
         manifest = self._publisher.republish(self._version, now=time.time())
         self._version, self._digest = manifest.version, manifest.digest
         self._route.start()
-        instruments.VERSION.set(self._version)
+        self.status.published(self._version)
         self.update_status()
         self.status.ready = True
 
@@ -171,6 +171,8 @@ class Loop:
         """Report the present state to the HTTP thread and to Prometheus."""
         age = self._ledger.oldest_live_age(now=time.monotonic())
         instruments.OLDEST_LIVE.set(math.nan if age is None else age)
+        oldest = self._ledger.oldest_open()
+        instruments.OLDEST_GROUP.set(self._ledger.age(oldest, now=time.monotonic()) if oldest else math.nan)
         instruments.PENDING.set(self._ledger.pending())
         instruments.WAITING.set(self._ledger.waiting())
         self.status.update(
@@ -306,7 +308,7 @@ class Loop:
         self._digest = self._publisher.publish(self._version, now=time.time()).digest
         self._route.published(self._version, self._digest)
         failpoints.reach("learner.after_publishing")
-        instruments.VERSION.set(self._version)
+        self.status.published(self._version)
         kept = self._checkpoints.oldest_version()
         needed = min(self._version, kept if kept is not None else Version(0))
         self._publisher.keep_from(Version(needed - self._config.max_staleness))

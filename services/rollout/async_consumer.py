@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from palimpsest.common.bus.port import Consumer, Record
+from palimpsest.common.instruments import report_lag
 
 T = TypeVar("T")
 
@@ -16,15 +17,24 @@ class AsyncConsumer:
 
     Leaving the `async with` block waits for the running call and then closes the consumer: a consumer must not be
     closed while a thread reads from it, and cancelling a coroutine does not end its thread.
+
+    lag_of: topic whose unread records each poll reports as a metric.
     """
 
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
+    def __init__(self, consumer: Consumer, *, lag_of: str | None = None) -> None:
+        self._consumer, self._topic = consumer, lag_of
         self._turn = asyncio.Lock()
 
     async def poll(self, *, limit: int, timeout_s: float) -> list[Record]:
         """See Consumer. With limit 0 the call only keeps the membership of the group."""
-        return await self._call(lambda: self._consumer.poll(limit=limit, timeout_s=timeout_s))
+
+        def call() -> list[Record]:
+            records = self._consumer.poll(limit=limit, timeout_s=timeout_s)
+            if self._topic is not None:
+                report_lag(self._topic, self._consumer)
+            return records
+
+        return await self._call(call)
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
         """See Consumer."""

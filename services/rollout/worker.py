@@ -9,6 +9,7 @@ from typing import Any
 
 from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.instruments import HEARTBEAT, AgeGauge
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
@@ -141,7 +142,7 @@ class Worker:
         """
         async with (
             AsyncConsumer(self._bus.consumer(CONTROL)) as control,
-            AsyncConsumer(self._bus.consumer(TASKS, group=GROUP, member=self._name)) as tasks,
+            AsyncConsumer(self._bus.consumer(TASKS, group=GROUP, member=self._name), lag_of=TASKS) as tasks,
         ):
             publishing = asyncio.create_task(self._outbox.run())
             jobs = (
@@ -166,7 +167,9 @@ class Worker:
 
     async def _heartbeat_loop(self) -> None:
         """Publish heartbeats."""
+        heartbeat = AgeGauge(HEARTBEAT.labels("rollout"))
         while True:
+            heartbeat.restart()
             await asyncio.sleep(ALIVE_S)
             self._outbox.put_from_worker(self.alive())
 

@@ -2,6 +2,7 @@
 
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.file_errors import usable_folder
+from palimpsest.common.instruments import report_free_bytes
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
@@ -11,6 +12,7 @@ async def open_storage(config: RunConfig) -> Storage:
     if config.snapshot_store.storage == "folder":
         key = "run.folder" if config.snapshot_store.folder is None else "snapshot_store.folder"
         usable_folder(config.snapshot_folder, key=key)
+        report_free_bytes("store", config.snapshot_folder)
         return DiskStorage(config.snapshot_folder)
     from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 

@@ -232,6 +232,25 @@ def test_ends_are_the_offsets_after_the_last_records(bus: Bus) -> None:
         assert consumer.ends() == {**dict.fromkeys(range(PARTITIONS), 0), at.partition: 3}
 
 
+def test_the_lag_is_the_number_of_records_not_returned_yet(bus: Bus) -> None:
+    (at, *_) = bus.publish(TOPIC, things("a", "b", "c", "d"))
+    with bus.consumer(TOPIC) as consumer:
+        assert bodies(take(consumer, 1)) == ["a"]
+        assert consumer.lag() == 3
+        assert bodies(take(consumer, 3)) == ["b", "c", "d"]
+        assert consumer.lag() == 0
+        consumer.seek({at.partition: 2})
+        assert consumer.lag() == 2
+
+
+def test_the_lag_of_a_group_member_counts_its_partitions(bus: Bus) -> None:
+    bus.publish(TOPIC, [Outgoing(key, b"x") for key in KEYS])
+    with bus.consumer(TOPIC, group="readers", member="only") as consumer:
+        assert consumer.lag() == 0
+        take(consumer, 1)
+        assert consumer.lag() == len(KEYS) - 1
+
+
 def test_reading_continues_from_the_offset_of_a_seek(bus: Bus) -> None:
     (at, *_) = bus.publish(TOPIC, things("a", "b", "c"))
     with bus.consumer(TOPIC) as consumer:

@@ -13,7 +13,8 @@ ONE_OF = re.compile(r'\{__name__=~"([a-z_]*)\(([a-z_|]+)\)([a-z_]*)"')
 
 def code_series() -> set[str]:
     """Names of all series of all services, as a scrape has them."""
-    importlib.import_module("palimpsest.common.outages")
+    for module in ("outages", "instruments"):
+        importlib.import_module(f"palimpsest.common.{module}")
     for service in SERVICES:
         importlib.import_module(f"palimpsest.services.{service}.instruments")
     return {family.name + suffix for family in REGISTRY.collect() for suffix in SUFFIXES[family.type]}

@@ -158,6 +158,10 @@ class MemoryConsumer:
         self._store.on_access()
         return {number: partition.end for number, partition in enumerate(self._store.partitions(self._topic))}
 
+    def lag(self) -> int:
+        partitions = self._store.partitions(self._topic)
+        return sum(partitions[number].end - offset for number, offset in self._next.items())
+
     def close(self) -> None:
         if self._group is not None:
             with self._store.change:

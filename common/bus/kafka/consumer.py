@@ -163,6 +163,11 @@ class KafkaConsumer:
         )
         return {tp.partition: offset for tp, offset in sorted(found.items())}
 
+    def lag(self) -> int:
+        assigned = {tp.partition: tp for tp in self._client.assignment()}  # in a rebalance not all of self._next
+        ends = {p: self._client.highwater(tp) for p, tp in assigned.items() if p in self._next}
+        return sum(max(0, end - self._next[p]) for p, end in ends.items() if end is not None)
+
     def close(self) -> None:
         self._client.close(autocommit=False, timeout_ms=5_000)
 

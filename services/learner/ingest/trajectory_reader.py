@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.instruments import report_lag
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import REPLAYED, TRAJECTORIES, SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.offset_tracker import OffsetTracker
@@ -108,6 +109,7 @@ class TrajectoryReader:
             if len(records) < POLL_RECORDS:
                 break
             timeout_s = 0.0
+        report_lag(TRAJECTORIES, self._consumer)
 
     def read_until(self, positions: Mapping[int, int], newest: Version, *, deadline_s: float) -> bool:
         """Read everything below these offsets of `trajectories`. Return False if `deadline_s` seconds pass first."""

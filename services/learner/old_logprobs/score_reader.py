@@ -13,6 +13,7 @@ from palimpsest.common.arrays import pack_float32, pack_int32
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Bus, Outgoing, Record
+from palimpsest.common.instruments import report_lag
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
@@ -95,6 +96,7 @@ class ScoreReader:
                 except RejectedRecord as error:
                     self._reject(record, error)
             timeout_s = 0.0
+        report_lag(OLD_LOGPROBS, self._consumer)
         return taken
 
     def attach(self, rows: Sequence[Row]) -> list[Row]:

@@ -15,6 +15,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.arrays import Float32Array
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
+from palimpsest.common.instruments import HEARTBEAT, AgeGauge, report_lag
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
@@ -97,10 +98,13 @@ class ReplicaWorker:
             for consumer in (self._control, self._requested):
                 consumer.seek(consumer.ends())  # skip records from before the start of this replica
             self._waiting_for = None
+            heartbeat = AgeGauge(HEARTBEAT.labels("replica"))
             while not self._finished and not self._stop.requested:
+                heartbeat.restart()
                 self._read_control()
                 self._prioritize(self._read_requests())
                 records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)
+                report_lag(TRAJECTORIES, self._trajectories)
                 self._update_assignment()
                 for record in records:
                     self._take(record)

@@ -4,9 +4,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Stop
+from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.loop import Loop
+from palimpsest.services.learner.loop_status import LoopStatus
+
+LEARNER = {"loop": "learner"}
 
 
 def test_a_status_does_not_change_while_the_ledger_does() -> None:
@@ -28,3 +33,15 @@ def test_a_status_does_not_change_while_the_ledger_does() -> None:
     assert before["trajectories"]["offered"] == 0
     loop.update_status()
     assert loop.status.fields()["trajectories"]["offered"] == 2
+
+
+def test_a_published_version_has_an_age_and_each_status_a_heartbeat() -> None:
+    status = LoopStatus()
+    status.published(Version(7))
+    status.update({})
+    assert REGISTRY.get_sample_value("palimpsest_learner_version") == 7
+    for name, labels in (("palimpsest_learner_last_version_seconds", {}), ("palimpsest_heartbeat_seconds", LEARNER)):
+        first, second = REGISTRY.get_sample_value(name, labels), REGISTRY.get_sample_value(name, labels)
+        assert first is not None
+        assert second is not None
+        assert 0 < first < second
