@@ -25,40 +25,51 @@ OPTIONAL = ENGINES | {"reasoning-gym"}
 NOT_OF_THE_PACKAGE = OPTIONAL | {"setuptools", "tokenizers"}
 """Pinned packages that are not dependencies: some belong to extras, the others build the package and models."""
 
+OUR_MODULES = {"palimpsest", "bench", "tools", "tests"}
+PART_OF_PYDANTIC = "pydantic_core"
+"""Each release of pydantic requires exactly one version of it."""
+
 NUMERIC = {"torch", "transformers"}
 """Packages that compute log-probs: a minor release may change the values."""
 
 
-def requested_packages(name: str) -> set[str]:
-    """Packages that a .in file and its includes name, without those of dev.in."""
+def requested_packages(name: str, *, dev: bool = False) -> set[str]:
+    """Packages that a .in file and its includes name, with or without those of dev.in."""
     found: set[str] = set()
     for line in (ROOT / "requirements" / f"{name}.in").read_text().splitlines():
         text = line.partition("#")[0].strip()
         if included := re.fullmatch(r"-r (\w+)\.in", text):
-            found |= requested_packages(included[1]) if included[1] != "dev" else set()
+            found |= requested_packages(included[1]) if included[1] != "dev" or dev else set()
         elif text:
             found.add(canonicalize_name(Requirement(text).name))
     return found
 
 
-def imported() -> set[str]:
-    """Third-party modules that the package imports, at the top of a file or in a function."""
+def imported(*tops: str) -> set[str]:
+    """Third-party modules that these folders import, at the top of a file or in a function."""
     found: set[str] = set()
-    for path in (path for top in ("palimpsest", "common", "services") for path in (ROOT / top).rglob("*.py")):
+    for path in (path for top in tops for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"palimpsest"}
+    return found - set(sys.stdlib_module_names) - OUR_MODULES
+
+
+def undeclared(modules: set[str], declared: set[str]) -> set[str]:
+    """Modules that belong to no declared package."""
+    homes = packages_distributions()
+    return {module for module in modules if not declared & set(map(canonicalize_name, homes.get(module, [module])))}
 
 
 def test_every_imported_package_is_declared() -> None:
-    homes = packages_distributions()
-    declared = {*DECLARED, *OPTIONAL}
-    assert {
-        module for module in imported() if not declared & set(map(canonicalize_name, homes.get(module, [module])))
-    } == set()
+    assert undeclared(imported("palimpsest", "common", "services"), {*DECLARED, *OPTIONAL}) == set()
+
+
+def test_every_package_that_the_tools_and_tests_import_is_in_the_in_files() -> None:
+    modules = imported("bench", "tools", "tests") - {PART_OF_PYDANTIC}
+    assert undeclared(modules, requested_packages("cpu", dev=True) | ENGINES) == set()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])

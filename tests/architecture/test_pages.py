@@ -84,6 +84,14 @@ def test_old_paths_do_not_exist_and_new_paths_do() -> None:
     assert [new for _, new in pairs if not (ROOT / new).exists()] == []
 
 
+def test_decisions_have_unique_numbers_and_state_them() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [page.name.partition("-")[0] for page in pages]
+    assert sorted({number for number in numbers if numbers.count(number) > 1}) == []
+    titles = {page.name: page.read_text().partition("\n")[0] for page in pages}
+    assert [name for name, title in titles.items() if not title.startswith(f"# {int(name[:4])}. ")] == []
+
+
 def badge(name: str) -> tuple[str, str]:
     """Left and right text of a badge."""
     left, right = ElementTree.parse(PICTURES / f"badge-{name}.svg").getroot().iter(f"{SVG}text")
