@@ -52,9 +52,9 @@ def unknown(answer: str) -> list[str]:
 
 @pytest.mark.parametrize(("question", "answer"), rows("Ten questions"))
 def test_an_answer_names_existing_files_and_functions(question: str, answer: str) -> None:
-    said = answer.replace("`dead_letters`", "").replace("`instruments.py`", "")  # a topic, and a file of every service
-    assert re.search(r"`(common|services)/", said), question
-    assert unknown(said) == []
+    named = answer.replace("`dead_letters`", "").replace("`instruments.py`", "")  # a topic, and a file of every service
+    assert re.search(r"`(common|services)/", named), question
+    assert unknown(named) == []
 
 
 def test_the_check_finds_wrong_names_in_an_answer() -> None:
@@ -67,13 +67,13 @@ def test_the_check_finds_wrong_names_in_an_answer() -> None:
 
 
 def test_the_folder_table_lists_every_folder_of_the_services() -> None:
-    told = {folder for cells in rows("Folders") for folder in re.findall(r"`([^`]+)`", cells[0])}
-    assert [folder for folder in told if not (ROOT / folder).is_dir()] == []
+    listed_folders = {folder for cells in rows("Folders") for folder in re.findall(r"`([^`]+)`", cells[0])}
+    assert [folder for folder in listed_folders if not (ROOT / folder).is_dir()] == []
     listed = subprocess.run(
         ["git", "ls-files", "services"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     rooms = {str(Path(name).parent) for name in listed.splitlines()} - {"services"}
-    assert rooms - told == {"services/learner/proximal/surrogates"}
+    assert rooms - listed_folders == {"services/learner/proximal/surrogates"}
 
 
 def test_old_paths_do_not_exist_and_new_paths_do() -> None:

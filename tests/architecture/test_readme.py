@@ -173,13 +173,13 @@ def test_every_key_in_a_toml_block_is_a_configuration_key(page: str, text: str) 
 
 
 def test_the_reference_has_every_key() -> None:
-    told, section = set(), ""
+    documented, section = set(), ""
     for row in (ROOT / "docs" / "configuration.md").read_text().splitlines():
         if heading := re.match(r"###? \[([\w.]+)\]", row):
             section = heading[1]
         if key := re.match(r"\| `(\w+)` \|", row):
-            told.add(f"{section}.{key[1]}")
-    assert told == set(keys(RunConfig))
+            documented.add(f"{section}.{key[1]}")
+    assert documented == set(keys(RunConfig))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

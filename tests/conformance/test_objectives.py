@@ -8,10 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from palimpsest.services.learner.corrections import Limits, Rules, correct
-from palimpsest.services.learner.losses.aggregate import Denominators, aggregate
 from palimpsest.services.learner.losses.cispo import cispo_loss
 from palimpsest.services.learner.losses.gspo import gspo_loss
 from palimpsest.services.learner.losses.minirl import minirl_loss
@@ -19,87 +17,8 @@ from palimpsest.services.learner.losses.policy_gradient import policy_gradient_l
 from palimpsest.services.learner.losses.ppo_clip import ppo_loss
 from palimpsest.services.learner.losses.r2vpo import r2vpo_loss
 from palimpsest.services.learner.losses.types import Inputs, Outcome
+from tests.learner_parts.objectives import CASES, OFF, PAIRS, Ours, draw, gradient, inputs_of, one
 from tests.oracles import objectives as oracle
-
-CASES = 200
-OFF = 1e9
-"""A bound that never binds."""
-Ours = Callable[[Inputs], Outcome]
-Theirs = Callable[[oracle.Data], oracle.Result]
-PAIRS: dict[str, tuple[Ours, Theirs]] = {
-    "clipped": (
-        lambda inputs: ppo_loss(inputs, clip_low=0.2, clip_high=0.28),
-        lambda data: oracle.ppo(data, low=0.2, high=0.28),
-    ),
-    "dual_clip": (
-        lambda inputs: ppo_loss(inputs, clip_low=0.1, clip_high=0.3, dual_clip=1.2),
-        lambda data: oracle.ppo(data, low=0.1, high=0.3, dual=1.2),
-    ),
-    "policy_gradient": (policy_gradient_loss, oracle.policy_gradient),
-    "gspo": (
-        lambda inputs: gspo_loss(inputs, clip_low=0.05, clip_high=0.08),
-        lambda data: oracle.gspo(data, low=0.05, high=0.08),
-    ),
-    "cispo": (
-        lambda inputs: cispo_loss(inputs, clip_low=0.3, clip_high=0.2),
-        lambda data: oracle.cispo(data, low=0.3, high=0.2),
-    ),
-    "minirl": (
-        lambda inputs: minirl_loss(inputs, clip_low=0.2, clip_high=0.27),
-        lambda data: oracle.minirl(data, low=0.2, high=0.27),
-    ),
-    "r2vpo": (
-        lambda inputs: r2vpo_loss(inputs, multiplier=0.7, target=0.02),
-        lambda data: oracle.r2vpo(data, multiplier=0.7, target=0.02),
-    ),
-}
-"""Name -> our objective, the oracle's objective."""
-
-
-def draw(seed: int) -> oracle.Data:
-    """Random data with removed tokens, untrainable tokens and nonfinite log-probs."""
-    generator = np.random.default_rng(seed)
-    shape = (int(generator.integers(1, 5)), int(generator.integers(1, 9)))
-    behavior = -generator.exponential(1.0, shape)
-    proximal = behavior + generator.normal(0, 0.3, shape)
-    current = proximal + generator.normal(0, 0.3, shape)
-    for values in (behavior, proximal, current):
-        values[generator.random(shape) < 0.03] = generator.choice([np.nan, np.inf, -np.inf])
-    weight = np.where(generator.random(shape) < 0.2, 0.0, generator.lognormal(0, 0.3, shape))
-    advantages = generator.normal(0, 1, shape)
-    return oracle.Data(current, proximal, behavior, weight, advantages, generator.random(shape) < 0.8)
-
-
-def inputs_of(data: oracle.Data) -> Inputs:
-    return Inputs(
-        current=torch.tensor(data.current, requires_grad=True),
-        proximal=torch.tensor(data.proximal),
-        behavior=torch.tensor(data.behavior),
-        weight=torch.tensor(data.weight),
-        advantages=torch.tensor(data.advantages),
-        mask=torch.tensor(data.mask),
-    )
-
-
-def one(log_update: float, advantage: float, *, weight: float = 1.0, log_discrepancy: float = 0.0) -> Inputs:
-    """A single token."""
-
-    def number(value: float) -> Tensor:
-        return torch.tensor([[value]], dtype=torch.float64)
-
-    return Inputs(
-        current=number(log_update - 1.0).requires_grad_(),
-        proximal=number(-1.0),
-        behavior=number(-1.0 - log_discrepancy),
-        weight=number(weight),
-        advantages=number(advantage),
-        mask=torch.tensor([[True]]),
-    )
-
-
-def gradient(outcome: Outcome, inputs: Inputs) -> Tensor:
-    (found,) = torch.autograd.grad(outcome.losses.sum(), inputs.current)
-    return found
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -229,58 +148,6 @@ def test_the_clip_depends_on_the_proximal(log_proximal: float, clipped: bool) ->
     outcome = ppo_loss(inputs, clip_low=0.2, clip_high=0.2)
     assert bool(outcome.touched) is clipped
     assert float(policy_gradient_loss(inputs).losses.detach()) == pytest.approx(-1.34986, abs=5e-6)
-
-
-def three_tokens(advantage: float) -> Inputs:
-    """One trajectory with log-ratios .1, -.3, .05."""
-    current = torch.tensor([[0.1, -0.3, 0.05]], dtype=torch.float64) - 1.0
-    flat = torch.full_like(current, -1.0)
-    ones = torch.ones_like(current)
-    return Inputs(current.requires_grad_(), flat, flat, ones, advantage * ones, ones.bool())
-
-
-def test_gspo_ratio_is_the_geometric_mean() -> None:
-    """algorithms.md 7: log-ratios .1, -.3, .05 give s = e^-.05 = .95123."""
-    inputs = three_tokens(1.0)
-    outcome = gspo_loss(inputs, clip_low=1.0, clip_high=OFF)
-    np.testing.assert_allclose(outcome.losses.detach(), [[-0.95123] * 3], atol=5e-6)
-    np.testing.assert_allclose(outcome.log_update, [[-0.05] * 3], atol=1e-12)
-    np.testing.assert_allclose(gradient(outcome, inputs), [[-0.95123] * 3], atol=5e-6)
-
-
-def test_gspo_clips_the_whole_trajectory_by_the_sign_of_its_advantage() -> None:
-    """s = 0.95123 is below 1 - 3e-4: with A < 0 the clip binds, with A > 0 it does not."""
-    bad = three_tokens(-1.0)
-    outcome = gspo_loss(bad, clip_low=3e-4, clip_high=4e-4)
-    np.testing.assert_allclose(outcome.losses.detach(), [[0.9997] * 3], atol=1e-12)
-    assert outcome.clipped["clip_low"].all()
-    assert (gradient(outcome, bad) == 0).all()
-    good = three_tokens(1.0)
-    outcome = gspo_loss(good, clip_low=3e-4, clip_high=4e-4)
-    assert not outcome.touched.any()
-    assert (gradient(outcome, good) != 0).all()
-
-
-def test_gspo_per_token_has_the_value_and_gradient_of_the_trajectory_form() -> None:
-    for seed in range(CASES):
-        generator = np.random.default_rng(seed)
-        rows, tokens = int(generator.integers(1, 4)), int(generator.integers(1, 7))
-        mask = torch.tensor(generator.random((rows, tokens)) < 0.8)
-        mask[:, 0] = True
-        proximal = torch.tensor(-generator.exponential(1.0, (rows, tokens)))
-        current = (proximal + torch.tensor(generator.normal(0, 0.2, (rows, tokens)))).requires_grad_()
-        advantages = torch.tensor(generator.normal(0, 1, (rows, 1)))
-        whole = advantages.expand(rows, tokens)
-        inputs = Inputs(current, proximal, proximal, torch.ones_like(proximal), whole, mask)
-        denominators = Denominators.of(mask.sum(-1).tolist(), 100)
-        losses = gspo_loss(inputs, clip_low=0.05, clip_high=0.05).losses
-        token_form = aggregate(losses, mask, "seq_mean_token_mean", denominators)
-        mean = torch.where(mask, current - proximal, 0.0).sum(-1) / mask.sum(-1)
-        ratio = mean.exp()[:, None]
-        sequence_form = -torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages).mean()
-        assert float(token_form.detach()) == pytest.approx(float(sequence_form.detach()), rel=1e-9)
-        (ours,), (theirs,) = (torch.autograd.grad(loss, current) for loss in (token_form, sequence_form))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12, err_msg=f"seed {seed}")
 
 
 def test_cispo_keeps_a_bounded_gradient_where_ppo_has_none() -> None:

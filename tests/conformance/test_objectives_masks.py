@@ -9,7 +9,7 @@ import torch
 from palimpsest.services.learner.losses.opsm import opsm_mask
 from palimpsest.services.learner.losses.ppo_clip import ppo_loss
 from palimpsest.services.learner.losses.types import Inputs, Outcome
-from tests.conformance.test_objectives import CASES, PAIRS, draw, gradient, inputs_of
+from tests.learner_parts.objectives import CASES, PAIRS, draw, gradient, inputs_of
 from tests.oracles import objectives as oracle
 
 GARBAGE = (1e6, -1e6, float("nan"), float("inf"), float("-inf"))

@@ -6,7 +6,7 @@ import torch
 
 from palimpsest.services.learner.losses.policy_gradient import policy_gradient_loss
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, r2vpo_loss, squared_deviation
-from tests.conformance.test_objectives import CASES, draw, gradient, inputs_of, one
+from tests.learner_parts.objectives import CASES, draw, gradient, inputs_of, one
 
 
 def loss_at(data: np.ndarray, seed: int, multiplier: float) -> float:

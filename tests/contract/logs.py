@@ -46,7 +46,7 @@ class SqliteLog:
         return replace(self, path=self.path.parent / "another" / "bus.sqlite")
 
     def cut(self, partition: int, before: int) -> None:
-        """Retention: the log lets go of the partition's records below this offset."""
+        """Delete the partition's records below this offset, as retention does."""
         with closing(sqlite3.connect(self.path)) as db, db:
             db.execute(
                 "DELETE FROM records WHERE topic = ? AND partition = ? AND offset < ?", (TOPIC, partition, before)
@@ -73,7 +73,7 @@ class MemoryLog:
         return MemoryLog()
 
     def cut(self, partition: int, before: int) -> None:
-        """Retention: the log lets go of the partition's records below this offset."""
+        """Delete the partition's records below this offset, as retention does."""
         self.store.cut(TOPIC, partition, before)
 
 
@@ -99,7 +99,7 @@ class KafkaLog:
         return KafkaLog(self.servers, self.store_url)
 
     def cut(self, partition: int, before: int) -> None:
-        """Retention: the log lets go of the partition's records below this offset."""
+        """Delete the partition's records below this offset, as retention does."""
         with closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
             admin.delete_records({TopicPartition(self.prefix + TOPIC, partition): before})
 

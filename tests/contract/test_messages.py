@@ -215,9 +215,9 @@ def test_every_missing_field_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("tag", ["version_published/2", "version_published", "VersionPublished", "", 1, None])
 def test_an_unknown_tag_is_refused(tag: object) -> None:
     for topic, record in WRITTEN.values():
-        with pytest.raises(Undecodable, match=topic) as refused:
+        with pytest.raises(Undecodable, match=topic) as error:
             decode(topic, msgspec.msgpack.encode({**fields(record), "type": tag}))
-        assert refused.value.cause is (RejectCause.UNKNOWN_SCHEMA if isinstance(tag, str) else RejectCause.UNDECODABLE)
+        assert error.value.cause is (RejectCause.UNKNOWN_SCHEMA if isinstance(tag, str) else RejectCause.UNDECODABLE)
 
 
 @pytest.mark.parametrize("topic", [TRAJECTORIES, CONTROL, WORKERS, OLD_LOGPROBS])
@@ -231,9 +231,9 @@ def test_a_record_without_a_tag_is_refused_on_topics_with_several_kinds(topic: s
 def test_a_record_of_another_topic_is_refused() -> None:
     for topic, record in WRITTEN.values():
         for other in set(TOPICS) - {topic}:
-            with pytest.raises(Undecodable) as refused:
+            with pytest.raises(Undecodable) as error:
                 decode(other, encode(record))
-            assert refused.value.cause is RejectCause.UNKNOWN_SCHEMA
+            assert error.value.cause is RejectCause.UNKNOWN_SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,9 @@ def test_trailing_bytes_are_refused(name: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(TOPICS), st.binary(max_size=60))
 def test_garbage_raises_undecodable(topic: str, body: bytes) -> None:
-    with pytest.raises(Undecodable) as refused:
+    with pytest.raises(Undecodable) as error:
         decode(topic, body)
-    assert refused.value.cause is RejectCause.UNDECODABLE
+    assert error.value.cause is RejectCause.UNDECODABLE
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:

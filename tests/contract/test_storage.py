@@ -5,8 +5,7 @@ import multiprocessing
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -15,45 +14,15 @@ import httpx
 import pytest
 from blake3 import blake3
 
-from palimpsest.common.config.schema import SnapshotStoreConfig
 from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
+from tests.contract.storages import LARGE, MEBIBYTE, S3, Disk, Place, broken, chunks, streamed
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.thorough
 
 
-@dataclass(frozen=True)
-class Disk:
-    """A folder. Any process may call `open`."""
-
-    folder: Path
-
-    def open(self) -> Storage:
-        return DiskStorage(self.folder)
-
-
-@dataclass(frozen=True)
-class S3:
-    """A prefix of a bucket. Any process that inherits the credentials may call `open`."""
-
-    endpoint: str
-    prefix: str
-
-    def open(self) -> Storage:
-        return MinioStorage(self.config, prefix=self.prefix)
-
-    @property
-    def config(self) -> SnapshotStoreConfig:
-        return SnapshotStoreConfig(storage="s3", endpoint=self.endpoint, bucket="contract", create_bucket=True)
-
-
-Place = Disk | S3
-MEBIBYTE = 1 << 20
-A_PIECE = bytes(range(256)) * 4096
-LARGE = [A_PIECE] * 70
-"""A body of several read pieces and more than two parts of an S3 upload."""
 BAD_KEYS = ["../x", "a/../../x", "/etc", "/etc/passwd", ".hidden", "a/.hidden", "", "a//b", "a/", ".", ".."]
 
 
@@ -81,22 +50,6 @@ def half(request: pytest.FixtureRequest) -> list[bytes]:
     """The first pieces of a body."""
     pieces: list[bytes] = request.param
     return pieces
-
-
-async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
-
-
-async def broken(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    """An upload that fails in the middle."""
-    for piece in pieces:
-        yield piece
-    raise ConnectionError("the sender is gone")
-
-
-async def streamed(storage: Storage, key: str) -> bytes:
-    return b"".join([piece async for piece in storage.stream(key)])
 
 
 async def test_a_body_that_was_put_can_be_read(storage: Storage) -> None:

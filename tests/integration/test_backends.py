@@ -235,9 +235,9 @@ def answers_again_after_a_pause(server: Kafka | Minio) -> None:
 def test_the_error_of_a_server_that_cannot_start_contains_the_end_of_its_log(tmp_path: Path) -> None:
     kafka = Kafka(tmp_path / "kafka")
     (kafka.folder / "data").mkdir()  # an empty folder is invalid
-    with pytest.raises(UserError, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as refusal:
+    with pytest.raises(UserError, match=r"(?s)Kafka ended with 1 .*kafka\.log.*meta\.properties") as error:
         kafka.start()
-    assert refusal.value.code == ExitCode.UNAVAILABLE
+    assert error.value.code == ExitCode.UNAVAILABLE
     assert not kafka.running
 
 

@@ -24,7 +24,8 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.weights import WeightSync
 from tests.runs.run_process import ROOT
-from tests.simulation.cut_schedules import Engine, Schedule, latency, process_name, slow_polling
+from tests.simulation.cut_schedules import Schedule, latency, slow_polling
+from tests.simulation.cut_worker import Engine, process_name
 from tests.simulation.score_checker import InvariantViolated, ScoreChecker
 from tests.simulation.simulated_time import SimulatedLoop, run
 

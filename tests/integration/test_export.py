@@ -161,7 +161,7 @@ def test_a_version_is_exported_from_a_bucket_while_the_store_runs(
 def test_an_unreachable_store_gives_an_error_message(
     starting_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MINIO_ACCESS_KEY", "somebody")
+    monkeypatch.setenv("MINIO_ACCESS_KEY", "another")
     monkeypatch.setenv("MINIO_SECRET_KEY", "something")
     closed = f"http://127.0.0.1:{free()}"
     (tmp_path / "run.toml").write_text(

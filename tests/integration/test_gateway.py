@@ -166,8 +166,8 @@ async def test_generated_tasks_run_in_child_processes(launch: Launch) -> None:
         wanted = CreateSession(environment="reasoning_gym.chain_sum", seed=3)
         session = await sessions.create(wanted, idempotency_key="k")
         (sum_asked,) = re.findall(r"problem: (.*) =", session.messages[0].content)
-        said = await sessions.step(session.session_id, 0, render("calculator", {"expression": sum_asked}))
-        end = await sessions.step(session.session_id, 1, said.messages[0].content)
+        reply = await sessions.step(session.session_id, 0, render("calculator", {"expression": sum_asked}))
+        end = await sessions.step(session.session_id, 1, reply.messages[0].content)
     assert (end.reward, end.success) == (1.0, True)
 
 
@@ -179,9 +179,9 @@ async def test_requests_need_the_token_and_environments_do_not_see_it(
     for wrong in ("wrong", None):
         monkeypatch.setenv(VARIABLE, wrong) if wrong else monkeypatch.delenv(VARIABLE)
         async with client(gateway.url) as sessions:
-            with pytest.raises(SessionFailed) as refused:
+            with pytest.raises(SessionFailed) as error:
                 await played(sessions, "lookup", 0, [])
-            assert refused.value.code == "unauthorized"
+            assert error.value.code == "unauthorized"
     monkeypatch.setenv(VARIABLE, "right")
     async with client(gateway.url) as sessions:
         assert (await played(sessions, "lookup", 1, lookup.solution(1))).reward == 1.0
@@ -225,10 +225,10 @@ async def test_a_process_that_left_its_session_ends_with_it(launch: Launch, end:
 
 
 def test_an_open_address_without_a_token_is_refused(launch: Launch) -> None:
-    code, said = refusal(launch("--env_gateway.host=0.0.0.0", f"--env_gateway.port={free_port()}"))
+    code, error = refusal(launch("--env_gateway.host=0.0.0.0", f"--env_gateway.port={free_port()}"))
     assert code == 2
-    assert said.startswith("env_gateway.host: 0.0.0.0 can be reached from outside this machine")
-    assert VARIABLE in said
+    assert error.startswith("env_gateway.host: 0.0.0.0 can be reached from outside this machine")
+    assert VARIABLE in error
 
 
 def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
@@ -236,10 +236,10 @@ def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        code, said = refusal(launch(f"--env_gateway.port={port}"))
+        code, error = refusal(launch(f"--env_gateway.port={port}"))
     assert code == 3
-    assert f"port {port} on 127.0.0.1 is in use" in said
-    assert "--env_gateway.port=PORT" in said
+    assert f"port {port} on 127.0.0.1 is in use" in error
+    assert "--env_gateway.port=PORT" in error
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
 )
 def test_unusable_environments_are_refused_before_the_gateway_listens(launch: Launch, flag: str, start: str) -> None:
     process = launch(f"--env_gateway.port={free_port()}", flag)
-    code, said = refusal(process)
+    code, error = refusal(process)
     assert code == 2
-    assert said.startswith(start)
+    assert error.startswith(start)
 
 
 async def test_sigterm_finishes_running_steps_and_leaves_no_process(launch: Launch, tmp_path: Path) -> None:

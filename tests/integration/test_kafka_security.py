@@ -207,11 +207,11 @@ def test_each_right_in_the_manual_is_needed(
         at_once(),
         pytest.raises(
             UserError, match=r"refuses access: .*AuthorizationFailed.*permissions that docs/operations.md lists"
-        ) as told,
+        ) as error,
         closing(open_bus(configured(home, guarded, run=run))) as bus,
     ):
         goes_through(bus)
-    assert told.value.code is ExitCode.CONFIGURATION
+    assert error.value.code is ExitCode.CONFIGURATION
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def test_a_wrong_login_fails_at_once(
 ) -> None:
     monkeypatch.setenv(USERNAME, username)
     monkeypatch.setenv(PASSWORD, password)
-    told = refused(configured(home, guarded, f"--bus.sasl_mechanism={mechanism}"))
-    assert f"the login of '{username}' failed" in told
-    assert all(key in told for key in (guarded.servers, USERNAME, PASSWORD, f"bus.sasl_mechanism ({mechanism})"))
-    assert password not in told
+    error = refused(configured(home, guarded, f"--bus.sasl_mechanism={mechanism}"))
+    assert f"the login of '{username}' failed" in error
+    assert all(key in error for key in (guarded.servers, USERNAME, PASSWORD, f"bus.sasl_mechanism ({mechanism})"))
+    assert password not in error
 
 
 def test_the_error_for_a_wrong_protocol_names_the_right_setting(
@@ -261,11 +261,11 @@ def test_the_error_for_an_unusable_certificate_names_its_key(home: Path, tls: Ka
 def test_an_unreachable_broker_is_retried_and_then_named(home: Path, kafka_server: Kafka) -> None:
     config = configured(home, kafka_server)
     closed = f"127.0.0.1:{free()}"
-    for servers, said in ((closed, "Connection refused"), ("nowhere.invalid:9092", "unknown host")):
-        nobody = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
-        with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\): .*{said}") as told:
-            KafkaBus(nobody, prefix="t.")
-        assert told.value.code is ExitCode.UNAVAILABLE
+    for servers, reason in ((closed, "Connection refused"), ("nowhere.invalid:9092", "unknown host")):
+        unreachable = replace(connection(config.bus, {}), servers=servers, start_limit_s=1.0)
+        with pytest.raises(UserError, match=rf"Kafka at {servers} \(bus.servers\): .*{reason}") as error:
+            KafkaBus(unreachable, prefix="t.")
+        assert error.value.code is ExitCode.UNAVAILABLE
 
 
 def test_one_reachable_broker_of_the_list_is_enough(home: Path, kafka_server: Kafka) -> None:

@@ -114,13 +114,13 @@ def test_a_topic_with_too_strict_settings_is_refused_with_the_command_that_fixes
     bus: KafkaBus, kafka_server: Kafka, prefix: str, admin: KafkaAdminClient, standing: Mapping[str, str], mend: str
 ) -> None:
     make(admin, prefix + TOPIC, **standing)
-    with pytest.raises(WrongTopic) as told:
+    with pytest.raises(WrongTopic) as error:
         bus.create_topics({TOPIC: 2})
     command = (
         f"kafka-configs.sh --bootstrap-server {kafka_server.servers} --alter --entity-type topics "
         f"--entity-name {prefix}{TOPIC} --add-config {mend}"
     )
-    assert str(told.value).endswith(command)
+    assert str(error.value).endswith(command)
     with pytest.raises(WrongTopic):
         bus.create_topics({TOPIC: 2})
     alter(admin, command)
@@ -150,9 +150,9 @@ def test_too_few_replicas_and_a_different_number_of_partitions_are_refused(
     with closing(a_bus(kafka_server, prefix, Settings(replicas=3, retention_ms=1000))) as replicated:
         with pytest.raises(
             WrongTopic, match=r"has 1 replicas; bus.replicas is 3: add replicas with kafka-reassign-partitions.sh"
-        ) as refused:
+        ) as error:
             replicated.create_topics({TOPIC: 2})
-        assert "The number of partitions cannot change" not in str(refused.value)
+        assert "The number of partitions cannot change" not in str(error.value)
         with pytest.raises(WrongTopic, match=r"cannot be created with 3 replicas \(bus.replicas\)"):
             replicated.create_topics({"more": 1})
 
@@ -178,9 +178,9 @@ def test_a_learner_stops_with_an_error_if_its_next_record_is_deleted(
     with closing(ingest), pytest.raises(OffsetGone, match=r"trajectories\[0\]: offset 0 is gone, the log starts at 1"):
         ingest.reader.read_all(Version(0), timeout_s=LIMIT_S)
     again = an_ingest(bus)
-    with closing(again), pytest.raises(UserError, match="would lose trajectories silently") as told:
+    with closing(again), pytest.raises(UserError, match="would lose trajectories silently") as error:
         again.start({0: 0}, {}, {}, now=0.0)
-    assert told.value.code is ExitCode.DAMAGED
+    assert error.value.code is ExitCode.DAMAGED
 
 
 def test_the_offset_check_detects_skipped_records(

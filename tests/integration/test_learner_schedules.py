@@ -20,7 +20,8 @@ from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from tests.runs.run_process import ROOT
-from tests.simulation.cut_schedules import LIMIT_S, process_name, slow_polling
+from tests.simulation.cut_schedules import LIMIT_S, slow_polling
+from tests.simulation.cut_worker import process_name
 from tests.simulation.learner_checks import run_and_check
 from tests.simulation.learner_faults import ANYWHERE, Fault, FaultKind, places
 from tests.simulation.learner_schedules import LearnerSchedule

@@ -160,8 +160,8 @@ def test_without_the_digest_check_damaged_weights_are_returned(
 def test_the_error_for_an_unreachable_store_names_its_address() -> None:
     pauses: list[float] = []
     url = f"http://127.0.0.1:{free()}"
-    said = f"the snapshot store at {url} did not answer in 120 s: ConnectError"
-    with SnapshotClient(url, sleep=pauses.append) as client, pytest.raises(StoreUnavailable, match=said):
+    expected = f"the snapshot store at {url} did not answer in 120 s: ConnectError"
+    with SnapshotClient(url, sleep=pauses.append) as client, pytest.raises(StoreUnavailable, match=expected):
         client.versions()
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, *[5.0] * 22]
 

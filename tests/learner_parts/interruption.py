@@ -78,7 +78,7 @@ class Log(SqliteBus):
         )
         return {at.partition: at.offset + 1 for at in placed}
 
-    def said(self, *messages: WorkerAlive | CutReached) -> None:
+    def report(self, *messages: WorkerAlive | CutReached) -> None:
         """Publish messages of workers."""
         self.publish(WORKERS, [Outgoing(message.worker, encode(message)) for message in messages])
 
@@ -157,7 +157,7 @@ def flushing(worker: str, *sampled: SegmentFlushed | TrajectoryFinished) -> Answ
     """A worker that publishes these records and answers the cut."""
 
     def answer(log: Log, request: CutRequested) -> None:
-        log.said(reached(worker, request.cut, log.sampled(*sampled), request.version))
+        log.report(reached(worker, request.cut, log.sampled(*sampled), request.version))
 
     return answer
 

@@ -39,7 +39,8 @@ from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
 from tests.runs.fencing import Things, stored
 from tests.servers.direct_store import URL, DirectStore
-from tests.simulation.cut_schedules import Schedule, process_name
+from tests.simulation.cut_schedules import Schedule
+from tests.simulation.cut_worker import process_name
 from tests.simulation.learner_faults import ANYWHERE, FIRST_SAMPLED, VOCABULARY, Fault, FaultKind, Table, configured
 from tests.simulation.memory_bus import MemoryBus
 from tests.simulation.score_checker import ScoreChecker

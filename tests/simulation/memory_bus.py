@@ -55,7 +55,7 @@ class Store:
     def partitions(self, topic: str) -> list[_Partition]:
         """Partitions of the topic. Raises LookupError if it does not exist."""
         if topic not in self.topics:
-            raise LookupError(f"topic {topic} does not exist; whoever begins the run creates it")
+            raise LookupError(f"topic {topic} does not exist; the start of a run creates it")
         return self.topics[topic]
 
     def cut(self, topic: str, partition: int, before: int) -> None:

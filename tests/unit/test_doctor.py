@@ -16,7 +16,7 @@ import pytest
 
 import palimpsest
 from palimpsest.common.user_error import UserError
-from palimpsest.doctor import __main__ as command, findings, gather, judge, machine, run_file, support
+from palimpsest.doctor import __main__ as command, findings, gather, judge, run_file, support
 from palimpsest.doctor.__main__ import main, table
 from palimpsest.doctor.facts import Facts, Interpreter, Place, Port, TemplateProof
 from palimpsest.doctor.findings import OK, STOPS, WARNS, Finding
@@ -222,7 +222,7 @@ REFUSED = 'model.path: the chat template of models/a leaves out the tools. Set m
 
 
 @pytest.mark.parametrize(
-    ("proof", "level", "said"),
+    ("proof", "level", "sentence"),
     [
         (PROOF, OK, "models/a: its own, renders tools, answers and prompts; a message ends with <|im_end|>"),
         (PROOF._replace(chosen="tools", ends=("a", "b")), OK, "model.chat_template = tools, renders .* with a or b"),
@@ -231,10 +231,10 @@ REFUSED = 'model.path: the chat template of models/a leaves out the tools. Set m
         (TemplateProof("", unproven="no package"), OK, "not checked: no package"),
     ],
 )
-def test_the_proof_of_a_chat_template_is_a_finding(proof: TemplateProof, level: str, said: str) -> None:
+def test_the_proof_of_a_chat_template_is_a_finding(proof: TemplateProof, level: str, sentence: str) -> None:
     found = judge.everything(replace(GOOD, template=proof), installed=True)[-1]
     assert (found.check, found.level) == ("Chat template", level)
-    assert re.search(said, found.sentence)
+    assert re.search(sentence, found.sentence)
     assert judge.everything(GOOD, installed=True)[-1].check != "Chat template", "no run was named"
 
 
@@ -268,76 +268,6 @@ def test_the_table_prints_the_remedy_below_a_finding() -> None:
         ["stops", "Disk", "full"], ["No", "run."], ["Free", "some."], ["ok", "CPU", "fine"],
     ]  # fmt: skip
     assert lines[-1] == "2 checks: 1 stop a run, 0 may hinder it"
-
-
-def test_folder_and_ports_come_from_file_environment_and_flags(tmp_path: Path) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text('[run]\nfolder = "here"\nid = "a"\n[env_gateway]\nport = 7701\n[snapshot_store]\nport = 0\n')
-    words = [str(file), "--check", "--run.id", "b", "--rollout.port=7703"]
-    values = run_file.named(words, {"PALIMPSEST_RUN__FOLDER": "there", "PALIMPSEST_LEARNER__PORT": "7704"})
-    assert run_file.folder(values) == Path("there/b")
-    assert run_file.ports(values) == [
-        ("env_gateway.port", "127.0.0.1", 7701),
-        ("learner.port", "127.0.0.1", 7704),
-        ("rollout.port", "127.0.0.1", 7703),
-    ]
-
-
-def test_a_resumed_run_is_read_from_its_own_file(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text('[learner]\nhost = "localhost"\nport = 7704\n[rollout]\nhost = "a"\nport = 1\n')
-    values = run_file.named([f"--resume={tmp_path}"], {})
-    assert run_file.folder(values) == tmp_path
-    assert run_file.ports(values) == [("learner.port", "127.0.0.1", 7704)]  # `a` is a host name, which is not resolved
-
-
-@pytest.mark.parametrize("text", [None, "no = [toml", "\udcff"])
-def test_an_unreadable_run_file_is_ignored(tmp_path: Path, text: str | None) -> None:
-    file = tmp_path / "run.toml"
-    if text is not None:
-        file.write_bytes(text.encode(errors="surrogateescape"))
-    assert run_file.named([str(file)], {}) == {}
-
-
-def test_the_facts_of_this_machine_are_plausible() -> None:
-    facts = gather.facts(ROOT, "cpu")
-    assert facts.python.version == sys.version_info[:3]
-    assert facts.cpus > 0
-    assert 0 < facts.memory_free <= facts.memory
-    assert facts.amx in {"absent", "permitted", "refused"}
-    assert (facts.amx == "absent") == ("amx_tile" not in facts.cpu_flags)
-
-
-def test_a_missing_folder_is_checked_by_its_nearest_existing_parent(tmp_path: Path) -> None:
-    found = gather.place(tmp_path / "runs" / "a")
-    assert found.writable
-    assert found.free > 0
-    assert found.owner == ""
-    (tmp_path / "file").write_text("")
-    assert not gather.place(tmp_path / "file" / "a").writable
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"memory.max": "1000000000", "memory.current": "400000000", "memory.stat": "inactive_file 100000000"}, 7),
-        ({"memory.max": "max", "memory.current": "400000000"}, None),
-        ({"memory.limit_in_bytes": "1000000000", "memory.usage_in_bytes": "300000000"}, 7),
-        ({"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "300000000"}, None),
-    ],
-    ids=["cgroup v2", "cgroup v2 without a limit", "cgroup v1", "cgroup v1 without a limit"],
-)
-def test_memory_is_limited_by_the_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None
-) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    there = {name: str(tmp_path / name) for name in files}
-    monkeypatch.setattr(machine, "group", lambda _, name: there.get(name, ""))
-    whole, free, by = machine.memory()
-    if expected is None:
-        assert by == "the machine"
-    else:
-        assert (whole, free, by) == (GB, expected * 10**8, "the control group")
 
 
 def test_the_command_names_a_taken_port_and_stops(capsys: pytest.CaptureFixture[str]) -> None:

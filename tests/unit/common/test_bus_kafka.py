@@ -170,14 +170,14 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_if_access_is_deni
         calls.append(clock.now)
         raise problem
 
-    nobody = Connection(server, {}, outage_limit_s=0.6)
+    unreachable = Connection(server, {}, outage_limit_s=0.6)
     with pytest.raises(UserError, match=rf"Kafka at {server} \(bus.servers\): could not read for 1 s: {server}"):
-        nobody.retry_until_answered(lambda: failing(errors.NodeNotReadyError()), doing="read")
+        unreachable.retry_until_answered(lambda: failing(errors.NodeNotReadyError()), doing="read")
     assert calls == [0.0, 0.5, 1.0]
     for final in (errors.TopicAuthorizationFailedError("t"), BrokerRefused("it requires a login")):
         calls.clear()
         with pytest.raises(UserError, match="refuses access"):
-            nobody.retry_until_answered(lambda: failing(final), doing="read")  # noqa: B023
+            unreachable.retry_until_answered(lambda: failing(final), doing="read")  # noqa: B023
         assert len(calls) == 1
 
 
@@ -196,8 +196,8 @@ KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=
 
 def test_outage_messages_of_kafka_python_stay_out_of_a_services_log() -> None:
     ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
-    *_, said = ended.stderr.splitlines()
-    assert said.startswith(
+    *_, error = ended.stderr.splitlines()
+    assert error.startswith(
         "palimpsest.common.user_error.UserError: Kafka at 127.0.0.1:1 (bus.servers): could not connect"
     )
     assert not [line for line in ended.stderr.splitlines() if line.startswith(("ERROR:", "WARNING:"))]

@@ -21,7 +21,7 @@ def test_a_claim_header_that_is_not_a_digest_is_a_lost_body(header: str) -> None
 
 
 def test_a_body_beyond_the_limit_of_a_record_is_a_lost_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader stops after the limit, however long the body is."""
+    """The reader stops after the limit, for a body of any length."""
     read = []
 
     def endless(_path: str):

@@ -28,12 +28,12 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("number", "code", "said"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
-def test_an_os_error_of_a_file_becomes_a_user_error(number: int, code: ExitCode, said: str) -> None:
+@pytest.mark.parametrize(("number", "code", "text"), TABLE, ids=[errno.errorcode[row[0]] for row in TABLE])
+def test_an_os_error_of_a_file_becomes_a_user_error(number: int, code: ExitCode, text: str) -> None:
     with pytest.raises(UserError) as error, file_errors_as_user_errors():
         raise OSError(number, os.strerror(number), "/there/x")
     assert error.value.code is code
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(text)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.EIO])

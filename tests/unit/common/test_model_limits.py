@@ -56,9 +56,9 @@ def test_a_tokenizer_that_fits_is_accepted_and_padding_rows_too(tmp_path: Path, 
 def test_a_token_without_a_row_is_refused(tmp_path: Path, nested: bool) -> None:
     config: dict[str, Any] = {"vocab_size": 9}
     model = a_model(tmp_path / "model", config={"text_config": config} if nested else config)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         refuse_limits(a_run(model))
-    assert str(refused.value) == (
+    assert str(error.value) == (
         f"model.path: the tokenizer of {model} has 10 tokens with ids up to 9, but the model's embedding has 9 rows "
         f"(vocab_size in config.json), and a trajectory can contain <|b|> (id 9). Resize the embedding "
         f"(`model.resize_token_embeddings(len(tokenizer))`) and save the model, or remove the added tokens from the "
@@ -114,9 +114,9 @@ def test_a_folder_without_these_files_is_left_to_other_checks(tmp_path: Path) ->
 def test_a_trajectory_longer_than_the_positions_is_refused_with_both_keys(tmp_path: Path) -> None:
     model = a_model(tmp_path / "model", config={"vocab_size": 10, "max_position_embeddings": 1024})
     refuse_limits(a_run(model, longest=1023))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         refuse_limits(a_run(model, longest=1024))
-    assert str(refused.value) == (
+    assert str(error.value) == (
         f"sampling.max_trajectory_tokens is 1024, but the model in {model} has 1024 positions (max_position_embeddings "
         f"in config.json), and the engine needs one token more. Set sampling.max_trajectory_tokens to at most 1023, or "
         f"choose a model.path with more positions"
@@ -131,9 +131,9 @@ def test_a_trajectory_longer_than_the_positions_is_refused_with_both_keys(tmp_pa
 def test_attention_that_ignores_a_soft_cap_is_refused(tmp_path: Path, nested: bool) -> None:
     config: dict[str, Any] = {"vocab_size": 10, "attn_logit_softcapping": 50.0}
     model = a_model(tmp_path / "model", config={"text_config": config} if nested else config)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         refuse_limits(a_run(model))
-    assert str(refused.value) == (
+    assert str(error.value) == (
         f"model.attention is sdpa, which ignores the soft cap of attention scores of the model in {model} "
         f'(attn_logit_softcapping 50.0 in config.json). Set model.attention = "eager", or "flash_attention_2" on a GPU'
     )

@@ -58,8 +58,8 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             code = 0
         except SystemExit as exit_:
             code = int(exit_.code or 0)
-        said = capsys.readouterr()
-        return Ended(code, said.out, said.err)
+        output = capsys.readouterr()
+        return Ended(code, output.out, output.err)
 
     yield end
     for number, handler in handlers.items():
@@ -96,9 +96,9 @@ def test_a_user_error_prints_one_message_and_gives_its_exit_code(end: End, code:
 def test_a_user_error_is_written_to_the_runs_folder_for_the_supervisor(end: End, tmp_path: Path) -> None:
     end(refusing(ExitCode.DAMAGED))
     left = tmp_path / "runs" / "first" / "refusals" / "snapshot_store.json"
-    said = json.loads(left.read_text())
-    assert said.pop("processes") == [os.getpid(), os.getppid()], "the service and what launched it"
-    assert said == {"message": "the model is gone: put it back", "code": 4}
+    report = json.loads(left.read_text())
+    assert report.pop("processes") == [os.getpid(), os.getppid()], "the service and its launcher"
+    assert report == {"message": "the model is gone: put it back", "code": 4}
 
 
 def test_a_workers_user_error_is_written_under_its_name(end: End, tmp_path: Path) -> None:

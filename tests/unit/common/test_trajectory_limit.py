@@ -77,9 +77,9 @@ def test_limits_of_tokenizer_and_generation_count(
 
 
 def test_a_limit_without_room_for_a_prompt_is_refused_with_both_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         trajectory_limit(a_run(tmp_path / "m", positions=512))
-    assert str(refused.value) == (
+    assert str(error.value) == (
         "sampling.max_turn_tokens (512) leaves no room for a prompt in sampling.max_trajectory_tokens, which is 511, "
         "from the 512 positions of the model (max_position_embeddings in config.json, less the 1 token that the engine "
         "adds). Lower sampling.max_turn_tokens, or choose a model.path with more positions"
@@ -105,9 +105,9 @@ def test_the_shown_configuration_states_the_limit_and_its_source(tmp_path: Path)
 def test_a_worker_with_another_limit_than_the_learner_is_refused_with_both_numbers() -> None:
     limit = TrajectoryLimit(2047, "the 2048 positions of the model")
     limit.refuse_other(2047, worker="worker-0")
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         limit.refuse_other(4095, worker="worker-0")
-    assert str(refused.value) == (
+    assert str(error.value) == (
         "sampling.max_trajectory_tokens is 2047 on worker-0, from the 2048 positions of the model, but the learner "
         "offers trajectories of up to 4095 tokens. Give learner and worker the same model folder and the same run "
         "file, or set sampling.max_trajectory_tokens"

@@ -33,7 +33,7 @@ class ManualClock:
         return self.now
 
 
-def said(text: str) -> Reply:
+def reply(text: str) -> Reply:
     """A reply with one tool message."""
     return Reply((Message(role="tool", content=text),))
 

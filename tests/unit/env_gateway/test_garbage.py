@@ -8,7 +8,7 @@ import pytest
 from palimpsest.common.sessions.wire import Message, Status, Step
 from palimpsest.services.env_gateway.environments.port import Opening, Reply, Score, Turn
 from palimpsest.services.env_gateway.hosts import InProcess
-from tests.unit.env_gateway.fakes import ManualClock, begun, counted, said, some_sessions, taken
+from tests.unit.env_gateway.fakes import ManualClock, begun, counted, reply, some_sessions, taken
 
 
 class Environment:
@@ -69,7 +69,7 @@ async def test_garbage_from_an_environment_never_becomes_a_reward(clock: ManualC
     assert ended.error.code == "environment_invalid"
 
 
-@pytest.mark.parametrize("garbage", [*GARBAGE[:16], said("a reply")], ids=[str(number) for number in range(17)])
+@pytest.mark.parametrize("garbage", [*GARBAGE[:16], reply("a reply")], ids=[str(number) for number in range(17)])
 async def test_garbage_from_finalize_never_becomes_a_reward(clock: ManualClock, garbage: Any) -> None:
     sessions = some_sessions(lambda: InProcess(Environment(garbage)), clock)
     ended = Step.model_validate_json(await sessions.finalize(await begun(sessions)))

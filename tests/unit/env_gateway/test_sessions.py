@@ -15,14 +15,14 @@ from tests.unit.env_gateway.fakes import (
     a_step,
     begun,
     counted,
-    said,
+    reply,
     some_sessions,
     taken,
 )
 
 
 async def test_a_session_opens_with_the_task_and_ends_with_the_reward(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"), Score(0.75, True, {"call": 0.25, "answer": 0.5}))
+    world = ScriptedWorld(reply("4"), Score(0.75, True, {"call": 0.25, "answer": 0.5}))
     sessions = some_sessions(lambda: world, clock)
     opened = Session.model_validate_json(await sessions.create(WANTED, None))
     assert (opened.messages[0].content, opened.initial_state_hash) == ("task 3", "hash 3")
@@ -38,7 +38,7 @@ async def test_a_session_opens_with_the_task_and_ends_with_the_reward(clock: Man
 
 
 async def test_a_repeated_step_is_applied_once_and_gets_the_same_answer(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"), HALF)
+    world = ScriptedWorld(reply("4"), HALF)
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     first = await sessions.step(session, a_step(0))
@@ -49,7 +49,7 @@ async def test_a_repeated_step_is_applied_once_and_gets_the_same_answer(clock: M
 
 
 async def test_retries_during_a_step_wait_for_its_answer_and_are_not_applied(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"), said("5"))
+    world = ScriptedWorld(reply("4"), reply("5"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     world.hold()
@@ -64,7 +64,7 @@ async def test_retries_during_a_step_wait_for_its_answer_and_are_not_applied(clo
 async def test_a_step_out_of_order_is_refused_with_the_next_number(
     clock: ManualClock, number: int, text: str, code: str
 ) -> None:
-    world = ScriptedWorld(said("4"))
+    world = ScriptedWorld(reply("4"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     await taken(sessions, session, 0)
@@ -84,7 +84,7 @@ async def test_a_step_after_the_end_is_refused(clock: ManualClock) -> None:
 
 
 async def test_finalize_scores_the_session_once(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"))
+    world = ScriptedWorld(reply("4"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     await taken(sessions, session, 0)
@@ -130,7 +130,7 @@ async def test_closing_an_ended_or_unknown_session_changes_nothing(clock: Manual
 
 
 async def test_a_malformed_call_is_an_observation(clock: ManualClock) -> None:
-    world = ScriptedWorld(Reply(()), said("4"))
+    world = ScriptedWorld(Reply(()), reply("4"))
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     bad = "<tool_call>\n{broken\n</tool_call>"
@@ -145,7 +145,7 @@ async def test_a_malformed_call_is_an_observation(clock: ManualClock) -> None:
 
 
 async def test_a_long_tool_result_is_truncated_with_a_note(clock: ManualClock) -> None:
-    sessions = some_sessions(lambda: ScriptedWorld(said("é" * 600), said("é" * 500)), clock, result_bytes=1001)
+    sessions = some_sessions(lambda: ScriptedWorld(reply("é" * 600), reply("é" * 500)), clock, result_bytes=1001)
     session = await begun(sessions)
     cut = await taken(sessions, session, 0)
     assert cut.messages[0].content == "é" * 500 + "\n[cut: 1200 bytes, 1001 are shown]"
@@ -163,7 +163,7 @@ async def test_steps_replays_and_rewards_are_counted(clock: ManualClock) -> None
         "palimpsest_gateway_step_seconds_count": {"environment": "fake"},
     }
     before = [counted(name, **labels) for name, labels in names.items()]
-    sessions = some_sessions(lambda: ScriptedWorld(said("4"), HALF), clock)
+    sessions = some_sessions(lambda: ScriptedWorld(reply("4"), HALF), clock)
     done, _ = await begun(sessions), await begun(sessions)
     for number in (0, 0, 0, 1, 1):
         await taken(sessions, done, number)

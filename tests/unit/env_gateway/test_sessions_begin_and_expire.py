@@ -16,7 +16,7 @@ from tests.unit.env_gateway.fakes import (
     ScriptedWorld,
     a_step,
     begun,
-    said,
+    reply,
     some_sessions,
     taken,
 )
@@ -67,7 +67,7 @@ async def test_a_failed_creation_is_refused_and_frees_its_key(clock: ManualClock
 
 
 async def test_a_session_without_requests_for_a_lease_expires_without_a_reward(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"))
+    world = ScriptedWorld(reply("4"))
     sessions = some_sessions(lambda: world, clock, lease_s=10.0)
     session = await begun(sessions)
     clock.now += 9.9
@@ -89,7 +89,7 @@ async def test_a_session_without_requests_for_a_lease_expires_without_a_reward(c
 
 
 async def test_a_late_step_does_not_revive_an_expired_session(clock: ManualClock) -> None:
-    world = ScriptedWorld(said("4"))
+    world = ScriptedWorld(reply("4"))
     sessions = some_sessions(lambda: world, clock, lease_s=10.0)
     session = await begun(sessions)
     clock.now += 10.0
@@ -125,7 +125,7 @@ async def test_a_session_busy_with_a_step_does_not_expire(clock: ManualClock) ->
 
 
 async def test_an_ended_session_is_kept_for_a_limited_time(clock: ManualClock) -> None:
-    sessions = some_sessions(lambda: ScriptedWorld(said("4"), HALF), clock, remember_s=60.0)
+    sessions = some_sessions(lambda: ScriptedWorld(reply("4"), HALF), clock, remember_s=60.0)
     session = await begun(sessions, "k")
     await taken(sessions, session, 0)
     last = await sessions.step(session, a_step(1))

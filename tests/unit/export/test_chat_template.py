@@ -71,6 +71,6 @@ def test_a_caller_can_override_an_option_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_tokenizer(model, find(model.path), tmp_path / "out")
     exported = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    said = [{"role": "user", "content": "?"}]
-    assert exported.apply_chat_template(said, tokenize=False).endswith("False")
-    assert exported.apply_chat_template(said, tokenize=False, thinking=True).endswith("True")
+    messages = [{"role": "user", "content": "?"}]
+    assert exported.apply_chat_template(messages, tokenize=False).endswith("False")
+    assert exported.apply_chat_template(messages, tokenize=False, thinking=True).endswith("True")

@@ -177,11 +177,11 @@ def test_a_dead_engine_is_restarted_and_reported_with_the_workers_message(tmp_pa
 
 REFUSES_AND_CRASHES = """
 import json, os, pathlib
-said = {{"message": "replaced", "code": 6, "processes": {processes}}}
+report = {{"message": "replaced", "code": 6, "processes": {processes}}}
 path = pathlib.Path({path!r})
 first = not path.exists()
 path.parent.mkdir(parents=True, exist_ok=True)
-path.write_text(json.dumps(said))
+path.write_text(json.dumps(report))
 exit(1 if first else 0)
 """
 

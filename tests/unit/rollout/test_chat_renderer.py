@@ -22,8 +22,8 @@ TOOLS = ({"type": "function", "function": {"name": "lookup", "parameters": {"pro
 REWRITING = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}
-{%- set said = message.content.split('</think>')[-1] %}
-{{- '<|im_start|>assistant\n' + ('<think></think>' if loop.last else '') + said + '<|im_end|>\n' }}
+{%- set content = message.content.split('</think>')[-1] %}
+{{- '<|im_start|>assistant\n' + ('<think></think>' if loop.last else '') + content + '<|im_end|>\n' }}
 {%- elif message.role == 'tool' %}{{- '<|im_start|>user\n[' + message.content + ']<|im_end|>\n' }}
 {%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}
 {%- endfor %}
@@ -79,11 +79,11 @@ def test_a_turn_separator_is_the_tools_answer_and_the_next_opening(dialogue: Cha
 def test_the_joined_pieces_equal_the_rendered_template(dialogue: ChatRenderer) -> None:
     first = [Message(role="user", content="What is the value of amber?")]
     call = '<tool_call>\n{"name": "lookup", "arguments": {"key": "amber"}}\n</tool_call>'
-    said = [*dialogue.encode(call), *dialogue.stop_tokens]
+    sampled = [*dialogue.encode(call), *dialogue.stop_tokens]
     answer = [Message(role="tool", content="4")]
     pieces = [
         *dialogue.begin(first, TOOLS),
-        *said,
+        *sampled,
         *dialogue.render_turn_separator(answer, ended_by=dialogue.stop_tokens[0]),
     ]
     messages = [*first, Message(role="assistant", content=call), *answer]

@@ -77,10 +77,10 @@ def test_a_template_without_a_generation_prompt_is_accepted_if_none_is_needed(tm
     ],
 )
 def test_a_template_that_leaves_something_out_is_refused(tmp_path: Path, template: str, fault: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         load(tmp_path, template)
-    assert str(refused.value).startswith(f"model.path: the chat template of {tmp_path} {fault}")
-    assert 'Set model.chat_template = "tools"' in str(refused.value)
+    assert str(error.value).startswith(f"model.path: the chat template of {tmp_path} {fault}")
+    assert 'Set model.chat_template = "tools"' in str(error.value)
     load(tmp_path, template, chosen="tools")
 
 
@@ -133,9 +133,9 @@ def test_a_file_replaces_the_models_template(tmp_path: Path) -> None:
     renderer = load(tmp_path / "model", WHOLE, chosen=str(file))
     assert renderer.prompt(DIALOGUE, ()).endswith("<|im_start|>assistant: ")
     file.write_text(skip("m.role == 'tool'"))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         load(tmp_path / "model", WHOLE, chosen=str(file))
-    assert str(refused.value).startswith(f"model.chat_template: {file} leaves out a tool's answer")
+    assert str(error.value).startswith(f"model.chat_template: {file} leaves out a tool's answer")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from palimpsest.services.env_gateway.environments.port import Opening, Reply
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from tests.processes.waiting import LIMIT_S
-from tests.unit.env_gateway.fakes import ScriptedWorld, said
+from tests.unit.env_gateway.fakes import ScriptedWorld, reply
 from tests.unit.env_gateway.running import free_port
 from tests.unit.rollout.chat_models import FAMILIES
 from tests.unit.rollout.sampling import BROKEN, SAMPLING, MessageEngine, NextMessage, Setting, gateway_of
@@ -28,8 +28,8 @@ async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(settin
 
 
 async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> None:
-    said = [NextMessage(setting.dialogue.encode(text)) for text in lookup.solution(3)]
-    ended = await setting.sample(MessageEngine([EngineFailed("lost"), *said]))
+    messages = [NextMessage(setting.dialogue.encode(text)) for text in lookup.solution(3)]
+    ended = await setting.sample(MessageEngine([EngineFailed("lost"), *messages]))
     assert isinstance(ended, TrajectoryFinished)
     assert (ended.attempt, ended.success) == (1, True)
 
@@ -88,7 +88,7 @@ async def test_a_redelivered_task_gets_another_request_name(setting: Setting) ->
 
 async def test_a_failed_session_is_retried_from_the_start(dialogue: ChatRenderer) -> None:
     limited = Sampling(1.0, 8, 1000, 1)
-    with gateway_of(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(said("go on"))) as setting:
+    with gateway_of(dialogue, BROKEN, ScriptedWorld(BROKEN), ScriptedWorld(reply("go on"))) as setting:
         engine = setting.engine_of("a", "b")
         ended = await setting.sample(engine, environment="fake", sampling=limited)
     assert isinstance(ended, TrajectoryFinished)
@@ -104,8 +104,8 @@ async def test_a_failed_session_is_retried_from_the_start(dialogue: ChatRenderer
 async def test_an_unknown_reward_drops_the_trajectory(dialogue: ChatRenderer, fails_at: str) -> None:
     made = {
         "create": BROKEN,
-        "step": ScriptedWorld(said("go on"), BROKEN),
-        "finalize": ScriptedWorld(said("go on"), said("go on"), final=BROKEN),
+        "step": ScriptedWorld(reply("go on"), BROKEN),
+        "finalize": ScriptedWorld(reply("go on"), reply("go on"), final=BROKEN),
     }
     with gateway_of(dialogue, made[fails_at]) as setting:
         ended = await setting.sample(
@@ -122,8 +122,8 @@ async def test_a_gateway_without_answers_drops_the_trajectory(
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
     monkeypatch.setattr(client, "PATIENCE_S", 0)
-    nobody = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
-    ended = await nobody.sample(nobody.engine_of())
+    setting = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
+    ended = await setting.sample(setting.engine_of())
     assert isinstance(ended, TrajectoryDropped)
     assert ended.reason is DropReason.ENVIRONMENT_FAILED
     assert ended.detail.startswith("unreachable: POST /v1/sessions")
@@ -145,7 +145,7 @@ class SystemFirst(ScriptedWorld):
 )
 async def test_a_dialogue_that_the_template_refuses_drops_one_trajectory(world: ScriptedWorld, place: str) -> None:
     renderer = ChatRenderer(FAMILIES["gemma"].tokenizer(), options={})
-    with gateway_of(renderer, world, ScriptedWorld(said("go on"), said("go on"))) as setting:
+    with gateway_of(renderer, world, ScriptedWorld(reply("go on"), reply("go on"))) as setting:
         limited = Sampling(1.0, 8, 1000, 2)
         ended = await setting.sample(setting.engine_of("a"), environment="fake", sampling=limited)
         assert isinstance(ended, TrajectoryDropped)

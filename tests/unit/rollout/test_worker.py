@@ -1,9 +1,8 @@
-"""A worker: it samples with verified versions only, stops on failures, and reports its status."""
+"""A worker: it samples with verified versions only, stops with its run, and reports its status."""
 
-import random
 import threading
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from palimpsest.common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
-    TrajectoryDropped,
-    TrajectoryFinished,
     VersionApplied,
     VersionPublished,
     WorkerAlive,
@@ -29,15 +26,10 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import worker as the_worker
-from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
-from palimpsest.services.rollout.engine.scripted import ScriptedEngine
-from palimpsest.services.rollout.trajectory_builder import Contradiction
 from palimpsest.services.rollout.worker import NO_PARTITION
 from tests.records.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
-    GatedEngine,
     Place,
     announce,
     committed,
@@ -84,9 +76,9 @@ async def test_an_offer_with_another_limit_than_the_workers_ends_it_with_both_nu
     offer(place.bus, 0, sampling=other)
     announce(place.bus, 0)
     async with working(place) as running:
-        with pytest.raises(UserError, match=r"is 64 on worker-0, from the test, but .* of up to 65 tokens") as refused:
+        with pytest.raises(UserError, match=r"is 64 on worker-0, from the test, but .* of up to 65 tokens") as error:
             await running.ends()
-    assert refused.value.code is ExitCode.CONFIGURATION
+    assert error.value.code is ExitCode.CONFIGURATION
     assert (finished(place.bus), committed(place.bus)) == ([], 0), "another worker samples it"
 
 
@@ -210,109 +202,6 @@ async def test_a_stopping_worker_begins_no_task(place: Place) -> None:
         assert sorted(again.engine.asked) == ids(1, 2)
 
 
-@pytest.mark.parametrize("moment", ["at work", "while it drains"])
-async def test_a_permanent_error_ends_the_worker(place: Place, moment: str) -> None:
-    offer(place.bus, 0)
-    announce(place.bus, 0)
-    async with working(place) as running:
-        running.engine.shut()
-        running.engine.failure = RuntimeError("a bug")
-        await running.until(lambda: sorted(running.engine.asked) == ids(0))
-        if moment == "while it drains":
-            running.worker.stop()
-            await running.until(lambda: running.worker.waiting_for() == "trajectories in flight, before it stops")
-        running.engine.open()
-        with pytest.raises(RuntimeError, match="a bug"):
-            await running.ends()
-    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
-
-
-async def test_a_dead_engine_ends_the_worker_and_drops_nothing(place: Place) -> None:
-    offer(place.bus, 0, 1)
-    announce(place.bus, 0)
-    async with working(place) as running:
-        running.engine.shut()
-        await running.until(lambda: sorted(running.engine.asked) == ids(0, 1))
-        running.engine.die()
-        with pytest.raises(EngineDead, match="died of SIGKILL"):
-            await running.ends()
-    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
-    async with working(place) as again:
-        await again.until(lambda: committed(place.bus) == 2)
-    assert finished(place.bus) == ids(0, 1)
-
-
-async def test_a_dead_engine_is_detected_while_idle(place: Place) -> None:
-    announce(place.bus, 0)
-    async with working(place) as running:
-        await running.until(lambda: running.worker.waiting_for() == "tasks")
-        running.engine.die()
-        with pytest.raises(EngineDead, match="died of SIGKILL"):
-            await running.ends()
-
-
-class DiesAfter(GatedEngine):
-    """An engine whose process is killed after it has begun this many messages."""
-
-    def __init__(self, dialogue: ChatRenderer, messages: int) -> None:
-        super().__init__(dialogue)
-        self._left = messages
-
-    async def generate(self, *args: Any, **options: Any) -> SampledTokens:
-        self._left -= 1
-        if self._left == 0:
-            self.die()
-        return await super().generate(*args, **options)
-
-
-async def run_through_deaths(place: Place, chances: random.Random, groups: int) -> int:
-    """Run workers in turn, each with an engine that dies at a random moment, until all tasks are done; count deaths."""
-    died = 0
-    while committed(place.bus) < groups:
-        async with working(place, engine=DiesAfter(place.dialogue, chances.randint(1, 12))) as running:
-            with suppress(EngineDead):
-                await running.until(lambda: committed(place.bus) == groups)
-                break
-            died += 1
-    return died
-
-
-@pytest.mark.thorough
-async def test_engine_deaths_at_any_moment_drop_no_trajectory(place: Place) -> None:
-    offer(place.bus, *range(10), samples=3)
-    announce(place.bus, 0)
-    assert await run_through_deaths(place, random.Random(7), 10) >= 3, "too few deaths to prove anything"
-    said = messages(place.bus, TRAJECTORIES)
-    assert all(isinstance(message, TrajectoryFinished) for message in said)
-    assert sorted({message.trajectory for message in said}) == ids(*range(10), samples=range(3))
-
-
-async def test_a_dead_engine_that_counted_as_a_failed_request_would_drop_trajectories(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The counterpart of the previous test: the same deaths, reported as failed requests, drop trajectories."""
-    monkeypatch.setattr("palimpsest.services.rollout.trajectory_sampler.EngineFailed", (EngineFailed, EngineDead))
-    monkeypatch.setattr(DiesAfter, "watch", ScriptedEngine.watch)
-    offer(place.bus, *range(10), samples=3)
-    announce(place.bus, 0)
-    await run_through_deaths(place, random.Random(7), 10)
-    assert any(isinstance(message, TrajectoryDropped) for message in messages(place.bus, TRAJECTORIES))
-
-
-async def test_an_inconsistent_engine_ends_the_worker(place: Place) -> None:
-    class Contradicts(GatedEngine):
-        async def generate(self, *args, **kwargs) -> SampledTokens:
-            right = await super().generate(*args, **kwargs)
-            return SampledTokens(right.tokens, right.logprobs, (), right.stopped)
-
-    offer(place.bus, 0)
-    announce(place.bus, 0)
-    async with working(place, engine=Contradicts(place.dialogue)) as running:
-        with pytest.raises(Contradiction, match="spans cover 0 of 2 sampled tokens"):
-            await running.ends()
-    assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("max_live", [1, 3, 7])
 async def test_there_are_never_more_live_trajectories_than_slots(place: Place, max_live: int) -> None:
@@ -341,16 +230,16 @@ async def test_updates_and_status_are_published(place: Place, monkeypatch: pytes
         assert running.worker.status()["engine"] == {"kind": "scripted"}
         announce(place.bus, 1)
         await running.until(lambda: running.weights.verified == 1)
-        told = len(messages(place.bus, WORKERS))
-        await running.until(lambda: len(messages(place.bus, WORKERS)) > told + 2)
-    said = messages(place.bus, WORKERS)
-    applied = [m for m in said if isinstance(m, VersionApplied)]
+        reported = len(messages(place.bus, WORKERS))
+        await running.until(lambda: len(messages(place.bus, WORKERS)) > reported + 2)
+    reports = messages(place.bus, WORKERS)
+    applied = [m for m in reports if isinstance(m, VersionApplied)]
     assert [(m.run, m.worker, m.version, m.accepted, m.canary_error, m.live) for m in applied] == [
         ("test", "worker-0", 0, True, 0.0, 0),
         ("test", "worker-0", 1, True, 0.0, 2),
     ]
     assert [m.digest for m in applied] == [place.store.manifest(Version(v)).digest for v in (0, 1)]
-    last = [m for m in said if isinstance(m, WorkerAlive)][-1]
+    last = [m for m in reports if isinstance(m, WorkerAlive)][-1]
     assert (last.run, last.worker, last.version, last.live, last.sampled_tokens) == ("test", "worker-0", 1, 2, 0)
     assert last.seconds > last.idle_s >= 0
 
@@ -367,9 +256,9 @@ async def test_a_refused_version_ends_the_worker_and_is_published(
         announce(place.bus, 1)
         await running.until(lambda: running.engine.loaded == [0, 1])
         running.engine.open()  # version 1 samples from here on
-        with pytest.raises(UserError, match="refused version 1") as refusal:
+        with pytest.raises(UserError, match="refused version 1") as error:
             await running.ends()
-    assert refusal.value.code is ExitCode.CANARY
+    assert error.value.code is ExitCode.CANARY
     applied = [m for m in messages(place.bus, WORKERS) if isinstance(m, VersionApplied)]
     assert [(m.version, m.accepted, m.canary_error) for m in applied] == [(0, True, 0.0), (1, False, 0.5)]
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])

@@ -55,7 +55,7 @@ class GatedEngine(ScriptedEngine):
         self.asked: list[str] = []
         """Trajectories of the requests, in order."""
         self.live = self.most = 0
-        """Requests under way, now and at most."""
+        """Number of running requests, and its maximum so far."""
         self.loaded: list[Version] = []
         self.failure: BaseException | None = None
         """Raised in place of an answer."""

@@ -76,7 +76,7 @@ def test_a_changed_tokens_file_is_read_again_and_an_invalid_one_changes_nothing(
 
 
 def test_a_tokens_file_without_a_token_is_refused_at_the_start(tmp_path: Path) -> None:
-    (file := tmp_path / "tokens").write_text("# nobody\n")
+    (file := tmp_path / "tokens").write_text("# no names\n")
     for path, problem in [(file, "has no token"), (tmp_path / "none", "cannot be read")]:
         with pytest.raises(UserError, match=problem):
             TokensFile(path)

@@ -108,7 +108,7 @@ def test_calls_over_the_limit_are_reported_once() -> None:
     [
         ("<think>\nIs it 3? <tool_call>\n</think>\n\n4", "4"),
         ("it was opened in the prompt</think>4", "4"),
-        ("<think>it never ends, so nothing was said", ""),
+        ("<think>it never ends, so there is no message", ""),
         ("4 <think>", "4"),
         ("4 <think>or is it 5", "4"),
         ("<think>a</think>4<think>b</think>2<think>c", "42"),

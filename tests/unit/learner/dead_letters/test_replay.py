@@ -198,9 +198,9 @@ def test_the_json_list_has_the_same_content(bus: Bus, toml: Path) -> None:
 @pytest.mark.usefixtures("bus")
 def test_an_invalid_request_is_refused_with_a_message(toml: Path, arguments: list[str], says: str) -> None:
     run = [toml] if len(arguments) > 1 else []
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         output_of(*arguments[:1], *run, *arguments[1:])
-    assert says in str(refused.value)
+    assert says in str(error.value)
 
 
 def test_a_replayed_trajectory_of_an_open_group_is_trained(bus: Bus, toml: Path) -> None:

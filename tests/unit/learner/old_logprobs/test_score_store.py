@@ -174,17 +174,17 @@ def test_18_10_scores_in_any_order_and_pieces_give_every_token_its_value() -> No
                     records.append(a_score(begin, end, version + 1, [-99.0] * len(values), tokens=of.tokens.tolist()))
         rng.shuffle(records)
         scores = ScoreStore()
-        told = set()
+        delivered = set()
         for record in records:
             if rng.random() < 0.2:
                 continue  # this piece is never delivered
             scores.put(record)
             if record.digest == DIGESTS.get(record.version):
-                told |= {t for t in range(record.start, record.stop) if versions[t] == record.version}
-        expected = [np.float32(truth[t]) if t in told else None for t in range(length)]
+                delivered |= {t for t in range(record.start, record.stop) if versions[t] == record.version}
+        expected = [np.float32(truth[t]) if t in delivered else None for t in range(length)]
         assert known(scores, of) == expected
         left = {t for start, stop, _ in scores.missing(scores.attach(of, DIGESTS)) for t in range(start, stop)}
-        assert left == {t for t in range(length) if versions[t] >= 0} - told
+        assert left == {t for t in range(length) if versions[t] >= 0} - delivered
 
 
 def test_a_row_has_one_record_per_segment() -> None:

@@ -31,21 +31,21 @@ def test_amx_is_requested_only_when_supported_and_wanted(
         return permitted
 
     assert decide(supported=supported, wanted=wanted, ask=ask) is expected
-    assert bool(asked) == (supported and wanted), "the kernel is asked only where the answer matters"
+    assert bool(asked) == (supported and wanted), "the kernel gets a request only if AMX is supported and wanted"
 
 
-def refused_and_settled(told: Connection) -> None:
+def refused_and_settled(sender: Connection) -> None:
     if platform.machine() == "x86_64":
         refuse()
-    told.send((configure().name, torch.cpu._is_amx_tile_supported()))
+    sender.send((configure().name, torch.cpu._is_amx_tile_supported()))
 
 
 def test_vllm_does_not_use_amx_if_the_kernel_refuses_it() -> None:
     """Runs in its own process, because the refusal lasts for the life of a process."""
-    told, tells = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=refused_and_settled, args=(tells,))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=refused_and_settled, args=(sender,))
     process.start()
-    tells.close()  # the pipe stays empty if the process dies
+    sender.close()  # the pipe stays empty if the process dies
     expected = Amx.REFUSED if torch.cpu._is_amx_tile_supported() else Amx.ABSENT
-    assert told.recv() == (expected.name, False)
+    assert receiver.recv() == (expected.name, False)
     process.join()

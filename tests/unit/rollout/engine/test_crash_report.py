@@ -98,8 +98,10 @@ async def test_an_engine_that_does_not_answer_is_ended_and_reports_its_stack(tmp
     watch.kill("pause, 120 s")
     await watch.gone.wait()
     evidence = await asyncio.to_thread(watch.collect_evidence)
-    said = crash_text(evidence).splitlines()
-    assert said[0] == "the inference engine did not answer (pause, 120 s), so the worker killed it while it was serving"
+    lines = crash_text(evidence).splitlines()
+    assert (
+        lines[0] == "the inference engine did not answer (pause, 120 s), so the worker killed it while it was serving"
+    )
     assert any("crashing_engine.py" in line for line in stack(evidence.log))
     assert evidence.exit_code == -6
 

@@ -93,10 +93,10 @@ async def test_a_refused_step_ends_the_worker_with_a_message_and_drops_nothing(
             await running.until(lambda: running.worker.status()["cut"] == 4)
             engine.step = step
             place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4)))])
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as error:
             await running.ends()
-    assert refused.value.code is ExitCode.ENGINE
-    assert str(refused.value).startswith(f"the inference engine refused {what}\nits error: {ERROR}\nwhat to try: ")
+    assert error.value.code is ExitCode.ENGINE
+    assert str(error.value).startswith(f"the inference engine refused {what}\nits error: {ERROR}\nwhat to try: ")
     assert (committed(place.bus), messages(place.bus, TRAJECTORIES)) == (0, [])
     if "cut" in what:
         announce(place.bus, 1)
@@ -106,9 +106,9 @@ async def test_a_refused_step_ends_the_worker_with_a_message_and_drops_nothing(
 
 
 def test_the_text_of_a_refused_step_is_the_documented_one() -> None:
-    with pytest.raises(UserError) as refused, required("an update to version 12"):
+    with pytest.raises(UserError) as error, required("an update to version 12"):
         raise EngineFailed("weight update: ValueError: model.norm.weight: 4096 bytes are missing")
-    assert str(refused.value) == documented("A step that a living engine refuses")
+    assert str(error.value) == documented("A step that a living engine refuses")
 
 
 def test_other_errors_are_passed_on() -> None:

@@ -35,7 +35,7 @@ from tests.unit.learner.old_logprobs.interruption.cuts import V0, V1, known, req
 
 
 def test_a_cut_scores_finished_and_live_trajectories_durably(log: Log) -> None:
-    log.said(alive("a"), alive("b"))
+    log.report(alive("a"), alive("b"))
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1, segments=(a_segment(3, 7, 0),)))
     log.answers = [flushing("a", a_flush(1, 0), a_flush(1, 1)), flushing("b", a_flush(2, 0, worker="b"))]
@@ -54,7 +54,7 @@ def test_a_cut_scores_finished_and_live_trajectories_durably(log: Log) -> None:
 
 
 def test_a_cut_publishes_the_request_first_and_the_scores_before_it_returns(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
     log.order.clear()
     log.answers = [flushing("a", a_flush(1, 0))]
@@ -63,7 +63,7 @@ def test_a_cut_publishes_the_request_first_and_the_scores_before_it_returns(log:
 
 
 def test_scored_flushes_are_resolved_and_their_trajectories_stay_pending(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
     log.answers = [flushing("a", a_flush(1, 0), a_flush(2, 0))]
     learner.interruption.cut(V0, digest(0))
@@ -73,7 +73,7 @@ def test_scored_flushes_are_resolved_and_their_trajectories_stay_pending(log: Lo
 
 
 def test_a_worker_without_an_answer_is_left_out_at_the_deadline(log: Log) -> None:
-    log.said(alive("a"), alive("dead"))
+    log.report(alive("a"), alive("dead"))
     learner = Learner(log, Table(0), clock=Ticking(0.2))
     log.answers = [flushing("a", a_flush(1, 0))]
     before = instruments.LATE_WORKERS._value.get()
@@ -85,7 +85,7 @@ def test_a_worker_without_an_answer_is_left_out_at_the_deadline(log: Log) -> Non
 
 
 def test_a_cut_waits_for_a_silent_worker_at_most_until_it_counts_as_dead(log: Log) -> None:
-    log.said(alive("dead"))
+    log.report(alive("dead"))
     learner = Learner(log, Table(0), clock=Ticking(0.5), deadline_s=1e9)
     report = learner.interruption.cut(V0, digest(0))
     assert report.late == ("dead",)
@@ -102,12 +102,12 @@ def test_a_cut_without_workers_scores_finished_trajectories(log: Log) -> None:
 
 
 def test_a_cut_waits_for_a_worker_that_starts_while_it_is_open(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
 
     def new_worker(log: Log, request: CutRequested) -> None:
-        log.said(alive("new"))
-        log.said(reached("new", request.cut, log.sampled(a_flush(3, 0, worker="new"))))
+        log.report(alive("new"))
+        log.report(reached("new", request.cut, log.sampled(a_flush(3, 0, worker="new"))))
 
     log.answers = [flushing("a", a_flush(1, 0)), new_worker]
     report = learner.interruption.cut(V0, digest(0))
@@ -116,11 +116,11 @@ def test_a_cut_waits_for_a_worker_that_starts_while_it_is_open(log: Log) -> None
 
 
 def test_answers_to_an_earlier_cut_do_not_count(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0), clock=Ticking(0.2))
     assert learner.interruption.cut(V0, digest(0)).late == ("a",)
     before = instruments.LATE_ANSWERS._value.get()
-    log.answers = [lambda log, request: log.said(reached("a", request.cut - 1, {0: 10**9}))]
+    log.answers = [lambda log, request: log.report(reached("a", request.cut - 1, {0: 10**9}))]
     report = learner.interruption.cut(V0, digest(0))
     assert (report.cut, report.answered, report.late) == (2, (), ("a",))
     assert instruments.LATE_ANSWERS._value.get() == before + 1
@@ -129,14 +129,14 @@ def test_answers_to_an_earlier_cut_do_not_count(log: Log) -> None:
 def test_a_late_worker_loses_the_scores_of_its_flush_only(log: Log) -> None:
     """Its tokens belong to weights that the learner has replaced; they are never scored with others."""
     table = Table(0)
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, table, clock=Ticking(0.2))
     assert learner.interruption.cut(V0, digest(0)).late == ("a",)
     table.version = 1
     log.announced(1)
     learner.interruption.published(V1, digest(1))
     late, fresh = a_flush(1, 0), a_flush(1, 0, cut=2, tokens=12, segments=(a_segment(2, 6, 0), a_segment(8, 12, 1)))
-    log.said(reached("a", 1, log.sampled(late)))
+    log.report(reached("a", 1, log.sampled(late)))
     before = instruments.LATE_TOKENS._value.get(), instruments.FLUSHES.labels("late")._value.get()
     learner.read(1)
     assert learner.interruption.work(V1, digest(1)) == 0
@@ -154,7 +154,7 @@ def test_a_late_worker_loses_the_scores_of_its_flush_only(log: Log) -> None:
 
 
 def test_trajectories_are_scored_while_waiting_for_a_batch_and_not_again_at_the_cut(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
     log.sampled(a_finished(0, 0), a_finished(0, 1))
     learner.read()
@@ -183,7 +183,7 @@ def test_trajectories_in_training_are_not_scored(log: Log) -> None:
 
 def test_a_flushed_trajectory_that_finishes_is_scored_once(log: Log) -> None:
     """Within one cut, the finished record replaces the flush; at a later cut, only the new tokens are scored."""
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
     end = a_finished(1, 0, tokens=10, segments=(a_segment(2, 6, 0), a_segment(8, 10, 0)))
     log.answers = [flushing("a", a_flush(1, 0, tokens=6), a_flush(1, 1, tokens=6), end)]
@@ -197,7 +197,7 @@ def test_a_flushed_trajectory_that_finishes_is_scored_once(log: Log) -> None:
 
 
 def test_two_samplings_of_one_id_are_scored_separately(log: Log) -> None:
-    log.said(alive("a"), alive("b"))
+    log.report(alive("a"), alive("b"))
     learner = Learner(log, Table(0))
     first, second = a_flush(1, 0, tokens=[5, 6, 7, 8, 9, 10]), a_flush(1, 0, tokens=[5, 6, 70, 80, 90, 100], worker="b")
     log.answers = [flushing("a", first), flushing("b", second)]
@@ -225,7 +225,7 @@ def test_a_dropped_trajectory_leaves_no_flush_and_no_scores(log: Log) -> None:
 def test_workers_of_another_run_are_ignored(log: Log) -> None:
     learner = Learner(log, Table(0))
     stranger = alive("a")
-    log.said(msgspec.structs.replace(stranger, run="another"))
+    log.report(msgspec.structs.replace(stranger, run="another"))
     assert learner.interruption.cut(V0, digest(0)).workers == ()
 
 
@@ -255,7 +255,7 @@ def test_a_failed_cut_is_released_once(log: Log) -> None:
     def fails(batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         raise OutOfMemory
 
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, fails)
     learner.interruption.release()
     log.answers = [flushing("a", a_flush(1, 0))]
@@ -276,7 +276,7 @@ def test_a_finished_cut_is_never_released(log: Log) -> None:
 
 @pytest.mark.thorough
 def test_few_cuts_wait_for_a_dead_worker(log: Log) -> None:
-    log.said(alive("dead"))
+    log.report(alive("dead"))
     clock = Ticking(0.05)
     learner = Learner(log, Table(0), clock=clock)
     asked = []
@@ -288,16 +288,16 @@ def test_few_cuts_wait_for_a_dead_worker(log: Log) -> None:
 
 def test_the_cut_number_of_another_learner_is_not_reused(log: Log) -> None:
     """Workers would treat a second request with that number as a duplicate."""
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
-    log.said(reached("a", 1))
+    log.report(reached("a", 1))
     log.answers = [flushing("a", a_flush(1, 0))]
     assert learner.interruption.cut(V0, digest(0)).cut == 2
 
 
 def test_impossible_positions_do_not_block_the_learner(log: Log) -> None:
-    log.said(alive("a"))
+    log.report(alive("a"))
     learner = Learner(log, Table(0))
-    log.answers = [lambda log, request: log.said(reached("a", request.cut, {0: 10**9, 77: 5}))]
+    log.answers = [lambda log, request: log.report(reached("a", request.cut, {0: 10**9, 77: 5}))]
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.caught_up) == (("a",), True)

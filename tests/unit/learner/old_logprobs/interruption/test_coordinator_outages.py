@@ -66,7 +66,7 @@ def remote(tmp_path: Path) -> Iterator[RemoteLog]:
 
 def test_a_cut_waits_for_workers_whose_records_are_in_transit(remote: RemoteLog) -> None:
     learner = Learner(remote, Table(0))
-    remote.said(alive("a"), alive("b"))
+    remote.report(alive("a"), alive("b"))
     remote.answers = [flushing("a", a_flush(1, 0)), flushing("b", a_flush(2, 0, worker="b"))]
     report = learner.interruption.cut(V0, digest(0))
     assert (report.answered, report.late, report.tokens_scored) == (("a", "b"), (), 8)
@@ -83,7 +83,7 @@ def test_an_outage_of_the_log_extends_the_deadline_of_the_workers(out_s: float, 
     """Also two outages; the flushed tokens are scored."""
     clock = Ticking()
     learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("a"), alive("b"))
+    remote.report(alive("a"), alive("b"))
 
     def on_read(read: int) -> None:
         match read:
@@ -103,7 +103,7 @@ def test_an_outage_of_the_log_extends_the_deadline_of_the_workers(out_s: float, 
 def test_repeated_outages_extend_a_cut_up_to_a_limit(remote: RemoteLog) -> None:
     clock = Ticking()
     learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("dead"))
+    remote.report(alive("dead"))
 
     def on_read(read: int) -> None:
         clock.now += 6.0
@@ -118,7 +118,7 @@ def test_after_an_outage_a_cut_waits_for_workers_from_before_it(remote: RemoteLo
     """The learner trained during the outage, and no worker has published since."""
     clock = Ticking()
     learner = Learner(remote, Table(0), clock=clock)
-    remote.said(alive("a"))
+    remote.report(alive("a"))
     remote.answers = [flushing("a")]
     learner.interruption.cut(V0, digest(0))
     clock.now += 60.0

@@ -32,7 +32,7 @@ from tests.unit.learner.old_logprobs.interruption.cuts import V0, known, request
 def test_a_restart_between_scoring_and_step_restores_every_value_bit_for_bit(starting_model: Path, log: Log) -> None:
     """No token is scored twice: the repeated cut costs only the workers' flushes."""
     model = load(starting_model)
-    log.said(alive("a"))
+    log.report(alive("a"))
     before = Learner(log, DistributedScorer(ProcessGroup(), model_scorer(model, CPU)))
     log.sampled(a_finished(0, 0), a_finished(0, 1, tokens=12, segments=(a_segment(2, 11, 0),)))
     flushes = [a_flush(1, 0), a_flush(1, 1, tokens=20, segments=(a_segment(4, 20, 0),))]

@@ -98,7 +98,7 @@ class RandomRun:
             self.publish(
                 *flushes, *(flush for flush in flushes if self.draw.random() < 0.2)
             )  # delivery is at least once
-            self.log.said(reached(worker, request.cut, dict(self.positions), request.version))
+            self.log.report(reached(worker, request.cut, dict(self.positions), request.version))
 
     def sample(self, version: int) -> None:
         """Apply random events in random order."""
@@ -130,7 +130,7 @@ class RandomRun:
         """Run all versions and finish every live trajectory in the last one."""
         for version in range(VERSIONS):
             self.table.version = version
-            self.log.said(*(alive(worker, version) for worker in "ab"))
+            self.log.report(*(alive(worker, version) for worker in "ab"))
             self.sample(version)
             if version == VERSIONS - 1:
                 for life in self.lives:
