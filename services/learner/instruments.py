@@ -17,6 +17,13 @@ ADMITTED_GROUPS = Gauge(
 DROPPED = Counter(
     "palimpsest_learner_dropped_trajectories", "Trajectories dropped, by reason", ["reason"], registry=REGISTRY
 )
+TRAJECTORY_LENGTHS = Histogram(
+    "palimpsest_learner_resolved_trajectory_tokens",
+    "Sampled tokens of each trajectory that arrived; fate: trained, or the reason for which the learner dropped it",
+    ["fate"],
+    buckets=[2**power for power in range(4, 18)],
+    registry=REGISTRY,
+)
 TOKEN_FATES = Counter(
     "palimpsest_learner_token_fates",
     "Tokens trained, and tokens lost because they exceed max_staleness, by length (tokens) and duration (seconds) of "
@@ -35,6 +42,9 @@ EVEN_GROUPS = Counter(
     ["environment", "fate"],
     registry=REGISTRY,
 )
+TRAINED_GROUPS = Counter(
+    "palimpsest_learner_trained_groups", "Groups trained on, by environment", ["environment"], registry=REGISTRY
+)
 DEAD_LETTERS = Counter(
     "palimpsest_learner_dead_letters", "Records rejected as dead letters", ["cause", "topic"], registry=REGISTRY
 )
@@ -45,6 +55,17 @@ WAITING = Gauge(
 )
 REWARD = Gauge("palimpsest_learner_reward", "Mean reward of the last batch", registry=REGISTRY)
 SUCCESS = Gauge("palimpsest_learner_success", "Share of the last batch that solved its task", registry=REGISTRY)
+ENVIRONMENT_REWARD = Gauge(
+    "palimpsest_learner_environment_reward",
+    "Mean reward of the environment's trajectories in the last batch",
+    ["environment"],
+    registry=REGISTRY,
+)
+TRUNCATED = Gauge(
+    "palimpsest_learner_truncated_share",
+    "Share of the last batch's trajectories that reached a limit on turns or tokens",
+    registry=REGISTRY,
+)
 PROXIMAL_EXACT = Gauge(
     "palimpsest_learner_proximal_exact", "1 while the proximal policy is the old policy", registry=REGISTRY
 )
@@ -108,6 +129,10 @@ OLDEST_GROUP = Gauge(
     registry=REGISTRY,
 )
 GRAD_NORM = Gauge("palimpsest_learner_grad_norm", "Gradient norm before clipping", registry=REGISTRY)
+ENTROPY = Gauge("palimpsest_learner_entropy", "Mean entropy of the last batch's tokens, nats", registry=REGISTRY)
+LEARNING_RATE = Gauge(
+    "palimpsest_learner_learning_rate", "Learning rate of the newest optimizer step", registry=REGISTRY
+)
 SKIPPED = Counter(
     "palimpsest_learner_skipped_steps", "Optimizer steps skipped because a gradient was not finite", registry=REGISTRY
 )

@@ -45,6 +45,7 @@ class Drops:
         """Count trajectories that the ledger dropped, and mark their records as done."""
         for arrived in dropped:
             instruments.DROPPED.labels(reason.value).inc()
+            instruments.TRAJECTORY_LENGTHS.labels(reason.value).observe(arrived.sampled_from(0))
             logger().info("dropped", trajectory=arrived.record.trajectory, reason=reason.value, newest=arrived.newest)
             self._reader.resolve(arrived)
             if reason is DropReason.OVER_STALENESS:
@@ -54,6 +55,7 @@ class Drops:
         """Mark the records of trained trajectories as done. lowest: lowest version inside the staleness bound."""
         for arrived in trained:
             self._reader.resolve(arrived)
+            instruments.TRAJECTORY_LENGTHS.labels("trained").observe(arrived.sampled_from(0))
             self.fates.add(
                 sampled=arrived.sampled_from(0), trained=arrived.sampled_from(lowest), seconds=arrived.seconds
             )

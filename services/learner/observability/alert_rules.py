@@ -6,6 +6,7 @@ against staleness are fitted within each version (staleness_slope.py). While an 
 bounds, so that the alert does not flicker.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -36,6 +37,8 @@ ONE = 0.999
 LOST_RATIO, LOST_GAP = 1.5, 0.1
 """The lost share of the tokens of slow or long trajectories must exceed that of all tokens by this factor and by this
 difference."""
+MOSTLY = 0.5
+"""Bound on the share of tokens that masks and clips remove."""
 LEAST_SHARE = 0.02
 """Bins with a smaller share of the tokens are ignored."""
 PERSISTS = 5
@@ -241,6 +244,31 @@ def lost_by_duration(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
     )
 
 
+def mostly_removed(lines: Sequence[Line], ease: float = 1.0) -> Alert | None:
+    """Masks and clips remove more than MOSTLY of the tokens of PERSISTS versions. ease: factor on the bound.
+
+    The clip of CISPO does not count: it bounds the gradient of a token without removing it.
+    """
+    counted = [removal for line in lines[-PERSISTS:] if (removal := line.get("removal"))]
+    tokens = sum(removal["tokens"] for removal in counted)
+    if len(counted) < PERSISTS or tokens < LEAST_TOKENS:
+        return None
+    objective = lines[-1].get("objective")
+    share = sum(removal["masked" if objective == "cispo" else "removed"] for removal in counted) / tokens
+    if share <= MOSTLY * ease:
+        return None
+    marginals = [{name: times for name, (times, _) in removal["causes"].items()} for removal in counted]
+    ((cause, count),) = sum(map(Counter, marginals), Counter[str]()).most_common(1)
+    return Alert(
+        "mostly_removed",
+        "warning",
+        share,
+        f"masks and clips remove {100 * share:.0f} % of the tokens of the newest {PERSISTS} versions, {cause} "
+        f"{100 * count / tokens:.0f} %: only the rest trains the policy. Lower learner.max_staleness or the learning "
+        f"rate, or widen the bound of {cause}",
+    )
+
+
 _RULES: Mapping[str, Callable[[Sequence[Line], float], Alert | None]] = {
     "mask_by_staleness": mask_by_staleness,
     "clip_idle": clip_idle,
@@ -248,6 +276,7 @@ _RULES: Mapping[str, Callable[[Sequence[Line], float], Alert | None]] = {
     "discrepancy_is_one": discrepancy_is_one,
     "fallback": fallback,
     "lost_by_duration": lost_by_duration,
+    "mostly_removed": mostly_removed,
 }
 RULES = tuple(_RULES)
 

@@ -35,6 +35,13 @@ def _export_training(line: Line) -> None:
     for environment, fates in line["even_by_environment"].items():
         for fate, groups in fates.items():
             instruments.EVEN_GROUPS.labels(environment, fate).inc(groups)
+    instruments.ENVIRONMENT_REWARD.clear()
+    for environment, values in line["by_environment"].items():
+        instruments.ENVIRONMENT_REWARD.labels(environment).set(values["reward"])
+        instruments.TRAINED_GROUPS.labels(environment).inc(values["groups"])
+    instruments.TRUNCATED.set(line["truncated"] / line["batch"])
+    instruments.LEARNING_RATE.set(line["learning_rate"])
+    _set(instruments.ENTROPY, line["all"]["entropy"])
     instruments.REWARD.set(line["reward"])
     instruments.SUCCESS.set(successes.count("1") / len(successes))
     instruments.PROXIMAL_EXACT.set(float(line["exact"]))

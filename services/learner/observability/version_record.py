@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from palimpsest.common.messages import TrajectoryFinished
+from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.common.trajectory import cuts
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
@@ -112,6 +112,8 @@ def version_record(
         "even_groups": sum(groups["kept"] for groups in even.values()),
         "token_fates": token_fates or {},
         "even_by_environment": even,
+        "by_environment": _by_environment(records),
+        "truncated": sum(r.ending is Ending.TRUNCATED for r in records),
         "multi_version": sum(len({s.version for s in r.segments}) > 1 for r in records),
         "cuts": sum(len(cuts(r.segments)) for r in records),
         "exact": trained.exact,
@@ -272,6 +274,19 @@ def _even_by_environment(batch: Batch, skipped: Mapping[str, int]) -> dict[str, 
         even = counts.setdefault(environment, {"kept": 0, "skipped": 0})
         even["kept"] += max(rewards) == min(rewards)
     return dict(sorted(counts.items()))
+
+
+def _by_environment(records: Sequence[TrajectoryFinished]) -> dict[str, dict[str, float]]:
+    """Environment -> trajectories, groups and mean reward of the batch."""
+    return {
+        environment: {
+            "trajectories": len(own),
+            "groups": len({record.group for record in own}),
+            "reward": sum(record.reward for record in own) / len(own),
+        }
+        for environment in sorted({record.environment for record in records})
+        if (own := [record for record in records if record.environment == environment])
+    }
 
 
 def _cost(parts: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import DropReason
+from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.drops import Drops
@@ -18,6 +19,11 @@ def an_offered(bus: SqliteBus) -> Ingest:
     return ingest
 
 
+def resolved(fate: str) -> float:
+    """Trajectories of this fate in the series of lengths."""
+    return REGISTRY.get_sample_value("palimpsest_learner_resolved_trajectory_tokens_count", {"fate": fate}) or 0.0
+
+
 def test_tokens_are_trained_or_lost_whether_masked_or_dropped(bus: SqliteBus) -> None:
     """Version 5, bound 1. Group 0: half the tokens of one trajectory are inside. Group 1 is too old, group 2 young."""
     ingest = an_offered(bus)
@@ -32,8 +38,10 @@ def test_tokens_are_trained_or_lost_whether_masked_or_dropped(bus: SqliteBus) ->
     ingest.reader.read_all(NEWEST, timeout_s=0)
     group, other = ingest.ledger.take_batch(Version(5)) or []
     assert [len(part) for part in (group.items, group.stale, other.items)] == [1, 1, 2]
+    before = resolved("trained"), resolved("over_staleness")
     drops.resolve_trained([*group.items, *other.items], lowest=4)
     drops.resolve(DropReason.OVER_STALENESS, group.stale)
+    assert (resolved("trained") - before[0], resolved("over_staleness") - before[1]) == (3, 1)
     fates = drops.fates.take()
     assert fates["length"] == {"4": [2, 2], "2": [0, 9], "1": [2, 0]}
     assert [sum(counts) for counts in zip(*fates["seconds"].values(), strict=True)] == [4, 11]

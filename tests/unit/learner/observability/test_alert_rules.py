@@ -267,6 +267,30 @@ def test_equal_or_small_losses_do_not_fire() -> None:
     assert rules(rare)[-1] == set(), "bins with under 2 % of the tokens"
 
 
+def with_removed(count: int, removed: int, *, masked: int = 0, objective: str = "clipped") -> list[Line]:
+    """Lines of 1,000 tokens of which masks and clips remove some, most by the veto."""
+    causes = {"veto": [removed - 100, 0], "clip_high": [150, 0]}
+    part = {"tokens": 1000, "removed": removed, "masked": masked, "causes": causes}
+    return [line | {"removal": part} for line in run(count, objective=objective)]
+
+
+def test_a_run_that_removes_most_of_its_tokens_says_so() -> None:
+    found = judged(with_removed(PERSISTS, 686))
+    assert found[:-1] == [[]] * (PERSISTS - 1)
+    ((alert,),) = found[-1:]
+    assert (alert.rule, alert.value) == ("mostly_removed", 0.686)
+    assert "remove 69 % of the tokens of the newest 5 versions, veto 59 %" in alert.says
+    assert judged(with_removed(PERSISTS, 499))[-1] == []
+    after = [*with_removed(PERSISTS, 686), *with_removed(PERSISTS, 260)]
+    assert rules(after)[-1] == {"mostly_removed"}, "an active alert ends at half of its bound"
+    assert rules([*after, *with_removed(PERSISTS, 249)])[-1] == set()
+
+
+def test_the_clip_of_cispo_removes_no_token() -> None:
+    assert judged(with_removed(PERSISTS, 686, objective="cispo"))[-1] == []
+    assert rules(with_removed(PERSISTS, 686, masked=510, objective="cispo"))[-1] >= {"mostly_removed"}
+
+
 def test_an_active_alert_ends_below_half_of_its_threshold() -> None:
     weak = {"token_masked": lambda age: 0.01 + 0.015 * age}
     assert rules(run(40, **weak))[-1] == set()
@@ -296,5 +320,5 @@ def test_this_file_covers_every_rule() -> None:
     """Fails when a rule is added without a test."""
     assert set(RULES) == {
         "mask_by_staleness", "clip_idle", "discrepancy_by_staleness", "discrepancy_is_one", "fallback",
-        "lost_by_duration",
+        "lost_by_duration", "mostly_removed",
     }  # fmt: skip

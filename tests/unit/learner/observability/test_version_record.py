@@ -270,6 +270,12 @@ def test_groups_of_equal_rewards_are_counted_by_environment(exact: StepResult) -
     }
 
 
+def test_an_environment_has_its_trajectories_groups_and_mean_reward(exact: StepResult) -> None:
+    line = line_of(exact)
+    assert line["by_environment"] == {"lookup": {"trajectories": 16, "groups": 4, "reward": 0.5}}
+    assert line["truncated"] == 0
+
+
 def test_costs_are_shares_of_the_training_time(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]
@@ -306,6 +312,11 @@ def test_a_line_is_exported_to_prometheus(exact: StepResult) -> None:
     assert value("removal_slope", removal="clipped") == line["slopes"]["clipped"]
     assert value("old_coverage") == 1.0
     assert value("companion", what="multiplier") == 2.0
+    assert value("environment_reward", environment="lookup") == line["by_environment"]["lookup"]["reward"]
+    assert value("entropy") == line["all"]["entropy"] > 0
+    assert value("learning_rate") == line["learning_rate"] > 0
+    export_to_prometheus(line | {"truncated": 4})
+    assert value("truncated_share") == 4 / line["batch"]
 
 
 def test_a_staleness_absent_from_the_last_batch_is_exported_as_nan(exact: StepResult) -> None:
@@ -337,4 +348,5 @@ def test_a_reporter_continues_from_the_history(exact: StepResult, tmp_path: Path
             alerts.append([alert["rule"] for alert in line["alerts"]])
             with history.open("ab") as file:
                 file.write(msgspec.json.encode(line) + b"\n")
-    assert alerts == [["fallback"]] * 5 + [[]]
+    # the noise of the proximal removes 54 % of the tokens
+    assert alerts == [["fallback"]] * 4 + [["fallback", "mostly_removed"], ["mostly_removed"]]
