@@ -1,16 +1,17 @@
 """Memory and speed of log-probs and their gradients, before and after chunking.
 
-    .venv/bin/python -m bench memory [--hidden 64] [--tokens 256 1024 4096 16384] [--vocabularies 1024 32768 151936]
+    .venv/bin/python -m bench memory [--hidden 64] [--tokens 256] [--vocabularies 1024 151936] [--full-gib 4]
 
-For each number of tokens and vocabulary entries, both computations run in this process, one after the other, on the
-same bf16 hidden states and head: log-probs and entropies forward, then the gradients of the mean log-prob.
+For each number of tokens and vocabulary entries, both computations run in this process, in turn, on the same bf16
+hidden states and head: log-probs and entropies forward, then the gradients of the mean log-prob.
 
     full      all logits at once, as float32; entropies with them (the formula before chunking)
     chunked   services/learner/model/logprobs.py
 
 Peak: maximum of the bytes in tensors at one time, without hidden states, weight and their gradients. It is counted from
 the allocations, so it does not depend on the machine. `full` is null if its 20 bytes for each token and entry exceed
-the free memory.
+the free memory or `--full-gib`. On a CPU, tokens per second count processor time, so that other programs hardly change
+them.
 
 Prints one JSON line: settings, a list of cases with peaks (bytes) and tokens per second, peak_ratio (chunked / full,
 maximum of the cases) and tokens_per_s_ratio (chunked / full, geometric mean of the cases).
@@ -21,6 +22,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,12 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     arguments.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     arguments.add_argument("--vocabularies", type=int, nargs="+", default=[1024, 32768, 151936])
     arguments.add_argument("--threads", type=int, default=1, help="learner.threads (default 1)")
+    arguments.add_argument("--full-gib", type=float, default=float("inf"), help="memory that `full` may use")
     options = arguments.parse_args(words)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [
-        case(tokens, vocabulary, options.hidden, options.chunk, options.repeats, device)
+        case(tokens, vocabulary, options.hidden, options.chunk, options.repeats, device, options.full_gib * 2**30)
         for vocabulary in options.vocabularies
         for tokens in options.tokens
     ]
@@ -73,8 +76,10 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def case(tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Measure both computations on one shape. `full` is None if it does not fit into the memory."""
+def case(
+    tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, device: torch.device, full_bytes: float
+) -> dict[str, Any]:
+    """Measure both computations on one shape. `full` is None if it needs more than full_bytes or the free memory."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=generator).to(device, torch.bfloat16).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(device, torch.bfloat16)
@@ -89,10 +94,20 @@ def case(tokens: int, vocabulary: int, hidden: int, chunk: int, repeats: int, de
     def chunked(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         return chunked_logprobs(LinearHead(weight, None, Transform()), states, positions, chunk, entropy=True)
 
-    fits = FULL_BYTES * tokens * vocabulary < free(device)
+    fits = FULL_BYTES * tokens * vocabulary < min(full_bytes, free(device))
     passes: dict[str, Pass] = {"full": full} if fits else {}
+    steps = {
+        name: partial(step, one, states, weight, positions) for name, one in (passes | {"chunked": chunked}).items()
+    }
+    known = [states, weight, *positions[:3]]
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (states, weight))
+    peaks = {name: max(0, peak_bytes(one, known) - gradients) for name, one in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, one in steps.items():  # in turn, so that other load of the machine meets both
+            seconds[name].append(duration(one, device))
     measured = {
-        name: measure(one, states, weight, positions, repeats) for name, one in (passes | {"chunked": chunked}).items()
+        name: {"peak_bytes": peaks[name], "tokens_per_s": round(tokens / min(seconds[name]), 1)} for name in steps
     }
     return {"tokens": tokens, "vocabulary": vocabulary, "full": None} | measured
 
@@ -105,29 +120,30 @@ def full(states: Tensor, weight: Tensor, positions: Positions) -> tuple[Tensor, 
     return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
-def measure(one: Pass, states: Tensor, weight: Tensor, positions: Positions, repeats: int) -> dict[str, Any]:
-    """Return the peak of one pass with its gradients, and the speed of the fastest of `repeats` passes."""
-    known = [states, weight, *positions[:3]]
+def step(one: Pass, states: Tensor, weight: Tensor, positions: Positions) -> None:
+    """Compute log-probs and entropies, then the gradients of the mean log-prob."""
+    logprobs, entropies = one(states, weight, positions)
+    torch.autograd.grad(logprobs.mean(), (states, weight))
+    del entropies  # the learner keeps them and their autograd graph until the end of the backward pass
 
-    def step() -> None:
-        logprobs, entropies = one(states, weight, positions)
-        torch.autograd.grad(logprobs.mean(), (states, weight))
-        del entropies  # the learner keeps them and their autograd graph until the end of the backward pass
 
-    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (states, weight))
+def peak_bytes(one: Callable[[], None], known: Sequence[Tensor]) -> int:
+    """Return the maximum of the bytes in tensors during a step, without those of `known`."""
     with Peak(known) as peak:
-        step()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(states.device)
-        began = time.perf_counter()
-        step()
-        synchronize(states.device)
-        seconds.append(time.perf_counter() - began)
-    return {
-        "peak_bytes": max(0, peak.bytes - gradients),
-        "tokens_per_s": round(len(states) / min(seconds), 1),
-    }
+        one()
+    most: int = peak.bytes
+    return most
+
+
+def duration(one: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of a step. On a CPU they are processor time by thread, which excludes waiting for others."""
+    synchronize(device)
+    on_cpu = device.type == "cpu"
+    now = time.process_time if on_cpu else time.perf_counter
+    began = now()
+    one()
+    synchronize(device)
+    return (now() - began) / (torch.get_num_threads() if on_cpu else 1)
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

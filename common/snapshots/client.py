@@ -32,7 +32,7 @@ from palimpsest.common.snapshots.manifest import (
     unseal,
     version_digest,
 )
-from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable, raise_for_status
+from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable, Upload, raise_for_status
 from palimpsest.common.versions import Version
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "VersionMissing",
 ]
 
-CHUNK = 1 << 20
 PATIENCE_S = 120.0
 """Maximum outage of the store, or of the S3 behind it, that a call survives, in seconds."""
 
@@ -205,15 +204,12 @@ class SnapshotClient:
         return entries, hasher.hexdigest(), start
 
     def _send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
-        def send(http: httpx.Client) -> httpx.Response:
-            file.seek(0)
-            return http.put(
-                f"/v1/objects/{digest}",
-                content=iter(lambda: file.read(CHUNK), b""),
-                headers={"Content-Length": str(size)},
-            )
+        upload = Upload(file)
 
-        raise_for_status(self._calls.call(send), 200, 201)
+        def send(http: httpx.Client) -> httpx.Response:
+            return http.put(f"/v1/objects/{digest}", content=upload.chunks(), headers={"Content-Length": str(size)})
+
+        raise_for_status(self._calls.call(send, upload=upload), 200, 201)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:
         try:

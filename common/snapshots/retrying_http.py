@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import msgspec
@@ -20,6 +21,8 @@ from palimpsest.common.proxies import our_client, outside_client
 from palimpsest.common.tls import tls_context
 from palimpsest.common.user_error import UserError
 
+CHUNK = 1 << 20
+"""Bytes of an upload that are read at a time."""
 FIRST_PAUSE_S = 0.2
 """Pause before the second attempt, in seconds. It doubles, up to LONGEST_PAUSE_S."""
 LONGEST_PAUSE_S = 5.0
@@ -35,6 +38,29 @@ class StoreUnavailable(Exception):
 
 class NotFound(LookupError):
     """Raised if the store does not hold the object."""
+
+
+class Upload:
+    """The file of an upload. It counts how far any attempt has sent it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._furthest, self._advanced = 0, False
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the file from its start, for one attempt."""
+        self._file.seek(0)
+        sent = 0
+        while chunk := self._file.read(CHUNK):
+            yield chunk
+            sent += len(chunk)
+            if sent > self._furthest:
+                self._furthest, self._advanced = sent, True
+
+    def has_advanced(self) -> bool:
+        """Return whether bytes were sent for the first time since the last call."""
+        advanced, self._advanced = self._advanced, False
+        return advanced
 
 
 class RetryingHttp:
@@ -61,8 +87,11 @@ class RetryingHttp:
         self._http.close()
         self._direct.close()
 
-    def call(self, send: Callable[[httpx.Client], httpx.Response]) -> httpx.Response:
+    def call(self, send: Callable[[httpx.Client], httpx.Response], *, upload: Upload | None = None) -> httpx.Response:
         """Return the first reply with a status below 500.
+
+        The time limit counts from the start of the call. With `upload`, the file that `send` sends, it counts from the
+        last failure before which an attempt came further than all before it: a long upload that breaks is repeated.
 
         Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, and UserError if the
         store refuses this process.
@@ -80,6 +109,8 @@ class RetryingHttp:
                     of, address = _storage_outage(reply) or (of, address)
                 except httpx.TransportError as failure:
                     error, limit_s = StoreUnavailable(f"{type(failure).__name__}: {failure}"), self._patience_s
+                if upload is not None and upload.has_advanced():
+                    retry = _RetryState(self._sleep)
                 if isinstance(error, OSError):
                     limit_s = min(limit_s, FULL_PATIENCE_S)
                 outage.record_failure(of, address, str(error), until=self._outages.now() + retry.remaining_s(limit_s))

@@ -108,6 +108,7 @@ def version_record(
         "masked_tokens": {"over_staleness": batch.over_staleness()},
         "length": sum(len(r.tokens) // 4 for r in records) / len(records),
         "reward": sum(r.reward for r in records) / len(records),
+        "reward_deviation": round_for_json(float(np.std([record.reward for record in records]))),
         "successes": "".join("1" if r.success else "0" for r in records),
         "even_groups": sum(groups["kept"] for groups in even.values()),
         "token_fates": token_fates or {},

@@ -1,16 +1,20 @@
 """Downloads that the store redirects: redirects are followed, broken downloads resume, and addresses are renewed."""
 
 import asyncio
+import io
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from palimpsest.common.service import Server
-from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable
+from palimpsest.common.snapshots import retrying_http
+from palimpsest.common.snapshots.retrying_http import CHUNK, NotFound, RetryingHttp, StoreUnavailable, Upload
 from tests.processes.waiting import LIMIT_S
 
 BODY = bytes(range(256)) * 12_000
@@ -117,6 +121,35 @@ def test_a_missing_body_is_reported_as_missing() -> None:
         with pytest.raises(NotFound):
             next(calls.body("/v1/objects/a"))
         calls.close()
+
+
+@pytest.mark.parametrize(("breaks", "attempts"), [([2, 3], 3), ([2, 3, 3, 5], 3), ([], 1)])
+def test_an_upload_longer_than_the_patience_is_repeated_while_it_comes_further(
+    monkeypatch: pytest.MonkeyPatch, breaks: list[int], attempts: int
+) -> None:
+    """Patience 10 s, 60 s for each of 4 chunks. The attempts break after these chunks; the next one sends the file."""
+    now, sent, left = [0.0], 0, list(breaks)
+    monkeypatch.setattr(retrying_http, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    upload = Upload(io.BytesIO(bytes(4 * CHUNK)))
+
+    def send(_: httpx.Client) -> httpx.Response:
+        nonlocal sent
+        sent += 1
+        stop = left.pop(0) if left else None
+        for number, _chunk in enumerate(upload.chunks()):
+            if number == stop:
+                raise httpx.WriteError("broken")
+            now[0] += 60.0
+        return httpx.Response(201)
+
+    calls = RetryingHttp("http://store", patience_s=10.0, sleep=lambda _: None)
+    if len(breaks) == 4:  # the third attempt comes no further than the second
+        with pytest.raises(StoreUnavailable):
+            calls.call(send, upload=upload)
+    else:
+        assert calls.call(send, upload=upload).status_code == 201
+    calls.close()
+    assert sent == attempts
 
 
 @pytest.mark.thorough

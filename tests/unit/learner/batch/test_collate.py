@@ -1,9 +1,10 @@
 """Rows of a group: advantages, and the tokens that exceed the staleness bound."""
 
+import msgspec
 import numpy as np
 import pytest
 
-from palimpsest.common.messages import TrajectoryFinished
+from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.services.learner.batch.collate import to_rows
 from tests.records.builders import a_finished, a_segment
 
@@ -21,6 +22,13 @@ def test_tokens_below_the_lowest_version_are_untrainable() -> None:
     assert (mixed.versions.dtype, mixed.behavior.dtype) == (np.int32, np.float32)
     assert (mixed.trainable, young.trainable, old.trainable) == (2, 4, 0)
     assert to_rows(a_group(), "dr_grpo", lowest=-1)[0].versions.tolist() == [-1, -1, 3, 3, 5, 5, -1, -1]
+
+
+def test_a_trajectory_that_reached_a_limit_is_truncated() -> None:
+    """GAE continues with the value of its last state (docs/algorithms/gae.md)."""
+    mixed, young, old = a_group()
+    limited = msgspec.structs.replace(young, ending=Ending.TRUNCATED)
+    assert [row.truncated for row in to_rows([mixed, limited, old], "gae", lowest=3)] == [False, True, False]
 
 
 def test_a_trajectory_that_is_too_old_counts_in_the_baseline_of_its_siblings() -> None:
