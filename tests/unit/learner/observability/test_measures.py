@@ -8,7 +8,7 @@ import pytest
 from palimpsest.common.messages import TrajectoryFinished
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.observability.token_statistics import MEASURES, Tokens, whole_batch_measures
-from palimpsest.services.learner.observability.version_record import Batch, of_versions
+from palimpsest.services.learner.observability.version_record import Batch, of_versions, round_for_json
 from tests.records.builders import a_finished, a_segment
 
 
@@ -50,3 +50,13 @@ def test_the_mean_length_by_the_staleness_of_the_oldest_token() -> None:
         a_finished(0, 2, tokens=6, segments=(a_segment(2, 6, 3),)),
     ]
     assert of_versions(Batch(Version(3), Version(4), records, []))["length"] == {"0": 6.0, "2": 10.0}
+
+
+def test_floats_are_rounded_and_counts_are_exact() -> None:
+    assert round_for_json({"a": [0.123456789, float("inf")], "b": 1234567.0, "n": 7654321, "s": "x", "none": None}) == {
+        "a": [0.12346, None],
+        "b": 1234567.0,
+        "n": 7654321,
+        "s": "x",
+        "none": None,
+    }

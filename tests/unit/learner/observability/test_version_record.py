@@ -22,7 +22,7 @@ from palimpsest.services.learner.observability.prometheus_export import export_t
 from palimpsest.services.learner.observability.surrogate_error import Thresholds, audited_tokens, surrogate_error
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.token_table import TokenTable
-from palimpsest.services.learner.observability.version_record import Batch, of_versions, round_for_json, version_record
+from palimpsest.services.learner.observability.version_record import Batch, of_versions, version_record
 from palimpsest.services.learner.proximal.types import Exact, Patched, Proximal, Surrogate
 from palimpsest.services.learner.training.results import StepResult
 from tests.learner_parts.models import load, train
@@ -280,16 +280,6 @@ def test_costs_are_shares_of_the_training_time(exact: StepResult) -> None:
     done = dataclasses.replace(exact, seconds={"proximal": 0.5, "passes": 1.0, "step": 0.1})
     cost = line_of(done)["cost"]
     assert cost == {"proximal": 0.25, "passes": 0.5, "step": 0.05, "rest": pytest.approx(0.2)}
-
-
-def test_floats_are_rounded_and_counts_are_exact() -> None:
-    assert round_for_json({"a": [0.123456789, float("inf")], "b": 1234567.0, "n": 7654321, "s": "x", "none": None}) == {
-        "a": [0.12346, None],
-        "b": 1234567.0,
-        "n": 7654321,
-        "s": "x",
-        "none": None,
-    }
 
 
 def test_a_line_is_exported_to_prometheus(exact: StepResult) -> None:
