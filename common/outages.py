@@ -18,7 +18,7 @@ from palimpsest.common.metrics import REGISTRY
 
 KAFKA, STORE, S3, GATEWAY = "Kafka", "snapshot_store", "S3", "env_gateway"
 """Values of `of`: the services that may be unreachable."""
-TOLD_S = 2.0
+LOG_AFTER_S = 2.0
 """An outage shorter than this is not logged."""
 OUTAGE = Gauge(
     "palimpsest_outage", "1 while this process cannot reach the service `of`, 0 after that", ["of"], registry=REGISTRY
@@ -31,7 +31,7 @@ class _OngoingOutage:
     problem: str = ""
     waiting: "dict[int, float | None]" = field(default_factory=dict)
     """Call -> end of its retries in Unix seconds; None if it retries without a limit."""
-    told: bool = False
+    logged: bool = False
 
 
 class Outages:
@@ -48,7 +48,7 @@ class Outages:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self.logged = True
-        """Whether outages longer than TOLD_S are logged. False in programs that show outages in another way."""
+        """Whether outages longer than LOG_AFTER_S are logged. False in programs that show outages in another way."""
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str], _OngoingOutage] = {}
@@ -86,9 +86,9 @@ class Outages:
             entry.problem = problem
             entry.waiting[call] = until
             OUTAGE.labels(key[0]).set(1)
-            tell = self.logged and not entry.told and now - entry.since >= TOLD_S
-            entry.told |= tell
-        if tell:
+            log = self.logged and not entry.logged and now - entry.since >= LOG_AFTER_S
+            entry.logged |= log
+        if log:
             logger().warning("no answer", of=key[0], address=key[1], problem=problem)
 
     def _leave(self, key: tuple[str, str], call: int) -> None:
@@ -101,7 +101,7 @@ class Outages:
                 return
             del self._entries[key]
             OUTAGE.labels(key[0]).set(float(any(of == key[0] for of, _ in self._entries)))
-        if entry.told:
+        if entry.logged:
             seconds = round(self._clock() - entry.since, 1)
             logger().info("reply received", of=key[0], address=key[1], seconds=seconds)
 

@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class TokenStatistics:
     """Statistics of one reference over the tokens of a run."""
 
     mask_slope: float
@@ -59,22 +59,22 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class RunTokens:
     """Parts of a run, in order."""
 
     parts: list[Part] = field(default_factory=list)
 
-    def seen(self) -> Seen:
+    def statistics(self) -> TokenStatistics:
         """Return the statistics over all parts. Raises ValueError without parts."""
         if not self.parts:
-            raise ValueError("no tokens were gathered: the run needs more versions than its window")
+            raise ValueError("no tokens were collected: the run needs more versions than its window")
         tokens = AuditedTokens.joined([part.tokens for part in self.parts])
         masked = np.concatenate([part.masked for part in self.parts])
         clipped = np.concatenate([part.clipped for part in self.parts])
         places = np.concatenate([part.places for part in self.parts])
         at_first = np.concatenate([part.clipped for part in self.parts if part.first])
         leaked = surrogate_error(tokens, TRUTH)
-        return Seen(
+        return TokenStatistics(
             mask_slope=slope(masked, tokens.staleness),
             mask_slope_at_place=slope(less_group_mean(masked, places), less_group_mean(tokens.staleness, places)),
             clip_slope=slope(clipped, tokens.staleness),

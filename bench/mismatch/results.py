@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from math import fsum
 from typing import Any
 
-from bench.mismatch.measures import NOTHING, Interval, Seen, bootstrap
+from bench.mismatch.measures import NOTHING, Interval, TokenStatistics, bootstrap
 from bench.mismatch.references import EXACT, REFERENCES, SURROGATES
 from bench.mismatch.toy import Toy
 from bench.mismatch.training import LAST, WEIGHT_BOUND, Finished, Observed, Run
@@ -119,7 +119,7 @@ def _method(method: str, plan: Plan, observed: Sequence[Observed], finished: Map
     }
 
 
-def _passive(seen: Sequence[Seen]) -> dict[str, Any]:
+def _passive(seen: Sequence[TokenStatistics]) -> dict[str, Any]:
     """Return the statistics over the seeds. They are null without a passive run."""
     shares = {}
     for name in ("mask_by_staleness", "clip_by_staleness"):

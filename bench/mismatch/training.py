@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.mismatch.measures import Gathered, Part, Seen
+from bench.mismatch.measures import Part, RunTokens, TokenStatistics
 from bench.mismatch.references import CPU, DECAYS, EXACT, REFERENCES, Stored, masters, source
 from bench.mismatch.toy import Batch, Policy, Store, Toy, new_policy, sample
 from palimpsest.common.versions import Version
@@ -193,7 +193,7 @@ def resets(reference: Source) -> int:
 class Observed:
     """Result of a passive run."""
 
-    references: dict[str, Seen]
+    references: dict[str, TokenStatistics]
     leaks: dict[float, float]
     """Decay -> mean |average - old| of a moving average of that decay, nats."""
 
@@ -205,7 +205,7 @@ def observe(toy: Toy, thresholds: Thresholds, seed: int) -> Observed:
     exact = Stored(trainer.store)
     references = {name: source(name, store=trainer.store, policy=policy, toy=toy) for name in REFERENCES}
     averages = {decay: EwmaProx(policy, masters(policy), CPU, decay=decay) for decay in DECAYS}
-    gathered = {name: Gathered() for name in REFERENCES}
+    collected = {name: RunTokens() for name in REFERENCES}
     leaks: dict[float, list[Tensor]] = {decay: [] for decay in DECAYS}
     while trainer.now < toy.versions:
         batch, counts = trainer.sample(), trainer.now >= toy.window
@@ -222,7 +222,7 @@ def observe(toy: Toy, thresholds: Thresholds, seed: int) -> Observed:
                 shares[name].add(minibatch, judged, trainer.now)
                 if counts:
                     part = _part(minibatch, trainer.now, current, old.logprobs[place], judged, first=place == 0)
-                    gathered[name].parts.append(part)
+                    collected[name].parts.append(part)
             trainer.step(minibatch, judge(minibatch, current, old, place, thresholds))
         trainer.publish()
         for name, each in references.items():
@@ -230,7 +230,7 @@ def observe(toy: Toy, thresholds: Thresholds, seed: int) -> Observed:
         for average in averages.values():
             follow(average, policy, shares[EXACT])
     return Observed(
-        {name: parts.seen() for name, parts in gathered.items()},
+        {name: parts.statistics() for name, parts in collected.items()},
         {decay: float(torch.cat(values).mean()) for decay, values in leaks.items()},
     )
 

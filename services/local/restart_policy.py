@@ -1,7 +1,7 @@
 """Decides whether and when a process that died is restarted. Pure.
 
 Invariant: a process that dies repeatedly without having worked in between is restarted at most `local.restarts` times,
-and at most twice if it always dies in the same way. Every crash loop therefore ends, however long a start takes. A
+and at most twice if it always dies in the same way. Every crash loop therefore ends, for any duration of a start. A
 process that has worked (see services/local/process_start.py) starts a new row of deaths.
 """
 

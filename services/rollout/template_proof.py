@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from palimpsest.common.model_path import sentence
 
-SYSTEM, USER, SAID = "probe-system-text", "probe-user-text", "probe-assistant-text"
+SYSTEM, USER, REPLY = "probe-system-text", "probe-user-text", "probe-assistant-text"
 ANSWERS = ("probe-answer-one", "probe-answer-two")
 TOOLS = tuple(
     {
@@ -58,12 +58,12 @@ def _answers(render: Render) -> str | None:
         ("user", "a user message after an assistant message", ANSWERS[:1]),
     )
     for role, what, texts in answers:
-        dialogue = [_message("user", USER), _message("assistant", SAID), *(_message(role, text) for text in texts)]
+        dialogue = [_message("user", USER), _message("assistant", REPLY), *(_message(role, text) for text in texts)]
         try:
             text = render(dialogue, True)
         except Exception as error:
             return f"cannot render {what}: {sentence(error)}"
-        head, found, rest = text.rpartition(SAID)
+        head, found, rest = text.rpartition(REPLY)
         if USER not in (head if found else text):
             return "leaves out user messages"
         if not found:
@@ -105,8 +105,8 @@ def _generation_prompt(render: Render) -> str | None:
     prompt = render(dialogue, True).rstrip()
     if prompt != render(dialogue, False).rstrip():
         return None
-    said = render([*dialogue, _message("assistant", SAID)], False).partition(SAID)[0]
-    return "leaves out the generation prompt" if said.removeprefix(prompt).strip() else None
+    before = render([*dialogue, _message("assistant", REPLY)], False).partition(REPLY)[0]
+    return "leaves out the generation prompt" if before.removeprefix(prompt).strip() else None
 
 
 def _message(role: str, content: str) -> dict[str, str]:

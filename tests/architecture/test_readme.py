@@ -240,13 +240,13 @@ def defined(path: Path) -> set[str]:
 
 
 FILE = rf"`((?:{TOPS})/[\w./-]+\.py)`"
-SAID = re.compile(rf"`([^`]+)`(?: of `[^`]+`)? \({FILE}\)|{FILE} `([^`]+)`")
+NAMED = re.compile(rf"`([^`]+)`(?: of `[^`]+`)? \({FILE}\)|{FILE} `([^`]+)`")
 PAPER = ROOT / "docs" / "paper.md"
 
 
 def named_functions() -> list[tuple[str, str]]:
     """Pairs of file and name in docs/paper.md: a name before its file in brackets, or after it."""
-    pairs = [(m[2] or m[3], m[1] or m[4]) for m in SAID.finditer(PAPER.read_text())]
+    pairs = [(m[2] or m[3], m[1] or m[4]) for m in NAMED.finditer(PAPER.read_text())]
     return [(file, name) for file, names in pairs for name in re.findall(r"[A-Za-z_][\w.]*", names)]
 
 

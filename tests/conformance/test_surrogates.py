@@ -24,7 +24,7 @@ from palimpsest.services.learner.proximal import surrogates
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Exact, Interpolated, Source, Surrogate
-from tests.learner_parts.models import CPU, Resident, load
+from tests.learner_parts.models import CPU, CurrentModel, load
 from tests.records.builders import a_row
 
 pytestmark = pytest.mark.thorough
@@ -90,7 +90,7 @@ def batches(folder: Path, *, seed: int = 0) -> list[PaddedBatch]:
                 )
             )
         batch = pad(rows)
-        near = Resident(model).proximal([batch], NOW).logprobs[0].numpy()
+        near = CurrentModel(model).proximal([batch], NOW).logprobs[0].numpy()
         noise = generator.normal(0, 0.2, near.shape)
         batch.behavior[:] = np.where(batch.mask, np.minimum(near + noise, -1e-3), 0.0)
         made.append(batch)
@@ -242,7 +242,7 @@ def test_18_3_the_average_includes_the_current_version(starting_model: Path) -> 
                 mean = sum(share * theta[place] for share, theta in zip(shares, thetas, strict=True)) / sum(shares)
                 assert torch.allclose(source.average.means[place].double(), mean, rtol=1e-5, atol=1e-8)
                 parameter.copy_(source.average.means[place])
-        expected = Resident(plain).proximal(made, Version(version)).logprobs
+        expected = CurrentModel(plain).proximal(made, Version(version)).logprobs
         got = source.proximal(made, Version(version)).logprobs
         for batch, ours, theirs in zip(made, got, expected, strict=True):
             mask = torch.from_numpy(batch.mask)
@@ -273,7 +273,7 @@ def test_18_4_at_staleness_0_surrogates_equal_the_snapshot_bit_for_bit(
     source = build_surrogate(section(keys), model=model, masters=policy.masters, device=CPU, max_staleness=0)
     made = batches(folder)
     for version in range(3):
-        exact, got = Resident(model).proximal(made, Version(version)), source.proximal(made, Version(version))
+        exact, got = CurrentModel(model).proximal(made, Version(version)), source.proximal(made, Version(version))
         for place, batch in enumerate(made):
             mask, now = torch.from_numpy(batch.mask), current(policy, batch)
             anchor = got.anchor(place, now, mask).logprobs
@@ -289,7 +289,7 @@ def test_current_recompute_gives_a_ratio_of_1_before_the_first_step(starting_mod
     policy, source = trained(starting_model, {"kind": "current_recompute"})
     made = batches(starting_model)
     proximal = source.proximal(made, NOW)
-    old = Resident(load(starting_model)).proximal(made, NOW)
+    old = CurrentModel(load(starting_model)).proximal(made, NOW)
     for place, batch in enumerate(made):
         mask, now = torch.from_numpy(batch.mask), current(policy, batch)
         assert torch.equal(log_ratio(now, proximal.anchor(place, now, mask).logprobs, mask), torch.zeros(mask.shape))

@@ -26,7 +26,7 @@ from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.training.preparation import prepare_batch
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.state import TrainingState
-from tests.learner_parts.models import CPU, Resident, load, perturb, train
+from tests.learner_parts.models import CPU, CurrentModel, load, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 CURRENT, BEHAVIOR, START, ENTROPY = (-0.9, -0.5, -2.0), (-1.2, -0.5, -1.5), (-1.0, -0.8, -1.4), (0.4, 1.0, 3.0)
@@ -166,7 +166,7 @@ def trained(folder: Path, config: LearnerConfig) -> StepResult:
     ]
     policy = TrainablePolicy(model, OptimizerConfig(lr=1e-3))
     return train(
-        policy, Resident(older), ProcessGroup(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5
+        policy, CurrentModel(older), ProcessGroup(), [rows[:2], rows[2:]], Version(2), config=config, multiplier=0.5
     )
 
 
@@ -215,7 +215,7 @@ def test_the_divergence_in_the_loss_is_reported(starting_model: Path) -> None:
     policy = TrainablePolicy(model, OptimizerConfig())
     rows = [a_row(f"r{i}", [5, 6, 7 + i, 8], [-1, 0, 0, 0], behavior=[-3.0] * 4) for i in range(3)]
     config = a_learner(discrepancy=UNCORRECTED, loss={"kl": {"weight": 0.1, "unbiased": False}})
-    source, other = Resident(model), Resident(start)
+    source, other = CurrentModel(model), CurrentModel(start)
     batch = pad(rows)
     (current,), (reference,) = (one.proximal([batch], Version(0)).logprobs for one in (source, other))
     mask = torch.from_numpy(batch.mask)

@@ -1,4 +1,4 @@
-"""Every route of every service: a stranger gets 401, a wrong role 403, and only the open routes answer anybody."""
+"""Every route of every service: without a token it answers 401, with a wrong role 403; open routes need no token."""
 
 from collections.abc import Iterator
 from pathlib import Path

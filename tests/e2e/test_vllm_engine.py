@@ -230,14 +230,14 @@ async def test_partial_returns_a_request_that_has_just_ended_in_full(engine: Vll
 
 
 async def test_a_cancelled_request_leaves_no_state(engine: VllmEngine) -> None:
-    saying = asyncio.create_task(sample(engine, "given up", length=200))
-    while "given up" not in engine._waiting:
+    saying = asyncio.create_task(sample(engine, "cancelled", length=200))
+    while "cancelled" not in engine._waiting:
         await asyncio.sleep(0)
     saying.cancel()
     await asyncio.gather(saying, return_exceptions=True)
     assert engine._waiting == {}
-    assert await engine.partial("given up") is None
-    assert len((await sample(engine, "given up", length=4))[1].tokens) == 4
+    assert await engine.partial("cancelled") is None
+    assert len((await sample(engine, "cancelled", length=4))[1].tokens) == 4
 
 
 async def test_amx_is_used_if_the_cpu_has_it_and_the_kernel_permits_it(engine: VllmEngine) -> None:

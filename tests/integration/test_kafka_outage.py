@@ -36,7 +36,7 @@ SOME = 50
 
 
 class GivingUp(KafkaBus):
-    """A bus that records when kafka-python gives up sending records."""
+    """A bus that records when kafka-python stops sending records."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)

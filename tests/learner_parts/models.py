@@ -94,15 +94,15 @@ def canaries(model: torch.nn.Module) -> tuple[Canary, ...]:
     return Canaries(model, CPU, trajectories=1, micro_batch_tokens=4096).made()
 
 
-class Resident:
+class CurrentModel:
     """Source whose proximal is the model at the time of the call: exact at staleness 0."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.asked = model, 0
+        self.model, self.calls = model, 0
 
     @torch.no_grad()
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
-        self.asked += 1
+        self.calls += 1
         return Exact(
             [token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures)) for b in batches]
         )

@@ -20,7 +20,7 @@ from palimpsest.services.learner.old_logprobs.distributed_scorer import Distribu
 from palimpsest.services.learner.training.follower import broadcast_state
 from palimpsest.services.learner.training.results import merge
 from palimpsest.services.learner.training.state import TrainingState
-from tests.learner_parts.models import Resident, load, perturb, train
+from tests.learner_parts.models import CurrentModel, load, perturb, train
 from tests.records.builders import a_learner, a_row
 
 NOW = Version(3)
@@ -71,7 +71,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
         for gradient in policy.gradients():
             gradient.fill_(1e-3)
         policy.step()  # rank 0 resumes from a checkpoint, with moments and steps
-    broadcast_state(policy, TrainingState(Resident(model)), ranks)
+    broadcast_state(policy, TrainingState(CurrentModel(model)), ranks)
     values, passes = scored_together(model, [row for minibatch in minibatches for row in minibatch], ranks)
     gradients: list[torch.Tensor] = []
     step = policy.step
@@ -81,7 +81,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
         return step()
 
     policy.step = noted  # type: ignore[method-assign]
-    own = train(policy, Resident(model), ranks, minibatches, NOW, config=LEARNER)
+    own = train(policy, CurrentModel(model), ranks, minibatches, NOW, config=LEARNER)
     whole = merge(ranks.all_gather_object(own))
     return {
         "values": values,
@@ -102,16 +102,16 @@ def scored_together(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup
     """Scores of each micro-batch on rank 0 (empty on other ranks), and the number of forward passes of this rank."""
     forward, passes = model_scorer(model, ranks.device), 0
 
-    def counted(batch: PaddedBatch) -> Float32Array:
+    def scored(batch: PaddedBatch) -> Float32Array:
         nonlocal passes
         passes += 1
         return forward(batch)
 
     if not ranks.is_rank0:
-        assert serve_scoring(ranks, counted) == "enough"
+        assert serve_scoring(ranks, scored) == "enough"
         return [], passes
     batches = [pad(batch) for batch in micro_batches(rows, max_tokens=40)]
-    together = DistributedScorer(ranks, counted)
+    together = DistributedScorer(ranks, scored)
     values = [torch.from_numpy(values) for values in (*together(batches[:1]), *together(batches[1:]))]
     ranks.broadcast_object(("enough",))
     return values, passes

@@ -23,7 +23,7 @@ NEVER_S = 1e9
 URL = "http://store"
 
 
-class Direct(httpx.BaseTransport):
+class InProcessTransport(httpx.BaseTransport):
     """Transport that runs the application for each request, one at a time."""
 
     def __init__(self, app: FastAPI, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,7 +68,7 @@ class DirectStore:
     def connect(self, client: SnapshotClient) -> None:
         """Connect a client of `URL` to this store. Must not be called in a thread with a running event loop."""
         client._calls._http.close()
-        client._calls._http = httpx.Client(transport=Direct(self._app, self._loop), base_url=URL)
+        client._calls._http = httpx.Client(transport=InProcessTransport(self._app, self._loop), base_url=URL)
 
     @contextmanager
     def open(self) -> Iterator[None]:

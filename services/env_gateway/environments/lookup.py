@@ -34,7 +34,7 @@ TOOL = tool("lookup", "Looks up the value of a key.", key="The key to look up.")
 
 
 class Lookup:
-    """One task; the seed decides the key that is asked for and, independently, every key's value."""
+    """One task; the seed decides the requested key and, independently, the value of every key."""
 
     version = "1"
 

@@ -48,4 +48,4 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offered: TaskSetti
 
 
 def _contradict(what: str, found: object, offered: str) -> None:
-    raise MalformedTrajectory(RejectCause.CONTRADICTS_OFFER, f"{what}: {found}, but the offer said {offered}")
+    raise MalformedTrajectory(RejectCause.CONTRADICTS_OFFER, f"{what}: {found}, but the offer has {offered}")

@@ -13,7 +13,7 @@ from palimpsest.services.learner.training.trainer import Trainer
 
 @dataclass(frozen=True, slots=True)
 class TrainOrder:
-    """An order of rank 0 to train; None in its place ends the run."""
+    """An order of rank 0 to train; None instead of an order ends the run."""
 
     version: Version
     minibatches: list[list[Row]]

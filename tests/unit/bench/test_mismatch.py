@@ -12,7 +12,7 @@ import torch
 
 from bench import mismatch
 from bench.mismatch.figures import COLORS, drawings, figures, moving_means
-from bench.mismatch.measures import Gathered, Part, bootstrap, by_staleness, less_group_mean, slope
+from bench.mismatch.measures import Part, RunTokens, bootstrap, by_staleness, less_group_mean, slope
 from bench.mismatch.results import CONTROL, METHODS, Plan, tuned
 from bench.mismatch.tables import tables
 from bench.mismatch.toy import Toy
@@ -102,14 +102,14 @@ def test_statistics_of_four_tokens_by_hand() -> None:
         part([-1.0, -1.7], first=True, masked=[False, True], clipped=[False, False]),
         part([-1.0, -1.9], first=False, masked=[False, True], clipped=[True, False]),
     ]
-    seen = Gathered(parts).seen()
-    assert (seen.mask_slope, seen.clip_slope, seen.clip_first_minibatch) == (1.0, -0.5, 0.0)
-    assert seen.leak == pytest.approx((0.3 + 0.1) / 4)
-    assert seen.leak_rms == pytest.approx(((0.09 + 0.01) / 4) ** 0.5)
+    statistics = RunTokens(parts).statistics()
+    assert (statistics.mask_slope, statistics.clip_slope, statistics.clip_first_minibatch) == (1.0, -0.5, 0.0)
+    assert statistics.leak == pytest.approx((0.3 + 0.1) / 4)
+    assert statistics.leak_rms == pytest.approx(((0.09 + 0.01) / 4) ** 0.5)
     # measured: 0.1, 0.2, 0.1, 0.0; true: 0.1, -0.1, 0.1, -0.1. The products of the deviations cancel
-    assert seen.discrepancy_correlation == pytest.approx(0.0, abs=1e-9)
+    assert statistics.discrepancy_correlation == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ValueError, match="more versions than its window"):
-        Gathered().seen()
+        RunTokens().statistics()
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_waiting_ends_at_its_limit_with_the_reason_and_at_once_if_access_is_deni
         assert len(calls) == 1
 
 
-NOBODY = """
+UNREACHABLE = """
 import logging
 from palimpsest.common import logs
 from palimpsest.common.bus.kafka import Connection, KafkaBus
@@ -195,7 +195,7 @@ KafkaBus(Connection("127.0.0.1:1", {"bootstrap_timeout_ms": 300}, start_limit_s=
 
 
 def test_outage_messages_of_kafka_python_stay_out_of_a_services_log() -> None:
-    ended = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, "-c", UNREACHABLE], capture_output=True, text=True, check=False)
     *_, error = ended.stderr.splitlines()
     assert error.startswith(
         "palimpsest.common.user_error.UserError: Kafka at 127.0.0.1:1 (bus.servers): could not connect"

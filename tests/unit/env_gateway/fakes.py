@@ -109,6 +109,6 @@ def a_step(number: int, text: str = "hello") -> TakeStep:
     return TakeStep(step=number, action=TextAction(type="text", text=text))
 
 
-def counted(name: str, **labels: str) -> float:
+def counter_value(name: str, **labels: str) -> float:
     """Return the metric's value."""
     return REGISTRY.get_sample_value(name, labels) or 0.0

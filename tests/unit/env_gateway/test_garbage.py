@@ -8,7 +8,7 @@ import pytest
 from palimpsest.common.sessions.wire import Message, Status, Step
 from palimpsest.services.env_gateway.environments.port import Opening, Reply, Score, Turn
 from palimpsest.services.env_gateway.hosts import InProcess
-from tests.unit.env_gateway.fakes import ManualClock, begun, counted, reply, some_sessions, taken
+from tests.unit.env_gateway.fakes import ManualClock, begun, counter_value, reply, some_sessions, taken
 
 
 class Environment:
@@ -79,11 +79,15 @@ async def test_garbage_from_finalize_never_becomes_a_reward(clock: ManualClock, 
 async def test_an_environment_that_raises_ends_its_session_with_its_message(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: InProcess(Environment(ZeroDivisionError("by zero"))), clock)
     session = await begun(sessions)
-    before = counted("palimpsest_gateway_environment_failures_total", environment="fake", code="environment_raised")
+    before = counter_value(
+        "palimpsest_gateway_environment_failures_total", environment="fake", code="environment_raised"
+    )
     ended = await taken(sessions, session, 0)
     assert (ended.status, ended.reward) == (Status.ERROR, None)
     assert ended.error is not None
     assert (ended.error.code, ended.error.message) == ("environment_raised", "ZeroDivisionError: by zero")
     assert await taken(sessions, session, 0) == ended
-    after = counted("palimpsest_gateway_environment_failures_total", environment="fake", code="environment_raised")
+    after = counter_value(
+        "palimpsest_gateway_environment_failures_total", environment="fake", code="environment_raised"
+    )
     assert after - before == 1

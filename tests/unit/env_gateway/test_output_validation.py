@@ -17,7 +17,7 @@ from palimpsest.services.env_gateway.output_validation import (
 )
 from palimpsest.services.env_gateway.processes.protocol import ChildResponse
 
-SAID = Message(role="tool", content="5")
+TOOL_MESSAGE = Message(role="tool", content="5")
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_equivalent_rewards_are_plain_floats_within_their_bounds(reward: Any, ex
 def test_lists_are_tuples_and_numpy_values_in_a_schema_are_plain() -> None:
     schema = tool("pick", "Pick.", n="Which")
     given = {**schema, "limits": {"most": np.int64(3), "allowed": np.array([1, 2])}, "names": ("a",)}
-    opening = check_opening(Opening([SAID], [given]))  # type: ignore[arg-type]
-    assert opening == Opening((SAID,), ({**schema, "limits": {"most": 3, "allowed": [1, 2]}, "names": ["a"]},))
-    assert check_outcome(Reply([SAID], np.int32(2))) == Reply((SAID,), 2)  # type: ignore[arg-type]
+    opening = check_opening(Opening([TOOL_MESSAGE], [given]))  # type: ignore[arg-type]
+    assert opening == Opening((TOOL_MESSAGE,), ({**schema, "limits": {"most": 3, "allowed": [1, 2]}, "names": ["a"]},))
+    assert check_outcome(Reply([TOOL_MESSAGE], np.int32(2))) == Reply((TOOL_MESSAGE,), 2)  # type: ignore[arg-type]
     assert check_outcome(Score(1, True, [("part", 1)])) == Score(1.0, True, {"part": 1.0})  # type: ignore[arg-type]
 
 
@@ -65,7 +65,7 @@ def test_lists_are_tuples_and_numpy_values_in_a_schema_are_plain() -> None:
         (Score(1 + 2e-6, True), "reward is 1.000002, not a number in [0, 1]"),
         (Score(1.0, np.int64(1)), "success is "),  # type: ignore[arg-type]
         (Score(1.0, True, {"a": "x"}), "reward part 'a' is 'x', not a number with a name"),  # type: ignore[dict-item]
-        (Reply((SAID,), 0.5), "tool_errors is 0.5, not a count"),  # type: ignore[arg-type]
+        (Reply((TOOL_MESSAGE,), 0.5), "tool_errors is 0.5, not a count"),  # type: ignore[arg-type]
         (Reply("text"), "messages are 'text', not a tuple or list of Messages"),  # type: ignore[arg-type]
         (Reply(["text"]), "'text' is not a Message"),  # type: ignore[arg-type]
     ],
@@ -96,5 +96,5 @@ def test_an_opening_beyond_the_limit_is_refused_with_its_size() -> None:
 )
 def test_an_invalid_schema_is_named(tools: Any, message: str) -> None:
     with pytest.raises(EnvironmentFailed) as failed:
-        check_opening(Opening((SAID,), tools))
+        check_opening(Opening((TOOL_MESSAGE,), tools))
     assert str(failed.value).startswith(message)

@@ -94,7 +94,7 @@ async def test_a_child_plays_a_session(opened: Opened) -> None:
         ("Segfaults", "environment_crashed", "its process was killed by SIGSEGV"),
         ("NotANumber", "environment_invalid", "reward is nan, not a number in [0, 1]"),
         ("TooMuch", "environment_invalid", "reward is 1.5, not a number in [0, 1]"),
-        ("Nothing", "environment_invalid", "None is neither a Reply nor a Score"),
+        ("ReturnsNone", "environment_invalid", "None is neither a Reply nor a Score"),
         ("Forges", "environment_invalid", "reward is 7.0, not a number in [0, 1]"),
         ("Floods", "environment_invalid", "it sent more than 16777216 bytes"),
     ],

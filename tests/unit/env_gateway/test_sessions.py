@@ -14,7 +14,7 @@ from tests.unit.env_gateway.fakes import (
     ScriptedWorld,
     a_step,
     begun,
-    counted,
+    counter_value,
     reply,
     some_sessions,
     taken,
@@ -134,14 +134,14 @@ async def test_a_malformed_call_is_an_observation(clock: ManualClock) -> None:
     sessions = some_sessions(lambda: world, clock)
     session = await begun(sessions)
     bad = "<tool_call>\n{broken\n</tool_call>"
-    before = counted("palimpsest_gateway_tool_errors_total", environment="fake", cause="malformed")
+    before = counter_value("palimpsest_gateway_tool_errors_total", environment="fake", cause="malformed")
     alone = await taken(sessions, session, 0, bad)
     assert (alone.status, [m.content for m in alone.messages]) == (Status.RUNNING, ["malformed tool call: not JSON"])
     good = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     both = await taken(sessions, session, 1, good + bad)
     assert [m.content for m in both.messages] == ["malformed tool call: not JSON", "4"]
     assert [m.role for m in both.messages] == ["tool", "tool"]
-    assert counted("palimpsest_gateway_tool_errors_total", environment="fake", cause="malformed") - before == 2
+    assert counter_value("palimpsest_gateway_tool_errors_total", environment="fake", cause="malformed") - before == 2
 
 
 async def test_a_long_tool_result_is_truncated_with_a_note(clock: ManualClock) -> None:
@@ -162,10 +162,10 @@ async def test_steps_replays_and_rewards_are_counted(clock: ManualClock) -> None
         "palimpsest_gateway_live_sessions": {"environment": "fake"},
         "palimpsest_gateway_step_seconds_count": {"environment": "fake"},
     }
-    before = [counted(name, **labels) for name, labels in names.items()]
+    before = [counter_value(name, **labels) for name, labels in names.items()]
     sessions = some_sessions(lambda: ScriptedWorld(reply("4"), HALF), clock)
     done, _ = await begun(sessions), await begun(sessions)
     for number in (0, 0, 0, 1, 1):
         await taken(sessions, done, number)
-    after = [counted(name, **labels) for name, labels in names.items()]
+    after = [counter_value(name, **labels) for name, labels in names.items()]
     assert [b - a for a, b in zip(before, after, strict=True)] == [2, 3, 2, 1, 0.5, 1, 2]

@@ -33,7 +33,7 @@ class Answering(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _StatusRequest(BaseHTTPRequestHandler):
     server: Answering
 
     def do_GET(self) -> None:
@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service() -> Iterator[Answering]:
-    server = Answering(("127.0.0.1", 0), _Handler)
+    server = Answering(("127.0.0.1", 0), _StatusRequest)
     server.hangs = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

@@ -23,7 +23,7 @@ from palimpsest.services.local.bus_opening import open_run_bus
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 RUN = 'run.id = "t"\nmodel.path = "{model}"\ntasks.environments = {{ lookup = 1.0 }}\nlearner.versions = 3\n'
 RUN += "sampling.max_trajectory_tokens = 1000\n"
 
@@ -37,7 +37,7 @@ def _logged() -> Iterator[None]:
 def run_file(folder: Path, model: Path | str = "m", *, kind: str = "kafka") -> Path:
     path = folder / "mine.toml"
     path.write_text(
-        RUN.format(model=model) + f'run.folder = "{folder}"\nbus.kind = "{kind}"\nbus.servers = "{NOBODY}"\n'
+        RUN.format(model=model) + f'run.folder = "{folder}"\nbus.kind = "{kind}"\nbus.servers = "{UNREACHABLE}"\n'
     )
     return path
 
@@ -71,8 +71,8 @@ def test_the_wait_for_a_broker_and_its_end_are_printed_once(tmp_path: Path, monk
     assert bus is not None
     bus.close()
     assert lines == [
-        f"waiting for Kafka at {NOBODY}: start the broker, or correct bus.servers; Ctrl-C stops",
-        f"Kafka at {NOBODY} answers",
+        f"waiting for Kafka at {UNREACHABLE}: start the broker, or correct bus.servers; Ctrl-C stops",
+        f"Kafka at {UNREACHABLE} answers",
     ]
 
 
@@ -116,7 +116,7 @@ def test_a_ctrl_c_during_the_wait_for_a_broker_prints_the_resume_command(tmp_pat
         waiting = next(line for line in run.stdout if line.startswith("waiting for Kafka"))
         os.kill(run.pid, signal.SIGINT)
         output = run.stdout.read()
-    assert waiting.startswith(f"waiting for Kafka at {NOBODY} ({NOBODY}: Connection refused) until ")
+    assert waiting.startswith(f"waiting for Kafka at {UNREACHABLE} ({UNREACHABLE}: Connection refused) until ")
     assert output.startswith("Stopped before any service started. Continue with:\n")
     assert f"-m palimpsest run --resume {tmp_path / 't'}\n" in output
     assert "no answer" not in output, "log events of the bus are not printed"

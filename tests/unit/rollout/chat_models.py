@@ -24,7 +24,7 @@ def byte_tokenizer(template: str | None, special: list[str], *, eos: str | None 
 
 
 @dataclass(frozen=True)
-class Family:
+class ChatModel:
     """A model family: its special tokens, its template, and where its messages end."""
 
     special: list[str]
@@ -46,7 +46,7 @@ def _tools(opened: str, closed: str) -> str:
 
 
 FAMILIES = {
-    "gemma": Family(
+    "gemma": ChatModel(
         ["<eos>", "<start_of_turn>", "<end_of_turn>"],
         "<eos>",
         _tools("<start_of_turn>user\nTools: ", "<end_of_turn>\n")
@@ -57,7 +57,7 @@ FAMILIES = {
         ("<end_of_turn>", "<eos>"),
         "\n<start_of_turn>tool\n4<end_of_turn>\n<start_of_turn>model\n",
     ),
-    "phi3": Family(
+    "phi3": ChatModel(
         ["<|endoftext|>", "<|user|>", "<|tool|>", "<|system|>", "<|assistant|>", "<|end|>"],
         "<|endoftext|>",
         _tools("<|system|>\n", "<|end|>\n")
@@ -68,7 +68,7 @@ FAMILIES = {
         ("<|end|>", "<|endoftext|>"),
         "\n<|tool|>\n4<|end|>\n<|assistant|>\n",
     ),
-    "glm4": Family(
+    "glm4": ChatModel(
         ["<|endoftext|>", "<|user|>", "<|observation|>", "<|system|>", "<|assistant|>"],
         "<|endoftext|>",
         _tools("<|system|>\n", "")
@@ -80,7 +80,7 @@ FAMILIES = {
         "<|observation|>\n4<|assistant|>\n",
         ("<|endoftext|>", "<|user|>", "<|observation|>"),
     ),
-    "gpt-oss": Family(
+    "gpt-oss": ChatModel(
         ["<|endoftext|>", "<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
         "<|return|>",
         _tools("<|start|>developer<|message|>", "<|end|>")
@@ -93,7 +93,7 @@ FAMILIES = {
         "<|start|>tool<|message|>4<|end|><|start|>assistant",
         ("<|return|>", "<|call|>", "<|endoftext|>"),
     ),
-    "llama3": Family(
+    "llama3": ChatModel(
         ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"],
         "<|eot_id|>",
         _tools("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>")

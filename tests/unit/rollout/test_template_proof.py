@@ -11,7 +11,7 @@ from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.template_proof import TOOLS
-from tests.unit.rollout.chat_models import FAMILIES, Family, byte_tokenizer
+from tests.unit.rollout.chat_models import FAMILIES, ChatModel, byte_tokenizer
 
 WHOLE = """\
 {%- if tools %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}
@@ -43,7 +43,7 @@ def test_a_template_that_renders_everything_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_the_template_of_a_family_is_accepted(tmp_path: Path, family: Family) -> None:
+def test_the_template_of_a_family_is_accepted(tmp_path: Path, family: ChatModel) -> None:
     family.tokenizer().save_pretrained(tmp_path)
     ChatRenderer.load(str(tmp_path), {})
 

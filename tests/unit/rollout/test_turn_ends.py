@@ -8,33 +8,33 @@ import pytest
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from tests.unit.rollout.chat_models import FAMILIES, Family, byte_tokenizer
+from tests.unit.rollout.chat_models import FAMILIES, ChatModel, byte_tokenizer
 
 ANSWER = [Message(role="tool", content="4")]
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
-def renderer_of(family: Family) -> ChatRenderer:
+def renderer_of(family: ChatModel) -> ChatRenderer:
     tokenizer = family.tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(token) for token in family.generation]
     return ChatRenderer(tokenizer, options={}, generation_ids=ids)
 
 
 @each_family
-def test_every_end_of_a_message_is_a_stop_token(family: Family) -> None:
+def test_every_end_of_a_message_is_a_stop_token(family: ChatModel) -> None:
     renderer = renderer_of(family)
     assert tuple(renderer._tokenizer.convert_ids_to_tokens(renderer.stop_tokens)) == family.ends
 
 
 @each_family
-def test_the_template_alone_shows_where_a_message_ends(family: Family) -> None:
+def test_the_template_alone_shows_where_a_message_ends(family: ChatModel) -> None:
     tokenizer = family.tokenizer()
     stops = ChatRenderer(tokenizer, options={}).stop_tokens
     assert tokenizer.convert_ids_to_tokens(stops[0]) == family.ends[0]
 
 
 @each_family
-def test_a_turn_separator_follows_the_sampled_end(family: Family) -> None:
+def test_a_turn_separator_follows_the_sampled_end(family: ChatModel) -> None:
     renderer = renderer_of(family)
     for number, stop in enumerate(renderer.stop_tokens):
         text = renderer._tokenizer.decode(renderer.render_turn_separator(ANSWER, ended_by=stop))
@@ -45,7 +45,7 @@ def test_a_turn_separator_follows_the_sampled_end(family: Family) -> None:
 
 
 @each_family
-def test_the_environment_gets_the_text_without_any_end(family: Family) -> None:
+def test_the_environment_gets_the_text_without_any_end(family: ChatModel) -> None:
     renderer = renderer_of(family)
     for stop in renderer.stop_tokens:
         assert renderer.text([*renderer.encode("a call"), stop]) == "a call"

@@ -163,12 +163,12 @@ class Working:
         interruption, left = self.worker._interruption, times
         heard_all = interruption.heard_all
 
-        def counted() -> None:
+        def count() -> None:
             nonlocal left
             heard_all()
             left -= 1
 
-        interruption.heard_all = counted  # type: ignore[method-assign]
+        interruption.heard_all = count  # type: ignore[method-assign]
         await self.until(lambda: left <= 0 or interruption.cut is None)
         interruption.heard_all = heard_all  # type: ignore[method-assign]
 

@@ -34,7 +34,7 @@ class CutReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase -> seconds: before (scoring while workers still sample), wait (for the workers), read, score."""
     fenced: bool = False
-    """Another learner has the run: no worker was asked, and this version must not be trained."""
+    """Another learner has the run: no worker got a request, and this version must not be trained."""
 
 
 class Cut:
@@ -79,14 +79,14 @@ class Cut:
     def is_waiting(self, alive: Collection[str], *, now: float) -> bool:
         """Whether a live worker has not answered and there is time left.
 
-        A worker that starts while the cut is open is asked too. The cut does not wait for a worker that has died.
+        A worker that starts while the cut is open also gets the request. The cut does not wait for a dead worker.
         """
         self._asked.update(alive)
         return now < self._ends_at and not self._answers.issuperset(alive)
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Names of the workers that were asked or answered, sorted."""
+        """Names of the workers that got the request or answered, sorted."""
         return tuple(sorted(self._asked | self._answers))
 
     @property
@@ -96,7 +96,7 @@ class Cut:
 
     @property
     def late(self) -> tuple[str, ...]:
-        """Names of the workers that were asked and have not answered, sorted."""
+        """Names of the workers that got the request and have not answered, sorted."""
         return tuple(sorted(self._asked - self._answers))
 
 

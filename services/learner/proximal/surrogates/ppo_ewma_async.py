@@ -83,7 +83,7 @@ class PpoEwmaAsync:
         unmasked_share: float = math.nan,
         version: Version | None = None,
     ) -> None:
-        """One tick, or a reset in its place. NaN for either number: the version had no trainable token."""
+        """Do one tick, or a reset instead. NaN for either number: the version had no trainable token."""
         share = unmasked_share if self._rule.trigger == "mask" else active_share
         seen, cause = decide(self._seen, share, self._rule)
         self._measure(mean_staleness)

@@ -93,7 +93,7 @@ class TooMuch(Counts):
         return Score(1.5, True)
 
 
-class Nothing(Counts):
+class ReturnsNone(Counts):
     def step(self, turn: Turn) -> Any:
         return None
 

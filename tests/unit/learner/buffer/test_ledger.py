@@ -128,7 +128,7 @@ def test_groups_of_equal_rewards_are_dropped_once_they_are_complete() -> None:
         fill(ledger, index, samples)
     assert ledger.drop_even(rewards.__getitem__) == [["g000000/0", "g000000/1"]]
     assert ledger.counts()["dropped"] == {"even_group": 2}
-    assert ledger.free_slots() == 2, "another group is offered in its place"
+    assert ledger.free_slots() == 2, "the learner may offer another group"
 
 
 def test_a_batch_waits_for_a_group_that_was_overtaken_as_often_as_permitted() -> None:

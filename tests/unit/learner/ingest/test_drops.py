@@ -59,4 +59,4 @@ def test_groups_of_equal_rewards_are_skipped_and_counted_by_environment(bus: Sql
     drops.drop_unusable(Version(0), now=0.0)
     assert (ingest.ledger.complete(), drops.counts()) == (1, {"even_group": 2})
     assert (drops.take_skipped(), drops.take_skipped()) == ({"lookup": 1}, {})
-    assert ingest.tasks.offer(Version(0), now=0.0) == 1, "another group is offered in its place"
+    assert ingest.tasks.offer(Version(0), now=0.0) == 1, "the learner may offer another group"

@@ -25,7 +25,7 @@ from tests.records.builders import a_finished
 from tests.unit.learner.ingest.reading import BROKEN, CONTRADICTING, NEWEST, finished, letters, publish, started
 
 
-def counted(cause: RejectCause) -> float:
+def counter_value(cause: RejectCause) -> float:
     """Value of the Prometheus counter of dead-lettered records with this cause."""
     return instruments.DEAD_LETTERS.labels(cause.value, TRAJECTORIES)._value.get()
 
@@ -34,7 +34,7 @@ def counted(cause: RejectCause) -> float:
 def test_an_unusable_record_is_dead_lettered_with_its_cause_and_the_run_continues(bus: SqliteBus, what: str) -> None:
     reader, ledger = started(bus)
     cause, changes = BROKEN[what]
-    broken, before = msgspec.structs.replace(finished, **changes), counted(cause)
+    broken, before = msgspec.structs.replace(finished, **changes), counter_value(cause)
     with pytest.raises(MalformedTrajectory):
         check_finished(broken, NEWEST, vocabulary=VOCABULARY)
     publish(bus, broken, a_finished(0, 1))
@@ -44,7 +44,7 @@ def test_an_unusable_record_is_dead_lettered_with_its_cause_and_the_run_continue
     assert letter.headers == {"trajectory": "g000000/0"}
     assert letter.reason
     assert letter.buried_at > 0
-    assert counted(cause) == before + 1
+    assert counter_value(cause) == before + 1
     assert ledger.counts()["dead_lettered"] == 1
     assert ledger.counts()["pending"] == 7
     assert list(reader.arrived) == ["g000000/1"]
@@ -57,7 +57,7 @@ def test_a_trajectory_that_contradicts_its_offer_is_dead_lettered(bus: SqliteBus
     reader.read_all(NEWEST, timeout_s=0)
     (letter,) = letters(bus)
     assert letter.cause is RejectCause.CONTRADICTS_OFFER
-    assert letter.reason.startswith(f"{what}, but the offer said ")
+    assert letter.reason.startswith(f"{what}, but the offer has ")
     assert (ledger.counts()["dead_lettered"], list(reader.arrived)) == (1, ["g000000/1"])
 
 

@@ -21,7 +21,7 @@ from palimpsest.services.learner.proximal.surrogates.factory import build_surrog
 from palimpsest.services.learner.proximal.types import Exact, Source
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.state import TrainingState
-from tests.learner_parts.models import CPU, Resident, load, logprobs, perturb, train
+from tests.learner_parts.models import CPU, CurrentModel, load, logprobs, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 pytestmark = pytest.mark.thorough
@@ -48,10 +48,10 @@ class OtherModel:
     """An exact source whose old policy of every version is another model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._resident = Resident(model)
+        self._current_model = CurrentModel(model)
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
-        found = self._resident.proximal(batches, now)
+        found = self._current_model.proximal(batches, now)
         masks = [torch.from_numpy(batch.mask) for batch in batches]
         zero = torch.zeros(())
         return Exact([torch.where(mask, values, zero) for mask, values in zip(masks, found.logprobs, strict=True)])
@@ -153,7 +153,7 @@ def test_vcpo_subtracts_its_baseline_from_every_reward(starting_model: Path) -> 
     model = load(starting_model).float()
     policy = TrainablePolicy(model, OptimizerConfig())
     even = [a_row(r.trajectory, r.tokens.tolist(), r.versions.tolist(), reward=0.7) for r in rows(model)]
-    result = train(policy, Resident(model), ProcessGroup(), [even], NOW, config=config)
+    result = train(policy, CurrentModel(model), ProcessGroup(), [even], NOW, config=config)
     assert result.baseline == pytest.approx(0.7)
     assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
 
@@ -171,7 +171,7 @@ def test_vcpo_reports_the_rewards_minus_the_baseline_of_the_group_as_advantages(
         dataclasses.replace(row, group=f"g{i // 4}", reward=float(i % 2 if i < 4 else 1))
         for i, row in enumerate(rows(model))
     ]
-    result = train(policy, Resident(model), ProcessGroup(), [grouped], NOW, config=config)
+    result = train(policy, CurrentModel(model), ProcessGroup(), [grouped], NOW, config=config)
     found = {one.batch.rows[0].trajectory: flatten(one, NOW).advantages.tolist() for one in result.micro_batches}
     assert len(found) == 8
     for i, row in enumerate(grouped):
@@ -191,10 +191,10 @@ def test_m2po_trains_and_reports_its_tau(starting_model: Path) -> None:
 
 
 def test_a_checkpoint_without_the_entropies_of_turns_can_be_restored(starting_model: Path) -> None:
-    state = TrainingState(Resident(load(starting_model)), multiplier=0.5)
+    state = TrainingState(CurrentModel(load(starting_model)), multiplier=0.5)
     state.entropies.add(1.5)
     older = {name: tensor for name, tensor in state.state().items() if not name.endswith("entropy_turns")}
-    restored = TrainingState(Resident(load(starting_model)))
+    restored = TrainingState(CurrentModel(load(starting_model)))
     restored.restore(older)
     assert (restored.multiplier, restored.entropies.mean) == (0.5, 1.5)
 

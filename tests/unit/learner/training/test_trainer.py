@@ -13,7 +13,7 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from tests.learner_parts.models import Resident, load, train
+from tests.learner_parts.models import CurrentModel, load, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 
@@ -35,7 +35,7 @@ def gradients(folder: Path, minibatches: list[list[Row]], **changes: object) -> 
     taken: list[torch.Tensor] = []
     policy.step = lambda **_: taken.extend(g.clone() for g in policy.gradients()) or 1.0  # type: ignore[method-assign]
     config = a_learner(discrepancy=UNCORRECTED, **changes)
-    train(policy, Resident(model), ProcessGroup(), minibatches, Version(0), config=config)
+    train(policy, CurrentModel(model), ProcessGroup(), minibatches, Version(0), config=config)
     return taken[: len(policy.masters)]
 
 
@@ -54,8 +54,8 @@ def test_the_order_of_rows_does_not_change_the_gradient(starting_model: Path) ->
 
 def test_the_proximal_is_computed_once_before_the_first_of_several_steps(starting_model: Path) -> None:
     model = load(starting_model)
-    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), Resident(model)
-    before = Resident(load(starting_model))
+    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-2)), CurrentModel(model)
+    before = CurrentModel(load(starting_model))
     trained = train(
         policy,
         source,
@@ -64,7 +64,7 @@ def test_the_proximal_is_computed_once_before_the_first_of_several_steps(startin
         Version(0),
         config=a_learner(discrepancy=UNCORRECTED),
     )
-    assert source.asked == 1
+    assert source.calls == 1
     assert policy.steps == 2
     first, second = trained.micro_batches
     assert (first.first, second.first) == (True, False)
@@ -85,7 +85,7 @@ def test_18_8_a_batch_without_a_finite_gradient_is_skipped_and_reported(starting
     bad = [a_row("bad", [5, 6, 7], [-1, 0, 0], advantage=float("nan"))]
     trained = train(
         policy,
-        Resident(model),
+        CurrentModel(model),
         ProcessGroup(),
         [bad, rows()],
         Version(0),
@@ -102,7 +102,7 @@ def test_rows_without_sampled_tokens_give_no_gradient(starting_model: Path) -> N
     before = [m.clone() for m in policy.masters]
     empty = [a_row("a", [5, 6, 7], [-1, -1, -1]), a_row("b", [5, 6, 7], [-1, -1, -1])]
     trained = train(
-        policy, Resident(model), ProcessGroup(), [empty], Version(0), config=a_learner(micro_batch_tokens=100)
+        policy, CurrentModel(model), ProcessGroup(), [empty], Version(0), config=a_learner(micro_batch_tokens=100)
     )
     assert math.isnan(trained.loss)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.masters, strict=True))
@@ -113,7 +113,7 @@ def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
         model = load(starting_model)
         config = a_learner(loss=LossConfig(entropy=entropy))
         policy = TrainablePolicy(model, OptimizerConfig())
-        return train(policy, Resident(model), ProcessGroup(), [rows()], Version(0), config=config).loss
+        return train(policy, CurrentModel(model), ProcessGroup(), [rows()], Version(0), config=config).loss
 
     model = load(starting_model)
     mean = 0.0

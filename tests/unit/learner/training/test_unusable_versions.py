@@ -21,7 +21,7 @@ from palimpsest.services.learner.observability.version_record import Batch, vers
 from palimpsest.services.learner.proximal.types import Exact
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.state import TrainingState
-from tests.learner_parts.models import Resident, load, train
+from tests.learner_parts.models import CurrentModel, load, train
 from tests.records.builders import a_finished, a_learner, a_row, a_segment
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup=10)
@@ -33,7 +33,7 @@ class WithoutOld:
     """An exact source without an old log-prob for any token (missing = "drop")."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._source = Resident(model)
+        self._source = CurrentModel(model)
 
     def proximal(self, batches: list[PaddedBatch], now: Version) -> Exact:
         return Exact(self._source.proximal(batches, now).logprobs, [torch.from_numpy(batch.mask) for batch in batches])
@@ -55,11 +55,13 @@ def test_a_version_without_a_usable_token_changes_neither_weights_nor_moments_no
     model = load(starting_model)
     policy, critic = TrainablePolicy(model, OPTIMIZER), Critic(model, OPTIMIZER)
     sections: dict[str, Any] = {"advantages": {"kind": "gae"}, "loss": {"entropy": 0.1}, "discrepancy": {"band": "off"}}
-    train(policy, Resident(model), ProcessGroup(), [rows()], Version(0), config=a_learner(**sections), critic=critic)
+    train(
+        policy, CurrentModel(model), ProcessGroup(), [rows()], Version(0), config=a_learner(**sections), critic=critic
+    )
     before, of_critic, rate = snapshot(policy), snapshot(critic.trainable), policy.learning_rate
 
     masked = {"discrepancy": {"band": "off", "tokens": [1e8, 1e9]}} if emptied == "all tokens are masked" else {}
-    source = WithoutOld(model) if emptied == "all old log-probs are missing" else Resident(model)
+    source = WithoutOld(model) if emptied == "all old log-probs are missing" else CurrentModel(model)
     batch = rows(trainable=emptied != "no token is trainable")
     config = a_learner(**(sections | masked))
     trained = train(policy, source, ProcessGroup(), [batch, batch], Version(1), config=config, critic=critic)
@@ -77,8 +79,8 @@ def test_an_emptied_minibatch_leaves_the_steps_of_the_others(starting_model: Pat
     model, alone = load(starting_model), load(starting_model)
     policies = TrainablePolicy(model, OPTIMIZER), TrainablePolicy(alone, OPTIMIZER)
     empty = rows(trainable=False)
-    mixed = train(policies[0], Resident(model), ProcessGroup(), [rows(), empty], Version(0), config=UNBANDED)
-    single = train(policies[1], Resident(alone), ProcessGroup(), [rows()], Version(0), config=UNBANDED)
+    mixed = train(policies[0], CurrentModel(model), ProcessGroup(), [rows(), empty], Version(0), config=UNBANDED)
+    single = train(policies[1], CurrentModel(alone), ProcessGroup(), [rows()], Version(0), config=UNBANDED)
     assert (mixed.empty, mixed.loss, mixed.grad_norm) == (1, single.loss, single.grad_norm)
     for a, b in zip(snapshot(policies[0]), snapshot(policies[1]), strict=True):
         assert torch.equal(a, b)
@@ -115,7 +117,7 @@ def test_measures_without_a_value_are_null_in_the_line(unknown_line: dict[str, A
 
 
 def test_a_history_of_entropies_without_a_version_is_unknown(starting_model: Path) -> None:
-    assert math.isnan(TrainingState(Resident(load(starting_model))).gauges([])["entropy_history"])
+    assert math.isnan(TrainingState(CurrentModel(load(starting_model))).gauges([])["entropy_history"])
 
 
 def test_unknown_measures_are_nan_in_prometheus_and_unknown_in_the_alerts(unknown_line: dict[str, Any]) -> None:

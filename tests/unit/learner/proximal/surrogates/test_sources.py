@@ -20,7 +20,7 @@ from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear impor
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Source
-from tests.learner_parts.models import CPU, Resident, load, perturb
+from tests.learner_parts.models import CPU, CurrentModel, load, perturb
 from tests.records.builders import a_row
 
 NOW = Version(8)
@@ -107,7 +107,7 @@ def test_current_recompute_uses_the_models_current_weights(starting_model: Path)
     (before,) = source.proximal([padded], NOW).logprobs
     perturb(model, by=0.05, seed=1)
     (after,) = source.proximal([padded], NOW).logprobs
-    assert torch.equal(after[0, 1:], Resident(model).proximal([padded], NOW).logprobs[0][0, 1:])
+    assert torch.equal(after[0, 1:], CurrentModel(model).proximal([padded], NOW).logprobs[0][0, 1:])
     assert float((after - before)[0, 1:].abs().min()) > 1e-4
     assert not after.requires_grad
 
