@@ -24,7 +24,7 @@ def table(session: str, most: int) -> str:
         tiers[file.partition(".")[0]].append(seconds)
         tests.append((seconds, f"{file}::{name}"))
     lines = [f"{sum(times):8.1f} s {len(times):6} tests  {tier}" for tier, times in sorted(tiers.items())]
-    lines += [f"{sum(sum(times) for times in tiers.values()):8.1f} s {len(tests):6} tests  in all", ""]
+    lines += [f"{sum(sum(times) for times in tiers.values()):8.1f} s {len(tests):6} tests  in total", ""]
     lines += [f"{seconds:8.1f} s  {name}" for seconds, name in sorted(tests, reverse=True)[:most]]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ class SqliteLog:
         return SqliteBus(self.path, lease_s=self.lease_s)
 
     def with_lease(self, lease_s: float) -> "SqliteLog":
-        """The same log, for members that are gone when not heard of for so long."""
+        """The same log with another lease of its group members, seconds."""
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "SqliteLog":
@@ -65,7 +65,7 @@ class MemoryLog:
         return MemoryBus(self.store, lease_s=self.lease_s)
 
     def with_lease(self, lease_s: float) -> "MemoryLog":
-        """The same log, for members that are gone when not heard of for so long."""
+        """The same log with another lease of its group members, seconds."""
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "MemoryLog":
@@ -91,7 +91,7 @@ class KafkaLog:
         return ClaimCheck(bus, SnapshotClient(self.store_url), over_bytes=1 << 19)
 
     def with_lease(self, lease_s: float) -> "KafkaLog":
-        """The same log, for members that are gone when not heard of for so long."""
+        """The same log with another lease of its group members, seconds."""
         return replace(self, lease_s=lease_s)
 
     def another(self) -> "KafkaLog":

@@ -64,7 +64,7 @@ async def measure(family: str, folder: Path, logs: Path) -> Runs | Refused:
             canaries = weights.manifest.canaries
             accepted = judge([await engine.score(canary.tokens) for canary in canaries], canaries).accepted
             updated = await _scores(engine)
-        exported = await asyncio.to_thread(_exported, model, start, folder)  # it has an event loop of its own
+        exported = await asyncio.to_thread(_exported, model, start, folder)  # it has its own event loop
         async with running_engine(exported, logs, max_live=LIVE, faults="") as engine:
             fresh = await _scores(engine)
     except UserError as error:
@@ -75,7 +75,7 @@ async def measure(family: str, folder: Path, logs: Path) -> Runs | Refused:
 
 
 def outcome(family: str, folder: Path, logs: Path) -> Runs | Refused | str:
-    """`measure`, in an event loop of its own; the text of a crash in place of the error."""
+    """Run `measure` in a new event loop. Returns the text of a crash instead of raising it."""
     try:
         return asyncio.run(measure(family, folder, logs))
     except (EngineDead, EngineFailed) as error:

@@ -29,7 +29,7 @@ def row(family: str, result: Runs | Refused) -> str:
 
 
 def replaced(text: str, new: Mapping[str, str]) -> str:
-    """The page with these rows put in, in the order of the families; rows of unknown families are left out."""
+    """The page with these rows, in the order of the families, without rows of unknown families."""
     known = rows(text) | dict(new)
     lines = [HEADER, f"|{'---|' * (HEADER.count('|') - 1)}", *(known[name] for name in FAMILIES if name in known)]
     before, _, rest = text.partition(BEGIN)

@@ -12,5 +12,5 @@ def until(holds: Callable[[], bool], name: str = "what the test waits for", *, t
     """Wait until holds() is true. After LIMIT_S, fail with `name` and the text of `tell`."""
     deadline = time.monotonic() + LIMIT_S
     while not holds():
-        assert time.monotonic() < deadline, f"{name} did not come within {LIMIT_S:.0f} s {tell()}"
+        assert time.monotonic() < deadline, f"{name} did not happen within {LIMIT_S:.0f} s {tell()}"
         time.sleep(LOOK_S)

@@ -147,7 +147,7 @@ def wait_for(what: Callable[[], bool], run: RunProcess, *, name: str, within_s: 
                 return
             output, _ = run.process.communicate()
             raise AssertionError(f"the run ended with {run.process.returncode} before {name}:\n{output[-4000:]}")
-        assert time.monotonic() < deadline, f"{name} did not come within {within_s:.0f} s"
+        assert time.monotonic() < deadline, f"{name} did not happen within {within_s:.0f} s"
         time.sleep(LOOK_S)
 
 

@@ -1,7 +1,7 @@
 """Complete learners in simulated time: they die, pause or are stopped at a failpoint, and others replace them.
 
 A learner consists of all parts that services/learner/coordinator.py assembles, over a log in memory and a real snapshot
-store on a folder. Its model is a table, so training takes milliseconds. The workers are those of cut_schedules.py. A
+store on a folder. Its model is a table, so training takes milliseconds. The workers are those of cut_worker.py. A
 seed repeats a run exactly.
 """
 
