@@ -25,7 +25,7 @@ def removal(lines: Sequence[Line]) -> dict[str, Any] | None:
             sums = causes.setdefault(cause, [0, 0])
             sums[0], sums[1] = sums[0] + marginal, sums[1] + exclusive
     past = [part["masked_past_clip"] for part in counted if part["masked_past_clip"] is not None]
-    shares = {name: _mean([(part[name], part["tokens"]) for part in counted]) for name in _SHARES}
+    shares = {name: weighted_mean([(part[name], part["tokens"]) for part in counted]) for name in _SHARES}
     counts = {name: sum(part[name] for part in counted) for name in COUNTS}
     return counts | {"masked_past_clip": sum(past) if past else None} | shares | {"causes": causes}
 
@@ -44,7 +44,7 @@ def leak(lines: Sequence[Line]) -> dict[str, Any] | None:
         "versions": len(audited),
         "tokens": int(sum(part["tokens"] for part in audited)),
         **_leak(audited),
-        **{name: _mean([(part[name], part["tokens"]) for part in audited]) for name in WRONGS},
+        **{name: weighted_mean([(part[name], part["tokens"]) for part in audited]) for name in WRONGS},
         "by_staleness": {
             str(age): _leak([part["by_staleness"][str(age)] for part in audited if str(age) in part["by_staleness"]])
             for age in stalenesses
@@ -86,14 +86,14 @@ _SHARES = ("advantage", "positive", "negative")
 
 
 def _leak(parts: Sequence[Line]) -> dict[str, float | None]:
-    square = _mean([(part["leak_rms"] ** 2, part["tokens"]) for part in parts if part["leak_rms"] is not None])
+    square = weighted_mean([(part["leak_rms"] ** 2, part["tokens"]) for part in parts if part["leak_rms"] is not None])
     return {
         "rms": None if square is None else math.sqrt(square),
-        "mean": _mean([(part["leak_mean"], part["tokens"]) for part in parts]),
+        "mean": weighted_mean([(part["leak_mean"], part["tokens"]) for part in parts]),
     }
 
 
-def _mean(pairs: Sequence[tuple[float | None, float]]) -> float | None:
+def weighted_mean(pairs: Sequence[tuple[float | None, float]]) -> float | None:
     """Return the weighted mean of the known values."""
     known = [(value, weight) for value, weight in pairs if value is not None]
     total = sum(weight for _, weight in known)

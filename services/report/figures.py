@@ -1,6 +1,6 @@
 """The report's figures, in the order of the page. Pure."""
 
-from palimpsest.services.report import distributions, learning, policies, progress
+from palimpsest.services.report import distributions, learning, measures, policies, progress
 from palimpsest.services.report.charts import Figure
 from palimpsest.services.report.folder import Contents
 
@@ -20,7 +20,13 @@ def figures(contents: Contents) -> list[Figure]:
         progress.timeline(lines, log.applied, contents.config.rollout.canary_tolerance),
         progress.where_the_time_went(lines),
     ]
+    optional = (
+        measures.of_batches(lines),
+        measures.of_workers_and_lengths(lines),
+        distributions.spreads(lines),
+        distributions.leaks(lines),
+    )
     return [
         *always,
-        *(figure for figure in (distributions.spreads(lines), distributions.leaks(lines)) if figure is not None),
+        *(figure for figure in optional if figure is not None),
     ]
