@@ -84,24 +84,22 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         with file_errors_as_user_errors():
             bus = open_run_bus(config, stop, say=lambda line: print(line, flush=True))
             done = bus is not None and supervise(config, local, stop, bus)
-    except UserError as refusal:
+    except UserError as error:
         if bus is not None:
             with contextlib.suppress(
                 OSError, UserError
             ):  # raise the error that ended the run, even if the report fails too
                 conclude(home)
-        raise UserError(f"{refusal}\nAfter fixing this, resume with:\n{again}", refusal.code) from None
+        raise UserError(f"{error}\nAfter fixing this, resume with:\n{again}", error.code) from None
     if bus is None:  # the summary would wait for the same log
         print(f"{console_text.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
     try:
         summary = conclude(home)
-    except UserError as refusal:
+    except UserError as error:
         if done:
             raise
-        print(
-            f"{console_text.STOPPED}\n{again}\nThere is no report: {refusal}"
-        )  # how to go on is worth more than why not
+        print(f"{console_text.STOPPED}\n{again}\nThere is no report: {error}")  # the command to resume matters most
         sys.exit(int(ExitCode.INTERRUPTED))
     if not done:
         print(f"{console_text.format_stop(summary)}\n{again}\n{console_text.format_result(summary, home)}")
@@ -122,11 +120,11 @@ def export_last(config: RunConfig) -> str:
     try:
         with file_errors_as_user_errors():
             done = export(config, home, home / console_text.MODEL, overwrite=True)
-    except UserError as refusal:
+    except UserError as error:
         raise UserError(
-            f"The run is done, but its model was not exported: {refusal}\nAfter fixing this, export it with:\n"
+            f"The run is done, but its model was not exported: {error}\nAfter fixing this, export it with:\n"
             f"{export_command(home)}",
-            refusal.code,
+            error.code,
         ) from None
     return f"model: {done.folder} (version {done.version})"
 

@@ -34,7 +34,7 @@ def resolve(invocation: Invocation) -> RunConfig:
     if not (home / run_folder.RUN_FILE).is_file():
         raise UserError(f"--resume {home}: not the folder of a run (it has no {run_folder.RUN_FILE})")
     before = load([str(home / run_folder.RUN_FILE)], {}, program="").config
-    if config.sampling.max_trajectory_tokens is None:  # the run keeps its limit, whatever the model's is now
+    if config.sampling.max_trajectory_tokens is None:  # the run keeps its limit, even if that of the model changed
         limit = {"max_trajectory_tokens": before.sampling.max_trajectory_tokens}
         config = config.model_copy(update={"sampling": config.sampling.model_copy(update=limit)})
     if found := differences(before, config):

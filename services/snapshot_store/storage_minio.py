@@ -4,7 +4,7 @@ The client blocks, so its calls run in threads. A body is one object: a small on
 parts of PART bytes, which become an object only after the last part arrived and the digest matches. The client signs or
 sums every part (SHA-256 over http, MD5 over https), and the S3 refuses a part that does not match.
 
-The store removes the parts of unfinished uploads when it opens, whatever their age: a prefix belongs to one store, and
+The store removes the parts of unfinished uploads when it opens, of any age: a prefix belongs to one store, and
 an aborted upload of another process is sent again. MinIO lists unfinished uploads only by full name, so the store also
 removes those of a name before the next upload to it.
 """

@@ -3,7 +3,7 @@
     writers/<epoch>.json                  {"holder": name}; the highest epoch may write
     checkpoints/<version>-<epoch>.json    {"digest": ...}: the accepted checkpoint of that version by that writer
 
-The store issues an epoch by creating its file; of concurrent requests, one succeeds, whatever the storage. One lock
+The store issues an epoch by creating its file; of concurrent requests, one succeeds, on every storage. One lock
 covers issuing an epoch and checking and writing for a writer: after an epoch is issued, no write of an earlier writer
 succeeds. This holds for one store process; a run has one.
 """

@@ -1,8 +1,8 @@
 """The port of environments.
 
 One instance serves one session: `reset` is called once, then `step` once for each message of the model until it returns
-a Score; `finalize` may replace any further step. The same seed and the same turns give the same results, whatever else
-runs in the process: an instance has its own random.Random and reads no clock.
+a Score; `finalize` may replace any further step. The same seed and the same turns give the same results, for any other
+activity in the process: an instance has its own random.Random and reads no clock.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Log-probs and entropies of tokens, without an array of [tokens, vocabulary] entries.
 
 The head is applied to `chunk` tokens at a time, and the backward pass computes the logits again. The chunk is part of
-the layout of a pass: chunks are cut from the flattened [rows, length] positions, whichever tokens are wanted, so a
+the layout of a pass: chunks are cut from the flattened [rows, length] positions, independent of the wanted tokens, so a
 token has the same bits in every pass with the same rows, length and chunk, with and without gradient or entropy.
 
     log p = log softmax(z / tau)        H = -sum p log p

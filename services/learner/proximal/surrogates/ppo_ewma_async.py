@@ -95,7 +95,7 @@ class PpoEwmaAsync:
             self._restart(masters, version)
 
     def state(self) -> dict[str, Tensor]:
-        """The average's, the measurement and what the reset remembers; of one shape whatever has happened."""
+        """Return the state of the average, the measurement and the history of resets. Its shapes never change."""
         healthy = [*self._seen.healthy, *[math.nan] * (HEALTHY_VERSIONS - len(self._seen.healthy))]
         since = -1 if self._seen.since is None else self._seen.since
         pace = [self.mean_staleness, self._measured, self._target, float(self._settled)]
