@@ -1,5 +1,5 @@
-"""Generates docs/configuration.md, docs/metrics.md, docs/messages.md from the code, and the schema and the table of the
-chart's values from its values.yaml.
+"""Generates docs/configuration.md, docs/metrics.md, docs/messages.md from the code, the schema and the table of the
+chart's values from its values.yaml, and the files of deploy/grafana from tools/dashboards.
 
 python -m tools.references           # write the files
 python -m tools.references --check   # exit with 1 if a file differs from the code
@@ -23,7 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from palimpsest.common import instruments, messages, outages
 from palimpsest.common.config.schema import RunConfig
-from tools import chart
+from tools import chart, dashboards
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = "deploy/helm/palimpsest"
@@ -59,6 +59,7 @@ def references() -> dict[str, str]:
         "docs/messages.md": wire(),
         "docs/chart-values.md": chart.table(values),
         f"{CHART}/values.schema.json": chart.schema(values),
+        **{f"deploy/grafana/{one.name}.json": one.json() for one in dashboards.ALL},
     }
 
 
@@ -185,6 +186,12 @@ def metrics() -> str:
             "```text\npromtool check config deploy/prometheus/prometheus.yml\n"
             "promtool test rules deploy/prometheus/tests/*.yaml\n"
             "prometheus --config.file=deploy/prometheus/prometheus.yml --storage.tsdb.path=FOLDER\n```"
+        ),
+        "## Dashboards",
+        (
+            "`deploy/grafana` has three dashboards: pipeline (who waits for whom), exactness (old log-probs, masks and "
+            "clips, gradients) and cost. Import the files in Grafana and choose the Prometheus and the run. Each panel "
+            "says what to look for. Panels of features that a run does not use stay empty."
         ),
         "## every service",
         _series([outages, instruments], also=instruments.PROCESS.collect()),
