@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,6 +21,8 @@ PATIENCE_S = 120.0
 """Maximum outage of the gateway that a call survives, in seconds. (A restarted gateway has lost its sessions.)"""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.2
 """Pause before the second attempt, in seconds; it doubles for each further attempt, up to the second value."""
+CAPACITY, DRAINING, UNREACHABLE = "capacity", "draining", "unreachable"
+"""Codes of errors that say nothing about the environment: every place is taken, the gateway stops, or none answers."""
 
 
 class SessionFailed(Exception):
@@ -33,8 +36,19 @@ class SessionFailed(Exception):
 class SessionClient:
     """Client of one gateway for many concurrent sessions. Sends PALIMPSEST_SERVICE_TOKEN, if it is set."""
 
-    def __init__(self, url: str, *, timeout_s: float, connections: int, outages: Outages = OUTAGES) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        connections: int,
+        outages: Outages = OUTAGES,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`clock`, `sleep`: measure the pauses between two attempts, in seconds."""
         self._url, self._outages = url.rstrip("/"), outages
+        self._clock, self._sleep = clock, sleep
         self._headers = {"Content-Type": "application/json"} | authorization(os.environ)
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._connections = connections
@@ -55,9 +69,14 @@ class SessionClient:
         assert self._http is not None
         await self._http.close()
 
-    async def create(self, request: CreateSession, *, idempotency_key: str) -> Session:
-        """Create a session. A repeated call with the same key returns the same session. Raises SessionFailed."""
-        body = await self._call("POST", "/v1/sessions", request, {"Idempotency-Key": idempotency_key})
+    async def create(self, request: CreateSession, *, idempotency_key: str, capacity_s: float = PATIENCE_S) -> Session:
+        """Create a session. A repeated call with the same key returns the same session. Raises SessionFailed.
+
+        capacity_s: time for a place of the gateway to become free, in seconds.
+        """
+        body = await self._call(
+            "POST", "/v1/sessions", request, {"Idempotency-Key": idempotency_key}, capacity_s=capacity_s
+        )
         return Session.model_validate_json(body)
 
     async def step(self, session_id: str, number: int, text: str) -> Step:
@@ -78,11 +97,18 @@ class SessionClient:
         await self._call("DELETE", f"/v1/sessions/{session_id}")
 
     async def _call(
-        self, method: str, path: str, sent: Wire | None = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        sent: Wire | None = None,
+        headers: dict[str, str] | None = None,
+        *,
+        capacity_s: float = PATIENCE_S,
     ) -> bytes:
         assert self._http is not None, "use the client as a context manager"
         data = sent.model_dump_json().encode() if sent is not None else None
-        tries, pause_s, deadline = 0, FIRST_PAUSE_S, time.monotonic() + PATIENCE_S
+        tries, pause_s, began = 0, FIRST_PAUSE_S, self._clock()
+        patience_s = {UNREACHABLE: PATIENCE_S, DRAINING: PATIENCE_S, CAPACITY: capacity_s}
         with self._outages.waiting() as outage:
             while True:
                 tries += 1
@@ -94,14 +120,13 @@ class SessionClient:
                         code, message, retryable = _problem(reply.status, body)
                         outage.record_answer()
                 except (aiohttp.ClientError, TimeoutError) as error:
-                    code, message, retryable = "unreachable", f"{type(error).__name__}: {error}", True
-                left_s = deadline - time.monotonic()
-                if code == "unreachable":
+                    code, message, retryable = UNREACHABLE, f"{type(error).__name__}: {error}", True
+                left_s = began + patience_s.get(code, 0.0) - self._clock()
+                if code == UNREACHABLE:
                     outage.record_failure(GATEWAY, self._url, message, until=self._outages.now() + max(0.0, left_s))
-                    retryable = left_s > pause_s or tries < TRIES
-                if not retryable or (tries >= TRIES and code != "unreachable"):
+                if not retryable or (left_s <= pause_s and tries >= TRIES):
                     raise SessionFailed(code, f"{method} {path}: {message}")
-                await asyncio.sleep(pause_s)
+                await self._sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 

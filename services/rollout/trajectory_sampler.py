@@ -17,7 +17,7 @@ from palimpsest.common.messages import (
     TrajectoryFinished,
     trajectory_id,
 )
-from palimpsest.common.sessions.client import SessionClient, SessionFailed
+from palimpsest.common.sessions.client import CAPACITY, SessionClient, SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
@@ -68,6 +68,8 @@ class TrajectorySampler:
                 instruments.ATTEMPTS_FAILED.labels(error.code).inc()
                 logger().warning("session failed", trajectory=name, attempt=attempt, error=str(error))
                 reason, failure = DropReason.ENVIRONMENT_FAILED, str(error)
+                if error.code == CAPACITY:  # it waited for the group's time limit
+                    break
             except EngineFailed as error:
                 instruments.ATTEMPTS_FAILED.labels(DropReason.ENGINE_FAILED.value).inc()
                 logger().warning("engine failed", trajectory=name, attempt=attempt, error=str(error))
@@ -81,7 +83,7 @@ class TrajectorySampler:
     async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
         request = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
         key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
-        session = await _timed(self.sessions.create(request, idempotency_key=key))
+        session = await _timed(self.sessions.create(request, idempotency_key=key, capacity_s=group.time_limit_s))
         try:
             assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
         except RenderFailed:

@@ -12,7 +12,7 @@ from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.versions import Version
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
+from palimpsest.services.env_gateway.hosts import AtCapacity, EnvironmentHost
 from palimpsest.services.env_gateway.registry import Entry
 from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
@@ -109,13 +109,13 @@ async def _at_once(version: Version) -> None:
 
 
 @contextmanager
-def gateway_of(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed) -> Iterator[Setting]:
+def gateway_of(dialogue: ChatRenderer, *opened: EnvironmentHost | EnvironmentFailed | AtCapacity) -> Iterator[Setting]:
     """Run a gateway with one environment, `fake`, whose sessions use these hosts in turn."""
     rest = iter(opened)
 
     async def open_next() -> EnvironmentHost:
         world = next(rest)
-        if isinstance(world, EnvironmentFailed):
+        if isinstance(world, Exception):
             raise world
         return world
 

@@ -1,19 +1,22 @@
 """Failures of the engine, the gateway, and the environment: retries and drops."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import DropReason, Sampling, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.sessions import client
+from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.sessions.wire import Message
 from palimpsest.services.env_gateway.environments import lookup
 from palimpsest.services.env_gateway.environments.port import Opening, Reply
+from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from tests.processes.waiting import LIMIT_S
-from tests.unit.env_gateway.fakes import ScriptedWorld, reply
+from tests.unit.env_gateway.fakes import HALF, ScriptedWorld, reply
 from tests.unit.env_gateway.running import free_port
 from tests.unit.rollout.chat_models import FAMILIES
 from tests.unit.rollout.sampling import BROKEN, SAMPLING, MessageEngine, NextMessage, Setting, gateway_of
@@ -32,6 +35,39 @@ async def test_a_request_that_fails_once_is_tried_again(setting: Setting) -> Non
     ended = await setting.sample(MessageEngine([EngineFailed("lost"), *messages]))
     assert isinstance(ended, TrajectoryFinished)
     assert (ended.attempt, ended.success) == (1, True)
+
+
+def waiting_client(url: str, pauses: list[float]) -> SessionClient:
+    """A client whose pauses take no time, but count on its clock."""
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    return SessionClient(url, timeout_s=LIMIT_S, connections=1, clock=lambda: sum(pauses), sleep=sleep)
+
+
+async def test_a_trajectory_waits_for_a_place_of_the_gateway(dialogue: ChatRenderer) -> None:
+    full = [AtCapacity("2 sessions already have their own process")] * (10 * client.TRIES)
+    pauses: list[float] = []
+    with gateway_of(dialogue, *full, ScriptedWorld(HALF)) as place:
+        sampler = place.sampler(MessageEngine([NextMessage([70, 71])]), attempts=1)
+        sampler = replace(sampler, sessions=waiting_client(place.url, pauses))
+        async with sampler.sessions:
+            ended = await sampler.sample(place.group("fake", 3, SAMPLING), 2)
+    assert isinstance(ended, TrajectoryFinished)
+    assert (ended.attempt, len(pauses)) == (0, len(full))
+
+
+async def test_a_trajectory_waits_for_a_place_no_longer_than_its_time_limit(dialogue: ChatRenderer) -> None:
+    pauses: list[float] = []
+    with gateway_of(dialogue, *[AtCapacity("every place is taken")] * 1000) as place:
+        sampler = replace(place.sampler(MessageEngine([])), sessions=waiting_client(place.url, pauses))
+        group = place.group("fake", 3, SAMPLING)
+        async with sampler.sessions:
+            ended = await sampler.sample(group, 2)
+    assert isinstance(ended, TrajectoryDropped)
+    assert (ended.reason, "every place is taken" in ended.detail) == (DropReason.ENVIRONMENT_FAILED, True)
+    assert group.time_limit_s - client.LONGEST_PAUSE_S <= sum(pauses) <= group.time_limit_s
 
 
 async def test_a_dead_engine_drops_no_trajectory(setting: Setting) -> None:
