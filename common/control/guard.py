@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,13 +64,13 @@ class RequestGuard:
             length = self._check(scope, limit)
         except HttpError as error:
             self._on_refusal(error.body["code"])
-            headers = error.headers | {"Connection": "close"}  # the body is not read
-            await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+            body = _Body(receive, BODY_BYTES, self._limits.body_s, length=_announced(scope["headers"]))
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, partial(_send, body, send))
             return
         if length == 0:
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, limit, self._limits.body_s)
+        body = _Body(receive, limit, self._limits.body_s, length=length)
         await self._app(scope, body.receive, partial(_send, body, send))
 
     def _limit(self, path: str) -> int | None:
@@ -87,24 +88,42 @@ class RequestGuard:
             self._access.check(scope["method"], scope["path"], headers, self._rules)
         if any(name == b"transfer-encoding" for name, _ in headers):
             return None
-        sizes = [value for name, value in headers if name == b"content-length"]
-        if not sizes:
-            return 0
-        if not sizes[0].isdigit() or len(sizes[0]) > 18:
+        length = _announced(headers)
+        if length is None:
             raise HttpError(400, "invalid_request", "Content-Length is not a number of bytes")
-        if limit is not None and int(sizes[0]) > limit:
+        if limit is not None and length > limit:
             raise body_too_large(limit)
-        return int(sizes[0])
+        return length
+
+
+def _announced(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
+    """Return the announced size of the body, 0 without one; None if it comes in chunks or the size is invalid."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return None
+    sizes = [value for name, value in headers if name == b"content-length"]
+    if not sizes:
+        return 0
+    return int(sizes[0]) if sizes[0].isdigit() and len(sizes[0]) <= 18 else None
 
 
 class _Body:
     """The body of one request, as it arrives."""
 
-    def __init__(self, receive: Receive, limit: int | None, limit_s: float) -> None:
-        self._receive, self._limit, self._limit_s = receive, limit, limit_s
+    def __init__(self, receive: Receive, limit: int | None, limit_s: float, *, length: int | None) -> None:
+        """length: the announced size, if there is one."""
+        self._receive, self._limit, self._limit_s, self._length = receive, limit, limit_s, length
         self._deadline = time.monotonic() + limit_s
         self._size = 0
-        self.complete = False
+        self.complete = length == 0
+        self._failed = False
+
+    async def drain(self) -> None:
+        """Read the rest of a small body: a connection that is closed with unread bytes may lose the reply."""
+        if self._length is None or self._length > BODY_BYTES or self._failed:
+            return
+        with suppress(HttpError):
+            while not self.complete:
+                await self.receive()
 
     async def receive(self) -> Message:
         if self.complete:  # the application waits for the client to disconnect, which has no limit
@@ -114,6 +133,7 @@ class _Body:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
         except TimeoutError:
+            self._failed = True
             raise HttpError(
                 408, "too_slow", f"the body did not arrive in {self._limit_s:g} s", retryable=True
             ) from None
@@ -126,7 +146,9 @@ class _Body:
 
 
 async def _send(body: _Body, send: Send, message: Message) -> None:
-    """Send a part of the reply; close the connection after it if the body was not read, because it still arrives."""
+    """Send a part of the reply; close the connection after it if a long body was not read, because it still arrives."""
+    if message["type"] == "http.response.start":
+        await body.drain()
     if message["type"] == "http.response.start" and not body.complete:
         message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
     await send(message)

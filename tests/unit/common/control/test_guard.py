@@ -66,7 +66,8 @@ async def never() -> AsyncIterator[bytes]:
 async def test_a_body_over_the_limit_of_its_route_is_a_413(path: str, limit: int) -> None:
     async with asking(an_app()) as client:
         announced = await client.put(path, content=b"x" * (limit + 1))
-        assert (announced.status_code, announced.headers["connection"]) == (413, "close")
+        closes = limit == BODY_BYTES  # a small body is read before the reply
+        assert (announced.status_code, announced.headers.get("connection")) == (413, "close" if closes else None)
         assert announced.json() == {
             "code": "too_large", "message": f"a body of this route has at most {limit} bytes", "retryable": False
         }  # fmt: skip
@@ -90,9 +91,10 @@ async def test_a_body_that_stops_arriving_is_a_408_that_closes_the_connection(pa
     assert reply.headers["connection"] == "close"
 
 
-async def test_a_body_that_is_not_read_closes_the_connection() -> None:
+async def test_a_long_body_that_is_not_read_closes_the_connection() -> None:
     async with asking(an_app()) as client:
-        assert (await client.put("/unread", content=b"x")).headers["connection"] == "close"
+        assert (await client.put("/unread", content=pieces(1))).headers["connection"] == "close"
+        assert "connection" not in (await client.put("/unread", content=b"x")).headers  # it is read before the reply
         assert "connection" not in (await client.put("/unread")).headers
         assert "connection" not in (await client.put("/usual", content=b"x")).headers
 
