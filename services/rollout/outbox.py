@@ -22,6 +22,8 @@ from palimpsest.common.messages import (
 )
 
 BATCH = 256
+DEAD_LETTER_BYTES = 64 * 2**20
+"""Size of the queued dead letters from which on the readers of the log wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Outbox:
         self._bus = bus
         self._waiting: asyncio.Queue[_PendingRecord] = asyncio.Queue()
         self._put_so_far = self._durable = 0
+        self._dead_letter_bytes = 0
         self._progress = asyncio.Condition()
         self.positions: dict[int, int] = {}
         """Topic `trajectories`: partition -> offset after the last durable record of this outbox."""
@@ -73,7 +76,17 @@ class Outbox:
                 waiting.done()
             async with self._progress:
                 self._durable += len(batch)
+                self._dead_letter_bytes -= sum(_size(waiting.topic, waiting.record) for waiting in batch)
                 self._progress.notify_all()
+
+    async def room(self) -> None:
+        """Wait until fewer than DEAD_LETTER_BYTES of dead letters are queued.
+
+        The readers of the log call this: a flood of unusable records, read faster than dead letters are published, must
+        not fill the memory. The number of trajectories is bounded by the offers of the learner.
+        """
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._dead_letter_bytes < DEAD_LETTER_BYTES)
 
     async def flush(self) -> None:
         """Wait until all records queued before the call are durable."""
@@ -87,4 +100,9 @@ class Outbox:
 
     def _put(self, topic: str, record: Outgoing, done: Callable[[], None]) -> None:
         self._put_so_far += 1
+        self._dead_letter_bytes += _size(topic, record)
         self._waiting.put_nowait(_PendingRecord(topic, record, done))
+
+
+def _size(topic: str, record: Outgoing) -> int:
+    return len(record.body) + len(record.key) if topic == DEAD_LETTERS else 0

@@ -87,6 +87,10 @@ class Worker:
         """Take no more tasks, finish the trajectories in flight, return from `work`."""
         self._stopping.set()
 
+    def fail(self, error: BaseException) -> None:
+        """End `work` with this error; the trajectories in flight are neither dropped nor committed."""
+        self._failed.put_nowait(error)
+
     def waiting_for(self) -> str | None:
         """Return the noun phrase of what the worker waits for; None while it works."""
         return self._waiting_for
@@ -197,6 +201,7 @@ class Worker:
         known = await control.ends()  # records before these offsets are older than this worker
         newest, read = Version(-1), dict.fromkeys(known, 0)
         while True:
+            await self._outbox.room()
             records = await control.poll(limit=256, timeout_s=POLL_S)
             for record in records:
                 read[record.partition] = record.offset + 1
@@ -226,6 +231,7 @@ class Worker:
                 self._waiting_for = wait
             await self._slots.acquire()
             self._slots.release()
+            await self._outbox.room()
             for record in await tasks.poll(limit=1, timeout_s=POLL_S):
                 await self._start_group(record)
             if (now := "tasks" if tasks.assignment() else NO_PARTITION) != wait:

@@ -241,3 +241,22 @@ def test_a_trajectory_carries_its_group_as_key_and_its_id_in_a_header() -> None:
         assert decode(TRAJECTORIES, read.body) == record
 
     run(test)
+
+
+async def test_readers_wait_while_too_many_dead_letters_are_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("palimpsest.services.rollout.outbox.DEAD_LETTER_BYTES", 1000)
+    with closing(FailingBus(tmp_path / "bus.sqlite")) as bus:
+        outbox = Outbox(bus)
+        for number in range(100):
+            _put_trajectory(outbox, number, lambda: None)
+        await asyncio.wait_for(outbox.room(), LIMIT_S)  # trajectories do not count
+        for number in range(20):
+            _put_dead_letter(outbox, number, lambda: None)
+        waiting = asyncio.create_task(outbox.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        publishing = asyncio.create_task(outbox.run())
+        await asyncio.wait_for(waiting, LIMIT_S)
+        publishing.cancel()
