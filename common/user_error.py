@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     CANARY = 5
     """The engine does not compute what the learner published."""
     REPLACED = 6
-    """Another learner took over this run."""
+    """Another process took over: a learner the run, or a worker the name."""
     ENGINE = 7
     """The inference engine died, or refused a request of its worker. No data is lost; the process may be restarted."""
     INTERRUPTED = 130

@@ -77,12 +77,16 @@ class SnapshotClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._calls = RetryingHttp(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
-        self._compression = compression
+        self._compression, self._ca_file = compression, ca_file
 
     @property
     def url(self) -> str:
         """URL of the store."""
         return self._calls.url
+
+    def with_patience(self, patience_s: float) -> "SnapshotClient":
+        """Return another client of the same store, which retries for this time. The caller closes it."""
+        return SnapshotClient(self.url, compression=self._compression, ca_file=self._ca_file, patience_s=patience_s)
 
     def __enter__(self) -> Self:
         return self
@@ -167,6 +171,19 @@ class SnapshotClient:
         raise_if_refused(reply)
         raise_for_status(reply, 200, 201)
         return reply.json()
+
+    def take_name(self, role: str, name: str, body: Mapping[str, str]) -> dict[str, Any]:
+        """Take or renew the name of a worker or replica. Returns the reply; without `lease_s` another one holds it."""
+        content = msgspec.json.encode(body)
+        reply = self._calls.call(lambda http: http.put(f"/v1/members/{role}/{name}", content=content))
+        raise_for_status(reply, 200, 409)
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def free_name(self, role: str, name: str, instance: str) -> None:
+        """Free a name, if this instance holds it."""
+        path = f"/v1/members/{role}/{name}"
+        raise_for_status(self._calls.call(lambda http: http.delete(path, params={"instance": instance})), 204)
 
     def put_claim(self, body: bytes) -> str:
         """Store the body of a long record. Returns its digest, the argument of `claim`.

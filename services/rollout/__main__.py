@@ -14,6 +14,7 @@ from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
@@ -76,12 +77,22 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 loop.call_soon_threadsafe(worker.stop)
 
             stop.on_request(leave)
-            server.show_service(ready=worker.not_ready, status=worker.status, waiting_for=worker.waiting_for)
+            server.doing = "its name"
+            held = HeldName(
+                store,
+                "rollout",
+                rollout.worker,
+                key="rollout.worker",
+                on_lost=lambda error: loop.call_soon_threadsafe(worker.fail, error),
+                pause=stop.wait,
+            )
             try:
-                with required("to start"):
-                    await engine.start()
-                if not stop.requested:
-                    await worker.work()
+                with held:
+                    server.show_service(ready=worker.not_ready, status=worker.status, waiting_for=worker.waiting_for)
+                    with required("to start"):
+                        await engine.start()
+                    if not stop.requested:
+                        await worker.work()
             except EngineDead as error:
                 # No task is lost: requests in flight were not committed, so another worker samples them again.
                 raise UserError(str(error), ExitCode.ENGINE) from None

@@ -15,100 +15,30 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import psutil
 import pytest
 
-from palimpsest.common.arrays import pack_float32
-from palimpsest.common.bus.claim_check import CLAIM
 from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.bus.port import Outgoing
-from palimpsest.common.config import load
-from palimpsest.common.config.to_toml import to_toml
-from palimpsest.common.files import write
-from palimpsest.common.messages import TRAJECTORIES, encode
+from palimpsest.common.messages import TRAJECTORIES
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.trajectory import Segment
-from palimpsest.common.versions import Version
-from tests.records.builders import a_finished, a_segment
+from palimpsest.common.user_error import ExitCode
+from tests.runs.cluster_run import WORKERS, ClusterRun, poison
 from tests.runs.run_process import history, scripted
-from tests.runs.unsupervised import Services
 from tests.servers.cluster import Cluster, cluster
 from tools.backends import ports
 
 pytestmark = pytest.mark.servers
 VERSIONS = 24
-"""The faults wait for 15 versions; the others are trained in between."""
+"""The faults wait for 16 versions; the others are trained in between."""
 OUTAGE_S = 12.0
 """Longer than a consumer's lease (10 s), so that its partitions have moved when the log is back."""
-WORKERS = ("worker-0", "worker-1")
 REPEATABLE = (
     "--learner.max_staleness=0",
     f"--learner.versions={VERSIONS}",
     "--tasks.time_limit_s=3600",  # an outage must not drop trajectories, since the clean run drops none
     "--rollout.attempts=100",
 )
-
-
-class Faulty:
-    """A run as on several machines: the test starts and restarts every service itself."""
-
-    def __init__(self, cluster: Cluster, toml: Path, name: str) -> None:
-        self.cluster, self.name = cluster, name
-        folder = toml.parent / name
-        self.home = folder / name
-        flags = (*cluster.flags, *REPEATABLE, f"--run.id={name}", f"--run.folder={folder}")
-        self.services = Services(toml, self.home, *flags, environment=cluster.environment)
-        config = load([str(toml), *flags], {}, program="").config
-        write(self.home / "run.toml", to_toml(config).encode())  # as `palimpsest run` would: the audit reads it
-        self.learners = self.repeated = 0
-        for server in ("snapshot_store", "env_gateway"):
-            self.server(server)
-        for worker in WORKERS:
-            self.worker(worker)
-        self.learner = self.another_learner()
-
-    def server(self, name: str) -> None:
-        """Start the store or the gateway."""
-        self.services.start(name, name)
-
-    def worker(self, name: str) -> None:
-        """Start a rollout worker."""
-        self.services.start(name, "rollout", f"--rollout.worker={name}", f"--rollout.port={ports.free()}")
-
-    def another_learner(self) -> str:
-        """Start a learner of two ranks. Returns its name."""
-        self.learners += 1
-        name = f"learner-{self.learners}"
-        self.services.ranks(name, 2)
-        return name
-
-    def ranks(self) -> list[psutil.Process]:
-        """Processes of the present learner's two ranks."""
-        family = psutil.Process(self.services.process(self.learner).pid).children(recursive=True)
-        return [process for process in family if "palimpsest.services.learner" in process.cmdline()]
-
-    def versions(self, more: int) -> None:
-        """Wait until `more` further versions are trained. No service may fail meanwhile."""
-        expected = len(history(self.home)) + more
-        assert expected <= VERSIONS, "the run is too short for all faults"
-        self.services.until(
-            lambda: bool(self.services.died()) or len(history(self.home)) >= expected, f"version {expected}"
-        )
-        assert self.services.died() == {}
-
-    def sound(self) -> dict[str, Any]:
-        """Assert that the audit finds no fault now. Returns its report."""
-        report = self.cluster.audit(self.home)
-        assert report["sound"], report["findings"]
-        return report
-
-    def finished(self) -> dict[str, Any]:
-        """Wait for the end of the run. Returns the report of the audit."""
-        self.versions(VERSIONS - len(history(self.home)))
-        assert self.services.forget(self.learner) == 0
-        return self.sound()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +74,7 @@ def digest(report: dict[str, Any]) -> str:
     return found
 
 
-def killed_services(run: Faulty) -> None:
+def killed_services(run: ClusterRun) -> None:
     """Kill and restart both workers together, then the gateway, the store and the learner."""
     for name in WORKERS:
         run.services.kill(name)
@@ -159,7 +89,14 @@ def killed_services(run: Faulty) -> None:
     run.learner = run.another_learner()
 
 
-def a_killed_rank(run: Faulty) -> None:
+def a_twin(run: ClusterRun) -> None:
+    """Start a second worker of a name that is in use."""
+    run.services.start("twin", "rollout", f"--rollout.worker={WORKERS[0]}", f"--rollout.port={ports.free()}")
+    assert run.services.forget("twin") == ExitCode.CONFIGURATION
+    assert f"already has a rollout process named {WORKERS[0]}" in run.services.log("twin").read_text()
+
+
+def a_killed_rank(run: ClusterRun) -> None:
     """Kill one of two ranks: the other must not continue."""
     (one, _) = run.ranks()
     one.kill()
@@ -167,7 +104,7 @@ def a_killed_rank(run: Faulty) -> None:
     run.learner = run.another_learner()
 
 
-def outages(run: Faulty) -> None:
+def outages(run: ClusterRun) -> None:
     """A long and a short outage of the log, and one of the object store. No process may end."""
     run.cluster.kafka.kill()
     time.sleep(OUTAGE_S)
@@ -181,31 +118,7 @@ def outages(run: Faulty) -> None:
     run.cluster.minio.start()
 
 
-def poison(run: str, group: str) -> Iterator[tuple[RejectCause, Outgoing]]:
-    """Invalid records, each with its expected cause of rejection. `group`: an offered group."""
-    index = int(group[1:])
-
-    def finished(*segments: Segment, **changes: Any) -> Outgoing:
-        record = a_finished(index, 0, run=run, segments=segments)
-        return Outgoing(group, encode(msgspec.structs.replace(record, **changes)))
-
-    sound = encode(a_finished(index, 0, run=run))
-    yield RejectCause.UNDECODABLE, Outgoing(group, b"\xff\x00garbage")
-    yield RejectCause.UNDECODABLE, Outgoing(group, b"")
-    yield RejectCause.UNDECODABLE, Outgoing(group, sound[:-7])
-    yield RejectCause.UNKNOWN_SCHEMA, Outgoing(group, sound.replace(b"trajectory_finished/1", b"trajectory_finished/9"))
-    yield RejectCause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("nan"), -1.0, -1.0])))
-    yield RejectCause.NOT_FINITE, finished(Segment(2, 6, Version(0), pack_float32([-1.0, float("-inf"), -1.0, -1.0])))
-    yield RejectCause.LENGTH_MISMATCH, finished(Segment(2, 6, Version(0), pack_float32([-1.0] * 3)))
-    yield RejectCause.LENGTH_MISMATCH, finished(a_segment(2, 99, 0))
-    yield RejectCause.NEGATIVE_VERSION, finished(a_segment(2, 6, -3))
-    yield RejectCause.UNKNOWN_VERSION, finished(a_segment(2, 6, 10_000))
-    yield RejectCause.WRONG_RUN, finished(a_segment(2, 6, 0), run="another")
-    yield RejectCause.NEVER_OFFERED, Outgoing("g900000", encode(a_finished(900_000, 0, run=run)))
-    yield RejectCause.MISSING_CLAIM, Outgoing(group, b"", {CLAIM: "0" * 64})
-
-
-def bad_records(run: Faulty) -> list[RejectCause]:
+def bad_records(run: ClusterRun) -> list[RejectCause]:
     """Publish invalid records, then two copies of all earlier records in random order. Returns the expected causes."""
     with closing(KafkaBus(Connection(run.cluster.kafka.servers, {}), prefix=f"palimpsest.{run.name}.")) as bus:
         bad = list(poison(run.name, "g000000"))
@@ -220,7 +133,7 @@ def bad_records(run: Faulty) -> list[RejectCause]:
     return [cause for cause, _ in bad]
 
 
-def a_paused_learner(run: Faulty) -> None:
+def a_paused_learner(run: ClusterRun) -> None:
     """A paused learner ends when it resumes after its replacement."""
     ranks = run.ranks()
     for rank in ranks:
@@ -233,8 +146,9 @@ def a_paused_learner(run: Faulty) -> None:
     assert "another learner took over this run" in run.services.log(first).read_text()
 
 
-FAULTS: dict[str, Callable[[Faulty], list[RejectCause] | None]] = {
+FAULTS: dict[str, Callable[[ClusterRun], list[RejectCause] | None]] = {
     "killed": killed_services,
+    "twin": a_twin,
     "rank": a_killed_rank,
     "outages": outages,
     "records": bad_records,
@@ -246,13 +160,15 @@ def test_faults_do_not_change_the_trained_weights(
     servers: Cluster, toml: Path, clean: str, pytestconfig: pytest.Config
 ) -> None:
     chosen = pytestconfig.getoption("--faults")
-    run, buried = Faulty(servers, toml, "faulty"), list[RejectCause]()
+    run, buried = ClusterRun(servers, toml, "faulty", *REPEATABLE), list[RejectCause]()
     try:
         for name in chosen.split(",") if chosen else FAULTS:
             run.versions(1)
             print(f"version {len(history(run.home))}: {name}")  # shows the last fault if the test fails
             buried += FAULTS[name](run) or []
-        report = run.finished()
+        run.versions(VERSIONS - len(history(run.home)))
+        assert run.services.forget(run.learner) == 0
+        report = run.audit()
     finally:
         run.services.end()
     assert digest(report) == clean

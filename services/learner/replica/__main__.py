@@ -12,6 +12,7 @@ from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.user_error import UserError
 
 
@@ -50,13 +51,14 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     server.show_service(ready=replica.waiting_for, status=replica.status)
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
-            model = load_model(
-                config.model.path,
-                device,
-                config.model.attention,
-                logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-            )
-            replica.work(VersionedModel(model, store))
+            with HeldName(store, "replica", own.name, key="replica.name", on_lost=replica.fail, pause=stop.wait):
+                model = load_model(
+                    config.model.path,
+                    device,
+                    config.model.attention,
+                    logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+                )
+                replica.work(VersionedModel(model, store))
         finally:
             bus.close()
 

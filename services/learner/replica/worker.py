@@ -31,6 +31,7 @@ from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.model.policy import vocabulary_size
@@ -61,6 +62,7 @@ class ReplicaWorker:
         self._assigned: frozenset[int] = frozenset()
         self._leave_by: float | None = None
         self._finished = False
+        self._failure: UserError | None = None
         self._waiting_for: str | None = "the model"
         self._tokens = self._loads = 0
         self._skipped: dict[str, int] = {}
@@ -87,8 +89,15 @@ class ReplicaWorker:
             "skipped": dict(self._skipped),
         }
 
+    def fail(self, error: UserError) -> None:
+        """End `work` with this error."""
+        self._failure = error
+
     def work(self, resident: VersionedModel) -> None:
-        """Score until the run ends. Raises UserError if the store's weights are damaged or of another model."""
+        """Score until the run ends.
+
+        Raises UserError if the store's weights are damaged or of another model, and the error of `fail`.
+        """
         self._resident, self._vocabulary = resident, vocabulary_size(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
@@ -101,6 +110,8 @@ class ReplicaWorker:
             heartbeat = AgeGauge(HEARTBEAT.labels("replica"))
             while not self._finished and not self._stop.requested:
                 heartbeat.restart()
+                if self._failure is not None:
+                    raise self._failure
                 self._read_control()
                 self._prioritize(self._read_requests())
                 records = self._trajectories.poll(limit=POLL_RECORDS, timeout_s=POLL_S)

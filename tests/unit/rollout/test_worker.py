@@ -230,8 +230,9 @@ async def test_updates_and_status_are_published(place: Place, monkeypatch: pytes
         assert running.worker.status()["engine"] == {"kind": "scripted"}
         announce(place.bus, 1)
         await running.until(lambda: running.weights.verified == 1)
-        reported = len(messages(place.bus, WORKERS))
-        await running.until(lambda: len(messages(place.bus, WORKERS)) > reported + 2)
+        await running.until(
+            lambda: any(isinstance(m, WorkerAlive) and m.version == 1 for m in messages(place.bus, WORKERS))
+        )
     reports = messages(place.bus, WORKERS)
     applied = [m for m in reports if isinstance(m, VersionApplied)]
     assert [(m.run, m.worker, m.version, m.accepted, m.canary_error, m.live) for m in applied] == [
