@@ -14,6 +14,9 @@ from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.messages import SegmentFlushed
 from palimpsest.common.trajectory import token_versions
 
+SAMPLINGS = 8
+"""Maximum number of flushes kept of one trajectory. Each worker that samples it again adds one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flushed:
@@ -41,13 +44,17 @@ class FlushBuffer:
         return list(self._kept.get(trajectory, ()))
 
     def add(self, new: Flushed) -> list[Flushed]:
-        """Keep a flush. Return the flushes that it replaces, or the flush itself if a kept one contains all of it."""
+        """Keep a flush. Return the flushes that it replaces, or the flush itself if a kept one contains all of it.
+
+        Beyond SAMPLINGS flushes of one trajectory the oldest is replaced, so that no flood of them fills the memory.
+        """
         kept = self._kept.setdefault(new.record.trajectory, [])
         if any(_contains(other.record, new.record) for other in kept):
             return [new]
         needless = [other for other in kept if _contains(new.record, other.record)]
-        self._kept[new.record.trajectory] = [other for other in kept if other not in needless] + [new]
-        return needless
+        left = [other for other in kept if other not in needless] + [new]
+        self._kept[new.record.trajectory] = left[-SAMPLINGS:]
+        return needless + left[:-SAMPLINGS]
 
     def remove(self, flushed: Flushed) -> None:
         """Remove a flush that was scored. Does nothing if it is not kept."""

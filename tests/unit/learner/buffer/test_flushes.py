@@ -1,6 +1,6 @@
 """The flush buffer keeps the latest flush of each sampling."""
 
-from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
+from palimpsest.services.learner.buffer.flushes import SAMPLINGS, FlushBuffer, Flushed
 from tests.learner_parts.interruption import a_flush
 from tests.records.builders import a_segment
 
@@ -44,3 +44,10 @@ def test_removed_and_forgotten_flushes_leave_the_buffer() -> None:
     assert list(flushes) == [other]
     flushes.remove(other)
     assert len(flushes) == 0
+
+
+def test_a_flood_of_flushes_of_one_trajectory_keeps_the_newest() -> None:
+    flushes = FlushBuffer()
+    flood = [Flushed(a_flush(0, 0, tokens=[1, 2, 3, number]), 0, number) for number in range(SAMPLINGS + 2)]
+    assert [flushes.add(flushed) for flushed in flood] == [[]] * SAMPLINGS + [[flood[0]], [flood[1]]]
+    assert list(flushes) == flood[2:]
