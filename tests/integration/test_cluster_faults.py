@@ -113,6 +113,7 @@ def outages(run: ClusterRun) -> None:
     run.cluster.kafka.kill()
     run.cluster.kafka.start()
     run.versions(1)
+    assert isinstance(run.cluster, Cluster)
     run.cluster.minio.stop()
     time.sleep(OUTAGE_S)
     run.cluster.minio.start()

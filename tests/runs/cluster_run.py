@@ -1,4 +1,4 @@
-"""A run over a real Kafka and a real MinIO whose services the caller starts, kills and pauses."""
+"""A run over a real Kafka, with or without a MinIO, whose services the caller starts, kills and pauses."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from tests.records.builders import a_finished, a_segment
 from tests.runs.unsupervised import Services
-from tests.servers.cluster import Cluster
+from tests.servers.cluster import LogServer
 from tools.backends import ports
 
 WORKERS = ("worker-0", "worker-1")
@@ -31,7 +31,7 @@ class ClusterRun:
     stepped_clock: workers, gateway and store take the wall clock's offset in seconds from the file `offset`.
     """
 
-    def __init__(self, cluster: Cluster, toml: Path, name: str, *run_flags: str, stepped_clock: bool = False) -> None:
+    def __init__(self, cluster: LogServer, toml: Path, name: str, *run_flags: str, stepped_clock: bool = False) -> None:
         self.cluster, self.name = cluster, name
         folder = toml.parent / name
         self.home = folder / name

@@ -16,27 +16,20 @@ from tools.backends.minio import Minio
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """The two servers; a run with `flags` and `environment` uses them."""
+class LogServer:
+    """A Kafka; a run with `flags` and `environment` uses it. Its store is a folder."""
 
     kafka: Kafka
-    minio: Minio
 
     @property
     def flags(self) -> list[str]:
         """Configuration keys of a run over these servers."""
-        return [
-            "--bus.kind=kafka",
-            f"--bus.servers={self.kafka.servers}",
-            "--snapshot_store.storage=s3",
-            f"--snapshot_store.endpoint={self.minio.endpoint}",
-            "--snapshot_store.create_bucket=true",
-        ]
+        return ["--bus.kind=kafka", f"--bus.servers={self.kafka.servers}"]
 
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables with the credentials."""
-        return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
+        return {}
 
     def run(self, toml: Path, *flags: str) -> RunProcess:
         """`palimpsest run` with two rollout workers and a learner of two ranks."""
@@ -55,6 +48,33 @@ class Cluster:
         )
         assert done.returncode in (0, 1), done.stderr
         return {**json.loads(done.stdout), "sound": done.returncode == 0}
+
+
+@dataclass(frozen=True)
+class Cluster(LogServer):
+    """A Kafka and a MinIO."""
+
+    minio: Minio
+
+    @property
+    def flags(self) -> list[str]:
+        return [
+            *super().flags,
+            "--snapshot_store.storage=s3",
+            f"--snapshot_store.endpoint={self.minio.endpoint}",
+            "--snapshot_store.create_bucket=true",
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"AWS_ACCESS_KEY_ID": self.minio.access_key, "AWS_SECRET_ACCESS_KEY": self.minio.secret_key}
+
+
+@contextmanager
+def log_server(folder: Path) -> Iterator[LogServer]:
+    """Start a Kafka, and stop it on exit."""
+    with Kafka(folder / "kafka") as kafka:
+        yield LogServer(kafka)
 
 
 @contextmanager
