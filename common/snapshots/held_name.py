@@ -37,7 +37,7 @@ class HeldName:
     """Holds a name inside its block, which a daemon thread renews.
 
     key: the configuration key of the name. on_lost: called in the thread with the error if another process took the
-    name, because this one stood still for longer than the lease. pause: waits for a number of seconds and returns
+    name, because this one did not renew it for longer than the lease. pause: waits for a number of seconds and returns
     whether the process should stop; the block then begins without the name.
     """
 

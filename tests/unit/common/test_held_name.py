@@ -89,18 +89,18 @@ def test_a_restarted_process_takes_the_name_of_its_dead_predecessor_at_once(stor
     process.wait()
 
 
-def test_a_process_that_lost_its_name_is_told(store: SnapshotClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_lost_its_name_gets_an_error(store: SnapshotClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes_members, "LEASE_S", 0.03)
-    lost, told = list[UserError](), threading.Event()
+    lost, reported = list[UserError](), threading.Event()
 
     def on_lost(error: UserError) -> None:
         lost.append(error)
-        told.set()
+        reported.set()
 
     with HeldName(store, "replica", "replica-0", key="replica.name", on_lost=on_lost, pause=Pauses()):
         first = store.take_name("replica", "replica-0", FOREIGN)["instance"]
         store.take_name("replica", "replica-0", {**FOREIGN, "replaces": first})
-        assert told.wait(LIMIT_S)
+        assert reported.wait(LIMIT_S)
     assert lost[0].code == ExitCode.REPLACED
     assert "host 2, process 7" in str(lost[0])
     assert store.take_name("replica", "replica-0", FOREIGN) == {"lease_s": 0.03}  # the loser has not freed it
