@@ -152,9 +152,9 @@ def train(run: Run) -> Finished:
     while trainer.now < run.toy.versions:
         batch = trainer.sample()
         rewards.append(float(batch.rewards.mean()))
-        asked = time.process_time()
+        proximal_began = time.process_time()
         proximal = reference.proximal(batch.minibatches, trainer.now)
-        proximal_seconds += time.process_time() - asked
+        proximal_seconds += time.process_time() - proximal_began
         shares.append(Shares())
         for place, minibatch in enumerate(batch.minibatches):
             current = current_logprobs(trainer.policy, minibatch)

@@ -72,8 +72,8 @@ def amx(flags: frozenset[str]) -> str:
     """Return whether the kernel permits AMX tiles. A child process asks, so this process gets no permission."""
     if "amx_tile" not in flags:
         return "absent"
-    asked = subprocess.run([sys.executable, "-S", "-c", ASK_FOR_AMX], capture_output=True, check=False)
-    return "permitted" if asked.returncode == 0 else "refused"
+    done = subprocess.run([sys.executable, "-S", "-c", ASK_FOR_AMX], capture_output=True, check=False)
+    return "permitted" if done.returncode == 0 else "refused"
 
 
 def memory() -> tuple[int, int, str]:

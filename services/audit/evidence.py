@@ -16,7 +16,7 @@ class Kind(StrEnum):
 
     TRAINED_TWICE = "trained_twice"
     TRAINED_UNOFFERED = "trained_unoffered"
-    TRAINED_UNHEARD = "trained_unheard"
+    TRAINED_WITHOUT_RECORD = "trained_without_record"
     """The log has no record of a trained trajectory."""
     TASK_CHANGED = "task_changed"
     """A group was offered with different tasks."""
@@ -123,7 +123,7 @@ class LogContents:
     """The records of the log."""
 
     offers: tuple[Offer, ...] = ()
-    heard: tuple[LoggedRecord, ...] = ()
+    arrivals: tuple[LoggedRecord, ...] = ()
     letters: tuple[Letter, ...] = ()
     announced: tuple[Announced, ...] = ()
     """Versions that the learner announced, in order."""

@@ -32,17 +32,17 @@ def recount(evidence: Evidence) -> Recount:
             else:
                 pending.add(name)
     buried = frozenset((letter.partition, letter.offset) for letter in log.letters)
-    heard: dict[str, list[LoggedRecord]] = {}
-    for record in log.heard:
+    arrivals: dict[str, list[LoggedRecord]] = {}
+    for record in log.arrivals:
         if record.trajectory and (record.partition, record.offset) not in buried:
-            heard.setdefault(record.trajectory, []).append(record)
+            arrivals.setdefault(record.trajectory, []).append(record)
     return Recount(
         offers=offers,
         offered=frozenset(trajectory_id(o.group, s) for o in offers.values() for s in range(o.samples)),
         trained=frozenset(name for line in evidence.lines for name in line.trained),
         pending=frozenset(pending),
         ended_open=ended,
-        heard={name: tuple(records) for name, records in heard.items()},
+        arrivals={name: tuple(records) for name, records in arrivals.items()},
         letters=frozenset(letter.trajectory for letter in log.letters if letter.trajectory),
         buried=buried,
     )
@@ -98,7 +98,7 @@ def judge_ends(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
     if checkpoint is None:
         return
     if not log.cut(DEAD_LETTERS):
-        yield from _find_missing_letters(checkpoint, counted, log.heard)
+        yield from _find_missing_letters(checkpoint, counted, log.arrivals)
     if log.cut(TRAJECTORIES):
         return
     if not log.cut(TASKS):
@@ -139,7 +139,7 @@ def _task_text(offer: Offer) -> str:
 
 
 def _find_missing_letters(
-    checkpoint: AuditedCheckpoint, counted: Recount, heard: Iterable[LoggedRecord]
+    checkpoint: AuditedCheckpoint, counted: Recount, arrivals: Iterable[LoggedRecord]
 ) -> Iterator[Finding]:
     counts, found = checkpoint.ledger.dead_lettered, len(counted.otherwise & counted.letters)
     if counts > found:
@@ -150,7 +150,7 @@ def _find_missing_letters(
         )
     unusable = [
         record
-        for record in heard
+        for record in arrivals
         if not (record.sound and record.trajectory)
         and below(checkpoint, record)
         and (record.partition, record.offset) not in counted.buried
@@ -168,11 +168,11 @@ def _find_missing_letters(
 def _find_unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     lost = sorted(
         name
-        for name, records in counted.heard.items()
+        for name, records in counted.arrivals.items()
         if (name in counted.pending or name not in counted.offered) and any(below(checkpoint, r) for r in records)
     )
     if lost:
-        first = next(r for r in counted.heard[lost[0]] if below(checkpoint, r))
+        first = next(r for r in counted.arrivals[lost[0]] if below(checkpoint, r))
         yield Finding(
             Kind.UNRESOLVED,
             f"{trajectories(len(lost))} on the log below the offsets of checkpoint {checkpoint.name} have no end,"
@@ -184,7 +184,7 @@ def _find_unresolved(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterato
 def _find_unexplained_ends(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     """Compare sums over all groups, because a checkpoint counts closed groups without listing them."""
     dropped, ended = checkpoint.ledger.dropped, counted.otherwise
-    ways = {name: {record.how for record in counted.heard.get(name, ())} for name in ended}
+    ways = {name: {record.how for record in counted.arrivals.get(name, ())} for name in ended}
     for reason in BY_WORKERS:
         found = sum(reason.value in how for how in ways.values())
         if dropped.get(reason, 0) > found:
@@ -195,7 +195,7 @@ def _find_unexplained_ends(checkpoint: AuditedCheckpoint, counted: Recount) -> I
 
 
 def _find_ends_without_record(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
-    silent = sorted(name for name in counted.otherwise - counted.letters if name not in counted.heard)
+    silent = sorted(name for name in counted.otherwise - counted.letters if name not in counted.arrivals)
     deadline = checkpoint.ledger.dropped.get(DropReason.DEADLINE, 0)
     if len(silent) > deadline:
         yield Finding(
@@ -215,7 +215,7 @@ def _surplus_finding(checkpoint: AuditedCheckpoint, counts: int, reason: str, fo
 
 def _find_unexplained_open_ends(checkpoint: AuditedCheckpoint, counted: Recount) -> Iterator[Finding]:
     for name, how in sorted(counted.ended_open.items()):
-        if not _is_explained(name, how, counted.heard, counted):
+        if not _is_explained(name, how, counted.arrivals, counted):
             yield Finding(
                 Kind.UNEXPLAINED,
                 f"checkpoint {checkpoint.name} has {name} as ended by {how}, but log and history have no record of "
@@ -223,8 +223,8 @@ def _find_unexplained_open_ends(checkpoint: AuditedCheckpoint, counted: Recount)
             )
 
 
-def _is_explained(name: str, how: str, heard: Mapping[str, tuple[LoggedRecord, ...]], counted: Recount) -> bool:
-    ways = Counter(record.how for record in heard.get(name, ()))
+def _is_explained(name: str, how: str, arrivals: Mapping[str, tuple[LoggedRecord, ...]], counted: Recount) -> bool:
+    ways = Counter(record.how for record in arrivals.get(name, ()))
     if how == TRAINED:
         return name in counted.trained
     if how == DEAD_LETTERED:

@@ -199,7 +199,7 @@ def read_log(bus: Bus, run: str) -> LogContents:
             Offer(offer.group, offer.index, offer.samples, (offer.environment, offer.task_seed))
             for offer in topics.read_messages(TASKS)
         ),
-        heard=tuple(
+        arrivals=tuple(
             _logged_record(record, message)
             for record, message in topics.read_records(TRAJECTORIES)
             if not isinstance(message, SegmentFlushed)  # another record has the end of the trajectory

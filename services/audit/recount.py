@@ -20,7 +20,7 @@ class Recount:
     """Ids of open groups without an end."""
     ended_open: Mapping[str, str]
     """Id -> end, of open groups."""
-    heard: Mapping[str, tuple[LoggedRecord, ...]]
+    arrivals: Mapping[str, tuple[LoggedRecord, ...]]
     """Id -> its records on the log, without dead-lettered ones."""
     letters: frozenset[str]
     """Ids in dead letters."""
@@ -35,12 +35,12 @@ class Recount:
     @property
     def arrived(self) -> frozenset[str]:
         """Pending ids with a record on the log: they wait for training."""
-        return frozenset(name for name in self.pending if name in self.heard)
+        return frozenset(name for name in self.pending if name in self.arrivals)
 
     @property
     def repeats(self) -> int:
         """Number of records of trajectories that have an earlier record."""
-        return sum(len(records) - 1 for records in self.heard.values())
+        return sum(len(records) - 1 for records in self.arrivals.values())
 
 
 def trajectories(number: int) -> str:

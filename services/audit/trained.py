@@ -135,10 +135,10 @@ def _check_tail(evidence: Evidence) -> Iterator[Finding]:
 def _check_sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator[Finding]:
     """Yield a finding if a trajectory of this line has no usable record on the log, or only one outside the bound."""
     for name in line.trained:
-        records = [record for record in counted.heard.get(name, ()) if record.how == FINISHED and record.sound]
+        records = [record for record in counted.arrivals.get(name, ()) if record.how == FINISHED and record.sound]
         if not records and not evidence.log.cut(TRAJECTORIES):
             yield Finding(
-                Kind.TRAINED_UNHEARD,
+                Kind.TRAINED_WITHOUT_RECORD,
                 f"{name} is trained at version {line.version}, but the log has no usable record of it: the log lost "
                 f"records, or the history belongs to another run; restore it",
             )
@@ -155,7 +155,7 @@ def _check_sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator
 
 def _check_masked(line: Line, counted: Recount, max_staleness: int) -> Iterator[Finding]:
     """Yield a finding if the line masked another number of too old tokens than the records of its batch have."""
-    sound = [[r for r in counted.heard.get(name, ()) if r.how == FINISHED and r.sound] for name in line.trained]
+    sound = [[r for r in counted.arrivals.get(name, ()) if r.how == FINISHED and r.sound] for name in line.trained]
     if line.too_old is None or any(len(records) != 1 for records in sound):
         return  # not counted, or the log does not show which record was trained on
     lowest = line.version - max_staleness

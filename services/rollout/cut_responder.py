@@ -54,7 +54,7 @@ class CutResponder:
         """The cut for which the worker is paused, or will pause; None if there is none."""
         return self._cuts.open.cut if self._cuts.open is not None else None
 
-    def heard(self, message: Control) -> None:
+    def observe(self, message: Control) -> None:
         """Note the next record of `control`, in the log's order. It takes effect with the next `apply`."""
         if isinstance(message, CutRequested):
             self._requested_at = time.monotonic()
@@ -65,7 +65,7 @@ class CutResponder:
         self._start_hold_timer()
         self._news.set()
 
-    def heard_all(self) -> None:
+    def note_end_of_log(self) -> None:
         """Note that the log is read to its end. If the learner was silent for HOLD_LIMIT_S, end the hold."""
         now = asyncio.get_running_loop().time()
         if now - self._looked_at > ANSWER_S:

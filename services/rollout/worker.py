@@ -213,12 +213,12 @@ class Worker:
                         logger().info("run finished", version=message.version)
                         self.stop()
                 if message is not None:
-                    self._interruption.heard(message)
+                    self._interruption.observe(message)
                 if record.offset + 1 >= known[record.partition]:
                     self._weights.announce(newest)
                     self._interruption.apply()
             if not records and self._interruption.cut is not None and await control.ends() == read:
-                self._interruption.heard_all()
+                self._interruption.note_end_of_log()
 
     async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots become free."""

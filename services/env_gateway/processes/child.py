@@ -60,15 +60,15 @@ def _described(loaded: Any) -> Described:
     return Described(version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0])
 
 
-def _answer(environment: Environment, asked: ChildRequest) -> ChildResponse:
-    match asked.call:
+def _answer(environment: Environment, request: ChildRequest) -> ChildResponse:
+    match request.call:
         case "reset":
-            _seed(asked.seed)
-            opening = check_opening(environment.reset(asked.seed))
+            _seed(request.seed)
+            opening = check_opening(environment.reset(request.seed))
             return ChildResponse(opening=opening, state_hash=str(environment.state_hash()))
         case "step":
-            assert asked.turn is not None
-            outcome = check_outcome(environment.step(asked.turn))
+            assert request.turn is not None
+            outcome = check_outcome(environment.step(request.turn))
             return ChildResponse(reply=outcome) if isinstance(outcome, Reply) else ChildResponse(score=outcome)
         case "finalize":
             return ChildResponse(score=check_score(environment.finalize()))

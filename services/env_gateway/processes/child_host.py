@@ -44,13 +44,13 @@ class InChild:
         """See EnvironmentHost."""
         self._child.kill()
 
-    async def _ask(self, asked: ChildRequest) -> ChildResponse:
+    async def _ask(self, request: ChildRequest) -> ChildResponse:
         try:
             async with asyncio.timeout(self._call_limit_s):
-                line = await self._exchange(asked)
+                line = await self._exchange(request)
         except TimeoutError:
             raise EnvironmentFailed(
-                "environment_timeout", f"no answer to {asked.call} in {self._call_limit_s:g} s"
+                "environment_timeout", f"no answer to {request.call} in {self._call_limit_s:g} s"
             ) from None
         if not line.endswith(b"\n"):
             raise EnvironmentFailed("environment_crashed", await self._exit_text())
@@ -62,10 +62,10 @@ class InChild:
             raise EnvironmentFailed(answered.failed.code, answered.failed.message)
         return answered
 
-    async def _exchange(self, asked: ChildRequest) -> bytes:
+    async def _exchange(self, request: ChildRequest) -> bytes:
         """Return the child's line; empty or incomplete if the child is gone."""
         try:
-            self._child.writer.write(asked.model_dump_json().encode() + b"\n")
+            self._child.writer.write(request.model_dump_json().encode() + b"\n")
             await self._child.writer.drain()
             return await self._child.reader.readline()
         except ValueError:

@@ -69,7 +69,7 @@ CHECKPOINT = AuditedCheckpoint(
     offsets={0: 6},
     task_offsets={0: 4},
 )
-HEARD = (
+RECORDS = (
     a_record(0, 0, 0),
     a_record(1, 0, 1),
     a_record(2, 1, 0),
@@ -81,7 +81,7 @@ HEARD = (
 )
 LOG = LogContents(
     offers=tuple(an_offer(index) for index in range(4)),
-    heard=HEARD,
+    arrivals=RECORDS,
     letters=(Letter(0, 5, "g000002/1"),),
     announced=tuple(Announced(Version(v), DIGESTS[v]) for v in range(3)),
     applied=(Announced(Version(1), DIGESTS[1], by="worker-0"),),

@@ -41,7 +41,7 @@ class Simulated:
     clock: float = 0.0
     offers: list[Offer] = field(default_factory=list)
     offered_at: list[int] = field(default_factory=list)
-    heard: list[LoggedRecord] = field(default_factory=list)
+    arrivals: list[LoggedRecord] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     waiting: dict[str, LoggedRecord] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Simulated:
             every=1,
             log=LogContents(
                 offers=tuple(self.offers),
-                heard=tuple(self.heard),
+                arrivals=tuple(self.arrivals),
                 letters=tuple(self.letters),
                 announced=tuple(Announced(Version(v), _digest(v)) for v in range(self.version + 1)),
                 bounds={
@@ -126,7 +126,7 @@ class Simulated:
         tokens = {} if oldest is None or newest is None else {oldest: 5, newest: 3}
         record = LoggedRecord(partition, self.ends[partition], name, how, oldest, newest, sound, tokens)
         self.ends[partition] += 1
-        self.heard.append(record)
+        self.arrivals.append(record)
         self.frontier.read(record.partition, record.offset)
         return record
 

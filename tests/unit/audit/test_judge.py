@@ -11,8 +11,8 @@ from palimpsest.services.audit.judge import judge
 from palimpsest.services.audit.rendering import to_json, to_text
 from tests.unit.audit.histories import (
     DIGESTS,
-    HEARD,
     LOG,
+    RECORDS,
     SOUND,
     a_line,
     a_record,
@@ -42,19 +42,21 @@ HARMLESS = {
     "a group offered again with the same task": log(offers=(*LOG.offers, an_offer(1))),
     "groups offered after the checkpoint": log(offers=(*LOG.offers, an_offer(4), an_offer(5))),
     "a version announced again with the same digest": log(announced=(*LOG.announced, LOG.announced[2])),
-    "records above the frontier of resolved trajectories": log(heard=(*HEARD, a_record(8, 2, 0), a_record(9, 2, 1))),
+    "records above the offsets of resolved trajectories": log(
+        arrivals=(*RECORDS, a_record(8, 2, 0), a_record(9, 2, 1))
+    ),
     "records of groups that were offered later": log(
-        offers=(*LOG.offers, an_offer(4)), heard=(*HEARD, a_record(8, 4, 0))
+        offers=(*LOG.offers, an_offer(4)), arrivals=(*RECORDS, a_record(8, 4, 0))
     ),
     "garbage that a later record replaced": replace(
         log(
-            heard=(*HEARD[:6], a_record(8, 2, 1)), letters=LOG.letters,
+            arrivals=(*RECORDS[:6], a_record(8, 2, 1)), letters=LOG.letters,
         ),
         checkpoint=ledger(dead_lettered=0, dropped={"environment_failed": 1, "group_too_small": 1}).checkpoint,
     ),
     "a line that a crash left beyond the checkpoint": replace(
         SOUND, tail=(a_line(2, 3, pending=2, trained=6, staleness=(0, 1)),),
-        log=replace(LOG, heard=(*HEARD, a_record(8, 3, 1, oldest=2, newest=2))),
+        log=replace(LOG, arrivals=(*RECORDS, a_record(8, 3, 1, oldest=2, newest=2))),
     ),
     "deleted versions below every lease": replace(SOUND, leases={"learner": 2}, stored=SOUND.stored[1:]),
     "versions of a successor after those of a replaced learner": replace(
@@ -65,7 +67,7 @@ HARMLESS = {
         ledger(open_groups={"g000003": {1: "deadline"}}, dropped={"environment_failed": 1, "deadline": 1})
     ),
     "a trajectory that arrived after its deadline": replace(
-        log(heard=(*HEARD[:4], a_record(4, 2, 0), *HEARD[5:])),
+        log(arrivals=(*RECORDS[:4], a_record(4, 2, 0), *RECORDS[5:])),
         checkpoint=ledger(dropped={"deadline": 1}).checkpoint,
     ),
 }  # fmt: skip
@@ -82,9 +84,9 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     ),
     "trained twice in one batch": (Kind.TRAINED_TWICE, line(1, trained=("g000001/0", "g000001/0"))),
     "trained without being offered": (Kind.TRAINED_UNOFFERED, line(1, trained=("g000001/0", "g000009/1"))),
-    "trained without a record": (Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], *HEARD[3:]))),
+    "trained without a record": (Kind.TRAINED_WITHOUT_RECORD, log(arrivals=(*RECORDS[:2], *RECORDS[3:]))),
     "trained with an unusable record": (
-        Kind.TRAINED_UNHEARD, log(heard=(*HEARD[:2], a_record(2, 1, 0, sound=False), *HEARD[3:])),
+        Kind.TRAINED_WITHOUT_RECORD, log(arrivals=(*RECORDS[:2], a_record(2, 1, 0, sound=False), *RECORDS[3:])),
     ),
     "a group offered with another task": (
         Kind.TASK_CHANGED, log(offers=(*LOG.offers, an_offer(1, task=("lookup", 7)))),
@@ -106,10 +108,11 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "a line that names fewer than its batch": (Kind.RECOUNT, line(1, batch=3)),
     "trained and pending at once": (Kind.RECOUNT, ledger(open_groups={"g000001": {}})),
     "dropped without a drop record of a worker": (
-        Kind.UNEXPLAINED, log(heard=(*HEARD[:4], LoggedRecord(0, 4, "g000002/0", "prompt_too_long"), *HEARD[5:])),
+        Kind.UNEXPLAINED,
+        log(arrivals=(*RECORDS[:4], LoggedRecord(0, 4, "g000002/0", "prompt_too_long"), *RECORDS[5:])),
     ),
     "dropped as stale without having arrived": (Kind.UNEXPLAINED, ledger(dropped={"over_staleness": 1})),
-    "resolved without a record": (Kind.UNEXPLAINED, log(heard=(*HEARD[:4], *HEARD[5:]))),
+    "resolved without a record": (Kind.UNEXPLAINED, log(arrivals=(*RECORDS[:4], *RECORDS[5:]))),
     "a drop in an open group without a record": (
         Kind.UNEXPLAINED,
         ledger(open_groups={"g000003": {1: "engine_failed"}}, dropped={"environment_failed": 1, "engine_failed": 1}),
@@ -120,12 +123,12 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "an awaited record below the committed offset": (Kind.UNRESOLVED, checkpoint(offsets={0: 7})),
     "a record of an unknown group below the committed offset": (
         Kind.UNRESOLVED,
-        replace(log(heard=(*HEARD, a_record(8, 9, 0))), checkpoint=checkpoint(offsets={0: 9}).checkpoint),
+        replace(log(arrivals=(*RECORDS, a_record(8, 9, 0))), checkpoint=checkpoint(offsets={0: 9}).checkpoint),
     ),
     "fewer dead letters than counted": (Kind.LETTERS_MISSING, log(letters=())),
     "garbage below the frontier without a letter": (
         Kind.LETTERS_MISSING,
-        replace(log(heard=(*HEARD[:4], LoggedRecord(0, 4, sound=False), *HEARD[4:])), samples=2),
+        replace(log(arrivals=(*RECORDS[:4], LoggedRecord(0, 4, sound=False), *RECORDS[4:])), samples=2),
     ),
     "versions out of order": (Kind.HISTORY_ORDER, replace(SOUND, lines=SOUND.lines[::-1])),
     "a version twice": (Kind.HISTORY_ORDER, line(1, version=0, published=1)),
@@ -156,12 +159,12 @@ WRONG: dict[str, tuple[Kind, Evidence]] = {
     "another number of masked tokens than in the log": (
         Kind.RECOUNT,
         replace(
-            log(heard=(HEARD[0], a_record(1, 0, 1, tokens={-2: 4, 0: 3}), *HEARD[2:])),
+            log(arrivals=(RECORDS[0], a_record(1, 0, 1, tokens={-2: 4, 0: 3}), *RECORDS[2:])),
             lines=(replace(SOUND.lines[0], too_old=3), SOUND.lines[1]),
         ),
     ),
     "tokens of the future": (
-        Kind.STALENESS, log(heard=(*HEARD[:2], a_record(2, 1, 0, oldest=1, newest=2), *HEARD[3:])),
+        Kind.STALENESS, log(arrivals=(*RECORDS[:2], a_record(2, 1, 0, oldest=1, newest=2), *RECORDS[3:])),
     ),
     "an offset beyond the log": (Kind.OFFSET_OUTSIDE, checkpoint(offsets={0: 9})),
     "an offset below the log": (Kind.OFFSET_OUTSIDE, log(bounds={**LOG.bounds, TRAJECTORIES: {0: Bounds(7, 8)}})),
@@ -217,7 +220,7 @@ def test_records_removed_by_retention_give_a_note_and_no_finding(topic: str) -> 
     """Retention removes the first records; the offsets of the others stay."""
     gone = {
         TASKS: {"offers": LOG.offers[2:]},
-        TRAJECTORIES: {"heard": HEARD[4:]},
+        TRAJECTORIES: {"arrivals": RECORDS[4:]},
         DEAD_LETTERS: {"letters": ()},
     }[topic]
     bounds = {**LOG.bounds, topic: {0: Bounds(2, LOG.bounds[topic][0].end + 2)}}

@@ -68,13 +68,13 @@ def changed_task(run: Evidence, rng: random.Random) -> Evidence:
 
 def lost_record(run: Evidence, rng: random.Random) -> Evidence:
     name = rng.choice(run.lines[rng.randrange(len(run.lines))].trained)
-    heard = tuple(r for r in run.log.heard if not (r.trajectory == name and r.how == FINISHED))
-    return replace(run, log=replace(run.log, heard=heard))
+    arrivals = tuple(r for r in run.log.arrivals if not (r.trajectory == name and r.how == FINISHED))
+    return replace(run, log=replace(run.log, arrivals=arrivals))
 
 
 def lost_letter(run: Evidence, rng: random.Random) -> Evidence:
     assert run.checkpoint
-    records = {(r.partition, r.offset): r for r in run.log.heard}
+    records = {(r.partition, r.offset): r for r in run.log.arrivals}
     gone = [x for x in run.log.letters if below(run.checkpoint, records[x.partition, x.offset])]
     assume(gone)
     letter = rng.choice(gone)
@@ -87,7 +87,7 @@ def offset_past_an_open_trajectory(run: Evidence, rng: random.Random) -> Evidenc
         f"{group}/{s}" for group, ended in run.checkpoint.ledger.open_groups.items() for s in range(3) if s not in ended
     }
     buried = {(x.partition, x.offset) for x in run.log.letters}
-    skipped = [r for r in run.log.heard if r.trajectory in open_ids and (r.partition, r.offset) not in buried]
+    skipped = [r for r in run.log.arrivals if r.trajectory in open_ids and (r.partition, r.offset) not in buried]
     assume(skipped)
     record = rng.choice(skipped)
     offsets = {**run.checkpoint.offsets, record.partition: record.offset + 1}
@@ -122,10 +122,10 @@ def older_tokens(run: Evidence, rng: random.Random) -> Evidence:
     late = [line for line in run.lines if line.version > run.max_staleness]
     assume(late)
     name = rng.choice(rng.choice(late).trained)
-    heard = tuple(
-        replace(r, oldest=-5, newest=-5) if r.trajectory == name and r.how == FINISHED else r for r in run.log.heard
+    arrivals = tuple(
+        replace(r, oldest=-5, newest=-5) if r.trajectory == name and r.how == FINISHED else r for r in run.log.arrivals
     )
-    return replace(run, log=replace(run.log, heard=heard))
+    return replace(run, log=replace(run.log, arrivals=arrivals))
 
 
 def lost_line(run: Evidence, rng: random.Random) -> Evidence:
@@ -140,7 +140,7 @@ FAULTS: dict[Callable[[Evidence, random.Random], Evidence], set[Kind]] = {
     moved_count: {Kind.RECOUNT},
     lost_offer: {Kind.RECOUNT},
     changed_task: {Kind.TASK_CHANGED},
-    lost_record: {Kind.TRAINED_UNHEARD},
+    lost_record: {Kind.TRAINED_WITHOUT_RECORD},
     lost_letter: {Kind.LETTERS_MISSING, Kind.UNRESOLVED},
     offset_past_an_open_trajectory: {Kind.UNRESOLVED},
     offset_outside_the_log: {Kind.OFFSET_OUTSIDE},

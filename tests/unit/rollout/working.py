@@ -161,16 +161,16 @@ class Working:
     async def looked(self, times: int = 3) -> None:
         """Wait until a paused worker has read the log to its end this many times, or the cut is over."""
         interruption, left = self.worker._interruption, times
-        heard_all = interruption.heard_all
+        note_end_of_log = interruption.note_end_of_log
 
         def count() -> None:
             nonlocal left
-            heard_all()
+            note_end_of_log()
             left -= 1
 
-        interruption.heard_all = count  # type: ignore[method-assign]
+        interruption.note_end_of_log = count  # type: ignore[method-assign]
         await self.until(lambda: left <= 0 or interruption.cut is None)
-        interruption.heard_all = heard_all  # type: ignore[method-assign]
+        interruption.note_end_of_log = note_end_of_log  # type: ignore[method-assign]
 
 
 async def turns(count: int = 200) -> None:

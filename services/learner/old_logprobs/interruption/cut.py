@@ -1,4 +1,4 @@
-"""The state of one cut: workers asked, workers that answered, offsets up to which the log must be read. Pure.
+"""The state of one cut: requested workers, workers that answered, offsets up to which the log must be read. Pure.
 
 In a cut every worker is paused, so that the tokens of a version can be scored before its weights change. The numbers of
 cuts are unique in a run, so that an answer to an earlier cut does not count for the current one.
@@ -57,7 +57,7 @@ class Cut:
     def __init__(self, number: int, version: Version, *, requested_at: float, deadline_s: float) -> None:
         self.number, self.version = number, version
         self._deadline_s, self._ends_at = deadline_s, requested_at + deadline_s
-        self._asked: set[str] = set()
+        self._requested: set[str] = set()
         self._answers: set[str] = set()
         self.positions: dict[int, int] = {}
         """Topic `trajectories`: partition -> offset after the last record that the workers published before they
@@ -81,13 +81,13 @@ class Cut:
 
         A worker that starts while the cut is open also gets the request. The cut does not wait for a dead worker.
         """
-        self._asked.update(alive)
+        self._requested.update(alive)
         return now < self._ends_at and not self._answers.issuperset(alive)
 
     @property
     def workers(self) -> tuple[str, ...]:
         """Names of the workers that got the request or answered, sorted."""
-        return tuple(sorted(self._asked | self._answers))
+        return tuple(sorted(self._requested | self._answers))
 
     @property
     def answered(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class Cut:
     @property
     def late(self) -> tuple[str, ...]:
         """Names of the workers that got the request and have not answered, sorted."""
-        return tuple(sorted(self._asked - self._answers))
+        return tuple(sorted(self._requested - self._answers))
 
 
 def next_number(control: Iterable[object]) -> int:

@@ -62,8 +62,8 @@ def test_a_cut_without_workers_is_over_at_once() -> None:
 
 def test_an_answer_of_an_unknown_worker_counts() -> None:
     cut = a_cut()
-    cut.take(reached("unheard of", 7, {1: 4}))
-    assert cut.workers == cut.answered == ("unheard of",)
+    cut.take(reached("unknown", 7, {1: 4}))
+    assert cut.workers == cut.answered == ("unknown",)
     assert cut.positions == {1: 4}
 
 
