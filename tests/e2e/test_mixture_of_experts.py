@@ -7,36 +7,22 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from palimpsest.services.rollout.canary import judge
 from palimpsest.services.rollout.engine.port import WrongWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
+from tests.learner_parts import families
 from tests.learner_parts.models import load, perturb, stored
 from tests.runs.vllm_engine import running_engine, switched_by_files, update
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 STEP = 0.02
 """Deviation of the noise between two versions; stale experts then show as 0.2 nats."""
-SIZES = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
-    "num_experts_per_tok": 2, "max_position_embeddings": 512, "tie_word_embeddings": False, "norm_topk_prob": True,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE; larger weights than at initialization, so that its distributions are not flat."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SIZES), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    path = tmp_path_factory.mktemp("models") / "qwen3_moe"
-    model.save_pretrained(path)
-    return path
+    return families.build("Qwen3-MoE", tmp_path_factory.mktemp("models") / "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
