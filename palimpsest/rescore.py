@@ -81,7 +81,8 @@ class Models:
         if not manifest_file.is_file():
             raise Lacking(
                 f"version {version}, which sampled recorded tokens, is not in {self._store}: record the run with "
-                f"learner.checkpoint.keep = learner.versions, which keeps all versions"
+                f"learner.checkpoint.every = 1 and learner.checkpoint.keep = learner.versions, or with "
+                f"learner.checkpoint.every above learner.versions; both keep all versions"
             )
         manifest = json.loads(manifest_file.read_text())["manifest"]
         blob = (self._store / "objects" / manifest["object"]).read_bytes()

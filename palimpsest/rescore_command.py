@@ -2,9 +2,12 @@
 
     palimpsest rescore runs/ID [--model FOLDER] [--every 10]
 
-The run must be recorded (learner.record = true), and its store must still hold the versions: keep them with
-learner.checkpoint.keep = learner.versions. For every trained token with an old log-prob, the command loads the stored
-version that sampled the token into a plain `AutoModelForCausalLM`, and scores the token
+The run must be recorded (learner.record = true), and its store must still hold the versions. Two settings keep all of
+them: learner.checkpoint.every = 1 with learner.checkpoint.keep = learner.versions, or, where checkpoints are large,
+learner.checkpoint.every above learner.versions.
+
+For every trained token with an old log-prob, the command loads the stored version that sampled the token into a plain
+`AutoModelForCausalLM`, and scores the token
 
     alone         with its trajectory as one row without padding: how much do batch layouts differ?
     same layout   with the rows of the learner's batch: the values must be equal bit for bit

@@ -83,7 +83,12 @@ def line(state: State) -> str:
         parts.append("finishing")
     elif state.left_s is not None:
         parts.append(f"about {duration(state.left_s)} left")
-    parts += [f"learner {s.doing}" for s in state.services if s.name == "learner" and s.waits and not state.outages]
+    paced = state.learner_tokens_per_s is not None  # before that, nothing else shows that the learner works
+    parts += [
+        f"learner {s.doing}"
+        for s in state.services
+        if s.name == "learner" and (s.waits or not paced) and not state.outages
+    ]
     return f"{duration(state.elapsed_s)}: " + "; ".join(parts)
 
 

@@ -145,9 +145,12 @@ def format_result(summary: Mapping[str, Any], home: Path) -> str:
     if summary["versions"]:
         seconds = summary["seconds"]
         setup = f" (and {duration(seconds['setup'])} to start)" if seconds["setup"] is not None else ""
-        trained, first, last = summary["trajectories"]["trained"], summary["success_first"], summary["success_last"]
+        trained = summary["trajectories"]["trained"]
+        success, reward = (
+            f"{name} {summary[f'{name}_first']:.3f} -> {summary[f'{name}_last']:.3f}" for name in ("success", "reward")
+        )
         lines += [
             f"{count(summary['versions'], 'version')} in {duration(seconds['run'])}{setup}",
-            f"success {first:.3f} -> {last:.3f} (first and last tenth of {trained:,} trajectories)",
+            f"{success}, {reward} (first and last tenth of {trained:,} trajectories)",
         ]
     return "\n".join([*lines, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])

@@ -78,9 +78,14 @@ def _proximal(summary: dict[str, Any]) -> str:
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return title and value of each tile."""
     rates, seconds = summary["tokens_per_second"], summary["seconds"]
-    success = f"{_number(summary['success_first'], '.3f')} → {_number(summary['success_last'], '.3f')}"
     return [
-        ("success, first → last tenth", success),
+        *(
+            (
+                f"{name}, first → last tenth",
+                f"{_number(summary[f'{name}_first'], '.3f')} → {_number(summary[f'{name}_last'], '.3f')}",
+            )
+            for name in ("success", "reward")
+        ),
         ("versions", f"{summary['versions']:,}"),
         ("tokens trained", f"{summary['tokens_trained']:,}"),
         ("running time", duration(seconds["run"]) if seconds["run"] is not None else "–"),

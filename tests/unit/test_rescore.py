@@ -57,7 +57,7 @@ def test_a_missing_version_is_named(
     record(run, versions=[-1, 4, 4])
     error = error_of(monkeypatch, capsys, run)
     assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'}: record" in error
-    assert "learner.checkpoint.keep = learner.versions" in error
+    assert "learner.checkpoint.every = 1 and learner.checkpoint.keep = learner.versions" in error
 
 
 def test_a_record_without_old_log_probs_is_not_compared(

@@ -114,6 +114,10 @@ def test_the_line_has_the_same_values():
     assert line(starting) == "1 min 40 s: starting; worker-0: waits for the engine"
 
 
+def test_the_line_shows_what_the_learner_does_while_its_pace_is_unknown():
+    assert line(a_state(0)).endswith("7 waiting; learner trains on the batch at version 5")
+
+
 def test_the_line_shows_finishing_after_the_last_version():
     assert line(a_state(20)).endswith("7 waiting; finishing")
 
