@@ -1,6 +1,6 @@
 """An environment of your own: sums of two one-digit numbers, from reasoning-gym's chain_sum.
 
-    PYTHONPATH=examples make run RUN=examples/short_sums.toml
+PYTHONPATH=examples make run RUN=examples/short_sums.toml
 """
 
 import reasoning_gym
