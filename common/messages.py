@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common.control_messages import ControlChanged as ControlChanged
 from palimpsest.common.cut_messages import (
     CutReached as CutReached,
     CutReleased as CutReleased,
@@ -204,7 +205,7 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
 
 
 Trajectory = TrajectoryFinished | TrajectoryDropped | SegmentFlushed
-Control = VersionPublished | CutRequested | CutReleased | RunFinished
+Control = VersionPublished | CutRequested | CutReleased | RunFinished | ControlChanged
 FromWorker = WorkerAlive | VersionApplied | CutReached
 OldLogprobs = OldLogprobsRequested | OldLogprobsComputed
 

@@ -57,8 +57,8 @@ def service(name: str, body: Callable[[Invocation, Stop], None]) -> None:
             with contextlib.suppress(OSError):  # a read-only folder must not hide the error
                 write(run_folder.refusal_file(config.run.home, process), report.encode())
             raise
-        if stop.signaled:
-            sys.exit(int(ExitCode.INTERRUPTED))
+        if stop.requested:
+            sys.exit(int(stop.code))
 
     main(begin)
 

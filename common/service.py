@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -48,6 +48,8 @@ class Stop:
         self._event = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._signaled = False
+        self.code = ExitCode.DONE
+        """Exit code for the stop that was requested first."""
         self.last_words = ""
         """Text for stdout when a second signal ends the process at once."""
 
@@ -57,8 +59,10 @@ class Stop:
             signal.signal(number, self._on_signal)
         return self
 
-    def request(self) -> None:
-        """Request the stop from inside the process."""
+    def request(self, code: ExitCode = ExitCode.DONE) -> None:
+        """Request the stop from inside the process. code: exit code, if no stop was requested before."""
+        if not self.requested:
+            self.code = code
         self._event.set()
         for callback in self._callbacks:
             callback()
@@ -77,11 +81,6 @@ class Stop:
         """Whether the stop is requested."""
         return self._event.is_set()
 
-    @property
-    def signaled(self) -> bool:
-        """Whether a signal requested the stop."""
-        return self._signaled
-
     def wait(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` seconds for the stop. Returns whether it is requested."""
         return self._event.wait(timeout_s)
@@ -92,7 +91,7 @@ class Stop:
                 os.write(1, self.last_words.encode())
             os._exit(128 + number)
         self._signaled = True
-        self.request()
+        self.request(ExitCode.INTERRUPTED)
 
 
 def application(
@@ -216,9 +215,17 @@ class Starting(Server):
         ready: Callable[[], str | None],
         status: Callable[[], Status],
         waiting_for: Callable[[], str | None] | None = None,
+        routes: APIRouter | None = None,
+        rules: Sequence[AccessRule] = (),
     ) -> None:
-        """Answer with the state of the service from now on; the access rules stay. Arguments: see `application`."""
-        self.show(self._application(ready=ready, status=status, waiting_for=waiting_for))
+        """Answer with the state of the service from now on; the access rules stay.
+
+        routes: further routes. Other arguments: see `application`.
+        """
+        app = self._application(ready=ready, status=status, waiting_for=waiting_for, rules=rules)
+        if routes is not None:
+            app.include_router(routes)
+        self.show(app)
 
 
 def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:

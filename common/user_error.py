@@ -19,7 +19,9 @@ class ExitCode(IntEnum):
     """The engine does not compute what the learner published."""
     REPLACED = 6
     """Another process took over: a learner the run, or a worker the name."""
-    ENGINE = 7
+    STOPPED = 7
+    """Clean stop that a person requested over REST. An orchestrator must not start the run again."""
+    ENGINE = 8
     """The inference engine died, or refused a request of its worker. No data is lost; the process may be restarted."""
     INTERRUPTED = 130
     """Clean stop after Ctrl-C or SIGTERM."""

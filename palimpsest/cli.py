@@ -114,6 +114,29 @@ def token(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def control(name: str) -> Command:
+    """Return the command that shows or changes a running run."""
+
+    def call(arguments: Sequence[str]) -> None:
+        from palimpsest.control_command import command
+
+        command(name, arguments)
+
+    return call
+
+
+CONTROL = {
+    "status": "show what a running run does",
+    "watch": "show it every two seconds",
+    "get": "show the settings that may change while a run is running",
+    "set": "change settings of a running run",
+    "pause": "train no further version, or offer no further task",
+    "resume": "end every pause",
+    "checkpoint": "save a checkpoint now",
+    "cut": "cut all live generations now and score their tokens",
+    "stop": "save a checkpoint and end a running run",
+    "changes": "list who changed what in a running run",
+}
 COMMANDS: dict[str, tuple[Command, str]] = {
     "run": (run, "train a model on this machine"),
     "check": (check, "print a run's configuration with every default filled in"),
@@ -125,6 +148,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
     "token": (token, "make a token for the HTTP services, and its line for the tokens file"),
     "env": (env, "list the environments, or show a task of an environment"),
+    **{name: (control(name), text) for name, text in CONTROL.items()},
 }
 
 

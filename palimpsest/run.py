@@ -62,7 +62,7 @@ def launch(invocation: Invocation) -> None:
 
 
 def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
-    """Run the prepared run, from the first process to the report. Exits with 130 if it is stopped."""
+    """Run the prepared run, from the first process to the report. Exits with 130 or 7 if it is stopped."""
     config, flags = assign_ports(settled.config)
     local = Supervisor(config, settled.saved, flags)
     home = config.run.home
@@ -105,7 +105,7 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
         print(f"{console_text.format_stop(summary)}\n{again}\n{console_text.format_result(summary, home)}")
         if summary["versions"]:
             print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
-        sys.exit(int(ExitCode.INTERRUPTED))
+        sys.exit(int(ExitCode.STOPPED if local.is_stopped_over_rest else ExitCode.INTERRUPTED))
     print(console_text.format_result(summary, home), flush=True)
     print(export_last(config))
 

@@ -227,11 +227,13 @@ def wire() -> str:
         " ".join((messages.__doc__ or "").split("\n\n", 1)[1].split()),
         (
             "Token and log-prob arrays are packed little-endian (int32, float32). `make docs` generates this page from "
-            "common/messages.py, common/cut_messages.py, common/trajectory.py and common/rejected_record.py."
+            "common/messages.py, common/cut_messages.py, common/control_messages.py, common/trajectory.py and "
+            "common/rejected_record.py."
         ),
     ]
     beside = (
         ("palimpsest.common.cut_messages", None),
+        ("palimpsest.common.control_messages", None),
         ("palimpsest.common.trajectory", {"Segment"}),
         ("palimpsest.common.rejected_record", {"RejectCause"}),
     )

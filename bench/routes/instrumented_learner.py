@@ -30,7 +30,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import coordinator, instruments
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row
 from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.loop import Training
+from palimpsest.services.learner.loop_parts import Training
 from palimpsest.services.learner.model.policy import load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights

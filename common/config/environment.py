@@ -12,7 +12,7 @@ NOT_KEYS = (
     "PALIMPSEST_KAFKA_",
     "PALIMPSEST_METRICS_TOKEN",
     "PALIMPSEST_SERVICE_TOKEN",
-    "PALIMPSEST_TOKENS_FILE",
+    "PALIMPSEST_TOKEN",
 )
 """Prefixes of environment variables that are not configuration keys: tools/backends, variables that a worker sets for
 its engine processes, common/failpoints.py, common/control/credentials.py, common/bus/kafka."""

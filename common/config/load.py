@@ -133,9 +133,9 @@ def _rename(values: dict[str, Any]) -> list[str]:
 
 def _set(values: dict[str, Any], origins: dict[Key, str], key: Key, text: str, origin: str) -> str | None:
     """Set the key to the text of a flag or a variable. Returns an error text if the schema has no such key."""
-    expected = _expected_type(key)
+    expected = expected_type(key)
     if expected is None:
-        return f"{origin}: {_unknown(key)}"
+        return f"{origin}: {unknown_key(key)}"
     at = values
     for depth, part in enumerate(key[:-1], start=1):
         at = at.setdefault(part, {})
@@ -172,19 +172,27 @@ def _validate(values: dict[str, Any], origins: dict[Key, str], path: Path, probl
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        for detail in error.errors():
-            full = tuple(str(part) for part in detail["loc"])
-            tags = [part for i, part in enumerate(full) if _is_tag(full, i)]
-            key = tuple(part for i, part in enumerate(full) if not _is_tag(full, i))
-            if _is_branch(key) and key[-1].startswith("literal["):
-                continue  # the error of the other type of this key lists these words
-            key = tuple(part for i, part in enumerate(key) if not _is_branch(key[: i + 1]))
-            where = _origin(origins, key, detail) or str(path)
-            by = origins.get((*key[:-1], "kind"))
-            problems.append(f"{where}: {_problem(key, detail, tags[-1] if tags else None, f' by {by}' if by else '')}")
+        problems += problems_of(error, origins, str(path))
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def problems_of(error: ValidationError, origins: Mapping[Key, str] | None = None, path: str = "") -> list[str]:
+    """Return an error text for each problem. origins: key -> flag or variable that set it; path: of the other keys."""
+    origins, problems = origins or {}, []
+    for detail in error.errors():
+        full = tuple(str(part) for part in detail["loc"])
+        tags = [part for i, part in enumerate(full) if _is_tag(full, i)]
+        key = tuple(part for i, part in enumerate(full) if not _is_tag(full, i))
+        if _is_branch(key) and key[-1].startswith("literal["):
+            continue  # the error of the other type of this key lists these words
+        key = tuple(part for i, part in enumerate(key) if not _is_branch(key[: i + 1]))
+        where = _origin(origins, key, detail) or path
+        by = origins.get((*key[:-1], "kind"))
+        problem = _problem(key, detail, tags[-1] if tags else None, f" by {by}" if by else "")
+        problems.append(f"{where}: {problem}" if where else problem)
+    return problems
 
 
 def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
@@ -197,7 +205,7 @@ def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
         return f"{'.'.join(key[:-2])}: there is no {key[-2]!r}; it can be {detail['ctx']['expected']}"
     match detail["type"]:
         case "extra_forbidden":
-            return _unknown(key, tag, by)
+            return unknown_key(key, tag, by)
         case "union_tag_invalid":
             kind, known = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
             return f"{name}.kind: there is no {kind!r}; it can be {known}"
@@ -217,7 +225,7 @@ def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
     return f"{name}: {message}{_or_words(key)}, {given}"
 
 
-def _origin(origins: dict[Key, str], key: Key, detail: Any) -> str | None:
+def _origin(origins: Mapping[Key, str], key: Key, detail: Any) -> str | None:
     """Return the flag or variable that set the key or a section above it.
 
     If keys contradict each other, return the origins of the keys that the error text names.
@@ -238,23 +246,24 @@ def _is_tag(key: Key, i: int) -> bool:
 
 def _is_branch(key: Key) -> bool:
     """Whether the last part of the key is a type name that pydantic inserted for a key with several types."""
-    above = _expected_type(key[:-1]) if len(key) > 1 else None
+    above = expected_type(key[:-1]) if len(key) > 1 else None
     return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
 
 
 def _or_words(key: Key) -> str:
     """Return the words that the key accepts instead of a number, as the end of an error text."""
-    members = _members(_expected_type(key)) if key else []
+    members = _members(expected_type(key)) if key else []
     literals = [member for member in members if get_origin(member) is Literal]
     return "".join(f", or be {word!r}" for word in get_args(literals[0])) if literals and len(members) > 1 else ""
 
 
 def _is_pair(key: Key) -> bool:
     """Whether the key takes a pair of numbers."""
-    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(_expected_type(key)))
+    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(expected_type(key)))
 
 
-def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
+def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
+    """Return the error text for a key that the schema does not have. tag, by: see `_problem`."""
     for depth in range(len(key)):
         fields = _fields(key[:depth])
         if fields is None or key[depth] in fields:
@@ -262,7 +271,7 @@ def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
         name = ".".join(key[: depth + 1])
-        kinds = len(_members(_expected_type(key[:depth]))) > 1
+        kinds = len(_members(expected_type(key[:depth]))) > 1
         where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
         if near:
             return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
@@ -271,7 +280,7 @@ def _unknown(key: Key, tag: str | None = None, by: str = "") -> str:
     if _fields(key[:-1]) is None:
         return f"{'.'.join(key)} is not a key: {above} has none"
     own = next(
-        m.model_fields for m in _members(_expected_type(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
+        m.model_fields for m in _members(expected_type(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
     )
     return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
 
@@ -287,7 +296,7 @@ def _fields(key: Key) -> dict[str, Any] | None:
     return _section_fields(expected)
 
 
-def _expected_type(key: Key) -> Any:
+def expected_type(key: Key) -> Any:
     """Return the type of this key in the schema, or None if the schema has no such key."""
     expected: Any = RunConfig
     for part in key:

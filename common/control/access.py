@@ -21,6 +21,7 @@ from palimpsest.common.user_error import UserError
 TOKENS_FILE = "PALIMPSEST_TOKENS_FILE"
 SERVICE_TOKEN = "PALIMPSEST_SERVICE_TOKEN"  # noqa: S105 - the name of the variable
 METRICS_TOKEN = "PALIMPSEST_METRICS_TOKEN"  # noqa: S105 - the name of the variable
+OPERATOR_TOKEN = "PALIMPSEST_TOKEN"  # noqa: S105 - the name of the variable
 TOKENS_OF_A_NAME = 2
 """Maximum number of live tokens of one name."""
 LONGEST_TOKEN = 512
@@ -150,18 +151,21 @@ class Access:
 
     def check(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], rules: Sequence[AccessRule]
-    ) -> None:
-        """Raise HttpError (401, 403) if the request is not permitted. Without a rule, it needs the role `service`."""
+    ) -> Token | None:
+        """Return the token of the request; None if the request needs none.
+
+        Raises HttpError (401, 403) if the request is not permitted. Without a rule, it needs the role `service`.
+        """
         self._check_host([value for name, value in headers if name == b"host"])
         if path in OPEN or (path == METRICS and self.metrics is None):
-            return
+            return None
         sent = bearer(headers)
         if path == METRICS and sent is not None and hmac.compare_digest(digest(sent), self.metrics or ""):
-            return
+            return None
         if self.tokens is None:
             if path == METRICS:
                 raise HttpError(401, "unauthorized", f"`Authorization: Bearer` with {METRICS_TOKEN} is required")
-            return
+            return None
         token = None if sent is None else find_token(self.tokens(), sent)
         if token is None:
             raise HttpError(
@@ -174,6 +178,7 @@ class Access:
             raise HttpError(
                 403, "forbidden", f"{token.name} has the role {token.role}; {method} {path} needs {' or '.join(needed)}"
             )
+        return token
 
     def _check_host(self, sent: Sequence[bytes]) -> None:
         """Refuse a request that a web page sends to a loopback address under a name of its own (DNS rebinding)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from palimpsest.common.control.access import (
     LONGEST_TOKEN,
     METRICS_TOKEN,
+    OPERATOR_TOKEN,
     SERVICE_TOKEN,
     TOKENS_FILE,
     Access,
@@ -22,7 +23,7 @@ REPLACED = "PALIMPSEST_GATEWAY_TOKEN"
 LOOK_S = 1.0
 """Interval between two looks at the tokens file, in seconds."""
 _FILE = "_FILE"
-SECRETS = tuple(name + end for name in (SERVICE_TOKEN, METRICS_TOKEN) for end in ("", _FILE))
+SECRETS = tuple(name + end for name in (SERVICE_TOKEN, METRICS_TOKEN, OPERATOR_TOKEN) for end in ("", _FILE))
 """The variables that hold or name a secret."""
 
 
@@ -56,6 +57,11 @@ def service_token(environment: Mapping[str, str]) -> str | None:
     if environment.get(REPLACED):
         raise UserError(f"{REPLACED} was replaced by {SERVICE_TOKEN}, which all services take: rename the variable")
     return secret(environment, SERVICE_TOKEN)
+
+
+def operator_token(environment: Mapping[str, str]) -> str | None:
+    """Return the token with which a person calls a service, or None. Raises UserError."""
+    return secret(environment, OPERATOR_TOKEN)
 
 
 def authorization(environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from functools import partial
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from palimpsest.common.control.access import COMMON_RULES, Access, AccessRule
+from palimpsest.common.control.access import COMMON_RULES, Access, AccessRule, Token
+from palimpsest.common.control.changes import Caller
 from palimpsest.common.control.errors import HttpError
 
 BODY_BYTES = 64 * 1024
@@ -85,7 +86,7 @@ class RequestGuard:
         if sum(len(name) + len(value) for name, value in headers) + len(scope["path"]) > self._limits.header_bytes:
             raise headers_too_large(self._limits.header_bytes)
         if self._access is not None:
-            self._access.check(scope["method"], scope["path"], headers, self._rules)
+            scope["palimpsest.token"] = self._access.check(scope["method"], scope["path"], headers, self._rules)
         if any(name == b"transfer-encoding" for name, _ in headers):
             return None
         length = _announced(headers)
@@ -143,6 +144,13 @@ class _Body:
             self.complete = False  # the rest is not read
             raise body_too_large(self._limit)
         return message
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Return who sent a request that passed the guard."""
+    token: Token | None = scope.get("palimpsest.token")
+    host, _ = scope.get("client") or ("unknown", 0)
+    return Caller("local" if token is None else token.name, "" if token is None else token.role.value, host)
 
 
 async def _send(body: _Body, send: Send, message: Message) -> None:

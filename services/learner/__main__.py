@@ -41,7 +41,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner import instruments
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
-    from palimpsest.services.learner.loop import Training
+    from palimpsest.services.learner.loop_parts import Training
     from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
     from palimpsest.services.learner.model.trainable import TrainablePolicy
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer

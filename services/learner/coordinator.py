@@ -9,14 +9,18 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
+from palimpsest.services.learner.control.build import build_control
+from palimpsest.services.learner.control.routes import RULES, control_routes
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
-from palimpsest.services.learner.loop import Loop, Outputs, Records, Training
+from palimpsest.services.learner.loop import Loop
+from palimpsest.services.learner.loop_parts import Outputs, Records, Training
 from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
@@ -80,16 +84,27 @@ def run_coordinator(
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     records = Records(
         open_history=lambda length: History(home / run_folder.HISTORY, length=length),
-        dump=BatchDump(home / run_folder.RECORDS) if learner.record else None,
+        dump=BatchDump(home / run_folder.RECORDS),
         reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
     )
-    loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, stop)
+    desk, control = build_control(config, bus, publisher, writer)
+    loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, control, stop)
     seen = loop.status
-    server.show_service(ready=seen.not_ready, status=seen.fields, waiting_for=lambda: seen.waiting_for)
+    server.show_service(
+        ready=seen.not_ready,
+        status=seen.fields,
+        waiting_for=lambda: seen.waiting_for,
+        routes=control_routes(desk, lambda: control.current, cuts=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers),
+        rules=RULES,
+    )
     try:
         loop.start()
         done = loop.run()
+    except Fenced:
+        desk.close("fenced", "another learner took over this run; send the request to it")
+        raise
     finally:
+        desk.close("ended", "the learner ends")
         exact.release()  # if the learner ends inside a cut, the workers must not stay paused
     exact.close()
     ingest.close()

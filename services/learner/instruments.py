@@ -66,6 +66,13 @@ TRUNCATED = Gauge(
     "Share of the last batch's trajectories that reached a limit on turns or tokens",
     registry=REGISTRY,
 )
+CHANGES = Counter(
+    "palimpsest_learner_changes", "Changes that people requested and the learner applied", ["kind"], registry=REGISTRY
+)
+SETTINGS_GENERATION = Gauge(
+    "palimpsest_learner_settings_generation", "Number of changes of settings in the run", registry=REGISTRY
+)
+PAUSED = Gauge("palimpsest_learner_paused", "1 while a person paused this", ["what"], registry=REGISTRY)
 PROXIMAL_EXACT = Gauge(
     "palimpsest_learner_proximal_exact", "1 while the proximal policy is the old policy", registry=REGISTRY
 )

@@ -8,10 +8,7 @@ The store does not see writes to the history, the batch dumps and the log, so be
 store that the run still belongs to this learner. It ends if it is fenced.
 """
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.common import failpoints
@@ -20,68 +17,37 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import DropReason
 from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.fencing import Fenced
-from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
 from palimpsest.services.learner.buffer.admission import WAIT_SHARE
 from palimpsest.services.learner.buffer.groups import ReadyGroup
-from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints, NoCheckpoint
+from palimpsest.services.learner.checkpointing.checkpoints import NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
-from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
+from palimpsest.services.learner.control.run_control import PAUSABLE, RunControl
+from palimpsest.services.learner.control.state import ControlState
+from palimpsest.services.learner.distributed import NOTHING
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.drops import Drops
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.loop_parts import Outputs, Records, Training
 from palimpsest.services.learner.loop_status import LoopStatus
-from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.observability.alerts import VersionReporter
-from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
 from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
+from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.version_record import Batch
 from palimpsest.services.learner.old_logprobs.routes import Route
-from palimpsest.services.learner.publishing.publisher import Publisher
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.follower import TrainOrder, broadcast_state
 from palimpsest.services.learner.training.results import StepResult, merge
-from palimpsest.services.learner.training.state import TrainingState, split_checkpoint
-from palimpsest.services.learner.training.trainer import Trainer
+from palimpsest.services.learner.training.state import split_checkpoint
 
 POLL_S = 0.1
 CONFIRM_S = 2.0
 """Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
 is older than this, so the learner checks before it reads again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """The objects that train the policy, on every rank."""
-
-    trainer: Trainer
-    policy: TrainablePolicy
-    state: TrainingState
-    """The state beside the policy; a checkpoint holds both."""
-    ranks: ProcessGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Writers of versions and checkpoints. The store refuses their writes after another learner took the run."""
-
-    writer: Writer
-    publisher: Publisher
-    checkpoints: Checkpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """Writers of the records about each version."""
-
-    open_history: Callable[[int], History]
-    """Opens the history, truncated to a number of bytes."""
-    dump: BatchDump | None
-    reporter: VersionReporter
 
 
 class Loop:
@@ -95,9 +61,10 @@ class Loop:
         route: Route,
         outputs: Outputs,
         records: Records,
+        control: RunControl,
         stop: Stop,
     ) -> None:
-        self._run, self._config, self._seed = config.run.id, config.learner, config.run.seed
+        self._run, self._config, self._seed, self._control = config.run.id, config.learner, config.run.seed, control
         budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * config.tasks.samples_per_group
         self._drops = Drops(ingest, budget=budget, skip_even=self._config.even_groups == "skip")
         self._trainer, self._policy = training.trainer, training.policy
@@ -105,7 +72,7 @@ class Loop:
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
         self._route, self._records, self._stop = route, records, stop
         self._writer, self._publisher, self._checkpoints = outputs.writer, outputs.publisher, outputs.checkpoints
-        self._version, self._digest, self._trained_versions = Version(0), "", 0
+        self.version, self._digest, self.trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._confirmed = self._last_batch = self._started
         self._phases = PhaseTimer()
@@ -120,27 +87,28 @@ class Loop:
             progress, tensors = self._checkpoints.newest()
         except NoCheckpoint:
             self._ingest.start({}, {}, {}, now=time.monotonic())
-            history_bytes = 0
+            history_bytes, control = 0, ControlState()
         else:
             policy, state = split_checkpoint(tensors)
             self._policy.restore(policy, progress.optimizer_steps)
             self._state.restore(state)
             self._ledger.restore(progress.ledger, now=time.monotonic())
             self._ingest.start(progress.offsets, progress.task_offsets, progress.score_offsets, now=time.monotonic())
-            history_bytes = progress.history_bytes
-            self._version, self._trained_versions = progress.version, progress.trained_versions
+            history_bytes, control = progress.history_bytes, progress.control
+            self.version, self.trained_versions = progress.version, progress.trained_versions
             self._seconds_before = progress.seconds
             logger().info(
-                "resumed", version=self._version, trained_versions=self._trained_versions, writer=self._writer.epoch
+                "resumed", version=self.version, trained_versions=self.trained_versions, writer=self._writer.epoch
             )
         broadcast_state(self._policy, self._state, self._ranks)
         self._confirm()
+        self.use_settings(self._control.restore(control))
         self._history = self._records.open_history(history_bytes)
         self._records.reporter.start()
-        manifest = self._publisher.republish(self._version, now=time.time())
-        self._version, self._digest = manifest.version, manifest.digest
+        manifest = self._publisher.republish(self.version, now=time.time())
+        self.version, self._digest = manifest.version, manifest.digest
         self._route.start()
-        self.status.published(self._version)
+        self.status.published(self.version)
         self.update_status()
         self.status.ready = True
 
@@ -155,8 +123,7 @@ class Loop:
         return done
 
     def _train_versions(self) -> bool:
-        self._tasks.offer(self._version, now=time.monotonic())
-        while self._trained_versions < self._config.versions:
+        while self.trained_versions < self._config.versions:
             batch = self._next_batch()
             if batch is None:
                 self._checkpoint()
@@ -164,30 +131,22 @@ class Loop:
                 return False
             self._train(*batch)
         self._checkpoint()
-        self._publisher.finish(self._version)
+        self._publisher.finish(self.version)
         return True
 
     def update_status(self) -> None:
         """Report the present state to the HTTP thread and to Prometheus."""
-        age = self._ledger.oldest_live_age(now=time.monotonic())
-        instruments.OLDEST_LIVE.set(math.nan if age is None else age)
-        oldest = self._ledger.oldest_open()
-        instruments.OLDEST_GROUP.set(self._ledger.age(oldest, now=time.monotonic()) if oldest else math.nan)
-        instruments.PENDING.set(self._ledger.pending())
-        instruments.WAITING.set(self._ledger.waiting())
         self.status.update(
-            {
-                "run": self._run,
-                "writer": self._writer.epoch,
-                "version": self._version,
-                "trained_versions": self._trained_versions,
-                "versions": self._config.versions,
-                "trajectories": self._ledger.counts(),
-                "waiting_trajectories": self._ledger.waiting(),
-                "complete_groups": self._ledger.complete(),
-                "oldest_group": self._ledger.oldest_open(),
-                "last": self._last_line,
-            }
+            self._ledger,
+            now=time.monotonic(),
+            run=self._run,
+            writer=self._writer.epoch,
+            version=self.version,
+            trained_versions=self.trained_versions,
+            versions=self._config.versions,
+            settings=self._control.current.generation,
+            paused={what: by for what in PAUSABLE if (by := self._control.paused_by(what))},
+            last=self._last_line,
         )
 
     def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
@@ -199,24 +158,32 @@ class Loop:
             dropped_before = self._drops.counts()
             while not self._stop.requested:
                 self._confirm_periodically()
+                self._control.at_safe_point(self)
                 failpoints.reach("learner.before_reading")
                 # read everything before choosing, so that the oldest groups are trained on first
-                self._reader.read_all(self._version, timeout_s=timeout_s)
-                self._drops.drop_unusable(self._version, now=time.monotonic())
-                self._tasks.offer(self._version, now=time.monotonic())
+                self._reader.read_all(self.version, timeout_s=timeout_s)
+                self._drops.drop_unusable(self.version, now=time.monotonic())
+                if not self._control.paused_by("offers"):
+                    self._tasks.offer(self.version, now=time.monotonic())
                 complete_at = time.monotonic()
-                if (ready := self._ledger.peek_batch(self._version)) and (
-                    rows := self._attach_old_logprobs(ready)
-                ) is not None:
+                paused_by = self._control.paused_by("training")
+                if (
+                    not paused_by
+                    and (ready := self._ledger.peek_batch(self.version))
+                    and (rows := self._attach_old_logprobs(ready)) is not None
+                ):
                     self.status.waiting_for = None
-                    self._ledger.take_batch(self._version)  # after the wait, so that a stop during it changes nothing
+                    self._ledger.take_batch(self.version)  # after the wait, so that a stop during it changes nothing
                     self._adapt(waited_s=0.0 if first_look is None else complete_at - first_look, now=complete_at)
                     return ready, rows
-                first_look = complete_at if first_look is None else first_look
-                timeout_s = 0.0 if self._route.work(self._version, self._digest) else POLL_S
-                self._drops.end_if_hopeless(dropped_before)
+                if first_look is None and not paused_by:
+                    first_look = complete_at
+                timeout_s = 0.0 if self._route.work(self.version, self._digest) else POLL_S
+                if not self._control.is_paused:
+                    self._drops.end_if_hopeless(dropped_before)
                 self.update_status()
-                self.status.waiting_for = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
+                trajectories = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
+                self.status.waiting_for = f"resume: {paused_by} paused the training" if paused_by else trajectories
         return None
 
     def _adapt(self, *, waited_s: float, now: float) -> None:
@@ -227,8 +194,8 @@ class Loop:
         instruments.ADMITTED_GROUPS.set(self._ledger.admitted_groups)
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
-        """Return the rows of each group with the available old log-probs; None if a stop is requested first."""
-        lowest = self._version - self._config.max_staleness
+        """Return the rows of each group with the available old log-probs; None if a stop or a change is requested."""
+        lowest = self.version - self._config.max_staleness
         groups = [
             to_rows(
                 [arrived.record for arrived in group.items],
@@ -241,9 +208,9 @@ class Loop:
         self.status.waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
-            self._version,
+            self.version,
             heartbeat=self._confirm_periodically,
-            stop=lambda: self._stop.requested,
+            stop=lambda: self._stop.requested or self._control.has_requests,
         )
         if attached is None:
             return None
@@ -252,10 +219,11 @@ class Loop:
 
     def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
         """Train, report, checkpoint and publish one version."""
-        now = self._version
+        now = self.version
         durable = self._config.checkpoint.every == 1  # otherwise a crash may repeat the step, which needs the scores
         training = frozenset(row.trajectory for group in rows for row in group if durable)
-        order = TrainOrder(now, split_minibatches(rows, self._config.minibatches, seed=self._seed, version=now))
+        minibatches = split_minibatches(rows, self._config.minibatches, seed=self._seed, version=now)
+        order = TrainOrder(now, minibatches, self._config if self._control.current.generation else None)
         with self._phases.of("train"):
             self._publisher.canaries.choose([row for group in rows for row in group])
             self._ranks.broadcast_object((order,))
@@ -271,18 +239,18 @@ class Loop:
         for group in batch:
             self._drops.resolve_trained(group.items, lowest=now - self._config.max_staleness)
             self._drops.resolve(DropReason.OVER_STALENESS, group.stale)
-        self._version, self._trained_versions = Version(now + 1), self._trained_versions + 1
+        self.version, self.trained_versions = Version(now + 1), self.trained_versions + 1
         records = [arrived.record for group in batch for arrived in group.items]
         stale = [arrived.record for group in batch for arrived in group.stale]
-        self._report(Batch(now, self._version, records, rows, stale, now - self._config.max_staleness), trained)
-        if self._trained_versions % self._config.checkpoint.every == 0:
+        self._report(Batch(now, self.version, records, rows, stale, now - self._config.max_staleness), trained)
+        if self.trained_versions % self._config.checkpoint.every == 0:
             with self._phases.of("checkpoint"):
                 self._checkpoint()
         with self._phases.of("publish"):
             self._publish()
 
     def _report(self, batch: Batch, trained: StepResult) -> None:
-        if self._records.dump is not None:
+        if self._config.record:
             self._records.dump.record(batch, trained)
             self._confirm()  # writing the dump may have taken long
         for phase, seconds in (phases := self._phases.take()).items():
@@ -299,29 +267,57 @@ class Loop:
             token_fates=self._drops.fates.take(),
             oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()),
         )
+        self._last_line["settings"] = self._control.current.generation
         self._history.add(self._last_line)
         export_to_prometheus(self._last_line)
         self.update_status()
 
+    def use_settings(self, config: RunConfig) -> None:
+        """Use these settings from now on; see RunControl."""
+        self._config = config.learner
+        self._trainer.configure(self._config)
+        self._records.reporter.use(RunThresholds.of(self._config))
+        self._publisher.canaries.use(self._config.canary_trajectories)
+        self._checkpoints.keep(self._config.checkpoint.keep)
+        self._ingest.offers.use(self._control.state().temperatures, time_limit_s=config.tasks.time_limit_s)
+
+    @property
+    def next_group(self) -> int:
+        """Index of the next group to offer; see RunControl."""
+        return self._ledger.next_index
+
+    def save_checkpoint(self) -> dict[str, Any]:
+        """Save a checkpoint of the newest version, unless there is one; see RunControl."""
+        saved = self._checkpoint()
+        return {"version": self.version, "digest": self._digest, "nothing_new": not saved}
+
+    def cut_now(self) -> dict[str, Any]:
+        """Cut all live generations and let the workers go on; see RunControl."""
+        return self._route.cut_now(self.version, self._digest)
+
+    def request_stop(self) -> None:
+        """End the run after a checkpoint; see RunControl."""
+        self._stop.request(ExitCode.STOPPED)
+
     def _publish(self) -> None:
         failpoints.reach("learner.before_publishing")
-        self._digest = self._publisher.publish(self._version, now=time.time()).digest
-        self._route.published(self._version, self._digest)
+        self._digest = self._publisher.publish(self.version, now=time.time()).digest
+        self._route.published(self.version, self._digest)
         failpoints.reach("learner.after_publishing")
-        self.status.published(self._version)
+        self.status.published(self.version)
         kept = self._checkpoints.oldest_version()
-        needed = min(self._version, kept if kept is not None else Version(0))
+        needed = min(self.version, kept if kept is not None else Version(0))
         self._publisher.keep_from(Version(needed - self._config.max_staleness))
 
-    def _checkpoint(self) -> None:
-        self._checkpoints.save(
+    def _checkpoint(self) -> bool:
+        return self._checkpoints.save(
             Progress(
                 schema=SCHEMA,
                 run=self._run,
                 writer=self._writer.epoch,
-                version=self._version,
+                version=self.version,
                 digest=self._digest,
-                trained_versions=self._trained_versions,
+                trained_versions=self.trained_versions,
                 optimizer_steps=self._policy.steps,
                 ledger=self._ledger.state(),
                 offsets=self._reader.offsets(),
@@ -329,6 +325,7 @@ class Loop:
                 score_offsets=self._tasks.score_offsets(),
                 history_bytes=self._history.length,
                 seconds=self._seconds(),
+                control=self._control.state(),
             ),
             self._policy.state() | self._state.state(),
         )

@@ -1,9 +1,13 @@
-"""What the learner's loop reports to the HTTP thread."""
+"""What the learner's loop reports to the HTTP thread and to Prometheus."""
+
+import math
+from typing import Any
 
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
 from palimpsest.common.service import Status
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
+from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 
 
 class LoopStatus:
@@ -18,10 +22,25 @@ class LoopStatus:
         self._heartbeat = AgeGauge(HEARTBEAT.labels("learner"))
         self._since_version = AgeGauge(instruments.LAST_VERSION)
 
-    def update(self, fields: Status) -> None:
-        """Replace the fields of /v1/status. The loop does not change them afterwards."""
-        self._fields = fields
+    def update(self, ledger: TrajectoryLedger[Any], *, now: float, **fields: Any) -> None:
+        """Replace the fields of /v1/status and the series of the ledger. The loop does not change `fields` afterwards.
+
+        now: seconds, of the clock of the offers.
+        """
+        age = ledger.oldest_live_age(now=now)
+        instruments.OLDEST_LIVE.set(math.nan if age is None else age)
+        instruments.PENDING.set(ledger.pending())
+        instruments.WAITING.set(ledger.waiting())
+        oldest = ledger.oldest_open()
+        instruments.OLDEST_GROUP.set(ledger.age(oldest, now=now) if oldest else math.nan)
         self._heartbeat.restart()
+        self._fields = {
+            **fields,
+            "trajectories": ledger.counts(),
+            "waiting_trajectories": ledger.waiting(),
+            "complete_groups": ledger.complete(),
+            "oldest_group": ledger.oldest_open(),
+        }
 
     def published(self, version: Version) -> None:
         """Report a version that was published."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.files import write
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
@@ -77,28 +78,35 @@ class Supervisor:
         return [*self.servers, *self.workers, *self.replicas, self.learner]
 
     @property
+    def is_stopped_over_rest(self) -> bool:
+        """Whether the learner ended because a person requested a stop over REST."""
+        return not self.learner.running and self.learner.exit_code == ExitCode.STOPPED
+
+    @property
     def starts_again_in(self) -> Mapping[str, float]:
         """Seconds until the restart of each process that waits for one, by name."""
         now = self._clock()
         return {child.name: max(0.0, due - now) for child, due in self._due.copy().items()}
 
     def run(self, stop: Stop, look: Callable[[], RunObservation]) -> bool:
-        """Supervise until the learner is done (True) or a stop is requested (False). Calls `look` twice a second.
+        """Supervise until the learner is done (True) or is stopped (False). Calls `look` twice a second.
 
         Raises UserError if a process refuses to run or crashes repeatedly.
         """
         try:
             for child in self.children:
                 self._start(child)
+            write(self.home / run_folder.ADDRESSES, json.dumps({**self.urls, **self.replica_urls}).encode())
             while not stop.wait(LOOK_S):
                 self._observe(look())
-                if not self.learner.running and self.learner.exit_code == 0:
-                    return True
+                if not self.learner.running and self.learner.exit_code in (ExitCode.DONE, ExitCode.STOPPED):
+                    return not self.is_stopped_over_rest
                 for child in self.children:
                     if not child.running:
                         self._tend(child)
             return False
         finally:
+            (self.home / run_folder.ADDRESSES).unlink(missing_ok=True)
             self._stop()
 
     def _start(self, child: Child) -> None:

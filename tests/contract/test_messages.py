@@ -22,6 +22,7 @@ from palimpsest.common.messages import (
     TOPICS,
     TRAJECTORIES,
     WORKERS,
+    ControlChanged,
     CutReached,
     CutReleased,
     CutRequested,
@@ -99,6 +100,11 @@ FLUSHED = SegmentFlushed(
     segments=(Segment(1, 3, Version(2), HALVES),), temperature=0.75,
 )  # fmt: skip
 CUT_REQUESTED = CutRequested(run="first", cut=12, version=Version(3), deadline_s=5.0)
+CHANGED = ControlChanged(
+    run="first", writer=3, number=2, change="c-2", who="ann", role="tune", address="10.0.0.1", what="settings",
+    before={"learner.optimizer.lr": 1e-6}, after={"learner.optimizer.lr": 2e-6}, generation=1, version=Version(9),
+    next_group=40, asked_at=1700000000.5, applies_from="next version",
+)  # fmt: skip
 CUT_RELEASED = CutReleased(run="first", cut=12)
 CUT_REACHED = CutReached(
     run="first", worker="worker-0", cut=12, version=-1, positions={0: 17, 3: 300}, flushed=2, pause_s=0.25,
@@ -121,6 +127,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "segment_flushed-1": (TRAJECTORIES, FLUSHED),
     "cut_requested-1": (CONTROL, CUT_REQUESTED),
     "cut_released-1": (CONTROL, CUT_RELEASED),
+    "control_changed-1": (CONTROL, CHANGED),
     "version_published-1": (CONTROL, PUBLISHED),
     "run_finished-1": (CONTROL, ENDED),
     "worker_alive-1": (WORKERS, ALIVE),

@@ -17,8 +17,8 @@ from tests.deploy.conftest import CHART, NAMESPACE, VALUES, Document, Rendered
 pytestmark = pytest.mark.thorough
 Render = Callable[..., Rendered]
 SECRET = ("PASSWORD", "USERNAME", "TOKEN", "ACCESS_KEY", "ROOT_USER")
-FINAL = {ExitCode.CONFIGURATION, ExitCode.DAMAGED, ExitCode.CANARY, ExitCode.REPLACED}
-"""Codes after which a restart would exit in the same way."""
+FINAL = {ExitCode.CONFIGURATION, ExitCode.DAMAGED, ExitCode.CANARY, ExitCode.REPLACED, ExitCode.STOPPED}
+"""Codes after which no other pod may start: it would exit in the same way, or a person stopped the run."""
 
 
 @pytest.fixture(params=VALUES)

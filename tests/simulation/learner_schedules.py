@@ -30,7 +30,7 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.ingest import dead_letter_writer, trajectory_reader
-from palimpsest.services.learner.loop import Training
+from palimpsest.services.learner.loop_parts import Training
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator

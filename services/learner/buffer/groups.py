@@ -41,6 +41,8 @@ class Group(Generic[T]):
     index: int
     samples: int
     offered_at: float
+    time_limit_s: float
+    """Seconds from the offer, after which awaited trajectories are dropped."""
     arrived: dict[int, Finished[T]] = field(default_factory=dict)
     """Sample -> trajectory that waits for the training."""
     ended: dict[int, str] = field(default_factory=dict)

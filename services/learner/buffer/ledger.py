@@ -105,10 +105,10 @@ class TrajectoryLedger(Generic[T]):
         """Number of groups that may be unresolved."""
         return self._limit.groups
 
-    def offer(self, *, now: float, samples: int | None = None) -> str:
+    def offer(self, *, now: float, samples: int | None = None, time_limit_s: float | None = None) -> str:
         """Enter the next group. Return its id. now: seconds, of the clock that `expire` uses."""
         group = group_id(self._next_index)
-        self._open[group] = Group(self._next_index, samples or self._samples, now)
+        self._open[group] = Group(self._next_index, samples or self._samples, now, time_limit_s or self._time_limit_s)
         self._offered += samples or self._samples
         self._next_index += 1
         return group
@@ -146,7 +146,7 @@ class TrajectoryLedger(Generic[T]):
         """Drop the trajectories that have been awaited for longer than the time limit. Return their ids."""
         late: list[str] = []
         for name, group in list(self._open.items()):
-            if now - group.offered_at > self._time_limit_s:
+            if now - group.offered_at > group.time_limit_s:
                 for sample in group.awaited:
                     self._end(group, sample, DropReason.DEADLINE.value)
                     late.append(trajectory_id(name, sample))
@@ -260,7 +260,7 @@ class TrajectoryLedger(Generic[T]):
         """Continue from a checkpoint. The time limits of open groups start again."""
         self._next_index = state.next_index
         self._open = {
-            name: Group(int(name[1:]), self._samples, now, ended=dict(ended))
+            name: Group(int(name[1:]), self._samples, now, self._time_limit_s, ended=dict(ended))
             for name, ended in state.open_groups.items()
         }
         self._trained, self._dropped = state.trained, dict(state.dropped)

@@ -70,19 +70,24 @@ class Checkpoints:
             )
         raise NoCheckpoint(str(self._folder))
 
-    def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a checkpoint and remove the oldest ones beyond `keep`. Raises Fenced.
+    def keep(self, number: int) -> None:
+        """Keep this number of checkpoints from the next one on."""
+        self._keep = number
+
+    def save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> bool:
+        """Write a checkpoint and remove the oldest ones beyond `keep`. Return whether it was written. Raises Fenced.
 
         Does nothing if this learner has already written a checkpoint of this version: a restart reads later changes of
         the ledger from the log.
         """
         if any((c.version, c.writer) == (progress.version, self._writer.epoch) for c in self._committed):
-            return
+            return False
         try:
             self._save(progress, tensors)
         except FileNotFoundError:
             self._writer.confirm()  # a successor removes uncommitted folders; then this raises Fenced
             raise
+        return True
 
     def oldest_version(self) -> Version | None:
         """Version of the oldest checkpoint that is kept; None without any."""

@@ -15,6 +15,7 @@ from msgspec import Struct, field
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
+from palimpsest.services.learner.control.state import ControlState
 
 SCHEMA = 1
 STATE, MANIFEST, PROPOSED = "state.safetensors", "manifest.json", "proposed.json"
@@ -47,6 +48,8 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     score_offsets: dict[int, int] = field(default_factory=dict)
     """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {} (the value in checkpoints
     of earlier releases): any record may belong to an unresolved one."""
+    control: ControlState = ControlState()
+    """What people changed in the run."""
 
 
 def folder_name(version: Version, writer: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from palimpsest.common.bus.port import Bus
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
-from palimpsest.services.learner.ingest.offers import TaskSettings
+from palimpsest.services.learner.ingest.offers import OfferSettings, TaskSettings
 from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
 
@@ -19,6 +19,7 @@ class Ingest:
     reader: TrajectoryReader
     tasks: TaskPublisher
     dead_letters: DeadLetterWriter
+    offers: OfferSettings
 
     def start(
         self,
@@ -53,7 +54,7 @@ def build_ingest(
     on_resolved: Callable[[str], None] = lambda _: None,
 ) -> Ingest:
     """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the others."""
-    dead_letters = DeadLetterWriter(bus, run=run, confirm=confirm)
+    dead_letters, offers = DeadLetterWriter(bus, run=run, confirm=confirm), OfferSettings(settings)
     return Ingest(
         ledger,
         TrajectoryReader(
@@ -61,11 +62,12 @@ def build_ingest(
             ledger,
             dead_letters,
             run=run,
-            offered=settings,
+            offered=offers,
             vocabulary=vocabulary,
             keep_flushed=keep_flushed,
             on_resolved=on_resolved,
         ),
-        TaskPublisher(bus, ledger, settings, run=run, confirm=confirm),
+        TaskPublisher(bus, ledger, offers, run=run, confirm=confirm),
         dead_letters,
+        offers,
     )

@@ -1,7 +1,9 @@
 """What the run offers to workers, and the check that a trajectory is what was offered. Pure."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from msgspec import structs
 
 from palimpsest.common.messages import Sampling, SegmentFlushed, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
@@ -26,15 +28,37 @@ class TaskSettings:
         return task(self.seed, index, self.environments)
 
 
-def check_offer(message: TrajectoryFinished | SegmentFlushed, offered: TaskSettings) -> None:
+class OfferSettings:
+    """The settings of the groups that a run offers. A change concerns the groups that are offered after it."""
+
+    def __init__(self, settings: TaskSettings) -> None:
+        self.next = settings
+        """Of the next group."""
+        self._temperatures: list[tuple[int, float]] = [(0, settings.sampling.temperature)]
+
+    def use(self, later: Sequence[tuple[int, float]], *, time_limit_s: float) -> None:
+        """Use other settings from now on.
+
+        later: all changes of the temperature in the run, in their order: index of the first group, temperature.
+        """
+        self._temperatures = [self._temperatures[0], *later]
+        sampling = structs.replace(self.next.sampling, temperature=self._temperatures[-1][1])
+        self.next = replace(self.next, sampling=sampling, time_limit_s=time_limit_s)
+
+    def temperature(self, index: int) -> float:
+        """Return the temperature at which the group with this index was offered."""
+        return next(temperature for first, temperature in reversed(self._temperatures) if first <= index)
+
+
+def check_offer(message: TrajectoryFinished | SegmentFlushed, offers: OfferSettings) -> None:
     """Raise MalformedTrajectory if the message contradicts the offer of its group.
 
     Log-probs at another temperature, or of another environment's task, would train the policy on something else. The
     group must be one of this run: its id gives its index.
     """
-    sampling = offered.sampling
-    if message.temperature != sampling.temperature:
-        _contradict("temperature", message.temperature, f"{sampling.temperature} (sampling.temperature)")
+    sampling, index = offers.next.sampling, int(message.group[1:])
+    if message.temperature != (temperature := offers.temperature(index)):
+        _contradict("temperature", message.temperature, f"{temperature} (sampling.temperature)")
     tokens = len(message.tokens) // 4
     if tokens > sampling.max_trajectory_tokens:
         _contradict("tokens", tokens, f"at most {sampling.max_trajectory_tokens} (sampling.max_trajectory_tokens)")
@@ -42,7 +66,7 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offered: TaskSetti
         return
     if message.turns > sampling.max_turns:
         _contradict("turns", message.turns, f"at most {sampling.max_turns} (sampling.max_turns)")
-    environment, _ = offered.task(int(message.group[1:]))
+    environment, _ = offers.next.task(index)
     if message.environment != environment:
         _contradict("environment", repr(message.environment), repr(environment))
 

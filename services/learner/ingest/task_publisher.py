@@ -16,7 +16,7 @@ from palimpsest.common.messages import (
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.offers import TaskSettings
+from palimpsest.services.learner.ingest.offers import OfferSettings
 from palimpsest.services.learner.ingest.resume import no_records_skipped
 from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, ReceivedTrajectory
 from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
@@ -33,12 +33,12 @@ class TaskPublisher:
         self,
         bus: Bus,
         ledger: TrajectoryLedger[ReceivedTrajectory],
-        settings: TaskSettings,
+        offers: OfferSettings,
         *,
         run: str,
         confirm: Callable[[], None],
     ) -> None:
-        self._bus, self._ledger, self._settings, self._run, self._confirm = bus, ledger, settings, run, confirm
+        self._bus, self._ledger, self._offers, self._run, self._confirm = bus, ledger, offers, run, confirm
         self._scores, self._watermarks = bus.consumer(OLD_LOGPROBS), ScoreWatermarks()
         self._task_ends: dict[int, int] = {}
 
@@ -61,7 +61,7 @@ class TaskPublisher:
         offers = [self._next_offer(newest, now) for _ in range(slots)]
         for at in self._bus.publish(TASKS, [Outgoing(offer.group, encode(offer)) for offer in offers]):
             self._task_ends[at.partition] = max(self._task_ends.get(at.partition, 0), at.offset + 1)
-        instruments.OFFERED.inc(self._settings.samples * len(offers))
+        instruments.OFFERED.inc(self._offers.next.samples * len(offers))
         return len(offers)
 
     def offsets(self) -> dict[int, int]:
@@ -81,18 +81,18 @@ class TaskPublisher:
         self._scores.close()
 
     def _next_offer(self, newest: Version, now: float) -> GroupOffered:
-        index = self._ledger.next_index
-        environment, task_seed = self._settings.task(index)
+        index, settings = self._ledger.next_index, self._offers.next
+        environment, task_seed = settings.task(index)
         return GroupOffered(
             run=self._run,
-            group=self._ledger.offer(now=now),
+            group=self._ledger.offer(now=now, time_limit_s=settings.time_limit_s),
             index=index,
             version=newest,
             environment=environment,
             task_seed=task_seed,
-            samples=self._settings.samples,
-            sampling=self._settings.sampling,
-            time_limit_s=self._settings.time_limit_s,
+            samples=settings.samples,
+            sampling=settings.sampling,
+            time_limit_s=settings.time_limit_s,
         )
 
     def _adopt(self, task_offsets: Mapping[int, int], now: float) -> None:

@@ -21,7 +21,7 @@ from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
 from palimpsest.services.learner.buffer.ledger import ArrivalStatus, TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.ingest.decoding import decode_for_run
-from palimpsest.services.learner.ingest.offers import TaskSettings, check_offer
+from palimpsest.services.learner.ingest.offers import OfferSettings, check_offer
 from palimpsest.services.learner.ingest.resume import no_records_skipped
 from palimpsest.services.learner.ingest.validation import validate
 
@@ -66,7 +66,7 @@ class TrajectoryReader:
         dead_letters: DeadLetterWriter,
         *,
         run: str,
-        offered: TaskSettings,
+        offered: OfferSettings,
         vocabulary: int,
         keep_flushed: bool = False,
         on_resolved: Callable[[str], None] = lambda _: None,

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 STEPS = "steps"
+
+
+def critic_optimizer(config: LearnerConfig) -> OptimizerConfig:
+    """Return the optimizer settings of the critic: those of the policy, with the critic's learning rate."""
+    return config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
 
 
 class Critic:

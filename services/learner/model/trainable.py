@@ -37,6 +37,10 @@ class TrainablePolicy:
         self.steps = 0
         """Number of optimizer steps taken; skipped steps do not count."""
 
+    def configure(self, config: OptimizerConfig) -> None:
+        """Use another learning rate, schedule and maximum norm from the next step on; the moments stay."""
+        self._config = config
+
     def gradients(self) -> list[Tensor]:
         """Return the accumulated float32 gradients, to be summed over ranks."""
         return [m.grad for m in self.masters if m.grad is not None]

@@ -78,6 +78,10 @@ class VersionReporter:
         """Read the newest lines of the history. Call it after the history is truncated to the checkpoint."""
         self._tracker.start(self._history)
 
+    def use(self, thresholds: RunThresholds) -> None:
+        """Compare with these bounds from the next line on."""
+        self._thresholds = thresholds
+
     def line(self, batch: Batch, trained: StepResult, **facts: Any) -> dict[str, Any]:
         """Return the version's line with its alerts. facts: see `version_record`."""
         line = version_record(batch, trained, bounds=self._thresholds, **facts)

@@ -7,7 +7,7 @@ surrogates    no work
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config.learner import LearnerConfig
@@ -45,6 +45,9 @@ class Route(Protocol):
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         """Called before the first optimizer step, which changes the weights of `now`. training: ids of the batch."""
 
+    def cut_now(self, now: Version, digest: str) -> dict[str, Any]:
+        """Pause the workers, score all their tokens and let them go on. Return the counts; {} without cuts."""
+
     def published(self, version: Version, digest: str) -> None:
         """Called after a version was announced."""
 
@@ -73,6 +76,9 @@ class NoRoute:
         return list(rows)
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None: ...
+    def cut_now(self, now: Version, digest: str) -> dict[str, Any]:
+        return {}
+
     def published(self, version: Version, digest: str) -> None: ...
     def release(self) -> None: ...
     def close(self) -> None: ...
@@ -152,6 +158,16 @@ class InterruptionRoute:
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
         self._coordinator.cut(now, digest, training=training)
+
+    def cut_now(self, now: Version, digest: str) -> dict[str, Any]:
+        report = self._coordinator.cut_and_release(now, digest)
+        return {
+            "cut": report.cut,
+            "workers": list(report.workers),
+            "late": list(report.late),
+            "tokens_scored": report.tokens_scored,
+            "flushed": report.flushed,
+        }
 
     def published(self, version: Version, digest: str) -> None:
         self._coordinator.published(version, digest)

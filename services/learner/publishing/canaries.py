@@ -45,6 +45,10 @@ class Canaries:
         self._rows: list[Row] = []
         self._before: list[tuple[float, ...]] = []
 
+    def use(self, trajectories: int) -> None:
+        """Use this number of trajectories from the next version on."""
+        self._trajectories = trajectories
+
     def choose(self, rows: Sequence[Row]) -> None:
         """Choose rows of the batch, and score them under the weights before the step."""
         self._rows = []

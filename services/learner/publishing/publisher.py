@@ -5,7 +5,7 @@ import torch
 from palimpsest.common import failpoints
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
-from palimpsest.common.messages import CONTROL, RunFinished, VersionPublished, encode
+from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.snapshots.writer import Writer
@@ -46,6 +46,11 @@ class Publisher:
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
         logger().debug("published", version=version, digest=manifest.digest[:16], bytes=manifest.object_size)
         return manifest
+
+    def record_change(self, change: ControlChanged) -> None:
+        """Put the record of a change on the log. Raises Fenced if another learner has the run."""
+        self._writer.confirm()
+        self._bus.publish(CONTROL, [Outgoing(self._run, encode(change))])
 
     def republish(self, version: Version, *, now: float) -> Manifest:
         """Publish after a restart: as `version` if the store holds no later version, else as the next free number.

@@ -12,7 +12,7 @@ from palimpsest.common.config.proximal import InterruptionProximal, MissingPolic
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.critic import Critic, critic_optimizer
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
@@ -48,12 +48,11 @@ def build_training_state(
     parts = _Parts(policy, store, device, on_load)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
-    critic = config.optimizer.model_copy(update={"lr": config.advantages.critic.lr})
     return TrainingState(
         source=_build_source(config, parts, missed),
         misses=missed,
         auditor=_snapshot_source(parts) if config.audit.fraction else None,
-        critic=Critic(policy.model, critic) if gae else None,
+        critic=Critic(policy.model, critic_optimizer(config)) if gae else None,
         start=copy.deepcopy(policy.model).requires_grad_(False) if config.loss.kl.weight else None,
         multiplier=config.loss.r2vpo.multiplier,
     )

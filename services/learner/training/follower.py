@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -17,6 +18,8 @@ class TrainOrder:
 
     version: Version
     minibatches: list[list[Row]]
+    settings: LearnerConfig | None = None
+    """The settings from this version on; None: the former ones."""
 
 
 def run_follower(
@@ -33,6 +36,8 @@ def run_follower(
         serve_scoring(ranks, forward)
 
     while isinstance(order := serve_scoring(ranks, forward), TrainOrder):
+        if order.settings is not None:
+            trainer.configure(order.settings)
         ranks.all_gather_object(trainer.train(order.minibatches, order.version, before_first_step=cut))
 
 

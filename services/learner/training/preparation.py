@@ -16,6 +16,7 @@ from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.kl import estimate
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.policy import score_batch
+from palimpsest.services.learner.proximal.types import Proximal
 from palimpsest.services.learner.training.state import TrainingState
 
 
@@ -30,6 +31,19 @@ class Prepared:
     """Values of the critic; [] without a critic."""
     returns: list[Tensor]
     """Targets of the critic; [] without a critic."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInputs:
+    """Inputs of a version's passes. Lists have one entry for each micro-batch."""
+
+    batches: list[PaddedBatch]
+    proximal: Proximal
+    old: list[Tensor] | None
+    """Old log-probs of an audited batch; None if the batch is not audited."""
+    prepared: Prepared
+    phase: float
+    """Weight of EPO's penalty at this version."""
 
 
 @torch.no_grad()

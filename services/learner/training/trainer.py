@@ -5,7 +5,6 @@ belongs to the version that sampled it, and does not change with the number of m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,32 +22,20 @@ from palimpsest.services.learner.losses.objective import Objective, Terms, switc
 from palimpsest.services.learner.losses.r2vpo import next_multiplier, squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
+from palimpsest.services.learner.model.critic import critic_optimizer
 from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.proximal.types import Interpolated, Proximal, ProximalValues
+from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
-from palimpsest.services.learner.training.preparation import Prepared, prepare_batch
+from palimpsest.services.learner.training.preparation import VersionInputs, prepare_batch
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
 from palimpsest.services.learner.training.state import TrainingState
 
 
 def no_cut() -> None:
     """Do nothing: no cut is needed before the weights change."""
-
-
-@dataclass(frozen=True, slots=True)
-class _VersionInputs:
-    """Inputs of a version's passes. Lists have one entry for each micro-batch."""
-
-    batches: list[PaddedBatch]
-    proximal: Proximal
-    old: list[Tensor] | None
-    """Old log-probs of an audited batch; None if the batch is not audited."""
-    prepared: Prepared
-    phase: float
-    """Weight of EPO's penalty at this version."""
 
 
 class Trainer:
@@ -66,9 +53,16 @@ class Trainer:
     ) -> None:
         """length: sampling.max_trajectory_tokens; seed: with the version, it decides which batches are audited."""
         self._policy, self._state, self._ranks, self._config = policy, state, ranks, config
+        self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
-        self._seed = seed
         self._device = next(policy.model.parameters()).device
+
+    def configure(self, config: LearnerConfig) -> None:
+        """Use other settings from the next version on. All ranks must call it before the same version."""
+        self._config, self._objective = config, Objective(config, length=self._length)
+        self._policy.configure(config.optimizer)
+        if self._state.critic is not None:
+            self._state.critic.trainable.configure(critic_optimizer(config))
 
     def train(
         self,
@@ -93,7 +87,7 @@ class Trainer:
             prepared = prepare_batch(self._state, batches, self._config, self._ranks, self._device)
         epo = self._config.loss.epo
         phase = 1.0 if isinstance(epo.phase, str) else phase_weight(now, epo.phase, epo.gamma)
-        version = _VersionInputs(batches, proximal, old, prepared, phase)
+        version = VersionInputs(batches, proximal, old, prepared, phase)
         results: list[MicroBatchResult] = []
         place = 0
         for number, (own, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
@@ -157,7 +151,7 @@ class Trainer:
             known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
         return known
 
-    def _limits(self, version: _VersionInputs, places: range) -> Limits:
+    def _limits(self, version: VersionInputs, places: range) -> Limits:
         """Compute the limits that depend on all tokens of a minibatch, before its forward passes."""
         rules = self._objective.rules
         if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalize):
@@ -169,7 +163,7 @@ class Trainer:
             parts.append((anchor.logprobs, behavior, mask, anchor.missing))
         return limits(parts, rules, gather=self._ranks.all_gather_object)
 
-    def _tau(self, version: _VersionInputs, places: range, bounds: Limits, *, first: bool) -> float:
+    def _tau(self, version: VersionInputs, places: range, bounds: Limits, *, first: bool) -> float:
         """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
         squares = [torch.empty(0, dtype=torch.float64)]
         for place in places:
@@ -185,7 +179,7 @@ class Trainer:
 
     def _passes(
         self,
-        version: _VersionInputs,
+        version: VersionInputs,
         places: range,
         groups: Sequence[str],
         denominators: Denominators,
@@ -203,7 +197,7 @@ class Trainer:
 
     def _passes_with_baseline(
         self,
-        version: _VersionInputs,
+        version: VersionInputs,
         places: range,
         groups: Sequence[str],
         denominators: Denominators,
@@ -226,7 +220,7 @@ class Trainer:
         return passes
 
     def _inputs(
-        self, version: _VersionInputs, place: int, current: Tensor, bounds: Limits
+        self, version: VersionInputs, place: int, current: Tensor, bounds: Limits
     ) -> tuple[Inputs, ProximalValues, Correction]:
         """Inputs of the objective for one micro-batch. current: log-probs of the policy."""
         batch = version.batches[place]
@@ -240,7 +234,7 @@ class Trainer:
         return Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask), anchor, correction
 
     def _pass(
-        self, version: _VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> MicroBatchPass:
         """Forward and backward pass of one micro-batch."""
         batch, prepared = version.batches[place], version.prepared
@@ -268,7 +262,7 @@ class Trainer:
             batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable
         )
 
-    def _train_critic(self, version: _VersionInputs, place: int, denominators: Denominators) -> None:
+    def _train_critic(self, version: VersionInputs, place: int, denominators: Denominators) -> None:
         """Backward pass of the critic on one micro-batch, if there is a critic."""
         if self._state.critic is None:
             return

@@ -1,4 +1,4 @@
-"""Steps that a worker needs: if its engine refuses one, the process ends with a message and exit code 7."""
+"""Steps that a worker needs: if its engine refuses one, the process ends with a message and exit code 8."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

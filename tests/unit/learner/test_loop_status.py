@@ -4,10 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Stop
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.control.run_control import RunControl
 from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.loop_status import LoopStatus
 
@@ -24,7 +26,8 @@ def test_a_status_does_not_change_while_the_ledger_does() -> None:
     parts = SimpleNamespace(trainer=None, policy=None, state=None, ranks=None)
     ingest = SimpleNamespace(ledger=ledger, reader=None, tasks=None)
     outputs = SimpleNamespace(writer=SimpleNamespace(epoch=1), publisher=None, checkpoints=None)
-    loop = Loop(config, parts, ingest, unused, outputs, unused, Stop())  # type: ignore[arg-type]
+    control = RunControl(config, ControlDesk(""), publish=lambda _: None)
+    loop = Loop(config, parts, ingest, unused, outputs, unused, control, Stop())  # type: ignore[arg-type]
     assert loop.status.not_ready() == "the start"
     loop.update_status()
     before = loop.status.fields()
@@ -38,7 +41,8 @@ def test_a_status_does_not_change_while_the_ledger_does() -> None:
 def test_a_published_version_has_an_age_and_each_status_a_heartbeat() -> None:
     status = LoopStatus()
     status.published(Version(7))
-    status.update({})
+    ledger: TrajectoryLedger[str] = TrajectoryLedger(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
+    status.update(ledger, now=0.0)
     assert REGISTRY.get_sample_value("palimpsest_learner_version") == 7
     for name, labels in (("palimpsest_learner_last_version_seconds", {}), ("palimpsest_heartbeat_seconds", LEARNER)):
         first, second = REGISTRY.get_sample_value(name, labels), REGISTRY.get_sample_value(name, labels)

@@ -65,7 +65,7 @@ def test_an_error_is_quoted_with_its_complete_message() -> None:
         (-35, "", "it was ended by signal 35 (see `man 7 signal`)"),
         (0, "", "it ended before the end of the run (exit code 0)"),
         (1, "", "it crashed (exit code 1: its log has no error)"),
-        (7, "the engine died", "it crashed (exit code 7: the engine died)"),
+        (8, "the engine died", "it crashed (exit code 8: the engine died)"),
         (130, "", "it was stopped before the end of the run (exit code 130: SIGTERM or SIGINT)"),
     ],
 )

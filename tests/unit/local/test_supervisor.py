@@ -160,8 +160,8 @@ ENGINE_DIES = """
 import json, os, pathlib
 path = pathlib.Path({path!r})
 path.parent.mkdir(parents=True, exist_ok=True)
-path.write_text(json.dumps({{"message": "the engine was ended by SIGILL", "code": 7, "processes": [os.getpid()]}}))
-exit(7)
+path.write_text(json.dumps({{"message": "the engine was ended by SIGILL", "code": 8, "processes": [os.getpid()]}}))
+exit(8)
 """
 
 
@@ -169,7 +169,7 @@ exit(7)
 def test_a_dead_engine_is_restarted_and_reported_with_the_workers_message(tmp_path: Path):
     path = tmp_path / "t" / "refusals" / "worker-0.json"
     run = supervised(tmp_path, worker=ENGINE_DIES.format(path=str(path)), learner=LASTS, restarts=99)
-    with pytest.raises(UserError, match="exit code 7: the engine was ended by SIGILL") as error:
+    with pytest.raises(UserError, match="exit code 8: the engine was ended by SIGILL") as error:
         run.run(Stop(), look)
     assert error.value.code is ExitCode.ENGINE
     assert [crash.words for crash in run.crashes] == ["the engine was ended by SIGILL"] * 2

@@ -294,12 +294,12 @@ podFailurePolicy:
     - action: Ignore
       onPodConditions:
         - {type: DisruptionTarget, status: "True"}
-    # a restart would exit in the same way: configuration, damaged data, canary, replaced
+    # a restart would exit in the same way: configuration, damaged data, canary, replaced; 7: a person stopped the run
     - action: FailJob
       onExitCodes:
         containerName: {{ . }}
         operator: In
-        values: [2, 4, 5, 6]
+        values: [2, 4, 5, 6, 7]
     # a clean stop after SIGTERM
     - action: Ignore
       onExitCodes:

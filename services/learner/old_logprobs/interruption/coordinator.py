@@ -127,6 +127,17 @@ class CutCoordinator:
         )  # fmt: skip
         return report
 
+    def cut_and_release(self, now: Version, digest: str) -> CutReport:
+        """Cut while the weights stay, and resume the workers. Raises Fenced.
+
+        Later tokens of `now` are scored before the next step, as if there had been no cut.
+        """
+        report = self.cut(now, digest)
+        self._confirm()
+        self._open = report.cut
+        self.release()
+        return report
+
     def published(self, version: Version, digest: str) -> None:
         """Record an announced version. The announcement resumes the workers."""
         self._scores.digests[version] = digest

@@ -44,6 +44,20 @@ def test_offers_are_published_with_task_and_version(bus: SqliteBus) -> None:
     assert {(o.run, o.environment, o.samples, o.version) for o in offers} == {("test", "lookup", 2, 0)}
 
 
+def test_changed_settings_concern_the_groups_that_are_offered_later(bus: SqliteBus) -> None:
+    ingest = started(bus)
+    ingest.offers.use([(4, 0.5)], time_limit_s=7.0)
+    ingest.ledger.expire(now=61.0)
+    ingest.tasks.offer(Version(0), now=61.0)
+    with bus.consumer(TASKS) as consumer:
+        offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
+    by_index = {offer.index: (offer.sampling.temperature, offer.time_limit_s) for offer in offers}
+    assert by_index == dict.fromkeys(range(4), (1.0, 60)) | dict.fromkeys(range(4, 8), (0.5, 7.0))
+    assert [ingest.offers.temperature(index) for index in (0, 3, 4, 9)] == [1.0, 1.0, 0.5, 0.5]
+    assert ingest.ledger.expire(now=68.0) == []
+    assert len(ingest.ledger.expire(now=68.1)) == 8
+
+
 def test_a_restart_without_a_checkpoint_adopts_all_offers(bus: SqliteBus) -> None:
     started(bus)
     again = an_ingest(bus)

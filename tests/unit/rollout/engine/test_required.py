@@ -1,4 +1,4 @@
-"""A live engine that refuses a required step ends its worker with a message and exit code 7; no trajectory is lost."""
+"""A live engine that refuses a required step ends its worker with a message and exit code 8; no trajectory is lost."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,160 @@
+"""Changes at the safe points of the loop: their records, their effects, and a restart."""
+
+from typing import Any
+
+import pytest
+
+from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control.changes import Caller, Change
+from palimpsest.common.control.desk import ControlDesk
+from palimpsest.common.control_messages import ControlChanged
+from palimpsest.common.user_error import UserError
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.control.run_control import RunControl
+from palimpsest.services.learner.control.state import ControlState
+
+ANN = Caller("ann", "tune", "10.0.0.1")
+LR = "learner.optimizer.lr"
+
+
+class RecordedLoop:
+    """A loop that records what the control does to it; `log` holds the records in the order of the effects."""
+
+    version, trained_versions, next_group = Version(5), 5, 40
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def use_settings(self, config: RunConfig) -> None:
+        self.log.append(("settings", config.learner.optimizer.lr))
+
+    def save_checkpoint(self) -> dict[str, Any]:
+        self.log.append("checkpoint")
+        return {"version": 5, "digest": "d", "nothing_new": False}
+
+    def cut_now(self) -> dict[str, Any]:
+        self.log.append("cut")
+        return {"cut": 3}
+
+    def request_stop(self) -> None:
+        self.log.append("stop")
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"id": "r"},
+            "model": {"path": "m"},
+            "tasks": {"environments": {"lookup": 1.0}},
+            "learner": {"versions": 30, "proximal": {"kind": "current_recompute"}},
+        }
+    )
+
+
+class Parts:
+    def __init__(self, config: RunConfig, writer: int = 1, earlier: tuple[ControlChanged, ...] = ()) -> None:
+        self.loop, self.desk = RecordedLoop(), ControlDesk("c", clock=iter(range(1000)).__next__)
+        self.control = RunControl(
+            config, self.desk, publish=self.loop.log.append, earlier=lambda: earlier, writer=lambda: writer
+        )
+
+    def do(self, kind: str, **what: Any) -> Change:
+        change = self.desk.submit(kind, what, ANN, applies_from="soon")
+        self.control.at_safe_point(self.loop)
+        return self.desk.get(change.id)
+
+    def records(self) -> list[ControlChanged]:
+        return [entry for entry in self.loop.log if isinstance(entry, ControlChanged)]
+
+
+@pytest.fixture
+def parts(config: RunConfig) -> Parts:
+    return Parts(config)
+
+
+def test_a_change_is_recorded_before_its_effect(parts: Parts) -> None:
+    change = parts.do("settings", **{LR: 1e-3})
+    record, effect = parts.loop.log
+    assert effect == ("settings", 1e-3)
+    assert record == ControlChanged(
+        run="r",
+        writer=1,
+        number=1,
+        change="c1",
+        who="ann",
+        role="tune",
+        address="10.0.0.1",
+        what="settings",
+        before={LR: 1e-6},
+        after={LR: 1e-3},
+        generation=1,
+        version=Version(5),
+        next_group=40,
+        asked_at=change.requested_at,
+        applies_from="soon",
+    )
+    assert (change.state, change.version, change.before) == ("applied", 5, {LR: 1e-6})
+    assert (parts.control.learner.optimizer.lr, parts.control.current.generation) == (1e-3, 1)
+
+
+def test_a_refused_change_leaves_no_record(parts: Parts) -> None:
+    change = parts.do("settings", **{"learner.versions": 5})
+    assert (change.state, change.code) == ("refused", "invalid_value")
+    assert change.message == "learner.versions: 5 versions are trained; to end the run now, use the action stop"
+    assert parts.loop.log == []
+    assert parts.control.current.generation == 0
+
+
+def test_an_audit_that_the_run_was_not_started_for_is_refused(parts: Parts) -> None:
+    assert parts.do("settings", **{"learner.audit.fraction": 0.5}).code == "needs_new_run"
+
+
+def test_pause_and_resume(parts: Parts) -> None:
+    assert parts.do("pause", what="training").state == "applied"
+    assert (parts.control.paused_by("training"), parts.control.paused_by("offers")) == ("ann", None)
+    parts.do("resume")
+    assert not parts.control.is_paused
+    assert [record.what for record in parts.records()] == ["pause", "resume"]
+
+
+def test_actions_return_their_results(parts: Parts) -> None:
+    assert parts.do("checkpoint").result == {"version": 5, "digest": "d", "nothing_new": False}
+    assert parts.do("cut").result == {"cut": 3}
+    assert parts.do("stop").state == "applied"
+    assert [entry for entry in parts.loop.log if isinstance(entry, str)] == ["checkpoint", "cut", "stop"]
+
+
+def test_a_restart_goes_on_with_the_checkpoint_and_the_later_records(config: RunConfig) -> None:
+    before = Parts(config)
+    before.do("settings", **{LR: 1e-3})
+    saved = before.control.state()
+    before.do("settings", **{"learner.loss.clip_low": 0.1})
+    before.do("pause", what="offers")
+    after = Parts(config, writer=2, earlier=tuple(before.records()))
+    used = after.control.restore(saved)
+    assert (used.learner.optimizer.lr, used.learner.loss.clip_low) == (1e-3, 0.1)
+    assert (after.control.current.generation, after.control.paused_by("offers")) == (2, "ann")
+    after.do("resume")
+    assert after.records()[-1].number == 4
+
+
+def test_a_record_of_a_learner_that_was_replaced_is_ignored() -> None:
+    late = ControlChanged(
+        "r", 1, 2, "c9", "ann", "tune", "", "pause", {}, {"what": "training"}, 0, Version(5), 40, 0.0, ""
+    )
+    assert ControlState(number=1, writer=2).after(late).paused == {}
+    assert ControlState(number=1, writer=1).after(late).paused == {"training": "ann"}
+
+
+def test_a_temperature_is_kept_with_its_first_group(parts: Parts) -> None:
+    parts.do("settings", **{"sampling.temperature": 0.7})
+    parts.loop.next_group = 60
+    parts.do("settings", **{"sampling.temperature": 1, LR: 1e-4})
+    assert parts.control.state().temperatures == ((40, 0.7), (60, 1.0))
+
+
+def test_settings_that_do_not_fit_the_run_file_any_more_end_the_start(config: RunConfig) -> None:
+    state = ControlState(number=1, writer=1, generation=1, values={"learner.optimizer.lr": "fast"})
+    with pytest.raises(UserError, match=r"do not fit its run file: learner\.optimizer\.lr"):
+        Parts(config).control.restore(state)
