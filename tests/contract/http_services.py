@@ -1,16 +1,23 @@
 """The HTTP application of every service, as its program builds it."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.control.access import Access
+from palimpsest.common.control.changes import ChangeState
+from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.service import Starting
 from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app as create_gateway
 from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
+from palimpsest.services.learner.control.routes import RULES, control_routes
+from palimpsest.services.learner.control.run_control import CurrentSettings
 from palimpsest.services.snapshot_store.app import create_app as create_store
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
@@ -29,6 +36,31 @@ def _starting(name: str) -> Callable[[Access | None, Path], FastAPI]:
     return create
 
 
+def _learner(access: Access | None, _folder: Path) -> FastAPI:
+    """A learner whose loop finishes every change at once and applies none."""
+    desk = ControlDesk("change-")
+    config = RunConfig.model_validate(
+        {"model": {"path": "m"}, "tasks": {"environments": {"lookup": 1.0}}, "learner": {"versions": 3}}
+    )
+
+    def finish_changes() -> None:
+        while True:
+            for change in desk.take():
+                desk.finish(change, ChangeState.APPLIED, version=1)
+            time.sleep(0.01)
+
+    threading.Thread(target=finish_changes, daemon=True).start()
+    server = Starting("learner", "127.0.0.1", 0, key="learner", registry=CollectorRegistry(), access=access)
+    with server:
+        server.show_service(
+            ready=lambda: None,
+            status=dict,
+            routes=control_routes(desk, lambda: CurrentSettings(config), cuts=True),
+            rules=RULES,
+        )
+    return server.app
+
+
 def _store(access: Access | None, folder: Path) -> FastAPI:
     return create_store(DiskStorage(folder, tidy=False), sweep_s=3600, access=access)
 
@@ -41,7 +73,7 @@ def _gateway(access: Access | None, _folder: Path) -> FastAPI:
 APPS: dict[str, Callable[[Access | None, Path], FastAPI]] = {
     "store": _store,
     "gateway": _gateway,
-    "learner": _starting("learner"),
+    "learner": _learner,
     "rollout": _starting("rollout"),
     "replica": _starting("replica"),
 }

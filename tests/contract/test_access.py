@@ -15,6 +15,7 @@ from tests.contract.http_services import APPS
 
 VIEWED = {("GET", "/v1/status"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"),
           ("GET", "/v1/envs"), ("GET", "/v1/envs/{name}"), ("GET", "/docs/oauth2-redirect")}  # fmt: skip
+VIEWED |= {("GET", "/v1/settings"), ("GET", "/v1/changes"), ("GET", "/v1/changes/{change}")}
 OPERATED = {("DELETE", "/v1/sessions/{session_id}")}
 
 
@@ -68,4 +69,8 @@ async def test_a_stranger_and_a_wrong_role_are_refused(
         permitted = set(Role)
     if (method, path) in OPERATED:
         permitted |= {Role.OPERATE, Role.TUNE}
+    if path.startswith("/v1/actions/"):
+        permitted = {Role.OPERATE, Role.TUNE}
+    if (method, path) == ("PATCH", "/v1/settings"):
+        permitted = {Role.TUNE}
     assert {role for role in Role if answers[role] not in (401, 403)} == permitted

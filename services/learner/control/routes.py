@@ -83,7 +83,13 @@ class PauseRequest(BaseModel):
     """`training`: train no further version. `offers`: offer no further group; what is in flight is trained on."""
 
 
-NewSettings = Annotated[dict[str, JsonValue], Field(min_length=1, max_length=len(SETTINGS))]
+NewSettings = Annotated[
+    dict[str, JsonValue],
+    Field(
+        min_length=1, max_length=len(SETTINGS), json_schema_extra={"propertyNames": {"enum": list[JsonValue](SETTINGS)}}
+    ),
+]
+"""docs/configuration.md has the types of the values."""
 FINISHED = {"model": ChangeReply, "description": "The change has its final state"}
 REQUESTED = {"model": ChangeReply, "description": "The change waits for the loop"}
 REPLIES: dict[int | str, dict[str, Any]] = {200: FINISHED, 202: REQUESTED, **documented(409)}
@@ -109,11 +115,11 @@ def control_routes(desk: ControlDesk, current: Callable[[], CurrentSettings], *,
         wait_s: Wait = 0.0,
     ) -> Response:
         now = current()
-        _check_generation(if_match, now.generation)
         try:
             refuse_missing_parts(with_settings(now.config, new), started_with)
         except SettingRefused as error:
             raise HttpError(422, error.code, str(error)) from None
+        _check_generation(if_match, now.generation)
         moments = {SETTINGS[name] for name in new}
         applies_from = ", then ".join(moment for moment in AppliesFrom if moment in moments)
         change = desk.submit("settings", dict(new), caller_of(request.scope), applies_from=applies_from, key=key)
