@@ -71,7 +71,7 @@ def usage(name: str) -> str:
 def command(name: str, arguments: Sequence[str]) -> None:
     """Run one of COMMANDS. Raises UserError with the exit code."""
     if {"--help", "-h"} & set(arguments):
-        print(usage(name))
+        print_line(usage(name))
         return
     request = parse(name, arguments)
     with _client(request) as client:

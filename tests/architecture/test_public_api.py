@@ -31,7 +31,10 @@ ENV = {
     "generator": "(seed: int) -> Random",
     "tool": "(name: str, description: str, **parameters: str) -> dict[str, Any]",
 }
-COMMANDS = {"run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token"}
+COMMANDS = {
+    *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token"),
+    *("status", "watch", "get", "set", "pause", "resume", "checkpoint", "cut", "stop", "changes"),
+}
 
 
 def shape(value: Any) -> Any:
