@@ -21,7 +21,8 @@ PROGRESS = (
     Panel("Reward of all sessions", "none", {"{{environment}}": mean("gateway_reward", "environment")},
           "Also of sessions that were dropped."),
     Panel("Changes by people", "none", {
-        "settings, generation": gauge("learner_settings_generation"), "{{what}} paused": gauge("learner_paused", "what"),
+        "settings, generation": gauge("learner_settings_generation"),
+        "{{what}} paused": gauge("learner_paused", "what"),
         "{{kind}} per second": rate("learner_changes", "kind"),
     }, "`palimpsest changes` lists who changed what."),
 )  # fmt: skip
