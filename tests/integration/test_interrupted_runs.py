@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.common.messages import (
+    CONTROL,
+    OLD_LOGPROBS,
+    TRAJECTORIES,
+    ControlChanged,
+    OldLogprobsComputed,
+    SegmentFlushed,
+    decode,
+)
+from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
 from palimpsest.rescore import Models, rescore
 from tests.processes.waiting import LIMIT_S
-from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted
+from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 VERSIONS = 8
+SLOWER, FASTER = 1e-4, 5e-4
+"""Learning rates: of `scripted`, and the one that it is changed to."""
 LAYOUTS = 5e-3
 """Nats. Largest effect of padding on a log-prob of the small bf16 model."""
 
@@ -64,13 +75,45 @@ def missing(home: Path) -> float:
     return sum(line["all"]["missing"] for line in history(home))
 
 
+def change_the_run(run: RunProcess, home: Path) -> int:
+    """Pause the run after two versions, cut it, change settings, and let it train four more versions.
+
+    Returns the number of versions at the pause.
+    """
+    wait_for(lambda: len(history(home)) >= 2, run, name="the second version")
+    learner = ControlClient(url_in(home, "learner"))
+
+    def send(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
+        assert change["state"] == "applied", change
+        return change
+
+    paused = int(send("POST", "/v1/actions/pause")["version"])
+    cut = send("POST", "/v1/actions/cut")
+    assert (cut["version"], cut["result"]["workers"], cut["result"]["late"]) == (paused, ["worker-0", "worker-1"], [])
+    send("PATCH", "/v1/settings", {"learner.optimizer.lr": FASTER, "learner.loss.clip_high": 0.3})
+    saved = send("POST", "/v1/actions/checkpoint")["result"]
+    assert (saved["version"], saved["nothing_new"]) == (paused, True)
+    send("PATCH", "/v1/settings", {"learner.versions": paused + 4})
+    assert send("POST", "/v1/actions/resume")["version"] == paused
+    learner.close()
+    return paused
+
+
 def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
+    """Two ranks. A person pauses the run, cuts it, changes its learning rate and its number of versions."""
     patient = "--learner.proximal.deadline_s=600"  # no process dies here, so a busy machine may take its time
-    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient)
+    endless = "--learner.versions=100000"  # until `change_the_run` sets the number
+    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient, endless)
+    paused = change_the_run(run, home)
     code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
-    check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
+    check_whole_groups(check_ledger(home), groups=(paused + 4) * 4, samples=4)
     lines = history(home)
+    expected = [(0, SLOWER)] * paused + [(2, FASTER)] * 4
+    assert [(line["settings"], line["learning_rate"]) for line in lines] == expected
+    changes = [record.what for record in records(home, CONTROL) if isinstance(record, ControlChanged)]
+    assert changes == ["pause", "cut", "settings", "checkpoint", "settings", "resume"]
     assert all(line["exact"] for line in lines)
     assert sum(line["multi_version"] for line in lines) > 0
     assert missing(home) == 0
