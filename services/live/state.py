@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +32,7 @@ GONE = "ConnectError"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Values that do not change during a run."""
+    """The run as it begins. A person may change `versions` later."""
 
     run: str
     versions: int
@@ -96,6 +96,7 @@ def state(
     """Return the state at `now`, by the clock of the replies. starts_again_in: dead process -> seconds to restart."""
     trained, last = sight.trained, sight.trained.last
     learner = _status(sight.services.get(LEARNER, ServiceObservation()))
+    plan = replace(plan, versions=learner.get("versions", plan.versions))
     others = {LEARNER, STORE, GATEWAY} | plan.replicas
     workers = {name: seen for name, seen in sight.services.items() if name not in others}
     ending = stopping or trained.versions >= plan.versions

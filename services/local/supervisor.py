@@ -65,6 +65,8 @@ class Supervisor:
         """Crashes after which the process was or will be restarted."""
         self._versions = 0
         """Number of versions that the run has trained, by the last observation."""
+        self._planned = config.learner.versions
+        """Number of versions after which the run ends, by the last observation."""
         self._lives: dict[Child, ProcessStart] = {}
         self._rows: dict[Child, tuple[Death, ...]] = {}
         """Deaths since the process last worked."""
@@ -116,6 +118,8 @@ class Supervisor:
     def _observe(self, sight: RunObservation) -> None:
         if sight.trained.last is not None:
             self._versions = sight.trained.last["published"]
+        if (learner := sight.services.get(LEARNER)) is not None and learner.last is not None:
+            self._planned = learner.last.status.get("versions", self._planned)
         for child, life in self._lives.items():
             if child.running:
                 life.observe(
@@ -137,7 +141,7 @@ class Supervisor:
         if child not in (*self.workers, *self.replicas) or child.exit_code != 0:
             return False
         ended = self._ended.setdefault(child, time.monotonic())
-        return self._versions >= self._config.learner.versions or time.monotonic() - ended < FOLLOW_S
+        return self._versions >= self._planned or time.monotonic() - ended < FOLLOW_S
 
     def _on_death(self, child: Child) -> None:
         refusal = _refusal(self.home, child)

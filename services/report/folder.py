@@ -22,10 +22,12 @@ from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import (
+    CONTROL,
     DEAD_LETTERS,
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    ControlChanged,
     SegmentFlushed,
     VersionApplied,
     WorkerAlive,
@@ -75,6 +77,8 @@ class LogSummary:
     trainable_tokens: int = 0
     bytes: int = 0
     """Size of all records' bodies."""
+    changes: tuple[ControlChanged, ...] = ()
+    """Changes that people requested, in the order of the log."""
     dead_letters: Mapping[str, int] | None = None
     """Topic -> unusable records; None if there is no log."""
 
@@ -173,7 +177,13 @@ def _read(bus: Bus, config: RunConfig) -> LogSummary:
             case VersionApplied():
                 applied.append(message)
     offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
-    log = LogSummary(tuple(alive), tuple(applied), offered, dead_letters=_count_dead_letters(bus, config.run.id))
+    log = LogSummary(
+        tuple(alive),
+        tuple(applied),
+        offered,
+        changes=tuple(m for _, m in _messages(bus, CONTROL, config.run.id) if isinstance(m, ControlChanged)),
+        dead_letters=_count_dead_letters(bus, config.run.id),
+    )
     return _count_trajectories(bus, config.run.id, log)
 
 

@@ -10,6 +10,7 @@ import plotly.offline
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.text import count, duration
+from palimpsest.services.report.changes import changes_figure
 from palimpsest.services.report.charts import Figure
 from palimpsest.services.report.style import SCRIPT, STYLE
 
@@ -40,6 +41,7 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <section class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</section>
 <section class="figures">
 {"".join(_figure(i, figure, empty=not summary["versions"]) for i, figure in enumerate(figures))}
+{changes_figure(summary["changes"])}
 {_alerts(summary["alerts"], summary["versions"], summary["unknown_alerts"])}
 {_removal(summary["removal"])}
 {_ledger(summary["trajectories"])}

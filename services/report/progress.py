@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 from palimpsest.common.messages import VersionApplied
 from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
 from palimpsest.services.report.folder import Line
-from palimpsest.services.report.learning import mark_starts
+from palimpsest.services.report.learning import mark_changes, mark_starts
 from palimpsest.services.report.summary import is_first_after_start
 
 PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
@@ -41,6 +41,7 @@ def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance
         row=4, col=1,
     )  # fmt: skip
     mark_starts(figure, lines)
+    mark_changes(figure, lines, minutes)
     titles = ("version", "pause (ms)", "canary (nats)", "cuts")
     for row, title in enumerate(titles, start=1):
         figure.update_yaxes(title=title, rangemode="tozero", row=row, col=1)

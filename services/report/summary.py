@@ -13,6 +13,7 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
 from palimpsest.services.report.aggregates import alert_spans, leak, removal, token_fates
+from palimpsest.services.report.changes import change_list, planned_versions
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
 
@@ -39,12 +40,13 @@ def summarize(contents: Contents) -> dict[str, Any]:
         _identity(config)
         | {
             "versions": len(lines),
-            "finished": len(lines) >= config.learner.versions,
+            "finished": len(lines) >= planned_versions(config, contents.log.changes),
             "tokens_trained": tokens_trained,
             "trajectories": ledger(contents),
             "dropped_share": _dropped_share(ledger(contents)),
             "duplicates": contents.log.duplicates if contents.log.records else None,
             "dead_letters": contents.log.dead_letters,
+            "changes": change_list(contents.log.changes),
         }
         | _learning(lines)
         | _policies(lines)

@@ -167,3 +167,8 @@ def test_alerts_of_the_newest_version_are_warnings_and_notices_are_not():
     shown = state_of(RunObservation({"learner": learner()}, accumulate((over, a_line(1, alerts=[alert, notice])))))
     assert shown.warnings == ("clip_idle: the clip takes nothing",)
     assert state_of(RunObservation({"learner": learner()}, accumulate((over, a_line(1))))).warnings == ()
+
+
+def test_a_person_may_change_the_number_of_versions():
+    sight = RunObservation(servers() | {"learner": learner(versions=30)}, accumulate([a_line(0)]))
+    assert state(PLAN, sight, now=101.0, started=1.0).plan.versions == 30

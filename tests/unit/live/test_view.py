@@ -24,7 +24,10 @@ def a_state(lines: int = 5, **services: ServiceObservation) -> State:
     history = [a_line(i, successes="0001", reward=0.4) for i in range(lines - 1)]
     history += [a_line(lines - 1, successes="0111", reward=0.9, tokens=BY_STALENESS)] if lines else []
     update = VersionApplied("t", "worker-0", Version(4), "", True, 0.01, 0.172, 9)
-    seen = servers() | {"learner": learner(), "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400))}
+    seen = servers() | {
+        "learner": learner(versions=20),
+        "worker-0": worker(earlier=worker(at=90.0, sampled_tokens=400)),
+    }
     sight = RunObservation(seen | services, accumulate(history), (update,))
     return state(Plan("night-run", 20), sight, now=101.0, started=1.0, crashes=[Crash("learner", 50.0, 1, "E: x")])
 
