@@ -3,10 +3,15 @@
 common/messages.py describes the message format and re-exports these messages. Import them from there.
 """
 
-from msgspec import Struct
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
+
+CutNumber = Annotated[int, Meta(le=1 << 53)]
+"""Number of a cut. The limit leaves room for the numbers that follow one that another program wrote."""
 
 
 class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segment_flushed/1"):
@@ -21,7 +26,7 @@ class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segme
     group: str
     attempt: int
     worker: str
-    cut: int
+    cut: CutNumber
     """Number of the cut."""
     tokens: bytes
     """int32: all tokens up to the cut, prompt included."""
@@ -30,25 +35,29 @@ class SegmentFlushed(Struct, frozen=True, forbid_unknown_fields=True, tag="segme
     temperature: float
 
 
-class CutRequested(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_requested/1"):
+class CutRequested(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="cut_requested/1"):
     """Request to stop sampling with this version and to flush its tokens, because the weights are about to change.
 
     Topic `control`.
     """
 
     run: str
-    cut: int
+    cut: CutNumber
     """Number of the cut. It increases over the run, restarts included."""
     version: Version
     deadline_s: float
     """Seconds after the request. The cut excludes workers that answer later."""
+    writer: int = 0
+    """Epoch of the learner that wrote the record. Records of earlier releases name none: 0."""
 
 
-class CutReleased(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_released/1"):
+class CutReleased(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="cut_released/1"):
     """Request to resume sampling with the same weights: this cut publishes no version. Topic `control`."""
 
     run: str
-    cut: int
+    cut: CutNumber
+    writer: int = 0
+    """See CutRequested."""
 
 
 class CutReached(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_reached/1"):
@@ -56,7 +65,7 @@ class CutReached(Struct, frozen=True, forbid_unknown_fields=True, tag="cut_reach
 
     run: str
     worker: str
-    cut: int
+    cut: CutNumber
     version: int
     """Version on the engine of the worker, -1 before the first. If it is not the version of the cut, the worker has
     nothing to flush."""

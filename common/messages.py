@@ -134,7 +134,7 @@ class TrajectoryDropped(Struct, frozen=True, forbid_unknown_fields=True, tag="tr
     detail: str
 
 
-class VersionPublished(Struct, frozen=True, forbid_unknown_fields=True, tag="version_published/1"):
+class VersionPublished(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="version_published/1"):
     """The store holds a version completely. Topic `control`."""
 
     run: str
@@ -142,13 +142,17 @@ class VersionPublished(Struct, frozen=True, forbid_unknown_fields=True, tag="ver
     digest: str
     published_at: float
     """Unix seconds, for displays only."""
+    writer: int = 0
+    """Epoch of the learner that wrote the record. Records of earlier releases name none: 0."""
 
 
-class RunFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="run_finished/1"):
+class RunFinished(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="run_finished/1"):
     """The learner trained its last version. Workers drain and stop. Topic `control`."""
 
     run: str
     version: Version
+    writer: int = 0
+    """See VersionPublished."""
 
 
 class WorkerAlive(Struct, frozen=True, forbid_unknown_fields=True, tag="worker_alive/1"):

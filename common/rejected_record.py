@@ -28,6 +28,10 @@ class RejectCause(StrEnum):
     """Valid, but of a trajectory that this run never offered."""
     CONTRADICTS_OFFER = "contradicts_offer"
     """Valid, but sampled otherwise than its group was offered: another environment or temperature, or above a limit."""
+    FORWARD_FAILED = "forward_failed"
+    """Valid, but a forward pass over this trajectory alone fails, and passes over others do not."""
+    UNKNOWN_WRITER = "unknown_writer"
+    """A record of `control` that names no learner of this run, or none at all: another program wrote it."""
     MISSING_CLAIM = "missing_claim"
     """The object store does not hold the body of this long record."""
 

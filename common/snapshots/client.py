@@ -154,6 +154,14 @@ class SnapshotClient:
         raise_for_status(reply, 200)
         return [Version(entry["version"]) for entry in reply.json()["versions"]]
 
+    def newest_version(self) -> Version:
+        """Return the newest version in the store; -1 before the first one."""
+        return max(self.versions(), default=Version(-1))
+
+    def newest_writer(self) -> int:
+        """Return the epoch of the newest learner; 0 before the first one."""
+        return int(self.request("GET", "/v1/writers")["epoch"] or 0)
+
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """Iterate over the tensors of the version. Raises VersionMissing, Damaged."""
         with closing(self._object(manifest)) as chunks:

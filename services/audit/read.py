@@ -187,7 +187,7 @@ def _parse_line(text: bytes) -> Line:
 def read_log(bus: Bus, run: str) -> LogContents:
     """Read the run's records on the log."""
     topics = _Topics(bus, run)
-    log = _read_control(topics, LogContents())
+    log = _read_control(topics, LogContents(), _rejected(bus, run, CONTROL))
     log = replace(
         log,
         applied=tuple(
@@ -210,9 +210,17 @@ def read_log(bus: Bus, run: str) -> LogContents:
     )  # dead letters last: each is written before its record counts as read
 
 
-def _read_control(topics: _Topics, log: LogContents) -> LogContents:
+def _rejected(bus: Bus, run: str, topic: str) -> set[tuple[int, int]]:
+    """Positions of the records of a topic that a reader rejected."""
+    letters = _Topics(bus, run).read_messages(DEAD_LETTERS)
+    return {(letter.partition, letter.offset) for letter in letters if letter.topic == topic}
+
+
+def _read_control(topics: _Topics, log: LogContents, rejected: set[tuple[int, int]]) -> LogContents:
     announced, finished = [], False
-    for message in topics.read_messages(CONTROL):
+    for record, message in topics.read_records(CONTROL):
+        if (record.partition, record.offset) in rejected:
+            continue  # for example, another program made up an announcement
         match message:
             case VersionPublished():
                 announced.append(Announced(message.version, message.digest))

@@ -9,6 +9,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.trajectory_limit import trajectory_limit
@@ -71,6 +72,8 @@ def run_coordinator(
         score=DistributedScorer(training.ranks, forward),
         scores=scores,
         confirm=writer.confirm,
+        epoch=lambda: writer.epoch,
+        control=ControlCheck(store),
     )
     model = training.policy.model
     canaries = Canaries(

@@ -14,6 +14,7 @@ from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
@@ -69,7 +70,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             )
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
-                max_live=rollout.max_live, limit=limit,
+                max_live=rollout.max_live, limit=limit, control=ControlCheck(store),
             )  # fmt: skip
             loop = asyncio.get_running_loop()
 

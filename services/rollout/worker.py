@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
 from palimpsest.common.logs import logger
@@ -22,16 +21,16 @@ from palimpsest.common.messages import (
     trajectory_id,
 )
 from palimpsest.common.offset_tracker import OffsetTracker
-from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.cut_responder import CutResponder
 from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.record_reader import RecordReader
 from palimpsest.services.rollout.trajectory_sampler import TrajectorySampler
-from palimpsest.services.rollout.validation import validate
 from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 
 GROUP = "rollout"
@@ -66,12 +65,15 @@ class Worker:
         weights: WeightSync,
         max_live: int,
         limit: TrajectoryLimit,
+        control: ControlCheck,
     ) -> None:
+        """control: checks that records of `control` are of the learner that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._limit = limit
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
+        self._reader = RecordReader(run, self._outbox, control)
         self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
         )
@@ -205,7 +207,7 @@ class Worker:
             records = await control.poll(limit=256, timeout_s=POLL_S)
             for record in records:
                 read[record.partition] = record.offset + 1
-                message = self._read(record)
+                message = await self._reader.read_control(record, history=record.offset < known[record.partition])
                 match message:
                     case VersionPublished():
                         newest = max(newest, message.version)
@@ -247,27 +249,6 @@ class Worker:
             await tasks.poll(limit=0, timeout_s=0)
             await self._commit(tasks)
 
-    def _read(self, record: Record, done: Callable[[], None] = lambda: None) -> Any:
-        """Return the record's message, or None if it was dead-lettered."""
-        try:
-            message = message_in(record)
-            if message.run != self._run:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record belongs to run {message.run}, not {self._run}")
-            validate(message)
-        except RejectedRecord as error:
-            self._dead_letter(record, error, done)
-            return None
-        return message
-
-    def _dead_letter(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
-        """Publish an unusable record and its cause as a dead letter; `done` is called once it is durable."""
-        logger().error(
-            "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
-            cause=error.cause.value, reason=str(error),
-        )  # fmt: skip
-        self._outbox.put_dead_letter(dead_letter(self._run, record, error, now=time.time()), done=done)
-        instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
-
     async def _start_group(self, record: Record) -> None:
         """Start a task's trajectories, each as soon as a slot is free."""
         self._frontier.read(record.partition, record.offset)
@@ -275,7 +256,7 @@ class Worker:
         def resolve() -> None:
             self._frontier.resolve(record.partition, record.offset)
 
-        group: GroupOffered | None = self._read(record, resolve)
+        group = await self._reader.read_offer(record, resolve)
         if group is None:
             return
         self._limit.refuse_other(group.sampling.max_trajectory_tokens, worker=self._name)

@@ -35,8 +35,8 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
 from tests.records.builders import SAMPLING, a_finished, a_segment
 
-RUN, DIGEST, HIGHEST = "test", "c3" * 32, 5
-"""HIGHEST: newest version that the run published."""
+RUN, DIGEST, WRITER, HIGHEST = "test", "c3" * 32, 3, 5
+"""WRITER: epoch of the learner that has the run. HIGHEST: newest version that the run published."""
 SHARES = {TRAJECTORIES: 10, OLD_LOGPROBS: 3, WORKERS: 2, CONTROL: 3, TASKS: 2, DEAD_LETTERS: 1}
 """Topic -> share of the records. Trajectories are what trains the model."""
 
@@ -61,10 +61,10 @@ def _messages(topic: str, index: int, version: Version, finished: TrajectoryFini
             return [GroupOffered(RUN, group, index, version, "lookup", 7, 2, SAMPLING, 600.0)]
         case "control":
             return [
-                VersionPublished(RUN, version, DIGEST, 1.0),
-                CutRequested(RUN, index + 1, version, 5.0),
-                CutReleased(RUN, index + 1),
-                RunFinished(RUN, version),
+                VersionPublished(RUN, version, DIGEST, 1.0, WRITER),
+                CutRequested(RUN, index + 1, version, 5.0, WRITER),
+                CutReleased(RUN, index + 1, WRITER),
+                RunFinished(RUN, version, WRITER),
             ]
         case "workers":
             return [

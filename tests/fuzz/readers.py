@@ -1,5 +1,6 @@
 """The readers of every topic around one log, and what became of each record that they read."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,10 +13,14 @@ from palimpsest.common.messages import (
     DEAD_LETTERS,
     OLD_LOGPROBS,
     TASKS,
+    CutReleased,
+    CutRequested,
     OldLogprobsRequested,
+    VersionPublished,
     decode,
 )
-from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.rejected_record import RejectedRecord
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import pad
 from palimpsest.services.learner.batch.collate import to_rows
@@ -27,14 +32,25 @@ from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, W
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.replica.records import to_rows as rows_to_score
 from palimpsest.services.rollout.cut_state import CutState
-from palimpsest.services.rollout.validation import validate
-from tests.fuzz.corpus import HIGHEST, RUN
+from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.record_reader import RecordReader
+from tests.fuzz.corpus import HIGHEST, RUN, WRITER
 from tests.learner_parts.ingest import VOCABULARY, an_ingest
 
 NOW = Version(HIGHEST)
 ACCEPTED, PASSED_OVER, REJECTED = "accepted", "passed over", "dead letter"
 Place = tuple[str, int, int]
 """Topic, partition, offset."""
+
+
+class Store:
+    """What the store of the run knows; see Authority in common/snapshots/control_check.py."""
+
+    def newest_writer(self) -> int:
+        return WRITER
+
+    def newest_version(self) -> Version:
+        return NOW
 
 
 class Outcomes:
@@ -85,10 +101,11 @@ class Readers:
         self.outcomes.wrap(self._feed, "_take", lambda record, _: self._outcome(record))
         self._scores = ScoreReader(
             bus, ScoreStore(), self.ingest.dead_letters, WaitLimits(1.0), run=RUN, wanted=reader.is_pending,
-            confirm=lambda: None,
+            confirm=lambda: None, control=ControlCheck(Store()),
         )  # fmt: skip
         self.outcomes.wrap(self._scores, "_take", lambda _, taken: ACCEPTED if taken else PASSED_OVER)
-        self._cuts = CutState()
+        self._cuts, self._loop, self._outbox = CutState(), asyncio.Runner(), Outbox(bus)
+        self._worker = RecordReader(RUN, self._outbox, ControlCheck(Store()))
         self._consumers = {topic: bus.consumer(topic) for topic in (TASKS, CONTROL, OLD_LOGPROBS, DEAD_LETTERS)}
         self.offer()
 
@@ -108,9 +125,7 @@ class Readers:
         self._scores.read()
         for record in _rest(self._consumers[OLD_LOGPROBS]):
             _rows_of_a_replica(record)
-        for topic in (TASKS, CONTROL):
-            for record in _rest(self._consumers[topic]):
-                self._read_as_worker(record)
+        self._loop.run(self._read_as_worker())
         for record in _rest(self._consumers[DEAD_LETTERS]):
             self._read_letter(record)
 
@@ -141,6 +156,7 @@ class Readers:
         """Close the consumers."""
         for consumer in (self._feed, self._scores, self.ingest, *self._consumers.values()):
             consumer.close()
+        self._loop.close()
 
     def _trajectory_outcome(self, record: Record) -> str:
         place = (record.partition, record.offset)
@@ -158,21 +174,22 @@ class Readers:
 
         return noted
 
-    def _read_as_worker(self, record: Record) -> None:
-        """Check a task or a record of `control` as a worker does."""
-        began = time.process_time()
-        try:
-            message = message_in(record)
-            if message.run != RUN:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}")
-            validate(message)
-            if record.topic == CONTROL:
-                self._cuts.observe(message)
-        except RejectedRecord as error:
-            self.ingest.dead_letters.write(record, error)
-            self.outcomes.note(record, REJECTED, began)
-        else:
-            self.outcomes.note(record, ACCEPTED, began)
+    async def _read_as_worker(self) -> None:
+        """Read the tasks and the records of `control` as a worker does, and publish its dead letters."""
+        for topic in (TASKS, CONTROL):
+            for record in _rest(self._consumers[topic]):
+                began, letters = time.process_time(), self._outbox._put_so_far
+                if topic == TASKS:
+                    message: object = await self._worker.read_offer(record, lambda: None)
+                else:
+                    message = await self._worker.read_control(record, history=False)
+                    if isinstance(message, VersionPublished | CutRequested | CutReleased):
+                        self._cuts.observe(message)
+                unused = PASSED_OVER if self._outbox._put_so_far == letters else REJECTED
+                self.outcomes.note(record, unused if message is None else ACCEPTED, began)
+        publishing = asyncio.create_task(self._outbox.run())
+        await self._outbox.flush()
+        publishing.cancel()
 
     def _read_letter(self, record: Record) -> None:
         """A reader of dead letters lists the ones that it cannot decode; the others are letters or forged letters."""

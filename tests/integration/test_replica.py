@@ -40,6 +40,7 @@ from palimpsest.services.learner.old_logprobs.score_reader import ScoreReader, W
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, spans
 from tests.learner_parts.models import canaries, load, logprobs, perturb
 from tests.processes.waiting import LIMIT_S
+from tests.records.any_learner import any_control
 from tests.records.builders import a_finished, a_row, a_segment
 from tests.runs.run_process import ROOT
 from tests.servers.stores import StoreProcess
@@ -140,7 +141,7 @@ class Setup:
                 weights = raw_tensors(named_weights(moved))
                 manifest = client.put("t", Version(version), weights, canaries(moved), writer=writer.epoch)
                 published = VersionPublished(
-                    run="t", version=Version(version), digest=manifest.digest, published_at=0.0
+                    run="t", version=Version(version), digest=manifest.digest, published_at=0.0, writer=1
                 )
                 self.bus.publish(CONTROL, [Outgoing("t", encode(published))])
                 self.plain[version] = load(model)
@@ -165,7 +166,14 @@ class Setup:
         scores = ScoreStore()
         dead_letters = DeadLetterWriter(self.bus, run="t", confirm=lambda: None)
         reader = ScoreReader(
-            self.bus, scores, dead_letters, WaitLimits(1.0), run="t", wanted=lambda _: True, confirm=lambda: None
+            self.bus,
+            scores,
+            dead_letters,
+            WaitLimits(1.0),
+            run="t",
+            wanted=lambda _: True,
+            confirm=lambda: None,
+            control=any_control(),
         )
         reader.read()
         rows = reader.attach([to_row(message) for message in messages])
@@ -273,7 +281,7 @@ def test_a_stopped_replica_finishes_the_records_it_has_read(setup: Setup) -> Non
     replica.start()
     replica.ready()
     eventually(lambda: len(replica.status()["partitions"]) == 4)
-    setup.bus.publish(CONTROL, [Outgoing("t", encode(RunFinished(run="t", version=Version(2))))])
+    setup.bus.publish(CONTROL, [Outgoing("t", encode(RunFinished(run="t", version=Version(2), writer=1)))])
     assert replica.ended() == 0, replica.log.read_text()
     assert len(setup.scores_on_log()) == published
 

@@ -36,6 +36,7 @@ from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, S
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from tests.learner_parts.ingest import an_ingest
+from tests.records.any_learner import any_control
 from tests.records.builders import a_segment
 
 RUN = "test"
@@ -84,7 +85,7 @@ class Log(SqliteBus):
 
     def announced(self, version: int) -> None:
         """Announce a version."""
-        message = VersionPublished(RUN, Version(version), digest(version), 0.0)
+        message = VersionPublished(RUN, Version(version), digest(version), 0.0, 1)
         self.publish(CONTROL, [Outgoing(RUN, encode(message))])
 
     def scored(self) -> list[OldLogprobsComputed]:
@@ -188,7 +189,7 @@ class Learner:
         self.scorer = EagerScorer(score, self.scores, run=RUN, micro_batch_tokens=micro_batch_tokens, durable=log)
         self.interruption = CutCoordinator(
             log, self.ingest, self.scorer, self.scores, run=RUN, deadline_s=deadline_s, confirm=confirm,
-            clock=clock or Ticking(),
+            clock=clock or Ticking(), epoch=lambda: 1, control=any_control(),
         )  # fmt: skip
         if before is None:
             self.ingest.start({}, {}, {}, now=0.0)

@@ -21,6 +21,7 @@ from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTraject
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
+from tests.records.any_learner import any_control
 from tests.simulation.memory_bus import MemoryBus
 from tests.simulation.score_checker import score_under
 from tests.simulation.simulated_time import Actor
@@ -70,7 +71,7 @@ class Learner:
         scorer = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)
         self._interruption = CutCoordinator(
             self._bus, self._ingest, scorer, self._scores, run=RUN, deadline_s=DEADLINE_S, confirm=self._confirm,
-            clock=self._now,
+            clock=self._now, epoch=lambda: self._writer, control=any_control(),
         )  # fmt: skip
         self._checkpoint, self._versions = checkpoint, versions
 
@@ -147,7 +148,7 @@ class Learner:
 
     def _publish(self) -> None:
         self._confirm()
-        published = VersionPublished(RUN, self._version, str(self._version), self._now())
+        published = VersionPublished(RUN, self._version, str(self._version), self._now(), self._writer)
         self._bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
 
     def _score(self, batches: Sequence[PaddedBatch]) -> Any:

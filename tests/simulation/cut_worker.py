@@ -16,6 +16,7 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
+from tests.records.any_learner import any_control
 from tests.simulation.cut_learner import RUN, SAMPLING
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def a_worker(schedule: "Schedule", name: str, engine: "Engine") -> Worker:
     )
     limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
     worker = Worker(
-        run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5, limit=limit
+        run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5, limit=limit,
+        control=any_control(),
     )  # fmt: skip
     return worker
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS, InterruptionProximal, ReplicaProximal, SnapshotProximal
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.ingest.build import Ingest
@@ -189,10 +190,13 @@ def route(
     score: DistributedScorer,
     scores: ScoreStore,
     confirm: Callable[[], None],
+    epoch: Callable[[], int],
+    control: ControlCheck,
 ) -> Route:
     """Return the route of the configured kind.
 
     score: scores with the resident weights. scores: the store that `ingest` removes resolved trajectories from.
+    epoch: returns the epoch of this learner. control: checks the records of earlier learners.
     """
 
     def eager_scorer(durable: Bus | None) -> EagerScorer:
@@ -221,11 +225,20 @@ def route(
                 run=run,
                 wanted=ingest.reader.is_pending,
                 confirm=confirm,
+                control=control,
             )
             return ReplicaRoute(ingest.tasks, reader)
         case "interruption":
             assert isinstance(config.proximal, InterruptionProximal)
             coordinator = CutCoordinator(
-                bus, ingest, eager_scorer(bus), scores, run=run, deadline_s=config.proximal.deadline_s, confirm=confirm
+                bus,
+                ingest,
+                eager_scorer(bus),
+                scores,
+                run=run,
+                deadline_s=config.proximal.deadline_s,
+                confirm=confirm,
+                epoch=epoch,
+                control=control,
             )
             return InterruptionRoute(ingest.reader, coordinator, scores)

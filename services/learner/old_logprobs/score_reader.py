@@ -26,6 +26,7 @@ from palimpsest.common.messages import (
     encode,
 )
 from palimpsest.common.rejected_record import RejectedRecord
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
@@ -54,7 +55,7 @@ class ScoreReader:
     """Fills the score store from the log.
 
     wanted: returns whether a trajectory is unresolved. confirm: raises Fenced unless the run still belongs to this
-    learner.
+    learner. control: checks the announcements of versions.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class ScoreReader:
         run: str,
         wanted: Callable[[str], bool],
         confirm: Callable[[], None],
+        control: ControlCheck,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._scores, self._dead_letters, self._limits = bus, scores, dead_letters, limits
         self._run, self._wanted, self._confirm, self._clock = run, wanted, confirm, clock
+        self._check = control
         self._control, self._consumer = bus.consumer(CONTROL), bus.consumer(OLD_LOGPROBS)
         self._ends_at_start, self._scores_began = self._consumer.ends(), False
         self._awaited: frozenset[str] = frozenset()
@@ -189,10 +192,11 @@ class ScoreReader:
     def _store_digest(self, record: Record) -> bool:
         """Store the digest of a version. Return whether the record announced a version of this run."""
         try:
-            message = message_in(record)
+            message = decode_for_run(record, self._run)
+            current = self._check.check(message, history=True)  # the announcements of this learner name it
         except RejectedRecord:
             return False  # the worker that reads it dead-letters it
-        if not isinstance(message, VersionPublished) or message.run != self._run:
+        if not current or not isinstance(message, VersionPublished):
             return False
         self._scores.digests[message.version] = message.digest
         return True

@@ -42,7 +42,9 @@ class Publisher:
         manifest = self._store.put(self._run, version, weights, self.canaries.made(), writer=self._writer.epoch)
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
-        announcement = VersionPublished(run=self._run, version=version, digest=manifest.digest, published_at=now)
+        announcement = VersionPublished(
+            run=self._run, version=version, digest=manifest.digest, published_at=now, writer=self._writer.epoch
+        )
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
         logger().debug("published", version=version, digest=manifest.digest[:16], bytes=manifest.object_size)
         return manifest
@@ -58,7 +60,7 @@ class Publisher:
         A learner that died may have published later versions than its checkpoint holds. They stay valid (tokens that
         they sampled are scored with them), so their numbers are not used again.
         """
-        newest = max(self._store.versions(), default=Version(-1))
+        newest = self._store.newest_version()
         return self.publish(version if newest <= version else Version(newest + 1), now=now)
 
     def keep_from(self, lowest: Version) -> None:
@@ -68,4 +70,5 @@ class Publisher:
     def finish(self, version: Version) -> None:
         """Announce the end of the run. Raises Fenced if another learner has the run and may continue it."""
         self._writer.confirm()
-        self._bus.publish(CONTROL, [Outgoing(self._run, encode(RunFinished(run=self._run, version=version)))])
+        end = RunFinished(run=self._run, version=version, writer=self._writer.epoch)
+        self._bus.publish(CONTROL, [Outgoing(self._run, encode(end))])

@@ -12,6 +12,7 @@ from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.user_error import UserError
 
@@ -58,7 +59,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
                     config.model.attention,
                     logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
                 )
-                replica.work(VersionedModel(model, store))
+                replica.work(VersionedModel(model, store), ControlCheck(store))
         finally:
             bus.close()
 

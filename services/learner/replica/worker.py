@@ -31,9 +31,11 @@ from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.ingest.decoding import decode_for_run
 from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.old_logprobs.score_store import computed_of
 from palimpsest.services.learner.old_logprobs.scoring import score
@@ -68,6 +70,7 @@ class ReplicaWorker:
         self._skipped: dict[str, int] = {}
         self._resident: VersionedModel
         self._vocabulary: int
+        self._check: ControlCheck
         self._control: Consumer
         self._requested: Consumer
         self._trajectories: Consumer
@@ -93,11 +96,12 @@ class ReplicaWorker:
         """End `work` with this error."""
         self._failure = error
 
-    def work(self, resident: VersionedModel) -> None:
-        """Score until the run ends.
+    def work(self, resident: VersionedModel, control: ControlCheck) -> None:
+        """Score until the run ends. control: checks the announcement of the end.
 
         Raises UserError if the store's weights are damaged or of another model, and the error of `fail`.
         """
+        self._check = control
         self._resident, self._vocabulary = resident, vocabulary_size(resident.model)
         with (
             self._bus.consumer(CONTROL) as self._control,
@@ -126,10 +130,11 @@ class ReplicaWorker:
         """Note the end of the run, if it is announced."""
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             try:
-                message = message_in(record)
+                message = decode_for_run(record, self._run)
+                current = self._check.check(message)
             except RejectedRecord:
                 continue  # the worker that reads it dead-letters it
-            if isinstance(message, RunFinished) and message.run == self._run:
+            if current and isinstance(message, RunFinished):
                 logger().info("run finished", version=message.version)
                 self._finished = True
 

@@ -72,11 +72,11 @@ class Limited(GatedEngine):
 
 
 def request(bus: SqliteBus, cut: int, version: int) -> None:
-    bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(version), 5.0)))])
+    bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(version), 5.0, 1)))])
 
 
 def release(bus: SqliteBus, cut: int) -> None:
-    bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, cut)))])
+    bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, cut, 1)))])
 
 
 def reached(bus: SqliteBus) -> list[CutReached]:

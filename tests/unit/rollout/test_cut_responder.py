@@ -36,7 +36,7 @@ from tests.unit.rollout.working import (
 
 def republish(bus: SqliteBus) -> None:
     """Announce version 0 as a restarted learner does."""
-    published = VersionPublished(run=RUN, version=Version(0), digest="", published_at=1.0)
+    published = VersionPublished(run=RUN, version=Version(0), digest="", published_at=1.0, writer=1)
     bus.publish(CONTROL, [Outgoing(RUN, encode(published))])
 
 

@@ -17,6 +17,8 @@ from palimpsest.common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    CutRequested,
+    RunFinished,
     VersionApplied,
     VersionPublished,
     WorkerAlive,
@@ -30,6 +32,7 @@ from palimpsest.services.rollout.worker import NO_PARTITION
 from tests.records.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
+    RUN,
     Place,
     announce,
     committed,
@@ -144,6 +147,33 @@ async def test_an_invalid_offer_is_dead_lettered_and_work_continues(
     causes = {letter.topic: letter.cause for letter in messages(place.bus, DEAD_LETTERS)}
     assert causes == {TASKS: cause, CONTROL: RejectCause.NEGATIVE_VERSION}
     assert finished(place.bus) == ids(0)
+
+
+async def test_made_up_records_of_control_and_offers_change_nothing(place: Place) -> None:
+    """Without the check of their writer, the worker would wait for version 10^9, or stop, or pause."""
+    announce(place.bus, 0)
+    async with working(place) as running:
+        await running.until(lambda: running.weights.verified == 0)
+        made_up = [
+            VersionPublished(RUN, Version(10**9), "", 0.0, 1),
+            VersionPublished(RUN, Version(3), "", 0.0),
+            RunFinished(RUN, Version(0), 2),
+            CutRequested(RUN, 7, Version(0), 5.0, 2),
+        ]
+        place.bus.publish(CONTROL, [Outgoing(RUN, encode(message)) for message in made_up])
+        offer(place.bus, 0, version=10**9)
+        offer(place.bus, 1)
+        await running.until(lambda: finished(place.bus) == ids(1))
+        announce(place.bus, 2)
+        await running.until(lambda: running.weights.verified == 2)
+        assert running.engine.loaded == [0, 2]
+        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 5)
+    causes = [(letter.topic, letter.cause) for letter in messages(place.bus, DEAD_LETTERS)]
+    assert sorted(causes) == [
+        *[(CONTROL, RejectCause.UNKNOWN_VERSION)],
+        *[(CONTROL, RejectCause.UNKNOWN_WRITER)] * 3,
+        *[(TASKS, RejectCause.UNKNOWN_VERSION)],
+    ]
 
 
 async def test_records_of_another_run_are_dead_lettered_and_ignored(place: Place) -> None:

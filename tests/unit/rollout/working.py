@@ -30,6 +30,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
@@ -198,7 +199,8 @@ async def working(
         sampler = TrajectorySampler(name, engine, sessions, place.dialogue, 2, Tally(), weights.wait_verified)
         limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
         worker = Worker(
-            run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit
+            run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit,
+            control=ControlCheck(place.store),
         )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:
@@ -230,13 +232,13 @@ def offer(
 
 def announce(bus: SqliteBus, version: int, *, run: str = RUN) -> None:
     """Publish that a version is in the store."""
-    published = VersionPublished(run=run, version=Version(version), digest="", published_at=0.0)
+    published = VersionPublished(run=run, version=Version(version), digest="", published_at=0.0, writer=1)
     bus.publish(CONTROL, [Outgoing(run, encode(published))])
 
 
 def finish(bus: SqliteBus, *, run: str = RUN) -> None:
     """Publish the end of the run."""
-    bus.publish(CONTROL, [Outgoing(run, encode(RunFinished(run=run, version=Version(0))))])
+    bus.publish(CONTROL, [Outgoing(run, encode(RunFinished(run=run, version=Version(0), writer=1)))])
 
 
 def messages(bus: SqliteBus, topic: str) -> list[Any]:

@@ -25,6 +25,7 @@ from palimpsest.common.messages import (
     encode,
 )
 from palimpsest.common.rejected_record import RejectedRecord
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
@@ -49,7 +50,8 @@ can delay reading for this long."""
 class CutCoordinator:
     """Requests cuts and scores what workers flush (rank 0).
 
-    confirm: raises Fenced unless the run still belongs to this learner.
+    confirm: raises Fenced unless the run still belongs to this learner. epoch: returns the epoch of this learner.
+    control: checks the records of earlier learners.
     """
 
     def __init__(
@@ -62,10 +64,13 @@ class CutCoordinator:
         run: str,
         deadline_s: float,
         confirm: Callable[[], None],
+        epoch: Callable[[], int],
+        control: ControlCheck,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._ingest, self._reader, self._scorer, self._scores = bus, ingest, ingest.reader, scorer, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
+        self._epoch, self._control = epoch, control
         self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
         self._first = self._next = 1
         self._open: int | None = None
@@ -155,7 +160,8 @@ class CutCoordinator:
             self._confirm()
         except Fenced:
             return  # the learner that has the run resumes the workers
-        self._bus.publish(CONTROL, [Outgoing(self._run, encode(CutReleased(run=self._run, cut=cut)))])
+        release = CutReleased(run=self._run, cut=cut, writer=self._epoch())
+        self._bus.publish(CONTROL, [Outgoing(self._run, encode(release))])
         logger().info("cut released", cut=cut)
 
     def close(self) -> None:
@@ -226,7 +232,9 @@ class CutCoordinator:
     def _request_cut(self, now: Version) -> Cut:
         self._confirm()  # a learner that was replaced must not pause its successor's workers
         number, self._next = self._next, self._next + 1
-        request = CutRequested(run=self._run, cut=number, version=now, deadline_s=self._deadline_s)
+        request = CutRequested(
+            run=self._run, cut=number, version=now, deadline_s=self._deadline_s, writer=self._epoch()
+        )
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(request))])
         self._open = number
         return Cut(number, now, requested_at=self._clock(), deadline_s=self._deadline_s)
@@ -273,11 +281,13 @@ class CutCoordinator:
                 yield message
 
     def _decode_or_dead_letter(self, record: Record) -> Any:
-        """Return the record's message. If it cannot be used, dead-letter the record and return None."""
+        """Return the record's message. None if it is of a replaced learner, or cannot be used and was dead-lettered."""
         try:
             message = decode_for_run(record, self._run)
             if isinstance(message, OldLogprobsComputed):
                 check_computed(message)
+            if record.topic == CONTROL and not self._control.check(message, history=True):
+                return None
         except RejectedRecord as error:
             self._ingest.dead_letters.write(record, error)
             return None

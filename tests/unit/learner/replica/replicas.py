@@ -27,6 +27,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.service import Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.trajectory import Segment
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
@@ -57,7 +58,7 @@ class Setup:
                 "test", Version(version), raw_tensors(named_weights(self.newest)), canaries(self.newest), writer=1
             )
             published = VersionPublished(
-                run="test", version=Version(version), digest=manifest.digest, published_at=0.0
+                run="test", version=Version(version), digest=manifest.digest, published_at=0.0, writer=1
             )  # fmt: skip
             bus.publish(CONTROL, [Outgoing("test", encode(published))])
         self.source = SnapshotSource(self.newest, store, CPU, loaded=lambda _: None)
@@ -88,13 +89,14 @@ class RunningReplica:
     def __init__(self, setup: Setup, name: str = "replica-0", bus: SqliteBus | None = None) -> None:
         self.stop = Stop()
         self.replica = setup.replica(name, self.stop, bus)
+        self._store = setup.store
         self._resident = VersionedModel(load(setup.folder), setup.store)
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._work)
 
     def _work(self) -> None:
         try:
-            self.replica.work(self._resident)
+            self.replica.work(self._resident, ControlCheck(self._store))
         except BaseException as error:  # join() raises it in the test's thread
             self._error = error
 
@@ -175,5 +177,6 @@ def a_reader(
     reader = ScoreReader(
         setup.bus, scores, dead_letters, WaitLimits(wait_s, first_wait_s), run="test",
         wanted=lambda name: name not in resolved, confirm=lambda: None, clock=clock or Clock(),
+        control=ControlCheck(setup.store),
     )  # fmt: skip
     return reader, scores

@@ -143,7 +143,9 @@ def test_scores_that_arrive_before_their_versions_digest_are_kept(setup: Setup) 
     def heartbeat() -> None:
         clock.now += 1.0
         if clock.now == 2.0:
-            published = VersionPublished(run="test", version=Version(3), digest=manifest.digest, published_at=0.0)
+            published = VersionPublished(
+                run="test", version=Version(3), digest=manifest.digest, published_at=0.0, writer=1
+            )
             setup.bus.publish(CONTROL, [Outgoing("test", encode(published))])
 
     rows = reader.wait_for_scores([to_row(record)], Version(4), heartbeat=heartbeat, stop=never)

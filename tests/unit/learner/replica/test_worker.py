@@ -190,7 +190,7 @@ def test_requested_scores_come_before_the_rest_of_the_queue(setup: Setup) -> Non
 
 
 def test_a_replica_stops_at_the_end_of_its_run_and_not_of_an_earlier_run(setup: Setup) -> None:
-    over = [Outgoing("test", encode(RunFinished(run="test", version=Version(2))))]
+    over = [Outgoing("test", encode(RunFinished(run="test", version=Version(2), writer=1)))]
     setup.bus.publish(CONTROL, over)
     with RunningReplica(setup) as running:
         setup.trajectories(finished(0, 0, MIXED))

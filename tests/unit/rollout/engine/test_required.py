@@ -58,7 +58,7 @@ class Refuses(GatedEngine):
 
 
 def request_cut(place: Place, cut: int) -> None:
-    place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(0), 5.0)))])
+    place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutRequested(RUN, cut, Version(0), 5.0, 1)))])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ async def test_a_refused_step_ends_the_worker_with_a_message_and_drops_nothing(
             request_cut(place, 4)
             await running.until(lambda: running.worker.status()["cut"] == 4)
             engine.step = step
-            place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4)))])
+            place.bus.publish(CONTROL, [Outgoing(RUN, encode(CutReleased(RUN, 4, 1)))])
         with pytest.raises(UserError) as error:
             await running.ends()
     assert error.value.code is ExitCode.ENGINE

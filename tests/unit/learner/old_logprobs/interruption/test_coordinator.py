@@ -263,7 +263,7 @@ def test_a_failed_cut_is_released_once(log: Log) -> None:
         learner.interruption.cut(V0, digest(0))
     learner.interruption.release()
     learner.interruption.release()
-    assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == [CutReleased(RUN, 1)]
+    assert [m for m in log.messages(CONTROL) if isinstance(m, CutReleased)] == [CutReleased(RUN, 1, 1)]
 
 
 def test_a_finished_cut_is_never_released(log: Log) -> None:

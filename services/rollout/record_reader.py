@@ -1,0 +1,71 @@
+"""Turns the records that a worker reads into messages. A record that cannot be used becomes a dead letter."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from palimpsest.common.bus.decoding import dead_letter, message_in
+from palimpsest.common.bus.port import Record
+from palimpsest.common.logs import logger
+from palimpsest.common.messages import Control, GroupOffered
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.snapshots.control_check import ControlCheck
+from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.outbox import Outbox
+from palimpsest.services.rollout.validation import validate
+
+
+class RecordReader:
+    """Reads the records of one run. control: checks that they are of the learner that has the run."""
+
+    def __init__(self, run: str, outbox: Outbox, control: ControlCheck) -> None:
+        self._run, self._outbox, self._control = run, outbox, control
+
+    async def read_offer(self, record: Record, done: Callable[[], None]) -> GroupOffered | None:
+        """Return the record's offer, or None after its dead letter was queued. `done` is called once that is durable.
+
+        An offer of a version that the store never held is rejected: the worker would wait for the version forever.
+        """
+        try:
+            offer: GroupOffered = self._decode(record)
+            if self._control.is_unknown(offer.version):
+                await asyncio.to_thread(self._control.check_version, offer.version)
+        except RejectedRecord as error:
+            self._dead_letter(record, error, done)
+            return None
+        return offer
+
+    async def read_control(self, record: Record, *, history: bool) -> Control | None:
+        """Return the record's message, or None if it is of a replaced learner or after its dead letter was queued.
+
+        history: the record is older than the worker.
+        """
+        try:
+            message: Control = self._decode(record)
+            if self._control.asks_store(message):
+                current = await asyncio.to_thread(self._control.check, message, history=history)
+            else:
+                current = self._control.check(message, history=history)
+        except RejectedRecord as error:
+            self._dead_letter(record, error, lambda: None)
+            return None
+        if not current:
+            logger().info("record of a replaced learner", offset=record.offset, writer=message.writer)
+        return message if current else None
+
+    def _decode(self, record: Record) -> Any:
+        """Return the record's message. Raises RejectedRecord."""
+        message = message_in(record)
+        if message.run != self._run:
+            raise RejectedRecord(RejectCause.WRONG_RUN, f"the record belongs to run {message.run}, not {self._run}")
+        validate(message)
+        return message
+
+    def _dead_letter(self, record: Record, error: RejectedRecord, done: Callable[[], None]) -> None:
+        logger().error(
+            "dead letter", topic=record.topic, partition=record.partition, offset=record.offset,
+            cause=error.cause.value, reason=str(error),
+        )  # fmt: skip
+        self._outbox.put_dead_letter(dead_letter(self._run, record, error, now=time.time()), done=done)
+        instruments.DEAD_LETTERS.labels(error.cause.value, record.topic).inc()
