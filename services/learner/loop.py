@@ -236,6 +236,7 @@ class Loop:
             trained = merge(self._ranks.all_gather_object(result))
         failpoints.reach("learner.after_step")
         self._confirm()
+        batch, rows = self._drops.bury_failed(batch, rows, trained.rejected)
         for group in batch:
             self._drops.resolve_trained(group.items, lowest=now - self._config.max_staleness)
             self._drops.resolve(DropReason.OVER_STALENESS, group.stale)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes.train_on_ranks import CASES
+from tests.processes.train_on_ranks import CASES, FAILING
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import (
     ROOT,
@@ -40,7 +40,7 @@ def launched(model: Path, folder: Path, *, ranks: int) -> dict[str, list[dict[st
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(ranks)] for case in CASES}
+    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(ranks)] for case in CASES | FAILING}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,12 @@ def together(starting_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return launched(starting_model, tmp_path_factory.mktemp("ranks") / "two", ranks=2)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | FAILING)
 def test_two_ranks_compute_the_same_as_one_rank(alone: Any, together: Any, case: str) -> None:
     (whole,), parts = alone[case], together[case]
     assert whole["steps"] == 3  # one before, and one per minibatch
     assert whole["masked"] > 0
+    assert whole["rejected"] == (["failing"] if case in FAILING else [])
     for part in parts:
         for own, expected in zip(part["gradients"], whole["gradients"], strict=True):
             assert float(expected.abs().max()) > 1e-3
@@ -67,11 +68,11 @@ def test_two_ranks_compute_the_same_as_one_rank(alone: Any, together: Any, case:
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-6)
         assert part["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-7)
         assert part["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
-        assert part["scored"] == whole["scored"]
+        assert (part["scored"], part["rejected"]) == (whole["scored"], whole["rejected"])
         assert (part["steps"], part["masked"]) == (whole["steps"], whole["masked"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | FAILING)
 def test_both_ranks_have_the_same_state_bit_for_bit(together: Any, case: str) -> None:
     first, second = together[case]
     assert first["state"].keys() == second["state"].keys()

@@ -45,19 +45,26 @@ def some_rows(name: str, lengths: list[int]) -> list[Row]:
     return rows
 
 
+def failing_row() -> Row:
+    """A row with a token id that the model does not have."""
+    return a_row("failing", [5, 10**6, 7, 8, 9], [-1, -1, NOW, NOW, NOW])
+
+
 CASES = {
     "uneven": [some_rows("a", [31, 6, 9, 17, 23, 8, 8]), some_rows("b", [12, 40, 7])],
     "a rank without rows in one minibatch": [some_rows("c", [9, 30, 12]), some_rows("d", [21])],
     "a rank without any rows": [some_rows("e", [14]), some_rows("f", [33])],
 }
 """Case -> minibatches of one version."""
+FAILING = {"a row on which a pass fails": [[*some_rows("g", [9, 30]), failing_row()], some_rows("h", [12, 40])]}
+"""The same, with a row that one rank leaves out."""
 
 
 def main(model: Path, folder: Path) -> None:
     """Train each case from the same start, and save one file per case and rank."""
     torch.set_num_threads(1)
     ranks = ProcessGroup()
-    for case, minibatches in CASES.items():
+    for case, minibatches in (CASES | FAILING).items():
         torch.save(trained(model, minibatches, ranks), folder / f"{case} {ranks.rank}.pt")
     ranks.close()
 
@@ -90,6 +97,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
         "masters": [master.clone() for master in policy.masters],
         "state": {name: tensor.clone() for name, tensor in policy.state().items()},
         "steps": policy.steps,
+        "rejected": list(whole.rejected),
         "loss": whole.loss,
         "grad_norm": whole.grad_norm,
         "mine": [row.trajectory for scored in own.micro_batches for row in scored.batch.rows],

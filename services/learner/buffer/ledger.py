@@ -200,6 +200,11 @@ class TrajectoryLedger(Generic[T]):
             self._end_arrived(self._open[ready.group], now - self._max_staleness)
         return batch
 
+    def bury(self) -> None:
+        """Count one trajectory of the last batch as a dead letter, not as trained: the training failed on it."""
+        self._trained -= 1
+        self._dead_lettered += 1
+
     def overtaken(self, group: str) -> int:
         """Number of younger groups that resolved before this open group."""
         index = self._open[group].index

@@ -3,11 +3,18 @@ which nothing else arrives."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from palimpsest.common.bus.decoding import TRAJECTORY
+from palimpsest.common.bus.port import Record
 from palimpsest.common.logs import logger
-from palimpsest.common.messages import DropReason
+from palimpsest.common.messages import TRAJECTORIES, DropReason, encode
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.buffer.hopeless import refuse_even, refuse_hopeless
 from palimpsest.services.learner.buffer.token_fates import TokenFates
 from palimpsest.services.learner.ingest.build import Ingest
@@ -22,7 +29,7 @@ class Drops:
 
     def __init__(self, ingest: Ingest, *, budget: int, skip_even: bool = False) -> None:
         self._ledger, self._reader, self._budget, self._skip_even = ingest.ledger, ingest.reader, budget, skip_even
-        self._skipped = Counter[str]()
+        self._dead_letters, self._skipped = ingest.dead_letters, Counter[str]()
         self.fates = TokenFates()
         """Trained and lost tokens of the trajectories that were resolved."""
 
@@ -59,6 +66,38 @@ class Drops:
             self.fates.add(
                 sampled=arrived.sampled_from(0), trained=arrived.sampled_from(lowest), seconds=arrived.seconds
             )
+
+    def bury_failed(
+        self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]], failed: Mapping[str, str]
+    ) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]]:
+        """Dead-letter the trajectories of a trained batch on which the training failed. Return the batch and its rows
+        without them.
+
+        failed: trajectory -> error text. Raises Fenced, and UserError if it failed on all of them.
+        """
+        if failed and all(one.record.trajectory in failed for group in batch for one in group.items):
+            raise UserError(
+                f"a forward pass fails on every trajectory of the batch, so the cause is probably not in the records: "
+                f"{next(iter(failed.values()))}. Check the model (model.path) and the device",
+                ExitCode.CRASHED,
+            )
+        for arrived in (arrived for group in batch for arrived in group.items if arrived.record.trajectory in failed):
+            record, name = arrived.record, arrived.record.trajectory
+            self._dead_letters.write(
+                Record(
+                    TRAJECTORIES, arrived.partition, arrived.offset, record.group, encode(record), {TRAJECTORY: name}
+                ),
+                RejectedRecord(RejectCause.FORWARD_FAILED, failed[name]),
+            )
+            self._ledger.bury()
+            self._reader.resolve(arrived)
+        return (
+            [
+                replace(group, items=[one for one in group.items if one.record.trajectory not in failed])
+                for group in batch
+            ],
+            [[row for row in group if row.trajectory not in failed] for group in rows],
+        )
 
     def counts(self) -> dict[str, int]:
         """Number of trajectories dropped in the run, by reason."""

@@ -12,6 +12,7 @@ import torch
 from palimpsest.common.arrays import Float32Array
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
+from palimpsest.services.learner.model.failing_rows import tolerant
 from palimpsest.services.learner.model.policy import score_batch
 
 Pass = Callable[[PaddedBatch], Float32Array]
@@ -68,4 +69,5 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
 
 def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -> list[list[Float32Array]]:
     """Every rank's share of the values, in rank order."""
-    return ranks.all_gather_object([forward(batch) for batch in batches[ranks.rank :: ranks.size]])
+    score = tolerant(forward)  # a row that fails leaves this rank in step with the others
+    return ranks.all_gather_object([score(batch) for batch in batches[ranks.rank :: ranks.size]])

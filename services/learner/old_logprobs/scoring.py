@@ -15,6 +15,7 @@ from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.trajectory import Segment, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, versions_present
+from palimpsest.services.learner.model.failing_rows import tolerant
 from palimpsest.services.learner.model.policy import score_batch
 
 
@@ -68,6 +69,8 @@ def score(
 ) -> Iterator[list[tuple[Row, Float32Array]]]:
     """Yield the rows of each forward pass with the model's log-probs [tokens], 0 where untrainable.
 
+    The log-probs of a row on which the pass fails are NaN.
+
     batch_tokens: maximum tokens of a pass, padding included. Raises ValueError if the rows are of several versions.
     """
     if len(versions := versions_present(rows)) > 1:
@@ -77,9 +80,21 @@ def score(
     for together in micro_batches(rows, max_tokens=batch_tokens):
         batch = pad(together)
         values = torch.zeros(batch.tokens.shape, device=device)
-        fill(model, batch, batch.mask, values)
+        _fill_or_nan(model, batch, values)
         scored = values.cpu().numpy()
         yield [(row, scored[i, : len(row.tokens)]) for i, row in enumerate(together)]
+
+
+def _fill_or_nan(model: torch.nn.Module, batch: PaddedBatch, values: Tensor) -> None:
+    """Write the log-probs of the trainable tokens into `values`; NaN for the rows on which the pass fails."""
+
+    def score(part: PaddedBatch) -> Float32Array:
+        scored = torch.zeros(part.tokens.shape, device=values.device)
+        fill(model, part, part.mask, scored)
+        array: Float32Array = scored.cpu().numpy()
+        return array
+
+    values.copy_(torch.from_numpy(tolerant(score)(batch)))
 
 
 def _row(trajectory: str, tokens: Int32Array, versions: Int32Array, temperature: float) -> Row:

@@ -70,6 +70,9 @@ class StepResult:
     missed: dict[str, int] = field(default_factory=dict)
     """"reason/policy" -> tokens of all ranks that had no old log-prob, and the policy that was applied to them."""
 
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Trajectory on which a forward pass fails -> error text. The training left it out."""
+
     @property
     def exact(self) -> bool:
         """Whether the proximal is the old policy."""
@@ -93,4 +96,5 @@ def merge(parts: Sequence[StepResult]) -> StepResult:
         gauges=first.gauges,
         empty=first.empty,
         missed=first.missed,
+        rejected={name: reason for part in parts for name, reason in part.rejected.items()},
     )

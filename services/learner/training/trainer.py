@@ -31,6 +31,7 @@ from palimpsest.services.learner.training.accumulators import MicroBatchPass, St
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs, prepare_batch
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
+from palimpsest.services.learner.training.row_guard import RowGuard
 from palimpsest.services.learner.training.state import TrainingState
 
 
@@ -56,6 +57,7 @@ class Trainer:
         self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
         self._device = next(policy.model.parameters()).device
+        self._guard = RowGuard(policy.model, self._device)
 
     def configure(self, config: LearnerConfig) -> None:
         """Use other settings from the next version on. All ranks must call it before the same version."""
@@ -80,11 +82,13 @@ class Trainer:
         batches = [batch for minibatch in mine for batch in minibatch]
         sums, timer = StepAccumulator(), PhaseTimer()
         with timer.of("proximal"):
-            proximal = self._state.source.proximal(batches, now)
+            proximal = self._guard.call(lambda: self._state.source.proximal(batches, now), batches)
         with timer.of("audit"):
-            old = self._audit(batches, now)
+            old = self._guard.call(lambda: self._audit(batches, now), batches)
         with timer.of("prepare"):
-            prepared = prepare_batch(self._state, batches, self._config, self._ranks, self._device)
+            prepared = self._guard.call(
+                lambda: prepare_batch(self._state, batches, self._config, self._ranks, self._device), batches
+            )
         epo = self._config.loss.epo
         phase = 1.0 if isinstance(epo.phase, str) else phase_weight(now, epo.phase, epo.gamma)
         version = VersionInputs(batches, proximal, old, prepared, phase)
@@ -128,6 +132,7 @@ class Trainer:
             gauges=self._state.gauges(self._policy.masters) | sums.gauges() | self._divergence(totals),
             empty=sums.empty,
             missed=self._missed(),
+            rejected=self._guard.take(),
         )
 
     def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
@@ -167,12 +172,11 @@ class Trainer:
         """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
         squares = [torch.empty(0, dtype=torch.float64)]
         for place in places:
-            batch = version.batches[place]
             if first and version.proximal.method == "current_recompute":
                 current = version.proximal.anchor(place, torch.empty(0), torch.empty(0)).logprobs
             else:
                 with torch.no_grad():
-                    current = score_batch(self._policy.model, batch, self._device)
+                    current = self._guard.forward(score_batch, version.batches, place)
             inputs, _, _ = self._inputs(version, place, current, bounds)
             squares.append(harmful_squares(inputs).cpu())
         return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
@@ -237,8 +241,8 @@ class Trainer:
         self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> MicroBatchPass:
         """Forward and backward pass of one micro-batch."""
+        current, entropy = self._guard.forward(score_batch_and_entropy, version.batches, place)
         batch, prepared = version.batches[place], version.prepared
-        current, entropy = score_batch_and_entropy(self._policy.model, batch, self._device)
         inputs, anchor, correction = self._inputs(version, place, current, bounds)
         tau = sums.taus[-1] if sums.taus else 0.0
         outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)

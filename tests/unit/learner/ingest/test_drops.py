@@ -1,14 +1,16 @@
 """Resolved trajectories: their records are done, and their tokens are counted."""
 
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.messages import DropReason
+from palimpsest.common.messages import TRAJECTORIES, DropReason, encode
 from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.collate import to_rows
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.drops import Drops
 from tests.learner_parts.ingest import an_ingest
 from tests.records.builders import a_finished, a_segment
-from tests.unit.learner.ingest.reading import NEWEST, publish
+from tests.unit.learner.ingest.reading import NEWEST, letters, publish
 
 
 def an_offered(bus: SqliteBus) -> Ingest:
@@ -60,3 +62,27 @@ def test_groups_of_equal_rewards_are_skipped_and_counted_by_environment(bus: Sql
     assert (ingest.ledger.complete(), drops.counts()) == (1, {"even_group": 2})
     assert (drops.take_skipped(), drops.take_skipped()) == ({"lookup": 1}, {})
     assert ingest.tasks.offer(Version(0), now=0.0) == 1, "the learner may offer another group"
+
+
+def test_a_trajectory_on_which_the_training_failed_is_dead_lettered(bus: SqliteBus) -> None:
+    ingest = an_offered(bus)
+    failing = a_finished(0, 1)
+    publish(bus, a_finished(0, 0), failing, a_finished(1, 0), a_finished(1, 1))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    batch = ingest.ledger.take_batch(Version(0)) or []
+    rows = [to_rows([arrived.record for arrived in group.items], "grpo", lowest=0) for group in batch]
+    drops = Drops(ingest, budget=8)
+    left, left_rows = drops.bury_failed(batch, rows, {"g000000/1": "IndexError: index out of range"})
+    assert [[one.record.trajectory for one in group.items] for group in left] == [
+        ["g000000/0"], ["g000001/0", "g000001/1"],
+    ]  # fmt: skip
+    assert [[row.trajectory for row in group] for group in left_rows] == [["g000000/0"], ["g000001/0", "g000001/1"]]
+    for group in left:
+        drops.resolve_trained(group.items, lowest=0)
+    assert ingest.ledger.counts() == {"offered": 8, "trained": 3, "dropped": {}, "dead_lettered": 1, "pending": 4}
+    (letter,) = letters(bus)
+    assert (letter.cause, letter.body, letter.headers) == (
+        RejectCause.FORWARD_FAILED, encode(failing), {"trajectory": "g000000/1"},
+    )  # fmt: skip
+    with bus.consumer(TRAJECTORIES) as consumer:
+        assert ingest.reader.offsets() == consumer.ends()
