@@ -45,6 +45,7 @@ class _Counted:
     def __init__(self, consumer: Consumer, meter: Meter) -> None:
         self._consumer, self._meter = consumer, meter
         self.assignment, self.ends, self.lag = consumer.assignment, consumer.ends, consumer.lag
+        self.positions = consumer.positions
         self.seek, self.commit, self.close = consumer.seek, consumer.commit, consumer.close
 
     def poll(self, *, limit: int, timeout_s: float) -> list[Record]:

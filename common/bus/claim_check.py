@@ -83,6 +83,9 @@ class ClaimingConsumer:
     def ends(self) -> dict[int, int]:
         return self._consumer.ends()
 
+    def positions(self) -> dict[int, int]:
+        return self._consumer.positions()
+
     def lag(self) -> int:
         return self._consumer.lag()
 

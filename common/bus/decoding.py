@@ -3,7 +3,7 @@
 from typing import Any
 
 from palimpsest.common.bus.claim_check import LOST
-from palimpsest.common.bus.port import Record
+from palimpsest.common.bus.port import UNREADABLE, Record
 from palimpsest.common.messages import DeadLetter, decode
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 
@@ -21,6 +21,8 @@ OMITTED = "body_omitted"
 
 def message_in(record: Record) -> Any:
     """Return the message in this record. Raises RejectedRecord if the body is lost or is no message of the topic."""
+    if UNREADABLE in record.headers and not record.body:
+        raise RejectedRecord(RejectCause.UNDECODABLE, f"{record.topic}: {record.headers[UNREADABLE]}")
     if LOST in record.headers:
         raise RejectedRecord(RejectCause.MISSING_CLAIM, f"{record.topic}: the body is lost: {record.headers[LOST]}")
     return decode(record.topic, record.body)

@@ -47,8 +47,9 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
             left = {p for p, end in ends.items() if begun.get(p, 0) < end and _seek_if_present(probe.seek, p, end - 1)}
         last_answer = time.monotonic()
         while left:
-            records = consumer.poll(limit=READ_RECORDS, timeout_s=1.0)
-            if records:
+            records, before = consumer.poll(limit=READ_RECORDS, timeout_s=1.0), left
+            left = {p for p in left if consumer.positions()[p] < ends[p]}
+            if records or left != before:
                 last_answer = time.monotonic()
             elif time.monotonic() - last_answer > SILENT_S:
                 raise UserError(
@@ -58,8 +59,6 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
             for record in records:
                 if record.offset < ends[record.partition]:
                     yield record
-                if record.offset + 1 >= ends[record.partition]:
-                    left.discard(record.partition)
 
 
 def _seek_if_present(seek: Callable[[Mapping[int, int]], None], partition: int, offset: int) -> bool:

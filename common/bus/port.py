@@ -2,7 +2,8 @@
 
 Guarantees of every adapter: the records of a partition keep their order and get consecutive offsets. A key always maps
 to the same partition. `publish` returns when the records are durable, so that records of a later call follow them.
-Reading never skips a record: an offset that is gone raises OffsetGone. Delivery to a group is at least once.
+Reading never skips a record: an offset that is gone raises OffsetGone. Delivery to a group is at least once. Kafka also
+gives offsets to what is no record (the end of a transaction), so a topic to which other programs write may have gaps.
 
 After an outage, a record may be on the log twice, and a later record of one `publish` call may precede an earlier one
 of the same key. Readers deduplicate by id and do not depend on this order.
@@ -19,6 +20,10 @@ PARTITIONS_STAY = (
     "or start a new run"
 )
 """Remedy for a topic that exists with another number of partitions."""
+
+
+UNREADABLE = "unreadable"
+"""Header of a record without a body that a consumer returns in place of bytes that are no records: the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,12 @@ class Consumer(Protocol):
 
     def ends(self) -> dict[int, int]:
         """Return the offset after the last record of every partition of the topic."""
+
+    def positions(self) -> dict[int, int]:
+        """Return the offset of the next record of every assigned partition.
+
+        It is the end of the partition once everything was returned, also if the last offsets hold no record.
+        """
 
     def lag(self) -> int:
         """Return the number of records of the assigned partitions that are on the log and not returned yet.

@@ -185,6 +185,9 @@ class SqliteConsumer:
     def ends(self) -> dict[int, int]:
         return _ends(self._db, self._topic)
 
+    def positions(self) -> dict[int, int]:
+        return dict(self._next)
+
     def lag(self) -> int:
         ends = self.ends()
         return sum(ends[partition] - offset for partition, offset in self._next.items())

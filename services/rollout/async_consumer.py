@@ -44,6 +44,10 @@ class AsyncConsumer:
         """See Consumer."""
         return self._consumer.assignment()
 
+    def positions(self) -> dict[int, int]:
+        """See Consumer."""
+        return self._consumer.positions()
+
     async def ends(self) -> dict[int, int]:
         """See Consumer."""
         return await self._call(self._consumer.ends)

@@ -201,12 +201,11 @@ class Worker:
     async def _consume_control(self, control: AsyncConsumer) -> None:
         """Follow versions, cuts and the end of the run."""
         known = await control.ends()  # records before these offsets are older than this worker
-        newest, read = Version(-1), dict.fromkeys(known, 0)
+        newest, caught_up = Version(-1), False
         while True:
             await self._outbox.room()
             records = await control.poll(limit=256, timeout_s=POLL_S)
             for record in records:
-                read[record.partition] = record.offset + 1
                 message = await self._reader.read_control(record, history=record.offset < known[record.partition])
                 match message:
                     case VersionPublished():
@@ -216,9 +215,11 @@ class Worker:
                         self.stop()
                 if message is not None:
                     self._interruption.observe(message)
-                if record.offset + 1 >= known[record.partition]:
-                    self._weights.announce(newest)
-                    self._interruption.apply()
+            read, caught_up_before = control.positions(), caught_up
+            caught_up = all(read[partition] >= end for partition, end in known.items())
+            if caught_up and (records or not caught_up_before):
+                self._weights.announce(newest)
+                self._interruption.apply()
             if not records and self._interruption.cut is not None and await control.ends() == read:
                 self._interruption.note_end_of_log()
 

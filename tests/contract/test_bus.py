@@ -8,17 +8,24 @@ from contextlib import closing
 from multiprocessing.connection import Connection
 
 import pytest
+from confluent_kafka import Producer
 
-from palimpsest.common.bus.port import Bus, OffsetGone, Outgoing, Position, Record
+from palimpsest.common.bus.decoding import message_in
+from palimpsest.common.bus.offline import read_existing
+from palimpsest.common.bus.port import UNREADABLE, Bus, OffsetGone, Outgoing, Position, Record, partition_of
+from palimpsest.common.rejected_record import RejectedRecord
 from tests.contract.logs import (
+    GROUP,
     KEYS,
     LIMIT_S,
     PARTITIONS,
     TOPIC,
+    KafkaLog,
     Log,
     Spawn,
     SqliteLog,
     bodies,
+    poll_until,
     read_all,
     receive,
     receive_all,
@@ -290,3 +297,47 @@ def test_a_reader_gets_an_error_and_skips_nothing_if_retention_deletes_its_next_
         log.cut(at.partition, before=2)
         with pytest.raises(OffsetGone, match="offset 1 is gone, the log starts at 2"):
             consumer.poll(limit=10, timeout_s=LIMIT_S)
+
+
+KAFKA = pytest.mark.parametrize("log", [pytest.param("kafka", marks=pytest.mark.servers)], indirect=True)
+
+
+@KAFKA
+def test_transactions_and_batches_of_other_programs_are_read_or_passed_over(log: KafkaLog, bus: Bus) -> None:
+    """The end of a transaction has an offset and no record; lz4 and snappy are not installed."""
+    bus.publish(TOPIC, things("first"))
+    settings = {"bootstrap.servers": log.servers, "transactional.id": log.prefix}
+    producer, partition = Producer(settings), partition_of("k", PARTITIONS)
+    producer.init_transactions()
+    for end in (producer.commit_transaction, producer.abort_transaction):
+        producer.begin_transaction()
+        producer.produce(log.prefix + TOPIC, end.__name__.encode(), b"k", partition=partition)
+        producer.flush()
+        end()
+    for codec in ("gzip", "zstd", "lz4", "snappy"):
+        foreign = Producer({"bootstrap.servers": log.servers, "compression.type": codec})
+        for _ in range(2):
+            foreign.produce(
+                log.prefix + TOPIC, codec.encode() + bytes(1000), headers={"h": b"\xff"}, partition=partition
+            )
+            foreign.produce(log.prefix + TOPIC, None, None, partition=partition)
+            assert foreign.flush(LIMIT_S) == 0
+    producer.begin_transaction()
+    producer.produce(log.prefix + TOPIC, b"last", b"k", partition=partition)
+    producer.commit_transaction()
+    with bus.consumer(TOPIC) as consumer, bus.consumer(TOPIC, group=GROUP, member="m") as member:
+        read = poll_until(lambda: consumer.positions() == consumer.ends(), consumer)
+        commonly = poll_until(lambda: member.positions() == consumer.ends(), member)
+        consumer.seek({partition: 2})  # the offset of a marker
+        again = poll_until(lambda: consumer.positions() == consumer.ends(), consumer)
+    names = [record.body.rstrip(b"\0").decode() or record.headers.get(UNREADABLE, "empty") for record in read]
+    assert names[:3] == ["first", "commit_transaction", "abort_transaction"]
+    assert names[3:11] == ["gzip", "empty", "gzip", "empty", "zstd", "empty", "zstd", "empty"]
+    assert [("UnsupportedCodecError" in name, "offsets" in name) for name in names[11:-1]] == [(True, True)] * 4
+    assert names[-1] == "last"
+    assert commonly == read
+    assert again == read[2:]
+    assert list(read_existing(bus, TOPIC)) == read
+    for record in read[11:-1]:
+        with pytest.raises(RejectedRecord, match="cannot be read: UnsupportedCodecError"):
+            message_in(record)

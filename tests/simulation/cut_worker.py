@@ -138,7 +138,7 @@ class Sessions:
     def __init__(self, schedule: "Schedule") -> None:
         self._schedule = schedule
 
-    async def create(self, wanted: CreateSession, *, idempotency_key: str) -> Session:
+    async def create(self, wanted: CreateSession, *, idempotency_key: str, capacity_s: float) -> Session:
         await asyncio.sleep(self._schedule.delay_s(2.0))
         return Session(
             session_id=str(self._schedule.random.randint(1, 3)), lease_expires_in_s=600.0, messages=(), tools=(),

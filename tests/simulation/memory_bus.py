@@ -158,6 +158,9 @@ class MemoryConsumer:
         self._store.on_access()
         return {number: partition.end for number, partition in enumerate(self._store.partitions(self._topic))}
 
+    def positions(self) -> dict[int, int]:
+        return dict(self._next)
+
     def lag(self) -> int:
         partitions = self._store.partitions(self._topic)
         return sum(partitions[number].end - offset for number, offset in self._next.items())

@@ -14,7 +14,9 @@ from typing import Any, Self
 from kafka import ConsumerRebalanceListener, KafkaConsumer as Client, TopicPartition, errors
 from kafka.structs import MemberState, OffsetAndMetadata
 
+from palimpsest.common.bus.kafka import batches
 from palimpsest.common.bus.kafka.connection import DENIED, Connection
+from palimpsest.common.bus.kafka.topics import topic_option
 from palimpsest.common.bus.port import OffsetGone, Record
 from palimpsest.common.logs import logger
 
@@ -27,6 +29,8 @@ STUCK_S = IDLE_LIMIT_S + 30.0
 """Maximum duration of a rebalance, in seconds. The slowest member has left the group by then."""
 QUIET_S = 5.0
 """Time without an answer of the broker after which the monitor probes it, in seconds."""
+POLICY_S = 60.0
+"""Time for which the cleanup policy of a topic counts as known, in seconds."""
 HEARTBEATS = 3.3
 """Heartbeats per lease."""
 
@@ -75,10 +79,12 @@ class KafkaConsumer:
         self._partitions = partitions
         self._listener = _Listener()
         self._stuck_s = STUCK_S
+        self._policy_known_until = float("-inf")
         self._subscribed = False
         self._stable_at = time.monotonic()
         self._membership = self._group_settings(prefix, lease_s)
         self._client_id = f"{prefix}{member or 'reader'}"
+        batches.install()
         self._client: Any = self._connect(connection.start_limit_s)
         if group is None:
             self._client.assign(self._all_partitions())
@@ -163,6 +169,9 @@ class KafkaConsumer:
         )
         return {tp.partition: offset for tp, offset in sorted(found.items())}
 
+    def positions(self) -> dict[int, int]:
+        return dict(self._next)
+
     def lag(self) -> int:
         assigned = {tp.partition: tp for tp in self._client.assignment()}  # in a rebalance not all of self._next
         ends = {p: self._client.highwater(tp) for p, tp in assigned.items() if p in self._next}
@@ -205,6 +214,13 @@ class KafkaConsumer:
             return
         for tp, records in fetched.items():
             self._waiting.setdefault(tp.partition, deque()).extend(records)
+        self._pass_markers()
+
+    def _pass_markers(self) -> None:
+        """Pass over offsets that the client has read and that hold no record, where all records were returned."""
+        for tp, state in list(self._client._subscription.assignment.items()):
+            if tp.partition in self._next and tp.partition not in self._waiting and state.position is not None:
+                self._next[tp.partition] = max(self._next[tp.partition], state.position.offset)
 
     def _is_silent(self) -> bool:
         """Whether no broker is connected, or none answered for QUIET_S. A broker answers a fetch within half a second.
@@ -283,15 +299,33 @@ class KafkaConsumer:
         return records
 
     def _record(self, partition: int, fetched: Any) -> Record:
-        if fetched.offset != self._next[partition]:
-            raise OffsetGone(
-                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the next record has offset "
-                f"{fetched.offset}"
-            )
+        if fetched.offset > self._next[partition]:
+            self._refuse_compacted_topic(partition, fetched.offset)
+        elif fetched.offset < self._next[partition]:
+            raise OffsetGone(f"{self._topic}[{partition}]: offset {fetched.offset} was returned twice")
         self._next[partition] = fetched.offset + 1
         headers = {name: (value or b"").decode(errors="replace") for name, value in fetched.headers or ()}
         key = (fetched.key or b"").decode(errors="replace")  # other programs may write to a topic
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
+
+    def _refuse_compacted_topic(self, partition: int, following: int) -> None:
+        """Raise OffsetGone if the offsets before `following` may have held records.
+
+        The client asks for one offset after the other, and the broker refuses an offset that retention has removed. So
+        a gap is either the end of a transaction, which holds no record, or the work of the compaction of a topic whose
+        cleanup.policy was changed after the start.
+        """
+        if time.monotonic() < self._policy_known_until:
+            return
+        policy = topic_option(self._connection, self._named, "cleanup.policy")
+        if "compact" in policy:
+            raise OffsetGone(
+                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the next record has offset "
+                f"{following}: cleanup.policy of {self._named} is {policy}, and compaction removes records. Set it to "
+                f"delete: kafka-configs.sh --bootstrap-server {self._connection.servers} --alter --entity-type topics "
+                f"--entity-name {self._named} --add-config cleanup.policy=delete"
+            )
+        self._policy_known_until = time.monotonic() + POLICY_S
 
     def _all_partitions(self) -> list[TopicPartition]:
         """Return every partition of the topic. Raises LookupError if the topic does not exist."""

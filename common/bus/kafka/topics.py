@@ -15,6 +15,8 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from palimpsest.common.bus.kafka.connection import Connection
 from palimpsest.common.bus.port import PARTITIONS_STAY
 
+READABLE_COMPRESSION = ("producer", "uncompressed", "gzip", "zstd")
+"""Values of compression.type with which the broker stores records that a reader can decompress."""
 KNOWN_S = 3.0
 """Time after which all brokers have the metadata of a new topic, in seconds."""
 
@@ -37,6 +39,7 @@ class Settings:
             "retention.bytes": "-1",
             "max.message.bytes": str(self.max_record_bytes),
             "min.insync.replicas": str(self.min_insync_replicas),
+            "compression.type": "producer",
         }
 
 
@@ -75,6 +78,18 @@ def partition_count(connection: Connection, topic: str, named: str) -> int:
             f"creates it at start"
         )
     return len(existing[named]["partitions"])
+
+
+def topic_option(connection: Connection, named: str, option: str) -> str:
+    """Return the value of an option of a topic. `named`: its name on the broker."""
+    admin = connection.client(KafkaAdminClient)
+    try:
+        known_by = time.monotonic() + KNOWN_S
+        return connection.retry_until_answered(
+            lambda: _options(admin, [named], known_by), doing="read the settings of a topic"
+        )[named][option]
+    finally:
+        admin.close()
 
 
 def _make(connection: Connection, admin: KafkaAdminClient, settings: Settings, missing: Mapping[str, int]) -> None:
@@ -193,6 +208,8 @@ def _suffices(option: str, value: str, required: str) -> bool:
     """
     if option == "cleanup.policy":
         return value == required
+    if option == "compression.type":
+        return value in READABLE_COMPRESSION
     try:
         number = int(value)
     except ValueError:

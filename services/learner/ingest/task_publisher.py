@@ -101,10 +101,8 @@ class TaskPublisher:
         with self._bus.consumer(TASKS) as consumer:
             consumer.seek(task_offsets)
             ends = consumer.ends()
-            missing = sum(end - task_offsets.get(partition, 0) for partition, end in ends.items())
-            while missing > 0:
+            while any(consumer.positions()[partition] < end for partition, end in ends.items()):
                 for record in consumer.poll(limit=POLL_RECORDS, timeout_s=1.0):
-                    missing -= 1
                     try:
                         offer: GroupOffered = decode(TASKS, record.body)
                     except Undecodable:

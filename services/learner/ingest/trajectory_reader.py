@@ -76,8 +76,6 @@ class TrajectoryReader:
         self._keeps_flushed, self._on_resolved = keep_flushed, on_resolved
         self._consumer = bus.consumer(TRAJECTORIES)
         self._tracker = OffsetTracker()
-        self._read_to: dict[int, int] = {}
-        """Partition -> offset after the last record that was read."""
         self.arrived: dict[str, ReceivedTrajectory] = {}
         """Trajectories waiting to be trained on, by id."""
         self.flushed = FlushBuffer()
@@ -94,7 +92,6 @@ class TrajectoryReader:
             self._consumer.seek(offsets)
             for partition in self._consumer.assignment():
                 self._tracker.start(partition, offsets.get(partition, 0))
-                self._read_to[partition] = offsets.get(partition, 0)
 
     def read_all(self, newest: Version, *, timeout_s: float) -> None:
         """Read everything on the log, waiting at most `timeout_s` for a first record.
@@ -104,7 +101,6 @@ class TrajectoryReader:
         while records := self._consumer.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
             for record in records:
                 self._tracker.read(record.partition, record.offset)
-                self._read_to[record.partition] = record.offset + 1
                 self._receive(record, newest)
             if len(records) < POLL_RECORDS:
                 break
@@ -116,7 +112,7 @@ class TrajectoryReader:
         ends = self._consumer.ends()  # no record is at or after these offsets
         targets = {p: min(offset, ends[p]) for p, offset in positions.items() if p in ends}
         until = time.monotonic() + deadline_s
-        while any(self._read_to.get(partition, 0) < offset for partition, offset in targets.items()):
+        while any(self._consumer.positions().get(partition, 0) < offset for partition, offset in targets.items()):
             if (left := until - time.monotonic()) <= 0:
                 return False
             self.read_all(newest, timeout_s=min(left, 1.0))

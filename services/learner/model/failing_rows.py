@@ -1,6 +1,6 @@
 """Finds the rows of a micro-batch on which a forward pass fails.
 
-An error belongs to a row if a pass over that row alone fails while a pass over token 0 in its place succeeds. Errors of
+An error belongs to a row if a pass over that row alone fails while a pass over token 0 instead succeeds. Errors of
 the process or the device (memory, accelerator, communication) never belong to a row: after them no pass tells anything.
 """
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from palimpsest.common.arrays import Float32Array
 from palimpsest.common.logs import logger
@@ -18,9 +17,9 @@ from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, pad
 
 Forward = Callable[[PaddedBatch], object]
-MACHINE = (MemoryError, OSError, UserError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError)
+MACHINE = (MemoryError, OSError, UserError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of the process, the device or the run."""
-MACHINE_TEXTS = ("out of memory", "can't allocate memory", "CUDA", "CUBLAS", "cuDNN", "NCCL", "HIP error")
+MACHINE_TEXTS = ("out of memory", "can't allocate memory", "CUDA", "CUBLAS", "cuDNN", "NCCL", "gloo", "HIP error")
 """Texts of a RuntimeError of the device: torch has no class for each."""
 
 

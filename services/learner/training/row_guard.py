@@ -29,7 +29,7 @@ class RowGuard:
         """Return `step()`. If it fails on rows of `batches[places]` (default: all), replace them by zeros, then repeat
         it once.
 
-        The step must not have changed any state when it fails on a row, and must read `batches` anew. Raises its error
+        The step must not have changed any state when it fails on a row, and must read `batches` again. Raises its error
         if that belongs to no row.
         """
         try:

@@ -1,5 +1,6 @@
 """Parts of the Kafka log that need no broker: credentials, checks of topics, and servers that are no broker."""
 
+import re
 import socket
 import ssl
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 from kafka import errors
+from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
-from palimpsest.common.bus.kafka import Connection, Settings, connection
+from palimpsest.common.bus.kafka import Connection, Settings, batches, connection
 from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
 from palimpsest.common.bus.kafka.probe import BrokerRefused, BrokerUnreachable, probe_broker
 from palimpsest.common.bus.kafka.topics import _problems, _suffices
+from palimpsest.common.bus.port import UNREADABLE
 from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends.certificates import make
@@ -209,3 +212,65 @@ def test_other_errors_while_waiting_are_passed_on() -> None:
 
     with pytest.raises(KeyError):
         Connection("127.0.0.1:1", {}).retry_until_answered(failing, doing="read")
+
+
+def batch(codec: int, *bodies: bytes, header: tuple[str, bytes] = ("h", b"")) -> DefaultRecordBatchBuilder:
+    builder = DefaultRecordBatchBuilder(2, codec, False, -1, -1, -1, 1 << 30)
+    for offset, body in enumerate(bodies):
+        builder.append(offset, 0, b"k", body, [header])
+    return builder
+
+
+def read_batch(data: bytes) -> list[Any]:
+    """The records of a batch, as the class reads them that `install` puts in place."""
+    return list(batches.BoundedBatch(data))
+
+
+@pytest.mark.parametrize("codec", [0, 1, 4])
+def test_a_batch_is_read_with_every_codec_that_is_installed(codec: int) -> None:
+    data = batch(codec, b"a" * 1000, b"b").build()
+    assert [(record.offset, record.key, record.value) for record in read_batch(data)] == [
+        (0, b"k", b"a" * 1000), (1, b"k", b"b"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", [1, 4])
+def test_a_batch_that_expands_beyond_the_limit_becomes_one_record_with_the_reason(codec: int) -> None:
+    """64 MiB of zeros, in 64 KiB (gzip) or 6 KiB (zstd)."""
+    data = batch(codec, bytes(batches.MOST_BATCH_BYTES), b"b").build()
+    assert len(data) < 100_000
+    (record,) = read_batch(data)
+    assert (record.offset, record.value) == (0, b"")
+    ((name, reason),) = record.headers
+    assert name == UNREADABLE
+    assert b"offsets 0 to 1 cannot be read: TooLong: it has more than 67108864 bytes" in reason
+
+
+def test_a_batch_that_cannot_be_decoded_becomes_one_record_with_the_reason() -> None:
+    """A header name that is not UTF-8; a codec that is not installed; a truncated stream; too many records."""
+    named = bytes(batch(0, b"a", header=("hh", b"")).build()).replace(b"hh", b"\xff\xfe")
+    other = bytearray(batch(0, b"a").build())
+    other[DefaultRecordBatch.ATTRIBUTES_OFFSET + 1] |= 2
+    cut = bytearray(batch(0, b"a").build())
+    cut[DefaultRecordBatch.ATTRIBUTES_OFFSET + 1] |= 1
+    many = bytearray(batch(0, b"a").build())
+    many[57:61] = (1 << 20).to_bytes(4, "big")
+    for data, reason in (
+        (named, "UnicodeDecodeError|CorruptRecordError"),
+        (other, "snappy"),
+        (cut, "header"),
+        (many, "1048576"),
+    ):
+        (record,) = read_batch(bytes(data))
+        assert re.search(reason, record.headers[0][1].decode()), record.headers
+
+
+def test_a_compression_that_no_reader_has_is_refused_with_the_command_that_changes_it() -> None:
+    for value in ("lz4", "snappy"):
+        *_, problem, command = _problems(
+            "a:1", Settings(), "t", 2, TOPIC, Settings().options() | {"compression.type": value}
+        )
+        assert problem == f"topic t on a:1 has compression.type = {value}; the run needs producer"
+        assert command.endswith("--entity-name t --add-config compression.type=producer")
+    for value in ("producer", "uncompressed", "gzip", "zstd"):
+        assert _problems("a:1", Settings(), "t", 2, TOPIC, Settings().options() | {"compression.type": value}) == []

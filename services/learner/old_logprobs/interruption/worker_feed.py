@@ -38,13 +38,12 @@ class WorkerFeed:
         self._bus, self._dead_letters, self._run, self._clock = bus, dead_letters, run, clock
         self._liveness, self._outages = WorkerLiveness(), OutageClock()
         self._consumer: Consumer  # opened by start
-        self._read_to: dict[int, int] = {}
-        """Partition -> offset after the last record that was read."""
 
     def start(self) -> Heard:
         """Open the consumer and read the newest records."""
         self._consumer = self._bus.consumer(WORKERS)
-        self._read_to = {p: _seek_back(self._consumer, p, end) for p, end in self._consumer.ends().items()}
+        for partition, end in self._consumer.ends().items():
+            _seek_back(self._consumer, partition, end)
         return self.read_to_end()
 
     def poll(self) -> Heard:
@@ -63,7 +62,7 @@ class WorkerFeed:
         answers, _ = self._poll(timeout_s=wait_s)
         ends = self._consumer.ends()
         until = self._clock() + READ_S
-        while any(self._read_to.get(p, 0) < end for p, end in ends.items()) and self._clock() < until:
+        while any(self._consumer.positions().get(p, 0) < end for p, end in ends.items()) and self._clock() < until:
             answers += self._poll(timeout_s=1.0)[0]
         return Heard(answers, extends_cut=self._outages.extends_cut(self._note_read()))
 
@@ -100,7 +99,6 @@ class WorkerFeed:
         return answers, count
 
     def _take(self, record: Record) -> CutReached | None:
-        self._read_to[record.partition] = record.offset + 1
         try:
             message = decode_for_run(record, self._run)
         except RejectedRecord as error:
@@ -110,12 +108,10 @@ class WorkerFeed:
         return message if isinstance(message, CutReached) else None
 
 
-def _seek_back(consumer: Consumer, partition: int, end: int) -> int:
-    """Seek to the newest RECENT records of a partition. Return the offset."""
+def _seek_back(consumer: Consumer, partition: int, end: int) -> None:
+    """Seek to the newest RECENT records of a partition."""
     start = max(0, end - RECENT)
     try:
         consumer.seek({partition: start})
     except OffsetGone:  # the log starts at a later offset, and live workers publish again soon
         consumer.seek({partition: end})
-        return end
-    return start

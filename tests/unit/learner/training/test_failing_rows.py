@@ -17,7 +17,7 @@ from palimpsest.services.learner.old_logprobs.distributed_scorer import Distribu
 from palimpsest.services.learner.old_logprobs.scoring import score
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.training.results import StepResult
-from tests.learner_parts.models import CPU, Resident, load, train
+from tests.learner_parts.models import CPU, CurrentModel, load, train
 from tests.records.builders import a_learner, a_row
 
 OPTIMIZER = OptimizerConfig(lr=1e-2)
@@ -36,7 +36,7 @@ def rows(*, third: int = 7, advantage: float = 1.0) -> list[Row]:
 def trained(folder: Path, *minibatches: list[Row], config: Any = CONFIG) -> tuple[StepResult, list[torch.Tensor]]:
     model = load(folder)
     policy = TrainablePolicy(model, OPTIMIZER)
-    result = train(policy, Resident(model), ProcessGroup(), list(minibatches), Version(0), config=config)
+    result = train(policy, CurrentModel(model), ProcessGroup(), list(minibatches), Version(0), config=config)
     return result, [tensor.clone() for tensor in policy.state().values()]
 
 
@@ -78,7 +78,7 @@ def test_other_errors_stay_errors(starting_model: Path, error: Exception, of_mac
     model.get_input_embeddings().register_forward_pre_hook(fail)
     assert may_be_of_row(error) is not of_machine
     with pytest.raises(type(error)) as raised:
-        train(policy, Resident(model), ProcessGroup(), [rows()], Version(0), config=CONFIG)
+        train(policy, CurrentModel(model), ProcessGroup(), [rows()], Version(0), config=CONFIG)
     assert raised.value is error
 
 
