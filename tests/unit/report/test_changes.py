@@ -83,5 +83,5 @@ def test_the_text_of_a_change(change: dict[str, Any], text: str) -> None:
 
 def test_a_line_marks_the_first_version_with_changed_settings() -> None:
     lines = [a_line(0), a_line(1) | {"settings": 0}, a_line(2) | {"settings": 1}, a_line(3) | {"settings": 1}]
-    (mark,) = over_versions(lines).plot.layout.shapes
+    (mark,) = over_versions(lines).drawing.layout.shapes
     assert (mark.x0, mark.line.dash) == (lines[2]["published"], "dot")
