@@ -82,11 +82,15 @@ class ScriptedEngine:
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         off = 0.5 if failpoints.active("rollout.scripted_canary") else 0.0
-        for canary in self._loaded.canaries if self._loaded is not None else ():
-            if canary.tokens == tuple(tokens):
-                known = dict(zip(canary.positions, canary.logprobs, strict=True))
-                return [known.get(position, 0.0) - off for position in range(1, len(tokens))]
-        raise EngineFailed("the scripted engine can score only the canaries of its version")
+        known = {
+            position: logprob
+            for canary in (self._loaded.canaries if self._loaded is not None else ())
+            if canary.tokens == tuple(tokens)  # canaries with the same tokens may have different positions
+            for position, logprob in zip(canary.positions, canary.logprobs, strict=True)
+        }
+        if not known:
+            raise EngineFailed("the scripted engine can score only the canaries of its version")
+        return [known.get(position, 0.0) - off for position in range(1, len(tokens))]
 
     async def close(self) -> None:
         self._closed = True

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.config.schema import ScriptedEngineConfig
-from palimpsest.common.snapshots.manifest import SCHEMA, Manifest
+from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, Span, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
@@ -14,10 +14,10 @@ from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 WORDS = tuple(range(100, 120))
 
 
-def weights(version: int) -> StoredWeights:
+def weights(version: int, *canaries: Canary) -> StoredWeights:
     manifest = Manifest(
         schema=SCHEMA, run="test", writer=1, version=Version(version), digest="", encoding="base", object="",
-        object_size=0, tensors=(), canaries=(),
+        object_size=0, tensors=(), canaries=canaries,
     )  # fmt: skip
     return StoredWeights(manifest, Path())
 
@@ -116,3 +116,10 @@ async def test_a_waiting_request_samples_nothing_if_the_engine_pauses_again_at_o
         await asyncio.sleep(0)
     assert engine.sampled == count
     saying.cancel()
+
+
+async def test_canaries_with_the_same_tokens_and_other_positions_are_all_scored() -> None:
+    engine = Stepped()
+    await engine.pause()
+    await engine.load(weights(0, Canary((7, 8, 9), (1,), (-1.0,), ()), Canary((7, 8, 9), (2,), (-2.0,), ())))
+    assert await engine.score((7, 8, 9)) == [-1.0, -2.0]
