@@ -138,7 +138,7 @@ class MemoryConsumer:
         self._store.on_access()
         partitions = self._store.partitions(self._topic)
         for number, offset in offsets.items():
-            if number >= len(partitions):
+            if not 0 <= number < len(partitions):
                 raise OffsetGone(f"{self._topic} has no partition {number}: the log belongs to another run")
             first, end = partitions[number].first, partitions[number].end
             if not first <= offset <= end:
