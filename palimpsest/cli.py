@@ -134,6 +134,7 @@ CONTROL = {
     "resume": "end every pause",
     "checkpoint": "save a checkpoint now",
     "cut": "cut all live generations now and score their tokens",
+    "drain": "let a worker or the gateway finish what it has, and end it",
     "stop": "save a checkpoint and end a running run",
     "changes": "list who changed what in a running run",
 }

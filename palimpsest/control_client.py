@@ -83,9 +83,12 @@ def url_in(folder: Path, service: str) -> str:
 
 
 @contextmanager
-def forwarded(release: str, component: str, port: int) -> Iterator[str]:
-    """Forward a local port to a service of a Helm release, by kubectl. Yields its URL. Raises UserError."""
-    command = ["kubectl", "port-forward", f"service/{release}-{component}", f":{port}"]
+def forwarded(target: str, port: int) -> Iterator[str]:
+    """Forward a local port to a service or pod (`service/NAME`, `pod/NAME`) by kubectl. Yields its URL.
+
+    Raises UserError.
+    """
+    command = ["kubectl", "port-forward", target, f":{port}"]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:

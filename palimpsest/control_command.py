@@ -1,4 +1,4 @@
-"""`palimpsest status | watch | get | set | pause | resume | checkpoint | cut | stop | changes`.
+"""`palimpsest status | watch | get | set | pause | resume | checkpoint | cut | drain | stop | changes`.
 
 The commands show and change a running run over REST.
 """
@@ -19,8 +19,8 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.control_client import ControlClient, Refused, forwarded, url_in, wait_for
 
 LEARNER = "learner"
-LEARNER_PORT = 7704
-"""Port of the learner in the Helm chart."""
+PORTS = {LEARNER: 7704, "gateway": 7702, "worker": 7703}
+"""Ports in the Helm chart."""
 WAIT_S = 600.0
 """Time that a command waits for its change. A step of a large model may take minutes."""
 HTTP_WAIT_S = 30.0
@@ -34,6 +34,7 @@ COMMANDS = {
     "resume": ("", "end every pause"),
     "checkpoint": ("", "save a checkpoint of the newest version now"),
     "cut": ("", "cut all live generations now and score their tokens"),
+    "drain": ("NAME", "let a worker or the gateway finish what it has, and end it"),
     "stop": ("", "save a checkpoint and end the run; it can be continued"),
     "changes": ("", "list who changed what, and when it took effect"),
 }
@@ -110,7 +111,7 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
     wanted = COMMANDS[name][0]
     if request.words and (not wanted or wanted.startswith("[--")):
         raise UserError(f"palimpsest {name} takes no {request.words[0]!r}\n{usage(name)}")
-    if not request.words and wanted == "KEY=VALUE ...":
+    if not request.words and wanted in ("KEY=VALUE ...", "NAME"):
         raise UserError(f"palimpsest {name} needs {wanted}\n{usage(name)}")
     return request
 
@@ -138,14 +139,24 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 @contextmanager
 def _client(request: Request) -> Iterator[ControlClient]:
     if request.release is not None:
-        with forwarded(request.release, LEARNER, LEARNER_PORT) as url:
+        with forwarded(*_target(request)) as url:
             yield from _connected(url)
         return
     if request.url is not None:
         yield from _connected(request.url)
     else:
         assert request.folder is not None
-        yield from _connected(url_in(request.folder, LEARNER))
+        yield from _connected(url_in(request.folder, request.words[0] if request.name == "drain" else LEARNER))
+
+
+def _target(request: Request) -> tuple[str, int]:
+    """Return what kubectl forwards to, and the port: a service of the release, or a pod of a worker."""
+    if request.name != "drain":
+        return f"service/{request.release}-{LEARNER}", PORTS[LEARNER]
+    (name,) = request.words
+    return (
+        (f"service/{request.release}-gateway", PORTS[name]) if name == "gateway" else (f"pod/{name}", PORTS["worker"])
+    )
 
 
 def _connected(url: str) -> Iterator[ControlClient]:
@@ -189,6 +200,10 @@ def _act(client: ControlClient, request: Request) -> None:
     _change(client, request, "POST", f"/v1/actions/{request.name}", **options)
 
 
+def _drain(client: ControlClient, request: Request) -> None:
+    _show(request, client.send("POST", "/v1/actions/drain"), control_text.drain)
+
+
 def _changes(client: ControlClient, request: Request) -> None:
     _show(request, client.get("/v1/changes"), control_text.changes)
 
@@ -211,5 +226,6 @@ _ACTIONS: dict[str, Callable[[ControlClient, Request], None]] = {
     "get": _get,
     "set": _set,
     "changes": _changes,
+    "drain": _drain,
     **dict.fromkeys(("pause", "resume", "checkpoint", "cut", "stop"), _act),
 }

@@ -66,6 +66,11 @@ def change(body: Mapping[str, Any]) -> str:
     return f"{what}: {end}" + (f" ({result})" if result else "")
 
 
+def drain(body: Mapping[str, Any]) -> str:
+    """Return the reply of a service that drains in one line."""
+    return f"drain: takes no new work, {body['live']} live; it ends after them with exit code 130"
+
+
 def changes(body: Mapping[str, Any]) -> str:
     """Return the changes, one a line, oldest first."""
     rows = [

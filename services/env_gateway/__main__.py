@@ -11,6 +11,7 @@ from palimpsest.common.control.credentials import SECRETS, open_access
 from palimpsest.common.orphans import adopt_orphans
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
+from palimpsest.common.user_error import ExitCode
 from palimpsest.services.env_gateway import plugins, registry
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.processes.pool import Pool
@@ -46,7 +47,12 @@ def body(invocation: Invocation, stop: Stop) -> None:
         sessions = Sessions(offered, _limits(invocation.config))
         stop.on_request(sessions.refuse_new)
         app = create_app(
-            sessions, offered, access=access, request_limit_bytes=config.request_limit_bytes, on_exit=pool.close
+            sessions,
+            offered,
+            access=access,
+            request_limit_bytes=config.request_limit_bytes,
+            on_exit=pool.close,
+            on_drained=lambda: stop.request(ExitCode.INTERRUPTED),
         )
         serve(app, config.host, config.port, key="env_gateway", stop=stop)
     finally:

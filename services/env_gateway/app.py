@@ -18,6 +18,7 @@ from typing import TypeVar
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
+from palimpsest.common.control import drain
 from palimpsest.common.control.access import Access, AccessRule, Role
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.metrics import REGISTRY
@@ -53,12 +54,17 @@ def create_app(
     access: Access | None = None,
     request_limit_bytes: int = 2**20,
     on_exit: Callable[[], Awaitable[None]] | None = None,
+    on_drained: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """Return the gateway's application. It expires sessions while it runs and drains them before `on_exit`."""
+    """Return the gateway's application. It expires sessions while it runs and drains them before `on_exit`.
+
+    on_drained: called when a person drains the gateway and the last session has ended.
+    """
+    draining = asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(sessions))
+        sweeping = asyncio.create_task(_sweep(sessions, draining, on_drained))
         yield
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
@@ -74,12 +80,18 @@ def create_app(
         status=sessions.status,
         lifespan=lifespan,
         access=access,
-        rules=RULES,
+        rules=(*RULES, *drain.RULES),
         body_limits={"/v1/sessions": request_limit_bytes},
         on_error=lambda code: instruments.REFUSED.labels(code).inc(),
     )
     _add_environment_routes(app, registry)
     _add_session_routes(app, sessions)
+
+    def begin_draining() -> None:
+        sessions.refuse_new()
+        draining.set()
+
+    app.include_router(drain.drain_routes(begin_draining, lambda: sessions.live))
     return app
 
 
@@ -150,10 +162,12 @@ def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
         sessions.close(session_id)
 
 
-async def _sweep(sessions: Sessions) -> None:
+async def _sweep(sessions: Sessions, draining: asyncio.Event, on_drained: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         sessions.sweep()
+        if draining.is_set() and not sessions.live:
+            on_drained()
 
 
 def _parsed(expected: type[W], body: bytes) -> W:

@@ -128,6 +128,11 @@ class Sessions:
         self._draining = True
 
     @property
+    def live(self) -> int:
+        """Number of live sessions."""
+        return len(self._ledger.live)
+
+    @property
     def draining(self) -> bool:
         """Whether new sessions are refused."""
         return self._draining

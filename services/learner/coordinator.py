@@ -90,7 +90,7 @@ def run_coordinator(
         dump=BatchDump(home / run_folder.RECORDS),
         reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
     )
-    desk, control = build_control(config, bus, publisher, writer)
+    desk, control = build_control(config, bus, store, publisher, writer)
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, control, stop)
     seen = loop.status
     server.show_service(

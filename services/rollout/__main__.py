@@ -8,6 +8,7 @@ from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
 from palimpsest.common.control.credentials import open_access
+from palimpsest.common.control.drain import RULES, drain_routes
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
@@ -89,7 +90,13 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             )
             try:
                 with held:
-                    server.show_service(ready=worker.not_ready, status=worker.status, waiting_for=worker.waiting_for)
+                    server.show_service(
+                        ready=worker.not_ready,
+                        status=worker.status,
+                        waiting_for=worker.waiting_for,
+                        routes=drain_routes(lambda: stop.request(ExitCode.INTERRUPTED), lambda: worker.alive().live),
+                        rules=RULES,
+                    )
                     with required("to start"):
                         await engine.start()
                     if not stop.requested:

@@ -33,7 +33,7 @@ ENV = {
 }
 COMMANDS = {
     *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token"),
-    *("status", "watch", "get", "set", "pause", "resume", "checkpoint", "cut", "stop", "changes"),
+    *("status", "watch", "get", "set", "pause", "resume", "checkpoint", "cut", "drain", "stop", "changes"),
 }
 
 

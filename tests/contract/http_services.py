@@ -4,11 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.control import drain
 from palimpsest.common.control.access import Access
 from palimpsest.common.control.changes import ChangeState
 from palimpsest.common.control.desk import ControlDesk
@@ -24,13 +26,13 @@ from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 LIMITS = SessionLimits(max_sessions=100, lease_s=600.0, remember_s=600.0, result_bytes=1000)
 
 
-def _starting(name: str) -> Callable[[Access | None, Path], FastAPI]:
-    """The application of a service that is built on Starting."""
+def _starting(name: str, **options: Any) -> Callable[[Access | None, Path], FastAPI]:
+    """The application of a service that is built on Starting. options: see `show_service`."""
 
     def create(access: Access | None, _folder: Path) -> FastAPI:
         server = Starting(name, "127.0.0.1", 0, key=name, registry=CollectorRegistry(), access=access)
         with server:
-            server.show_service(ready=lambda: None, status=dict)
+            server.show_service(ready=lambda: None, status=dict, **options)
         return server.app
 
     return create
@@ -74,6 +76,6 @@ APPS: dict[str, Callable[[Access | None, Path], FastAPI]] = {
     "store": _store,
     "gateway": _gateway,
     "learner": _learner,
-    "rollout": _starting("rollout"),
+    "rollout": _starting("rollout", routes=drain.drain_routes(lambda: None, lambda: 0), rules=drain.RULES),
     "replica": _starting("replica"),
 }

@@ -31,6 +31,7 @@ def test_no_request_is_answered_outside_the_document(service: str, examples: int
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG),
                 *("run", f"http://127.0.0.1:{server.port}/openapi.json"),
                 *("--header", "Authorization: Bearer secret", "--max-examples", str(examples)),
+                *("--exclude-path", "/v1/actions/drain"),  # a gateway that drains begins no session
             ],
             capture_output=True,
             text=True,

@@ -1,5 +1,6 @@
 """HTTP interface of the gateway: status codes, bodies, limits, and the token."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,6 +39,20 @@ def assert_error(reply: httpx.Response, status: int, code: str, *, retryable: bo
     assert (reply.status_code, body["code"], body["retryable"]) == (status, code, retryable)
     assert isinstance(body["message"], str)
     return body
+
+
+async def test_a_gateway_that_a_person_drains_ends_after_its_last_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palimpsest.services.env_gateway.app.SWEEP_S", 0.001)
+    drained = asyncio.Event()
+    async with gateway(on_drained=drained.set) as client:
+        session = f"/v1/sessions/{(await client.post('/v1/sessions', json=WANTED)).json()['session_id']}"
+        reply = await client.post("/v1/actions/drain")
+        assert (reply.status_code, reply.json()) == (202, {"kind": "drain", "state": "applied", "live": 1})
+        assert_error(await client.post("/v1/sessions", json=WANTED), 503, "draining", retryable=True)
+        for number, text in enumerate(lookup.solution(3)):
+            assert not drained.is_set()
+            assert (await client.post(f"{session}/step", json=step(number, text))).status_code == 200
+        await drained.wait()
 
 
 async def test_a_task_from_start_to_end() -> None:
