@@ -2,7 +2,7 @@
 
 Runs two workers and two learner ranks over Kafka, with a store in a folder or in MinIO, under faults, and prints one
 JSON line. In the first half processes are killed too; in the second half none is, so that memory and open files of each
-process can be compared from the middle to the end. Exits with 1 if the audit finds a fault.
+process can be compared from the middle to the end. Exits with 1 if the audit finds a fault, or if a process is not running at the end.
 """
 
 import argparse
@@ -42,13 +42,14 @@ def main() -> int:
         run = ClusterRun(servers, toml, "soak", "--rollout.attempts=100", stepped_clock=True)
         try:
             result = soak(run, minutes=arguments.minutes, seed=arguments.seed)
+            result["died"] = run.services.died()
             stop(run)
             report = run.cluster.audit(run.home)
         finally:
             run.services.end()
     result |= {name: report[name] for name in ("sound", "findings", "trajectories", "dead_letters", "duplicates")}
     print(json.dumps(result))
-    return 0 if report["sound"] else 1
+    return 0 if report["sound"] and not result["died"] else 1
 
 
 def soak(run: ClusterRun, *, minutes: float, seed: int) -> dict[str, object]:
