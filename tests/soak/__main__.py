@@ -2,7 +2,7 @@
 
 Runs two workers and two learner ranks over Kafka, with a store in a folder or in MinIO, under faults, and prints one
 JSON line. In the first half processes are killed too; in the second half none is, so that memory and open files of each
-process can be compared from the middle to the end. Exits with 1 if the audit finds a fault, or if a process is not running at the end.
+process can be compared from the middle to the end. Exits with 1 if the audit finds a fault, or if a process has died.
 """
 
 import argparse
