@@ -1,6 +1,7 @@
 """examples/real_model.toml, shortened: SmolLM2-135M trains two versions on two environments, on the vLLM engine."""
 
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from palimpsest.common import run_folder
 from palimpsest.common.snapshots.manifest import Canary
-from palimpsest.rescore import Models, rescore, score
+from palimpsest.rescore import Models, main, score
 from palimpsest.services.report.folder import contents
 from palimpsest.services.rollout.canary import Verdict, judge
 from tests.processes.waiting import LIMIT_S
@@ -111,7 +112,8 @@ def test_the_canaries_refuse_the_previous_version(run: Run) -> None:
 
 def test_old_log_probs_equal_plain_transformers(run: Run) -> None:
     """Independent code rescores each token under the stored weights that sampled it."""
-    seen = rescore(run.home / run_folder.RECORDS, Models(run.home / run_folder.SNAPSHOTS, str(run.model), "sdpa"))
+    config = tomllib.loads((run.home / run_folder.RUN_FILE).read_text())
+    seen = main(run.home, config, None, every=1)  # as `palimpsest rescore`: with one thread, like the learner
     assert seen["tokens"] == sum(line["tokens"] for line in history(run.home))
     assert seen["versions"] == VERSIONS
     assert seen["same_layout_unequal"] == 0
