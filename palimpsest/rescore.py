@@ -37,7 +37,7 @@ class Lacking(Exception):
 
 def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> dict[str, Any]:
     """Return the comparison of a run folder with the configuration `config`. Raises Lacking."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.get("learner", {}).get("threads", 1))  # the order of sums depends on it
     logging.disable_progress_bar()
     path, attention = model or config["model"]["path"], config["model"]["attention"]
     chunk = config.get("learner", {}).get("logprob_chunk_tokens", CHUNK_TOKENS)

@@ -334,6 +334,7 @@ class Loop:
     def _confirm_periodically(self) -> None:
         if time.monotonic() - self._confirmed > CONFIRM_S:
             self._confirm()
+            self._publisher.renew_lease()
 
     def _confirm(self) -> None:
         self._writer.confirm()

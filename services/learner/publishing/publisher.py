@@ -1,5 +1,8 @@
 """Publishes versions: stores the weights first, then announces the version."""
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from palimpsest.common import failpoints
@@ -14,6 +17,8 @@ from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.publishing.canaries import Canaries
 
 LEASE = "learner"
+RENEW_S = 3600.0
+"""Seconds after which a learner that trains no version takes its lease again. The store ends a lease after a day."""
 
 
 class Publisher:
@@ -28,7 +33,9 @@ class Publisher:
         canaries: Canaries,
         *,
         run: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._model, self._run = bus, store, writer, model, run
         self.canaries = canaries
 
@@ -65,7 +72,14 @@ class Publisher:
 
     def keep_from(self, lowest: Version) -> None:
         """Release the snapshots of versions below `lowest`."""
-        self._store.lease(LEASE, Version(max(0, lowest)))
+        self._leased = Version(max(0, lowest)), self._clock()
+        self._store.lease(LEASE, self._leased[0])
+
+    def renew_lease(self) -> None:
+        """Take the lease again if it is an hour old: during a long pause the store must keep the versions."""
+        lowest, leased = self._leased
+        if self._clock() - leased > RENEW_S:
+            self.keep_from(lowest)
 
     def finish(self, version: Version) -> None:
         """Announce the end of the run. Raises Fenced if another learner has the run and may continue it."""

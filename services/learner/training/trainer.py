@@ -28,6 +28,7 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
+from palimpsest.services.learner.training.host_memory import trim_heap
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs, prepare_batch
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
@@ -118,6 +119,8 @@ class Trainer:
             sums.normalizers.append(bounds.normalizer)
         totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
         self._update_state(totals, now)
+        if self._device.type == "cpu":
+            trim_heap()
         return StepResult(
             results,
             method=proximal.method,
