@@ -114,6 +114,13 @@ def token(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def acls(arguments: Sequence[str]) -> None:
+    """Print the commands that give each role its rights on Kafka."""
+    from palimpsest.acls_command import command
+
+    command(arguments)
+
+
 def control(name: str) -> Command:
     """Return the command that shows or changes a running run."""
 
@@ -148,6 +155,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),
     "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
     "token": (token, "make a token for the HTTP services, and its line for the tokens file"),
+    "acls": (acls, "print the commands that give each role its rights on Kafka"),
     "env": (env, "list the environments, or show a task of an environment"),
     **{name: (control(name), text) for name, text in CONTROL.items()},
 }

@@ -32,7 +32,7 @@ ENV = {
     "tool": "(name: str, description: str, **parameters: str) -> dict[str, Any]",
 }
 COMMANDS = {
-    *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token"),
+    *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token", "acls"),
     *("status", "watch", "get", "set", "pause", "resume", "checkpoint", "cut", "drain", "stop", "changes"),
 }
 

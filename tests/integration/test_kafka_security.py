@@ -1,5 +1,6 @@
 """A Kafka that requires TLS, certificates, logins and rights: accepted clients, and the errors of refused ones."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,10 +20,11 @@ from kafka.admin import (
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.bus.kafka import Connection, KafkaBus, connection
 from palimpsest.common.bus.kafka.connection import PASSWORD, USERNAME
+from palimpsest.common.bus.kafka.rights import Right, rights
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.messages import TASKS, TRAJECTORIES
+from palimpsest.common.messages import CONTROL, DEAD_LETTERS, OLD_LOGPROBS, TASKS, TRAJECTORIES, WORKERS
 from palimpsest.common.user_error import ExitCode, UserError
 from tests.contract.logs import take
 from tools.backends.kafka import USER, Kafka, Security
@@ -46,18 +48,31 @@ class Guarded(Kafka):
             "super.users": "User:ANONYMOUS",
         }
 
+    @property
+    def inner(self) -> str:
+        """Address of the listener that has all rights."""
+        return f"127.0.0.1:{self._internal}"
+
     def allow(self, prefix: str, topics: Sequence[ACLOperation], groups: Sequence[ACLOperation]) -> None:
         """Give the user these rights on all topics and groups with the prefix."""
-        kinds = [(ResourceType.TOPIC, operation) for operation in topics]
-        kinds += [(ResourceType.GROUP, operation) for operation in groups]
-        with closing(KafkaAdminClient(bootstrap_servers=f"127.0.0.1:{self._internal}")) as admin:
+        kinds = [("topic", operation) for operation in topics] + [("group", operation) for operation in groups]
+        self.grant([Right(kind, prefix, (operation.name,), prefixed=True) for kind, operation in kinds])
+
+    def grant(self, rights: Sequence[Right]) -> None:
+        """Give the user these rights."""
+        with closing(KafkaAdminClient(bootstrap_servers=self.inner)) as admin:
             made = admin.create_acls(
                 [
                     ACL(
-                        f"User:{USER}", "*", operation, ACLPermissionType.ALLOW,
-                        ResourcePattern(kind, prefix, ACLResourcePatternType.PREFIXED),
+                        f"User:{USER}", "*", ACLOperation[re.sub("(?<=[a-z])(?=[A-Z])", "_", operation).upper()],
+                        ACLPermissionType.ALLOW,
+                        ResourcePattern(
+                            ResourceType[right.resource.upper()], right.name,
+                            ACLResourcePatternType.PREFIXED if right.prefixed else ACLResourcePatternType.LITERAL,
+                        ),
                     )
-                    for kind, operation in kinds
+                    for right in rights
+                    for operation in right.operations
                 ]
             )  # fmt: skip
             assert not made["failed"]
@@ -192,6 +207,32 @@ def test_the_rights_in_the_manual_suffice_with_credentials_in_files(
     guarded.allow("palimpsest.first.", TOPIC_RIGHTS, [ACLOperation.READ])
     with closing(open_bus(configured(home, guarded))) as bus:
         goes_through(bus)
+
+
+def test_the_rights_of_a_worker_suffice_for_its_topics_and_for_no_others(
+    home: Path, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(USERNAME, guarded.username)
+    monkeypatch.setenv(PASSWORD, guarded.password)
+    by_the_learner = configured(home, guarded, f"--bus.servers={guarded.inner}", security="plaintext", run="worker")
+    with closing(open_bus(by_the_learner)) as bus:
+        bus.publish(TASKS, [Outgoing("g", b"task")])
+    guarded.grant(rights("rollout", "palimpsest.worker."))
+    with closing(open_bus(configured(home, guarded, run="worker"))) as bus:
+        for topic in (TRAJECTORIES, WORKERS, DEAD_LETTERS):
+            assert len(bus.publish(topic, [Outgoing("g", b"body")])) == 1
+        with bus.consumer(TASKS, group="rollout", member="worker-0") as member:
+            (task,) = take(member, 1)
+            member.commit({task.partition: task.offset + 1})
+        for topic in (TASKS, CONTROL, OLD_LOGPROBS):
+            with at_once(), pytest.raises(UserError, match=r"refuses access: .*TopicAuthorizationFailed"):
+                bus.publish(topic, [Outgoing("g", b"made up")])
+        with (
+            at_once(),
+            pytest.raises(UserError, match=r"refuses access: .*TopicAuthorizationFailed"),
+            bus.consumer(TRAJECTORIES) as other,
+        ):
+            take(other, 1)
 
 
 @pytest.mark.parametrize("missing", [*(right.name for right in TOPIC_RIGHTS), "GROUP"])
