@@ -40,7 +40,7 @@ AWKWARD = {
     "hangs": "Hangs",
     "exits": "Exits",
     "not_a_number": "NotANumber",
-    "nothing": "Nothing",
+    "nothing": "ReturnsNone",
 }
 """Failing environments -> their classes."""
 GARBAGE = (b"\x00 garbage", b"\xff garbage", b"")
