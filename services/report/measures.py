@@ -38,35 +38,41 @@ def of_batches(lines: Sequence[Line]) -> Figure | None:
         (
             "effective samples (share)",
             [
-                ("tokens, total ratio", _share("tokens_raw"), BLUE),
-                ("tokens, weights used", _share("tokens_used"), GREEN),
-                ("trajectories, total ratio", _share("sequences_raw"), ORANGE),
-                ("trajectories, weights used", _share("sequences_used"), PURPLE),
+                ("tokens: total", _share("tokens_raw"), BLUE),
+                ("tokens: used", _share("tokens_used"), GREEN),
+                ("trajectories: total", _share("sequences_raw"), ORANGE),
+                ("trajectories: used", _share("sequences_used"), PURPLE),
             ],
         ),
         ("entropy (nats)", [("entropy", _measure("entropy"), BLUE)]),
         ("gradient norm", [("gradient norm", lambda held: held.get("grad_norm"), GRAY)]),
     ]
-    figure = make_subplots(rows=3, cols=2, shared_xaxes=True, vertical_spacing=0.05, horizontal_spacing=0.1)
+    figure = make_subplots(rows=3, cols=2, shared_xaxes=True, vertical_spacing=0.1, horizontal_spacing=0.1)
     x = [held["published"] for held in known]
     for place, (title, curves) in enumerate(panels):
         row, column = 1 + place // 2, 1 + place % 2
         for name, read, paint in curves:
             mode = "lines+markers" if len(x) < FEW else "lines"
-            trace = line(x, [read(held) for held in known], name, paint, width=1.5, mode=mode)
+            trace = line(
+                x, [read(held) for held in known], name, paint, width=1.5, mode=mode, showlegend=len(curves) > 1
+            )
+            trace.legend = f"legend{place + 1}" if place else "legend"
             figure.add_trace(trace, row=row, col=column)
+        axes = figure.get_subplot(row, column)
+        above = {"x": axes.xaxis.domain[0], "y": axes.yaxis.domain[1], "yanchor": "bottom", "orientation": "h"}
+        figure.update_layout({f"legend{place + 1}" if place else "legend": above})
         figure.update_yaxes(title=title, row=row, col=column)
         if row == 3:
             figure.update_xaxes(title="version published", row=row, col=column)
     figure.update_yaxes(rangemode="tozero", row=2, col=2)
-    figure.update_layout(height=720)
+    figure.update_layout(height=780)
     return Figure(
         "Measures of each batch over versions",
         f"Estimates of the divergence between engine and learner from the {words.discrepancy} (k1 can be below 0); its "
         "chi-square; the perplexity of the batch under both; the effective samples as a share of all, of the total "
-        "ratios and of the weights that the loss uses; the entropy; the gradient norm before it is clipped. A version "
-        "without a value has a gap. Signs of a fault: k3 or chi-square that rise over the run, perplexities that part, "
-        "effective trajectories near 0, or an entropy that falls to 0.",
+        "ratios (total) and of the weights that the loss uses (used); the entropy; the gradient norm before it is "
+        "clipped. A version without a value has a gap. Signs of a fault: k3 or chi-square that rise over the run, "
+        "perplexities that part, effective trajectories near 0, or an entropy that falls to 0.",
         figure,
         wide=True,
     )

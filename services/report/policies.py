@@ -161,9 +161,11 @@ def staleness_over_versions(lines: Sequence[Line]) -> Figure:
 
 def fates_by_duration(lines: Sequence[Line]) -> Figure:
     """Trained and lost tokens by the duration and the length of their trajectory."""
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("by duration", "by length"), horizontal_spacing=0.12)
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     sums = token_fates(lines)
-    for column, (by, unit) in enumerate((("seconds", "seconds"), ("length", "tokens")), start=1):
+    for column, (by, title) in enumerate(
+        (("seconds", "duration, from (seconds)"), ("length", "length, from (tokens)")), start=1
+    ):
         bins = sums.get(by, {})
         for fate, paint in (("trained", BLUE), ("lost", ORANGE)):
             totals = [sum(counts.values()) for counts in bins.values()]
@@ -172,7 +174,7 @@ def fates_by_duration(lines: Sequence[Line]) -> Figure:
             bars.customdata = totals
             bars.hovertemplate = "%{y:.1f} % of %{customdata} tokens"
             figure.add_trace(bars, row=1, col=column)
-        figure.update_xaxes(title=f"from ({unit})", type="category", row=1, col=column)
+        figure.update_xaxes(title=title, type="category", row=1, col=column)
     figure.update_yaxes(title="share of tokens (%)", range=[0, 100])
     figure.update_layout(barmode="stack", height=360)
     return Figure(

@@ -32,7 +32,7 @@ def test_each_measure_is_a_curve_over_versions_and_an_unknown_one_is_a_gap() -> 
     assert list(figure.drawing.data[0].x) == [1, 3]
     assert (found["k1"], found["k2"], found["k3"]) == ([-0.01] * 2, [0.02] * 2, [0.03, None])
     assert (found["perplexity, engine"], found["perplexity, learner"]) == ([2.0] * 2, [2.5] * 2)
-    assert (found["tokens, total ratio"], found["trajectories, weights used"]) == ([0.9] * 2, [0.6] * 2)
+    assert (found["tokens: total"], found["trajectories: used"]) == ([0.9] * 2, [0.6] * 2)
     assert (found["chi-square"], found["entropy"], found["gradient norm"]) == ([0.04] * 2, [0.7] * 2, [1.5, None])
 
 
