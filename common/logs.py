@@ -30,6 +30,16 @@ def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+    _set_level_of_libraries(level)
+
+
+def set_level(level: str) -> None:
+    """Log from this level on, after `configure`."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))
+    _set_level_of_libraries(level)
+
+
+def _set_level_of_libraries(level: str) -> None:
     # kafka-python logs every attempt during an outage; common/bus/kafka logs the outage itself
     logging.getLogger("kafka").setLevel(logging.CRITICAL if LEVELS[level] > logging.DEBUG else logging.DEBUG)
 

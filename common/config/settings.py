@@ -16,6 +16,9 @@ from palimpsest.common.config.schema import RunConfig
 class AppliesFrom(StrEnum):
     """When a new value takes effect."""
 
+    SAFE_POINT = "when no version is in training"
+    """While the learner waits for a batch, or between two versions."""
+
     NEXT_VERSION = "next version"
     """With the next version that is trained: in all of its minibatches, on all ranks."""
     NEXT_GROUPS = "groups offered from then on"
@@ -50,6 +53,7 @@ _NEXT_VERSION = (
 )
 SETTINGS: Mapping[str, AppliesFrom] = {
     **dict.fromkeys(_NEXT_VERSION, AppliesFrom.NEXT_VERSION),
+    "logs.level": AppliesFrom.SAFE_POINT,
     "sampling.temperature": AppliesFrom.NEXT_GROUPS,
     "tasks.time_limit_s": AppliesFrom.NEXT_GROUPS,
 }

@@ -11,7 +11,7 @@ store that the run still belongs to this learner. It ends if it is fenced.
 import time
 from typing import Any
 
-from palimpsest.common import failpoints
+from palimpsest.common import failpoints, logs
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import DropReason
@@ -78,6 +78,7 @@ class Loop:
         self._phases = PhaseTimer()
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
+        self._log_level = config.logs.level
         self.status = LoopStatus()
 
     def start(self) -> None:
@@ -276,6 +277,9 @@ class Loop:
     def use_settings(self, config: RunConfig) -> None:
         """Use these settings from now on; see RunControl."""
         self._config = config.learner
+        if config.logs.level != self._log_level:
+            self._log_level = config.logs.level
+            logs.set_level(self._log_level)
         self._trainer.configure(self._config)
         self._records.reporter.use(RunThresholds.of(self._config))
         self._publisher.canaries.use(self._config.canary_trajectories)

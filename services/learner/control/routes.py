@@ -21,7 +21,6 @@ LONGEST_WAIT_S = 60.0
 """Maximum of `wait_s`. A client that waits longer asks again."""
 LOOK_S = 0.05
 """Seconds between two looks at a change that a request waits for."""
-SAFE_POINT = "when no version is in training"
 RULES = (
     AccessRule("GET", "/v1/settings", (Role.VIEW,)),
     AccessRule("GET", "/v1/changes", (Role.VIEW,)),
@@ -134,7 +133,7 @@ def control_routes(desk: ControlDesk, current: Callable[[], CurrentSettings], *,
         return as_json(desk.get(change))
 
     async def act(request: Request, kind: str, what: dict[str, Any], key: str | None, wait_s: float) -> Response:
-        change = desk.submit(kind, what, caller_of(request.scope), applies_from=SAFE_POINT, key=key)
+        change = desk.submit(kind, what, caller_of(request.scope), applies_from=AppliesFrom.SAFE_POINT, key=key)
         return await _answer(desk, change, wait_s)
 
     @router.post("/v1/actions/pause", status_code=202, responses=REPLIES)

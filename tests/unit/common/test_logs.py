@@ -1,0 +1,22 @@
+"""The level of the logs."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+from palimpsest.common import logs
+logs.configure("learner", "warning", "text")
+logger = logs.logger()
+logger.info("before")
+logs.set_level("info")
+logs.logger().info("after")
+logs.set_level("error")
+logs.logger().warning("at last")
+"""
+
+
+def test_the_level_can_change_while_a_service_runs() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert "after" in line
+    assert "service=learner" in line
