@@ -153,7 +153,7 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
 
 
 def records_count_as_done_when_read(patch: Patch) -> None:
-    patch.setattr(TrajectoryReader, "offsets", lambda self: dict(self._read_to))
+    patch.setattr(TrajectoryReader, "offsets", lambda self: self._consumer.positions())
 
 
 def groups_offered_after_the_checkpoint_are_not_adopted(patch: Patch) -> None:

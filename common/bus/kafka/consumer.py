@@ -300,7 +300,7 @@ class KafkaConsumer:
 
     def _record(self, partition: int, fetched: Any) -> Record:
         if fetched.offset > self._next[partition]:
-            self._refuse_compacted_topic(partition, fetched.offset)
+            self._refuse_removed_records(partition, fetched.offset)
         elif fetched.offset < self._next[partition]:
             raise OffsetGone(f"{self._topic}[{partition}]: offset {fetched.offset} was returned twice")
         self._next[partition] = fetched.offset + 1
@@ -308,20 +308,22 @@ class KafkaConsumer:
         key = (fetched.key or b"").decode(errors="replace")  # other programs may write to a topic
         return Record(self._topic, partition, fetched.offset, key, fetched.value or b"", headers)
 
-    def _refuse_compacted_topic(self, partition: int, following: int) -> None:
+    def _refuse_removed_records(self, partition: int, following: int) -> None:
         """Raise OffsetGone if the offsets before `following` may have held records.
 
-        The client asks for one offset after the other, and the broker refuses an offset that retention has removed. So
-        a gap is either the end of a transaction, which holds no record, or the work of the compaction of a topic whose
-        cleanup.policy was changed after the start.
+        A gap is the end of a transaction, which holds no record, unless the log starts after it, or unless the topic is
+        compacted because its cleanup.policy was changed after the start.
         """
+        expected = self._next[partition]
+        gone = f"{self._topic}[{partition}]: offset {expected} is gone, the next record has offset {following}"
+        if self._first_offsets()[partition] > expected:
+            raise OffsetGone(gone)  # the client asks for one offset after the other, so it should not come to this
         if time.monotonic() < self._policy_known_until:
             return
         policy = topic_option(self._connection, self._named, "cleanup.policy")
         if "compact" in policy:
             raise OffsetGone(
-                f"{self._topic}[{partition}]: offset {self._next[partition]} is gone, the next record has offset "
-                f"{following}: cleanup.policy of {self._named} is {policy}, and compaction removes records. Set it to "
+                f"{gone}: cleanup.policy of {self._named} is {policy}, and compaction removes records. Set it to "
                 f"delete: kafka-configs.sh --bootstrap-server {self._connection.servers} --alter --entity-type topics "
                 f"--entity-name {self._named} --add-config cleanup.policy=delete"
             )
