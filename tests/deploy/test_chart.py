@@ -132,6 +132,22 @@ def test_every_program_loads_the_run_with_the_pods_variables(rendered: Rendered,
     assert seen >= {"learner", "rollout", "gateway", "store"}
 
 
+def test_a_tokens_file_reaches_every_service(render: Render) -> None:
+    rendered = render("minimal", "--set", "access.tokensSecret.name=people")
+    seen = set()
+    for _, pod, container in rendered.containers():
+        if "PALIMPSEST_SERVICE_TOKEN" not in environment(container):
+            continue
+        path = environment(container)["PALIMPSEST_TOKENS_FILE"]
+        (mount,) = [one for one in container["volumeMounts"] if path.startswith(one["mountPath"] + "/")]
+        (volume,) = [one for one in pod["volumes"] if one["name"] == mount["name"]]
+        (item,) = volume["secret"]["items"]
+        assert (volume["secret"]["secretName"], item["key"]) == ("people", "tokens")
+        assert f"{mount['mountPath']}/{item['path']}" == path
+        seen.add(container["name"])
+    assert seen >= {"learner", "rollout", "gateway", "store"}
+
+
 def test_a_worker_is_named_by_the_index_of_its_pod(render: Render, tmp_path: Path) -> None:
     containers = {container["name"]: container for _, _, container in render("spot").containers()}
     for container, name in (("rollout", "worker-0"), ("replica", "replica-0")):

@@ -204,6 +204,10 @@ readinessProbe:
     secretKeyRef:
       name: {{ .Values.gateway.tokenSecret.name }}
       key: {{ .Values.gateway.tokenSecret.key }}
+{{- if .Values.access.tokensSecret.name }}
+- name: PALIMPSEST_TOKENS_FILE
+  value: /etc/palimpsest/tokens/tokens
+{{- end }}
 {{- end }}
 
 {{/* Mounts and volumes. Arguments: root, kafka, s3, model, runs (a claim's name or empty), shm. */}}
@@ -212,6 +216,9 @@ volumeMounts:
   - {name: run, mountPath: /etc/palimpsest/run, readOnly: true}
   - {name: tmp, mountPath: /tmp}
   - {name: runs, mountPath: /runs}
+  {{- if .root.Values.access.tokensSecret.name }}
+  - {name: tokens, mountPath: /etc/palimpsest/tokens, readOnly: true}
+  {{- end }}
   {{- if .shm }}
   - {name: shm, mountPath: /dev/shm}
   {{- end }}
@@ -244,6 +251,15 @@ volumes:
     {{- else }}
     emptyDir: {}
     {{- end }}
+  {{- with .root.Values.access.tokensSecret }}
+  {{- if .name }}
+  - name: tokens
+    secret:
+      secretName: {{ .name }}
+      items:
+        - {key: {{ .key }}, path: tokens}
+  {{- end }}
+  {{- end }}
   {{- if .shm }}
   - name: shm
     emptyDir:
