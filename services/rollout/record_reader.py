@@ -11,26 +11,36 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import Control, GroupOffered
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.snapshots.control_check import ControlCheck
+from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.validation import validate
 
 
 class RecordReader:
-    """Reads the records of one run. control: checks that they are of the learner that has the run."""
+    """Reads the records of one run.
 
-    def __init__(self, run: str, outbox: Outbox, control: ControlCheck) -> None:
+    control: checks that they are of the learner that has the run. limit: of the trajectories of this worker.
+    """
+
+    def __init__(self, run: str, outbox: Outbox, control: ControlCheck, limit: TrajectoryLimit, *, worker: str) -> None:
         self._run, self._outbox, self._control = run, outbox, control
+        self._limit, self._worker = limit, worker
+        self._limit_agreed = False
+        """Whether the learner has offered trajectories of the worker's limit."""
 
     async def read_offer(self, record: Record, done: Callable[[], None]) -> GroupOffered | None:
         """Return the record's offer, or None after its dead letter was queued. `done` is called once that is durable.
 
         An offer of a version that the store never held is rejected: the worker would wait for the version forever.
+        Raises UserError if the learner offers trajectories of another limit. After an offer of the worker's limit only
+        another program can write such an offer, which is rejected.
         """
         try:
             offer: GroupOffered = self._decode(record)
             if self._control.is_unknown(offer.version):
                 await asyncio.to_thread(self._control.check_version, offer.version)
+            self._check_limit(offer)
         except RejectedRecord as error:
             self._dead_letter(record, error, done)
             return None
@@ -53,6 +63,18 @@ class RecordReader:
         if not current:
             logger().info("record of a replaced learner", offset=record.offset, writer=message.writer)
         return message if current else None
+
+    def _check_limit(self, offer: GroupOffered) -> None:
+        offered = offer.sampling.max_trajectory_tokens
+        if offered == self._limit.tokens:
+            self._limit_agreed = True
+        elif self._limit_agreed:
+            raise RejectedRecord(
+                RejectCause.OUT_OF_RANGE,
+                f"group {offer.group}: max_trajectory_tokens is {offered}; earlier offers said {self._limit.tokens}",
+            )
+        else:
+            self._limit.refuse_other(offered, worker=self._worker)
 
     def _decode(self, record: Record) -> Any:
         """Return the record's message. Raises RejectedRecord."""

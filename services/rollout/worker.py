@@ -70,10 +70,9 @@ class Worker:
         """control: checks that records of `control` are of the learner that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
-        self._limit = limit
         self._slots = asyncio.Semaphore(max_live)
         self._outbox = Outbox(bus)
-        self._reader = RecordReader(run, self._outbox, control)
+        self._reader = RecordReader(run, self._outbox, control, limit, worker=name)
         self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
         )
@@ -260,7 +259,6 @@ class Worker:
         group = await self._reader.read_offer(record, resolve)
         if group is None:
             return
-        self._limit.refuse_other(group.sampling.max_trajectory_tokens, worker=self._name)
         await self._weights.wait_verified(group.version)
         self._waiting_for = None
         left = group.samples

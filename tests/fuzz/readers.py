@@ -21,6 +21,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.snapshots.control_check import ControlCheck
+from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import pad
 from palimpsest.services.learner.batch.collate import to_rows
@@ -36,6 +37,7 @@ from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.record_reader import RecordReader
 from tests.fuzz.corpus import HIGHEST, RUN, WRITER
 from tests.learner_parts.ingest import VOCABULARY, an_ingest
+from tests.records.builders import SAMPLING
 
 NOW = Version(HIGHEST)
 ACCEPTED, PASSED_OVER, REJECTED = "accepted", "passed over", "dead letter"
@@ -105,7 +107,9 @@ class Readers:
         )  # fmt: skip
         self.outcomes.wrap(self._scores, "_take", lambda _, taken: ACCEPTED if taken else PASSED_OVER)
         self._cuts, self._loop, self._outbox = CutState(), asyncio.Runner(), Outbox(bus)
-        self._worker = RecordReader(RUN, self._outbox, ControlCheck(Store()))
+        limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the fuzzer")
+        self._worker = RecordReader(RUN, self._outbox, ControlCheck(Store()), limit, worker="worker-0")
+        self._worker._limit_agreed = True  # as after the learner's first offer
         self._consumers = {topic: bus.consumer(topic) for topic in (TASKS, CONTROL, OLD_LOGPROBS, DEAD_LETTERS)}
         self.offer()
 

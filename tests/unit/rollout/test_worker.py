@@ -85,6 +85,25 @@ async def test_an_offer_with_another_limit_than_the_workers_ends_it_with_both_nu
     assert (finished(place.bus), committed(place.bus)) == ([], 0), "another worker samples it"
 
 
+async def test_an_offer_with_another_limit_after_one_with_the_workers_is_dead_lettered(place: Place) -> None:
+    """The learner of a run offers one limit, so another program wrote it."""
+    offer(place.bus, 0)
+    (sound,) = messages(place.bus, TASKS)
+    other = msgspec.structs.replace(SAMPLING, max_trajectory_tokens=SAMPLING.max_trajectory_tokens + 1)
+    announce(place.bus, 0)
+    async with working(place) as running:
+        await running.until(lambda: finished(place.bus) == ids(0))
+        forged = msgspec.structs.replace(sound, group="g000001", index=1, sampling=other)
+        place.bus.publish(TASKS, [Outgoing("g", encode(forged))])
+        offer(place.bus, 2)
+        await running.until(lambda: finished(place.bus) == ids(0, 2))
+    (letter,) = messages(place.bus, DEAD_LETTERS)
+    assert (letter.cause, letter.reason) == (
+        RejectCause.OUT_OF_RANGE,
+        "group g000001: max_trajectory_tokens is 65; earlier offers said 64",
+    )
+
+
 async def test_nothing_is_sampled_before_the_first_version(place: Place) -> None:
     offer(place.bus, 0)
     async with working(place) as running:
