@@ -91,7 +91,8 @@ class RetryingHttp:
         """Return the first reply with a status below 500.
 
         The time limit counts from the start of the call. With `upload`, the file that `send` sends, it counts from the
-        last failure before which an attempt came further than all before it: a long upload that breaks is repeated.
+        last break before which an attempt came further than all before it: a long upload that breaks is repeated. A
+        full disk is no break: how far an attempt comes then is chance.
 
         Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, and UserError if the
         store refuses this process.
@@ -109,7 +110,7 @@ class RetryingHttp:
                     of, address = _storage_outage(reply) or (of, address)
                 except httpx.TransportError as failure:
                     error, limit_s = StoreUnavailable(f"{type(failure).__name__}: {failure}"), self._patience_s
-                if upload is not None and upload.has_advanced():
+                if upload is not None and not isinstance(error, OSError) and upload.has_advanced():
                     retry = _RetryState(self._sleep)
                 if isinstance(error, OSError):
                     limit_s = min(limit_s, FULL_PATIENCE_S)

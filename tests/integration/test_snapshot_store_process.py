@@ -264,7 +264,8 @@ def test_a_full_disk_of_the_store_raises_os_error_at_its_clients(
             with pytest.raises(OSError, match="File too large") as full:
                 put(client, version, tensors(version))
             assert Path(full.value.filename).parent == store.folder / "objects"
-            assert pauses == [*PAUSES[:5], 5.0, 5.0], "the client retries, since space may be freed"
+            # a connection that breaks under the upload begins the pauses again
+            assert pauses[-7:] == [*PAUSES[:5], 5.0, 5.0], "the client retries, since space may be freed"
             resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, unlimited)
             put(client, version, tensors(version))
             assert plain(fetched(client, version)) == plain(tensors(version))
