@@ -92,7 +92,7 @@ class RetryingHttp:
 
         The time limit counts from the start of the call. With `upload`, the file that `send` sends, it counts from the
         last break before which an attempt came further than all before it: a long upload that breaks is repeated. A
-        full disk is no break: how far an attempt comes then is chance.
+        full disk is no break: how far an attempt comes then depends on buffers.
 
         Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, and UserError if the
         store refuses this process.

@@ -71,7 +71,7 @@ class RecordReader:
         elif self._limit_agreed:
             raise RejectedRecord(
                 RejectCause.OUT_OF_RANGE,
-                f"group {offer.group}: max_trajectory_tokens is {offered}; earlier offers said {self._limit.tokens}",
+                f"group {offer.group}: max_trajectory_tokens is {offered}; earlier offers have {self._limit.tokens}",
             )
         else:
             self._limit.refuse_other(offered, worker=self._worker)

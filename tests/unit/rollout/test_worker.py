@@ -100,7 +100,7 @@ async def test_an_offer_with_another_limit_after_one_with_the_workers_is_dead_le
     (letter,) = messages(place.bus, DEAD_LETTERS)
     assert (letter.cause, letter.reason) == (
         RejectCause.OUT_OF_RANGE,
-        "group g000001: max_trajectory_tokens is 65; earlier offers said 64",
+        "group g000001: max_trajectory_tokens is 65; earlier offers have 64",
     )
 
 
