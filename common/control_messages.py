@@ -38,3 +38,10 @@ class ControlChanged(Struct, frozen=True, forbid_unknown_fields=True, tag="contr
     """Unix seconds, for displays only."""
     applies_from: str
     """When it takes effect, in words."""
+
+    def follows(self, number: int, writer: int) -> bool:
+        """Whether the change took effect after the one with this number, of the learner of this epoch.
+
+        A repeated record does not, nor does that of a learner that was replaced when it wrote.
+        """
+        return self.number > number and self.writer >= writer

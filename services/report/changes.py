@@ -11,13 +11,10 @@ from palimpsest.common.messages import ControlChanged
 
 
 def effective(records: Sequence[ControlChanged]) -> list[ControlChanged]:
-    """Return the changes that took effect, in their order.
-
-    Leaves out a repeated record, and one of a learner that was replaced when it wrote.
-    """
+    """Return the changes that took effect, in their order."""
     found: list[ControlChanged] = []
     for record in records:
-        if not found or (record.number > found[-1].number and record.writer >= found[-1].writer):
+        if not found or record.follows(found[-1].number, found[-1].writer):
             found.append(record)
     return found
 

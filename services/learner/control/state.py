@@ -26,11 +26,8 @@ class ControlState(Struct, frozen=True, forbid_unknown_fields=True):
     """What is paused (`training`, `offers`) -> who paused it."""
 
     def after(self, record: ControlChanged) -> "ControlState":
-        """Return the state after a recorded change.
-
-        Ignores a record that the state holds already, and one of a learner that was replaced when it wrote.
-        """
-        if record.number <= self.number or record.writer < self.writer:
+        """Return the state after a recorded change, if it took effect."""
+        if not record.follows(self.number, self.writer):
             return self
         values, paused, temperatures = dict(self.values), dict(self.paused), self.temperatures
         match record.what:
