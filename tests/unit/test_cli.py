@@ -40,6 +40,7 @@ def test_an_unknown_flag_is_named(name: str) -> None:
         "run": ["examples/embedded.toml"],
         "check": ["examples/embedded.toml"],
         "audit": ["examples/embedded.toml"],
+        "acls": ["examples/embedded.toml"],
     }
     words |= {
         "dead-letters": ["list", "examples/embedded.toml"],
