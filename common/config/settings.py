@@ -18,7 +18,6 @@ class AppliesFrom(StrEnum):
 
     SAFE_POINT = "when no version is in training"
     """While the learner waits for a batch, or between two versions."""
-
     NEXT_VERSION = "next version"
     """With the next version that is trained: in all of its minibatches, on all ranks."""
     NEXT_GROUPS = "groups offered from then on"

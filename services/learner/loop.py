@@ -26,7 +26,7 @@ from palimpsest.services.learner.buffer.admission import WAIT_SHARE
 from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import NoCheckpoint
 from palimpsest.services.learner.checkpointing.manifest import SCHEMA, Progress
-from palimpsest.services.learner.control.run_control import PAUSABLE, RunControl
+from palimpsest.services.learner.control.run_control import RunControl
 from palimpsest.services.learner.control.state import ControlState
 from palimpsest.services.learner.distributed import NOTHING
 from palimpsest.services.learner.ingest.build import Ingest
@@ -146,7 +146,7 @@ class Loop:
             trained_versions=self.trained_versions,
             versions=self._config.versions,
             settings=self._control.current.generation,
-            paused={what: by for what in PAUSABLE if (by := self._control.paused_by(what))},
+            paused=self._control.state().paused,
             last=self._last_line,
         )
 

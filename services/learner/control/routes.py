@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from palimpsest.common.config.settings import SETTINGS, AppliesFrom, SettingRefused, with_settings
 from palimpsest.common.control.access import AccessRule, Role
 from palimpsest.common.control.changes import Change, as_json
-from palimpsest.common.control.desk import ControlDesk
+from palimpsest.common.control.desk import LONGEST_KEY, ControlDesk
 from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.control.guard import caller_of
@@ -27,7 +27,7 @@ RULES = (
     AccessRule("PATCH", "/v1/settings", (Role.TUNE,)),
     AccessRule("POST", "/v1/actions/", (Role.OPERATE,)),
 )
-Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=LONGEST_KEY)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, allow_inf_nan=False)]
 
 
