@@ -19,6 +19,12 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 NAMESPACE = "training"
 Document = dict[str, Any]
+APIS = {
+    "strimzi": ("kafka.strimzi.io/v1",),
+    "keda": ("keda.sh/v1alpha1", "monitoring.coreos.com/v1"),
+    "kueue": ("kueue.x-k8s.io/v1beta2", "jobset.x-k8s.io/v1alpha2"),
+}
+"""APIs of operators that the cluster has for a file of values."""
 
 
 class Rendered:
@@ -32,13 +38,19 @@ class Rendered:
         return {one["metadata"]["name"]: one for one in self.documents if one["kind"] == kind}
 
     @property
+    def jobs(self) -> dict[str, Document]:
+        """Jobs by name, with those that a JobSet creates."""
+        return self.of("Job") | {
+            f"{name}-{one['name']}-0": one["template"]
+            for name, jobs in self.of("JobSet").items()
+            for one in jobs["spec"]["replicatedJobs"]
+        }
+
+    @property
     def pods(self) -> dict[str, Document]:
         """Pod templates by the name of their Job, Deployment or StatefulSet."""
-        return {
-            name: one["spec"]["template"]
-            for kind in ("Job", "Deployment", "StatefulSet")
-            for name, one in self.of(kind).items()
-        }
+        owners = self.jobs | self.of("Deployment") | self.of("StatefulSet")
+        return {name: one["spec"]["template"] for name, one in owners.items()}
 
     def containers(self) -> Iterator[tuple[str, Document, Document]]:
         """Name, pod spec and container of every pod."""
@@ -66,12 +78,12 @@ def helm() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def template(helm: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Render a file of values, with further arguments, for a cluster that has Strimzi."""
+    """Render a file of values, with further arguments, for a cluster that has the operators it needs."""
 
     def run(values: str, *arguments: str, release: str = "first") -> subprocess.CompletedProcess[str]:
         return helm(
             "template", release, ".", "-n", NAMESPACE, "-f", f"values/{values}.yaml",
-            "--api-versions", "kafka.strimzi.io/v1", *arguments,
+            *(f"--api-versions={one}" for one in APIS.get(values, ())), *arguments,
         )  # fmt: skip
 
     return run

@@ -51,20 +51,21 @@ def test_lint_finds_nothing(values: str, helm: Callable[..., Any]) -> None:
         "-f",
         f"values/{values}.yaml",
         "--set",
-        "kafka.mode=external",
+        "kafka.mode=external,kafka.servers=k:1,autoscaling.enabled=false,monitoring.podMonitor.enabled=false",
         "--set",
-        "kafka.servers=k:1",
+        "kueue.queueName=,learner.jobSet.enabled=false",  # lint has no operators
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_names_are_unique_and_short_enough_for_a_host_name(render: Render) -> None:
-    rendered = render("multi-node", release="r" * 53)
+@pytest.mark.parametrize("values", ["multi-node", "kueue"])
+def test_names_are_unique_and_short_enough_for_a_host_name(values: str, render: Render) -> None:
+    rendered = render(values, release="r" * 53)
     names = [(one["kind"], one["metadata"]["name"]) for one in rendered.documents]
     assert len(set(names)) == len(names)
     hosts = [
         f"{name}-{job['spec']['completions'] - 1}"
-        for name, job in rendered.of("Job").items()
+        for name, job in rendered.jobs.items()
         if "completions" in job["spec"]
     ]
     assert max(map(len, [*hosts, *(name for _, name in names)])) <= 63
@@ -89,7 +90,7 @@ def test_every_pod_is_restricted(rendered: Rendered) -> None:
 
 
 def test_every_container_has_resources_and_its_volumes(rendered: Rendered) -> None:
-    claimed = {one["metadata"]["name"] for one in rendered.documents if one["kind"] == "StatefulSet"}
+    claimed = {name for name, one in rendered.of("StatefulSet").items() if "volumeClaimTemplates" in one["spec"]}
     for name, spec, container in rendered.containers():
         assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
         assert "memory" in container["resources"]["limits"], name
@@ -174,7 +175,7 @@ def test_probes_use_a_port_of_their_container(rendered: Rendered) -> None:
 
 
 def test_a_job_fails_at_once_after_a_code_that_a_restart_would_repeat(rendered: Rendered) -> None:
-    for name, job in rendered.of("Job").items():
+    for name, job in rendered.jobs.items():
         container = job["spec"]["template"]["spec"]["containers"][0]["name"]
         if container == "test":
             continue
@@ -221,7 +222,7 @@ def test_a_budget_for_pods_of_a_job_counts_pods_that_stay(rendered: Rendered) ->
     """Kubernetes knows no scale of a Job, so it refuses evictions under a percentage or maxUnavailable."""
     for name, budget in rendered.of("PodDisruptionBudget").items():
         selected = budget["spec"]["selector"]["matchLabels"]
-        jobs = {key: one["spec"]["template"] for key, one in rendered.of("Job").items()}
+        jobs = {key: one["spec"]["template"] for key, one in rendered.jobs.items()}
         assert matching(selected, rendered.pods), name
         if matching(selected, jobs):
             assert isinstance(budget["spec"].get("minAvailable"), int), name

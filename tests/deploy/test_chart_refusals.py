@@ -31,6 +31,15 @@ pytestmark = pytest.mark.thorough
         ("spot", ["replica.count=0"], 'learner.proximal.kind in run is "replica", but replica.count is 0'),
         ("spot", ["rollout.minAvailable=16"], "rollout.minAvailable is 16 of 16 pods"),
         ("multi-node", ["learner.gpu.count=4"], "learner.ranksPerNode is 8, but each learner pod has 4 GPUs"),
+        ("keda", ["autoscaling.max=17"], "autoscaling.max is 17, but run has 16 task partitions"),
+        ("keda", ["autoscaling.min=17"], "autoscaling.min is 17, which is more than autoscaling.max (16)"),
+        ("keda", ["autoscaling.prometheus="], "autoscaling.prometheus is empty"),
+        ("keda", ["autoscaling.prometheus=prometheus:9090"], "does not match pattern"),
+        ("keda", ["autoscaling.waitShare=1"], "maximum"),
+        ("keda", ["kueue.queueName=training"], "autoscaling.enabled and kueue.queueName are both set"),
+        ("keda", ["rollout.minAvailable=2"], "rollout.minAvailable is 2 of 2 pods"),
+        ("kueue", ["learner.jobSet.enabled=false"], "learner.nodes is 2 with kueue.queueName"),
+        ("minimal", ["kueue.priorityClass=high"], "kueue.priorityClass is set, but kueue.queueName is empty"),
         ("strimzi", ["kafka.strimzi.cluster="], "kafka.strimzi.cluster is empty"),
     ],
 )
@@ -42,6 +51,19 @@ def test_wrong_values_are_refused(
     assert sentence in done.stderr
 
 
-def test_strimzi_is_refused_in_a_cluster_without_it(helm: Callable[..., Any]) -> None:
-    done = helm("template", "first", ".", "-f", "values/strimzi.yaml")
-    assert "the cluster does not have kafka.strimzi.io/v1: install the Strimzi operator" in done.stderr
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("kafka.mode=strimzi,kafka.strimzi.cluster=log", "kafka.strimzi.io/v1: install the Strimzi operator"),
+        ("autoscaling.enabled=true,autoscaling.prometheus=http://p:9090", "keda.sh/v1alpha1: install KEDA"),
+        ("kueue.queueName=training", "kueue.x-k8s.io: the Jobs would wait for ever; install Kueue"),
+        ("learner.jobSet.enabled=true", "jobset.x-k8s.io/v1alpha2: install JobSet"),
+        ("monitoring.rules.enabled=true", "monitoring.coreos.com/v1: install the Prometheus operator"),
+    ],
+)
+def test_objects_of_an_operator_are_refused_in_a_cluster_without_it(
+    settings: str, sentence: str, template: Callable[..., Any]
+) -> None:
+    done = template("minimal", "--set", settings)
+    assert done.returncode != 0
+    assert f"the cluster does not have {sentence}" in done.stderr

@@ -323,3 +323,20 @@ podFailurePolicy:
         operator: In
         values: [130]
 {{- end }}
+
+{{/* Name of the Job of rank 0. A JobSet names its Jobs by the JobSet, the replicated Job and its index. */}}
+{{- define "palimpsest.rank0Job" -}}
+{{ include "palimpsest.name" . }}-learner-{{ .Values.learner.jobSet.enabled | ternary "node-0-0" "0" }}
+{{- end }}
+
+{{/* Labels of an object that Kueue queues. */}}
+{{- define "palimpsest.queue" -}}
+{{- with .Values.kueue }}
+{{- if .queueName }}
+kueue.x-k8s.io/queue-name: {{ .queueName }}
+{{- with .priorityClass }}
+kueue.x-k8s.io/priority-class: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
