@@ -1,9 +1,13 @@
 """The public interface for authors of environments. docs/gateway.md has an example.
 
 An environment is a class with the four methods of `Environment` and a `version`. It needs no base class. A run adds it
-with `env_gateway.plugins` and trains on it with `tasks.environments`.
+with `env_gateway.plugins` and trains on it with `tasks.environments`. `from_tools` and `from_dataset` return such a
+class.
 """
 
+from palimpsest.services.env_gateway.authoring.dataset_environment import from_dataset
+from palimpsest.services.env_gateway.authoring.function_environment import Task, from_tools
+from palimpsest.services.env_gateway.authoring.tools import NoSchema, tool
 from palimpsest.services.env_gateway.environments.port import (
     Environment,
     Malformed,
@@ -16,20 +20,25 @@ from palimpsest.services.env_gateway.environments.port import (
     Turn,
     digest,
     generator,
-    tool,
 )
+from palimpsest.services.env_gateway.environments.single_call import ToolFailed
 
 __all__ = [
     "Environment",
     "Malformed",
     "Message",
+    "NoSchema",
     "Opening",
     "Outcome",
     "Reply",
     "Score",
+    "Task",
     "ToolCall",
+    "ToolFailed",
     "Turn",
     "digest",
+    "from_dataset",
+    "from_tools",
     "generator",
     "tool",
 ]

@@ -1,20 +1,26 @@
-"""`palimpsest env ...`: lists the environments, or shows the opening of a task."""
+"""`palimpsest env ...`: lists the environments, shows the opening of a task, checks an environment, or plays it."""
 
 import asyncio
 import difflib
 import json
 import os
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from palimpsest.common.config import RunConfig, load
 from palimpsest.common.config.env_gateway import EnvGatewayConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway.checks.check import Open, check
+from palimpsest.services.env_gateway.checks.play import play
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
+from palimpsest.services.env_gateway.hosts import EnvironmentHost, InProcess
+from palimpsest.services.env_gateway.processes.child import describe_class
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.registry import REASONING_GYM, Entry, Registry
 
@@ -22,9 +28,15 @@ PROGRAM = "palimpsest env"
 USAGE = f"""\
 usage: {PROGRAM} list [RUN.toml] [--SECTION.KEY=VALUE ...]
        {PROGRAM} show NAME [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
+       {PROGRAM} check NAME|MODULE:CLASS [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
+       {PROGRAM} play NAME|MODULE:CLASS [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
 
 list    print every environment that tasks.environments can name, with a description
 show    print the opening of a task: its messages and the schemas of its tools
+check   play four tasks from seed N with fixed policies, each alone, again, and beside another session; report
+        differences, failures, invalid schemas and rewards, durations, and what closed sessions leave behind. Exits
+        with 1 if it finds a problem. MODULE:CLASS runs in this process, without a run file
+play    play one task: each line of the standard input is a message
 
   RUN.toml    adds the environments of env_gateway.plugins. With it, `show` prints the prompt that the model reads:
               the opening rendered by the chat template of model.path
@@ -32,6 +44,8 @@ show    print the opening of a task: its messages and the schemas of its tools
 KEYS = """\
 Train on NAME with tasks.environments = { NAME = 1.0 }. The number is the share of groups. Add your own environment with
 env_gateway.plugins = { NAME = "package.module:Class" }."""
+ACTIONS = ("list", "show", "check", "play")
+CHECKED_SEEDS = 4
 WIDTH = 110
 START_WAIT_S = 2.0
 
@@ -52,11 +66,17 @@ def command(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     request = parse(arguments, os.environ)
+    if ":" in request.name:
+        try_out(request, unlisted(request.name), in_this_process=True)
+        return
     with offered(request.config) as (pool, entries):
         if request.action == "list":
             print("\n".join(listed(entries, request.config)))
             return
         entry = found(request.name, entries)
+        if request.action in ("check", "play"):
+            try_out(request, entry.open, in_this_process=not entry.isolated)
+            return
         try:
             opening = asyncio.run(_opening(pool, entry, request.seed))
         except EnvironmentFailed as error:
@@ -69,26 +89,66 @@ def command(arguments: Sequence[str]) -> None:
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
     """Parse the command line. Raises UserError."""
     action, *rest = arguments or [""]
-    if action not in ("list", "show"):
-        raise UserError(USAGE if not action else f"{PROGRAM} {action}: unknown action; use `list` or `show`\n{USAGE}")
+    if action not in ACTIONS:
+        known = ", ".join(f"`{one}`" for one in ACTIONS)
+        raise UserError(USAGE if not action else f"{PROGRAM} {action}: unknown action; use {known}\n{USAGE}")
     name, seed, own = "", 0, list[str]()
     waiting = list(rest)
     while waiting:
         word = waiting.pop(0)
-        if word.partition("=")[0] == "--seed" and action == "show":
+        if word.partition("=")[0] == "--seed" and action != "list":
             seed = _seed(word.partition("=")[2] if "=" in word else (waiting.pop(0) if waiting else ""))
-        elif action == "show" and not name and not word.startswith("-"):
+        elif action != "list" and not name and not word.startswith("-"):
             name = word
         else:
             own.append(word)
             if word.startswith("--") and "=" not in word and waiting:  # --key value
                 own.append(waiting.pop(0))
-    if action == "show" and not name:
+    if action != "list" and not name:
         raise UserError(USAGE)
     if flag := next((word for word in own if word.startswith("-") and "." not in word.partition("=")[0]), None):
         raise UserError(f"{PROGRAM} {action} {flag}: there is no such flag\n{USAGE}")
     config = load(own, environment, program=f"{PROGRAM} {action}").config if own else None
     return Request(action, config, name, seed)
+
+
+def unlisted(path: str) -> Open:
+    """Return the opener of the environment `module:Class`, which runs in this process. Raises UserError."""
+    (spec,) = plugins.blueprints({"this": path}, taken=()).values()
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        problem = describe_class(spec.load()).problem
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise UserError(f"{path} cannot be used: {problem}")
+
+    async def opened() -> EnvironmentHost:
+        return InProcess(spec.build())
+
+    return opened
+
+
+def try_out(request: Request, open_host: Open, *, in_this_process: bool) -> None:
+    """Check the environment, or play it. Exits with 1 if the check finds a problem. Raises UserError."""
+    if request.action == "show":
+        raise UserError(f"{PROGRAM} show takes a name; `{PROGRAM} play {request.name}` begins with the opening")
+    if request.action == "check":
+        seeds = range(request.seed, request.seed + CHECKED_SEEDS)
+        findings = asyncio.run(check(open_host, seeds, in_this_process=in_this_process))
+        print("\n".join(findings.lines()))
+        if findings.problems:
+            sys.exit(1)
+        return
+    try:
+        asyncio.run(_play(open_host, request.seed))
+    except EnvironmentFailed as error:
+        raise UserError(f"environment {request.name}, seed {request.seed}: {error.code}: {error}") from None
+
+
+async def _play(open_host: Open, seed: int) -> None:
+    async for line in play(await open_host(), seed, iter(sys.stdin)):
+        print(line, flush=True)
 
 
 def _seed(text: str) -> int:
@@ -105,7 +165,7 @@ def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
     blueprints = plugins.blueprints(gateway.plugins, taken=built_in)
     modules = tuple(sorted({blueprint.module for blueprint in blueprints.values()}))
     pool = Pool(
-        limit=1,
+        limit=2,
         wait_s=START_WAIT_S,
         call_limit_s=gateway.step_limit_s,
         modules=modules,

@@ -59,6 +59,10 @@ class Tasks(Section):
     """Environment name -> its relative share of the groups, for example `{ lookup = 1.0 }`."""
     samples_per_group: Annotated[int, Field(ge=2)] = 8
     """Trajectories sampled for each task. They form a group and share a baseline."""
+    seeds: Literal["random", "counted"] = "random"
+    """Seeds of the tasks. `random` draws each from run.seed and the number of the group. `counted` gives each
+    environment the seeds 0, 1, 2 and so on, so that a dataset is read in epochs (docs/gateway.md). Both are functions
+    of the number of the group, so a resumed run continues with the next seed."""
     time_limit_s: PositiveFloat = 600.0
     """Time limit of a group, in seconds. The learner drops trajectories that arrive later."""
 

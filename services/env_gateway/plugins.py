@@ -46,7 +46,13 @@ def entries(pool: Pool, specs: Mapping[str, EnvironmentSpec]) -> dict[str, Entry
                 f"env_gateway.plugins.{name}: {blueprint.path} cannot be used: {described.problem} "
                 f'(docs/gateway.md, "your own environment", has one to start from)'
             )
-        found[name] = isolated(pool, name, blueprint, version=described.version, description=described.description)
+        about = {"version": described.version, "description": described.description}
+        found[name] = isolated(pool, name, blueprint, **about)
+        for split in described.splits[1:]:
+            if not _NAME.fullmatch(other := f"{name}.{split}") or other in specs:
+                raise UserError(f"env_gateway.plugins.{name}: its split {split!r} cannot be named {other}; rename it")
+            of_split = blueprint.model_copy(update={"arguments": (*blueprint.arguments, split)})
+            found[other] = isolated(pool, other, of_split, **about)
     return found
 
 

@@ -5,9 +5,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from palimpsest.services.env_gateway.authoring.function_environment import FunctionEnvironment
 from palimpsest.services.env_gateway.environments import add, hop, lookup
 from palimpsest.services.env_gateway.environments.port import Environment, TaskFamily
 from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, ReasoningGymTask
+from palimpsest.services.env_gateway.environments.worlds import airline, retail, telecom
+from palimpsest.services.env_gateway.environments.worlds.case import WorldDefinition
 from palimpsest.services.env_gateway.hosts import EnvironmentHost, InProcess
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
@@ -19,6 +22,12 @@ FAMILIES: Mapping[str, TaskFamily] = {"lookup": lookup, "hop": hop, "add": add}
 REASONING_GYM = "reasoning_gym."
 CLASSES: Mapping[str, type[Environment]] = {"lookup": lookup.Lookup, "hop": hop.Hop, "add": add.Add}
 """The same families as environments."""
+WORLDS: Mapping[str, tuple[WorldDefinition, type[FunctionEnvironment]]] = {
+    "retail-mini": (retail.WORLD, retail.RetailMini),
+    "airline-mini": (airline.WORLD, airline.AirlineMini),
+    "telecom-mini": (telecom.WORLD, telecom.TelecomMini),
+}
+"""The customer-service worlds. NAME offers the split `train`, NAME.test the split `test`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +47,23 @@ Registry = Mapping[str, Entry]
 
 
 def built_in() -> dict[str, Entry]:
-    """Return the built-in families."""
-    return {
+    """Return the built-in families and worlds."""
+    families = {
         name: Entry(name, made.version, _first_line(FAMILIES[name].__doc__), False, partial(_in_process, made))
         for name, made in CLASSES.items()
     }
+    worlds = [
+        Entry(
+            name if split == made.splits[0] else f"{name}.{split}",
+            made.version,
+            f"{_first_line(made.__doc__)} ({split})",
+            False,
+            partial(_in_process, partial(made, split)),
+        )
+        for name, (_, made) in WORLDS.items()
+        for split in made.splits
+    ]
+    return families | {entry.name: entry for entry in worlds}
 
 
 def reasoning_gym(pool: Pool) -> dict[str, Entry]:

@@ -14,6 +14,7 @@ from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.buffer.task_sampler import TaskCounter
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.control.build import build_control
 from palimpsest.services.learner.control.routes import RULES, control_routes
@@ -129,4 +130,5 @@ def _task_settings(config: RunConfig) -> TaskSettings:
             max_turns=sampling.max_turns,
         ),
         time_limit_s=tasks.time_limit_s,
+        counter=TaskCounter(config.run.seed, tasks.environments) if tasks.seeds == "counted" else None,
     )

@@ -15,6 +15,7 @@ IDENTITY = (
     "model.chat_template_options",
     "tasks.environments",
     "tasks.samples_per_group",
+    "tasks.seeds",
     "sampling",
     "bus.kind",
     "bus.path",

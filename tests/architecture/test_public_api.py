@@ -21,15 +21,32 @@ ENV = {
     },
     "Malformed": "(problem: str) -> None",
     "Message": "(*, role: Literal['system', 'user', 'assistant', 'tool'], content: str) -> None",
+    "NoSchema": None,
     "Opening": "(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()) -> None",
     "Outcome": "Reply | Score",
     "Reply": "(messages: tuple[Message, ...], tool_errors: int = 0) -> None",
     "Score": "(reward: float, success: bool, parts: Mapping[str, float] = <factory>) -> None",
+    "Task": "(prompt: str | Sequence[Message], state: Any = None) -> None",
     "ToolCall": "(*, id: str = '', name: str, arguments: dict[str, Any]) -> None",
+    "ToolFailed": None,
     "Turn": "(text: str, attempts: tuple[ToolCall | Malformed, ...] = ()) -> None",
     "digest": "(*parts: Any) -> str",
+    "from_dataset": (
+        "(source: str | Path | Mapping[str, str | Path], *, reward: Callable[[dict[str, Any], str | None], Any], "
+        "prompt: str | Callable[[dict[str, Any]], str | Sequence[Message]] = 'prompt', "
+        "tools: Sequence[Callable[..., Any]] = (), held_out: float = 0.0, shuffle: int | None = 0, "
+        "version: str = '1', max_turns: int = 32) -> type[FunctionEnvironment]"
+    ),
+    "from_tools": (
+        "(*, start: Callable[..., Task], reward: Callable[[Any, str | None], Any], "
+        "tools: Sequence[Callable[..., Any]] = (), user: Callable[[Any, str], str | None] | None = None, "
+        "state_hash: Callable[[Any], str] | None = None, version: str = '1', splits: Sequence[str] = ('train',), "
+        "max_turns: int = 32, description: str = '') -> type[FunctionEnvironment]"
+    ),
     "generator": "(seed: int) -> Random",
-    "tool": "(name: str, description: str, **parameters: str) -> dict[str, Any]",
+    "tool": (
+        "(name: Callable[..., Any] | str, description: str = '', **parameters: str) -> FunctionTool | dict[str, Any]"
+    ),
 }
 COMMANDS = {
     *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token", "acls"),
@@ -43,6 +60,8 @@ def shape(value: Any) -> Any:
         members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
         fields = {name: member.__name__ for name, member in inspect.get_annotations(value).items()}
         return {**fields, **{name: shape(member) for name, member in members.items()}}
+    if isinstance(value, type) and issubclass(value, Exception):
+        return None
     text = str(inspect.signature(value) if callable(value) else value)
     return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
 

@@ -94,8 +94,10 @@ def test_a_task_that_cannot_begin_is_reported_with_its_error(run_file: Path) -> 
         (["show", "lokup"], "did you mean lookup?"),
         (["show"], "usage: palimpsest env"),
         (["show", "lookup", "--seed=x"], "--seed x: must be an integer of at least 0"),
-        (["shoe"], "palimpsest env shoe: unknown action; use `list` or `show`"),
+        (["shoe"], "palimpsest env shoe: unknown action; use `list`, `show`, `check`, `play`"),
         (["list", "nowhere.toml"], "nowhere.toml"),
+        (["check", "nowhere:Env"], "nowhere:Env cannot be used: ModuleNotFoundError"),
+        (["play", "lokup"], "did you mean lookup?"),
     ],
 )
 def test_invalid_arguments_are_refused(arguments: list[str], error: str) -> None:

@@ -42,13 +42,14 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
 def describe(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     """Check the environment's class and report whether it is usable."""
     try:
-        described = _described(blueprint.load())
+        described = describe_class(blueprint.load())
     except BaseException as error:
         described = Described(problem=f"{type(error).__name__}: {error}")
     channel.sendall(described.model_dump_json().encode() + b"\n")
 
 
-def _described(loaded: Any) -> Described:
+def describe_class(loaded: Any) -> Described:
+    """Check whether this object is the class of an environment."""
     if not inspect.isclass(loaded):
         return Described(problem="it is not a class")
     missing = [f"{name}()" for name in CALLS if not callable(getattr(loaded, name, None))]
@@ -57,7 +58,12 @@ def _described(loaded: Any) -> Described:
     version = getattr(loaded, "version", None)
     if not isinstance(version, str) or not version:
         return Described(problem="its `version` is not a text")
-    return Described(version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0])
+    splits = getattr(loaded, "splits", ())
+    if not isinstance(splits, tuple | list) or not all(isinstance(name, str) for name in splits):
+        return Described(problem="its `splits` are not a tuple of names")
+    return Described(
+        version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0], splits=tuple(splits)
+    )
 
 
 def _answer(environment: Environment, request: ChildRequest) -> ChildResponse:

@@ -77,5 +77,7 @@ class Described(Wire):
 
     version: str = ""
     description: str = ""
+    splits: tuple[str, ...] = ()
+    """Names of its splits; the class takes one as its argument. Empty: it has none."""
     problem: str = ""
     """The reason why the class is unusable; empty if it is usable."""

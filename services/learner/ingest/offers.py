@@ -8,7 +8,7 @@ from msgspec import structs
 from palimpsest.common.messages import Sampling, SegmentFlushed, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
-from palimpsest.services.learner.buffer.task_sampler import task
+from palimpsest.services.learner.buffer.task_sampler import TaskCounter, task
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,13 @@ class TaskSettings:
     """Trajectories in a group."""
     sampling: Sampling
     time_limit_s: float
+    counter: TaskCounter | None = None
+    """Counts the seeds of each environment; None draws them."""
 
     def task(self, index: int) -> tuple[str, int]:
         """Return environment and task seed of the group with this index."""
-        return task(self.seed, index, self.environments)
+        environment, task_seed = task(self.seed, index, self.environments)
+        return environment, task_seed if self.counter is None else self.counter.before(index, environment)
 
 
 class OfferSettings:
@@ -66,7 +69,7 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offers: OfferSetti
         return
     if message.turns > sampling.max_turns:
         _contradict("turns", message.turns, f"at most {sampling.max_turns} (sampling.max_turns)")
-    environment, _ = offers.next.task(index)
+    environment, _ = task(offers.next.seed, index, offers.next.environments)
     if message.environment != environment:
         _contradict("environment", repr(message.environment), repr(environment))
 

@@ -90,7 +90,10 @@ async def test_parsed_tool_calls_and_plain_messages_are_actions_too() -> None:
 async def test_environments_are_listed_and_described() -> None:
     async with gateway() as client:
         listed = (await client.get("/v1/envs")).json()["environments"]
-        assert [entry["name"] for entry in listed] == ["lookup", "hop", "add"]
+        assert [entry["name"] for entry in listed] == [
+            *("lookup", "hop", "add", "retail-mini", "retail-mini.test", "airline-mini", "airline-mini.test"),
+            *("telecom-mini", "telecom-mini.test"),
+        ]
         described = (await client.get("/v1/envs/lookup")).json()
         assert described == {
             "name": "lookup", "version": "1", "isolated": False,

@@ -12,6 +12,7 @@ from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
+from palimpsest.services.env_gateway.environments.tool_calls import read
 from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.env_gateway.processes import fork_server
 from palimpsest.services.env_gateway.processes.child_host import InChild
@@ -250,3 +251,26 @@ def test_a_module_that_fails_to_preload_does_not_stop_the_others(
         assert pool.describe(EnvironmentSpec(path="awkward:Counts")).version == "3"
     finally:
         pool.stop()
+
+
+async def test_the_splits_of_a_plugin_are_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(4)))
+    code = (
+        f"from palimpsest.env import from_dataset\nRows = from_dataset({str(tmp_path / 'rows.jsonl')!r}, held_out=0.5,"
+    )
+    (tmp_path / "split_rows.py").write_text(f"{code} reward=lambda row, answer: answer == row['prompt'])\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = Pool(limit=2, wait_s=60.0, call_limit_s=60.0)
+    try:
+        found = plugins.entries(pool, plugins.blueprints({"rows": "split_rows:Rows"}, taken=()))
+        assert set(found) == {"rows", "rows.test"}
+        prompts = set()
+        for entry in found.values():
+            host = await entry.open()
+            opening, _ = await host.reset(0)
+            prompts.add(opening.messages[0].content)
+            assert await host.step(read(opening.messages[0].content)) == Score(1.0, True)
+            host.close()
+        assert len(prompts) == 2
+    finally:
+        await pool.close()

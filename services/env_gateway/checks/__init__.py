@@ -1,0 +1,1 @@
+"""Checks of an environment before a run: `palimpsest env check`."""
