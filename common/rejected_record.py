@@ -29,7 +29,8 @@ class RejectCause(StrEnum):
     CONTRADICTS_OFFER = "contradicts_offer"
     """Valid, but sampled otherwise than its group was offered: another environment or temperature, or above a limit."""
     FORWARD_FAILED = "forward_failed"
-    """Valid, but a forward pass over this trajectory alone fails, and passes over others do not."""
+    """Valid, but a pass over this trajectory alone, forward or backward, fails or gives a gradient that is not finite,
+    and passes over others do not."""
     UNKNOWN_WRITER = "unknown_writer"
     """A record of `control` that names no learner of this run, or none at all: another program wrote it."""
     MISSING_CLAIM = "missing_claim"

@@ -12,6 +12,8 @@ from palimpsest.common.bus.port import Outgoing
 RAW = msgspec.msgpack.Decoder()
 LONG = 100_000
 """Length of what is long without need: texts, ids, headers."""
+MOST_BYTES = 1 << 19
+"""Length of the longest body. A broker accepts no longer record than bus.max_record_bytes, 1 MiB by default."""
 WEIRD: tuple[Callable[[random.Random], Any], ...] = (
     lambda _: None,
     lambda _: True,
@@ -37,7 +39,7 @@ def mutated(record: Outgoing, other: Outgoing, rng: random.Random) -> Outgoing:
     """Return the record, mutated once or several times, or as it is. other: a record to take bytes and fields from."""
     for _ in range(rng.choice((0, 0, 0, 1, 1, 1, 2, 3))):
         record = rng.choice(MUTATIONS)(record, other, rng)
-    return record
+    return Outgoing(record.key, record.body[:MOST_BYTES], record.headers)
 
 
 def _body(change: Callable[[bytes, bytes, random.Random], bytes]) -> Callable[..., Outgoing]:

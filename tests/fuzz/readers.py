@@ -37,9 +37,12 @@ from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.record_reader import RecordReader
 from tests.fuzz.corpus import HIGHEST, RUN, WRITER
 from tests.learner_parts.ingest import VOCABULARY, an_ingest
+from tests.processes.waiting import LIMIT_S
 from tests.records.builders import SAMPLING
 
 NOW = Version(HIGHEST)
+PARTITIONS, END = 2, 2**62
+"""Partitions of each topic, and an offset that no topic reaches."""
 ACCEPTED, PASSED_OVER, REJECTED = "accepted", "passed over", "dead letter"
 Place = tuple[str, int, int]
 """Topic, partition, offset."""
@@ -124,9 +127,10 @@ class Readers:
 
     def read(self) -> None:
         """Read everything on the log with every reader."""
-        self.ingest.reader.read_all(NOW, timeout_s=0.0)
+        assert self.ingest.reader.read_until(dict.fromkeys(range(PARTITIONS), END), NOW, deadline_s=LIMIT_S)
         self._feed.read_to_end()
-        self._scores.read()
+        while _behind(self._scores._consumer):
+            self._scores.read(timeout_s=1.0)
         for record in _rest(self._consumers[OLD_LOGPROBS]):
             _rows_of_a_replica(record)
         self._loop.run(self._read_as_worker())
@@ -214,9 +218,16 @@ def _rows_of_a_replica(record: Record) -> None:
             rows_to_score(message, vocabulary=VOCABULARY)
 
 
+def _behind(consumer: Consumer) -> bool:
+    """Whether the topic holds records that the consumer has not returned."""
+    read = consumer.positions()
+    return any(read[partition] < end for partition, end in consumer.ends().items())
+
+
 def _rest(consumer: Consumer) -> Iterator[Record]:
-    while records := consumer.poll(limit=1000, timeout_s=0.0):
-        yield from records
+    """The records up to the end of the topic. A poll of Kafka may return before its fetch is answered."""
+    while _behind(consumer):
+        yield from consumer.poll(limit=1000, timeout_s=1.0)
 
 
 def _place(record: Record) -> Place:

@@ -10,7 +10,7 @@ from palimpsest.common.bus.port import Bus
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TOPICS
 from tests.fuzz.fuzzer import fuzz
-from tests.fuzz.readers import ACCEPTED, REJECTED
+from tests.fuzz.readers import ACCEPTED, PARTITIONS, REJECTED
 from tests.simulation.memory_bus import MemoryBus, Store
 
 STALL_S = 1.0
@@ -20,7 +20,7 @@ STALL_S = 1.0
 @pytest.fixture(params=["sqlite", "memory"])
 def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
     with closing(SqliteBus(tmp_path / "bus.sqlite") if request.param == "sqlite" else MemoryBus(Store())) as bus:
-        bus.create_topics(dict.fromkeys(TOPICS, 2))
+        bus.create_topics(dict.fromkeys(TOPICS, PARTITIONS))
         yield bus
 
 

@@ -20,6 +20,7 @@ from palimpsest.services.learner.old_logprobs.distributed_scorer import Distribu
 from palimpsest.services.learner.training.follower import broadcast_state
 from palimpsest.services.learner.training.results import merge
 from palimpsest.services.learner.training.state import TrainingState
+from tests.learner_parts.failing_backward import fail_backward
 from tests.learner_parts.models import CurrentModel, load, perturb, train
 from tests.records.builders import a_learner, a_row
 
@@ -56,7 +57,15 @@ CASES = {
     "a rank without any rows": [some_rows("e", [14]), some_rows("f", [33])],
 }
 """Case -> minibatches of one version."""
-FAILING = {"a row on which a pass fails": [[*some_rows("g", [9, 30]), failing_row()], some_rows("h", [12, 40])]}
+UNTRAINED_TOKEN = 253
+"""A token of no other row, on which only the backward pass fails."""
+FAILING = {
+    "a row on which a pass fails": [[*some_rows("g", [9, 30]), failing_row()], some_rows("h", [12, 40])],
+    "a row on which the backward pass fails": [
+        [*some_rows("g", [9, 30, 11, 12]), a_row("failing", [5, UNTRAINED_TOKEN, 7, 8, 9], [-1, -1, NOW, NOW, NOW])],
+        some_rows("h", [12, 40]),
+    ],
+}
 """The same, with a row that one rank leaves out."""
 
 
@@ -74,6 +83,7 @@ def trained(folder: Path, minibatches: list[list[Row]], ranks: ProcessGroup) -> 
     model = load(folder).float()
     perturb(model, by=0.05 * ranks.rank, seed=ranks.rank)  # ranks must take the weights of rank 0
     policy = TrainablePolicy(model, OPTIMIZER)
+    fail_backward(model, UNTRAINED_TOKEN, ValueError("no gradient"))
     if ranks.is_rank0:
         for gradient in policy.gradients():
             gradient.fill_(1e-3)

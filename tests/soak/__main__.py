@@ -2,7 +2,9 @@
 
 Runs two workers and two learner ranks over Kafka, with a store in a folder or in MinIO, under faults, and prints one
 JSON line. In the first half processes are killed too; in the second half none is, so that memory and open files of each
-process can be compared from the middle to the end. Exits with 1 if the audit finds a fault, or if a process has died.
+process can be compared from the middle to the end. `mib_by_minute` has the memory of each process over the whole run: a
+process that still grows differs from one whose caches are full. Exits with 1 if the audit finds a fault, or if a
+process has died.
 """
 
 import argparse
@@ -60,9 +62,13 @@ def soak(run: ClusterRun, *, minutes: float, seed: int) -> dict[str, object]:
     done, recoveries = Counter[str](), list[float]()
     run.versions(2)
     middle: dict[str, tuple[float, int]] = {}
+    by_minute: dict[str, list[float]] = {}
     while (passed := time.monotonic() - began) < 2 * half_s:
         if passed > half_s and not middle:
             middle = resources(run)
+        if passed >= 60 * max((len(values) for values in by_minute.values()), default=0):
+            for name, (mib, _) in resources(run).items():
+                by_minute.setdefault(name, []).append(mib)
         fault = rng.choice(others if passed > half_s else KILLS + others)
         fault(run, rng)
         recovering = time.monotonic()
@@ -79,6 +85,7 @@ def soak(run: ClusterRun, *, minutes: float, seed: int) -> dict[str, object]:
         "learners": run.learners,
         "faults": dict(done),
         "longest_recovery_s": round(max(recoveries), 1),
+        "mib_by_minute": by_minute,
         "mib_and_files": {name: (middle.get(name), end[name]) for name in end},
     }
 

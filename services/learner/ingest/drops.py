@@ -77,7 +77,7 @@ class Drops:
         """
         if failed and all(one.record.trajectory in failed for group in batch for one in group.items):
             raise UserError(
-                f"a forward pass fails on every trajectory of the batch, so the cause is probably not in the records: "
+                f"a pass fails on every trajectory of the batch, so the cause is probably not in the records: "
                 f"{next(iter(failed.values()))}. Check the model (model.path) and the device",
                 ExitCode.CRASHED,
             )

@@ -1,10 +1,10 @@
-"""Finds the rows of a micro-batch on which a forward pass fails.
+"""Finds the rows of a micro-batch on which a pass fails.
 
 An error belongs to a row if a pass over that row alone fails while a pass over token 0 instead succeeds. Errors of
 the process or the device (memory, accelerator, communication) never belong to a row: after them no pass tells anything.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, pad
 
 Forward = Callable[[PaddedBatch], object]
+ErrorOf = Callable[[Sequence[int]], Exception | None]
 MACHINE = (MemoryError, OSError, UserError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of the process, the device or the run."""
 MACHINE_TEXTS = ("out of memory", "can't allocate memory", "CUDA", "CUBLAS", "cuDNN", "NCCL", "gloo", "HIP error")
@@ -39,12 +40,23 @@ def failing_rows(forward: Forward, batch: PaddedBatch) -> dict[int, str]:
 
     Raises the errors that belong to the machine.
     """
-    found: dict[int, str] = {}
-    _bisect(forward, batch.rows, range(len(batch.rows)), found)
     control = replace(batch.rows[0], tokens=np.zeros_like(batch.rows[0].tokens))
-    if found and _error(forward, [control]) is not None:
-        return {}
-    return found
+    return failing_places(lambda kept: _error(forward, [batch.rows[row] for row in kept] or [control]), len(batch.rows))
+
+
+def failing_places(error_of: ErrorOf, rows: int) -> dict[int, str]:
+    """Return the rows that fail, found by bisection: index -> error text. {} if the error belongs to no row.
+
+    error_of: returns the error of a pass over these rows; of none: over zeros, which belongs to no row.
+
+    >>> failing_places(lambda kept: ValueError("no") if 2 in kept else None, 5)
+    {2: 'ValueError: no'}
+    >>> failing_places(lambda kept: ValueError("no"), 5)
+    {}
+    """
+    found: dict[int, str] = {}
+    _bisect(error_of, range(rows), found)
+    return found if found and error_of(()) is None else {}
 
 
 def neutral(batch: PaddedBatch, rows: Collection[int]) -> PaddedBatch:
@@ -74,16 +86,16 @@ def tolerant(forward: Callable[[PaddedBatch], Float32Array]) -> Callable[[Padded
     return score
 
 
-def _bisect(forward: Forward, rows: tuple[Row, ...], places: range, found: dict[int, str]) -> None:
-    error = _error(forward, [rows[place] for place in places])
+def _bisect(error_of: ErrorOf, places: range, found: dict[int, str]) -> None:
+    error = error_of(places)
     if error is None:
         return
     if len(places) == 1:
         found[places[0]] = f"{type(error).__name__}: {error}"
         return
     middle = len(places) // 2
-    _bisect(forward, rows, places[:middle], found)
-    _bisect(forward, rows, places[middle:], found)
+    _bisect(error_of, places[:middle], found)
+    _bisect(error_of, places[middle:], found)
 
 
 def _error(forward: Forward, rows: list[Row]) -> Exception | None:

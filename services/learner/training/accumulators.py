@@ -1,7 +1,7 @@
 """Sums over the minibatches of a version, and over the ranks. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class StepAccumulator:
     """Sum of (r - 1)^2 over usable tokens."""
     usable: int = 0
     """Number of usable tokens."""
+
+    def restore(self, earlier: "StepAccumulator") -> None:
+        """Take over the sums of an earlier time."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(earlier, each.name))
 
     def add_pass(self, loss: Tensor, squared_deviations: Tensor, usable: Tensor) -> None:
         """Add a micro-batch. loss: scalar; squared_deviations, usable (bool): [rows, tokens]."""

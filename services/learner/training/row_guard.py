@@ -1,10 +1,10 @@
-"""Trains on despite rows on which a forward pass fails: they are taken out of their micro-batch and reported.
+"""Trains on despite rows on which a pass fails: they are taken out of their micro-batch and reported.
 
 Each rank decides about its own rows and keeps the shape of its micro-batches, so the ranks stay in step in their
 collective operations. The results of all ranks are merged, so all know which rows failed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -57,8 +57,13 @@ class RowGuard:
             if not found:
                 continue
             any_found = True
-            batches[place] = neutral(batch, found)
-            for row, reason in found.items():
-                self._rejected[batch.rows[row].trajectory] = reason
-                logger().warning("trajectory not trained on", trajectory=batch.rows[row].trajectory, reason=reason)
+            self.take_out(batches, place, found)
         return any_found
+
+    def take_out(self, batches: list[PaddedBatch], place: int, found: Mapping[int, str]) -> None:
+        """Replace rows of `batches[place]` by zeros and remember them. found: index of the row -> error text."""
+        batch = batches[place]
+        batches[place] = neutral(batch, found)
+        for row, reason in found.items():
+            self._rejected[batch.rows[row].trajectory] = reason
+            logger().warning("trajectory not trained on", trajectory=batch.rows[row].trajectory, reason=reason)

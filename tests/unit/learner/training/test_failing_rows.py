@@ -1,4 +1,4 @@
-"""Rows on which a forward pass fails are left out and reported; other errors end the training."""
+"""Rows on which a pass fails, forward or backward, are left out and reported; other errors end the training."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer
 from palimpsest.services.learner.old_logprobs.scoring import score
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
+from palimpsest.services.learner.training import passes
 from palimpsest.services.learner.training.results import StepResult
+from tests.learner_parts.failing_backward import fail_backward
 from tests.learner_parts.models import CPU, CurrentModel, load, train
 from tests.records.builders import a_learner, a_row
 
@@ -50,6 +52,43 @@ def test_the_other_rows_are_trained_on(starting_model: Path) -> None:
     assert expected.rejected == {}
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     assert sum(batch.batch.mask.sum() for batch in result.micro_batches) == 21, "the row has no token in the statistics"
+
+
+ONLY = 99
+"""A token that one row has."""
+
+
+@pytest.mark.parametrize("error", [ValueError("no gradient"), None], ids=["exception", "not finite"])
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 8], ids=["one micro-batch", "several"])
+def test_a_row_that_fails_only_in_the_backward_pass_is_left_out(
+    starting_model: Path, error: Exception | None, micro_batch_tokens: int
+) -> None:
+    """The gradients of the other micro-batches are complete then: they must not count twice."""
+    config = a_learner(discrepancy={"band": "off"}, micro_batch_tokens=micro_batch_tokens)
+    model = load(starting_model)
+    policy = TrainablePolicy(model, OPTIMIZER)
+    fail_backward(model, ONLY, error)
+    result = train(
+        policy, CurrentModel(model), ProcessGroup(), [rows(third=ONLY), rows()[:2]], Version(0), config=config
+    )
+    expected, same = trained(starting_model, rows(advantage=0.0), rows()[:2], config=config)
+    assert list(result.rejected) == ["r3"]
+    assert result.rejected["r3"] == (
+        "NotFinite: the gradient is not finite" if error is None else "ValueError: no gradient"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(policy.state().values(), same, strict=True))
+    assert (result.loss, result.skipped, policy.steps) == (expected.loss, 0, 2)
+
+
+def test_without_the_guard_a_failing_backward_pass_ends_the_training(
+    starting_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "may_be_of_row", lambda _: False)
+    model = load(starting_model)
+    policy = TrainablePolicy(model, OPTIMIZER)
+    fail_backward(model, ONLY, ValueError("no gradient"))
+    with pytest.raises(ValueError, match="no gradient"):
+        train(policy, CurrentModel(model), ProcessGroup(), [rows(third=ONLY)], Version(0), config=CONFIG)
 
 
 def test_a_row_of_a_later_minibatch_fails_after_the_first_step(starting_model: Path) -> None:

@@ -1,0 +1,308 @@
+"""Forward and backward passes of a rank's share of a minibatch, without the rows on which they fail.
+
+The gradients accumulate over the micro-batches. After a failure they are set to zero, and the whole minibatch is passed
+again without the rows that cause it: the sums are then those of a minibatch in which these rows have no trainable
+token, bit for bit.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.corrections import Correction, Limits, correct, limits
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.losses.aggregate import Denominators
+from palimpsest.services.learner.losses.m2po import harmful_squares, m2po_tau
+from palimpsest.services.learner.losses.objective import Objective, Terms, switch
+from palimpsest.services.learner.losses.r2vpo import squared_deviation
+from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.model.failing_rows import failing_places, may_be_of_row, neutral
+from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues
+from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
+from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
+from palimpsest.services.learner.training.preparation import VersionInputs
+from palimpsest.services.learner.training.row_guard import RowGuard
+from palimpsest.services.learner.training.state import TrainingState
+
+
+class NotFinite(ArithmeticError):
+    """A gradient is infinite or not a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A minibatch after its passes; its gradients are in the policy and the critic."""
+
+    passes: list[MicroBatchPass]
+    bounds: Limits
+    usable: bool
+    """Whether any rank has a usable token."""
+
+
+class Passes:
+    """Computes the gradients of minibatches. Each rank has one."""
+
+    def __init__(
+        self,
+        policy: TrainablePolicy,
+        state: TrainingState,
+        ranks: ProcessGroup,
+        config: LearnerConfig,
+        objective: Objective,
+        guard: RowGuard,
+    ) -> None:
+        self._policy, self._state, self._ranks = policy, state, ranks
+        self._config, self._objective, self._guard = config, objective, guard
+        self._device = next(policy.model.parameters()).device
+
+    def run(
+        self, version: VersionInputs, places: range, minibatch: Sequence[Row], sums: StepAccumulator, *, first: bool
+    ) -> Passed:
+        """Pass this rank's micro-batches of a minibatch. All ranks must call it.
+
+        If rows of any rank fail, every rank passes the minibatch again, since limits and statistics are of all ranks.
+        Raises the error if it belongs to no row. A gradient that is not finite for no row's sake stays as it is.
+
+        places: of the micro-batches in the version; minibatch: rows of all ranks; first: of the version.
+        """
+        denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
+        groups = sorted({row.group for row in minibatch}) if self._config.vcpo.baseline else []
+        before, looked = deepcopy(sums), False
+        while True:
+            bounds = self._limits(version, places)
+            if self._config.loss.objective == "m2po":
+                sums.taus.append(self._tau(version, places, bounds, first=first))
+            passes, failed = self._attempt(version, places, groups, denominators, bounds, sums, look=not looked)
+            gathered = self._ranks.all_gather_object((sum(one.usable for one in passes), failed is not None))
+            if not any(again for _, again in gathered):
+                return Passed(passes, bounds, usable=any(usable for usable, _ in gathered))
+            self.discard()
+            if failed is not None:
+                looked = isinstance(failed, NotFinite)
+                self._take_out(failed, version, places, denominators, bounds, sums)
+            sums.restore(before)
+            before = deepcopy(before)
+
+    def discard(self) -> None:
+        """Set all gradients to zero. Weights, moments, schedule and step count do not change."""
+        for parameter in self._policy.model.parameters():
+            parameter.grad = None  # of a pass that failed before its gradient was moved to the master
+        for gradient in self._gradients():
+            gradient.zero_()
+
+    def _attempt(
+        self,
+        version: VersionInputs,
+        places: range,
+        groups: Sequence[str],
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+        *,
+        look: bool,
+    ) -> tuple[list[MicroBatchPass], Exception | None]:
+        """Return the passes, and the error of a row or NotFinite if they failed. look: whether to look for NotFinite.
+
+        With VCPO's baseline rows are taken out one by one, because the ranks meet after each group.
+        """
+        if self._config.vcpo.baseline:
+            return self._passes_with_baseline(version, places, groups, denominators, bounds, sums), None
+        passes = []
+        try:
+            for place in places:
+                passes.append(self._pass(version, place, denominators, bounds, sums))
+                self._train_critic(version, place, denominators)
+        except Exception as error:
+            if not may_be_of_row(error):
+                raise
+            return [], error
+        return passes, self._not_finite() if look else None
+
+    def _take_out(
+        self,
+        error: Exception,
+        version: VersionInputs,
+        places: range,
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+    ) -> None:
+        """Replace the rows that fail by zeros. Raises the error if none does, unless it is NotFinite."""
+        found = {place: self._failing_rows(version, place, denominators, bounds, sums) for place in places}
+        trainable = sum(int(version.batches[place].mask.any(-1).sum()) for place in places)
+        number = sum(map(len, found.values()))
+        if isinstance(error, NotFinite) and number == trainable:
+            return  # a broken model or loss explains this better than the rows do
+        if not number:
+            if isinstance(error, NotFinite):
+                return  # the sum alone overflows
+            raise error
+        for place, reasons in found.items():
+            if reasons:
+                self._guard.take_out(version.batches, place, reasons)
+
+    def _failing_rows(
+        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> dict[int, str]:
+        """Return the rows of a micro-batch whose passes fail: index -> error text. Gradients are zero afterwards."""
+        batch = version.batches[place]
+
+        def error_of(kept: Sequence[int]) -> Exception | None:
+            """The error of the micro-batch's passes with zeros in place of all other rows."""
+            version.batches[place] = neutral(batch, [row for row in range(len(batch.rows)) if row not in kept])
+            try:
+                self._pass(version, place, denominators, bounds, deepcopy(sums))
+                self._train_critic(version, place, denominators)
+                return self._not_finite()
+            except Exception as error:
+                if not may_be_of_row(error):
+                    raise
+                return error
+            finally:
+                version.batches[place] = batch
+                self.discard()
+
+        return failing_places(error_of, len(batch.rows))
+
+    def _not_finite(self) -> NotFinite | None:
+        """Return an error if this rank's gradients are not finite."""
+        norms = torch.stack(torch._foreach_norm(self._gradients()))
+        return None if bool(torch.isfinite(norms).all()) else NotFinite("the gradient is not finite")
+
+    def _gradients(self) -> list[Tensor]:
+        critic = self._state.critic
+        return self._policy.gradients() + ([] if critic is None else critic.gradients())
+
+    def _limits(self, version: VersionInputs, places: range) -> Limits:
+        """Compute the limits that depend on all tokens of a minibatch, before its forward passes."""
+        rules = self._objective.rules
+        if isinstance(version.proximal, Interpolated) or (rules.m2 is None and not rules.weight_normalize):
+            return Limits()
+        parts = []
+        for place in places:
+            mask, behavior = self._on_device(version.batches[place].mask, version.batches[place].behavior)
+            anchor = version.proximal.anchor(place, behavior, mask)
+            parts.append((anchor.logprobs, behavior, mask, anchor.missing))
+        return limits(parts, rules, gather=self._ranks.all_gather_object)
+
+    def _tau(self, version: VersionInputs, places: range, bounds: Limits, *, first: bool) -> float:
+        """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
+        squares = [torch.empty(0, dtype=torch.float64)]
+        for place in places:
+            if first and version.proximal.method == "current_recompute":
+                current = version.proximal.anchor(place, torch.empty(0), torch.empty(0)).logprobs
+            else:
+                with torch.no_grad():
+                    current = self._guard.forward(score_batch, version.batches, place)
+            inputs, _, _ = self._inputs(version, place, current, bounds)
+            squares.append(harmful_squares(inputs).cpu())
+        return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
+
+    def _passes_with_baseline(
+        self,
+        version: VersionInputs,
+        places: range,
+        groups: Sequence[str],
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+    ) -> list[MicroBatchPass]:
+        """One pass for each trajectory, with the minimum-variance baseline of each group."""
+        baseline = MinimumVarianceBaseline(self._policy)
+        passes = []
+        for group in groups:
+            of_group = []
+            for place in (place for place in places if version.batches[place].rows[0].group == group):
+                of_group.append(self._single(version, place, denominators, bounds, sums))
+                baseline.add(version.batches[place].rows[0].reward)
+            sums.baselines.append(baseline.end_group(self._ranks))
+            for one in of_group:
+                one.advantages = torch.full_like(one.advantages, one.batch.rows[0].reward - sums.baselines[-1])
+            passes += of_group
+        baseline.settle(self._ranks)
+        return passes
+
+    def _single(
+        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> MicroBatchPass:
+        """Pass of a micro-batch of one row while no other gradient is accumulated. Repeated with zeros if it fails."""
+        try:
+            return self._pass(version, place, denominators, bounds, sums)
+        except Exception as error:
+            if not may_be_of_row(error):
+                raise
+            self.discard()
+            found = self._failing_rows(version, place, denominators, bounds, sums)
+            if not found:
+                raise
+            self._guard.take_out(version.batches, place, found)
+        return self._pass(version, place, denominators, bounds, sums)
+
+    def _inputs(
+        self, version: VersionInputs, place: int, current: Tensor, bounds: Limits
+    ) -> tuple[Inputs, ProximalValues, Correction]:
+        """Inputs of the objective for one micro-batch. current: log-probs of the policy."""
+        batch = version.batches[place]
+        mask, behavior = self._on_device(batch.mask, batch.behavior)
+        anchor = version.proximal.anchor(place, current.detach(), mask)
+        correction = correct(
+            anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
+        )
+        vcpo = self._config.vcpo.baseline
+        advantages = torch.ones_like(behavior) if vcpo else version.prepared.advantages[place]
+        return Inputs(current, anchor.logprobs, behavior, correction.weight, advantages, mask), anchor, correction
+
+    def _pass(
+        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> MicroBatchPass:
+        """Forward and backward pass of one micro-batch."""
+        current, entropy = self._guard.forward(score_batch_and_entropy, version.batches, place)
+        batch, prepared = version.batches[place], version.prepared
+        inputs, anchor, correction = self._inputs(version, place, current, bounds)
+        tau = sums.taus[-1] if sums.taus else 0.0
+        outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)
+        loss = self._objective.loss(
+            outcome,
+            inputs,
+            Terms(entropy, prepared.reference[place] if prepared.reference else None),
+            denominators,
+            history=self._state.entropies.turns(self._config.loss.epo.history),
+            phase=version.phase,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        if prepared.reference and self._config.loss.kl.place == "loss":
+            with torch.no_grad():
+                sums.divergence += float(self._objective.divergence(inputs, prepared.reference[place]).double().sum())
+        sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
+        old = None if version.old is None else version.old[place]
+        removed = outcome.clipped.get("opsm")
+        usable = int((inputs.usable if removed is None else inputs.usable & ~removed).sum())
+        return MicroBatchPass(
+            batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable
+        )
+
+    def _train_critic(self, version: VersionInputs, place: int, denominators: Denominators) -> None:
+        """Backward pass of the critic on one micro-batch, if there is a critic."""
+        if self._state.critic is None:
+            return
+        tokens, mask = self._on_device(version.batches[place].tokens, version.batches[place].mask)
+        loss = self._state.critic.loss(
+            tokens,
+            mask,
+            version.prepared.returns[place],
+            version.prepared.values[place],
+            clip=switch(self._config.advantages.critic.clip),
+            denominator=float(max(1, denominators.tokens)),
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _on_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        return [torch.from_numpy(array).to(self._device) for array in arrays]
