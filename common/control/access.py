@@ -133,8 +133,8 @@ COMMON_RULES = (
     AccessRule("GET", "/docs", (Role.VIEW,)),
     AccessRule("GET", "/openapi.json", (Role.VIEW,)),
 )
-OPEN = frozenset({"/healthz", "/readyz"})
-"""Paths that need no token."""
+OPEN = frozenset({"/healthz", "/readyz", "/"})
+"""Paths that need no token. `/` is the learner's page, which holds nothing of the run: its requests need a token."""
 METRICS = "/metrics"
 
 

@@ -16,8 +16,9 @@ from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.buffer.task_sampler import TaskCounter
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
-from palimpsest.services.learner.control.build import build_control
-from palimpsest.services.learner.control.routes import RULES, control_routes
+from palimpsest.services.learner.control.build import all_routes, build_control
+from palimpsest.services.learner.control.page_routes import PAGE_RULES
+from palimpsest.services.learner.control.routes import RULES
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
@@ -27,7 +28,9 @@ from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
+from palimpsest.services.learner.observability.page_feed import PageFeed
 from palimpsest.services.learner.observability.thresholds import RunThresholds
+from palimpsest.services.learner.observability.worker_watch import WorkerWatch
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, Pass
 from palimpsest.services.learner.old_logprobs.routes import route
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
@@ -86,8 +89,9 @@ def run_coordinator(
     publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id)
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
+    feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
     records = Records(
-        open_history=lambda length: History(home / run_folder.HISTORY, length=length),
+        open_history=lambda length: History(home / run_folder.HISTORY, length=length, followers=(feed,)),
         dump=BatchDump(home / run_folder.RECORDS),
         reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
     )
@@ -98,9 +102,10 @@ def run_coordinator(
         ready=seen.not_ready,
         status=seen.fields,
         waiting_for=lambda: seen.waiting_for,
-        routes=control_routes(desk, lambda: control.current, cuts=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers),
-        rules=RULES,
+        routes=all_routes(config, desk, control, seen, feed, watch),
+        rules=(*RULES, *PAGE_RULES),
     )
+    watch.start()
     try:
         loop.start()
         done = loop.run()
@@ -110,6 +115,7 @@ def run_coordinator(
     finally:
         desk.close("ended", "the learner ends")
         exact.release()  # if the learner ends inside a cut, the workers must not stay paused
+    watch.close()
     exact.close()
     ingest.close()
     bus.close()

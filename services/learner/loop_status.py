@@ -1,6 +1,7 @@
 """What the learner's loop reports to the HTTP thread and to Prometheus."""
 
 import math
+import time
 from typing import Any
 
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
@@ -14,13 +15,27 @@ class LoopStatus:
     """Snapshots: the HTTP thread must not read collections that the loop changes."""
 
     def __init__(self) -> None:
-        self.waiting_for: str | None = "the start"
-        """What the loop waits for; None during training."""
+        self._waiting: tuple[str | None, float] = ("the start", time.monotonic())
         self.ready = False
         """Whether the loop could train now, also while it waits for trajectories."""
         self._fields: Status = {}
         self._heartbeat = AgeGauge(HEARTBEAT.labels("learner"))
         self._since_version = AgeGauge(instruments.LAST_VERSION)
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What the loop waits for; None during training."""
+        return self._waiting[0]
+
+    @waiting_for.setter
+    def waiting_for(self, what: str | None) -> None:
+        before, since = self._waiting
+        self._waiting = (what, since if _kind(what) == _kind(before) else time.monotonic())
+
+    def waited_s(self) -> float | None:
+        """Return how long the loop has waited for what it waits for; None during training."""
+        what, since = self._waiting
+        return None if what is None else time.monotonic() - since
 
     def update(self, ledger: TrajectoryLedger[Any], *, now: float, **fields: Any) -> None:
         """Replace the fields of /v1/status and the series of the ledger. The loop does not change `fields` afterwards.
@@ -39,7 +54,8 @@ class LoopStatus:
             "trajectories": ledger.counts(),
             "waiting_trajectories": ledger.waiting(),
             "complete_groups": ledger.complete(),
-            "oldest_group": ledger.oldest_open(),
+            "oldest_group": oldest,
+            "oldest_group_s": round(ledger.age(oldest, now=now), 1) if oldest else None,
         }
 
     def published(self, version: Version) -> None:
@@ -54,3 +70,8 @@ class LoopStatus:
     def not_ready(self) -> str | None:
         """Return why the loop could not train now; None if it could."""
         return None if self.ready else self.waiting_for
+
+
+def _kind(what: str | None) -> str | None:
+    """Return the part of a text that stays the same during one wait: what is before the counts."""
+    return None if what is None else what.partition(":")[0]

@@ -9,17 +9,27 @@ import plotly.offline
 
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
+from palimpsest.common.page.assembly import script, style
+from palimpsest.common.page.points import point
+from palimpsest.common.page.records import TrajectoryTokens
 from palimpsest.common.text import count, duration
 from palimpsest.services.report.changes import changes_figure
 from palimpsest.services.report.charts import Figure
-from palimpsest.services.report.style import SCRIPT, STYLE
+from palimpsest.services.report.folder import Line
+from palimpsest.services.report.style import SCRIPT
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """Makes the browser refuse to load other files."""
 
 
-def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) -> str:
-    """Return the HTML file."""
+def page(
+    summary: dict[str, Any],
+    config: RunConfig,
+    figures: Sequence[Figure],
+    lines: Sequence[Line] = (),
+    trajectories: Sequence[TrajectoryTokens] = (),
+) -> str:
+    """Return the HTML file. lines: of the history. trajectories: those to show token by token."""
     run = html.escape(str(summary["run"]))
     return f"""<!doctype html>
 <html lang="en">
@@ -30,7 +40,7 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <meta name="color-scheme" content="light dark">
 <title>Palimpsest run {run}</title>
 <style>
-{STYLE}</style>
+{style()}</style>
 </head>
 <body>
 <header>
@@ -41,6 +51,10 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <section class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</section>
 <section class="figures">
 {"".join(_figure(i, figure, empty=not summary["versions"]) for i, figure in enumerate(figures))}
+</section>
+<section id="figures" class="figures"></section>
+<section class="figures">
+{_trajectories(trajectories)}
 {changes_figure(summary["changes"])}
 {_alerts(summary["alerts"], summary["versions"], summary["unknown_alerts"])}
 {_removal(summary["removal"])}
@@ -52,6 +66,8 @@ def page(summary: dict[str, Any], config: RunConfig, figures: Sequence[Figure]) 
 <script>{plotly.offline.get_plotlyjs()}</script>
 <script>const FIGURES = {_embedded(figures if summary["versions"] else [])};
 {SCRIPT}</script>
+<script type="module">const RUN = {_run(lines, trajectories)};
+{script("report.js")}</script>
 </body>
 </html>
 """
@@ -188,6 +204,26 @@ def _ledger(counts: dict[str, Any]) -> str:
 <figcaption>Every offered trajectory has exactly one of these states. Pending ones had no end when the newest checkpoint
 was written. Sign of a fault: drops or dead letters for unknown reasons.</figcaption>
 </figure>"""
+
+
+def _trajectories(found: Sequence[TrajectoryTokens]) -> str:
+    """Return the figure of trajectories, which the script fills; empty if no batch is recorded."""
+    if not found:
+        return ""
+    return f"""<figure class="wide"><h2>Trajectories, token by token</h2><div id="trajectories"></div>
+<figcaption>Trajectories of the newest recorded batch (version {found[0].now}). Ground: the log-ratio of the token,
+stronger up to 0.5 nats. Underline: the version that sampled it. Struck: a mask or a clip removed it from the loss.
+Hover over a token to see its values.</figcaption>
+</figure>"""
+
+
+def _run(lines: Sequence[Line], trajectories: Sequence[TrajectoryTokens]) -> str:
+    """Return the data of report.js as JSON that is safe inside a script element."""
+    found = {
+        "points": [point(line).model_dump() for line in lines],
+        "trajectories": [one.model_dump() for one in trajectories],
+    }
+    return json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _embedded(figures: Sequence[Figure]) -> str:

@@ -23,7 +23,7 @@ from palimpsest.services.report.folder import Line
 from palimpsest.services.report.labels import EXACT, names
 from palimpsest.services.report.summary import mean_by_staleness, tokens_by_staleness
 
-STAND_IN = "if current weights replaced old ones"
+STAND_IN = "with current weights"
 
 
 def factors_by_staleness(lines: Sequence[Line]) -> Figure:

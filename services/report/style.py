@@ -1,43 +1,4 @@
-"""The report's style sheet for light and dark backgrounds, and the script that draws the figures."""
-
-STYLE = """\
-:root { --ground: #f8fafc; --card: #ffffff; --ink: #0f172a; --soft: #64748b; --edge: #e2e8f0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #0b1120; --card: #131c2f; --ink: #e2e8f0; --soft: #94a3b8; --edge: #26324a; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-header, main { max-width: 1240px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 32px; }
-h1 { margin: 0; font-size: 28px; font-weight: 650; letter-spacing: -0.02em; }
-h1 span { color: var(--soft); font-weight: 400; }
-h2 { margin: 0 0 4px; font-size: 17px; font-weight: 600; }
-header p { margin: 4px 0 20px; color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); gap: 12px; margin-bottom: 16px; }
-.tiles div, figure, details { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }
-.tiles div { padding: 12px 16px; }
-.tiles strong {
-  display: block; font-size: 20px; font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums;
-}
-.tiles span { color: var(--soft); font-size: 13px; }
-.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
-figure { margin: 0; padding: 16px 18px; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figcaption { color: var(--soft); font-size: 13.5px; max-width: 95ch; }
-table { border-collapse: collapse; margin: 8px 0 12px; font-variant-numeric: tabular-nums; }
-td { padding: 4px 28px 4px 0; border-bottom: 1px solid var(--edge); }
-td + td { text-align: right; padding-right: 0; }
-th { padding: 4px 0 4px 28px; text-align: right; font-weight: 500; color: var(--soft); }
-th:first-child { padding-left: 0; text-align: left; }
-td + td + td { padding-left: 28px; }
-td.words { text-align: left; max-width: 90ch; }
-tfoot { font-weight: 600; }
-details { margin-top: 16px; padding: 12px 18px; }
-details:last-child { margin-bottom: 40px; }
-summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; font-size: 13px; }
-@media (max-width: 860px) { .figures { grid-template-columns: minmax(0, 1fr); } }
-"""
+"""The script that draws the report's figures."""
 
 SCRIPT = """\
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -62,13 +23,39 @@ function template() {
   };
 }
 
+// On a narrow screen, axes that are side by side go one below the other.
+function stacked(layout) {
+  const pairs = Object.keys(layout).filter((name) => /^xaxis\\d*$/.test(name)).map((x) => {
+    const y = `yaxis${(layout[x].anchor ?? "y").slice(1)}`;
+    return { x, y, left: layout[x].domain?.[0] ?? 0, top: layout[y]?.domain?.[1] ?? 1 };
+  });
+  if (!pairs.some((pair) => pair.left > 0.1)) return layout;
+  pairs.sort((a, b) => b.top - a.top || a.left - b.left);
+  const height = 300 * pairs.length + 60, gap = 110 / height, changed = { ...layout, height };
+  const side = (1 - gap * (pairs.length - 1)) / pairs.length;
+  pairs.forEach((pair, i) => {
+    const top = 1 - i * (side + gap);
+    changed[pair.x] = { ...layout[pair.x], domain: [0, 1], showticklabels: true };
+    changed[pair.y] = { ...layout[pair.y], domain: [Math.max(0, top - side), top] };
+    for (const name of Object.keys(layout).filter((key) => /^legend\\d*$/.test(key))) {
+      const { x, y } = layout[name];
+      if (y === pair.top && x === pair.left) changed[name] = { ...layout[name], x: 0, y: top };
+    }
+  });
+  return changed;
+}
+
+const narrow = matchMedia("(max-width: 700px)");
+
 function draw() {
   FIGURES.forEach(({ data, layout }, i) => {
     const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
-    Plotly.react(`figure-${i}`, data, { ...layout, template: template() }, options);
+    const fitted = narrow.matches ? stacked(layout) : layout;
+    Plotly.react(`figure-${i}`, data, { ...fitted, template: template() }, options);
   });
 }
 
 draw();
 dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);
 """

@@ -16,6 +16,9 @@ from tests.contract.http_services import APPS
 VIEWED = {("GET", "/v1/status"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/metrics"),
           ("GET", "/v1/envs"), ("GET", "/v1/envs/{name}"), ("GET", "/docs/oauth2-redirect")}  # fmt: skip
 VIEWED |= {("GET", "/v1/settings"), ("GET", "/v1/changes"), ("GET", "/v1/changes/{change}")}
+VIEWED |= {
+    ("GET", f"/v1/{path}") for path in ("waits", "points", "batches", "batches/{version}", "batches/{version}/{row}")
+}
 OPERATED = {("DELETE", "/v1/sessions/{session_id}")}
 
 

@@ -4,10 +4,14 @@ The engine is scripted and slow, so trajectories are in progress at every cut. T
 every token with plain transformers under the stored weights of the version that sampled it.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from playwright.sync_api import Page, expect
 
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import (
@@ -19,13 +23,16 @@ from palimpsest.common.messages import (
     SegmentFlushed,
     decode,
 )
+from palimpsest.common.page.records import overview
 from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
 from palimpsest.rescore import Models, rescore
+from tests.page.browser import open_browser
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 
 pytestmark = pytest.mark.servers
 VERSIONS = 8
+LR = "learner.optimizer.lr"
 SLOWER, FASTER = 1e-4, 5e-4
 """Learning rates: of `scripted`, and the one that it is changed to."""
 LAYOUTS = 5e-3
@@ -75,45 +82,84 @@ def missing(home: Path) -> float:
     return sum(line["all"]["missing"] for line in history(home))
 
 
-def change_the_run(run: RunProcess, home: Path) -> int:
-    """Pause the run after two versions, cut it, change settings, and let it train four more versions.
+def change_the_run(run: RunProcess, home: Path, page: Page) -> tuple[int, int]:
+    """Pause the run with the page, cut it, change its learning rate, resume it, and end it after a second pause.
 
-    Returns the number of versions at the pause.
+    Returns the number of versions at the two pauses. Two more follow.
     """
     wait_for(lambda: len(history(home)) >= 2, run, name="the second version")
     learner = ControlClient(url_in(home, "learner"))
+    page.set_default_timeout(1000 * LIMIT_S)
+    page.goto(url_in(home, "learner"))
+    outcome = page.get_by_role("status")
+
+    def press(button: str, done: str) -> int:
+        """Press a button of the page; return the version at which the change was applied."""
+        page.get_by_role("button", name=button, exact=True).click()
+        expect(outcome).to_contain_text(f"{done}: applied at version")
+        return int((outcome.text_content() or "").rpartition(" ")[2])
 
     def send(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
         assert change["state"] == "applied", change
         return change
 
-    paused = int(send("POST", "/v1/actions/pause")["version"])
+    paused = press("Pause training", "pause training")
+    expect(page.locator("#waits")).to_contain_text("waits for resume: local paused the training")
     cut = send("POST", "/v1/actions/cut")
     assert (cut["version"], cut["result"]["workers"], cut["result"]["late"]) == (paused, ["worker-0", "worker-1"], [])
-    send("PATCH", "/v1/settings", {"learner.optimizer.lr": FASTER, "learner.loss.clip_high": 0.3})
+    page.get_by_label("Setting").select_option(LR)
+    page.get_by_label("Value (JSON)").fill(str(FASTER))
+    assert press("Set", f"{LR}: {SLOWER} → {FASTER}") == paused
+    expect(page.locator(".tokens .token.age-0, .tokens .token.age-1").first).to_be_visible()
     saved = send("POST", "/v1/actions/checkpoint")["result"]
     assert (saved["version"], saved["nothing_new"]) == (paused, True)
-    send("PATCH", "/v1/settings", {"learner.versions": paused + 4})
-    assert send("POST", "/v1/actions/resume")["version"] == paused
+    assert press("Resume", "resume") == paused
+    wait_for(lambda: len(history(home)) >= paused + 2, run, name="two versions at the new rate")
+    later = press("Pause training", "pause training")
+    metrics = httpx.get(f"{url_in(home, 'learner')}/metrics").text
+    assert f"\npalimpsest_learner_learning_rate {FASTER}\n" in metrics
+    assert "\npalimpsest_learner_settings_generation 1.0\n" in metrics
+    send("PATCH", "/v1/settings", {"learner.versions": later + 2})
+    assert press("Resume", "resume") == later
     learner.close()
-    return paused
+    return paused, later
 
 
 def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: Path, starting_model: Path) -> None:
-    """Two ranks. A person pauses the run, cuts it, changes its learning rate and its number of versions."""
+    """Two ranks. A person pauses the run in a browser, cuts it, and changes its learning rate.
+
+    The audit's records, the history, the report and the metric agree on the change.
+    """
     patient = "--learner.proximal.deadline_s=600"  # no process dies here, so a busy machine may take its time
     endless = "--learner.versions=100000"  # until `change_the_run` sets the number
     run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient, endless)
-    paused = change_the_run(run, home)
+    try:
+        with open_browser() as browser:
+            paused, later = change_the_run(run, home, browser.new_page())
+    except BaseException:
+        run.kill_everything()  # it would train for ever
+        raise
     code, output = run.finish(within_s=LIMIT_S)
     assert code == 0, output[-3000:]
-    check_whole_groups(check_ledger(home), groups=(paused + 4) * 4, samples=4)
+    check_whole_groups(check_ledger(home), groups=(later + 2) * 4, samples=4)
     lines = history(home)
-    expected = [(0, SLOWER)] * paused + [(2, FASTER)] * 4
+    expected = [(0, SLOWER)] * paused + [(1, FASTER)] * (later - paused) + [(2, FASTER)] * 2
     assert [(line["settings"], line["learning_rate"]) for line in lines] == expected
-    changes = [record.what for record in records(home, CONTROL) if isinstance(record, ControlChanged)]
-    assert changes == ["pause", "cut", "settings", "checkpoint", "settings", "resume"]
+    changes = [record for record in records(home, CONTROL) if isinstance(record, ControlChanged)]
+    assert [change.what for change in changes] == [
+        "pause", "cut", "settings", "checkpoint", "resume", "pause", "settings", "resume",
+    ]  # fmt: skip
+    rate = changes[2]
+    assert (rate.who, rate.version, rate.before, rate.after) == ("local", paused, {LR: SLOWER}, {LR: FASTER})
+    report = (home / "report.html").read_text()
+    assert f'<td>{paused}</td><td>local</td><td class="words">{LR}: {SLOWER} -&gt; {FASTER}</td>' in report
+    drawn = json.loads(re.search(r"^<script type=\"module\">const RUN = (.*);$", report, re.MULTILINE)[1])  # type: ignore[index]
+    first = next(point for point in drawn["points"] if point["settings"] == 1)
+    assert (first["version"], first["learning_rate"]) == (paused + 1, FASTER)
+    for line in lines:
+        recorded = overview(home / "records", line["version"], limit=1000)
+        assert sum(one.removed or 0 for one in recorded) == line["removal"]["removed"] > 0
     assert all(line["exact"] for line in lines)
     assert sum(line["multi_version"] for line in lines) > 0
     assert missing(home) == 0

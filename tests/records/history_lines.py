@@ -41,6 +41,28 @@ def a_line(
     }
 
 
+def a_full_line(version: int, **more: Any) -> Line:
+    """The history line of `version` with the values of every figure of whole batches."""
+    spread = {"bins": [1] * 17}
+    measures = ("discrepancy_k1", "discrepancy_k2", "discrepancy_k3", "discrepancy_chi2")
+    values = dict.fromkeys(measures, 0.001 * (1 + version % 3))
+    ratios = ("discrepancy", "staleness_first")
+    return a_line(
+        version,
+        tokens={0: {}, 1: {"tokens": 30.0}, 2: {"tokens": 5.0}},
+        all=values | {"behavior_perplexity": 1.6, "proximal_perplexity": 1.7, "entropy": 0.8 - 0.01 * version},
+        ess_shares=dict.fromkeys(("tokens_raw", "tokens_used", "sequences_raw", "sequences_used"), 0.9),
+        by_worker={"worker-0": some(), "worker-1": some()},
+        versions={"length": {"0": 50.0, "1": 60.0}, "oldest": {"0": 1, "1": 1}},
+        ratios={name: {"all": spread, "0": spread, "1": spread} for name in ratios},
+        grad_norm=1.0 + version % 4,
+        learning_rate=1e-4 * (1 + version // 10),
+        length=50.0 + version,
+        settings=version // 10,
+        **more,
+    )
+
+
 def some(tokens: float = 10.0, **more: float) -> dict[str, float]:
     """Statistics of the tokens of one staleness."""
     return {

@@ -91,7 +91,7 @@ def _get_kafka(partial: Path, say: Say) -> None:
     maven = program("mvn", "downloading Kafka", "Maven (Debian and Ubuntu: maven)")
     say(f"downloading Apache Kafka {kafka_version()} with Maven: about 44 MB, once")
     started = time.monotonic()
-    _run(
+    run(
         [maven, "-B", "-U", "-ntp", "-q", "-f", str(POM), COPY_JARS, "-Dstyle.color=never",
          "-DincludeScope=runtime", f"-DoutputDirectory={partial}"],
         "Maven could not download the jars of Kafka", {}, lambda _lines, passed: say(f"  downloading, {passed:.0f} s"),
@@ -124,14 +124,14 @@ def _get_prometheus(partial: Path, say: Say) -> None:
     dpkg = program("dpkg-deb", "unpacking Prometheus", "dpkg (Debian)")
     say(f"downloading Prometheus {PROMETHEUS_VERSION} with apt: about 19 MB, once")
     started = time.monotonic()
-    _run(
+    run(
         [apt, "download", f"prometheus={PROMETHEUS_VERSION}*"],
         f"apt could not download Prometheus {PROMETHEUS_VERSION} (run `apt-get update` first; on another system than "
         f"Debian 12, put the programs prometheus and promtool into {partial.with_suffix('')})",
         {}, lambda _lines, passed: say(f"  downloading, {passed:.0f} s"), folder=partial,
     )  # fmt: skip
     for package in partial.glob("*.deb"):
-        _run([dpkg, "-x", str(package), str(partial)], "dpkg could not unpack Prometheus", {}, lambda *_: None)
+        run([dpkg, "-x", str(package), str(partial)], "dpkg could not unpack Prometheus", {}, lambda *_: None)
         package.unlink()
     for name in ("prometheus", "promtool"):
         (partial / "usr/bin" / name).rename(partial / name)
@@ -152,7 +152,7 @@ def _go_install(partial: Path, what: str, module: str, linker_flags: str, say: S
         compiled = len(lines) - downloaded
         say(f"  {downloaded} modules downloaded, {compiled} packages compiled, {passed:.0f} s")
 
-    _run(
+    run(
         [nice, "-n", "10", go, "install", "-v", "-trimpath", "-ldflags", linker_flags, module],
         f"Go could not build {what}", {"GOBIN": str(partial), "CGO_ENABLED": "0"}, progress,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def _check_go(go: str, what: str) -> None:
         )
 
 
-def _run(
+def run(
     command: Sequence[str],
     failure: str,
     settings: Mapping[str, str],
