@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class Point(BaseModel):
+class VersionPoint(BaseModel):
     """One trained version. None: the version has no such value."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -29,9 +29,9 @@ class Point(BaseModel):
     """Mean over the trajectories."""
 
 
-def point(line: Mapping[str, Any]) -> Point:
+def point(line: Mapping[str, Any]) -> VersionPoint:
     """Return the point of a line of history.jsonl."""
-    return Point(
+    return VersionPoint(
         version=line["published"],
         minutes=round(line["seconds"] / 60, 4),
         settings=line.get("settings", 0),

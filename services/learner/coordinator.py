@@ -1,5 +1,7 @@
 """Rank 0: builds the objects that connect to other services, and runs the loop."""
 
+from collections.abc import Sequence
+
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
@@ -27,7 +29,7 @@ from palimpsest.services.learner.loop_parts import Outputs, Records, Training
 from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
-from palimpsest.services.learner.observability.history import History
+from palimpsest.services.learner.observability.history import History, HistoryFollower
 from palimpsest.services.learner.observability.page_feed import PageFeed
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.worker_watch import WorkerWatch
@@ -49,7 +51,7 @@ def run_coordinator(
     """Run the loop until all versions are done or a stop is requested. forward: scores a micro-batch with the
     policy."""
     server.doing = "the log to be opened"
-    learner, tasks, home = config.learner, config.tasks, config.run.home
+    learner, tasks = config.learner, config.tasks
     writer, bus, scores = Writer(store), open_bus(config), ScoreStore()
     ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
         samples=tasks.samples_per_group,
@@ -90,11 +92,7 @@ def run_coordinator(
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
-    records = Records(
-        open_history=lambda length: History(home / run_folder.HISTORY, length=length, followers=(feed,)),
-        dump=BatchDump(home / run_folder.RECORDS),
-        reporter=VersionReporter(RunThresholds.of(learner), home / run_folder.HISTORY),
-    )
+    records = _records(config, (feed,))
     desk, control = build_control(config, bus, store, publisher, writer)
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, control, stop)
     seen = loop.status
@@ -120,6 +118,15 @@ def run_coordinator(
     ingest.close()
     bus.close()
     logger().info("done" if done else "stopped", **ingest.ledger.counts())
+
+
+def _records(config: RunConfig, followers: Sequence[HistoryFollower]) -> Records:
+    home = config.run.home
+    return Records(
+        open_history=lambda length: History(home / run_folder.HISTORY, length=length, followers=followers),
+        dump=BatchDump(home / run_folder.RECORDS),
+        reporter=VersionReporter(RunThresholds.of(config.learner), home / run_folder.HISTORY),
+    )
 
 
 def _task_settings(config: RunConfig) -> TaskSettings:

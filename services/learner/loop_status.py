@@ -29,6 +29,7 @@ class LoopStatus:
 
     @waiting_for.setter
     def waiting_for(self, what: str | None) -> None:
+        """Set what the loop waits for."""
         before, since = self._waiting
         self._waiting = (what, since if _kind(what) == _kind(before) else time.monotonic())
 

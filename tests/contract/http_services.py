@@ -14,7 +14,7 @@ from palimpsest.common.control import drain
 from palimpsest.common.control.access import Access
 from palimpsest.common.control.changes import ChangeState
 from palimpsest.common.control.desk import ControlDesk
-from palimpsest.common.page.points import Point, point
+from palimpsest.common.page.points import VersionPoint, point
 from palimpsest.common.service import Starting
 from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app as create_gateway
@@ -86,7 +86,7 @@ def _waits() -> list[Wait]:
     )
 
 
-def _points(after: int) -> list[Point]:
+def _points(after: int) -> list[VersionPoint]:
     return [one for one in map(point, (a_line(version) for version in range(4))) if one.version > after]
 
 

@@ -17,7 +17,7 @@ from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.page import records
 from palimpsest.common.page.assembly import live_page
-from palimpsest.common.page.points import Point
+from palimpsest.common.page.points import VersionPoint
 from palimpsest.services.learner.control.waits import Wait
 
 MOST_BATCHES = 200
@@ -43,7 +43,7 @@ class WaitsReply(BaseModel):
 class PointsReply(BaseModel):
     """Trained versions, oldest first; the newest 1000 at most."""
 
-    points: list[Point]
+    points: list[VersionPoint]
 
 
 class BatchesReply(BaseModel):
@@ -61,7 +61,7 @@ class BatchReply(BaseModel):
 def page_routes(
     *,
     waits: Callable[[], list[Wait]],
-    points: Callable[[int], list[Point]],
+    points: Callable[[int], list[VersionPoint]],
     folder: pathlib.Path,
     decode: Callable[[int], str],
 ) -> APIRouter:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palimpsest.common.page.points import Point, point
+from palimpsest.common.page.points import VersionPoint, point
 from palimpsest.services.learner.observability.history import NEWEST
 
 
@@ -13,7 +13,7 @@ class PageFeed:
     """A follower of the history (history.py). The loop writes; the HTTP thread reads."""
 
     def __init__(self) -> None:
-        self._points: deque[Point] = deque(maxlen=NEWEST)
+        self._points: deque[VersionPoint] = deque(maxlen=NEWEST)
         self._lock = threading.Lock()
 
     def begin(self, newest: Sequence[Mapping[str, Any]]) -> None:
@@ -27,7 +27,7 @@ class PageFeed:
         with self._lock:
             self._points.append(point(line))
 
-    def after(self, version: int) -> list[Point]:
+    def after(self, version: int) -> list[VersionPoint]:
         """Return the points of the versions after this one, oldest first."""
         with self._lock:
             return [one for one in self._points if one.version > version]
