@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
@@ -72,8 +72,10 @@ def page_routes(
     router = APIRouter()
     text, policy = live_page()
 
-    @router.get("/", response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
+    @router.get(
+        "/", response_class=Response, responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+    )
+    async def page() -> Response:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     @router.get("/v1/waits", response_model=WaitsReply)
