@@ -7,7 +7,8 @@ verifies the digest of every tensor before it returns the tensor.
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -16,27 +17,38 @@ import httpx
 import msgspec
 from blake3 import blake3
 
+from palimpsest.common import failpoints
 from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
 from palimpsest.common.files import with_filename
-from palimpsest.common.snapshots.codec import encode_base
+from palimpsest.common.snapshots.chain import ChainCost
+from palimpsest.common.snapshots.codec import Bytes
+from palimpsest.common.snapshots.encoding import EncodedVersion, encode_version
 from palimpsest.common.snapshots.fencing import raise_if_refused
-from palimpsest.common.snapshots.frames import RawTensor, decode_tensors
+from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors
 from palimpsest.common.snapshots.manifest import (
-    ITEMSIZE,
     SCHEMA,
     Canary,
     Damaged,
     Manifest,
-    TensorEntry,
+    Parent,
     seal,
     unseal,
     version_digest,
 )
-from palimpsest.common.snapshots.retrying_http import NotFound, RetryingHttp, StoreUnavailable, Upload, raise_for_status
+from palimpsest.common.snapshots.retrying_http import (
+    CHUNK,
+    NotFound,
+    RetryingHttp,
+    StoreUnavailable,
+    Upload,
+    raise_for_status,
+)
 from palimpsest.common.versions import Version
 
 __all__ = [
     "ClaimMissing",
+    "ParentMissing",
+    "ParentWeights",
     "RawTensor",
     "SnapshotClient",
     "StoreUnavailable",
@@ -44,6 +56,8 @@ __all__ = [
     "VersionMissing",
 ]
 
+MOST_IN_MEMORY = 64 << 20
+"""Size up to which a downloaded object stays in memory, in bytes. A larger one goes to a temporary file."""
 PATIENCE_S = 120.0
 """Maximum outage of the store, or of the S3 behind it, that a call survives, in seconds."""
 
@@ -54,6 +68,21 @@ class VersionMissing(LookupError):
 
 class VersionConflict(Exception):
     """Raised if the store already holds other weights under this version number."""
+
+
+class ParentMissing(LookupError):
+    """Raised if the store does not hold the version that a delta begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParentWeights:
+    """A stored version that a delta may begin with."""
+
+    parent: Parent
+    raw: Mapping[str, Bytes]
+    """Name -> bytes of every tensor."""
+    cost: ChainCost
+    """Of the chain that ends with this version."""
 
 
 class ClaimMissing(LookupError):
@@ -101,32 +130,48 @@ class SnapshotClient:
         self._calls.close()
 
     def put(
-        self, run: str, version: Version, tensors: Iterable[RawTensor], canaries: Sequence[Canary], *, writer: int
+        self,
+        run: str,
+        version: Version,
+        tensors: Iterable[RawTensor],
+        canaries: Sequence[Canary],
+        *,
+        writer: int,
+        parent: ParentWeights | None = None,
     ) -> Manifest:
         """Store a version. After the return it is complete and may be announced.
 
+        parent: the previous version, with its bytes; the version is then stored as a delta to it if that costs less.
+        `tensors` is then iterated a second time otherwise.
+
         A repeat with the same weights has no effect. Raises VersionConflict if the store holds other weights under this
-        number, and Fenced if there is a newer writer than `writer`.
+        number, ParentMissing if the store does not hold the parent, and Fenced if there is a newer writer than
+        `writer`.
         """
         with tempfile.TemporaryFile(prefix="palimpsest-put-") as temporary:
             file = cast("IO[bytes]", temporary)
             with with_filename(tempfile.gettempdir()):
-                entries, digest, size = self._encode(tensors, file)
+                encoded, parent = self._encode(tensors, parent, file)
             manifest = Manifest(
                 schema=SCHEMA,
                 run=run,
                 writer=writer,
                 version=version,
-                digest=version_digest(entries),
-                encoding="base",
-                object=digest,
-                object_size=size,
-                tensors=tuple(entries),
+                digest=version_digest(encoded.entries),
+                encoding="delta" if parent else "slices",
+                object=encoded.digest,
+                object_size=encoded.size,
+                tensors=tuple(encoded.entries),
                 canaries=tuple(canaries),
+                parent=parent.parent if parent else None,
+                encodings=dict(encoded.kinds),
             )
+            failpoints.reach("learner.after_encoding")
             reply = self._send(manifest, file)
-            if reply.status_code == 424:  # the store restarted after the first call and removed the object
+            if _code(reply) == "object_missing":  # the store restarted after the first call and removed the object
                 reply = self._send(manifest, file)
+        if _code(reply) == "parent_missing":
+            raise ParentMissing(reply.json()["message"])
         raise_if_refused(reply)
         if reply.status_code == 409:
             raise VersionConflict(reply.json()["message"])
@@ -135,6 +180,7 @@ class SnapshotClient:
 
     def _send(self, manifest: Manifest, file: IO[bytes]) -> httpx.Response:
         self._send_object(manifest.object, manifest.object_size, file)
+        failpoints.reach("learner.after_storing_object")
         return self._calls.call(lambda http: http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
 
     def manifest(self, version: Version) -> Manifest:
@@ -163,9 +209,26 @@ class SnapshotClient:
         return int(self.request("GET", "/v1/writers")["epoch"] or 0)
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
-        """Iterate over the tensors of the version. Raises VersionMissing, Damaged."""
+        """Iterate over the tensors of a version that is stored in full. Raises VersionMissing, Damaged."""
         with closing(self._object(manifest)) as chunks:
-            yield from decode_tensors(chunks, manifest)
+            hashed = Hashed(chunks)
+            yield from decode_tensors(hashed.chunks(), manifest)
+            hashed.verify(manifest)
+
+    @contextmanager
+    def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
+        """Download the object of a version and compare it with its digest; yield its bytes in pieces.
+
+        Raises VersionMissing, Damaged. Memory holds at most MOST_IN_MEMORY bytes of it.
+        """
+        with tempfile.SpooledTemporaryFile(max_size=MOST_IN_MEMORY, prefix="palimpsest-get-") as file:
+            with closing(self._object(manifest)) as chunks:
+                hashed = Hashed(chunks)
+                for chunk in hashed.chunks():
+                    file.write(chunk)
+            hashed.verify(manifest)
+            file.seek(0)
+            yield iter(lambda: file.read(CHUNK), b"")
 
     def lease(self, holder: str, lowest: Version) -> None:
         """Retain every version from `lowest` on. A later call of the same holder replaces this lease."""
@@ -216,17 +279,17 @@ class SnapshotClient:
             raise Damaged(f"body {digest[:12]}: the digest of its {len(body)} bytes is different")
         return bytes(body)
 
-    def _encode(self, tensors: Iterable[RawTensor], file: IO[bytes]) -> tuple[list[TensorEntry], str, int]:
-        entries: list[TensorEntry] = []
-        hasher, start = blake3(), 0
-        for tensor in tensors:
-            frame = encode_base(tensor.raw, itemsize=ITEMSIZE[tensor.dtype], level=self._compression)
-            digest = blake3(tensor.raw.data).hexdigest()
-            entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, digest, start, len(frame)))
-            file.write(frame)
-            hasher.update(frame)
-            start += len(frame)
-        return entries, hasher.hexdigest(), start
+    def _encode(
+        self, tensors: Iterable[RawTensor], parent: ParentWeights | None, file: IO[bytes]
+    ) -> tuple[EncodedVersion, ParentWeights | None]:
+        """Write the object: a delta to the parent if it costs less than a base. Returns the parent of the object."""
+        if parent is not None:
+            encoded = encode_version(tensors, parent.raw, file, level=self._compression)
+            if parent.cost.admits(encoded.size):
+                return encoded, parent
+            file.seek(0)
+            file.truncate()
+        return encode_version(tensors, None, file, level=self._compression), None
 
     def _send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
         upload = Upload(file)
@@ -241,3 +304,8 @@ class SnapshotClient:
             yield from self._calls.body(f"/v1/objects/{manifest.object}")
         except NotFound:
             raise VersionMissing(f"version {manifest.version}: the store no longer holds its weights") from None
+
+
+def _code(reply: httpx.Response) -> str:
+    """The code of a reply with status 424; empty for others."""
+    return str(reply.json()["code"]) if reply.status_code == 424 else ""

@@ -1,12 +1,22 @@
-"""Decode the object of a version into tensors, one at a time. The digest of each tensor is verified."""
+"""Decode the object of a version: into tensors one at a time, or by patching the tensors of another version in place.
 
-from collections.abc import Iterator
+The digest of each decoded tensor is verified.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 from blake3 import blake3
 
 from palimpsest.common.snapshots.codec import Bytes, decode_base
 from palimpsest.common.snapshots.manifest import ITEMSIZE, Damaged, Manifest, TensorEntry
+from palimpsest.common.snapshots.slices import Slice, apply_slice, slices_in
+
+Editing = Callable[[TensorEntry], AbstractContextManager[Bytes]]
+"""Opens a tensor for changes: its bytes [size] uint8, writable, which count once the context ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,38 +30,97 @@ class RawTensor:
 
 
 def decode_tensors(chunks: Iterator[bytes], manifest: Manifest) -> Iterator[RawTensor]:
-    """Iterate over the tensors of a version. `chunks`: the bytes of its object. Raises Damaged."""
-    frames = _Frames(chunks, manifest)
+    """Iterate over the tensors of a version that is stored in full. `chunks`: the bytes of its object.
+
+    Raises Damaged, and ValueError for a delta.
+    """
+    if manifest.parent is not None:
+        raise ValueError(f"version {manifest.version} is a delta: patch the tensors of its parent")
+    for entry, frame in _split(chunks, manifest):
+        yield _decode(entry, frame, manifest)
+
+
+def patch(chunks: Iterator[bytes], manifest: Manifest, editing: Editing, pool: Executor, *, back: bool = False) -> None:
+    """Apply the slices of a version to tensors in place; `back`: from the version to its parent.
+
+    chunks: the bytes of its object, already compared with the object's digest. Slices of a tensor run in parallel.
+    Verifies no tensor. Raises Damaged; the tensors then may hold the bytes of no version.
+    """
+    for entry, frame in _split(chunks, manifest):
+        itemsize = ITEMSIZE[entry.dtype]
+        with editing(entry) as raw:
+
+            def apply(part: Slice, raw: Bytes = raw, itemsize: int = itemsize) -> None:
+                start = part.start * itemsize
+                apply_slice(part, raw[start : start + part.count * itemsize], back=back)
+
+            try:
+                parts = list(slices_in(memoryview(frame), numbers=entry.size // itemsize, itemsize=itemsize))
+                if len(parts) < 2:  # most tensors: without a change of thread
+                    any(map(apply, parts))
+                else:
+                    list(pool.map(apply, parts))
+            except ValueError as error:
+                raise Damaged(f"version {manifest.version}, tensor {entry.name}: {error}") from error
+
+
+class Hashed:
+    """The bytes of an object, hashed as they pass."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._hasher = chunks, blake3()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes."""
+        for chunk in self._chunks:
+            self._hasher.update(chunk)
+            yield chunk
+
+    def verify(self, manifest: Manifest) -> None:
+        """Raise Damaged unless all bytes, with those that nothing has read yet, are the version's object."""
+        for _ in self.chunks():
+            pass
+        if (found := self._hasher.hexdigest()) != manifest.object:
+            raise Damaged(
+                f"version {manifest.version}: the bytes of its object {manifest.object[:12]} have the digest "
+                f"{found[:12]}"
+            )
+
+
+def verify(entry: TensorEntry, raw: Bytes, manifest: Manifest) -> None:
+    """Raise Damaged unless these are the tensor's bytes. The digest is computed on all cores."""
+    if blake3(raw.data, max_threads=blake3.AUTO).hexdigest() != entry.digest:
+        raise Damaged(f"version {manifest.version}, tensor {entry.name}: the digest of its bytes is different")
+
+
+def _split(chunks: Iterator[bytes], manifest: Manifest) -> Iterator[tuple[TensorEntry, bytes]]:
+    """Split a stream of bytes into the frames of its tensors. Raises Damaged if it is truncated."""
+    buffer = bytearray()
     for entry in sorted(manifest.tensors, key=lambda entry: entry.start):
-        yield _decode(entry, frames.take(entry), manifest)
-
-
-class _Frames:
-    """Splits a stream of bytes into the frames of its tensors."""
-
-    def __init__(self, chunks: Iterator[bytes], manifest: Manifest) -> None:
-        self._chunks, self._manifest = chunks, manifest
-        self._buffer = bytearray()
-
-    def take(self, entry: TensorEntry) -> bytes:
         try:
-            while len(self._buffer) < entry.length:
-                self._buffer += next(self._chunks)
+            while len(buffer) < entry.length:
+                buffer += next(chunks)
         except StopIteration:
             raise Damaged(
-                f"version {self._manifest.version}: the object {self._manifest.object[:12]} ends inside tensor "
-                f"{entry.name}: it is truncated"
+                f"version {manifest.version}: the object {manifest.object[:12]} ends inside tensor {entry.name}: it is "
+                f"truncated"
             ) from None
-        frame = bytes(self._buffer[: entry.length])
-        del self._buffer[: entry.length]
-        return frame
+        frame = bytes(buffer[: entry.length])
+        del buffer[: entry.length]
+        yield entry, frame
 
 
 def _decode(entry: TensorEntry, frame: bytes, manifest: Manifest) -> RawTensor:
+    itemsize = ITEMSIZE[entry.dtype]
     try:
-        raw = decode_base(frame, itemsize=ITEMSIZE[entry.dtype], size=entry.size)
+        if manifest.encoding == "base":
+            raw = decode_base(frame, itemsize=itemsize, size=entry.size)
+        else:
+            raw = np.zeros(entry.size, dtype=np.uint8)
+            for part in slices_in(memoryview(frame), numbers=entry.size // itemsize, itemsize=itemsize):
+                start = part.start * itemsize
+                apply_slice(part, raw[start : start + part.count * itemsize])
     except ValueError as error:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: {error}") from error
-    if blake3(raw.data).hexdigest() != entry.digest:
-        raise Damaged(f"version {manifest.version}, tensor {entry.name}: the digest of its bytes is different")
+    verify(entry, raw, manifest)
     return RawTensor(entry.name, entry.dtype, entry.shape, raw)

@@ -4,7 +4,7 @@ The digest of a version is blake3 over the names, types, shapes and digests of i
 weights, independent of the encoding. A stored manifest carries a digest of its own text, which reveals damage.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from blake3 import blake3
@@ -12,7 +12,10 @@ from msgspec import Struct
 
 from palimpsest.common.versions import Version
 
-SCHEMA = 1
+SCHEMA = 2
+SCHEMAS = (1, 2)
+"""Schemas that this release reads. Schema 1 has only the encoding `base`."""
+ENCODINGS = ("base", "slices", "delta")
 
 ITEMSIZE = {
     "bfloat16": 2,
@@ -67,6 +70,13 @@ class Canary(Struct, frozen=True, forbid_unknown_fields=True):
     is then in the learner's precision."""
 
 
+class Parent(Struct, frozen=True, forbid_unknown_fields=True):
+    """The version that a delta begins with."""
+
+    version: Version
+    digest: str
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """A version in the store."""
 
@@ -77,12 +87,22 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     version: Version
     digest: str
     encoding: str
-    """`base`: the object holds every tensor whole."""
+    """`base`: the object holds every tensor whole, in one frame each (codec.py). `slices`: whole, in slices
+    (slices.py). `delta`: slices that lead from the parent version to this one."""
     object: str
     """blake3 of the object's bytes, hex; also its name."""
     object_size: int
     tensors: tuple[TensorEntry, ...]
     canaries: tuple[Canary, ...]
+    parent: Parent | None = None
+    """The version from which the slices of a delta lead here; None for the other encodings."""
+    encodings: Mapping[str, int] = {}
+    """Kind of slice -> number of slices of this kind in the object; empty for `base`."""
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the slices also lead back to the parent: a delta without dense slices."""
+        return self.parent is not None and not self.encodings.get("dense")
 
 
 class SealedManifest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,11 +141,25 @@ def unseal(body: bytes) -> Manifest:
         own_digest = version_digest(manifest.tensors)
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:  # also numbers of any length
         raise Damaged(f"not a manifest: {error}") from error
-    if manifest.schema != SCHEMA:
+    if manifest.schema not in SCHEMAS:
         raise Damaged(
-            f"manifest schema {manifest.schema} is unknown; this release reads schema {SCHEMA}: use the release that "
-            f"wrote it"
+            f"manifest schema {manifest.schema} is unknown; this release reads schemas 1 to {SCHEMA}: use the release "
+            f"that wrote it"
         )
+    _check_encoding(manifest)
     if own_digest != manifest.digest:
         raise Damaged(f"version {manifest.version}: its digest is different from the digest of its tensors")
     return manifest
+
+
+def _check_encoding(manifest: Manifest) -> None:
+    """Raise Damaged if the fields about the encoding contradict each other."""
+    known = ENCODINGS if manifest.schema > 1 else ENCODINGS[:1]
+    if manifest.encoding not in known:
+        raise Damaged(
+            f"version {manifest.version}: encoding {manifest.encoding} is unknown in schema {manifest.schema}"
+        )
+    if (manifest.encoding == "delta") != (manifest.parent is not None):
+        raise Damaged(f"version {manifest.version}: encoding {manifest.encoding} with parent {manifest.parent}")
+    if manifest.parent is not None and manifest.parent.version >= manifest.version:
+        raise Damaged(f"version {manifest.version}: its parent {manifest.parent.version} is not an earlier version")

@@ -2,16 +2,18 @@
 
 import asyncio
 import re
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from blake3 import blake3
-
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.snapshots.frames import RawTensor, decode_tensors
+from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.snapshots.raw_file import RawFile
+from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.snapshot_store.offline import open_offline
 from palimpsest.services.snapshot_store.storage import Unavailable
@@ -73,21 +75,31 @@ class StoredVersions:
         return manifest
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
-        """Iterate over the tensors of a version, in the order of its object. Checks the digest of each tensor."""
-        with self._user_errors(f"object {manifest.object}"):
-            hasher = blake3()
-            chunks = self._chunks(manifest, hasher)
-            yield from decode_tensors(chunks, manifest)
-            for _ in chunks:  # the digest covers the bytes after the last tensor too
-                pass
-            if (found := hasher.hexdigest()) != manifest.object:
-                raise Damaged(f"version {manifest.version}: the bytes of its object have the digest {found}")
+        """Iterate over the tensors of a version. Checks the digests of the objects and of each tensor.
 
-    def _chunks(self, manifest: Manifest, hasher: blake3) -> Iterator[bytes]:
+        Builds a version that is stored as a delta in a temporary file.
+        """
+        with self._user_errors(f"object {manifest.object}"), tempfile.TemporaryDirectory() as folder:
+            if manifest.parent is None:
+                with self.object(manifest) as chunks:
+                    yield from decode_tensors(chunks, manifest)
+                return
+            raw = RawFile(Path(folder) / "weights.raw")
+            walker = Walker(self, raw)
+            walker.move(manifest.version)
+            yield from raw.tensors(manifest)
+
+    @contextmanager
+    def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
+        """See VersionSource (common/snapshots/walker.py). Compares the digest at the end of the block."""
+        hashed = Hashed(self._chunks(manifest))
+        yield hashed.chunks()
+        hashed.verify(manifest)
+
+    def _chunks(self, manifest: Manifest) -> Iterator[bytes]:
         stream = self._storage.stream(f"objects/{manifest.object}")
         try:
             while chunk := self._runner.run(_next(stream)):
-                hasher.update(chunk)
                 yield chunk
         except KeyError:
             gone = manifest.version not in self.numbers()

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from palimpsest.common.snapshots.chain import ancestors
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import AuditedCheckpoint, Finding, Kind, Stored
@@ -139,9 +140,16 @@ async def read_versions(storage: Storage, *, quick: bool) -> Versions:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             read.faults.append(Finding(Kind.STORE_DAMAGED, f"leases.json: {error}: restore the store from a backup"))
     lowest, checked = min(read.leases.values(), default=0), dict[str, str]()
+    needed = {number for number in manifests if number >= lowest or number == max(manifests)}
+    needed |= ancestors(needed, lambda number: manifests[number].parent if number in manifests else None)
+    for number in sorted(needed - set(manifests) - {one.version for one in stored}):
+        if await storage.size(f"versions/{max(manifests):08d}.json") is not None:
+            read.faults.append(
+                Finding(Kind.VERSION_DAMAGED, f"version {number}, with which a delta begins, is not in the store")
+            )
     for number, manifest in manifests.items():
         trouble = ""
-        if number >= lowest or number == max(manifests):
+        if number in needed:
             if manifest.object not in checked:
                 checked[manifest.object] = await _object_fault(storage, manifest, quick=quick)
             trouble = checked[manifest.object]

@@ -65,6 +65,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 run_folder.cache_folder(config.run.home, rollout.worker),
                 tolerance=rollout.canary_tolerance,
                 report=lambda applied: worker.report_update(applied),
+                shared=run_folder.cache_folder(config.run.home, "objects"),
             )
             sampler = TrajectorySampler(
                 rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.wait_verified

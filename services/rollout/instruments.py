@@ -36,7 +36,13 @@ HOLDS_GIVEN_UP = Counter(
 )
 FLUSHED = Counter("palimpsest_rollout_flushed", "Trajectories in flight that were flushed at cuts", registry=REGISTRY)
 FETCH_SECONDS = Histogram(
-    "palimpsest_rollout_fetch_seconds", "Download of a version from the store", buckets=SECONDS, registry=REGISTRY
+    "palimpsest_rollout_fetch_seconds",
+    "Download of what a version changes, and its application to the weights in a file",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+FETCHED_BYTES = Counter(
+    "palimpsest_rollout_fetched_bytes", "Bytes of bases and deltas applied for new versions", registry=REGISTRY
 )
 CANARY_ERROR = Gauge(
     "palimpsest_rollout_canary_error_nats", "Mean |engine - learner| over the last canary", registry=REGISTRY

@@ -1,22 +1,25 @@
 """Updates the engine to new versions while trajectories are in flight: fetch, pause, load, resume, verify.
 
-The learner never waits for an update. The worker fetches a version and checks its digests while it samples; only
-loading pauses the engine. Tokens sampled afterward stay in the worker until the canaries show that the engine computes
-what the learner published (canary.py). If they do not, the worker refuses the version and publishes none of its tokens.
+The learner never waits for an update. The worker keeps the present weights in a file. While it samples, it patches the
+file to the next version with the deltas that it lacks, and checks the digests; only loading pauses the engine. Tokens
+sampled afterward stay in the worker until the canaries show that the engine computes what the learner published
+(canary.py). If they do not, the worker refuses the version and publishes none of its tokens.
 
 At a cut the engine pauses. It stays paused until it may sample with a version newer than the cut's.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from palimpsest.common.files import atomic_write
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged, Manifest
+from palimpsest.common.snapshots.raw_file import RawFile
+from palimpsest.common.snapshots.shared_objects import SharedObjects
+from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
@@ -44,8 +47,11 @@ class WeightSync:
         *,
         tolerance: float | None,
         report: Callable[[UpdateResult], None],
+        shared: Path | None = None,
     ) -> None:
-        self._engine, self._store, self._folder = engine, store, folder
+        """folder: holds the present weights. shared: the folder of downloads for all workers of this machine; None: one
+        beside `folder`."""
+        self._engine = engine
         self._tolerance, self._report = tolerance, report
         self._announced = asyncio.Event()
         self._newest = Version(-1)
@@ -60,6 +66,8 @@ class WeightSync:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.iterdir():
             left.unlink()
+        self._weights = RawFile(folder / "weights.raw")
+        self._walker = Walker(SharedObjects(store, shared or folder.with_name(f"{folder.name}-objects")), self._weights)
 
     def announce(self, version: Version) -> None:
         """Note that the store holds a version."""
@@ -117,7 +125,6 @@ class WeightSync:
                 async with self._turn:
                     if version > self._held:  # a cut may have begun during the download
                         await self._apply(weights)
-                weights.path.unlink()
 
     async def _resume_unless_held(self) -> None:
         if self._loaded <= self._held:
@@ -128,28 +135,26 @@ class WeightSync:
             self._still_since = None
 
     async def _fetch(self, version: Version) -> StoredWeights | None:
-        path = self._folder / f"{version}.raw"
         try:
             with instruments.FETCH_SECONDS.time():
-                manifest = await asyncio.to_thread(self._download, version, path)
+                moved = await asyncio.to_thread(self._walker.move, version)
         except VersionMissing as error:
             # The store deleted the version because a newer one exists; the announcement of that one follows.
             logger().info("version skipped", version=version, reason=str(error))
             return None
-        except Damaged as error:
+        except (Damaged, ValueError) as error:
             raise UserError(
                 f"the snapshot store returned damaged weights: {error}. The worker serves only verified weights: "
                 f"restore the store's folder from a backup, then start again",
                 ExitCode.DAMAGED,
             ) from None
-        return StoredWeights(manifest, path)
-
-    def _download(self, version: Version, path: Path) -> Manifest:
-        manifest = self._store.manifest(version)
-        with atomic_write(path) as file:
-            for part in _bytes(self._store, manifest):
-                file.write(part)
-        return manifest
+        manifest = self._walker.manifest
+        assert manifest is not None
+        if not self._weights.has_order_of(manifest):
+            self._walker.forget()  # the file of a new base has the new order
+            return await self._fetch(version)
+        instruments.FETCHED_BYTES.inc(moved.bytes)
+        return StoredWeights(manifest, self._weights.path)
 
     async def _apply(self, weights: StoredWeights) -> None:
         manifest = weights.manifest
@@ -189,11 +194,3 @@ class WeightSync:
             leaning=round(verdict.leaning, 1),
             detectable=round(min(verdict.detectable, 1e9), 3),
         )
-
-
-def _bytes(store: SnapshotClient, manifest: Manifest) -> Iterator[bytes]:
-    names = [entry.name for entry in manifest.tensors]
-    for name, tensor in zip(names, store.tensors(manifest), strict=True):
-        if tensor.name != name:
-            raise Damaged(f"version {manifest.version}: found tensor {tensor.name} in place of {name}")
-        yield tensor.raw.tobytes()

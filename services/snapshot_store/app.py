@@ -1,7 +1,7 @@
 """The store over HTTP.
 
 PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 repeated, 409 other weights or a replaced writer,
-                                424 no object
+                                424 no object, or a delta to a version that is not there
 GET  /v1/versions/{number}
 GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}; the lease expires unless it is repeated
@@ -36,7 +36,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_members, routes_writers
 from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
-from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
+from palimpsest.services.snapshot_store.catalog import Catalog, Conflict, UnknownParent
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.members import Members
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
@@ -158,6 +158,9 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
         except Conflict as conflict:
             instruments.REFUSED.labels("version_conflict").inc()
             raise HttpError(409, "version_conflict", str(conflict)) from None
+        except UnknownParent as error:
+            instruments.REFUSED.labels("parent_missing").inc()
+            raise HttpError(424, "parent_missing", str(error)) from None
         except KeyError:
             instruments.REFUSED.labels("object_missing").inc()
             raise HttpError(

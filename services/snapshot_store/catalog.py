@@ -5,8 +5,8 @@
     leases.json                  holder -> lowest version that it may still need
     writers/, checkpoints/       see writers.py
 
-A version exists as soon as its manifest does. Removal deletes the manifest first, so that a crash leaves at worst an
-object without a manifest, which the next sweep deletes.
+A version exists as soon as its manifest does. The versions on which a delta depends stay as long as it does. Removal
+deletes the manifest first, so that a crash leaves at worst an object without a manifest, which the next sweep deletes.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from palimpsest.common.logs import logger
-from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, Parent, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
@@ -27,6 +27,10 @@ from palimpsest.services.snapshot_store.writers import StaleWriter, UnknownWrite
 LEASE_S = 24 * 3600.0
 """Time for which a lease holds after it was last taken, in seconds. The learner takes its lease with every version."""
 _NUMBER = re.compile(r"versions/(\d+)\.json")
+
+
+class UnknownParent(LookupError):
+    """The store does not hold the version with which a delta begins."""
 
 
 class Conflict(Exception):
@@ -85,7 +89,7 @@ class Catalog:
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
         """Create a version. Return False if the same version exists.
 
-        Raises StaleWriter, UnknownWriter, Conflict, KeyError (no such object).
+        Raises StaleWriter, UnknownWriter, Conflict, UnknownParent, KeyError (no such object).
         """
         async with self._changing:  # no sweep and no new writer between the checks and the creation
             try:
@@ -95,6 +99,7 @@ class Catalog:
                 raise
             if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
                 raise KeyError(manifest.object)
+            self._check_parent(manifest)
             new = await self._storage.create(_manifest_key(manifest.version), body)
             self._uploads.forget(manifest.object)  # only now, because after an error the manifest may exist
             if not new:
@@ -107,6 +112,18 @@ class Catalog:
                 return False
             self._manifests[manifest.version] = manifest
             return True
+
+    def _check_parent(self, manifest: Manifest) -> None:
+        """Raise UnknownParent for a delta to a version that the store does not hold, or to other weights."""
+        if manifest.parent is None:
+            return
+        parent = self._manifests.get(manifest.parent.version)
+        if parent is None or parent.digest != manifest.parent.digest:
+            found = f"its digest is {parent.digest[:16]}" if parent else "it is not in the store"
+            raise UnknownParent(
+                f"version {manifest.version} is a delta to version {manifest.parent.version} with digest "
+                f"{manifest.parent.digest[:16]}, but {found}: store the version in full"
+            )
 
     async def _existing(self, version: Version) -> Manifest:
         if version not in self._manifests:  # stored by a call whose reply was lost
@@ -160,8 +177,8 @@ class Catalog:
         """Remove expired leases, then the versions and objects that no lease needs. Return the removed versions."""
         async with self._changing:
             await self._expire_leases()
-            gone = sorted(removable(self._manifests.keys(), self._leases))
-            for version in gone:
+            gone = removable(self._manifests.keys(), self._leases, parents=self._parent_of)
+            for version in sorted(gone, key=self._removal_order):
                 await self._storage.delete(_manifest_key(version))
                 del self._manifests[version]
             needed = {f"objects/{m.object}" for m in self._manifests.values()}
@@ -169,7 +186,18 @@ class Catalog:
             for key in await self._storage.keys("objects/"):
                 if key not in needed:
                     await self._storage.delete(key)
-            return gone
+            return sorted(gone)
+
+    def _removal_order(self, version: Version) -> tuple[Version, int]:
+        """Chains from old to new, and in each the children first: a crash leaves no delta without its parent."""
+        base = version
+        while (parent := self._parent_of(base)) is not None:
+            base = parent.version
+        return base, -version
+
+    def _parent_of(self, version: Version) -> Parent | None:
+        manifest = self._manifests.get(version)
+        return manifest.parent if manifest is not None else None
 
 
 def _manifest_key(version: Version) -> str:

@@ -21,5 +21,5 @@ SWEPT_VERSIONS = Counter(
     "palimpsest_store_swept_versions", "Versions removed because no lease needed them", registry=REGISTRY
 )
 REFUSED = Counter("palimpsest_store_refused", "Writes refused, by reason", ["reason"], registry=REGISTRY)
-# reason: digest_mismatch, version_conflict, damaged_manifest, object_missing, fenced, writer_unknown,
+# reason: digest_mismatch, version_conflict, damaged_manifest, object_missing, parent_missing, fenced, writer_unknown,
 # checkpoint_conflict

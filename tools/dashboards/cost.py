@@ -39,7 +39,8 @@ WASTE = (
     }, "Processor time, without GPUs."),
     Panel("Bytes sent for each version", "bytes", {
         "bytes": f"{rate('store_sent_bytes')} / sum by (run) (deriv(palimpsest_learner_version{RUN}{RATE}))",
-    }, "Weights that workers download."),
+        "applied by a worker": f"{rate('rollout_fetched_bytes')} / {rate('rollout_updates')}",
+    }, "Bases and deltas that workers download; the workers of a machine share a download."),
     Panel("Bytes in the store", "bytes", {"weights": gauge("store_bytes")}, "Bounded by the leases."),
 )  # fmt: skip
 COST = Dashboard("cost", "cost", {"Learner": TIME, "Workers": WORKERS, "Tokens, processors and bytes": WASTE})

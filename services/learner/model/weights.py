@@ -1,11 +1,15 @@
 """Convert a model's named tensors to bytes for the store, and load such bytes into a model."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from palimpsest.common.snapshots.client import RawTensor
+from palimpsest.common.snapshots.codec import Bytes
+from palimpsest.common.snapshots.manifest import Manifest, TensorEntry
 from palimpsest.services.learner.model.checkpoint_names import checkpoint_tensors
 
 Weights = dict[str, Tensor]
@@ -41,6 +45,40 @@ def load_weights(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
                 missing = {name: at for name, at in missing.items() if not target.data_ptr() <= at < stop}
     if missing:
         raise ValueError(f"missing tensors: {', '.join(sorted(missing)[:5])}")
+
+
+class EditableModel:
+    """The model's weights, for a Walker to move from version to version in place (common/snapshots/walker.py)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._weights: Weights = {}
+
+    def load(self, tensors: Iterator[RawTensor], _manifest: Manifest) -> None:
+        """See WeightsCopy."""
+        load_weights(self._model, tensors)
+
+    @contextmanager
+    def editing(self, entry: TensorEntry) -> Iterator[Bytes]:
+        """See WeightsCopy. A tensor on another device, or not in C order, is copied and written back."""
+        tensor = self._tensor(entry)
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            yield tensor.reshape(-1).view(torch.uint8).numpy()
+            return
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
+        before = raw.copy()
+        yield raw
+        if not np.array_equal(raw, before):
+            with torch.no_grad():
+                tensor.copy_(torch.from_numpy(raw).view(tensor.dtype).reshape(tensor.shape))
+
+    def _tensor(self, entry: TensorEntry) -> Tensor:
+        if entry.name not in self._weights:
+            self._weights = _own_weights(self._model) | named_weights(self._model)
+        tensor = self._weights.get(entry.name)
+        if tensor is None or tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":
+            raise ValueError(f"the model has no tensor {entry.name} {entry.dtype} {entry.shape}")
+        return tensor
 
 
 def _own_weights(model: torch.nn.Module) -> Weights:

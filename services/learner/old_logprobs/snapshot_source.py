@@ -1,9 +1,10 @@
 """Exact old log-probs from the snapshot store (docs/algorithms/snapshot.md).
 
-A copy of the model (the shadow) loads one version after another and scores the rows with tokens of that version. Each
-token gets the value of the version that sampled it. Tokens of the current version need no copy: the model itself still
-holds that version's weights, because `proximal` is called before the first optimizer step. Tokens with a value are not
-scored again. Cost: one bf16 copy of the model, and one pass over a row for each version in it.
+A copy of the model (the shadow) moves in place from version to version, along the deltas of the store, and scores the
+rows with tokens of that version. Each token gets the value of the version that sampled it. Tokens of the current
+version need no copy: the model itself still holds that version's weights, because `proximal` is called before the first
+optimizer step. Tokens with a value are not scored again. Cost: one bf16 copy of the model, and one pass over a row for
+each version in it.
 """
 
 import copy
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.snapshots.chain import order
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
@@ -43,7 +45,7 @@ class SnapshotSource:
         self._misses = misses or MissingCounter()
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
-        """See Source. Scores version by version, starting with the version in the shadow.
+        """See Source. Scores version by version, in the order that moves the shadow least.
 
         Raises UserError if a snapshot is damaged, or if a version is missing and the policy is `fail`.
         """
@@ -54,7 +56,7 @@ class SnapshotSource:
             unknown.append(holes)
         present = versions_present([row for batch in batches for row in batch.rows])
         held = self._shadow.version if self._shadow else None
-        for version in sorted(present, key=lambda v: (v != held, v)):
+        for version in [*order(held, {*present} - {now}), now]:
             masks = [holes & (batch.versions == version) for holes, batch in zip(unknown, batches, strict=True)]
             if not any(mask.any() for mask in masks):
                 continue

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -9,8 +10,9 @@ from palimpsest.common import failpoints
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
-from palimpsest.common.snapshots.client import SnapshotClient
-from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.snapshots.chain import ChainCost
+from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, SnapshotClient
+from palimpsest.common.snapshots.manifest import Manifest, Parent
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
@@ -38,6 +40,8 @@ class Publisher:
         self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._model, self._run = bus, store, writer, model, run
         self.canaries = canaries
+        self._parent: ParentWeights | None = None
+        """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
 
     def publish(self, version: Version, *, now: float) -> Manifest:
         """Store the weights, then announce the version. now: Unix time in seconds.
@@ -45,15 +49,36 @@ class Publisher:
         If storing fails, the version is not announced. Raises Fenced if another learner has the run; then the version
         is not announced either.
         """
-        weights = raw_tensors(named_weights(self._model))
-        manifest = self._store.put(self._run, version, weights, self.canaries.made(), writer=self._writer.epoch)
+        manifest = self._store_version(version)
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(
             run=self._run, version=version, digest=manifest.digest, published_at=now, writer=self._writer.epoch
         )
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(announcement))])
-        logger().debug("published", version=version, digest=manifest.digest[:16], bytes=manifest.object_size)
+        logger().debug(
+            "published",
+            version=version,
+            digest=manifest.digest[:16],
+            bytes=manifest.object_size,
+            encoding=manifest.encoding,
+        )
+        return manifest
+
+    def _store_version(self, version: Version) -> Manifest:
+        """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
+        weights = [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(self._model))]
+        canaries, parent = self.canaries.made(), self._parent
+        try:
+            manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch, parent=parent)
+        except ParentMissing as error:
+            logger().warning("stored in full", version=version, reason=str(error))
+            parent = None
+            manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch)
+        before = parent.cost if parent is not None else ChainCost(manifest.object_size)
+        self._parent = ParentWeights(
+            Parent(version, manifest.digest), {tensor.name: tensor.raw for tensor in weights}, before.after(manifest)
+        )
         return manifest
 
     def record_change(self, change: ControlChanged) -> None:

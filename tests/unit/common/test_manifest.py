@@ -11,6 +11,7 @@ from palimpsest.common.snapshots.manifest import (
     Canary,
     Damaged,
     Manifest,
+    Parent,
     TensorEntry,
     seal,
     unseal,
@@ -89,9 +90,35 @@ def test_a_manifest_with_a_digest_of_other_tensors_is_refused() -> None:
 
 def test_a_later_schema_is_refused_with_the_release_to_use() -> None:
     with pytest.raises(
-        Damaged, match=r"manifest schema 2 is unknown; this release reads schema 1: use the release that wrote it"
+        Damaged, match=r"manifest schema 3 is unknown; this release reads schemas 1 to 2: use the release that wrote it"
     ):
-        unseal(seal(a_manifest(A, schema=2)))
+        unseal(seal(a_manifest(A, schema=3)))
+
+
+def test_a_manifest_of_schema_1_is_read() -> None:
+    """As earlier releases wrote it: without the fields of schema 2."""
+    fields = msgspec.to_builtins(a_manifest(A, schema=1))
+    del fields["parent"], fields["encodings"]
+    text = msgspec.json.encode(fields)
+    sealed = b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}"
+    assert unseal(sealed) == a_manifest(A, schema=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": 1, "encoding": "delta"}, "unknown in schema 1"),
+        ({"encoding": "unheard"}, "encoding unheard is unknown"),
+        ({"encoding": "delta"}, "with parent None"),
+        ({"encoding": "slices", "parent": Parent(Version(2), "")}, "encoding slices with parent"),
+        ({"encoding": "delta", "parent": Parent(Version(3), "")}, "its parent 3 is not an earlier version"),
+    ],
+)
+def test_fields_about_the_encoding_that_contradict_each_other_are_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(Damaged, match=message):
+        unseal(seal(a_manifest(A, **fields)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"null", b'{"seal":"","manifest":{},"more":1}', b"\xff\xfe"])

@@ -5,13 +5,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from palimpsest.common.snapshots.manifest import Manifest, Parent, seal
 from palimpsest.common.versions import Version
-from palimpsest.services.snapshot_store.catalog import Catalog, Conflict
+from palimpsest.services.snapshot_store.catalog import Catalog, Conflict, UnknownParent
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.uploads import KEEP_S
 from tests.unit.snapshot_store.catalogs import Clock, announce, objects, opened, put, upload
-from tests.unit.snapshot_store.weights import an_object, digest_of
+from tests.unit.snapshot_store.weights import a_manifest, an_object, chunks, digest_of
 
 
 async def test_18_5_a_sweep_removes_versions_below_every_lease(tmp_path: Path) -> None:
@@ -195,3 +197,37 @@ async def test_an_object_without_a_manifest_is_swept_while_the_store_runs_and_an
     await uploading
     await catalog.sweep()
     assert objects(tmp_path) == {digest_of(2)}
+
+
+def a_delta(version: int, parent: Manifest) -> Manifest:
+    """The manifest of a delta; its object serves no reader."""
+    return replace(
+        a_manifest(version, version), encoding="delta", parent=Parent(parent.version, parent.digest), encodings={}
+    )
+
+
+async def test_the_versions_on_which_a_leased_delta_depends_stay(tmp_path: Path) -> None:
+    catalog = await opened(tmp_path)
+    await put(catalog, 0)
+    before = a_manifest(0, 0)
+    for version in (1, 2, 3):
+        delta = a_delta(version, before)
+        await catalog.put_object(delta.object, chunks(an_object(version)))
+        await catalog.put_version(delta, seal(delta))
+        before = delta
+    await put(catalog, 4)
+    await catalog.lease("learner", Version(2))
+    assert await catalog.sweep() == []
+    await catalog.lease("learner", Version(4))
+    assert await catalog.sweep() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 64])
+async def test_a_delta_to_a_version_that_is_not_there_is_refused(tmp_path: Path, digest: str) -> None:
+    catalog = await opened(tmp_path)
+    if digest:
+        await put(catalog, 0)
+    delta = replace(a_delta(1, a_manifest(0, 0)), parent=Parent(Version(0), digest or "1" * 64))
+    await catalog.put_object(delta.object, chunks(an_object(1)))
+    with pytest.raises(UnknownParent, match="store the version in full"):
+        await catalog.put_version(delta, seal(delta))
