@@ -3,6 +3,7 @@ PYTHON ?=
 RUN ?= examples/embedded.toml
 ARGS ?=
 FOLDER ?= backends
+IMAGE ?= palimpsest-light.tar
 BIN := .venv/bin
 WITH_PYTHON = PYTHON='$(PYTHON)' GOALS='$(MAKECMDGOALS)' sh tools/python.sh
 # Without __pycache__, every pytest process compiles all test files, which takes six seconds.
@@ -13,7 +14,7 @@ KEPT = --durations=25 --junitxml=.setup/durations/$@.xml
 NAMED = $(findstring tests/,$(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment doctor run run-cluster up down test test-long lint check format docs pins clean
+.PHONY: help setup environment doctor run run-cluster up down image test test-long lint check format docs pins clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -64,6 +65,9 @@ up: environment ## start a Kafka and a MinIO on this machine; download them if t
 
 down: environment ## stop Kafka and MinIO; keep their data
 	@$(BIN)/python -m tools.backends down $(FOLDER)
+
+image: environment ## build the image of the gateway and the store without Docker (IMAGE=palimpsest-light.tar)
+	@$(BIN)/python -m tools.images light $(IMAGE) $(ARGS)
 
 pins: environment ## resolve the pinned sets in requirements/ again, for every Python (ARGS=--upgrade)
 	@$(BIN)/python -m tools.pins $(ARGS)

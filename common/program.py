@@ -15,6 +15,7 @@ from palimpsest.common.files import write
 from palimpsest.common.instruments import report_build, report_free_bytes
 from palimpsest.common.secret_variables import hide_secrets
 from palimpsest.common.service import Stop
+from palimpsest.common.termination_message import leave_message
 from palimpsest.common.trajectory_limit import resolved_toml
 from palimpsest.common.user_error import ExitCode, UserError
 
@@ -73,6 +74,7 @@ def main(program: Callable[[], None]) -> None:
     except UserError as error:
         with contextlib.suppress(OSError):  # standard error may be a file on the full disk
             print(error, file=sys.stderr)
+        leave_message(str(error))
         sys.exit(int(error.code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))

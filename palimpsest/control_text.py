@@ -68,7 +68,7 @@ def change(body: Mapping[str, Any]) -> str:
 
 def drain(body: Mapping[str, Any]) -> str:
     """Return the reply of a service that drains in one line."""
-    return f"drain: takes no new work, {body['live']} live; it ends after them with exit code 130"
+    return f"drain: takes no new work, {body['live']} live; it ends after them with exit code 0"
 
 
 def changes(body: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""The route by which people drain a service: it takes no new work, finishes what it has, and ends with code 130."""
+"""The route by which people drain a service: it takes no new work, finishes what it has, and ends with code 0.
+
+The code is 0 and not 130, so that a Kubernetes Job counts a drained worker as done and does not replace it.
+"""
 
 from collections.abc import Callable
 

@@ -52,7 +52,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
             access=access,
             request_limit_bytes=config.request_limit_bytes,
             on_exit=pool.close,
-            on_drained=lambda: stop.request(ExitCode.INTERRUPTED),
+            on_drained=lambda: stop.request(ExitCode.DONE),
         )
         serve(app, config.host, config.port, key="env_gateway", stop=stop)
     finally:

@@ -95,7 +95,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                         ready=worker.not_ready,
                         status=worker.status,
                         waiting_for=worker.waiting_for,
-                        routes=drain_routes(lambda: stop.request(ExitCode.INTERRUPTED), lambda: worker.alive().live),
+                        routes=drain_routes(lambda: stop.request(ExitCode.DONE), lambda: worker.alive().live),
                         rules=RULES,
                     )
                     with required("to start"):

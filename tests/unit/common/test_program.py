@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from palimpsest.common import termination_message
 from palimpsest.common.bus.port import OffsetGone, Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config import Invocation
@@ -99,6 +100,18 @@ def test_a_user_error_is_written_to_the_runs_folder_for_the_supervisor(end: End,
     report = json.loads(left.read_text())
     assert report.pop("processes") == [os.getpid(), os.getppid()], "the service and its launcher"
     assert report == {"message": "the model is gone: put it back", "code": 4}
+
+
+def test_a_user_error_is_the_termination_message_of_a_container(
+    end: End, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = tmp_path / "termination-log"
+    monkeypatch.setattr(termination_message, "FILE", message)
+    end(refusing(ExitCode.DAMAGED))
+    assert not message.exists(), "outside Kubernetes there is no such file"
+    message.touch()
+    end(refusing(ExitCode.DAMAGED))
+    assert message.read_text() == "the model is gone: put it back"
 
 
 def test_a_workers_user_error_is_written_under_its_name(end: End, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ runtimeClassName: {{ . }}
 {{- end }}
 
 {{- define "palimpsest.containerSecurity" -}}
+# a program writes the sentence of its error there; a crash leaves the end of its log
+terminationMessagePolicy: FallbackToLogsOnError
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
