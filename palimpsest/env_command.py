@@ -15,6 +15,7 @@ from palimpsest.common.config import RunConfig, load
 from palimpsest.common.config.env_gateway import EnvGatewayConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.checks.check import Open, check
 from palimpsest.services.env_gateway.checks.play import play
 from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
@@ -163,16 +164,28 @@ def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
     gateway = config.env_gateway if config else EnvGatewayConfig()
     built_in = registry.built_in()
     blueprints = plugins.blueprints(gateway.plugins, taken=built_in)
-    modules = tuple(sorted({blueprint.module for blueprint in blueprints.values()}))
+    adapters = adapter_entries.specs(gateway.adapters, taken={*built_in, *gateway.plugins})
+    own = sorted({blueprint.module for blueprint in blueprints.values()})
+    modules = (*own, *adapter_entries.modules(gateway.adapters))
     pool = Pool(
         limit=2,
         wait_s=START_WAIT_S,
         call_limit_s=gateway.step_limit_s,
         modules=modules,
-        variables=plugins.variables(gateway.plugin_variables, os.environ),
+        variables=plugins.variables(
+            (*gateway.plugin_variables, *adapter_entries.variables(gateway.adapters)), os.environ
+        ),
     )
     try:
-        yield pool, {**built_in, **registry.reasoning_gym(pool), **plugins.entries(pool, blueprints)}
+        yield (
+            pool,
+            {
+                **built_in,
+                **registry.reasoning_gym(pool),
+                **plugins.entries(pool, blueprints),
+                **adapter_entries.entries(pool, adapters),
+            },
+        )
     finally:
         pool.stop()
 
@@ -191,11 +204,12 @@ def found(name: str, entries: Registry) -> Entry:
 def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
     """Yield the lines of `palimpsest env list`."""
     paths = config.env_gateway.plugins if config else {}
+    adapters = config.env_gateway.adapters if config else {}
     plain = {name: entry for name, entry in entries.items() if not name.startswith(REASONING_GYM)}
     width = max(map(len, plain))
     yield "Built in:"
     for name, entry in plain.items():
-        if name not in paths:
+        if name not in paths and name not in adapters:
             yield f"  {name:{width}}  {entry.description.removeprefix(f'{name}: ')}"
     if len(plain) < len(entries):
         yield f"  {REASONING_GYM}DATASET  tasks of reasoning-gym, with a calculator; {len(DATASETS)} datasets:"
@@ -207,6 +221,10 @@ def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:
         for name, path in paths.items():
             about = entries[name].description or "(its class has no docstring)"
             yield f"  {name:{width}}  {about} ({path}, version {entries[name].version})"
+    if adapters:
+        yield "Added by env_gateway.adapters:"
+        for name, adapter in adapters.items():
+            yield f"  {name:{width}}  {entries[name].description} (kind {adapter.kind})"
     yield ""
     yield KEYS
 

@@ -147,6 +147,8 @@ def _values(annotation: Any, bounds: Sequence[Any] = ()) -> str:
                 if inner[0] is str
                 else f"table: {_values(inner[0])} = {_values(inner[1])}"
             )
+        case origin if isinstance(origin, type) and issubclass(origin, BaseModel):
+            return f"{{ {', '.join(origin.model_fields)} }}"
         case origin if origin is tuple:
             return "`[low, high]`" if inner == (float, float) else f"list: {_values(inner[0])}"
     return f"{TYPES[annotation]}{_bounded(bounds)}"

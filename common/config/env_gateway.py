@@ -1,13 +1,42 @@
 """The `env_gateway` section. docs/configuration.md is generated from the docstrings under the keys."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from palimpsest.common.config.section import Positive, PositiveFloat, Service
+from palimpsest.common.config.section import Positive, PositiveFloat, Section, Service
 
 SESSION_LEASE_S = 600.0
 """Lease of a session if `env_gateway.lease_s` is None, in seconds; less if `tasks.time_limit_s` is less."""
+
+
+class AdapterConfig(Section):
+    """One environment of another project (docs/adapters.md)."""
+
+    kind: Literal["mcp", "ors", "openenv", "gymnasium", "textarena", "skyrl_gym"]
+    """Protocol or package."""
+    url: str = ""
+    """Address of the server: ors, openenv, mcp."""
+    command: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Program and arguments of a server process for each session: mcp."""
+    id: str = ""
+    """Name of the environment at the server or in the package: ors, gymnasium, textarena, skyrl_gym."""
+    split: str = "train"
+    """Split of the tasks: ors, skyrl_gym, mcp."""
+    tasks: str = ""
+    """File with the tasks (skyrl_gym), or `module:Class` of an environment that gets the tools (mcp)."""
+    action_field: str = ""
+    """Field of the action that takes the model's text, for an environment without tools: openenv."""
+    reward_range: Annotated[tuple[float, float] | None, Field(strict=False)] = None
+    """Lowest and highest sum of a session's rewards. It is mapped to [0, 1]. None: [0, 1]."""
+    token_variable: str = ""
+    """Name of the environment variable with a bearer token for the server: ors, openenv."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> "AdapterConfig":
+        if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
+            raise ValueError(f"reward_range {list(self.reward_range)}: the first number must be less than the second")
+        return self
 
 
 class EnvGatewayConfig(Service):
@@ -33,6 +62,9 @@ class EnvGatewayConfig(Service):
     """Maximum size of a tool result. Longer results are truncated, with a note in the text."""
     plugins: dict[str, str] = {}
     """Additional environments: name -> `package.module:Class`. Each of their sessions runs in a separate process."""
+    adapters: dict[str, AdapterConfig] = {}
+    """Environments of other projects: name -> `{ kind, ... }`. docs/adapters.md has the keys of each kind. Each of
+    their sessions runs in a separate process."""
     plugin_variables: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Names of environment variables that the processes of plugins receive, for example `["TAU2_DATA_DIR"]`. Without
     this key they receive only the usual ones, such as PATH, HOME and the locale (docs/gateway.md)."""

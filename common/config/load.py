@@ -289,6 +289,9 @@ def _fields(key: Key) -> dict[str, Any] | None:
     """Return names and types of the keys in a section, or None if the key is not a section."""
     expected: Any = RunConfig
     for part in key:
+        if get_origin(_bare(expected)) is dict:
+            expected = get_args(_bare(expected))[1]
+            continue
         fields = _section_fields(expected)
         if fields is None or part not in fields:
             return None

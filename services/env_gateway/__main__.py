@@ -13,6 +13,7 @@ from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
 from palimpsest.common.user_error import ExitCode
 from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
@@ -30,17 +31,25 @@ def body(invocation: Invocation, stop: Stop) -> None:
     for name in SECRETS:
         os.environ.pop(name, None)  # environments are third-party code and must not read the tokens
     adopt_orphans()
+    adapters = adapter_entries.specs(config.adapters, taken={*registry.built_in(), *config.plugins})
     plugged_in = plugins.blueprints(config.plugins, taken=registry.built_in())
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,
         call_limit_s=config.step_limit_s,
-        modules=_modules(invocation.config, plugged_in.values()),
-        variables=plugins.variables(config.plugin_variables, os.environ),
+        modules=(*_modules(invocation.config, plugged_in.values()), *adapter_entries.modules(config.adapters)),
+        variables=plugins.variables(
+            (*config.plugin_variables, *adapter_entries.variables(config.adapters)), os.environ
+        ),
         adopts=True,
     )
     try:
-        offered = {**registry.built_in(), **registry.reasoning_gym(pool), **plugins.entries(pool, plugged_in)}
+        offered = {
+            **registry.built_in(),
+            **registry.reasoning_gym(pool),
+            **plugins.entries(pool, plugged_in),
+            **adapter_entries.entries(pool, adapters),
+        }
         plugins.check_tasks(invocation.config.tasks.environments, offered)
         if any(offered[name].isolated for name in invocation.config.tasks.environments):
             pool.warm()

@@ -17,13 +17,18 @@ def blueprints(plugins: Mapping[str, str], *, taken: Iterable[str]) -> dict[str,
     """Read `env_gateway.plugins`. Raises UserError."""
     for name, path in plugins.items():
         key = f"env_gateway.plugins.{name}"
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{key}: a name has up to 64 of a-z, 0-9, _, . and -, and begins with a letter or digit")
-        if name in taken or name.startswith(REASONING_GYM):
-            raise UserError(f"{key}: an environment of this name comes with Palimpsest; choose another")
+        valid_name(key, name, taken)
         if not _PATH.fullmatch(path):
             raise UserError(f"{key}: {path!r} is not of the form package.module:Class")
     return {name: EnvironmentSpec(path=path) for name, path in plugins.items()}
+
+
+def valid_name(key: str, name: str, taken: Iterable[str]) -> None:
+    """Check the name of a new environment. Raises UserError."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{key}: a name has up to 64 of a-z, 0-9, _, . and -, and begins with a letter or digit")
+    if name in taken or name.startswith(REASONING_GYM):
+        raise UserError(f"{key}: there is an environment of this name already; choose another")
 
 
 def variables(names: Iterable[str], environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -66,5 +71,6 @@ def check_tasks(environments: Iterable[str], registry: Registry) -> None:
                 hint = "; reasoning-gym is not installed: install palimpsest with the extra [reasoning-gym]"
             raise UserError(
                 f"tasks.environments: the gateway has no environment {name!r}{hint} "
-                f"(built in: lookup, hop, add, reasoning_gym.DATASET; your own: env_gateway.plugins)"
+                f"(built in: lookup, hop, add, reasoning_gym.DATASET; your own: env_gateway.plugins; "
+                f"of other projects: env_gateway.adapters)"
             )

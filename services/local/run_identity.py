@@ -111,6 +111,7 @@ CHANGEABLE = (
     "learner.proximal.deadline_s",
     "learner.proximal.missing",
     # computation and reporting
+    "env_gateway.adapters",
     "env_gateway.plugins",
     "env_gateway.plugin_variables",
     "rollout.engine",

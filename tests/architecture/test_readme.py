@@ -146,10 +146,14 @@ def test_an_example_is_a_valid_run_file(example: Path) -> None:
     assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
 
 
+FREE_NAMES = ("environments", "plugins", "adapters", "chat_template_options", "estimates")
+"""Tables whose names the user chooses."""
+
+
 def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; a table with free names is one value."""
     for name, value in table.items():
-        if isinstance(value, dict) and name not in ("environments", "plugins", "chat_template_options", "estimates"):
+        if isinstance(value, dict) and name not in FREE_NAMES:
             yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

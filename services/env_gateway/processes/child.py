@@ -4,8 +4,9 @@ import inspect
 import random
 import socket
 import sys
-from typing import Any
+from typing import IO, Any
 
+from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
 from palimpsest.services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
 from palimpsest.services.env_gateway.hosts import as_environment_failure
 from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
@@ -25,6 +26,14 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     """Run one session's environment."""
     requests, answers = channel.makefile("rb"), channel.makefile("wb")
     channel.sendall(RUNNING)
+    try:
+        _answer_all(blueprint, requests, answers)
+    finally:
+        channel.close()
+
+
+def _answer_all(blueprint: EnvironmentSpec, requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer requests until they end, then close the environment."""
     environment: Environment | None = None
     for line in requests:
         request = ChildRequest.model_validate_json(line)
@@ -37,12 +46,19 @@ def serve(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
             answer = ChildResponse(failed=Failed(code="environment_raised", message=str(as_environment_failure(error))))
         answers.write(answer.model_dump_json().encode() + b"\n")
         answers.flush()
+    if blueprint.closes and environment is not None:
+        environment.close()  # type: ignore[attr-defined]
 
 
 def describe(blueprint: EnvironmentSpec, channel: socket.socket) -> None:
     """Check the environment's class and report whether it is usable."""
     try:
-        described = describe_class(blueprint.load())
+        loaded = blueprint.load()
+        described = describe_class(loaded)
+        if blueprint.closes and not described.problem:
+            described = described.model_copy(update={"description": loaded.probe(*blueprint.arguments)})
+    except AdapterUnusable as error:
+        described = Described(problem=str(error))
     except BaseException as error:
         described = Described(problem=f"{type(error).__name__}: {error}")
     channel.sendall(described.model_dump_json().encode() + b"\n")

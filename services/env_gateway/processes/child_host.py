@@ -16,14 +16,14 @@ EXIT_LIMIT_S = 2.0
 class InChild:
     """Runs an environment in a child. Every call has a deadline; `close` kills the child."""
 
-    def __init__(self, child: PooledChild, *, call_limit_s: float) -> None:
-        self._child = child
+    def __init__(self, child: PooledChild, *, call_limit_s: float, closes: bool = False) -> None:
+        self._child, self._closes = child, closes
         self._call_limit_s = call_limit_s
 
     @classmethod
     async def open(cls, pool: Pool, blueprint: EnvironmentSpec) -> "InChild":
         """Start a child. Raises AtCapacity, EnvironmentFailed."""
-        return cls(await pool.take(blueprint), call_limit_s=pool.call_limit_s)
+        return cls(await pool.take(blueprint), call_limit_s=pool.call_limit_s, closes=blueprint.closes)
 
     async def reset(self, seed: int) -> tuple[Opening, str]:
         """See EnvironmentHost."""
@@ -42,7 +42,10 @@ class InChild:
 
     def close(self) -> None:
         """See EnvironmentHost."""
-        self._child.kill()
+        if self._closes:
+            self._child.end()
+        else:
+            self._child.kill()
 
     async def _ask(self, request: ChildRequest) -> ChildResponse:
         try:

@@ -19,6 +19,8 @@ from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING
 START_LIMIT_S = 120.0
 DESCRIBE_LIMIT_S = 60.0
 STOP_LIMIT_S = 5.0
+CLOSE_LIMIT_S = 5.0
+"""Time limit for an environment that ends a session elsewhere, in seconds."""
 BUSY_PAUSE_S = 0.02
 
 
@@ -27,7 +29,7 @@ class PooledChild:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, leash: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self._leash = leash
+        self._leash, self._ending = leash, False
         self.exit_code: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """Done when the child is gone; None if its exit code is unknown."""
 
@@ -36,6 +38,19 @@ class PooledChild:
         self.writer.transport.abort()
         if not self._leash.is_closing():
             self._leash.write_eof()
+
+    def end(self) -> None:
+        """Let the child close its environment, and kill it after CLOSE_LIMIT_S. Idempotent."""
+        if self.exit_code.done() or self.writer.transport.is_closing() or self._ending:
+            return
+        self._ending = True
+        self.writer.write_eof()
+        asyncio.get_running_loop().call_later(CLOSE_LIMIT_S, self.kill)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the child is closing its environment."""
+        return self._ending and not self.exit_code.done()
 
 
 class Pool:
@@ -62,6 +77,7 @@ class Pool:
         """Time limit of one call of a child, in seconds."""
         self._free = asyncio.Semaphore(limit)
         self._watches: set[asyncio.Task[None]] = set()
+        self._children: set[PooledChild] = set()
         self._fork_server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -122,6 +138,8 @@ class Pool:
 
     async def close(self) -> None:
         """End every child and the fork server, and wait until they are gone."""
+        if closing := [child.exit_code for child in self._children if child.ending]:
+            await asyncio.wait(closing, timeout=CLOSE_LIMIT_S)
         self.stop()
         for watch in tuple(self._watches):
             await watch
@@ -156,6 +174,8 @@ class Pool:
         child = PooledChild(reader, writer, leash_writer)
         watch = asyncio.create_task(self._watch(child, exits, leash_writer))
         self._watches.add(watch)
+        self._children.add(child)
+        watch.add_done_callback(lambda _: self._children.discard(child))
         watch.add_done_callback(self._watches.discard)
         return child
 

@@ -21,6 +21,8 @@ class EnvironmentSpec(Wire):
     path: str
     """`package.module:Class`."""
     arguments: tuple[str, ...] = ()
+    closes: bool = False
+    """Whether the environment has `close`, which ends a session elsewhere and is called before the child ends."""
 
     @property
     def module(self) -> str:

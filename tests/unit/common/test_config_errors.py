@@ -291,3 +291,18 @@ def test_two_files_are_refused(run: Path) -> None:
 
 def test_a_flag_without_a_value_is_refused(run: Path) -> None:
     assert refused(run, "--run.seed") == "--run.seed needs a value: --run.seed=VALUE"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ('{ kind = "ors", urll = "x" }', "urll is not a key of [env_gateway.adapters.math]; did you mean"),
+        ('{ kind = "orz" }', "kind: input should be 'mcp', 'ors'"),
+        ('{ url = "x" }', "kind is missing"),
+        ('{ kind = "ors", reward_range = [1.0, 1.0] }', "the first number must be less than the second"),
+    ],
+)
+def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -> None:
+    refusal = refused(run, f"--env_gateway.adapters={{ math = {adapter} }}")
+    assert refusal.startswith("--env_gateway.adapters: env_gateway.adapters.math")
+    assert message in refusal

@@ -1,0 +1,61 @@
+"""The environments of `env_gateway.adapters`: each is checked in a child before the gateway listens."""
+
+from collections.abc import Iterable, Mapping
+
+from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.plugins import valid_name
+from palimpsest.services.env_gateway.processes.pool import Pool
+from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from palimpsest.services.env_gateway.registry import Entry, isolated
+
+FOLDER = "palimpsest.services.env_gateway.adapters"
+CLASSES: Mapping[str, str] = {
+    "mcp": "mcp_tools:McpTools",
+    "ors": "ors:OrsEnvironment",
+    "openenv": "openenv_session:OpenEnvSession",
+    "gymnasium": "gymnasium_text:GymnasiumText",
+    "textarena": "textarena_game:TextArenaGame",
+    "skyrl_gym": "skyrl_gym_task:SkyRlGymTask",
+}
+"""Kind -> module and class in this folder."""
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "mcp": ("mcp",),
+    "openenv": ("websockets.sync.client",),
+    "gymnasium": ("gymnasium",),
+    "textarena": ("textarena",),
+    "skyrl_gym": ("skyrl_gym",),
+}
+"""Kind -> modules that the fork server loads once for all sessions."""
+
+
+def specs(adapters: Mapping[str, AdapterConfig], *, taken: Iterable[str]) -> dict[str, EnvironmentSpec]:
+    """Read `env_gateway.adapters`. Raises UserError."""
+    found = {}
+    for name, config in adapters.items():
+        valid_name(f"env_gateway.adapters.{name}", name, taken)
+        path = f"{FOLDER}.{CLASSES[config.kind]}"
+        found[name] = EnvironmentSpec(path=path, arguments=(config.model_dump_json(),), closes=True)
+    return found
+
+
+def modules(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:
+    """Return the modules to load before the sessions are forked."""
+    own = {f"{FOLDER}.{CLASSES[config.kind].partition(':')[0]}" for config in adapters.values()}
+    return (*sorted(own), *sorted({name for config in adapters.values() for name in PACKAGES.get(config.kind, ())}))
+
+
+def variables(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:
+    """Return the names of the environment variables with tokens."""
+    return tuple(sorted({config.token_variable for config in adapters.values() if config.token_variable}))
+
+
+def entries(pool: Pool, adapters: Mapping[str, EnvironmentSpec]) -> dict[str, Entry]:
+    """Return every adapter, after a child has begun and ended a session. Raises UserError."""
+    found: dict[str, Entry] = {}
+    for name, spec in adapters.items():
+        described = pool.describe(spec)
+        if described.problem:
+            raise UserError(f"env_gateway.adapters.{name}: {described.problem} (docs/adapters.md)")
+        found[name] = isolated(pool, name, spec, version=described.version, description=described.description)
+    return found

@@ -1,0 +1,121 @@
+"""Servers of other projects for the tests of the adapters, each in an environment of its own in the cache."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+
+from tests.processes.waiting import LIMIT_S
+from tests.unit.env_gateway.running import free_port
+from tools.backends import cache
+
+PROGRAMS = Path(__file__).parents[1] / "contract" / "adapters"
+UV = str(Path(sys.executable).with_name("uv"))
+
+
+def library(requirement: str) -> Path:
+    """Return a folder for sys.path with this package and what it needs."""
+
+    def install(folder: Path) -> None:
+        subprocess.run([UV, "pip", "install", "--quiet", "--target", str(folder), requirement], check=True)
+
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    return cache.made(f"library-{version}-{requirement.replace('==', '-')}", install, print)
+
+
+def interpreter(requirement: str) -> Path:
+    """Return the Python of an environment with this package."""
+
+    def install(folder: Path) -> None:
+        subprocess.run([UV, "venv", "--quiet", "--clear", "--relocatable", str(folder)], check=True)
+        python = str(folder / "bin" / "python")
+        subprocess.run([UV, "pip", "install", "--quiet", "--python", python, requirement], check=True)
+
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    return cache.made(f"environment-{version}-{requirement.replace('==', '-')}", install, print) / "bin" / "python"
+
+
+class McpServer:
+    """The server processes that the sessions of an MCP adapter started."""
+
+    def __init__(self, _folder: Path) -> None:
+        self._program = str(PROGRAMS / "sums_mcp.py")
+
+    def processes(self) -> list[psutil.Process]:
+        """Return those below this process."""
+        below = psutil.Process().children(recursive=True)
+        return [one for one in below if one.is_running() and self._program in _command(one)]
+
+    def kill(self) -> None:
+        """Kill them."""
+        for process in self.processes():
+            process.kill()
+
+    def count(self) -> int:
+        """Return how many there are."""
+        return len(self.processes())
+
+
+class ProgramServer:
+    """A program of tests/contract/adapters that answers /sums/sessions_count."""
+
+    requirement = program = ""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "server.log"
+
+    def __enter__(self) -> Self:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [str(interpreter(self.requirement)), str(PROGRAMS / self.program), str(port)]
+        environment = {**os.environ, "OPENREWARD_DISABLE_UPDATE_CHECK": "1"}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()
+            try:
+                if self.count() == 0:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(self._log.read_text())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the server."""
+        self._process.kill()
+        self._process.wait()
+
+    def count(self) -> int:
+        """Return the number of sessions that the server holds."""
+        return int(httpx.get(f"{self.url}/sums/sessions_count").json())
+
+
+class OrsServer(ProgramServer):
+    """A server of the Open Reward Standard."""
+
+    requirement, program = "openreward==0.1.167", "sums_ors.py"
+
+
+class OpenEnvServer(ProgramServer):
+    """A server of OpenEnv."""
+
+    requirement, program = "openenv==0.10.0", "sums_openenv.py"
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
