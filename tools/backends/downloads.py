@@ -1,24 +1,22 @@
-"""Downloads Kafka with Maven and Prometheus with apt, and builds MinIO and Helm with Go, once into the cache."""
+"""Downloads Kafka with Maven, Prometheus and etcd with apt; builds MinIO, Helm and Kubernetes with Go.
 
-import contextlib
-import os
+Each once into the cache.
+"""
+
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-from palimpsest.common.parent_death import die_with_parent
 from palimpsest.common.user_error import ExitCode, UserError
-from tools.backends import cache
+from tools.backends import cache, go
 from tools.backends.cache import Say
+from tools.backends.commands import program as program  # other downloads import both from here
+from tools.backends.commands import run as run
 
-Progress = Callable[[Sequence[str], float], None]
-"""Called every few seconds with the output of the program so far and the elapsed seconds."""
 POM = Path(__file__).parent / "pom.xml"
 MINIO_MODULE = "github.com/minio/minio"
 MINIO_VERSION = "v0.0.0-20260212201848-7aac2a2c5b7c"
@@ -27,14 +25,23 @@ HELM_MODULE = "helm.sh/helm/v3"
 HELM_VERSION = "v3.22.0"
 KUBERNETES = (1, 36)
 """Version of Kubernetes for which Helm renders without a cluster. A Helm that Go builds would take 1.20."""
-PROMETHEUS_VERSION = "2.42.0"
-"""Version of Debian 12. apt takes the newest revision of it."""
+KUBERNETES_VERSION = "1.36.3"
+"""Version in go_modules/kubernetes/go.mod."""
+HELM_UNITTEST_VERSION = "1.1.2"
+"""Version in go_modules/helm_unittest/go.mod."""
+ETCD_VERSION, PROMETHEUS_VERSION = "3.4.23", "2.42.0"
+"""Versions of Debian 12. apt takes the newest revision."""
+OPERATOR_CRDS = {
+    "github.com/kedacore/keda/v2@v2.21.0": "config/crd/bases/keda.sh_*.yaml",
+    "sigs.k8s.io/kueue@v0.17.0": "config/components/crd/bases/*.yaml",
+    "github.com/prometheus-operator/prometheus-operator@v0.85.0":
+        "example/prometheus-operator-crd/*.yaml",
+}  # fmt: skip
+"""Modules that ship their definitions. Strimzi and JobSet are not on the Go module proxy."""
+GO_MODULES = Path(__file__).parent / "go_modules"
 COPY_JARS = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 """The full name. With the short name, Maven reports a failed connection as a missing plugin."""
-OLDEST_JAVA, OLDEST_GO = 17, (1, 21)
-"""MinIO and Helm need a newer Go. Go 1.21 and later download it."""
-SHOWN_EVERY_S = 10.0
-LAST_LINES = 12
+OLDEST_JAVA = 17
 
 
 def announce(text: str) -> None:
@@ -61,8 +68,33 @@ def helm(say: Say = announce) -> Path:
 
 def prometheus(say: Say = announce) -> Path:
     """Return the folder with the programs `prometheus` and `promtool`. Raises UserError."""
-    name = f"prometheus-{PROMETHEUS_VERSION}"
-    return cache.made(name, lambda partial: _get_prometheus(partial, say), say)
+    wanted = ("prometheus", PROMETHEUS_VERSION, ("prometheus", "promtool"))
+    return cache.made(f"prometheus-{PROMETHEUS_VERSION}", lambda partial: _get_debian(partial, *wanted, say), say)
+
+
+def etcd(say: Say = announce) -> Path:
+    """Return the path of the etcd program. Raises UserError."""
+    wanted = ("etcd-server", ETCD_VERSION, ("etcd",))
+    return cache.made(f"etcd-{ETCD_VERSION}", lambda partial: _get_debian(partial, *wanted, say), say) / "etcd"
+
+
+def kubernetes(say: Say = announce) -> Path:
+    """Return the path of the servers of Kubernetes, one program (go_modules/kubernetes/main.go). Raises UserError."""
+    return cache.made(f"kubernetes-{KUBERNETES_VERSION}", lambda partial: _build_kubernetes(partial, say), say) / (
+        "kubernetes"
+    )
+
+
+def helm_unittest(say: Say = announce) -> Path:
+    """Return the path of helm-unittest. Raises UserError."""
+    name = f"helm-unittest-{HELM_UNITTEST_VERSION}"
+    return cache.made(name, lambda partial: _build_helm_unittest(partial, say), say) / "helm-unittest"
+
+
+def operator_crds(say: Say = announce) -> Path:
+    """Return the folder with the CustomResourceDefinitions that the Go modules of operators have. Raises UserError."""
+    versions = "-".join(module.rpartition("@v")[2] for module in OPERATOR_CRDS)
+    return cache.made(f"operator-crds-{versions}", _copy_crds, say)
 
 
 def kafka_version() -> str:
@@ -70,13 +102,6 @@ def kafka_version() -> str:
     found = re.search(r"<kafka\.version>([^<]+)</kafka\.version>", POM.read_text())
     assert found is not None
     return found[1]
-
-
-def program(name: str, why: str, package: str) -> str:
-    """Return the path of a program. Raises UserError if it is not on the PATH."""
-    if (path := shutil.which(name)) is None:
-        raise UserError(f"{why} needs `{name}`, which is not on the PATH: install {package}", ExitCode.UNAVAILABLE)
-    return path
 
 
 def java() -> str:
@@ -102,7 +127,30 @@ def _get_kafka(partial: Path, say: Say) -> None:
 
 def _build_minio(partial: Path, say: Say) -> None:
     say("building MinIO with Go: about 1.2 GB of sources and up to 5 minutes on two cores, once")
-    _go_install(partial, "MinIO", f"{MINIO_MODULE}@{MINIO_VERSION}", "-s -w", say)
+    go.install(partial, "MinIO", f"{MINIO_MODULE}@{MINIO_VERSION}", "-s -w", say)
+
+
+def _build_kubernetes(partial: Path, say: Say) -> None:
+    say("building an API server with Go: about 0.7 GB of sources and ten minutes of processor time, once")
+    stamp = "k8s.io/component-base/version.git"
+    numbers = KUBERNETES_VERSION.split(".")
+    stamps = {"Version": f"v{KUBERNETES_VERSION}", "Major": numbers[0], "Minor": numbers[1]}
+    flags = " ".join(["-s -w", *(f"-X {stamp}{name}={value}" for name, value in stamps.items())])
+    go.build(partial, "Kubernetes", GO_MODULES / "kubernetes", ".", flags, say)
+
+
+def _build_helm_unittest(partial: Path, say: Say) -> None:
+    say("building helm-unittest with Go, once")
+    package = "github.com/helm-unittest/helm-unittest/cmd/helm-unittest"
+    stamp = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
+    flags = " ".join(["-s -w", f"-X {stamp}Major={KUBERNETES[0]}", f"-X {stamp}Minor={KUBERNETES[1]}"])
+    go.build(partial, "helm-unittest", GO_MODULES / "helm_unittest", package, flags, say)
+
+
+def _copy_crds(partial: Path) -> None:
+    for module, pattern in OPERATOR_CRDS.items():
+        for path in go.module_folder("tests of the chart", module).glob(pattern):
+            (partial / path.name).write_bytes(path.read_bytes())
 
 
 def _build_helm(partial: Path, say: Say) -> None:
@@ -116,47 +164,31 @@ def _build_helm(partial: Path, say: Say) -> None:
         },
     }
     flags = " ".join(["-s -w", *(f"-X {name}={value}" for name, value in stamps.items())])
-    _go_install(partial, "Helm", f"{HELM_MODULE}/cmd/helm@{HELM_VERSION}", flags, say)
+    go.install(partial, "Helm", f"{HELM_MODULE}/cmd/helm@{HELM_VERSION}", flags, say)
 
 
-def _get_prometheus(partial: Path, say: Say) -> None:
-    apt = program("apt-get", "downloading Prometheus", "apt (Debian)")
-    dpkg = program("dpkg-deb", "unpacking Prometheus", "dpkg (Debian)")
-    say(f"downloading Prometheus {PROMETHEUS_VERSION} with apt: about 19 MB, once")
+def _get_debian(partial: Path, package: str, version: str, programs: Sequence[str], say: Say) -> None:
+    """Fill the folder with programs of a Debian package, which is not installed."""
+    why = package.capitalize()
+    apt = program("apt-get", f"downloading {why}", "apt (Debian)")
+    dpkg = program("dpkg-deb", f"unpacking {why}", "dpkg (Debian)")
+    wanted = f"program{'s' if len(programs) > 1 else ''} {' and '.join(programs)}"
+    say(f"downloading {why} {version} with apt, once")
     started = time.monotonic()
     run(
-        [apt, "download", f"prometheus={PROMETHEUS_VERSION}*"],
-        f"apt could not download Prometheus {PROMETHEUS_VERSION} (run `apt-get update` first; on another system than "
-        f"Debian 12, put the programs prometheus and promtool into {partial.with_suffix('')})",
+        [apt, "download", f"{package}={version}*"],
+        f"apt could not download {why} {version} (run `apt-get update` first; on another system than "
+        f"Debian 12, put the {wanted} into {partial.with_suffix('')})",
         {}, lambda _lines, passed: say(f"  downloading, {passed:.0f} s"), folder=partial,
     )  # fmt: skip
-    for package in partial.glob("*.deb"):
-        run([dpkg, "-x", str(package), str(partial)], "dpkg could not unpack Prometheus", {}, lambda *_: None)
-        package.unlink()
-    for name in ("prometheus", "promtool"):
+    for archive in partial.glob("*.deb"):
+        run([dpkg, "-x", str(archive), str(partial)], f"dpkg could not unpack {why}", {}, lambda *_: None)
+        archive.unlink()
+    for name in programs:
         (partial / "usr/bin" / name).rename(partial / name)
     for folder in ("etc", "lib", "usr", "var"):
         shutil.rmtree(partial / folder, ignore_errors=True)
-    say(f"Prometheus is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
-
-
-def _go_install(partial: Path, what: str, module: str, linker_flags: str, say: Say) -> None:
-    """Build a program from the Go module proxy into the folder."""
-    go = program("go", f"building {what}", f"Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later")
-    _check_go(go, what)
-    nice = program("nice", f"building {what}", "coreutils")
-    started = time.monotonic()
-
-    def progress(lines: Sequence[str], passed: float) -> None:
-        downloaded = sum("downloading" in line for line in lines)
-        compiled = len(lines) - downloaded
-        say(f"  {downloaded} modules downloaded, {compiled} packages compiled, {passed:.0f} s")
-
-    run(
-        [nice, "-n", "10", go, "install", "-v", "-trimpath", "-ldflags", linker_flags, module],
-        f"Go could not build {what}", {"GOBIN": str(partial), "CGO_ENABLED": "0"}, progress,
-    )  # fmt: skip
-    say(f"{what} is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
+    say(f"{why} is ready: {cache.megabytes(partial):.0f} MB in {time.monotonic() - started:.0f} s")
 
 
 def _check_java() -> None:
@@ -164,58 +196,3 @@ def _check_java() -> None:
     found = re.search(r'version "(\d+)', output)
     if found is not None and int(found[1]) < OLDEST_JAVA:
         raise UserError(f"Kafka needs Java {OLDEST_JAVA} or later; `java` here is {found[1]}", ExitCode.UNAVAILABLE)
-
-
-def _check_go(go: str, what: str) -> None:
-    output = subprocess.run([go, "version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"go(\d+)\.(\d+)", output)
-    if found is not None and (int(found[1]), int(found[2])) < OLDEST_GO:
-        raise UserError(
-            f"{what} needs Go {OLDEST_GO[0]}.{OLDEST_GO[1]} or later; `go` here is {found[0]}", ExitCode.UNAVAILABLE
-        )
-
-
-def run(
-    command: Sequence[str],
-    failure: str,
-    settings: Mapping[str, str],
-    progress: Progress,
-    *,
-    folder: Path | None = None,
-) -> None:
-    """Run a command and show its progress. The command ends with this process. Raises UserError if it fails."""
-    parent = os.getpid()
-    started = shown = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, **settings},
-            cwd=folder,
-            preexec_fn=lambda: die_with_parent(parent),
-        ) as process:
-            try:
-                while process.poll() is None:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(timeout=0.5)
-                    if time.monotonic() - shown > SHOWN_EVERY_S:
-                        shown = time.monotonic()
-                        progress(_lines(output), shown - started)
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode != 0:
-            tail = "\n  ".join(_lines(output)[-LAST_LINES:])
-            raise UserError(
-                f"{failure}:\n  {tail}\nfix this and repeat the command; finished downloads are kept",
-                ExitCode.UNAVAILABLE,
-            )
-
-
-def _lines(output: IO[str]) -> list[str]:
-    """Return the lines of the output so far, without color codes and empty lines."""
-    output.seek(0)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", output.read())
-    return [line for line in plain.splitlines() if line.removeprefix("[ERROR]").strip()]

@@ -1,5 +1,6 @@
 """A missing, too old, or failing program is named with a remedy and leaves no incomplete entry."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,59 @@ def test_a_failed_download_of_prometheus_says_where_to_put_the_programs(programs
         UserError, match=rf"(?s)put the programs .* into {tmp_path}/cache/prometheus-2.42.0\):.*not found"
     ):
         downloads.prometheus(no_output)
+
+
+GO = '#!/bin/sh\n[ "$1" = version ] && echo go version go1.26.8 linux/amd64 && exit\n'
+BUILDS = GO + 'while [ "$1" != -o ]; do shift; done\necho "$3" "$PWD" > "$2/{name}"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "folder"),
+    [
+        ("kubernetes", ".", "kubernetes"),
+        ("helm-unittest", "github.com/helm-unittest/helm-unittest/cmd/helm-unittest", "helm_unittest"),
+    ],
+)
+def test_a_program_is_built_from_the_module_that_pins_its_sources(
+    programs: Path, name: str, package: str, folder: str
+) -> None:
+    script(programs / "go", BUILDS.replace("{name}", name))
+    made = {"kubernetes": downloads.kubernetes, "helm-unittest": downloads.helm_unittest}[name](no_output)
+    assert made.read_text().split() == [package, str(downloads.GO_MODULES / folder)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "module", "version"),
+    [
+        ("kubernetes", "k8s.io/kubernetes", downloads.KUBERNETES_VERSION),
+        ("helm_unittest", "github.com/helm-unittest/helm-unittest", downloads.HELM_UNITTEST_VERSION),
+    ],
+)
+def test_the_version_of_a_cache_entry_is_that_of_its_module(folder: str, module: str, version: str) -> None:
+    requirements = (downloads.GO_MODULES / folder / "go.mod").read_text()
+    assert re.search(rf"^\s*(require )?{re.escape(module)} v(\S+)", requirements, re.MULTILINE)[2] == version  # type: ignore[index]
+    assert f"{module} v{version} h1:" in (downloads.GO_MODULES / folder / "go.sum").read_text()
+
+
+def test_the_chart_is_rendered_for_the_version_of_the_api_server() -> None:
+    assert downloads.KUBERNETES_VERSION.startswith("{}.{}.".format(*downloads.KUBERNETES))
+
+
+def test_etcd_is_the_program_of_the_package(programs: Path, tmp_path: Path) -> None:
+    (programs / "mkdir").symlink_to("/usr/bin/mkdir")
+    script(programs / "apt-get", '#!/bin/sh\n[ "$1" = download ] && touch "${2%%=*}_3.deb"\n')
+    script(programs / "dpkg-deb", '#!/bin/sh\nmkdir -p "$3/usr/bin" && touch "$3/usr/bin/etcd"\n')
+    assert downloads.etcd(no_output) == tmp_path / "cache" / f"etcd-{downloads.ETCD_VERSION}" / "etcd"
+
+
+def test_the_definitions_of_the_operators_are_copied_from_their_modules(programs: Path, tmp_path: Path) -> None:
+    module = tmp_path / "module"
+    for pattern in downloads.OPERATOR_CRDS.values():
+        path = module / pattern.replace("*", "objects")
+        path.parent.mkdir(parents=True)
+        path.write_text("definition")
+    script(programs / "go", GO + f'echo \'{{"Dir": "{module}"}}\'\n')
+    assert sorted(path.name for path in downloads.operator_crds(no_output).iterdir()) == [
+        "keda.sh_objects.yaml", "objects.yaml",
+    ]  # fmt: skip
+    assert len({path.parent for path in module.rglob("*.yaml")}) == len(downloads.OPERATOR_CRDS)
