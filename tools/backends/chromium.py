@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tools.backends import cache
 from tools.backends.cache import Say
-from tools.backends.downloads import announce, program, run
+from tools.backends.commands import program, run
+from tools.backends.downloads import announce
 
 PACKAGE = "chromium-headless-shell"
 NAME = "chromium-debian-12"

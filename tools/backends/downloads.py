@@ -14,10 +14,7 @@ from pathlib import Path
 from palimpsest.common.user_error import ExitCode, UserError
 from tools.backends import cache, go
 from tools.backends.cache import Say
-from tools.backends.commands import (
-    program as program,  # other downloads import both from here
-    run as run,
-)
+from tools.backends.commands import program, run
 
 POM = Path(__file__).parent / "pom.xml"
 MINIO_MODULE = "github.com/minio/minio"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from palimpsest.common.user_error import ExitCode, UserError
-from tools.backends import cache, downloads
+from tools.backends import cache, commands
 from tools.backends.cache import Say
 
 SUITE = "bookworm"
@@ -70,8 +70,8 @@ def _unpacked(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return the cache entry with the files of these Debian packages."""
 
     def make(partial: Path) -> None:
-        apt = downloads.program("apt-get", f"downloading {name}", "apt (Debian)")
-        dpkg = downloads.program("dpkg-deb", f"unpacking {name}", "dpkg (Debian)")
+        apt = commands.program("apt-get", f"downloading {name}", "apt (Debian)")
+        dpkg = commands.program("dpkg-deb", f"unpacking {name}", "dpkg (Debian)")
         say(f"downloading {name} with apt, once")
         _run(
             [apt, "download", *packages],
@@ -96,5 +96,5 @@ def _run(
         command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        tail = "\n  ".join(done.stderr.strip().splitlines()[-downloads.LAST_LINES :])
+        tail = "\n  ".join(done.stderr.strip().splitlines()[-commands.LAST_LINES :])
         raise UserError(f"{failure}:\n  {tail}", ExitCode.UNAVAILABLE)

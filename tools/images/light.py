@@ -12,7 +12,7 @@ from pathlib import Path
 
 import palimpsest
 from palimpsest.common.user_error import ExitCode, UserError
-from tools.backends import cache, downloads
+from tools.backends import cache, commands
 from tools.backends.cache import Say
 from tools.images import debian
 from tools.images.layers import Entry, Layer, write_archive, write_layer
@@ -136,7 +136,7 @@ def _site(folder: Path) -> Layer:
     # libraries in *.libs were changed by auditwheel, which strip can break
     large = [str(path) for path in folder.rglob("*.so") if path.stat().st_size > LARGE and ".libs/" not in str(path)]
     if large:
-        strip = downloads.program("strip", "making the image small", "binutils")
+        strip = commands.program("strip", "making the image small", "binutils")
         _run([strip, "--strip-debug", *large], "strip could not remove debugging information")
     _run(
         [sys.executable, "-W", "ignore", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash",
