@@ -11,6 +11,7 @@ PROGRAMS = {
     "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens per second",
     "mismatch": "a toy trained with exact old log-probs and with each surrogate: masks, clips, rewards",
     "tail": "lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule for batches",
+    "gateway": "steps through the gateway beside a bare echo: latency, processor time, memory",
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }

@@ -164,3 +164,11 @@ def test_memory_of_log_probs_before_and_after_chunking() -> None:
     assert case["chunked"]["peak_bytes"] < case["full"]["peak_bytes"]
     assert figures["peak_ratio"] == case["chunked"]["peak_bytes"] / case["full"]["peak_bytes"]
     assert case["full"]["tokens_per_s"] > 0 < figures["tokens_per_s_ratio"]
+
+
+def test_gateway() -> None:
+    result = measured("gateway", "--seconds=1", "--sessions=4", "--isolated=2", "--mcp-steps=0")
+    (numbers,) = result["by_sessions"].values()
+    assert numbers["steps"] == 100
+    assert {"overhead_ms_p50", "cpu_ms_per_step", "rss_mb_per_session"} <= numbers.keys()
+    assert set(result["isolated_rss_mb_per_session"]) == {"2"}
