@@ -21,6 +21,8 @@ BUS = "bus.sqlite"
 """Default file of the SQLite log (`bus.path`)."""
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
+TRACKING = "tracking"
+"""Files of the tracking system (`tracking.kind`)."""
 RECORDS = "records"
 """Recorded batches, one file per version (`learner.record`)."""
 

@@ -13,6 +13,7 @@ from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
+from palimpsest.common.config.tracking import TrackingConfig
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM replaces a lower temperature by this one (`_MAX_TEMP` of its sampling_params.py)."""
@@ -250,6 +251,7 @@ class RunConfig(Section):
     replica: ReplicaConfig = ReplicaConfig()
     local: LocalConfig = LocalConfig()
     logs: LogsConfig = LogsConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> "RunConfig":

@@ -21,8 +21,11 @@ class AppliesFrom(StrEnum):
     NEXT_VERSION = "next version"
     """With the next version that is trained: in all of its minibatches, on all ranks."""
     NEXT_GROUPS = "groups offered from then on"
+    WORKERS = "at once, in each worker"
 
 
+LOG_LEVEL, MAX_LIVE = "logs.level", "rollout.max_live"
+"""Keys that workers use too."""
 _NEXT_VERSION = (
     "learner.versions",
     "learner.record",
@@ -52,7 +55,8 @@ _NEXT_VERSION = (
 )
 SETTINGS: Mapping[str, AppliesFrom] = {
     **dict.fromkeys(_NEXT_VERSION, AppliesFrom.NEXT_VERSION),
-    "logs.level": AppliesFrom.SAFE_POINT,
+    LOG_LEVEL: AppliesFrom.SAFE_POINT,
+    MAX_LIVE: AppliesFrom.WORKERS,
     "sampling.temperature": AppliesFrom.NEXT_GROUPS,
     "tasks.time_limit_s": AppliesFrom.NEXT_GROUPS,
 }

@@ -43,8 +43,11 @@ def main(words: Sequence[str]) -> int:
     installed = checkout is None or is_set_up(checkout)
     facts = gather.facts(checkout, kind_of_machine(), Path.cwd() / run_file.folder(values), run_file.ports(values))
     quiet = len(keys) < len(words)
+    python = checkout / ".venv" / "bin" / "python" if checkout else Path(sys.executable)
+    if installed:
+        kind = str(values.get("tracking.kind", "none"))
+        facts = replace(facts, tracking=gather.missing_tracking(kind, python))
     if installed and not quiet and run_file.names_a_run(keys):  # before a run, its worker proves the template
-        python = checkout / ".venv" / "bin" / "python" if checkout else Path(sys.executable)
         facts = replace(facts, template=gather.template(keys, python))
     findings = judge.everything(facts, installed=installed)
     if quiet:

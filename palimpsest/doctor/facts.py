@@ -105,5 +105,7 @@ class Facts:
     ports: tuple[Port, ...] = ()
     template: TemplateProof | None = None
     """None: no run file was named, or no environment to prove it in exists."""
+    tracking: str = ""
+    """`tracking.kind` of the run, if its package is not installed; empty otherwise."""
     engine: str = ""
     """Version of vLLM, if Palimpsest is an installed package; empty without vLLM and for a checkout."""

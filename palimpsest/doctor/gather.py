@@ -25,6 +25,8 @@ from palimpsest.doctor import machine
 from palimpsest.doctor.facts import Facts, Interpreter, Place, Port, TemplateProof
 
 ASKED = ("OMP_NUM_THREADS",)
+TRACKING = ("tensorboard", "wandb", "mlflow")
+"""Kinds of tracking, and the modules that they need."""
 PROOF_LIMIT_S = 120
 """Limit for loading a tokenizer, in seconds: it can be downloaded."""
 BUILT_HERE = "pycosat"
@@ -88,6 +90,14 @@ def template(words: Sequence[str], python: Path) -> TemplateProof:
     except (OSError, subprocess.CalledProcessError, ValueError, TypeError) as error:
         text = getattr(error, "stderr", None) or str(error)
         return TemplateProof("", unproven=text.strip().splitlines()[-1])
+
+
+def missing_tracking(kind: str, python: Path) -> str:
+    """Return the kind of tracking if the environment of this Python has no such package, else an empty string."""
+    if kind not in TRACKING:
+        return ""  # none, or a value that the run refuses
+    command = [str(python), "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({kind!r}) is None)"]
+    return kind if subprocess.run(command, capture_output=True, check=False).returncode == 1 else ""
 
 
 def interpreter() -> Interpreter:

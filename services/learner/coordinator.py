@@ -38,6 +38,7 @@ from palimpsest.services.learner.old_logprobs.routes import route
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.publishing.canaries import Canaries
 from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.tracking.build import build_tracking
 
 
 def run_coordinator(
@@ -92,7 +93,8 @@ def run_coordinator(
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
-    records = _records(config, (feed,))
+    tracking = build_tracking(config)
+    records = _records(config, (feed, tracking))
     desk, control = build_control(config, bus, store, publisher, writer)
     loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, control, stop)
     seen = loop.status
@@ -112,6 +114,7 @@ def run_coordinator(
         raise
     finally:
         desk.close("ended", "the learner ends")
+        tracking.close()
         exact.release()  # if the learner ends inside a cut, the workers must not stay paused
     watch.close()
     exact.close()

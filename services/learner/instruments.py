@@ -66,6 +66,12 @@ TRUNCATED = Gauge(
     "Share of the last batch's trajectories that reached a limit on turns or tokens",
     registry=REGISTRY,
 )
+TRACKING_DROPPED = Counter(
+    "palimpsest_learner_tracking_dropped",
+    "Versions whose values the tracking system did not get: the queue was full, or it failed (`error`)",
+    ["reason"],
+    registry=REGISTRY,
+)
 CHANGES = Counter(
     "palimpsest_learner_changes", "Changes that people requested and the learner applied", ["kind"], registry=REGISTRY
 )

@@ -128,6 +128,7 @@ CHANGEABLE = (
     "replica.threads",
     "local",
     "logs",
+    "tracking",
 )
 """Keys that may change when a run is resumed."""
 

@@ -7,12 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from palimpsest.common import logs
 from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.config.settings import LOG_LEVEL, MAX_LIVE
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
     TASKS,
+    ControlChanged,
     GroupOffered,
     RunFinished,
     VersionApplied,
@@ -30,6 +33,7 @@ from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.cut_responder import CutResponder
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.record_reader import RecordReader
+from palimpsest.services.rollout.slots import Slots
 from palimpsest.services.rollout.trajectory_sampler import TrajectorySampler
 from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 
@@ -70,7 +74,9 @@ class Worker:
         """control: checks that records of `control` are of the learner that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
-        self._slots = asyncio.Semaphore(max_live)
+        self._slots, self._max_live = Slots(max_live), max_live
+        self._changes = (0, 0)
+        """Number and writer of the newest change that was applied."""
         self._outbox = Outbox(bus)
         self._reader = RecordReader(run, self._outbox, control, limit, worker=name)
         self._interruption = CutResponder(
@@ -209,6 +215,8 @@ class Worker:
                 match message:
                     case VersionPublished():
                         newest = max(newest, message.version)
+                    case ControlChanged(what="settings"):
+                        self._use_settings(message)
                     case RunFinished() if record.offset >= known[record.partition]:
                         logger().info("run finished", version=message.version)
                         self.stop()
@@ -221,6 +229,17 @@ class Worker:
                 self._interruption.apply()
             if not records and self._interruption.cut is not None and await control.ends() == read:
                 self._interruption.note_end_of_log()
+
+    def _use_settings(self, change: ControlChanged) -> None:
+        """Use those settings of a change that concern a worker. A worker that starts reads all changes of the run."""
+        if not change.follows(*self._changes):
+            return
+        self._changes = (change.number, change.writer)
+        if (size := change.after.get(MAX_LIVE)) is not None:
+            self._slots.resize(min(int(size), self._max_live))  # the engine was started for no more
+            logger().info("setting", key=MAX_LIVE, value=size, by=change.who)
+        if (level := change.after.get(LOG_LEVEL)) is not None:
+            logs.set_level(str(level))
 
     async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots become free."""

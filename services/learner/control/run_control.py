@@ -206,12 +206,18 @@ def refuse_passed(config: RunConfig, trained_versions: int) -> None:
 
 
 def refuse_missing_parts(config: RunConfig, started_with: RunConfig) -> None:
-    """Raise SettingRefused if the settings need a part that the learner builds only at its start."""
+    """Raise SettingRefused if the settings need a part that a service builds only at its start."""
     if config.learner.audit.fraction and not started_with.learner.audit.fraction:
         raise SettingRefused(
             "needs_new_run",
             "learner.audit.fraction is 0 in the run file, so the learner holds no model to audit with: start a run "
             "with a fraction above 0",
+        )
+    if config.rollout.max_live > (most := started_with.rollout.max_live):
+        raise SettingRefused(
+            "needs_new_run",
+            f"rollout.max_live is {most} in the run file, and the engines were started for no more trajectories: use "
+            f"{most} or fewer, or continue the run with --resume and a higher value",
         )
 
 

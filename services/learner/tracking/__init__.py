@@ -1,0 +1,1 @@
+"""Sends the values of each version to TensorBoard, wandb or mlflow (docs/tracking.md)."""
