@@ -31,8 +31,8 @@ OUR_MODULES = {"palimpsest", "bench", "tools", "tests"}
 PART_OF_PYDANTIC = "pydantic_core"
 """Each release of pydantic requires exactly one version of it."""
 
-OF_OTHER_ENVIRONMENTS = {"openreward", "openenv", "fastmcp", "gymnasium"}
-"""Modules of tests/contract/adapters, whose programs run in environments of their own."""
+OF_OTHER_ENVIRONMENTS = {"openreward", "openenv", "fastmcp", "gymnasium", "mlflow"}
+"""Modules of tests/contract/adapters and tests/processes/track.py, whose programs run in environments of their own."""
 
 NUMERIC = {"torch", "transformers"}
 """Packages that compute log-probs: a minor release may change the values."""
