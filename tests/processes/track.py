@@ -1,4 +1,4 @@
-"""Tracks a run that is started twice, and prints what the system holds: -m tests.processes.track wandb|mlflow FOLDER."""
+"""Tracks a run that is started twice; prints what the system holds: -m tests.processes.track wandb|mlflow FOLDER."""
 
 import json
 import sys
