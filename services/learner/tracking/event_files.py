@@ -17,7 +17,7 @@ class EventFiles:
 
         # TensorBoard does not show the values of later versions that earlier files hold
         purge_step = kept + 1 if kept or self._folder.exists() else None
-        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
 
     def log(self, version: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
