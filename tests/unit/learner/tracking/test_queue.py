@@ -61,7 +61,7 @@ def test_a_tracker_that_hangs_blocks_nothing_and_drops_are_counted() -> None:
     for version in range(1, 6):  # two of these wait
         queue.add(a_line(version))
     assert dropped("full") - before == 3
-    queue.close(limit_s=0.0)  # gives up at once: the run ends although the tracker hangs
+    queue.close(limit_s=0.0)  # waits no longer: the run ends although the tracker hangs
     tracker.gate.set()
 
 
