@@ -136,6 +136,8 @@ COMMON_RULES = (
 OPEN = frozenset({"/healthz", "/readyz", "/"})
 """Paths that need no token. `/` is the learner's page, which holds nothing of the run: its requests need a token."""
 METRICS = "/metrics"
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,10 @@ class Access:
 
         Raises HttpError (401, 403) if the request is not permitted. Without a rule, it needs the role `service`.
         """
-        self._check_host([value for name, value in headers if name == b"host"])
+        hosts = [value for name, value in headers if name == b"host"]
+        self._check_host(hosts)
+        if self.tokens is None and method not in READING:
+            _check_origin([value for name, value in headers if name == b"origin"], hosts)
         if path in OPEN or (path == METRICS and self.metrics is None):
             return None
         sent = bearer(headers)
@@ -190,6 +195,15 @@ class Access:
         name = match[1].strip("[]").lower()
         if name not in self.hosts and not _is_address(name):
             raise HttpError(403, "wrong_host", f"the Host header names {name}, which is not a name of this service")
+
+
+def _check_origin(origins: Sequence[bytes], hosts: Sequence[bytes]) -> None:
+    """Refuse a change that a page of another site sends through the browser of a person on this machine.
+
+    A browser names the site in Origin. Other clients send none. Where a token is needed, such a page has none.
+    """
+    if origins and [origin.partition(b"://")[2] for origin in origins] != list(hosts):
+        raise HttpError(403, "wrong_origin", "a page of another site sent the request: use the page of this service")
 
 
 def needed_roles(method: str, path: str, rules: Sequence[AccessRule]) -> tuple[Role, ...]:

@@ -166,3 +166,26 @@ def test_any_other_address_needs_a_token(host: str) -> None:
         assert str(error.value).startswith(f"learner.host: {host or 'every address'} can be reached from outside")
         assert "set PALIMPSEST_SERVICE_TOKEN" in str(error.value)
     require_token_off_loopback(host, access(*TOKENS), key="learner")
+
+
+@pytest.mark.parametrize(
+    ("method", "origin", "refused"),
+    [
+        ("POST", None, False),
+        ("POST", b"http://127.0.0.1:8000", False),
+        ("POST", b"http://127.0.0.1:9000", True),
+        ("PATCH", b"https://example.com", True),
+        ("POST", b"null", True),
+        ("GET", b"https://example.com", False),
+    ],
+)
+def test_without_tokens_a_page_of_another_site_changes_nothing(
+    method: str, origin: bytes | None, refused: bool
+) -> None:
+    headers = [(b"host", b"127.0.0.1:8000"), *([(b"origin", origin)] if origin else [])]
+    try:
+        Access(hosts=frozenset({"localhost"})).check(method, "/v1/actions/stop", headers, COMMON_RULES)
+        answer = None
+    except HttpError as error:
+        answer = error.body["code"]
+    assert answer == ("wrong_origin" if refused else None)
