@@ -48,7 +48,9 @@ env_gateway.plugins = { NAME = "package.module:Class" }."""
 ACTIONS = ("list", "show", "check", "play")
 CHECKED_SEEDS = 4
 WIDTH = 110
-START_WAIT_S = 2.0
+PROCESSES = 8
+"""Two sessions side by side, and earlier ones whose adapters are closing."""
+START_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
     own = sorted({blueprint.module for blueprint in blueprints.values()})
     modules = (*own, *adapter_entries.modules(gateway.adapters))
     pool = Pool(
-        limit=2,
+        limit=PROCESSES,
         wait_s=START_WAIT_S,
         call_limit_s=gateway.step_limit_s,
         modules=modules,

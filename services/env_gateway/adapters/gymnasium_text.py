@@ -16,7 +16,7 @@ class GymnasiumText(TextAdapter):
     def begin(self, seed: int) -> Sequence[Message]:
         self.needed("id")
         gymnasium = self.imported("gymnasium")
-        self._environment = gymnasium.make(self.settings.id)
+        self._environment = gymnasium.make(self.settings.id, disable_env_checker=True)  # it warns in each session
         spaces = self._environment.observation_space, self._environment.action_space
         if not all(isinstance(space, gymnasium.spaces.Text) for space in spaces):
             kinds = " and ".join(type(space).__name__ for space in spaces)
