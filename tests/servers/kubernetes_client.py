@@ -53,7 +53,9 @@ class Kubernetes:
 
     def delete(self, version: str, kind: str, name: str, namespace: str = "", grace_s: int | None = None) -> None:
         """Delete an object. grace_s 0: at once, as a kubelet does after the containers ended."""
-        query = {} if grace_s is None else {"gracePeriodSeconds": grace_s}
+        query: Object = {"propagationPolicy": "Background"}  # without it, the pods of a Job stay
+        if grace_s is not None:
+            query["gracePeriodSeconds"] = grace_s
         self._sent("DELETE", self._path(version, kind, namespace, name), params=query)
 
     def evict(self, pod: str, namespace: str) -> None:

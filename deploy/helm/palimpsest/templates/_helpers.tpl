@@ -342,3 +342,12 @@ kueue.x-k8s.io/priority-class: {{ . }}
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* `suspend` of an object that Kueue starts. Arguments: root, version, kind, name. Helm resets what others changed, so an
+upgrade must render what it finds: it would suspend the pods of a run that Kueue has started. */}}
+{{- define "palimpsest.suspend" -}}
+{{- if .root.Values.kueue.queueName }}
+{{- $live := lookup .version .kind .root.Release.Namespace .name }}
+suspend: {{ if $live }}{{ dig "spec" "suspend" false $live }}{{ else }}true{{ end }}
+{{- end }}
+{{- end }}
