@@ -13,6 +13,7 @@ PROGRAMS = {
     "tail": "lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule for batches",
     "gateway": "steps through the gateway beside a bare echo: latency, processor time, memory",
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
+    "snapshots": "versions as deltas: bytes stored, time to encode, time to move a copy, memory",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }
 
@@ -20,7 +21,7 @@ PROGRAMS = {
 def main() -> int:
     """Run a program. Prints its result as the last line on standard output, as JSON."""
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
-        print("usage: python -m bench NAME [OPTIONS]\n" + "\n".join(f"  {n:8} {what}" for n, what in PROGRAMS.items()))
+        print("usage: python -m bench NAME [OPTIONS]\n" + "\n".join(f"  {n:9} {what}" for n, what in PROGRAMS.items()))
         return 0 if sys.argv[1:2] in ([], ["--help"], ["-h"]) else 2
     program = importlib.import_module(f"bench.{sys.argv[1]}")
     print(json.dumps(program.main(sys.argv[2:])))

@@ -121,6 +121,20 @@ def acls(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def store(arguments: Sequence[str]) -> None:
+    """List, show, check, export and import the stored versions of a run."""
+    from palimpsest.store_command import store as command
+
+    command(arguments)
+
+
+def pin(arguments: Sequence[str]) -> None:
+    """Keep a version of a running run, or release it."""
+    from palimpsest.store_command import pin as command
+
+    command(arguments)
+
+
 def control(name: str) -> Command:
     """Return the command that shows or changes a running run."""
 
@@ -153,6 +167,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "audit": (audit, "recompute the counts of a run from its stored data and print every disagreement"),
     "dead-letters": (dead_letters, "list or replay the records that could not be used"),
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),
+    "store": (store, "list, show, check, export and import the stored versions of a run"),
+    "pin": (pin, "keep a version of a running run, or release it"),
     "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
     "token": (token, "make a token for the HTTP services, and its line for the tokens file"),
     "acls": (acls, "print the commands that give each role its rights on Kafka"),

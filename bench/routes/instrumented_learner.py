@@ -23,7 +23,7 @@ from palimpsest.common import logs
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Starting, Stop
-from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.versions import Version
@@ -98,11 +98,13 @@ class CountingStore(SnapshotClient):
 
     timer: VersionTimer
 
-    def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
+    @contextmanager
+    def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
         """See SnapshotClient."""
         self.timer.counts["loads"] += 1
         self.timer.counts["fetched_bytes"] += manifest.object_size
-        return super().tensors(manifest)
+        with super().object(manifest) as chunks:
+            yield chunks
 
 
 class InstrumentedTrainer(Trainer):

@@ -15,7 +15,9 @@ from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.offline import open_offline
+from palimpsest.services.snapshot_store.pins import KEY, Pins
 from palimpsest.services.snapshot_store.storage import Unavailable
 
 _MANIFEST = re.compile(r"versions/(\d+)\.json")
@@ -30,7 +32,7 @@ class StoredVersions:
         self._run, self._place = config.run.id, _place(config)
         self._runner = asyncio.Runner()
         try:
-            with self._user_errors():
+            with self.user_errors():
                 self._storage = self._runner.run(open_offline(config))
         except BaseException:
             self._runner.close()
@@ -46,7 +48,7 @@ class StoredVersions:
 
     def numbers(self) -> list[int]:
         """Return all versions in the store, ascending."""
-        with self._user_errors():
+        with self.user_errors():
             keys = self._runner.run(self._storage.keys("versions/"))
         return sorted(int(match[1]) for key in keys if (match := _MANIFEST.fullmatch(key)))
 
@@ -57,21 +59,18 @@ class StoredVersions:
             raise UserError(f"run {self._run} has published no version: {self._place} has none")
         number = there[-1] if version is None else version
         key = f"versions/{number:08d}.json"
-        with self._user_errors():
+        with self.user_errors():
             body = self._runner.run(self._storage.read(key)) if number in there else None
         if body is None:
             raise UserError(
                 f"version {number} of run {self._run} is not in {self._place}. {_listed(there)}; a run keeps older "
                 f"ones with learner.checkpoint.keep"
             )
-        with self._user_errors(f"version {number} ({key})"):
+        with self.user_errors(f"version {number} ({key})"):
             manifest = unseal(body)
             if manifest.version != number:
                 raise Damaged(f"its manifest names version {manifest.version}")
-        if manifest.run != self._run:
-            raise UserError(
-                f"version {number} in {self._place} belongs to run {manifest.run}, not {self._run}: name that run"
-            )
+        self.refuse_other_run(manifest)
         return manifest
 
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
@@ -79,7 +78,7 @@ class StoredVersions:
 
         Builds a version that is stored as a delta in a temporary file.
         """
-        with self._user_errors(f"object {manifest.object}"), tempfile.TemporaryDirectory() as folder:
+        with self.user_errors(f"object {manifest.object}"), tempfile.TemporaryDirectory() as folder:
             if manifest.parent is None:
                 with self.object(manifest) as chunks:
                     yield from decode_tensors(chunks, manifest)
@@ -110,8 +109,42 @@ class StoredVersions:
                 ) from None
             raise Damaged(f"version {manifest.version}: its weights are not in the store") from None
 
+    def sealed(self, version: int) -> bytes:
+        """Return the sealed manifest of a version that is there, as stored."""
+        with self.user_errors():
+            body = self._runner.run(self._storage.read(f"versions/{version:08d}.json"))
+        if body is None:
+            raise UserError(f"version {version} was removed from {self._place} meanwhile")
+        return body
+
+    def pins(self) -> dict[Version, dict[str, float | None]]:
+        """Return the pins that hold now; see Pins."""
+        pins = Pins(self._storage)
+        with self.user_errors(KEY):
+            self._runner.run(pins.open())
+        return pins.all()
+
+    def refuse_other_run(self, manifest: Manifest) -> None:
+        """Raise UserError for a version of another run."""
+        if manifest.run != self._run:
+            raise UserError(
+                f"version {manifest.version} in {self._place} belongs to run {manifest.run}, not {self._run}: name "
+                f"that run"
+            )
+
+    def add(self, manifest: Manifest, sealed: bytes, body: bytes) -> None:
+        """Store a version: its object first. The store's service sees it at its next start."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield body
+
+        with self.user_errors():
+            self._runner.run(self._storage.put(f"objects/{manifest.object}", chunks(), digest=manifest.object))
+            self._runner.run(self._storage.create(f"versions/{manifest.version:08d}.json", sealed))
+
     @contextmanager
-    def _user_errors(self, what: str = "") -> Iterator[None]:
+    def user_errors(self, what: str = "") -> Iterator[None]:
+        """Raise UserError for the errors of the storage in the block. what: the subject of a message about damage."""
         try:
             yield
         except Unavailable as error:

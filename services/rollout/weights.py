@@ -51,7 +51,7 @@ class WeightSync:
     ) -> None:
         """folder: holds the present weights. shared: the folder of downloads for all workers of this machine; None: one
         beside `folder`."""
-        self._engine = engine
+        self._engine, self._store, self._folder = engine, store, folder
         self._tolerance, self._report = tolerance, report
         self._announced = asyncio.Event()
         self._newest = Version(-1)

@@ -7,7 +7,7 @@ GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}; the lease expires unless it is repeated
 DELETE /v1/leases/{holder}      204, 404 no such lease
 and /v1/objects, /v1/claims: see routes_blobs.py; /v1/writers, /v1/checkpoints: see routes_writers.py;
-/v1/members: see routes_members.py
+/v1/members: see routes_members.py; /v1/pins: see routes_pins.py
 
 Every route answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
 """
@@ -34,7 +34,13 @@ from palimpsest.common.service import Status, application
 from palimpsest.common.snapshots.manifest import Damaged, SealedManifest, unseal
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.services.snapshot_store import instruments, routes_blobs, routes_members, routes_writers
+from palimpsest.services.snapshot_store import (
+    instruments,
+    routes_blobs,
+    routes_members,
+    routes_pins,
+    routes_writers,
+)
 from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict, UnknownParent
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
@@ -110,12 +116,14 @@ def create_app(
         lifespan=lifespan,
         access=access,
         body_limits=BODY_LIMITS,
+        rules=routes_pins.RULES,
     )
     routes_blobs.routes(app, storage, catalog, claims)
     _versions(app, catalog)
     _leases(app, catalog)
     routes_writers.routes(app, catalog.writers)
     routes_members.routes(app, Members())
+    routes_pins.routes(app, catalog)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:

@@ -3,6 +3,7 @@
     objects/<blake3>             weights, named by their content
     versions/<number>.json       a sealed manifest, created once, after its object is stored
     leases.json                  holder -> lowest version that it may still need
+    pins.json                    see pins.py
     writers/, checkpoints/       see writers.py
 
 A version exists as soon as its manifest does. The versions on which a delta depends stay as long as it does. Removal
@@ -19,6 +20,7 @@ import msgspec
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, Parent, unseal
 from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.pins import Pins
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 from palimpsest.services.snapshot_store.uploads import Uploads
@@ -54,10 +56,12 @@ class Catalog:
         self._uploads = Uploads(clock=clock)
         self._changing = asyncio.Lock()
         self.writers = Writers(storage, self._changing)
+        self.pins = Pins(storage)
 
     async def open(self) -> None:
-        """Read versions and leases. Raises Damaged, with the file, if a manifest, commit or lease is invalid."""
+        """Read versions, leases and pins. Raises Damaged, with the file, if one of them or a commit is invalid."""
         await self.writers.open()
+        await self.pins.open()
         for key in await self._storage.keys("versions/"):
             if match := _NUMBER.fullmatch(key):
                 body = await self._storage.read(key)
@@ -157,6 +161,18 @@ class Catalog:
             await self._write_leases()
             return True
 
+    async def pin(self, version: Version, name: str, *, seconds: float | None) -> float | None:
+        """Keep a version, and those on which it depends; see Pins. Raises KeyError if the store does not hold it."""
+        async with self._changing:  # no sweep between the check and the pin
+            if version not in self._manifests:
+                raise KeyError(version)
+            return await self.pins.pin(version, name, seconds=seconds)
+
+    async def unpin(self, version: Version, name: str) -> bool:
+        """Release a pin durably. Return whether it existed."""
+        async with self._changing:
+            return await self.pins.unpin(version, name)
+
     async def _write_leases(self) -> None:
         text = msgspec.json.encode(self._leases)
 
@@ -177,7 +193,9 @@ class Catalog:
         """Remove expired leases, then the versions and objects that no lease needs. Return the removed versions."""
         async with self._changing:
             await self._expire_leases()
-            gone = removable(self._manifests.keys(), self._leases, parents=self._parent_of)
+            gone = removable(
+                self._manifests.keys(), self._leases, pinned=self.pins.all().keys(), parents=self._parent_of
+            )
             for version in sorted(gone, key=self._removal_order):
                 await self._storage.delete(_manifest_key(version))
                 del self._manifests[version]

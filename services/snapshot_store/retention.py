@@ -11,9 +11,10 @@ def removable(
     versions: Collection[Version],
     leases: Mapping[str, Version],
     *,
+    pinned: Collection[Version] = (),
     parents: Callable[[Version], Parent | None] = lambda _: None,
 ) -> set[Version]:
-    """Return the versions below every lease, except the newest, and those that no version depends on that stays.
+    """Return the versions below every lease, except the newest, pinned ones and those on which one that stays depends.
 
     Without leases, no version is removable. parents: the version with which a delta begins.
 
@@ -29,5 +30,5 @@ def removable(
         return set()
     lowest = min(leases.values())
     newest = max(versions)
-    stay = {version for version in versions if version >= lowest or version == newest}
+    stay = {version for version in versions if version >= lowest or version == newest or version in pinned}
     return set(versions) - stay - ancestors(stay, parents)

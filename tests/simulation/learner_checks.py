@@ -9,10 +9,11 @@ import torch
 
 from palimpsest.common.bus.port import Outgoing, Position
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import pad
-from palimpsest.services.learner.model.weights import load_weights
+from palimpsest.services.learner.model.weights import EditableModel
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 from tests.runs.fencing import check_whole
 from tests.runs.run_process import history
@@ -76,7 +77,7 @@ def old_logprobs_are_exact(schedule: LearnerSchedule, client: SnapshotClient) ->
     tables: dict[Version, Any] = {}
     for version in client.versions():
         model = Table()
-        load_weights(model, list[RawTensor](client.tensors(client.manifest(version))))
+        Walker(client, EditableModel(model)).move(version)  # from the base of its chain
         tables[version] = model_scorer(model, torch.device("cpu"))
     for _, _, row in schedule.trained:
         for version in set(row.versions.tolist()) - {UNTRAINABLE}:

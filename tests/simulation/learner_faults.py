@@ -64,10 +64,10 @@ class Fault:
 
 
 def places() -> list[str]:
-    """All failpoints in the source of the learner and the workers."""
+    """All failpoints in the source of the learner, the workers and the client of the store."""
     found = set()
-    for service in ("learner", "rollout"):
-        for path in (ROOT / "services" / service).rglob("*.py"):
+    for folder in ("services/learner", "services/rollout", "common/snapshots"):
+        for path in (ROOT / folder).rglob("*.py"):
             found |= set(re.findall(r"failpoints\.reach\(\"([^\"]+)\"\)", path.read_text()))
     return sorted(found)
 

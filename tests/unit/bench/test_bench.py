@@ -45,7 +45,7 @@ def measured(*arguments: str) -> dict[str, Any]:
 def test_the_list_names_every_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
-    assert names == {"loop", "bus", "ingest", "memory", "mismatch", "routes", "tail"}
+    assert names == {"loop", "bus", "gateway", "ingest", "memory", "mismatch", "routes", "snapshots", "tail", "worlds"}
 
 
 def assert_every_trajectory_is_counted(figures: dict[str, Any]) -> None:
@@ -172,3 +172,15 @@ def test_gateway() -> None:
     assert numbers["steps"] == 100
     assert {"overhead_ms_p50", "cpu_ms_per_step", "rss_mb_per_session"} <= numbers.keys()
     assert set(result["isolated_rss_mb_per_session"]) == {"2"}
+
+
+SNAPSHOTS = ("--versions=4", "--rates=1e-5", "--hidden=32", "--layers=1", "--vocabulary=300", "--tokens=16")
+
+
+@pytest.mark.parametrize("gradients", ["model", "random"])
+def test_versions_as_deltas(gradients: str) -> None:
+    figures = measured("snapshots", *SNAPSHOTS, f"--gradients={gradients}")
+    (case,) = figures["cases"]
+    assert figures["stored_ratio"] == case["stored_ratio"] == round(case["full_bytes"] / case["stored_bytes"], 2)
+    assert case["bases"] >= 1
+    assert 0 < case["changed_share"] < 1

@@ -1,0 +1,281 @@
+"""Versions as deltas: bytes stored, time to encode, time to move a copy, memory.
+
+    .venv/bin/python -m bench snapshots [--versions 64] [--rates 1e-6 1e-5 1e-4 2e-3] [--hidden 384] [--layers 9]
+
+For each learning rate, a Qwen3 model with random weights takes AdamW steps, on random tokens or with --gradients random
+on normal gradients (without a forward pass). The TrainablePolicy of the learner holds the float32 masters; each step
+ends with a version. Each version goes to a real store on a folder, through the learner's client and with its choice
+between delta and base, and none is removed: all versions count.
+
+    full copies    the raw bytes of each version
+    as built       each tensor whole, as planes compressed with zstd at level 3, before deltas (codec.encode_base);
+                   measured on the first version
+    EWMA           a float32 average and a copy in the model's dtype (proximal/surrogates/ewma_prox.py)
+    ours           the objects in the store, bases included, and the manifests
+
+    stored_ratio              full copies / ours
+    bytes_per_changed_weight  bytes of the deltas / bf16 weights that changed
+    resident_ratio_to_ewma    memory of the shadow copy / memory of EWMA; `_bf16_average`: against an average in bf16
+    hop_speedup               wall time to load a version as built / of one hop, both with all digests; the hop also
+                              downloads from the store, the load does not; `_processor`: of processor time
+    raw_map                   copying a version from a raw memory map into the model, without a digest
+    encode_mb_per_s_core      raw bytes of the versions stored as deltas / processor seconds of their encoding, digests
+                              included
+    publish_stall_share       time of a version with publishing / without, minus 1: publishing is on the training path
+
+Prints one JSON line: settings, a list of cases, and the values of the first rate at the top level.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.chain import ChainCost
+from palimpsest.common.snapshots.client import ParentWeights, RawTensor, SnapshotClient
+from palimpsest.common.snapshots.codec import decode_base, encode_base
+from palimpsest.common.snapshots.encoding import encode_version
+from palimpsest.common.snapshots.manifest import ITEMSIZE, Parent, seal
+from palimpsest.common.snapshots.walker import Walker
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.model.weights import EditableModel, load_weights, named_weights, raw_tensors
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+
+HOPS = 6
+"""Hops, and encodings on one thread, that are timed."""
+
+
+def main(words: Sequence[str]) -> dict[str, Any]:
+    """Measure every learning rate. Returns the result."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m bench snapshots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--versions", type=int, default=64)
+    arguments.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4, 2e-3])
+    arguments.add_argument("--hidden", type=int, default=384)
+    arguments.add_argument("--layers", type=int, default=9)
+    arguments.add_argument("--vocabulary", type=int, default=32000)
+    arguments.add_argument("--tokens", type=int, default=256, help="tokens of a step")
+    arguments.add_argument("--gradients", choices=("model", "random"), default="model")
+    options = arguments.parse_args(words)
+    cases = [_case(rate, options) for rate in options.rates]
+    top = (
+        "stored_ratio",
+        "bytes_per_changed_weight",
+        "hop_speedup",
+        "hop_speedup_processor",
+        "encode_mb_per_s_core",
+        "publish_stall_share",
+    )
+    return {
+        "bench": "snapshots",
+        "versions": options.versions,
+        "threads": torch.get_num_threads(),
+        **{name: cases[0][name] for name in top},
+        **{name: cases[0][name] for name in ("parameters", "resident_ratio_to_ewma", "resident_ratio_to_bf16_average")},
+        "cases": cases,
+    }
+
+
+def _model(options: argparse.Namespace) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=options.vocabulary, hidden_size=options.hidden, num_hidden_layers=options.layers,
+        intermediate_size=4 * options.hidden, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model: torch.nn.Module = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    return model
+
+
+def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    model = _model(options)
+    policy = TrainablePolicy(model, OptimizerConfig(lr=rate))
+    tokens = torch.Generator().manual_seed(1)
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="palimpsest-bench-"))
+        stack.callback(shutil.rmtree, folder)
+        server = stack.enter_context(
+            Server(create_app(DiskStorage(folder), sweep_s=1e6), "127.0.0.1", 0, key="snapshot_store")
+        )
+        store = stack.enter_context(SnapshotClient(f"http://127.0.0.1:{server.port}"))
+        versions = _Published(store)
+        steps, publishes = [], []
+        for version in range(options.versions):
+            began = time.perf_counter()
+            if version:
+                if options.gradients == "model":
+                    batch = torch.randint(options.vocabulary, (2, options.tokens // 2), generator=tokens)
+                    model(input_ids=batch, labels=batch).loss.backward()
+                else:
+                    for gradient in policy.gradients():
+                        gradient.normal_(std=1e-3, generator=tokens)
+                policy.step()
+            trained = time.perf_counter()
+            versions.publish(Version(version), model)
+            if version:
+                steps.append(trained - began)
+                publishes.append(time.perf_counter() - trained)
+        hops = versions.hops(_model(options))
+    raw = versions.raw_bytes
+    as_built = _as_built(versions.last, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "learning_rate": rate,
+        "parameters": parameters,
+        "changed_share": round(mean(versions.shares), 5),
+        "changed_share_first_to_last": [round(versions.shares[0], 5), round(versions.shares[-1], 5)],
+        "bases": versions.bases,
+        "full_bytes": raw * options.versions,
+        "as_built_bytes": as_built["bytes"] * options.versions,
+        "stored_bytes": versions.stored,
+        "stored_ratio": round(raw * options.versions / versions.stored, 2),
+        "stored_ratio_to_as_built": round(as_built["bytes"] * options.versions / versions.stored, 2),
+        "bytes_per_changed_weight": versions.bytes_per_changed(),
+        "encode_mb_per_s_core": versions.encode_rate(),
+        "base_mb_per_s_core": round(raw / 1e6 / versions.base_seconds),
+        "hop": (hop := _medians(hops)),
+        "load_as_built": as_built["load"],
+        "raw_map": as_built["raw_map"],
+        "hop_speedup": round(as_built["load"]["wall_s"] / hop["wall_s"], 2),
+        "hop_speedup_processor": round(as_built["load"]["processor_s"] / hop["processor_s"], 2),
+        "resident_ratio_to_ewma": round(2 / 6, 3),
+        "resident_ratio_to_bf16_average": round(2 / 2, 3),
+        "publisher_copy_bytes": raw,
+        "version_s": round(median(steps), 4),
+        "publish_s": round(median(publishes), 4),
+        "publish_stall_share": round(median(publishes) / median(steps), 4),
+    }
+
+
+class _Published:
+    """Publishes versions as the learner does, and counts."""
+
+    def __init__(self, store: SnapshotClient) -> None:
+        self._store, self._writer = store, Writer(store)
+        self._writer.begin()
+        self._parent: ParentWeights | None = None
+        self.shares: list[float] = []
+        self.stored = self.bases = self.raw_bytes = 0
+        self._deltas: list[tuple[int, int, float]] = []
+        self.base_seconds = 0.0
+        self.last: list[RawTensor] = []
+        self._newest = Version(0)
+
+    def publish(self, version: Version, model: torch.nn.Module) -> None:
+        """Store the model's weights; see Publisher."""
+        weights = [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]
+        parent = self._parent
+        manifest = self._store.put("bench", version, weights, (), writer=self._writer.epoch, parent=parent)
+        cost = (parent.cost if parent else ChainCost(manifest.object_size)).after(manifest)
+        self.raw_bytes = sum(len(tensor.raw) for tensor in weights)
+        self.stored += manifest.object_size + len(seal(manifest))
+        self.bases += manifest.parent is None
+        self._count(weights, parent, delta=manifest.object_size if manifest.parent else None)
+        own = {tensor.name: tensor.raw for tensor in weights}
+        self._parent = ParentWeights(Parent(version, manifest.digest), own, cost)
+        self.last, self._newest = weights, version
+
+    def _count(self, weights: list[RawTensor], parent: ParentWeights | None, *, delta: int | None) -> None:
+        """Count the changed weights, and time the encoding again on one thread for the first versions."""
+        began = time.process_time()
+        if parent is None:
+            with tempfile.TemporaryFile() as file:
+                encode_version(weights, None, file, level=3, threads=1)
+            self.base_seconds = time.process_time() - began
+            return
+        changed = sum(
+            int(np.count_nonzero(tensor.raw.view(np.uint16) != parent.raw[tensor.name].view(np.uint16)))
+            for tensor in weights
+        )
+        self.shares.append(changed / (self.raw_bytes / 2))
+        if delta is None:
+            return
+        seconds = 0.0
+        if len(self._deltas) < HOPS:
+            began = time.process_time()
+            with tempfile.TemporaryFile() as file:
+                encode_version(weights, parent.raw, file, level=3, threads=1)
+            seconds = time.process_time() - began
+        self._deltas.append((delta, changed, seconds))
+
+    def bytes_per_changed(self) -> float | None:
+        """Bytes of all deltas for each weight that they change; None without a delta."""
+        changed = sum(each[1] for each in self._deltas)
+        return round(sum(each[0] for each in self._deltas) / changed, 3) if changed else None
+
+    def encode_rate(self) -> int | None:
+        """Raw MB for each processor second of encoding a delta; None without a delta."""
+        timed = [each[2] for each in self._deltas if each[2]]
+        return round(self.raw_bytes / 1e6 / median(timed)) if timed else None
+
+    def hops(self, model: torch.nn.Module) -> list[tuple[float, float]]:
+        """Wall and processor seconds of hops back from the newest version; each verifies all digests."""
+        walker, seconds = Walker(self._store, EditableModel(model)), []
+        walker.move(self._newest)
+        for version in range(self._newest - 1, max(-1, self._newest - 1 - HOPS), -1):
+            began = _now()
+            walker.move(Version(version))
+            seconds.append(_since(began))
+        return seconds
+
+
+def _as_built(weights: list[RawTensor], model: torch.nn.Module) -> dict[str, Any]:
+    """The size of a version before deltas, and seconds to load it into the model, and from a raw memory map."""
+    frames = [encode_base(tensor.raw, itemsize=ITEMSIZE[tensor.dtype], level=3) for tensor in weights]
+    loads, maps = [], []
+
+    def decoded() -> Any:
+        for tensor, frame in zip(weights, frames, strict=True):
+            raw = decode_base(frame, itemsize=ITEMSIZE[tensor.dtype], size=len(tensor.raw))
+            blake3(raw.data).hexdigest()
+            yield replace(tensor, raw=raw)
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(tensor.raw.tobytes() for tensor in weights))
+        file.flush()
+        for _ in range(3):
+            began = _now()
+            load_weights(model, decoded())
+            loads.append(_since(began))
+            began = _now()
+            mapped, start = np.memmap(file.name, np.uint8, "r"), 0
+            for tensor, target in zip(weights, named_weights(model).values(), strict=True):
+                part = np.array(mapped[start : start + len(tensor.raw)])
+                target.copy_(torch.from_numpy(part).view(target.dtype).reshape(target.shape))
+                start += len(tensor.raw)
+            maps.append(_since(began))
+    return {"bytes": sum(map(len, frames)), "load": _medians(loads), "raw_map": _medians(maps)}
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(began: tuple[float, float]) -> tuple[float, float]:
+    """Wall and processor seconds since `began`."""
+    wall, processor = _now()
+    return wall - began[0], processor - began[1]
+
+
+def _medians(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+    return {
+        "wall_s": round(median(wall for wall, _ in times), 5),
+        "processor_s": round(median(processor for _, processor in times), 5),
+    }

@@ -1,0 +1,85 @@
+"""Versions as a tar file: the sealed manifests and the objects of a version and of those on which it depends."""
+
+import io
+import tarfile
+from pathlib import Path
+
+from blake3 import blake3
+
+from palimpsest.common.files import atomic_write
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.text import count
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.export.stored_version import StoredVersions
+
+MOST_MANIFEST = 32 << 20
+"""Maximum size of a manifest, in bytes, as the store accepts it."""
+
+
+def write_archive(stored: StoredVersions, version: int, path: Path) -> str:
+    """Write a version and its chain. Return a sentence. Raises UserError; then no file is left."""
+    chain = [stored.manifest(version)]
+    while (parent := chain[-1].parent) is not None:
+        chain.append(stored.manifest(parent.version))
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for manifest in reversed(chain):  # the base first: an import adds no delta before its parent
+            with stored.user_errors(f"version {manifest.version}"):
+                with stored.object(manifest) as chunks:
+                    body = b"".join(chunks)
+                _add(archive, f"objects/{manifest.object}", body)
+                _add(archive, f"versions/{manifest.version:08d}.json", stored.sealed(manifest.version))
+    return f"{path}: {count(len(chain), 'version')}, digest {chain[0].digest}"
+
+
+def read_archive(stored: StoredVersions, path: Path) -> str:
+    """Add the versions of the file to the store. Return a sentence.
+
+    Versions that the store holds with the same weights stay as they are. Raises UserError if the file is damaged, of
+    another run, or holds other weights under a number of the store; nothing before that place is taken back.
+    """
+    bodies: dict[str, bytes] = {}
+    added, there = 0, 0
+    try:
+        with tarfile.open(path, mode="r:") as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                if file is None:
+                    raise Damaged(f"{member.name} is not a file")
+                folder, _, name = member.name.partition("/")
+                if folder == "objects":
+                    bodies = {name: file.read()}
+                    if blake3(bodies[name]).hexdigest() != name:
+                        raise Damaged(f"the bytes of object {name[:12]} have another digest")
+                    continue
+                if member.size > MOST_MANIFEST:
+                    raise Damaged(f"{member.name} has {member.size} bytes")
+                sealed = file.read()
+                manifest = unseal(sealed)
+                new = _import(stored, manifest, sealed, bodies.get(manifest.object))
+                added, there = added + new, there + (not new)
+    except (OSError, tarfile.TarError, Damaged) as error:
+        raise UserError(f"{path} is not a file of `palimpsest store export`: {error}", ExitCode.DAMAGED) from None
+    return f"{count(added, 'version')} added, {there} were there"
+
+
+def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, body: bytes | None) -> bool:
+    if body is None:
+        raise Damaged(f"the object of version {manifest.version} is missing")
+    stored.refuse_other_run(manifest)
+    if manifest.version in stored.numbers():
+        if stored.manifest(manifest.version).digest != manifest.digest:
+            raise UserError(f"version {manifest.version} of the store has other weights: nothing was replaced")
+        return False
+    if manifest.parent is not None and (
+        manifest.parent.version not in stored.numbers()
+        or stored.manifest(manifest.parent.version).digest != manifest.parent.digest
+    ):
+        raise Damaged(f"version {manifest.version} is a delta to version {manifest.parent.version}, which is missing")
+    stored.add(manifest, sealed, body)
+    return True
+
+
+def _add(archive: tarfile.TarFile, name: str, body: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(body)
+    archive.addfile(member, io.BytesIO(body))

@@ -1,0 +1,146 @@
+"""`palimpsest store`: lists, shows, checks, exports and imports versions, deltas included."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from palimpsest import store_command
+from palimpsest.common.service import Server
+from palimpsest.common.snapshots.chain import ChainCost
+from palimpsest.common.snapshots.client import ParentWeights, RawTensor, SnapshotClient
+from palimpsest.common.snapshots.manifest import Parent
+from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.common.versions import Version
+from palimpsest.services.snapshot_store.app import create_app
+from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.records.stored_runs import a_run
+
+
+def weights(version: int) -> np.ndarray:
+    raw = np.random.default_rng(0).integers(0, 256, 4000, dtype=np.uint8)
+    raw.view(np.uint16)[: 20 * version] += 1
+    return raw
+
+
+@pytest.fixture
+def home(tmp_path: Path, starting_model: Path) -> Path:
+    """A run with versions 0 to 2, of which 1 and 2 are deltas."""
+    home = a_run(tmp_path / "first", starting_model)
+    fill(home, 3)
+    return home
+
+
+def fill(home: Path, versions: int) -> None:
+    with (
+        Server(
+            create_app(DiskStorage(home / "snapshots"), sweep_s=3600), "127.0.0.1", 0, key="snapshot_store"
+        ) as server,
+        SnapshotClient(f"http://127.0.0.1:{server.port}") as client,
+    ):
+        Writer(client).begin()
+        parent = None
+        for version in range(versions):
+            raw = weights(version)
+            manifest = client.put(
+                home.name, Version(version), [RawTensor("w", "bfloat16", (2000,), raw)], [], writer=1, parent=parent
+            )
+            cost = parent.cost if parent else ChainCost(manifest.object_size)
+            parent = ParentWeights(Parent(Version(version), manifest.digest), {"w": raw}, cost.after(manifest))
+        assert manifest.encoding == ("delta" if versions > 1 else "slices")
+
+
+def lines(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    capsys.readouterr()
+    store_command.store([str(word) for word in words])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_versions_are_listed_and_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = lines(capsys, "ls", home)
+    assert [line.split()[0] for line in listed[:3]] == ["0", "1", "2"]
+    assert "in full" in listed[0]
+    assert "delta to 1" in listed[2]
+    shown = lines(capsys, "show", home, 2)
+    assert any(line.startswith("chain    2 <- 1 <- 0: ") for line in shown)
+    assert any(line.startswith("  w  bfloat16 [2000]  ") for line in shown)
+
+
+def test_a_flipped_bit_in_any_object_damages_the_versions_that_need_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [line.partition(":")[2] for line in lines(capsys, "verify", home)] == [" every digest is right"] * 3
+    for path in sorted((home / "snapshots" / "objects").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match="damaged") as error:
+            lines(capsys, "verify", home)
+        assert error.value.code is ExitCode.DAMAGED
+        path.write_bytes(whole)
+    assert len(lines(capsys, "verify", home, 2)) == 1
+
+
+def test_a_version_moves_to_another_store_with_its_chain(
+    home: Path, tmp_path: Path, starting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "two.tar"
+    assert "3 versions" in lines(capsys, "export", home, 2, archive)[0]
+    (tmp_path / "elsewhere").mkdir()
+    other = a_run(tmp_path / "elsewhere" / "first", starting_model)
+    assert lines(capsys, "import", other, archive) == ["3 versions added, 0 were there"]
+    assert lines(capsys, "import", other, archive) == ["0 versions added, 3 were there"]
+    assert lines(capsys, "ls", other) == lines(capsys, "ls", home)
+    assert len(lines(capsys, "verify", other)) == 3
+
+
+@pytest.mark.parametrize("place", [10, 600, 3000])
+def test_a_damaged_archive_is_refused(
+    home: Path, tmp_path: Path, starting_model: Path, place: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "two.tar"
+    lines(capsys, "export", home, 2, archive)
+    body = bytearray(archive.read_bytes())
+    body[place] ^= 1
+    archive.write_bytes(body)
+    (tmp_path / "elsewhere").mkdir()
+    other = a_run(tmp_path / "elsewhere" / "first", starting_model)
+    with pytest.raises(UserError, match="is not a file of `palimpsest store export`") as error:
+        lines(capsys, "import", other, archive)
+    assert error.value.code is ExitCode.DAMAGED
+    if (other / "snapshots" / "versions").exists():
+        lines(capsys, "verify", other)
+
+
+def test_an_archive_of_another_run_is_refused(
+    home: Path, tmp_path: Path, starting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "two.tar"
+    lines(capsys, "export", home, 2, archive)
+    other = a_run(tmp_path / "second", starting_model)
+    with pytest.raises(UserError, match="belongs to run first, not second"):
+        lines(capsys, "import", other, archive)
+
+
+@pytest.mark.parametrize("words", [[], ["ls"], ["show", "runs/x"], ["ls", "runs/x", "3"], ["copy", "runs/x"]])
+def test_a_wrong_command_line_prints_the_usage(words: list[str]) -> None:
+    with pytest.raises(UserError, match="usage: palimpsest store ls"):
+        store_command.store(words)
+
+
+@pytest.mark.parametrize("words", [["runs/x"], ["runs/x", "1", "--forever"], ["runs/x", "one"]])
+def test_a_wrong_pin_is_refused(words: list[str]) -> None:
+    with pytest.raises(UserError):
+        store_command.pin(words)
+
+
+def test_a_version_of_a_served_store_is_pinned_and_released(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app = create_app(DiskStorage(home / "snapshots"), sweep_s=3600)
+    with Server(app, "127.0.0.1", 0, key="snapshot_store") as server:
+        url = f"http://127.0.0.1:{server.port}"
+        store_command.pin([url, "1", "--name=best"])
+        assert "pinned: best" in lines(capsys, "ls", home)[1]
+        store_command.pin([url, "1", "--name=best", "--release"])
+        assert "pinned" not in lines(capsys, "ls", home)[1]
+        with pytest.raises(UserError, match="version_missing"):
+            store_command.pin([url, "9"])
