@@ -10,10 +10,10 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from palimpsest.services.env_gateway.environments.port import Reply, Score
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
-from palimpsest.services.env_gateway.environments.worlds.case import MAX_TURNS, TASKS, WorldDefinition
-from palimpsest.services.env_gateway.registry import WORLDS
+from palimpsest.common.environments.port import Reply, Score
+from palimpsest.common.environments.tool_calls import read, render
+from palimpsest.common.environments.worlds.case import MAX_TURNS, TASKS, WorldDefinition
+from palimpsest.common.sessions.registry import WORLDS
 
 Policy = Generator[str, str, None]
 """Yields messages of the model and receives the texts of the replies."""

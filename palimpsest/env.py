@@ -5,10 +5,10 @@ with `env_gateway.plugins` and trains on it with `tasks.environments`. `from_too
 class.
 """
 
-from palimpsest.services.env_gateway.authoring.dataset_environment import from_dataset
-from palimpsest.services.env_gateway.authoring.function_environment import Task, from_tools
-from palimpsest.services.env_gateway.authoring.tools import NoSchema, tool
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.authoring.dataset_environment import from_dataset
+from palimpsest.common.environments.authoring.function_environment import Task, from_tools
+from palimpsest.common.environments.authoring.tools import NoSchema, tool
+from palimpsest.common.environments.port import (
     Environment,
     Malformed,
     Message,
@@ -21,7 +21,7 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
+from palimpsest.common.environments.single_call import ToolFailed
 
 __all__ = [
     "Environment",

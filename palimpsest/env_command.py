@@ -13,17 +13,18 @@ from pathlib import Path
 
 from palimpsest.common.config import RunConfig, load
 from palimpsest.common.config.env_gateway import EnvGatewayConfig
+from palimpsest.common.environments.port import EnvironmentFailed, Opening
+from palimpsest.common.environments.reasoning_gym_tasks import DATASETS
+from palimpsest.common.sessions.hosts import EnvironmentHost, InProcess
+from palimpsest.common.sessions.registry import Entry, Registry, built_in
 from palimpsest.common.user_error import UserError
-from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.checks.check import Open, check
 from palimpsest.services.env_gateway.checks.play import play
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
-from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
-from palimpsest.services.env_gateway.hosts import EnvironmentHost, InProcess
+from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
 from palimpsest.services.env_gateway.processes.child import describe_class
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.registry import REASONING_GYM, Entry, Registry
 
 PROGRAM = "palimpsest env"
 USAGE = f"""\
@@ -164,9 +165,9 @@ def _seed(text: str) -> int:
 def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
     """Yield a pool and the built-in and plugged-in environments. Raises UserError."""
     gateway = config.env_gateway if config else EnvGatewayConfig()
-    built_in = registry.built_in()
-    blueprints = plugins.blueprints(gateway.plugins, taken=built_in)
-    adapters = adapter_entries.specs(gateway.adapters, taken={*built_in, *gateway.plugins})
+    families = built_in()
+    blueprints = plugins.blueprints(gateway.plugins, taken=families)
+    adapters = adapter_entries.specs(gateway.adapters, taken={*families, *gateway.plugins})
     own = sorted({blueprint.module for blueprint in blueprints.values()})
     modules = (*own, *adapter_entries.modules(gateway.adapters))
     pool = Pool(
@@ -182,8 +183,8 @@ def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
         yield (
             pool,
             {
-                **built_in,
-                **registry.reasoning_gym(pool),
+                **families,
+                **reasoning_gym(pool),
                 **plugins.entries(pool, blueprints),
                 **adapter_entries.entries(pool, adapters),
             },

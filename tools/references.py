@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from palimpsest.common import instruments, messages, outages
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.sessions import instruments as session_instruments
 from tools import chart, dashboards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ CHART = "deploy/helm/palimpsest"
 VALUES = ROOT / CHART / "values.yaml"
 HEAD = ("| key | values | default | what it does |", "|---|---|---|---|")
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
-SERVICES = ("learner", "learner.replica", "rollout", "env_gateway", "snapshot_store")
+SERVICES = ("learner", "learner.replica", "rollout", "snapshot_store")
 
 
 def main() -> int:
@@ -175,7 +176,7 @@ def metrics() -> str:
         (
             "Every service answers `GET /metrics`. Counters appear with the suffix `_total`, histograms with "
             "`_bucket`, `_sum` and `_count`. `make docs` generates this page from common/outages.py, "
-            "common/instruments.py and each service's instruments.py."
+            "common/instruments.py, common/sessions/instruments.py and each service's instruments.py."
         ),
         "## Alerts",
         (
@@ -200,6 +201,7 @@ def metrics() -> str:
     ]
     for service in SERVICES:
         parts += [f"## {service}", _series(_metrics_of(service))]
+    parts += ["## env_gateway, and rollout for environments that it steps itself", _series([session_instruments])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -174,7 +174,7 @@ def starting_model() -> None:
 def model_digest() -> str:
     """Return the digest of the inputs of the starting model."""
     builder = ROOT / "tools" / "starting_model"
-    sources = sorted(builder.glob("*.py")) + sorted((ROOT / "services/env_gateway/environments").glob("*.py"))
+    sources = sorted(builder.glob("*.py")) + sorted((ROOT / "common/environments").glob("*.py"))
     return digest(*sources, extra=(STAMPS / "environment").read_text())
 
 

@@ -24,9 +24,9 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.common.environments.port import Turn
+from palimpsest.common.environments.tool_calls import read, render
 from palimpsest.services.env_gateway.adapters.mcp_tools import McpTools
-from palimpsest.services.env_gateway.environments.port import Turn
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
 from tools.backends.ports import free
 
 START_S = 120.0

@@ -194,6 +194,10 @@ class RolloutConfig(Service):
     """Name of this worker. It must be unique and must not change when the worker restarts."""
     max_live: Positive = 256
     """Maximum number of concurrent trajectories."""
+    environments: Literal["in_process", "gateway"] | None = None
+    """Where the built-in environments (`lookup`, `hop`, `add` and the worlds) take their steps. `in_process`: in the
+    worker's process, without a request. `gateway`: in the environment gateway, as all other environments always do.
+    None: `in_process` if bus.kind is "sqlite", because all services then share one machine, else `gateway`."""
     attempts: Positive = 3
     """Attempts at a trajectory before the worker drops it as environment_failed or engine_failed."""
     canary_tolerance: PositiveFloat | None = None
@@ -292,6 +296,11 @@ class RunConfig(Section):
     def session_lease_s(self) -> float:
         """Lease of a session, in seconds."""
         return self.env_gateway.lease_s or min(SESSION_LEASE_S, self.tasks.time_limit_s)
+
+    @property
+    def environments_place(self) -> Literal["in_process", "gateway"]:
+        """Where the built-in environments take their steps."""
+        return self.rollout.environments or ("in_process" if self.bus.kind == "sqlite" else "gateway")
 
     @property
     def store_url(self) -> str:

@@ -1,1 +1,1 @@
-"""Sessions with environments: requests and replies of the gateway, and the client of the rollout worker."""
+"""Sessions with environments: their lifecycle, the gateway's requests and replies, and the worker's ways to them."""

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,25 +12,32 @@ import aiohttp
 
 from palimpsest.common.control.credentials import authorization
 from palimpsest.common.outages import GATEWAY, OUTAGES, Outages
-from palimpsest.common.sessions.wire import CreateSession, Lease, Session, Step, TakeStep, TextAction, Wire
+from palimpsest.common.sessions.port import (
+    CAPACITY,
+    DRAINING,
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    PATIENCE_S,
+    UNREACHABLE,
+    SessionFailed,
+)
+from palimpsest.common.sessions.step_batches import StepBatches
+from palimpsest.common.sessions.wire import (
+    BatchedStep,
+    CreateSession,
+    Lease,
+    Session,
+    Step,
+    StepOutcome,
+    TakeStep,
+    TakeSteps,
+    TextAction,
+    Wire,
+)
 
 W = TypeVar("W", bound=Wire)
 TRIES = 6
 """Attempts at a call that the gateway answers with a retryable error."""
-PATIENCE_S = 120.0
-"""Maximum outage of the gateway that a call survives, in seconds. (A restarted gateway has lost its sessions.)"""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.2
-"""Pause before the second attempt, in seconds; it doubles for each further attempt, up to the second value."""
-CAPACITY, DRAINING, UNREACHABLE = "capacity", "draining", "unreachable"
-"""Codes of errors that say nothing about the environment: every place is taken, the gateway stops, or none answers."""
-
-
-class SessionFailed(Exception):
-    """Raised if the gateway or the environment could not serve the request. The reward stays unknown."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
 
 
 class SessionClient:
@@ -53,6 +60,7 @@ class SessionClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None
+        self._batches = StepBatches(self._send_batch, self._step_alone)
 
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(
@@ -67,34 +75,46 @@ class SessionClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._http is not None
+        await self._batches.close()
         await self._http.close()
 
     async def create(self, request: CreateSession, *, idempotency_key: str, capacity_s: float = PATIENCE_S) -> Session:
-        """Create a session. A repeated call with the same key returns the same session. Raises SessionFailed.
-
-        capacity_s: time for a place of the gateway to become free, in seconds.
-        """
+        """See EnvironmentSessions."""
         body = await self._call(
             "POST", "/v1/sessions", request, {"Idempotency-Key": idempotency_key}, capacity_s=capacity_s
         )
         return Session.model_validate_json(body)
 
     async def step(self, session_id: str, number: int, text: str) -> Step:
-        """Send the model message of step `number`. Raises SessionFailed."""
-        taken = TakeStep(step=number, action=TextAction(type="text", text=text))
-        return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/step", taken))
+        """See EnvironmentSessions. Steps that are taken at the same moment share a request."""
+        action = TextAction(type="text", text=text)
+        return await self._batches.step(
+            BatchedStep(session_id=session_id, step=number, action=action), length=len(text)
+        )
 
     async def heartbeat(self, session_id: str) -> Lease:
-        """Renew the lease of a session. Raises SessionFailed."""
+        """See EnvironmentSessions."""
         return Lease.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/heartbeat"))
 
     async def finalize(self, session_id: str) -> Step:
-        """End the session and score the steps so far. Raises SessionFailed."""
+        """See EnvironmentSessions."""
         return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{session_id}/finalize"))
 
     async def close(self, session_id: str) -> None:
-        """Delete the session. Raises SessionFailed."""
+        """See EnvironmentSessions."""
         await self._call("DELETE", f"/v1/sessions/{session_id}")
+
+    async def _step_alone(self, step: BatchedStep) -> Step:
+        taken = TakeStep(step=step.step, action=step.action)
+        return Step.model_validate_json(await self._call("POST", f"/v1/sessions/{step.session_id}/step", taken))
+
+    async def _send_batch(self, steps: Sequence[BatchedStep]) -> AsyncIterator[StepOutcome]:
+        """Yield the outcomes of a batch as they arrive. Raises ClientError, TimeoutError, ValueError."""
+        assert self._http is not None, "use the client as a context manager"
+        data = TakeSteps(steps=tuple(steps)).model_dump_json().encode()
+        async with self._http.post(f"{self._url}/v1/steps", data=data, raise_for_status=True) as reply:
+            async for line in reply.content:
+                yield StepOutcome.model_validate_json(line)
 
     async def _call(
         self,

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Name of an environment. It is looked up in a registry and never joined to a path."""
@@ -96,12 +96,35 @@ class Session(Wire):
     environment_version: str
 
 
+def _no_truth_value(value: Any) -> Any:
+    """Refuse true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a step is a number, not true or false")
+    return value
+
+
 class TakeStep(Wire):
     """POST /v1/sessions/{id}/step"""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0), BeforeValidator(_no_truth_value)]
     """`next_step` of the session. A repeat with the same number and action gets the stored reply."""
     action: Action
+
+
+MAX_BATCH = 64
+"""Maximum number of steps in one request."""
+
+
+class BatchedStep(TakeStep):
+    """A step of one session, in a request with steps of other sessions."""
+
+    session_id: Annotated[str, Field(max_length=64)]
+
+
+class TakeSteps(Wire):
+    """POST /v1/steps"""
+
+    steps: Annotated[tuple[BatchedStep, ...], Field(min_length=1, max_length=MAX_BATCH)]
 
 
 class StepError(Wire):
@@ -124,6 +147,25 @@ class Step(Wire):
     success: bool | None = None
     """Whether the task is solved. Independent of the reward."""
     error: StepError | None = None
+
+
+class StepRefusal(Wire):
+    """Why a step of a batch was not taken: the error that the same step alone would get."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class StepOutcome(Wire):
+    """One line of the reply to a batch: the outcome of one step; either `result` or `refusal` is set."""
+
+    index: int
+    """Position of the step in the request."""
+    result: Step | None = None
+    refusal: StepRefusal | None = None
 
 
 class Lease(Wire):

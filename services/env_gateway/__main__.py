@@ -11,13 +11,15 @@ from palimpsest.common.control.credentials import SECRETS, open_access
 from palimpsest.common.orphans import adopt_orphans
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop, serve
+from palimpsest.common.sessions.registry import built_in
+from palimpsest.common.sessions.sessions import Sessions, limits_of
 from palimpsest.common.user_error import ExitCode
-from palimpsest.services.env_gateway import plugins, registry
+from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.app import create_app
+from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 WAIT_FOR_PROCESS_S = 2.0
 """Time limit for a new session to get a free process, in seconds; then it is refused with 429."""
@@ -31,8 +33,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
     for name in SECRETS:
         os.environ.pop(name, None)  # environments are third-party code and must not read the tokens
     adopt_orphans()
-    adapters = adapter_entries.specs(config.adapters, taken={*registry.built_in(), *config.plugins})
-    plugged_in = plugins.blueprints(config.plugins, taken=registry.built_in())
+    adapters = adapter_entries.specs(config.adapters, taken={*built_in(), *config.plugins})
+    plugged_in = plugins.blueprints(config.plugins, taken=built_in())
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,
@@ -45,15 +47,15 @@ def body(invocation: Invocation, stop: Stop) -> None:
     )
     try:
         offered = {
-            **registry.built_in(),
-            **registry.reasoning_gym(pool),
+            **built_in(),
+            **reasoning_gym(pool),
             **plugins.entries(pool, plugged_in),
             **adapter_entries.entries(pool, adapters),
         }
         plugins.check_tasks(invocation.config.tasks.environments, offered)
         if any(offered[name].isolated for name in invocation.config.tasks.environments):
             pool.warm()
-        sessions = Sessions(offered, _limits(invocation.config))
+        sessions = Sessions(offered, limits_of(invocation.config))
         stop.on_request(sessions.refuse_new)
         app = create_app(
             sessions,
@@ -68,19 +70,9 @@ def body(invocation: Invocation, stop: Stop) -> None:
         pool.stop()
 
 
-def _limits(config: RunConfig) -> SessionLimits:
-    gateway = config.env_gateway
-    return SessionLimits(
-        max_sessions=gateway.max_sessions,
-        lease_s=config.session_lease_s,
-        remember_s=gateway.remember_s,
-        result_bytes=gateway.result_limit_bytes,
-    )
-
-
 def _modules(config: RunConfig, plugged_in: Iterable[EnvironmentSpec]) -> tuple[str, ...]:
     """Return the modules that the fork server preloads: every plugin, and reasoning-gym if the run trains on it."""
-    uses_reasoning_gym = any(name.startswith(registry.REASONING_GYM) for name in config.tasks.environments)
+    uses_reasoning_gym = any(name.startswith(REASONING_GYM) for name in config.tasks.environments)
     return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if uses_reasoning_gym else []))
 
 

@@ -4,6 +4,7 @@ GET     /v1/envs                        all environments
 GET     /v1/envs/{name}
 POST    /v1/sessions                    begin a session; the same Idempotency-Key returns the same session
 POST    /v1/sessions/{id}/step          {"step": next_step, "action": {...}}
+POST    /v1/steps                       {"steps": [{"session_id": id, "step": ..., "action": ...}, ...]}
 POST    /v1/sessions/{id}/heartbeat     renew the lease
 POST    /v1/sessions/{id}/finalize      end the session and score its current state
 GET     /v1/sessions/{id}
@@ -23,6 +24,9 @@ from palimpsest.common.control.access import Access, AccessRule, Role
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import application
+from palimpsest.common.sessions import instruments
+from palimpsest.common.sessions.registry import Entry, Registry
+from palimpsest.common.sessions.sessions import Sessions
 from palimpsest.common.sessions.wire import (
     CreateSession,
     EnvironmentInfo,
@@ -30,12 +34,13 @@ from palimpsest.common.sessions.wire import (
     Session,
     SessionState,
     Step,
+    StepOutcome,
     TakeStep,
+    TakeSteps,
     Wire,
 )
-from palimpsest.services.env_gateway import instruments, raw_routes
-from palimpsest.services.env_gateway.registry import Entry, Registry
-from palimpsest.services.env_gateway.sessions import Sessions
+from palimpsest.services.env_gateway import raw_routes
+from palimpsest.services.env_gateway.batches import take_all
 
 W = TypeVar("W", bound=Wire)
 SWEEP_S = 1.0
@@ -81,7 +86,7 @@ def create_app(
         lifespan=lifespan,
         access=access,
         rules=(*RULES, *drain.RULES),
-        body_limits={"/v1/sessions": request_limit_bytes},
+        body_limits={"/v1/sessions": request_limit_bytes, "/v1/steps": request_limit_bytes},
         on_error=lambda code: instruments.REFUSED.labels(code).inc(),
     )
     _add_environment_routes(app, registry)
@@ -149,6 +154,12 @@ def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
         },
         errors=(409, 410, 502),
     )
+
+    async def steps(request: Request) -> AsyncIterator[bytes]:
+        """Take steps of several sessions; each has its own outcome, sent when it is known."""
+        return take_all(sessions, _parsed(TakeSteps, await request.body()))
+
+    raw_routes.post_lines(app, "/v1/steps", steps, takes=TakeSteps, gives=StepOutcome, errors=())
     raw_routes.post(app, "/v1/sessions/{session_id}/step", step, takes=TakeStep, gives=Step, errors=(409, 410))
 
     @app.get("/v1/sessions/{session_id}")

@@ -4,10 +4,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.isolated import REASONING_GYM, isolated
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
-from palimpsest.services.env_gateway.registry import REASONING_GYM, Entry, Registry, isolated
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

@@ -4,7 +4,7 @@ They are part of the OpenAPI document, and their errors reach the application's 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Annotated, Any
 
@@ -17,6 +17,8 @@ from palimpsest.common.sessions.wire import Wire
 
 MAX_KEY = 255
 """Longest Idempotency-Key, in characters."""
+LINES = "application/x-ndjson"
+"""Media type of lines of JSON."""
 IdempotencyKey = Annotated[str | None, Header(max_length=MAX_KEY)]
 
 
@@ -33,6 +35,37 @@ class RawRoute(APIRoute):
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": self._status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+class StreamRoute(APIRoute):
+    """A route whose endpoint returns lines of JSON, which are sent as they come."""
+
+    def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
+        super().__init__(path, endpoint, response_model=None, **options)
+        self.app = self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines: AsyncIterator[bytes] = await self.endpoint(Request(scope, receive))
+        headers = [(b"content-type", LINES.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for line in lines:
+            await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def post_lines(
+    app: FastAPI, path: str, endpoint: Any, *, takes: type[Wire], gives: type[Wire], errors: Sequence[int]
+) -> None:
+    """Add a POST route that is matched before all others and replies with lines of JSON.
+
+    gives: each line. errors: its statuses besides those of every route.
+    """
+    endpoint.__signature__ = Signature([Parameter("body", Parameter.KEYWORD_ONLY, annotation=takes)])
+    described = {"description": f"Lines of JSON, each a {gives.__name__}", "content": {LINES: {}}}
+    route = StreamRoute(
+        path, endpoint, methods=["POST"], responses={200: described, **documented(*COMMON_ERRORS, *errors)}
+    )
+    app.router.routes.insert(0, route)
 
 
 def post(

@@ -9,6 +9,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.secret_variables import SECRETS_OF
+from palimpsest.common.sessions.placed import needs_gateway
 from palimpsest.services.local.processes import Child, python
 
 LEARNER = "learner"
@@ -41,8 +42,9 @@ class Commands:
     """Additional flags of every service."""
 
     def servers(self) -> list[Child]:
-        """Return the processes of store and gateway."""
-        return [self._child(name, (f"palimpsest.services.{name}",)) for name in ("snapshot_store", "env_gateway")]
+        """Return the processes of the store and, if the run needs one, of the gateway."""
+        names = ("snapshot_store", "env_gateway") if needs_gateway(self.config) else ("snapshot_store",)
+        return [self._child(name, (f"palimpsest.services.{name}",)) for name in names]
 
     def learner(self) -> Child:
         """Return the learner's process: the single rank, or torchrun, which launches several ranks and writes files."""

@@ -115,6 +115,7 @@ CHANGEABLE = (
     "env_gateway.plugins",
     "env_gateway.plugin_variables",
     "rollout.engine",
+    "rollout.environments",
     "model.attention",
     "learner.micro_batch_tokens",
     "learner.logprob_chunk_tokens",

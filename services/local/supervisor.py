@@ -12,6 +12,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.service import Stop
+from palimpsest.common.sessions.placed import needs_gateway
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local import exit_reasons
@@ -57,7 +58,7 @@ class Supervisor:
         self.replicas = [child for child, _ in replicas.values()]
         self.urls = {
             "snapshot_store": config.store_url,
-            "env_gateway": config.gateway_url,
+            **({"env_gateway": config.gateway_url} if needs_gateway(config) else {}),
             LEARNER: f"http://{config.learner.host}:{config.learner.port}",
         } | {name: url for name, (_, url) in workers.items()}
         self.replica_urls = {name: url for name, (_, url) in replicas.items()}

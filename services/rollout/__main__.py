@@ -14,6 +14,10 @@ from palimpsest.common.model_limits import refuse_limits, refuse_tokenizer
 from palimpsest.common.program import service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.in_process import InProcessSessions
+from palimpsest.common.sessions.placed import PlacedSessions, in_process
+from palimpsest.common.sessions.registry import built_in
+from palimpsest.common.sessions.sessions import Sessions, limits_of
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
@@ -52,12 +56,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     engine = _engine(config, dialogue, limit.tokens)
     server.doing = "the log to be opened"
     bus = open_bus(config)
-    sessions = SessionClient(
-        config.gateway_url,
-        timeout_s=config.env_gateway.step_limit_s + ENVIRONMENT_MARGIN_S,
-        connections=rollout.max_live,
-    )
-    async with sessions:
+    async with _sessions(config) as sessions:
         with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
             weights = WeightSync(
                 engine,
@@ -108,6 +107,16 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             finally:
                 await engine.close()
                 bus.close()
+
+
+def _sessions(config: RunConfig) -> PlacedSessions:
+    gateway = SessionClient(
+        config.gateway_url,
+        timeout_s=config.env_gateway.step_limit_s + ENVIRONMENT_MARGIN_S,
+        connections=config.rollout.max_live,
+    )
+    local = InProcessSessions(Sessions(built_in(), limits_of(config)))
+    return PlacedSessions(local, gateway, in_process=in_process(config))
 
 
 def _engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Engine:

@@ -22,6 +22,11 @@ class Slots:
         self._taken -= 1
         self._changed.set()
 
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return max(0, self._size - self._taken)
+
     def resize(self, size: int) -> None:
         """Have this many slots from now on."""
         self._size = size

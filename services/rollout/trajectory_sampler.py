@@ -17,7 +17,7 @@ from palimpsest.common.messages import (
     TrajectoryFinished,
     trajectory_id,
 )
-from palimpsest.common.sessions.client import CAPACITY, SessionClient, SessionFailed
+from palimpsest.common.sessions.port import CAPACITY, EnvironmentSessions, SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
@@ -43,7 +43,7 @@ class TrajectorySampler:
 
     worker: str
     engine: Engine
-    sessions: SessionClient
+    sessions: EnvironmentSessions
     dialogue: ChatRenderer
     attempts: int
     tally: Tally

@@ -77,6 +77,8 @@ class Worker:
         self._slots, self._max_live = Slots(max_live), max_live
         self._changes = (0, 0)
         """Number and writer of the newest change that was applied."""
+        self._samples = max_live
+        """Trajectories of the last group. At first a single group is taken."""
         self._outbox = Outbox(bus)
         self._reader = RecordReader(run, self._outbox, control, limit, worker=name)
         self._interruption = CutResponder(
@@ -253,7 +255,8 @@ class Worker:
             await self._slots.acquire()
             self._slots.release()
             await self._outbox.room()
-            for record in await tasks.poll(limit=1, timeout_s=POLL_S):
+            groups = max(1, self._slots.free // self._samples)  # more would lie here while another worker is idle
+            for record in await tasks.poll(limit=groups, timeout_s=POLL_S):
                 await self._start_group(record)
             if (now := "tasks" if tasks.assignment() else NO_PARTITION) != wait:
                 wait = now
@@ -280,7 +283,7 @@ class Worker:
             return
         await self._weights.wait_verified(group.version)
         self._waiting_for = None
-        left = group.samples
+        left = self._samples = group.samples
 
         def published() -> None:
             nonlocal left

@@ -16,9 +16,9 @@ from palimpsest.common.control.changes import ChangeState
 from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.page.points import VersionPoint, point
 from palimpsest.common.service import Starting
-from palimpsest.services.env_gateway import registry
+from palimpsest.common.sessions import registry
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.services.env_gateway.app import create_app as create_gateway
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.learner.control.page_routes import PAGE_RULES, page_routes
 from palimpsest.services.learner.control.routes import RULES, control_routes
 from palimpsest.services.learner.control.run_control import CurrentSettings

@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 
 from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.common.environments.tool_calls import render
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters import entries
-from palimpsest.services.env_gateway.environments.tool_calls import render
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from tests.servers.adapter_servers import McpServer, OpenEnvServer, OrsServer, library
 
 HERE = Path(__file__).parent / "adapters"

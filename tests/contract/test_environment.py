@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from palimpsest.common.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
+from palimpsest.common.environments.tool_calls import read, render
+from palimpsest.common.sessions.hosts import EnvironmentHost
+from palimpsest.common.sessions.registry import FAMILIES, Registry, built_in
 from palimpsest.env import Opening, Outcome, Score, Turn
-from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS, MAX_CALLS, MAX_TURNS
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
+from palimpsest.services.env_gateway.isolated import reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
-from palimpsest.services.env_gateway.registry import FAMILIES, Registry, built_in, reasoning_gym
 
 GENERATED = tuple(
     f"reasoning_gym.{dataset}"

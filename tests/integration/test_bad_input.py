@@ -183,7 +183,9 @@ def test_a_service_refuses_a_port_in_use(toml: Path, taken: int, service: str) -
 
 @pytest.mark.servers
 def test_a_port_in_use_ends_the_run(toml: Path, taken: int) -> None:
-    code, output = RunProcess(toml, f"--env_gateway.port={taken}").finish(within_s=WITHIN_S)
+    code, output = RunProcess(toml, f"--env_gateway.port={taken}", "--rollout.environments=gateway").finish(
+        within_s=WITHIN_S
+    )
     assert code == 3, output
     assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that uses it" in output
     assert f"palimpsest run --resume {toml.parent / 'scripted'}" in output

@@ -14,7 +14,7 @@ SEED = 20261121
 
 def test_a_run_survives_the_kill_of_every_service_at_a_random_time(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=400), tmp_path / "scripted"
-    run = RunProcess(toml, "--local.restarts=20")
+    run = RunProcess(toml, "--local.restarts=20", "--rollout.environments=gateway")
     try:
         schedule = chaos(run, home, seed=SEED, kills=4)
         trained = len(history(home))

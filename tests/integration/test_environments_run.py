@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from palimpsest.common.bus.sqlite import SqliteBus
+from palimpsest.common.environments import lookup
+from palimpsest.common.environments.reasoning_gym_tasks import ReasoningGymTask
+from palimpsest.common.environments.tool_calls import render
 from palimpsest.common.messages import TRAJECTORIES, TrajectoryFinished, decode
-from palimpsest.services.env_gateway.environments import lookup
-from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import ReasoningGymTask
-from palimpsest.services.env_gateway.environments.tool_calls import render
 from palimpsest.services.learner.buffer.task_sampler import task
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 from tests.servers.prometheus import Prometheus

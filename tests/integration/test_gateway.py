@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from palimpsest.common.control.access import SERVICE_TOKEN as VARIABLE
-from palimpsest.common.sessions.client import SessionClient, SessionFailed
+from palimpsest.common.environments import lookup
+from palimpsest.common.environments.tool_calls import render
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.port import SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
-from palimpsest.services.env_gateway.environments import lookup
-from palimpsest.services.env_gateway.environments.tool_calls import render
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.running import (
     ROOT,

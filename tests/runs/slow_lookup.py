@@ -2,8 +2,8 @@
 
 import time
 
+from palimpsest.common.environments.lookup import Lookup
 from palimpsest.env import Outcome, Turn
-from palimpsest.services.env_gateway.environments.lookup import Lookup
 
 TOOL_S = 1.5
 """Seconds: several optimizer steps of a small learner, even on a slow machine."""

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from palimpsest.common.config.schema import ScriptedEngineConfig
-from palimpsest.common.sessions.client import SessionFailed
+from palimpsest.common.sessions.port import SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Lease, Message, Session, Status, Step
 from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version

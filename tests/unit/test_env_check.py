@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.sessions.hosts import InProcess
+from palimpsest.common.sessions.registry import CLASSES
 from palimpsest.env import Environment, Message, Opening, Reply, Score, Turn
 from palimpsest.services.env_gateway.checks.check import Findings, check
-from palimpsest.services.env_gateway.hosts import InProcess
-from palimpsest.services.env_gateway.registry import CLASSES
 from tests.processes.programs import run_program
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.services.env_gateway.environments.lookup import Lookup
-from palimpsest.services.env_gateway.environments.reasoning_gym_tasks import DATASETS
+from palimpsest.common.environments.lookup import Lookup
+from palimpsest.common.environments.reasoning_gym_tasks import DATASETS
 from tests.processes.programs import ProgramResult, run_program
 
 PLUGIN = '''

@@ -3,10 +3,10 @@
 import random
 from collections.abc import Iterator
 
+from palimpsest.common.environments.port import Environment, Reply, TaskFamily
+from palimpsest.common.environments.tool_calls import read
+from palimpsest.common.sessions.registry import CLASSES, FAMILIES
 from palimpsest.common.sessions.wire import Message
-from palimpsest.services.env_gateway.environments.port import Environment, Reply, TaskFamily
-from palimpsest.services.env_gateway.environments.tool_calls import read
-from palimpsest.services.env_gateway.registry import CLASSES, FAMILIES
 
 Transcript = list[Message]
 

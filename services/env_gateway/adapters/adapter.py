@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from palimpsest.common.config.env_gateway import AdapterConfig
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn
-from palimpsest.services.env_gateway.output_validation import check_opening
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
+from palimpsest.common.sessions.output_validation import check_opening
 
 NO_TOOLS = "this environment has no tools: write the next action as text"
 

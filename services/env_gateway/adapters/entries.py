@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 
 from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.common.sessions.registry import Entry
 from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.isolated import isolated
 from palimpsest.services.env_gateway.plugins import valid_name
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
-from palimpsest.services.env_gateway.registry import Entry, isolated
 
 FOLDER = "palimpsest.services.env_gateway.adapters"
 CLASSES: Mapping[str, str] = {

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from palimpsest.common.environments.port import Message
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable, TextAdapter, user
-from palimpsest.services.env_gateway.environments.port import Message
 
 
 class GymnasiumText(TextAdapter):

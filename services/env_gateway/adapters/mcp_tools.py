@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.port import Environment, Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.environments.port import Environment, Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 
 START_S = 30.0

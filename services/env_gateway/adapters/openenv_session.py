@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import (
     NO_TOOLS,
     AdapterEnvironment,
@@ -16,8 +18,6 @@ from palimpsest.services.env_gateway.adapters.adapter import (
     function_schema,
     user,
 )
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 
 CONNECT_S = 10.0
 MAX_BYTES = 16 * 2**20

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 
 CONNECT_S = 10.0
 RESUMES = 5

@@ -4,11 +4,11 @@ expects as `extras`, such as `reward_spec`."""
 from collections.abc import Sequence
 from typing import Any
 
+from palimpsest.common.environments.authoring.row_order import row_of
+from palimpsest.common.environments.authoring.rows import read_rows
+from palimpsest.common.environments.port import Message
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable, TextAdapter
-from palimpsest.services.env_gateway.authoring.row_order import row_of
-from palimpsest.services.env_gateway.authoring.rows import read_rows
-from palimpsest.services.env_gateway.environments.port import Message
 
 
 class SkyRlGymTask(TextAdapter):

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from palimpsest.common.environments.port import Message
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable, TextAdapter, user
-from palimpsest.services.env_gateway.environments.port import Message
 
 
 class TextArenaGame(TextAdapter):

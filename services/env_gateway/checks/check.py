@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
+from palimpsest.common.environments.port import EnvironmentFailed, Opening, Outcome, Score
+from palimpsest.common.environments.tool_calls import read
 from palimpsest.common.orphans import children
+from palimpsest.common.sessions.hosts import EnvironmentHost
 from palimpsest.services.env_gateway.checks.policies import policies, schema_problems
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score
-from palimpsest.services.env_gateway.environments.tool_calls import read
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
 
 Open = Callable[[], Awaitable[EnvironmentHost]]
 Transcript = tuple[Opening, str, list[Outcome]]

@@ -4,9 +4,9 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 
-from palimpsest.services.env_gateway.environments.port import Malformed, Message, Score, Turn
-from palimpsest.services.env_gateway.environments.tool_calls import read, remark, render
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
+from palimpsest.common.environments.port import Malformed, Message, Score, Turn
+from palimpsest.common.environments.tool_calls import read, remark, render
+from palimpsest.common.sessions.hosts import EnvironmentHost
 
 HELP = 'A line is one message. /call NAME {"argument": value} calls a tool, /end scores the current state.'
 

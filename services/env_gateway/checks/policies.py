@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palimpsest.services.env_gateway.environments.port import Opening
-from palimpsest.services.env_gateway.environments.tool_calls import CLOSE, OPEN, render
+from palimpsest.common.environments.port import Opening
+from palimpsest.common.environments.tool_calls import CLOSE, OPEN, render
 
 Policies = Mapping[str, Sequence[str]]
 DEPTH = 8

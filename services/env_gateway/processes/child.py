@@ -6,10 +6,10 @@ import socket
 import sys
 from typing import IO, Any
 
+from palimpsest.common.environments.port import Environment, EnvironmentFailed, Reply
+from palimpsest.common.sessions.hosts import as_environment_failure
+from palimpsest.common.sessions.output_validation import check_opening, check_outcome, check_score
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
-from palimpsest.services.env_gateway.environments.port import Environment, EnvironmentFailed, Reply
-from palimpsest.services.env_gateway.hosts import as_environment_failure
-from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
 from palimpsest.services.env_gateway.processes.protocol import (
     RUNNING,
     ChildRequest,

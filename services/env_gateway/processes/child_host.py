@@ -4,8 +4,8 @@ import asyncio
 
 from pydantic import ValidationError
 
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
-from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
+from palimpsest.common.environments.port import EnvironmentFailed, Opening, Outcome, Score, Turn
+from palimpsest.common.sessions.output_validation import check_opening, check_outcome, check_score
 from palimpsest.services.env_gateway.processes.pool import Pool, PooledChild, exit_text
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, ChildRequest, ChildResponse, EnvironmentSpec
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 
 from pydantic import ValidationError
 
+from palimpsest.common.environments.port import EnvironmentFailed
 from palimpsest.common.orphans import kill_children
 from palimpsest.common.secret_variables import of_environments
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
-from palimpsest.services.env_gateway.hosts import AtCapacity
+from palimpsest.common.sessions.hosts import AtCapacity
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Described, EnvironmentSpec, Start
 
 START_LIMIT_S = 120.0

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from palimpsest.common.environments.port import Environment, Opening, Reply, Score, Turn
 from palimpsest.common.sessions.wire import Wire
-from palimpsest.services.env_gateway.environments.port import Environment, Opening, Reply, Score, Turn
 
 MAX_LINE = 16 * 2**20
 """Maximum length of a line from a child, in bytes."""

@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.sessions.wire import CreateSession, Session, Step, TakeStep, TextAction
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.port import (
     EnvironmentFailed,
     Message,
     Opening,
@@ -15,9 +13,11 @@ from palimpsest.services.env_gateway.environments.port import (
     Score,
     Turn,
 )
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
-from palimpsest.services.env_gateway.registry import Entry
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
+from palimpsest.common.metrics import REGISTRY
+from palimpsest.common.sessions.hosts import EnvironmentHost
+from palimpsest.common.sessions.registry import Entry
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
+from palimpsest.common.sessions.wire import CreateSession, Session, Step, TakeStep, TextAction
 
 WANTED = CreateSession(environment="fake", seed=3)
 HALF = Score(0.5, False, {"half": 0.5})

@@ -10,11 +10,11 @@ import pytest
 
 from palimpsest.common.control.access import SERVICE_TOKEN
 from palimpsest.common.control.credentials import open_access
-from palimpsest.services.env_gateway import registry
+from palimpsest.common.environments import lookup
+from palimpsest.common.sessions import registry
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.services.env_gateway.app import create_app
-from palimpsest.services.env_gateway.environments import lookup
 from palimpsest.services.env_gateway.raw_routes import MAX_KEY
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 LIMITS = SessionLimits(max_sessions=2, lease_s=600.0, remember_s=600.0, result_bytes=65536)
 WANTED = {"environment": "lookup", "seed": 3}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from palimpsest.services.env_gateway.environments.calculator import NotArithmetic, calculate
+from palimpsest.common.environments.calculator import NotArithmetic, calculate
 
 OPERATORS: dict[type, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,

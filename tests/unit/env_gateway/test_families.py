@@ -6,13 +6,13 @@ from statistics import mean
 
 import pytest
 
-from palimpsest.services.env_gateway.environments.add import Add
-from palimpsest.services.env_gateway.environments.hop import Hop
-from palimpsest.services.env_gateway.environments.lookup import KEYS, VALUES, Lookup
-from palimpsest.services.env_gateway.environments.port import Environment, Outcome, Reply, Score
-from palimpsest.services.env_gateway.environments.single_call import MAX_TURNS, ONE_CALL
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
-from palimpsest.services.env_gateway.registry import FAMILIES
+from palimpsest.common.environments.add import Add
+from palimpsest.common.environments.hop import Hop
+from palimpsest.common.environments.lookup import KEYS, VALUES, Lookup
+from palimpsest.common.environments.port import Environment, Outcome, Reply, Score
+from palimpsest.common.environments.single_call import MAX_TURNS, ONE_CALL
+from palimpsest.common.environments.tool_calls import read, render
+from palimpsest.common.sessions.registry import FAMILIES
 
 CLASSES: dict[str, Callable[[], Environment]] = {"lookup": Lookup, "hop": Hop, "add": Add}
 SEEDS = range(500)

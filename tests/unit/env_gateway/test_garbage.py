@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.environments.port import Opening, Reply, Score, Turn
+from palimpsest.common.sessions.hosts import InProcess
 from palimpsest.common.sessions.wire import Message, Status, Step
-from palimpsest.services.env_gateway.environments.port import Opening, Reply, Score, Turn
-from palimpsest.services.env_gateway.hosts import InProcess
 from tests.unit.env_gateway.fakes import ManualClock, begun, counter_value, reply, some_sessions, taken
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from palimpsest.common.sessions.wire import Message
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening, Reply, Score, tool
-from palimpsest.services.env_gateway.output_validation import (
+from palimpsest.common.environments.port import EnvironmentFailed, Opening, Reply, Score, tool
+from palimpsest.common.sessions.output_validation import (
     OPENING_BYTES,
     check_opening,
     check_outcome,
     check_score,
 )
+from palimpsest.common.sessions.wire import Message
 from palimpsest.services.env_gateway.processes.protocol import ChildResponse
 
 TOOL_MESSAGE = Message(role="tool", content="5")

@@ -2,9 +2,9 @@
 
 import pytest
 
+from palimpsest.common.sessions.registry import built_in
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.env_gateway.plugins import blueprints, check_tasks
-from palimpsest.services.env_gateway.registry import built_in
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from palimpsest.common.environments.port import EnvironmentFailed, Reply, Score, Turn
+from palimpsest.common.environments.tool_calls import read
+from palimpsest.common.sessions.hosts import AtCapacity
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply, Score, Turn
-from palimpsest.services.env_gateway.environments.tool_calls import read
-from palimpsest.services.env_gateway.hosts import AtCapacity
+from palimpsest.services.env_gateway.isolated import isolated
 from palimpsest.services.env_gateway.processes import fork_server
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
-from palimpsest.services.env_gateway.registry import isolated
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"

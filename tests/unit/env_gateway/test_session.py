@@ -5,11 +5,11 @@ import doctest
 import pytest
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.environments import calculator, tool_calls
+from palimpsest.common.sessions import live_session as session_module
+from palimpsest.common.sessions.live_session import LiveSession
+from palimpsest.common.sessions.session_store import SessionStore
 from palimpsest.common.sessions.wire import CreateSession, Message, Status, Step
-from palimpsest.services.env_gateway import session as session_module
-from palimpsest.services.env_gateway.environments import calculator, tool_calls
-from palimpsest.services.env_gateway.session import LiveSession
-from palimpsest.services.env_gateway.session_store import SessionStore
 from tests.unit.env_gateway.fakes import ScriptedWorld
 
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.environments.port import Reply, Score
 from palimpsest.common.sessions.wire import Message, Session, Status, Step
-from palimpsest.services.env_gateway.environments.port import Reply, Score
 from tests.unit.env_gateway.fakes import (
     HALF,
     WANTED,

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.environments.port import EnvironmentFailed, Opening
+from palimpsest.common.sessions.hosts import AtCapacity
+from palimpsest.common.sessions.sessions import REMEMBERED_PER_SESSION
 from palimpsest.common.sessions.wire import CreateSession, Status, Step
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Opening
-from palimpsest.services.env_gateway.hosts import AtCapacity
-from palimpsest.services.env_gateway.sessions import REMEMBERED_PER_SESSION
 from tests.unit.env_gateway.fakes import (
     HALF,
     WANTED,

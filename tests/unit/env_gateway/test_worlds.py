@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from bench.worlds import measured, table
+from palimpsest.common.environments.tool_calls import read, render
+from palimpsest.common.environments.worlds.case import TASKS, states
+from palimpsest.common.environments.worlds.telecom import SETTINGS
+from palimpsest.common.sessions.registry import WORLDS, built_in
 from palimpsest.env import Message, Reply, Score
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
-from palimpsest.services.env_gateway.environments.worlds.case import TASKS, states
-from palimpsest.services.env_gateway.environments.worlds.telecom import SETTINGS
-from palimpsest.services.env_gateway.registry import WORLDS, built_in
 
 DOCS = Path(__file__).parents[3] / "docs"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from palimpsest.common.service import Server
+from palimpsest.common.sessions import registry
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
-from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app as create_gateway
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout import worker
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.snapshot_store.app import create_app as create_store

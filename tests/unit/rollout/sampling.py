@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from palimpsest.common.environments.port import EnvironmentFailed
 from palimpsest.common.messages import GroupOffered, Sampling
 from palimpsest.common.service import Server
 from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.hosts import AtCapacity, EnvironmentHost
+from palimpsest.common.sessions.registry import Entry
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.versions import Version
 from palimpsest.services.env_gateway.app import create_app
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed
-from palimpsest.services.env_gateway.hosts import AtCapacity, EnvironmentHost
-from palimpsest.services.env_gateway.registry import Entry
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import SampledTokens, Span
 from palimpsest.services.rollout.trajectory_sampler import Ended, Tally, TrajectorySampler

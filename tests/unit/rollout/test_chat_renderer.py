@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from palimpsest.common.environments.tool_calls import read, render
 from palimpsest.common.sessions.wire import Message
 from palimpsest.common.user_error import UserError
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from tests.runs.run_process import ROOT
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from palimpsest.common.environments import lookup
 from palimpsest.common.messages import TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.service import Server
-from palimpsest.common.sessions.client import SessionClient, SessionFailed
+from palimpsest.common.sessions import registry
+from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.port import SessionFailed
+from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import Lease
-from palimpsest.services.env_gateway import registry
 from palimpsest.services.env_gateway.app import create_app
-from palimpsest.services.env_gateway.environments import lookup
-from palimpsest.services.env_gateway.sessions import SessionLimits, Sessions
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import SampledTokens
 from palimpsest.services.rollout.lease_renewal import with_renewals

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.environments import lookup
+from palimpsest.common.environments.port import Opening, Reply
 from palimpsest.common.messages import DropReason, Sampling, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.sessions import client
 from palimpsest.common.sessions.client import SessionClient
+from palimpsest.common.sessions.hosts import AtCapacity
 from palimpsest.common.sessions.wire import Message
-from palimpsest.services.env_gateway.environments import lookup
-from palimpsest.services.env_gateway.environments.port import Opening, Reply
-from palimpsest.services.env_gateway.hosts import AtCapacity
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from tests.processes.waiting import LIMIT_S

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from palimpsest.common.arrays import unpack_float32, unpack_int32
+from palimpsest.common.environments import hop, lookup
+from palimpsest.common.environments.tool_calls import render
 from palimpsest.common.messages import DropReason, Ending, Sampling, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.sessions.wire import Step
 from palimpsest.common.trajectory import check, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.env_gateway.environments import hop, lookup
-from palimpsest.services.env_gateway.environments.tool_calls import render
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import SampledTokens
 from tests.unit.rollout.sampling import SAMPLING, MessageEngine, NextMessage, Setting

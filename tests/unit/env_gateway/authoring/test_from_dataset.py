@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, strategies as st
 
+from palimpsest.common.environments.authoring.row_order import row_of
+from palimpsest.common.environments.authoring.rows import read_rows
+from palimpsest.common.environments.tool_calls import read, render
 from palimpsest.common.user_error import UserError
 from palimpsest.env import Message, Reply, Score, from_dataset, tool
-from palimpsest.services.env_gateway.authoring.row_order import row_of
-from palimpsest.services.env_gateway.authoring.rows import read_rows
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
 from palimpsest.services.learner.buffer.task_sampler import TaskCounter, task
 
 ROWS = [{"prompt": f"{n} + 1?", "answer": str(n + 1)} for n in range(20)]

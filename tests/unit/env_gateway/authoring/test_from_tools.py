@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.environments.authoring.state_hash import hash_of, plain
+from palimpsest.common.environments.tool_calls import read, render
 from palimpsest.env import Message, Opening, Outcome, Reply, Score, Task, ToolFailed, from_tools, generator, tool
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of, plain
-from palimpsest.services.env_gateway.environments.tool_calls import read, render
 
 
 @dataclass

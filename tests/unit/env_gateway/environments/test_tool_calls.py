@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
+from palimpsest.common.environments.port import Malformed, Turn
+from palimpsest.common.environments.tool_calls import MAX_CALLS, read, render, turn
 from palimpsest.common.sessions.wire import MessageAction, TextAction, ToolCall, ToolCallsAction
-from palimpsest.services.env_gateway.environments.port import Malformed, Turn
-from palimpsest.services.env_gateway.environments.tool_calls import MAX_CALLS, read, render, turn
 
 PIECES = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<think>", "</think>", "{", "}", '"', '{"name": "f", "arguments": {}}', "\n", "\\"]

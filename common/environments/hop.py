@@ -7,8 +7,8 @@ the latest look-up was of the end.
 
 import random
 
-from palimpsest.services.env_gateway.environments.lookup import KEYS, TOOL, VALUES, WORDS
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.lookup import KEYS, TOOL, VALUES, WORDS
+from palimpsest.common.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -18,14 +18,14 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import (
+from palimpsest.common.environments.single_call import (
     MAX_TURNS,
     ToolFailed,
     argument,
     first_call,
     reply_to_calls,
 )
-from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.common.environments.tool_calls import render
 
 __all__ = ["WORDS", "Hop", "format_only", "solution"]
 

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.control.errors import HttpError
-from palimpsest.common.sessions import wire
+from palimpsest.common.environments.port import EnvironmentFailed, Reply
+from palimpsest.common.environments.tool_calls import turn
+from palimpsest.common.sessions import instruments, replies, wire
+from palimpsest.common.sessions.hosts import AtCapacity
+from palimpsest.common.sessions.live_session import LiveSession
+from palimpsest.common.sessions.registry import Entry, Registry
+from palimpsest.common.sessions.session_store import SessionStore
 from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
-from palimpsest.services.env_gateway import instruments, replies
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Reply
-from palimpsest.services.env_gateway.environments.tool_calls import turn
-from palimpsest.services.env_gateway.hosts import AtCapacity
-from palimpsest.services.env_gateway.registry import Entry, Registry
-from palimpsest.services.env_gateway.session import LiveSession
-from palimpsest.services.env_gateway.session_store import SessionStore
 
 REMEMBERED_PER_SESSION = 8
 """Number of remembered ended sessions for each session that may be live."""
@@ -34,6 +34,17 @@ class SessionLimits:
     lease_s: float
     remember_s: float
     result_bytes: int
+
+
+def limits_of(config: RunConfig) -> SessionLimits:
+    """Return the limits of a run's sessions."""
+    gateway = config.env_gateway
+    return SessionLimits(
+        max_sessions=gateway.max_sessions,
+        lease_s=config.session_lease_s,
+        remember_s=gateway.remember_s,
+        result_bytes=gateway.result_limit_bytes,
+    )
 
 
 class Sessions:
@@ -104,6 +115,10 @@ class Sessions:
             raise session.gone()
         session.lease_until = self._renewed()
         return Lease(lease_expires_in_s=self._limits.lease_s)
+
+    def has(self, session_id: str) -> bool:
+        """Return whether the session is live or remembered."""
+        return self._ledger.find(session_id) is not None
 
     def state(self, session_id: str) -> SessionState:
         """Return the state of a session. Raises HttpError (404)."""

@@ -1,8 +1,8 @@
 """Converts the return values of an environment to replies for the client."""
 
+from palimpsest.common.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
+from palimpsest.common.environments.tool_calls import remark
 from palimpsest.common.sessions.wire import Message, Status, Step, StepError
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Malformed, Reply, Score, Turn
-from palimpsest.services.env_gateway.environments.tool_calls import remark
 
 
 def continue_step(number: int, turn: Turn, reply: Reply, *, limit_bytes: int) -> Step:

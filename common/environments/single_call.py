@@ -1,6 +1,6 @@
 """Shared rules of the small built-in families: one tool call per message counts, and a session has six messages."""
 
-from palimpsest.services.env_gateway.environments.port import Malformed, Message, Reply, ToolCall, Turn
+from palimpsest.common.environments.port import Malformed, Message, Reply, ToolCall, Turn
 
 MAX_TURNS = 6
 ONE_CALL = "one call per message"

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.port import (
     Environment,
     EnvironmentFailed,
     Opening,
@@ -10,7 +10,7 @@ from palimpsest.services.env_gateway.environments.port import (
     Score,
     Turn,
 )
-from palimpsest.services.env_gateway.output_validation import check_opening, check_outcome, check_score
+from palimpsest.common.sessions.output_validation import check_opening, check_outcome, check_score
 
 
 class AtCapacity(Exception):

@@ -21,8 +21,8 @@ from typing import Any, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, create_model
 
-from palimpsest.services.env_gateway.environments import port
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
+from palimpsest.common.environments import port
+from palimpsest.common.environments.single_call import ToolFailed
 
 STATE = ("state", "self")
 MAX_PROBLEM = 500

@@ -9,8 +9,8 @@ import math
 import re
 from typing import Any
 
-from palimpsest.services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.calculator import TOOL, NotArithmetic, calculate
+from palimpsest.common.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -21,7 +21,7 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed, argument
+from palimpsest.common.environments.single_call import ToolFailed, argument
 
 MAX_CALLS = 8
 MAX_TURNS = MAX_CALLS + 2

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.sessions.hosts import EnvironmentHost
 from palimpsest.common.sessions.wire import CreateSession, SessionState, Status, Step
-from palimpsest.services.env_gateway.hosts import EnvironmentHost
 
 REPLY_BYTES = 2**20
 """Maximum size of a running session's replies to earlier steps. The reply to the last step is always kept."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from palimpsest.services.env_gateway.environments.port import digest
+from palimpsest.common.environments.port import digest
 
 MAX_DEPTH = 64
 

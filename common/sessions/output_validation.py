@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from palimpsest.services.env_gateway.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score
+from palimpsest.common.environments.port import EnvironmentFailed, Message, Opening, Outcome, Reply, Score
 
 ROLES = ("system", "user", "assistant", "tool")
 ROUNDING = 1e-6

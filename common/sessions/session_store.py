@@ -7,9 +7,9 @@ for a while with its Idempotency-Key, so that a late retry gets the stored reply
 from collections import Counter, OrderedDict
 from typing import Any
 
+from palimpsest.common.sessions import instruments
+from palimpsest.common.sessions.live_session import LiveSession
 from palimpsest.common.sessions.wire import Status
-from palimpsest.services.env_gateway import instruments
-from palimpsest.services.env_gateway.session import LiveSession
 
 
 class SessionStore:

@@ -8,7 +8,7 @@ Integers stay exact. A division with a remainder, and every number with a decima
 import math
 import re
 
-from palimpsest.services.env_gateway.environments.port import tool
+from palimpsest.common.environments.port import tool
 
 MAX_LENGTH = 200
 MAX_DEPTH = 32

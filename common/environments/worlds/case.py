@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from palimpsest.services.env_gateway.authoring.function_environment import FunctionEnvironment, Task, from_tools
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.authoring.tools import FunctionTool
-from palimpsest.services.env_gateway.environments.port import Message, Score, generator
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
-from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.common.environments.authoring.function_environment import FunctionEnvironment, Task, from_tools
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.authoring.tools import FunctionTool
+from palimpsest.common.environments.port import Message, Score, generator
+from palimpsest.common.environments.single_call import ToolFailed
+from palimpsest.common.environments.tool_calls import render
 
 TASKS = {"train": 1000, "test": 200}
 """Number of tasks in each split. A task seed selects one of them: seed mod number."""

@@ -7,8 +7,8 @@ the calculator pays nothing: the task is to use the tool, and a fixed answer wou
 
 import random
 
-from palimpsest.services.env_gateway.environments.calculator import TOOL, NotArithmetic, calculate
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.calculator import TOOL, NotArithmetic, calculate
+from palimpsest.common.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -18,14 +18,14 @@ from palimpsest.services.env_gateway.environments.port import (
     digest,
     generator,
 )
-from palimpsest.services.env_gateway.environments.single_call import (
+from palimpsest.common.environments.single_call import (
     MAX_TURNS,
     ToolFailed,
     argument,
     first_call,
     reply_to_calls,
 )
-from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.common.environments.tool_calls import render
 
 WORDS: tuple[str, ...] = tuple(str(number) for number in range(19))
 """The digits: sums go up to 18."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from palimpsest.common.environments.authoring.function_environment import FunctionEnvironment, Task, from_tools
+from palimpsest.common.environments.authoring.row_order import permuted, row_of
+from palimpsest.common.environments.authoring.rows import Row, read_rows
+from palimpsest.common.environments.port import Message
 from palimpsest.common.user_error import UserError
-from palimpsest.services.env_gateway.authoring.function_environment import FunctionEnvironment, Task, from_tools
-from palimpsest.services.env_gateway.authoring.row_order import permuted, row_of
-from palimpsest.services.env_gateway.authoring.rows import Row, read_rows
-from palimpsest.services.env_gateway.environments.port import Message
 
 TEST = "test"
 

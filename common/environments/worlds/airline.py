@@ -3,9 +3,9 @@
 import random
 from typing import Any, Literal
 
-from palimpsest.services.env_gateway.authoring.tools import tool
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
-from palimpsest.services.env_gateway.environments.worlds.case import (
+from palimpsest.common.environments.authoring.tools import tool
+from palimpsest.common.environments.single_call import ToolFailed
+from palimpsest.common.environments.worlds.case import (
     Case,
     Fact,
     WorldDefinition,
@@ -13,7 +13,7 @@ from palimpsest.services.env_gateway.environments.worlds.case import (
     compact,
     pick,
 )
-from palimpsest.services.env_gateway.environments.worlds.names import CITIES, FIRST, LAST
+from palimpsest.common.environments.worlds.names import CITIES, FIRST, LAST
 
 POLICY = """\
 You are the service agent of an airline. Help the customer with the tools. Act only after the customer has given the

@@ -7,7 +7,7 @@ leafing through the table, pays nothing.
 
 import random
 
-from palimpsest.services.env_gateway.environments.port import (
+from palimpsest.common.environments.port import (
     Message,
     Opening,
     Outcome,
@@ -18,14 +18,14 @@ from palimpsest.services.env_gateway.environments.port import (
     generator,
     tool,
 )
-from palimpsest.services.env_gateway.environments.single_call import (
+from palimpsest.common.environments.single_call import (
     MAX_TURNS,
     ToolFailed,
     argument,
     first_call,
     reply_to_calls,
 )
-from palimpsest.services.env_gateway.environments.tool_calls import render
+from palimpsest.common.environments.tool_calls import render
 
 KEYS = ("amber", "basil", "cedar", "delta", "ember", "fjord")
 VALUES = ("1", "2", "3", "4", "5", "6")

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from palimpsest.services.env_gateway.authoring.state_hash import hash_of
-from palimpsest.services.env_gateway.authoring.tools import FunctionTool, function_tool
-from palimpsest.services.env_gateway.environments.port import Message, Opening, Outcome, Reply, Score, Turn
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
+from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.authoring.tools import FunctionTool, function_tool
+from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
+from palimpsest.common.environments.single_call import ToolFailed
 
 TRAIN = "train"
 

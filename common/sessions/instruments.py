@@ -1,4 +1,4 @@
-"""Prometheus metrics of the gateway."""
+"""Prometheus metrics of sessions, in the gateway and in a worker that steps environments itself."""
 
 from functools import cache
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from palimpsest.common.environments.port import Malformed, Turn
 from palimpsest.common.sessions.wire import Action, MessageAction, TextAction, ToolCall, ToolCallsAction
-from palimpsest.services.env_gateway.environments.port import Malformed, Turn
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, END_THINK = "<think>", "</think>"

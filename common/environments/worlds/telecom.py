@@ -4,9 +4,9 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from palimpsest.services.env_gateway.authoring.tools import tool
-from palimpsest.services.env_gateway.environments.single_call import ToolFailed
-from palimpsest.services.env_gateway.environments.worlds.case import (
+from palimpsest.common.environments.authoring.tools import tool
+from palimpsest.common.environments.single_call import ToolFailed
+from palimpsest.common.environments.worlds.case import (
     Case,
     Fact,
     WorldDefinition,
@@ -14,7 +14,7 @@ from palimpsest.services.env_gateway.environments.worlds.case import (
     compact,
     pick,
 )
-from palimpsest.services.env_gateway.environments.worlds.names import FIRST, LAST
+from palimpsest.common.environments.worlds.names import FIRST, LAST
 
 POLICY = """\
 You are the technical agent of a phone company. The customer's phone has no mobile internet. Find every cause and
