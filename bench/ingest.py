@@ -34,6 +34,7 @@ from palimpsest.common import logs
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import Sampling
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import build_ingest
@@ -49,6 +50,18 @@ POINTS = 50
 """Number of samples of memory and lag during a run."""
 LIMIT_S = 60.0
 """Limit for the first batch and for the end of the streams. Only an error reaches it."""
+
+
+class OnlyLearner:
+    """See Authority in common/snapshots/control_check.py: no other learner takes the run over."""
+
+    def newest_writer(self) -> int:
+        """Return the epoch of this learner."""
+        return 1
+
+    def newest_version(self) -> Version:
+        """Return a version that no run reaches."""
+        return Version(1 << 30)
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -144,6 +157,8 @@ class Learner:
             run=config.run.id,
             vocabulary=1 << 20,
             confirm=lambda: None,  # no other learner takes this run over
+            epoch=lambda: 1,
+            control=ControlCheck(OnlyLearner()),
         )
         self._ledger, self._reader = ledger, self._ingest.reader
         self._version, self._trained, self._tokens = Version(0), 0, 0

@@ -76,7 +76,7 @@ class DropReason(StrEnum):
     """All rewards of its group are equal, and learner.even_groups is "skip"."""
 
 
-class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, tag="group_offered/1"):
+class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="group_offered/1"):
     """A task and how many trajectories to sample for it. Topic `tasks`, key = group."""
 
     run: str
@@ -93,6 +93,8 @@ class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, tag="group_o
     sampling: Sampling
     time_limit_s: float
     """Time limit in seconds. The learner drops trajectories that arrive later."""
+    writer: int = 0
+    """See VersionPublished. A learner continues the offers of the learners that it replaced."""
 
 
 class TrajectoryFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_finished/1"):

@@ -32,7 +32,7 @@ class RejectCause(StrEnum):
     """Valid, but a pass over this trajectory alone, forward or backward, fails or gives a gradient that is not finite,
     and passes over others do not."""
     UNKNOWN_WRITER = "unknown_writer"
-    """A record of `control` that names no learner of this run, or none at all: another program wrote it."""
+    """A record of `control`, or an offer, that names no learner of this run, or none: another program wrote it."""
     MISSING_CLAIM = "missing_claim"
     """The object store does not hold the body of this long record."""
 

@@ -1,4 +1,4 @@
-"""Checks that records of `control` come from the learner that has the run, by what the store knows.
+"""Checks that records of `control`, and offers, come from the learner that has the run, by what the store knows.
 
 Each learner takes an epoch from the store and names it in its records. Epochs grow, and a new learner announces a
 version first, so a record with a lower epoch than an earlier record is late: its learner was replaced. The store never
@@ -7,7 +7,7 @@ issued the epoch, or does not hold the version, of a record that another program
 
 from typing import Protocol
 
-from palimpsest.common.messages import Control, CutReleased
+from palimpsest.common.messages import Control, CutReleased, GroupOffered
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.versions import Version
 
@@ -32,7 +32,7 @@ class ControlCheck:
         self._issued = 0
         self._newest = Version(-1)
 
-    def asks_store(self, message: Control) -> bool:
+    def asks_store(self, message: Control | GroupOffered) -> bool:
         """Whether `check` has to ask the store about the message, which may block."""
         return message.writer > self._issued or self.is_unknown(_version(message))
 
@@ -43,20 +43,31 @@ class ControlCheck:
 
         history: the record is older than its reader. Only then may it name no epoch: earlier releases wrote none.
         """
-        if message.writer == 0 and not history:
-            raise RejectedRecord(RejectCause.UNKNOWN_WRITER, "the record names no learner (field writer)")
-        if 0 <= message.writer < self._epoch:
+        if 0 <= message.writer < self._epoch and (message.writer or history):
             return False
-        if message.writer > self._issued:
-            self._issued = self._store.newest_writer()
-        if not 0 <= message.writer <= self._issued:
-            raise RejectedRecord(
-                RejectCause.UNKNOWN_WRITER,
-                f"the record is of learner {message.writer}, but the newest learner of the store is {self._issued}",
-            )
+        self._check_writer(message.writer, history=history)
         self.check_version(_version(message))
         self._epoch = message.writer
         return True
+
+    def check_offer(self, offer: GroupOffered, *, history: bool) -> None:
+        """Raise RejectedRecord for an offer that no learner of the run wrote, or of a version that was never stored.
+
+        The offers of a replaced learner count: its successor continues them. history: see `check`.
+        """
+        self._check_writer(offer.writer, history=history)
+        self.check_version(offer.version)
+
+    def _check_writer(self, writer: int, *, history: bool) -> None:
+        if writer == 0 and not history:
+            raise RejectedRecord(RejectCause.UNKNOWN_WRITER, "the record names no learner (field writer)")
+        if writer > self._issued:
+            self._issued = self._store.newest_writer()
+        if not 0 <= writer <= self._issued:
+            raise RejectedRecord(
+                RejectCause.UNKNOWN_WRITER,
+                f"the record is of learner {writer}, but the newest learner of the store is {self._issued}",
+            )
 
     def check_version(self, version: Version) -> None:
         """Raise RejectedRecord for a version that the run cannot have published, since the store never held it."""
@@ -73,5 +84,5 @@ class ControlCheck:
         return version > self._newest
 
 
-def _version(message: Control) -> Version:
+def _version(message: Control | GroupOffered) -> Version:
     return Version(-1) if isinstance(message, CutReleased) else message.version

@@ -49,10 +49,9 @@ def run_coordinator(
     forward: Pass,
     server: Starting,
 ) -> None:
-    """Run the loop until all versions are done or a stop is requested. forward: scores a micro-batch with the
-    policy."""
+    """Run the loop until all versions are done or a stop is requested. forward: scores with the policy."""
     server.doing = "the log to be opened"
-    learner, tasks = config.learner, config.tasks
+    learner, tasks, model = config.learner, config.tasks, training.policy.model
     writer, bus, scores = Writer(store), open_bus(config), ScoreStore()
     ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
         samples=tasks.samples_per_group,
@@ -66,8 +65,10 @@ def run_coordinator(
         ledger,
         _task_settings(config),
         run=config.run.id,
-        vocabulary=vocabulary_size(training.policy.model),
+        vocabulary=vocabulary_size(model),
         confirm=writer.confirm,
+        epoch=lambda: writer.epoch,
+        control=ControlCheck(store),
         keep_flushed=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers,
         on_resolved=scores.forget,
     )
@@ -82,7 +83,6 @@ def run_coordinator(
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
     )
-    model = training.policy.model
     canaries = Canaries(
         model,
         training.ranks.device,

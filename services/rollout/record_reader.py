@@ -20,26 +20,36 @@ from palimpsest.services.rollout.validation import validate
 class RecordReader:
     """Reads the records of one run.
 
-    control: checks that they are of the learner that has the run. limit: of the trajectories of this worker.
+    control: checks that they are of the learner that has the run. limit: of the trajectories of this worker. samples:
+    most trajectories of a group.
     """
 
-    def __init__(self, run: str, outbox: Outbox, control: ControlCheck, limit: TrajectoryLimit, *, worker: str) -> None:
+    def __init__(
+        self, run: str, outbox: Outbox, control: ControlCheck, limit: TrajectoryLimit, *, samples: int, worker: str
+    ) -> None:
         self._run, self._outbox, self._control = run, outbox, control
-        self._limit, self._worker = limit, worker
+        self._limit, self._samples, self._worker = limit, samples, worker
         self._limit_agreed = False
         """Whether the learner has offered trajectories of the worker's limit."""
 
-    async def read_offer(self, record: Record, done: Callable[[], None]) -> GroupOffered | None:
+    async def read_offer(
+        self, record: Record, done: Callable[[], None], *, history: bool = False
+    ) -> GroupOffered | None:
         """Return the record's offer, or None after its dead letter was queued. `done` is called once that is durable.
 
-        An offer of a version that the store never held is rejected: the worker would wait for the version forever.
+        An offer of a version that the store never held is rejected: the worker would wait for the version forever. So
+        is one of a learner that the store does not know, or of more trajectories than a group of the run has.
+        history: the record is older than the worker.
         Raises UserError if the learner offers trajectories of another limit. After an offer of the worker's limit only
         another program can write such an offer, which is rejected.
         """
         try:
             offer: GroupOffered = self._decode(record)
-            if self._control.is_unknown(offer.version):
-                await asyncio.to_thread(self._control.check_version, offer.version)
+            if self._control.asks_store(offer):
+                await asyncio.to_thread(self._control.check_offer, offer, history=history)
+            else:
+                self._control.check_offer(offer, history=history)
+            self._check_samples(offer)
             self._check_limit(offer)
         except RejectedRecord as error:
             self._dead_letter(record, error, done)
@@ -63,6 +73,14 @@ class RecordReader:
         if not current:
             logger().info("record of a replaced learner", offset=record.offset, writer=message.writer)
         return message if current else None
+
+    def _check_samples(self, offer: GroupOffered) -> None:
+        if offer.samples > self._samples:
+            raise RejectedRecord(
+                RejectCause.OUT_OF_RANGE,
+                f"group {offer.group}: samples is {offer.samples}; tasks.samples_per_group is {self._samples} on "
+                f"{self._worker}",
+            )
 
     def _check_limit(self, offer: GroupOffered) -> None:
         offered = offer.sampling.max_trajectory_tokens

@@ -69,9 +69,10 @@ class Worker:
         weights: WeightSync,
         max_live: int,
         limit: TrajectoryLimit,
+        samples: int,
         control: ControlCheck,
     ) -> None:
-        """control: checks that records of `control` are of the learner that has the run."""
+        """samples: most trajectories of a group. control: checks that records are of the learner that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._slots, self._max_live = Slots(max_live), max_live
@@ -80,11 +81,13 @@ class Worker:
         self._samples = max_live
         """Trajectories of the last group. At first a single group is taken."""
         self._outbox = Outbox(bus)
-        self._reader = RecordReader(run, self._outbox, control, limit, worker=name)
+        self._reader = RecordReader(run, self._outbox, control, limit, samples=samples, worker=name)
         self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
         )
         self._frontier = OffsetTracker()
+        self._known_tasks: dict[int, int] = {}
+        """Partition -> end of the tasks when the worker began to take them."""
         self._committed: dict[int, int] = {}
         self._stopping = asyncio.Event()
         self._counts = _Counts()
@@ -246,6 +249,7 @@ class Worker:
     async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots become free."""
         self._waiting_for = "the first version"
+        self._known_tasks = await tasks.ends()
         await self._weights.wait_first_version()
         self._counts.ready = self._counts.idle_since = time.monotonic()
         wait = "tasks"
@@ -278,7 +282,8 @@ class Worker:
         def resolve() -> None:
             self._frontier.resolve(record.partition, record.offset)
 
-        group = await self._reader.read_offer(record, resolve)
+        known = record.offset < self._known_tasks.get(record.partition, 0)
+        group = await self._reader.read_offer(record, resolve, history=known)
         if group is None:
             return
         await self._weights.wait_verified(group.version)

@@ -44,7 +44,7 @@ from palimpsest.services.snapshot_store import (
 from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict, UnknownParent
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
-from palimpsest.services.snapshot_store.members import Members
+from palimpsest.services.snapshot_store.kept_members import KeptMembers
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
 LeaseHolder = Annotated[str, Path(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -66,10 +66,12 @@ async def open_catalog(storage: Storage) -> Catalog:
     catalog = Catalog(storage)
     try:
         await catalog.open()
+        await KeptMembers(storage).open()
     except Damaged as damage:
         raise UserError(
             f"the snapshot store's folder is damaged: {damage}. Restore that file from a backup, or remove it: "
-            f"a version is lost without its manifest, all leases without leases.json",
+            f"a version is lost without its manifest, all leases without leases.json, the names in use without "
+            f"members.json",
             ExitCode.DAMAGED,
         ) from None
     except Unavailable as error:
@@ -84,12 +86,13 @@ def create_app(
     storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S, access: Access | None = None
 ) -> FastAPI:
     """Return the store's application. It reads the catalog at the start and sweeps while it runs."""
-    catalog, claims = Catalog(storage), ClaimCheckBlobs(storage)
+    catalog, claims, members = Catalog(storage), ClaimCheckBlobs(storage), KeptMembers(storage)
     state = {"open": False}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await catalog.open()
+        await members.open()
         state["open"] = True
         _observe(catalog)
         sweeping = asyncio.create_task(_sweep(catalog, claims, sweep_s, claims_keep_s))
@@ -122,7 +125,7 @@ def create_app(
     _versions(app, catalog)
     _leases(app, catalog)
     routes_writers.routes(app, catalog.writers)
-    routes_members.routes(app, Members())
+    routes_members.routes(app, members)
     routes_pins.routes(app, catalog)
 
     @app.exception_handler(Unavailable)

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.control.openapi import json_body
-from palimpsest.services.snapshot_store.bodies import decoded
-from palimpsest.services.snapshot_store.members import LEASE_S, Members, NameTaken
+from palimpsest.services.snapshot_store.bodies import WRITE_ERRORS, decoded
+from palimpsest.services.snapshot_store.kept_members import KeptMembers
+from palimpsest.services.snapshot_store.members import LEASE_S, NameTaken
 
 Role = Annotated[str, Path(pattern="^(rollout|replica)$")]
 MemberName = Annotated[str, Path(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
@@ -36,14 +37,18 @@ class NameLease(BaseModel):
     lease_s: float
 
 
-def routes(app: FastAPI, members: Members) -> None:
+def routes(app: FastAPI, members: KeptMembers) -> None:
     """Add the routes."""
 
-    @app.put("/v1/members/{role}/{name}", responses=documented(409), openapi_extra=json_body(app, TakeName))
+    @app.put(
+        "/v1/members/{role}/{name}",
+        responses={**WRITE_ERRORS, **documented(409)},
+        openapi_extra=json_body(app, TakeName),
+    )
     async def take_name(role: Role, name: MemberName, request: Request) -> NameLease:
         wanted = await decoded(request, TakeName, "bad_member")
         try:
-            members.take(f"{role}/{name}", wanted.instance, wanted.holder, replaces=wanted.replaces)
+            await members.take(f"{role}/{name}", wanted.instance, wanted.holder, replaces=wanted.replaces)
         except NameTaken as taken:
             current = taken.member
             raise HttpError(
@@ -51,14 +56,14 @@ def routes(app: FastAPI, members: Members) -> None:
                 "name_taken",
                 str(taken),
                 retryable=True,
-                instance=current.instance,
-                holder=current.holder,
+                instance=current.process.instance,
+                holder=current.process.holder,
                 renewals=current.renewals,
             ) from None
         return NameLease(lease_s=LEASE_S)
 
-    @app.delete("/v1/members/{role}/{name}", status_code=204)
+    @app.delete("/v1/members/{role}/{name}", status_code=204, responses=WRITE_ERRORS)
     async def free_name(
         role: Role, name: MemberName, instance: Annotated[str, Query(min_length=1, max_length=300)]
     ) -> None:
-        members.release(f"{role}/{name}", instance)
+        await members.release(f"{role}/{name}", instance)

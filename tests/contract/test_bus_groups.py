@@ -1,17 +1,19 @@
 """Contract of every bus adapter: consumer groups."""
 
+import random
 from contextlib import closing
 from multiprocessing.connection import Connection
 
 import pytest
 
-from palimpsest.common.bus.port import Bus, Outgoing, Record
+from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Record
 from tests.contract.logs import (
     GROUP,
     KEYS,
     LIMIT_S,
     PARTITIONS,
     TOPIC,
+    KafkaLog,
     Log,
     Spawn,
     bodies,
@@ -22,8 +24,11 @@ from tests.contract.logs import (
     take,
     things,
 )
+from tests.processes.waiting import until
 
 pytestmark = pytest.mark.thorough
+ON_KAFKA = pytest.param("kafka", marks=[pytest.mark.servers, pytest.mark.long])
+"""Kafka takes up to half a minute for each change of a group whose members poll in turn."""
 
 
 def test_a_waiting_group_member_receives_new_records(bus: Bus) -> None:
@@ -85,6 +90,35 @@ def test_partitions_of_a_member_that_leaves_go_to_the_others(bus: Bus) -> None:
         poll_until(lambda: shared(a, b), a, b)
         b.close()
         poll_until(lambda: len(a.assignment()) == PARTITIONS, a)
+
+
+@pytest.mark.parametrize("log", ["sqlite", "memory", ON_KAFKA], indirect=True)
+def test_every_record_is_read_in_a_storm_of_joins_and_leaves(log: Log, bus: Bus) -> None:
+    """Each member commits what it has read; the order of joins and leaves is random."""
+    rng, members, published = random.Random(5), dict[str, Consumer](), set[tuple[int, int]]()
+    read: set[tuple[int, int]] = set()
+
+    def work() -> bool:
+        for member in members.values():
+            records = member.poll(limit=7, timeout_s=0.05)
+            read.update((record.partition, record.offset) for record in records)
+            member.commit({record.partition: record.offset + 1 for record in records})
+        return published <= read
+
+    for change in range(5 if isinstance(log, KafkaLog) else 40):
+        if len(members) < 2 or (len(members) < 5 and rng.random() < 0.5):
+            members[f"m{change}"] = bus.consumer(TOPIC, group=GROUP, member=f"m{change}")
+        else:
+            members.pop(rng.choice(sorted(members))).close()
+        places = bus.publish(TOPIC, [Outgoing(key, b"") for key in rng.sample(KEYS, 10)])
+        published |= {(at.partition, at.offset) for at in places}
+        work()
+    until(work, "the last record")
+    for member in members.values():
+        member.close()
+    with bus.consumer(TOPIC, group=GROUP, member="last") as last:
+        poll_until(lambda: everything(last), last)
+        assert last.positions() == last.ends(), "the group has committed everything that it read"
 
 
 def test_an_assignment_changes_only_inside_a_poll(bus: Bus) -> None:

@@ -123,6 +123,7 @@ LETTER = DeadLetter(
 OF_WRITER = {"writer": 7}
 WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
+    "group_offered-1.writer": (TASKS, msgspec.structs.replace(OFFERED, **OF_WRITER)),
     "trajectory_finished-1": (TRAJECTORIES, FINISHED),
     "trajectory_dropped-1": (TRAJECTORIES, DROPPED),
     "segment_flushed-1": (TRAJECTORIES, FLUSHED),
@@ -142,7 +143,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "old_logprobs_computed-1": (OLD_LOGPROBS, SCORED),
     "dead_letter-2": (DEAD_LETTERS, LETTER),
 }
-"""Golden file -> topic and record. Earlier releases wrote records of `control` without their writer."""
+"""Golden file -> topic and record. Earlier releases wrote records of `control` and offers without their writer."""
 
 
 def golden(name: str) -> bytes:

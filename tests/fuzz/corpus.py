@@ -58,7 +58,7 @@ def _messages(topic: str, index: int, version: Version, finished: TrajectoryFini
             flushed = SegmentFlushed(RUN, name, group, 0, "worker-0", 3, tokens, segments, 1.0)
             return [finished, finished, finished, finished, dropped, flushed]
         case "tasks":
-            return [GroupOffered(RUN, group, index, version, "lookup", 7, 2, SAMPLING, 600.0)]
+            return [GroupOffered(RUN, group, index, version, "lookup", 7, 2, SAMPLING, 600.0, WRITER)]
         case "control":
             return [
                 VersionPublished(RUN, version, DIGEST, 1.0, WRITER),

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import msgspec
 
 from palimpsest.common.bus.port import Bus
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import Ingest, build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from tests.records.any_learner import any_control
 from tests.records.builders import SAMPLING
 
 VOCABULARY = 200_000
@@ -27,6 +29,8 @@ def an_ingest(
     on_resolved: Callable[[str], None] = lambda _: None,
     ledger: type[Ledger] = Ledger,
     most_tokens: int = SAMPLING.max_trajectory_tokens,
+    epoch: int = 1,
+    control: ControlCheck | None = None,
 ) -> Ingest:
     """An ingest that is not started. `groups`: groups per batch. `most_tokens`: limit of a trajectory."""
     sampling = msgspec.structs.replace(SAMPLING, max_trajectory_tokens=most_tokens)
@@ -37,6 +41,8 @@ def an_ingest(
         run="test",
         vocabulary=VOCABULARY,
         confirm=confirm,
+        epoch=lambda: epoch,
+        control=control or any_control(),
         keep_flushed=keep_flushed,
         on_resolved=on_resolved,
     )

@@ -65,7 +65,7 @@ class Learner:
         self._scores = ScoreStore()
         self._ingest = build_ingest(
             self._bus, ledger, TaskSettings(0, {"any": 1.0}, SAMPLES, SAMPLING, 600.0), run=RUN, vocabulary=1 << 20,
-            confirm=self._confirm, keep_flushed=True,
+            confirm=self._confirm, keep_flushed=True, epoch=lambda: self._writer, control=any_control(),
         )  # fmt: skip
         self._ledger, self._reader, self._tasks = ledger, self._ingest.reader, self._ingest.tasks
         scorer = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from palimpsest.common.bus.port import Bus
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.ingest.offers import OfferSettings, TaskSettings
@@ -50,10 +51,13 @@ def build_ingest(
     run: str,
     vocabulary: int,
     confirm: Callable[[], None],
+    epoch: Callable[[], int],
+    control: ControlCheck,
     keep_flushed: bool = False,
     on_resolved: Callable[[str], None] = lambda _: None,
 ) -> Ingest:
-    """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TrajectoryReader for the others."""
+    """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TaskPublisher for `epoch` and `control`,
+    TrajectoryReader for the others."""
     dead_letters, offers = DeadLetterWriter(bus, run=run, confirm=confirm), OfferSettings(settings)
     return Ingest(
         ledger,
@@ -67,7 +71,7 @@ def build_ingest(
             keep_flushed=keep_flushed,
             on_resolved=on_resolved,
         ),
-        TaskPublisher(bus, ledger, offers, run=run, confirm=confirm),
+        TaskPublisher(bus, ledger, offers, run=run, confirm=confirm, epoch=epoch, control=control),
         dead_letters,
         offers,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from msgspec import structs
 
-from palimpsest.common.messages import Sampling, SegmentFlushed, TrajectoryFinished
+from palimpsest.common.messages import GroupOffered, Sampling, SegmentFlushed, TrajectoryFinished, group_id
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
 from palimpsest.services.learner.buffer.task_sampler import TaskCounter, task
@@ -53,6 +53,23 @@ class OfferSettings:
         return next(temperature for first, temperature in reversed(self._temperatures) if first <= index)
 
 
+def check_own(offer: GroupOffered, offers: OfferSettings) -> None:
+    """Raise MalformedTrajectory if this run does not offer such a group.
+
+    Temperature and time limit are not compared, because people can change them in a run.
+    """
+    if offer.index < 0 or offer.group != group_id(offer.index):
+        _contradict("group", repr(offer.group[:32]), f"index {offer.index}")
+    own = offers.next
+    for name in ("max_turn_tokens", "max_trajectory_tokens", "max_turns"):
+        if (found := getattr(offer.sampling, name)) != (wanted := getattr(own.sampling, name)):
+            _contradict(name, found, f"{wanted} (sampling.{name})")
+    if offer.samples != own.samples:
+        _contradict("samples", offer.samples, f"{own.samples} (tasks.samples_per_group)")
+    if (found := (offer.environment, offer.task_seed)) != (wanted := own.task(offer.index)):
+        _contradict("task", found, wanted)
+
+
 def check_offer(message: TrajectoryFinished | SegmentFlushed, offers: OfferSettings) -> None:
     """Raise MalformedTrajectory if the message contradicts the offer of its group.
 
@@ -74,5 +91,5 @@ def check_offer(message: TrajectoryFinished | SegmentFlushed, offers: OfferSetti
         _contradict("environment", repr(message.environment), repr(environment))
 
 
-def _contradict(what: str, found: object, offered: str) -> None:
+def _contradict(what: str, found: object, offered: object) -> None:
     raise MalformedTrajectory(RejectCause.CONTRADICTS_OFFER, f"{what}: {found}, but the offer has {offered}")

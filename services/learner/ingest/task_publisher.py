@@ -13,10 +13,12 @@ from palimpsest.common.messages import (
     encode,
     group_id,
 )
+from palimpsest.common.rejected_record import RejectedRecord
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
-from palimpsest.services.learner.ingest.offers import OfferSettings
+from palimpsest.services.learner.ingest.offers import OfferSettings, check_own
 from palimpsest.services.learner.ingest.resume import no_records_skipped
 from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, ReceivedTrajectory
 from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
@@ -26,7 +28,7 @@ class TaskPublisher:
     """Offers groups on topic `tasks`.
 
     `confirm` raises Fenced unless the run still belongs to this learner. A learner that was replaced would offer its
-    successor's groups a second time.
+    successor's groups a second time. epoch: of this learner. control: checks the offers that are adopted.
     """
 
     def __init__(
@@ -37,8 +39,11 @@ class TaskPublisher:
         *,
         run: str,
         confirm: Callable[[], None],
+        epoch: Callable[[], int],
+        control: ControlCheck,
     ) -> None:
         self._bus, self._ledger, self._offers, self._run, self._confirm = bus, ledger, offers, run, confirm
+        self._epoch, self._control = epoch, control
         self._scores, self._watermarks = bus.consumer(OLD_LOGPROBS), ScoreWatermarks()
         self._task_ends: dict[int, int] = {}
 
@@ -93,11 +98,12 @@ class TaskPublisher:
             samples=settings.samples,
             sampling=settings.sampling,
             time_limit_s=settings.time_limit_s,
+            writer=self._epoch(),
         )
 
     def _adopt(self, task_offsets: Mapping[int, int], now: float) -> None:
         """Enter the groups that were offered after the checkpoint into the ledger, in their order."""
-        offers: dict[int, int] = {}
+        offered: set[int] = set()
         with self._bus.consumer(TASKS) as consumer:
             consumer.seek(task_offsets)
             ends = consumer.ends()
@@ -107,10 +113,21 @@ class TaskPublisher:
                         offer: GroupOffered = decode(TASKS, record.body)
                     except Undecodable:
                         continue  # the worker that reads it dead-letters it
-                    if offer.run == self._run:
-                        offers[offer.index] = offer.samples
+                    if offer.run == self._run and self._is_ours(offer):
+                        offered.add(offer.index)
         self._task_ends = dict(ends)
-        while self._ledger.next_index in offers:
+        while self._ledger.next_index in offered:
             group = group_id(self._ledger.next_index)
-            self._ledger.offer(now=now, samples=offers[self._ledger.next_index])
+            self._ledger.offer(now=now)
             logger().debug("adopted", group=group)
+
+    def _is_ours(self, offer: GroupOffered) -> bool:
+        """Whether a learner of this run made the offer. An offer without an epoch, as earlier releases wrote it, counts
+        if it is exactly what this run offers."""
+        try:
+            self._control.check_offer(offer, history=True)
+            check_own(offer, self._offers)
+        except RejectedRecord as error:
+            logger().warning("offer not adopted", group=offer.group[:32], reason=str(error))
+            return False
+        return True

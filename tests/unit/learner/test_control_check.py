@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from palimpsest.common.messages import Control, CutReleased, CutRequested, RunFinished, VersionPublished
+from palimpsest.common.messages import Control, CutReleased, CutRequested, GroupOffered, RunFinished, VersionPublished
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
+from tests.records.builders import SAMPLING
 
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 LATE = "late"
@@ -57,6 +58,23 @@ def test_made_up_records_are_rejected(check: ControlCheck, kind: str) -> None:
     for writer in (0, -1, 3, 10**9):
         assert cause(check, MADE[kind](1, writer)) is RejectCause.UNKNOWN_WRITER, writer
     assert cause(check, MADE[kind](1, 2)) is None, "a rejected record changes nothing"
+
+
+def test_offers_of_learners_that_the_store_does_not_know_are_rejected(check: ControlCheck) -> None:
+    def rejected(version: int, writer: int, *, history: bool = False) -> RejectCause | None:
+        offer = GroupOffered("test", "g000000", 0, Version(version), "lookup", 7, 2, SAMPLING, 60.0, writer)
+        try:
+            check.check_offer(offer, history=history)
+        except RejectedRecord as error:
+            return error.cause
+        return None
+
+    assert cause(check, MADE["version"](1, 2)) is None
+    assert rejected(1, 2) is rejected(1, 1) is None, "the learner continues the offers of the one that it replaced"
+    assert rejected(10**9, 2) is RejectCause.UNKNOWN_VERSION
+    for writer in (0, -1, 3, 10**9):
+        assert rejected(1, writer) is RejectCause.UNKNOWN_WRITER, writer
+    assert rejected(1, 0, history=True) is None, "earlier releases wrote no epoch"
 
 
 def test_a_late_record_of_a_replaced_learner_is_passed_over(check: ControlCheck) -> None:

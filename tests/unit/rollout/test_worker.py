@@ -32,6 +32,7 @@ from palimpsest.services.rollout.worker import NO_PARTITION
 from tests.records.builders import SAMPLING
 from tests.unit.rollout.working import (
     LIMIT_S,
+    MOST_SAMPLES,
     RUN,
     Place,
     announce,
@@ -169,8 +170,9 @@ async def test_an_invalid_offer_is_dead_lettered_and_work_continues(
 
 
 async def test_made_up_records_of_control_and_offers_change_nothing(place: Place) -> None:
-    """Without the check of their writer, the worker would wait for version 10^9, or stop, or pause."""
+    """Without the checks, the worker would wait for version 10^9, or stop, or pause, or sample for a stranger."""
     announce(place.bus, 0)
+    offer(place.bus, 7, writer=0)  # by an earlier release: older than the worker
     async with working(place) as running:
         await running.until(lambda: running.weights.verified == 0)
         made_up = [
@@ -181,17 +183,22 @@ async def test_made_up_records_of_control_and_offers_change_nothing(place: Place
         ]
         place.bus.publish(CONTROL, [Outgoing(RUN, encode(message)) for message in made_up])
         offer(place.bus, 0, version=10**9)
+        offer(place.bus, 3, writer=0)
+        offer(place.bus, 4, writer=2)
+        offer(place.bus, 5, samples=MOST_SAMPLES + 1)
         offer(place.bus, 1)
-        await running.until(lambda: finished(place.bus) == ids(1))
+        await running.until(lambda: finished(place.bus) == ids(1, 7))
         announce(place.bus, 2)
         await running.until(lambda: running.weights.verified == 2)
         assert running.engine.loaded == [0, 2]
-        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 5)
+        await running.until(lambda: len(messages(place.bus, DEAD_LETTERS)) == 8)
     causes = [(letter.topic, letter.cause) for letter in messages(place.bus, DEAD_LETTERS)]
     assert sorted(causes) == [
         *[(CONTROL, RejectCause.UNKNOWN_VERSION)],
         *[(CONTROL, RejectCause.UNKNOWN_WRITER)] * 3,
+        *[(TASKS, RejectCause.OUT_OF_RANGE)],
         *[(TASKS, RejectCause.UNKNOWN_VERSION)],
+        *[(TASKS, RejectCause.UNKNOWN_WRITER)] * 2,
     ]
 
 

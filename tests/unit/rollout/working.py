@@ -44,6 +44,8 @@ from tests.processes.waiting import LIMIT_S
 from tests.records.builders import SAMPLING
 
 RUN = "test"
+MOST_SAMPLES = 1_000
+"""Most trajectories of a group."""
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 
 
@@ -200,7 +202,7 @@ async def working(
         limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
         worker = Worker(
             run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit,
-            control=ControlCheck(place.store),
+            samples=MOST_SAMPLES, control=ControlCheck(place.store),
         )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:
@@ -219,13 +221,14 @@ def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> Sql
 
 def offer(
     bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup",
-    sampling: Sampling = SAMPLING,
+    sampling: Sampling = SAMPLING, writer: int = 1,
 ) -> None:  # fmt: skip
     """Publish groups on the task topic."""
     for index in indexes:
         group = GroupOffered(
             run=run, group=group_id(index), index=index, version=Version(version), environment=environment,
             task_seed=index, samples=samples, sampling=sampling, time_limit_s=600.0,
+            writer=writer,
         )  # fmt: skip
         bus.publish(TASKS, [Outgoing(group.group, encode(group))])
 

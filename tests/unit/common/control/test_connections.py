@@ -3,15 +3,20 @@
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
 from palimpsest.common.control.guard import RequestLimits
 from palimpsest.common.service import Server, application
+from tests.processes.waiting import until
 
 HOST = "127.0.0.1"
 GENEROUS_S = 60.0
+HALF_OPEN = 200
+"""Number of connections at once. `python -m tests.soak.half_open` opens 2,000."""
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -69,3 +74,18 @@ def test_headers_without_an_end_are_refused_at_the_limit() -> None:
         head, _, body = received(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 ")
     assert json.loads(body)["code"] == "headers_too_large"
+
+
+def test_the_file_descriptors_of_half_open_connections_come_back() -> None:
+    """Each connection holds one; at the limit of the process no request would be answered any more."""
+    this = psutil.Process()
+    with serving(RequestLimits(header_s=0.5)) as server, ExitStack() as stack:
+        before = this.num_fds()
+        held = [stack.enter_context(connect(server)) for _ in range(HALF_OPEN)]
+        for connection in held:
+            connection.sendall(REQUEST[:-2])
+        assert all(received(connection) == b"" for connection in held)
+        until(lambda: this.num_fds() <= before + len(held))  # the ends of this test are still open
+        with connect(server) as connection:
+            connection.sendall(REQUEST)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")

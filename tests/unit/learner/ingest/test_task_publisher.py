@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,12 +19,13 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
+from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.old_logprobs.score_store import old_logprobs_record
 from tests.learner_parts.ingest import an_ingest
-from tests.records.builders import a_finished
+from tests.records.builders import SAMPLING, a_finished
 from tests.simulation.memory_bus import MemoryBus, Store
 
 
@@ -41,7 +43,7 @@ def test_offers_are_published_with_task_and_version(bus: SqliteBus) -> None:
         offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
     assert sorted(offer.index for offer in offers) == [0, 1, 2, 3]
     assert len({offer.task_seed for offer in offers}) == 4
-    assert {(o.run, o.environment, o.samples, o.version) for o in offers} == {("test", "lookup", 2, 0)}
+    assert {(o.run, o.environment, o.samples, o.version, o.writer) for o in offers} == {("test", "lookup", 2, 0, 1)}
 
 
 def test_changed_settings_concern_the_groups_that_are_offered_later(bus: SqliteBus) -> None:
@@ -64,6 +66,60 @@ def test_a_restart_without_a_checkpoint_adopts_all_offers(bus: SqliteBus) -> Non
     again.start({}, {}, {}, now=0.0)
     assert again.ledger.counts()["offered"] == 8
     assert again.tasks.offer(Version(0), now=0.0) == 0
+
+
+FORGED = {
+    "samples": {"samples": 10**9},
+    "task": {"task_seed": 7},
+    "environment": {"environment": "tables"},
+    "group": {"group": "g000099"},
+    "length": {"sampling": msgspec.structs.replace(SAMPLING, max_turns=99)},
+    "learner": {"writer": 4},
+    "version": {"version": Version(9)},
+}
+
+
+class OneLearner:
+    """See Authority in common/snapshots/control_check.py."""
+
+    def newest_writer(self) -> int:
+        return 3
+
+    def newest_version(self) -> Version:
+        return Version(2)
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_restart_adopts_no_forged_offer(bus: SqliteBus, kind: str) -> None:
+    """Without the checks the learner would wait for trajectories that it never offered."""
+    started(bus)
+    with bus.consumer(TASKS) as consumer:
+        sound: GroupOffered = decode(TASKS, consumer.poll(limit=1, timeout_s=0)[0].body)
+    environment, task_seed = an_ingest(bus).offers.next.task(4)
+    next_one = msgspec.structs.replace(
+        sound, group="g000004", index=4, environment=environment, task_seed=task_seed, writer=3
+    )
+    forged = msgspec.structs.replace(next_one, **FORGED[kind])
+    bus.publish(TASKS, [Outgoing(forged.group, encode(forged))])
+    again = an_ingest(bus, epoch=3, control=ControlCheck(OneLearner()))
+    again.start({}, {}, {}, now=0.0)
+    assert (again.ledger.next_index, again.ledger.counts()["offered"]) == (4, 8)
+    bus.publish(TASKS, [Outgoing(next_one.group, encode(next_one))])
+    again = an_ingest(bus, epoch=3, control=ControlCheck(OneLearner()))
+    again.start({}, {}, {}, now=0.0)
+    assert (again.ledger.next_index, again.ledger.counts()["offered"]) == (5, 10)
+
+
+def test_offers_of_an_earlier_release_are_adopted(bus: SqliteBus) -> None:
+    started(bus)
+    with bus.consumer(TASKS) as consumer:
+        offers: list[GroupOffered] = [decode(TASKS, r.body) for r in consumer.poll(limit=99, timeout_s=0)]
+    old = MemoryBus(Store())
+    old.create_topics(dict.fromkeys(TOPICS, 2))
+    old.publish(TASKS, [Outgoing(o.group, encode(msgspec.structs.replace(o, writer=0))) for o in offers])
+    again = an_ingest(old, control=ControlCheck(OneLearner()))
+    again.start({}, {}, {}, now=0.0)
+    assert again.ledger.next_index == 4
 
 
 def score(bus: Bus, trajectory: str) -> Position:
