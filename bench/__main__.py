@@ -14,6 +14,7 @@ PROGRAMS = {
     "gateway": "steps through the gateway beside a bare echo: latency, processor time, memory",
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
     "snapshots": "versions as deltas: bytes stored, time to encode, time to move a copy, memory",
+    "rollout": "a rollout worker alone against the bare engine (AsyncLLM) on the same model, in one run",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }
 

@@ -51,6 +51,8 @@ class TrajectorySampler:
     """Returns once the canaries have verified this version."""
     live: list[InFlightTrajectory] = field(default_factory=list)
     """Trajectories in flight, oldest first. An id can occur twice, if a task was delivered again."""
+    requests: set[str] = field(default_factory=set)
+    """The engine's request ids of the messages in flight."""
     sleep: Sleep = asyncio.sleep
     """Waits for a number of seconds, between two renewals of a session's lease."""
 
@@ -141,17 +143,19 @@ class TrajectorySampler:
             number = step.step + 1
 
     async def _message(self, live: InFlightTrajectory, room: int) -> SampledTokens:
-        live.request = self._request(live)
+        live.request = request = self._request(live)
+        self.requests.add(request)
         try:
             sampled = await self.engine.generate(
                 live.assembly.tokens,
-                request=live.request,
+                request=request,
                 temperature=live.group.sampling.temperature,
                 max_tokens=room,
                 stop=self.dialogue.stop_tokens,
             )
         finally:
             live.request = None
+            self.requests.discard(request)
         live.assembly.add_sampled(sampled)  # without an await, so that a cut finds the tokens here or in the engine
         instruments.TOKENS.inc(len(sampled.tokens))
         self.tally.sampled_tokens += len(sampled.tokens)
@@ -161,7 +165,7 @@ class TrajectorySampler:
     def _request(self, live: InFlightTrajectory) -> str:
         """Return a name that no other request in flight has."""
         name = f"{live.trajectory}#{live.attempt}.{live.assembly.turns}"
-        while any(other.request == name for other in self.live):
+        while name in self.requests:
             name += "+"
         return name
 
