@@ -15,6 +15,8 @@ pytestmark = pytest.mark.vllm
 EMBEDDED = "examples/embedded.toml"
 AS_IN_THE_EXAMPLE = 8
 """Samples in a group."""
+SHORT, COMPLETE = 200, 500
+"""Versions. The short run ends soon after the policy uses the tool; the complete one is the example."""
 EVERY = 25
 """The test recomputes the old log-probs of every 25th version."""
 
@@ -33,11 +35,11 @@ class Run:
         return found
 
 
-@pytest.fixture(scope="module", params=[300, pytest.param(500, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(COMPLETE, marks=pytest.mark.long)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> Run:
-    """A run with every batch recorded and every version kept; 500 versions are the complete example."""
+    """A run with every batch recorded and every version kept."""
     folder = tmp_path_factory.mktemp("runs")
-    shorter = [f"--learner.versions={request.param}"] if request.param != 500 else []
+    shorter = [f"--learner.versions={request.param}"] if request.param != COMPLETE else []
     process = RunProcess(
         EMBEDDED,
         f"--run.folder={folder}",
@@ -55,7 +57,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_policy_learns_to_use_the_tool(run: Run) -> None:
     assert run.summary["success_first"] <= 0.35
-    assert run.summary["success_last"] >= 0.8
+    assert run.summary["success_last"] >= (0.8 if run.versions == COMPLETE else 0.5)
 
 
 def test_training_is_asynchronous(run: Run) -> None:
