@@ -267,6 +267,7 @@ async def run_worker(
             worker = Worker(
                 run=RUN, name="worker-0", bus=bus, sampler=sampler, weights=weights,
                 max_live=config.rollout.max_live, limit=trajectory_limit(config), control=ControlCheck(store),
+                samples=config.tasks.samples_per_group,
             )  # fmt: skip
             working = asyncio.create_task(worker.work())
             await asyncio.wait(
